@@ -1,0 +1,1 @@
+"""The three services of the serving line, and what they share."""
