@@ -1,0 +1,78 @@
+"""One error type for every refusal, on public RPCs and on links."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from scalellm.v1 import link_pb2
+
+
+class StatusError(Exception):
+    """A request ends with a status other than OK.
+
+    Args:
+        code: The gRPC status code.
+        message: One sentence for the client; for bad input it names the field and the limit.
+        field: The request's field at fault, for INVALID_ARGUMENT.
+        retry_after: Seconds after which a retry may succeed, for RESOURCE_EXHAUSTED and UNAVAILABLE.
+    """
+
+    def __init__(
+        self, code: grpc.StatusCode, message: str, *, field: str = "", retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.field = field
+        self.retry_after = retry_after
+
+    @classmethod
+    def invalid(cls, field: str, message: str) -> StatusError:
+        """Bad input: `message` says what is wrong with `field` and what the limit is."""
+        return cls(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: {message}", field=field)
+
+    @classmethod
+    def unavailable(cls, message: str, retry_after: float | None = None) -> StatusError:
+        """Something the request needs cannot be reached right now."""
+        return cls(grpc.StatusCode.UNAVAILABLE, message, retry_after=retry_after)
+
+    @classmethod
+    def from_link(cls, status: link_pb2.LinkStatus) -> StatusError:
+        """The error that a link's Finish carries."""
+        code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+        retry_after = status.retry_after_ns / 1e9 if status.retry_after_ns else None
+        return cls(code, status.message, field=status.field, retry_after=retry_after)
+
+    def to_link(self) -> link_pb2.LinkStatus:
+        """The same for a link's Finish."""
+        return link_pb2.LinkStatus(
+            code=self.code.value[0],
+            message=self.message,
+            field=self.field,
+            retry_after_ns=int((self.retry_after or 0.0) * 1e9),
+        )
+
+    def to_rpc_status(self) -> status_pb2.Status:
+        """The same as google.rpc.Status, with BadRequest or RetryInfo as details."""
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        if self.field:
+            violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.message)
+            status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        if self.retry_after is not None:
+            delay = Duration()
+            delay.FromNanoseconds(int(self.retry_after * 1e9))
+            status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        return status
+
+    async def abort(self, context: grpc.aio.ServicerContext) -> NoReturn:
+        """End a public RPC with this status."""
+        await context.abort_with_status(rpc_status.to_status(self.to_rpc_status()))
+        raise AssertionError("abort returned")
+
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode if code.value[0] in code_pb2.Code.values()}

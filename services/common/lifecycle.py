@@ -1,0 +1,130 @@
+"""Starts and ends a gRPC service: port, reflection, health, signals, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.common.health import HealthReporter
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+
+# A peer that vanishes without closing its connection (a host that lost power) is noticed within half a minute.
+KEEPALIVE_OPTIONS = (("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000))
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    *KEEPALIVE_OPTIONS,
+    # Reconnecting is the link's business: gRPC's shared back-off would delay it by up to two minutes.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    *KEEPALIVE_OPTIONS,
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class StartError(Exception):
+    """The service cannot start; the message is one line that says what to do."""
+
+
+class GrpcService:
+    """One gRPC server with health and reflection.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        services: Full names of the services it serves, for health and reflection.
+        is_ready: Whether it can do its work now.
+        share_port: Whether other processes may listen on the same port (worker processes).
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        services: Sequence[str],
+        is_ready: Callable[[], bool],
+        share_port: bool = False,
+        options: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        self.server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port)), *options])
+        self.health = HealthReporter(services, is_ready)
+        self._host = host
+        self._port = port
+        self._services = services
+        self._health_task: asyncio.Task[None] | None = None
+        self.address = ""
+
+    async def start(self) -> None:
+        """Listen. Raises StartError when the port is taken."""
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self.server)
+        names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+        target = f"{self._host}:{self._port}"
+        try:
+            port = self.server.add_insecure_port(target)
+        except RuntimeError:
+            raise StartError(
+                f"cannot listen on {target}: the port is in use or the address is not this machine's; "
+                "stop the other process or choose another --port"
+            ) from None
+        await self.server.start()
+        self.address = f"{self._host}:{port}"
+        await self.health.publish()
+        self._health_task = asyncio.create_task(self.health.run())
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls, give running ones `grace` seconds, close."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.gather(self._health_task, return_exceptions=True)
+        await self.server.stop(grace)
+
+
+def announce(path: Path | None, *lines: str) -> None:
+    """Tell whoever started the service where it listens; the file appears whole or not at all."""
+    if path is None:
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text("".join(f"{line}\n" for line in lines))
+    partial.replace(path)
+
+
+def stop_event() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set. A second signal ends the process at once."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if event.is_set():
+            os._exit(128 + number)
+        event.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return event
+
+
+def configure_logging(service: str, level: str) -> None:
+    """Log lines to standard error, one format for all services."""
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format=f"%(asctime)s %(levelname)s {service}[%(process)d] %(name)s: %(message)s",
+    )

@@ -1,0 +1,169 @@
+"""The upstream end of a link: connects, shakes hands, and connects again when the peer was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grpc
+
+from scalellm.v1 import link_pb2
+from services.common.errors import StatusError
+from services.common.lifecycle import CHANNEL_OPTIONS
+
+_log = logging.getLogger(__name__)
+
+_FIRST_DELAY, _LONGEST_DELAY = 0.05, 2.0
+_HANDSHAKE_LIMIT = 10.0
+
+
+class LinkHandler(Protocol):
+    """Who uses a link. The calls come from the event loop, one at a time, and must not block."""
+
+    def on_up(self, welcome: link_pb2.Welcome) -> None:
+        """The peer welcomed us. Raise StatusError to refuse it."""
+
+    def on_step(self, step: link_pb2.StepOutput) -> None:
+        """The peer sent the outcome of one or more steps."""
+
+    def on_down(self, error: StatusError) -> None:
+        """The link broke, or an attempt to connect failed: all requests on it are lost."""
+
+
+class LinkClient:
+    """Keeps one link to one address alive until it is cancelled.
+
+    Args:
+        address: host:port of the peer.
+        method: Makes the bidirectional call of a channel, such as `lambda c: SchedulerStub(c).Connect`.
+        hello: The first frame of each connection.
+        handler: Who uses the link.
+        silence_limit: Seconds without any frame, while `is_busy()`, after which the peer counts as dead although its
+            connection stands (a process that hangs).
+        is_busy: Whether an answer of the peer is awaited.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        method: Callable[[grpc.aio.Channel], Any],
+        hello: link_pb2.Hello,
+        handler: LinkHandler,
+        *,
+        silence_limit: float = 30.0,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.address = address
+        self._method = method
+        self._hello = hello
+        self._handler = handler
+        self._silence_limit = silence_limit
+        self._is_busy = is_busy
+        self._outbox: deque[link_pb2.ClientFrame] = deque()
+        self._wake = asyncio.Event()
+        self._up = False
+        self._last_frame = 0.0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether frames can be sent now."""
+        return self._up
+
+    def submit(self, submit: link_pb2.Submit) -> None:
+        """Send a request. Only while the link is up."""
+        self._send(link_pb2.ClientFrame(submit=submit))
+
+    def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
+        """End a request, or one sample of it. Without effect while the link is down: the peer has lost it anyway."""
+        self._send(link_pb2.ClientFrame(abort=link_pb2.Abort(handle=handle, index=index, reason=reason)))
+
+    def _send(self, frame: link_pb2.ClientFrame) -> None:
+        if self._up:
+            self._outbox.append(frame)
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Connect, serve, and connect again, until cancelled."""
+        delay = _FIRST_DELAY
+        while True:
+            try:
+                await self._connect_once()
+                error = StatusError.unavailable(f"{self.address} closed the link")
+            except StatusError as status_error:
+                error = status_error
+            except grpc.aio.AioRpcError as rpc_error:
+                error = StatusError(rpc_error.code(), f"{self.address}: {rpc_error.details()}")
+            if self._up:
+                delay = _FIRST_DELAY
+            self._up = False
+            self._outbox.clear()
+            _log.info("link to %s is down: %s", self.address, error.message)
+            self._handler.on_down(error)
+            # Jitter, so that the links of many processes do not return in the same instant.
+            await asyncio.sleep(delay * random.uniform(0.8, 1.2))
+            delay = min(delay * 2, _LONGEST_DELAY)
+
+    async def _connect_once(self) -> None:
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            call = self._method(channel)()
+            try:
+                await call.write(link_pb2.ClientFrame(hello=self._hello))
+                try:
+                    first = await asyncio.wait_for(call.read(), _HANDSHAKE_LIMIT)
+                except TimeoutError:
+                    raise StatusError.unavailable(f"{self.address} does not answer") from None
+                if first is grpc.aio.EOF or first.WhichOneof("frame") != "welcome":
+                    # The status, if the peer gave one, says more than we can.
+                    if first is grpc.aio.EOF and await call.code() is not grpc.StatusCode.OK:
+                        raise StatusError(await call.code(), f"{self.address}: {await call.details()}")
+                    raise StatusError.unavailable(f"{self.address} did not answer with a Welcome")
+                self._handler.on_up(first.welcome)
+                self._up = True
+                await self._serve(call)
+            finally:
+                call.cancel()
+
+    async def _serve(self, call: Any) -> None:
+        self._last_frame = asyncio.get_running_loop().time()
+        tasks = [asyncio.create_task(step(call)) for step in (self._read, self._write, self._watch)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, call: Any) -> None:
+        now = asyncio.get_running_loop().time
+        while (frame := await call.read()) is not grpc.aio.EOF:
+            self._last_frame = now()
+            if frame.WhichOneof("frame") == "step":
+                self._handler.on_step(frame.step)
+        code = await call.code()
+        if code is not grpc.StatusCode.OK:
+            raise StatusError(code, f"{self.address}: {await call.details()}")
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            while self._outbox:
+                await call.write(self._outbox.popleft())
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def _watch(self, call: Any) -> None:
+        now = asyncio.get_running_loop().time
+        busy_since = None
+        while True:
+            await asyncio.sleep(min(1.0, self._silence_limit / 4))
+            if not self._is_busy():
+                busy_since = None
+                continue
+            busy_since = busy_since if busy_since is not None else now()
+            if now() - max(busy_since, self._last_frame) > self._silence_limit:
+                raise StatusError.unavailable(f"{self.address} has been silent for {self._silence_limit:g} s")

@@ -1,0 +1,83 @@
+"""The downstream end of a link: reads client frames, writes one merged frame at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol, TypeVar
+
+FrameT = TypeVar("FrameT")
+
+
+class FrameWriter(Protocol):
+    """What a link needs of a gRPC context."""
+
+    async def write(self, message: bytes) -> None:
+        """Send one message; returns when the transport took it."""
+
+
+class ServerLink:
+    """One link of an upstream process.
+
+    Frames are serialised `ServerFrame` messages. While the reader is slow they pile up here as bytes and leave as one
+    message: concatenated protobuf messages parse as their merge, and StepOutput is made to be merged. So a slow reader
+    costs memory bounded by the tokens of its own requests, and never holds up the step loop.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[bytes] = []
+        self._wake = asyncio.Event()
+        self._closed = False
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame with a StepOutput; never blocks."""
+        if not self._closed:
+            self._pending.append(frame)
+            self._wake.set()
+
+    def close(self) -> None:
+        """End the link once what is pending has been written."""
+        self._closed = True
+        self._wake.set()
+
+    async def run(
+        self,
+        welcome: bytes,
+        frames: AsyncIterator[FrameT],
+        writer: FrameWriter,
+        on_frame: Callable[[FrameT], None],
+    ) -> None:
+        """Serve the link until either side ends it.
+
+        Args:
+            welcome: Serialised ServerFrame with the Welcome; written first and alone.
+            frames: The client's frames after its Hello.
+            writer: The gRPC context.
+            on_frame: Called for each client frame; what it raises ends the link.
+        """
+        await writer.write(welcome)
+        reading = asyncio.create_task(self._read(frames, on_frame))
+        writing = asyncio.create_task(self._write(writer))
+        try:
+            done, _ = await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._closed = True
+            for task in (reading, writing):
+                task.cancel()
+            await asyncio.gather(reading, writing, return_exceptions=True)
+
+    async def _read(self, frames: AsyncIterator[FrameT], on_frame: Callable[[FrameT], None]) -> None:
+        async for frame in frames:
+            on_frame(frame)
+
+    async def _write(self, writer: FrameWriter) -> None:
+        while True:
+            while self._pending:
+                pending, self._pending = self._pending, []
+                await writer.write(pending[0] if len(pending) == 1 else b"".join(pending))
+            if self._closed:
+                return
+            self._wake.clear()
+            await self._wake.wait()
