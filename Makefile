@@ -1,0 +1,67 @@
+# ScaleLLM. `make help` lists what there is. Everything is installed into .venv; models go to $SCALELLM_HOME or
+# ~/.cache/scalellm.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.PHONY: help run up down status chat test test-all lint format protos bench setup setup-dev clean
+
+scalellm := .venv/bin/scalellm
+python := .venv/bin/python
+# Test processes share the machine: one thread each, and no thread that spins while it waits.
+test-env := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
+export PROMPT
+
+help: ## show this list
+	@echo "ScaleLLM: LLM serving over gRPC. Start with: make run"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  The command line behind it: $(scalellm) --help"
+
+run: setup ## start the services, answer a prompt (PROMPT="..."), show where the time went, stop them
+	@$(scalellm) run $(if $(PROMPT),"$$PROMPT")
+
+up: setup ## start Redis, executor, scheduler and tokenizer in the background
+	@$(scalellm) up
+
+down: setup ## drain and stop them
+	@$(scalellm) down
+
+status: setup ## show each service: pid, address, health, load, model, last error
+	@$(scalellm) status
+
+chat: setup ## chat on a session; starts the services when they are not running
+	@$(scalellm) status >/dev/null 2>&1 || $(scalellm) up
+	@$(scalellm) chat
+
+test: setup-dev ## run the tests but the slow ones
+	$(test-env) $(python) -m pytest -n 2 -q -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup-dev ## run all tests
+	$(test-env) $(python) -m pytest -n 2 -q $(PYTEST_ARGS)
+
+lint: setup-dev ## format check, lint, types, contracts, file length
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	scripts/protos --check
+	$(python) scripts/file_length
+
+format: setup-dev ## format and fix what can be fixed
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+protos: setup-dev ## generate the stubs from protos/
+	scripts/protos
+
+bench: setup-dev ## measure the engine and the whole line (BENCH_ARGS="--help")
+	@$(python) -m bench $(BENCH_ARGS)
+
+setup: ## install what running needs into .venv
+	@scripts/setup
+
+setup-dev: ## install what lint and tests need, too
+	@scripts/setup dev
+
+clean: ## remove everything that make made in this checkout (models stay)
+	rm -rf .venv build scalellm.egg-info clients/node/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
