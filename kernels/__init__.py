@@ -1,0 +1,32 @@
+"""Public ops of the model and the sampler. Import them from here.
+
+Which form of an op runs is decided here and nowhere else; today every op has one, `reference`, in plain torch.
+
+Every op writes into `out` when it is given and returns it, and allocates the result otherwise. Ops whose names end in
+an underscore change their first argument. A cache is `[num_blocks, page_size, Hkv, D]`, K and V apart, page_size 16, 32
+or 64; a slot is `block_id * page_size + offset`.
+"""
+
+from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
+from kernels.reference.attention import paged_attention_decode, unified_attention
+from kernels.reference.cache import copy_blocks_, swap_blocks
+from kernels.reference.logits import apply_logits_processors_
+from kernels.reference.norm import fused_add_rms_norm
+from kernels.reference.rng import sample_seed
+from kernels.reference.rope import qk_norm_rope_and_cache
+from kernels.reference.sampling import SampleOutput, sample
+
+__all__ = [
+    "SampleOutput",
+    "apply_logits_processors_",
+    "copy_blocks_",
+    "fused_add_rms_norm",
+    "gelu_tanh_and_mul",
+    "paged_attention_decode",
+    "qk_norm_rope_and_cache",
+    "sample",
+    "sample_seed",
+    "silu_and_mul",
+    "swap_blocks",
+    "unified_attention",
+]

@@ -1,0 +1,37 @@
+"""Copies of whole cache blocks."""
+
+import torch
+from torch import Tensor
+
+
+def copy_blocks_(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
+    """Copy blocks inside one layer's cache, in place (copy-on-write after a fork).
+
+    Args:
+        k_cache: [num_blocks, page_size, Hkv, D]; `v_cache` alike.
+        v_cache: see `k_cache`.
+        pairs: [N, 2] i64 of (source, destination). All sources are read before any destination is written.
+            Destinations must be distinct.
+    """
+    source, destination = pairs.unbind(1)
+    for cache in (k_cache, v_cache):
+        _copy(cache, cache, source, destination)
+
+
+def swap_blocks(src: Tensor, dst: Tensor, pairs: Tensor, stream: torch.Stream | None = None) -> None:
+    """Copy blocks `pairs[:, 0]` of `src` over blocks `pairs[:, 1]` of `dst`: another cache, possibly on another device.
+
+    `src` and `dst` are [num_blocks, ...] with equal trailing shapes and dtype; `pairs` is [N, 2] i64 with distinct
+    destinations. `stream` is where a device copy would be queued; this form copies before it returns and raises
+    ValueError when given one.
+    """
+    if stream is not None:
+        raise ValueError("stream: the torch form of swap_blocks copies synchronously and takes none")
+    source, destination = pairs.unbind(1)
+    _copy(src, dst, source.to(src.device), destination.to(dst.device))
+
+
+def _copy(src: Tensor, dst: Tensor, source: Tensor, destination: Tensor) -> None:
+    # As bytes, so that every cache dtype takes the same path. index_select makes the temporary that orders reads first.
+    blocks = src.view(torch.uint8).index_select(0, source).to(dst.device)
+    dst.view(torch.uint8).index_copy_(0, destination, blocks)

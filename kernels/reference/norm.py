@@ -1,0 +1,53 @@
+"""RMSNorm fused with the residual addition before it."""
+
+import torch
+from torch import Tensor
+
+from kernels.reference.quant import E4M3, to_e4m3
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, gemma: bool) -> Tensor:
+    """Return RMSNorm (Zhang and Sennrich 2019) over the last dimension of `x`, accumulated in float32.
+
+    The two families round at different points, and their weights mean different things:
+    Llama rounds `x * rsqrt(...)` to the dtype of `x` and then multiplies by `w`; Gemma multiplies by `1 + w` in float32
+    and rounds once. (Rounding `1 + w` to bfloat16 first shifts outputs by up to 3e-2.)
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
+    if gemma:
+        return normed.mul_(weight.float() + 1.0).to(x.dtype)
+    return normed.to(x.dtype) * weight
+
+
+def fused_add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    gemma: bool = False,
+    quant_scale: float | Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Add `x` [T, H] into `residual` [T, H] in place and return the RMSNorm of the sum, [T, H].
+
+    Without a residual (the first norm of a model) `x` itself is normalised and left unchanged. The sum is rounded to
+    the dtype of the residual before it is normalised, as transformers does. `out` may be `x`.
+
+    Args:
+        x: output of the previous sublayer, [T, H].
+        residual: the residual stream, updated in place, or None.
+        weight: [H]. The Gemma form multiplies by `1 + weight`.
+        eps: added to the mean square.
+        gemma: chooses the Gemma form; see `rms_norm`.
+        quant_scale: static per-tensor scale; the result is divided by it and stored as e4m3.
+        out: receives the result.
+    """
+    hidden = x if residual is None else residual.add_(x)
+    normed = rms_norm(hidden, weight, eps, gemma=gemma)
+    if quant_scale is not None:
+        normed = to_e4m3(normed, quant_scale)
+        if out is None:
+            out = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    return normed if out is None else out.copy_(normed)
