@@ -1,0 +1,58 @@
+"""The engine core: continuous batching, paged KV cache and sampling over a model runner. No RPC in here."""
+
+from services.executor.engine.batch import Logprobs, ModelRunnerProtocol, SampledBatch, ScheduledBatch
+from services.executor.engine.config import CapacityPolicy, EngineConfig, EngineConfigError
+from services.executor.engine.engine import Engine
+from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner, StepTimeModel
+from services.executor.engine.kv_cache_size import KVCacheTooSmallError, num_kv_blocks
+from services.executor.engine.ledger import EngineLoad, EngineStats, LinkCredits
+from services.executor.engine.request import (
+    AbortReason,
+    EngineRequest,
+    FinishReason,
+    PromptLogprobs,
+    RequestFinish,
+    RequestKey,
+    RequestStatus,
+    ResumedSample,
+    SampleFinish,
+    StepResult,
+    Timings,
+    TokenOutput,
+    Usage,
+)
+from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams
+
+__all__ = [
+    "STEP_TIME_PRESETS",
+    "AbortReason",
+    "CapacityPolicy",
+    "Engine",
+    "EngineConfig",
+    "EngineConfigError",
+    "EngineLoad",
+    "EngineRequest",
+    "EngineStats",
+    "FakeModelRunner",
+    "FinishReason",
+    "InvalidRequestError",
+    "KVCacheTooSmallError",
+    "LinkCredits",
+    "Logprobs",
+    "ModelRunnerProtocol",
+    "PromptLogprobs",
+    "RequestFinish",
+    "RequestKey",
+    "RequestStatus",
+    "ResumedSample",
+    "SampleFinish",
+    "SampledBatch",
+    "SamplingParams",
+    "ScheduledBatch",
+    "StepResult",
+    "StepTimeModel",
+    "Timings",
+    "TokenOutput",
+    "Usage",
+    "num_kv_blocks",
+]

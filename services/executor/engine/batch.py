@@ -1,0 +1,76 @@
+"""One step's work and its outcome: what the scheduler and the model runner exchange."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from services.executor.engine.request import TopLogprobs
+from services.executor.engine.sequence import Sequence, SequenceGroup
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """Compute tokens `[start, start + num_tokens)` of a sequence.
+
+    samples: the chunk reaches the sequence's end, so its last logits give the next token.
+    first_new_block: block-table entries from here on are new to the runner; 0 says that the row is new as a whole.
+    prompt_logprobs: positions `[first, last)` of the chunk whose logits score the prompt token that follows.
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    first_new_block: int
+    prompt_logprobs: range = range(0)
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """A step: sequences in order (decodes first), after the block copies have run.
+
+    `started` are the requests that left the waiting queue for the first time.
+    """
+
+    step: int
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    num_decodes: int = 0
+    num_tokens: int = 0
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    started: list[SequenceGroup] = field(default_factory=list)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of chunks, as against one token per decode."""
+        return self.num_tokens - self.num_decodes
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural-log probability of one token, from the raw logits, and the most likely alternatives."""
+
+    logprob: float
+    top: TopLogprobs
+
+
+@dataclass(slots=True)
+class SampledBatch:
+    """What a step produced.
+
+    token_ids: one per scheduled sequence that samples, in batch order. logprobs: for those of them that asked, by
+    place in `token_ids`. prompt_logprobs: one list per scheduled sequence with prompt_logprobs positions, by place
+    in `ScheduledBatch.sequences`, one entry per position.
+    """
+
+    token_ids: list[int]
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+
+
+class ModelRunnerProtocol(Protocol):
+    """Runs steps. It may raise: the engine then fails the sequences of that step and goes on."""
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole cache blocks, (source, target), in every layer; no target is also a source."""
+
+    def execute(self, batch: ScheduledBatch) -> SampledBatch:
+        """Run the model over the batch and sample."""

@@ -1,0 +1,204 @@
+"""Forms the batch of every step: continuous batching without phases (vLLM v1's idea)."""
+
+from services.executor.engine.batch import ScheduledBatch, ScheduledSequence
+from services.executor.engine.block_manager import BlockManager
+from services.executor.engine.capacity import Capacity
+from services.executor.engine.config import EngineConfig
+from services.executor.engine.prefill_budget import PrefillBudget
+from services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
+from services.executor.engine.sequence_queue import SequenceQueue
+
+
+class BatchScheduler:
+    """Each step, lets every sequence's `num_computed_tokens` catch up with its tokens under a token budget.
+
+    Decodes come first, so that running streams keep their pace; the rest of the budget goes to prefill chunks and
+    newcomers, by priority and arrival. A sequence gets the blocks of all its known tokens when it is admitted, so
+    only new tokens can run out of blocks; then the last sequence in running order is preempted.
+
+    A sequence is in exactly one place: waiting, running, or pending behind the leader of its group.
+    """
+
+    def __init__(
+        self, config: EngineConfig, blocks: BlockManager, capacity: Capacity, prefill_budget: PrefillBudget
+    ) -> None:
+        self._max_num_seqs = config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._blocks = blocks
+        self._capacity = capacity
+        self._prefill_budget = prefill_budget
+        self._waiting = SequenceQueue()
+        self._running = SequenceQueue()
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._num_reserved_rows = 0
+        self._step = 0
+        self.num_preemptions = 0
+        self.waiting_tokens = 0
+        """Tokens to compute for all waiting sequences, cache hits not considered."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Waiting sequences; samples pending behind a leader are not counted."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Running sequences."""
+        return len(self._running)
+
+    def running(self) -> list[Sequence]:
+        """Return the running sequences, first to last."""
+        return list(self._running)
+
+    def add(self, group: SequenceGroup) -> None:
+        """Queue a request: its first unfinished sample leads, the others fork from it once the prompt is computed."""
+        group.pending = [seq for seq in group.samples if seq.status is SequenceStatus.WAITING]
+        for seq in group.pending:
+            seq.status = SequenceStatus.PENDING_FORK
+        self._promote(group)
+
+    def remove(self, seq: Sequence, now: float) -> None:
+        """Finish a sequence, wherever it is, and free what it holds."""
+        group = seq.group
+        status, seq.status = seq.status, SequenceStatus.FINISHED
+        if status is SequenceStatus.WAITING:
+            self._leave_waiting(seq, now)
+        elif status is SequenceStatus.RUNNING:
+            self._leave_running(seq)
+        elif status is SequenceStatus.PENDING_FORK:
+            group.pending.remove(seq)
+            self._num_reserved_rows -= any(s.status is SequenceStatus.RUNNING for s in group.samples)
+        self._promote(group)
+
+    def schedule(self, now: float) -> ScheduledBatch:
+        """Choose the next step's work. An empty batch means that nothing is left to run."""
+        self._step += 1
+        batch = ScheduledBatch(self._step)
+        preemptions = self.num_preemptions
+        prefills = []
+        for seq in list(self._running):
+            if seq.status is not SequenceStatus.RUNNING:
+                continue  # preempted for one before it
+            if len(seq.token_ids) - seq.num_computed_tokens > 1:
+                prefills.append(seq)
+            elif self._make_room(seq, now):
+                self._schedule(batch, seq, 1)
+        batch.num_decodes = batch.num_tokens
+        limit = self._prefill_budget.limit(batch.num_decodes, self._max_num_batched_tokens - batch.num_decodes)
+        self._schedule_prefills(batch, prefills, limit, now, may_admit=self.num_preemptions == preemptions)
+        batch.block_copies = self._blocks.take_copies()
+        return batch
+
+    def fork(self, leader: Sequence) -> None:
+        """Start the samples that wait for the leader's prompt; they share its blocks.
+
+        Each recomputes the prompt's last token to draw its own first token: one decode row, and no special case.
+        """
+        group = leader.group
+        for seq in group.pending:
+            self._blocks.fork(leader, seq, min(group.num_prompt_tokens, len(seq.token_ids) - 1))
+            self._enter_running(seq)
+        self._num_reserved_rows -= len(group.pending)
+        group.pending = []
+
+    def _schedule_prefills(
+        self, batch: ScheduledBatch, prefills: list[Sequence], budget: int, now: float, *, may_admit: bool
+    ) -> None:
+        running = iter(prefills)
+        runner = next(running, None)
+        while budget > 0:
+            newcomer = self._waiting.first() if may_admit else None
+            if newcomer is not None and (runner is None or newcomer.sort_key < runner.sort_key):
+                if not self._admit(batch, newcomer, now):
+                    may_admit = False  # those behind it wait their turn: nothing overtakes, nothing starves
+                    continue
+                seq = newcomer
+            elif runner is not None:
+                seq, runner = runner, next(running, None)
+                if seq.status is not SequenceStatus.RUNNING or not self._make_room(seq, now):
+                    continue
+            else:
+                return
+            chunk = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
+            self._schedule(batch, seq, chunk)
+            budget -= chunk
+
+    def _schedule(self, batch: ScheduledBatch, seq: Sequence, num_tokens: int) -> None:
+        start = seq.num_computed_tokens
+        end = start + num_tokens
+        group = seq.group
+        scheduled = ScheduledSequence(seq, start, num_tokens, end == len(seq.token_ids), seq.num_sent_blocks)
+        if group.wants_prompt_logprobs:
+            # The logits of position p score token p + 1.
+            scheduled.prompt_logprobs = range(
+                max(start, group.next_prompt_logprob - 1), min(end, group.num_prompt_tokens - 1)
+            )
+        seq.num_sent_blocks = len(seq.block_table)
+        seq.last_scheduled_step = self._step
+        batch.sequences.append(scheduled)
+        batch.num_tokens += num_tokens
+
+    def _admit(self, batch: ScheduledBatch, seq: Sequence, now: float) -> bool:
+        group = seq.group
+        rows = len(self._running) + self._num_reserved_rows + 1 + len(group.pending)
+        if rows > self._max_num_seqs or not self._capacity.may_start(group):
+            return False
+        # A prompt position that is still to be scored must be computed, not found.
+        max_cached = group.next_prompt_logprob - 1 if group.wants_prompt_logprobs else len(seq.token_ids)
+        spare = self._capacity.spare_blocks(len(self._running))
+        if not self._blocks.admit(seq, max_cached_tokens=max_cached, spare=spare):
+            return False
+        self._leave_waiting(seq, now)
+        self._enter_running(seq)
+        self._num_reserved_rows += len(group.pending)
+        if not group.was_scheduled:
+            group.mark_scheduled(now, seq.num_computed_tokens)
+            self._capacity.started(group)
+            batch.started.append(group)
+        return True
+
+    def _make_room(self, seq: Sequence, now: float) -> bool:
+        """Get the blocks for a running sequence's tokens, preempting from the end; False if it had to give way."""
+        while not self._blocks.extend(seq):
+            victim = next(other for other in reversed(self._running) if other.last_scheduled_step != self._step)
+            self._preempt(victim, now)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence, now: float) -> None:
+        self._leave_running(seq)
+        self.num_preemptions += 1
+        seq.is_preempted = True
+        seq.group.mark_preempted(now)
+        self._enter_waiting(seq)
+
+    def _promote(self, group: SequenceGroup) -> None:
+        """Give a group whose leader is gone a new one, if samples still wait for one."""
+        led = any(s.status in (SequenceStatus.WAITING, SequenceStatus.RUNNING) for s in group.samples)
+        if group.pending and not led:
+            self._enter_waiting(group.pending.pop(0))
+
+    def _enter_waiting(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.WAITING
+        self._waiting.add(seq)
+        self.waiting_tokens += len(seq.token_ids)
+
+    def _leave_waiting(self, seq: Sequence, now: float) -> None:
+        self._waiting.remove(seq)
+        self.waiting_tokens -= len(seq.token_ids)
+        if seq.is_preempted:
+            seq.is_preempted = False
+            seq.group.mark_readmitted(now)
+
+    def _enter_running(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.RUNNING
+        seq.row = self._free_rows.pop()
+        self._running.add(seq)
+
+    def _leave_running(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._free_rows.append(seq.row)
+        seq.row = -1
+        self._blocks.free(seq)
+        self._num_reserved_rows -= len(seq.group.pending)

@@ -1,0 +1,104 @@
+"""When a request may start, given the KV cache: the two capacity policies."""
+
+from typing import Protocol
+
+from services.executor.engine.config import CapacityPolicy, EngineConfig
+from services.executor.engine.sampling_params import InvalidRequestError
+from services.executor.engine.sequence import SequenceGroup
+
+
+class Capacity(Protocol):
+    """Decides on admission; the scheduler preempts whenever blocks run out all the same."""
+
+    def check(self, group: SequenceGroup) -> None:
+        """Raise InvalidRequestError for a request that could never start."""
+
+    def may_start(self, group: SequenceGroup) -> bool:
+        """Whether a request may leave the waiting queue now."""
+
+    def spare_blocks(self, num_running: int) -> int:
+        """Blocks to leave free when admitting beside `num_running` sequences."""
+
+    def started(self, group: SequenceGroup) -> None:
+        """The request left the waiting queue for the first time."""
+
+    def finished(self, group: SequenceGroup) -> None:
+        """The request ended; it may never have started."""
+
+
+class MaxUtilization:
+    """Admit what fits now and preempt when that proves too much.
+
+    About 1 % of the blocks stay free at admission, so that a newcomer does not cost a running sequence its blocks a
+    few steps later.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._watermark = config.num_blocks // 100
+
+    def check(self, group: SequenceGroup) -> None:
+        """Accept everything: EngineConfig guarantees that any single sequence fits."""
+
+    def may_start(self, group: SequenceGroup) -> bool:
+        """Leave the decision to the free blocks."""
+        return True
+
+    def spare_blocks(self, num_running: int) -> int:
+        """Leave the watermark, unless nothing else runs: then nothing must hold the sequence back."""
+        return self._watermark if num_running else 0
+
+    def started(self, group: SequenceGroup) -> None:
+        """Nothing is reserved."""
+
+    def finished(self, group: SequenceGroup) -> None:
+        """Nothing was reserved."""
+
+
+class GuaranteedNoEvict:
+    """Admit only what can run to its max_tokens: every started request has its worst case reserved until it ends."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._num_blocks = config.num_blocks
+        self._block_size = config.block_size
+        self._reserved: dict[int, int] = {}
+        self._total = 0
+
+    def check(self, group: SequenceGroup) -> None:
+        """Refuse a request whose samples together can never be guaranteed."""
+        worst = self._worst_case(group)
+        if worst > self._num_blocks:
+            raise InvalidRequestError(
+                "n",
+                f"{len(group.samples)} samples of up to {group.max_len} tokens need {worst} cache blocks of "
+                f"{self._block_size} tokens, the executor has {self._num_blocks}: lower n or max_tokens",
+            )
+
+    def may_start(self, group: SequenceGroup) -> bool:
+        """Whether the worst case fits beside all others'."""
+        return group.arrival in self._reserved or self._total + self._worst_case(group) <= self._num_blocks
+
+    def spare_blocks(self, num_running: int) -> int:
+        """Need no margin: the reservations cover everything."""
+        return 0
+
+    def started(self, group: SequenceGroup) -> None:
+        """Reserve the worst case."""
+        self._reserved[group.arrival] = self._worst_case(group)
+        self._total += self._reserved[group.arrival]
+
+    def finished(self, group: SequenceGroup) -> None:
+        """Give the reservation back."""
+        self._total -= self._reserved.pop(group.arrival, 0)
+
+    def _worst_case(self, group: SequenceGroup) -> int:
+        per_sample = -(-group.max_len // self._block_size)
+        # A fork copies the block of the prompt's last token at the latest, and shares those before it.
+        shared = (group.num_prompt_tokens - 1) // self._block_size
+        return shared + len(group.samples) * (per_sample - shared)
+
+
+def make_capacity(config: EngineConfig) -> Capacity:
+    """Return the policy that the configuration names."""
+    if config.capacity_policy is CapacityPolicy.MAX_UTILIZATION:
+        return MaxUtilization(config)
+    return GuaranteedNoEvict(config)

@@ -1,0 +1,300 @@
+"""The engine: requests in, steps, tokens out. Single-threaded; the clock is injected."""
+
+import os
+import time
+from collections.abc import Callable
+
+from services.executor.engine.admission_check import check_request
+from services.executor.engine.batch import ModelRunnerProtocol, SampledBatch, ScheduledBatch, ScheduledSequence
+from services.executor.engine.batch_scheduler import BatchScheduler
+from services.executor.engine.block_manager import BlockManager
+from services.executor.engine.capacity import make_capacity
+from services.executor.engine.config import EngineConfig
+from services.executor.engine.ledger import EngineLoad, EngineStats, Ledger, LinkCredits
+from services.executor.engine.prefill_budget import PrefillBudget
+from services.executor.engine.request import (
+    AbortReason,
+    EngineRequest,
+    FinishReason,
+    PromptLogprobs,
+    RequestKey,
+    RequestStatus,
+    SampleFinish,
+    StepResult,
+    TokenOutput,
+)
+from services.executor.engine.sampling_params import InvalidRequestError
+from services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
+from services.executor.engine.stop import stop_reason
+
+_ABORTS = {
+    AbortReason.CANCELLED: (FinishReason.CANCELLED, RequestStatus.CANCELLED),
+    AbortReason.STOP: (FinishReason.STOP, RequestStatus.OK),
+    AbortReason.DEADLINE: (FinishReason.DEADLINE, RequestStatus.DEADLINE_EXCEEDED),
+}
+
+
+class Engine:
+    """Continuous batching over one model runner.
+
+    A step has three parts that share nothing but the batch: schedule, run, process. Whatever add() and abort() decide
+    between steps is reported by the next step(). An exception in the runner ends the requests of that step with
+    INTERNAL (their cache content is unknown); all others go on.
+    """
+
+    def __init__(
+        self, config: EngineConfig, runner: ModelRunnerProtocol, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self._runner = runner
+        self._clock = clock
+        self._blocks = BlockManager(
+            config.num_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache
+        )
+        self._capacity = make_capacity(config)
+        self._prefill_budget = PrefillBudget(config.target_itl, config.min_prefill_chunk)
+        self._scheduler = BatchScheduler(config, self._blocks, self._capacity, self._prefill_budget)
+        self._ledger = Ledger()
+        self._result = StepResult()
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._num_failed_steps = 0
+        self._num_computed_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_queried_tokens = 0
+        self._num_hit_tokens = 0
+
+    def add(self, request: EngineRequest) -> None:
+        """Accept a request, or raise InvalidRequestError naming the field and the limit."""
+        try:
+            check_request(request, self.config)
+            self._ledger.check_new(request.key)
+            group = self._make_group(request)
+            self._capacity.check(group)
+        except InvalidRequestError:
+            self._ledger.rejected += 1
+            raise
+        self._num_arrivals += 1
+        self._ledger.enter(group)
+        self._scheduler.add(group)
+        now = self._clock()
+        for seq in group.samples:
+            # A sample may have been moved between its last token and the news of its end.
+            if seq.status is not SequenceStatus.FINISHED and (stop := stop_reason(seq)) is not None:
+                self._finish_sample(seq, *stop, now)
+        if group.num_unfinished == 0 and self._ledger.get(group.key) is group:
+            self._finish_request(group, RequestStatus.OK, "", now)
+
+    def abort(self, key: RequestKey, index: int | None = None, reason: AbortReason = AbortReason.CANCELLED) -> None:
+        """End a request, or one sample of it, at once. Unknown keys, indices and ended samples are ignored.
+
+        A request whose last sample is ended this way is OK if any of its samples reached an end of its own.
+        """
+        group = self._ledger.get(key)
+        if group is None:
+            return
+        finish_reason, status = _ABORTS[reason]
+        now = self._clock()
+        if index is None:
+            self._end_request(group, finish_reason, status, "", now)
+        elif 0 <= index < len(group.samples) and group.samples[index].status is not SequenceStatus.FINISHED:
+            self._finish_sample(group.samples[index], finish_reason, None, now)
+
+    def drop_link(self, link: int) -> None:
+        """Cancel everything of a link that is gone, and forget its counters."""
+        now = self._clock()
+        for group in self._ledger.of_link(link):
+            self._end_request(group, FinishReason.CANCELLED, RequestStatus.CANCELLED, "the link was dropped", now)
+        self._ledger.forget_link(link)
+
+    def has_unfinished(self) -> bool:
+        """Whether step() has work to do or news to report."""
+        return len(self._ledger) > 0 or bool(self._result.finished or self._result.samples_finished)
+
+    def step(self) -> StepResult:
+        """Run one step and return all that happened since the last one."""
+        started = self._clock()
+        for group in self._ledger.expired(started):
+            self._end_request(
+                group, FinishReason.DEADLINE, RequestStatus.DEADLINE_EXCEEDED, "the deadline has passed", started
+            )
+        batch = self._schedule(started)
+        if batch.sequences:
+            self._num_steps += 1
+            try:
+                sampled = self._run(batch)
+            except Exception as error:
+                self._fail(batch, error)
+            else:
+                now = self._clock()
+                self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, now - started)
+                self._process(batch, sampled, now)
+        result, self._result = self._result, StepResult()
+        return result
+
+    def load(self) -> EngineLoad:
+        """Return the gauges; O(1)."""
+        return EngineLoad(
+            free_blocks=self._blocks.num_free,
+            cached_blocks=self._blocks.num_cached,
+            total_blocks=self._blocks.num_blocks,
+            running=len(self._ledger) - self._ledger.waiting,
+            waiting=self._ledger.waiting,
+            running_sequences=self._scheduler.num_running,
+            waiting_sequences=self._scheduler.num_waiting,
+            waiting_prefill_tokens=self._scheduler.waiting_tokens,
+        )
+
+    def stats(self) -> EngineStats:
+        """Return the counters; O(1)."""
+        ended = self._ledger.ended
+        return EngineStats(
+            accepted=self._ledger.accepted,
+            rejected=self._ledger.rejected,
+            finished=ended[RequestStatus.OK],
+            cancelled=ended[RequestStatus.CANCELLED],
+            deadline_exceeded=ended[RequestStatus.DEADLINE_EXCEEDED],
+            failed=ended[RequestStatus.INTERNAL],
+            preemptions=self._scheduler.num_preemptions,
+            steps=self._num_steps,
+            failed_steps=self._num_failed_steps,
+            computed_tokens=self._num_computed_tokens,
+            generated_tokens=self._num_generated_tokens,
+            prefix_cache_queries=self._num_queried_tokens,
+            prefix_cache_hits=self._num_hit_tokens,
+        )
+
+    def has_request(self, key: RequestKey) -> bool:
+        """Whether the request was accepted and has not ended."""
+        return self._ledger.get(key) is not None
+
+    def link_credits(self, link: int) -> LinkCredits:
+        """Return what a link has used, cumulatively; O(1)."""
+        return self._ledger.credits(link)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless blocks, sequences and requests add up; O(everything), for tests."""
+        self._blocks.check_integrity(self._scheduler.running())
+        stats, load = self.stats(), self.load()
+        ended = stats.finished + stats.cancelled + stats.deadline_exceeded + stats.failed
+        if stats.accepted != ended + load.running + load.waiting:
+            raise AssertionError(f"requests do not add up: {stats}, {load}")
+
+    def _make_group(self, request: EngineRequest) -> SequenceGroup:
+        seed = request.sampling.seed
+        return SequenceGroup(
+            request,
+            arrival=self._num_arrivals,
+            now=self._clock(),
+            seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
+            eos_token_ids=self.config.eos_token_ids,
+            max_model_len=self.config.max_model_len,
+        )
+
+    def _schedule(self, now: float) -> ScheduledBatch:
+        batch = self._scheduler.schedule(now)
+        for group in batch.started:
+            self._ledger.started(group)
+            if group.request.sampling.prompt_logprobs is not None:
+                self._result.prompt_logprobs.append(PromptLogprobs(group.key, 0, [0.0], [[]]))
+            if self.config.enable_prefix_cache:
+                self._num_queried_tokens += group.num_prompt_tokens
+                self._num_hit_tokens += group.cached_tokens
+        return batch
+
+    def _run(self, batch: ScheduledBatch) -> SampledBatch:
+        if batch.block_copies:
+            self._runner.copy_blocks(batch.block_copies)
+        return self._runner.execute(batch)
+
+    def _process(self, batch: ScheduledBatch, sampled: SampledBatch, now: float) -> None:
+        self._num_computed_tokens += batch.num_tokens
+        place = 0
+        for position, scheduled in enumerate(batch.sequences):
+            seq = scheduled.seq
+            group = seq.group
+            seq.num_computed_tokens += scheduled.num_tokens
+            self._blocks.publish(seq)
+            if scheduled.prompt_logprobs:
+                self._report_prompt_logprobs(group, scheduled, position, sampled)
+            if group.pending and seq.num_computed_tokens >= group.num_prompt_tokens:
+                self._scheduler.fork(seq)
+            if scheduled.samples:
+                self._append_token(seq, place, sampled, now)
+                place += 1
+
+    def _append_token(self, seq: Sequence, place: int, sampled: SampledBatch, now: float) -> None:
+        group = seq.group
+        token_id = sampled.token_ids[place]
+        logprobs = sampled.logprobs.get(place) if sampled.logprobs else None
+        output = TokenOutput(
+            group.key,
+            seq.index,
+            seq.num_output_tokens,
+            [token_id],
+            None if logprobs is None else [logprobs.logprob],
+            None if logprobs is None else [logprobs.top],
+        )
+        self._result.tokens.append(output)
+        self._num_generated_tokens += 1
+        seq.token_ids.append(token_id)
+        group.mark_token(now)
+        stop = stop_reason(seq)
+        if stop is not None:
+            self._finish_sample(seq, *stop, now)
+
+    def _report_prompt_logprobs(
+        self, group: SequenceGroup, scheduled: ScheduledSequence, position: int, sampled: SampledBatch
+    ) -> None:
+        entries = sampled.prompt_logprobs[position]
+        self._result.prompt_logprobs.append(
+            PromptLogprobs(
+                group.key,
+                scheduled.prompt_logprobs.start + 1,
+                [entry.logprob for entry in entries],
+                [entry.top for entry in entries],
+            )
+        )
+        group.next_prompt_logprob = scheduled.prompt_logprobs.stop + 1
+
+    def _fail(self, batch: ScheduledBatch, error: Exception) -> None:
+        now = self._clock()
+        self._num_failed_steps += 1
+        self._result.error = error
+        for scheduled in batch.sequences:
+            group = scheduled.seq.group
+            if self._ledger.get(group.key) is group:
+                message = f"the model runner failed ({type(error).__name__})"
+                self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
+
+    def _finish_sample(self, seq: Sequence, reason: FinishReason, stop_token_id: int | None, now: float) -> None:
+        """End one sample, and its request with the last one."""
+        group = seq.group
+        self._remove_sample(seq, reason, stop_token_id, now)
+        if group.num_unfinished == 0:
+            reasons = {sample.finish_reason for sample in group.samples}
+            status = RequestStatus.OK
+            if not reasons & {FinishReason.STOP, FinishReason.LENGTH}:
+                past = FinishReason.DEADLINE in reasons
+                status = RequestStatus.DEADLINE_EXCEEDED if past else RequestStatus.CANCELLED
+            self._finish_request(group, status, "", now)
+
+    def _end_request(
+        self, group: SequenceGroup, reason: FinishReason, status: RequestStatus, message: str, now: float
+    ) -> None:
+        """End all samples of a request that still run, and the request."""
+        for seq in reversed(group.samples):
+            if seq.status is not SequenceStatus.FINISHED:
+                self._remove_sample(seq, reason, None, now)
+        self._finish_request(group, status, message, now)
+
+    def _remove_sample(self, seq: Sequence, reason: FinishReason, stop_token_id: int | None, now: float) -> None:
+        self._scheduler.remove(seq, now)
+        seq.finish_reason = reason
+        seq.group.num_unfinished -= 1
+        self._result.samples_finished.append(SampleFinish(seq.group.key, seq.index, reason, stop_token_id))
+
+    def _finish_request(self, group: SequenceGroup, status: RequestStatus, message: str, now: float) -> None:
+        self._capacity.finished(group)
+        self._result.finished.append(self._ledger.leave(group, status, message, now))
+        group.samples = []  # group and samples refer to each other: freed now, not by the garbage collector

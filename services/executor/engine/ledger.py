@@ -1,0 +1,147 @@
+"""The books: which requests are in the engine, how each one ended, and what every link used."""
+
+import heapq
+from dataclasses import dataclass
+
+from services.executor.engine.request import RequestFinish, RequestKey, RequestStatus
+from services.executor.engine.sampling_params import InvalidRequestError
+from services.executor.engine.sequence import SequenceGroup
+
+
+@dataclass(frozen=True, slots=True)
+class LinkCredits:
+    """Cumulative counts of one link, from which the link layer grants credits.
+
+    `admitted_prefill_tokens`: prompt tokens of its requests that have left waiting, by running or by ending.
+    """
+
+    admitted_prefill_tokens: int
+    completed_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """The engine's state now.
+
+    `running` and `waiting` count requests (a preempted request is a running one), the `_sequences` fields samples;
+    `waiting_prefill_tokens` are tokens to compute for waiting sequences, cache hits not considered.
+    """
+
+    free_blocks: int
+    cached_blocks: int
+    total_blocks: int
+    running: int
+    waiting: int
+    running_sequences: int
+    waiting_sequences: int
+    waiting_prefill_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts since start. At all times accepted = finished + cancelled + deadline_exceeded + failed + load's running
+    + waiting; `rejected` requests were never accepted. Prefix-cache counts are prompt tokens looked up and found.
+    """
+
+    accepted: int
+    rejected: int
+    finished: int
+    cancelled: int
+    deadline_exceeded: int
+    failed: int
+    preemptions: int
+    steps: int
+    failed_steps: int
+    computed_tokens: int
+    generated_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+
+
+class _Link:
+    def __init__(self) -> None:
+        self.groups: dict[RequestKey, SequenceGroup] = {}
+        self.admitted_prefill_tokens = 0
+        self.completed_requests = 0
+
+
+class Ledger:
+    """Every accepted request enters once and leaves once; all counters are O(1) per event."""
+
+    def __init__(self) -> None:
+        self._groups: dict[RequestKey, SequenceGroup] = {}
+        self._links: dict[int, _Link] = {}
+        self._deadlines: list[tuple[float, int, RequestKey]] = []
+        self.accepted = 0
+        self.rejected = 0
+        self.waiting = 0
+        """Requests that have never been scheduled."""
+        self.ended = dict.fromkeys(RequestStatus, 0)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def get(self, key: RequestKey) -> SequenceGroup | None:
+        """Return the request if it has not ended."""
+        return self._groups.get(key)
+
+    def of_link(self, link: int) -> list[SequenceGroup]:
+        """Return the requests of a link that have not ended."""
+        return list(self._links[link].groups.values()) if link in self._links else []
+
+    def check_new(self, key: RequestKey) -> None:
+        """Raise InvalidRequestError if the key is in use."""
+        if key in self._groups:
+            raise InvalidRequestError("handle", f"{key[1]} is in use on this link")
+
+    def enter(self, group: SequenceGroup) -> None:
+        """Accept a request."""
+        self._groups[group.key] = group
+        self._links.setdefault(group.key[0], _Link()).groups[group.key] = group
+        self.accepted += 1
+        self.waiting += 1
+        if group.request.deadline is not None:
+            heapq.heappush(self._deadlines, (group.request.deadline, group.arrival, group.key))
+            self._drop_stale_deadlines()
+
+    def started(self, group: SequenceGroup) -> None:
+        """Note that a request was scheduled for the first time."""
+        self.waiting -= 1
+        self._links[group.key[0]].admitted_prefill_tokens += group.num_prompt_tokens
+
+    def leave(self, group: SequenceGroup, status: RequestStatus, message: str, now: float) -> RequestFinish:
+        """End a request and return its one RequestFinish."""
+        del self._groups[group.key]
+        link = self._links[group.key[0]]
+        del link.groups[group.key]
+        if not group.was_scheduled:
+            self.started(group)
+        link.completed_requests += 1
+        self.ended[status] += 1
+        return RequestFinish(group.key, status, message, group.usage(), group.timings(now))
+
+    def expired(self, now: float) -> list[SequenceGroup]:
+        """Return the requests whose deadline has come, once each; O(log n) per request."""
+        groups = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, arrival, key = heapq.heappop(self._deadlines)
+            group = self._groups.get(key)
+            if group is not None and group.arrival == arrival:
+                groups.append(group)
+        return groups
+
+    def forget_link(self, link: int) -> None:
+        """Drop the counters of a link that has no requests left."""
+        self._links.pop(link, None)
+
+    def credits(self, link: int) -> LinkCredits:
+        """Return a link's counters; zeros before its first request."""
+        found = self._links.get(link)
+        return LinkCredits(found.admitted_prefill_tokens, found.completed_requests) if found else LinkCredits(0, 0)
+
+    def _drop_stale_deadlines(self) -> None:
+        # Requests usually end long before their deadline: keep the heap within twice the live requests.
+        if len(self._deadlines) > 2 * len(self._groups) + 64:
+            live = {group.arrival for group in self._groups.values()}
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in live]
+            heapq.heapify(self._deadlines)

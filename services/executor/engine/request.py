@@ -1,0 +1,158 @@
+"""What goes into the engine and what comes out: plain data, free of any wire format."""
+
+import enum
+from dataclasses import dataclass, field
+
+from services.executor.engine.sampling_params import SamplingParams
+
+RequestKey = tuple[int, int]
+"""(link, handle): unique among the requests that are in the engine."""
+
+
+class FinishReason(enum.Enum):
+    """Why one sample ended."""
+
+    STOP = "stop"
+    """An end-of-sequence token, a stop token, or a stop string found by the text edge."""
+    LENGTH = "length"
+    """max_tokens or max_model_len was reached."""
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class AbortReason(enum.Enum):
+    """Why a request or a sample is ended from outside."""
+
+    CANCELLED = "cancelled"
+    STOP = "stop"
+    DEADLINE = "deadline"
+
+
+class RequestStatus(enum.Enum):
+    """How a request ended. The last two never come from step(): add() refuses such requests, links report them."""
+
+    OK = "ok"
+    CANCELLED = "cancelled"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    INTERNAL = "internal"
+    INVALID_ARGUMENT = "invalid_argument"
+    RESOURCE_EXHAUSTED = "resource_exhausted"
+
+
+@dataclass(frozen=True, slots=True)
+class ResumedSample:
+    """What one sample emitted on another executor; with `finished` set it is counted but not run again."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    finished: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request. `deadline` is absolute on the engine's clock; requests with a lower `priority` run first.
+
+    Cached prefixes are shared between requests of one `cache_salt` only. `resumed` may leave samples out: they start
+    from the prompt.
+    """
+
+    key: RequestKey
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: bytes = b""
+    resumed: tuple[ResumedSample, ...] = ()
+
+
+TopLogprobs = list[tuple[int, float]]
+"""(token id, natural-log probability) pairs, most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """New tokens of a sample, the first of which is its token number `offset`. Lists are parallel to `token_ids`."""
+
+    key: RequestKey
+    index: int
+    offset: int
+    token_ids: list[int]
+    logprobs: list[float] | None = None
+    top_logprobs: list[TopLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of consecutive prompt tokens from position `offset` on.
+
+    The token at position 0 has none: its entry is 0 without alternatives.
+    """
+
+    key: RequestKey
+    offset: int
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFinish:
+    """A sample ended; `stop_token_id` is the last token where that ended it (it is in the sample's token ids)."""
+
+    key: RequestKey
+    index: int
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request consumed, in tokens.
+
+    `completion_tokens` counts all samples, stop tokens and resumed tokens included; `cached_tokens` is the part of
+    the prompt found in the prefix cache when the request first ran; `num_resumed` came from another executor.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    num_preemptions: int
+    num_resumed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds on the engine's clock. queue + prefill + decode + tail = total; `preempted` lies within them.
+
+    queue: add to first step; prefill: first step to first token; decode: first to last token; tail: last token to
+    the end (other than 0 only when the request was ended from outside).
+    """
+
+    total: float
+    queue: float
+    prefill: float
+    decode: float
+    preempted: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinish:
+    """The end of a request; comes exactly once per accepted request."""
+
+    key: RequestKey
+    status: RequestStatus
+    message: str
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What happened since the last step. `error` is what the runner raised, for the caller to log."""
+
+    tokens: list[TokenOutput] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    samples_finished: list[SampleFinish] = field(default_factory=list)
+    finished: list[RequestFinish] = field(default_factory=list)
+    error: Exception | None = None

@@ -1,0 +1,171 @@
+"""The state of a request inside the engine: a SequenceGroup of n samples, each a Sequence."""
+
+import enum
+from dataclasses import dataclass, field
+
+from services.executor.engine.request import EngineRequest, FinishReason, RequestKey, Timings, Usage
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence stands. Only a RUNNING one holds blocks and a row."""
+
+    WAITING = "waiting"
+    PENDING_FORK = "pending_fork"
+    """Waits until the group's leader has computed the prompt, to share its blocks."""
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample: its tokens and how far they are computed.
+
+    There are no phases: a step computes tokens `[num_computed_tokens, ...)`, and samples the next token when that
+    reaches the end (vLLM v1). Block tables only grow; an entry changes only by copy-on-write.
+    """
+
+    group: "SequenceGroup"
+    index: int
+    token_ids: list[int]
+    """Prompt and output."""
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the cache."""
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hashes of the leading full blocks; a function of the tokens, so it outlives preemption."""
+    num_published_blocks: int = 0
+    """Leading blocks already offered to the prefix cache."""
+    num_sent_blocks: int = 0
+    """Leading block-table entries that the runner knows."""
+    row: int = -1
+    """Place in the runner's persistent per-sequence buffers."""
+    last_scheduled_step: int = -1
+    is_preempted: bool = False
+    """Whether it waits because it lost its blocks."""
+    finish_reason: FinishReason | None = None
+    sort_key: tuple[int, int, int] = field(init=False)
+    """Who runs first: lower priority value, then earlier arrival, then lower index."""
+
+    def __post_init__(self) -> None:
+        self.sort_key = (self.group.request.priority, self.group.arrival, self.index)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens emitted, those of an earlier executor included."""
+        return len(self.token_ids) - self.group.num_prompt_tokens
+
+
+class SequenceGroup:
+    """A request: its samples, what they may still do, and what they cost so far."""
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        *,
+        arrival: int,
+        now: float,
+        seed: int,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+    ) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.seed = seed
+        """Of the request; each sample's own derives from it and the index (`kernels.sample_seed`)."""
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        sampling = request.sampling
+        eos = frozenset() if sampling.ignore_eos else eos_token_ids
+        self.stop_ids = eos | sampling.stop_token_ids
+        room = max_model_len - self.num_prompt_tokens
+        self.max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        """Output tokens per sample, clipped to the context."""
+        self.samples = [Sequence(self, index, list(request.prompt_token_ids)) for index in range(sampling.n)]
+        for resumed in request.resumed:
+            sample = self.samples[resumed.index]
+            sample.token_ids.extend(resumed.token_ids)
+            if resumed.finished is not None:
+                sample.status = SequenceStatus.FINISHED
+                sample.finish_reason = resumed.finished
+        self.num_unfinished = sum(s.status is not SequenceStatus.FINISHED for s in self.samples)
+        self.pending: list[Sequence] = []
+        """Samples in state PENDING_FORK, by index."""
+        self.next_prompt_logprob = 1
+        """First prompt position whose log-probability was not reported yet; position 0 has none."""
+
+        self.cached_tokens = 0
+        self.num_preemptions = 0
+        self._added_at = now
+        self._first_scheduled_at: float | None = None
+        self._first_token_at: float | None = None
+        self._last_token_at: float | None = None
+        self._num_preempted = 0
+        self._preempted_since = 0.0
+        self._preempted_time = 0.0
+
+    @property
+    def key(self) -> RequestKey:
+        """The caller's name for the request."""
+        return self.request.key
+
+    @property
+    def was_scheduled(self) -> bool:
+        """Whether the request has left the waiting queue at least once."""
+        return self._first_scheduled_at is not None
+
+    @property
+    def max_len(self) -> int:
+        """Longest a sample may become, prompt included."""
+        return self.num_prompt_tokens + self.max_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether positions of the prompt are still to be reported."""
+        return self.request.sampling.prompt_logprobs is not None and self.next_prompt_logprob < self.num_prompt_tokens
+
+    def mark_scheduled(self, now: float, cached_tokens: int) -> None:
+        """The request leaves the queue for the first time."""
+        self._first_scheduled_at = now
+        self.cached_tokens = min(cached_tokens, self.num_prompt_tokens)
+
+    def mark_token(self, now: float) -> None:
+        """A sample got a token."""
+        if self._first_token_at is None:
+            self._first_token_at = now
+        self._last_token_at = now
+
+    def mark_preempted(self, now: float) -> None:
+        """A sample lost its blocks."""
+        self.num_preemptions += 1
+        if self._num_preempted == 0:
+            self._preempted_since = now
+        self._num_preempted += 1
+
+    def mark_readmitted(self, now: float) -> None:
+        """A preempted sample runs again, or ended while it waited."""
+        self._num_preempted -= 1
+        if self._num_preempted == 0:
+            self._preempted_time += now - self._preempted_since
+
+    def usage(self) -> Usage:
+        """Tokens so far; O(n samples)."""
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=sum(sample.num_output_tokens for sample in self.samples),
+            cached_tokens=self.cached_tokens,
+            num_preemptions=self.num_preemptions,
+            num_resumed=sum(len(resumed.token_ids) for resumed in self.request.resumed),
+        )
+
+    def timings(self, now: float) -> Timings:
+        """Durations of a request that ends now; a stage that was not reached lasts 0, one it is in lasts until now."""
+        scheduled = now if self._first_scheduled_at is None else self._first_scheduled_at
+        first = now if self._first_token_at is None else self._first_token_at
+        last = first if self._last_token_at is None else self._last_token_at
+        return Timings(
+            total=now - self._added_at,
+            queue=scheduled - self._added_at,
+            prefill=first - scheduled,
+            decode=last - first,
+            preempted=self._preempted_time,
+        )
