@@ -1,0 +1,75 @@
+"""Entry point: `python -m services.executor`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+from prometheus_client import CollectorRegistry
+
+from services.common.lifecycle import GrpcService, StartError, announce, configure_logging, stop_event
+from services.common.metrics import MetricsEndpoint
+from services.common.settings import load_settings
+from services.executor.config import ExecutorSettings
+from services.executor.engine_supervisor import EngineSupervisor
+from services.executor.front import SERVICE, ExecutorServicer, add_to_server
+from services.executor.metrics import ExecutorCollector
+
+_log = logging.getLogger("services.executor")
+
+
+async def serve(settings: ExecutorSettings) -> None:
+    """Serve until SIGTERM, then drain. Raises StartError."""
+    stop = stop_event()
+    supervisor = EngineSupervisor(settings)
+    service = GrpcService(settings.host, settings.port, services=(SERVICE,), is_ready=lambda: supervisor.is_ready)
+    add_to_server(ExecutorServicer(supervisor, settings), service.server)
+    await service.start()
+    lines = [service.address]
+    metrics = None
+    if settings.metrics_port is not None:
+        registry = CollectorRegistry()
+        registry.register(ExecutorCollector(lambda: supervisor.info))
+        metrics = MetricsEndpoint(settings.host, settings.metrics_port, registry)
+        lines.append(f"metrics={metrics.address}")
+
+    def on_ready() -> None:
+        _log.info("serving %s on %s", supervisor.info.model, service.address)
+        announce(settings.announce, *lines)
+
+    running = asyncio.create_task(supervisor.run(on_ready))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+        _log.info("draining for up to %g s", settings.drain_limit_s)
+        remaining = await supervisor.drain(settings.drain_limit_s)
+        if remaining:
+            _log.warning("%d sequences did not finish in time", remaining)
+    finally:
+        running.cancel()
+        stopping.cancel()
+        await asyncio.gather(running, stopping, return_exceptions=True)
+        await service.stop(grace=1.0)
+        if metrics is not None:
+            metrics.stop()
+        if settings.announce is not None:
+            settings.announce.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """Read the settings, serve, and return the exit code."""
+    settings = load_settings(ExecutorSettings)
+    configure_logging("executor", settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

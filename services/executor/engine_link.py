@@ -1,0 +1,284 @@
+"""The engine's side of the links: protobuf frames to engine calls, step results to one StepOutput per link.
+
+This is the only part of the engine process that knows the wire format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from scalellm.v1 import common_pb2, link_pb2
+from services.common.errors import StatusError
+from services.common.link import API_MINOR
+from services.executor.engine.engine import Engine
+from services.executor.engine.request import (
+    AbortReason,
+    EngineRequest,
+    FinishReason,
+    RequestFinish,
+    RequestStatus,
+    ResumedSample,
+    StepResult,
+    TopLogprobs,
+)
+from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams
+
+_REASONS = MappingProxyType(
+    {
+        FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+        FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+        FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
+        FinishReason.DEADLINE: common_pb2.FINISH_REASON_DEADLINE,
+        FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
+    }
+)
+_FROM_WIRE_REASON = MappingProxyType({wire: reason for reason, wire in _REASONS.items()})
+_ABORTS = MappingProxyType(
+    {
+        link_pb2.ABORT_REASON_STOP: AbortReason.STOP,
+        link_pb2.ABORT_REASON_DEADLINE: AbortReason.DEADLINE,
+    }
+)
+_CODES = MappingProxyType(
+    {
+        RequestStatus.CANCELLED: grpc.StatusCode.CANCELLED,
+        RequestStatus.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+        RequestStatus.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
+        RequestStatus.RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        RequestStatus.INTERNAL: grpc.StatusCode.INTERNAL,
+    }
+)
+
+
+def sampling_from_wire(wire: common_pb2.SamplingParams) -> SamplingParams:
+    """The engine's parameters; a field that is not set takes the engine's default."""
+    values: dict[str, object] = {
+        field.name: value for field, value in wire.ListFields() if field.name not in ("logit_bias", "stop_token_ids")
+    }
+    return SamplingParams(
+        **values,  # type: ignore[arg-type]
+        logit_bias=dict(wire.logit_bias),
+        stop_token_ids=frozenset(wire.stop_token_ids),
+    )
+
+
+class EngineLink:
+    """One link: its handles, its credits, its frames.
+
+    Args:
+        link: Number of the link; with a handle it makes the engine's request key.
+        engine: Where its requests run.
+        prefill_window: Prompt tokens that may wait for their first step: about one step's worth, so that the engine
+            never idles for a round trip and who goes first stays the scheduler's decision.
+        request_window: Requests that may be here at once.
+    """
+
+    def __init__(self, link: int, engine: Engine, *, prefill_window: int, request_window: int) -> None:
+        self.link = link
+        self._engine = engine
+        self._prefill_window = prefill_window
+        self._request_window = request_window
+        self._seq = 0
+        self._refused_tokens = 0
+        self._num_refused = 0
+        self._last_load = b""
+
+    def on_frame(self, payload: bytes, now: float, draining: bool) -> bytes | None:
+        """Take one ClientFrame. Returns a ServerFrame when it is answered at once: a refused request.
+
+        Raises StatusError when the frame breaks the protocol: the link must end.
+        """
+        try:
+            frame = link_pb2.ClientFrame.FromString(payload)
+        except DecodeError:
+            raise StatusError.invalid("frame", "is not a ClientFrame") from None
+        match frame.WhichOneof("frame"):
+            case "submit":
+                return self._submit(frame.submit, now, draining)
+            case "abort":
+                abort = frame.abort
+                index = abort.index if abort.HasField("index") else None
+                self._engine.abort((self.link, abort.handle), index, _ABORTS.get(abort.reason, AbortReason.CANCELLED))
+                return None
+            case other:
+                raise StatusError.invalid("frame", f"must be submit or abort after the hello, got {other}")
+
+    def _submit(self, submit: link_pb2.Submit, now: float, draining: bool) -> bytes | None:
+        key = (self.link, submit.handle)
+        if self._engine.has_request(key):  # a Finish would end the other request of that handle
+            raise StatusError.invalid("handle", f"{submit.handle} is in use on this link")
+        try:
+            if draining:
+                raise StatusError.unavailable("the executor is draining and takes no new requests")
+            self._engine.add(
+                EngineRequest(
+                    key=key,
+                    request_id=submit.request_id,
+                    prompt_token_ids=tuple(submit.token_ids),
+                    sampling=sampling_from_wire(submit.sampling),
+                    priority=submit.priority,
+                    deadline=now + submit.time_remaining_ns / 1e9 if submit.HasField("time_remaining_ns") else None,
+                    cache_salt=submit.cache_salt,
+                    resumed=tuple(
+                        ResumedSample(sample.index, tuple(sample.token_ids), _FROM_WIRE_REASON.get(sample.finished))
+                        for sample in submit.resumed
+                    ),
+                )
+            )
+        except InvalidRequestError as error:
+            status = StatusError.invalid(error.field, error.message).to_link()
+        except StatusError as error:
+            status = error.to_link()
+        else:
+            return None
+        # What was refused never waits, so it gives its credits back at once.
+        self._refused_tokens += len(submit.token_ids)
+        self._num_refused += 1
+        finish = link_pb2.Finish(handle=submit.handle, status=status)
+        return self._frame(link_pb2.StepOutput(finished=[finish], load=self.load(draining)))
+
+    def load(self, draining: bool) -> link_pb2.Load:
+        """The state and the credits of this link."""
+        load = self._engine.load()
+        credits = self._engine.link_credits(self.link)
+        return link_pb2.Load(
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+            running=load.running,
+            waiting=load.waiting,
+            waiting_prefill_tokens=load.waiting_prefill_tokens,
+            granted_prefill_tokens=credits.admitted_prefill_tokens + self._refused_tokens + self._prefill_window,
+            granted_requests=credits.completed_requests + self._num_refused + self._request_window,
+            draining=draining,
+        )
+
+    def load_frame(self, draining: bool) -> bytes | None:
+        """A frame with nothing but the load, or None when the load is what was sent last."""
+        load = self.load(draining)
+        if load.SerializeToString() == self._last_load:
+            return None
+        return self._frame(link_pb2.StepOutput(load=load))
+
+    def step_frame(self, result: StepResult, draining: bool) -> bytes:
+        """What a step did for this link, as one serialised ServerFrame."""
+        tokens = result.tokens
+        return self._frame(
+            link_pb2.StepOutput(
+                handles=[output.key[1] for output in tokens],
+                indices=[output.index for output in tokens],
+                offsets=[output.offset for output in tokens],
+                counts=[len(output.token_ids) for output in tokens],
+                token_ids=[token for output in tokens for token in output.token_ids],
+                logprobs=[
+                    _logprobs(output.key[1], output.index, output.offset, output.logprobs, output.top_logprobs)
+                    for output in tokens
+                    if output.logprobs is not None
+                ],
+                prompt_logprobs=[
+                    _logprobs(part.key[1], 0, part.offset, part.logprobs, part.top_logprobs)
+                    for part in result.prompt_logprobs
+                ],
+                finished_samples=[
+                    link_pb2.LinkSampleFinish(
+                        handle=sample.key[1],
+                        index=sample.index,
+                        reason=_REASONS[sample.reason],
+                        stop_token_id=sample.stop_token_id,
+                    )
+                    for sample in result.samples_finished
+                ],
+                finished=[_finish(finish) for finish in result.finished],
+                load=self.load(draining),
+            )
+        )
+
+    def _frame(self, step: link_pb2.StepOutput) -> bytes:
+        self._seq += 1
+        step.seq = self._seq
+        self._last_load = step.load.SerializeToString()
+        return link_pb2.ServerFrame(step=step).SerializeToString()
+
+
+def split_by_link(result: StepResult) -> Mapping[int, StepResult]:
+    """Divide a step's result among the links that its requests came from."""
+    parts: dict[int, StepResult] = {}
+
+    def part(link: int) -> StepResult:
+        found = parts.get(link)
+        if found is None:
+            found = parts[link] = StepResult()
+        return found
+
+    for output in result.tokens:
+        part(output.key[0]).tokens.append(output)
+    for prompt in result.prompt_logprobs:
+        part(prompt.key[0]).prompt_logprobs.append(prompt)
+    for sample in result.samples_finished:
+        part(sample.key[0]).samples_finished.append(sample)
+    for finish in result.finished:
+        part(finish.key[0]).finished.append(finish)
+    return parts
+
+
+def welcome_frame(link: EngineLink, hello: link_pb2.Hello, *, info: link_pb2.Welcome, draining: bool) -> bytes:
+    """Answer a Hello with a serialised ServerFrame, or raise StatusError to refuse the link."""
+    if hello.tokenizer_sha256 and info.tokenizer_sha256 and hello.tokenizer_sha256 != info.tokenizer_sha256:
+        raise StatusError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"tokenizer_sha256: this executor serves {info.model!r} with another tokenizer "
+            f"({info.tokenizer_sha256.hex()[:12]}, not {hello.tokenizer_sha256.hex()[:12]})",
+        )
+    welcome = link_pb2.Welcome()
+    welcome.CopyFrom(info)
+    welcome.api_minor = API_MINOR
+    welcome.load.CopyFrom(link.load(draining))
+    return link_pb2.ServerFrame(welcome=welcome).SerializeToString()
+
+
+def _logprobs(
+    handle: int,
+    index: int,
+    offset: int,
+    logprobs: Iterable[float],
+    top: list[TopLogprobs] | None,
+) -> link_pb2.LinkLogprobs:
+    values = common_pb2.TokenLogprobs(logprobs=logprobs)
+    if top:
+        # The first token of a prompt has no alternatives: its places are filled, so that the columns stay aligned.
+        values.num_top = max(len(pairs) for pairs in top)
+        for pairs in top:
+            padded = [*pairs, *[(0, 0.0)] * (values.num_top - len(pairs))]
+            values.top_token_ids.extend(token for token, _ in padded)
+            values.top_logprobs.extend(value for _, value in padded)
+    return link_pb2.LinkLogprobs(handle=handle, index=index, offset=offset, values=values)
+
+
+def _finish(finish: RequestFinish) -> link_pb2.Finish:
+    usage, timings = finish.usage, finish.timings
+    code = _CODES.get(finish.status)
+    return link_pb2.Finish(
+        handle=finish.key[1],
+        status=StatusError(code, finish.message).to_link() if code is not None else None,
+        usage=common_pb2.Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            num_preemptions=usage.num_preemptions,
+            num_resumed=usage.num_resumed,
+        ),
+        timings=link_pb2.HopTimings(
+            executor_total_ns=_ns(timings.total),
+            queue_ns=_ns(timings.queue),
+            prefill_ns=_ns(timings.prefill),
+            decode_ns=_ns(timings.decode),
+            preempted_ns=_ns(timings.preempted),
+        ),
+    )
+
+
+def _ns(seconds: float) -> int:
+    return max(0, round(seconds * 1e9))

@@ -1,0 +1,201 @@
+"""The engine process: loads the model, then alternates between reading messages and taking steps.
+
+Started by the front as `python -m services.executor.engine_process FD`, with its settings as one JSON line on the
+socket's first message. It is a process of its own because a step loop and an event loop in one process fight for the
+GIL, and because a fault on the device must not take down the process that has to report it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from google.protobuf.message import DecodeError
+
+from scalellm.v1 import executor_pb2, link_pb2
+from services.common.errors import StatusError
+from services.common.lifecycle import StartError, configure_logging
+from services.executor.build import LoadedEngine, build_engine
+from services.executor.config import ExecutorSettings
+from services.executor.engine_link import EngineLink, split_by_link, welcome_frame
+from services.executor.ipc import EngineChannel, Kind, Message
+
+_log = logging.getLogger(__name__)
+
+_IDLE_BEAT = 0.5
+_STATS_INTERVAL = 0.1
+
+
+class EngineLoop:
+    """Messages in, steps, messages out.
+
+    Args:
+        loaded: The engine and what is known of its model.
+        channel: The connection to the front.
+        settings: For the credit windows.
+        clock: The engine's clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedEngine,
+        channel: EngineChannel,
+        settings: ExecutorSettings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._loaded = loaded
+        self._engine = loaded.engine
+        self._channel = channel
+        self._clock = clock
+        self._prefill_window = settings.max_num_batched_tokens
+        # A few more than can run, so that a finished sequence's place is taken in the very next step.
+        self._request_window = settings.max_num_seqs + max(1, settings.max_num_seqs // 8)
+        self._links: dict[int, EngineLink] = {}
+        self._draining = False
+        self._num_refused_draining = 0
+        self._last_stats = float("-inf")
+
+    def run(self) -> NoReturn:
+        """Serve until the front goes away: EOFError."""
+        self._send_stats()
+        while True:
+            busy = self._engine.has_unfinished()
+            for message in self._channel.receive(0.0 if busy else _IDLE_BEAT):
+                self._handle(message)
+            if self._engine.has_unfinished():
+                self._step()
+            else:
+                self._announce_load()
+                self._send_stats()
+
+    def _handle(self, message: Message) -> None:
+        match message.kind:
+            case Kind.FRAME:
+                self._on_frame(message)
+            case Kind.OPEN:
+                self._on_open(message)
+            case Kind.CLOSE:
+                self._drop(message.link)
+            case Kind.DRAIN:
+                self._draining = True
+                self._announce_load()
+            case other:
+                raise AssertionError(f"the front sent {other}")
+
+    def _on_open(self, message: Message) -> None:
+        link = EngineLink(
+            message.link, self._engine, prefill_window=self._prefill_window, request_window=self._request_window
+        )
+        try:
+            frame = link_pb2.ClientFrame.FromString(message.payload)
+            if frame.WhichOneof("frame") != "hello":
+                raise StatusError.invalid("frame", "the first one must be hello")
+            welcome = welcome_frame(link, frame.hello, info=self._loaded.welcome, draining=self._draining)
+        except DecodeError:
+            self._refuse(message.link, StatusError.invalid("frame", "is not a ClientFrame"))
+        except StatusError as error:
+            self._refuse(message.link, error)
+        else:
+            self._links[message.link] = link
+            self._channel.send(Message(Kind.WELCOME, message.link, welcome))
+
+    def _on_frame(self, message: Message) -> None:
+        link = self._links.get(message.link)
+        if link is None:  # it broke the protocol a moment ago
+            return
+        try:
+            answer = link.on_frame(message.payload, self._clock(), self._draining)
+        except StatusError as error:
+            self._drop(message.link)
+            self._refuse(message.link, error)
+            return
+        if answer is not None:
+            self._num_refused_draining += self._draining
+            self._channel.send(Message(Kind.FRAME, message.link, answer))
+
+    def _refuse(self, link: int, error: StatusError) -> None:
+        self._channel.send(Message(Kind.REFUSE, link, error.to_link().SerializeToString()))
+
+    def _drop(self, link: int) -> None:
+        if self._links.pop(link, None) is not None:
+            self._engine.drop_link(link)
+
+    def _step(self) -> None:
+        result = self._engine.step()
+        if result.error is not None:
+            _log.error("step failed", exc_info=result.error)
+        parts = split_by_link(result)
+        self._channel.send(
+            *(
+                Message(Kind.FRAME, number, link.step_frame(parts[number], self._draining))
+                for number, link in self._links.items()
+                if number in parts
+            )
+        )
+        if self._clock() - self._last_stats >= _STATS_INTERVAL:
+            self._announce_load()
+            self._send_stats()
+
+    def _announce_load(self) -> None:
+        for number, link in self._links.items():
+            frame = link.load_frame(self._draining)
+            if frame is not None:
+                self._channel.send(Message(Kind.FRAME, number, frame))
+
+    def _send_stats(self) -> None:
+        self._last_stats = self._clock()
+        info = executor_pb2.GetExecutorInfoResponse()
+        info.CopyFrom(self._loaded.info)
+        load, stats = self._engine.load(), self._engine.stats()
+        info.load.CopyFrom(
+            link_pb2.Load(
+                free_blocks=load.free_blocks,
+                total_blocks=load.total_blocks,
+                running=load.running,
+                waiting=load.waiting,
+                waiting_prefill_tokens=load.waiting_prefill_tokens,
+                draining=self._draining,
+            )
+        )
+        info.steps = stats.steps
+        info.accepted = stats.accepted + stats.rejected + self._num_refused_draining
+        info.finished = stats.finished
+        info.cancelled = stats.cancelled + stats.deadline_exceeded
+        info.rejected = stats.rejected + stats.failed + self._num_refused_draining
+        info.preemptions = stats.preemptions
+        info.prefix_cache_queries = stats.prefix_cache_queries
+        info.prefix_cache_hits = stats.prefix_cache_hits
+        self._channel.send(Message(Kind.STATS, payload=info.SerializeToString()))
+
+
+def main() -> None:
+    """Run the engine on the socket whose number is the first argument, until the front is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group: the front decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = EngineChannel(socket.socket(fileno=int(sys.argv[1])))
+    settings = ExecutorSettings.model_validate_json(sys.stdin.readline())
+    configure_logging("engine", settings.log_level)
+
+    def progress(text: str) -> None:
+        channel.send(Message(Kind.PROGRESS, payload=text.encode()))
+
+    try:
+        try:
+            loaded = build_engine(settings, progress)
+        except StartError as error:
+            channel.send(Message(Kind.FATAL, payload=str(error).encode()))
+            return
+        EngineLoop(loaded, channel, settings).run()
+    except (EOFError, BrokenPipeError):
+        _log.info("the front is gone; the engine ends")
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # interpreter teardown with a large model takes seconds and has nothing left to do

@@ -1,0 +1,200 @@
+"""Starts the engine process, starts it again when it dies, and passes messages between it and the links."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+from scalellm.v1 import executor_pb2, link_pb2
+from services.common.errors import StatusError
+from services.common.health import Heartbeat
+from services.common.lifecycle import StartError
+from services.executor.config import ExecutorSettings
+from services.executor.ipc import FrontChannel, Kind, Message
+
+_log = logging.getLogger(__name__)
+
+_RESTART_DELAY = 0.2
+
+
+class LinkPort(Protocol):
+    """Where the engine's messages for one link go."""
+
+    def on_welcome(self, frame: bytes) -> None:
+        """The engine accepted the link."""
+
+    def on_frame(self, frame: bytes) -> None:
+        """The engine sent a frame."""
+
+    def on_end(self, error: StatusError) -> None:
+        """The engine refused or lost the link; nothing more comes."""
+
+
+class EngineSupervisor:
+    """The engine process, as its front sees it.
+
+    Args:
+        settings: Handed to the engine.
+    """
+
+    def __init__(self, settings: ExecutorSettings) -> None:
+        self._settings = settings
+        self._ports: dict[int, LinkPort] = {}
+        self._next_link = 1
+        self._channel: FrontChannel | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._heartbeat = Heartbeat(settings.stall_limit_s)
+        self._ready = False
+        self._draining = False
+        self._changed = asyncio.Event()
+        self.info = executor_pb2.GetExecutorInfoResponse()
+
+    @property
+    def is_ready(self) -> bool:
+        """The model is loaded, and steps advance while there is work."""
+        return self._ready and self._heartbeat.is_alive
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that run or wait, by the engine's latest word."""
+        return self.info.load.running + self.info.load.waiting if self._ready else 0
+
+    def open_link(self, hello: bytes, port: LinkPort) -> int:
+        """Ask the engine for a link. Raises StatusError while there is none."""
+        if self._channel is None or not self._ready:
+            raise StatusError.unavailable("the engine is starting", retry_after=1.0)
+        number = self._next_link
+        self._next_link += 1
+        self._ports[number] = port
+        self._channel.send(Message(Kind.OPEN, number, hello))
+        return number
+
+    def send_frame(self, link: int, frame: bytes) -> None:
+        """Pass a client's frame on. Without effect once the link has ended."""
+        if self._channel is not None and link in self._ports:
+            self._heartbeat.expect_work()
+            self._channel.send(Message(Kind.FRAME, link, frame))
+
+    def close_link(self, link: int) -> None:
+        """The client is gone: its requests end."""
+        if self._ports.pop(link, None) is not None and self._channel is not None:
+            self._channel.send(Message(Kind.CLOSE, link))
+
+    async def drain(self, limit: float) -> int:
+        """Take no new requests; wait up to `limit` seconds for the rest. Returns what remains."""
+        self._draining = True
+        if self._channel is not None and self._ready:
+            self._channel.send(Message(Kind.DRAIN))
+        try:
+            async with asyncio.timeout(limit):
+                # Wait for a word that is younger than the order.
+                while self._ready and (self.num_unfinished or not self.info.load.draining):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        return self.num_unfinished
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Keep an engine running until cancelled. Raises StartError when it cannot start or keeps dying.
+
+        The engine holds nothing that outlives it, so it is ended by killing it.
+        """
+        failures = 0
+        while True:
+            was_ready = await self._run_once(on_ready)
+            failures = 0 if was_ready else failures + 1
+            if failures > self._settings.max_engine_restarts:
+                raise StartError(f"the engine died {failures} times in a row while starting; its log lines are above")
+            await asyncio.sleep(_RESTART_DELAY * 2**failures)
+
+    async def _run_once(self, on_ready: Callable[[], None]) -> bool:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "services.executor.engine_process",
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(theirs.fileno(),),
+                env=engine_environment(os.environ),
+            )
+        assert self._process.stdin is not None
+        self._process.stdin.write(self._settings.model_dump_json().encode() + b"\n")
+        self._channel = await FrontChannel.open(ours)
+        became_ready = False
+        try:
+            while True:
+                message = await self._channel.receive()
+                self._on_message(message)
+                if self._ready and not became_ready:
+                    became_ready = True
+                    if self._draining:
+                        self._channel.send(Message(Kind.DRAIN))
+                    on_ready()
+        except EOFError:
+            code = await self._process.wait()
+            _log.error("the engine process ended: %s", _describe_exit(code))
+        finally:
+            await self._end_process("the executor is shutting down" if self._draining else "the engine process died")
+        return became_ready
+
+    def _on_message(self, message: Message) -> None:
+        port = self._ports.get(message.link)
+        match message.kind:
+            case Kind.FRAME:
+                self._heartbeat.beat(has_work=True)
+                if port is not None:
+                    port.on_frame(message.payload)
+            case Kind.STATS:
+                self.info = executor_pb2.GetExecutorInfoResponse.FromString(message.payload)
+                self._ready = True
+                self._heartbeat.beat(has_work=self.num_unfinished > 0)
+                self._changed.set()
+            case Kind.WELCOME:
+                if port is not None:
+                    port.on_welcome(message.payload)
+            case Kind.REFUSE:
+                if self._ports.pop(message.link, None) is not None and port is not None:
+                    port.on_end(StatusError.from_link(link_pb2.LinkStatus.FromString(message.payload)))
+            case Kind.PROGRESS:
+                _log.info("%s", message.payload.decode())
+            case Kind.FATAL:
+                raise StartError(message.payload.decode())
+            case other:
+                raise AssertionError(f"the engine sent {other}")
+
+    async def _end_process(self, reason: str) -> None:
+        """Leave no engine behind, and tell every link that it is gone."""
+        self._ready = False
+        self._changed.set()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        ports, self._ports = self._ports, {}
+        for port in ports.values():
+            port.on_end(StatusError.unavailable(reason))
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+        self._process = None
+
+
+def engine_environment(environment: os._Environ[str]) -> dict[str, str]:
+    """The engine's environment: OpenMP threads must sleep, not spin, while they wait.
+
+    The other services are the engine's neighbours on a CPU, and a product on spinning threads collapses beside any
+    busy process: each waits for a thread that is not running. torch reads these at import, hence an environment.
+    """
+    return {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false", **environment}
+
+
+def _describe_exit(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

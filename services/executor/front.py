@@ -1,0 +1,99 @@
+"""The executor's front: gRPC outside, the engine process inside. It forwards frames without parsing them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from scalellm.v1 import executor_pb2, executor_pb2_grpc
+from services.common.errors import StatusError
+from services.common.link import ServerLink
+from services.executor.config import ExecutorSettings
+from services.executor.engine_supervisor import EngineSupervisor
+
+SERVICE = "scalellm.v1.Executor"
+
+
+class ExecutorServicer(executor_pb2_grpc.ExecutorServicer):
+    """`scalellm.v1.Executor` on an engine process."""
+
+    def __init__(self, supervisor: EngineSupervisor, settings: ExecutorSettings) -> None:
+        self._supervisor = supervisor
+        self._settings = settings
+
+    async def Execute(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        """Serve one scheduler's link."""
+        port = _Port()
+        link = 0
+        try:
+            try:
+                hello = await anext(frames)
+            except StopAsyncIteration:
+                return
+            link = self._supervisor.open_link(hello, port)
+            welcome = await port.welcome
+            await port.link.run(welcome, frames, context, lambda frame: self._supervisor.send_frame(link, frame))
+            if port.error is not None:
+                raise port.error
+        except StatusError as error:
+            await error.abort(context)
+        finally:
+            self._supervisor.close_link(link)
+
+    async def GetInfo(
+        self, request: executor_pb2.GetExecutorInfoRequest, context: grpc.aio.ServicerContext
+    ) -> executor_pb2.GetExecutorInfoResponse:
+        """What is loaded, and the books."""
+        if not self._supervisor.info.instance_id:
+            await StatusError.unavailable("the engine is starting", retry_after=1.0).abort(context)
+        return self._supervisor.info
+
+    async def Drain(
+        self, request: executor_pb2.DrainExecutorRequest, context: grpc.aio.ServicerContext
+    ) -> executor_pb2.DrainExecutorResponse:
+        """Take no new requests and wait for the rest."""
+        limit = request.timeout_s if request.HasField("timeout_s") else self._settings.drain_limit_s
+        if limit > 3600:
+            await StatusError.invalid("timeout_s", f"must be at most 3600, got {limit}").abort(context)
+        return executor_pb2.DrainExecutorResponse(remaining=await self._supervisor.drain(limit))
+
+
+class _Port:
+    """One link: what the engine sends goes to the stream."""
+
+    def __init__(self) -> None:
+        self.link = ServerLink()
+        self.welcome: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.error: StatusError | None = None
+
+    def on_welcome(self, frame: bytes) -> None:
+        self.welcome.set_result(frame)
+
+    def on_frame(self, frame: bytes) -> None:
+        self.link.send(frame)
+
+    def on_end(self, error: StatusError) -> None:
+        self.error = error
+        if not self.welcome.done():
+            self.welcome.set_exception(error)
+        self.link.close()
+
+
+def add_to_server(servicer: ExecutorServicer, server: grpc.aio.Server) -> None:
+    """Register the servicer; Execute carries raw bytes, so that a step is serialised once, by the engine."""
+    handlers = {
+        "Execute": grpc.stream_stream_rpc_method_handler(servicer.Execute),
+        "GetInfo": grpc.unary_unary_rpc_method_handler(
+            servicer.GetInfo,
+            request_deserializer=executor_pb2.GetExecutorInfoRequest.FromString,
+            response_serializer=executor_pb2.GetExecutorInfoResponse.SerializeToString,
+        ),
+        "Drain": grpc.unary_unary_rpc_method_handler(
+            servicer.Drain,
+            request_deserializer=executor_pb2.DrainExecutorRequest.FromString,
+            response_serializer=executor_pb2.DrainExecutorResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

