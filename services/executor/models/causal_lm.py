@@ -1,0 +1,81 @@
+"""The decoder-only language model: embedding, layers, final norm, output projection."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from services.executor.models.config import ModelConfig
+from services.executor.models.context import ForwardContext, KVCache
+from services.executor.models.gemma3 import Gemma3DecoderLayer
+from services.executor.models.layers import RMSNorm, WeightSlot
+from services.executor.models.llama import LlamaDecoderLayer
+from services.executor.models.rope import build_cos_sin_cache
+
+
+class CausalLM:
+    """A model with uninitialised weights; `weight_slots` says what to fill them with.
+
+    Rotary tables cover `max_model_len` positions (default: all that the model was made for). With the device `meta`
+    nothing is allocated, which serves to count bytes.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
+    ) -> None:
+        self.config = config
+        # transformers rounds the scale to the model's dtype, and Gemma was trained that way.
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype).item()
+        shape = (config.vocab_size, config.hidden_size)
+        shape = (config.vocab_size, config.hidden_size)
+        self._embed_tokens = torch.empty(shape, dtype=dtype, device=device)
+        self._lm_head = (
+            self._embed_tokens if config.tie_word_embeddings else torch.empty(shape, dtype=dtype, device=device)
+        )
+        num_positions = max_model_len or config.max_position_embeddings
+        self._rope_tables = {
+            rope: build_cos_sin_cache(rope, config.head_dim, num_positions, device)
+            for rope in {config.layer_rope(layer) for layer in range(config.num_layers)}
+        }
+        layer_class = Gemma3DecoderLayer if config.is_gemma else LlamaDecoderLayer
+        self._layers = [
+            layer_class(config, layer, self._rope_tables[config.layer_rope(layer)], dtype=dtype, device=device)
+            for layer in range(config.num_layers)
+        ]
+        # One more than there are layers: what follows a layer's output is always a norm of the residual stream, be it
+        # the next layer's first or the final one.
+        self._norms = [
+            RMSNorm(config.hidden_size, config, dtype=dtype, device=device) for _ in range(config.num_layers + 1)
+        ]
+
+    def forward(self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]) -> Tensor:
+        """Return the final hidden states `[T, H]` of the new tokens `input_ids [T]` i64; fills their cache slots."""
+        residual = F.embedding(input_ids, self._embed_tokens)
+        if self._embedding_scale != 1.0:
+            residual *= self._embedding_scale
+        x = self._norms[0](residual)
+        for layer, norm, kv in zip(self._layers, self._norms[1:], kv_caches, strict=True):
+            x = norm(layer(x, residual, ctx, kv), residual)
+        return x
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[R, V]` float32 of the hidden states `[R, H]`."""
+        logits = F.linear(hidden, self._lm_head).float()
+        softcap = self.config.final_softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        """Yield a slot for every tensor of the checkpoint, in the order in which checkpoints store them."""
+        yield WeightSlot("model.embed_tokens.weight", self._embed_tokens)
+        for index, (layer, norm) in enumerate(zip(self._layers, self._norms, strict=False)):
+            yield norm.weight_slot(f"model.layers.{index}.input_layernorm")
+            yield from layer.weight_slots(f"model.layers.{index}")
+        yield self._norms[-1].weight_slot("model.norm")
+        if not self.config.tie_word_embeddings:
+            yield WeightSlot("lm_head.weight", self._lm_head)
+
+    def num_bytes(self) -> int:
+        """Return the bytes of weights and rotary tables; what is shared counts once."""
+        weights = sum(slot.dest.nbytes for slot in self.weight_slots())
+        return weights + sum(table.nbytes for table in self._rope_tables.values())

@@ -1,0 +1,87 @@
+"""ModelConfig: the shape and the arithmetic of a decoder model, whatever file it came from."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.rope import FrequencyFactors, RopeConfig
+
+Architecture = Literal[
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"
+]
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What it takes to run one decoder-only model.
+
+    `attention_scale` multiplies the query-key products; `embedding_scale` the token embeddings. A softcap of 0 means
+    none. Layer `i` is a sliding-window layer when `sliding_layers[i]`: it sees the last `sliding_window` positions,
+    its own included, and uses `local_rope`; every other layer sees everything and uses `rope`.
+    `eos_token_ids` are all the ids that end a generation, the model's own preference first.
+    """
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    local_rope: RopeConfig
+    sliding_window: int | None
+    sliding_layers: tuple[bool, ...]
+    attention_scale: float
+    qk_norm: bool
+    qkv_bias: bool
+    o_bias: bool
+    activation: Activation
+    tie_word_embeddings: bool
+    embedding_scale: float
+    attention_softcap: float
+    final_softcap: float
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UnsupportedModelError(
+                f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise UnsupportedModelError(f"head_dim ({self.head_dim}) is odd; rotary embeddings need an even one")
+        if len(self.sliding_layers) != self.num_layers:
+            raise UnsupportedModelError(
+                f"layer_types names {len(self.sliding_layers)} layers, num_hidden_layers is {self.num_layers}"
+            )
+        if any(self.sliding_layers) and self.sliding_window is None:
+            raise UnsupportedModelError("layer_types has sliding_attention layers but sliding_window is not set")
+        for rope in (self.rope, self.local_rope):
+            if isinstance(rope.scaling, FrequencyFactors) and len(rope.scaling.factors) != self.head_dim // 2:
+                raise UnsupportedModelError(
+                    f"rope_freqs.weight has {len(rope.scaling.factors)} values, head_dim / 2 is {self.head_dim // 2}"
+                )
+
+    @property
+    def is_gemma(self) -> bool:
+        """Whether norms multiply by 1 + w and every block ends in a norm."""
+        return self.architecture == "Gemma3ForCausalLM"
+
+    def layer_window(self, layer: int) -> int:
+        """Return how many positions, its own included, a token of this layer sees; 0 means all of them."""
+        return (self.sliding_window or 0) if self.sliding_layers[layer] else 0
+
+    def layer_rope(self, layer: int) -> RopeConfig:
+        """Return the rotary settings of this layer."""
+        return self.local_rope if self.sliding_layers[layer] else self.rope
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Return the bytes of KV cache one token takes over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize

@@ -1,0 +1,137 @@
+"""ModelConfig from the metadata of a GGUF file (key names: the GGUF specification of the ggml project)."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from services.executor.models.config import Architecture, ModelConfig
+from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.rope import FrequencyFactors, LinearScaling, RopeConfig, RopeScaling
+
+# GGUF's `llama` covers Mistral too: the two differ by a sliding window at most, which is a setting here.
+_ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+_GEMMA3_LOCAL_THETA = 10_000.0
+_GEMMA3_PERIOD = 6
+_GEMMA3_27B_LAYERS = 62
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    tensor_names: Collection[str],
+    vocab_size: int,
+    rope_factors: Sequence[float] | None = None,
+) -> ModelConfig:
+    """Return the configuration of a GGUF file.
+
+    `metadata` maps keys to values, `vocab_size` is the number of rows of the embedding (the truth where the metadata
+    is silent), `rope_factors` the tensor `rope_freqs.weight` if there is one. Raises UnsupportedModelError.
+    """
+    arch = str(metadata.get("general.architecture"))
+    if arch not in _ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"GGUF: general.architecture {arch!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+        )
+    get = _Reader(metadata, arch)
+    if get.integer("expert_count", 0):
+        raise UnsupportedModelError(f"GGUF: {arch}.expert_count is set; mixture-of-experts models are not supported")
+    gemma = arch == "gemma3"
+    hidden_size = get.integer("embedding_length")
+    num_layers = get.integer("block_count")
+    num_heads = get.integer("attention.head_count")
+    head_dim = get.integer("attention.key_length", hidden_size // num_heads)
+    if get.integer("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedModelError(f"GGUF: {arch}.attention.value_length differs from key_length ({head_dim})")
+    if get.integer("rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedModelError(f"GGUF: {arch}.rope.dimension_count must equal the head dimension ({head_dim})")
+    rope = RopeConfig(get.number("rope.freq_base", 1_000_000.0 if gemma else 10_000.0), _scaling(get, rope_factors))
+    # The file does not carry Gemma's query_pre_attn_scalar. It is head_dim in every Gemma 3 but the 27B.
+    query_scalar = hidden_size // num_heads if gemma and num_layers == _GEMMA3_27B_LAYERS else head_dim
+    # The Qwen families may carry a window that the model does not use; llama.cpp ignores it there as well.
+    window = get.integer("attention.sliding_window", 0) if arch in ("llama", "gemma3") else 0
+    return ModelConfig(
+        architecture=_ARCHITECTURES[arch],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=get.integer("feed_forward_length"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=get.integer("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        max_position_embeddings=get.integer("context_length"),
+        rms_norm_eps=get.number("attention.layer_norm_rms_epsilon"),
+        rope=rope,
+        local_rope=RopeConfig(get.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)) if gemma else rope,
+        sliding_window=window or None,
+        sliding_layers=_sliding_layers(get, gemma, num_layers) if window else (False,) * num_layers,
+        attention_scale=get.number("attention.scale", 0.0) or query_scalar**-0.5,
+        qk_norm=arch in ("qwen3", "gemma3"),
+        qkv_bias="blk.0.attn_q.bias" in tensor_names,
+        o_bias="blk.0.attn_output.bias" in tensor_names,
+        activation="gelu_tanh" if gemma else "silu",
+        tie_word_embeddings="output.weight" not in tensor_names,
+        embedding_scale=hidden_size**0.5 if gemma else 1.0,
+        attention_softcap=get.number("attn_logit_softcapping", 0.0),
+        final_softcap=get.number("final_logit_softcapping", 0.0),
+        eos_token_ids=_eos_token_ids(metadata),
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+    )
+
+
+def _sliding_layers(get: "_Reader", gemma: bool, num_layers: int) -> tuple[bool, ...]:
+    """Mistral slides everywhere; Gemma by a period or, in newer files, by a list with one flag per layer."""
+    pattern = get.metadata.get(f"{get.arch}.attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        return tuple(bool(slides) for slides in pattern)
+    if not gemma:
+        return (True,) * num_layers
+    period = get.integer("attention.sliding_window_pattern", _GEMMA3_PERIOD)
+    return tuple((layer + 1) % period != 0 for layer in range(num_layers))
+
+
+def _scaling(get: "_Reader", rope_factors: Sequence[float] | None) -> RopeScaling | None:
+    # As in llama.cpp: the type defaults to linear, a factor of 0 means none, and both kinds of scaling multiply.
+    kind = get.metadata.get(f"{get.arch}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise UnsupportedModelError(
+            f"GGUF: {get.arch}.rope.scaling.type {kind!r} is not supported; supported: none, linear, rope_freqs.weight"
+        )
+    linear = get.number("rope.scaling.factor", 0.0) or get.number("rope.scale_linear", 0.0) or 1.0
+    linear = 1.0 if kind == "none" else linear
+    if rope_factors is not None:
+        return FrequencyFactors(tuple(linear * factor for factor in rope_factors))
+    return None if linear == 1.0 else LinearScaling(linear)
+
+
+def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    # eos ends a document, eot a chat turn, eom a tool call: any of them ends the model's answer.
+    ids = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(token for token in ids if token is not None))
+
+
+class _Reader:
+    """Typed access to the keys under `<architecture>.`; a missing or ill-typed one is refused by name."""
+
+    def __init__(self, metadata: Mapping[str, Any], arch: str) -> None:
+        self.metadata = metadata
+        self.arch = arch
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.metadata.get(f"{self.arch}.{key}", default)
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            value = value[0]  # some keys may be given per layer
+        minimum = 1 if default is None else min(1, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise UnsupportedModelError(
+                f"GGUF: {self.arch}.{key} is {value!r}; it must be a positive integer, the same for every layer"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.metadata.get(f"{self.arch}.{key}", default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UnsupportedModelError(f"GGUF: {self.arch}.{key} is {value!r}; it must be a number")
+        return float(value)

@@ -1,0 +1,168 @@
+"""From a path to a model: find the checkpoint, check it, allocate, fill."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from services.executor.models.causal_lm import CausalLM
+from services.executor.models.config import ModelConfig
+from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.gguf_config import config_from_gguf
+from services.executor.models.hf_config import config_from_hf
+from services.executor.models.layers import WeightSlot
+from services.executor.weights.gguf_file import GgufFile
+from services.executor.weights.gguf_source import GgufSource
+from services.executor.weights.safetensors_source import SafetensorsSource
+from services.executor.weights.source import WeightSource
+
+GGUF_FILE = "model.gguf"
+_EMBEDDING = "token_embd.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
+# Tensors a checkpoint may hold that the model does not read: both are recomputed from the configuration.
+_REDUNDANT = re.compile(r".*\.rotary_emb\.inv_freq|rope_freqs\.weight")
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Return the configuration of a model directory or GGUF file without reading its weights.
+
+    Raises UnsupportedModelError.
+    """
+    path = _locate(path)
+    if path.is_dir():
+        return _hf_config(path)
+    with GgufFile(path) as file:
+        return _gguf_config(file)
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, max_model_len: int | None = None) -> int:
+    """Return the bytes the loaded model will hold: weights in `dtype`, and rotary tables for `max_model_len`."""
+    return CausalLM(config, dtype=dtype, device=torch.device("meta"), max_model_len=max_model_len).num_bytes()
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[CausalLM, ModelConfig]:
+    """Load a model directory (`model.gguf`, any one `*.gguf`, or config.json with safetensors) or a `.gguf` file.
+
+    Files are mapped and converted tensor by tensor, so the peak is near the final size. Everything is checked before
+    the weights are allocated. `on_progress` gets (bytes done, bytes in total) of the model's own memory. Raises
+    UnsupportedModelError for an unknown architecture or quantisation, and for missing, damaged or surplus tensors.
+    """
+    path = _locate(path)
+    if path.is_dir():
+        config = _hf_config(path)
+        with SafetensorsSource(path) as source:
+            return _fill(path, config, source, dtype, device, max_model_len, on_progress), config
+    with GgufFile(path) as file:
+        config = _gguf_config(file)
+        return _fill(path, config, GgufSource(file, config), dtype, device, max_model_len, on_progress), config
+
+
+def _fill(
+    path: Path,
+    config: ModelConfig,
+    source: WeightSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> CausalLM:
+    if max_model_len is not None and max_model_len > config.max_position_embeddings:
+        raise UnsupportedModelError(
+            f"max_model_len {max_model_len} exceeds the model's limit, "
+            f"max_position_embeddings {config.max_position_embeddings}"
+        )
+    skeleton = CausalLM(config, dtype=dtype, device=torch.device("meta"), max_model_len=1)
+    _check(path, config, list(skeleton.weight_slots()), source)
+    model = CausalLM(config, dtype=dtype, device=device, max_model_len=max_model_len)
+    slots = list(model.weight_slots())
+    done, total = 0, sum(slot.dest.nbytes for slot in slots)
+
+    def report(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if on_progress is not None:
+            on_progress(done, total)
+
+    for slot in slots:
+        source.read(slot, report)
+    return model
+
+
+def _check(path: Path, config: ModelConfig, slots: Sequence[WeightSlot], source: WeightSource) -> None:
+    """Refuse a checkpoint whose tensors are not exactly those of the model: a surplus bias is a wrong answer too."""
+    shapes = source.shapes
+    wanted = {slot.name for slot in slots}
+    missing = [slot.name for slot in slots if slot.name not in shapes]
+    if missing:
+        raise UnsupportedModelError(
+            f"{path}: {len(missing)} of {len(slots)} tensors are missing, the first is {missing[0]}"
+        )
+    for slot in slots:
+        if shapes[slot.name] != slot.dest.shape:
+            raise UnsupportedModelError(
+                f"{path}: {source.native_name(slot.name)} has shape {list(shapes[slot.name])}, "
+                f"the configuration asks for {list(slot.dest.shape)}"
+            )
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    surplus = [name for name in shapes if name not in wanted | tied and not _REDUNDANT.fullmatch(name)]
+    if surplus:
+        raise UnsupportedModelError(
+            f"{path}: {len(surplus)} tensors are not part of {config.architecture}, "
+            f"the first is {source.native_name(surplus[0])}"
+        )
+
+
+def _locate(path: Path) -> Path:
+    """Return the GGUF file, or the directory of safetensors, that `path` stands for."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UnsupportedModelError(f"{path}: a model file must be a .gguf file")
+        return path
+    if not path.is_dir():
+        raise UnsupportedModelError(f"{path} does not exist; a model is a directory or a .gguf file")
+    if (path / GGUF_FILE).is_file():
+        return path / GGUF_FILE
+    if (path / "config.json").is_file():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UnsupportedModelError(
+            f"{path} holds {len(files)} .gguf files; give the path of one, or name it {GGUF_FILE}"
+        )
+    raise UnsupportedModelError(f"{path} holds neither a .gguf file nor a config.json with safetensors")
+
+
+def _hf_config(directory: Path) -> ModelConfig:
+    generation = directory / "generation_config.json"
+    return config_from_hf(_json(directory / "config.json"), _json(generation) if generation.is_file() else None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"{path}: not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UnsupportedModelError(f"{path}: a JSON object is expected")
+    return value
+
+
+def _gguf_config(file: GgufFile) -> ModelConfig:
+    if file.metadata.get("split.count", 1) > 1:
+        raise UnsupportedModelError("GGUF: split files are not supported; merge them into one with llama-gguf-split")
+    if _EMBEDDING not in file.tensors:
+        raise UnsupportedModelError(f"GGUF: the tensor {_EMBEDDING} is missing")
+    factors = file.dequantize(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in file.tensors else None
+    return config_from_gguf(file.metadata, set(file.tensors), file.tensors[_EMBEDDING].shape[0], factors)

@@ -1,0 +1,94 @@
+"""Weights from a Hugging Face directory of safetensors files, one or many with an index."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+
+from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.layers import WeightSlot
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class SafetensorsSource:
+    """An open safetensors checkpoint. The files are memory-mapped; a tensor costs memory only while it is copied."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files: dict[str, Any] = {}
+        self._names: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._stack = ExitStack()
+        try:
+            for path, expected in _shards(directory).items():
+                self._open(path, expected)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor in the checkpoint."""
+        return self._shapes
+
+    def native_name(self, name: str) -> str:
+        """Return the name itself: the format is the one the names come from."""
+        return name
+
+    def read(self, slot: WeightSlot, on_bytes: Callable[[int], None]) -> None:
+        """Fill a slot, converting to its dtype."""
+        slot.dest.copy_(self._files[slot.name].get_tensor(slot.name))
+        on_bytes(slot.dest.nbytes)
+
+    def _open(self, path: Path, expected: set[str] | None) -> None:
+        if not path.is_file():
+            raise UnsupportedModelError(f"{path} is missing")
+        try:
+            file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            names = set(file.keys())
+            if expected is not None and expected - names:
+                raise UnsupportedModelError(f"{path} lacks {min(expected - names)}, which {INDEX_FILE} says it has")
+            for name in names:
+                view = file.get_slice(name)
+                if view.get_dtype() not in _DTYPES:
+                    raise UnsupportedModelError(
+                        f"{path}: {name} has dtype {view.get_dtype()}; supported: {', '.join(_DTYPES)}"
+                    )
+                self._files[name] = file
+                self._shapes[name] = tuple(view.get_shape())
+        except SafetensorError as error:
+            raise UnsupportedModelError(f"{path}: not a complete safetensors file: {error}") from error
+
+
+def _shards(directory: Path) -> dict[Path, set[str] | None]:
+    """Map each file of the checkpoint to the tensors it must hold (None: whatever it holds)."""
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        return {directory / SINGLE_FILE: None}
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        shards: dict[Path, set[str] | None] = {}
+        names: dict[str, set[str]] = {}
+        for tensor, file in weight_map.items():
+            names.setdefault(file, set()).add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(f"{index}: not a safetensors index: {error!r}") from error
+    for file, tensors in names.items():
+        if Path(file).name != file:
+            raise UnsupportedModelError(f"{index}: {file!r} must be a file name in the same directory")
+        shards[directory / file] = tensors
+    return shards
