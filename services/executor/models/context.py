@@ -1,8 +1,10 @@
 """What a forward pass needs beside the token ids: the flattened batch and the paged KV cache."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +40,12 @@ def allocate_kv_caches(
 ) -> list[KVCache]:
     """Return one zeroed cache per layer; the memory is `num_blocks * page_size * config.kv_bytes_per_token(dtype)`."""
     shape = (num_blocks, page_size, config.num_kv_heads, config.head_dim)
-    return [
-        KVCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(config.num_layers)
-    ]
+    return [KVCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(config.num_layers)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes the zeros, which takes seconds per GiB; numpy asks the system for zero pages and pays when one is
+    # first used, so start-up and memory cost what is used, not what is allowed.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
