@@ -58,12 +58,14 @@ class SampledBatch:
 
     token_ids: one per scheduled sequence that samples, in batch order. logprobs: for those of them that asked, by
     place in `token_ids`. prompt_logprobs: one list per scheduled sequence with prompt_logprobs positions, by place
-    in `ScheduledBatch.sequences`, one entry per position.
+    in `ScheduledBatch.sequences`, one entry per position. failed: places in `ScheduledBatch.sequences` for which the
+    model gave non-finite values; nothing of theirs may be used.
     """
 
     token_ids: list[int]
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
 
 
 class ModelRunnerProtocol(Protocol):

@@ -151,9 +151,9 @@ class BatchScheduler:
         self._leave_waiting(seq, now)
         self._enter_running(seq)
         self._num_reserved_rows += len(group.pending)
+        self._capacity.reserve(group)
         if not group.was_scheduled:
             group.mark_scheduled(now, seq.num_computed_tokens)
-            self._capacity.started(group)
             batch.started.append(group)
         return True
 
@@ -177,6 +177,8 @@ class BatchScheduler:
         """Give a group whose leader is gone a new one, if samples still wait for one."""
         led = any(s.status in (SequenceStatus.WAITING, SequenceStatus.RUNNING) for s in group.samples)
         if group.pending and not led:
+            # Back in the queue, where a reservation would block those before it, who would then block it.
+            self._capacity.release(group)
             self._enter_waiting(group.pending.pop(0))
 
     def _enter_waiting(self, seq: Sequence) -> None:

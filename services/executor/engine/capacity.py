@@ -19,11 +19,11 @@ class Capacity(Protocol):
     def spare_blocks(self, num_running: int) -> int:
         """Blocks to leave free when admitting beside `num_running` sequences."""
 
-    def started(self, group: SequenceGroup) -> None:
-        """The request left the waiting queue for the first time."""
+    def reserve(self, group: SequenceGroup) -> None:
+        """The request, none of whose samples ran, starts."""
 
-    def finished(self, group: SequenceGroup) -> None:
-        """The request ended; it may never have started."""
+    def release(self, group: SequenceGroup) -> None:
+        """None of the request's samples runs any more; it may never have started."""
 
 
 class MaxUtilization:
@@ -47,15 +47,15 @@ class MaxUtilization:
         """Leave the watermark, unless nothing else runs: then nothing must hold the sequence back."""
         return self._watermark if num_running else 0
 
-    def started(self, group: SequenceGroup) -> None:
-        """Nothing is reserved."""
+    def reserve(self, group: SequenceGroup) -> None:
+        """Promise nothing."""
 
-    def finished(self, group: SequenceGroup) -> None:
-        """Nothing was reserved."""
+    def release(self, group: SequenceGroup) -> None:
+        """Nothing was promised."""
 
 
 class GuaranteedNoEvict:
-    """Admit only what can run to its max_tokens: every started request has its worst case reserved until it ends."""
+    """Admit only what can run to its max_tokens: what runs has its worst case reserved."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._num_blocks = config.num_blocks
@@ -75,18 +75,18 @@ class GuaranteedNoEvict:
 
     def may_start(self, group: SequenceGroup) -> bool:
         """Whether the worst case fits beside all others'."""
-        return group.arrival in self._reserved or self._total + self._worst_case(group) <= self._num_blocks
+        return self._total + self._worst_case(group) <= self._num_blocks
 
     def spare_blocks(self, num_running: int) -> int:
         """Need no margin: the reservations cover everything."""
         return 0
 
-    def started(self, group: SequenceGroup) -> None:
+    def reserve(self, group: SequenceGroup) -> None:
         """Reserve the worst case."""
         self._reserved[group.arrival] = self._worst_case(group)
         self._total += self._reserved[group.arrival]
 
-    def finished(self, group: SequenceGroup) -> None:
+    def release(self, group: SequenceGroup) -> None:
         """Give the reservation back."""
         self._total -= self._reserved.pop(group.arrival, 0)
 

@@ -213,15 +213,19 @@ class Engine:
         for position, scheduled in enumerate(batch.sequences):
             seq = scheduled.seq
             group = seq.group
-            seq.num_computed_tokens += scheduled.num_tokens
-            self._blocks.publish(seq)
-            if scheduled.prompt_logprobs:
-                self._report_prompt_logprobs(group, scheduled, position, sampled)
-            if group.pending and seq.num_computed_tokens >= group.num_prompt_tokens:
-                self._scheduler.fork(seq)
-            if scheduled.samples:
-                self._append_token(seq, place, sampled, now)
-                place += 1
+            if position in sampled.failed and seq.status is SequenceStatus.RUNNING:
+                message = "the model computed values that are not finite"
+                self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
+            if seq.status is SequenceStatus.RUNNING:
+                seq.num_computed_tokens += scheduled.num_tokens
+                self._blocks.publish(seq)
+                if scheduled.prompt_logprobs:
+                    self._report_prompt_logprobs(group, scheduled, position, sampled)
+                if group.pending and seq.num_computed_tokens >= group.num_prompt_tokens:
+                    self._scheduler.fork(seq)
+                if scheduled.samples:
+                    self._append_token(seq, place, sampled, now)
+            place += scheduled.samples
 
     def _append_token(self, seq: Sequence, place: int, sampled: SampledBatch, now: float) -> None:
         group = seq.group
@@ -295,6 +299,6 @@ class Engine:
         self._result.samples_finished.append(SampleFinish(seq.group.key, seq.index, reason, stop_token_id))
 
     def _finish_request(self, group: SequenceGroup, status: RequestStatus, message: str, now: float) -> None:
-        self._capacity.finished(group)
+        self._capacity.release(group)
         self._result.finished.append(self._ledger.leave(group, status, message, now))
         group.samples = []  # group and samples refer to each other: freed now, not by the garbage collector
