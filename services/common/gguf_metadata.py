@@ -1,0 +1,123 @@
+"""The key-value part of a GGUF file, read in place and decoded on demand.
+
+The tensors are not looked at, so this costs milliseconds where the `gguf` package's reader, which makes an object of
+every vocabulary entry, takes many seconds.
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING = 8
+_ARRAY = 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_LENGTH = struct.Struct("<Q")
+
+
+class GgufError(ValueError):
+    """A file is not a readable GGUF file; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """One value: its type code and the bytes that encode it."""
+
+    type: int
+    start: int
+    end: int
+
+
+class GgufMetadata(Mapping[str, Any]):
+    """The metadata of a GGUF file (versions 2 and 3, little-endian), decoded entry by entry when asked for.
+
+    Raises GgufError when the file cannot be read, is not GGUF, or ends early.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._spans: dict[str, _Span] = {}
+        try:
+            with path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._scan()
+        except OSError as error:
+            raise GgufError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (struct.error, UnicodeDecodeError, ValueError) as error:
+            raise GgufError(f"{path}: not a readable GGUF file: {error}") from error
+
+    def __getitem__(self, key: str) -> Any:
+        span = self._spans[key]
+        try:
+            return self._decode(span.type, span.start)
+        except UnicodeDecodeError as error:
+            raise GgufError(f"{self._path}: {key} is not UTF-8: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def encoded(self, key: str) -> bytes:
+        """Return the value of `key` as the file spells it, its type code first: equal bytes are equal values."""
+        span = self._spans[key]
+        return struct.pack("<I", span.type) + self._data[span.start : span.end]
+
+    def _scan(self) -> None:
+        if self._data[:4] != _MAGIC:
+            raise ValueError("it does not start with 'GGUF'")
+        version, _, num_values = struct.unpack_from("<IQQ", self._data, 4)
+        if version not in _VERSIONS:
+            raise ValueError(f"version {version} is not supported; supported: 2, 3")
+        position = 24
+        for _ in range(num_values):
+            start = self._string_end(position)
+            key = self._data[position + 8 : start].decode("utf-8")
+            (kind,) = struct.unpack_from("<I", self._data, start)
+            position = self._end(kind, start + 4)
+            if position > len(self._data):
+                raise ValueError(f"it ends inside the value of {key}")
+            self._spans[key] = _Span(kind, start + 4, position)
+
+    def _string_end(self, position: int) -> int:
+        return position + 8 + int(_LENGTH.unpack_from(self._data, position)[0])
+
+    def _end(self, kind: int, position: int) -> int:
+        """Return where the value that starts at `position` ends."""
+        if kind == _STRING:
+            return self._string_end(position)
+        if kind != _ARRAY:
+            return position + struct.calcsize(self._format(kind))
+        item, length = struct.unpack_from("<IQ", self._data, position)
+        position += 12
+        if item not in (_STRING, _ARRAY):
+            return int(position + length * struct.calcsize(self._format(item)))
+        for _ in range(length):
+            position = self._end(item, position)
+        return position
+
+    def _decode(self, kind: int, position: int) -> Any:
+        if kind == _STRING:
+            return self._data[position + 8 : self._string_end(position)].decode("utf-8")
+        if kind != _ARRAY:
+            return struct.unpack_from("<" + self._format(kind), self._data, position)[0]
+        item, length = struct.unpack_from("<IQ", self._data, position)
+        position += 12
+        if item not in (_STRING, _ARRAY):
+            return list(struct.unpack_from(f"<{length}{self._format(item)}", self._data, position))
+        values = []
+        for _ in range(length):
+            values.append(self._decode(item, position))
+            position = self._end(item, position)
+        return values
+
+    @staticmethod
+    def _format(kind: int) -> str:
+        if kind not in _SCALARS:
+            raise ValueError(f"unknown value type {kind}")
+        return _SCALARS[kind]

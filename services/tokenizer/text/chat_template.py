@@ -1,0 +1,135 @@
+"""Chat templates: Jinja in a sandbox, with the dialect that models' templates are written in.
+
+A template belongs to the model, so it is as trustworthy as whoever published the weights. The sandbox keeps it away
+from the interpreter; how long it may run and how much memory it may take is up to `chat_renderer`, which runs it in a
+process that can be killed. Here the size of the output is bounded.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+
+class ChatTemplateError(Exception):
+    """A conversation cannot be rendered; the message is the template's own or says which limit was hit."""
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; here it is just its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - the interface of Jinja's Extension
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Parse one block; assignments stay inside, as in a macro's body."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _SafeNamespace(Namespace):
+    """`namespace()` that cannot hold underscore attributes, which are a way out of the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # "self" may be among the attributes
+        Namespace.__init__(*args, **kwargs)
+        for name in dict(*args[1:], **kwargs):
+            _check_attribute(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: The Jinja source.
+        special_tokens: What the template may refer to besides the messages: `bos_token` and the like.
+        max_chars: Limit on the output, in characters.
+
+    Raises ChatTemplateError when the source is not valid Jinja.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], *, max_chars: int) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        del environment.globals["lipsum"]
+        environment.globals.update(
+            namespace=_SafeNamespace,
+            dict=_make_dict,
+            raise_exception=_raise_exception,
+            strftime_now=_strftime_now,
+        )
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise ChatTemplateError(f"the model's chat template is not valid, line {error.lineno}: {error}") from error
+        self._special_tokens = dict(special_tokens)
+        self._max_chars = max_chars
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """Return the text that the model reads.
+
+        `messages` hold JSON values only, at least `role` and `content` each. Raises ChatTemplateError when the template
+        refuses them, fails, or writes more than the limit.
+        """
+        variables = {
+            **self._special_tokens,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        pieces: list[str] = []
+        size = 0
+        try:
+            for piece in self._template.generate(variables):
+                size += len(piece)
+                if size > self._max_chars:
+                    raise ChatTemplateError(
+                        f"the chat template writes more than the limit of {self._max_chars} characters"
+                    )
+                pieces.append(piece)
+        except TemplateError as error:
+            raise ChatTemplateError(f"the chat template refuses this conversation: {error.message}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise ChatTemplateError(f"the chat template fails on this conversation: {error}") from error
+        return "".join(pieces)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace cannot hold {name!r}")
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Serialise for a model: Jinja's own filter escapes what HTML would need."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

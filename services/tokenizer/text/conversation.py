@@ -1,0 +1,117 @@
+"""Token ids of a conversation's next turn, such that what the model has already read stays what it has read.
+
+Decoding tokens and encoding the text again need not give the same tokens, so a stored answer is never encoded again:
+a prefix cache is only hit by the ids that were computed. A conversation is kept as segments, prompts and answers in
+turn, each with its text and its exact ids. As long as the newly rendered text repeats a segment's text, its ids stay.
+A template that rewrites the past (trims an answer, drops its reasoning) costs the segments from there on, no more.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from services.tokenizer.text.detokenizer import TokenTexts
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a conversation: the text as the template writes it, and the ids the model was given or produced."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """The next turn: segments whose ids stay as they were, and the new one."""
+
+    kept: tuple[Segment, ...]
+    new: Segment
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Everything the model reads, in order."""
+        return (*self.kept, self.new)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of everything the model reads."""
+        return [token_id for segment in self.segments for token_id in segment.token_ids]
+
+
+def answer_segment(texts: TokenTexts, token_ids: Sequence[int], content: str) -> Segment:
+    """Return the segment for an answer: `token_ids` as generated, `content` as the message holds it.
+
+    Usually these are all tokens, the end token included. When text was cut off, by a stop string say, the tokens are
+    those up to the cut; what `content` has beyond them will be encoded with the next turn.
+    """
+    visible = texts.detokenizer()
+    if visible.push(token_ids) + visible.flush() == content:
+        whole = texts.detokenizer(skip_special_tokens=False)
+        return Segment(whole.push(token_ids) + whole.flush(), tuple(token_ids))
+    detokenizer = texts.detokenizer(skip_special_tokens=False)
+    text, best = "", Segment("", ())
+    for count, token_id in enumerate(token_ids, start=1):
+        text += detokenizer.push((token_id,))
+        if not content.startswith(text):
+            break
+        if not detokenizer.copy().flush():  # only where the tokens so far end with a whole character
+            best = Segment(text, tuple(token_ids[:count]))
+    return best
+
+
+class ConversationEncoder:
+    """Extends conversations of one model. Immutable.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        encode: Encodes a text without the model's own surrounding tokens: a template writes those itself.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, encode: Callable[[str], Awaitable[list[int]]]) -> None:
+        self._encode = encode
+        self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+        self._adds_prefix = _adds_prefix(tokenizer)
+
+    async def extend(self, history: Sequence[Segment], rendered: str) -> Continuation:
+        """Return the next turn, whose text `rendered` is that of the whole conversation."""
+        kept: list[Segment] = []
+        position = 0
+        for segment in history:
+            if not rendered.startswith(segment.text, position):
+                break
+            kept.append(segment)
+            position += len(segment.text)
+        rest = rendered[position:]
+        ids = await self._encode_after(kept, rest)
+        if ids is None:
+            return Continuation((), Segment(rendered, tuple(await self._encode(rendered))))
+        return Continuation(tuple(kept), Segment(rest, tuple(ids)))
+
+    async def _encode_after(self, kept: Sequence[Segment], rest: str) -> list[int] | None:
+        """Encode what follows the kept segments as it would be in its place, or return None where that is not possible.
+
+        Added tokens are cut out of a text before anything else happens to it, so right beside one the cut makes no
+        difference. Elsewhere it makes none that matters, except to a tokenizer that puts a space before every text.
+        """
+        last = next((segment.token_ids[-1] for segment in reversed(kept) if segment.token_ids), None)
+        if last is None or not rest:
+            return await self._encode(rest)
+        if last in self._added:
+            ids = await self._encode(self._added[last] + rest)
+            if ids[:1] == [last]:
+                return ids[1:]
+        ids = await self._encode(rest)
+        starts_with_added = bool(ids) and ids[0] in self._added and rest.startswith(self._added[ids[0]])
+        return ids if starts_with_added or not self._adds_prefix else None
+
+
+def _adds_prefix(tokenizer: Tokenizer) -> bool:
+    """Tell whether encoding puts something, a space, before every text."""
+    text = "x"
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is not None:
+        text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    return text != "x"

@@ -1,0 +1,217 @@
+"""Token ids to text, incrementally: the deltas, and what `flush` returns, add up to decoding everything at once.
+
+`tokenizers.decoders.DecodeStream` does not give that: it has no flush, so what is pending at the end is lost; it takes
+every U+FFFD at the end of a text for an unfinished character, so after invalid bytes it stays silent and decodes an
+ever longer tail again with every token; and on some byte-fallback sequences it raises. So the decoder is interpreted
+here, from a table of what each token contributes. A token costs the same however long the text is.
+
+Two kinds of decoder cover language models:
+
+- byte-level: tokens are bytes; the text is their concatenation as UTF-8;
+- pieces: tokens are text, except for byte-fallback tokens (`<0xE2>`), of which a run stands for the bytes of a text.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+from tokenizers import Tokenizer
+
+from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer(Protocol):
+    """Turns one sample's tokens into text. Not safe for concurrent use."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Return the text that is certain once these tokens follow the earlier ones; may be empty."""
+
+    def flush(self) -> str:
+        """Return the rest, with U+FFFD where a character stayed incomplete. The last call."""
+
+    def copy(self) -> Self:
+        """Return an independent detokenizer in the same state."""
+
+
+class TokenTexts:
+    """What each token of a vocabulary contributes to a text. Built once per tokenizer; immutable.
+
+    Raises UnsupportedTokenizerError for a decoder of another kind than the two above.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        state = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b"{}"
+        spec: dict[str, Any] = json.loads(state)
+        size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        tokens: list[str | None] = [tokenizer.id_to_token(token_id) for token_id in range(size)]
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        visible = [None if token in special else token for token in tokens]
+        if spec.get("type") == "ByteLevel":
+            alphabet = _byte_alphabet()
+            self._bytes: tuple[list[bytes], list[bytes]] | None = (
+                [_token_bytes(token, alphabet) for token in tokens],
+                [_token_bytes(token, alphabet) for token in visible],
+            )
+        else:
+            self._bytes = None
+            rule = _piece_rule(spec)
+            self._pieces = (_PieceTable(tokens, rule), _PieceTable(visible, rule))
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """Return a detokenizer for a new text."""
+        if self._bytes is not None:
+            return _ByteLevelDetokenizer(self._bytes[skip_special_tokens])
+        return _PieceDetokenizer(self._pieces[skip_special_tokens])
+
+
+class _ByteLevelDetokenizer:
+    def __init__(self, table: list[bytes]) -> None:
+        self._table = table
+        self._utf8 = _UTF8_DECODER("replace")
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        table = self._table
+        try:
+            data = b"".join([table[token_id] for token_id in token_ids])
+        except IndexError:  # a model's output layer may be padded beyond its vocabulary: such ids have no text
+            data = b"".join([table[token_id] for token_id in token_ids if token_id < len(table)])
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+    def copy(self) -> "_ByteLevelDetokenizer":
+        twin = _ByteLevelDetokenizer(self._table)
+        twin._utf8.setstate(self._utf8.getstate())
+        return twin
+
+
+@dataclass(frozen=True, slots=True)
+class _PieceRule:
+    """How the tokens of a piece decoder become text.
+
+    `replaced` is applied to each token; with `drops_first`, Metaspace's habit, the first token loses its replacement
+    characters instead. `strip` characters, at most `strip_count`, are taken off the start of the whole text.
+    """
+
+    replaced: tuple[tuple[str, str], ...] = ()
+    byte_fallback: bool = False
+    drops_first: str = ""
+    strip: str = ""
+    strip_count: int = 0
+
+
+class _PieceTable:
+    """Per token id: its text, or the byte it stands for, or None for nothing."""
+
+    def __init__(self, tokens: list[str | None], rule: _PieceRule) -> None:
+        self.rule = rule
+        self.entries: list[str | int | None] = [self._entry(token) for token in tokens]
+        self.first: list[str | None] = (
+            [token and token.replace(rule.drops_first, "") for token in tokens] if rule.drops_first else []
+        )
+
+    def _entry(self, token: str | None) -> str | int | None:
+        if token is None:
+            return None
+        for old, new in self.rule.replaced:
+            token = token.replace(old, new)
+        match = _BYTE_TOKEN.fullmatch(token) if self.rule.byte_fallback else None
+        return token if match is None else int(match[1], 16)
+
+
+class _PieceDetokenizer:
+    def __init__(self, table: _PieceTable) -> None:
+        self._table = table
+        self._run = bytearray()
+        self._first = bool(table.first)
+        self._to_strip = table.rule.strip_count
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        entries, run = self._table.entries, self._run
+        texts: list[str] = []
+        for token_id in token_ids:
+            entry = entries[token_id] if token_id < len(entries) else None
+            if entry is None:
+                continue
+            if isinstance(entry, int):
+                run.append(entry)
+                continue
+            if run:
+                texts.append(self._end_run())
+            if self._first:
+                self._first = False
+                entry = self._table.first[token_id] or ""
+            texts.append(entry)
+        return self._strip("".join(texts))
+
+    def flush(self) -> str:
+        return self._strip(self._end_run())
+
+    def copy(self) -> "_PieceDetokenizer":
+        twin = _PieceDetokenizer(self._table)
+        twin._run = bytearray(self._run)
+        twin._first, twin._to_strip = self._first, self._to_strip
+        return twin
+
+    def _end_run(self) -> str:
+        # One bad byte turns every byte of the run into U+FFFD, so nothing of a run is certain before its end.
+        try:
+            text = self._run.decode("utf-8")
+        except UnicodeDecodeError:
+            text = "\ufffd" * len(self._run)
+        self._run.clear()
+        return text
+
+    def _strip(self, text: str) -> str:
+        if not self._to_strip or not text:
+            return text
+        strip = self._table.rule.strip
+        count = 0
+        while count < min(self._to_strip, len(text)) and text[count] == strip:
+            count += 1
+        self._to_strip = self._to_strip - count if count == len(text) else 0
+        return text[count:]
+
+
+def _byte_alphabet() -> Mapping[str, int]:
+    """Return GPT-2's spelling of bytes as characters: printable ones as themselves, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+
+
+def _token_bytes(token: str | None, alphabet: Mapping[str, int]) -> bytes:
+    if token is None:
+        return b""
+    try:
+        return bytes([alphabet[char] for char in token])
+    except KeyError:  # an added token, which is plain text
+        return token.encode("utf-8")
+
+
+def _piece_rule(spec: dict[str, Any]) -> _PieceRule:
+    rule = _PieceRule()
+    fused = False
+    for step in spec["decoders"] if spec.get("type") == "Sequence" else [spec]:
+        kind = step.get("type")
+        if kind == "Replace" and "String" in step["pattern"] and not rule.byte_fallback:
+            rule = replace(rule, replaced=(*rule.replaced, (step["pattern"]["String"], step["content"])))
+        elif kind == "ByteFallback" and not rule.drops_first:
+            rule = replace(rule, byte_fallback=True)
+        elif kind == "Metaspace" and rule == _PieceRule():
+            dropped = "" if step["prepend_scheme"] == "never" else step["replacement"]
+            rule = replace(rule, replaced=((step["replacement"], " "),), drops_first=dropped)
+        elif kind == "Fuse":
+            fused = True
+        elif kind == "Strip" and fused and step["stop"] == 0 and not rule.strip_count:
+            rule = replace(rule, strip=step["content"], strip_count=step["start"])
+        else:
+            raise UnsupportedTokenizerError(f"tokenizer decoder {kind!r} is not supported in {json.dumps(spec)}")
+    return rule

@@ -1,0 +1,159 @@
+"""Build a `tokenizers.Tokenizer` from the metadata of a GGUF file.
+
+Two families cover the supported models: `gpt2`, byte-level BPE with merges in the file, and `llama`, SentencePiece BPE
+with scores and byte fallback (Llama 2, Mistral, Gemma). The latter is rebuilt as the merge list that its vocabulary
+implies, which is how these models' own tokenizer.json files were made.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from services.common.gguf_metadata import GgufMetadata
+from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+from services.tokenizer.text.pre_tokenizers import PRE_TOKENIZERS
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_SPACE = "▁"
+"""SentencePiece's visible space, U+2581."""
+
+
+def build_gguf_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
+    """Build the tokenizer that the file `path` describes in `metadata`. Raises UnsupportedTokenizerError."""
+    family = metadata.get("tokenizer.ggml.model")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if family is None or tokens is None:
+        raise UnsupportedTokenizerError(f"{path} carries no tokenizer")
+    if family == "gpt2":
+        tokenizer, adds_bos = _byte_level(metadata, tokens, path), _pre_tokenizer(metadata, path).adds_bos
+    elif family == "llama":
+        tokens = _visible_spaces(tokens)
+        tokenizer, adds_bos = _sentence_piece(metadata, tokens, path), True
+    else:
+        raise UnsupportedTokenizerError(
+            f"{path} has a tokenizer of type {family!r}; "
+            "supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
+        )
+    types = _types(metadata, len(tokens), path)
+    _add_special_tokens(tokenizer, tokens, types)
+    _add_boundary_tokens(tokenizer, metadata, tokens, adds_bos)
+    return tokenizer
+
+
+def _pre_tokenizer(metadata: GgufMetadata, path: Path) -> Any:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        supported = ", ".join(sorted(PRE_TOKENIZERS))
+        raise UnsupportedTokenizerError(f"{path} splits text by the rule {name!r}; supported are {supported}")
+    return PRE_TOKENIZERS[name]
+
+
+def _byte_level(metadata: GgufMetadata, tokens: Sequence[str], path: Path) -> Tokenizer:
+    if "tokenizer.ggml.merges" not in metadata:
+        raise UnsupportedTokenizerError(f"{path} has a byte-level BPE vocabulary but no merges")
+    # Pieces are written in the byte alphabet, which has no space.
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    rule = _pre_tokenizer(metadata, path)
+    tokenizer = _bpe(tokens, merges, path, ignore_merges=rule.ignore_merges)
+    normalizer = rule.build_normalizer()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = rule.build()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentence_piece(metadata: GgufMetadata, tokens: Sequence[str], path: Path) -> Tokenizer:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise UnsupportedTokenizerError(f"{path} has a SentencePiece vocabulary without a score per token")
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    tokenizer = _bpe(
+        tokens,
+        _implied_merges(tokens, scores, _types(metadata, len(tokens), path)),
+        path,
+        unk_token=tokens[unknown] if unknown is not None else None,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    visible = normalizers.Replace(" ", _SPACE)
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        # As Llama 2's and Mistral's own files have it: a space before the text and before what follows a special token.
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), visible])
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = visible
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _implied_merges(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
+    """Return the merges of a SentencePiece vocabulary, first to apply first.
+
+    SentencePiece joins the neighbours whose union has the best score. So every way to cut a token into two tokens is a
+    merge, a token's score is its rank, and of its cuts the one with the longest left part comes first. Only normal
+    tokens have a meaningful score: writers fill in a constant for the others, which rank with the normal token that
+    follows them.
+    """
+    ids = {token: token_id for token_id, token in enumerate(tokens)}
+    ranked: list[tuple[float, int, int, int, int]] = []
+    rank = -min(scores, default=0.0)
+    for token_id in reversed(range(len(tokens))):
+        if types[token_id] == _NORMAL:
+            rank = -scores[token_id]
+        token = tokens[token_id]
+        for cut in range(1, len(token)):
+            left = ids.get(token[:cut])
+            if left is not None:
+                right = ids.get(token[cut:])
+                if right is not None:
+                    ranked.append((rank, token_id, -cut, left, right))
+    ranked.sort()
+    return [(tokens[left], tokens[right]) for _, _, _, left, right in ranked]
+
+
+def _visible_spaces(tokens: Sequence[str]) -> list[str]:
+    """Return tokens as SentencePiece spells them: runs of spaces are stored as such, all others with U+2581."""
+    return [_SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
+
+
+def _bpe(tokens: Sequence[str], merges: list[Any], path: Path, **options: Any) -> Tokenizer:
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise UnsupportedTokenizerError(f"{path} lists a token twice")
+    try:
+        return Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
+    except Exception as error:  # the library raises bare Exception
+        raise UnsupportedTokenizerError(f"{path} has merges that do not fit its vocabulary: {error}") from error
+
+
+def _types(metadata: GgufMetadata, num_tokens: int, path: Path) -> list[int]:
+    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * num_tokens
+    if len(types) != num_tokens:
+        raise UnsupportedTokenizerError(f"{path} has {num_tokens} tokens but {len(types)} token types")
+    return types
+
+
+def _add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Mark control tokens as special, and those the vocabulary's author added by hand as unsplittable text."""
+    marked = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL) for token, kind in marked])
+
+
+def _add_boundary_tokens(tokenizer: Tokenizer, metadata: GgufMetadata, tokens: Sequence[str], adds_bos: bool) -> None:
+    """Put the beginning and end tokens around a text where the model wants them."""
+    bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    pieces = ["$A"]
+    special: list[tuple[str, int]] = []
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", adds_bos):
+        pieces.insert(0, tokens[bos])
+        special.append((tokens[bos], bos))
+    if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False):
+        pieces.append(tokens[eos])
+        special.append((tokens[eos], eos))
+    if special:
+        tokenizer.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=special)
