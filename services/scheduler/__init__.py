@@ -1,0 +1,1 @@
+"""The token core: decides who runs where and when, and moves requests away from executors that die."""

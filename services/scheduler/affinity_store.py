@@ -1,0 +1,125 @@
+"""Which executor ran a session last: in memory, with a copy in Redis for the time after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+
+from redis import RedisError
+from redis.asyncio import Redis
+
+from services.common.redis_client import KEY_PREFIX, open_redis
+
+_log = logging.getLogger(__name__)
+
+_TICK = 0.05
+_LOOK_UP_LIMIT = 0.05
+_PING_INTERVAL = 1.0
+_FAILURES = (RedisError, OSError, TimeoutError)
+
+
+class AffinityStore:
+    """Session -> executor address. A hint: losing it costs a prefill.
+
+    Writes gather in a buffer that one task empties with one pipeline per tick; while Redis is away they are dropped.
+    Reads happen only for sessions that this process has not seen, and wait a twentieth of a second at most.
+
+    Args:
+        url: Of Redis; None = in memory only.
+        ttl: Seconds after which Redis forgets a session.
+        capacity: Sessions remembered in memory; the least recently used are forgotten first.
+        max_pending: Sessions whose write may wait; more are dropped.
+    """
+
+    def __init__(self, url: str | None, ttl: float, *, capacity: int = 100_000, max_pending: int = 10_000) -> None:
+        self._redis: Redis | None = open_redis(url, timeout=0.5) if url is not None else None
+        self._ttl = max(1, int(ttl))
+        self._capacity = capacity
+        self._max_pending = max_pending
+        self._known: OrderedDict[str, str] = OrderedDict()
+        self._pending: dict[str, str] = {}
+        self._wake = asyncio.Event()
+        self.redis_ok = False
+
+    def get(self, session_id: str) -> str | None:
+        """The executor, if this process knows it."""
+        address = self._known.get(session_id)
+        if address is not None:
+            self._known.move_to_end(session_id)
+        return address
+
+    def record(self, session_id: str, address: str) -> None:
+        """The session runs there now."""
+        self._known[session_id] = address
+        self._known.move_to_end(session_id)
+        if len(self._known) > self._capacity:
+            self._known.popitem(last=False)
+        if self.redis_ok and (len(self._pending) < self._max_pending or session_id in self._pending):
+            self._pending[session_id] = address
+            self._wake.set()
+
+    async def look_up(self, session_id: str) -> str | None:
+        """The executor as Redis knows it; None when it does not, or not in time."""
+        if self._redis is None:
+            return None
+        try:
+            async with asyncio.timeout(_LOOK_UP_LIMIT):
+                value = await self._redis.get(_key(session_id))
+        except _FAILURES as error:
+            _log.info("no affinity of session %s from Redis: %r", session_id, error)
+            return None
+        return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+    async def run(self) -> None:
+        """Watch Redis and write to it until cancelled; then write what is left."""
+        if self._redis is None:
+            return
+        try:
+            await asyncio.gather(self._watch(self._redis), self._write(self._redis))
+        finally:
+            if self.redis_ok:
+                await self._flush(self._redis)
+            await self._redis.aclose()
+
+    async def _watch(self, redis: Redis) -> None:
+        while True:
+            try:
+                await redis.ping()
+            except _FAILURES as error:
+                self._report(False, repr(error))
+            else:
+                self._report(True, "")
+            await asyncio.sleep(_PING_INTERVAL)
+
+    async def _write(self, redis: Redis) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(_TICK)
+            self._wake.clear()
+            await self._flush(redis)
+
+    async def _flush(self, redis: Redis) -> None:
+        pending, self._pending = self._pending, {}
+        if not pending:
+            return
+        try:
+            async with redis.pipeline(transaction=False) as pipeline:
+                for session_id, address in pending.items():
+                    pipeline.set(_key(session_id), address, ex=self._ttl)
+                await pipeline.execute()
+        except _FAILURES as error:
+            self._report(False, repr(error))
+
+    def _report(self, ok: bool, why: str) -> None:
+        if ok != self.redis_ok:
+            self.redis_ok = ok
+            if ok:
+                _log.info("Redis answers")
+            else:
+                _log.warning("Redis does not answer, sessions lose their executor on a restart: %s", why)
+                self._pending.clear()
+
+
+def _key(session_id: str) -> str:
+    return f"{KEY_PREFIX}affinity:{session_id}"

@@ -1,0 +1,125 @@
+"""The link from one tokenizer worker: its requests, and the frames that go back to it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from scalellm.v1 import link_pb2
+from services.common.link import ServerLink
+from services.scheduler.request import Request
+
+# Uncounted credit: the edge shall not queue. What does not fit into the admission queue is refused with a retry time.
+_UNLIMITED = 2**63
+
+
+class ClientLink:
+    """Collects what is due to one client link and sends it as one StepOutput per turn of the event loop.
+
+    So one step of an executor becomes one frame per link, and steps of several executors that arrive together become
+    one as well.
+
+    Args:
+        client_id: The incarnation of the upstream process.
+    """
+
+    def __init__(self, client_id: str) -> None:
+        self.client_id = client_id
+        self.server_link = ServerLink()
+        self.requests: dict[int, Request] = {}
+        self._loop = asyncio.get_running_loop()
+        self._seq = 0
+        self._flush_due = False
+        self._load: link_pb2.Load | None = None
+        self._start_frame()
+
+    def add_tokens(self, handle: int, index: int, offset: int, token_ids: list[int]) -> None:
+        """New tokens of one sample."""
+        self._handles.append(handle)
+        self._indices.append(index)
+        self._offsets.append(offset)
+        self._counts.append(len(token_ids))
+        self._token_ids += token_ids
+        if not self._flush_due:
+            self._schedule_flush()
+
+    def add_logprobs(self, logprobs: link_pb2.LinkLogprobs) -> None:
+        """Log-probabilities of new tokens."""
+        self._logprobs.append(logprobs)
+        self._schedule_flush()
+
+    def add_prompt_logprobs(self, logprobs: link_pb2.LinkLogprobs) -> None:
+        """Log-probabilities of a part of the prompt."""
+        self._prompt_logprobs.append(logprobs)
+        self._schedule_flush()
+
+    def add_sample_finish(self, sample_finish: link_pb2.LinkSampleFinish) -> None:
+        """One sample ended."""
+        self._finished_samples.append(sample_finish)
+        self._schedule_flush()
+
+    def add_finish(self, finish: link_pb2.Finish) -> None:
+        """A request ended; its handle is free again."""
+        self.requests.pop(finish.handle, None)
+        self._finished.append(finish)
+        self._schedule_flush()
+
+    def announce_draining(self) -> None:
+        """Tell the client to send no new requests."""
+        self._load = link_pb2.Load(draining=True)
+        self._schedule_flush()
+
+    def close(self) -> None:
+        """Send what is due and end the link."""
+        self.flush()
+        self.server_link.close()
+
+    def flush(self) -> None:
+        """Send what is due now."""
+        self._flush_due = False
+        if not (
+            self._handles
+            or self._finished
+            or self._finished_samples
+            or self._logprobs
+            or self._prompt_logprobs
+            or self._load
+        ):
+            return
+        self._seq += 1
+        step = link_pb2.StepOutput(
+            seq=self._seq,
+            handles=self._handles,
+            indices=self._indices,
+            offsets=self._offsets,
+            counts=self._counts,
+            token_ids=self._token_ids,
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            finished_samples=self._finished_samples,
+            finished=self._finished,
+            load=self._load,
+        )
+        self._start_frame()
+        self.server_link.send(link_pb2.ServerFrame(step=step).SerializeToString())
+
+    def _schedule_flush(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self.flush)
+
+    def _start_frame(self) -> None:
+        self._handles: list[int] = []
+        self._indices: list[int] = []
+        self._offsets: list[int] = []
+        self._counts: list[int] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[link_pb2.LinkLogprobs] = []
+        self._prompt_logprobs: list[link_pb2.LinkLogprobs] = []
+        self._finished_samples: list[link_pb2.LinkSampleFinish] = []
+        self._finished: list[link_pb2.Finish] = []
+        self._load = None
+
+
+def client_load(*, draining: bool) -> link_pb2.Load:
+    """The first credits of a client link."""
+    return link_pb2.Load(granted_prefill_tokens=_UNLIMITED, granted_requests=_UNLIMITED, draining=draining)

@@ -1,0 +1,55 @@
+"""The settings of the scheduler service."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from services.common.settings import Port, ServiceSettings, settings_config
+from services.scheduler.executor_discovery import split_address
+
+
+class SchedulerSettings(ServiceSettings):
+    """What the scheduler can be told."""
+
+    model_config = settings_config("scheduler")
+
+    port: Port = 50052
+    """Port to listen on; 0 takes a free one."""
+    executors: str = ""
+    """Executors, host:port,host:port,...; a name with several addresses stands for all. More join by AddExecutor."""
+    redis_url: str | None = None
+    """Where session affinity survives a restart: redis://... or unix://...; unset: in memory only."""
+    session_ttl_s: Annotated[float, Field(ge=1)] = 3600.0
+    """Seconds after its last request for which a session's executor is remembered in Redis."""
+    max_queued_requests: Annotated[int, Field(ge=1)] = 4096
+    """Requests that may wait for admission; more are refused with RESOURCE_EXHAUSTED."""
+    max_queued_tokens: Annotated[int, Field(ge=1)] = 4_194_304
+    """Prompt tokens that may wait for admission; more are refused with RESOURCE_EXHAUSTED."""
+    executor_grace_s: Annotated[float, Field(ge=0)] = 2.0
+    """Seconds without any ready executor after which requests end UNAVAILABLE; covers the restart of one."""
+    executor_resolve_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds between look-ups of executor names that are not plain addresses."""
+    max_executor_deaths: Annotated[int, Field(ge=1)] = 3
+    """Executors that may die under one request before it is ended as their likely cause."""
+    session_wait_s: Annotated[float, Field(ge=0)] = 0.25
+    """Seconds that a request waits for its session's executor while only others would take it."""
+    deadline_backstop_s: Annotated[float, Field(gt=0)] = 1.0
+    """Seconds past its deadline after which a request is ended here if its executor has not done so."""
+
+    @field_validator("executors")
+    @classmethod
+    def _check_executors(cls, value: str) -> str:
+        for address in _split(value):
+            split_address(address)
+        return value
+
+    @property
+    def executor_addresses(self) -> tuple[str, ...]:
+        """The entries of `executors`."""
+        return _split(self.executors)
+
+
+def _split(addresses: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in addresses.split(",") if part.strip())

@@ -1,0 +1,119 @@
+"""Which executors there are: addresses and names that were listed, looked up again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import Iterable
+from typing import Protocol
+
+_log = logging.getLogger(__name__)
+
+
+class ExecutorSet(Protocol):
+    """Who is told which executors there are."""
+
+    def add(self, address: str) -> None:
+        """An executor is there. Idempotent."""
+
+    def remove(self, address: str) -> None:
+        """An executor leaves: no new requests, gone once the running ones are done."""
+
+    def drop_when_down(self, address: str) -> None:
+        """An executor's name stands for it no more: it is forgotten once its link is down."""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split `host:port` or `[ipv6]:port`. Raises ValueError."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host.strip("[]") or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{address!r} is not host:port")
+    return host.strip("[]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The opposite of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class ExecutorDiscovery:
+    """Turns the listed names into addresses and keeps them up to date.
+
+    An IP address stands for itself. A host name stands for all its addresses, those of IPv4 if it has any: a host that
+    answers on both families must not count twice. A failing look-up changes nothing, because name servers fail more
+    often than executors move.
+
+    Args:
+        executors: Told of additions and removals.
+        interval: Seconds between look-ups.
+    """
+
+    def __init__(self, executors: ExecutorSet, interval: float) -> None:
+        self._executors = executors
+        self._interval = interval
+        self._names: dict[str, frozenset[str]] = {}
+        self._removed: set[str] = set()
+        self.errors: dict[str, str] = {}
+
+    async def add(self, names: Iterable[str]) -> None:
+        """List names and look them up once. Raises ValueError for what is not host:port."""
+        for name in names:
+            split_address(name)
+            self._removed -= {name, *self._names.get(name, ())}
+            self._names.setdefault(name, frozenset())
+            await self._resolve(name)
+
+    def remove(self, address: str) -> bool:
+        """Unlist a name, or take one address out of those of a name. False when it is unknown."""
+        if address in self._names:
+            self.errors.pop(address, None)
+            orphans = self._names.pop(address) - self._known() - self._removed
+        elif address in self._known() - self._removed:
+            self._removed.add(address)
+            orphans = frozenset((address,))
+        else:
+            return False
+        for orphan in orphans:
+            self._executors.remove(orphan)
+        return True
+
+    async def run(self) -> None:
+        """Look names up until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval)
+            for name in tuple(self._names):
+                await self._resolve(name)
+
+    def _known(self) -> frozenset[str]:
+        return frozenset(address for addresses in self._names.values() for address in addresses)
+
+    async def _resolve(self, name: str) -> None:
+        try:
+            addresses = await _look_up(*split_address(name))
+        except OSError as error:
+            if name not in self.errors:
+                _log.warning("cannot look up executor %s: %s", name, error)
+            self.errors[name] = f"cannot look up {name}: {error}"
+            return
+        self.errors.pop(name, None)
+        if name not in self._names:  # unlisted meanwhile
+            return
+        before = self._names[name]
+        self._names[name] = addresses
+        for address in sorted(addresses - self._removed):
+            self._executors.add(address)
+        for address in before - self._known():
+            self._removed.discard(address)
+            self._executors.drop_when_down(address)
+
+
+async def _look_up(host: str, port: int) -> frozenset[str]:
+    try:
+        return frozenset((join_address(str(ipaddress.ip_address(host)), port),))
+    except ValueError:
+        pass
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    ipv4 = {str(address[0]) for family, *_, address in found if family is socket.AF_INET}
+    return frozenset(join_address(ip, port) for ip in ipv4 or {str(address[0]) for *_, address in found})

@@ -1,0 +1,211 @@
+"""One executor, as the scheduler sees it: its link, its credits, what runs there."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+import grpc
+
+from scalellm.v1 import executor_pb2_grpc, link_pb2, scheduler_pb2
+from services.common.errors import StatusError
+from services.common.link import LinkClient
+from services.scheduler.request import Request
+
+_CONNECTING = scheduler_pb2.EXECUTOR_PHASE_CONNECTING
+_READY = scheduler_pb2.EXECUTOR_PHASE_READY
+_DRAINING = scheduler_pb2.EXECUTOR_PHASE_DRAINING
+_INCOMPATIBLE = scheduler_pb2.EXECUTOR_PHASE_INCOMPATIBLE
+
+
+class ReplicaEvents(Protocol):
+    """Who is told what happens on a replica's link."""
+
+    def check_welcome(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> None:
+        """Raise StatusError when this executor cannot serve beside the others."""
+
+    def replica_changed(self, replica: ReplicaLink) -> None:
+        """Its phase may have changed."""
+
+    def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
+        """It sent a frame; its load is already taken over."""
+
+    def replica_lost(self, replica: ReplicaLink, requests: list[Request], error: StatusError) -> None:
+        """Its link broke while these requests ran there."""
+
+
+class ReplicaLink:
+    """The link to the executor at one address, over all its incarnations.
+
+    Credits, handles and running requests belong to one connection and end with it: what a former incarnation still had
+    to say cannot reach a request of the present one.
+
+    Args:
+        address: host:port of the executor.
+        hello: First frame of each connection.
+        events: Told what happens.
+        silence_limit: Seconds without a frame, while requests run, after which the executor counts as dead.
+    """
+
+    def __init__(self, address: str, hello: link_pb2.Hello, events: ReplicaEvents, silence_limit: float) -> None:
+        self.address = address
+        self.running: dict[int, Request] = {}
+        self.welcome: link_pb2.Welcome | None = None
+        self.load = link_pb2.Load()
+        self.is_leaving = False
+        self.drop_when_down = False
+        self.last_error = ""
+        self._events = events
+        self._is_incompatible = False
+        self._next_handle = 0
+        self._submitted_requests = 0
+        self._submitted_tokens = 0
+        self._tokens_since_load = 0
+        self._client = LinkClient(
+            address,
+            lambda channel: executor_pb2_grpc.ExecutorStub(channel).Execute,  # type: ignore[no-untyped-call]
+            hello,
+            self,
+            silence_limit=silence_limit,
+            is_busy=lambda: bool(self.running),
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Connect, and stay connected."""
+        self._task = asyncio.create_task(self._client.run(), name=f"replica {self.address}")
+
+    async def stop(self) -> None:
+        """Close the link."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def dispatch(self, request: Request, now: float) -> None:
+        """Send a request; uses up credit."""
+        while self._next_handle in self.running:
+            self._next_handle = (self._next_handle + 1) % 2**32
+        handle = self._next_handle
+        self._next_handle = (handle + 1) % 2**32
+        self._submitted_requests += 1
+        self._submitted_tokens += request.num_prompt_tokens
+        self._tokens_since_load += request.num_prompt_tokens
+        self.running[handle] = request
+        request.start(self, handle, now)
+        self._client.submit(request.make_submit(handle, now))
+
+    def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
+        """Ask the executor to end a request, or one sample of it."""
+        self._client.abort(handle, reason, index)
+
+    def release(self, handle: int) -> None:
+        """The request is no business of this link any more."""
+        self.running.pop(handle, None)
+        if self.is_leaving and not self.running:
+            self._events.replica_changed(self)
+
+    @property
+    def phase(self) -> scheduler_pb2.ExecutorPhase:
+        """Whether new requests go there."""
+        if self._is_incompatible:
+            return _INCOMPATIBLE
+        if self.is_leaving or (self.welcome is not None and self.load.draining):
+            return _DRAINING
+        return _READY if self.welcome is not None else _CONNECTING
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the link stands."""
+        return self.welcome is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests may go there."""
+        return self.phase == _READY
+
+    @property
+    def instance_id(self) -> str:
+        """The connected incarnation. Empty while there is none."""
+        return self.welcome.instance_id if self.welcome is not None else ""
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether it takes another request now. A request may be larger than what is left of the tokens."""
+        return (
+            self._submitted_requests < self.load.granted_requests
+            and self._submitted_tokens < self.load.granted_prefill_tokens
+        )
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        return self.welcome.max_model_len if self.welcome is not None else 0
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per cache block."""
+        return self.welcome.block_size if self.welcome is not None else 0
+
+    @property
+    def free_blocks(self) -> int:
+        """Cache blocks that are free or can be evicted, at the last report."""
+        return self.load.free_blocks
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """Prompt tokens that wait there: as reported, and those sent since."""
+        return self.load.waiting_prefill_tokens + self._tokens_since_load
+
+    @property
+    def num_running(self) -> int:
+        """Requests there: as known here, or, when other schedulers use it as well, as reported."""
+        return max(len(self.running), self.load.running)
+
+    def describe(self) -> scheduler_pb2.ExecutorState:
+        """For GetState."""
+        return scheduler_pb2.ExecutorState(
+            address=self.address,
+            instance_id=self.instance_id,
+            phase=self.phase,
+            load=self.load,
+            running=len(self.running),
+            last_error=self.last_error,
+            model=self.welcome.model if self.welcome is not None else "",
+        )
+
+    # The LinkClient's calls.
+
+    def on_up(self, welcome: link_pb2.Welcome) -> None:
+        """The executor welcomed us."""
+        self._is_incompatible = False
+        try:
+            self._events.check_welcome(self, welcome)
+        except StatusError:
+            self._is_incompatible = True
+            raise
+        self.welcome = welcome
+        self.load = link_pb2.Load()
+        self.load.CopyFrom(welcome.load)
+        self.last_error = ""
+        self._submitted_requests = self._submitted_tokens = self._tokens_since_load = self._next_handle = 0
+        self._events.replica_changed(self)
+
+    def on_step(self, step: link_pb2.StepOutput) -> None:
+        """The executor sent a frame."""
+        if step.HasField("load"):
+            was_draining = self.load.draining
+            self.load.MergeFrom(step.load)
+            self._tokens_since_load = 0
+            if self.load.draining != was_draining:
+                self._events.replica_changed(self)
+        self._events.replica_stepped(self, step)
+
+    def on_down(self, error: StatusError) -> None:
+        """The link broke, or could not be made."""
+        lost = sorted(self.running.values(), key=lambda request: request.arrival)
+        self.running.clear()
+        self.welcome = None
+        self.last_error = error.message
+        if error.code is not grpc.StatusCode.FAILED_PRECONDITION:
+            self._is_incompatible = False
+        self._events.replica_lost(self, lost, error)

@@ -1,0 +1,90 @@
+"""Puts the parts of the scheduler together, starts and ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+from services.common.errors import StatusError
+from services.common.health import Heartbeat
+from services.common.lifecycle import GrpcService
+from services.common.metrics import MetricsEndpoint
+from services.scheduler.affinity_store import AffinityStore
+from services.scheduler.config import SchedulerSettings
+from services.scheduler.dispatcher import Dispatcher
+from services.scheduler.executor_discovery import ExecutorDiscovery
+from services.scheduler.fleet import Fleet
+from services.scheduler.metrics import SchedulerCollector
+from services.scheduler.service import SERVICE_NAME, SchedulerService
+
+_CLOSE_LIMIT = 1.0
+
+
+class SchedulerServer:
+    """One scheduler. `start`, then `stop`; on one event loop.
+
+    Args:
+        settings: What it was told.
+    """
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self._settings = settings
+        self._instance_id = uuid.uuid4().hex
+        self._heartbeat = Heartbeat(settings.stall_limit_s)
+        self._affinity = AffinityStore(settings.redis_url, settings.session_ttl_s)
+        self._fleet = Fleet(self._instance_id, settings.executor_grace_s, settings.stall_limit_s)
+        self._discovery = ExecutorDiscovery(self._fleet, settings.executor_resolve_s)
+        self.dispatcher = Dispatcher(settings, self._fleet, self._affinity, self._heartbeat)
+        self.service = SchedulerService(
+            self._instance_id,
+            settings.drain_limit_s,
+            self.dispatcher,
+            self._fleet,
+            self._discovery,
+            self._affinity,
+        )
+        self._grpc = GrpcService(settings.host, settings.port, services=[SERVICE_NAME], is_ready=self._is_ready)
+        self._grpc.server.add_generic_rpc_handlers((self.service.handler(),))
+        self._metrics: MetricsEndpoint | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def address(self) -> str:
+        """host:port, once it listens."""
+        return self._grpc.address
+
+    @property
+    def metrics_address(self) -> str | None:
+        """host:port of the Prometheus endpoint, if there is one."""
+        return self._metrics.address if self._metrics is not None else None
+
+    async def start(self) -> None:
+        """Listen and connect to the executors. Raises StartError."""
+        if self._settings.metrics_port is not None:
+            loop = asyncio.get_running_loop()
+            registry = SchedulerCollector.registry(loop, self.service.get_state, self.dispatcher.books)
+            self._metrics = MetricsEndpoint(self._settings.host, self._settings.metrics_port, registry)
+        await self._grpc.start()
+        self._fleet.start(self.dispatcher)
+        self._tasks = [
+            asyncio.create_task(self._affinity.run(), name="affinity"),
+            asyncio.create_task(self._discovery.run(), name="discovery"),
+        ]
+        await self._discovery.add(self._settings.executor_addresses)
+
+    async def stop(self) -> None:
+        """Drain within the limit, then end what is left and close everything."""
+        self.dispatcher.begin_drain()
+        await self.dispatcher.wait_idle(self._settings.drain_limit_s)
+        self.dispatcher.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0))
+        await self._grpc.stop(_CLOSE_LIMIT)
+        await self._fleet.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._metrics is not None:
+            # Not on the loop: a scrape under way waits for the loop, and stopping waits for the scrape.
+            await asyncio.to_thread(self._metrics.stop)
+
+    def _is_ready(self) -> bool:
+        return bool(self._fleet.ready) and not self.dispatcher.is_draining and self._heartbeat.is_alive

@@ -1,0 +1,186 @@
+"""scalellm.v1.Scheduler on gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from scalellm.v1 import link_pb2, scheduler_pb2
+from services.common.errors import StatusError
+from services.scheduler.affinity_store import AffinityStore
+from services.scheduler.client_link import ClientLink
+from services.scheduler.dispatcher import Dispatcher
+from services.scheduler.executor_discovery import ExecutorDiscovery
+from services.scheduler.fleet import Fleet
+
+SERVICE_NAME = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].full_name
+
+_HELLO_LIMIT = 10.0
+_LONGEST_DRAIN = 3600
+
+
+class SchedulerService:
+    """Answers the RPCs.
+
+    Args:
+        instance_id: Names this incarnation of the scheduler.
+        drain_limit: Seconds that Drain waits where the request does not say.
+        dispatcher: Takes the requests.
+        fleet: The executors.
+        discovery: Their list.
+        affinity: For the state of Redis.
+    """
+
+    def __init__(
+        self,
+        instance_id: str,
+        drain_limit: float,
+        dispatcher: Dispatcher,
+        fleet: Fleet,
+        discovery: ExecutorDiscovery,
+        affinity: AffinityStore,
+    ) -> None:
+        self._instance_id = instance_id
+        self._drain_limit = drain_limit
+        self._dispatcher = dispatcher
+        self._fleet = fleet
+        self._discovery = discovery
+        self._affinity = affinity
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """For the server. Connect deals in bytes: its frames are serialised once, here, and merged as bytes."""
+        handlers = {
+            "Connect": grpc.stream_stream_rpc_method_handler(self._connect),
+            "GetState": grpc.unary_unary_rpc_method_handler(
+                self._get_state,
+                request_deserializer=scheduler_pb2.GetStateRequest.FromString,
+                response_serializer=scheduler_pb2.GetStateResponse.SerializeToString,
+            ),
+            "Drain": grpc.unary_unary_rpc_method_handler(
+                self._drain,
+                request_deserializer=scheduler_pb2.DrainRequest.FromString,
+                response_serializer=scheduler_pb2.DrainResponse.SerializeToString,
+            ),
+            "AddExecutor": grpc.unary_unary_rpc_method_handler(
+                self._add_executor,
+                request_deserializer=scheduler_pb2.AddExecutorRequest.FromString,
+                response_serializer=scheduler_pb2.AddExecutorResponse.SerializeToString,
+            ),
+            "RemoveExecutor": grpc.unary_unary_rpc_method_handler(
+                self._remove_executor,
+                request_deserializer=scheduler_pb2.RemoveExecutorRequest.FromString,
+                response_serializer=scheduler_pb2.RemoveExecutorResponse.SerializeToString,
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    def get_state(self) -> scheduler_pb2.GetStateResponse:
+        """Queue, executors and books at one instant."""
+        state = scheduler_pb2.GetStateResponse(instance_id=self._instance_id, redis_ok=self._affinity.redis_ok)
+        self._dispatcher.fill_state(state)
+        state.executors.extend(replica.describe() for replica in self._fleet.replicas.values())
+        for name, error in self._discovery.errors.items():
+            phase = scheduler_pb2.EXECUTOR_PHASE_CONNECTING
+            state.executors.add(address=name, phase=phase, last_error=error)
+        return state
+
+    async def _connect(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        try:
+            hello = await _read_hello(frames)
+            welcome = await self._welcome(hello)
+            link = ClientLink(hello.client_id)
+            self._dispatcher.open_link(link)
+            try:
+                await link.server_link.run(
+                    link_pb2.ServerFrame(welcome=welcome).SerializeToString(),
+                    frames,
+                    context,
+                    lambda frame: self._on_frame(link, _parse(frame)),
+                )
+            finally:
+                self._dispatcher.close_link(link)
+        except StatusError as error:
+            await error.abort(context)
+
+    async def _welcome(self, hello: link_pb2.Hello) -> link_pb2.Welcome:
+        """Refuses the link while no executor is ready: a Welcome could not say what the client needs to know."""
+        if self._dispatcher.is_draining:
+            raise StatusError.unavailable("the scheduler is draining", retry_after=1.0)
+        if not await self._fleet.wait_ready():
+            raise self._fleet.make_outage()
+        welcome = self._fleet.make_welcome(self._instance_id)
+        if hello.tokenizer_sha256 and hello.tokenizer_sha256 != welcome.tokenizer_sha256:
+            raise StatusError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"tokenizer_sha256: the executors run {welcome.model!r} with tokenizer "
+                f"{welcome.tokenizer_sha256.hex()[:12] or '(unknown)'}, the client's is "
+                f"{hello.tokenizer_sha256.hex()[:12]}: its token ids would mean other texts",
+                field="tokenizer_sha256",
+            )
+        return welcome
+
+    def _on_frame(self, link: ClientLink, frame: link_pb2.ClientFrame) -> None:
+        match frame.WhichOneof("frame"):
+            case "submit":
+                self._dispatcher.submit(link, frame.submit)
+            case "abort":
+                self._dispatcher.abort(link, frame.abort)
+            case "hello":
+                raise StatusError.invalid("hello", "a link is opened once")
+            case _:
+                raise StatusError.invalid("frame", "is empty or of an unknown kind")
+
+    async def _get_state(
+        self, request: scheduler_pb2.GetStateRequest, context: grpc.aio.ServicerContext
+    ) -> scheduler_pb2.GetStateResponse:
+        return self.get_state()
+
+    async def _drain(
+        self, request: scheduler_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> scheduler_pb2.DrainResponse:
+        limit = request.timeout_s if request.HasField("timeout_s") else self._drain_limit
+        if limit > _LONGEST_DRAIN:
+            await StatusError.invalid("timeout_s", f"{limit} is above {_LONGEST_DRAIN}").abort(context)
+        self._dispatcher.begin_drain()
+        return scheduler_pb2.DrainResponse(remaining=await self._dispatcher.wait_idle(limit))
+
+    async def _add_executor(
+        self, request: scheduler_pb2.AddExecutorRequest, context: grpc.aio.ServicerContext
+    ) -> scheduler_pb2.AddExecutorResponse:
+        try:
+            await self._discovery.add([request.address])
+        except ValueError as error:
+            await StatusError.invalid("address", str(error)).abort(context)
+        return scheduler_pb2.AddExecutorResponse()
+
+    async def _remove_executor(
+        self, request: scheduler_pb2.RemoveExecutorRequest, context: grpc.aio.ServicerContext
+    ) -> scheduler_pb2.RemoveExecutorResponse:
+        if not self._discovery.remove(request.address):
+            message = f"address: {request.address!r} is not a known executor"
+            await StatusError(grpc.StatusCode.NOT_FOUND, message).abort(context)
+        return scheduler_pb2.RemoveExecutorResponse()
+
+
+async def _read_hello(frames: AsyncIterator[bytes]) -> link_pb2.Hello:
+    try:
+        first = await asyncio.wait_for(anext(frames), _HELLO_LIMIT)
+    except StopAsyncIteration:
+        raise StatusError.invalid("hello", "the link was closed before it was opened") from None
+    except TimeoutError:
+        message = f"hello: none came within {_HELLO_LIMIT:g} s"
+        raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+    frame = _parse(first)
+    if frame.WhichOneof("frame") != "hello":
+        raise StatusError.invalid("hello", "must be the first frame of a link")
+    return frame.hello
+
+
+def _parse(frame: bytes) -> link_pb2.ClientFrame:
+    try:
+        return link_pb2.ClientFrame.FromString(frame)
+    except DecodeError:
+        raise StatusError.invalid("frame", f"{len(frame)} bytes that are not a ClientFrame") from None

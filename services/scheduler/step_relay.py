@@ -1,0 +1,96 @@
+"""Passes one executor step on to the client links it concerns: the per-token path of the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import grpc
+
+from scalellm.v1 import common_pb2, link_pb2
+from services.common.errors import StatusError
+from services.scheduler.request import Request
+
+
+def relay_step(step: link_pb2.StepOutput, running: Mapping[int, Request]) -> list[tuple[Request, str]]:
+    """Pass tokens, log-probabilities and sample ends on, each exactly once.
+
+    Tokens that the client already has are dropped, which makes resubmission idempotent. Entries of unknown handles
+    belong to requests that ended here before the executor knew. Finishes are left to the caller.
+
+    Args:
+        step: A frame of one executor; changed.
+        running: The requests on that executor, by the handles used there.
+
+    Returns:
+        Requests whose entries contradict the protocol, with what is wrong.
+
+    Raises:
+        StatusError: The columns of the frame do not fit together: nothing in it can be trusted.
+    """
+    token_ids = step.token_ids[:]
+    _check_columns(step, len(token_ids))
+    broken: list[tuple[Request, str]] = []
+    start = 0
+    for handle, index, offset, count in zip(step.handles, step.indices, step.offsets, step.counts, strict=True):
+        stop = start + count
+        request = running.get(handle)
+        if request is not None:
+            emitted = request.emitted
+            if index < len(emitted) and offset <= (known := len(emitted[index])):
+                new = token_ids[start + known - offset : stop]
+                if new:
+                    emitted[index] += new
+                    request.link.add_tokens(request.handle, index, known, new)
+            else:
+                broken.append((request, f"tokens of sample {index} at offset {offset} do not follow the last ones"))
+        start = stop
+    for logprobs in step.logprobs:
+        if (request := running.get(logprobs.handle)) is not None:
+            _relay_logprobs(logprobs, request)
+    for logprobs in step.prompt_logprobs:
+        if (request := running.get(logprobs.handle)) is not None:
+            _relay_prompt_logprobs(logprobs, request)
+    for sample in step.finished_samples:
+        if (request := running.get(sample.handle)) is not None and sample.index not in request.ended_samples:
+            request.ended_samples[sample.index] = sample.reason
+            request.stopping_samples.pop(sample.index, None)
+            sample.handle = request.handle
+            request.link.add_sample_finish(sample)
+    return broken
+
+
+def _check_columns(step: link_pb2.StepOutput, num_tokens: int) -> None:
+    lengths = {len(step.handles), len(step.indices), len(step.offsets), len(step.counts)}
+    if len(lengths) != 1 or sum(step.counts) != num_tokens:
+        raise StatusError(grpc.StatusCode.INTERNAL, f"step {step.seq} is malformed: its columns differ in length")
+
+
+def _relay_logprobs(logprobs: link_pb2.LinkLogprobs, request: Request) -> None:
+    known = request.logprobs_passed.get(logprobs.index, 0)
+    end = logprobs.offset + len(logprobs.values.logprobs)
+    if end > known:
+        _skip(logprobs, known)
+        request.logprobs_passed[logprobs.index] = end
+        logprobs.handle = request.handle
+        request.link.add_logprobs(logprobs)
+
+
+def _relay_prompt_logprobs(logprobs: link_pb2.LinkLogprobs, request: Request) -> None:
+    end = logprobs.offset + len(logprobs.values.logprobs)
+    if end > request.prompt_logprobs_passed:
+        _skip(logprobs, request.prompt_logprobs_passed)
+        request.prompt_logprobs_passed = end
+        logprobs.handle = request.handle
+        request.link.add_prompt_logprobs(logprobs)
+
+
+def _skip(logprobs: link_pb2.LinkLogprobs, offset: int) -> None:
+    """Drop the values before `offset`."""
+    count = offset - logprobs.offset
+    if count <= 0:
+        return
+    values: common_pb2.TokenLogprobs = logprobs.values
+    del values.logprobs[:count]
+    del values.top_token_ids[: count * values.num_top]
+    del values.top_logprobs[: count * values.num_top]
+    logprobs.offset = offset
