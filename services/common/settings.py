@@ -31,6 +31,8 @@ def settings_config(service: str) -> SettingsConfigDict:
 class ServiceSettings(BaseSettings):
     """What every service can be told."""
 
+    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Port = 0

@@ -97,6 +97,9 @@ class LinkClient:
                 error = status_error
             except grpc.aio.AioRpcError as rpc_error:
                 error = StatusError(rpc_error.code(), f"{self.address}: {rpc_error.details()}")
+            except Exception as unexpected:  # a mistake of the handler's: lose the connection, not the link
+                _log.exception("link to %s failed", self.address)
+                error = StatusError(grpc.StatusCode.INTERNAL, f"{self.address}: {unexpected!r}")
             if self._up:
                 delay = _FIRST_DELAY
             self._up = False
