@@ -1,0 +1,1 @@
+"""What people use to reach ScaleLLM: a Python client, a command line, and the launcher behind it."""

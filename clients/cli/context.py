@@ -1,0 +1,152 @@
+"""What every command needs: the environment as read in main, where to write, and how to end."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+
+import grpc
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clients.client import Client, ClientError
+from clients.launcher import PUBLIC_PORT, Instance
+
+
+class ExitCode(IntEnum):
+    """What the process exits with; `scalellm --help` lists them."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_RUNNING = 3
+    DEADLINE = 4
+    BUSY = 5
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+    TERMINATED = 143
+
+
+_EXIT_CODES = {
+    grpc.StatusCode.INVALID_ARGUMENT: ExitCode.USAGE,
+    grpc.StatusCode.OUT_OF_RANGE: ExitCode.USAGE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: ExitCode.DEADLINE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ExitCode.BUSY,
+    grpc.StatusCode.UNAVAILABLE: ExitCode.BUSY,
+    grpc.StatusCode.CANCELLED: ExitCode.INTERRUPTED,
+}
+
+
+_PIPE_WIDTH = 1000
+
+
+class CliError(Exception):
+    """The command fails with one line that says what to do."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The environment variables that the command line understands.
+
+    Args:
+        home: SCALELLM_HOME: models and running instances. Default: ~/.cache/scalellm.
+        instance: SCALELLM_INSTANCE: which set of services. Default: default.
+        address: SCALELLM_ADDRESS: host:port of the server to call; empty: the instance's.
+        redis_url: REDIS_URL: the Redis to use; empty: an embedded one.
+        variables: All of them, for the services.
+    """
+
+    home: Path
+    instance: str
+    address: str
+    redis_url: str
+    variables: Mapping[str, str]
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str]) -> Environment:
+        """From os.environ, in main and nowhere else."""
+        user_home = Path(variables.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+        return cls(
+            home=Path(variables.get("SCALELLM_HOME") or user_home / ".cache" / "scalellm"),
+            instance=variables.get("SCALELLM_INSTANCE") or "default",
+            address=variables.get("SCALELLM_ADDRESS", ""),
+            redis_url=variables.get("REDIS_URL", ""),
+            variables=dict(variables),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CliContext:
+    """One invocation: `out` is for results, `err` for progress and errors."""
+
+    environment: Environment
+    out: Console
+    err: Console
+
+    @classmethod
+    def of(cls, ctx: typer.Context) -> CliContext:
+        """The one that main made."""
+        found = ctx.find_object(CliContext)
+        assert found is not None
+        return found
+
+    @property
+    def instance(self) -> Instance:
+        """The instance that the command is about."""
+        return Instance(self.environment.home, self.environment.instance)
+
+    def with_instance(self, name: str) -> CliContext:
+        """The same about another instance."""
+        return replace(self, environment=replace(self.environment, instance=name))
+
+    def address(self, given: str) -> str:
+        """Where to call: as given, as in the environment, where the instance runs, or the default port."""
+        if given or self.environment.address:
+            return given or self.environment.address
+        state = self.instance.load()
+        return (state.public_address if state is not None else "") or f"127.0.0.1:{PUBLIC_PORT}"
+
+    def connect(self, address: str) -> Client:
+        """A client of the server to call."""
+        return Client(self.address(address))
+
+    def table(self, table: Table) -> None:
+        """A table as result; in a pipe each row is one line, however long."""
+        self.out.print(table, width=None if self.out.is_terminal else _PIPE_WIDTH)
+
+    def note(self, text: str) -> None:
+        """A line beside the result."""
+        self.err.print(Text(text, style="dim"), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A line about something that went wrong without ending the command."""
+        self.err.print(Text.assemble(("warning: ", "bold yellow"), text), soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        """The line with which a command fails."""
+        self.err.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+def explain(error: ClientError) -> tuple[str, ExitCode]:
+    """One line that says what to do about a failed call, and the exit code for it."""
+    if error.unreachable:
+        return f"no ScaleLLM server answers at {error.unreachable}; start it with: scalellm up", ExitCode.NOT_RUNNING
+    code = _EXIT_CODES.get(error.code, ExitCode.FAILED)
+    message = " ".join(error.message.split())
+    if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        message += "; allow more time with --timeout"
+    elif error.retry_after is not None:
+        message += f"; try again in {error.retry_after:.1f} s"
+    elif code is ExitCode.FAILED:
+        message += f" ({error.code.name})"
+    return message, code

@@ -1,0 +1,174 @@
+"""`scalellm generate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from clients.cli.context import CliContext, CliError, ExitCode
+from clients.cli.generation import Generation
+from clients.cli.latency import print_breakdown
+from clients.cli.text import read_text, write_text
+from scalellm.v1.common_pb2 import SamplingParams
+from scalellm.v1.generation_pb2 import OUTPUT_TEXT_AND_TOKEN_IDS, Chat, ChatMessage, GenerateRequest, SessionOutcome
+
+HELP = """Generate text, streaming.
+
+PROMPT is continued as it stands; with --chat it is a message that the model answers. Without PROMPT, it is
+read from standard input (less its last line break).
+
+\b
+Examples:
+  scalellm generate "Once upon a time" --max-tokens 64
+  scalellm generate --chat "Name three primes." --temperature 0 --show-latency
+  scalellm generate "Q: 6*7? A:" --stop "\\n" --n 3 --seed 1
+  echo "The sky is" | scalellm generate --json | jq -r '.samples[0].text'
+"""
+
+
+def _option(help_text: str, metavar: str = "NUMBER", *names: str) -> Any:
+    return typer.Option(*names, help=help_text, metavar=metavar, show_default=False)
+
+
+def generate(
+    ctx: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(help="The text; - or nothing: standard input.")] = None,
+    *,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message to answer.")] = False,
+    system: Annotated[str | None, _option("Instructions for the model; needs --chat.", "TEXT")] = None,
+    session: Annotated[str | None, _option("Continue this conversation; needs --chat.", "ID")] = None,
+    max_tokens: Annotated[int | None, _option("Most tokens to generate.")] = None,
+    min_tokens: Annotated[int | None, _option("Do not end before this many tokens.")] = None,
+    temperature: Annotated[float | None, _option("0: the most likely token each time. Default: 1.")] = None,
+    top_k: Annotated[int | None, _option("Choose among the k most likely tokens. 0: off.")] = None,
+    top_p: Annotated[float | None, _option("Choose among the likeliest tokens that make up p.")] = None,
+    min_p: Annotated[float | None, _option("Drop tokens below min-p times the likeliest one.")] = None,
+    presence_penalty: Annotated[float | None, _option("-2..2, once per token already generated.")] = None,
+    frequency_penalty: Annotated[float | None, _option("-2..2, per occurrence in the output.")] = None,
+    repetition_penalty: Annotated[float | None, _option("Above 1: avoid what was read or written.")] = None,
+    logit_bias: Annotated[list[str] | None, _option("Add VALUE to a token's logit; repeatable.", "ID=VALUE")] = None,
+    seed: Annotated[int | None, _option("The same seed repeats the same answer.")] = None,
+    n: Annotated[int | None, _option("Independent samples of the same prompt.", "NUMBER", "--n", "-n")] = None,
+    stop: Annotated[list[str] | None, _option("End at this text; repeatable. \\n is a line break.", "TEXT")] = None,
+    include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep the stop text.")] = False,
+    stop_token_id: Annotated[list[int] | None, _option("End at this token; repeatable.", "ID")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
+    logprobs: Annotated[int | None, _option("With --json: log-probabilities and this many alternatives.")] = None,
+    prompt_logprobs: Annotated[int | None, _option("With --json: the same for the prompt.")] = None,
+    priority: Annotated[int | None, _option("-100..100; lower runs first.")] = None,
+    request_id: Annotated[str | None, _option("Name of the request in logs.", "ID")] = None,
+    timeout: Annotated[float | None, _option("Deadline of the request.", "SECONDS")] = None,
+    show_latency: Annotated[bool, typer.Option("--show-latency", help="Show where the time went.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end.")] = False,
+    address: Annotated[str, _option("Server to call.", "HOST:PORT")] = "",
+) -> None:
+    """One request."""
+    if not chat and (system is not None or session is not None):
+        raise CliError("--system and --session need --chat", ExitCode.USAGE)
+    context = CliContext.of(ctx)
+    request = GenerateRequest()
+    sampling: dict[str, Any] = {
+        "n": n,
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "ignore_eos": ignore_eos or None,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+    }
+    _fill(request.sampling, sampling)
+    _fill(request, {"priority": priority, "request_id": request_id, "session_id": session})
+    for text in logit_bias or ():
+        _add_logit_bias(request.sampling, text)
+    for token_id in stop_token_id or ():
+        _guard("stop-token-id", token_id, lambda id_=token_id: request.sampling.stop_token_ids.append(id_))
+    request.stop.extend(text.replace("\\n", "\n") for text in stop or ())
+    if include_stop:
+        request.include_stop = True
+    if as_json:
+        request.output = OUTPUT_TEXT_AND_TOKEN_IDS
+    if timeout is not None and not timeout > 0:
+        raise CliError(f"--timeout: {timeout:g} is not above 0", ExitCode.USAGE)
+    text = read_text(prompt, "prompt")
+    if chat:
+        roles = [("system", system)] if system is not None else []
+        messages = [ChatMessage(role=role, content=content) for role, content in (*roles, ("user", text))]
+        request.chat.CopyFrom(Chat(messages=messages))
+    else:
+        request.prompt = text
+
+    generation = Generation()
+    is_streamed = not as_json and n in (None, 1)
+    with context.connect(address) as client:
+        run_streaming(client, request, generation, is_streamed=is_streamed, timeout=timeout)
+    if as_json:
+        typer.echo(json.dumps(generation.to_json(), ensure_ascii=False))
+    elif not is_streamed:
+        for index, sample in sorted(generation.samples.items()):
+            write_text(f"--- sample {index}\n{sample.text}\n")
+    warn_about_session(context, generation)
+    if show_latency:
+        print_breakdown(context.err, generation.finished.latency, generation.finished.usage, generation.measured_ns)
+
+
+def run_streaming(
+    client: Any, request: GenerateRequest, generation: Generation, *, is_streamed: bool, timeout: float | None
+) -> None:
+    """Run it, writing the text as it comes; a line that was begun is ended, however it goes."""
+    begun = False
+
+    def on_text(text: str) -> None:
+        nonlocal begun
+        if is_streamed:
+            begun = True
+            write_text(text)
+
+    try:
+        generation.run(client, request, on_text, timeout=timeout)
+    except BrokenPipeError:
+        begun = False
+        raise
+    finally:
+        if begun:
+            write_text("\n")
+
+
+def warn_about_session(context: CliContext, generation: Generation) -> None:
+    """Say when a turn was answered but not stored."""
+    outcome = generation.finished.session
+    if outcome == SessionOutcome.SESSION_OUTCOME_CONFLICT:
+        context.warn("another turn of this session was stored meanwhile; this one is not part of it")
+    elif outcome == SessionOutcome.SESSION_OUTCOME_UNAVAILABLE:
+        context.warn("the session store cannot be reached; this turn is not stored")
+
+
+def _fill(message: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if value is not None:
+            _guard(name.replace("_", "-"), value, lambda name=name, value=value: setattr(message, name, value))
+
+
+def _add_logit_bias(sampling: SamplingParams, text: str) -> None:
+    id_, _, value = text.partition("=")
+    try:
+        sampling.logit_bias[int(id_)] = float(value)
+    except ValueError:
+        raise CliError(f"--logit-bias: {text!r} is not ID=VALUE, such as 42=-5", ExitCode.USAGE) from None
+
+
+def _guard(option: str, value: Any, assign: Any) -> None:
+    """Assign; what does not fit the field's type is wrong input and not a crash."""
+    try:
+        assign()
+    except ValueError:
+        raise CliError(f"--{option}: {value} is out of range", ExitCode.USAGE) from None

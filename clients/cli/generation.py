@@ -1,0 +1,126 @@
+"""Runs one generation: prints it as it comes, keeps what the commands report afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import Message
+
+from clients.client import Client
+from scalellm.v1.common_pb2 import FinishReason, TokenLogprobs
+from scalellm.v1.generation_pb2 import Delta, Finished, GenerateRequest, PromptLogprobs, SessionOutcome, Started
+
+
+class Sample:
+    """One sample as received so far."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[dict[str, Any]] = []
+
+    def add(self, delta: Delta) -> None:
+        """Take in one delta."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.HasField("logprobs"):
+            self.logprobs += logprob_entries(delta.logprobs)
+
+
+class Generation:
+    """One request and its answer.
+
+    `measured_ns` is what the client measured from sending the request to the last message.
+    """
+
+    def __init__(self) -> None:
+        self.started = Started()
+        self.finished = Finished()
+        self.prompt_logprobs: PromptLogprobs | None = None
+        self.samples: dict[int, Sample] = {}
+        self.measured_ns = 0
+
+    def run(
+        self,
+        client: Client,
+        request: GenerateRequest,
+        on_text: Callable[[str], None],
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """Send the request and take in the answer; `on_text` gets each new piece of text. Raises ClientError.
+
+        Any exception, Ctrl-C included, cancels the request down to the executor.
+        """
+        begun = time.monotonic_ns()
+        with client.generate(request, timeout=timeout) as stream:
+            for response in stream:
+                match response.WhichOneof("event"):
+                    case "started":
+                        self.started = response.started
+                    case "delta":
+                        self.samples.setdefault(response.delta.index, Sample()).add(response.delta)
+                        if response.delta.text:
+                            on_text(response.delta.text)
+                    case "prompt_logprobs":
+                        self.prompt_logprobs = response.prompt_logprobs
+                    case "finished":
+                        self.finished = response.finished
+                        self.measured_ns = time.monotonic_ns() - begun
+
+    def to_json(self) -> dict[str, Any]:
+        """What `generate --json` prints."""
+        document: dict[str, Any] = {
+            "request_id": self.started.request_id,
+            "model": self.started.model,
+            "seed": self.started.seed,
+            "samples": [self._sample_json(finish.index) for finish in self.finished.samples],
+            "usage": _numbers(self.finished.usage),
+            "latency": {**_numbers(self.finished.latency), "client_total_ns": self.measured_ns},
+        }
+        if self.finished.session:
+            document["session"] = _short(SessionOutcome.Name(self.finished.session), "SESSION_OUTCOME_")
+        if self.prompt_logprobs is not None:
+            entries = logprob_entries(self.prompt_logprobs.logprobs)
+            pairs = zip(self.prompt_logprobs.token_ids, entries, strict=True)
+            document["prompt_logprobs"] = [{"token_id": token_id, **entry} for token_id, entry in pairs]
+        return document
+
+    def _sample_json(self, index: int) -> dict[str, Any]:
+        sample = self.samples.get(index, Sample())
+        finish = next(finish for finish in self.finished.samples if finish.index == index)
+        document: dict[str, Any] = {
+            "index": index,
+            "text": sample.text,
+            "finish_reason": _short(FinishReason.Name(finish.reason), "FINISH_REASON_"),
+        }
+        if (matched := finish.WhichOneof("matched")) is not None:
+            document[matched] = getattr(finish, matched)
+        if sample.token_ids:
+            document["token_ids"] = sample.token_ids
+        if sample.logprobs:
+            document["logprobs"] = sample.logprobs
+        return document
+
+
+def logprob_entries(logprobs: TokenLogprobs) -> list[dict[str, Any]]:
+    """One entry per token: its log-probability and the most likely alternatives."""
+    top = logprobs.num_top
+    entries = []
+    for position, value in enumerate(logprobs.logprobs):
+        ids = logprobs.top_token_ids[position * top : (position + 1) * top]
+        values = logprobs.top_logprobs[position * top : (position + 1) * top]
+        alternatives = [{"token_id": id_, "logprob": logprob} for id_, logprob in zip(ids, values, strict=True)]
+        entries.append({"logprob": value, **({"top": alternatives} if top else {})})
+    return entries
+
+
+def _numbers(message: Message) -> dict[str, Any]:
+    """All scalar fields, those that are 0 included; numbers stay numbers, which protobuf's own JSON does not do."""
+    return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+
+
+def _short(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()

@@ -1,0 +1,148 @@
+"""Entry point of `scalellm`: the only place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version as package_version
+from io import TextIOWrapper
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from clients.cli import chat, generate, models, services, tokenize
+from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain
+from clients.client import ClientError
+from clients.launcher import LauncherError, NotRunningError
+from services.common.model_store import ModelStoreError
+
+_HELP = """ScaleLLM: LLM serving over gRPC.
+
+\b
+First steps:
+  scalellm run                        start everything, answer a prompt, stop
+  scalellm up                         start the services in the background
+  scalellm generate "Once upon a"     continue a text
+  scalellm chat                       talk, with a session on the server
+  scalellm status                     how the services are
+  scalellm down                       drain and stop them
+"""
+
+_EPILOG = """\b
+Environment:
+  SCALELLM_HOME      models and running instances (default: ~/.cache/scalellm)
+  SCALELLM_INSTANCE  which set of services (default: default)
+  SCALELLM_ADDRESS   host:port of the server to call (default: the instance's)
+  REDIS_URL          Redis for sessions (default: an embedded redis-server)
+  NO_COLOR           no colours
+  SCALELLM_<SERVICE>_<SETTING>, such as SCALELLM_EXECUTOR_NUM_BLOCKS=512:
+                     settings of the services that `scalellm up` starts
+
+\b
+Exit codes:
+  0 done          1 failed         2 wrong usage or input   3 not running
+  4 out of time   5 busy or unavailable: try again later
+  130 interrupted (Ctrl-C)   141 output closed   143 terminated
+"""
+
+
+class _Root(TyperGroup):
+    """Turns every expected failure into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        except BrokenPipeError:
+            # What is still buffered would fail again, loudly, when the interpreter closes the stream.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(ExitCode.BROKEN_PIPE) from None
+        except (CliError, ClientError, LauncherError, ModelStoreError) as error:
+            raise typer.Exit(_report(ctx.find_object(CliContext), error)) from None
+        return result
+
+
+def _report(context: CliContext, error: Exception) -> ExitCode:
+    if isinstance(error, ClientError):
+        message, code = explain(error)
+        context.error(message)
+        return code
+    if isinstance(error, NotRunningError):
+        context.error(f"{error}; start it with: scalellm up")
+        return ExitCode.NOT_RUNNING
+    context.error(str(error))
+    return error.code if isinstance(error, CliError) else ExitCode.FAILED
+
+
+app = typer.Typer(
+    cls=_Root,
+    help=_HELP,
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+services.register(app)
+app.command("generate", help=generate.HELP)(generate.generate)
+app.command("chat", help=chat.HELP)(chat.chat)
+app.command("tokenize", help=tokenize.HELP)(tokenize.tokenize)
+app.add_typer(models.app, name="models")
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    instance: Annotated[
+        str, typer.Option(metavar="NAME", help="Which set of services, for more than one on a machine.")
+    ] = "",
+) -> None:
+    """What stands before the command."""
+    if instance:
+        ctx.obj = CliContext.of(ctx).with_instance(instance)
+
+
+@app.command("version", help="Print the version.")
+def version() -> None:
+    """The installed version."""
+    typer.echo(f"scalellm {package_version('scalellm')}")
+
+
+def run(arguments: Sequence[str], variables: Mapping[str, str]) -> int:
+    """Run one command and return its exit code."""
+    context = CliContext(
+        environment=Environment.read(variables),
+        out=Console(highlight=False),
+        err=Console(stderr=True, highlight=False),
+    )
+    try:
+        app(list(arguments), prog_name="scalellm", obj=context)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else ExitCode.FAILED
+    return ExitCode.OK
+
+
+def _on_terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(ExitCode.TERMINATED)
+
+
+def main() -> None:
+    """Console script."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    sys.exit(run(sys.argv[1:], os.environ))
+
+
+if __name__ == "__main__":
+    main()

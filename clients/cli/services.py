@@ -1,0 +1,283 @@
+"""`scalellm up`, `down`, `status` and `run`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from clients.cli.context import CliContext, ExitCode
+from clients.cli.generate import run_streaming
+from clients.cli.generation import Generation
+from clients.cli.latency import print_breakdown
+from clients.cli.progress import StageReport, pull_progress
+from clients.launcher import (
+    PUBLIC_PORT,
+    EngineKind,
+    NotRunningError,
+    ServiceStatus,
+    State,
+    UpOptions,
+    bring_down,
+    bring_up,
+    read_status,
+)
+from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
+from services.common import model_store
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_PROMPT = "What is the capital of France, and what is it known for?"
+
+UP_HELP = """Start Redis, the executors, the scheduler and the tokenizer in the background.
+
+Returns once all of them are healthy. A model of the catalogue is fetched first if it is not here.
+
+\b
+Examples:
+  scalellm up
+  scalellm up --model ./my-model --executors 2
+  scalellm up --executor fake                  scripted tokens, no weights: for load and fault tests
+  scalellm --instance second up --port 0       beside another instance, on free ports
+  REDIS_URL=redis://host:6379/0 scalellm up    with your own Redis
+  SCALELLM_EXECUTOR_NUM_BLOCKS=512 scalellm up with any setting of a service
+"""
+
+DOWN_HELP = """Drain and stop the services.
+
+New requests are refused, running ones get the drain limit to finish; what does not end by then is killed.
+"""
+
+STATUS_HELP = """Show every service: process, address, health, load, model, last error.
+
+Exits with 0 when all are healthy, 1 when something is not, 3 when nothing was started.
+"""
+
+RUN_HELP = """Answer one prompt with everything that belongs to it, and show where the time went.
+
+Starts the services when they are not running, and then stops them again unless --keep is given.
+
+\b
+Examples:
+  scalellm run
+  scalellm run "Write a haiku about rivers." --keep
+"""
+
+ModelOption = Annotated[str, typer.Option(metavar="NAME|PATH", help="A name from `models list`, a folder or .gguf.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("run", help=RUN_HELP)(run)
+    app.command("up", help=UP_HELP)(up)
+    app.command("down", help=DOWN_HELP)(down)
+    app.command("status", help=STATUS_HELP)(status)
+
+
+def up(
+    ctx: typer.Context,
+    *,
+    model: ModelOption = DEFAULT_MODEL,
+    executors: Annotated[int, typer.Option(min=1, max=64, help="How many executors.")] = 1,
+    executor: Annotated[EngineKind, typer.Option(help="What they run.")] = EngineKind.MODEL,
+    host: Annotated[str, typer.Option(help="Address on which clients are served.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port for clients; 0: free ones for all services.")
+    ] = PUBLIC_PORT,
+    scheduler_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Default: 50052.", show_default=False)
+    ] = None,
+    executor_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Of the first one. Default: 50061.", show_default=False)
+    ] = None,
+    drain_limit: Annotated[float, typer.Option(min=0, help="Seconds for running requests on `down`.")] = 30.0,
+    start_limit: Annotated[float, typer.Option(min=1, help="Seconds for a service to become healthy.")] = 600.0,
+) -> None:
+    """Start everything."""
+    context = CliContext.of(ctx)
+    name, path = _fetch_model(context, model)
+    options = UpOptions(
+        model=name,
+        model_path=path,
+        home=context.environment.home,
+        environment=context.environment.variables,
+        redis_url=context.environment.redis_url,
+        host=host,
+        port=port,
+        scheduler_port=scheduler_port,
+        executor_port=executor_port,
+        executors=executors,
+        engine=executor,
+        drain_limit=drain_limit,
+        start_limit=start_limit,
+    )
+    state = _bring_up(context, options)
+    typer.echo(f"ScaleLLM serves {state.model} at {state.public_address}")
+    context.note("try: scalellm chat    stop: scalellm down")
+
+
+def down(
+    ctx: typer.Context,
+    limit: Annotated[
+        float | None,
+        typer.Option("--timeout", min=0, metavar="SECONDS", help="For each service. Default: the drain limit + 5."),
+    ] = None,
+) -> None:
+    """Stop everything."""
+    context = CliContext.of(ctx)
+    try:
+        code = _bring_down(context, limit)
+    except NotRunningError as error:
+        context.note(f"{error}: nothing to stop")
+        return
+    typer.echo("stopped")
+    raise typer.Exit(code)
+
+
+def status(
+    ctx: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show everything."""
+    context = CliContext.of(ctx)
+    found = read_status(context.instance)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        context.out.print(f"{found.model} at {found.address or '(not serving)'}", soft_wrap=True, markup=False)
+        context.table(_status_table(found.services))
+        for service in found.services:
+            if service.last_error:
+                context.out.print(Text(f"{service.name}: {service.last_error}"), soft_wrap=True)
+                if service.log:
+                    context.out.print(Text(f"  log: {service.log}"), soft_wrap=True)
+    if not found.healthy:
+        context.error("not healthy; start afresh with: scalellm down && scalellm up")
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def run(
+    ctx: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="What to answer.")] = DEFAULT_PROMPT,
+    *,
+    model: ModelOption = DEFAULT_MODEL,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the services running.")] = False,
+) -> None:
+    """Start what is needed, answer, stop what was started."""
+    context = CliContext.of(ctx)
+    state = context.instance.load()
+    started = state is None
+    if state is None:
+        name, path = _fetch_model(context, model)
+        environment = context.environment
+        options = UpOptions(
+            model=name,
+            model_path=path,
+            home=environment.home,
+            environment=environment.variables,
+            redis_url=environment.redis_url,
+        )
+        state = _bring_up(context, options)
+    try:
+        _answer(context, state, prompt, max_tokens)
+    finally:
+        if started and not keep:
+            context.err.print()
+            _bring_down(context, None)
+    if keep:
+        context.note("the services are running; stop them with: scalellm down")
+    elif started:
+        context.note("to keep them running: scalellm up (make up), then scalellm chat (make chat)")
+
+
+def _answer(context: CliContext, state: State, prompt: str, max_tokens: int) -> None:
+    with context.connect(state.public_address) as client:
+        request = GenerateRequest()
+        request.sampling.max_tokens = max_tokens
+        request.sampling.temperature = 0
+        if client.info().has_chat_template:
+            request.chat.CopyFrom(Chat(messages=[ChatMessage(role="user", content=prompt)]))
+        else:
+            request.prompt = prompt
+        context.err.print()
+        context.err.print(Text(f"> {prompt}", style="bold"), soft_wrap=True)
+        generation = Generation()
+        run_streaming(client, request, generation, is_streamed=True, timeout=None)
+        finished = generation.finished
+        print_breakdown(context.err, finished.latency, finished.usage, generation.measured_ns)
+
+
+def _fetch_model(context: CliContext, name_or_path: str) -> tuple[str, Path]:
+    """The name to serve a model under, and where it is; fetched if need be."""
+    home = context.environment.home
+    if name_or_path in model_store.CATALOGUE:
+        with pull_progress(context.err, name_or_path) as progress:
+            return name_or_path, model_store.pull(name_or_path, home, progress)
+    path = model_store.resolve(name_or_path, home).absolute()
+    return path.stem if path.is_file() else path.name, path
+
+
+def _bring_up(context: CliContext, options: UpOptions) -> State:
+    report = StageReport(context.err)
+    try:
+        return bring_up(context.instance, options, report)
+    finally:
+        report.stop()
+
+
+def _bring_down(context: CliContext, limit: float | None) -> ExitCode:
+    def on_stopping(name: str) -> None:
+        context.note(f"{name:<12}stopping")
+
+    result = bring_down(context.instance, on_stopping, limit)
+    if result.crashed:
+        context.warn(f"{', '.join(result.crashed)} had crashed before")
+    if result.killed:
+        context.warn(f"{', '.join(result.killed)} did not end in time and was killed")
+    if result.logs:
+        context.warn(f"the logs are kept in {result.logs}")
+    return ExitCode.FAILED if result.killed else ExitCode.OK
+
+
+def _status_table(services: tuple[ServiceStatus, ...]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("service", "health", "pid", "address", "up", "memory", "load", "model"):
+        table.add_column(column, no_wrap=True, justify="right" if column in ("pid", "up", "memory") else "left")
+    for service in services:
+        table.add_row(
+            service.name,
+            Text(service.health, style="green" if service.health == "serving" else "bold red"),
+            "-" if service.pid is None else str(service.pid),
+            service.address or "-",
+            "-" if service.uptime_s is None else _duration(service.uptime_s),
+            "-" if service.memory_bytes is None else f"{service.memory_bytes / 2**20:.0f} MiB",
+            _load(service.load),
+            service.model or "-",
+        )
+    return table
+
+
+def _load(load: Mapping[str, int]) -> str:
+    if not load:
+        return "-"
+    if "keys" in load:
+        return f"{load['keys']} keys"
+    if "queued" in load:
+        return (
+            f"{load['running']} running, {load['queued']} queued, "
+            f"{load['executors_ready']}/{load['executors']} executors"
+        )
+    used = load["total_blocks"] - load["free_blocks"]
+    return f"{load['running']} running, {load['waiting']} waiting, {used}/{load['total_blocks']} blocks"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

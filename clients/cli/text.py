@@ -1,0 +1,37 @@
+"""Text in and out: prompts from arguments or standard input, answers onto a terminal or into a pipe."""
+
+from __future__ import annotations
+
+import sys
+
+from clients.cli.context import CliError, ExitCode
+
+# On a terminal, control characters in a model's answer could move the cursor or recolour the screen.
+_UNSAFE = {code: None for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def read_text(argument: str | None, what: str) -> str:
+    """The argument; without one (or with "-") standard input, without its last line break."""
+    if argument is not None and argument != "-":
+        text = argument
+    elif argument is None and sys.stdin.isatty():
+        raise CliError(f"no {what}: give it as an argument or on standard input", ExitCode.USAGE)
+    else:
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CliError(f"standard input is not UTF-8: byte {error.start}", ExitCode.USAGE) from None
+        text = text.removesuffix("\n").removesuffix("\r")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise CliError(f"the {what} is not UTF-8", ExitCode.USAGE) from None
+    if not text:
+        raise CliError(f"the {what} is empty", ExitCode.USAGE)
+    return text
+
+
+def write_text(text: str) -> None:
+    """Write part of an answer at once."""
+    sys.stdout.write(text.translate(_UNSAFE) if sys.stdout.isatty() else text)
+    sys.stdout.flush()

@@ -1,0 +1,128 @@
+"""A thin client: the generated stubs, with deadlines and one kind of error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from clients.client.errors import ClientError
+from clients.client.stream import GenerationStream
+from scalellm.v1 import generation_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
+from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A server that vanished without closing its connection is noticed while a stream is open.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # The address is dialled as it stands: web proxies do not carry HTTP/2 streams.
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class Client:
+    """Calls one ScaleLLM server. Safe to share between threads; close it, or use it in a `with` block.
+
+    Args:
+        address: host:port of a tokenizer service.
+        timeout: Deadline of every call but `generate`, in seconds.
+
+    Every method raises ClientError.
+    """
+
+    def __init__(self, address: str, *, timeout: float = 10.0) -> None:
+        self.address = address
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._generation = generation_pb2_grpc.GenerationStub(self._channel)  # type: ignore[no-untyped-call]
+        self._tokenizer = tokenizer_pb2_grpc.TokenizerStub(self._channel)  # type: ignore[no-untyped-call]
+        self._sessions = sessions_pb2_grpc.SessionsStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def generate(self, request: GenerateRequest, *, timeout: float | None = None) -> GenerationStream:
+        """Start a generation. `timeout` (seconds) is the request's deadline on every hop; None: no deadline."""
+        return GenerationStream(self._generation.Generate(request, timeout=timeout), self.address)
+
+    def chat(
+        self, messages: Sequence[tuple[str, str]], *, session_id: str | None = None, timeout: float | None = None
+    ) -> GenerationStream:
+        """Answer (role, content) messages with default sampling; with a session, only the new messages are given."""
+        chat = Chat(messages=[ChatMessage(role=role, content=content) for role, content in messages])
+        return self.generate(GenerateRequest(chat=chat, session_id=session_id), timeout=timeout)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizer_pb2.EncodeResponse:
+        """Text to token ids."""
+        request = tokenizer_pb2.EncodeRequest(text=text, add_special_tokens=add_special_tokens)
+        response: tokenizer_pb2.EncodeResponse = self._call(self._tokenizer.Encode, request)
+        return response
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Token ids to text."""
+        request = tokenizer_pb2.DecodeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        response: tokenizer_pb2.DecodeResponse = self._call(self._tokenizer.Decode, request)
+        return response.text
+
+    def apply_chat_template(self, chat: Chat) -> tokenizer_pb2.ApplyChatTemplateResponse:
+        """Messages to the text and the tokens that the model reads."""
+        request = tokenizer_pb2.ApplyChatTemplateRequest(chat=chat)
+        response: tokenizer_pb2.ApplyChatTemplateResponse = self._call(self._tokenizer.ApplyChatTemplate, request)
+        return response
+
+    def info(self) -> tokenizer_pb2.GetInfoResponse:
+        """What is served, and the limits in force."""
+        response: tokenizer_pb2.GetInfoResponse = self._call(self._tokenizer.GetInfo, tokenizer_pb2.GetInfoRequest())
+        return response
+
+    def get_session(self, session_id: str) -> sessions_pb2.Session:
+        """One session with its messages. NOT_FOUND when unknown or expired."""
+        request = sessions_pb2.GetSessionRequest(session_id=session_id)
+        response: sessions_pb2.GetSessionResponse = self._call(self._sessions.Get, request)
+        return response.session
+
+    def list_sessions(self) -> Iterator[sessions_pb2.Session]:
+        """All sessions, without their messages."""
+        page_token = ""
+        while True:
+            request = sessions_pb2.ListSessionsRequest(page_token=page_token)
+            response: sessions_pb2.ListSessionsResponse = self._call(self._sessions.List, request)
+            yield from response.sessions
+            page_token = response.next_page_token
+            if not page_token:
+                return
+
+    def fork_session(
+        self, session_id: str, new_session_id: str, *, num_turns: int | None = None
+    ) -> sessions_pb2.Session:
+        """A copy of a session, or of its first turns. ALREADY_EXISTS when the new id is taken."""
+        request = sessions_pb2.ForkSessionRequest(
+            session_id=session_id, new_session_id=new_session_id, num_turns=num_turns
+        )
+        response: sessions_pb2.ForkSessionResponse = self._call(self._sessions.Fork, request)
+        return response.session
+
+    def delete_session(self, session_id: str) -> None:
+        """End a session. NOT_FOUND when unknown or expired."""
+        self._call(self._sessions.Delete, sessions_pb2.DeleteSessionRequest(session_id=session_id))
+
+    def close(self) -> None:
+        """Close the connection; running calls are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout)
+        except grpc.RpcError as error:
+            raise ClientError.from_rpc(error, self.address) from None

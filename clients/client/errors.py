@@ -1,0 +1,62 @@
+"""What a call can fail with."""
+
+from __future__ import annotations
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+# What gRPC itself says when nobody answers at the address; a server's own UNAVAILABLE reads otherwise.
+_UNREACHABLE = ("failed to connect to all addresses", "DNS resolution failed", "Name resolution failure")
+
+
+class ClientError(Exception):
+    """A call ended with a status other than OK.
+
+    Args:
+        code: The gRPC status code.
+        message: What the server says; for bad input it names the field and the limit.
+        field: The request's field at fault, where the server names one.
+        retry_after: Seconds after which a retry may succeed, where the server says so.
+        unreachable: The address at which nothing answers, where that is why: the request never reached a server.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        field: str = "",
+        retry_after: float | None = None,
+        unreachable: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.field = field
+        self.retry_after = retry_after
+        self.unreachable = unreachable
+
+    @classmethod
+    def from_rpc(cls, error: grpc.RpcError, address: str) -> ClientError:
+        """The same from what gRPC raises on a call to `address`, with the google.rpc details that came along."""
+        code: grpc.StatusCode = error.code()
+        message = error.details() or code.name.lower().replace("_", " ")
+        field = ""
+        retry_after = None
+        status = _status_of(error)
+        for detail in status.details if status is not None else ():
+            bad_request, retry_info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+            if detail.Unpack(bad_request) and bad_request.field_violations:
+                field = bad_request.field_violations[0].field
+            elif detail.Unpack(retry_info):
+                retry_after = retry_info.retry_delay.ToNanoseconds() / 1e9
+        nobody = code is grpc.StatusCode.UNAVAILABLE and any(sign in message for sign in _UNREACHABLE)
+        return cls(code, message, field=field, retry_after=retry_after, unreachable=address if nobody else "")
+
+
+def _status_of(error: grpc.RpcError) -> rpc_status.status_pb2.Status | None:
+    try:
+        return rpc_status.from_call(error)
+    except (ValueError, NotImplementedError):  # details that contradict the status, or no call behind the error
+        return None

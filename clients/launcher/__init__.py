@@ -1,0 +1,25 @@
+"""Starts, stops and describes the services of one machine."""
+
+from clients.launcher.down import DownResult, bring_down
+from clients.launcher.errors import LauncherError, NotRunningError
+from clients.launcher.instance import Instance, State
+from clients.launcher.plan import PUBLIC_PORT, EngineKind, UpOptions
+from clients.launcher.status import InstanceStatus, ServiceStatus, read_status
+from clients.launcher.up import Report, bring_up
+
+__all__ = [
+    "PUBLIC_PORT",
+    "DownResult",
+    "EngineKind",
+    "Instance",
+    "InstanceStatus",
+    "LauncherError",
+    "NotRunningError",
+    "Report",
+    "ServiceStatus",
+    "State",
+    "UpOptions",
+    "bring_down",
+    "bring_up",
+    "read_status",
+]

@@ -1,0 +1,167 @@
+"""What to start and how: the options of `up`, turned into commands."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import psutil
+
+from clients.launcher.errors import LauncherError
+from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER
+
+PUBLIC_PORT = 50051
+SCHEDULER_PORT = 50052
+EXECUTOR_PORT = 50061
+_METRICS_OFFSET = -40900  # 50051 -> 9151, 50052 -> 9152, 50061 -> 9161
+
+
+class EngineKind(StrEnum):
+    """What the executors run."""
+
+    MODEL = "model"
+    FAKE = "fake"
+
+
+def _service_modules() -> Mapping[str, Sequence[str]]:
+    return {kind: (sys.executable, "-m", f"services.{kind}") for kind in (EXECUTOR, SCHEDULER, TOKENIZER)}
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What `up` was asked for.
+
+    Args:
+        model: Name under which the model is served.
+        model_path: Where it is.
+        home: The model store.
+        environment: Environment of the services; SCALELLM_<SERVICE>_<SETTING> reaches their other settings.
+        redis_url: The user's Redis; empty for an embedded one.
+        host: Address on which the public service listens; the others listen on the loopback interface.
+        port: Port of the public service; 0 takes free ports for it and for all others that are not given.
+        scheduler_port: Port of the scheduler.
+        executor_port: Port of the first executor; the others take the next ones.
+        executors: Number of executors.
+        engine: What they run.
+        drain_limit: Seconds that running requests get to finish on `down`.
+        start_limit: Seconds that a service gets to become healthy.
+        programs: Command per kind of service, before its options.
+    """
+
+    model: str
+    model_path: Path
+    home: Path
+    environment: Mapping[str, str]
+    redis_url: str = ""
+    host: str = "127.0.0.1"
+    port: int = PUBLIC_PORT
+    scheduler_port: int | None = None
+    executor_port: int | None = None
+    executors: int = 1
+    engine: EngineKind = EngineKind.MODEL
+    drain_limit: float = 30.0
+    start_limit: float = 600.0
+    programs: Mapping[str, Sequence[str]] = field(default_factory=_service_modules)
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Where a service is to listen; ports of 0 are free ones."""
+
+    host: str
+    port: int
+    metrics_port: int
+    option: str
+
+
+def listeners(options: UpOptions) -> dict[str, Listener]:
+    """Each service's name and where it is to listen, in the order of starting."""
+    fixed = options.port != 0
+
+    def listener(host: str, given: int | None, default: int, option: str) -> Listener:
+        port = given if given is not None else default if fixed else 0
+        # Metrics go where dashboards look for them while the ports are the usual ones.
+        metrics = default + _METRICS_OFFSET if port == default else 0
+        return Listener(host, port, metrics, option)
+
+    plan: dict[str, Listener] = {}
+    for index in range(options.executors):
+        given = options.executor_port + index if options.executor_port else options.executor_port
+        plan[f"{EXECUTOR}-{index}"] = listener("127.0.0.1", given, EXECUTOR_PORT + index, "--executor-port")
+    plan[SCHEDULER] = listener("127.0.0.1", options.scheduler_port, SCHEDULER_PORT, "--scheduler-port")
+    plan[TOKENIZER] = listener(options.host, options.port, PUBLIC_PORT, "--port")
+    return plan
+
+
+def check_ports(plan: Mapping[str, Listener]) -> None:
+    """Raise LauncherError for the first port that is taken, before anything is started."""
+    for name, listener in plan.items():
+        for port, option in ((listener.port, listener.option), (listener.metrics_port, "--port")):
+            if port and not _is_free(listener.host, port):
+                what = name if port == listener.port else f"metrics of {name}"
+                raise LauncherError(
+                    f"port {port} ({what}) is in use{_user_of(port)}; stop what uses it, or choose other ports "
+                    f"with {option} (--port 0: any free ones)"
+                )
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # As servers do; a port whose last connections are still fading out is free. SO_REUSEPORT is not set: it would
+        # let this instance share the port with another one.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except PermissionError:
+            raise LauncherError(f"port {port} needs more rights than this user has; choose one above 1023") from None
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise LauncherError(f"cannot listen on {host}:{port}: {error.strerror}; check --host") from None
+    return True
+
+
+def _user_of(port: int) -> str:
+    """Who listens on the port, as far as this user may know."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            laddr = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and laddr and laddr.port == port and connection.pid:
+                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def service_command(
+    options: UpOptions, name: str, kind: str, listener: Listener, announce: Path, upstream: str
+) -> list[str]:
+    """The command of one service. `upstream`: where it sends its work, the executors' addresses or the scheduler's."""
+    command = [*options.programs[kind], "--host", listener.host, "--port", str(listener.port)]
+    command += ["--metrics-port", str(listener.metrics_port), "--announce", str(announce)]
+    command += ["--drain-limit-s", f"{options.drain_limit:g}"]
+    if kind in (EXECUTOR, TOKENIZER):
+        command += ["--model", str(options.model_path), "--model-name", options.model, "--home", str(options.home)]
+    if kind == EXECUTOR:
+        command += ["--engine", options.engine.value]
+        if options.executors > 1:  # they share the processors
+            command += ["--num-threads", str(max(1, (os.cpu_count() or 1) // options.executors))]
+    if kind == SCHEDULER:
+        command += ["--executors", upstream]
+    if kind == TOKENIZER:
+        command += ["--scheduler", upstream]
+    return command
+
+
+def service_environment(options: UpOptions, kind: str, redis_url: str) -> dict[str, str]:
+    """The environment of one service. The Redis URL travels here: it may hold a password, and commands are public."""
+    environment = dict(options.environment)
+    if kind in (SCHEDULER, TOKENIZER):
+        environment[f"SCALELLM_{kind.upper()}_REDIS_URL"] = redis_url
+    return environment

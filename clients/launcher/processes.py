@@ -1,0 +1,133 @@
+"""Starting, watching and ending the processes of an instance; never anybody else's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from clients.launcher.errors import LauncherError
+from clients.launcher.instance import ServiceRecord
+
+# psutil derives a process's creation time from the wall clock at boot, which time synchronisation may move a little.
+_CLOCK_SLACK = 5.0
+
+# A killed process is gone within milliseconds, unless it waits for a device that does not answer.
+_KILL_LIMIT = 5.0
+
+_LAST_LINES = 40
+
+
+def spawn(
+    name: str, kind: str, command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> tuple[ServiceRecord, subprocess.Popen[bytes]]:
+    """Start `command` as the leader of a new session, without input, with its output appended to `log`."""
+    with log.open("ab") as output:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LauncherError(f"cannot start {name}: {command[0]}: {error.strerror}") from None
+    try:
+        create_time = psutil.Process(process.pid).create_time()
+    except psutil.NoSuchProcess:  # it is our child and not waited for, so only a reaper could have taken it
+        create_time = time.time()
+    return ServiceRecord(name=name, kind=kind, pid=process.pid, create_time=create_time, log=str(log)), process
+
+
+def find(record: ServiceRecord) -> psutil.Process | None:
+    """The process of `record` if it still runs: not a zombie, and not another one that took over its pid."""
+    try:
+        process = psutil.Process(record.pid)
+        if abs(process.create_time() - record.create_time) > _CLOCK_SLACK:
+            return None
+        return None if process.status() == psutil.STATUS_ZOMBIE else process
+    except psutil.NoSuchProcess:
+        return None
+
+
+def session_of(record: ServiceRecord) -> list[psutil.Process]:
+    """What still runs of the session that `record` leads: its process and, also after its death, their offspring."""
+    try:
+        leader = psutil.Process(record.pid)
+        if abs(leader.create_time() - record.create_time) > _CLOCK_SLACK:
+            return []  # the pid was used again, which the kernel allows only once the session is empty
+    except psutil.NoSuchProcess:
+        pass
+    return [process for process in psutil.process_iter() if _belongs(process, record)]
+
+
+def _belongs(process: psutil.Process, record: ServiceRecord) -> bool:
+    try:
+        return (
+            os.getsid(process.pid) == record.pid
+            and process.create_time() > record.create_time - _CLOCK_SLACK
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
+    except (psutil.Error, OSError):
+        return False
+
+
+def terminate(records: Sequence[ServiceRecord], limit: float) -> list[ServiceRecord]:
+    """Ask the processes to end, wait up to `limit` seconds, then kill what is left; return those that were killed."""
+    for record in records:
+        _signal(record, signal.SIGTERM)
+    deadline = time.monotonic() + limit
+    while (left := [record for record in records if find(record)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # A leader that is gone may have left children behind, whom nobody else would end.
+    for record in records:
+        for process in session_of(record):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+    deadline = time.monotonic() + _KILL_LIMIT
+    while any(session_of(record) for record in records) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def _signal(record: ServiceRecord, number: signal.Signals) -> None:
+    process = find(record)
+    if process is not None:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            return
+
+
+def last_lines(log: str) -> list[str]:
+    """The last lines of a log, without blank ones; empty when there is none."""
+    try:
+        with Path(log).open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 16_384))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.rstrip() for line in lines if line.strip()][-_LAST_LINES:]
+
+
+def last_error(log: str) -> str:
+    """The line of a log that says most about why its service is not well; empty when none does."""
+    lines = last_lines(log)
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    if any(line.startswith("Traceback (most recent call last)") for line in lines):
+        return lines[-1]  # the exception stands below its traceback
+    for line in reversed(lines):
+        if " ERROR " in line or " CRITICAL " in line:
+            return line
+    return ""

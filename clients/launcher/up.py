@@ -1,0 +1,211 @@
+"""Brings an instance up: Redis, executors, scheduler, tokenizer, each healthy before the next one needs it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from clients.launcher.errors import LauncherError
+from clients.launcher.health import SERVING, Probe, local_address
+from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
+from clients.launcher.plan import UpOptions, check_ports, listeners, service_command, service_environment
+from clients.launcher.processes import find, last_error, last_lines, session_of, spawn, terminate
+from clients.launcher.redis_server import (
+    check_redis,
+    choose_socket,
+    find_redis_server,
+    redis_command,
+    remove_scratch,
+    shown,
+)
+
+_POLL = 0.1
+_REDIS_START_LIMIT = 10.0
+
+# A start that failed has served nobody: nothing to drain.
+_UNDO_LIMIT = 5.0
+
+
+class Report(Protocol):
+    """Where `up` says how far it is."""
+
+    def begin(self, stage: str, detail: str) -> None:
+        """A stage begins: what is being done."""
+
+    def waiting(self, detail: str) -> None:
+        """Called several times a second while the stage lasts."""
+
+    def done(self, detail: str) -> None:
+        """The stage is done: the outcome."""
+
+
+def bring_up(instance: Instance, options: UpOptions, report: Report) -> State:
+    """Start everything and return once all of it is healthy.
+
+    Raises LauncherError when the instance is running already, or when something does not start; then, as on any other
+    exception, nothing of it is left but the logs.
+    """
+    with instance.locked():
+        _refuse_second_start(instance)
+        launch = _Launch(instance, options, report)
+        try:
+            launch.start_all()
+        except BaseException:
+            launch.undo()
+            raise
+        return launch.state
+
+
+def _refuse_second_start(instance: Instance) -> None:
+    """LauncherError when something of the instance runs; else clear what a crash of all of it has left."""
+    state = instance.load()
+    if state is None:
+        return
+    running = [service.name for service in state.services if find(service)]
+    if len(running) == len(state.services) and state.of_kind(TOKENIZER):
+        raise LauncherError(
+            f"already running at {state.public_address} (model {state.model}); stop it first with: scalellm down"
+        )
+    if running:
+        crashed = [service.name for service in state.services if service.name not in running]
+        raise LauncherError(
+            f"partly running: {', '.join(running)} runs, {', '.join(crashed) or 'the rest'} does not; "
+            "clear it with: scalellm down"
+        )
+    for service in state.services:
+        for process in session_of(service):
+            process.kill()
+    instance.remove(keep_logs=True)
+
+
+class _Launch:
+    """One attempt to bring an instance up."""
+
+    def __init__(self, instance: Instance, options: UpOptions, report: Report) -> None:
+        self._instance = instance
+        self._options = options
+        self._plan = listeners(options)
+        self._report = report
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.state = State(model=options.model, redis_url=options.redis_url, drain_limit=options.drain_limit)
+
+    def start_all(self) -> None:
+        """Start everything, in the order in which it is needed."""
+        check_ports(self._plan)
+        self._start_redis()
+        executors = [name for name in self._plan if name.startswith(EXECUTOR)]
+        for name in executors:
+            self._spawn_service(name, EXECUTOR, "")
+        what = (
+            "running fake engine" if self._options.engine == "fake" else f"loading the weights of {self._options.model}"
+        )
+        for name in executors:
+            self._await_healthy(name, what)
+        addresses = ",".join(service.address for service in self.state.of_kind(EXECUTOR))
+        self._spawn_service(SCHEDULER, SCHEDULER, addresses)
+        self._await_healthy(SCHEDULER, "connecting to the executors")
+        self._spawn_service(TOKENIZER, TOKENIZER, self._service(SCHEDULER).address)
+        self._await_healthy(TOKENIZER, "loading the vocabulary")
+
+    def undo(self) -> None:
+        """End what was started; the logs stay."""
+        terminate(self.state.services, _UNDO_LIMIT)
+        remove_scratch(self.state.scratch)
+        self._instance.remove(keep_logs=True)
+
+    def _start_redis(self) -> None:
+        started = time.monotonic()
+        if self._options.redis_url:
+            where = shown(self._options.redis_url)
+            self._report.begin(REDIS, f"asking {where}")
+            health = check_redis(self._options.redis_url)
+            if health.error:
+                raise LauncherError(
+                    f"Redis does not answer at {where}: {health.error}; start it, correct REDIS_URL, "
+                    "or unset REDIS_URL to use an embedded one"
+                )
+            self._report.done(f"{where}, version {health.version}")
+            return
+        self._report.begin(REDIS, "starting the embedded server")
+        executable = find_redis_server()
+        socket, scratch = choose_socket(self._instance.folder)
+        url = f"unix://{socket}"
+        self._set(replace(self.state, redis_url=url, scratch=scratch))
+        self._spawn(
+            REDIS, REDIS, redis_command(executable, socket, self._instance.folder), dict(self._options.environment)
+        )
+        self._set(self.state.with_service(replace(self._service(REDIS), address=str(socket))))
+        self._wait(REDIS, lambda: socket.exists() and not check_redis(url).error, _REDIS_START_LIMIT)
+        self._report.done(f"embedded, version {check_redis(url).version}, {_seconds(started)}")
+
+    def _spawn_service(self, name: str, kind: str, upstream: str) -> None:
+        announce = self._instance.announce_file(name)
+        command = service_command(self._options, name, kind, self._plan[name], announce, upstream)
+        self._spawn(name, kind, command, service_environment(self._options, kind, self.state.redis_url))
+
+    def _await_healthy(self, name: str, what: str) -> None:
+        started = time.monotonic()
+        self._report.begin(name, what)
+        announce = self._instance.announce_file(name)
+        self._wait(name, announce.exists, self._options.start_limit)
+        address, metrics = _read_announced(announce)
+        self._set(self.state.with_service(replace(self._service(name), address=address, metrics_address=metrics)))
+        with Probe(address) as probe:
+            self._wait(name, lambda: probe.health() == SERVING, self._options.start_limit)
+        self._report.done(f"{address}, {_seconds(started)}")
+
+    def _wait(self, name: str, is_ready: Callable[[], bool], limit: float) -> None:
+        """Return once ready; LauncherError when anything that was started ends meanwhile, or at the limit."""
+        started = time.monotonic()
+        while not is_ready():
+            for other, process in self._processes.items():
+                if (status := process.poll()) is not None:
+                    raise LauncherError(_explain_end(self._service(other), status))
+            if time.monotonic() - started > limit:
+                log = self._service(name).log
+                raise LauncherError(f"{name} is not healthy after {limit:.0f} s; its log: {log}{_quoted(log)}")
+            self._report.waiting(_seconds(started))
+            time.sleep(_POLL)
+
+    def _spawn(self, name: str, kind: str, command: Sequence[str], environment: dict[str, str]) -> None:
+        log = self._instance.log_file(name)
+        log.unlink(missing_ok=True)
+        record, process = spawn(name, kind, command, log, environment)
+        self._processes[name] = process
+        self._set(self.state.with_service(record))
+
+    def _service(self, name: str) -> ServiceRecord:
+        return next(service for service in self.state.services if service.name == name)
+
+    def _set(self, state: State) -> None:
+        self.state = state
+        self._instance.save(state)
+
+
+def _read_announced(path: Path) -> tuple[str, str]:
+    """The service's address as seen from this machine, and that of its metrics."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    metrics = next((line.removeprefix("metrics=") for line in lines if line.startswith("metrics=")), "")
+    return local_address(lines[0]), metrics
+
+
+def _explain_end(service: ServiceRecord, status: int) -> str:
+    how = f"ended with status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
+    if status == -signal.SIGKILL:
+        how += " (out of memory?)"
+    if error := last_error(service.log):
+        return f"{service.name} {how}: {error} (log: {service.log})"
+    return f"{service.name} {how}; its log: {service.log}{_quoted(service.log)}"
+
+
+def _quoted(log: str) -> str:
+    return "".join(f"\n  {line}" for line in last_lines(log)[-5:])
+
+
+def _seconds(started: float) -> str:
+    return f"{time.monotonic() - started:.1f} s"
