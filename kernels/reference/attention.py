@@ -128,8 +128,8 @@ class _PagedAttention:
         start = first // page * page
         live = slice(first - start, length - start)
         ids = blocks[start // page : -(-length // page)]
-        k = _gather(self.k_cache, ids, self.k_scale)[live].transpose(0, 1)
-        v = _gather(self.v_cache, ids, self.v_scale)[live].transpose(0, 1)
+        k = _gather_blocks(self.k_cache, ids, self.k_scale)[live].transpose(0, 1)
+        v = _gather_blocks(self.v_cache, ids, self.v_scale)[live].transpose(0, 1)
 
         causal = n == length and not self.window
         mask = None
@@ -147,47 +147,30 @@ class _PagedAttention:
     def decode(self, q: Tensor, rows: Tensor, block_table: Tensor, lens: Sequence[int], out: Tensor) -> None:
         """Attend rows `rows` of q, row i being the last token of a sequence of `lens[i]` > 0 tokens, into `out`."""
         _, page, kv_heads, head_dim = self.k_cache.shape
-        low = [max(0, n - self.window) if self.window else 0 for n in lens]
-        first = [n // page for n in low]
-        last = [(n - 1) // page for n in lens]
         sinks = None if self.sinks is None else self.sinks.view(kv_heads, -1, 1)
-        # Neighbours in this order have about the same number of blocks, so little of a group is padding.
-        order = sorted(range(len(lens)), key=lambda i: first[i] - last[i])
+        widths = [min(n, self.window) if self.window else n for n in lens]
+        # Neighbours in this order are about equally long, so little of a group is padding.
+        order = sorted(range(len(lens)), key=lambda i: -widths[i])
         at = 0
         while at < len(order):
-            num_blocks = last[order[at]] - first[order[at]] + 1
-            group = order[at : at + max(1, _GROUP_ELEMENTS // (num_blocks * page * kv_heads * head_dim))]
+            width = widths[order[at]]
+            group = order[at : at + max(1, _GROUP_ELEMENTS // (width * kv_heads * head_dim))]
             at += len(group)
-            begin = torch.tensor([first[i] for i in group]).unsqueeze(1)
-            end = torch.tensor([last[i] for i in group]).unsqueeze(1)
-            index = torch.minimum(begin + torch.arange(num_blocks), end)  # short rows repeat their last block
-            ids = block_table[group].gather(1, index).view(-1)
-            spans = [(low[i] - first[i] * page, lens[i] - first[i] * page) for i in group]
-            k, v, mask = self._gather_group(ids, spans, num_blocks * page)
+            end = torch.tensor([lens[i] for i in group]).unsqueeze(1)
+            begin = end - torch.tensor([widths[i] for i in group]).unsqueeze(1)
+            positions = begin + torch.arange(width)
+            mask = None
+            if widths[group[-1]] < width:
+                # A weight of zero does not silence a NaN, so what is masked is read from a live slot of the row, too.
+                mask = (positions < end).view(len(group), 1, 1, width)
+                positions = torch.minimum(positions, end - 1)
+            slots = block_table[group].gather(1, positions // page) * page + positions % page
+            k = _gather_slots(self.k_cache, slots, self.k_scale)
+            v = _gather_slots(self.v_cache, slots, self.v_scale)
             chosen = rows[group]
             grouped = q.index_select(0, chosen).float().view(len(group), kv_heads, -1, head_dim)
-            result = self._attend(grouped, k, v, mask, causal=False, sinks=sinks)
+            result = self._attend(grouped, k.transpose(1, 2), v.transpose(1, 2), mask, causal=False, sinks=sinks)
             out.index_copy_(0, chosen, result.reshape(len(group), -1, head_dim).to(out.dtype))
-
-    def _gather_group(
-        self, ids: Tensor, spans: Sequence[tuple[int, int]], padded: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return k and v [R, Hkv, padded, D] and, if some slot is outside its row's span, the mask."""
-        k = _gather(self.k_cache, ids, self.k_scale).view(len(spans), padded, *self.k_cache.shape[2:])
-        v = _gather(self.v_cache, ids, self.v_scale).view(len(spans), padded, *self.v_cache.shape[2:])
-        for row, (low, high) in enumerate(spans):
-            # A weight of zero does not silence a NaN, so what is masked is cleared as well.
-            for dead in (slice(0, low), slice(high, padded)):
-                if dead.start < dead.stop:
-                    k[row, dead] = 0
-                    v[row, dead] = 0
-        mask = None
-        if any(span != (0, padded) for span in spans):
-            at = torch.arange(padded)
-            low_high = torch.tensor(spans)
-            mask = (at >= low_high[:, :1]) & (at < low_high[:, 1:])
-            mask = mask.view(len(spans), 1, 1, padded)
-        return k.transpose(1, 2), v.transpose(1, 2), mask
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, sinks: Tensor | None
@@ -211,11 +194,21 @@ class _PagedAttention:
         return weights @ v.repeat_interleave(group, 1)
 
 
-def _gather(cache: Tensor, ids: Tensor, scale: float | Tensor | None) -> Tensor:
-    """Return the tokens of blocks `ids`, [len(ids) * page_size, Hkv, D] in float32; a copy."""
-    if cache.dtype == E4M3:  # gathered as bytes: index_select does not know the type
-        blocks = cache.view(torch.uint8).index_select(0, ids).view(E4M3)
-    else:
-        blocks = cache.index_select(0, ids)
-    tokens = blocks.flatten(0, 1).float()
-    return tokens if scale is None else tokens.mul_(scale)
+def _gather_blocks(cache: Tensor, ids: Tensor, scale: float | Tensor | None) -> Tensor:
+    """Return the tokens of blocks `ids` [N], [N * page_size, Hkv, D] in float32."""
+    return _dequantise(_readable(cache).index_select(0, ids), cache.dtype, scale).flatten(0, 1)
+
+
+def _gather_slots(cache: Tensor, slots: Tensor, scale: float | Tensor | None) -> Tensor:
+    """Return the tokens in `slots` [R, L], [R, L, Hkv, D] in float32."""
+    tokens = _readable(cache).flatten(0, 1).index_select(0, slots.flatten())
+    return _dequantise(tokens, cache.dtype, scale).view(*slots.shape, *cache.shape[2:])
+
+
+def _readable(cache: Tensor) -> Tensor:
+    return cache.view(torch.uint8) if cache.dtype == E4M3 else cache  # index_select does not know the type
+
+
+def _dequantise(gathered: Tensor, dtype: torch.dtype, scale: float | Tensor | None) -> Tensor:
+    values = gathered.view(dtype).float()
+    return values if scale is None else values * scale

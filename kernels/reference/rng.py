@@ -31,17 +31,22 @@ BITS = 24
 
 def splitmix64(state: Tensor | int, n: Tensor) -> Tensor:
     """Return `at(state, n)` for int64 tensors (or one int64 state for all n)."""
+    z = _two_rounds(state, n)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def _two_rounds(state: Tensor | int, n: Tensor) -> Tensor:
+    """Return `at(state, n)` without its last line, which leaves the upper 31 bits as they are."""
     z = n * _GOLDEN
-    z += _GOLDEN
     z += state
+    z += _GOLDEN
+    shifted = torch.empty_like(z)
     for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        shifted = z >> shift
+        torch.bitwise_right_shift(z, shift, out=shifted)
         shifted &= (1 << (64 - shift)) - 1
         z ^= shifted
         z *= factor
-    shifted = z >> 31
-    shifted &= (1 << 33) - 1
-    return z.bitwise_xor_(shifted)
+    return z
 
 
 def noise_keys(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -49,9 +54,9 @@ def noise_keys(seeds: Tensor, positions: Tensor) -> Tensor:
     return splitmix64(splitmix64(seeds, torch.zeros_like(seeds)), positions)
 
 
-def noise_bits(key: int, token_ids: Tensor) -> Tensor:
-    """Return the 24 bits of each token, i64, under one row's key."""
-    return (splitmix64(key, token_ids) >> (64 - BITS)).bitwise_and_((1 << BITS) - 1)
+def noise_bits(key: Tensor | int, token_ids: Tensor) -> Tensor:
+    """Return the 24 bits of each token, i64, under its row's key."""
+    return _two_rounds(key, token_ids).bitwise_right_shift_(64 - BITS).bitwise_and_((1 << BITS) - 1)
 
 
 def gumbel(bits: Tensor) -> Tensor:

@@ -6,16 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.reference import search
 from kernels.reference.rng import BITS, gumbel, noise_bits, noise_keys
 
-# Bounds used to evaluate the noise for few tokens without changing the draw; see `_draw`.
+# Bounds used to evaluate the noise for few tokens without changing the draw; see `_Draw` and `_best`.
 _MAX_NOISE = -math.log(-math.log1p(-(2.0 ** -(BITS + 1))))
 _HIGH_NOISE = 5.0
 _HIGH_NOISE_BITS = math.floor(math.exp(-math.exp(-_HIGH_NOISE)) * 2.0**BITS) - 1
 _SLACK = 1e-3  # covers every rounding in the comparisons with these bounds
 
 # Nearly all mass is close to the maximum: the nucleus is first looked for among logits this far from it.
-_NUCLEUS_DEPTHS = (8.0, 16.0, math.inf)
+_NUCLEUS_DEPTHS = (5.0, 10.0, 20.0, math.inf)
 
 # Full-width temporaries are made for this many logits at a time: larger ones come fresh from the operating system at
 # every call, and their page faults cost several times the arithmetic.
@@ -75,96 +76,105 @@ def sample(
         logprob_logits: [S, V] f32 that log-probabilities are computed from; None: `logits`. Temperature and filters do
             not enter. Pass the model's own logits when processors changed `logits` and raw values are wanted.
     """
-    token_ids, largest = _argmax(logits)
+    maxima = search.tile_maxima(logits)
+    token_ids, largest = search.argmax(logits, maxima)
     drawn = ((temperature > 0) & largest.isfinite()).nonzero().flatten().tolist()
     if drawn:
-        keys = noise_keys(seeds, positions).tolist()
-        maxima, temperatures = largest.tolist(), temperature.tolist()
+        keys = noise_keys(seeds, positions)
+        noise = gumbel(noise_bits(keys, token_ids)).tolist()  # of each row's most probable token
+        peaks, temperatures, row_keys = largest.tolist(), temperature.tolist(), keys.tolist()
         ks, ps, min_ps = top_k.tolist(), top_p.tolist(), min_p.tolist()
         for row in drawn:
-            scaled = (logits[row] - maxima[row]).div_(temperatures[row])
-            threshold = _threshold(scaled, ks[row], ps[row], min_ps[row])
-            token_ids[row] = _draw(scaled, int(token_ids[row]), threshold, keys[row])
+            draw = _Draw(logits[row], maxima[row], peaks[row], temperatures[row])
+            ids, scaled = draw.survivors(ks[row], ps[row], min_ps[row], noise[row])
+            token_ids[row] = _best(ids, scaled, row_keys[row], noise[row])
 
     source = logits if logprob_logits is None else logprob_logits
     log_z = _log_normaliser(source)
     logprobs = source.gather(1, token_ids.unsqueeze(1)).squeeze(1) - log_z
-    top_values, top_ids = _top(source, num_logprobs)
+    if num_logprobs and source is not logits:
+        maxima = search.tile_maxima(source)
+    top_values, top_ids = search.top(source, maxima, num_logprobs)
     return SampleOutput(token_ids, logprobs, top_ids, top_values - log_z.unsqueeze(1))
 
 
-def _threshold(scaled: Tensor, k: int, p: float, min_p: float) -> float:
-    """Return the least logit that survives the filters. `scaled` [V] has maximum 0."""
-    threshold = math.log(min_p) if min_p > 0 else -math.inf
-    kept = None
-    if 0 < k < scaled.shape[0]:
-        kth = scaled.topk(k).values[-1]
-        threshold = max(threshold, float(kth))
-        kept = scaled[scaled >= kth]
-    if p < 1:
-        threshold = max(threshold, _nucleus(scaled if kept is None else kept, p))
-    return min(threshold, 0.0)
+class _Draw(NamedTuple):
+    """One row to draw from: `(logits - largest) / temperature` are its scaled logits, all <= 0."""
+
+    logits: Tensor
+    maxima: Tensor
+    largest: float
+    temperature: float
+
+    def survivors(self, k: int, p: float, min_p: float, best_noise: float) -> tuple[Tensor, Tensor]:
+        """Return ids, ascending, and scaled logits of every token that passes the filters and can win the draw.
+
+        The noise is bounded, so a token further below the score of the most probable one than that bound cannot win.
+        Without filters, some that cannot win are returned as well.
+        """
+        floor = best_noise - _MAX_NOISE - _SLACK
+        if min_p > 0:
+            floor = max(floor, math.log(min_p))
+        if 0 < k < self.logits.shape[0]:
+            kth = search.kth_largest(self.logits, self.maxima, k)
+            ids, values = search.at_least(self.logits, self.maxima, kth)
+            ids, values = _keep(values >= kth, ids, values)
+            scaled = self._scale(values)
+            if p < 1:
+                floor = max(floor, _nucleus(scaled, float(scaled.double().exp().sum()), p))
+        elif p < 1:
+            total = 1.0 / float(self._scale(self.logits).softmax(-1).amax())
+            for depth in _NUCLEUS_DEPTHS:
+                ids, scaled = self._within(depth)
+                ids, scaled = _keep(scaled >= -depth, ids, scaled)
+                bound = _nucleus(scaled, total, p)
+                if bound > -math.inf:
+                    break
+            floor = max(floor, bound)
+        else:
+            ids, scaled = self._within(-floor)
+            if min_p <= 0:
+                return ids, scaled
+        return _keep(scaled >= min(floor, 0.0), ids, scaled)
+
+    def _scale(self, values: Tensor) -> Tensor:
+        return (values - self.largest).div_(self.temperature)
+
+    def _within(self, depth: float) -> tuple[Tensor, Tensor]:
+        """Return ids and scaled logits of a set of tokens that holds every scaled logit >= -depth."""
+        ids, values = search.at_least(self.logits, self.maxima, self.largest - depth * self.temperature * (1 + _SLACK))
+        return ids, self._scale(values)
 
 
-def _nucleus(scaled: Tensor, p: float) -> float:
-    """Return the largest threshold whose survivors hold at least the share `p` of the mass of `scaled`."""
-    probs = scaled.softmax(-1)
-    for depth in _NUCLEUS_DEPTHS:
-        near = scaled >= -depth
-        values, order = scaled[near].sort(descending=True)
-        reached = probs[near][order].cumsum(0, dtype=torch.float64) >= p
-        if bool(reached[-1]):
-            return float(values[reached.int().argmax()])
-    return -math.inf
+def _nucleus(scaled: Tensor, total: float, p: float) -> float:
+    """Return the largest bound whose survivors among `scaled` hold the share `p` of `total`; -inf if all hold less.
 
-
-def _draw(scaled: Tensor, best: int, threshold: float, key: int) -> int:
-    """Return the argmax of `scaled + noise` over the tokens at or above `threshold`; token `best` has the maximum, 0.
-
-    The noise is bounded, so a token further below the score of `best` than that bound cannot win. Of the rest, one
-    needs either a logit close to that score or a rare, high noise, which shows in the integer bits: logarithms are
-    computed for few. Both cuts are exact.
+    `total` is the sum of exp over the distribution that `scaled` [N] is the upper part of.
     """
-    score = float(gumbel(noise_bits(key, torch.tensor([best]))))
-    ids = (scaled >= max(threshold, score - _MAX_NOISE - _SLACK)).nonzero().flatten()
-    bits, values = noise_bits(key, ids), scaled[ids]
-    near = (values >= score - _HIGH_NOISE - _SLACK) | (bits >= _HIGH_NOISE_BITS)
-    scores = values[near].double() + gumbel(bits[near])
-    return int(ids[near][scores.argmax()])
+    values = scaled.sort(descending=True).values
+    reached = values.double().exp_().cumsum_(0) >= p * total
+    return float(values[reached.int().argmax()]) if bool(reached[-1]) else -math.inf
 
 
-def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (ids, values) of each row's maximum, the lowest id on ties.
+def _best(ids: Tensor, scaled: Tensor, key: int, best_noise: float) -> int:
+    """Return the token with the highest `scaled + noise`; the one with scaled 0 is among `ids` and has `best_noise`.
 
-    In two levels, tile maxima first: torch's vectorised `amax` is over ten times as fast as its `argmax`.
+    To beat it, a token needs either a logit close to its score or a rare, high noise, which shows in the integer bits.
+    Only for these are the logarithms computed.
     """
-    rows, vocab = logits.shape
-    tile = 256
-    tiles = vocab // tile
-    maxima = logits[:, : tiles * tile].reshape(rows, tiles, tile).amax(-1)
-    if tiles * tile < vocab:
-        maxima = torch.cat((maxima, logits[:, tiles * tile :].amax(-1, keepdim=True)), dim=1)
-    first = maxima.argmax(-1, keepdim=True)
-    columns = (first * tile + torch.arange(tile)).clamp_(max=vocab - 1)
-    values = logits.gather(1, columns)
-    inner = values.argmax(-1, keepdim=True)
-    return columns.gather(1, inner).squeeze(1), values.gather(1, inner).squeeze(1)
+    bits = noise_bits(key, ids)
+    near = (scaled >= best_noise - _HIGH_NOISE - _SLACK) | (bits >= _HIGH_NOISE_BITS)
+    at = near.nonzero().flatten()
+    scores = scaled[at].double() + gumbel(bits[at])
+    return int(ids[at[scores.argmax()]])
+
+
+def _keep(which: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    at = which.nonzero().flatten()
+    return ids[at], values[at]
 
 
 def _log_normaliser(logits: Tensor) -> Tensor:
     """Return logsumexp of each row, by way of the fused softmax, which is several times as fast as logsumexp."""
     chunks = logits.split(max(1, _CHUNK_ELEMENTS // logits.shape[1]))  # type: ignore[no-untyped-call]
     return torch.cat([chunk.amax(-1) - chunk.softmax(-1).amax(-1).log() for chunk in chunks])
-
-
-def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return (values, ids) of the k largest per row, equal ones by ascending id."""
-    if k == 0:
-        return logits.new_empty(logits.shape[0], 0), torch.empty(logits.shape[0], 0, dtype=torch.int64)
-    values, ids = logits.topk(k)
-    # topk leaves open which of equal values it takes, and their order; only then is the full sort needed.
-    tied = ((logits >= values[:, -1:]).sum(-1) > k) | (values[:, 1:] == values[:, :-1]).any(-1)
-    for row in tied.nonzero().flatten().tolist():
-        order = logits[row].sort(descending=True, stable=True)
-        values[row], ids[row] = order.values[:k], order.indices[:k]
-    return values, ids

@@ -1,0 +1,157 @@
+"""Norm, rotation with the cache write, activations and block copies, against transformers and torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from kernels import (
+    copy_blocks_,
+    fused_add_rms_norm,
+    gelu_tanh_and_mul,
+    qk_norm_rope_and_cache,
+    silu_and_mul,
+    swap_blocks,
+)
+
+E4M3 = torch.float8_e4m3fn
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gemma", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm_rounds_as_transformers(dtype, gemma, with_residual):
+    x, weight = randn(7, 96, dtype=dtype), randn(96, dtype=dtype, seed=1)
+    residual = randn(7, 96, dtype=dtype, seed=2) if with_residual else None
+    hidden = x + residual if residual is not None else x
+    module = Gemma3RMSNorm(96, eps=1e-5) if gemma else LlamaRMSNorm(96, eps=1e-5)
+    module.weight.data = weight
+    expected = module(hidden)
+    before, out = x.clone(), torch.full_like(x, torch.nan)
+    assert fused_add_rms_norm(x, residual, weight, 1e-5, gemma=gemma, out=out) is out
+    torch.testing.assert_close(out, expected, atol=0 if dtype != torch.float32 else 1e-6, rtol=1e-6)
+    assert torch.equal(x, before)
+    if residual is not None:
+        assert torch.equal(residual, hidden)
+    torch.testing.assert_close(fused_add_rms_norm(x, None, weight, 1e-5, gemma=gemma, out=x), module(before))
+
+
+def test_rms_norm_accumulates_in_float32():
+    x = torch.full((1, 4096), 300.0, dtype=torch.float16)  # squares overflow float16
+    torch.testing.assert_close(fused_add_rms_norm(x, None, torch.ones(4096).half(), 1e-6), torch.ones_like(x))
+
+
+def test_quantised_results_are_clamped():
+    x, weight = randn(3, 64), torch.full((64,), 1000.0)
+    expected = fused_add_rms_norm(x, None, weight, 1e-6)
+    got = fused_add_rms_norm(x, None, weight, 1e-6, quant_scale=2.0)
+    assert got.dtype == E4M3
+    assert torch.equal(got.float(), (expected / 2.0).clamp(-448, 448).to(E4M3).float())
+    gate_up = randn(3, 64) * 100
+    for op in (silu_and_mul, gelu_tanh_and_mul):
+        got = op(gate_up, quant_scale=torch.tensor(0.5))
+        assert torch.equal(got.float(), (op(gate_up) / 0.5).clamp(-448, 448).to(E4M3).float())
+        assert got.float().abs().max() == 448
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations(dtype):
+    x = randn(5, 48, dtype=dtype) * 3
+    gate, up = x[:, :24], x[:, 24:]
+    out = torch.full_like(up, torch.nan)
+    assert silu_and_mul(x, out=out) is out
+    torch.testing.assert_close(out, F.silu(gate) * up, atol=0, rtol=0)
+    assert gelu_tanh_and_mul(x, out=out) is out
+    torch.testing.assert_close(out, F.gelu(gate, approximate="tanh") * up, atol=0, rtol=0)
+
+
+def rope_case(dtype=torch.float32, q_heads=4, kv_heads=2, head_dim=64, tokens=9, page=16):
+    qkv = randn(tokens, (q_heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    positions = torch.arange(tokens) * 7
+    angles = torch.arange(100).unsqueeze(1) * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    slots = torch.randperm(4 * page, generator=torch.Generator().manual_seed(1))[:tokens]
+    cache = torch.full((4, page, kv_heads, head_dim), torch.nan)
+    return qkv, positions, cos_sin, slots, cache
+
+
+def rotate(x, positions, cos_sin):
+    half = cos_sin.shape[1] // 2
+    cos, sin = (t[positions].repeat(1, 2) for t in (cos_sin[:, :half], cos_sin[:, half:]))
+    x = x.double().transpose(0, 1).unsqueeze(0)
+    return apply_rotary_pos_emb(x, x, cos.double().unsqueeze(0), sin.double().unsqueeze(0))[0][0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 1, 256), (2, 2, 96), (8, 1, 128)])
+@pytest.mark.parametrize("norm", [None, "llama", "gemma"])
+def test_rope_and_cache_write(dtype, q_heads, kv_heads, head_dim, norm):
+    qkv, positions, cos_sin, slots, cache = rope_case(dtype, q_heads, kv_heads, head_dim)
+    slots[3] = -1
+    k_cache, v_cache = cache.to(dtype), cache.to(dtype, copy=True)
+    heads = qkv.view(len(qkv), -1, head_dim)
+    q, k, v = heads[:, :q_heads], heads[:, q_heads : q_heads + kv_heads], heads[:, q_heads + kv_heads :]
+    options = {}
+    if norm:
+        module = (Gemma3RMSNorm if norm == "gemma" else LlamaRMSNorm)(head_dim, eps=1e-5)
+        options = {"eps": 1e-5, "gemma": norm == "gemma"}
+        for name, seed in (("q_norm", 5), ("k_norm", 6)):
+            options[name] = randn(head_dim, dtype=dtype, seed=seed)
+        module.weight.data = options["q_norm"]
+        q = module(q)
+        module.weight.data = options["k_norm"]
+        k = module(k)
+    out_q, before = torch.full_like(q, torch.nan), qkv.clone()
+    args = (qkv, positions, cos_sin, slots, k_cache, v_cache)
+    assert qk_norm_rope_and_cache(*args, **options, out_q=out_q) is out_q
+    assert torch.equal(qkv, before)
+
+    tolerance = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(out_q.double(), rotate(q, positions, cos_sin), atol=tolerance, rtol=tolerance)
+    live = slots >= 0
+    written_k, written_v = (c.flatten(0, 1)[slots[live]] for c in (k_cache, v_cache))
+    torch.testing.assert_close(written_k.double(), rotate(k, positions, cos_sin)[live], atol=tolerance, rtol=tolerance)
+    assert torch.equal(written_v, v[live])
+    for c in (k_cache, v_cache):  # nothing else was touched
+        assert c.flatten(0, 1).isnan().all(-1).all(-1).sum() == 4 * 16 - live.sum()
+
+
+def test_rope_writes_a_clamped_e4m3_cache():
+    qkv, positions, cos_sin, slots, cache = rope_case()
+    qkv *= 300
+    k_cache, v_cache = cache.to(E4M3), cache.to(E4M3)
+    plain_k, plain_v = cache.clone(), cache.clone()
+    qk_norm_rope_and_cache(qkv, positions, cos_sin, slots, plain_k, plain_v)
+    qk_norm_rope_and_cache(qkv, positions, cos_sin, slots, k_cache, v_cache, k_scale=0.5, v_scale=torch.tensor(2.0))
+    for c, plain, scale in ((k_cache, plain_k, 0.5), (v_cache, plain_v, 2.0)):
+        got = c.float().flatten(0, 1)[slots]
+        expected = (plain.flatten(0, 1)[slots] / scale).clamp(-448, 448).to(E4M3).float()
+        assert torch.equal(got, expected)
+        assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, E4M3])
+def test_copy_blocks_reads_before_it_writes(dtype):
+    k, v = randn(6, 16, 2, 8).to(dtype), randn(6, 16, 2, 8, seed=1).to(dtype)
+    before_k, before_v = k.float().clone(), v.float().clone()
+    copy_blocks_(k, v, torch.tensor([[0, 1], [1, 2], [2, 0], [3, 5]]))
+    order = [2, 0, 1, 3, 4, 3]
+    assert torch.equal(k.float(), before_k[order])
+    assert torch.equal(v.float(), before_v[order])
+    copy_blocks_(k, v, torch.empty(0, 2, dtype=torch.int64))
+    assert torch.equal(k.float(), before_k[order])
+
+
+def test_swap_blocks_copies_between_caches():
+    src, dst = randn(4, 16, 2, 8), torch.zeros(9, 16, 2, 8)
+    swap_blocks(src, dst, torch.tensor([[3, 0], [1, 8]]))
+    assert torch.equal(dst[[0, 8]], src[[3, 1]])
+    assert (dst[1:8] == 0).all()
+    with pytest.raises(ValueError, match="stream"):
+        swap_blocks(src, dst, torch.tensor([[0, 0]]), torch.Stream(device="cpu"))
