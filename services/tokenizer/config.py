@@ -1,0 +1,58 @@
+"""Settings of the tokenizer service."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from services.common.settings import Port, ServiceSettings, settings_config
+
+
+def _default_workers() -> int:
+    # Scheduler, executor and clients want cores, too.
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+class TokenizerSettings(ServiceSettings):
+    """The text edge: takes prompts and chats, streams text back, keeps sessions."""
+
+    model_config = settings_config("tokenizer")
+
+    port: Port = 50051
+    """Port to listen on; 0 takes a free one."""
+    scheduler: str = "127.0.0.1:50052"
+    """host:port of the scheduler."""
+    model: str = "smollm2-135m-instruct"
+    """A name from `scalellm models list`, a directory with a model, or a .gguf file; only its tokenizer is read."""
+    model_name: str = ""
+    """Name under which the model is served; default: the name or the directory's name."""
+    home: Path = Path.home() / ".cache" / "scalellm"
+    """Where `scalellm models pull` puts models."""
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=_default_workers)
+    """Processes that share the port; default: half the cores, at most 8."""
+    max_worker_restarts: Annotated[int, Field(ge=0)] = 3
+    """Crashes of one worker within a minute after which the service gives up."""
+    redis_url: str | None = None
+    """Where sessions are kept: redis://host:port/db or unix://path; unset: no sessions."""
+    session_ttl_s: Annotated[float, Field(ge=1)] = 3600.0
+    """Seconds after its last turn for which a session is kept."""
+    salt_secret: str = Field(default="", repr=False)
+    """Key from which the tenants' prefix-cache salts are derived. All edges of one line need the same, or their
+    requests share no cached prefixes; unset: a constant, which keeps tenants apart but is known to readers of the
+    source."""
+
+    @field_validator("scheduler")
+    @classmethod
+    def _check_address(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("must be host:port")
+        return value
+
+    @property
+    def served_name(self) -> str:
+        """The name that clients see."""
+        return self.model_name or Path(self.model).name.removesuffix(".gguf")

@@ -1,0 +1,217 @@
+"""Checks of every public field. Pure: a request in, nothing or StatusError out.
+
+A refusal names the field as a path from the request (`sampling.top_p`, `stop[2]`, `chat.messages[0].role`) and the
+limit. Every comparison is written so that NaN fails it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
+from services.common.errors import StatusError
+from services.tokenizer.limits import RequestLimits
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+DEFAULT_PAGE_SIZE = 100
+
+
+def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLimits, vocab_size: int) -> None:
+    """Check a request as far as the request itself goes; see `fit_context` for the rest."""
+    if request.HasField("request_id"):
+        validate_id(request.request_id, "request_id")
+    match request.WhichOneof("input"):
+        case "prompt":
+            _check_bytes(request.prompt, limits.max_prompt_bytes, "prompt")
+        case "chat":
+            validate_chat(request.chat, limits)
+        case "tokens":
+            if not request.tokens.ids:
+                raise StatusError.invalid("tokens.ids", "must hold at least one token id")
+            _check_token_ids(request.tokens.ids, vocab_size, "tokens.ids")
+        case _:
+            raise StatusError.invalid("input", "one of prompt, chat and tokens must be set")
+    validate_sampling(request.sampling, limits, vocab_size)
+    _validate_stops(request.stop, limits)
+    if request.HasField("session_id"):
+        _validate_session(request)
+    if not -100 <= request.priority <= 100:
+        raise StatusError.invalid("priority", f"must be in [-100, 100], got {request.priority}")
+    if request.output not in generation_pb2.Output.values():
+        raise StatusError.invalid("output", f"must be a value of Output, got {request.output}")
+    if request.output == generation_pb2.OUTPUT_TOKEN_IDS and request.stop:
+        raise StatusError.invalid("stop", "needs text: must be empty with output OUTPUT_TOKEN_IDS")
+    if request.HasField("stream_interval"):
+        _check_count(request.stream_interval, 1, limits.max_stream_interval, "stream_interval")
+
+
+def validate_sampling(sampling: common_pb2.SamplingParams, limits: RequestLimits, vocab_size: int) -> None:
+    """Check every field of the sampling parameters."""
+    if sampling.HasField("n"):
+        _check_count(sampling.n, 1, limits.max_n, "sampling.n")
+    if sampling.HasField("max_tokens"):
+        if sampling.max_tokens < 1:
+            raise StatusError.invalid("sampling.max_tokens", "must be at least 1, got 0")
+        if sampling.min_tokens > sampling.max_tokens:
+            raise StatusError.invalid(
+                "sampling.min_tokens", f"must be at most max_tokens ({sampling.max_tokens}), got {sampling.min_tokens}"
+            )
+    _check_range(sampling, "temperature", 0.0, 100.0)
+    _check_range(sampling, "top_p", 0.0, 1.0, low_open=True)
+    _check_range(sampling, "min_p", 0.0, 1.0)
+    _check_range(sampling, "presence_penalty", -2.0, 2.0)
+    _check_range(sampling, "frequency_penalty", -2.0, 2.0)
+    _check_range(sampling, "repetition_penalty", 0.0, 2.0, low_open=True)
+    if len(sampling.logit_bias) > limits.max_logit_bias:
+        raise StatusError.invalid(
+            "sampling.logit_bias", f"must have at most {limits.max_logit_bias} entries, got {len(sampling.logit_bias)}"
+        )
+    for token_id, bias in sampling.logit_bias.items():
+        if token_id >= vocab_size:
+            raise StatusError.invalid(
+                "sampling.logit_bias", f"token ids must be below the vocabulary size {vocab_size}, got {token_id}"
+            )
+        if not -100.0 <= bias <= 100.0:
+            raise StatusError.invalid(f"sampling.logit_bias[{token_id}]", f"must be in [-100, 100], got {bias:g}")
+    if len(sampling.stop_token_ids) > limits.max_stop_token_ids:
+        raise StatusError.invalid(
+            "sampling.stop_token_ids",
+            f"must have at most {limits.max_stop_token_ids} entries, got {len(sampling.stop_token_ids)}",
+        )
+    _check_token_ids(sampling.stop_token_ids, vocab_size, "sampling.stop_token_ids")
+    for name in ("logprobs", "prompt_logprobs"):
+        if sampling.HasField(name):
+            _check_count(getattr(sampling, name), 0, limits.max_logprobs, f"sampling.{name}")
+
+
+def validate_chat(chat: generation_pb2.Chat, limits: RequestLimits) -> None:
+    """Check a conversation."""
+    messages = chat.messages
+    if not 1 <= len(messages) <= limits.max_messages:
+        raise StatusError.invalid(
+            "chat.messages", f"must hold 1 to {limits.max_messages} messages, got {len(messages)}"
+        )
+    total = 0
+    for index, message in enumerate(messages):
+        role_bytes = _num_bytes(message.role)
+        if not 1 <= role_bytes <= limits.max_role_bytes:
+            raise StatusError.invalid(
+                f"chat.messages[{index}].role", f"must have 1 to {limits.max_role_bytes} bytes, got {role_bytes}"
+            )
+        total += role_bytes + _num_bytes(message.content)
+    if total > limits.max_prompt_bytes:
+        raise StatusError.invalid(
+            "chat.messages", f"must hold at most {limits.max_prompt_bytes} bytes of text in all, got {total}"
+        )
+
+
+def fit_context(request: generation_pb2.GenerateRequest, prompt_tokens: int, max_model_len: int) -> int:
+    """Return how many tokens may be generated after a prompt of `prompt_tokens`, at least 1.
+
+    Raises StatusError when prompt, max_tokens or min_tokens do not fit a context of `max_model_len` tokens.
+    """
+    field = request.WhichOneof("input") or "input"
+    if prompt_tokens == 0:
+        raise StatusError.invalid(field, "must not be empty: it has no tokens")
+    room = max_model_len - prompt_tokens
+    if room < 1:
+        raise StatusError.invalid(
+            field,
+            f"must have at most {max_model_len - 1} tokens (the model's context holds {max_model_len}, "
+            f"prompt and output together), got {prompt_tokens}",
+        )
+    for name in ("max_tokens", "min_tokens"):
+        value = getattr(request.sampling, name)
+        if value > room:
+            raise StatusError.invalid(
+                f"sampling.{name}",
+                f"must be at most {room} (the model's context holds {max_model_len} tokens, the prompt has "
+                f"{prompt_tokens}), got {value}",
+            )
+    return request.sampling.max_tokens or room
+
+
+def validate_encode(request: tokenizer_pb2.EncodeRequest, limits: RequestLimits) -> None:
+    """Check a text to encode."""
+    _check_bytes(request.text, limits.max_prompt_bytes, "text")
+
+
+def validate_decode(request: tokenizer_pb2.DecodeRequest, limits: RequestLimits, vocab_size: int) -> None:
+    """Check tokens to decode."""
+    if len(request.token_ids) > limits.max_decode_tokens:
+        raise StatusError.invalid(
+            "token_ids", f"must hold at most {limits.max_decode_tokens} token ids, got {len(request.token_ids)}"
+        )
+    _check_token_ids(request.token_ids, vocab_size, "token_ids")
+
+
+def validate_page_size(request: sessions_pb2.ListSessionsRequest, limits: RequestLimits) -> int:
+    """Return how many sessions a page may have."""
+    if not request.HasField("page_size"):
+        return DEFAULT_PAGE_SIZE
+    _check_count(request.page_size, 1, limits.max_page_size, "page_size")
+    return request.page_size
+
+
+def validate_id(value: str, field: str) -> None:
+    """Check a request's or a session's id."""
+    if not _ID.fullmatch(value):
+        got = repr(value) if len(value) <= 128 else f"{len(value)} characters"
+        raise StatusError.invalid(field, f"must be 1 to 128 characters of [A-Za-z0-9._:-], got {got}")
+
+
+def _validate_session(request: generation_pb2.GenerateRequest) -> None:
+    validate_id(request.session_id, "session_id")
+    if request.WhichOneof("input") != "chat":
+        raise StatusError.invalid("session_id", f"needs chat as the input, got {request.WhichOneof('input')}")
+    if request.chat.HasField("add_generation_prompt") and not request.chat.add_generation_prompt:
+        raise StatusError.invalid(
+            "chat.add_generation_prompt", "must be true with session_id: a turn ends in an answer"
+        )
+    if request.sampling.HasField("n") and request.sampling.n != 1:
+        raise StatusError.invalid("sampling.n", f"must be 1 with session_id, got {request.sampling.n}")
+
+
+def _validate_stops(stops: Sequence[str], limits: RequestLimits) -> None:
+    if len(stops) > limits.max_stops:
+        raise StatusError.invalid("stop", f"must have at most {limits.max_stops} entries, got {len(stops)}")
+    for index, stop in enumerate(stops):
+        size = _num_bytes(stop)
+        if not 1 <= size <= limits.max_stop_bytes:
+            raise StatusError.invalid(f"stop[{index}]", f"must have 1 to {limits.max_stop_bytes} bytes, got {size}")
+
+
+def _check_token_ids(token_ids: Sequence[int], vocab_size: int, field: str) -> None:
+    if token_ids and max(token_ids) >= vocab_size:
+        index = next(i for i, token_id in enumerate(token_ids) if token_id >= vocab_size)
+        raise StatusError.invalid(
+            f"{field}[{index}]", f"must be below the vocabulary size {vocab_size}, got {token_ids[index]}"
+        )
+
+
+def _check_count(value: int, low: int, high: int, field: str) -> None:
+    if not low <= value <= high:
+        raise StatusError.invalid(field, f"must be in [{low}, {high}], got {value}")
+
+
+def _check_range(
+    sampling: common_pb2.SamplingParams, name: str, low: float, high: float, *, low_open: bool = False
+) -> None:
+    if not sampling.HasField(name):
+        return
+    value = getattr(sampling, name)
+    if not (low < value if low_open else low <= value) or not value <= high:
+        bracket = "(" if low_open else "["
+        raise StatusError.invalid(f"sampling.{name}", f"must be in {bracket}{low:g}, {high:g}], got {value:g}")
+
+
+def _check_bytes(text: str, limit: int, field: str) -> None:
+    size = _num_bytes(text)
+    if size > limit:
+        raise StatusError.invalid(field, f"must have at most {limit} bytes, got {size}")
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
