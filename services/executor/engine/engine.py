@@ -164,6 +164,11 @@ class Engine:
             prefix_cache_hits=self._num_hit_tokens,
         )
 
+    @property
+    def num_hashed_blocks(self) -> int:
+        """Block hashes computed since start: at most one per block of tokens, whatever happens to sequences."""
+        return self._blocks.num_hashed_blocks
+
     def has_request(self, key: RequestKey) -> bool:
         """Whether the request was accepted and has not ended."""
         return self._ledger.get(key) is not None

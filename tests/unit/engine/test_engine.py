@@ -1,0 +1,338 @@
+"""What the engine promises its callers: ends, refusals, deadlines, credits, failures, moves."""
+
+import dataclasses
+
+import pytest
+
+import engine_kit
+from engine_kit import EOS, VOCAB
+from services.executor.engine import (
+    STEP_TIME_PRESETS,
+    AbortReason,
+    Engine,
+    EngineConfigError,
+    FakeModelRunner,
+    FinishReason,
+    InvalidRequestError,
+    RequestStatus,
+    ResumedSample,
+    ScheduledBatch,
+)
+
+
+class Script:
+    """Answers with a list of tokens per handle, in order; then with token 1."""
+
+    def __init__(self, tokens: dict[int, list[int]] | None = None) -> None:
+        self.tokens = tokens or {}
+        self.error: Exception | None = None
+        self.clock = engine_kit.SimClock()
+        self._fake = FakeModelRunner(VOCAB, [EOS], STEP_TIME_PRESETS["instant"])
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        self._fake.copy_blocks(pairs)
+
+    def execute(self, batch: ScheduledBatch) -> object:
+        self.clock.advance(1.0)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        sampled = self._fake.execute(batch)
+        seqs = [s.seq for s in batch.sequences if s.samples]
+        sampled.token_ids = [
+            script[seq.num_output_tokens] if seq.num_output_tokens < len(script) else 1
+            for seq in seqs
+            for script in [self.tokens.get(seq.group.key[1], [])]
+        ]
+        return sampled
+
+
+def start(tokens: dict[int, list[int]] | None = None, **changes: object) -> tuple[Engine, Script]:
+    script = Script(tokens)
+    return Engine(engine_kit.make_config(**changes), script, script.clock), script
+
+
+def one(tokens: list[int], prompt: int = 3, **params: object) -> tuple[list[int], FinishReason, int | None]:
+    engine, _ = start({0: tokens})
+    engine.add(engine_kit.make_request(0, [1] * prompt, **params))
+    collector = engine_kit.run(engine)
+    finish = collector.samples[(0, 0), 0]
+    return collector.tokens[(0, 0), 0], finish.reason, finish.stop_token_id
+
+
+@pytest.mark.parametrize(
+    ("params", "output", "reason", "stop_token"),
+    [
+        ({}, [5, 6, EOS], FinishReason.STOP, EOS),
+        ({"ignore_eos": True, "max_tokens": 4}, [5, 6, EOS, 9], FinishReason.LENGTH, None),
+        ({"stop_token_ids": frozenset({6})}, [5, 6], FinishReason.STOP, 6),
+        ({"ignore_eos": True, "stop_token_ids": frozenset({EOS})}, [5, 6, EOS], FinishReason.STOP, EOS),
+        ({"max_tokens": 2}, [5, 6], FinishReason.LENGTH, None),
+        ({"max_tokens": 3}, [5, 6, EOS], FinishReason.STOP, EOS),
+        ({"prompt": 62}, [5, 6], FinishReason.LENGTH, None),  # max_model_len is 64
+        ({"prompt": 62, "max_tokens": 50}, [5, 6], FinishReason.LENGTH, None),
+    ],
+)
+def test_stop_conditions(
+    params: dict[str, object], output: list[int], reason: FinishReason, stop_token: int | None
+) -> None:
+    assert one([5, 6, EOS, 9, 9, 9], **params) == (output, reason, stop_token)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        ({"prompt": []}, "prompt", "at least one token"),
+        ({"prompt": [1] * 64}, "prompt", "max_model_len is 64 tokens, so a prompt may have at most 63"),
+        ({"prompt": [1, VOCAB]}, "prompt", f"between 0 and {VOCAB - 1}"),
+        ({"prompt": [1, -1]}, "prompt", f"between 0 and {VOCAB - 1}"),
+        ({"n": 9}, "n", r"at most max_num_seqs \(8\), got 9"),
+        ({"n": 0}, "n", "at least 1, got 0"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1, got 0"),
+        ({"resumed": (ResumedSample(1, ()),)}, "resumed", "sample 1 is not one of 0..0"),
+        ({"resumed": (ResumedSample(0, ()), ResumedSample(0, ()))}, "resumed", "each once"),
+        ({"resumed": (ResumedSample(0, (1,) * 6),), "max_tokens": 5}, "resumed", "at most 5"),
+        ({"resumed": (ResumedSample(0, (VOCAB,)),)}, "resumed", f"between 0 and {VOCAB - 1}"),
+    ],
+)
+def test_refusals_name_field_and_limit(changes: dict[str, object], field: str, message: str) -> None:
+    engine, _ = start()
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        engine.add(engine_kit.make_request(0, **({"prompt": [1]} | changes)))
+    assert caught.value.field == field
+    assert engine.stats().rejected == 1
+    assert engine.stats().accepted == 0
+    assert not engine.has_unfinished()
+
+
+def test_a_key_in_use_is_refused_and_free_again_afterwards() -> None:
+    engine, _ = start({0: [EOS]})
+    engine.add(engine_kit.make_request(0, [1]))
+    with pytest.raises(InvalidRequestError, match="in use"):
+        engine.add(engine_kit.make_request(0, [1]))
+    engine_kit.run(engine)
+    assert not engine.has_request((0, 0))
+    engine.add(engine_kit.make_request(0, [1]))
+    assert engine.has_request((0, 0))
+
+
+def test_a_deadline_ends_the_request_at_the_next_step_and_frees_everything() -> None:
+    engine, script = start()
+    engine.add(engine_kit.make_request(0, [1] * 9, n=2, deadline=script.clock.now + 3.5))
+    engine.add(engine_kit.make_request(1, [1] * 9, deadline=script.clock.now - 1, max_tokens=2))
+    engine.add(engine_kit.make_request(2, [1] * 9, deadline=script.clock.now + 1e9, max_tokens=2))
+    collector = engine_kit.run(engine)
+    statuses = {key[1]: finish.status for key, finish in collector.finished.items()}
+    assert statuses == {
+        0: RequestStatus.DEADLINE_EXCEEDED,
+        1: RequestStatus.DEADLINE_EXCEEDED,
+        2: RequestStatus.OK,
+    }
+    assert collector.samples[(0, 0), 1].reason is FinishReason.DEADLINE
+    assert len(collector.tokens[(0, 0), 0]) == 4
+    assert not collector.tokens[(0, 1), 0]
+    assert engine.load().free_blocks == engine.load().total_blocks
+    assert engine.stats().deadline_exceeded == 2
+
+
+def test_a_stop_string_ends_its_sample_and_the_last_one_ends_the_request() -> None:
+    engine, _ = start()
+    collector = engine_kit.Collector()
+    engine.add(engine_kit.make_request(0, [1] * 5, n=2))
+    for _ in range(3):
+        collector.take(engine.step())
+    engine.abort((0, 0), 1, AbortReason.STOP)
+    engine.abort((0, 0), 1, AbortReason.STOP)
+    collector.take(engine.step())
+    assert collector.samples[(0, 0), 1].reason is FinishReason.STOP
+    assert not collector.finished
+    engine.abort((0, 0), 0, AbortReason.STOP)
+    engine_kit.run(engine, collector)
+    assert collector.finished[0, 0].status is RequestStatus.OK
+    assert collector.finished[0, 0].usage.completion_tokens == 4 + 2
+
+
+def test_aborting_at_every_state_frees_everything() -> None:
+    for when in range(7):
+        for index in (None, 0, 1):
+            engine, _ = start(max_num_batched_tokens=8)
+            collector = engine_kit.Collector()
+            engine.add(engine_kit.make_request(0, [1] * 20, n=2, max_tokens=3, ignore_eos=True))
+            for _ in range(when):
+                collector.take(engine.step())
+            engine.abort((0, 0), index)
+            engine.check_integrity()
+            engine_kit.run(engine, collector)
+            finish = collector.finished[0, 0]
+            all_cancelled = {sample.reason for sample in collector.samples.values()} == {FinishReason.CANCELLED}
+            assert (finish.status is RequestStatus.CANCELLED) == (all_cancelled or (index is None and when < 6))
+            assert engine.load().free_blocks == engine.load().total_blocks
+    engine.abort((5, 5))
+    engine.abort((0, 0), 3)
+    assert not engine.has_unfinished()
+
+
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on() -> None:
+    engine, script = start(max_num_seqs=1)
+    for handle in range(2):
+        engine.add(engine_kit.make_request(handle, [handle] * 9, max_tokens=4))
+    engine.step()
+    script.error = MemoryError("secret path")
+    result = engine.step()
+    assert isinstance(result.error, MemoryError)
+    assert [(f.key, f.status, f.message) for f in result.finished] == [
+        ((0, 0), RequestStatus.INTERNAL, "the model runner failed (MemoryError)")
+    ]
+    assert result.samples_finished[0].reason is FinishReason.ERROR
+    engine.check_integrity()
+    collector = engine_kit.run(engine)
+    assert collector.finished[0, 1].status is RequestStatus.OK
+    assert engine.load().free_blocks == engine.load().total_blocks
+    stats = engine.stats()
+    assert (stats.failed, stats.failed_steps, stats.finished) == (1, 1, 1)
+
+
+def test_credits_count_what_left_waiting_per_link() -> None:
+    engine, _ = start({handle: [EOS] for handle in range(9)}, max_num_seqs=1)
+    engine.add(engine_kit.make_request(0, [1] * 10, link=1))
+    engine.add(engine_kit.make_request(1, [1] * 20, link=2))
+    engine.add(engine_kit.make_request(2, [1] * 5, link=2))
+
+    def credits() -> list[tuple[int, int]]:
+        return [dataclasses.astuple(engine.link_credits(link)) for link in (1, 2, 3)]
+
+    assert credits() == [(0, 0), (0, 0), (0, 0)]
+    assert engine.load().waiting_prefill_tokens == 35
+    engine.step()
+    assert credits() == [(10, 1), (0, 0), (0, 0)]
+    engine.abort((2, 2))
+    assert credits() == [(10, 1), (5, 1), (0, 0)]
+    engine.step()
+    assert credits() == [(10, 1), (25, 2), (0, 0)]
+    assert engine.load().waiting_prefill_tokens == 0
+
+
+def test_a_dropped_link_loses_its_requests_only() -> None:
+    engine, _ = start()
+    for handle in range(4):
+        engine.add(engine_kit.make_request(handle, [1] * 9, link=handle % 2, max_tokens=3))
+    engine.step()
+    engine.drop_link(1)
+    engine.drop_link(7)
+    collector = engine_kit.run(engine)
+    statuses = {key: finish.status for key, finish in collector.finished.items()}
+    assert statuses == {
+        (0, 0): RequestStatus.OK,
+        (1, 1): RequestStatus.CANCELLED,
+        (0, 2): RequestStatus.OK,
+        (1, 3): RequestStatus.CANCELLED,
+    }
+    assert engine.link_credits(1).completed_requests == 0
+
+
+def test_a_moved_request_goes_on_where_it_was() -> None:
+    config = engine_kit.make_config()
+    request = engine_kit.make_request(0, [3] * 11, n=3, seed=5, max_tokens=12, ignore_eos=True)
+    first = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
+    first.add(request)
+    before = engine_kit.Collector()
+    for _ in range(5):
+        before.take(first.step())
+    first.abort(request.key, 2, AbortReason.STOP)
+    before.take(first.step())
+
+    emitted = {index: tuple(before.tokens[request.key, index]) for index in range(3)}
+    assert [len(tokens) for tokens in emitted.values()] == [6, 5, 4]
+    moved = dataclasses.replace(
+        request,
+        resumed=tuple(
+            ResumedSample(index, tokens, FinishReason.STOP if index == 2 else None) for index, tokens in emitted.items()
+        ),
+    )
+    second = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
+    second.add(moved)
+    after = engine_kit.run(second)
+    for index in (0, 1):
+        whole = [*emitted[index], *after.tokens[request.key, index]]
+        assert whole == engine_kit.undisturbed(request, index, 64)[0]
+        assert after.first_offset[request.key, index] == len(emitted[index])
+    assert (request.key, 2) not in after.tokens
+    assert (request.key, 2) not in after.samples
+    usage = after.finished[request.key].usage
+    assert (usage.completion_tokens, usage.num_resumed) == (12 + 12 + 4, 15)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ended", "reason"),
+    [
+        ((5, EOS), None, FinishReason.STOP),
+        ((5, 6, 8), None, FinishReason.LENGTH),
+        ((5, EOS), FinishReason.STOP, None),
+    ],
+)
+def test_a_request_moved_after_its_last_token_ends_without_running(
+    tokens: tuple[int, ...], ended: FinishReason | None, reason: FinishReason | None
+) -> None:
+    engine, _ = start()
+    engine.add(engine_kit.make_request(0, [1] * 4, max_tokens=3, resumed=(ResumedSample(0, tokens, ended),)))
+    collector = engine_kit.run(engine)
+    assert collector.finished[0, 0].status is RequestStatus.OK
+    assert [finish.reason for finish in collector.samples.values()] == ([] if reason is None else [reason])
+    assert engine.stats().steps == 0
+
+
+def test_prefix_hits_are_counted_and_prompt_logprobs_recompute() -> None:
+    engine, _ = start({handle: [EOS] for handle in range(9)})
+    for handle, params in enumerate(({}, {}, {"prompt_logprobs": 0}, {"cache_salt": b"other"})):
+        engine.add(engine_kit.make_request(handle, list(range(8, 22)), **params))
+        collector = engine_kit.run(engine)
+        assert collector.finished[0, handle].usage.cached_tokens == (12 if handle == 1 else 0)
+    stats = engine.stats()
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (4 * 14, 12)
+    assert len(engine_kit.run(engine).prompt_logprobs) == 0
+
+
+def test_a_second_turn_computes_only_what_is_new() -> None:
+    engine, _ = start({0: [9] * 8, 1: [EOS]})
+    engine.add(engine_kit.make_request(0, [3] * 9, max_tokens=8))
+    engine_kit.run(engine)
+    computed = engine.stats().computed_tokens
+    engine.add(engine_kit.make_request(1, [3] * 9 + [9] * 8 + [4] * 3))
+    collector = engine_kit.run(engine)
+    assert collector.finished[0, 1].usage.cached_tokens == 16
+    assert engine.stats().computed_tokens - computed == 4
+
+
+def test_timings_add_up() -> None:
+    engine, script = start({0: [5] * 9}, max_num_seqs=1)
+    engine.add(engine_kit.make_request(0, [1] * 4, max_tokens=3))
+    engine.add(engine_kit.make_request(1, [1] * 4, max_tokens=2))
+    script.clock.advance(10.0)
+    collector = engine_kit.run(engine)
+    first, second = collector.finished[0, 0].timings, collector.finished[0, 1].timings
+    assert (first.queue, first.prefill, first.decode, first.total) == (10.0, 1.0, 2.0, 13.0)
+    assert (second.queue, second.prefill, second.decode, second.total) == (13.0, 1.0, 1.0, 15.0)
+
+
+def test_without_a_seed_requests_differ() -> None:
+    config = engine_kit.make_config()
+    engine = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
+    for handle in range(2):
+        engine.add(engine_kit.make_request(handle, [1] * 4, seed=None, max_tokens=20, ignore_eos=True))
+    collector = engine_kit.run(engine)
+    assert collector.tokens[(0, 0), 0] != collector.tokens[(0, 1), 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_blocks": 15}, r"hold 60 tokens, fewer than max_model_len \(64\)"),
+        ({"max_num_batched_tokens": 7}, r"must be at least max_num_seqs \(8\)"),
+        ({"target_itl": 0.0}, "target_itl must be above 0"),
+        ({"max_model_len": 1}, "max_model_len must hold a prompt and an output token"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(EngineConfigError, match=message):
+        engine_kit.make_config(**changes)
