@@ -122,7 +122,8 @@ class CliContext:
 
     def table(self, table: Table) -> None:
         """A table as result; in a pipe each row is one line, however long."""
-        self.out.print(table, width=None if self.out.is_terminal else _PIPE_WIDTH)
+        console = self.out if self.out.is_terminal else Console(file=self.out.file, width=_PIPE_WIDTH)
+        console.print(table)
 
     def note(self, text: str) -> None:
         """A line beside the result."""

@@ -1,0 +1,171 @@
+"""Fakes of both ends of the command line: of the services that it starts, and of the server that it calls."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from clients.launcher import Instance, UpOptions, bring_down
+from scalellm.v1 import (
+    common_pb2,
+    generation_pb2,
+    generation_pb2_grpc,
+    sessions_pb2,
+    sessions_pb2_grpc,
+    tokenizer_pb2,
+    tokenizer_pb2_grpc,
+)
+
+FAKE_SERVICE = Path(__file__).with_name("fake_service.py")
+
+
+class FakeServer(
+    generation_pb2_grpc.GenerationServicer, tokenizer_pb2_grpc.TokenizerServicer, sessions_pb2_grpc.SessionsServicer
+):
+    """The public API with scripted answers: the prompt's words come back one by one.
+
+    A prompt of `forever` streams until cancelled, `busy` and `bad` are refused, `slow` waits for the deadline.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[generation_pb2.GenerateRequest] = []
+        self.sessions: dict[str, list[generation_pb2.ChatMessage]] = {}
+        self.cancelled = threading.Event()
+        self.address = ""
+
+    def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Iterator[Any]:
+        self.requests.append(request)
+        text = request.prompt or request.chat.messages[-1].content
+        if text == "busy":
+            wait = Duration(seconds=2)
+            _abort(context, 8, "queue full: 64 requests wait", error_details_pb2.RetryInfo(retry_delay=wait))
+        if text == "bad":
+            violation = error_details_pb2.BadRequest.FieldViolation(field="sampling.top_p", description="...")
+            detail = error_details_pb2.BadRequest(field_violations=[violation])
+            _abort(context, 3, "sampling.top_p: must be in (0, 1], got 7", detail)
+        if text == "slow":
+            time.sleep(min(5.0, context.time_remaining()))
+            context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
+        if text == "forever":
+            context.add_callback(self.cancelled.set)
+        history = self.sessions.get(request.session_id, [])
+        turns = sum(message.role == "user" for message in history)
+        started = generation_pb2.Started(request_id="r1", model="fake", prompt_tokens=3, seed=7, session_turns=turns)
+        yield generation_pb2.GenerateResponse(started=started)
+        offset = 0
+        while text == "forever" and not self.cancelled.wait(0.01):
+            delta = generation_pb2.Delta(text="on and ", offset=offset, num_tokens=1)
+            yield generation_pb2.GenerateResponse(delta=delta)
+            offset += 1
+        for index in range(request.sampling.n or 1):
+            for offset, word in enumerate(text.split()):
+                delta = generation_pb2.Delta(index=index, text=f"{word} ", offset=offset, num_tokens=1)
+                yield generation_pb2.GenerateResponse(delta=delta)
+        latency = common_pb2.LatencyBreakdown(
+            total_ns=5_000_000, tokenize_ns=1_000_000, prefill_ns=1_500_000, decode_ns=2_000_000, network_ns=500_000
+        )
+        samples = [
+            generation_pb2.SampleFinished(index=index, reason=common_pb2.FINISH_REASON_STOP, stop="END")
+            for index in range(request.sampling.n or 1)
+        ]
+        finished = generation_pb2.Finished(
+            samples=samples, usage=common_pb2.Usage(prompt_tokens=3, completion_tokens=2), latency=latency
+        )
+        if request.session_id:
+            answer = generation_pb2.ChatMessage(role="assistant", content=text)
+            self.sessions[request.session_id] = [*history, *request.chat.messages, answer]
+            finished.session = generation_pb2.SESSION_OUTCOME_SAVED
+        yield generation_pb2.GenerateResponse(finished=finished)
+
+    def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:
+        return tokenizer_pb2.EncodeResponse(token_ids=list(request.text.encode()), tokens=list(request.text))
+
+    def Decode(self, request: tokenizer_pb2.DecodeRequest, context: Any) -> tokenizer_pb2.DecodeResponse:
+        return tokenizer_pb2.DecodeResponse(text=bytes(request.token_ids).decode())
+
+    def GetInfo(self, request: tokenizer_pb2.GetInfoRequest, context: Any) -> tokenizer_pb2.GetInfoResponse:
+        return tokenizer_pb2.GetInfoResponse(model="fake", has_chat_template=True)
+
+    def Get(self, request: sessions_pb2.GetSessionRequest, context: Any) -> sessions_pb2.GetSessionResponse:
+        messages = self.sessions.get(request.session_id)
+        if messages is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "session_id: unknown or expired")
+        turns = sum(message.role == "user" for message in messages)
+        session = sessions_pb2.Session(session_id=request.session_id, messages=messages, num_turns=turns)
+        return sessions_pb2.GetSessionResponse(session=session)
+
+
+def _abort(context: Any, code: int, message: str, detail: Any) -> None:
+    status = status_pb2.Status(code=code, message=message)
+    status.details.add().Pack(detail)
+    context.abort_with_status(rpc_status.to_status(status))
+
+
+@pytest.fixture
+def fake_server() -> Iterator[FakeServer]:
+    servicer = FakeServer()
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    generation_pb2_grpc.add_GenerationServicer_to_server(servicer, server)
+    tokenizer_pb2_grpc.add_TokenizerServicer_to_server(servicer, server)
+    sessions_pb2_grpc.add_SessionsServicer_to_server(servicer, server)
+    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield servicer
+    servicer.cancelled.set()
+    server.stop(0).wait()
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start the real command as a process, with a home of its own."""
+
+    def start(*arguments: str, address: str = "", **options: Any) -> subprocess.Popen[str]:
+        environment = {**os.environ, "SCALELLM_HOME": str(tmp_path), "SCALELLM_ADDRESS": address, "REDIS_URL": ""}
+        environment.update(options.pop("env", {}))
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        command = [sys.executable, "-m", "clients.cli.main", *arguments]
+        return subprocess.Popen(command, text=True, env=environment, **{**pipes, **options})
+
+    return start
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[Instance]:
+    """An instance that is down again after the test, however the test went."""
+    instance = Instance(tmp_path)
+    yield instance
+    if instance.folder.exists() and instance.load() is not None:
+        bring_down(instance, lambda name: None, limit=0)
+
+
+@pytest.fixture
+def up_options(tmp_path: Path) -> Callable[..., UpOptions]:
+    """Options that start fakes on free ports; `behaviour` maps a kind of service to what its fake does."""
+
+    def make(behaviour: dict[str, str] | None = None, **changes: Any) -> UpOptions:
+        told = {f"FAKE_{kind.upper()}": what for kind, what in (behaviour or {}).items()}
+        kinds = ("executor", "scheduler", "tokenizer")
+        options: dict[str, Any] = {
+            "model": "fake",
+            "model_path": tmp_path,
+            "home": tmp_path,
+            "environment": {**os.environ, **told},
+            "port": 0,
+            "drain_limit": 3.0,
+            "start_limit": 20.0,
+            "programs": {kind: (sys.executable, str(FAKE_SERVICE), kind) for kind in kinds},
+        }
+        return UpOptions(**{**options, **changes})
+
+    return make

@@ -1,0 +1,266 @@
+"""The real command as a process against a scripted server: pipes, signals, exit codes, messages."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+StartCli = Callable[..., subprocess.Popen[str]]
+ESCAPE = "\x1b"
+
+
+def finish(process: subprocess.Popen[str], text: str | None = None) -> tuple[int, str, str]:
+    out, err = process.communicate(text, timeout=30)
+    return process.returncode, out, err
+
+
+def test_generate_in_a_pipe_is_plain_text(cli: StartCli, fake_server: Any) -> None:
+    code, out, err = finish(cli("generate", "two words", address=fake_server.address))
+    assert (code, out, err) == (0, "two words \n", "")
+
+
+def test_prompt_from_standard_input(cli: StartCli, fake_server: Any) -> None:
+    process = cli("generate", address=fake_server.address, stdin=subprocess.PIPE)
+    assert finish(process, "from a pipe\n") == (0, "from a pipe \n", "")
+    assert fake_server.requests[0].prompt == "from a pipe"
+
+
+def test_every_option_reaches_the_server(cli: StartCli, fake_server: Any) -> None:
+    options = (
+        "--max-tokens 5 --min-tokens 2 --temperature 0 --top-k 3 --top-p 0.5 --min-p 0.25 --presence-penalty -1 "
+        "--frequency-penalty 1 --repetition-penalty 1.5 --logit-bias 4=-2.5 --logit-bias 5=1 --seed 9 --n 2 --stop a "
+        "--stop \\n --include-stop --stop-token-id 6 --ignore-eos --logprobs 0 --prompt-logprobs 1 --priority -3 "
+        "--request-id me --json"
+    )
+    code, out, err = finish(cli("generate", "hi there", *options.split(), address=fake_server.address))
+    assert code == 0, err
+    (request,) = fake_server.requests
+    sampling = request.sampling
+    assert (sampling.max_tokens, sampling.min_tokens, sampling.top_k, sampling.seed, sampling.n) == (5, 2, 3, 9, 2)
+    assert sampling.HasField("temperature")
+    assert sampling.temperature == 0
+    assert (sampling.top_p, sampling.min_p, sampling.repetition_penalty) == (0.5, 0.25, 1.5)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1, 1)
+    assert dict(sampling.logit_bias) == {4: -2.5, 5: 1.0}
+    assert (list(sampling.stop_token_ids), sampling.ignore_eos) == ([6], True)
+    assert (sampling.HasField("logprobs"), sampling.logprobs, sampling.prompt_logprobs) == (True, 0, 1)
+    assert (list(request.stop), request.include_stop) == (["a", "\n"], True)
+    assert (request.priority, request.request_id) == (-3, "me")
+    document = json.loads(out)
+    assert [sample["text"] for sample in document["samples"]] == ["hi there ", "hi there "]
+    assert document["samples"][0]["finish_reason"] == "stop"
+    assert document["usage"]["prompt_tokens"] == 3
+    assert document["latency"]["total_ns"] == 5_000_000
+
+
+def test_options_left_out_stay_unset(cli: StartCli, fake_server: Any) -> None:
+    finish(cli("generate", "hi", address=fake_server.address))
+    assert fake_server.requests[0].sampling.ListFields() == []
+
+
+def test_show_latency_adds_up(cli: StartCli, fake_server: Any) -> None:
+    code, out, err = finish(cli("generate", "a", "--show-latency", address=fake_server.address))
+    assert (code, out) == (0, "a \n")
+    rows = [line.split() for line in err.splitlines()]
+    values = {row[0]: float(row[1]) for row in rows if len(row) > 2 and re.fullmatch(r"\d+\.\d\d", row[1])}
+    total = values.pop("total")
+    assert round(sum(values.values()), 2) == total
+    assert (values["prefill"], values["decode"]) == (1.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "code", "message"),
+    [
+        ("bad", "", 2, "error: sampling.top_p: must be in (0, 1], got 7\n"),
+        ("busy", "", 5, "error: queue full: 64 requests wait; try again in 2.0 s\n"),
+        ("slow", "--timeout 0.3", 4, "allow more time with --timeout\n"),
+        ("x", "--top-k -1", 2, "--top-k: -1 is out of range"),
+        ("x", "--logit-bias a=1", 2, "--logit-bias: 'a=1' is not ID=VALUE"),
+        ("x", "--session s", 2, "--system and --session need --chat"),
+        ("", "", 2, "the prompt is empty"),
+    ],
+)
+def test_failures(cli: StartCli, fake_server: Any, prompt: str, options: str, code: int, message: str) -> None:
+    status, out, err = finish(cli("generate", prompt, *options.split(), address=fake_server.address))
+    assert (status, out) == (code, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_no_server(cli: StartCli) -> None:
+    for command in (("generate", "x"), ("chat",), ("tokenize", "x")):
+        code, out, err = finish(cli(*command, address="127.0.0.1:1"))
+        assert (code, out) == (3, "")
+        assert err == "error: no ScaleLLM server answers at 127.0.0.1:1; start it with: scalellm up\n"
+
+
+def test_nothing_started(cli: StartCli, tmp_path: Path) -> None:
+    code, _, err = finish(cli("status"))
+    assert (code, err) == (3, "error: not running (instance 'default'); start it with: scalellm up\n")
+    assert finish(cli("down")) == (0, "", "not running (instance 'default'): nothing to stop\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_model(cli: StartCli) -> None:
+    code, _, err = finish(cli("up", "--model", "no-such-model"))
+    assert code == 1
+    assert err.startswith("error: no model 'no-such-model': it is neither a known name (")
+    assert err.count("\n") == 1
+
+
+def test_redis_that_does_not_answer(cli: StartCli, tmp_path: Path) -> None:
+    (tmp_path / "weights.gguf").touch()
+    process = cli(
+        "up", "--port", "0", "--model", str(tmp_path / "weights.gguf"), env={"REDIS_URL": "redis://127.0.0.1:1"}
+    )
+    code, _, err = finish(process)
+    assert code == 1
+    assert "error: Redis does not answer at redis://127.0.0.1:1: " in err
+    assert "unset REDIS_URL to use an embedded one" in err
+
+
+def test_interrupt_cancels_the_request(cli: StartCli, fake_server: Any) -> None:
+    process = cli("generate", "forever", address=fake_server.address)
+    assert process.stdout is not None
+    process.stdout.read(3)
+    process.send_signal(signal.SIGINT)
+    assert fake_server.cancelled.wait(10)
+    code, _, err = finish(process)
+    assert (code, err) == (130, "")
+
+
+def test_termination_cancels_the_request(cli: StartCli, fake_server: Any) -> None:
+    process = cli("generate", "forever", address=fake_server.address)
+    assert process.stdout is not None
+    process.stdout.read(3)
+    process.terminate()
+    assert fake_server.cancelled.wait(10)
+    assert finish(process)[0] == 143
+
+
+def test_closed_pipe_is_quiet_and_cancels(cli: StartCli, fake_server: Any) -> None:
+    process = cli("generate", "forever", address=fake_server.address)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(3)
+    process.stdout.close()
+    assert fake_server.cancelled.wait(10)
+    assert process.wait(30) == 141
+    assert process.stderr.read() == ""
+
+
+def on_terminal(cli: StartCli, *arguments: str, **options: Any) -> str:
+    """What the command writes when its output is a terminal."""
+    master, slave = os.openpty()
+    process = cli(*arguments, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, **options)
+    os.close(slave)
+    received = b""
+    try:
+        while block := os.read(master, 4096):
+            received += block
+    except OSError:  # the other side is closed
+        pass
+    finally:
+        os.close(master)
+    process.wait(30)
+    return received.decode()
+
+
+def test_no_color(cli: StartCli) -> None:
+    coloured = {"TERM": "xterm-256color", "NO_COLOR": ""}
+    assert f"{ESCAPE}[1;31m" in on_terminal(cli, "status", env=coloured)
+    plain = on_terminal(cli, "status", env={**coloured, "NO_COLOR": "1"})
+    assert "31m" not in plain
+    assert "not running" in plain
+
+
+def test_control_characters_do_not_reach_a_terminal(cli: StartCli, fake_server: Any) -> None:
+    prompt = f"a {ESCAPE}[2Jb\x07"
+    environment = {"TERM": "xterm", "NO_COLOR": "1"}
+    shown = on_terminal(cli, "generate", prompt, address=fake_server.address, env=environment)
+    assert shown == "a [2Jb \r\n"
+    assert finish(cli("generate", prompt, address=fake_server.address))[1] == f"{prompt} \n"
+
+
+def test_chat_in_a_pipe_keeps_one_session(cli: StartCli, fake_server: Any) -> None:
+    process = cli("chat", "--system", "be brief", address=fake_server.address, stdin=subprocess.PIPE)
+    assert finish(process, "first turn\n\nsecond turn\n") == (0, "first turn \nsecond turn \n", "")
+    first, second = fake_server.requests
+    assert first.session_id == second.session_id
+    assert [message.role for message in first.chat.messages] == ["system", "user"]
+    assert [message.content for message in second.chat.messages] == ["second turn"]
+
+
+def test_chat_on_a_terminal(cli: StartCli, fake_server: Any) -> None:
+    master, slave = os.openpty()
+    process = cli("chat", "--session", "s1", address=fake_server.address, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    os.write(master, b"hello there\n/history\n/nonsense\n/new\n/help\n/exit\n")
+    received = b""
+    try:
+        while block := os.read(master, 4096):
+            received += block
+    except OSError:
+        pass
+    finally:
+        os.close(master)
+    assert process.wait(30) == 0
+    text = received.decode()
+    assert "fake, session s1" in text
+    assert "user: " in text
+    assert "unknown command /nonsense" in text
+    assert "a new conversation, session chat-" in text
+    assert "/latency" in text
+    assert len(fake_server.requests) == 1
+
+
+def test_interrupt_in_chat_stops_the_answer_and_stays(cli: StartCli, fake_server: Any) -> None:
+    master, slave = os.openpty()
+    process = cli("chat", address=fake_server.address, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    os.write(master, b"forever\n")
+    received = b""
+    while b"on and" not in received:
+        received += os.read(master, 4096)
+    process.send_signal(signal.SIGINT)
+    assert fake_server.cancelled.wait(10)
+    while b"this turn is not kept" not in received:
+        received += os.read(master, 4096)
+    os.write(master, b"/exit\n")
+    try:
+        while os.read(master, 4096):
+            pass
+    except OSError:
+        pass
+    os.close(master)
+    assert process.wait(30) == 0
+
+
+def test_tokenize(cli: StartCli, fake_server: Any) -> None:
+    def run(*arguments: str) -> str:
+        code, out, err = finish(cli("tokenize", *arguments, address=fake_server.address))
+        assert (code, err) == (0, "")
+        return out
+
+    assert run("ab") == "97\t'a'\n98\t'b'\n"
+    assert run("ab", "--ids") == "97 98\n"
+    assert json.loads(run("ab", "--json")) == {"token_ids": [97, 98], "tokens": ["a", "b"]}
+    assert run("97, 98", "--decode") == "ab\n"
+
+
+def test_models_list_in_a_pipe_is_one_line_per_model(cli: StartCli) -> None:
+    code, out, _ = finish(cli("models", "list"))
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ["name", "gemma3-270m", "smollm2-135m-instruct"]
+    code, out, _ = finish(cli("models", "list", "--json"))
+    assert {model["name"]: model["path"] for model in json.loads(out)} == {
+        "gemma3-270m": None,
+        "smollm2-135m-instruct": None,
+    }

@@ -1,0 +1,221 @@
+"""The launcher with real processes: the embedded redis-server, and fakes of the services."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from clients.launcher import Instance, LauncherError, NotRunningError, UpOptions, bring_down, bring_up, read_status
+from clients.launcher.processes import session_of
+
+MakeOptions = Callable[..., UpOptions]
+
+
+class Recorder:
+    """Collects what `up` reports."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def begin(self, stage: str, detail: str) -> None:
+        self.stages.append(stage)
+
+    def waiting(self, detail: str) -> None:
+        pass
+
+    def done(self, detail: str) -> None:
+        self.stages.append("ready")
+
+
+def down(instance: Instance, limit: float | None = None) -> tuple[list[str], object]:
+    order: list[str] = []
+    result = bring_down(instance, order.append, limit)
+    return order, result
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_up_status_down_leaves_nothing(instance: Instance, up_options: MakeOptions) -> None:
+    recorder = Recorder()
+    state = bring_up(instance, up_options(executors=2), recorder)
+    assert recorder.stages[::2] == ["redis", "executor-0", "executor-1", "scheduler", "tokenizer"]
+    assert instance.load() == state
+
+    status = read_status(instance)
+    assert status.healthy
+    assert {service.name: service.health for service in status.services} == dict.fromkeys(
+        recorder.stages[::2], "serving"
+    )
+    assert status.address == state.public_address
+    with redis.Redis.from_url(state.redis_url) as client:
+        assert client.config_get("maxmemory")["maxmemory"] != "0"
+        assert client.config_get("save")["save"] == ""
+
+    order, result = down(instance)
+    assert order == ["tokenizer", "scheduler", "executor-0", "executor-1", "redis"]
+    assert (result.crashed, result.killed, result.logs) == ((), (), "")
+    assert all(gone(service.pid) for service in state.services)
+    assert not instance.folder.exists()
+    with pytest.raises(NotRunningError):
+        read_status(instance)
+    with pytest.raises(NotRunningError):
+        down(instance)
+
+
+def test_second_up_is_refused(instance: Instance, up_options: MakeOptions) -> None:
+    state = bring_up(instance, up_options(), Recorder())
+    with pytest.raises(LauncherError, match=r"already running at 127\.0\.0\.1:\d+ .*scalellm down"):
+        bring_up(instance, up_options(), Recorder())
+    assert instance.load() == state
+    assert read_status(instance).healthy
+
+
+def test_crash_at_start_says_why_and_undoes_the_rest(instance: Instance, up_options: MakeOptions) -> None:
+    with pytest.raises(
+        LauncherError, match=r"scheduler ended with status 1: no room for the weights.*log: .*scheduler"
+    ):
+        bring_up(instance, up_options({"scheduler": "crash"}), Recorder())
+    assert instance.load() is None
+    assert sorted(path.name for path in instance.logs.iterdir()) == ["executor-0.log", "redis.log", "scheduler.log"]
+    assert not [process for process in psutil.process_iter() if str(instance.folder) in " ".join(_cmdline(process))]
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_never_healthy_is_given_up(instance: Instance, up_options: MakeOptions) -> None:
+    with pytest.raises(LauncherError, match="executor-0 is not healthy after 1 s"):
+        bring_up(instance, up_options({"executor": "hang"}, start_limit=1.0), Recorder())
+    assert instance.load() is None
+
+
+def test_crash_while_running(instance: Instance, up_options: MakeOptions) -> None:
+    state = bring_up(instance, up_options(), Recorder())
+    victim = state.of_kind("scheduler")[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    _until(lambda: gone(victim.pid))
+
+    status = read_status(instance)
+    assert not status.healthy
+    assert {service.health for service in status.services if service.name == "scheduler"} == {"crashed"}
+    with pytest.raises(LauncherError, match=r"scheduler does not; clear it with: scalellm down"):
+        bring_up(instance, up_options(), Recorder())
+
+    _, result = down(instance)
+    assert result.crashed == ("scheduler",)
+    assert Path(result.logs).is_dir()
+    assert all(gone(service.pid) for service in state.services)
+    assert bring_up(instance, up_options(), Recorder()).public_address
+
+
+def test_up_after_everything_crashed(instance: Instance, up_options: MakeOptions) -> None:
+    first = bring_up(instance, up_options(), Recorder())
+    for service in first.services:
+        os.kill(service.pid, signal.SIGKILL)
+    _until(lambda: all(gone(service.pid) for service in first.services))
+    second = bring_up(instance, up_options(), Recorder())
+    assert {service.pid for service in second.services}.isdisjoint(service.pid for service in first.services)
+
+
+def test_recycled_pid_is_left_alone(instance: Instance, up_options: MakeOptions) -> None:
+    """The state names a pid that now belongs to somebody else's process."""
+    state = bring_up(instance, up_options(), Recorder())
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        tokenizer = state.of_kind("tokenizer")[0]
+        os.kill(tokenizer.pid, signal.SIGKILL)
+        recycled = replace(tokenizer, pid=stranger.pid, create_time=time.time() - 3600)
+        instance.save(state.with_service(recycled))
+        assert not read_status(instance).healthy
+        _, result = down(instance)
+        assert result.crashed == ("tokenizer",)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_stubborn_service_is_killed_and_named(instance: Instance, up_options: MakeOptions) -> None:
+    state = bring_up(instance, up_options({"executor": "stubborn"}), Recorder())
+    _, result = down(instance, limit=0.3)
+    assert "executor-0" in result.killed
+    assert all(gone(service.pid) for service in state.services)
+
+
+def test_orphans_of_a_crashed_service_are_ended(instance: Instance, up_options: MakeOptions) -> None:
+    state = bring_up(instance, up_options({"tokenizer": "orphan"}), Recorder())
+    tokenizer = state.of_kind("tokenizer")[0]
+    os.kill(tokenizer.pid, signal.SIGKILL)
+    _until(lambda: gone(tokenizer.pid))
+    orphans = [process.pid for process in session_of(tokenizer)]
+    assert len(orphans) == 1
+    down(instance)
+    assert all(gone(pid) for pid in orphans)
+
+
+def test_port_in_use_is_said_before_anything_starts(instance: Instance, up_options: MakeOptions) -> None:
+    with socket.socket() as taken:
+        # As another instance's workers would hold it.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        recorder = Recorder()
+        with pytest.raises(
+            LauncherError, match=rf"port {port} \(tokenizer\) is in use.*choose other ports with --port"
+        ):
+            bring_up(instance, up_options(port=port, scheduler_port=0, executor_port=0), recorder)
+    assert recorder.stages == []
+    assert not instance.folder.exists()
+
+
+def test_redis_of_the_user_is_checked_and_left_running(
+    instance: Instance, up_options: MakeOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(LauncherError, match=r"Redis does not answer at redis://:\*\*\*@127\.0\.0\.1:1/0: .*REDIS_URL"):
+        bring_up(instance, up_options(redis_url="redis://:secret@127.0.0.1:1/0"), Recorder())
+
+    owner = Instance(tmp_path, "owner")
+    url = bring_up(owner, up_options(), Recorder()).redis_url
+    try:
+        state = bring_up(instance, up_options(redis_url=url), Recorder())
+        assert state.of_kind("redis") == ()
+        assert read_status(instance).healthy
+        down(instance)
+        with redis.Redis.from_url(url) as client:
+            assert client.ping()
+    finally:
+        down(owner)
+
+
+def test_long_home_still_gets_a_socket(up_options: MakeOptions, tmp_path: Path) -> None:
+    instance = Instance(tmp_path / ("x" * 120))
+    state = bring_up(instance, up_options(), Recorder())
+    assert Path(state.scratch).is_dir()
+    down(instance)
+    assert not Path(state.scratch).exists()
+
+
+def _until(condition: Callable[[], bool], limit: float = 10.0) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,161 @@
+"""The parts of the command line that need no process."""
+
+from pathlib import Path
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from clients.cli.context import CliContext, Environment, ExitCode, explain
+from clients.cli.generation import logprob_entries
+from clients.cli.latency import rows
+from clients.cli.main import app
+from clients.client import ClientError
+from clients.launcher import Instance, LauncherError, State, UpOptions
+from clients.launcher.instance import ServiceRecord
+from clients.launcher.plan import listeners, service_command, service_environment
+from clients.launcher.processes import last_error
+from clients.launcher.redis_server import shown
+from scalellm.v1.common_pb2 import LatencyBreakdown, TokenLogprobs
+
+DURATION = st.integers(0, 10**13)
+
+
+@given(st.lists(DURATION, min_size=4, max_size=4), DURATION)
+def test_shown_parts_add_up_to_the_shown_total(parts: list[int], beyond: int) -> None:
+    names = ("tokenize_ns", "queue_ns", "prefill_ns", "decode_ns")
+    latency = LatencyBreakdown(**dict(zip(names, parts, strict=True)))
+    measured = sum(parts) + beyond
+    values = [value for _, _, value in rows(latency, measured)]
+    assert all(value >= 0 for value in values)
+    assert round(sum(round(value * 100) for value in values)) == round(measured / 10_000)
+
+
+def test_logprobs_are_split_per_token() -> None:
+    message = TokenLogprobs(logprobs=[-1, -2], num_top=1, top_token_ids=[7, 8], top_logprobs=[-0.5, -0.25])
+    assert logprob_entries(message) == [
+        {"logprob": -1.0, "top": [{"token_id": 7, "logprob": -0.5}]},
+        {"logprob": -2.0, "top": [{"token_id": 8, "logprob": -0.25}]},
+    ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["up"], ["models"], ["chat"], ["tokenize"], ["run"]])
+def test_help_explains_itself(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--help"])
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    assert CliRunner().invoke(app, ["generate", "--nonsense"]).exit_code == 2
+    assert CliRunner().invoke(app, ["up", "--executors", "0"]).exit_code == 2
+
+
+def test_environment_defaults_and_overrides() -> None:
+    plain = Environment.read({"HOME": "/home/u", "SCALELLM_HOME": ""})
+    assert (plain.home, plain.instance, plain.redis_url) == (Path("/home/u/.cache/scalellm"), "default", "")
+    assert Environment.read({"SCALELLM_HOME": "/srv"}).home == Path("/srv")
+    assert Environment.read({"HOME": ""}).home.is_absolute()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "-x", "x" * 65])
+def test_instance_names_cannot_leave_their_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(LauncherError, match="instance name"):
+        Instance(tmp_path, name)
+
+
+def test_address_comes_from_the_option_then_the_environment_then_the_instance(tmp_path: Path) -> None:
+    def context(address: str) -> CliContext:
+        environment = Environment(tmp_path, "default", address, "", {})
+        return CliContext(environment, None, None)  # type: ignore[arg-type]
+
+    assert context("").address("") == "127.0.0.1:50051"
+    record = ServiceRecord("tokenizer", "tokenizer", 1, 0.0, "log", address="127.0.0.1:7")
+    instance = Instance(tmp_path)
+    with instance.locked():
+        instance.save(State("m", "", 1.0, (record,)))
+    assert context("").address("") == "127.0.0.1:7"
+    assert context("h:1").address("") == "h:1"
+    assert context("h:1").address("h:2") == "h:2"
+
+
+def test_two_launchers_exclude_each_other(tmp_path: Path) -> None:
+    instance = Instance(tmp_path)
+    with instance.locked(), pytest.raises(LauncherError, match="another scalellm"), Instance(tmp_path).locked():
+        pass
+    with instance.locked():
+        instance.remove(keep_logs=False)
+    with instance.locked():
+        assert instance.folder.exists()
+
+
+def test_unreadable_state_says_what_to_do(tmp_path: Path) -> None:
+    instance = Instance(tmp_path)
+    with instance.locked():
+        (instance.folder / "state.json").write_text('{"model": 1}')
+    with pytest.raises(LauncherError, match=r"cannot read .*state\.json"):
+        instance.load()
+
+
+def options(tmp_path: Path, **changes: object) -> UpOptions:
+    values = {"model": "m", "model_path": tmp_path, "home": tmp_path, "environment": {"A": "b"}, **changes}
+    return UpOptions(**values)  # type: ignore[arg-type]
+
+
+def test_ports(tmp_path: Path) -> None:
+    fixed = listeners(options(tmp_path, executors=2))
+    assert [(name, at.port, at.metrics_port) for name, at in fixed.items()] == [
+        ("executor-0", 50061, 9161),
+        ("executor-1", 50062, 9162),
+        ("scheduler", 50052, 9152),
+        ("tokenizer", 50051, 9151),
+    ]
+    free = listeners(options(tmp_path, executors=2, port=0))
+    assert {(at.port, at.metrics_port) for at in free.values()} == {(0, 0)}
+    moved = listeners(options(tmp_path, executors=2, port=6000, executor_port=7000, host="0.0.0.0"))
+    assert [(at.host, at.port) for at in moved.values()] == [
+        ("127.0.0.1", 7000),
+        ("127.0.0.1", 7001),
+        ("127.0.0.1", 50052),
+        ("0.0.0.0", 6000),
+    ]
+
+
+def test_redis_password_is_in_no_command_and_no_message(tmp_path: Path) -> None:
+    url = "redis://user:secret@host:6379/1"
+    chosen = options(tmp_path, redis_url=url)
+    for name, at in listeners(chosen).items():
+        kind = name.split("-")[0]
+        command = service_command(chosen, name, kind, at, tmp_path / "announce", "127.0.0.1:1")
+        assert "secret" not in " ".join(command)
+        told = {value for key, value in service_environment(chosen, kind, url).items() if key.endswith("REDIS_URL")}
+        assert told == ({url} if kind != "executor" else set())
+    assert shown(url) == "redis://user:***@host:6379/1"
+    assert shown("redis://host:6379") == "redis://host:6379"
+
+
+def test_last_error_prefers_what_the_service_said_itself(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("12:00 INFO x: fine\nerror: too little memory; set --num-blocks\n")
+    assert last_error(str(log)) == "too little memory; set --num-blocks"
+    log.write_text("Traceback (most recent call last):\n  File\nValueError: bad\n")
+    assert last_error(str(log)) == "ValueError: bad"
+    log.write_text("12:00 INFO x: fine\n")
+    assert last_error(str(log)) == ""
+    assert last_error(str(tmp_path / "none")) == ""
+
+
+def test_failed_calls_say_what_to_do() -> None:
+    code = grpc.StatusCode
+    assert explain(ClientError(code.UNAVAILABLE, "x", unreachable="h:1")) == (
+        "no ScaleLLM server answers at h:1; start it with: scalellm up",
+        ExitCode.NOT_RUNNING,
+    )
+    assert explain(ClientError(code.UNAVAILABLE, "no executor is connected", retry_after=1.25)) == (
+        "no executor is connected; try again in 1.2 s",
+        ExitCode.BUSY,
+    )
+    assert explain(ClientError(code.INTERNAL, "two\nlines"))[0] == "two lines (INTERNAL)"
