@@ -11,22 +11,34 @@ from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from kernels.reference.attention import paged_attention_decode, unified_attention
 from kernels.reference.cache import copy_blocks_, swap_blocks
 from kernels.reference.logits import apply_logits_processors_
+from kernels.reference.lora import lora_expand, lora_shrink
+from kernels.reference.moe import fused_moe, moe_align_block_size, topk_softmax
 from kernels.reference.norm import fused_add_rms_norm
+from kernels.reference.quant import fp8_gemm, scaled_fp8_quant
 from kernels.reference.rng import sample_seed
 from kernels.reference.rope import qk_norm_rope_and_cache
 from kernels.reference.sampling import SampleOutput, sample
+from kernels.reference.w4a16 import w4a16_gemm
 
 __all__ = [
     "SampleOutput",
     "apply_logits_processors_",
     "copy_blocks_",
+    "fp8_gemm",
     "fused_add_rms_norm",
+    "fused_moe",
     "gelu_tanh_and_mul",
+    "lora_expand",
+    "lora_shrink",
+    "moe_align_block_size",
     "paged_attention_decode",
     "qk_norm_rope_and_cache",
     "sample",
     "sample_seed",
+    "scaled_fp8_quant",
     "silu_and_mul",
     "swap_blocks",
+    "topk_softmax",
     "unified_attention",
+    "w4a16_gemm",
 ]

@@ -1,4 +1,4 @@
-"""Quantisation to e4m3 and the product of quantised matrices."""
+"""Quantisation to e4m3 and the product of matrices quantised to it."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,86 @@ from torch import Tensor
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
+# A row of zeros would give a scale of 0, and 0 / 0.
+_MIN_SCALE = 1e-12
+
 
 def to_e4m3(x: Tensor, scale: float | Tensor) -> Tensor:
     """Return `x / scale` in e4m3, clamped to +-448: the format has no infinity, and a bare cast of 449 may be NaN."""
     return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def scaled_fp8_quant(
+    x: Tensor,
+    scale: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantise x [T, K] to e4m3; returns (q [T, K], s) with `q * s` close to x.
+
+    Args:
+        x: [T, K] of any float dtype.
+        scale: static scale of the whole tensor (one element), returned as s. None: scales are computed as
+            max |x| / 448, one per token, s [T, 1], or one per group of a token, s [T, K / group_size].
+        group_size: consecutive columns that share a computed scale (128 in DeepSeek-V3).
+        out: (q, s) tensors that receive the results.
+
+    Raises:
+        ValueError: both scale and group_size are given, or group_size does not divide K.
+    """
+    tokens, columns = x.shape
+    if scale is not None:
+        if group_size is not None:
+            raise ValueError("group_size: not possible together with a static scale")
+        q = to_e4m3(x, scale)
+    else:
+        if columns % (group_size or columns):
+            raise ValueError(f"group_size: {group_size} does not divide the {columns} columns of x")
+        groups = x.float().view(tokens, -1, group_size or columns)
+        scale = (groups.abs().amax(-1) / E4M3_MAX).clamp_(min=_MIN_SCALE)
+        q = to_e4m3(groups, scale.unsqueeze(-1)).view(tokens, columns)
+    return (q, scale) if out is None else (out[0].copy_(q), out[1].copy_(scale))
+
+
+def fp8_gemm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return `(a * a_scale) @ (b * b_scale).T + bias`, [M, N], accumulated in float32 and rounded once.
+
+    Args:
+        a: [M, K] e4m3.
+        b: [N, K] e4m3, a weight as checkpoints store it.
+        a_scale: one element, [M, 1] (per token) or [M, K / G] (per group of a token).
+        b_scale: one element, [N, 1] (per output channel) or [N / G, K / G] (per block).
+        bias: [N].
+        out_dtype: dtype of a result that is allocated here.
+        out: [M, N], receives the result.
+    """
+    result = dequantise(a, a_scale) @ dequantise(b, b_scale).T
+    if bias is not None:
+        result += bias.float()
+    return result.to(out_dtype) if out is None else out.copy_(result)
+
+
+def dequantise(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Return x [R, C] in float32, times a scale of one element or of shape [r, c], each element for a block of x.
+
+    Raises:
+        ValueError: r does not divide R, or c does not divide C.
+    """
+    if scale is None:
+        return x.float()
+    if scale.numel() > 1:
+        for dim, size in enumerate(x.shape):
+            if size % scale.shape[dim]:
+                raise ValueError(f"scale: shape {tuple(scale.shape)} does not divide {tuple(x.shape)}")
+            scale = scale.repeat_interleave(size // scale.shape[dim], dim)
+    return x.float() * scale

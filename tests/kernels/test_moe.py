@@ -1,0 +1,86 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from kernels import fused_moe, moe_align_block_size, topk_softmax
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_topk_softmax(renormalize):
+    logits = randn(6, 8)
+    logits[3] = 0.0
+    weights, ids = topk_softmax(logits, 3, renormalize)
+    expected, expected_ids = logits.double().softmax(-1).topk(3)
+    if renormalize:
+        expected /= expected.sum(-1, keepdim=True)
+    assert (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
+    torch.testing.assert_close(weights.double(), expected, atol=1e-7, rtol=1e-6)
+    assert ids[3].tolist() == [0, 1, 2]
+    others = [0, 1, 2, 4, 5]
+    assert torch.equal(ids[others].long(), expected_ids[others])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    experts=st.integers(1, 6),
+    k=st.integers(1, 3),
+    tokens=st.integers(0, 20),
+    block=st.sampled_from([1, 4, 16]),
+    seed=st.integers(0, 99),
+)
+def test_blocks_hold_each_pair_once_and_one_expert(experts, k, tokens, block, seed):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, experts, (tokens, k), generator=g, dtype=torch.int32)
+    pairs = tokens * k
+    order, block_experts, used = moe_align_block_size(ids, block, experts)
+    assert len(order) == pairs + experts * (block - 1)
+    used = int(used)
+    assert used % block == 0
+    assert (order[used:] == pairs).all()
+    assert (block_experts[used // block :] == -1).all()
+    assert sorted(p for p in order.tolist() if p != pairs) == list(range(pairs))
+    flat = ids.flatten().tolist()
+    placed: dict[int, list[int]] = {}
+    for i in range(used // block):
+        members = [p for p in order[i * block : (i + 1) * block].tolist() if p != pairs]
+        assert members, "a block of padding only"
+        assert {flat[p] for p in members} == {int(block_experts[i])}
+        placed.setdefault(int(block_experts[i]), []).extend(members)
+    assert list(placed) == sorted(placed)
+    assert all(members == sorted(members) for members in placed.values())
+
+
+def test_fused_moe_as_transformers():
+    config = MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
+    block = MixtralSparseMoeBlock(config)
+    g = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=g) * 0.2
+    x = randn(9, 32)
+    with torch.no_grad():
+        expected = block(x.unsqueeze(0))
+        expected = (expected[0] if isinstance(expected, tuple) else expected).view(9, 32)
+        weights, ids = topk_softmax(x @ block.gate.weight.T, 2, True)
+        out = torch.full_like(x, torch.nan)
+        assert fused_moe(x, block.experts.gate_up_proj, block.experts.down_proj, weights, ids, out=out) is out
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (48, 1), (3, 4)])
+def test_fused_moe_with_e4m3_weights(shape):
+    w13, w2 = randn(3, 48, 16).to(torch.float8_e4m3fn), randn(3, 16, 24, seed=1).to(torch.float8_e4m3fn)
+    s13, s2 = randn(3, *shape, seed=2).abs(), randn(3, 1, 1, seed=3).abs()
+    full13 = torch.stack([torch.kron(s, torch.ones(48 // shape[0], 16 // shape[1])) for s in s13])
+    x = randn(5, 16, seed=4).bfloat16()
+    weights, ids = topk_softmax(randn(5, 3, seed=5), 2, True)
+    got = fused_moe(x, w13, w2, weights, ids, w13_scale=s13, w2_scale=s2)
+    expected = fused_moe(x.float(), w13.float() * full13, w2.float() * s2, weights, ids)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, atol=1e-2, rtol=1e-2)

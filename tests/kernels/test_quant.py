@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from kernels import fp8_gemm, scaled_fp8_quant, w4a16_gemm
+
+E4M3 = torch.float8_e4m3fn
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("group_size", [None, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computed_scales_use_the_whole_range(dtype, group_size):
+    x = (randn(5, 64) * 30).to(dtype)
+    x[2] = 0
+    q, s = scaled_fp8_quant(x, group_size=group_size)
+    groups = q.float().view(5, -1, group_size or 64)
+    assert q.dtype == E4M3
+    assert s.shape == (5, groups.shape[1])
+    largest = groups.abs().amax(-1)
+    assert (largest[2] == 0).all()
+    assert (largest[[0, 1, 3, 4]] == 448).all()
+    restored = (groups * s.unsqueeze(-1)).view(5, 64)
+    torch.testing.assert_close(restored, x.float(), rtol=2**-4, atol=float(s.max()) * 2**-9)
+
+
+def test_static_scale_clamps_and_out_is_written():
+    x = randn(3, 8) * 1000
+    scale = torch.tensor([0.5])
+    q, s = scaled_fp8_quant(x, scale)
+    assert torch.equal(q.float(), (x / 0.5).clamp(-448, 448).to(E4M3).float())
+    assert s is scale
+    out = (torch.empty(3, 8, dtype=E4M3), torch.empty(3, 1))
+    got = scaled_fp8_quant(x, out=out)
+    assert got[0] is out[0]
+    assert torch.equal(out[1], scaled_fp8_quant(x)[1])
+
+
+def test_impossible_groups_are_refused():
+    with pytest.raises(ValueError, match="group_size: 24 does not divide the 64 columns"):
+        scaled_fp8_quant(randn(2, 64), group_size=24)
+    with pytest.raises(ValueError, match="group_size"):
+        scaled_fp8_quant(randn(2, 64), torch.tensor(1.0), group_size=64)
+
+
+def test_fp8_gemm_as_torch_scaled_mm():
+    (a, a_scale), (b, b_scale) = scaled_fp8_quant(randn(16, 64)), scaled_fp8_quant(randn(32, 64, seed=1))
+    bias = randn(32, seed=2)
+    expected = torch._scaled_mm(a, b.T, a_scale, b_scale.T.contiguous(), out_dtype=torch.bfloat16)
+    got = fp8_gemm(a, b, a_scale, b_scale)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
+    out = torch.full((16, 32), torch.nan)
+    assert fp8_gemm(a, b, a_scale, b_scale, bias=bias, out=out) is out
+    exact = (a.double() * a_scale) @ (b.double() * b_scale).T + bias
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_fp8_gemm_with_scales_per_tensor_and_per_block():
+    a, a_scale = scaled_fp8_quant(randn(4, 64), group_size=16)
+    b = randn(32, 64, seed=1).to(E4M3)
+    b_scale = randn(2, 4, seed=2).abs()
+    got = fp8_gemm(a, b, a_scale, b_scale, out_dtype=torch.float32)
+    whole = a.double() * a_scale.repeat_interleave(16, 1)
+    weight = b.double()
+    for i in range(2):
+        for j in range(4):
+            weight[16 * i : 16 * i + 16, 16 * j : 16 * j + 16] *= b_scale[i, j]
+    torch.testing.assert_close(got.double(), whole @ weight.T, atol=1e-5, rtol=1e-5)
+    one = fp8_gemm(a, b, torch.tensor(0.5), torch.tensor([2.0]), out_dtype=torch.float32)
+    torch.testing.assert_close(one.double(), a.double() @ b.double().T, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="does not divide"):
+        fp8_gemm(a, b, torch.ones(3, 1), b_scale)
+
+
+@pytest.mark.parametrize("group_size", [8, 32, 64])
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_w4a16_gemm(dtype, with_zeros, group_size):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (64, 12), generator=g)
+    words = sum(q[i::8] << (4 * i) for i in range(8))
+    packed = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    scales = (torch.rand(64 // group_size, 12, generator=g) + 0.1).to(dtype)
+    zeros = torch.randint(0, 16, scales.shape, generator=g, dtype=torch.int32) if with_zeros else None
+    x = randn(5, 64).to(dtype)
+    zero = torch.full(scales.shape, 8) if zeros is None else zeros
+    weight = (q - zero.repeat_interleave(group_size, 0)) * scales.double().repeat_interleave(group_size, 0)
+    out = torch.full((5, 12), torch.nan, dtype=dtype)
+    assert w4a16_gemm(x, packed, scales, zeros, group_size=group_size, out=out) is out
+    torch.testing.assert_close(
+        out, (x.double() @ weight).to(dtype), atol=1e-4, rtol=1e-2 if dtype != torch.float32 else 1e-5
+    )
+    with pytest.raises(ValueError, match="scales: shape"):
+        w4a16_gemm(x, packed, scales[:, :5], zeros, group_size=group_size)
