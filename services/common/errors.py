@@ -70,8 +70,10 @@ class StatusError(Exception):
         return status
 
     async def abort(self, context: grpc.aio.ServicerContext) -> NoReturn:
-        """End a public RPC with this status."""
-        await context.abort_with_status(rpc_status.to_status(self.to_rpc_status()))
+        """End a public RPC with this status; trailing metadata that was set before stays."""
+        status = rpc_status.to_status(self.to_rpc_status())
+        metadata = (*(context.trailing_metadata() or ()), *status.trailing_metadata)
+        await context.abort_with_status(status._replace(trailing_metadata=metadata))
         raise AssertionError("abort returned")
 
 

@@ -121,8 +121,8 @@ class LinkClient:
                     raise StatusError.unavailable(f"{self.address} does not answer") from None
                 if first is grpc.aio.EOF or first.WhichOneof("frame") != "welcome":
                     # The status, if the peer gave one, says more than we can.
-                    if first is grpc.aio.EOF and await call.code() is not grpc.StatusCode.OK:
-                        raise StatusError(await call.code(), f"{self.address}: {await call.details()}")
+                    if first is grpc.aio.EOF:
+                        await self._raise_status(call)
                     raise StatusError.unavailable(f"{self.address} did not answer with a Welcome")
                 self._handler.on_up(first.welcome)
                 self._up = True
@@ -148,6 +148,10 @@ class LinkClient:
             self._last_frame = now()
             if frame.WhichOneof("frame") == "step":
                 self._handler.on_step(frame.step)
+        await self._raise_status(call)
+
+    async def _raise_status(self, call: Any) -> None:
+        """Raise StatusError with how a call ended, unless it is OK."""
         code = await call.code()
         if code is not grpc.StatusCode.OK:
             raise StatusError(code, f"{self.address}: {await call.details()}")
@@ -155,7 +159,11 @@ class LinkClient:
     async def _write(self, call: Any) -> None:
         while True:
             while self._outbox:
-                await call.write(self._outbox.popleft())
+                try:
+                    await call.write(self._outbox.popleft())
+                except asyncio.InvalidStateError:  # the peer ended the call, and the reader was not told yet
+                    await self._raise_status(call)
+                    return
             self._wake.clear()
             await self._wake.wait()
 
