@@ -1,0 +1,81 @@
+"""Entry point: `python -m services.tokenizer`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from prometheus_client import CollectorRegistry
+
+from services.common import model_store
+from services.common.lifecycle import StartError, announce, configure_logging, stop_event
+from services.common.metrics import MetricsEndpoint
+from services.common.settings import load_settings
+from services.tokenizer.config import TokenizerSettings
+from services.tokenizer.metrics import WorkersCollector
+from services.tokenizer.port import PortReservation
+from services.tokenizer.supervisor import Supervisor
+
+_log = logging.getLogger("services.tokenizer")
+
+
+async def serve(settings: TokenizerSettings) -> None:
+    """Serve until SIGTERM, then drain. Raises StartError."""
+    stop = stop_event()
+    try:
+        model_store.resolve(settings.model, settings.home)
+    except model_store.ModelStoreError as error:
+        raise StartError(f"--model: {error}") from None
+    with ExitStack() as stack:
+        reservation = PortReservation(settings.host, settings.port)
+        stack.callback(reservation.close)
+        lines = [f"{settings.host}:{reservation.port}"]
+        if settings.metrics_port is None:
+            supervisor = Supervisor(settings, reservation.port)
+        else:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="scalellm-tokenizer-")))
+            collector = WorkersCollector(folder)
+            registry = CollectorRegistry()
+            registry.register(collector)
+            endpoint = MetricsEndpoint(settings.host, settings.metrics_port, registry)
+            stack.callback(endpoint.stop)
+            lines.append(f"metrics={endpoint.address}")
+            supervisor = Supervisor(settings, reservation.port, folder, collector.on_worker_crash)
+
+        def on_ready() -> None:
+            _log.info("serving %s on %s with %d workers", settings.served_name, lines[0], settings.workers)
+            announce(settings.announce, *lines)
+            if settings.announce is not None:
+                stack.callback(settings.announce.unlink, missing_ok=True)
+
+        running = asyncio.create_task(supervisor.run(on_ready))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                await supervisor.stop()
+            await running
+        finally:
+            stopping.cancel()
+            running.cancel()
+            await asyncio.gather(running, stopping, return_exceptions=True)
+
+
+def main() -> int:
+    """Read the settings, serve, and return the exit code."""
+    settings = load_settings(TokenizerSettings)
+    configure_logging("tokenizer", settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

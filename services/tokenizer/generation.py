@@ -1,0 +1,272 @@
+"""`scalellm.v1.Generation`: a request's whole way through the edge."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+
+import grpc
+
+from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from services.common.errors import StatusError
+from services.tokenizer.latency import LatencyTrace, server_timing
+from services.tokenizer.limits import RequestLimits
+from services.tokenizer.metrics import EdgeMetrics, Outcome
+from services.tokenizer.prompt_builder import Prompt, PromptBuilder
+from services.tokenizer.request_stream import OutputOptions, RequestStream, SampleStream
+from services.tokenizer.scheduler_link import SchedulerLink
+from services.tokenizer.session import Session, new_session
+from services.tokenizer.session_store import SaveOutcome, SessionStore
+from services.tokenizer.text.conversation import answer_segment
+from services.tokenizer.text.stop_strings import StopStrings
+from services.tokenizer.token_receiver import TokenReceiver
+from services.tokenizer.validation import fit_context, validate_generate
+
+_LINK_WAIT = 1.5
+"""Seconds a new request waits for the link to come (back): a scheduler that restarts is not an error to its clients."""
+
+_ACCEPTANCE = 0.05
+"""Seconds given to the scheduler to refuse a request before Started says that it was accepted. A refusal before the
+first message leaves gRPC's own retry policies free to act."""
+
+# Every JSON and JavaScript client keeps integers below 2^53 as they are.
+_SEED_BITS = 53
+
+_DEFAULT_SECRET = b"scalellm prefix cache"
+_DEFAULT_TENANT = b"default"
+
+_TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+"""W3C Trace Context; anything else is not passed on."""
+
+_SESSION_OUTCOMES = {
+    SaveOutcome.SAVED: generation_pb2.SESSION_OUTCOME_SAVED,
+    SaveOutcome.CONFLICT: generation_pb2.SESSION_OUTCOME_CONFLICT,
+    SaveOutcome.UNAVAILABLE: generation_pb2.SESSION_OUTCOME_UNAVAILABLE,
+}
+
+
+def cache_salt(secret: str, tenant: bytes = _DEFAULT_TENANT) -> bytes:
+    """Derive a tenant's prefix-cache salt: the same in all workers and after restarts."""
+    return hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant, hashlib.sha256)[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """What the servicers of one worker share."""
+
+    model_name: str
+    prompts: PromptBuilder
+    link: SchedulerLink
+    sessions: SessionStore
+    limits: RequestLimits
+    metrics: EdgeMetrics
+    salt: bytes
+
+
+class GenerationServicer:
+    """Serves Generate. Raises StatusError for every outcome but OK.
+
+    Args:
+        edge: The worker.
+    """
+
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        """Stream an answer."""
+        metrics = self._edge.metrics
+        metrics.accepted.inc()
+        call = _GenerateCall(self._edge, request, context)
+        outcome = Outcome.REJECTED
+        try:
+            await call.run()
+            outcome = Outcome.FINISHED
+        except StatusError as error:
+            if error.code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+                outcome = Outcome.CANCELLED
+            raise
+        except asyncio.CancelledError:
+            outcome = Outcome.CANCELLED
+            raise
+        finally:
+            context.set_trailing_metadata((("server-timing", call.server_timing()),))
+            metrics.ended[outcome].inc()
+            metrics.e2e.observe(call.trace.elapsed_seconds)
+
+
+class _GenerateCall:
+    """One request, from its arrival to its last message."""
+
+    def __init__(self, edge: Edge, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        self.trace = LatencyTrace()
+        self._edge = edge
+        self._request = request
+        self._context = context
+        self._finish: link_pb2.Finish | None = None
+        self._latency: common_pb2.LatencyBreakdown | None = None
+        self._last_delta_at: dict[int, int] = {}
+
+    async def run(self) -> None:
+        """Serve the request. Raises StatusError."""
+        edge, request, trace = self._edge, self._request, self.trace
+        validate_generate(request, edge.limits, edge.prompts.model.vocab_size)
+        session = None
+        if request.HasField("session_id"):
+            started = trace.now()
+            session = await edge.sessions.load(request.session_id) or new_session()
+            trace.session_ns = trace.now() - started
+        welcome = await edge.link.wait_up(_LINK_WAIT)
+        started = trace.now()
+        prompt = await edge.prompts.build(request, session)
+        trace.tokenize_ns = trace.now() - started
+        submit = self._make_submit(prompt, fit_context(request, len(prompt.token_ids), welcome.max_model_len))
+        options = OutputOptions.from_request(request)
+        stops = StopStrings(request.stop) if request.stop else None
+        stream = RequestStream(submit.sampling.n, options, edge.prompts.texts, stops)
+        trace.submitted_at = trace.now()
+        receiver = edge.link.submit(submit, min_tokens=request.stream_interval or 1)
+        try:
+            await self._accepted(receiver, submit, session)
+            await self._stream(receiver, stream, submit)
+        finally:
+            trace.first_token_at, trace.last_token_at = receiver.first_token_at, receiver.last_token_at
+            trace.detokenize_cpu_ns = stream.detokenize_cpu_ns
+            self._finish = receiver.finish
+            edge.link.release(receiver, self._abort_reason())
+        outcome = None
+        if session is not None and prompt.continuation is not None:
+            outcome = await self._save_turn(session, prompt, stream.samples[0])
+        await self._write_finished(stream, outcome)
+
+    def server_timing(self) -> str:
+        """The trailing metadata: the breakdown of the last message, or what is known without one."""
+        finish = self._finish
+        latency = self._latency or self.trace.breakdown(finish.timings if finish is not None else None)
+        usage = finish.usage if finish is not None and finish.HasField("usage") else None
+        return server_timing(latency, usage, is_complete=self._latency is not None)
+
+    def _make_submit(self, prompt: Prompt, max_tokens: int) -> link_pb2.Submit:
+        request = self._request
+        sampling = common_pb2.SamplingParams()
+        sampling.CopyFrom(request.sampling)
+        sampling.n = sampling.n or 1
+        sampling.max_tokens = max_tokens
+        if not sampling.HasField("seed"):
+            sampling.seed = secrets.randbits(_SEED_BITS)
+        submit = link_pb2.Submit(
+            request_id=request.request_id or f"req-{secrets.token_hex(8)}",
+            token_ids=prompt.token_ids,
+            sampling=sampling,
+            priority=request.priority,
+            cache_salt=self._edge.salt,
+            traceparent=self._traceparent(),
+            session_id=request.session_id,
+        )
+        time_remaining = self._context.time_remaining()
+        if time_remaining is not None:
+            if time_remaining <= 0:
+                raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before generation began")
+            submit.time_remaining_ns = int(time_remaining * 1e9)
+        return submit
+
+    async def _accepted(self, receiver: TokenReceiver, submit: link_pb2.Submit, session: Session | None) -> None:
+        """Say that the request was accepted, unless it is refused at once."""
+        try:
+            async with asyncio.timeout(_ACCEPTANCE):
+                await receiver.wait()
+        except TimeoutError:
+            pass
+        _raise_failure(receiver.finish)
+        receiver.wake()  # what came is still to be taken
+        started = generation_pb2.Started(
+            request_id=submit.request_id,
+            model=self._edge.model_name,
+            prompt_tokens=len(submit.token_ids),
+            seed=submit.sampling.seed,
+            session_turns=len(session.turns) if session is not None else 0,
+        )
+        await self._context.write(generation_pb2.GenerateResponse(started=started))
+
+    async def _stream(self, receiver: TokenReceiver, stream: RequestStream, submit: link_pb2.Submit) -> None:
+        """Write deltas until the request's Finish. Returns only if that is OK."""
+        edge, context = self._edge, self._context
+        generation_tokens, deltas = edge.metrics.generation_tokens, edge.metrics.messages
+        prompt_logprobs_due = submit.sampling.HasField("prompt_logprobs")
+        while receiver.finish is None or receiver.has_more:
+            await receiver.wait()
+            for batch in receiver.take():
+                if prompt_logprobs_due:
+                    prompt_logprobs_due = False
+                    logprobs = receiver.take_prompt_logprobs(len(submit.token_ids))
+                    message = generation_pb2.PromptLogprobs(token_ids=submit.token_ids, logprobs=logprobs)
+                    await context.write(generation_pb2.GenerateResponse(prompt_logprobs=message))
+                generation_tokens.inc(len(batch.token_ids))
+                delta, stopped_early = stream.push(batch)
+                if stopped_early:
+                    edge.link.stop_sample(receiver, batch.index)
+                if delta is not None:
+                    self._observe_delta(batch.index, receiver)
+                    deltas.inc()
+                    await context.write(generation_pb2.GenerateResponse(delta=delta))
+        _raise_failure(receiver.finish)
+        if len(stream.finished_samples()) != submit.sampling.n:
+            raise StatusError(grpc.StatusCode.INTERNAL, "the scheduler ended the request before all of its samples")
+
+    def _observe_delta(self, index: int, receiver: TokenReceiver) -> None:
+        metrics, now = self._edge.metrics, self.trace.now()
+        previous = self._last_delta_at.get(index)
+        if previous is not None:
+            metrics.itl.observe((now - previous) / 1e9)
+        elif not self._last_delta_at:
+            self.trace.first_token_at = receiver.first_token_at
+            metrics.ttft.observe(self.trace.ttft_seconds)
+        self._last_delta_at[index] = now
+
+    async def _save_turn(self, session: Session, prompt: Prompt, sample: SampleStream) -> SaveOutcome:
+        request, edge = self._request, self._edge
+        assert prompt.continuation is not None
+        content = "".join(sample.answer_text)
+        answer = answer_segment(edge.prompts.texts, sample.answer_ids, content)
+        new_messages = [(message.role, message.content) for message in request.chat.messages]
+        extended = session.add_turn(new_messages, prompt.continuation, answer, content)
+        return await edge.sessions.save(request.session_id, extended)
+
+    async def _write_finished(self, stream: RequestStream, outcome: SaveOutcome | None) -> None:
+        finish = self._finish
+        assert finish is not None
+        metrics = self._edge.metrics
+        metrics.prompt_tokens.inc(finish.usage.prompt_tokens)
+        samples = stream.finished_samples()
+        for sample in samples:
+            if (counter := metrics.success.get(sample.reason)) is not None:
+                counter.inc()
+        self._latency = self.trace.breakdown(finish.timings)
+        finished = generation_pb2.Finished(
+            samples=samples,
+            usage=finish.usage,
+            latency=self._latency,
+            session=_SESSION_OUTCOMES[outcome] if outcome is not None else None,
+        )
+        await self._context.write(generation_pb2.GenerateResponse(finished=finished))
+
+    def _traceparent(self) -> str:
+        for key, value in self._context.invocation_metadata() or ():
+            if key == "traceparent" and isinstance(value, str) and _TRACEPARENT.fullmatch(value):
+                return value
+        return ""
+
+    def _abort_reason(self) -> link_pb2.AbortReason:
+        time_remaining = self._context.time_remaining()
+        if time_remaining is not None and time_remaining <= 0:
+            return link_pb2.ABORT_REASON_DEADLINE
+        return link_pb2.ABORT_REASON_CANCELLED
+
+
+def _raise_failure(finish: link_pb2.Finish | None) -> None:
+    if finish is not None and finish.status.code:
+        raise StatusError.from_link(finish.status)

@@ -1,0 +1,122 @@
+"""Where one request's time went: the breakdown in its last message, and the same as `server-timing` metadata."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from scalellm.v1 import common_pb2, link_pb2
+
+_HOP_PARTS = ("admission_ns", "queue_ns", "prefill_ns", "decode_ns", "failover_ns")
+_TIMING_NAMES = (
+    ("session_ns", "session"),
+    ("tokenize_ns", "tokenize"),
+    ("admission_ns", "admission"),
+    ("queue_ns", "queue"),
+    ("prefill_ns", "prefill"),
+    ("decode_ns", "decode"),
+    ("failover_ns", "failover"),
+    ("detokenize_ns", "detokenize"),
+    ("network_ns", "network"),
+)
+
+
+class LatencyTrace:
+    """The edge's stop-watch for one request. Every stamp is from this process's monotonic clock, in nanoseconds.
+
+    Attributes:
+        session_ns: Spent loading the session.
+        tokenize_ns: Spent on the chat template and encoding.
+        submitted_at: When the request left for the scheduler; 0 = not yet.
+        first_token_at: When its first token came; 0 = not yet.
+        last_token_at: When its latest token came; 0 = none yet.
+        detokenize_cpu_ns: Spent on detokenisation so far.
+    """
+
+    def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self._clock = clock
+        self._arrived_at = clock()
+        self.session_ns = 0
+        self.tokenize_ns = 0
+        self.submitted_at = 0
+        self.first_token_at = 0
+        self.last_token_at = 0
+        self.detokenize_cpu_ns = 0
+
+    def now(self) -> int:
+        """The clock."""
+        return self._clock()
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the arrival."""
+        return (self._clock() - self._arrived_at) / 1e9
+
+    @property
+    def ttft_seconds(self) -> float:
+        """From the arrival to the first token; only once it came."""
+        return (self.first_token_at - self._arrived_at) / 1e9
+
+    def breakdown(self, timings: link_pb2.HopTimings | None) -> common_pb2.LatencyBreakdown:
+        """What is known now; the parts add up to the total exactly.
+
+        What the hops below measured happened between two stamps of our own clock, and is cut to that span should a
+        clock of theirs run differently: so the remainder, `network_ns`, is never negative.
+
+        Args:
+            timings: Of the request's Finish; None when it did not get that far.
+        """
+        now = self._clock()
+        result = common_pb2.LatencyBreakdown(
+            total_ns=now - self._arrived_at,
+            session_ns=self.session_ns,
+            tokenize_ns=self.tokenize_ns,
+            detokenize_cpu_ns=self.detokenize_cpu_ns,
+        )
+        below = 0
+        if self.submitted_at:
+            below = (self.last_token_at or now) - self.submitted_at
+        if self.last_token_at:
+            result.ttft_ns = self.first_token_at - self._arrived_at
+            result.detokenize_ns = now - self.last_token_at
+        if timings is not None:
+            for name in _HOP_PARTS:
+                part = min(getattr(timings, name), below)
+                setattr(result, name, part)
+                below -= part
+            result.preempted_ns = timings.preempted_ns
+            result.executor_id = timings.executor_id
+        known = sum(getattr(result, name) for name, _ in _TIMING_NAMES)
+        result.network_ns = result.total_ns - known
+        return result
+
+
+def server_timing(
+    latency: common_pb2.LatencyBreakdown, usage: common_pb2.Usage | None, *, is_complete: bool = True
+) -> str:
+    """The breakdown as a value of `Server-Timing` (W3C): durations in milliseconds, the rest as descriptions.
+
+    Args:
+        latency: What is known.
+        usage: What is known.
+        is_complete: False when the hops below did not report: the remainder is then not the network's.
+    """
+    entries = [
+        f"{label};dur={value / 1e6:.3f}"
+        for name, label in _TIMING_NAMES
+        if (value := getattr(latency, name)) > 0 and (is_complete or name != "network_ns")
+    ]
+    entries.append(f"total;dur={latency.total_ns / 1e6:.3f}")
+    if latency.ttft_ns:
+        entries.append(f"ttft;dur={latency.ttft_ns / 1e6:.3f}")
+    if latency.executor_id:
+        entries.append(f'executor;desc="{_quotable(latency.executor_id)}"')
+    if usage is not None:
+        entries.append(f"cached;desc={usage.cached_tokens}")
+        entries.append(f"preemptions;desc={usage.num_preemptions}")
+    return ", ".join(entries)
+
+
+def _quotable(text: str) -> str:
+    # Metadata is ASCII, and a quoted string must not end early.
+    return "".join(char if " " <= char <= "~" and char not in '"\\' else "?" for char in text)

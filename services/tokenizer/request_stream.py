@@ -1,0 +1,161 @@
+"""One request's way from tokens to what its client sees. Pure: no gRPC, no clock of its own.
+
+The outcome depends on the tokens alone, not on how they were batched on their way: text, token counts and stop reasons
+are the same whether tokens come one by one or all at once.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from scalellm.v1 import common_pb2, generation_pb2
+from services.tokenizer.text.detokenizer import TokenTexts
+from services.tokenizer.text.stop_strings import StopStrings
+from services.tokenizer.text.text_stream import TextStream
+from services.tokenizer.token_receiver import TokenBatch, slice_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """What a client wants to see.
+
+    Attributes:
+        text: Whether deltas carry text.
+        token_ids: Whether deltas carry token ids.
+        skip_special_tokens: Whether special tokens are left out of the text.
+        include_stop: Whether the stop text stays in the text.
+        logprobs: Whether deltas carry log-probabilities.
+        keep_answer: Whether text and token ids are also kept for a session.
+    """
+
+    text: bool = True
+    token_ids: bool = False
+    skip_special_tokens: bool = True
+    include_stop: bool = False
+    logprobs: bool = False
+    keep_answer: bool = False
+
+    @classmethod
+    def from_request(cls, request: generation_pb2.GenerateRequest) -> OutputOptions:
+        """The options of a request, defaults filled in."""
+        return cls(
+            text=request.output != generation_pb2.OUTPUT_TOKEN_IDS,
+            token_ids=request.output in (generation_pb2.OUTPUT_TOKEN_IDS, generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS),
+            skip_special_tokens=not request.HasField("skip_special_tokens") or request.skip_special_tokens,
+            include_stop=request.include_stop,
+            logprobs=request.sampling.HasField("logprobs"),
+            keep_answer=request.HasField("session_id"),
+        )
+
+
+class SampleStream:
+    """One sample: detokenised, cut at its stop string, counted.
+
+    Attributes:
+        num_tokens: Tokens shown so far.
+        ended: How it ended; None while it runs.
+        answer_text: All text so far, when kept.
+        answer_ids: All token ids so far, when kept.
+    """
+
+    def __init__(self, index: int, options: OutputOptions, text: TextStream | None) -> None:
+        self._index = index
+        self._options = options
+        self._text = text
+        self.num_tokens = 0
+        self.ended: generation_pb2.SampleFinished | None = None
+        self.answer_text: list[str] = []
+        self.answer_ids: list[int] = []
+
+    def push(self, batch: TokenBatch) -> generation_pb2.Delta | None:
+        """Return what the client is to see of a batch, if anything. After the end nothing is."""
+        if self.ended is not None:
+            return None
+        token_ids, finish = batch.token_ids, batch.finish
+        num_tokens, text, stop = len(token_ids), "", None
+        if self._text is not None:
+            # The token that ended the sample is a token of the answer, but not text.
+            hides_last = (
+                finish is not None
+                and finish.HasField("stop_token_id")
+                and bool(token_ids)
+                and token_ids[-1] == finish.stop_token_id
+            )
+            shown = self._text.push(token_ids[:-1] if hides_last else token_ids)
+            text, stop = shown.text, shown.stop
+            if stop is not None:
+                num_tokens = shown.num_tokens
+            elif finish is not None:
+                rest = self._text.flush()
+                text, stop = text + rest.text, rest.stop
+        if stop is not None:
+            self.ended = generation_pb2.SampleFinished(
+                index=self._index, reason=common_pb2.FINISH_REASON_STOP, stop=stop
+            )
+        elif finish is not None:
+            self.ended = generation_pb2.SampleFinished(index=self._index, reason=finish.reason)
+            if finish.HasField("stop_token_id"):
+                self.ended.stop_token_id = finish.stop_token_id
+        return self._make_delta(batch, text, num_tokens)
+
+    def _make_delta(self, batch: TokenBatch, text: str, num_tokens: int) -> generation_pb2.Delta | None:
+        token_ids = batch.token_ids if num_tokens == len(batch.token_ids) else batch.token_ids[:num_tokens]
+        if self._options.keep_answer:
+            self.answer_text.append(text)
+            self.answer_ids += token_ids
+        if not self._options.text:
+            text = ""
+        if not num_tokens and not text:
+            return None
+        delta = generation_pb2.Delta(index=self._index, text=text, offset=self.num_tokens, num_tokens=num_tokens)
+        if self._options.token_ids:
+            delta.token_ids.extend(token_ids)
+        if self._options.logprobs and batch.logprobs is not None:
+            delta.logprobs.CopyFrom(slice_logprobs(batch.logprobs, num_tokens))
+        self.num_tokens += num_tokens
+        return delta
+
+
+class RequestStream:
+    """All samples of one request.
+
+    Args:
+        num_samples: How many.
+        options: What the client wants to see.
+        texts: What tokens mean.
+        stops: Stop strings, or None without any.
+    """
+
+    def __init__(
+        self, num_samples: int, options: OutputOptions, texts: TokenTexts, stops: StopStrings | None = None
+    ) -> None:
+        self.detokenize_cpu_ns = 0
+        self.samples = []
+        for index in range(num_samples):
+            text = None
+            if options.text or options.keep_answer:
+                text = TextStream(
+                    texts,
+                    stops,
+                    skip_special_tokens=options.skip_special_tokens,
+                    include_stop=options.include_stop,
+                )
+            self.samples.append(SampleStream(index, options, text))
+
+    def push(self, batch: TokenBatch) -> tuple[generation_pb2.Delta | None, bool]:
+        """Take in a batch.
+
+        Returns what the client is to see of it, if anything, and whether a stop string has just ended the sample while
+        the executor goes on with it.
+        """
+        sample = self.samples[batch.index]
+        had_ended = sample.ended is not None
+        started = time.perf_counter_ns()
+        delta = sample.push(batch)
+        self.detokenize_cpu_ns += time.perf_counter_ns() - started
+        return delta, sample.ended is not None and not had_ended and batch.finish is None
+
+    def finished_samples(self) -> list[generation_pb2.SampleFinished]:
+        """How the samples ended, by index."""
+        return [sample.ended for sample in self.samples if sample.ended is not None]

@@ -1,0 +1,121 @@
+"""Registers public services: one place for malformed messages, errors, and refusing calls while the process drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from services.common.errors import StatusError
+from services.common.lifecycle import MAX_MESSAGE_BYTES
+
+_log = logging.getLogger(__name__)
+
+
+class CallGate:
+    """Counts the calls that run, and admits no more once it is closed."""
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether new calls are refused."""
+        return self._closed
+
+    def enter(self) -> None:
+        """A call begins. Raises StatusError when closed."""
+        if self._closed:
+            raise StatusError.unavailable("the service is shutting down", retry_after=1.0)
+        self._running += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """A call that entered ends."""
+        self._running -= 1
+        if self._running == 0:
+            self._idle.set()
+
+    async def drain(self, limit: float) -> int:
+        """Close, wait up to `limit` seconds for running calls, and return how many remain."""
+        self._closed = True
+        try:
+            async with asyncio.timeout(limit):
+                await self._idle.wait()
+        except TimeoutError:
+            pass
+        return self._running
+
+
+def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, gate: CallGate) -> None:
+    """Serve `service` with the methods of `servicer`, which raise StatusError for every outcome but OK.
+
+    The generated `add_..._to_server` functions would leave a message that does not parse to gRPC, which answers
+    INTERNAL; it is the client's mistake and is answered INVALID_ARGUMENT here.
+    """
+    handlers = {}
+    for method in service.methods:
+        behaviour = getattr(servicer, method.name)
+        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        handlers[method.name] = make(
+            _guarded(behaviour, method, gate),
+            request_deserializer=_lenient_parser(method),
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+def _lenient_parser(method: MethodDescriptor) -> Callable[[bytes], Message | None]:
+    message_class = GetMessageClass(method.input_type)
+
+    def parse(data: bytes) -> Message | None:
+        try:
+            return message_class.FromString(data)
+        except DecodeError:
+            return None
+
+    return parse
+
+
+def _guarded(
+    behaviour: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message | None]],
+    method: MethodDescriptor,
+    gate: CallGate,
+) -> Callable[[Message | None, grpc.aio.ServicerContext], Awaitable[Message | None]]:
+    async def call(request: Message | None, context: grpc.aio.ServicerContext) -> Message | None:
+        try:
+            gate.enter()
+            try:
+                if request is None:
+                    raise StatusError.invalid(
+                        "request",
+                        f"is not a valid {method.input_type.full_name}: malformed, or a string in it is not UTF-8",
+                    )
+                response = await behaviour(request, context)
+                if response is not None and response.ByteSize() > MAX_MESSAGE_BYTES:
+                    raise StatusError(
+                        grpc.StatusCode.RESOURCE_EXHAUSTED,
+                        f"the answer has {response.ByteSize()} bytes, a message holds at most {MAX_MESSAGE_BYTES}; "
+                        "ask for less at a time",
+                    )
+                return response
+            finally:
+                gate.leave()
+        except StatusError as error:
+            await error.abort(context)
+        except grpc.aio.BaseError:
+            raise
+        except Exception:
+            _log.exception("%s failed", method.full_name)
+            await StatusError(grpc.StatusCode.INTERNAL, "internal error; the server's log says more").abort(context)
+
+    return call

@@ -1,0 +1,147 @@
+"""A stored conversation, and its encoding as a Redis hash."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import struct
+import sys
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from services.tokenizer.text.conversation import Continuation, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Where the conversation stood after a turn: how many messages, how many segments."""
+
+    num_messages: int
+    num_segments: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What a list shows of a session. Times in seconds since the epoch."""
+
+    session_id: str
+    num_turns: int
+    num_tokens: int
+    created: float
+    updated: float
+    expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A conversation.
+
+    Attributes:
+        messages: (role, content) pairs, questions and answers.
+        segments: What the model has read and written so far, with the exact token ids.
+        turns: The borders of the turns in both.
+        created: When its first turn was stored, seconds since the epoch.
+        updated: When its last turn was stored.
+        version: Changes with every stored turn and is never used twice, so that a session that was deleted and begun
+            anew is told from the old one. Empty = not stored yet.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    segments: tuple[Segment, ...]
+    turns: tuple[Turn, ...]
+    created: float
+    updated: float
+    version: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far: what the next turn starts from."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    def add_turn(
+        self, new_messages: Sequence[tuple[str, str]], continuation: Continuation, answer: Segment, content: str
+    ) -> Session:
+        """Return the session with one more turn: what was said, what the model read, what it wrote."""
+        kept = len(continuation.kept)
+        segments = (*continuation.segments, *([answer] if answer.token_ids else []))
+        messages = (*self.messages, *new_messages, ("assistant", content))
+        # Where the template rewrote the past, earlier turns have no segments of their own any more.
+        turns = [Turn(turn.num_messages, min(turn.num_segments, kept)) for turn in self.turns]
+        turns.append(Turn(len(messages), len(segments)))
+        return Session(messages, segments, tuple(turns), self.created, time.time(), self.version)
+
+    def first_turns(self, num_turns: int) -> Session:
+        """Return a copy that ends after the first turns."""
+        last = self.turns[num_turns - 1]
+        now = time.time()
+        return Session(
+            self.messages[: last.num_messages], self.segments[: last.num_segments], self.turns[:num_turns], now, now
+        )
+
+
+def new_session() -> Session:
+    """Return a conversation in which nothing was said."""
+    now = time.time()
+    return Session((), (), (), now, now)
+
+
+INFO_FIELDS = (b"version", b"num_turns", b"num_tokens", b"created", b"updated")
+
+
+def encode_session(session: Session) -> tuple[str, dict[str, str | bytes]]:
+    """Return a new version and the fields of the hash to store under it: JSON and packed integers."""
+    token_ids = array("I", (token_id for segment in session.segments for token_id in segment.token_ids))
+    if sys.byteorder == "big":
+        token_ids.byteswap()
+    version = secrets.token_hex(8)
+    return version, {
+        "version": version,
+        "num_turns": str(len(session.turns)),
+        "num_tokens": str(len(token_ids)),
+        "created": repr(session.created),
+        "updated": repr(session.updated),
+        "messages": json.dumps(session.messages),
+        "turns": json.dumps([(turn.num_messages, turn.num_segments) for turn in session.turns]),
+        "segments": json.dumps([(segment.text, len(segment.token_ids)) for segment in session.segments]),
+        "token_ids": token_ids.tobytes(),
+    }
+
+
+def decode_session(fields: Mapping[bytes, bytes]) -> Session:
+    """Return the session in a hash. Raises ValueError for one that no version of this code wrote."""
+    try:
+        data = fields[b"token_ids"]
+        token_ids = struct.unpack(f"<{len(data) // 4}I", data)
+        texts: list[tuple[str, int]] = json.loads(fields[b"segments"])
+        ends = list(accumulate((count for _, count in texts), initial=0))
+        return Session(
+            messages=tuple((role, content) for role, content in json.loads(fields[b"messages"])),
+            segments=tuple(
+                Segment(text, token_ids[start : start + count])
+                for (text, count), start in zip(texts, ends, strict=False)
+            ),
+            turns=tuple(Turn(*pair) for pair in json.loads(fields[b"turns"])),
+            created=float(fields[b"created"]),
+            updated=float(fields[b"updated"]),
+            version=fields[b"version"].decode(),
+        )
+    except (KeyError, TypeError, ValueError, struct.error) as error:
+        raise ValueError(f"not a session: {error!r}") from error
+
+
+def decode_info(session_id: str, values: Sequence[bytes | None], ttl_ms: int) -> SessionInfo | None:
+    """Return what INFO_FIELDS say, or None when they are not those of a live session."""
+    _, num_turns, num_tokens, created, updated = values
+    if num_turns is None or num_tokens is None or created is None or updated is None:
+        return None
+    return SessionInfo(
+        session_id=session_id,
+        num_turns=int(num_turns),
+        num_tokens=int(num_tokens),
+        created=float(created),
+        updated=float(updated),
+        expires=time.time() + max(0, ttl_ms) / 1e3,
+    )

@@ -1,0 +1,113 @@
+"""`scalellm.v1.Sessions`: reads, copies and deletes conversations."""
+
+from __future__ import annotations
+
+import time
+from typing import NoReturn
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from scalellm.v1 import generation_pb2, sessions_pb2
+from services.common.errors import StatusError
+from services.tokenizer.limits import RequestLimits
+from services.tokenizer.session import Session, SessionInfo
+from services.tokenizer.session_store import SessionStore
+from services.tokenizer.validation import validate_id, validate_page_size
+
+
+class SessionsServicer:
+    """Serves Get, List, Fork and Delete. Raises StatusError for every outcome but OK.
+
+    Args:
+        store: Where sessions are.
+        ttl: Seconds that a new copy lives.
+        limits: Limits on requests.
+    """
+
+    def __init__(self, store: SessionStore, ttl: float, limits: RequestLimits) -> None:
+        self._store = store
+        self._ttl = ttl
+        self._limits = limits
+
+    async def Get(
+        self, request: sessions_pb2.GetSessionRequest, context: grpc.aio.ServicerContext
+    ) -> sessions_pb2.GetSessionResponse:
+        """One session with its messages."""
+        session, remaining = await self._load(request.session_id)
+        return sessions_pb2.GetSessionResponse(session=_to_wire(request.session_id, session, remaining))
+
+    async def List(
+        self, request: sessions_pb2.ListSessionsRequest, context: grpc.aio.ServicerContext
+    ) -> sessions_pb2.ListSessionsResponse:
+        """A page of sessions, without their messages."""
+        infos, token = await self._store.list(validate_page_size(request, self._limits), request.page_token)
+        return sessions_pb2.ListSessionsResponse(sessions=map(_info_to_wire, infos), next_page_token=token)
+
+    async def Fork(
+        self, request: sessions_pb2.ForkSessionRequest, context: grpc.aio.ServicerContext
+    ) -> sessions_pb2.ForkSessionResponse:
+        """A copy that goes on separately."""
+        validate_id(request.new_session_id, "new_session_id")
+        session, _ = await self._load(request.session_id)
+        num_turns = request.num_turns if request.HasField("num_turns") else len(session.turns)
+        if not 1 <= num_turns <= len(session.turns):
+            raise StatusError.invalid(
+                "num_turns",
+                f"must be in [1, {len(session.turns)}], the turns of {request.session_id!r}, got {num_turns}",
+            )
+        copy = session.first_turns(num_turns)
+        if not await self._store.create(request.new_session_id, copy):
+            raise StatusError(
+                grpc.StatusCode.ALREADY_EXISTS, f"new_session_id: session {request.new_session_id!r} exists"
+            )
+        return sessions_pb2.ForkSessionResponse(session=_to_wire(request.new_session_id, copy, self._ttl))
+
+    async def Delete(
+        self, request: sessions_pb2.DeleteSessionRequest, context: grpc.aio.ServicerContext
+    ) -> sessions_pb2.DeleteSessionResponse:
+        """End a session."""
+        validate_id(request.session_id, "session_id")
+        if not await self._store.delete(request.session_id):
+            _raise_unknown(request.session_id)
+        return sessions_pb2.DeleteSessionResponse()
+
+    async def _load(self, session_id: str) -> tuple[Session, float]:
+        validate_id(session_id, "session_id")
+        found = await self._store.load_with_expiry(session_id)
+        if found is None:
+            _raise_unknown(session_id)
+        return found
+
+
+def _raise_unknown(session_id: str) -> NoReturn:
+    raise StatusError(grpc.StatusCode.NOT_FOUND, f"session_id: there is no session {session_id!r}, or it expired")
+
+
+def _to_wire(session_id: str, session: Session, remaining: float) -> sessions_pb2.Session:
+    return sessions_pb2.Session(
+        session_id=session_id,
+        messages=[generation_pb2.ChatMessage(role=role, content=content) for role, content in session.messages],
+        num_turns=len(session.turns),
+        num_tokens=session.num_tokens,
+        create_time=_timestamp(session.created),
+        update_time=_timestamp(session.updated),
+        expire_time=_timestamp(time.time() + remaining),
+    )
+
+
+def _info_to_wire(info: SessionInfo) -> sessions_pb2.Session:
+    return sessions_pb2.Session(
+        session_id=info.session_id,
+        num_turns=info.num_turns,
+        num_tokens=info.num_tokens,
+        create_time=_timestamp(info.created),
+        update_time=_timestamp(info.updated),
+        expire_time=_timestamp(info.expires),
+    )
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromMilliseconds(round(seconds * 1e3))
+    return timestamp

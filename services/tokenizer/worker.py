@@ -1,0 +1,163 @@
+"""A worker process: one event loop, one link to the scheduler, all public services on the shared port.
+
+Started by the supervisor as `python -m services.tokenizer.worker`. Its assignment is one JSON line on stdin, which then
+stays open as long as the supervisor lives; what it has to report are JSON lines on stdout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
+from services.common import model_store
+from services.common.lifecycle import GrpcService, StartError, configure_logging, stop_event
+from services.common.redis_client import open_redis
+from services.tokenizer.config import TokenizerSettings
+from services.tokenizer.generation import Edge, GenerationServicer, cache_salt
+from services.tokenizer.limits import RequestLimits
+from services.tokenizer.metrics import EdgeMetrics
+from services.tokenizer.prompt_builder import PromptBuilder
+from services.tokenizer.rpc import CallGate, add_service
+from services.tokenizer.scheduler_link import SchedulerLink
+from services.tokenizer.session_store import SessionStore
+from services.tokenizer.sessions_servicer import SessionsServicer
+from services.tokenizer.text.loading import load_model_tokenizer
+from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError
+from services.tokenizer.tokenizer_servicer import TokenizerServicer
+
+_log = logging.getLogger("services.tokenizer")
+
+_SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["Generation"],
+    tokenizer_pb2.DESCRIPTOR.services_by_name["Tokenizer"],
+    sessions_pb2.DESCRIPTOR.services_by_name["Sessions"],
+)
+
+
+class Worker:
+    """Serves until it is told to stop, then drains.
+
+    Args:
+        settings: The service's.
+        port: The port that the supervisor reserved.
+    """
+
+    def __init__(self, settings: TokenizerSettings, port: int) -> None:
+        self._settings = settings
+        self._port = port
+        self._gate = CallGate()
+        self._metrics = EdgeMetrics(CollectorRegistry())
+
+    async def run(self) -> None:
+        """Serve. Raises StartError."""
+        settings = self._settings
+        stop = stop_event()
+        supervisor_gone = await _watch_stdin()
+        model = _load_tokenizer(settings)
+        redis = open_redis(settings.redis_url) if settings.redis_url else None
+        sessions = SessionStore(redis, settings.session_ttl_s)
+        link = SchedulerLink(settings.scheduler, f"tokenizer-{os.getpid()}-{os.urandom(4).hex()}", model.sha256)
+        async with PromptBuilder(model) as prompts:
+            edge = Edge(
+                model_name=settings.served_name,
+                prompts=prompts,
+                link=link,
+                sessions=sessions,
+                limits=RequestLimits(),
+                metrics=self._metrics,
+                salt=cache_salt(settings.salt_secret),
+            )
+            service = GrpcService(
+                settings.host,
+                self._port,
+                services=[descriptor.full_name for descriptor in _SERVICES],
+                is_ready=lambda: self._is_ready(link),
+                share_port=True,
+            )
+            servicers = (
+                GenerationServicer(edge),
+                TokenizerServicer(edge),
+                SessionsServicer(sessions, settings.session_ttl_s, edge.limits),
+            )
+            for descriptor, servicer in zip(_SERVICES, servicers, strict=True):
+                add_service(service.server, descriptor, servicer, self._gate)
+            tasks = [asyncio.create_task(step) for step in (link.run(), stop.wait(), supervisor_gone.wait())]
+            try:
+                # The vocabulary lives as long as the process: a full collection need not look at it every time.
+                gc.collect()
+                gc.freeze()
+                await service.start()
+                _report(serving=service.address)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if tasks[0].done():
+                    tasks[0].result()
+                if stop.is_set():
+                    await self._drain(service)
+            finally:
+                await service.stop(grace=0.5 if stop.is_set() else 0.0)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await sessions.close()
+
+    def _is_ready(self, link: SchedulerLink) -> bool:
+        self._metrics.link_up.set(link.welcome is not None)
+        return link.welcome is not None and not self._gate.is_closed
+
+    async def _drain(self, service: GrpcService) -> None:
+        limit = self._settings.drain_limit_s
+        _log.info("draining for up to %g s", limit)
+        draining = asyncio.create_task(self._gate.drain(limit))
+        await asyncio.sleep(0)  # the gate is closed now
+        await service.health.publish()
+        if remaining := await draining:
+            _log.warning("%d calls did not finish in time", remaining)
+
+
+def _load_tokenizer(settings: TokenizerSettings) -> ModelTokenizer:
+    try:
+        return load_model_tokenizer(model_store.resolve(settings.model, settings.home))
+    except (model_store.ModelStoreError, UnsupportedTokenizerError) as error:
+        raise StartError(f"--model: {error}") from None
+
+
+async def _watch_stdin() -> asyncio.Event:
+    """Return an event that is set when stdin ends: the supervisor is gone."""
+    ended = asyncio.Event()
+
+    class Protocol(asyncio.Protocol):
+        def connection_lost(self, error: Exception | None) -> None:
+            ended.set()
+
+    await asyncio.get_running_loop().connect_read_pipe(Protocol, sys.stdin)
+    return ended
+
+
+def _report(**values: str) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def main() -> int:
+    """Take the assignment, serve, and return the exit code."""
+    assignment: Mapping[str, Any] = json.loads(sys.stdin.buffer.readline())
+    settings = TokenizerSettings.model_validate(assignment["settings"])
+    configure_logging("tokenizer", settings.log_level)
+    try:
+        asyncio.run(Worker(settings, assignment["port"]).run())
+    except StartError as error:
+        _report(error=str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
