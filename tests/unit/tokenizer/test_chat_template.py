@@ -1,0 +1,187 @@
+"""Chat templates against `transformers`, and what happens to templates that misbehave."""
+
+import asyncio
+import datetime
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from services.tokenizer.text.chat_renderer import ChatRenderer, RenderLimits
+from services.tokenizer.text.chat_template import ChatTemplate, ChatTemplateError
+from services.tokenizer.text.model_tokenizer import ModelTokenizer
+
+CHATML = """\
+{%- if messages[0].role == 'system' -%}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' -}}
+    {%- set rest = messages[1:] -%}
+{%- else -%}
+    {%- set rest = messages -%}
+{%- endif -%}
+{% for m in rest %}
+    {{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}"""
+
+HEADERS = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+{{- '' if tools is none else tools | tojson }}"""
+
+INST = """\
+{{ bos_token }}{% for message in messages %}
+{% if message['role'] not in ['user', 'assistant'] %}
+    {{ raise_exception('Only user and assistant roles are supported!') }}
+{% elif (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+    {{ raise_exception('Roles must alternate') }}
+{% endif %}
+{% if message['role'] == 'user' %}
+{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- else %}
+    {{- ' ' + message['content'] + eos_token }}
+{% endif %}
+{% endfor %}"""
+
+TURNS = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set prefix = messages[0]['content'] + '\n\n' -%}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set prefix = '' -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\n' + (prefix if loop.first else '') }}
+    {%- if message['content'] is string -%}{{ message['content'] | trim }}{%- endif -%}
+    {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
+
+THINKING = """\
+{%- set ns = namespace(last_user=-1, seen=[]) %}
+{%- for message in messages[::-1] %}
+    {%- if message.role == 'user' and ns.last_user < 0 %}
+        {%- set ns.last_user = messages | length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if loop.index0 > 3 %}{%- continue %}{%- endif %}
+    {%- if message.role == 'nobody' %}{%- break %}{%- endif %}
+    {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+    {%- if message.role == 'assistant' %}{% generation %}{{ message.role ~ ': ' ~ content }}{% endgeneration %}
+    {%- else %}{{ {'role': message.role, 'text': content} | tojson }}
+        {{ dict(a=loop.index0, b='<é>') | tojson(indent=2) }}
+    {%- endif %}
+{%- endfor %}
+{{- ns.last_user }} {{ strftime_now('%Y') }} {{ range(3) | list }}"""
+
+TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "inst": INST, "turns": TURNS, "thinking": THINKING}
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+CONVERSATIONS = [
+    [("user", "Hi")],
+    [
+        ("user", "  What's 1 < 2 & 'x'?\n\n"),
+        ("assistant", ' "Yes" <b>é</b> 😀 '),
+        ("user", "数据 {{ 7 * 7 }} {% raw %}"),
+    ],
+    [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "<think>\nhm\n</think>\n\nHello"),
+        ("user", "Bye"),
+        ("user", "!"),
+    ],
+]
+
+
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", ["smollm2", *TEMPLATES])
+def test_renders_like_transformers(
+    name: str, conversation: list[tuple[str, str]], add_generation_prompt: bool, smollm2: ModelTokenizer
+) -> None:
+    source = smollm2.chat_template if name == "smollm2" else TEMPLATES[name]
+    assert source is not None
+    messages = [{"role": role, "content": content} for role, content in conversation]
+    oracle = PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer, **SPECIAL)
+    template = ChatTemplate(source, SPECIAL, max_chars=10_000)
+    options: dict[str, Any] = {"chat_template": source, "add_generation_prompt": add_generation_prompt}
+    try:
+        expected = oracle.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:
+        with pytest.raises(ChatTemplateError, match=str(error)):
+            template.render(messages, add_generation_prompt=add_generation_prompt)
+    else:
+        assert template.render(messages, add_generation_prompt=add_generation_prompt) == expected
+        assert name != "thinking" or str(datetime.datetime.now().year) in expected
+
+
+async def test_renders_in_the_child_process(smollm2: ModelTokenizer) -> None:
+    assert smollm2.chat_template is not None
+    inline = ChatTemplate(smollm2.chat_template, smollm2.special_tokens, max_chars=10_000)
+    conversations = [[{"role": "user", "content": f"{i} é😀\u0000\n" * i}] for i in range(30)]
+    async with ChatRenderer(smollm2.chat_template, smollm2.special_tokens) as renderer:
+        rendered = await asyncio.gather(*(renderer.render(messages) for messages in conversations))
+        assert rendered == [inline.render(messages, add_generation_prompt=True) for messages in conversations]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "longer than the limit"),
+        ("{{ 'x' | center(10 ** 10) }}", "memory"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{% for i in range(99999) %}0123456789{% endfor %}", "more than the limit of 5000 characters"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "cannot hold"),
+        ("{{ messages.append(1) }}", "."),
+        ("{{ messages[7].content + 1 }}", "refuses|fails"),
+        ("{{ raise_exception('no such role') }}", "refuses this conversation: no such role"),
+    ],
+)
+async def test_a_bad_template_is_an_error_and_the_next_render_works(source: str, reason: str) -> None:
+    source = "{% if messages[0].content == 'bad' %}" + source + "{% else %}fine{% endif %}"
+    limits = RenderLimits(time_limit=0.5, max_chars=5000, memory_bytes=300 << 20)
+    async with ChatRenderer(source, {}, limits) as renderer:
+        with pytest.raises(ChatTemplateError, match=reason):
+            await renderer.render([{"role": "user", "content": "bad"}])
+        assert await renderer.render([{"role": "user", "content": "good"}]) == "fine"
+
+
+async def test_a_cancelled_render_does_not_disturb_the_next() -> None:
+    async with ChatRenderer("{{ messages[0].content }}", {}) as renderer:
+        task = asyncio.create_task(renderer.render([{"role": "user", "content": "first" * 1000}]))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await renderer.render([{"role": "user", "content": "second"}]) == "second"
+
+
+async def test_closing_ends_a_running_render() -> None:
+    source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    async with ChatRenderer(source, {}, RenderLimits(time_limit=60)) as renderer:
+        task = asyncio.create_task(renderer.render([]))
+        await asyncio.sleep(0.05)
+        child = renderer._child
+    assert child is not None
+    assert child.returncode is not None
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_invalid_jinja_is_refused_at_the_start() -> None:
+    with pytest.raises(ChatTemplateError, match="not valid, line 1"):
+        async with ChatRenderer("{% for %}", {}):
+            pass

@@ -1,0 +1,139 @@
+"""The sum of all deltas is what decoding at once gives: for any tokens, any batching, any decoder."""
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+
+from services.tokenizer.text.detokenizer import TokenTexts
+from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+
+NAMES = ["smollm2", "gemma3", "byte_level", "byte_fallback", "unigram"]
+FIXTURES_ARE_CONSTANT = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+TEXTS = st.lists(
+    st.one_of(
+        st.text(max_size=8),
+        st.sampled_from(
+            [
+                "😀",
+                "👩‍👩‍👧‍👦",
+                "🇩🇪",
+                "e\u0301\u0323",
+                "数据",
+                "שלום",
+                "مرحبا",
+                "\u200f",
+                "\ufffd",
+                "  ",
+                "\n\n",
+                "\r\n",
+                "▁",
+                "<0xE2>",
+            ]
+        ),
+    ),
+    max_size=8,
+).map("".join)
+
+
+def in_batches(texts: TokenTexts, ids: list[int], sizes: list[int], skip: bool) -> str:
+    detokenizer = texts.detokenizer(skip_special_tokens=skip)
+    pieces, position = [], 0
+    for size in [*sizes, len(ids)]:
+        pieces.append(detokenizer.push(ids[position : position + size]))
+        position += size
+        detokenizer.copy().push(ids)  # a copy leaves the original alone
+    return "".join(pieces) + detokenizer.flush()
+
+
+SIZES = st.lists(st.integers(0, 4), max_size=30)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@FIXTURES_ARE_CONSTANT
+@given(data=st.data(), sizes=SIZES, skip=st.booleans())
+def test_any_tokens(
+    name: str,
+    tokenizers: dict[str, Tokenizer],
+    token_texts: dict[str, TokenTexts],
+    data: Any,
+    sizes: list[int],
+    skip: bool,
+) -> None:
+    tokenizer = tokenizers[name]
+    # Low ids hold the bytes and special tokens in all of these, so draw from there as often as from everywhere.
+    token = st.one_of(st.integers(0, 500), st.integers(0, tokenizer.get_vocab_size() - 1))
+    ids = data.draw(st.lists(token, max_size=30))
+    assert in_batches(token_texts[name], ids, sizes, skip) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@FIXTURES_ARE_CONSTANT
+@given(text=TEXTS, sizes=SIZES, cut=st.integers(0, 3))
+def test_any_text(
+    name: str,
+    tokenizers: dict[str, Tokenizer],
+    token_texts: dict[str, TokenTexts],
+    text: str,
+    sizes: list[int],
+    cut: int,
+) -> None:
+    tokenizer = tokenizers[name]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = ids[: len(ids) - cut]
+    got = in_batches(token_texts[name], ids, sizes, False)
+    assert got == tokenizer.decode(ids, skip_special_tokens=False)
+    if name == "byte_level" and not cut:
+        assert got == text  # this vocabulary has every byte; SmolLM2's lacks some, so it cannot spell every text
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3", "byte_fallback"])
+@FIXTURES_ARE_CONSTANT
+@given(data=st.binary(max_size=24), sizes=SIZES)
+def test_any_bytes(
+    name: str, tokenizers: dict[str, Tokenizer], token_texts: dict[str, TokenTexts], data: bytes, sizes: list[int]
+) -> None:
+    tokenizer = tokenizers[name]
+    if name == "smollm2":
+        spelling = {chr(b): b for b in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]}
+        missing = [b for b in range(256) if b not in spelling.values()]
+        by_byte = {b: c for c, b in (spelling | {chr(0x100 + i): b for i, b in enumerate(missing)}).items()}
+        ids = [tokenizer.token_to_id(by_byte[b]) for b in data]
+        ids = [token_id for token_id in ids if token_id is not None]  # UTF-8 never uses all bytes: some have no token
+    else:
+        ids = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in data]
+    assert in_batches(token_texts[name], ids, sizes, True) == tokenizer.decode(ids)
+
+
+def test_characters_are_shown_once_they_are_complete(
+    tokenizers: dict[str, Tokenizer], token_texts: dict[str, TokenTexts]
+) -> None:
+    ids = tokenizers["byte_level"].encode("é€𝄞").ids
+    detokenizer = token_texts["byte_level"].detokenizer()
+    deltas = [detokenizer.push([token_id]) for token_id in ids]
+    assert "".join(deltas) == "é€𝄞"
+    assert "\ufffd" not in "".join(deltas)
+    assert detokenizer.flush() == ""
+
+
+def test_ids_beyond_the_vocabulary_have_no_text(
+    tokenizers: dict[str, Tokenizer], token_texts: dict[str, TokenTexts]
+) -> None:
+    for name in ("smollm2", "gemma3"):
+        ids = [100, 10_000_000, 101]
+        assert token_texts[name].detokenizer().push(ids) == tokenizers[name].decode(ids)
+
+
+def test_other_decoders_are_refused() -> None:
+    tokenizer = Tokenizer.from_str(
+        '{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel","vocab":{"a":0},"unk_token":"a"}}'
+    )
+    for decoder in (None, decoders.WordPiece(), decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])):
+        if decoder is not None:
+            tokenizer.decoder = decoder
+        with pytest.raises(UnsupportedTokenizerError, match="decoder"):
+            TokenTexts(tokenizer)
