@@ -297,6 +297,7 @@ class LinkEdge:
         self.draining = False
         self.frames = 0
         self._next = 0
+        self._writing = asyncio.Lock()
 
     async def open(self, tokenizer_sha256: bytes = b"") -> "LinkEdge":
         self.call = self.stub.Connect()
@@ -344,14 +345,18 @@ class LinkEdge:
         if time_remaining is not None:
             submit.time_remaining_ns = int(time_remaining * 1e9)
         stream = self.streams[handle] = Stream(handle, token_ids)
-        await self.call.write(link_pb2.ClientFrame(submit=submit))
+        await self._write(link_pb2.ClientFrame(submit=submit))
         return stream
 
     async def abort(
         self, stream: Stream, reason: int = link_pb2.ABORT_REASON_CANCELLED, index: int | None = None
     ) -> None:
         abort = link_pb2.Abort(handle=stream.handle, reason=reason, index=index)
-        await self.call.write(link_pb2.ClientFrame(abort=abort))
+        await self._write(link_pb2.ClientFrame(abort=abort))
+
+    async def _write(self, frame: link_pb2.ClientFrame) -> None:
+        async with self._writing:  # gRPC takes one write at a time
+            await self.call.write(frame)
 
     async def finish(self, *streams: Stream, limit: float = 20.0) -> None:
         async with asyncio.timeout(limit):
