@@ -1,7 +1,10 @@
 """Draws the step's tokens: per-row sampling state around `kernels.apply_logits_processors_` and `kernels.sample`."""
 
 from collections.abc import Sequence as ReadOnlySequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -9,6 +12,9 @@ import kernels
 from services.executor.engine.batch import Logprobs
 from services.executor.engine.sequence import Sequence
 
+_Ids = npt.NDArray[np.int64]
+_Counts = npt.NDArray[np.int32]
+_Values = npt.NDArray[np.float32]
 _GREEDY_BELOW = 1e-5  # dividing by less overflows float32 logits to infinity
 
 
@@ -17,26 +23,24 @@ class SeenTokens:
 
     def __init__(self, seq: Sequence, capacity: int) -> None:
         self._slots: dict[int, int] = {}
-        self._ids = torch.empty(capacity, dtype=torch.int64)
-        self._counts = torch.empty(capacity, dtype=torch.int32)
+        self._ids: _Ids = np.zeros(capacity, np.int64)
+        self._counts: _Counts = np.zeros(capacity, np.int32)
         num_prompt = seq.group.num_prompt_tokens
         # Presence and frequency penalties are about the output alone; only repetition looks at the prompt.
         if seq.group.request.sampling.repetition_penalty != 1.0:
             distinct = list(dict.fromkeys(seq.token_ids[:num_prompt]))
             self._slots = {token_id: slot for slot, token_id in enumerate(distinct)}
-            self._ids[: len(distinct)] = torch.tensor(distinct)
-            self._counts[: len(distinct)] = 0
+            self._ids[: len(distinct)] = distinct
         self._num_noted = num_prompt
 
-    def update(self, token_ids: ReadOnlySequence[int]) -> tuple[Tensor, Tensor]:
-        """Note the output tokens since the last call; return (ids [K] i64, counts in the output [K] i32)."""
+    def update(self, token_ids: ReadOnlySequence[int]) -> tuple[_Ids, _Counts]:
+        """Note the output tokens since the last call; return (ids `[K]`, counts in the output `[K]`)."""
         for index in range(self._num_noted, len(token_ids)):
             token_id = token_ids[index]
             slot = self._slots.get(token_id)
             if slot is None:
                 slot = self._slots[token_id] = len(self._slots)
                 self._ids[slot] = token_id
-                self._counts[slot] = 0
             self._counts[slot] += 1
         self._num_noted = len(token_ids)
         return self._ids[: len(self._slots)], self._counts[: len(self._slots)]
@@ -50,11 +54,11 @@ class Bias:
         plain = dict(group.request.sampling.logit_bias)
         banned = plain | dict.fromkeys(group.stop_ids, float("-inf"))
         self._min_tokens = group.request.sampling.min_tokens
-        self._plain = (torch.tensor(list(plain), dtype=torch.int64), torch.tensor(list(plain.values())))
-        self._banned = (torch.tensor(list(banned), dtype=torch.int64), torch.tensor(list(banned.values())))
+        self._plain = (np.array(list(plain), np.int64), np.array(list(plain.values()), np.float32))
+        self._banned = (np.array(list(banned), np.int64), np.array(list(banned.values()), np.float32))
 
-    def current(self, num_output_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return (token ids [B] i64, values [B] f32) for the next token."""
+    def current(self, num_output_tokens: int) -> tuple[_Ids, _Values]:
+        """Return (token ids `[B]`, values `[B]`) for the next token."""
         return self._banned if num_output_tokens < self._min_tokens else self._plain
 
 
@@ -124,41 +128,27 @@ class Sampler:
         return out.token_ids.tolist(), self._logprobs(out, wanted)
 
     def _bias_arguments(self, seqs: list[Sequence]) -> dict[str, Tensor]:
-        if not self._bias:
+        biased = [place for place, seq in enumerate(seqs) if seq.row in self._bias]
+        if not biased:
             return {}
-        places, ids, values = [], [], []
-        for place, seq in enumerate(seqs):
-            bias = self._bias.get(seq.row)
-            if bias is not None:
-                token_ids, amounts = bias.current(seq.num_output_tokens)
-                places.append(torch.full_like(token_ids, place))
-                ids.append(token_ids)
-                values.append(amounts)
-        if not ids:
-            return {}
+        current = [self._bias[seqs[place].row].current(seqs[place].num_output_tokens) for place in biased]
+        ids, values = zip(*current, strict=True)
         return {
-            "bias_rows": self._send(torch.cat(places)),
-            "bias_token_ids": self._send(torch.cat(ids)),
-            "bias_values": self._send(torch.cat(values)),
+            "bias_rows": self._flat([np.repeat(biased, [len(part) for part in ids])]),
+            "bias_token_ids": self._flat(ids),
+            "bias_values": self._flat(values),
         }
 
     def _penalty_arguments(self, seqs: list[Sequence], rows: Tensor) -> dict[str, Tensor]:
-        if not self._seen:
+        penalised = [place for place, seq in enumerate(seqs) if seq.row in self._seen]
+        if not penalised:
             return {}
-        places, ids, counts = [], [], []
-        for place, seq in enumerate(seqs):
-            seen = self._seen.get(seq.row)
-            if seen is not None:
-                token_ids, in_output = seen.update(seq.token_ids)
-                places.append(torch.full_like(token_ids, place))
-                ids.append(token_ids)
-                counts.append(in_output)
-        if not ids:
-            return {}
+        seen = [self._seen[seqs[place].row].update(seqs[place].token_ids) for place in penalised]
+        ids, counts = zip(*seen, strict=True)
         return {
-            "seen_rows": self._send(torch.cat(places)),
-            "seen_token_ids": self._send(torch.cat(ids)),
-            "seen_output_counts": self._send(torch.cat(counts)),
+            "seen_rows": self._flat([np.repeat(penalised, [len(part) for part in ids])]),
+            "seen_token_ids": self._flat(ids),
+            "seen_output_counts": self._flat(counts),
             "repetition_penalty": self._send(self._repetition[rows]),
             "frequency_penalty": self._send(self._frequency[rows]),
             "presence_penalty": self._send(self._presence[rows]),
@@ -172,6 +162,9 @@ class Sampler:
             place: Logprobs(logprobs[place], list(zip(top_ids[place][:count], top_logprobs[place], strict=False)))
             for place, count in wanted.items()
         }
+
+    def _flat(self, parts: ReadOnlySequence[npt.NDArray[Any]]) -> Tensor:
+        return self._send(torch.from_numpy(np.concatenate(parts)))
 
     def _send(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, non_blocking=True)
