@@ -1,0 +1,1 @@
+"""Benchmarks: the engine alone, and the whole line from the client's socket to the engine and back."""

@@ -1,0 +1,72 @@
+"""Imports go one way: what may import what, held by reading every module's imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SERVICES = ("tokenizer", "scheduler", "executor")
+ENGINE = ("services/executor/engine", "services/executor/models", "services/executor/weights")
+TEXT_CORE = ("services/tokenizer/text",)
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Names of all modules that a file imports, at any depth of the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def offenders(folder: str, *forbidden: str) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules(folder)
+        for name in imported(path)
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in forbidden)
+    ]
+
+
+def test_kernels_import_nothing_of_ours() -> None:
+    assert offenders("kernels", "services", "clients", "scalellm", "bench", "grpc", "transformers", "numpy") == []
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_services_do_not_import_each_other(service: str) -> None:
+    others = [f"services.{other}" for other in SERVICES if other != service]
+    assert offenders(f"services/{service}", *others, "clients", "bench") == []
+
+
+def test_common_imports_no_service() -> None:
+    assert offenders("services/common", *(f"services.{service}" for service in SERVICES), "clients", "bench") == []
+
+
+@pytest.mark.parametrize("folder", [*ENGINE, *TEXT_CORE])
+def test_cores_know_no_wire(folder: str) -> None:
+    assert modules(folder), f"{folder} is gone"
+    assert offenders(folder, "grpc", "google.protobuf", "scalellm") == []
+
+
+@pytest.mark.parametrize("folder", ["services/tokenizer", "services/scheduler"])
+def test_only_the_executor_computes(folder: str) -> None:
+    assert offenders(folder, "torch", "kernels", "transformers") == []
+
+
+def test_no_code_over_the_wire() -> None:
+    for folder in ("kernels", "services", "clients"):
+        assert offenders(folder, "pickle", "marshal", "shelve", "dill", "cloudpickle") == []
+        for path in modules(folder):
+            calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+            names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+            assert not names & {"eval", "exec"}, path
