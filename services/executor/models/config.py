@@ -13,6 +13,15 @@ Architecture = Literal[
 ]
 Activation = Literal["silu", "gelu_tanh"]
 
+_MAX_LAYERS = 1024
+
+
+def check_num_layers(num_layers: int) -> int:
+    """Return `num_layers`; raise UnsupportedModelError where only a damaged file can say so, before it costs memory."""
+    if num_layers > _MAX_LAYERS:
+        raise UnsupportedModelError(f"the model says it has {num_layers} layers; at most {_MAX_LAYERS} are supported")
+    return num_layers
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from services.executor.models.config import Architecture, ModelConfig
+from services.executor.models.config import Architecture, ModelConfig, check_num_layers
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.rope import FrequencyFactors, LinearScaling, RopeConfig, RopeScaling
 
@@ -40,9 +40,9 @@ def config_from_gguf(
         raise UnsupportedModelError(f"GGUF: {arch}.expert_count is set; mixture-of-experts models are not supported")
     gemma = arch == "gemma3"
     hidden_size = get.integer("embedding_length")
-    num_layers = get.integer("block_count")
+    num_layers = check_num_layers(get.integer("block_count"))
     num_heads = get.integer("attention.head_count")
-    head_dim = get.integer("attention.key_length", hidden_size // num_heads)
+    head_dim = get.integer("attention.key_length", hidden_size // num_heads or None)
     if get.integer("attention.value_length", head_dim) != head_dim:
         raise UnsupportedModelError(f"GGUF: {arch}.attention.value_length differs from key_length ({head_dim})")
     if get.integer("rope.dimension_count", head_dim) != head_dim:

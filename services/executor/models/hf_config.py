@@ -6,7 +6,7 @@ Where a key is absent the default is that of the transformers class, so that the
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
-from services.executor.models.config import Activation, Architecture, ModelConfig
+from services.executor.models.config import Activation, Architecture, ModelConfig, check_num_layers
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.rope import LinearScaling, Llama3Scaling, RopeConfig, RopeScaling
 
@@ -37,7 +37,7 @@ def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
     gemma = architecture == "Gemma3ForCausalLM"
     hidden_size = _positive_int(raw, "hidden_size")
     num_heads = _positive_int(raw, "num_attention_heads")
-    num_layers = _positive_int(raw, "num_hidden_layers")
+    num_layers = check_num_layers(_positive_int(raw, "num_hidden_layers"))
     head_dim = _positive_int(raw, "head_dim", _default_head_dim(architecture, hidden_size, num_heads))
     max_positions = _positive_int(raw, "max_position_embeddings", 131072 if gemma else None)
     window, sliding_layers = _sliding(raw, architecture, num_layers)

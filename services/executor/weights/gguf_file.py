@@ -46,8 +46,7 @@ class GgufFile:
         except GgufError as error:
             raise UnsupportedModelError(str(error)) from error
         with path.open("rb") as file:
-            # A private mapping: torch wants writable memory, though nothing is ever written.
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self.tensors: Mapping[str, GgufTensor] = self._read_tensor_table(self.metadata)
         except (struct.error, UnicodeDecodeError) as error:
@@ -70,10 +69,11 @@ class GgufFile:
         rows = tensor.shape[0]
         num_rows = rows - first_row if num_rows is None else num_rows
         row_bytes = tensor.num_bytes // rows
-        raw = np.frombuffer(self._data, np.uint8, num_rows * row_bytes, tensor.offset + first_row * row_bytes)
+        # A copy, because for F32 the result is a view of it, and nothing may point into the mapping when it is closed.
+        raw = np.frombuffer(self._data, np.uint8, num_rows * row_bytes, tensor.offset + first_row * row_bytes).copy()
         try:
             # As one wide row: gguf loops in Python over groups of 16 rows, which costs more than the arithmetic.
-            values = np.array(gguf.dequantize(raw.reshape(1, -1), tensor.type), dtype=np.float32)
+            values: npt.NDArray[np.float32] = gguf.dequantize(raw.reshape(1, -1), tensor.type)
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"{self._path}: {name} has type {tensor.type.name}, which the gguf package cannot dequantise"

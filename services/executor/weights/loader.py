@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from services.common.gguf_metadata import GgufError
 from services.executor.models.causal_lm import CausalLM
 from services.executor.models.config import ModelConfig
 from services.executor.models.errors import UnsupportedModelError
@@ -165,4 +166,7 @@ def _gguf_config(file: GgufFile) -> ModelConfig:
     if _EMBEDDING not in file.tensors:
         raise UnsupportedModelError(f"GGUF: the tensor {_EMBEDDING} is missing")
     factors = file.dequantize(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in file.tensors else None
-    return config_from_gguf(file.metadata, set(file.tensors), file.tensors[_EMBEDDING].shape[0], factors)
+    try:
+        return config_from_gguf(file.metadata, set(file.tensors), file.tensors[_EMBEDDING].shape[0], factors)
+    except GgufError as error:  # values are decoded when asked for
+        raise UnsupportedModelError(str(error)) from error

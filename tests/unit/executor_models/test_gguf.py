@@ -1,0 +1,163 @@
+"""Small random GGUF files: transformers reads the same file and must compute the same logits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as T
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from services.executor.models.rope import FrequencyFactors, LinearScaling, RopeConfig
+from services.executor.weights import load_model, read_model_config
+
+CPU = torch.device("cpu")
+VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 200, 64, 96, 3, 4, 2
+
+
+def write_gguf(
+    path: Path, arch: str, *, head_dim: int = 16, tied: bool = True, kinds: tuple[T, ...] = (T.F32,), **extra: Any
+) -> None:
+    """Write a random model; matrices take the quantisation types of `kinds` in turn."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(256)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(20000.0)
+    writer.add_vocab_size(VOCAB)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_token_list([f"token {i}" for i in range(VOCAB)])
+    if arch == "gemma3":
+        writer.add_sliding_window(24)
+    for key, value in extra.items():
+        method = getattr(writer, f"add_{key}")
+        method(*value) if isinstance(value, tuple) else method(value)
+
+    rng = np.random.default_rng(5)
+    count = 0
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        nonlocal count
+        kind = kinds[count % len(kinds)]
+        count += 1
+        values = rng.normal(0, 0.15, (rows, columns)).astype(np.float32)
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+
+    def vector(name: str, size: int, mean: float) -> None:
+        writer.add_tensor(name, rng.normal(mean, 0.2, size).astype(np.float32))
+
+    matrix("token_embd.weight", VOCAB, HIDDEN)
+    for layer in range(LAYERS):
+        block = f"blk.{layer}"
+        vector(f"{block}.attn_norm.weight", HIDDEN, 1)
+        matrix(f"{block}.attn_q.weight", HEADS * head_dim, HIDDEN)
+        matrix(f"{block}.attn_k.weight", KV_HEADS * head_dim, HIDDEN)
+        matrix(f"{block}.attn_v.weight", KV_HEADS * head_dim, HIDDEN)
+        matrix(f"{block}.attn_output.weight", HIDDEN, HEADS * head_dim)
+        if arch == "qwen2":
+            vector(f"{block}.attn_q.bias", HEADS * head_dim, 0)
+            vector(f"{block}.attn_k.bias", KV_HEADS * head_dim, 0)
+            vector(f"{block}.attn_v.bias", KV_HEADS * head_dim, 0)
+        if arch in ("qwen3", "gemma3"):
+            vector(f"{block}.attn_q_norm.weight", head_dim, 1)
+            vector(f"{block}.attn_k_norm.weight", head_dim, 1)
+        vector(f"{block}.ffn_norm.weight", HIDDEN, 1)
+        if arch == "gemma3":
+            vector(f"{block}.post_attention_norm.weight", HIDDEN, 1)
+            vector(f"{block}.post_ffw_norm.weight", HIDDEN, 1)
+        matrix(f"{block}.ffn_gate.weight", INNER, HIDDEN)
+        matrix(f"{block}.ffn_up.weight", INNER, HIDDEN)
+        matrix(f"{block}.ffn_down.weight", HIDDEN, INNER)
+    vector("output_norm.weight", HIDDEN, 1)
+    if not tied:
+        matrix("output.weight", VOCAB, HIDDEN)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_with_transformers(path: Path) -> Any:
+    """Load a GGUF file through transformers' own conversion (`from_pretrained` would want accelerate for it)."""
+    config = AutoConfig.for_model(**load_gguf_checkpoint(str(path))["config"])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    result = model.load_state_dict(tensors, strict=False)
+    assert set(result.missing_keys) <= {"lm_head.weight"}  # tied
+    assert not result.unexpected_keys
+    return model
+
+
+BASIC = (T.F32, T.F16, T.BF16)
+QUANTISED = (T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("llama", {"kinds": BASIC}),
+        ("llama", {"kinds": QUANTISED, "tied": False}),
+        ("llama", {"head_dim": 32}),
+        ("qwen2", {"kinds": QUANTISED}),
+        # transformers does not read these two sizes from the file; its defaults are those of the published models.
+        ("qwen3", {"head_dim": 128, "kinds": QUANTISED}),
+        ("gemma3", {"head_dim": 256, "kinds": QUANTISED}),
+    ],
+)
+def test_logits(arch: str, options: dict[str, Any], paged: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, arch, **options)
+    oracle = read_with_transformers(path)
+    model, config = load_model(tmp_path, dtype=torch.float32, device=CPU)
+    assert config == read_model_config(path)
+    tokens = torch.randint(VOCAB, (60,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = oracle(tokens[None]).logits[0]
+    logits = paged(model, config).step({0: tokens.tolist()})[0]
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_rope_scaling(tmp_path: Path) -> None:
+    path = tmp_path / "linear.gguf"
+    write_gguf(path, "llama", rope_scaling_type=gguf.RopeScalingType.LINEAR, rope_scaling_factor=4.0)
+    assert read_model_config(path).rope == RopeConfig(20000.0, LinearScaling(4.0))
+
+    path = tmp_path / "scaled-gemma.gguf"
+    write_gguf(path, "gemma3", rope_scaling_type=gguf.RopeScalingType.LINEAR, rope_scaling_factor=8.0)
+    config = read_model_config(path)
+    assert config.rope == RopeConfig(20000.0, LinearScaling(8.0))
+    assert config.local_rope == RopeConfig(10000.0)
+
+    path = tmp_path / "factors.gguf"
+    factors = np.linspace(1, 8, 8, dtype=np.float32)
+    write_gguf(path, "llama", tensor=("rope_freqs.weight", factors))
+    assert read_model_config(path).rope == RopeConfig(20000.0, FrequencyFactors(tuple(factors.tolist())))
+    load_model(path, dtype=torch.float32, device=CPU)
+
+
+def test_stop_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama", eot_token_id=7, eom_token_id=2)
+    assert read_model_config(path).eos_token_ids == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [(2, (True, False, True)), ([False, True, True], (False, True, True))]
+)
+def test_sliding_window_pattern(pattern: Any, expected: tuple[bool, ...], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "gemma3", sliding_window_pattern=pattern)
+    assert read_model_config(path).sliding_layers == expected
