@@ -7,6 +7,7 @@ GIL, and because a fault on the device must not take down the process that has t
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -191,6 +192,9 @@ def main() -> None:
         except StartError as error:
             channel.send(Message(Kind.FATAL, payload=str(error).encode()))
             return
+        # The model and its modules live as long as the process: no collection need look at them again.
+        gc.collect()
+        gc.freeze()
         EngineLoop(loaded, channel, settings).run()
     except (EOFError, BrokenPipeError):
         _log.info("the front is gone; the engine ends")
