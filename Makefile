@@ -6,7 +6,8 @@ SHELL := /bin/bash
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
-# Test processes share the machine: one thread each, and no thread that spins while it waits.
+# Test processes share the machine: one thread each, and no thread that spins while it waits. A file stays in one
+# process: its tests share what they start.
 test-env := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
 export PROMPT
 
@@ -34,10 +35,10 @@ chat: setup ## chat on a session; starts the services when they are not running
 	@$(scalellm) chat
 
 test: setup-dev ## run the tests but the slow ones
-	$(test-env) $(python) -m pytest -n 2 -q -m "not slow" $(PYTEST_ARGS)
+	$(test-env) $(python) -m pytest -n 2 --dist loadfile -q -m "not slow" $(PYTEST_ARGS)
 
 test-all: setup-dev ## run all tests
-	$(test-env) $(python) -m pytest -n 2 -q $(PYTEST_ARGS)
+	$(test-env) $(python) -m pytest -n 2 --dist loadfile -q $(PYTEST_ARGS)
 
 lint: setup-dev ## format check, lint, types, contracts, file length
 	.venv/bin/ruff format --check .

@@ -159,8 +159,7 @@ class _Conversation:
         self.turns = generation.started.session_turns + 1
         warn_about_session(self._context, generation)
         if self.show_latency:
-            finished = generation.finished
-            print_breakdown(self._context.err, finished.latency, finished.usage, generation.measured_ns)
+            print_breakdown(self._context.err, generation.finished, generation.measured_ns)
 
     def print_history(self) -> None:
         """Print the conversation as the server has it."""

@@ -145,7 +145,7 @@ def explain(error: ClientError) -> tuple[str, ExitCode]:
     code = _EXIT_CODES.get(error.code, ExitCode.FAILED)
     message = " ".join(error.message.split())
     if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        message += "; allow more time with --timeout"
+        message = f"out of time ({message}); allow more with --timeout"
     elif error.retry_after is not None:
         message += f"; try again in {error.retry_after:.1f} s"
     elif code is ExitCode.FAILED:

@@ -118,7 +118,7 @@ def generate(
             write_text(f"--- sample {index}\n{sample.text}\n")
     warn_about_session(context, generation)
     if show_latency:
-        print_breakdown(context.err, generation.finished.latency, generation.finished.usage, generation.measured_ns)
+        print_breakdown(context.err, generation.finished, generation.measured_ns)
 
 
 def run_streaming(

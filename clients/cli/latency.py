@@ -7,7 +7,8 @@ from itertools import accumulate, pairwise
 from rich.console import Console
 from rich.table import Table
 
-from scalellm.v1.common_pb2 import LatencyBreakdown, Usage
+from scalellm.v1.common_pb2 import LatencyBreakdown
+from scalellm.v1.generation_pb2 import Finished
 
 _PARTS = (
     ("session_ns", "session", "loading the history"),
@@ -41,8 +42,9 @@ def rows(latency: LatencyBreakdown, measured_ns: int) -> list[tuple[str, str, fl
     ]
 
 
-def print_breakdown(console: Console, latency: LatencyBreakdown, usage: Usage, measured_ns: int) -> None:
+def print_breakdown(console: Console, finished: Finished, measured_ns: int) -> None:
     """Print the table, and below it what else is worth knowing about the request."""
+    latency, usage = finished.latency, finished.usage
     parts = rows(latency, measured_ns)
     total = sum(value for _, _, value in parts)
     table = Table(title="Where the time went", title_justify="left", box=None, padding=(0, 2, 0, 0))
@@ -56,8 +58,9 @@ def print_breakdown(console: Console, latency: LatencyBreakdown, usage: Usage, m
     console.print()
     console.print(table)
     console.print()
-    # A token's inter-arrival time needs two tokens; the first one's time is the TTFT.
-    rate = (usage.completion_tokens - 1) / (latency.decode_ns / 1e9) if latency.decode_ns else 0.0
+    # Decoding begins with the first token of each sample.
+    decoded = usage.completion_tokens - len(finished.samples)
+    rate = decoded / (latency.decode_ns / 1e9) if latency.decode_ns else 0.0
     facts = [f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached)"]
     facts.append(f"output {usage.completion_tokens} tokens")
     facts.append(f"first token after {latency.ttft_ns / 1e6:.1f} ms")

@@ -45,7 +45,7 @@ class StageReport:
             self._status.update(self._text(f"{self._detail}, {detail}"))
         elif time.monotonic() >= self._next_line:
             self._next_line += _PLAIN_INTERVAL
-            self._print(f"{self._detail}, {detail} so far")
+            self._print(f"{self._detail}, {detail}")
 
     def done(self, detail: str) -> None:
         """It is done."""

@@ -26,6 +26,7 @@ from clients.launcher import (
     UpOptions,
     bring_down,
     bring_up,
+    check_not_running,
     read_status,
 )
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
@@ -100,6 +101,7 @@ def up(
 ) -> None:
     """Start everything."""
     context = CliContext.of(ctx)
+    check_not_running(context.instance)
     name, path = _fetch_model(context, model)
     options = UpOptions(
         model=name,
@@ -209,8 +211,7 @@ def _answer(context: CliContext, state: State, prompt: str, max_tokens: int) -> 
         context.err.print(Text(f"> {prompt}", style="bold"), soft_wrap=True)
         generation = Generation()
         run_streaming(client, request, generation, is_streamed=True, timeout=None)
-        finished = generation.finished
-        print_breakdown(context.err, finished.latency, finished.usage, generation.measured_ns)
+        print_breakdown(context.err, generation.finished, generation.measured_ns)
 
 
 def _fetch_model(context: CliContext, name_or_path: str) -> tuple[str, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -160,8 +161,10 @@ def service_command(
 
 
 def service_environment(options: UpOptions, kind: str, redis_url: str) -> dict[str, str]:
-    """The environment of one service. The Redis URL travels here: it may hold a password, and commands are public."""
+    """The environment of one service. Secrets travel here: commands can be read by every user of the machine."""
     environment = dict(options.environment)
+    if kind == TOKENIZER:  # nobody outside this instance can tell from timings what others have asked
+        environment.setdefault("SCALELLM_TOKENIZER_SALT_SECRET", secrets.token_hex(32))
     if kind in (SCHEDULER, TOKENIZER):
         environment[f"SCALELLM_{kind.upper()}_REDIS_URL"] = redis_url
     return environment

@@ -131,3 +131,12 @@ def last_error(log: str) -> str:
         if " ERROR " in line or " CRITICAL " in line:
             return line
     return ""
+
+
+def last_message(log: str) -> str:
+    """What a service last said it was doing, without time and place; empty when it has said nothing."""
+    for line in reversed(last_lines(log)):
+        head, separator, message = line.partition(": ")
+        if separator and " INFO " in head:
+            return message
+    return ""

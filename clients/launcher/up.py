@@ -14,7 +14,7 @@ from clients.launcher.errors import LauncherError
 from clients.launcher.health import SERVING, Probe, local_address
 from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
 from clients.launcher.plan import UpOptions, check_ports, listeners, service_command, service_environment
-from clients.launcher.processes import find, last_error, last_lines, session_of, spawn, terminate
+from clients.launcher.processes import find, last_error, last_lines, last_message, spawn, terminate
 from clients.launcher.redis_server import (
     check_redis,
     choose_socket,
@@ -51,7 +51,8 @@ def bring_up(instance: Instance, options: UpOptions, report: Report) -> State:
     exception, nothing of it is left but the logs.
     """
     with instance.locked():
-        _refuse_second_start(instance)
+        check_not_running(instance)
+        _clear_crashed(instance)
         launch = _Launch(instance, options, report)
         try:
             launch.start_all()
@@ -61,8 +62,8 @@ def bring_up(instance: Instance, options: UpOptions, report: Report) -> State:
         return launch.state
 
 
-def _refuse_second_start(instance: Instance) -> None:
-    """LauncherError when something of the instance runs; else clear what a crash of all of it has left."""
+def check_not_running(instance: Instance) -> None:
+    """Raise LauncherError when any service of the instance runs."""
     state = instance.load()
     if state is None:
         return
@@ -77,10 +78,15 @@ def _refuse_second_start(instance: Instance) -> None:
             f"partly running: {', '.join(running)} runs, {', '.join(crashed) or 'the rest'} does not; "
             "clear it with: scalellm down"
         )
-    for service in state.services:
-        for process in session_of(service):
-            process.kill()
-    instance.remove(keep_logs=True)
+
+
+def _clear_crashed(instance: Instance) -> None:
+    """Remove what an instance has left whose services have all crashed."""
+    state = instance.load()
+    if state is not None:
+        terminate(state.services, 0)
+        remove_scratch(state.scratch)
+        instance.remove(keep_logs=True)
 
 
 class _Launch:
@@ -169,7 +175,8 @@ class _Launch:
             if time.monotonic() - started > limit:
                 log = self._service(name).log
                 raise LauncherError(f"{name} is not healthy after {limit:.0f} s; its log: {log}{_quoted(log)}")
-            self._report.waiting(_seconds(started))
+            said = last_message(self._service(name).log)
+            self._report.waiting(f"{_seconds(started)}, {said}" if said else _seconds(started))
             time.sleep(_POLL)
 
     def _spawn(self, name: str, kind: str, command: Sequence[str], environment: dict[str, str]) -> None:

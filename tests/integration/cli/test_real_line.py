@@ -1,0 +1,143 @@
+"""The command line, the Python client and the Node.js client on the whole line with a real model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from clients.client import Client
+from clients.launcher import Instance, read_status
+from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
+
+PARTS = ("session", "tokenize", "admission", "queue", "prefill", "decode", "failover", "detokenize", "network")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A running line and how to use it."""
+
+    home: Path
+    address: str
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return start_cli(self.home, *arguments)
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+
+def start_cli(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "SCALELLM_HOME": str(home), "SCALELLM_ADDRESS": "", "REDIS_URL": ""}
+    command = [sys.executable, "-m", "clients.cli.main", *arguments]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=environment, **pipes)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[[str], Path]) -> Iterator[Line]:
+    home = tmp_path_factory.mktemp("home")
+    model = model_dir("smollm2-135m-instruct")
+    process = start_cli(home, "up", "--port", "0", "--model", str(model))
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    line = Line(home, out.split()[-1])
+    pids = [service.pid for service in read_status(Instance(home)).services]
+    try:
+        yield line
+    finally:
+        code, out, err = line.run("down")
+    assert (code, out) == (0, "stopped\n"), err
+    assert not [pid for pid in pids if is_running(pid)]
+    assert list((home / "run").iterdir()) == []
+
+
+def test_status_is_healthy(line: Line) -> None:
+    code, out, err = line.run("status", "--json")
+    assert code == 0, err
+    status = json.loads(out)
+    assert status["address"] == line.address
+    assert [service["kind"] for service in status["services"]] == ["redis", "executor", "scheduler", "tokenizer"]
+    assert {service["health"] for service in status["services"]} == {"serving"}
+
+
+def test_generate_reports_a_breakdown_that_adds_up(line: Line) -> None:
+    code, out, err = line.run(
+        "generate", "The capital of France is", "--temperature", "0", "--max-tokens", "6", "--json"
+    )
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["samples"][0]["text"].startswith(" Paris")
+    assert document["usage"]["completion_tokens"] == 6
+    latency = document["latency"]
+    assert sum(latency[f"{part}_ns"] for part in PARTS) == latency["total_ns"]
+    assert latency["total_ns"] <= latency["client_total_ns"]
+
+
+def test_node_streams_the_same_completion(line: Line, node: Callable[..., subprocess.Popen[str]]) -> None:
+    process = node("generate.mjs", "The capital of France is", line.address, "6")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    _, same, _ = line.run("generate", "The capital of France is", "--temperature", "0", "--max-tokens", "6")
+    assert out == same
+    assert err.startswith("LENGTH: 5 + 6 tokens")
+
+
+def test_python_client_session(line: Line) -> None:
+    with Client(line.address) as client:
+        for text in ("My name is Ada.", "What is my name?"):
+            request = GenerateRequest(chat=Chat(messages=[ChatMessage(role="user", content=text)]), session_id="s1")
+            request.sampling.max_tokens = 4
+            request.sampling.temperature = 0
+            with client.generate(request, timeout=60) as stream:
+                last = list(stream)[-1].finished
+        assert last.usage.cached_tokens > 0
+        assert [message.role for message in client.get_session("s1").messages][-4:] == ["user", "assistant"] * 2
+        assert [session.session_id for session in client.list_sessions()] == ["s1"]
+        client.fork_session("s1", "s2", num_turns=1)
+        assert client.get_session("s2").num_turns == 1
+        client.delete_session("s1")
+        client.delete_session("s2")
+        assert list(client.list_sessions()) == []
+
+
+def test_interrupt_frees_the_executor(line: Line) -> None:
+    process = line.start("generate", "Once upon a time", "--ignore-eos", "--max-tokens", "4000")
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    deadline = time.monotonic() + 20
+    while any(service.load.get("running") for service in read_status(Instance(line.home)).services):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_bad_input_names_the_field_and_the_limit(line: Line) -> None:
+    code, _, err = line.run("generate", "x", "--top-p", "7")
+    assert code == 2
+    assert "top_p" in err
+    assert "(0, 1]" in err
+
+
+def test_second_up_is_refused(line: Line) -> None:
+    code, _, err = line.run("up", "--port", "0")
+    assert code == 1
+    assert err.startswith(f"error: already running at {line.address} ")
