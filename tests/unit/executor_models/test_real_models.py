@@ -1,5 +1,6 @@
 """Published GGUF models against transformers' own loading of the same file."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class VocabularySkippingReader(gguf.GGUFReader):  # type: ignore[misc]
 def oracle(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], Any]:
     def load(path: Path, vocab_size: int) -> Any:
         monkeypatch.setattr(gguf, "GGUFReader", VocabularySkippingReader)
+        # transformers builds this table anew for each of its 400 modules.
+        monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
         settings = load_gguf_checkpoint(str(path))["config"]
         config = AutoConfig.for_model(**{**settings, "vocab_size": vocab_size})
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
