@@ -4,7 +4,7 @@ Which form of an op runs is decided here and nowhere else; today every op has on
 
 Every op writes into `out` when it is given and returns it, and allocates the result otherwise. Ops whose names end in
 an underscore change their first argument. A cache is `[num_blocks, page_size, Hkv, D]`, K and V apart, page_size 16, 32
-or 64; a slot is `block_id * page_size + offset`.
+or 64; a slot is `block_id * page_size + offset`. A batch may be empty.
 """
 
 from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul

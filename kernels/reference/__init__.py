@@ -1,1 +1,1 @@
-"""Pure torch forms of the public ops: what runs on a CPU, and the oracle that device kernels are compared with."""
+"""Pure torch forms of the public ops, for tensors on the CPU: the CPU path, and the oracle of device kernels."""

@@ -44,20 +44,26 @@ def apply_logits_processors_(
             (CTRL, Keskar et al. 2019).
         frequency_penalty: [S] f32, 0 is off: times the count in the output, subtracted.
         presence_penalty: [S] f32, 0 is off: subtracted once from tokens in the output.
+
+    Raises:
+        ValueError: a flat list is incomplete.
     """
-    if bias_rows is not None and bias_token_ids is not None and bias_values is not None:
-        logits[bias_rows, bias_token_ids] += bias_values
-    if seen_rows is not None and seen_token_ids is not None:
-        seen = logits[seen_rows, seen_token_ids]
+    bias = _entries("bias_rows, bias_token_ids, bias_values", bias_rows, bias_token_ids, bias_values)
+    if bias is not None:
+        rows, ids, values = bias
+        logits[rows, ids] += values
+    seen = _entries("seen_rows, seen_token_ids, seen_output_counts", seen_rows, seen_token_ids, seen_output_counts)
+    if seen is not None:
+        rows, ids, counts = seen
+        values = logits[rows, ids]
         if repetition_penalty is not None:
-            factor = repetition_penalty[seen_rows]
-            seen = torch.where(seen > 0, seen / factor, seen * factor)
-        if seen_output_counts is not None:
-            if frequency_penalty is not None:
-                seen -= frequency_penalty[seen_rows] * seen_output_counts
-            if presence_penalty is not None:
-                seen -= presence_penalty[seen_rows] * (seen_output_counts > 0)
-        logits[seen_rows, seen_token_ids] = seen
+            factor = repetition_penalty[rows]
+            values = torch.where(values > 0, values / factor, values * factor)
+        if frequency_penalty is not None:
+            values -= frequency_penalty[rows] * counts
+        if presence_penalty is not None:
+            values -= presence_penalty[rows] * (counts > 0)
+        logits[rows, ids] = values
     if bitmask is not None:
         bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
         banned = ((bitmask.unsqueeze(-1) >> bits) & 1).flatten(1)[:, : logits.shape[1]] == 0
@@ -68,3 +74,11 @@ def apply_logits_processors_(
     if temperature is not None:
         logits.div_(torch.where(temperature == 0, 1.0, temperature).unsqueeze(1))
     return logits
+
+
+def _entries(names: str, *parts: Tensor | None) -> tuple[Tensor, ...] | None:
+    """Return the columns of a flat list, or None when it was not given at all."""
+    given = tuple(part for part in parts if part is not None)
+    if given and len(given) < len(parts):
+        raise ValueError(f"{names}: give all of them or none")
+    return given or None

@@ -43,7 +43,7 @@ def qk_norm_rope_and_cache(
         out_q: [T, Hq, D], receives q.
     """
     kv_heads, head_dim = k_cache.shape[-2:]
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_dim, head_dim)
     q_heads = heads.shape[1] - 2 * kv_heads
     q, k, v = heads[:, :q_heads], heads[:, q_heads:-kv_heads], heads[:, -kv_heads:]
     if q_norm is None and k_norm is None:

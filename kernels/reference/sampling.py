@@ -116,9 +116,7 @@ class _Draw(NamedTuple):
         if min_p > 0:
             floor = max(floor, math.log(min_p))
         if 0 < k < self.logits.shape[0]:
-            kth = search.kth_largest(self.logits, self.maxima, k)
-            ids, values = search.at_least(self.logits, self.maxima, kth)
-            ids, values = _keep(values >= kth, ids, values)
+            ids, values = search.top_with_ties(self.logits, self.maxima, k)
             scaled = self._scale(values)
             if p < 1:
                 floor = max(floor, _nucleus(scaled, float(scaled.double().exp().sum()), p))
@@ -126,7 +124,7 @@ class _Draw(NamedTuple):
             total = 1.0 / float(self._scale(self.logits).softmax(-1).amax())
             for depth in _NUCLEUS_DEPTHS:
                 ids, scaled = self._within(depth)
-                ids, scaled = _keep(scaled >= -depth, ids, scaled)
+                ids, scaled = search.keep(scaled >= -depth, ids, scaled)
                 bound = _nucleus(scaled, total, p)
                 if bound > -math.inf:
                     break
@@ -135,7 +133,7 @@ class _Draw(NamedTuple):
             ids, scaled = self._within(-floor)
             if min_p <= 0:
                 return ids, scaled
-        return _keep(scaled >= min(floor, 0.0), ids, scaled)
+        return search.keep(scaled >= min(floor, 0.0), ids, scaled)
 
     def _scale(self, values: Tensor) -> Tensor:
         return (values - self.largest).div_(self.temperature)
@@ -165,13 +163,8 @@ def _best(ids: Tensor, scaled: Tensor, key: int, best_noise: float) -> int:
     bits = noise_bits(key, ids)
     near = (scaled >= best_noise - _HIGH_NOISE - _SLACK) | (bits >= _HIGH_NOISE_BITS)
     at = near.nonzero().flatten()
-    scores = scaled[at].double() + gumbel(bits[at])
+    scores = scaled.index_select(0, at).double() + gumbel(bits.index_select(0, at))
     return int(ids[at[scores.argmax()]])
-
-
-def _keep(which: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    at = which.nonzero().flatten()
-    return ids[at], values[at]
 
 
 def _log_normaliser(logits: Tensor) -> Tensor:

@@ -10,9 +10,12 @@ from kernels import (
     copy_blocks_,
     fused_add_rms_norm,
     gelu_tanh_and_mul,
+    paged_attention_decode,
     qk_norm_rope_and_cache,
+    sample,
     silu_and_mul,
     swap_blocks,
+    unified_attention,
 )
 
 E4M3 = torch.float8_e4m3fn
@@ -134,6 +137,22 @@ def test_rope_writes_a_clamped_e4m3_cache():
         expected = (plain.flatten(0, 1)[slots] / scale).clamp(-448, 448).to(E4M3).float()
         assert torch.equal(got, expected)
         assert got.isfinite().all()
+
+
+def test_empty_batches():
+    cache, none = torch.zeros(2, 16, 2, 8), torch.zeros(0, dtype=torch.int64)
+    q = qk_norm_rope_and_cache(torch.zeros(0, 64), none, torch.zeros(4, 8), none, cache, cache)
+    assert q.shape == (0, 4, 8)
+    table, lens = torch.zeros(0, 3, dtype=torch.int32), none.int()
+    cu = torch.zeros(1, dtype=torch.int32)
+    assert unified_attention(q, cache, cache, cu, lens, table, max_seqlen_q=0, scale=1.0).shape == (0, 4, 8)
+    assert paged_attention_decode(q, cache, cache, table, lens, scale=1.0).shape == (0, 4, 8)
+    assert fused_add_rms_norm(torch.zeros(0, 8), torch.zeros(0, 8), torch.ones(8), 1e-6).shape == (0, 8)
+    assert silu_and_mul(torch.zeros(0, 8)).shape == (0, 4)
+    column = torch.zeros(0)
+    out = sample(torch.zeros(0, 300), column, none, column, column, none, none, num_logprobs=2)
+    assert out.token_ids.shape == (0,)
+    assert out.top_ids.shape == (0, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, E4M3])

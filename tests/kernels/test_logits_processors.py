@@ -113,3 +113,10 @@ def test_temperature_leaves_greedy_rows():
     expected = logits / torch.tensor([[1.0], [0.5], [2.0]])
     apply_logits_processors_(logits, temperature=torch.tensor([0.0, 0.5, 2.0]))
     torch.testing.assert_close(logits, expected)
+
+
+def test_an_incomplete_list_is_refused():
+    entries = seen({1: 1}, {}, {})
+    del entries["seen_output_counts"]
+    with pytest.raises(ValueError, match="seen_rows, seen_token_ids, seen_output_counts: give all of them or none"):
+        apply_logits_processors_(logits_of(), **entries, presence_penalty=torch.ones(3))
