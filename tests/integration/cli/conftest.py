@@ -18,6 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from clients.cli import main
 from clients.launcher import Instance, UpOptions, bring_down
 from scalellm.v1 import (
     common_pb2,
@@ -142,6 +143,19 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         return subprocess.Popen(command, text=True, env=environment, **{**pipes, **options})
 
     return start
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process: for what does not depend on pipes, terminals or signals."""
+
+    def invoke(*arguments: str, address: str = "", **variables: str) -> tuple[int, str, str]:
+        environment = {**os.environ, "SCALELLM_HOME": str(tmp_path), "SCALELLM_ADDRESS": address, "REDIS_URL": ""}
+        code = main.run(arguments, {**environment, **variables})
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return invoke
 
 
 @pytest.fixture

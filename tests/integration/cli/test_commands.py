@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 StartCli = Callable[..., subprocess.Popen[str]]
+RunCli = Callable[..., tuple[int, str, str]]
 ESCAPE = "\x1b"
 
 
@@ -31,14 +32,14 @@ def test_prompt_from_standard_input(cli: StartCli, fake_server: Any) -> None:
     assert fake_server.requests[0].prompt == "from a pipe"
 
 
-def test_every_option_reaches_the_server(cli: StartCli, fake_server: Any) -> None:
+def test_every_option_reaches_the_server(run_cli: RunCli, fake_server: Any) -> None:
     options = (
         "--max-tokens 5 --min-tokens 2 --temperature 0 --top-k 3 --top-p 0.5 --min-p 0.25 --presence-penalty -1 "
         "--frequency-penalty 1 --repetition-penalty 1.5 --logit-bias 4=-2.5 --logit-bias 5=1 --seed 9 --n 2 --stop a "
         "--stop \\n --include-stop --stop-token-id 6 --ignore-eos --logprobs 0 --prompt-logprobs 1 --priority -3 "
         "--request-id me --json"
     )
-    code, out, err = finish(cli("generate", "hi there", *options.split(), address=fake_server.address))
+    code, out, err = run_cli("generate", "hi there", *options.split(), address=fake_server.address)
     assert code == 0, err
     (request,) = fake_server.requests
     sampling = request.sampling
@@ -59,13 +60,13 @@ def test_every_option_reaches_the_server(cli: StartCli, fake_server: Any) -> Non
     assert document["latency"]["total_ns"] == 5_000_000
 
 
-def test_options_left_out_stay_unset(cli: StartCli, fake_server: Any) -> None:
-    finish(cli("generate", "hi", address=fake_server.address))
+def test_options_left_out_stay_unset(run_cli: RunCli, fake_server: Any) -> None:
+    run_cli("generate", "hi", address=fake_server.address)
     assert fake_server.requests[0].sampling.ListFields() == []
 
 
-def test_show_latency_adds_up(cli: StartCli, fake_server: Any) -> None:
-    code, out, err = finish(cli("generate", "a", "--show-latency", address=fake_server.address))
+def test_show_latency_adds_up(run_cli: RunCli, fake_server: Any) -> None:
+    code, out, err = run_cli("generate", "a", "--show-latency", address=fake_server.address)
     assert (code, out) == (0, "a \n")
     rows = [line.split() for line in err.splitlines()]
     values = {row[0]: float(row[1]) for row in rows if len(row) > 2 and re.fullmatch(r"\d+\.\d\d", row[1])}
@@ -86,40 +87,38 @@ def test_show_latency_adds_up(cli: StartCli, fake_server: Any) -> None:
         ("", "", 2, "the prompt is empty"),
     ],
 )
-def test_failures(cli: StartCli, fake_server: Any, prompt: str, options: str, code: int, message: str) -> None:
-    status, out, err = finish(cli("generate", prompt, *options.split(), address=fake_server.address))
+def test_failures(run_cli: RunCli, fake_server: Any, prompt: str, options: str, code: int, message: str) -> None:
+    status, out, err = run_cli("generate", prompt, *options.split(), address=fake_server.address)
     assert (status, out) == (code, "")
     assert message in err
     assert err.count("\n") == 1
 
 
-def test_no_server(cli: StartCli) -> None:
+def test_no_server(run_cli: RunCli) -> None:
     for command in (("generate", "x"), ("chat",), ("tokenize", "x")):
-        code, out, err = finish(cli(*command, address="127.0.0.1:1"))
+        code, out, err = run_cli(*command, address="127.0.0.1:1")
         assert (code, out) == (3, "")
         assert err == "error: no ScaleLLM server answers at 127.0.0.1:1; start it with: scalellm up\n"
 
 
-def test_nothing_started(cli: StartCli, tmp_path: Path) -> None:
-    code, _, err = finish(cli("status"))
+def test_nothing_started(run_cli: RunCli, tmp_path: Path) -> None:
+    code, _, err = run_cli("status")
     assert (code, err) == (3, "error: not running (instance 'default'); start it with: scalellm up\n")
-    assert finish(cli("down")) == (0, "", "not running (instance 'default'): nothing to stop\n")
+    assert run_cli("down") == (0, "", "not running (instance 'default'): nothing to stop\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_model(cli: StartCli) -> None:
-    code, _, err = finish(cli("up", "--model", "no-such-model"))
+def test_unknown_model(run_cli: RunCli) -> None:
+    code, _, err = run_cli("up", "--model", "no-such-model")
     assert code == 1
     assert err.startswith("error: no model 'no-such-model': it is neither a known name (")
     assert err.count("\n") == 1
 
 
-def test_redis_that_does_not_answer(cli: StartCli, tmp_path: Path) -> None:
+def test_redis_that_does_not_answer(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "weights.gguf").touch()
-    process = cli(
-        "up", "--port", "0", "--model", str(tmp_path / "weights.gguf"), env={"REDIS_URL": "redis://127.0.0.1:1"}
-    )
-    code, _, err = finish(process)
+    model = str(tmp_path / "weights.gguf")
+    code, _, err = run_cli("up", "--port", "0", "--model", model, REDIS_URL="redis://127.0.0.1:1")
     assert code == 1
     assert "error: Redis does not answer at redis://127.0.0.1:1: " in err
     assert "unset REDIS_URL to use an embedded one" in err
@@ -242,9 +241,9 @@ def test_interrupt_in_chat_stops_the_answer_and_stays(cli: StartCli, fake_server
     assert process.wait(30) == 0
 
 
-def test_tokenize(cli: StartCli, fake_server: Any) -> None:
+def test_tokenize(run_cli: RunCli, fake_server: Any) -> None:
     def run(*arguments: str) -> str:
-        code, out, err = finish(cli("tokenize", *arguments, address=fake_server.address))
+        code, out, err = run_cli("tokenize", *arguments, address=fake_server.address)
         assert (code, err) == (0, "")
         return out
 
@@ -254,12 +253,12 @@ def test_tokenize(cli: StartCli, fake_server: Any) -> None:
     assert run("97, 98", "--decode") == "ab\n"
 
 
-def test_models_list_in_a_pipe_is_one_line_per_model(cli: StartCli) -> None:
-    code, out, _ = finish(cli("models", "list"))
+def test_models_list_in_a_pipe_is_one_line_per_model(run_cli: RunCli) -> None:
+    code, out, _ = run_cli("models", "list")
     assert code == 0
     lines = out.splitlines()
     assert [line.split()[0] for line in lines] == ["name", "gemma3-270m", "smollm2-135m-instruct"]
-    code, out, _ = finish(cli("models", "list", "--json"))
+    code, out, _ = run_cli("models", "list", "--json")
     assert {model["name"]: model["path"] for model in json.loads(out)} == {
         "gemma3-270m": None,
         "smollm2-135m-instruct": None,
