@@ -110,10 +110,14 @@ class GgufMetadata(Mapping[str, Any]):
         position += 12
         if item not in (_STRING, _ARRAY):
             return list(struct.unpack_from(f"<{length}{self._format(item)}", self._data, position))
-        values = []
+        values: list[Any] = []
         for _ in range(length):
-            values.append(self._decode(item, position))
-            position = self._end(item, position)
+            end = self._end(item, position)
+            if item == _STRING:
+                values.append(self._data[position + 8 : end].decode("utf-8"))
+            else:
+                values.append(self._decode(item, position))
+            position = end
         return values
 
     @staticmethod

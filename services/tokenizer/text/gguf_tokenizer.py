@@ -99,21 +99,21 @@ def _implied_merges(tokens: Sequence[str], scores: Sequence[float], types: Seque
     tokens have a meaningful score: writers fill in a constant for the others, which rank with the normal token that
     follows them.
     """
-    ids = {token: token_id for token_id, token in enumerate(tokens)}
-    ranked: list[tuple[float, int, int, int, int]] = []
+    ranks = [0.0] * len(tokens)
     rank = -min(scores, default=0.0)
     for token_id in reversed(range(len(tokens))):
         if types[token_id] == _NORMAL:
             rank = -scores[token_id]
+        ranks[token_id] = rank
+    vocabulary = set(tokens)
+    merges: list[tuple[str, str]] = []
+    for token_id in sorted(range(len(tokens)), key=ranks.__getitem__):
         token = tokens[token_id]
-        for cut in range(1, len(token)):
-            left = ids.get(token[:cut])
-            if left is not None:
-                right = ids.get(token[cut:])
-                if right is not None:
-                    ranked.append((rank, token_id, -cut, left, right))
-    ranked.sort()
-    return [(tokens[left], tokens[right]) for _, _, _, left, right in ranked]
+        for cut in range(len(token) - 1, 0, -1):
+            left = token[:cut]
+            if left in vocabulary and (right := token[cut:]) in vocabulary:
+                merges.append((left, right))
+    return merges
 
 
 def _visible_spaces(tokens: Sequence[str]) -> list[str]:

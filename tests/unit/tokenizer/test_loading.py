@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import GemmaTokenizerFast, GPT2TokenizerFast, LlamaTokenizerFast, Qwen2TokenizerFast
@@ -62,6 +62,8 @@ TEXTS = st.one_of(st.text(max_size=30), st.text(st.sampled_from("ab 12\n\t'é数
 @FIXTURES_ARE_CONSTANT
 @given(text=st.one_of(st.sampled_from(SAMPLES), TEXTS))
 def test_gemma3_encodes_like_transformers(text: str, gemma3: ModelTokenizer, gemma3_oracle: Any) -> None:
+    # Gemma's own tokenizer.json has "▁▁" and longer as added tokens, as here; `transformers` leaves these out.
+    assume("▁▁" not in text)
     assert gemma3.tokenizer.encode(text).ids == gemma3_oracle(text)["input_ids"]
 
 
