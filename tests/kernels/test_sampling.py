@@ -111,7 +111,7 @@ def test_unfiltered_draws_are_those_of_the_definition():
     assert got == [naive_sample(row, 1.0, 0, 1.0, 0.0, i, 0) for i, row in enumerate(logits)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     # Few distinct values: ties everywhere, also at every threshold.
     values=st.lists(st.sampled_from([-torch.inf, -1.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=12),
@@ -139,7 +139,7 @@ def chi_square_bound(degrees: int) -> float:
 
 @pytest.mark.parametrize("what", ["seed", "position"])
 def test_draws_follow_the_softmax(what):
-    rows = 10_000
+    rows = 5_000
     logits = torch.tensor([2.0, 1.0, 1.0, 0.0, -0.5, -1.0, -2.0, 0.7])
     counter = torch.arange(rows)
     fixed = torch.zeros(rows, dtype=torch.int64)
