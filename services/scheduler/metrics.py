@@ -95,3 +95,5 @@ class SchedulerCollector(Collector):
         yield executors
         yield GaugeMetricFamily(f"{_PREFIX}_redis_up", "Whether Redis answers.", value=float(state.redis_ok))
         yield GaugeMetricFamily(f"{_PREFIX}_draining", "Whether nothing is admitted.", value=float(state.draining))
+        # A leak of requests would show here first.
+        yield GaugeMetricFamily(f"{_PREFIX}_asyncio_tasks", "Tasks of the event loop.", value=len(asyncio.all_tasks()))

@@ -69,6 +69,13 @@ class EdgeMetrics:
             registry=registry,
         )
 
+        self.tasks = Gauge(
+            "scalellm_tokenizer_asyncio_tasks",
+            "Tasks of the workers' event loops: a leak of requests would show here first.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+
 
 class WorkersCollector(Collector):
     """Adds up the workers' files, and closes the books of workers that crashed.

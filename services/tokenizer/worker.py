@@ -111,6 +111,7 @@ class Worker:
 
     def _is_ready(self, link: SchedulerLink) -> bool:
         self._metrics.link_up.set(link.welcome is not None)
+        self._metrics.tasks.set(len(asyncio.all_tasks()))
         return link.welcome is not None and not self._gate.is_closed
 
     async def _drain(self, service: GrpcService) -> None:

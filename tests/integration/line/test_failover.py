@@ -1,0 +1,81 @@
+"""An executor dies while it streams: the client sees a pause, not an error, and the very same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import grpc
+import pytest
+
+from line import Line, generate, start_line
+from prompts import PROMPTS
+from scalellm.v1 import common_pb2, generation_pb2
+from service_processes import Spawn
+
+NUM_REQUESTS = 8
+
+
+@pytest.fixture
+def line(spawn: Spawn, redis, model_dir) -> Line:
+    flags = ("--num-blocks", "256", "--max-model-len", "1024", "--num-threads", "1")
+    return start_line(spawn, redis, model_dir("smollm2-135m-instruct"), executors=(flags, flags))
+
+
+def request(number: int) -> generation_pb2.GenerateRequest:
+    return generation_pb2.GenerateRequest(
+        prompt=PROMPTS[number],
+        sampling=common_pb2.SamplingParams(
+            max_tokens=24,
+            temperature=0 if number % 2 else 0.9,
+            seed=number + 1,
+            ignore_eos=True,
+            n=2 if number == 4 else 1,
+        ),
+        output=generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS,
+    )
+
+
+async def test_kill_9_of_an_executor_loses_and_repeats_nothing(line: Line) -> None:
+    async with line.channel() as channel:
+        undisturbed = [await generate(channel, request(number)) for number in range(NUM_REQUESTS)]
+        assert all(answer.code is grpc.StatusCode.OK for answer in undisturbed)
+
+        running = [asyncio.create_task(generate(channel, request(number))) for number in range(NUM_REQUESTS)]
+        async with asyncio.timeout(30):
+            while not all([(await line.executor_info(number)).load.running >= 2 for number in (0, 1)]):
+                await asyncio.sleep(0.05)
+        victim = line.executors[0]
+        family = [*[child.pid for child in victim.children()], victim.pid]
+        for pid in reversed(family):
+            os.kill(pid, signal.SIGKILL)
+        disturbed = await asyncio.gather(*running)
+
+    for before, after in zip(undisturbed, disturbed, strict=True):
+        assert after.code is grpc.StatusCode.OK, after.details
+        assert after.token_ids == before.token_ids
+        assert after.texts == before.texts
+    moved = [answer for answer in disturbed if answer.finished.latency.failover_ns > 0]
+    assert moved
+    assert any(answer.finished.usage.num_resumed > 0 for answer in moved)
+    state = await line.scheduler_state()
+    assert state.resubmitted == len(moved)
+    assert state.running == state.queued == 0
+    assert state.accepted == state.finished == 2 * NUM_REQUESTS
+    info = await line.executor_info(1)
+    assert info.load.free_blocks == info.load.total_blocks
+
+
+async def test_without_any_executor_requests_end_promptly(line: Line) -> None:
+    async with line.channel() as channel:
+        running = asyncio.create_task(generate(channel, request(1)))
+        async with asyncio.timeout(30):
+            while (await line.scheduler_state()).running == 0:
+                await asyncio.sleep(0.02)
+        for executor in line.executors:
+            executor.kill_tree()
+        answer = await asyncio.wait_for(running, 15)
+        assert answer.code is grpc.StatusCode.UNAVAILABLE
+        later = await asyncio.wait_for(generate(channel, request(2)), 15)
+        assert later.code is grpc.StatusCode.UNAVAILABLE

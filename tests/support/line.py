@@ -1,0 +1,134 @@
+"""The whole line as real processes, and clients that drive it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.request import urlopen
+
+import grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from scalellm.v1 import (
+    executor_pb2,
+    executor_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    scheduler_pb2,
+    scheduler_pb2_grpc,
+)
+from service_processes import RedisProcess, ServiceProcess, Spawn
+
+
+@dataclass
+class Line:
+    """Redis, executors, scheduler and tokenizer, all running."""
+
+    redis: RedisProcess
+    executors: list[ServiceProcess]
+    scheduler: ServiceProcess
+    tokenizer: ServiceProcess
+
+    @property
+    def address(self) -> str:
+        return self.tokenizer.address
+
+    def channel(self) -> grpc.aio.Channel:
+        # A connection of its own: with SO_REUSEPORT each connection may meet another worker.
+        return grpc.aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)])
+
+    async def scheduler_state(self) -> scheduler_pb2.GetStateResponse:
+        async with grpc.aio.insecure_channel(self.scheduler.address) as channel:
+            return await scheduler_pb2_grpc.SchedulerStub(channel).GetState(scheduler_pb2.GetStateRequest())
+
+    async def executor_info(self, number: int = 0) -> executor_pb2.GetExecutorInfoResponse:
+        async with grpc.aio.insecure_channel(self.executors[number].address) as channel:
+            return await executor_pb2_grpc.ExecutorStub(channel).GetInfo(executor_pb2.GetExecutorInfoRequest())
+
+
+def start_line(
+    spawn: Spawn,
+    redis: RedisProcess,
+    model: Path,
+    *,
+    executors: Sequence[Sequence[str]] = ((),),
+    scheduler: Sequence[str] = (),
+    tokenizer: Sequence[str] = (),
+) -> Line:
+    """Start everything; each of `executors` is one executor's extra flags."""
+    running = [
+        spawn("executor", "--model", str(model), "--metrics-port", "0", *flags, wait=False) for flags in executors
+    ]
+    for executor in running:
+        executor.wait_ready()
+    addresses = ",".join(executor.address for executor in running)
+    core = spawn("scheduler", "--executors", addresses, "--redis-url", redis.url, "--metrics-port", "0", *scheduler)
+    edge = spawn(
+        "tokenizer",
+        *("--scheduler", core.address, "--model", str(model), "--redis-url", redis.url, "--metrics-port", "0"),
+        *tokenizer,
+    )
+    return Line(redis, running, core, edge)
+
+
+@dataclass
+class Answer:
+    """What one Generate call gave."""
+
+    started: generation_pb2.Started | None = None
+    finished: generation_pb2.Finished | None = None
+    texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
+    token_ids: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    code: grpc.StatusCode | None = None
+    details: str = ""
+    trailers: dict[str, str | bytes] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return self.texts[0]
+
+
+async def generate(channel: grpc.aio.Channel, request: generation_pb2.GenerateRequest, **call_options) -> Answer:
+    """Run one request to its end, whatever the end is; checks the stream's shape on the way."""
+    call = generation_pb2_grpc.GenerationStub(channel).Generate(request, **call_options)
+    answer = Answer()
+    try:
+        async for response in call:
+            assert answer.finished is None, "something came after Finished"
+            match response.WhichOneof("event"):
+                case "started":
+                    assert answer.started is None
+                    answer.started = response.started
+                case "delta":
+                    delta = response.delta
+                    ids = answer.token_ids[delta.index]
+                    if delta.token_ids:
+                        assert delta.offset == len(ids), "a token is missing or came twice"
+                        assert delta.num_tokens == len(delta.token_ids)
+                    ids.extend(delta.token_ids)
+                    answer.texts[delta.index] += delta.text
+                case "finished":
+                    answer.finished = response.finished
+        answer.code = grpc.StatusCode.OK
+        assert answer.finished is not None, "OK without Finished"
+    except grpc.aio.AioRpcError as error:
+        answer.code, answer.details = error.code(), error.details() or ""
+        answer.trailers = dict(error.trailing_metadata() or ())
+        assert answer.finished is None, "Finished and a status other than OK"
+    else:
+        answer.trailers = dict(await call.trailing_metadata())
+    return answer
+
+
+def scrape(service: ServiceProcess) -> dict[str, float]:
+    """All samples of a service's metrics, by name with labels, such as `x_total{outcome="finished"}`."""
+    with urlopen(f"http://{service.metrics_address}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    samples: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
+            samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return samples
