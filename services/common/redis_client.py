@@ -23,6 +23,7 @@ def open_redis(url: str, *, timeout: float = 1.0) -> Redis:
         socket_timeout=timeout,
         socket_connect_timeout=timeout,
         retry=Retry(NoBackoff(), 1),
-        health_check_interval=15,
+        # Off: against a stalled server redis-py's health check reconnects, which checks the health again, without end.
+        health_check_interval=0,
         decode_responses=False,
     )
