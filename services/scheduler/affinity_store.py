@@ -23,7 +23,8 @@ class AffinityStore:
     """Session -> executor address. A hint: losing it costs a prefill.
 
     Writes gather in a buffer that one task empties with one pipeline per tick; while Redis is away they are dropped.
-    Reads happen only for sessions that this process has not seen, and wait a twentieth of a second at most.
+    Reads happen only for sessions that this process has not seen, many at once, and are waited for a twentieth of a
+    second at most.
 
     Args:
         url: Of Redis; None = in memory only.
@@ -39,7 +40,9 @@ class AffinityStore:
         self._max_pending = max_pending
         self._known: OrderedDict[str, str] = OrderedDict()
         self._pending: dict[str, str] = {}
-        self._wake = asyncio.Event()
+        self._wanted: dict[str, asyncio.Future[str | None]] = {}
+        self._write_due = asyncio.Event()
+        self._read_due = asyncio.Event()
         self.redis_ok = False
 
     def get(self, session_id: str) -> str | None:
@@ -57,26 +60,28 @@ class AffinityStore:
             self._known.popitem(last=False)
         if self.redis_ok and (len(self._pending) < self._max_pending or session_id in self._pending):
             self._pending[session_id] = address
-            self._wake.set()
+            self._write_due.set()
 
     async def look_up(self, session_id: str) -> str | None:
         """The executor as Redis knows it; None when it does not, or not in time."""
-        if self._redis is None:
-            return None
-        try:
-            async with asyncio.timeout(_LOOK_UP_LIMIT):
-                value = await self._redis.get(_key(session_id))
-        except _FAILURES as error:
-            _log.info("no affinity of session %s from Redis: %r", session_id, error)
-            return None
-        return value.decode(errors="replace") if isinstance(value, bytes) else value
+        future = self._wanted.get(session_id)
+        if future is None:
+            future = self._wanted[session_id] = asyncio.get_running_loop().create_future()
+            self._read_due.set()
+        # Waited for, not cancelled: the Redis client does not end promptly when it is cancelled.
+        await asyncio.wait((future,), timeout=_LOOK_UP_LIMIT)
+        if future.done():
+            return future.result()
+        if self._wanted.get(session_id) is future:
+            del self._wanted[session_id]
+        return None
 
     async def run(self) -> None:
         """Watch Redis and write to it until cancelled; then write what is left."""
         if self._redis is None:
             return
         try:
-            await asyncio.gather(self._watch(self._redis), self._write(self._redis))
+            await asyncio.gather(self._watch(self._redis), self._write(self._redis), self._read(self._redis))
         finally:
             if self.redis_ok:
                 await self._flush(self._redis)
@@ -94,10 +99,25 @@ class AffinityStore:
 
     async def _write(self, redis: Redis) -> None:
         while True:
-            await self._wake.wait()
+            await self._write_due.wait()
             await asyncio.sleep(_TICK)
-            self._wake.clear()
+            self._write_due.clear()
             await self._flush(redis)
+
+    async def _read(self, redis: Redis) -> None:
+        while True:
+            await self._read_due.wait()
+            self._read_due.clear()
+            wanted, self._wanted = self._wanted, {}
+            if not wanted:
+                continue
+            try:
+                values = await redis.mget([_key(session_id) for session_id in wanted])
+            except _FAILURES as error:
+                _log.info("no affinity from Redis: %r", error)
+                values = [None] * len(wanted)
+            for future, value in zip(wanted.values(), values, strict=True):
+                future.set_result(value.decode(errors="replace") if isinstance(value, bytes) else value)
 
     async def _flush(self, redis: Redis) -> None:
         pending, self._pending = self._pending, {}

@@ -92,7 +92,7 @@ class ExecutorDiscovery:
     async def _resolve(self, name: str) -> None:
         try:
             addresses = await _look_up(*split_address(name))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter: not a host name at all
             if name not in self.errors:
                 _log.warning("cannot look up executor %s: %s", name, error)
             self.errors[name] = f"cannot look up {name}: {error}"

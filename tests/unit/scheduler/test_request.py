@@ -1,0 +1,101 @@
+"""Request: the parts of its time add up, resubmissions carry exactly what the client has."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalellm.v1 import common_pb2, link_pb2
+from services.common.errors import StatusError
+from services.scheduler.request import Request, RequestState
+
+
+def make_request(now=0.0, **fields):
+    sampling = common_pb2.SamplingParams(n=fields.pop("n", 1))
+    submit = link_pb2.Submit(handle=7, token_ids=[1, 2, 3], sampling=sampling, **fields)
+    finishes = []
+    request = Request(SimpleNamespace(add_sample_finish=finishes.append, finishes=finishes), submit, 1, now)
+    request.check()
+    return request
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10), st.sampled_from(["lost", "sent back"])), max_size=5))
+def test_admission_failover_and_the_last_executor_are_the_whole_life(stints):
+    request = make_request()
+    now, lost_time, waits = 0.0, 0.0, 0.0
+    was_lost = False
+    for wait, run, how in stints:
+        now += wait
+        request.start(SimpleNamespace(), 1, now)
+        lost_time, waits = (lost_time + wait, waits) if was_lost else (lost_time, waits + wait)
+        now += run
+        was_lost = how == "lost"
+        request.requeue(lost=was_lost)
+        lost_time, waits = (lost_time + run, waits) if was_lost else (lost_time, waits + run)
+    now += 1.0
+    request.start(SimpleNamespace(), 1, now)
+    lost_time, waits = (lost_time + 1.0, waits) if was_lost else (lost_time, waits + 1.0)
+    now += 2.0
+    request.end(now)
+    timings = link_pb2.HopTimings()
+    request.add_timings(timings, now)
+    assert timings.admission_ns == pytest.approx(waits * 1e9, abs=1000)
+    assert timings.failover_ns == pytest.approx(lost_time * 1e9, abs=1000)
+    assert timings.scheduler_total_ns == pytest.approx(timings.admission_ns + timings.failover_ns + 2e9, abs=1000)
+
+
+def test_states():
+    request = make_request()
+    with pytest.raises(AssertionError):
+        request.requeue(lost=True)
+    request.start(SimpleNamespace(), 1, 1.0)
+    with pytest.raises(AssertionError):
+        request.start(SimpleNamespace(), 1, 1.0)
+    request.end(2.0)
+    assert request.state is RequestState.ENDED
+    with pytest.raises(AssertionError):
+        request.end(3.0)
+
+
+def test_a_submit_forwards_the_time_that_is_left():
+    request = make_request(now=100.0, time_remaining_ns=5_000_000_000)
+    assert request.deadline == 105.0
+    assert request.make_submit(3, 103.5).time_remaining_ns == 1_500_000_000
+    assert request.make_submit(4, 109.0).time_remaining_ns == 0
+    assert not make_request().make_submit(3, 5.0).HasField("time_remaining_ns")
+
+
+def test_a_resubmission_carries_each_sample():
+    request = make_request(n=3)
+    request.emitted[0] += [11, 12]
+    request.emitted[2] += [31]
+    request.ended_samples[2] = common_pb2.FINISH_REASON_LENGTH
+    submit = request.make_submit(9, 0.0)
+    assert submit.handle == 9
+    assert [(s.index, list(s.token_ids), s.finished) for s in submit.resumed] == [
+        (0, [11, 12], common_pb2.FINISH_REASON_UNSPECIFIED),
+        (2, [31], common_pb2.FINISH_REASON_LENGTH),
+    ]
+    assert request.num_resumed == 3
+    assert len(request.make_submit(10, 0.0).resumed) == 2
+
+
+def test_a_request_that_ran_before_goes_on():
+    request = make_request(n=2, resumed=[link_pb2.ResumedSample(index=1, token_ids=[5, 6])])
+    assert request.emitted == [[], [5, 6]]
+    with pytest.raises(StatusError, match=r"resumed\.index: 2 is not below sampling.n = 2"):
+        make_request(n=2, resumed=[link_pb2.ResumedSample(index=2)])
+
+
+def test_samples_that_were_to_stop_end_when_nobody_is_left_to_do_it():
+    request = make_request(n=2)
+    request.request_end(link_pb2.Abort(handle=7, index=1, reason=link_pb2.ABORT_REASON_STOP))
+    request.request_end(link_pb2.Abort(handle=7, index=9, reason=link_pb2.ABORT_REASON_STOP))
+    request.settle_stopping()
+    assert [(f.handle, f.index, f.reason) for f in request.link.finishes] == [(7, 1, common_pb2.FINISH_REASON_STOP)]
+    assert not request.all_samples_ended
+    request.request_end(link_pb2.Abort(handle=7, reason=link_pb2.ABORT_REASON_STOP))
+    request.settle_stopping()
+    assert request.all_samples_ended
+    assert len(request.link.finishes) == 2
