@@ -1,0 +1,213 @@
+"""Conversations kept in a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+import pytest
+from redis.asyncio import Redis
+
+from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2
+from scripted_scheduler import Script
+from service_processes import eventually
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SAVED = generation_pb2.SESSION_OUTCOME_SAVED
+
+
+@pytest.fixture
+def speak(client, scheduler, tokenizer):
+    """Let the model answer a turn of a session with a text."""
+
+    async def speak(session_id, question, answer, *, ends=True, **fields):
+        tokens = tokenizer.encode(answer).ids
+        if ends:
+            tokens.append(tokenizer.token_to_id("<|im_end|>"))
+        reason = common_pb2.FINISH_REASON_STOP if ends else common_pb2.FINISH_REASON_LENGTH
+        scheduler.play = lambda submit: Script(samples=[tokens], reason=reason, stop_token=ends, chunk=3)
+        return await client.generate(
+            generation_pb2.GenerateRequest(
+                chat=generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content=question)]),
+                session_id=session_id,
+                sampling=common_pb2.SamplingParams(max_tokens=100),
+                **fields,
+            )
+        )
+
+    return speak
+
+
+async def get(client, session_id):
+    return (await client.sessions.Get(sessions_pb2.GetSessionRequest(session_id=session_id))).session
+
+
+async def test_second_turn_continues_the_first(client, scheduler, speak, tokenizer):
+    # Tokens that encoding the text again would not give: only stored ids keep the executor's prefix.
+    odd = [token for char in "strawberry" for token in tokenizer.encode(char).ids]
+    assert tokenizer.encode("strawberry").ids != odd
+    end = tokenizer.token_to_id("<|im_end|>")
+    answer = [*odd, end]
+    scheduler.play = lambda submit: Script(samples=[answer], reason=common_pb2.FINISH_REASON_STOP, stop_token=True)
+    chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Name a fruit.")])
+    first = await client.generate(generation_pb2.GenerateRequest(chat=chat, session_id="two-turns"))
+    assert first.started.session_turns == 0
+    assert first.finished.session == SAVED
+    prompt = list(scheduler.submits[0].token_ids)
+    second = await speak("two-turns", "Another one?", "Plum.")
+    assert second.started.session_turns == 1
+    submit = scheduler.submits[1]
+    assert list(submit.token_ids[: len(prompt) + len(answer)]) == prompt + answer
+    assert submit.session_id == "two-turns"
+    assert tokenizer.decode(submit.token_ids, skip_special_tokens=False).endswith(
+        "strawberry<|im_end|>\n<|im_start|>user\nAnother one?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    session = await get(client, "two-turns")
+    assert [(message.role, message.content) for message in session.messages] == [
+        ("user", "Name a fruit."),
+        ("assistant", "strawberry"),
+        ("user", "Another one?"),
+        ("assistant", "Plum."),
+    ]
+    assert session.num_turns == 2
+    assert session.num_tokens == len(submit.token_ids) + len(tokenizer.encode("Plum.").ids) + 1
+    assert session.create_time.ToNanoseconds() <= session.update_time.ToNanoseconds()
+    assert 3500 < session.expire_time.ToSeconds() - time.time() <= 3601
+
+
+async def test_turn_cut_short_is_stored(client, scheduler, speak, tokenizer):
+    await speak("cut", "Tell me a story.", "Once upon a", ends=False)
+    submit = scheduler.submits[0]
+    await speak("cut", "Go on.", "time.")
+    stored = [*submit.token_ids, *tokenizer.encode("Once upon a").ids]
+    assert list(scheduler.submits[1].token_ids[: len(stored)]) == stored
+    assert (await get(client, "cut")).messages[1].content == "Once upon a"
+
+
+async def test_stop_string_ends_a_stored_turn(client, scheduler, speak):
+    answer = await speak("stopped", "Count.", "One two three four", stop=[" three"])
+    assert answer.finished.session == SAVED
+    assert (await get(client, "stopped")).messages[1].content == "One two"
+
+
+async def test_cancelled_turn_is_not_stored(client, scheduler, speak):
+    await speak("cancelled", "Hi", "Hello!")
+    scheduler.play = lambda submit: Script(hold_after=2)
+    call = client.generation.Generate(
+        generation_pb2.GenerateRequest(
+            chat=generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="More")]),
+            session_id="cancelled",
+        )
+    )
+    await call.read()
+    call.cancel()
+    await eventually(lambda: scheduler.num_running == 0)
+    assert (await get(client, "cancelled")).num_turns == 1
+
+
+@pytest.mark.parametrize("rival", ["turn", "delete"])
+async def test_conflicting_turn_is_not_stored(client, scheduler, speak, rival):
+    name = f"conflict-{rival}"
+    await speak(name, "Hi", "Hello!")
+    scheduler.play = lambda submit: Script(delay=0.05, samples=[[1001] * 8])
+    request = generation_pb2.GenerateRequest(
+        chat=generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Slow")]), session_id=name
+    )
+    slow = asyncio.create_task(client.generate(request))
+    await eventually(lambda: len(scheduler.submits) == 2)
+    if rival == "turn":
+        assert (await speak(name, "Fast", "Done.")).finished.session == SAVED
+    else:
+        await client.sessions.Delete(sessions_pb2.DeleteSessionRequest(session_id=name))
+    answer = await slow
+    assert answer.finished.session == generation_pb2.SESSION_OUTCOME_CONFLICT
+    assert len(answer.text()) > 0
+    if rival == "turn":
+        assert (await get(client, name)).messages[2].content == "Fast"
+    else:
+        with pytest.raises(grpc.aio.AioRpcError, match="there is no session"):
+            await get(client, name)
+
+
+async def test_fork_goes_on_separately(client, scheduler, speak):
+    for turn in range(3):
+        await speak("trunk", f"Question {turn}", f"Answer {turn}")
+    fork = sessions_pb2.ForkSessionRequest(session_id="trunk", new_session_id="branch", num_turns=2)
+    forked = (await client.sessions.Fork(fork)).session
+    assert [message.content for message in forked.messages] == ["Question 0", "Answer 0", "Question 1", "Answer 1"]
+    third_prompt = list(scheduler.submits[2].token_ids)
+    await speak("branch", "Question 2", "Another answer")
+    assert list(scheduler.submits[3].token_ids) == third_prompt
+    assert (await get(client, "trunk")).messages[-1].content == "Answer 2"
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await client.sessions.Fork(fork)
+    assert error.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    with pytest.raises(grpc.aio.AioRpcError, match=r"num_turns: must be in \[1, 3\]"):
+        await client.sessions.Fork(
+            sessions_pb2.ForkSessionRequest(session_id="trunk", new_session_id="other", num_turns=4)
+        )
+
+
+async def test_list_pages_through_all(client, speak):
+    names = {f"page-{number}" for number in range(7)}
+    for name in names:
+        await speak(name, "Hi", "Hello!")
+    seen, token, pages = [], "", 0
+    while pages == 0 or token:
+        page = await client.sessions.List(sessions_pb2.ListSessionsRequest(page_size=3, page_token=token))
+        assert len(page.sessions) <= 3
+        assert all(not session.messages for session in page.sessions)
+        seen += [session.session_id for session in page.sessions]
+        token, pages = page.next_page_token, pages + 1
+    assert names <= set(seen)
+    assert len(seen) == len(set(seen))
+
+
+async def test_every_key_expires(module_redis, client, speak):
+    await speak("expires", "Hi", "Hello!")
+    redis = Redis.from_url(module_redis.url)
+    try:
+        keys = [key async for key in redis.scan_iter("*")]
+        assert b"scalellm:session:expires" in keys
+        assert all([await redis.ttl(key) > 0 for key in keys])
+    finally:
+        await redis.aclose()
+
+
+async def test_stalled_redis_hurts_sessions_only(client, scheduler, speak, module_redis):
+    scheduler.play = lambda submit: Script()
+    plain = generation_pb2.GenerateRequest(prompt="Hi", sampling=common_pb2.SamplingParams(max_tokens=3))
+    await speak("stall", "Hi", "Hello!")
+    module_redis.pause()
+    try:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await speak("stall", "More", "No.")
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "the session store does not answer within 1 s" in error.value.details()
+        with pytest.raises(grpc.aio.AioRpcError, match="session store"):
+            await get(client, "stall")
+        scheduler.play = lambda submit: Script()
+        await client.generate(plain)
+    finally:
+        module_redis.resume()
+    assert (await speak("stall", "More", "Yes.")).finished.session == SAVED
+
+
+async def test_dead_redis_hurts_sessions_only(client, scheduler, speak, module_redis):
+    """Last: it takes this module's Redis down."""
+    chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Hi")])
+    scheduler.play = lambda submit: Script(samples=[[1001] * 5], delay=0.05)
+    running = asyncio.create_task(client.generate(generation_pb2.GenerateRequest(chat=chat, session_id="dying")))
+    await eventually(lambda: len(scheduler.submits) == 1)
+    module_redis.stop()
+    answer = await running
+    assert answer.finished.session == generation_pb2.SESSION_OUTCOME_UNAVAILABLE
+    assert answer.finished.usage.completion_tokens == 5
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await speak("dying", "More", "No.")
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "the session store cannot be reached" in error.value.details()
+    answer = await client.generate(generation_pb2.GenerateRequest(chat=chat, sampling={"max_tokens": 3}))
+    assert answer.finished.session == generation_pb2.SESSION_OUTCOME_UNSPECIFIED
