@@ -1,0 +1,184 @@
+"""Sessions in a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.errors import StatusError
+from services.common.redis_client import open_redis
+from services.tokenizer.session import Session, Turn, decode_session, encode_session, new_session
+from services.tokenizer.session_store import SaveOutcome, SessionStore
+from services.tokenizer.text.conversation import Continuation, Segment
+
+ids = st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple)
+texts = st.text(max_size=10)
+segments = st.lists(st.builds(Segment, texts, ids), max_size=4).map(tuple)
+
+
+def with_turn(session: Session, number: int) -> Session:
+    kept = session.segments
+    continuation = Continuation(kept, Segment(f"<q{number}>", (number, 10 * number)))
+    answer = Segment(f"<a{number}>", (number, 20 * number, 2))
+    return session.add_turn([("user", f"q{number}")], continuation, answer, f"a{number}")
+
+
+@pytest_asyncio.fixture
+async def store(redis_process):
+    store = SessionStore(open_redis(redis_process.url), ttl=100.0)
+    yield store
+    await store.close()
+
+
+@given(
+    session=st.builds(
+        Session,
+        st.lists(st.tuples(texts, texts), max_size=3).map(tuple),
+        segments,
+        st.lists(st.builds(Turn, st.integers(0, 9), st.integers(0, 9)), max_size=3).map(tuple),
+        st.floats(0, 2e9),
+        st.floats(0, 2e9),
+    )
+)
+def test_what_is_stored_is_what_was_said(session):
+    version, fields = encode_session(session)
+    stored = {
+        name.encode(): value if isinstance(value, bytes) else value.encode() for name, value in fields.items()
+    }
+    decoded = decode_session(stored)
+    assert decoded.version == version
+    assert (decoded.messages, decoded.segments, decoded.turns) == (session.messages, session.segments, session.turns)
+    assert (decoded.created, decoded.updated) == (session.created, session.updated)
+
+
+@pytest.mark.parametrize("damage", [b"token_ids", b"segments", b"version"])
+def test_what_is_no_session_is_told(damage):
+    _, fields = encode_session(with_turn(new_session(), 1))
+    stored = {name.encode(): b"\xff" for name in fields} | {damage: b"["}
+    with pytest.raises(ValueError, match="not a session"):
+        decode_session(stored)
+
+
+async def test_turns_are_kept(store):
+    assert await store.load("s") is None
+    first = with_turn(new_session(), 1)
+    assert await store.save("s", first) is SaveOutcome.SAVED
+    loaded = await store.load("s")
+    assert loaded is not None
+    assert loaded.segments == first.segments
+    assert await store.save("s", with_turn(loaded, 2)) is SaveOutcome.SAVED
+    found = await store.load_with_expiry("s")
+    assert found is not None
+    session, remaining = found
+    assert len(session.turns) == 2
+    assert session.num_tokens == 10
+    assert 90 < remaining <= 100
+
+
+async def test_only_one_of_two_turns_is_stored(store):
+    await store.save("s", with_turn(new_session(), 1))
+    loaded = await store.load("s")
+    outcomes = await asyncio.gather(*(store.save("s", with_turn(loaded, number)) for number in (2, 3)))
+    assert sorted(outcome.name for outcome in outcomes) == ["CONFLICT", "SAVED"]
+
+
+async def test_a_deleted_session_stays_deleted(store):
+    await store.save("s", with_turn(new_session(), 1))
+    old = await store.load("s")
+    assert await store.delete("s")
+    assert not await store.delete("s")
+    assert await store.save("s", with_turn(old, 2)) is SaveOutcome.CONFLICT
+    # Also when another session has begun under the same name, with as many turns.
+    await store.save("s", with_turn(new_session(), 7))
+    assert await store.save("s", with_turn(old, 2)) is SaveOutcome.CONFLICT
+    assert (await store.load("s")).messages[0] == ("user", "q7")
+
+
+async def test_two_first_turns_conflict(store):
+    assert await store.save("s", with_turn(new_session(), 1)) is SaveOutcome.SAVED
+    assert await store.save("s", with_turn(new_session(), 2)) is SaveOutcome.CONFLICT
+
+
+def test_first_turns():
+    session = new_session()
+    for number in (1, 2, 3):
+        session = with_turn(session, number)
+    part = session.first_turns(2)
+    assert part.messages == session.messages[:4]
+    assert part.segments == session.segments[:4]
+    assert part.turns == session.turns[:2]
+    assert part.version == ""
+
+
+def test_rewritten_past_costs_only_the_earlier_borders():
+    session = with_turn(with_turn(new_session(), 1), 2)
+    rewritten = session.add_turn(
+        [("user", "q3")],
+        Continuation(session.segments[:1], Segment("all the rest", (1, 2, 3))),
+        Segment("a3", (4,)),
+        "a3",
+    )
+    assert [turn.num_segments for turn in rewritten.turns] == [1, 1, 3]
+    assert rewritten.first_turns(2).segments == session.segments[:1]
+    assert rewritten.first_turns(2).messages == session.messages
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 100])
+async def test_pages_hold_every_session_once(store, redis_process, page_size):
+    other = open_redis(redis_process.url)
+    await asyncio.gather(*(other.set(f"scalellm:affinity:{number}", "x") for number in range(50)))
+    await asyncio.gather(*(store.save(f"s{number}", with_turn(new_session(), number)) for number in range(40)))
+    seen, token, pages = [], "", 0
+    while pages == 0 or token:
+        infos, token = await store.list(page_size, token)
+        assert len(infos) <= page_size
+        assert all((info.num_turns, info.num_tokens) == (1, 5) for info in infos)
+        seen += [info.session_id for info in infos]
+        pages += 1
+    assert sorted(seen) == sorted(f"s{number}" for number in range(40))
+    await other.aclose()
+
+
+@pytest.mark.parametrize("token", ["x", "####", "bnVsbA==", "WzEsIDJd", "Wy0xLCBbXV0=", "é"])
+async def test_made_up_page_tokens_are_refused(store, token):
+    with pytest.raises(StatusError, match="page_token: must be empty or the next_page_token"):
+        await store.list(10, token)
+
+
+async def test_something_else_under_the_key(store, redis_process):
+    other = open_redis(redis_process.url)
+    await other.hset("scalellm:session:odd", "version", "1")
+    await other.set("scalellm:session:wrong-type", "1")
+    with pytest.raises(StatusError, match="session 'odd' cannot be read; delete it"):
+        await store.load("odd")
+    with pytest.raises(StatusError, match="the session store cannot be reached"):
+        await store.load("wrong-type")
+    await other.aclose()
+
+
+async def test_a_stalled_redis_costs_a_bounded_wait(redis_process):
+    store = SessionStore(open_redis(redis_process.url), ttl=100.0, timeout=0.1)
+    await store.save("s", with_turn(new_session(), 1))
+    redis_process.pause()
+    try:
+        with pytest.raises(StatusError, match="does not answer within 0.1 s"):
+            await store.load("s")
+        assert await store.save("s", new_session()) is SaveOutcome.UNAVAILABLE
+    finally:
+        redis_process.resume()
+    assert (await store.load("s")).num_tokens == 5
+    await store.close()
+
+
+async def test_no_redis_at_all():
+    with pytest.raises(StatusError, match="sessions are off"):
+        await SessionStore(None, ttl=1.0).load("s")
+    unreachable = SessionStore(open_redis("unix:///nonexistent/socket"), ttl=1.0)
+    with pytest.raises(StatusError, match="the session store cannot be reached"):
+        await unreachable.load("s")
+    assert await unreachable.save("s", new_session()) is SaveOutcome.UNAVAILABLE
+    await unreachable.close()

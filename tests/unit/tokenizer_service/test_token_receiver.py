@@ -1,0 +1,118 @@
+"""An inbox: coalesces, trims replays, and is loud about gaps."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from scalellm.v1 import common_pb2, link_pb2
+from services.common.errors import StatusError
+from services.tokenizer.token_receiver import TokenReceiver
+
+
+async def error_of(receiver: TokenReceiver) -> StatusError:
+    with pytest.raises(StatusError) as error:
+        await receiver.wait()
+    return error.value
+
+
+def is_awake(receiver: TokenReceiver) -> bool:
+    task = receiver.wait()
+    try:
+        task.send(None)
+    except StopIteration:
+        return True
+    task.close()
+    return False
+
+
+async def test_what_waits_is_merged():
+    receiver = TokenReceiver(1, 2)
+    for offset in range(1000):
+        receiver.on_tokens(1, offset, [offset], now=offset + 1)
+    await receiver.wait()
+    (batch,) = receiver.take()
+    assert (batch.index, batch.token_ids) == (1, list(range(1000)))
+    assert (receiver.first_token_at, receiver.last_token_at) == (1, 1000)
+    assert receiver.take() == []
+    assert not is_awake(receiver)
+
+
+async def test_min_tokens_spares_wake_ups():
+    receiver = TokenReceiver(1, 1, min_tokens=3)
+    receiver.on_tokens(0, 0, [1], now=1)
+    assert is_awake(receiver)  # the first token is never held back
+    assert len(receiver.take()) == 1
+    receiver.on_tokens(0, 1, [2], now=1)
+    receiver.on_tokens(0, 2, [3], now=1)
+    assert not is_awake(receiver)
+    assert receiver.take() == []
+    receiver.on_tokens(0, 3, [4], now=1)
+    assert is_awake(receiver)
+    assert receiver.take()[0].token_ids == [2, 3, 4]
+    receiver.on_tokens(0, 4, [5], now=1)
+    receiver.on_sample_finish(link_pb2.LinkSampleFinish(handle=1, index=0, reason=common_pb2.FINISH_REASON_LENGTH))
+    assert is_awake(receiver)
+    assert receiver.take()[0].token_ids == [5]
+
+
+async def test_finish_releases_what_is_held():
+    receiver = TokenReceiver(1, 1, min_tokens=10)
+    receiver.on_tokens(0, 0, [1], now=1)
+    receiver.take()
+    receiver.on_tokens(0, 1, [2], now=1)
+    receiver.on_finish(link_pb2.Finish(handle=1))
+    assert receiver.take()[0].token_ids == [2]
+
+
+@pytest.mark.parametrize(("offset", "tokens", "expected"), [(0, [1, 2], []), (1, [2, 3], [3]), (2, [3, 4], [3, 4])])
+async def test_replays_are_trimmed(offset, tokens, expected):
+    receiver = TokenReceiver(1, 1)
+    receiver.on_tokens(0, 0, [1, 2], now=1)
+    receiver.take()
+    receiver.on_tokens(0, offset, tokens, now=2)
+    assert [token for batch in receiver.take() for token in batch.token_ids] == expected
+
+
+async def test_a_gap_is_loud():
+    receiver = TokenReceiver(1, 1)
+    receiver.on_tokens(0, 0, [1], now=1)
+    receiver.on_tokens(0, 3, [4], now=1)
+    error = await error_of(receiver)
+    assert error.code is grpc.StatusCode.INTERNAL
+    assert error.message == "the scheduler skipped tokens 1 to 2 of sample 0"
+
+
+async def test_an_unknown_sample_is_loud():
+    receiver = TokenReceiver(1, 1)
+    receiver.on_tokens(1, 0, [1], now=1)
+    assert (await error_of(receiver)).message == "the scheduler sent sample 1, which was not asked for"
+
+
+async def test_missing_logprobs_are_loud():
+    receiver = TokenReceiver(1, 1, logprobs=True)
+    receiver.on_tokens(0, 0, [1, 2], now=1)
+    with pytest.raises(StatusError, match="skipped log-probabilities 0 to 1 of sample 0"):
+        receiver.take()
+    receiver = TokenReceiver(1, 1)
+    receiver.on_prompt_logprobs(
+        link_pb2.LinkLogprobs(offset=0, values=common_pb2.TokenLogprobs(logprobs=[0.0, -1.0]))
+    )
+    with pytest.raises(StatusError, match="skipped log-probabilities 2 to 2 of the prompt"):
+        receiver.take_prompt_logprobs(3)
+    receiver.on_prompt_logprobs(
+        link_pb2.LinkLogprobs(offset=1, values=common_pb2.TokenLogprobs(logprobs=[-1.0, -2.0]))
+    )
+    assert list(receiver.take_prompt_logprobs(3).logprobs) == [0.0, -1.0, -2.0]
+
+
+async def test_the_first_error_stays():
+    receiver = TokenReceiver(1, 1)
+    waiting = asyncio.create_task(receiver.wait())
+    await asyncio.sleep(0)
+    receiver.fail(StatusError.unavailable("first"))
+    receiver.fail(StatusError.unavailable("second"))
+    with pytest.raises(StatusError, match="first"):
+        await waiting
