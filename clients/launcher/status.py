@@ -75,7 +75,7 @@ def _read_service(record: ServiceRecord, state: State) -> ServiceStatus:
             record.kind,
             "crashed",
             record.address,
-            last_error=error or "no reason in its log",
+            last_error=error or "it left no reason in its log (killed?)",
             log=record.log,
         )
     status = ServiceStatus(
@@ -127,7 +127,7 @@ def _read_grpc(status: ServiceStatus) -> ServiceStatus:
                 "executors": len(books.executors),
             }
             missing = [executor for executor in books.executors if executor.last_error and executor not in ready]
-            error = error or "; ".join(f"{executor.address}: {executor.last_error}" for executor in missing)
+            error = error or "; ".join(executor.last_error for executor in missing)
         elif status.kind == TOKENIZER and (served := probe.tokenizer()):
             model = served.model
     return replace(status, health=health, model=model, load=load, last_error=error)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,3 +142,18 @@ def test_second_up_is_refused(line: Line) -> None:
     code, _, err = line.run("up", "--port", "0")
     assert code == 1
     assert err.startswith(f"error: already running at {line.address} ")
+
+
+def test_interrupted_up_leaves_nothing(line: Line, model_dir: Callable[[str], Path]) -> None:
+    model = str(model_dir("smollm2-135m-instruct"))
+    process = line.start("--instance", "second", "up", "--port", "0", "--model", model)
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("executor-0"):
+        pass
+    pids = [service.pid for service in read_status(Instance(line.home, "second")).services]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert len(pids) == 2
+    assert not [pid for pid in pids if is_running(pid)]
+    assert Instance(line.home, "second").load() is None
+    shutil.rmtree(line.home / "run" / "second")  # its logs
