@@ -56,7 +56,9 @@ class ReplicaLink:
         self.drop_when_down = False
         self.last_error = ""
         self._events = events
+        self.is_suspect = False
         self._is_incompatible = False
+        self._lost_instance = ""
         self._next_handle = 0
         self._submitted_requests = 0
         self._submitted_tokens = 0
@@ -130,9 +132,13 @@ class ReplicaLink:
 
     @property
     def has_credit(self) -> bool:
-        """Whether it takes another request now. A request may be larger than what is left of the tokens."""
+        """Whether it takes another request now. A request may be larger than what is left of the tokens.
+
+        A suspect executor is tried with one request at a time.
+        """
         return (
-            self._submitted_requests < self.load.granted_requests
+            not (self.is_suspect and self.running)
+            and self._submitted_requests < self.load.granted_requests
             and self._submitted_tokens < self.load.granted_prefill_tokens
         )
 
@@ -187,11 +193,14 @@ class ReplicaLink:
         self.load = link_pb2.Load()
         self.load.CopyFrom(welcome.load)
         self.last_error = ""
+        self.is_suspect = welcome.instance_id == self._lost_instance
         self._submitted_requests = self._submitted_tokens = self._tokens_since_load = self._next_handle = 0
         self._events.replica_changed(self)
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
         """The executor sent a frame."""
+        if step.handles or step.finished:
+            self.is_suspect = False
         if step.HasField("load"):
             was_draining = self.load.draining
             self.load.MergeFrom(step.load)
@@ -203,6 +212,8 @@ class ReplicaLink:
     def on_down(self, error: StatusError) -> None:
         """The link broke, or could not be made."""
         lost = sorted(self.running.values(), key=lambda request: request.arrival)
+        if lost:
+            self._lost_instance = self.instance_id
         self.running.clear()
         self.welcome = None
         self.last_error = error.message

@@ -29,6 +29,10 @@ class Candidate(Protocol):
         """Whether it takes another request now."""
 
     @property
+    def is_suspect(self) -> bool:
+        """Whether this incarnation lost its requests before and has shown no progress since."""
+
+    @property
     def max_model_len(self) -> int:
         """Longest prompt plus output, in tokens."""
 
@@ -72,7 +76,8 @@ class Router:
 
     Other requests go where fewest tokens have to be computed before and for their first token: what waits there, plus
     the part of the prompt that is probably not cached there, plus a share for running sequences and for cache blocks
-    that would have to be taken from others.
+    that would have to be taken from others. A suspect executor (a hanging engine behind a live front looks idle, which
+    would attract everything) is the last choice.
 
     Args:
         prefixes: Where prompt prefixes are cached.
@@ -110,17 +115,17 @@ class Router:
         if not free:
             return Verdict.NO_CREDIT
         for candidate in able:
-            if candidate.address == session_address:
+            if candidate.address == session_address and not candidate.is_suspect:
                 if candidate.has_credit:
                     return candidate
                 if may_wait:
                     return Verdict.WAIT_FOR_SESSION
         return min(free, key=lambda candidate: self._cost(candidate, num_prompt_tokens, hashes))
 
-    def _cost(self, candidate: Candidate, num_prompt_tokens: int, hashes: Sequence[int]) -> tuple[int, int, str]:
+    def _cost(self, candidate: Candidate, num_prompt_tokens: int, hashes: Sequence[int]) -> tuple[bool, int, int, str]:
         cached = self._prefixes.matched_tokens(hashes, candidate.instance_id)
         to_compute = num_prompt_tokens - cached
         missing = max(0, to_compute - candidate.free_blocks * candidate.block_size)
         running = candidate.num_running
         cost = to_compute + missing + candidate.pending_prefill_tokens + _TOKENS_PER_RUNNING * running
-        return cost, running, candidate.address
+        return candidate.is_suspect, cost, running, candidate.address

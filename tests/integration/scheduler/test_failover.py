@@ -151,10 +151,32 @@ async def test_a_hanging_executor_counts_as_dead(make_line, eventually):
     line = await make_line(2, stall_limit_s=0.3)
     stream = await line.edge.submit(10, 500)
     await eventually(lambda: stream.samples)
-    busy_executor(line).hold()
+    hanging = busy_executor(line)
+    hanging.hold()
     await line.edge.finish(stream)
     stream.check_tokens(500)
     assert stream.finish.usage.num_resumed > 0
+    # Its front is back at once and looks idle: that attracts nobody.
+    await line.all_ready(2)
+    before = len(hanging.submits)
+    streams = [await line.edge.submit(10 + i, 20) for i in range(6)]
+    await line.edge.finish(*streams)
+    assert len(hanging.submits) == before
+
+
+async def test_a_suspect_executor_is_tried_with_one_request_and_trusted_again(make_line, eventually):
+    line = await make_line(executor={"step_time": 0.005}, stall_limit_s=0.3, executor_grace_s=10.0)
+    (executor,) = line.executors
+    streams = [await line.edge.submit(10 + i, 40) for i in range(4)]
+    await eventually(lambda: all(stream.samples for stream in streams))
+    executor.hold()
+    await eventually(lambda: line.state().queued == 3)
+    assert line.state().running == 1
+    executor.release()
+    await line.edge.finish(*streams)
+    for stream in streams:
+        stream.check_tokens(40)
+        assert stream.finish.usage.num_resumed > 0
 
 
 async def test_a_refusal_by_a_draining_executor_is_no_death(make_line):

@@ -14,6 +14,7 @@ class Replica:
     address: str = "a:1"
     instance_id: str = "i"
     has_credit: bool = True
+    is_suspect: bool = False
     max_model_len: int = 4096
     block_size: int = 16
     free_blocks: int = 1000
@@ -24,6 +25,7 @@ class Replica:
 def replicas(**fields):
     field = {
         "has_credit": st.booleans(),
+        "is_suspect": st.booleans(),
         "max_model_len": st.sampled_from([64, 4096]),
         "free_blocks": st.integers(0, 200),
         "pending_prefill_tokens": st.integers(0, 5000),
@@ -51,7 +53,7 @@ def test_filters(candidates, tokens, session, may_wait, refused_by):
     willing = [c for c in candidates if c.instance_id not in refused_by]
     able = [c for c in willing if tokens < c.max_model_len] or willing
     free = [c for c in able if c.has_credit]
-    at_home = [c for c in able if c.address == session]
+    at_home = [c for c in able if c.address == session and not c.is_suspect]
     if not willing:
         assert choice is Verdict.REFUSED_BY_ALL
     elif not free:
@@ -62,10 +64,13 @@ def test_filters(candidates, tokens, session, may_wait, refused_by):
         assert choice is at_home[0]
     else:
         assert choice in free
+        assert not choice.is_suspect or all(c.is_suspect for c in free)
 
 
 @given(
-    candidates=replicas(has_credit=st.just(True), max_model_len=st.just(4096), free_blocks=st.just(1000)),
+    candidates=replicas(
+        has_credit=st.just(True), is_suspect=st.just(False), max_model_len=st.just(4096), free_blocks=st.just(1000)
+    ),
     tokens=st.integers(1, 4000),
 )
 def test_without_any_cache_the_least_loaded_is_picked(candidates, tokens):
