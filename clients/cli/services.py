@@ -28,6 +28,7 @@ from clients.launcher import (
     bring_up,
     check_not_running,
     read_status,
+    running_state,
 )
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from services.common import model_store
@@ -173,7 +174,7 @@ def run(
 ) -> None:
     """Start what is needed, answer, stop what was started."""
     context = CliContext.of(ctx)
-    state = context.instance.load()
+    state = running_state(context.instance)
     started = state is None
     if state is None:
         name, path = _fetch_model(context, model)

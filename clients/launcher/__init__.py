@@ -5,7 +5,7 @@ from clients.launcher.errors import LauncherError, NotRunningError
 from clients.launcher.instance import Instance, State
 from clients.launcher.plan import PUBLIC_PORT, EngineKind, UpOptions
 from clients.launcher.status import InstanceStatus, ServiceStatus, read_status
-from clients.launcher.up import Report, bring_up, check_not_running
+from clients.launcher.up import Report, bring_up, check_not_running, running_state
 
 __all__ = [
     "PUBLIC_PORT",
@@ -23,4 +23,5 @@ __all__ = [
     "bring_up",
     "check_not_running",
     "read_status",
+    "running_state",
 ]

@@ -62,21 +62,29 @@ def bring_up(instance: Instance, options: UpOptions, report: Report) -> State:
         return launch.state
 
 
-def check_not_running(instance: Instance) -> None:
-    """Raise LauncherError when any service of the instance runs."""
+def running_state(instance: Instance) -> State | None:
+    """The state of an instance all of whose services run; None when none does. Raises LauncherError in between."""
     state = instance.load()
     if state is None:
-        return
+        return None
     running = [service.name for service in state.services if find(service)]
-    if len(running) == len(state.services) and state.of_kind(TOKENIZER):
-        raise LauncherError(
-            f"already running at {state.public_address} (model {state.model}); stop it first with: scalellm down"
-        )
-    if running:
+    if not running:
+        return None
+    if len(running) < len(state.services) or not state.of_kind(TOKENIZER):
         crashed = [service.name for service in state.services if service.name not in running]
         raise LauncherError(
             f"partly running: {', '.join(running)} runs, {', '.join(crashed) or 'the rest'} does not; "
             "clear it with: scalellm down"
+        )
+    return state
+
+
+def check_not_running(instance: Instance) -> None:
+    """Raise LauncherError when any service of the instance runs."""
+    state = running_state(instance)
+    if state is not None:
+        raise LauncherError(
+            f"already running at {state.public_address} (model {state.model}); stop it first with: scalellm down"
         )
 
 
