@@ -19,8 +19,12 @@ async def _serve(settings: SchedulerSettings) -> None:
     logging.getLogger(__name__).info("listening on %s", server.address)
     metrics = [f"metrics={server.metrics_address}"] if server.metrics_address is not None else []
     announce(settings.announce, server.address, *metrics)
-    await stop.wait()
-    await server.stop()
+    try:
+        await stop.wait()
+        await server.stop()
+    finally:
+        if settings.announce is not None:
+            settings.announce.unlink(missing_ok=True)
 
 
 def main() -> int:

@@ -250,6 +250,7 @@ async def test_the_process_drains_on_sigterm_and_exits_0(make_executor, make_edg
         await edge.finish(stream)
         stream.check_tokens(300)
         assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert not announced.exists()
     finally:
         if process.returncode is None:
             process.kill()
