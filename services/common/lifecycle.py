@@ -27,6 +27,8 @@ CHANNEL_OPTIONS = (
     *KEEPALIVE_OPTIONS,
     # Reconnecting is the link's business: gRPC's shared back-off would delay it by up to two minutes.
     ("grpc.use_local_subchannel_pool", 1),
+    # Services are dialled as they stand: web proxies do not carry HTTP/2 streams.
+    ("grpc.enable_http_proxy", 0),
 )
 
 SERVER_OPTIONS = (

@@ -13,7 +13,7 @@ from scalellm.v1 import executor_pb2, link_pb2
 from services.common.lifecycle import StartError
 from services.common.model_store import ModelStoreError, resolve
 from services.common.tokenizer_digest import TokenizerSourceError, tokenizer_sha256
-from services.executor.config import EngineKind, ExecutorSettings
+from services.executor.config import ExecutorSettings
 from services.executor.engine.config import CapacityPolicy, EngineConfig, EngineConfigError
 from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
@@ -51,7 +51,7 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
         path = resolve(settings.model, settings.home)
         model_config = read_model_config(path)
         digest = tokenizer_sha256(path)
-        if settings.engine is EngineKind.FAKE:
+        if settings.engine == "fake":
             engine = _fake_engine(settings, model_config)
         else:
             engine = _model_engine(settings, path, model_config, progress)
@@ -72,7 +72,7 @@ def _describe(
     config = engine.config
     instance_id = uuid.uuid4().hex
     name = settings.model_name or (path.stem if path.is_file() else path.name)
-    fake = settings.engine is EngineKind.FAKE
+    fake = settings.engine == "fake"
     return LoadedEngine(
         engine,
         link_pb2.Welcome(
@@ -108,16 +108,14 @@ def _engine_config(settings: ExecutorSettings, model: ModelConfig, num_blocks: i
         block_size=settings.block_size,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
-        capacity_policy=CapacityPolicy(settings.capacity_policy.value),
+        capacity_policy=CapacityPolicy(settings.capacity_policy),
         enable_prefix_cache=settings.prefix_cache,
         target_itl=settings.target_itl_ms / 1e3 if settings.target_itl_ms is not None else None,
     )
 
 
 def _fake_engine(settings: ExecutorSettings, model: ModelConfig) -> Engine:
-    step_time = STEP_TIME_PRESETS.get(settings.fake_preset)
-    if step_time is None:
-        raise StartError(f"--fake-preset must be one of {', '.join(STEP_TIME_PRESETS)}, got {settings.fake_preset!r}")
+    step_time = STEP_TIME_PRESETS[settings.fake_preset]
     max_model_len = settings.max_model_len or model.max_position_embeddings
     num_blocks = settings.num_blocks or max(_FAKE_BLOCKS, -(-max_model_len // settings.block_size))
     runner = FakeModelRunner(model.vocab_size, model.eos_token_ids, step_time)
@@ -127,15 +125,7 @@ def _fake_engine(settings: ExecutorSettings, model: ModelConfig) -> Engine:
 def _model_engine(
     settings: ExecutorSettings, path: Path, model_config: ModelConfig, progress: Callable[[str], None]
 ) -> Engine:
-    dtype = _DTYPES.get(settings.dtype)
-    if dtype is None:
-        raise StartError(f"--dtype must be one of {', '.join(_DTYPES)}, got {settings.dtype!r}")
-    try:
-        device = torch.device(settings.device)
-    except RuntimeError:
-        raise StartError(f"--device must be cpu, got {settings.device!r}") from None
-    if device.type != "cpu":
-        raise StartError(f"--device {settings.device}: only cpu is supported by this version")
+    dtype, device = _DTYPES[settings.dtype], torch.device(settings.device)
     # Sized before anything is loaded: a refusal takes a second, not minutes of reading weights.
     longest = settings.max_model_len or model_config.max_position_embeddings
     weights = weight_bytes(model_config, dtype, max_model_len=longest)

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
 from services.common.settings import Port, ServiceSettings, settings_config
-
-
-class EngineKind(StrEnum):
-    """What runs the sequences."""
-
-    MODEL = "model"
-    FAKE = "fake"
-
-
-class Policy(StrEnum):
-    """What happens when the KV cache is full."""
-
-    MAX_UTILIZATION = "max_utilization"
-    GUARANTEED_NO_EVICT = "guaranteed_no_evict"
 
 
 class ExecutorSettings(ServiceSettings):
@@ -38,13 +23,13 @@ class ExecutorSettings(ServiceSettings):
     """Name under which the model is served; default: the name or the directory's name."""
     home: Path = Path.home() / ".cache" / "scalellm"
     """Where `scalellm models pull` puts models."""
-    engine: EngineKind = EngineKind.MODEL
+    engine: Literal["model", "fake"] = "model"
     """model, or fake: scripted tokens and modelled step times on the real block manager, for load and fault tests."""
-    fake_preset: str = "instant"
-    """Step-time model of the fake engine: instant or h200-llama-8b."""
-    dtype: str = "float32"
-    """Type of weights and activations: float32, bfloat16 or float16."""
-    device: str = "cpu"
+    fake_preset: Literal["instant", "h200-llama-8b"] = "instant"
+    """Step-time model of the fake engine."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of weights and activations."""
+    device: Literal["cpu"] = "cpu"
     """Where the model runs."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of the engine's matrix products; 0 chooses by measurement at start."""
@@ -62,7 +47,7 @@ class ExecutorSettings(ServiceSettings):
     """Memory for the KV cache, such as 2GiB; default: from --memory-fraction."""
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the memory that is free once the weights are loaded, for the KV cache."""
-    capacity_policy: Policy = Policy.MAX_UTILIZATION
+    capacity_policy: Literal["max_utilization", "guaranteed_no_evict"] = "max_utilization"
     """max_utilization admits what fits now and preempts when the cache is full; guaranteed_no_evict never preempts."""
     prefix_cache: bool = True
     """Keep computed prompts and share them between requests of the same tenant."""

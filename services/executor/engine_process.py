@@ -64,16 +64,15 @@ class EngineLoop:
 
     def run(self) -> NoReturn:
         """Serve until the front goes away: EOFError."""
-        self._send_stats()
         while True:
             busy = self._engine.has_unfinished()
+            if not busy:  # the last word before waiting: nothing runs, everything is free
+                self._announce_load()
+                self._send_stats()
             for message in self._channel.receive(0.0 if busy else _IDLE_BEAT):
                 self._handle(message)
             if self._engine.has_unfinished():
                 self._step()
-            else:
-                self._announce_load()
-                self._send_stats()
 
     def _handle(self, message: Message) -> None:
         match message.kind:
