@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -17,7 +18,7 @@ from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics, Outcome
 from services.tokenizer.prompt_builder import Prompt, PromptBuilder
-from services.tokenizer.request_stream import OutputOptions, RequestStream, SampleStream
+from services.tokenizer.sample_stream import OutputOptions, SampleStream
 from services.tokenizer.scheduler_link import SchedulerLink
 from services.tokenizer.session import Session, new_session
 from services.tokenizer.session_store import SaveOutcome, SessionStore
@@ -109,7 +110,6 @@ class _GenerateCall:
         self._context = context
         self._finish: link_pb2.Finish | None = None
         self._latency: common_pb2.LatencyBreakdown | None = None
-        self._last_delta_at: dict[int, int] = {}
 
     async def run(self) -> None:
         """Serve the request. Raises StatusError."""
@@ -127,21 +127,20 @@ class _GenerateCall:
         submit = self._make_submit(prompt, fit_context(request, len(prompt.token_ids), welcome.max_model_len))
         options = OutputOptions.from_request(request)
         stops = StopStrings(request.stop) if request.stop else None
-        stream = RequestStream(submit.sampling.n, options, edge.prompts.texts, stops)
+        samples = [SampleStream(index, options, edge.prompts.texts, stops) for index in range(submit.sampling.n)]
         trace.submitted_at = trace.now()
         receiver = edge.link.submit(submit, min_tokens=request.stream_interval or 1)
         try:
             await self._accepted(receiver, submit, session)
-            await self._stream(receiver, stream, submit)
+            await self._stream(receiver, samples, submit)
         finally:
             trace.first_token_at, trace.last_token_at = receiver.first_token_at, receiver.last_token_at
-            trace.detokenize_cpu_ns = stream.detokenize_cpu_ns
             self._finish = receiver.finish
             edge.link.release(receiver, self._abort_reason())
         outcome = None
         if session is not None and prompt.continuation is not None:
-            outcome = await self._save_turn(session, prompt, stream.samples[0])
-        await self._write_finished(stream, outcome)
+            outcome = await self._save_turn(session, prompt, samples[0])
+        await self._write_finished([sample.ended for sample in samples if sample.ended is not None], outcome)
 
     def server_timing(self) -> str:
         """The trailing metadata: the breakdown of the last message, or what is known without one."""
@@ -192,11 +191,11 @@ class _GenerateCall:
         )
         await self._context.write(generation_pb2.GenerateResponse(started=started))
 
-    async def _stream(self, receiver: TokenReceiver, stream: RequestStream, submit: link_pb2.Submit) -> None:
+    async def _stream(self, receiver: TokenReceiver, samples: Sequence[SampleStream], submit: link_pb2.Submit) -> None:
         """Write deltas until the request's Finish. Returns only if that is OK."""
-        edge, context = self._edge, self._context
-        generation_tokens, deltas = edge.metrics.generation_tokens, edge.metrics.messages
+        metrics, trace, write = self._edge.metrics, self.trace, self._context.write
         prompt_logprobs_due = submit.sampling.HasField("prompt_logprobs")
+        sent_at = [0] * len(samples)
         while receiver.finish is None or receiver.has_more:
             await receiver.wait()
             for batch in receiver.take():
@@ -204,28 +203,34 @@ class _GenerateCall:
                     prompt_logprobs_due = False
                     logprobs = receiver.take_prompt_logprobs(len(submit.token_ids))
                     message = generation_pb2.PromptLogprobs(token_ids=submit.token_ids, logprobs=logprobs)
-                    await context.write(generation_pb2.GenerateResponse(prompt_logprobs=message))
-                generation_tokens.inc(len(batch.token_ids))
-                delta, stopped_early = stream.push(batch)
-                if stopped_early:
-                    edge.link.stop_sample(receiver, batch.index)
-                if delta is not None:
-                    self._observe_delta(batch.index, receiver)
-                    deltas.inc()
-                    await context.write(generation_pb2.GenerateResponse(delta=delta))
+                    await write(generation_pb2.GenerateResponse(prompt_logprobs=message))
+                index = batch.index
+                sample = samples[index]
+                had_ended = sample.ended is not None
+                started = trace.now()
+                response = sample.push(batch)
+                now = trace.now()
+                trace.detokenize_cpu_ns += now - started
+                if sample.ended is not None and batch.finish is None and not had_ended:
+                    self._edge.link.stop_sample(receiver, index)
+                if response is None:
+                    continue
+                if sent_at[index]:
+                    metrics.observe_message(len(batch.token_ids), (now - sent_at[index]) / 1e9)
+                else:
+                    self._observe_first(receiver, len(batch.token_ids))
+                sent_at[index] = now
+                await write(response)
         _raise_failure(receiver.finish)
-        if len(stream.finished_samples()) != submit.sampling.n:
+        if any(sample.ended is None for sample in samples):
             raise StatusError(grpc.StatusCode.INTERNAL, "the scheduler ended the request before all of its samples")
 
-    def _observe_delta(self, index: int, receiver: TokenReceiver) -> None:
-        metrics, now = self._edge.metrics, self.trace.now()
-        previous = self._last_delta_at.get(index)
-        if previous is not None:
-            metrics.itl.observe((now - previous) / 1e9)
-        elif not self._last_delta_at:
+    def _observe_first(self, receiver: TokenReceiver, num_tokens: int) -> None:
+        """The first message of a sample; time to first token is counted once per request."""
+        if not self.trace.first_token_at:
             self.trace.first_token_at = receiver.first_token_at
-            metrics.ttft.observe(self.trace.ttft_seconds)
-        self._last_delta_at[index] = now
+            self._edge.metrics.ttft.observe(self.trace.ttft_seconds)
+        self._edge.metrics.generation_tokens.inc(num_tokens)
 
     async def _save_turn(self, session: Session, prompt: Prompt, sample: SampleStream) -> SaveOutcome:
         request, edge = self._request, self._edge
@@ -236,12 +241,13 @@ class _GenerateCall:
         extended = session.add_turn(new_messages, prompt.continuation, answer, content)
         return await edge.sessions.save(request.session_id, extended)
 
-    async def _write_finished(self, stream: RequestStream, outcome: SaveOutcome | None) -> None:
+    async def _write_finished(
+        self, samples: Sequence[generation_pb2.SampleFinished], outcome: SaveOutcome | None
+    ) -> None:
         finish = self._finish
         assert finish is not None
         metrics = self._edge.metrics
         metrics.prompt_tokens.inc(finish.usage.prompt_tokens)
-        samples = stream.finished_samples()
         for sample in samples:
             if (counter := metrics.success.get(sample.reason)) is not None:
                 counter.inc()

@@ -25,6 +25,10 @@ _PREFIX = "scalellm_tokenizer_requests"
 _ACCEPTED, _ENDED, _RUNNING = f"{_PREFIX}_accepted", f"{_PREFIX}_ended", f"{_PREFIX}_running"
 
 
+_MAX_GAPS = 1000
+"""Messages after which `flush` is not waited for."""
+
+
 class Outcome(enum.StrEnum):
     """How a Generate call ended."""
 
@@ -56,7 +60,6 @@ class EdgeMetrics:
         }
         self.prompt_tokens = counter("scalellm_prompt_tokens", "Prompt tokens of requests that finished.")
         self.generation_tokens = counter("scalellm_generation_tokens", "Tokens received from the executors.")
-        self.messages = counter("scalellm_tokenizer_deltas", "Messages with tokens that were sent to clients.")
         self.ttft = histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT_BUCKETS
         )
@@ -68,13 +71,29 @@ class EdgeMetrics:
             multiprocess_mode="livesum",
             registry=registry,
         )
-
         self.tasks = Gauge(
             "scalellm_tokenizer_asyncio_tasks",
             "Tasks of the workers' event loops: a leak of requests would show here first.",
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self._gaps: list[float] = []
+        self._tokens = 0
+
+    def observe_message(self, num_tokens: int, gap: float) -> None:
+        """A message with tokens goes out, `gap` seconds after the sample's last one; counted at the next flush."""
+        self._tokens += num_tokens
+        self._gaps.append(gap)
+        if len(self._gaps) >= _MAX_GAPS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Count what was observed: in one go it costs a third of what it costs between messages."""
+        gaps, self._gaps = self._gaps, []
+        for gap in gaps:
+            self.itl.observe(gap)
+        self.generation_tokens.inc(self._tokens)
+        self._tokens = 0
 
 
 class WorkersCollector(Collector):

@@ -92,9 +92,11 @@ class Worker:
                 add_service(service.server, descriptor, servicer, self._gate)
             tasks = [asyncio.create_task(step) for step in (link.run(), stop.wait(), supervisor_gone.wait())]
             try:
-                # The vocabulary lives as long as the process: a full collection need not look at it every time.
+                # The vocabulary lives as long as the process: a full collection need not look at it every time. And
+                # messages come and go without cycles: looking for some after every 700 is too often.
                 gc.collect()
                 gc.freeze()
+                gc.set_threshold(20_000)
                 await service.start()
                 _report(serving=service.address)
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -108,8 +110,11 @@ class Worker:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 await sessions.close()
+                self._metrics.flush()
 
     def _is_ready(self, link: SchedulerLink) -> bool:
+        """Asked twice a second."""
+        self._metrics.flush()
         self._metrics.link_up.set(link.welcome is not None)
         self._metrics.tasks.set(len(asyncio.all_tasks()))
         return link.welcome is not None and not self._gate.is_closed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,9 @@ def tokenizer(model_dir: Callable[[str], Path]) -> Tokenizer:
 
 
 @pytest.fixture
-def scheduler(module_scheduler: ScriptedScheduler) -> Iterator[ScriptedScheduler]:
+def scheduler(module_scheduler: ScriptedScheduler) -> ScriptedScheduler:
     module_scheduler.reset()
-    yield module_scheduler
+    return module_scheduler
 
 
 @pytest_asyncio.fixture(loop_scope="module")

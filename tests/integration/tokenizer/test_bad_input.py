@@ -233,16 +233,16 @@ RAW = {
 
 async def check_healthy(client) -> None:
     stub = health_pb2_grpc.HealthStub(client.channel)
-    response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
+    response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5.0)
     assert response.status == health_pb2.HealthCheckResponse.SERVING
-    await client.generate(generate(sampling={"max_tokens": 1}), timeout=1.0)
+    await client.generate(generate(sampling={"max_tokens": 1}), timeout=5.0)
 
 
 @pytest.mark.parametrize("name", GENERATE)
 async def test_generate(client, scheduler, error_details, name):
     bad, field, message = GENERATE[name]
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await client.generate(bad, timeout=1.0)
+        await client.generate(bad, timeout=5.0)
     assert error.value.code() is INVALID
     assert error.value.details().startswith(f"{field}: ")
     assert message in error.value.details()
@@ -255,7 +255,7 @@ async def test_generate(client, scheduler, error_details, name):
 async def test_unary(client, scheduler, name):
     service, method, bad, code, message = UNARY[name]
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await getattr(getattr(client, service), method)(bad, timeout=2.0)
+        await getattr(getattr(client, service), method)(bad, timeout=5.0)
     assert error.value.code() is code
     assert message in error.value.details()
     await check_healthy(client)

@@ -61,7 +61,7 @@ async def test_deadline_ends_the_request_everywhere(client, scheduler):
         await client.generate(request(), timeout=0.3)
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await eventually(lambda: len(scheduler.aborts) == 1)
-    assert scheduler.submits[0].time_remaining_ns <= 300_000_000
+    assert 0 < scheduler.submits[0].time_remaining_ns < 400_000_000  # gRPC rounds a timeout up
     await check_nothing_is_left(scheduler, client)
 
 

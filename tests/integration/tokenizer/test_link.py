@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import grpc
 import pytest
@@ -20,20 +19,19 @@ def request(max_tokens=5):
     return generation_pb2.GenerateRequest(prompt="Hello", sampling=common_pb2.SamplingParams(max_tokens=max_tokens))
 
 
-async def health(client) -> int:
-    return (await client.health.Check(health_pb2.HealthCheckRequest(), timeout=2)).status
+async def collect(call) -> list[generation_pb2.GenerateResponse]:
+    return [event async for event in call]
 
 
 async def test_broken_link_ends_running_requests(client, scheduler, error_details):
     scheduler.play = lambda submit: Script(hold_after=2)
     calls = [client.generation.Generate(request(50)) for _ in range(3)]
     await eventually(lambda: scheduler.num_running == 3)
-    await asyncio.gather(*(call.read() for call in calls))
+    ends = [asyncio.create_task(collect(call)) for call in calls]
     scheduler.break_links()
-    for call in calls:
+    for end in ends:
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            while await call.read() is not grpc.aio.EOF:
-                pass
+            await end
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "the link to the scheduler broke" in error.value.details()
         assert "scripted break" in error.value.details()
@@ -50,14 +48,12 @@ async def test_new_requests_wait_for_the_link(client, scheduler):
 async def test_without_scheduler_requests_end_unavailable(client, scheduler, error_details):
     await scheduler.stop()
     try:
-        started = time.monotonic()
+        await eventually_status(client, health_pb2.HealthCheckResponse.NOT_SERVING)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await client.generate(request())
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "the scheduler cannot be reached" in error.value.details()
         assert error_details(error.value)[1] == 1.0
-        assert time.monotonic() - started < 10
-        await eventually_status(client, health_pb2.HealthCheckResponse.NOT_SERVING)
         # What needs no scheduler goes on.
         info = await client.tokenizer.GetInfo(tokenizer_pb2.GetInfoRequest())
         assert info.max_model_len == 0

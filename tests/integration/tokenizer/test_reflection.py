@@ -10,17 +10,18 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PUBLIC = ("scalellm.v1.Generation", "scalellm.v1.Tokenizer", "scalellm.v1.Sessions")
 
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 REQUESTS = {
-    "Generate": {"chat": {"messages": [{"role": "user", "content": "Hi"}]}, "sessionId": "r1", "sampling": {"maxTokens": 4}},
+    "Generate": {"chat": CHAT, "sessionId": "r1", "sampling": {"maxTokens": 4}},
     "Encode": {"text": "Hello"},
     "Decode": {"tokenIds": [19556]},
-    "ApplyChatTemplate": {"chat": {"messages": [{"role": "user", "content": "Hi"}]}},
+    "ApplyChatTemplate": {"chat": CHAT},
     "GetInfo": {},
     "Get": {"sessionId": "r1"},
     "List": {"pageSize": 10},
     "Fork": {"sessionId": "r1", "newSessionId": "r2"},
     "Delete": {"sessionId": "r2"},
-}  # fmt: skip
+}
 
 
 class ReflectionClient:
@@ -72,7 +73,7 @@ async def test_everything_can_be_called(client, scheduler):
         for method in reflection.pool.FindServiceByName(service).methods:
             answers[method.name] = await reflection.call(method, REQUESTS[method.name])
     assert set(answers) == set(REQUESTS)
-    assert [next(iter(event)) for event in answers["Generate"]][0] == "started"
+    assert next(iter(answers["Generate"][0])) == "started"
     assert answers["Generate"][-1]["finished"]["session"] == "SESSION_OUTCOME_SAVED"
     assert answers["Encode"] == [{"tokenIds": [19556], "tokens": ["Hello"]}]
     assert answers["Decode"] == [{"text": "Hello"}]

@@ -46,9 +46,7 @@ async def store(redis_process):
 )
 def test_what_is_stored_is_what_was_said(session):
     version, fields = encode_session(session)
-    stored = {
-        name.encode(): value if isinstance(value, bytes) else value.encode() for name, value in fields.items()
-    }
+    stored = {name.encode(): value if isinstance(value, bytes) else value.encode() for name, value in fields.items()}
     decoded = decode_session(stored)
     assert decoded.version == version
     assert (decoded.messages, decoded.segments, decoded.turns) == (session.messages, session.segments, session.turns)

@@ -97,14 +97,10 @@ async def test_missing_logprobs_are_loud():
     with pytest.raises(StatusError, match="skipped log-probabilities 0 to 1 of sample 0"):
         receiver.take()
     receiver = TokenReceiver(1, 1)
-    receiver.on_prompt_logprobs(
-        link_pb2.LinkLogprobs(offset=0, values=common_pb2.TokenLogprobs(logprobs=[0.0, -1.0]))
-    )
+    receiver.on_prompt_logprobs(link_pb2.LinkLogprobs(offset=0, values=common_pb2.TokenLogprobs(logprobs=[0.0, -1.0])))
     with pytest.raises(StatusError, match="skipped log-probabilities 2 to 2 of the prompt"):
         receiver.take_prompt_logprobs(3)
-    receiver.on_prompt_logprobs(
-        link_pb2.LinkLogprobs(offset=1, values=common_pb2.TokenLogprobs(logprobs=[-1.0, -2.0]))
-    )
+    receiver.on_prompt_logprobs(link_pb2.LinkLogprobs(offset=1, values=common_pb2.TokenLogprobs(logprobs=[-1.0, -2.0])))
     assert list(receiver.take_prompt_logprobs(3).logprobs) == [0.0, -1.0, -2.0]
 
 

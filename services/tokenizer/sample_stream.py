@@ -1,4 +1,4 @@
-"""One request's way from tokens to what its client sees. Pure: no gRPC, no clock of its own.
+"""One sample's way from tokens to what its client sees. Pure: no gRPC, no clock.
 
 The outcome depends on the tokens alone, not on how they were batched on their way: text, token counts and stop reasons
 are the same whether tokens come one by one or all at once.
@@ -6,11 +6,10 @@ are the same whether tokens come one by one or all at once.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 from scalellm.v1 import common_pb2, generation_pb2
-from services.tokenizer.text.detokenizer import TokenTexts
+from services.tokenizer.text.detokenizer import Detokenizer, TokenTexts
 from services.tokenizer.text.stop_strings import StopStrings
 from services.tokenizer.text.text_stream import TextStream
 from services.tokenizer.token_receiver import TokenBatch, slice_logprobs
@@ -52,6 +51,12 @@ class OutputOptions:
 class SampleStream:
     """One sample: detokenised, cut at its stop string, counted.
 
+    Args:
+        index: The sample.
+        options: What the client wants to see.
+        texts: What tokens mean.
+        stops: Stop strings, or None without any.
+
     Attributes:
         num_tokens: Tokens shown so far.
         ended: How it ended; None while it runs.
@@ -59,33 +64,43 @@ class SampleStream:
         answer_ids: All token ids so far, when kept.
     """
 
-    def __init__(self, index: int, options: OutputOptions, text: TextStream | None) -> None:
+    def __init__(self, index: int, options: OutputOptions, texts: TokenTexts, stops: StopStrings | None = None) -> None:
         self._index = index
         self._options = options
-        self._text = text
+        self._text: TextStream | None = None
+        self._detokenizer: Detokenizer | None = None
+        if stops is not None:
+            self._text = TextStream(
+                texts, stops, skip_special_tokens=options.skip_special_tokens, include_stop=options.include_stop
+            )
+        elif options.text or options.keep_answer:
+            self._detokenizer = texts.detokenizer(skip_special_tokens=options.skip_special_tokens)
         self.num_tokens = 0
         self.ended: generation_pb2.SampleFinished | None = None
         self.answer_text: list[str] = []
         self.answer_ids: list[int] = []
 
-    def push(self, batch: TokenBatch) -> generation_pb2.Delta | None:
+    def push(self, batch: TokenBatch) -> generation_pb2.GenerateResponse | None:
         """Return what the client is to see of a batch, if anything. After the end nothing is."""
         if self.ended is not None:
             return None
         token_ids, finish = batch.token_ids, batch.finish
+        if finish is None and self._detokenizer is not None:
+            # Almost every message takes this way.
+            return self._respond(batch, self._detokenizer.push(token_ids), len(token_ids))
+        # The token that ended the sample is a token of the answer, but not text.
+        hides_last = (
+            finish is not None and finish.HasField("stop_token_id") and token_ids[-1:] == [finish.stop_token_id]
+        )
+        shown = token_ids[:-1] if hides_last else token_ids
         num_tokens, text, stop = len(token_ids), "", None
-        if self._text is not None:
-            # The token that ended the sample is a token of the answer, but not text.
-            hides_last = (
-                finish is not None
-                and finish.HasField("stop_token_id")
-                and bool(token_ids)
-                and token_ids[-1] == finish.stop_token_id
-            )
-            shown = self._text.push(token_ids[:-1] if hides_last else token_ids)
-            text, stop = shown.text, shown.stop
+        if self._detokenizer is not None:
+            text = self._detokenizer.push(shown) + self._detokenizer.flush()
+        elif self._text is not None:
+            delta = self._text.push(shown)
+            text, stop = delta.text, delta.stop
             if stop is not None:
-                num_tokens = shown.num_tokens
+                num_tokens = delta.num_tokens
             elif finish is not None:
                 rest = self._text.flush()
                 text, stop = text + rest.text, rest.stop
@@ -97,65 +112,27 @@ class SampleStream:
             self.ended = generation_pb2.SampleFinished(index=self._index, reason=finish.reason)
             if finish.HasField("stop_token_id"):
                 self.ended.stop_token_id = finish.stop_token_id
-        return self._make_delta(batch, text, num_tokens)
+        return self._respond(batch, text, num_tokens)
 
-    def _make_delta(self, batch: TokenBatch, text: str, num_tokens: int) -> generation_pb2.Delta | None:
+    def _respond(self, batch: TokenBatch, text: str, num_tokens: int) -> generation_pb2.GenerateResponse | None:
+        options = self._options
         token_ids = batch.token_ids if num_tokens == len(batch.token_ids) else batch.token_ids[:num_tokens]
-        if self._options.keep_answer:
+        if options.keep_answer:
             self.answer_text.append(text)
             self.answer_ids += token_ids
-        if not self._options.text:
+        if not options.text:
             text = ""
         if not num_tokens and not text:
             return None
-        delta = generation_pb2.Delta(index=self._index, text=text, offset=self.num_tokens, num_tokens=num_tokens)
-        if self._options.token_ids:
+        response = generation_pb2.GenerateResponse()
+        delta = response.delta
+        delta.index = self._index
+        delta.text = text
+        delta.offset = self.num_tokens
+        delta.num_tokens = num_tokens
+        if options.token_ids:
             delta.token_ids.extend(token_ids)
-        if self._options.logprobs and batch.logprobs is not None:
+        if options.logprobs and batch.logprobs is not None:
             delta.logprobs.CopyFrom(slice_logprobs(batch.logprobs, num_tokens))
         self.num_tokens += num_tokens
-        return delta
-
-
-class RequestStream:
-    """All samples of one request.
-
-    Args:
-        num_samples: How many.
-        options: What the client wants to see.
-        texts: What tokens mean.
-        stops: Stop strings, or None without any.
-    """
-
-    def __init__(
-        self, num_samples: int, options: OutputOptions, texts: TokenTexts, stops: StopStrings | None = None
-    ) -> None:
-        self.detokenize_cpu_ns = 0
-        self.samples = []
-        for index in range(num_samples):
-            text = None
-            if options.text or options.keep_answer:
-                text = TextStream(
-                    texts,
-                    stops,
-                    skip_special_tokens=options.skip_special_tokens,
-                    include_stop=options.include_stop,
-                )
-            self.samples.append(SampleStream(index, options, text))
-
-    def push(self, batch: TokenBatch) -> tuple[generation_pb2.Delta | None, bool]:
-        """Take in a batch.
-
-        Returns what the client is to see of it, if anything, and whether a stop string has just ended the sample while
-        the executor goes on with it.
-        """
-        sample = self.samples[batch.index]
-        had_ended = sample.ended is not None
-        started = time.perf_counter_ns()
-        delta = sample.push(batch)
-        self.detokenize_cpu_ns += time.perf_counter_ns() - started
-        return delta, sample.ended is not None and not had_ended and batch.finish is None
-
-    def finished_samples(self) -> list[generation_pb2.SampleFinished]:
-        """How the samples ended, by index."""
-        return [sample.ended for sample in self.samples if sample.ended is not None]
+        return response

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalellm.v1 import common_pb2, link_pb2
-from services.tokenizer.request_stream import OutputOptions, RequestStream
+from services.tokenizer.sample_stream import OutputOptions, SampleStream
 from services.tokenizer.text.stop_strings import StopStrings
 from services.tokenizer.token_receiver import TokenReceiver
 
@@ -17,16 +17,16 @@ EOS = 2
 
 
 def play(texts, samples, data, *, options=EVERYTHING, stops=(), reason=common_pb2.FINISH_REASON_LENGTH, end=None):
-    """Send samples through receiver and stream in arbitrary pieces, taken at arbitrary moments."""
+    """Send samples through receiver and streams in arbitrary pieces, taken at arbitrary moments."""
     receiver = TokenReceiver(1, len(samples), logprobs=options.logprobs, min_tokens=data.draw(st.integers(1, 4)))
-    stream = RequestStream(len(samples), options, texts, StopStrings(stops) if stops else None)
-    deltas, stopped = [], []
+    automaton = StopStrings(stops) if stops else None
+    streams = [SampleStream(index, options, texts, automaton) for index in range(len(samples))]
+    deltas = []
 
     def take():
         for batch in receiver.take():
-            delta, is_stopped = stream.push(batch)
-            deltas.extend([delta] if delta is not None else [])
-            stopped.extend([batch.index] if is_stopped else [])
+            response = streams[batch.index].push(batch)
+            deltas.extend([response.delta] if response is not None else [])
 
     done = [0] * len(samples)
     open_samples = set(range(len(samples)))
@@ -51,14 +51,16 @@ def play(texts, samples, data, *, options=EVERYTHING, stops=(), reason=common_pb
     receiver.on_finish(link_pb2.Finish(handle=1))
     take()
     assert not receiver.has_more
-    return stream, deltas, stopped
+    return streams, deltas
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), samples=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30), min_size=1, max_size=3))
+@given(
+    data=st.data(),
+    samples=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30), min_size=1, max_size=3),
+)
 def test_any_batching_gives_what_decoding_at_once_gives(texts, smollm, data, samples):
-    stream, deltas, stopped = play(texts, samples, data)
-    assert stopped == []
+    streams, deltas = play(texts, samples, data)
     for index, tokens in enumerate(samples):
         mine = [delta for delta in deltas if delta.index == index]
         assert "".join(delta.text for delta in mine) == smollm.tokenizer.decode(tokens)
@@ -69,9 +71,9 @@ def test_any_batching_gives_what_decoding_at_once_gives(texts, smollm, data, sam
             assert delta.offset == offset
             assert len(delta.logprobs.logprobs) == delta.num_tokens
             offset += delta.num_tokens
-        assert stream.samples[index].answer_ids == tokens
-        assert "".join(stream.samples[index].answer_text) == smollm.tokenizer.decode(tokens)
-    assert [sample.reason for sample in stream.finished_samples()] == [common_pb2.FINISH_REASON_LENGTH] * len(samples)
+        assert streams[index].answer_ids == tokens
+        assert "".join(streams[index].answer_text) == smollm.tokenizer.decode(tokens)
+    assert {stream.ended.reason for stream in streams} == {common_pb2.FINISH_REASON_LENGTH}
 
 
 @settings(max_examples=150, deadline=None)
@@ -85,9 +87,9 @@ def test_stop_strings_do_not_depend_on_batching(texts, smollm, data, text, stops
     tokens = smollm.tokenizer.encode(text).ids
     whole = smollm.tokenizer.decode(tokens)
     options = OutputOptions(token_ids=True, keep_answer=True, include_stop=include_stop)
-    stream, deltas, stopped = play(texts, [tokens], data, options=options, stops=stops)
+    (stream,), deltas = play(texts, [tokens], data, options=options, stops=stops)
     shown = "".join(delta.text for delta in deltas)
-    (sample,) = stream.finished_samples()
+    sample = stream.ended
     ends = [(whole.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in whole]
     if not ends:
         assert shown == whole
@@ -99,7 +101,6 @@ def test_stop_strings_do_not_depend_on_batching(texts, smollm, data, text, stops
     ids = [token for delta in deltas for token in delta.token_ids]
     assert tokens[: len(ids)] == ids
     assert stop in smollm.tokenizer.decode(ids)
-    assert len(stopped) <= 1
 
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
@@ -108,18 +109,17 @@ def test_stop_strings_do_not_depend_on_batching(texts, smollm, data, text, stops
 def test_the_final_stop_token_is_not_text(texts, smollm, data, skip_special_tokens):
     tokens = [*smollm.tokenizer.encode("Fine <|im_start|> then.").ids, EOS]
     options = OutputOptions(token_ids=True, skip_special_tokens=skip_special_tokens)
-    stream, deltas, _ = play(texts, [tokens], data, options=options, reason=common_pb2.FINISH_REASON_STOP, end=EOS)
+    (stream,), deltas = play(texts, [tokens], data, options=options, reason=common_pb2.FINISH_REASON_STOP, end=EOS)
     shown = "".join(delta.text for delta in deltas)
     # A final token can be told only with the sample's end, and comes with it; see StepOutput.
     assert shown == smollm.tokenizer.decode(tokens[:-1], skip_special_tokens=skip_special_tokens)
     assert sum(delta.num_tokens for delta in deltas) == len(tokens)
-    assert stream.finished_samples()[0].stop_token_id == EOS
+    assert stream.ended.stop_token_id == EOS
 
 
 def test_ids_alone_are_not_detokenised(texts):
     receiver = TokenReceiver(1, 1)
-    stream = RequestStream(1, OutputOptions(text=False, token_ids=True), texts)
+    stream = SampleStream(0, OutputOptions(text=False, token_ids=True), texts)
     receiver.on_tokens(0, 0, [5, 6], now=1)
-    delta, _ = stream.push(receiver.take()[0])
-    assert delta is not None
+    delta = stream.push(receiver.take()[0]).delta
     assert (delta.text, list(delta.token_ids), delta.num_tokens) == ("", [5, 6], 2)
