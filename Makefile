@@ -2,7 +2,7 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all lint format protos bench setup setup-dev clean
+.PHONY: help run up down status chat test test-all test-kernels aot lint format protos bench setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
@@ -14,7 +14,7 @@ export PROMPT
 help: ## show this list
 	@echo "ScaleLLM: LLM serving over gRPC. Start with: make run"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  The command line behind it: $(scalellm) --help"
 
@@ -39,6 +39,12 @@ test: setup-dev ## run the tests but the slow ones
 
 test-all: setup-dev ## run all tests
 	$(test-env) $(python) -m pytest -n 2 --dist loadfile -q $(PYTEST_ARGS)
+
+test-kernels: setup-dev ## run the Triton kernels on the interpreter (no GPU needed)
+	$(test-env) TRITON_INTERPRET=1 $(python) -m pytest -n 2 --dist worksteal -q tests/kernels/interp $(PYTEST_ARGS)
+
+aot: setup-dev ## compile the Triton kernels for sm_80, sm_90 and sm_100 and compare (AOT_ARGS="--help")
+	TRITON_CACHE_DIR=build/aot/triton $(python) -m kernels.aot $(AOT_ARGS)
 
 lint: setup-dev ## format check, lint, types, contracts, file length
 	.venv/bin/ruff format --check .

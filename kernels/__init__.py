@@ -1,12 +1,15 @@
 """Public ops of the model and the sampler. Import them from here.
 
-Which form of an op runs is decided here and nowhere else; today every op has one, `reference`, in plain torch.
+The functions here are the torch forms, for tensors on the CPU. `select_ops` gives the same ops in the forms that suit
+a device; see `kernels.dispatch`.
 
 Every op writes into `out` when it is given and returns it, and allocates the result otherwise. Ops whose names end in
 an underscore change their first argument. A cache is `[num_blocks, page_size, Hkv, D]`, K and V apart, page_size 16, 32
 or 64; a slot is `block_id * page_size + offset`. A batch may be empty.
 """
 
+from kernels.dispatch import Backend, Ops, select_ops
+from kernels.launch import Capability, Launch
 from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from kernels.reference.attention import paged_attention_decode, unified_attention
 from kernels.reference.cache import copy_blocks_, swap_blocks
@@ -21,6 +24,10 @@ from kernels.reference.sampling import SampleOutput, sample
 from kernels.reference.w4a16 import w4a16_gemm
 
 __all__ = [
+    "Backend",
+    "Capability",
+    "Launch",
+    "Ops",
     "SampleOutput",
     "apply_logits_processors_",
     "copy_blocks_",
@@ -36,6 +43,7 @@ __all__ = [
     "sample",
     "sample_seed",
     "scaled_fp8_quant",
+    "select_ops",
     "silu_and_mul",
     "swap_blocks",
     "topk_softmax",

@@ -1,0 +1,64 @@
+"""Command line of the ahead-of-time check; see the package."""
+
+import argparse
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import triton
+
+from kernels.aot.compiler import Report, compile_variant
+from kernels.aot.gate import read_baseline, violations, write_baseline
+from kernels.aot.manifest import CASES
+from kernels.aot.recorder import record
+
+_SMS = (80, 90, 100)
+_BASELINE = Path(__file__).with_name(f"baseline-triton-{triton.__version__}.json")
+
+
+def main() -> int:
+    """Compile, print, compare."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot")
+    parser.add_argument("--write", action="store_true", help=f"make the result the new {_BASELINE.name}")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--cache", type=Path, default=Path("build/aot"), help="folder of earlier results")
+    args = parser.parse_args()
+
+    start = time.perf_counter()
+    tasks = [(i, sm) for i, case in enumerate(CASES) if args.only in case.name for sm in _SMS if sm >= case.min_sm]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        results = pool.map(partial(_compile_case, cache=args.cache), tasks)
+        reports = {(sm, name): report for found in results for (sm, name), report in found.items()}
+
+    baseline = read_baseline(_BASELINE)
+    failures = []
+    for (sm, name), report in sorted(reports.items()):
+        print(
+            f"sm_{sm:<4}{name:76} {report.registers:4} regs {report.stack:5} stack {report.shared:7} smem  {report.mma}"
+        )
+        failures += violations(sm, name, report, baseline.get(f"sm_{sm} {name}"))
+    named = {f"sm_{sm} {name}": report for (sm, name), report in reports.items()}
+    if not args.only:
+        failures += [f"{name}: is in the baseline and not in the manifest" for name in baseline.keys() - named.keys()]
+    print(f"{len(reports)} variants, {time.perf_counter() - start:.0f} s, triton {triton.__version__}")
+    if args.write:
+        write_baseline(_BASELINE, {**baseline, **named} if args.only else named)
+        return 0
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if failures:
+        print(f"{_BASELINE.name} is rewritten by: make aot AOT_ARGS=--write", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _compile_case(task: tuple[int, int], cache: Path) -> dict[tuple[int, str], Report]:
+    """Compile what one case launches; in a process of the pool, so it records anew instead of being sent kernels."""
+    index, sm = task
+    return {(sm, v.name): compile_variant(v, sm, cache) for v in record(CASES[index], sm)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

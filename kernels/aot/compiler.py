@@ -1,0 +1,60 @@
+"""Compiles a variant and reads from the machine code what it will need on the device."""
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.aot.recorder import Variant
+
+# Most specific first: a kernel may use plain mma beside the instructions of its generation.
+_MMA = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Of one program. `stack` is bytes of local memory per thread: registers that did not fit. `shared` is bytes."""
+
+    registers: int
+    stack: int
+    shared: int
+    mma: str
+
+
+def compile_variant(variant: Variant, sm: int, cache: Path) -> Report:
+    """Compile for compute capability `sm` / 10, or return what an earlier run found for the same source."""
+    source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attributes)
+    identity = f"{triton.__version__} {source.hash()} {sm} {sorted(variant.options.items())}"
+    cached = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+    if cached.exists():
+        return Report(**json.loads(cached.read_text()))
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=variant.options)
+    registers, stack = _resource_usage(compiled.asm["cubin"])
+    mma = next((name for name, instruction in _MMA.items() if instruction in compiled.asm["ptx"]), "none")
+    report = Report(registers, stack, compiled.metadata.shared, mma)
+    cache.mkdir(parents=True, exist_ok=True)
+    # Several processes share the folder: a file appears whole or not at all.
+    with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:
+        json.dump(asdict(report), file)
+    Path(file.name).replace(cached)
+    return report
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing about registers: {text!r}")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,41 @@
+"""What a change may not do to compiled kernels."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from kernels.aot.compiler import Report
+
+_SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one program can have
+_MORE_REGISTERS = 16  # fewer is noise of the allocator
+
+
+def violations(sm: int, name: str, now: Report, before: Report | None) -> list[str]:
+    """Return what is wrong with a variant, given what the baseline says of it."""
+    found = []
+    if now.shared > _SHARED_LIMIT[sm]:
+        found.append(f"shared memory is {now.shared} bytes, the limit is {_SHARED_LIMIT[sm]}")
+    if before is None:
+        found.append("is not in the baseline")
+    else:
+        if now.stack > before.stack:
+            found.append(f"spills: {before.stack} -> {now.stack} bytes of local memory")
+        if now.registers >= before.registers + _MORE_REGISTERS:
+            found.append(f"registers: {before.registers} -> {now.registers}")
+        if now.mma != before.mma:
+            found.append(f"matrix instructions: {before.mma} -> {now.mma}")
+    return [f"sm_{sm} {name}: {text}" for text in found]
+
+
+def read_baseline(path: Path) -> dict[str, Report]:
+    """Return the reports by "sm_90 case kernel"."""
+    if not path.exists():
+        return {}
+    return {name: Report(**fields) for name, fields in json.loads(path.read_text()).items()}
+
+
+def write_baseline(path: Path, reports: Mapping[str, Report]) -> None:
+    """Write one line for each variant, in order, so that a difference reads well."""
+    lines = (f"  {json.dumps(name)}: {json.dumps(asdict(report))}" for name, report in sorted(reports.items()))
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -1,0 +1,9 @@
+"""Every variant that serving compiles, for the model shapes of the presets.
+
+A case is named after its op and what is special about it; a new file of cases is added to `CASES`.
+"""
+
+from kernels.aot.cases import cache
+from kernels.aot.recorder import Case
+
+CASES: tuple[Case, ...] = (*cache.CASES,)

@@ -1,0 +1,97 @@
+"""Finds out which variants an op launches, by calling it on tensors that have no memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Ops, select_ops
+from kernels.launch import Capability, Launch, check_arguments
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+_ALIGNED = [["tt.divisibility", 16]]  # as torch's allocator gives it: allows loads of 128 bits
+_NUM_SMS = {80: 108, 90: 132, 100: 148}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A call of one op as serving makes it: on `meta` tensors, with `out` and `workspace` given.
+
+    `call` gets the ops chosen for the device compiled for. Cases below `min_sm` are left out.
+    """
+
+    name: str
+    call: Callable[[Ops], object]
+    dtype: torch.dtype = torch.bfloat16
+    min_sm: int = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What the compiler needs for one launch."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[object]]]
+    options: dict[str, int]
+
+
+class Recorder(Launch):
+    """Notes down launches instead of making them."""
+
+    def __init__(self, capability: Capability, name: str) -> None:
+        super().__init__(capability)
+        self.variants: list[Variant] = []
+        self._name = name
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *args: Any,
+        num_warps: int = 4,
+        num_stages: int = 2,
+        **constexprs: Any,
+    ) -> None:
+        """Record the launch; an empty grid is refused, as a case that compiles nothing is a mistake."""
+        if 0 in grid:
+            raise ValueError(f"{self._name}: {kernel.__name__} was launched with the empty grid {grid}")
+        values = (*args, *check_arguments(kernel, args, constexprs))
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], list[list[object]]] = {}
+        for i, (name, value) in enumerate(zip(kernel.arg_names, values, strict=True)):
+            if i >= len(args) or value is None:
+                signature[name] = "constexpr"
+                constants[i,] = value
+            elif isinstance(value, Tensor):
+                signature[name] = f"*{_TYPES[value.dtype]}"
+                attributes[i,] = list(_ALIGNED)
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        name = f"{self._name} {kernel.__name__}"
+        self.variants.append(Variant(name, kernel, signature, constants, attributes, options))
+
+
+def record(case: Case, sm: int) -> list[Variant]:
+    """Return the variants that a case launches on a device of compute capability `sm` / 10."""
+    recorder = Recorder(Capability(sm=sm, num_sms=_NUM_SMS[sm]), case.name)
+    case.call(select_ops(recorder.capability, dtype=case.dtype, launch=recorder))
+    if not recorder.variants:
+        raise ValueError(f"{case.name}: launched no kernel")
+    return recorder.variants

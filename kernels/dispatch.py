@@ -1,0 +1,157 @@
+"""Which form of each op runs: plain torch, or a Triton kernel.
+
+    ops = select_ops(Capability.of(device), dtype=torch.bfloat16)
+    ops.silu_and_mul(x, out=y)
+    ops.backends["silu_and_mul"]  # "triton"
+
+How a Triton form is added
+1. `kernels/triton/<file>.py` gets the kernel (rules in `launch.Launch`) and a function of the op's name. Its first
+   parameter is `launch: Launch`; the others are, name by name, those of the torch form in `kernels/reference`, whose
+   docstring is the contract. It never waits for the device, never reads a tensor's values on the host, allocates
+   nothing when `out` (and `workspace`) are given, and computes addresses in int64. Kernels are started with
+   `launch(kernel, grid, *runtime_arguments, num_warps=..., NAME=constexpr, ...)`.
+2. `_TRITON` below gets a line: the file and what the device must have.
+3. `tests/kernels/interp/test_<file>.py` compares it with float64 on the interpreter (fixture `ops`: all Triton forms).
+4. `kernels/aot/manifest.py` gets a case for every variant that serving uses: a call on `meta` tensors. Then
+   `make aot AOT_ARGS=--write` adds the new lines to the baseline; look at them before committing.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+
+from kernels.launch import Capability, Launch
+from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
+from kernels.reference.attention import paged_attention_decode, unified_attention
+from kernels.reference.cache import copy_blocks_, swap_blocks
+from kernels.reference.logits import apply_logits_processors_
+from kernels.reference.lora import lora_expand, lora_shrink
+from kernels.reference.moe import fused_moe, moe_align_block_size, topk_softmax
+from kernels.reference.norm import fused_add_rms_norm
+from kernels.reference.quant import E4M3, fp8_gemm, scaled_fp8_quant
+from kernels.reference.rope import qk_norm_rope_and_cache
+from kernels.reference.sampling import sample
+from kernels.reference.w4a16 import w4a16_gemm
+
+Backend = Literal["torch", "triton"]
+
+
+@dataclass(frozen=True, slots=True)
+class TritonForm:
+    """Where the Triton form of an op is, and what it needs."""
+
+    module: str  # under kernels.triton; the function has the op's name
+    min_sm: int = 80  # bfloat16 and asynchronous copies
+    uses_cache: bool = False  # reads or writes the KV cache, so its dtype matters, too
+
+
+# e4m3 conversions exist from here on; an older device would need them done by hand.
+_E4M3_MIN_SM = 89
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON: Mapping[str, TritonForm] = MappingProxyType(
+    {
+        "copy_blocks_": TritonForm("cache"),
+    }
+)
+
+
+class Ops:
+    """The public ops in the forms chosen for one device; without arguments, all in plain torch.
+
+    `backends` names the form of each op. `launch` starts the Triton forms and counts their late compiles; it is None
+    when there are none.
+    """
+
+    # These class attributes are the torch forms and give every op its type; Triton forms shadow them.
+    apply_logits_processors_ = staticmethod(apply_logits_processors_)
+    copy_blocks_ = staticmethod(copy_blocks_)
+    fp8_gemm = staticmethod(fp8_gemm)
+    fused_add_rms_norm = staticmethod(fused_add_rms_norm)
+    fused_moe = staticmethod(fused_moe)
+    gelu_tanh_and_mul = staticmethod(gelu_tanh_and_mul)
+    lora_expand = staticmethod(lora_expand)
+    lora_shrink = staticmethod(lora_shrink)
+    moe_align_block_size = staticmethod(moe_align_block_size)
+    paged_attention_decode = staticmethod(paged_attention_decode)
+    qk_norm_rope_and_cache = staticmethod(qk_norm_rope_and_cache)
+    sample = staticmethod(sample)
+    scaled_fp8_quant = staticmethod(scaled_fp8_quant)
+    silu_and_mul = staticmethod(silu_and_mul)
+    swap_blocks = staticmethod(swap_blocks)
+    topk_softmax = staticmethod(topk_softmax)
+    unified_attention = staticmethod(unified_attention)
+    w4a16_gemm = staticmethod(w4a16_gemm)
+
+    def __init__(
+        self, launch: Launch | None = None, triton_forms: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        self.launch = launch
+        forms = triton_forms or {}
+        for name, function in forms.items():
+            setattr(self, name, function)
+        self.backends: Mapping[str, Backend] = MappingProxyType(
+            {name: "triton" if name in forms else "torch" for name in OP_NAMES}
+        )
+
+
+OP_NAMES = tuple(sorted(name for name, value in vars(Ops).items() if isinstance(value, staticmethod)))
+
+
+def select_ops(
+    capability: Capability,
+    *,
+    dtype: torch.dtype,
+    kv_cache_dtype: torch.dtype | None = None,
+    overrides: Mapping[str, Backend] | None = None,
+    launch: Launch | None = None,
+) -> Ops:
+    """Choose a form of every op: Triton where the op has such a form and the device can run it, torch otherwise.
+
+    Args:
+        capability: of the device that the ops will run on.
+        dtype: of activations.
+        kv_cache_dtype: of the KV cache; None is `dtype`.
+        overrides: op name to backend, instead of the choice made here; the name "all" stands for every op that has
+            the backend asked for.
+        launch: starts the Triton forms; None makes one for `capability`.
+
+    Raises:
+        ValueError: an override names an op that does not exist, or a form that does not exist or that the device
+            cannot run.
+    """
+    overrides = overrides or {}
+    for name in overrides.keys() - {"all", *OP_NAMES}:
+        raise ValueError(f"overrides: there is no op {name!r}; ops are {', '.join(OP_NAMES)}")
+    launch = launch or Launch(capability)
+    forms: dict[str, Callable[..., Any]] = {}
+    for name in OP_NAMES:
+        obstacle = _obstacle(name, capability, dtype, kv_cache_dtype or dtype)
+        wanted = overrides.get(name)
+        if wanted == "triton" and obstacle:
+            raise ValueError(f"overrides: {name} cannot run on triton: {obstacle}")
+        if (wanted or overrides.get("all", "triton")) == "triton" and not obstacle:
+            module = importlib.import_module(f"kernels.triton.{_TRITON[name].module}")
+            forms[name] = functools.partial(getattr(module, name), launch)
+    return Ops(launch if forms else None, forms)
+
+
+def _obstacle(name: str, capability: Capability, dtype: torch.dtype, kv_cache_dtype: torch.dtype) -> str | None:
+    """Why the Triton form of an op cannot be used, or None."""
+    form = _TRITON.get(name)
+    if form is None:
+        return "it has no such form"
+    if capability.sm < form.min_sm:
+        return f"it needs compute capability {form.min_sm / 10}, the device has {capability.sm / 10}"
+    if dtype not in _FLOATS:
+        return f"it does not take {dtype}"
+    if form.uses_cache and kv_cache_dtype == E4M3 and capability.sm < _E4M3_MIN_SM:
+        return f"an e4m3 cache needs compute capability {_E4M3_MIN_SM / 10}, the device has {capability.sm / 10}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None

@@ -1,0 +1,34 @@
+"""Triton forms on the interpreter: collected only by a process that was started for it (`make test-kernels`).
+
+Triton decides when a kernel is defined whether it will be interpreted, and never again.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+
+if INTERPRETED:
+    import interpreter_fixes
+
+    interpreter_fixes.install()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def launch():
+    """A device of few processors, so that grids sized by them stay small."""
+    from kernels import Capability, Launch
+
+    return Launch(Capability(sm=90, num_sms=4))
+
+
+@pytest.fixture
+def ops(launch):
+    """All ops that have one in their Triton form."""
+    from kernels import select_ops
+
+    return select_ops(launch.capability, dtype=torch.bfloat16, launch=launch)
