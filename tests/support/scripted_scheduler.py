@@ -113,9 +113,7 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
         for link in self.links:
             link.broken.set()
 
-    async def Connect(
-        self, frames: AsyncIterator[link_pb2.ClientFrame], context: grpc.aio.ServicerContext
-    ) -> None:
+    async def Connect(self, frames: AsyncIterator[link_pb2.ClientFrame], context: grpc.aio.ServicerContext) -> None:
         hello = (await anext(frames)).hello
         self.hellos.append(hello)
         if self.tokenizer_sha256 and hello.tokenizer_sha256 != self.tokenizer_sha256:
