@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 
 from prometheus_client import CollectorRegistry
 
-from services.common.lifecycle import GrpcService, StartError, announce, configure_logging, stop_event
+from services.common.entry import run_service
+from services.common.lifecycle import GrpcService, announce, stop_event
 from services.common.metrics import MetricsEndpoint
-from services.common.settings import load_settings
 from services.executor.config import ExecutorSettings
 from services.executor.engine_supervisor import EngineSupervisor
 from services.executor.front import SERVICE, ExecutorServicer, add_to_server
@@ -59,17 +58,5 @@ async def serve(settings: ExecutorSettings) -> None:
             settings.announce.unlink(missing_ok=True)
 
 
-def main() -> int:
-    """Read the settings, serve, and return the exit code."""
-    settings = load_settings(ExecutorSettings)
-    configure_logging("executor", settings.log_level)
-    try:
-        asyncio.run(serve(settings))
-    except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_service("executor", ExecutorSettings, serve)

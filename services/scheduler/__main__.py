@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import sys
 
-from services.common.lifecycle import StartError, announce, configure_logging, stop_event
-from services.common.settings import load_settings
+from services.common.entry import run_service
+from services.common.lifecycle import announce, stop_event
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.server import SchedulerServer
 
@@ -27,17 +25,5 @@ async def _serve(settings: SchedulerSettings) -> None:
             settings.announce.unlink(missing_ok=True)
 
 
-def main() -> int:
-    """Run the scheduler until it is told to stop. Returns the exit status."""
-    settings = load_settings(SchedulerSettings)
-    configure_logging("scheduler", settings.log_level)
-    try:
-        asyncio.run(_serve(settings))
-    except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_service("scheduler", SchedulerSettings, _serve)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +11,9 @@ from tempfile import TemporaryDirectory
 from prometheus_client import CollectorRegistry
 
 from services.common import model_store
-from services.common.lifecycle import StartError, announce, configure_logging, stop_event
+from services.common.entry import run_service
+from services.common.lifecycle import StartError, announce, stop_event
 from services.common.metrics import MetricsEndpoint
-from services.common.settings import load_settings
 from services.tokenizer.config import TokenizerSettings
 from services.tokenizer.metrics import WorkersCollector
 from services.tokenizer.port import PortReservation
@@ -65,17 +64,5 @@ async def serve(settings: TokenizerSettings) -> None:
             await asyncio.gather(running, stopping, return_exceptions=True)
 
 
-def main() -> int:
-    """Read the settings, serve, and return the exit code."""
-    settings = load_settings(TokenizerSettings)
-    configure_logging("tokenizer", settings.log_level)
-    try:
-        asyncio.run(serve(settings))
-    except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_service("tokenizer", TokenizerSettings, serve)

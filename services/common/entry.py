@@ -1,0 +1,27 @@
+"""What `python -m services.<name>` does, whichever service it is."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from typing import NoReturn, TypeVar
+
+from services.common.lifecycle import StartError, configure_logging
+from services.common.settings import ServiceSettings, load_settings
+
+SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
+
+
+def run_service(
+    name: str, settings_class: type[SettingsT], serve: Callable[[SettingsT], Coroutine[None, None, None]]
+) -> NoReturn:
+    """Read the settings, serve until told to stop, and exit: 0 after a drain, 1 with one line when it cannot start."""
+    settings = load_settings(settings_class)
+    configure_logging(name, settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
