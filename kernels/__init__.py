@@ -22,6 +22,7 @@ from kernels.reference.rng import sample_seed
 from kernels.reference.rope import qk_norm_rope_and_cache
 from kernels.reference.sampling import SampleOutput, sample
 from kernels.reference.w4a16 import w4a16_gemm
+from kernels.splits import decode_workspace, num_decode_splits
 
 __all__ = [
     "Backend",
@@ -31,6 +32,7 @@ __all__ = [
     "SampleOutput",
     "apply_logits_processors_",
     "copy_blocks_",
+    "decode_workspace",
     "fp8_gemm",
     "fused_add_rms_norm",
     "fused_moe",
@@ -38,6 +40,7 @@ __all__ = [
     "lora_expand",
     "lora_shrink",
     "moe_align_block_size",
+    "num_decode_splits",
     "paged_attention_decode",
     "qk_norm_rope_and_cache",
     "sample",

@@ -57,6 +57,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON: Mapping[str, TritonForm] = MappingProxyType(
     {
         "copy_blocks_": TritonForm("cache"),
+        "paged_attention_decode": TritonForm("attention_decode", uses_cache=True),
+        "qk_norm_rope_and_cache": TritonForm("rope", uses_cache=True),
+        "unified_attention": TritonForm("attention", uses_cache=True),
     }
 )
 

@@ -3,7 +3,7 @@
 A case is named after its op and what is special about it; a new file of cases is added to `CASES`.
 """
 
-from kernels.aot.cases import cache
+from kernels.aot.cases import attention, cache, rope
 from kernels.aot.recorder import Case
 
-CASES: tuple[Case, ...] = (*cache.CASES,)
+CASES: tuple[Case, ...] = (*attention.CASES, *cache.CASES, *rope.CASES)

@@ -18,6 +18,11 @@ if INTERPRETED:
     torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    # Of the interpreter of triton 3.6, at every loop whose bounds are tensors.
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+
 @pytest.fixture
 def launch():
     """A device of few processors, so that grids sized by them stay small."""

@@ -1,0 +1,217 @@
+"""Triton attention against the definition in float64. Every slot that must not be read holds NaN, as does `out`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.splits import decode_workspace, num_decode_splits
+
+E4M3 = torch.float8_e4m3fn
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
+LENS = [0, 1, 15, 16, 17]  # around a page of 16
+GROUPS = [(2, 2), (6, 2), (4, 1), (7, 1), (8, 1)]
+
+
+def unified(ops, case, **options):
+    out = torch.full_like(case.q, torch.nan)
+    options.setdefault("scale", case.q.shape[-1] ** -0.5)
+    result = ops.unified_attention(
+        case.q,
+        case.k_cache,
+        case.v_cache,
+        case.cu_seqlens_q,
+        case.seq_lens,
+        case.block_table,
+        max_seqlen_q=case.max_seqlen_q,
+        out=out,
+        **options,
+    )
+    assert result is out
+    return out
+
+
+def decode(ops, case, num_splits, **options):
+    out = torch.full_like(case.q, torch.nan)
+    workspace = decode_workspace(*case.q.shape, num_splits).fill_(torch.nan)
+    options.setdefault("scale", case.q.shape[-1] ** -0.5)
+    result = ops.paged_attention_decode(
+        case.q,
+        case.k_cache,
+        case.v_cache,
+        case.block_table,
+        case.seq_lens,
+        num_splits=num_splits,
+        workspace=workspace,
+        out=out,
+        **options,
+    )
+    assert result is out
+    return out
+
+
+def check(result, expected, dtype=torch.float32):
+    torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def e4m3(case, k_scale, v_scale):
+    """The case with its cache quantised, and the dense K and V that the cache now stands for."""
+    return replace(
+        case,
+        k_cache=(case.k_cache / k_scale).to(E4M3),
+        v_cache=(case.v_cache / v_scale).to(E4M3),
+        k=[(k / k_scale).to(E4M3).double() * k_scale for k in case.k],
+        v=[(v / v_scale).to(E4M3).double() * v_scale for v in case.v],
+    )
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), GROUPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_batch(ops, paged_case, attention_oracle, dtype, q_heads, kv_heads):
+    # Padding, decode, a whole prompt, a chunk, a sequence that has no part in this step.
+    case = paged_case([*LENS, 33, 40, 20], [1, 1, 1, 1, 1, 33, 17, 0], q_heads=q_heads, kv_heads=kv_heads, dtype=dtype)
+    check(unified(ops, case), attention_oracle(case, scale=0.125), dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_head_sizes(ops, paged_case, attention_oracle, dtype, head_dim):
+    case = paged_case([17, 33], [1, 9], head_dim=head_dim, dtype=dtype)
+    check(unified(ops, case), attention_oracle(case, scale=head_dim**-0.5), dtype)
+    rows = paged_case([1, 33], [1, 1], head_dim=head_dim, dtype=dtype)
+    for num_splits in (1, 2):
+        check(decode(ops, rows, num_splits), attention_oracle(rows, scale=head_dim**-0.5), dtype)
+
+
+@pytest.mark.parametrize("page", [16, 32, 64])
+def test_lengths_around_a_page(ops, paged_case, attention_oracle, page):
+    lens = [page - 1, page, page + 1, 2 * page + 1]
+    for dtype in (torch.float32, torch.bfloat16):  # key tiles of 32 and of 64: parts of a page, a page, several
+        case = paged_case(lens, [1, page, 3, 1], page=page, q_heads=2, kv_heads=1, dtype=dtype)
+        check(unified(ops, case), attention_oracle(case, scale=0.125), dtype)
+        rows = paged_case(lens, [1] * 4, page=page, q_heads=2, kv_heads=1, dtype=dtype)
+        check(decode(ops, rows, 2), attention_oracle(rows, scale=0.125), dtype)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 33, 100])
+def test_what_left_the_window_is_not_read(ops, paged_case, attention_oracle, window):
+    case = paged_case([0, 1, 17, 70, 90], [1, 1, 1, 40, 30], q_heads=2, kv_heads=1, window=window)
+    check(unified(ops, case, window=window), attention_oracle(case, scale=0.125, window=window))
+    rows = paged_case([0, 1, 17, 70, 130], [1] * 5, q_heads=2, kv_heads=1, window=window)
+    expected = attention_oracle(rows, scale=0.125, window=window)
+    for num_splits in (1, 4):
+        check(decode(ops, rows, num_splits, window=window), expected)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 2.0), (9, 0.0), (9, 2.0)])
+def test_softcap_and_sinks(ops, paged_case, attention_oracle, softcap, window, with_sinks):
+    case = paged_case([0, 1, 33, 20], [1, 1, 33, 5], q_heads=6, kv_heads=2)
+    sinks = torch.linspace(-1, 2, 6) if with_sinks else None
+    options = {"softcap": softcap, "window": window, "sinks": sinks}
+    check(unified(ops, case, **options), attention_oracle(case, scale=0.125, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_e4m3_cache_with_scales(ops, paged_case, attention_oracle, dtype):
+    case = e4m3(paged_case([0, 17, 33], [1, 1, 20], dtype=dtype), 0.5, 0.25)
+    expected = attention_oracle(case, scale=0.125)
+    check(unified(ops, case, k_scale=0.5, v_scale=torch.tensor(0.25)), expected, dtype)
+    rows = e4m3(paged_case([0, 17, 65], [1, 1, 1], dtype=dtype), 0.5, 0.25)
+    expected = attention_oracle(rows, scale=0.125, softcap=3.0)
+    check(decode(ops, rows, 2, k_scale=torch.tensor(0.5), v_scale=0.25, softcap=3.0), expected, dtype)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3, 4])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), GROUPS)
+def test_decode_in_shares(ops, paged_case, attention_oracle, q_heads, kv_heads, num_splits):
+    # Fewer tiles than shares, as many, and more.
+    lens = [0, 1, 32, 33, 130]
+    case = paged_case(lens, [1] * len(lens), q_heads=q_heads, kv_heads=kv_heads)
+    check(decode(ops, case, num_splits), attention_oracle(case, scale=0.125))
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_its_place(ops, paged_case):
+    case = paged_case([70, 3, 130], [1, 1, 1], q_heads=3, kv_heads=1)
+    together = decode(ops, case, 4)
+    order = torch.tensor([2, 0, 1])
+    moved = replace(
+        case, q=case.q[order], block_table=case.block_table[order].contiguous(), seq_lens=case.seq_lens[order]
+    )
+    assert torch.equal(decode(ops, moved, 4), together[order])
+
+
+def test_padding_changes_nothing_and_is_zero(ops, paged_case):
+    case = paged_case([5, 40], [1, 7])
+    alone = unified(ops, case)
+    padded = replace(
+        case,
+        q=torch.cat((case.q, torch.full_like(case.q, torch.nan))),
+        cu_seqlens_q=torch.cat((case.cu_seqlens_q, case.cu_seqlens_q[-1:].repeat(3))),
+        seq_lens=torch.cat((case.seq_lens, torch.zeros(3, dtype=torch.int32))),
+        block_table=torch.cat((case.block_table, torch.zeros_like(case.block_table), case.block_table[:1])),
+    )
+    result = unified(ops, padded)
+    assert torch.equal(result[:8], alone)
+    assert (result[8:] == 0).all()
+
+
+def test_more_queries_than_tokens_are_zero(ops, paged_case):
+    case = paged_case([3], [3])
+    result = unified(ops, replace(case, seq_lens=case.seq_lens - 1))
+    assert (result[0] == 0).all()
+    assert result[1:].isfinite().all()
+
+
+def test_an_empty_batch(ops, paged_case):
+    case = paged_case([5], [0])
+    assert unified(ops, case).shape == (0, 4, 64)
+    none = paged_case([], [])
+    assert decode(ops, none, 2).shape == (0, 4, 64)
+
+
+def test_rows_of_a_packed_tensor(ops, paged_case):
+    case = paged_case([17, 40], [1, 1])
+    packed = torch.cat((case.q, torch.full_like(case.q, torch.nan)), dim=1)
+    strided = replace(case, q=packed[:, :4])
+    for run in (unified, lambda *args: decode(*args, 2)):
+        assert torch.equal(run(ops, strided), run(ops, case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, E4M3])
+def test_slots_past_two_to_the_31_elements(ops, dtype):
+    blocks = 1_050_000
+    cache = torch.empty(blocks, 16, 1, 128, dtype=dtype)  # virtual memory; only the pages touched become resident
+    assert cache.numel() > 2**31
+    cache[-1] = torch.randn(16, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(1)).half()
+    table, lens = torch.tensor([[blocks - 1]], dtype=torch.int32), torch.tensor([16], dtype=torch.int32)
+    last = cache[-1, :, 0].double()
+    expected = torch.softmax(last @ q[0, 0].double() * 0.1, 0) @ last
+    out = ops.paged_attention_decode(q, cache, cache, table, lens, scale=0.1, num_splits=2)
+    check(out[0, 0], expected, torch.float16)
+    cu = torch.tensor([0, 1], dtype=torch.int32)
+    out = ops.unified_attention(q, cache, cache, cu, lens, table, max_seqlen_q=1, scale=0.1)
+    check(out[0, 0], expected, torch.float16)
+
+
+def test_refusals(ops, paged_case):
+    case = paged_case([5], [1])
+    with pytest.raises(ValueError, match="workspace: has 10 elements, 520 are needed"):
+        ops.paged_attention_decode(
+            case.q,
+            case.k_cache,
+            case.v_cache,
+            case.block_table,
+            case.seq_lens,
+            scale=1.0,
+            num_splits=2,
+            workspace=torch.empty(10),
+        )
+    with pytest.raises(ValueError, match="must be contiguous"):
+        unified(ops, replace(case, k_cache=case.k_cache[..., ::2]))
+
+
+def test_splits_follow_the_device_and_the_shapes(launch):
+    h200 = replace(launch.capability, num_sms=132)
+    assert [num_decode_splits(h200, batch, 8) for batch in (1, 2, 8, 64, 256)] == [64, 64, 16, 4, 4]

@@ -1,0 +1,73 @@
+"""The calls of the manifest: each reaches a kernel without making a tensor and without asking for a tensor's values."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import Capability, select_ops
+from kernels.aot.compiler import Report
+from kernels.aot.gate import violations
+from kernels.aot.manifest import CASES
+from kernels.aot.recorder import Recorder
+
+
+class NoAllocation(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.is_view, f"{func} makes a tensor"
+        return func(*args, **(kwargs or {}))
+
+
+class StrictOps:
+    """Ops that may not allocate; making the arguments of a call may."""
+
+    def __init__(self, ops):
+        self.launch = ops.launch
+        self._ops = ops
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            with NoAllocation():
+                return getattr(self._ops, name)(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case_launches_without_allocating(case):
+    recorder = Recorder(Capability(sm=100, num_sms=148), case.name)
+    case.call(StrictOps(select_ops(recorder.capability, dtype=case.dtype, launch=recorder)))
+    assert recorder.variants
+
+
+def test_names_are_unique():
+    names = [case.name for case in CASES]
+    assert len(names) == len(set(names))
+
+
+def test_every_triton_op_has_a_case():
+    ops = select_ops(Capability(sm=90, num_sms=132), dtype=torch.bfloat16)
+    expected = {name for name, backend in ops.backends.items() if backend == "triton"}
+    assert expected <= {case.name.split()[0] for case in CASES}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"registers": 115}, None),
+        ({"registers": 116}, "registers: 100 -> 116"),
+        ({"stack": 8}, "spills: 0 -> 8 bytes of local memory"),
+        ({"shared": 300_000}, "shared memory is 300000 bytes, the limit is 232448"),
+        ({"mma": "mma"}, "matrix instructions: wgmma -> mma"),
+    ],
+)
+def test_gate(change, message):
+    before = Report(registers=100, stack=0, shared=1000, mma="wgmma")
+    expected = [] if message is None else [f"sm_90 x: {message}"]
+    assert violations(90, "x", replace(before, **change), before) == expected
+    assert violations(90, "x", before, None) == ["sm_90 x: is not in the baseline"]
