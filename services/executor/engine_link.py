@@ -83,6 +83,7 @@ class EngineLink:
         self._prefill_window = prefill_window
         self._request_window = request_window
         self._seq = 0
+        self._num_accepted = 0
         self._refused_tokens = 0
         self._num_refused = 0
         self._last_load = b""
@@ -134,6 +135,7 @@ class EngineLink:
         except StatusError as error:
             status = error.to_link()
         else:
+            self._num_accepted += 1
             return None
         # What was refused never waits, so it gives its credits back at once.
         self._refused_tokens += len(submit.token_ids)
@@ -157,9 +159,14 @@ class EngineLink:
         )
 
     def load_frame(self, draining: bool) -> bytes | None:
-        """A frame with nothing but the load, or None when the load is what was sent last."""
+        """A frame with nothing but the load; None when that is what was sent last and no request is here.
+
+        While requests are here it is sent all the same, as a sign of life: a long prompt takes many steps, none of
+        which has anything else to say, and the scheduler takes an executor with work for dead when it is silent.
+        """
         load = self.load(draining)
-        if load.SerializeToString() == self._last_load:
+        has_requests = self._engine.link_credits(self.link).completed_requests < self._num_accepted
+        if not has_requests and load.SerializeToString() == self._last_load:
             return None
         return self._frame(link_pb2.StepOutput(load=load))
 

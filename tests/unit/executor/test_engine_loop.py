@@ -1,0 +1,60 @@
+"""The engine process's loop, driven through its socket, on a clock that every step moves."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+import engine_kit
+from scalellm.v1 import common_pb2, executor_pb2, link_pb2
+from services.executor.build import LoadedEngine
+from services.executor.config import ExecutorSettings
+from services.executor.engine import Engine
+from services.executor.engine_process import EngineLoop
+from services.executor.ipc import EngineChannel, Kind, Message
+
+
+def run_loop(sent: list[Message], seconds_per_step: float, num_steps: int) -> list[Message]:
+    """What the engine answers to messages within a number of steps, after which its front goes away."""
+    config = engine_kit.make_config(max_model_len=1024, num_blocks=256, max_num_batched_tokens=8)
+    clock = engine_kit.SimClock()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        def on_execute(batch: object) -> None:
+            clock.advance(seconds_per_step)
+            if len(runner.batches) == num_steps:
+                ours.shutdown(socket.SHUT_WR)
+
+        runner = engine_kit.FakePagedRunner(config, on_execute)
+        loaded = LoadedEngine(Engine(config, runner, clock), link_pb2.Welcome(), executor_pb2.GetExecutorInfoResponse())
+        ours.sendall(b"".join(message.encode() for message in sent))
+        settings = ExecutorSettings(max_num_seqs=8, max_num_batched_tokens=8)
+        with pytest.raises(EOFError):
+            EngineLoop(loaded, EngineChannel(theirs), settings, clock).run()
+        return list(EngineChannel(ours).receive(0.0))
+
+
+def frame(**kind: object) -> bytes:
+    return link_pb2.ClientFrame(**kind).SerializeToString()
+
+
+def test_a_long_prompt_is_not_mistaken_for_a_dead_engine() -> None:
+    """The scheduler takes an executor with work for dead when it is silent, and a long prompt has nothing to say."""
+    prompt = [i % 5 for i in range(800)]
+    submit = link_pb2.Submit(handle=1, token_ids=prompt, sampling=common_pb2.SamplingParams(max_tokens=4))
+    messages = run_loop(
+        [
+            Message(Kind.OPEN, 1, frame(hello=link_pb2.Hello())),
+            Message(Kind.OPEN, 2, frame(hello=link_pb2.Hello())),
+            Message(Kind.FRAME, 1, frame(submit=submit)),
+        ],
+        seconds_per_step=1.0,
+        num_steps=50,
+    )
+    frames = [message for message in messages if message.kind is Kind.FRAME]
+    steps = [link_pb2.ServerFrame.FromString(message.payload).step for message in frames if message.link == 1]
+    assert len(steps) >= 50
+    assert not any(step.handles or step.finished for step in steps)
+    assert len([message for message in frames if message.link == 2]) < 5  # who waits for nothing hears of changes only
