@@ -69,7 +69,8 @@ class _Port:
         self.error: StatusError | None = None
 
     def on_welcome(self, frame: bytes) -> None:
-        self.welcome.set_result(frame)
+        if not self.welcome.done():  # else the client went away while it waited
+            self.welcome.set_result(frame)
 
     def on_frame(self, frame: bytes) -> None:
         self.link.send(frame)
