@@ -1,12 +1,16 @@
-"""The downstream end of a link: reads client frames, writes one merged frame at a time."""
+"""The downstream end of a link: reads client frames, writes merged frames one at a time."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol, TypeVar
 
 FrameT = TypeVar("FrameT")
+
+# Far below gRPC's limit on a message, which would break the link of a reader that was slow for long.
+_MERGE_BYTES = 1 << 20
 
 
 class FrameWriter(Protocol):
@@ -19,13 +23,13 @@ class FrameWriter(Protocol):
 class ServerLink:
     """One link of an upstream process.
 
-    Frames are serialised `ServerFrame` messages. While the reader is slow they pile up here as bytes and leave as one
-    message: concatenated protobuf messages parse as their merge, and StepOutput is made to be merged. So a slow reader
-    costs memory bounded by the tokens of its own requests, and never holds up the step loop.
+    Frames are serialised `ServerFrame` messages. While the reader is slow they pile up here as bytes and leave merged,
+    about a megabyte at a time: concatenated protobuf messages parse as their merge, and StepOutput is made to be
+    merged. So a slow reader costs memory bounded by the tokens of its own requests, and never holds up the step loop.
     """
 
     def __init__(self) -> None:
-        self._pending: list[bytes] = []
+        self._pending: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self._closed = False
 
@@ -75,9 +79,15 @@ class ServerLink:
     async def _write(self, writer: FrameWriter) -> None:
         while True:
             while self._pending:
-                pending, self._pending = self._pending, []
-                await writer.write(pending[0] if len(pending) == 1 else b"".join(pending))
+                await writer.write(self._take())
             if self._closed:
                 return
             self._wake.clear()
             await self._wake.wait()
+
+    def _take(self) -> bytes:
+        frames = [self._pending.popleft()]
+        size = len(frames[0])
+        while self._pending and (size := size + len(self._pending[0])) <= _MERGE_BYTES:
+            frames.append(self._pending.popleft())
+        return b"".join(frames)
