@@ -25,6 +25,11 @@ class Books:
     queue_time_counts: list[int] = field(default_factory=lambda: [0] * (len(QUEUE_TIME_BUCKETS) + 1))
     queue_time_sum: float = 0.0
 
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended, wherever they are: while they are moved they neither wait nor run."""
+        return self.accepted - self.finished - self.cancelled - self.rejected
+
     def count_end(self, code: int) -> None:
         """A request ended with this google.rpc.Code."""
         if code == _OK:

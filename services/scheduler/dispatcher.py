@@ -312,7 +312,7 @@ class Dispatcher:
         request.add_timings(finish.timings, now)
         self.books.count_end(finish.status.code)
         request.link.add_finish(finish)
-        if not self.queue and not self._fleet.num_running:
+        if not self.books.num_open:
             self._idle.set()
             self._heartbeat.beat(has_work=False)
 

@@ -324,3 +324,21 @@ async def test_an_abort_that_the_executor_took_to_its_grave(make_line, eventuall
     await line.edge.finish(cancelled)
     assert cancelled.code == CANCELLED
     await eventually(lambda: stopped.ended == {1: common_pb2.FINISH_REASON_STOP})
+
+
+async def test_a_drain_waits_for_requests_that_move_beside_one_that_ends(make_line, make_executor, eventually):
+    line = await make_line(executor={"step_time": 0.003}, executor_grace_s=10.0)
+    cancelled = await line.edge.submit(10, 100_000)
+    moving = await line.edge.submit(10, 50)
+    await eventually(lambda: cancelled.samples and moving.samples)
+    (old,) = line.executors
+    old.hold()
+    await line.edge.abort(cancelled)
+    await eventually(lambda: old.aborts)
+    await old.die()
+    await line.edge.finish(cancelled)
+    draining = asyncio.create_task(line.server.dispatcher.wait_idle(10.0))
+    await make_executor(port=int(old.address.rpartition(":")[2]), instance_id="reborn")
+    assert await draining == 0
+    await line.edge.finish(moving)
+    moving.check_tokens(50)
