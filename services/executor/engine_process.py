@@ -195,7 +195,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()
         EngineLoop(loaded, channel, settings).run()
-    except (EOFError, BrokenPipeError):
+    except EOFError:
         _log.info("the front is gone; the engine ends")
 
 

@@ -68,14 +68,20 @@ class EngineChannel:
         self._poll.register(connection, select.POLLIN)
 
     def send(self, *messages: Message) -> None:
-        """Write messages; waits while the front is busy."""
-        self._connection.sendall(b"".join(message.encode() for message in messages))
+        """Write messages; waits while the front is busy. EOFError: the front is gone."""
+        try:
+            self._connection.sendall(b"".join(message.encode() for message in messages))
+        except ConnectionError:
+            raise EOFError("the front closed the connection") from None
 
     def receive(self, timeout: float) -> Iterator[Message]:
         """All messages that have arrived; waits up to `timeout` seconds for the first. EOFError: the front is gone."""
         if not self._has_message():
             while self._poll.poll(timeout * 1000):
-                data = self._connection.recv(_READ_BYTES)
+                try:
+                    data = self._connection.recv(_READ_BYTES)
+                except ConnectionError:  # it left without reading all that was sent
+                    data = b""
                 if not data:
                     raise EOFError("the front closed the connection")
                 self._buffer += data

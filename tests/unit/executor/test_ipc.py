@@ -48,3 +48,15 @@ async def test_front_reads_what_the_engine_wrote() -> None:
     with pytest.raises(EOFError):
         await asyncio.wait_for(front.receive(), 5)
     front.close()
+
+
+def test_engine_notices_a_front_that_left_without_reading() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        engine = EngineChannel(theirs)
+        engine.send(Message(Kind.STATS))
+        ours.close()
+        with pytest.raises(EOFError):  # the system calls it a reset
+            list(engine.receive(1.0))
+        with pytest.raises(EOFError):
+            engine.send(Message(Kind.STATS))
