@@ -69,7 +69,9 @@ class ExecutorDiscovery:
         """Unlist a name, or take one address out of those of a name. False when it is unknown."""
         if address in self._names:
             self.errors.pop(address, None)
-            orphans = self._names.pop(address) - self._known() - self._removed
+            unlisted = self._names.pop(address) - self._known()
+            orphans = unlisted - self._removed
+            self._removed -= unlisted  # else it would not come back with a name that is listed again
         elif address in self._known() - self._removed:
             self._removed.add(address)
             orphans = frozenset((address,))

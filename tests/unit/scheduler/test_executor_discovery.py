@@ -108,3 +108,15 @@ async def test_removal(names):
     assert fleet.leaving == set()
     assert discovery.remove("pool:5")
     assert fleet.leaving == {"10.0.0.1:5", "10.0.0.2:5"}
+
+
+async def test_a_name_that_is_listed_again_brings_back_what_was_removed_from_it(names):
+    names["pool"] = ["10.0.0.1"]
+    fleet = Fleet()
+    discovery = ExecutorDiscovery(fleet, 0.001)
+    await discovery.add(["pool:5"])
+    assert discovery.remove("10.0.0.1:5")
+    assert discovery.remove("pool:5")
+    assert fleet.leaving == {"10.0.0.1:5"}
+    await discovery.add(["pool:5"])
+    assert fleet.leaving == set()
