@@ -119,10 +119,10 @@ class LinkClient:
                     first = await asyncio.wait_for(call.read(), _HANDSHAKE_LIMIT)
                 except TimeoutError:
                     raise StatusError.unavailable(f"{self.address} does not answer") from None
-                if first is grpc.aio.EOF or first.WhichOneof("frame") != "welcome":
+                if first is grpc.aio.EOF:
                     # The status, if the peer gave one, says more than we can.
-                    if first is grpc.aio.EOF:
-                        await self._raise_status(call)
+                    await self._raise_status(call)
+                if first is grpc.aio.EOF or self._kind(first) != "welcome":
                     raise StatusError.unavailable(f"{self.address} did not answer with a Welcome")
                 self._handler.on_up(first.welcome)
                 self._up = True
@@ -146,9 +146,15 @@ class LinkClient:
         now = asyncio.get_running_loop().time
         while (frame := await call.read()) is not grpc.aio.EOF:
             self._last_frame = now()
-            if frame.WhichOneof("frame") == "step":
+            if self._kind(frame) == "step":
                 self._handler.on_step(frame.step)
         await self._raise_status(call)
+
+    def _kind(self, frame: link_pb2.ServerFrame | None) -> str | None:
+        if frame is None:  # gRPC's word for a message that cannot be parsed
+            raise StatusError(grpc.StatusCode.INTERNAL, f"{self.address} sent a message that is not a ServerFrame")
+        kind: str | None = frame.WhichOneof("frame")
+        return kind
 
     async def _raise_status(self, call: Any) -> None:
         """Raise StatusError with how a call ended, unless it is OK."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -295,3 +296,26 @@ async def test_a_step_that_breaks_the_protocol(make_line, eventually):
     assert len(stream.samples[0]) == 3
     await eventually(lambda: executor.aborts)
     line.check_books()
+
+
+async def test_a_message_that_is_no_frame_is_named_as_such(make_scheduler, make_edge, eventually):
+    async def execute(frames, context):
+        await anext(frames)
+        welcome = link_pb2.Welcome(instance_id="broken", model="m", max_model_len=64, block_size=16)
+        welcome.load.granted_requests = welcome.load.granted_prefill_tokens = 1
+        yield link_pb2.ServerFrame(welcome=welcome).SerializeToString()
+        await anext(frames)
+        yield b"\xff\xff\xff no frame"
+
+    server = grpc.aio.server()
+    handlers = {"Execute": grpc.stream_stream_rpc_method_handler(execute)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("scalellm.v1.Executor", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    scheduler = await make_scheduler(SimpleNamespace(address=f"127.0.0.1:{port}"), max_executor_deaths=1)
+    edge = await make_edge(scheduler.address).open()
+    stream = await edge.submit()
+    await edge.finish(stream)
+    await server.stop(0)
+    assert stream.code == grpc.StatusCode.INTERNAL.value[0]
+    assert "not a ServerFrame" in stream.finish.status.message
