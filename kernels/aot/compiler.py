@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import triton
@@ -16,29 +16,36 @@ from kernels.aot.recorder import Variant
 
 # Most specific first: a kernel may use plain mma beside the instructions of its generation.
 _MMA = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
+_WIDE = re.compile(r"(?:ld|st)\.global\S*\.(?:v4\.\w32|v2\.\w64|v8\.\w+)|cp\.async\.cg\.|cp\.async\.bulk\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Of one program. `stack` is bytes of local memory per thread: registers that did not fit. `shared` is bytes."""
+    """Of one program. `stack` is bytes of local memory per thread: registers that did not fit. `shared` is bytes.
+
+    `wide` counts instructions that move 128 bits or more between a thread and device memory.
+    """
 
     registers: int
     stack: int
     shared: int
     mma: str
+    wide: int
 
 
 def compile_variant(variant: Variant, sm: int, cache: Path) -> Report:
     """Compile for compute capability `sm` / 10, or return what an earlier run found for the same source."""
     source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attributes)
-    identity = f"{triton.__version__} {source.hash()} {sm} {sorted(variant.options.items())}"
+    found = [field.name for field in fields(Report)]
+    identity = f"{triton.__version__} {found} {source.hash()} {sm} {sorted(variant.options.items())}"
     cached = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
     if cached.exists():
         return Report(**json.loads(cached.read_text()))
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=variant.options)
     registers, stack = _resource_usage(compiled.asm["cubin"])
-    mma = next((name for name, instruction in _MMA.items() if instruction in compiled.asm["ptx"]), "none")
-    report = Report(registers, stack, compiled.metadata.shared, mma)
+    ptx = compiled.asm["ptx"]
+    mma = next((name for name, instruction in _MMA.items() if instruction in ptx), "none")
+    report = Report(registers, stack, compiled.metadata.shared, mma, wide=len(_WIDE.findall(ptx)))
     cache.mkdir(parents=True, exist_ok=True)
     # Several processes share the folder: a file appears whole or not at all.
     with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:

@@ -25,6 +25,8 @@ def violations(sm: int, name: str, now: Report, before: Report | None) -> list[s
             found.append(f"registers: {before.registers} -> {now.registers}")
         if now.mma != before.mma:
             found.append(f"matrix instructions: {before.mma} -> {now.mma}")
+        if before.wide and not now.wide:
+            found.append("no access to device memory has 128 bits any more")
     return [f"sm_{sm} {name}: {text}" for text in found]
 
 

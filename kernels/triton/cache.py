@@ -11,7 +11,7 @@ from kernels.reference import cache as reference
 # One program holds its words of all pairs in registers, so that every source is read before anything is written: this
 # many pairs of 64 bytes are 64 registers of a thread, for K and V together.
 _MOST_PAIRS = 256
-_WORDS = 8  # int64 per program and block
+_FEW_PAIRS = 16
 
 
 def copy_blocks_(launch: Launch, k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
@@ -21,11 +21,11 @@ def copy_blocks_(launch: Launch, k_cache: Tensor, v_cache: Tensor, pairs: Tensor
         reference.copy_blocks_(k_cache, v_cache, pairs)
         return
     k, v = k_cache.view(torch.int64), v_cache.view(torch.int64)
-    words = k.stride(0)
-    grid = (triton.cdiv(words, _WORDS) if count else 0,)
-    # Few sizes, so that warm-up can reach them all.
-    slots = 16 if count <= 16 else _MOST_PAIRS
-    launch(_copy_blocks, grid, k, v, pairs, count, BLOCK_WORDS=words, PAIRS=slots, WORDS=_WORDS)
+    block_words = k.stride(0)
+    # Two sizes, so that warm-up can reach both. Words are int64, so that an aligned two of them are one instruction.
+    slots, words = (_FEW_PAIRS, 32) if count <= _FEW_PAIRS else (_MOST_PAIRS, 8)
+    grid = (triton.cdiv(block_words, words) if count else 0,)
+    launch(_copy_blocks, grid, k, v, pairs, count, BLOCK_WORDS=block_words, PAIRS=slots, WORDS=words)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

@@ -63,11 +63,13 @@ def test_every_triton_op_has_a_case():
         ({"registers": 116}, "registers: 100 -> 116"),
         ({"stack": 8}, "spills: 0 -> 8 bytes of local memory"),
         ({"shared": 300_000}, "shared memory is 300000 bytes, the limit is 232448"),
+        ({"wide": 1}, None),
+        ({"wide": 0}, "no access to device memory has 128 bits any more"),
         ({"mma": "mma"}, "matrix instructions: wgmma -> mma"),
     ],
 )
 def test_gate(change, message):
-    before = Report(registers=100, stack=0, shared=1000, mma="wgmma")
+    before = Report(registers=100, stack=0, shared=1000, mma="wgmma", wide=4)
     expected = [] if message is None else [f"sm_90 x: {message}"]
     assert violations(90, "x", replace(before, **change), before) == expected
     assert violations(90, "x", before, None) == ["sm_90 x: is not in the baseline"]

@@ -6,9 +6,12 @@ from kernels.aot.recorder import Case
 from kernels.dispatch import Ops
 
 
-def _copy_blocks(ops: Ops) -> None:
-    cache = torch.empty(1000, 64, 8, 128, dtype=torch.bfloat16, device="meta")
-    ops.copy_blocks_(cache, cache, torch.empty(4, 2, dtype=torch.int64, device="meta"))
+def _copy_blocks(name: str, count: int) -> Case:
+    def call(ops: Ops) -> None:
+        cache = torch.empty(1000, 64, 8, 128, dtype=torch.bfloat16, device="meta")
+        ops.copy_blocks_(cache, cache, torch.empty(count, 2, dtype=torch.int64, device="meta"))
+
+    return Case(f"copy_blocks_ {name}", call)
 
 
-CASES = (Case("copy_blocks_", _copy_blocks),)
+CASES = (_copy_blocks("few", 4), _copy_blocks("many", 100))
