@@ -11,6 +11,9 @@ from services.scheduler.request import Request
 # Uncounted credit: the edge shall not queue. What does not fit into the admission queue is refused with a retry time.
 _UNLIMITED = 2**63
 
+_BEAT = 5.0
+_BEAT_FRAME = link_pb2.ServerFrame(step=link_pb2.StepOutput()).SerializeToString()
+
 
 class ClientLink:
     """Collects what is due to one client link and sends it as one StepOutput per turn of the event loop.
@@ -18,11 +21,15 @@ class ClientLink:
     So one step of an executor becomes one frame per link, and steps of several executors that arrive together become
     one as well.
 
+    While requests run and there is nothing to say, because a long prompt is computed, an empty frame every few seconds
+    shows that this event loop is alive.
+
     Args:
         client_id: The incarnation of the upstream process.
+        beat: Seconds between empty frames.
     """
 
-    def __init__(self, client_id: str) -> None:
+    def __init__(self, client_id: str, beat: float = _BEAT) -> None:
         self.client_id = client_id
         self.server_link = ServerLink()
         self.requests: dict[int, Request] = {}
@@ -30,6 +37,8 @@ class ClientLink:
         self._seq = 0
         self._flush_due = False
         self._load: link_pb2.Load | None = None
+        self._beat_interval = beat
+        self._loop.call_later(beat, self._beat)
         self._start_frame()
 
     def add_tokens(self, handle: int, index: int, offset: int, token_ids: list[int]) -> None:
@@ -101,6 +110,12 @@ class ClientLink:
         )
         self._start_frame()
         self.server_link.send(link_pb2.ServerFrame(step=step).SerializeToString())
+
+    def _beat(self) -> None:
+        if not self.server_link.is_closed:
+            if self.requests:
+                self.server_link.send(_BEAT_FRAME)
+            self._loop.call_later(self._beat_interval, self._beat)
 
     def _schedule_flush(self) -> None:
         if not self._flush_due:

@@ -27,20 +27,28 @@ class SchedulerLink:
         address: host:port of the scheduler.
         client_id: Names this incarnation of the worker.
         tokenizer_sha256: Of the tokenizer in use: a scheduler whose executors have another one refuses the link.
+        silence_limit: Seconds without a frame, while requests run, after which the scheduler counts as dead. It sends
+            one every few seconds, whatever its executors do.
         clock: Monotonic nanoseconds.
     """
 
     def __init__(
-        self, address: str, client_id: str, tokenizer_sha256: bytes, clock: Callable[[], int] = time.monotonic_ns
+        self,
+        address: str,
+        client_id: str,
+        tokenizer_sha256: bytes,
+        *,
+        silence_limit: float = 30.0,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         hello = link_pb2.Hello(client_id=client_id, api_minor=API_MINOR, tokenizer_sha256=tokenizer_sha256)
-        # No silence limit: while a long prompt is computed the scheduler has nothing to say. It watches its executors
-        # itself, and whether it is there at all HTTP/2 keep-alive finds out.
         self._client = LinkClient(
             address,
             lambda channel: scheduler_pb2_grpc.SchedulerStub(channel).Connect,  # type: ignore[no-untyped-call]
             hello,
             handler=self,
+            silence_limit=silence_limit,
+            is_busy=lambda: bool(self._receivers),
         )
         self._clock = clock
         self._welcome: link_pb2.Welcome | None = None

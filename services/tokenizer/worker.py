@@ -65,7 +65,12 @@ class Worker:
         model = _load_tokenizer(settings)
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(redis, settings.session_ttl_s)
-        link = SchedulerLink(settings.scheduler, f"tokenizer-{os.getpid()}-{os.urandom(4).hex()}", model.sha256)
+        link = SchedulerLink(
+            settings.scheduler,
+            f"tokenizer-{os.getpid()}-{os.urandom(4).hex()}",
+            model.sha256,
+            silence_limit=settings.stall_limit_s,
+        )
         async with PromptBuilder(model) as prompts:
             edge = Edge(
                 model_name=settings.served_name,

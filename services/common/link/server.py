@@ -33,6 +33,11 @@ class ServerLink:
         self._wake = asyncio.Event()
         self._closed = False
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more can be sent."""
+        return self._closed
+
     def send(self, frame: bytes) -> None:
         """Queue a frame with a StepOutput; never blocks."""
         if not self._closed:
