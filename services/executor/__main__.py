@@ -24,13 +24,14 @@ async def serve(settings: ExecutorSettings) -> None:
     supervisor = EngineSupervisor(settings)
     service = GrpcService(settings.host, settings.port, services=(SERVICE,), is_ready=lambda: supervisor.is_ready)
     add_to_server(ExecutorServicer(supervisor, settings), service.server)
-    await service.start()
-    lines = [service.address]
     metrics = None
     if settings.metrics_port is not None:
         registry = CollectorRegistry()
         registry.register(ExecutorCollector(lambda: supervisor.info))
         metrics = MetricsEndpoint(settings.host, settings.metrics_port, registry)
+    await service.start()
+    lines = [service.address]
+    if metrics is not None:
         lines.append(f"metrics={metrics.address}")
 
     def on_ready() -> None:

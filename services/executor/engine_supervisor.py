@@ -57,8 +57,8 @@ class EngineSupervisor:
 
     @property
     def is_ready(self) -> bool:
-        """The model is loaded, and steps advance while there is work."""
-        return self._ready and self._heartbeat.is_alive
+        """New requests are taken: the model is loaded, steps advance while there is work, and nobody said to drain."""
+        return self._ready and not self._draining and self._heartbeat.is_alive
 
     @property
     def num_unfinished(self) -> int:
@@ -174,6 +174,7 @@ class EngineSupervisor:
     async def _end_process(self, reason: str) -> None:
         """Leave no engine behind, and tell every link that it is gone."""
         self._ready = False
+        self.info = executor_pb2.GetExecutorInfoResponse()  # what it said last is no longer so
         self._changed.set()
         if self._channel is not None:
             self._channel.close()

@@ -24,11 +24,12 @@ class ExecutorCollector(Collector):
         """All metrics, from one report."""
         info = self._info()
         load = info.load
-        total = max(1, load.total_blocks)
+        # Nothing is in use while there is no engine, which reports no blocks at all.
+        usage = 1 - load.free_blocks / load.total_blocks if load.total_blocks else 0.0
         for name, text, value in (
             ("num_requests_running", "Sequences that are running.", load.running),
             ("num_requests_waiting", "Sequences that wait for their first step or were preempted.", load.waiting),
-            ("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.", 1 - load.free_blocks / total),
+            ("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.", usage),
             ("kv_cache_blocks", "KV cache blocks in all.", load.total_blocks),
             ("kv_cache_free_blocks", "KV cache blocks that are free or can be evicted.", load.free_blocks),
         ):

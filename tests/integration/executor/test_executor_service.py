@@ -139,6 +139,9 @@ async def test_engine_death_ends_the_links_and_a_new_engine_comes(spawn: Spawn, 
         (engine,) = executor.children()
         os.kill(engine.pid, signal.SIGKILL)
         assert await peer.status() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.aio.AioRpcError) as refused:  # the books of the dead engine are nobody's any more
+            await info(executor.address)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
     async with asyncio.timeout(30):
         while await health(executor.address) == SERVING:
@@ -177,6 +180,8 @@ async def test_sigterm_finishes_what_runs_and_refuses_the_rest(spawn: Spawn, mod
         family = executor.children()
         executor.process.terminate()
         await peer.until(lambda: peer.load.draining)
+        while await health(executor.address) == SERVING:
+            await asyncio.sleep(0.05)
         await peer.submit(2, [5])
         assert (await peer.finish(2)).status.code == grpc.StatusCode.UNAVAILABLE.value[0]
         assert (await peer.finish(1)).status.code == 0
@@ -219,3 +224,7 @@ def test_a_port_in_use_is_said_plainly(spawn: Spawn, model_dir) -> None:
     second = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--port", port), wait=False)
     assert second.process.wait(30) == 1
     assert f"cannot listen on 127.0.0.1:{port}" in second.log.read_text()
+    third = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--metrics-port", port), wait=False)
+    assert third.process.wait(30) == 1
+    (line,) = third.log.read_text().splitlines()
+    assert line.startswith(f"error: cannot listen on 127.0.0.1:{port} for metrics")
