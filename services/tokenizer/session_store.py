@@ -25,6 +25,7 @@ from services.tokenizer.session import (
     decode_session,
     encode_session,
 )
+from services.tokenizer.validation import is_id
 
 _log = logging.getLogger(__name__)
 
@@ -32,13 +33,15 @@ _PREFIX = f"{KEY_PREFIX}session:"
 _TIMEOUT = 1.0
 _MAX_SCANS = 64
 
-# Compare and set: stores a hash only if the session's version is the expected one ("" = there is none).
+# Compare and set: stores a hash only if the session's version is the expected one ("" = there is none). The client sends
+# it again when a connection breaks before the answer: a session that has the new version already was stored the first time.
 _SAVE = """
 local version = redis.call('HGET', KEYS[1], 'version') or ''
+if version == ARGV[2] then return 1 end
 if version ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], unpack(ARGV, 3))
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return 1
 """
 
@@ -118,8 +121,8 @@ class SessionStore:
                 keys: list[bytes]
                 count = max(10, page_size - len(names))
                 cursor, keys = await redis.scan(cursor or 0, match=f"{_PREFIX}*", count=count)
-                names += [key.decode()[len(_PREFIX) :] for key in keys]
-            names = list(dict.fromkeys(names))
+                names += [key.removeprefix(_PREFIX.encode()).decode(errors="replace") for key in keys]
+            names = [name for name in dict.fromkeys(names) if is_id(name)]
             page, names = names[:page_size], names[page_size:]
             pipeline = redis.pipeline(transaction=False)
             for name in page:
@@ -136,11 +139,11 @@ class SessionStore:
             await self._redis.aclose()
 
     async def _compare_and_set(self, session_id: str, session: Session) -> bool:
-        _, fields = encode_session(session)
+        version, fields = encode_session(session)
         flat = [part for pair in fields.items() for part in pair]
         async with self._reach() as redis:
             key = _PREFIX + session_id
-            return bool(await redis.eval(_SAVE, 1, key, session.version, str(self._ttl_ms), *flat))
+            return bool(await redis.eval(_SAVE, 1, key, session.version, version, str(self._ttl_ms), *flat))
 
     @asynccontextmanager
     async def _reach(self) -> AsyncIterator[Any]:
@@ -173,8 +176,8 @@ def _parse_token(token: str) -> tuple[int | None, list[str]]:
         return None, []
     try:
         cursor, names = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
-        if isinstance(cursor, int) and 0 <= cursor < 2**64 and all(isinstance(name, str) for name in names):
+        if type(cursor) is int and 0 <= cursor < 2**64 and all(is_id(name) for name in names):
             return cursor, list(names)
-    except (binascii.Error, ValueError, TypeError):
+    except (binascii.Error, ValueError, TypeError, RecursionError):
         pass
     raise StatusError.invalid("page_token", "must be empty or the next_page_token of an earlier answer")

@@ -155,9 +155,14 @@ def validate_page_size(request: sessions_pb2.ListSessionsRequest, limits: Reques
     return request.page_size
 
 
+def is_id(value: str) -> bool:
+    """Whether a text can be a request's or a session's id."""
+    return _ID.fullmatch(value) is not None
+
+
 def validate_id(value: str, field: str) -> None:
     """Check a request's or a session's id."""
-    if not _ID.fullmatch(value):
+    if not is_id(value):
         got = repr(value) if len(value) <= 128 else f"{len(value)} characters"
         raise StatusError.invalid(field, f"must be 1 to 128 characters of [A-Za-z0-9._:-], got {got}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 
 import pytest
 import pytest_asyncio
@@ -141,10 +142,57 @@ async def test_pages_hold_every_session_once(store, redis_process, page_size):
     await other.aclose()
 
 
-@pytest.mark.parametrize("token", ["x", "####", "bnVsbA==", "WzEsIDJd", "Wy0xLCBbXV0=", "é"])
+def page_token(text):
+    return base64.urlsafe_b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("x", "####", "bnVsbA==", "WzEsIDJd", "Wy0xLCBbXV0=", "é"),
+        *map(page_token, ("[true, []]", r'[0, ["\ud800"]]', '[0, ["a b"]]', "[" * 100_000)),
+    ],
+)
 async def test_made_up_page_tokens_are_refused(store, token):
     with pytest.raises(StatusError, match="page_token: must be empty or the next_page_token"):
         await store.list(10, token)
+
+
+async def test_foreign_keys_are_not_listed(store, redis_process):
+    other = open_redis(redis_process.url)
+    await other.hset(b"scalellm:session:\xff a", "version", "1")
+    await store.save("s", with_turn(new_session(), 1))
+    infos, _ = await store.list(10, "")
+    assert [info.session_id for info in infos] == ["s"]
+    await other.aclose()
+
+
+async def test_a_save_whose_answer_was_lost_is_no_conflict(redis_process):
+    lose_next = True
+
+    async def relay(reader, writer):
+        """Passes commands on; the answer to the first save is lost with its connection."""
+        nonlocal lose_next
+        upstream_reader, upstream_writer = await asyncio.open_unix_connection(redis_process.url.removeprefix("unix://"))
+        while data := await reader.read(2**16):
+            upstream_writer.write(data)
+            answer = await upstream_reader.read(2**16)
+            if b"EVAL" in data and lose_next:
+                lose_next = False
+                break
+            writer.write(answer)
+        upstream_writer.close()
+        writer.close()
+
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    store = SessionStore(open_redis(f"redis://{host}:{port}"), ttl=100.0)
+    assert await store.save("s", with_turn(new_session(), 1)) is SaveOutcome.SAVED
+    assert not lose_next
+    assert await store.save("s", with_turn(new_session(), 2)) is SaveOutcome.CONFLICT
+    await store.close()
+    server.close()
+    await server.wait_closed()
 
 
 async def test_something_else_under_the_key(store, redis_process):
