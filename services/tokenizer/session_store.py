@@ -33,8 +33,8 @@ _PREFIX = f"{KEY_PREFIX}session:"
 _TIMEOUT = 1.0
 _MAX_SCANS = 64
 
-# Compare and set: stores a hash only if the session's version is the expected one ("" = there is none). The client sends
-# it again when a connection breaks before the answer: a session that has the new version already was stored the first time.
+# Compare and set: stores a hash only if the session's version is the expected one ("" = there is none). The client
+# repeats it when a connection breaks before the answer: a session of the new version was stored the first time.
 _SAVE = """
 local version = redis.call('HGET', KEYS[1], 'version') or ''
 if version == ARGV[2] then return 1 end
