@@ -44,7 +44,7 @@ class ReplicaLink:
         address: host:port of the executor.
         hello: First frame of each connection.
         events: Told what happens.
-        silence_limit: Seconds without a frame, while requests run, after which the executor counts as dead.
+        silence_limit: Seconds without a frame, while answers are due, after which the executor counts as dead.
     """
 
     def __init__(self, address: str, hello: link_pb2.Hello, events: ReplicaEvents, silence_limit: float) -> None:
@@ -62,6 +62,7 @@ class ReplicaLink:
         self._next_handle = 0
         self._submitted_requests = 0
         self._submitted_tokens = 0
+        self._finished_requests = 0
         self._tokens_since_load = 0
         self._client = LinkClient(
             address,
@@ -69,7 +70,7 @@ class ReplicaLink:
             hello,
             self,
             silence_limit=silence_limit,
-            is_busy=lambda: bool(self.running),
+            is_busy=lambda: self._owes_answers,
         )
         self._task: asyncio.Task[None] | None = None
 
@@ -143,6 +144,11 @@ class ReplicaLink:
         )
 
     @property
+    def _owes_answers(self) -> bool:
+        """Whether a Finish is due, be it for a request that was given up here: a hanging executor owes that, too."""
+        return self._finished_requests < self._submitted_requests
+
+    @property
     def max_model_len(self) -> int:
         """Longest prompt plus output, in tokens."""
         return self.welcome.max_model_len if self.welcome is not None else 0
@@ -195,10 +201,12 @@ class ReplicaLink:
         self.last_error = ""
         self.is_suspect = welcome.instance_id == self._lost_instance
         self._submitted_requests = self._submitted_tokens = self._tokens_since_load = self._next_handle = 0
+        self._finished_requests = 0
         self._events.replica_changed(self)
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
         """The executor sent a frame."""
+        self._finished_requests += len(step.finished)
         if step.handles or step.finished:
             self.is_suspect = False
         if step.HasField("load"):
@@ -212,7 +220,7 @@ class ReplicaLink:
     def on_down(self, error: StatusError) -> None:
         """The link broke, or could not be made."""
         lost = sorted(self.running.values(), key=lambda request: request.arrival)
-        if lost:
+        if self.is_up and self._owes_answers:
             self._lost_instance = self.instance_id
         self.running.clear()
         self.welcome = None

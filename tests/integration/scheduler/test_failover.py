@@ -9,6 +9,7 @@ from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 INTERNAL = grpc.StatusCode.INTERNAL.value[0]
+DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 CANCELLED = grpc.StatusCode.CANCELLED.value[0]
 READY = scheduler_pb2.EXECUTOR_PHASE_READY
 DRAINING = scheduler_pb2.EXECUTOR_PHASE_DRAINING
@@ -157,6 +158,23 @@ async def test_a_hanging_executor_counts_as_dead(make_line, eventually):
     stream.check_tokens(500)
     assert stream.finish.usage.num_resumed > 0
     # Its front is back at once and looks idle: that attracts nobody.
+    await line.all_ready(2)
+    before = len(hanging.submits)
+    streams = [await line.edge.submit(10 + i, 20) for i in range(6)]
+    await line.edge.finish(*streams)
+    assert len(hanging.submits) == before
+
+
+async def test_a_hanging_executor_is_noticed_though_its_requests_were_given_up(make_line, eventually):
+    line = await make_line(2, stall_limit_s=0.3, deadline_backstop_s=0.05)
+    stream = await line.edge.submit(10, 500, time_remaining=0.1)
+    await eventually(lambda: stream.samples)
+    hanging = busy_executor(line)
+    (link,) = hanging.links
+    hanging.hold()
+    await line.edge.finish(stream)
+    assert stream.code == DEADLINE_EXCEEDED
+    await eventually(lambda: link not in hanging.links)
     await line.all_ready(2)
     before = len(hanging.submits)
     streams = [await line.edge.submit(10 + i, 20) for i in range(6)]
