@@ -47,8 +47,6 @@ _CODES = MappingProxyType(
     {
         RequestStatus.CANCELLED: grpc.StatusCode.CANCELLED,
         RequestStatus.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
-        RequestStatus.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
-        RequestStatus.RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
         RequestStatus.INTERNAL: grpc.StatusCode.INTERNAL,
     }
 )

@@ -30,14 +30,12 @@ class AbortReason(enum.Enum):
 
 
 class RequestStatus(enum.Enum):
-    """How a request ended. The last two never come from step(): add() refuses such requests, links report them."""
+    """How an accepted request ended."""
 
     OK = "ok"
     CANCELLED = "cancelled"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     INTERNAL = "internal"
-    INVALID_ARGUMENT = "invalid_argument"
-    RESOURCE_EXHAUSTED = "resource_exhausted"
 
 
 @dataclass(frozen=True, slots=True)
