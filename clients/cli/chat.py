@@ -10,10 +10,11 @@ import grpc
 import typer
 from rich.text import Text
 
-from clients.cli.context import CliContext, explain
+from clients.cli.context import MAX_UINT32, CliContext, CliError, check_timeout, explain
 from clients.cli.generate import run_streaming, warn_about_session
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
+from clients.cli.text import printable, require_utf8
 from clients.client import Client, ClientError
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 
@@ -45,7 +46,7 @@ def chat(
     system: Annotated[
         str, typer.Option(metavar="TEXT", help="Instructions for a new conversation.", show_default=False)
     ] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_UINT32, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token each time.")] = 0.7,
     timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Deadline of an answer.", show_default=False)
@@ -54,6 +55,7 @@ def chat(
     address: Annotated[str, typer.Option(metavar="HOST:PORT", help="Server to call.", show_default=False)] = "",
 ) -> None:
     """Loop over turns."""
+    check_timeout(timeout)
     context = CliContext.of(ctx)
     with context.connect(address) as client:
         model = client.info().model
@@ -64,8 +66,9 @@ def chat(
             context.note(f"{model}, session {conversation.session_id}. /help lists what else there is, /exit leaves.")
             _talk(context, conversation)
         else:
-            for line in sys.stdin:
+            for number, line in enumerate(sys.stdin, start=1):
                 if line.strip():
+                    require_utf8(line, f"line {number} of standard input")
                     conversation.turn(line.removesuffix("\n"))
 
 
@@ -85,7 +88,10 @@ def _talk(context: CliContext, conversation: _Conversation) -> None:
             _command(context, conversation, line)
         elif line:
             try:
+                require_utf8(line, "line")
                 conversation.turn(line)
+            except CliError as error:
+                context.error(str(error))
             except KeyboardInterrupt:
                 context.note("(stopped; this turn is not kept)")
             except ClientError as error:
@@ -172,7 +178,8 @@ class _Conversation:
             self._context.error(explain(error)[0])
             return
         for message in messages:
-            self._context.out.print(Text.assemble((f"{message.role}: ", "bold"), message.content), soft_wrap=True)
+            role, content = printable(message.role), printable(message.content)
+            self._context.out.print(Text.assemble((f"{role}: ", "bold"), content), soft_wrap=True)
 
     def _turns_on_server(self) -> int:
         try:

@@ -46,6 +46,13 @@ _EXIT_CODES = {
 _PIPE_WIDTH = 1000
 
 
+MAX_UINT32 = 2**32 - 1
+"""What a count in a request can be at most."""
+
+# gRPC counts a deadline in nanoseconds of a 64-bit clock; a century is beyond any use and far from its end.
+_MAX_TIMEOUT = 3_000_000_000
+
+
 class CliError(Exception):
     """The command fails with one line that says what to do."""
 
@@ -77,12 +84,20 @@ class Environment:
         """From os.environ, in main and nowhere else."""
         user_home = Path(variables.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
         return cls(
-            home=Path(variables.get("SCALELLM_HOME") or user_home / ".cache" / "scalellm"),
+            home=Path(variables.get("SCALELLM_HOME") or user_home / ".cache" / "scalellm").expanduser(),
             instance=variables.get("SCALELLM_INSTANCE") or "default",
             address=variables.get("SCALELLM_ADDRESS", ""),
             redis_url=variables.get("REDIS_URL", ""),
             variables=dict(variables),
         )
+
+
+class Terminal(Console):
+    """A console that leaves a closed pipe to main: rich itself would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles a BrokenPipeError."""
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +137,7 @@ class CliContext:
 
     def table(self, table: Table) -> None:
         """A table as result; in a pipe each row is one line, however long."""
-        console = self.out if self.out.is_terminal else Console(file=self.out.file, width=_PIPE_WIDTH)
+        console = self.out if self.out.is_terminal else Terminal(file=self.out.file, width=_PIPE_WIDTH)
         console.print(table)
 
     def note(self, text: str) -> None:
@@ -136,6 +151,12 @@ class CliContext:
     def error(self, text: str) -> None:
         """The line with which a command fails."""
         self.err.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+def check_timeout(seconds: float | None) -> None:
+    """Raise CliError for a --timeout that is not a useful deadline."""
+    if seconds is not None and not 0 < seconds <= _MAX_TIMEOUT:
+        raise CliError(f"--timeout: must be above 0 and at most {_MAX_TIMEOUT} s, got {seconds:g}", ExitCode.USAGE)
 
 
 def explain(error: ClientError) -> tuple[str, ExitCode]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clients.cli.context import CliContext, CliError, ExitCode
+from clients.cli.context import CliContext, CliError, ExitCode, check_timeout
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
 from clients.cli.text import read_text, write_text
@@ -97,8 +97,7 @@ def generate(
         request.include_stop = True
     if as_json:
         request.output = OUTPUT_TEXT_AND_TOKEN_IDS
-    if timeout is not None and not timeout > 0:
-        raise CliError(f"--timeout: {timeout:g} is not above 0", ExitCode.USAGE)
+    check_timeout(timeout)
     text = read_text(prompt, "prompt")
     if chat:
         roles = [("system", system)] if system is not None else []

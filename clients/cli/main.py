@@ -12,11 +12,11 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from clients.cli import chat, generate, models, services, tokenize
-from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain
+from clients.cli.context import CliContext, CliError, Environment, ExitCode, Terminal, explain
+from clients.cli.text import require_utf8
 from clients.client import ClientError
 from clients.launcher import LauncherError, NotRunningError
 from services.common.model_store import ModelStoreError
@@ -62,12 +62,19 @@ class _Root(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(ExitCode.INTERRUPTED) from None
         except BrokenPipeError:
-            # What is still buffered would fail again, loudly, when the interpreter closes the stream.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             raise typer.Exit(ExitCode.BROKEN_PIPE) from None
+        except OSError as error:  # a full disk under the output, say
+            _discard_output()
+            raise typer.Exit(_report(ctx.find_object(CliContext), error)) from None
         except (CliError, ClientError, LauncherError, ModelStoreError) as error:
             raise typer.Exit(_report(ctx.find_object(CliContext), error)) from None
         return result
+
+
+def _discard_output() -> None:
+    """What is still buffered would fail again, loudly, when the interpreter closes the stream."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(context: CliContext, error: Exception) -> ExitCode:
@@ -121,9 +128,14 @@ def run(arguments: Sequence[str], variables: Mapping[str, str]) -> int:
     """Run one command and return its exit code."""
     context = CliContext(
         environment=Environment.read(variables),
-        out=Console(highlight=False),
-        err=Console(stderr=True, highlight=False),
+        out=Terminal(highlight=False),
+        err=Terminal(stderr=True, highlight=False),
     )
+    try:
+        for argument in arguments:
+            require_utf8(argument, f"the argument {argument!a}")
+    except CliError as error:
+        return _report(context, error)
     try:
         app(list(arguments), prog_name="scalellm", obj=context)
     except SystemExit as end:
@@ -138,9 +150,13 @@ def _on_terminate(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Console script."""
     signal.signal(signal.SIGTERM, _on_terminate)
-    for stream in (sys.stdout, sys.stderr):
+    # A stream that the caller closed is None here: there is nothing to read from it, and nobody reads what it is given.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
     sys.exit(run(sys.argv[1:], os.environ))
 
 

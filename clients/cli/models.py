@@ -38,7 +38,7 @@ def list_models(
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("name", "size", "licence", "here", "description"):
-        table.add_column(column, no_wrap=column == "name")
+        table.add_column(column, no_wrap=column in ("name", "size", "here"), overflow="fold")
     for entry in entries:
         size = f"{entry.size_bytes / 2**20:.0f} MiB"
         table.add_row(entry.name, size, entry.licence, "yes" if entry.path else "no", entry.description)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from clients.cli.context import CliContext, ExitCode
+from clients.cli.context import MAX_UINT32, CliContext, ExitCode
 from clients.cli.generate import run_streaming
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
@@ -169,7 +170,7 @@ def run(
     prompt: Annotated[str, typer.Argument(help="What to answer.")] = DEFAULT_PROMPT,
     *,
     model: ModelOption = DEFAULT_MODEL,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_UINT32, help="Most tokens of the answer.")] = 128,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the services running.")] = False,
 ) -> None:
     """Start what is needed, answer, stop what was started."""
@@ -250,7 +251,10 @@ def _bring_down(context: CliContext, limit: float | None) -> ExitCode:
 def _status_table(services: tuple[ServiceStatus, ...]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("service", "health", "pid", "address", "up", "memory", "load", "model"):
-        table.add_column(column, no_wrap=True, justify="right" if column in ("pid", "up", "memory") else "left")
+        # On a narrow terminal these three go on in the next line, and the others stay as they are.
+        can_fold = column in ("address", "load", "model")
+        justify: JustifyMethod = "right" if column in ("pid", "up", "memory") else "left"
+        table.add_column(column, no_wrap=not can_fold, overflow="fold", justify=justify)
     for service in services:
         table.add_row(
             service.name,

@@ -22,16 +22,25 @@ def read_text(argument: str | None, what: str) -> str:
         except UnicodeDecodeError as error:
             raise CliError(f"standard input is not UTF-8: byte {error.start}", ExitCode.USAGE) from None
         text = text.removesuffix("\n").removesuffix("\r")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise CliError(f"the {what} is not UTF-8", ExitCode.USAGE) from None
     if not text:
         raise CliError(f"the {what} is empty", ExitCode.USAGE)
     return text
 
 
+def require_utf8(text: str, what: str) -> None:
+    """Raise CliError for a text that was read from bytes that are not UTF-8: no request can carry it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise CliError(f"{what} is not UTF-8", ExitCode.USAGE) from None
+
+
+def printable(text: str) -> str:
+    """The text without control characters where it goes to a terminal; else as it is."""
+    return text.translate(_UNSAFE) if sys.stdout.isatty() else text
+
+
 def write_text(text: str) -> None:
     """Write part of an answer at once."""
-    sys.stdout.write(text.translate(_UNSAFE) if sys.stdout.isatty() else text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()

@@ -7,7 +7,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 # What gRPC itself says when nobody answers at the address; a server's own UNAVAILABLE reads otherwise.
-_UNREACHABLE = ("failed to connect to all addresses", "DNS resolution failed", "Name resolution failure")
+_UNREACHABLE = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
 
 
 class ClientError(Exception):
@@ -51,8 +51,13 @@ class ClientError(Exception):
                 field = bad_request.field_violations[0].field
             elif detail.Unpack(retry_info):
                 retry_after = retry_info.retry_delay.ToNanoseconds() / 1e9
-        nobody = code is grpc.StatusCode.UNAVAILABLE and any(sign in message for sign in _UNREACHABLE)
-        return cls(code, message, field=field, retry_after=retry_after, unreachable=address if nobody else "")
+        if code is not grpc.StatusCode.UNAVAILABLE or status is not None:
+            return cls(code, message, field=field, retry_after=retry_after)
+        # A server says UNAVAILABLE with details, also where it quotes what happened on a connection of its own. Without
+        # them it was this connection.
+        if message.startswith(_UNREACHABLE):
+            return cls(code, message, unreachable=address)
+        return cls(code, f"the connection to {address} broke ({message}); see scalellm status, then try again")
 
 
 def _status_of(error: grpc.RpcError) -> rpc_status.status_pb2.Status | None:

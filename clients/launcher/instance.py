@@ -7,6 +7,7 @@ the lock: one `up` or `down` at a time holds an flock on it, which the kernel re
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,9 @@ from pathlib import Path
 from clients.launcher.errors import LauncherError
 
 REDIS, EXECUTOR, SCHEDULER, TOKENIZER = "redis", "executor", "scheduler", "tokenizer"
+
+# Another launcher removes the folder once; a file system on which it cannot be made (/proc) says "not found" for ever.
+_ATTEMPTS = 100
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -79,21 +83,21 @@ class Instance:
         if not _NAME.fullmatch(name):
             raise LauncherError(f"instance name {name!r}: use 1 to 64 letters, digits, dots, dashes or underscores")
         self.name = name
-        self.folder = home.expanduser().absolute() / "run" / name
+        self.folder = home.absolute() / "run" / name
         self.logs = self.folder / "logs"
         self._state_file = self.folder / "state.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other launchers away from this instance; LauncherError when one is at work. Makes the folder."""
-        while True:
+        for attempt in itertools.count(1):
             try:
                 self.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self.folder.chmod(0o700)
                 folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError:  # another launcher is removing it
-                continue
             except OSError as error:
+                if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS:  # another launcher is removing it
+                    continue
                 raise LauncherError(f"cannot write to {self.folder}: {error.strerror}; set SCALELLM_HOME") from None
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,7 +117,7 @@ class Instance:
         try:
             raw = json.loads(self._state_file.read_text(encoding="utf-8"))
             return State(**{**raw, "services": tuple(ServiceRecord(**service) for service in raw["services"])})
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise LauncherError(

@@ -20,6 +20,7 @@ from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER
 PUBLIC_PORT = 50051
 SCHEDULER_PORT = 50052
 EXECUTOR_PORT = 50061
+_LAST_PORT = 65535
 _METRICS_OFFSET = -40900  # 50051 -> 9151, 50052 -> 9152, 50061 -> 9161
 
 
@@ -104,6 +105,8 @@ def check_ports(plan: Mapping[str, Listener]) -> None:
     """Raise LauncherError for the first port that is taken, before anything is started."""
     for name, listener in plan.items():
         for port, option in ((listener.port, listener.option), (listener.metrics_port, "--port")):
+            if port > _LAST_PORT:
+                raise LauncherError(f"port {port} ({name}) is above {_LAST_PORT}; choose a lower {option}")
             if port and not _is_free(listener.host, port):
                 what = name if port == listener.port else f"metrics of {name}"
                 raise LauncherError(

@@ -125,8 +125,10 @@ def last_error(log: str) -> str:
     for line in reversed(lines):
         if line.startswith("error: "):
             return line.removeprefix("error: ")
-    if any(line.startswith("Traceback (most recent call last)") for line in lines):
-        return lines[-1]  # the exception stands below its traceback
+    for index in reversed(range(len(lines))):
+        if lines[index].startswith("Traceback (most recent call last)"):
+            # The exception stands below its traceback, the one line that is not indented.
+            return next((line for line in lines[index + 1 :] if not line.startswith(" ")), lines[-1])
     for line in reversed(lines):
         if " ERROR " in line or " CRITICAL " in line:
             return line

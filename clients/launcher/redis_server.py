@@ -44,7 +44,10 @@ def check_redis(url: str, timeout: float = 2.0) -> RedisHealth:
 
 def shown(url: str) -> str:
     """The URL without its password."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # what cannot be taken apart may hold a password anywhere
+        return "REDIS_URL"
     if not parts.password:
         return url
     user = parts.username or ""

@@ -5,11 +5,14 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from scalellm.v1.generation_pb2 import ChatMessage
 
 StartCli = Callable[..., subprocess.Popen[str]]
 RunCli = Callable[..., tuple[int, str, str]]
@@ -92,6 +95,63 @@ def test_failures(run_cli: RunCli, fake_server: Any, prompt: str, options: str, 
     assert (status, out) == (code, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("generate", "x", "--timeout", "1e11"), "--timeout: must be above 0 and at most 3000000000 s, got 1e+11"),
+        (("generate", "x", "--timeout", "nan"), "--timeout: must be above 0"),
+        (("chat", "--timeout", "-1"), "--timeout: must be above 0"),
+        (("chat", "--max-tokens", "4294967296"), "should be less than or equal to 4294967295"),
+        (("run", "--max-tokens", "4294967296"), "should be less than or equal to 4294967295"),
+        (("generate", "x", "--stop", "\udcff"), r"the argument '\udcff' is not UTF-8"),
+        (("run", "\udcff"), r"the argument '\udcff' is not UTF-8"),
+    ],
+)
+def test_wrong_input_is_told(run_cli: RunCli, fake_server: Any, command: tuple[str, ...], message: str) -> None:
+    code, out, err = run_cli(*command, address=fake_server.address)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+
+
+def test_chat_in_a_pipe_names_the_line_that_is_not_utf8(cli: StartCli, fake_server: Any) -> None:
+    process = cli("chat", address=fake_server.address, stdin=subprocess.PIPE, errors="surrogateescape")
+    code, out, err = finish(process, "hello\n\udcff\n")
+    assert (code, out) == (2, "hello \n")
+    assert err == "error: line 2 of standard input is not UTF-8\n"
+
+
+def test_full_disk_is_one_line(cli: StartCli, fake_server: Any) -> None:
+    with open("/dev/full", "w") as full:
+        for command in (("generate", "hello"), ("version",), ("models", "list")):
+            code, _, err = finish(cli(*command, address=fake_server.address, stdout=full))
+            assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_closed_streams(cli: StartCli, fake_server: Any) -> None:
+    def shell(line: str) -> tuple[int, str, str]:
+        environment = {
+            **os.environ,
+            "SCALELLM_ADDRESS": fake_server.address,
+            "CLI": f"{sys.executable} -m clients.cli.main",
+        }
+        process = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, timeout=60)
+        return process.returncode, process.stdout, process.stderr
+
+    assert shell("$CLI generate hello >&-") == (0, "", "")
+    assert shell("$CLI generate hello 2>&-") == (0, "hello \n", "")
+    assert shell("$CLI generate <&-") == (2, "", "error: the prompt is empty\n")
+    assert shell("$CLI chat <&-") == (0, "", "")
+
+
+@pytest.mark.parametrize("command", [("models", "list"), ("version",)])
+def test_nobody_reads_the_output(cli: StartCli, command: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code, _, err = finish(cli(*command, stdout=writer))
+    os.close(writer)
+    assert (code, err) == (141, "")
 
 
 def test_no_server(run_cli: RunCli) -> None:
@@ -185,6 +245,26 @@ def test_control_characters_do_not_reach_a_terminal(cli: StartCli, fake_server: 
     shown = on_terminal(cli, "generate", prompt, address=fake_server.address, env=environment)
     assert shown == "a [2Jb \r\n"
     assert finish(cli("generate", prompt, address=fake_server.address))[1] == f"{prompt} \n"
+
+
+def test_history_without_control_characters(cli: StartCli, fake_server: Any) -> None:
+    fake_server.sessions["s1"] = [ChatMessage(role="user", content=f"a {ESCAPE}[2Jb")]
+    master, slave = os.openpty()
+    environment = {"TERM": "dumb", "NO_COLOR": "1"}
+    streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+    process = cli("chat", "--session", "s1", address=fake_server.address, env=environment, **streams)
+    os.close(slave)
+    os.write(master, b"/history\n/exit\n")
+    received = b""
+    try:
+        while block := os.read(master, 4096):
+            received += block
+    except OSError:
+        pass
+    finally:
+        os.close(master)
+    assert process.wait(30) == 0
+    assert b"user: a [2Jb" in received
 
 
 def test_chat_in_a_pipe_keeps_one_session(cli: StartCli, fake_server: Any) -> None:

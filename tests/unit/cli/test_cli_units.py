@@ -1,24 +1,29 @@
 """The parts of the command line that need no process."""
 
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from clients.cli.context import CliContext, Environment, ExitCode, explain
 from clients.cli.generation import logprob_entries
 from clients.cli.latency import rows
 from clients.cli.main import app
+from clients.cli.services import _status_table
 from clients.client import ClientError
-from clients.launcher import Instance, LauncherError, State, UpOptions
+from clients.launcher import Instance, LauncherError, ServiceStatus, State, UpOptions
 from clients.launcher.instance import ServiceRecord
-from clients.launcher.plan import listeners, service_command, service_environment
+from clients.launcher.plan import check_ports, listeners, service_command, service_environment
 from clients.launcher.processes import last_error
 from clients.launcher.redis_server import shown
 from scalellm.v1.common_pb2 import LatencyBreakdown, TokenLogprobs
+from services.common.errors import StatusError
 
 DURATION = st.integers(0, 10**13)
 
@@ -59,6 +64,20 @@ def test_environment_defaults_and_overrides() -> None:
     assert (plain.home, plain.instance, plain.redis_url) == (Path("/home/u/.cache/scalellm"), "default", "")
     assert Environment.read({"SCALELLM_HOME": "/srv"}).home == Path("/srv")
     assert Environment.read({"HOME": ""}).home.is_absolute()
+    assert Environment.read({"SCALELLM_HOME": "~/models"}).home == Path.home() / "models"
+
+
+def test_status_on_a_terminal_of_80_columns() -> None:
+    load = {"running": 12, "queued": 345, "executors_ready": 2, "executors": 2}
+    service = ServiceStatus("executor-0", "executor", "not serving", "127.0.0.1:50061", pid=1234567, load=load)
+    console = Console(file=StringIO(), width=80)
+    console.print(_status_table((replace(service, uptime_s=36000.0, memory_bytes=2**34, model="m"),)))
+    head, row = console.file.getvalue().splitlines()[:2]
+    assert [word for word in head.split() if word in ("service", "health", "pid", "up", "memory")] == [
+        *("service", "health", "pid", "up", "memory")
+    ]
+    assert row.startswith("executor-0  not serving  1234567  127.0.0")
+    assert "10:00:00  16384 MiB" in row
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "-x", "x" * 65])
@@ -100,6 +119,15 @@ def test_unreadable_state_says_what_to_do(tmp_path: Path) -> None:
         instance.load()
 
 
+@pytest.mark.parametrize("home", ["/proc/none", "/dev/null"])
+def test_a_home_that_cannot_be_made(home: str) -> None:
+    instance = Instance(Path(home))
+    assert instance.load() is None
+    with pytest.raises(LauncherError, match=f"cannot write to {home}/run/default: .*; set SCALELLM_HOME"):  # noqa: SIM117
+        with instance.locked():
+            pass
+
+
 def options(tmp_path: Path, **changes: object) -> UpOptions:
     values = {"model": "m", "model_path": tmp_path, "home": tmp_path, "environment": {"A": "b"}, **changes}
     return UpOptions(**values)  # type: ignore[arg-type]
@@ -124,6 +152,14 @@ def test_ports(tmp_path: Path) -> None:
     ]
 
 
+def test_ports_end_at_65535(tmp_path: Path) -> None:
+    plan = listeners(options(tmp_path, executors=2, port=0, executor_port=65535))
+    with pytest.raises(
+        LauncherError, match=r"port 65536 \(executor-1\) is above 65535; choose a lower --executor-port"
+    ):
+        check_ports(plan)
+
+
 def test_redis_password_is_in_no_command_and_no_message(tmp_path: Path) -> None:
     url = "redis://user:secret@host:6379/1"
     chosen = options(tmp_path, redis_url=url)
@@ -135,6 +171,7 @@ def test_redis_password_is_in_no_command_and_no_message(tmp_path: Path) -> None:
         assert told == ({url} if kind != "executor" else set())
     assert shown(url) == "redis://user:***@host:6379/1"
     assert shown("redis://host:6379") == "redis://host:6379"
+    assert shown("redis://:secret@[host") == "REDIS_URL"
 
 
 def test_last_error_prefers_what_the_service_said_itself(tmp_path: Path) -> None:
@@ -143,9 +180,45 @@ def test_last_error_prefers_what_the_service_said_itself(tmp_path: Path) -> None
     assert last_error(str(log)) == "too little memory; set --num-blocks"
     log.write_text("Traceback (most recent call last):\n  File\nValueError: bad\n")
     assert last_error(str(log)) == "ValueError: bad"
+    with log.open("a") as more:
+        more.write("12:01 INFO x: serving the next one\n")
+    assert last_error(str(log)) == "ValueError: bad"
     log.write_text("12:00 INFO x: fine\n")
     assert last_error(str(log)) == ""
     assert last_error(str(tmp_path / "none")) == ""
+
+
+class Failure(grpc.RpcError):
+    """A call that failed, with or without a status of the server's own."""
+
+    def __init__(self, message: str, metadata: tuple[tuple[str, bytes], ...] = ()) -> None:
+        self._message = message
+        self._metadata = metadata
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return self._message
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return self._metadata
+
+
+def test_who_is_not_there() -> None:
+    def explained(message: str, *metadata: tuple[str, bytes]) -> tuple[str, ExitCode]:
+        return explain(ClientError.from_rpc(Failure(message, metadata), "h:1"))
+
+    nobody = ("no ScaleLLM server answers at h:1; start it with: scalellm up", ExitCode.NOT_RUNNING)
+    assert explained("failed to connect to all addresses; last error: Connection refused") == nobody
+    assert explained("errors resolving h:1: [field:hostname lookup error:address lookup failed for h:1]") == nobody
+    broke = "the connection to h:1 broke (Socket closed); see scalellm status, then try again"
+    assert explained("Socket closed") == (broke, ExitCode.BUSY)
+    # What a server says of a connection of its own is not about the connection to it.
+    relayed = "the scheduler cannot be reached: h:2: failed to connect to all addresses"
+    status = StatusError.unavailable(relayed, retry_after=1.0).to_rpc_status()
+    expected = (f"{relayed}; try again in 1.0 s", ExitCode.BUSY)
+    assert explained(relayed, ("grpc-status-details-bin", status.SerializeToString())) == expected
 
 
 def test_failed_calls_say_what_to_do() -> None:
