@@ -5,10 +5,12 @@ import { FinishReason } from "./gen/scalellm/v1/common_pb.js";
 import { Generation } from "./gen/scalellm/v1/generation_pb.js";
 
 const [prompt, address = "127.0.0.1:50051", maxTokens = "64"] = process.argv.slice(2);
-if (prompt === undefined) {
+if (prompt === undefined || !Number.isInteger(Number(maxTokens))) {
   console.error("usage: node generate.mjs PROMPT [HOST:PORT] [MAX_TOKENS]");
   process.exit(2);
 }
+
+process.stdout.on("error", () => process.exit(141)); // whoever read the answer has gone; so does the connection
 
 const client = connect(Generation, address);
 const request = {

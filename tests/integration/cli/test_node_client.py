@@ -38,6 +38,22 @@ def test_interrupt_cancels_the_request(node: StartNode, fake_server: Any) -> Non
     assert finish(process)[0] == 130
 
 
+def test_wrong_usage_is_told(node: StartNode) -> None:
+    code, _, err = finish(node("generate.mjs", "x", "127.0.0.1:1", "many"))
+    assert (code, err) == (2, "usage: node generate.mjs PROMPT [HOST:PORT] [MAX_TOKENS]\n")
+
+
+def test_closed_pipe_is_quiet_and_cancels(node: StartNode, fake_server: Any) -> None:
+    process = node("generate.mjs", "forever", fake_server.address)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(3)
+    process.stdout.close()
+    assert fake_server.cancelled.wait(10)
+    assert process.wait(30) == 141
+    assert process.stderr.read() == ""
+
+
 def test_generated_code_is_up_to_date(node: StartNode, tmp_path: Path) -> None:
     for name in ("buf.gen.yaml", "node_modules"):
         (tmp_path / "clients" / "node").mkdir(parents=True, exist_ok=True)
