@@ -37,3 +37,16 @@ def ops(launch):
     from kernels import select_ops
 
     return select_ops(launch.capability, dtype=torch.bfloat16, launch=launch)
+
+
+@pytest.fixture
+def last_program_first(monkeypatch):
+    """Programs run in the opposite order: a result that changes was written by two of them."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    plain = InterpreterBuilder.set_grid_idx
+
+    def mirrored(self, *index):
+        plain(self, *(size - 1 - at for size, at in zip(self.grid_dim, index, strict=True)))
+
+    return lambda: monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", mirrored)

@@ -141,6 +141,16 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_place(ops, paged_case):
     assert torch.equal(decode(ops, moved, 4), together[order])
 
 
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(6, 2), (5, 1), (7, 1)])
+def test_rows_left_over_by_the_group_write_nothing(ops, paged_case, last_program_first, q_heads, kv_heads):
+    case = paged_case([40, 20], [40, 1], q_heads=q_heads, kv_heads=kv_heads)
+    rows = paged_case([40, 20], [1, 1], q_heads=q_heads, kv_heads=kv_heads)
+    before, before_rows = unified(ops, case), decode(ops, rows, 2)
+    last_program_first()
+    assert torch.equal(unified(ops, case), before)
+    assert torch.equal(decode(ops, rows, 2), before_rows)
+
+
 def test_padding_changes_nothing_and_is_zero(ops, paged_case):
     case = paged_case([5, 40], [1, 7])
     alone = unified(ops, case)
@@ -178,14 +188,15 @@ def test_rows_of_a_packed_tensor(ops, paged_case):
         assert torch.equal(run(ops, strided), run(ops, case))
 
 
+@pytest.mark.parametrize("page", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.float16, E4M3])
-def test_slots_past_two_to_the_31_elements(ops, dtype):
-    blocks = 1_050_000
-    cache = torch.empty(blocks, 16, 1, 128, dtype=dtype)  # virtual memory; only the pages touched become resident
+def test_slots_past_two_to_the_31_elements(ops, dtype, page):
+    blocks = 16_800_000 // page
+    cache = torch.empty(blocks, page, 1, 128, dtype=dtype)  # virtual memory; only the pages touched become resident
     assert cache.numel() > 2**31
-    cache[-1] = torch.randn(16, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cache[-1] = torch.randn(page, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     q = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(1)).half()
-    table, lens = torch.tensor([[blocks - 1]], dtype=torch.int32), torch.tensor([16], dtype=torch.int32)
+    table, lens = torch.tensor([[blocks - 1]], dtype=torch.int32), torch.tensor([page], dtype=torch.int32)
     last = cache[-1, :, 0].double()
     expected = torch.softmax(last @ q[0, 0].double() * 0.1, 0) @ last
     out = ops.paged_attention_decode(q, cache, cache, table, lens, scale=0.1, num_splits=2)
