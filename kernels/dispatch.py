@@ -56,9 +56,15 @@ _E4M3_MIN_SM = 89
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON: Mapping[str, TritonForm] = MappingProxyType(
     {
+        "apply_logits_processors_": TritonForm("logits"),
         "copy_blocks_": TritonForm("cache"),
+        "fused_add_rms_norm": TritonForm("norm"),
+        "gelu_tanh_and_mul": TritonForm("activation"),
         "paged_attention_decode": TritonForm("attention_decode", uses_cache=True),
         "qk_norm_rope_and_cache": TritonForm("rope", uses_cache=True),
+        "sample": TritonForm("sampling"),
+        "scaled_fp8_quant": TritonForm("quant", min_sm=_E4M3_MIN_SM),
+        "silu_and_mul": TritonForm("activation"),
         "unified_attention": TritonForm("attention", uses_cache=True),
     }
 )

@@ -3,7 +3,15 @@
 A case is named after its op and what is special about it; a new file of cases is added to `CASES`.
 """
 
-from kernels.aot.cases import attention, cache, rope
+from kernels.aot.cases import activation, attention, cache, norm, quant, rope, sampling
 from kernels.aot.recorder import Case
 
-CASES: tuple[Case, ...] = (*attention.CASES, *cache.CASES, *rope.CASES)
+CASES: tuple[Case, ...] = (
+    *activation.CASES,
+    *attention.CASES,
+    *cache.CASES,
+    *norm.CASES,
+    *quant.CASES,
+    *rope.CASES,
+    *sampling.CASES,
+)

@@ -50,6 +50,8 @@ def sample(
     *,
     num_logprobs: int = 0,
     logprob_logits: Tensor | None = None,
+    workspace: Tensor | None = None,
+    out: SampleOutput | None = None,
 ) -> SampleOutput:
     """Draw one token per row: argmax where the temperature is 0, else Gumbel-max over the filtered, scaled logits.
 
@@ -75,6 +77,9 @@ def sample(
         num_logprobs: number k of top log-probabilities to return.
         logprob_logits: [S, V] f32 that log-probabilities are computed from; None: `logits`. Temperature and filters do
             not enter. Pass the model's own logits when processors changed `logits` and raw values are wanted.
+        workspace: scratch of a device kernel, i64, of `kernels.triton.sampling.sample_workspace_size`; no effect on the
+            result and none here.
+        out: receives the results.
     """
     maxima = search.tile_maxima(logits)
     token_ids, largest = search.argmax(logits, maxima)
@@ -95,7 +100,8 @@ def sample(
     if num_logprobs and source is not logits:
         maxima = search.tile_maxima(source)
     top_values, top_ids = search.top(source, maxima, num_logprobs)
-    return SampleOutput(token_ids, logprobs, top_ids, top_values - log_z.unsqueeze(1))
+    result = SampleOutput(token_ids, logprobs, top_ids, top_values - log_z.unsqueeze(1))
+    return result if out is None else SampleOutput(*(to.copy_(value) for to, value in zip(out, result, strict=True)))
 
 
 class _Draw(NamedTuple):

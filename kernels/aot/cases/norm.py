@@ -1,0 +1,33 @@
+"""Norms for the hidden sizes of the presets."""
+
+import torch
+
+from kernels.aot.recorder import Case
+from kernels.dispatch import Ops
+
+_BF16, _E4M3 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def _norm(name: str, width: int, *, residual: bool = True, gemma: bool = False, quantised: bool = False) -> Case:
+    def call(ops: Ops) -> None:
+        ops.fused_add_rms_norm(
+            torch.empty(64, width, dtype=_BF16, device="meta"),
+            torch.empty(64, width, dtype=_BF16, device="meta") if residual else None,
+            torch.empty(width, dtype=_BF16, device="meta"),
+            1e-5,
+            gemma=gemma,
+            quant_scale=torch.empty(1, device="meta") if quantised else None,
+            out=torch.empty(64, width, dtype=_E4M3 if quantised else _BF16, device="meta"),
+        )
+
+    return Case(f"fused_add_rms_norm {name}", call, min_sm=89 if quantised else 80)
+
+
+CASES = (
+    _norm("4096", 4096),  # Llama 3.1 8B, Qwen3 8B, Mixtral 8x7B
+    _norm("4096 first", 4096, residual=False),
+    _norm("4096 e4m3", 4096, quantised=True),
+    _norm("8192", 8192),  # Llama 3.1 70B
+    _norm("576", 576),  # SmolLM2 135M
+    _norm("640 gemma", 640, gemma=True),  # Gemma 3 270M
+)

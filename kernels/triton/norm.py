@@ -1,0 +1,83 @@
+"""RMSNorm fused with the residual addition before it: one read and one write of each operand."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import Launch
+from kernels.reference.quant import E4M3
+from kernels.triton.quantise import scale_of, to_e4m3
+
+
+@triton.jit
+def _add_rms_norm(
+    x,
+    residual,
+    weight,
+    out,
+    eps,
+    quant_scale,
+    H: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    GEMMA: tl.constexpr,
+    SCALE_IN_MEMORY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    live = columns < H
+    hidden = tl.load(x + row * X_STRIDE + columns, mask=live, other=0.0)
+    if residual is not None:
+        at = residual + row * RESIDUAL_STRIDE + columns
+        before = tl.load(at, mask=live, other=0.0)
+        hidden = (before.to(tl.float32) + hidden.to(tl.float32)).to(before.dtype)
+        tl.store(at, hidden, mask=live)
+    wide = hidden.to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / H + eps)
+    w = tl.load(weight + columns, mask=live, other=0.0).to(tl.float32)
+    # The two families round at different points; see the reference.
+    normed = normed * (w + 1.0) if GEMMA else normed.to(hidden.dtype).to(tl.float32) * w
+    result = normed.to(hidden.dtype)
+    if quant_scale is not None:
+        result = to_e4m3(result.to(tl.float32), scale_of(quant_scale, SCALE_IN_MEMORY))
+    tl.store(out + row * OUT_STRIDE + columns, result.to(out.dtype.element_ty), mask=live)
+
+
+def fused_add_rms_norm(
+    launch: Launch,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    gemma: bool = False,
+    quant_scale: float | Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One program per token, the whole row in registers; rows of `x`, `residual` and `out` may have any stride."""
+    tokens, width = x.shape
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype if quant_scale is None else E4M3, device=x.device)
+    block = triton.next_power_of_2(width)
+    launch(
+        _add_rms_norm,
+        (tokens,),
+        x,
+        residual,
+        weight,
+        out,
+        eps,
+        quant_scale,
+        num_warps=min(16, max(1, block // 1024)),
+        H=width,
+        X_STRIDE=x.stride(0),
+        RESIDUAL_STRIDE=0 if residual is None else residual.stride(0),
+        OUT_STRIDE=out.stride(0),
+        GEMMA=gemma,
+        SCALE_IN_MEMORY=isinstance(quant_scale, Tensor),
+        BLOCK=block,
+    )
+    return out

@@ -1,0 +1,62 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import gelu_tanh_and_mul, silu_and_mul
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the sigmoid of a gate far below 0
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+
+def packed(rows, width, dtype, spread=4.0):
+    return (torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(width)) * spread).to(dtype)
+
+
+def exact(name, x):
+    gate, up = x.double().chunk(2, dim=-1)
+    return (F.silu(gate) if name == "silu_and_mul" else F.gelu(gate, approximate="tanh")) * up
+
+
+@pytest.mark.parametrize("name", ["silu_and_mul", "gelu_tanh_and_mul"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 24, 1024, 1500])
+def test_gated_activation(ops, name, dtype, width):
+    x = packed(3, width, dtype)
+    out = torch.full((3, width), torch.nan, dtype=dtype)
+    assert getattr(ops, name)(x, out=out) is out
+    torch.testing.assert_close(out.double(), exact(name, x), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ["silu_and_mul", "gelu_tanh_and_mul"])
+def test_extreme_gates(ops, name):
+    gate = torch.tensor([-1e4, -100.0, -20.0, -0.0, 0.0, 20.0, 100.0, 1e4])
+    x = torch.cat((gate, torch.ones(8))).unsqueeze(0)
+    torch.testing.assert_close(getattr(ops, name)(x).double(), exact(name, x), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("silu_and_mul", silu_and_mul), ("gelu_tanh_and_mul", gelu_tanh_and_mul)]
+)
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)])
+def test_quantised_results_are_those_of_the_reference(ops, name, reference, scale):
+    x = packed(3, 64, torch.bfloat16, spread=40.0)
+    got, expected = getattr(ops, name)(x, quant_scale=scale), reference(x, quant_scale=scale)
+    assert got.dtype == torch.float8_e4m3fn
+    assert got.float().abs().max() == 448
+    assert (got.float() == expected.float()).float().mean() > 0.98
+    torch.testing.assert_close(got.float(), expected.float(), rtol=0.13, atol=0.02)
+
+
+def test_rows_may_be_strided(ops):
+    whole = packed(3, 60, torch.float32)
+    x, wide = whole[:, :40], torch.full((3, 50), torch.nan)
+    out, expected = wide[:, :20], exact("silu_and_mul", x)
+    ops.silu_and_mul(x, out=out)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-6)
+    assert wide[:, 20:].isnan().all()
+
+
+def test_an_empty_batch(ops):
+    assert ops.silu_and_mul(torch.zeros(0, 8)).shape == (0, 4)
