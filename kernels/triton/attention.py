@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
+from kernels.launch import Launch, next_power_of_2
 from kernels.triton.quantise import scale_of
 
 LOG2E = 1.4426950408889634
@@ -74,7 +74,7 @@ def unified_attention(
         KV_HEADS=kv_heads,
         GROUP=group,
         D=head_dim,
-        PADDED_D=triton.next_power_of_2(head_dim),
+        PADDED_D=next_power_of_2(head_dim),
         PAGE=page,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -92,7 +92,7 @@ def _tile(sm: int, group: int, head_dim: int, max_seqlen_q: int, element_size: i
     With wgmma a tile of 128 rows needs 8 warps: with 4 its accumulator alone fills the registers (137 spills). Without
     it (sm_80) operands are in registers, too, and 64 rows are what fits.
     """
-    rows = max(16, triton.next_power_of_2(group))
+    rows = max(16, next_power_of_2(group))
     if element_size > 2:
         return rows, 32, 4, 2
     if max_seqlen_q * group <= 16:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
+from kernels.launch import Launch, next_power_of_2
 from kernels.splits import decode_workspace
 from kernels.triton.attention import LOG2E
 from kernels.triton.quantise import scale_of
@@ -72,9 +72,9 @@ def paged_attention_decode(
         KV_HEADS=kv_heads,
         GROUP=group,
         D=head_dim,
-        PADDED_D=triton.next_power_of_2(head_dim),
+        PADDED_D=next_power_of_2(head_dim),
         PAGE=page,
-        BLOCK_H=max(16, triton.next_power_of_2(group)),
+        BLOCK_H=max(16, next_power_of_2(group)),
         BLOCK_N=block_n,
         NUM_SPLITS=num_splits,
         WINDOW=window,
@@ -95,10 +95,10 @@ def paged_attention_decode(
             OUT_STRIDE_H=out.stride(1),
             Q_HEADS=q_heads,
             D=head_dim,
-            PADDED_D=triton.next_power_of_2(head_dim),
+            PADDED_D=next_power_of_2(head_dim),
             BLOCK_N=block_n,
             NUM_SPLITS=num_splits,
-            PADDED_SPLITS=triton.next_power_of_2(num_splits),
+            PADDED_SPLITS=next_power_of_2(num_splits),
             WINDOW=window,
         )
     return out

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
+from kernels.launch import Launch, next_power_of_2
 from kernels.reference.quant import E4M3
 from kernels.triton.quantise import scale_of, to_e4m3
 
@@ -35,8 +35,8 @@ def qk_norm_rope_and_cache(
     q_heads = width // head_dim - 2 * kv_heads
     if out_q is None:
         out_q = torch.empty(tokens, q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    padded_group = triton.next_power_of_2(q_heads // kv_heads)
-    padded_half = triton.next_power_of_2(head_dim // 2)
+    padded_group = next_power_of_2(q_heads // kv_heads)
+    padded_half = next_power_of_2(head_dim // 2)
     launch(
         _qk_norm_rope_and_cache,
         (tokens, kv_heads),

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kernels import Capability, Launch
+from kernels.launch import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -133,3 +134,7 @@ def test_rules_are_held(launched, launch):
         launch(specialising, (1,), x, 3, N=16)
     with pytest.raises(TypeError, match=r"fill: after 4 runtime arguments come \['N', 'TWICE'\], not \['N'\]"):
         launch(fill, (1,), x, 3, 0.5, None, N=16)
+
+
+def test_next_power_of_2():
+    assert [next_power_of_2(n) for n in (1, 2, 3, 4, 5, 127, 128, 129)] == [1, 2, 4, 4, 8, 128, 128, 256]
