@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clients.client import Client, ClientError
-from clients.launcher import PUBLIC_PORT, Instance
+from clients.launcher import PUBLIC_PORT, Instance, NotRunningError
 
 
 class ExitCode(IntEnum):
@@ -43,7 +44,12 @@ _EXIT_CODES = {
 }
 
 
+# What gRPC itself says of a message that it does not send or take; a server's own RESOURCE_EXHAUSTED reads otherwise.
+_TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
+
 _PIPE_WIDTH = 1000
+
+DEFAULT_INSTANCE = "default"
 
 
 MAX_UINT32 = 2**32 - 1
@@ -85,7 +91,7 @@ class Environment:
         user_home = Path(variables.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
         return cls(
             home=Path(variables.get("SCALELLM_HOME") or user_home / ".cache" / "scalellm").expanduser(),
-            instance=variables.get("SCALELLM_INSTANCE") or "default",
+            instance=variables.get("SCALELLM_INSTANCE") or DEFAULT_INSTANCE,
             address=variables.get("SCALELLM_ADDRESS", ""),
             redis_url=variables.get("REDIS_URL", ""),
             variables=dict(variables),
@@ -125,11 +131,19 @@ class CliContext:
         return replace(self, environment=replace(self.environment, instance=name))
 
     def address(self, given: str) -> str:
-        """Where to call: as given, as in the environment, where the instance runs, or the default port."""
+        """Where to call: as given, as in the environment, where the instance runs, or the default port.
+
+        Raises NotRunningError for an instance that was named and does not run: the default port is another's.
+        """
         if given or self.environment.address:
             return given or self.environment.address
-        state = self.instance.load()
-        return (state.public_address if state is not None else "") or f"127.0.0.1:{PUBLIC_PORT}"
+        instance = self.instance
+        state = instance.load()
+        if state is not None and state.public_address:
+            return state.public_address
+        if instance.name != DEFAULT_INSTANCE:
+            raise NotRunningError(f"not running (instance {instance.name!r})")
+        return f"127.0.0.1:{PUBLIC_PORT}"
 
     def connect(self, address: str) -> Client:
         """A client of the server to call."""
@@ -165,8 +179,14 @@ def explain(error: ClientError) -> tuple[str, ExitCode]:
         return f"no ScaleLLM server answers at {error.unreachable}; start it with: scalellm up", ExitCode.NOT_RUNNING
     code = _EXIT_CODES.get(error.code, ExitCode.FAILED)
     message = " ".join(error.message.split())
+    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
+        return f"the request is too large: {sizes[1]} bytes, at most {sizes[2]}", ExitCode.USAGE
+    if error.code is grpc.StatusCode.UNIMPLEMENTED:
+        return f"the server offers no such call ({message}): is this the address of a tokenizer?", ExitCode.FAILED
     if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        message = f"out of time ({message}); allow more with --timeout"
+        # Where the deadline passed here, gRPC has only its own words for it.
+        said = "" if "Deadline Exceeded" in message else f" ({message})"
+        message = f"out of time{said}; allow more with --timeout"
     elif error.retry_after is not None:
         message += f"; try again in {error.retry_after:.1f} s"
     elif code is ExitCode.FAILED:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import JustifyMethod
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from clients.cli.context import MAX_UINT32, CliContext, ExitCode
+from clients.cli.context import DEFAULT_INSTANCE, MAX_UINT32, CliContext, ExitCode
 from clients.cli.generate import run_streaming
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
@@ -35,6 +35,11 @@ from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from services.common import model_store
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+
+# What `status` leaves out, in this order, where one line per service needs it; --json and a pipe have all of it.
+_OPTIONAL_COLUMNS = ("model", "memory", "address", "up")
+_ANY_WIDTH = 1000
+
 DEFAULT_PROMPT = "What is the capital of France, and what is it known for?"
 
 UP_HELP = """Start Redis, the executors, the scheduler and the tokenizer in the background.
@@ -76,10 +81,10 @@ ModelOption = Annotated[str, typer.Option(metavar="NAME|PATH", help="A name from
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.command("run", help=RUN_HELP)(run)
-    app.command("up", help=UP_HELP)(up)
+    app.command("run", help=RUN_HELP, short_help="Start everything, answer one prompt, stop.")(run)
+    app.command("up", help=UP_HELP, short_help="Start the services in the background.")(up)
     app.command("down", help=DOWN_HELP)(down)
-    app.command("status", help=STATUS_HELP)(status)
+    app.command("status", help=STATUS_HELP, short_help="Show health, load and last error of every service.")(status)
 
 
 def up(
@@ -122,7 +127,11 @@ def up(
     )
     state = _bring_up(context, options)
     typer.echo(f"ScaleLLM serves {state.model} at {state.public_address}")
-    context.note("try: scalellm chat    stop: scalellm down")
+    if context.instance.name == DEFAULT_INSTANCE:
+        context.note("try: scalellm chat (make chat)    stop: scalellm down (make down)")
+    else:
+        command = f"scalellm --instance {context.instance.name}"
+        context.note(f"try: {command} chat    stop: {command} down")
 
 
 def down(
@@ -154,7 +163,7 @@ def status(
         typer.echo(json.dumps(asdict(found)))
     else:
         context.out.print(f"{found.model} at {found.address or '(not serving)'}", soft_wrap=True, markup=False)
-        context.table(_status_table(found.services))
+        context.table(_fitting_status_table(context.out, found.services))
         for service in found.services:
             if service.last_error:
                 context.out.print(Text(f"{service.name}: {service.last_error}"), soft_wrap=True)
@@ -248,25 +257,41 @@ def _bring_down(context: CliContext, limit: float | None) -> ExitCode:
     return ExitCode.FAILED if result.killed else ExitCode.OK
 
 
-def _status_table(services: tuple[ServiceStatus, ...]) -> Table:
+def _fitting_status_table(console: Console, services: tuple[ServiceStatus, ...]) -> Table:
+    """The table with the columns that leave each service its one line, where that can be had."""
+    for number in range(len(_OPTIONAL_COLUMNS) + 1):
+        table = _status_table(services, _OPTIONAL_COLUMNS[:number])
+        needed = console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum
+        if not console.is_terminal or needed <= console.width:
+            break
+    return table
+
+
+def _status_table(services: tuple[ServiceStatus, ...], left_out: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("service", "health", "pid", "address", "up", "memory", "load", "model"):
+    rows = [_status_cells(service) for service in services]
+    columns = [column for column in rows[0] if column not in left_out]
+    for column in columns:
         # On a narrow terminal these three go on in the next line, and the others stay as they are.
         can_fold = column in ("address", "load", "model")
         justify: JustifyMethod = "right" if column in ("pid", "up", "memory") else "left"
         table.add_column(column, no_wrap=not can_fold, overflow="fold", justify=justify)
-    for service in services:
-        table.add_row(
-            service.name,
-            Text(service.health, style="green" if service.health == "serving" else "bold red"),
-            "-" if service.pid is None else str(service.pid),
-            service.address or "-",
-            "-" if service.uptime_s is None else _duration(service.uptime_s),
-            "-" if service.memory_bytes is None else f"{service.memory_bytes / 2**20:.0f} MiB",
-            _load(service.load),
-            service.model or "-",
-        )
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
     return table
+
+
+def _status_cells(service: ServiceStatus) -> dict[str, str | Text]:
+    return {
+        "service": service.name,
+        "health": Text(service.health, style="green" if service.health == "serving" else "bold red"),
+        "pid": "-" if service.pid is None else str(service.pid),
+        "address": service.address or "-",
+        "up": "-" if service.uptime_s is None else _duration(service.uptime_s),
+        "memory": "-" if service.memory_bytes is None else f"{service.memory_bytes / 2**20:.0f} MiB",
+        "load": _load(service.load),
+        "model": service.model or "-",
+    }
 
 
 def _load(load: Mapping[str, int]) -> str:

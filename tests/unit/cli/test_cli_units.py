@@ -15,9 +15,9 @@ from clients.cli.context import CliContext, Environment, ExitCode, explain
 from clients.cli.generation import logprob_entries
 from clients.cli.latency import rows
 from clients.cli.main import app
-from clients.cli.services import _status_table
+from clients.cli.services import _fitting_status_table, _status_table
 from clients.client import ClientError
-from clients.launcher import Instance, LauncherError, ServiceStatus, State, UpOptions
+from clients.launcher import Instance, LauncherError, NotRunningError, ServiceStatus, State, UpOptions
 from clients.launcher.instance import ServiceRecord
 from clients.launcher.plan import check_ports, listeners, service_command, service_environment
 from clients.launcher.processes import last_error
@@ -99,6 +99,8 @@ def test_address_comes_from_the_option_then_the_environment_then_the_instance(tm
     assert context("").address("") == "127.0.0.1:7"
     assert context("h:1").address("") == "h:1"
     assert context("h:1").address("h:2") == "h:2"
+    with pytest.raises(NotRunningError, match="instance 'other'"):
+        context("").with_instance("other").address("")
 
 
 def test_two_launchers_exclude_each_other(tmp_path: Path) -> None:
@@ -221,6 +223,28 @@ def test_who_is_not_there() -> None:
     assert explained(relayed, ("grpc-status-details-bin", status.SerializeToString())) == expected
 
 
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (70, "service health pid load"),
+        (80, "service health pid up load"),
+        (100, "service health pid address up load"),
+        (200, "service health pid address up memory load model"),
+    ],
+)
+def test_status_leaves_columns_out_before_it_folds_lines(width: int, columns: str) -> None:
+    load = {"running": 0, "waiting": 0, "free_blocks": 8038, "total_blocks": 8038}
+    plain = ServiceStatus("executor-0", "executor", "not serving", "127.0.0.1:50061", pid=13654, load=load)
+    service = replace(plain, uptime_s=9.0, memory_bytes=2**30, model="smollm2-135m-instruct")
+    out = StringIO()
+    console = Console(width=width, file=out, force_terminal=True, color_system=None)
+    console.print(_fitting_status_table(console, (service,)))
+    head, row = out.getvalue().splitlines()
+    assert head.split() == columns.split()
+    assert "not serving" in row
+    assert "0 running, 0 waiting, 0/8038 blocks" in row
+
+
 def test_failed_calls_say_what_to_do() -> None:
     code = grpc.StatusCode
     assert explain(ClientError(code.UNAVAILABLE, "x", unreachable="h:1")) == (
@@ -231,4 +255,13 @@ def test_failed_calls_say_what_to_do() -> None:
         "no executor is connected; try again in 1.2 s",
         ExitCode.BUSY,
     )
+    assert explain(ClientError(code.RESOURCE_EXHAUSTED, "CLIENT: Sent message larger than max (9 vs. 8)")) == (
+        "the request is too large: 9 bytes, at most 8",
+        ExitCode.USAGE,
+    )
+    assert explain(ClientError(code.DEADLINE_EXCEEDED, "Stream removed (Deadline Exceeded)")) == (
+        "out of time; allow more with --timeout",
+        ExitCode.DEADLINE,
+    )
+    assert "tokenizer?" in explain(ClientError(code.UNIMPLEMENTED, "Method not found!"))[0]
     assert explain(ClientError(code.INTERNAL, "two\nlines"))[0] == "two lines (INTERNAL)"
