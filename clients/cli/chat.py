@@ -64,7 +64,14 @@ def chat(
         )
         if sys.stdin.isatty():
             context.note(f"{model}, session {conversation.session_id}. /help lists what else there is, /exit leaves.")
-            _talk(context, conversation)
+            try:
+                _talk(context, conversation)
+            except KeyboardInterrupt:
+                print()  # the terminal's next line begins at its start
+                raise
+            finally:
+                if conversation.turns:
+                    context.note(f"continue with: scalellm chat --session {conversation.session_id}")
         else:
             for number, line in enumerate(sys.stdin, start=1):
                 if line.strip():
@@ -98,8 +105,6 @@ def _talk(context: CliContext, conversation: _Conversation) -> None:
                 if error.unreachable:
                     raise
                 context.error(explain(error)[0])
-    if conversation.turns:
-        context.note(f"continue with: scalellm chat --session {conversation.session_id}")
 
 
 def _command(context: CliContext, conversation: _Conversation, line: str) -> None:

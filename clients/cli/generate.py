@@ -40,7 +40,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message to answer.")] = False,
     system: Annotated[str | None, _option("Instructions for the model; needs --chat.", "TEXT")] = None,
     session: Annotated[str | None, _option("Continue this conversation; needs --chat.", "ID")] = None,
-    max_tokens: Annotated[int | None, _option("Most tokens to generate.")] = None,
+    max_tokens: Annotated[int | None, _option("Most tokens to generate. Default: what the context holds.")] = None,
     min_tokens: Annotated[int | None, _option("Do not end before this many tokens.")] = None,
     temperature: Annotated[float | None, _option("0: the most likely token each time. Default: 1.")] = None,
     top_k: Annotated[int | None, _option("Choose among the k most likely tokens. 0: off.")] = None,
@@ -68,6 +68,8 @@ def generate(
     """One request."""
     if not chat and (system is not None or session is not None):
         raise CliError("--system and --session need --chat", ExitCode.USAGE)
+    if not as_json and (logprobs is not None or prompt_logprobs is not None):
+        raise CliError("--logprobs and --prompt-logprobs need --json", ExitCode.USAGE)
     context = CliContext.of(ctx)
     request = GenerateRequest()
     sampling: dict[str, Any] = {

