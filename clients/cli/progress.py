@@ -14,6 +14,7 @@ from rich.text import Text
 from services.common.model_store import ProgressCallback, PullProgress
 
 _PLAIN_INTERVAL = 10.0
+_SPINNER_WIDTH = 2
 
 
 class StageReport:
@@ -34,7 +35,7 @@ class StageReport:
         self._stage, self._detail = stage, detail
         self._next_line = time.monotonic() + _PLAIN_INTERVAL
         if self._console.is_terminal:
-            self._status = self._console.status(self._text(detail))
+            self._status = self._console.status(self._line(detail))
             self._status.start()
         else:
             self._print(detail)
@@ -42,7 +43,7 @@ class StageReport:
     def waiting(self, detail: str) -> None:
         """It lasts."""
         if self._status is not None:
-            self._status.update(self._text(f"{self._detail}, {detail}"))
+            self._status.update(self._line(f"{self._detail}, {detail}"))
         elif time.monotonic() >= self._next_line:
             self._next_line += _PLAIN_INTERVAL
             self._print(f"{self._detail}, {detail}")
@@ -60,6 +61,12 @@ class StageReport:
 
     def _text(self, detail: str) -> Text:
         return Text(f"{self._stage:<12}{detail}")
+
+    def _line(self, detail: str) -> Text:
+        """The text on one line beside the spinner: what wraps jumps up and down as it changes."""
+        text = self._text(" ".join(detail.split()))
+        text.truncate(max(1, self._console.width - _SPINNER_WIDTH), overflow="ellipsis")
+        return text
 
     def _print(self, detail: str) -> None:
         self._console.print(self._text(detail), soft_wrap=True)
