@@ -22,6 +22,10 @@ _KILL_LIMIT = 5.0
 
 _LAST_LINES = 40
 
+# In the environment of everything that a service starts: the service's log. After a reboot, and in a container that was
+# started again, pids and sessions are given out afresh: the number of a session is not enough to kill by.
+_MARK = "SCALELLM_SERVICE_LOG"
+
 
 def spawn(
     name: str, kind: str, command: Sequence[str], log: Path, environment: Mapping[str, str]
@@ -34,7 +38,7 @@ def spawn(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=dict(environment),
+                env={**environment, _MARK: str(log)},
                 start_new_session=True,
             )
         except OSError as error:
@@ -74,6 +78,7 @@ def _belongs(process: psutil.Process, record: ServiceRecord) -> bool:
             os.getsid(process.pid) == record.pid
             and process.create_time() > record.create_time - _CLOCK_SLACK
             and process.status() != psutil.STATUS_ZOMBIE
+            and (process.pid == record.pid or process.environ().get(_MARK) == record.log)
         )
     except (psutil.Error, OSError):
         return False

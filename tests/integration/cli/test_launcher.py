@@ -153,6 +153,22 @@ def test_recycled_pid_is_left_alone(instance: Instance, up_options: MakeOptions)
         stranger.wait()
 
 
+def test_recycled_session_is_left_alone(instance: Instance, up_options: MakeOptions) -> None:
+    """The state names a pid that is now the session of somebody else's daemon, whose first process has ended."""
+    state = bring_up(instance, up_options(), Recorder())
+    daemon = "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)"
+    first = subprocess.Popen([sys.executable, "-c", daemon], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    stranger = psutil.Process(int(first.communicate(timeout=30)[0]))
+    try:
+        tokenizer = state.of_kind("tokenizer")[0]
+        os.kill(tokenizer.pid, signal.SIGKILL)
+        instance.save(state.with_service(replace(tokenizer, pid=first.pid, create_time=time.time() - 3600)))
+        down(instance)
+        assert not gone(stranger.pid)
+    finally:
+        stranger.kill()
+
+
 def test_stubborn_service_is_killed_and_named(instance: Instance, up_options: MakeOptions) -> None:
     state = bring_up(instance, up_options({"executor": "stubborn"}), Recorder())
     _, result = down(instance, limit=0.3)
