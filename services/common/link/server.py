@@ -64,7 +64,15 @@ class ServerLink:
             writer: The gRPC context.
             on_frame: Called for each client frame; what it raises ends the link.
         """
-        await writer.write(welcome)
+        try:
+            await writer.write(welcome)
+            await self._serve(frames, writer, on_frame)
+        finally:
+            self._closed = True
+
+    async def _serve(
+        self, frames: AsyncIterator[FrameT], writer: FrameWriter, on_frame: Callable[[FrameT], None]
+    ) -> None:
         reading = asyncio.create_task(self._read(frames, on_frame))
         writing = asyncio.create_task(self._write(writer))
         try:
@@ -72,7 +80,6 @@ class ServerLink:
             for task in done:
                 task.result()
         finally:
-            self._closed = True
             for task in (reading, writing):
                 task.cancel()
             await asyncio.gather(reading, writing, return_exceptions=True)

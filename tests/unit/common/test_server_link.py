@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import pytest
+
 from scalellm.v1 import link_pb2
 from services.common.lifecycle import MAX_MESSAGE_BYTES
 from services.common.link import ServerLink
@@ -46,3 +48,14 @@ async def test_what_waited_for_a_slow_reader_leaves_merged_and_never_too_large_f
     steps = [link_pb2.ServerFrame.FromString(message).step for message in messages]
     assert [handle for step in steps for handle in step.handles] == sent
     assert steps[-1].seq == sent[-1]
+
+
+async def test_a_link_whose_client_left_before_its_welcome_is_closed() -> None:
+    class Gone:
+        async def write(self, message: bytes) -> None:
+            raise asyncio.CancelledError
+
+    link = ServerLink()
+    with pytest.raises(asyncio.CancelledError):
+        await link.run(b"welcome", no_frames(), Gone(), lambda frame: None)
+    assert link.is_closed
