@@ -100,12 +100,15 @@ class GrpcService:
 
 
 def announce(path: Path | None, *lines: str) -> None:
-    """Tell whoever started the service where it listens; the file appears whole or not at all."""
+    """Tell whoever started the service where it listens; the file appears whole or not at all. Raises StartError."""
     if path is None:
         return
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text("".join(f"{line}\n" for line in lines))
-    partial.replace(path)
+    try:
+        partial.write_text("".join(f"{line}\n" for line in lines))
+        partial.replace(path)
+    except OSError as error:
+        raise StartError(f"cannot write {path}: {error.strerror}; choose another --announce") from error
 
 
 def stop_event() -> asyncio.Event:

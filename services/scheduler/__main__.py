@@ -16,11 +16,11 @@ async def _serve(settings: SchedulerSettings) -> None:
     await server.start()
     logging.getLogger(__name__).info("listening on %s", server.address)
     metrics = [f"metrics={server.metrics_address}"] if server.metrics_address is not None else []
-    announce(settings.announce, server.address, *metrics)
     try:
+        announce(settings.announce, server.address, *metrics)
         await stop.wait()
-        await server.stop()
     finally:
+        await server.stop()
         if settings.announce is not None:
             settings.announce.unlink(missing_ok=True)
 

@@ -207,6 +207,7 @@ async def test_kill_9_of_the_front_leaves_no_engine(spawn: Spawn, model_dir) -> 
         (["--num-blocks", "1"], "num_blocks"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["--capacity-policy", "hope"], "--capacity-policy"),
+        (["--announce", "/nowhere/address"], "/nowhere/address"),
     ],
 )
 def test_refuses_to_start_in_one_line(spawn: Spawn, model_dir, more: list[str], words: str) -> None:

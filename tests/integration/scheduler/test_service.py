@@ -256,17 +256,27 @@ async def test_the_process_drains_on_sigterm_and_exits_0(make_executor, make_edg
             process.kill()
 
 
-async def test_a_taken_port_is_one_clear_line(make_scheduler):
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--port", "{port}"], "port is in use"),
+        (["--port", "0", "--metrics-port", "{port}"], "choose another --metrics-port"),
+        (["--port", "0", "--announce", "/nowhere/address"], "cannot write /nowhere/address"),
+    ],
+)
+async def test_what_keeps_it_from_starting_is_one_clear_line(make_scheduler, flags, words):
     server = await make_scheduler()
+    port = server.address.rpartition(":")[2]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.scheduler", "--port", server.address.rpartition(":")[2]),
+        *(sys.executable, "-m", "services.scheduler", *(flag.format(port=port) for flag in flags)),
         stderr=asyncio.subprocess.PIPE,
     )
     _, stderr = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 1
     lines = [line for line in stderr.decode().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "port is in use" in lines[0]
+    assert words in lines[0]
+    assert "Traceback" not in stderr.decode()
 
 
 @pytest.mark.parametrize("seed", [1, 2])
