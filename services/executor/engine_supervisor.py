@@ -62,7 +62,7 @@ class EngineSupervisor:
 
     @property
     def num_unfinished(self) -> int:
-        """Sequences that run or wait, by the engine's latest word."""
+        """Requests that run or wait, by the engine's latest word."""
         return self.info.load.running + self.info.load.waiting if self._ready else 0
 
     def open_link(self, hello: bytes, port: LinkPort) -> int:

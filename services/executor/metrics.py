@@ -27,8 +27,8 @@ class ExecutorCollector(Collector):
         # Nothing is in use while there is no engine, which reports no blocks at all.
         usage = 1 - load.free_blocks / load.total_blocks if load.total_blocks else 0.0
         for name, text, value in (
-            ("num_requests_running", "Sequences that are running.", load.running),
-            ("num_requests_waiting", "Sequences that wait for their first step or were preempted.", load.waiting),
+            ("num_requests_running", "Requests that are running, preempted ones included.", load.running),
+            ("num_requests_waiting", "Requests that wait for their first step.", load.waiting),
             ("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.", usage),
             ("kv_cache_blocks", "KV cache blocks in all.", load.total_blocks),
             ("kv_cache_free_blocks", "KV cache blocks that are free or can be evicted.", load.free_blocks),

@@ -28,7 +28,6 @@ class CausalLM:
         # transformers rounds the scale to the model's dtype, and Gemma was trained that way.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype).item()
         shape = (config.vocab_size, config.hidden_size)
-        shape = (config.vocab_size, config.hidden_size)
         self._embed_tokens = torch.empty(shape, dtype=dtype, device=device)
         self._lm_head = (
             self._embed_tokens if config.tie_word_embeddings else torch.empty(shape, dtype=dtype, device=device)
