@@ -227,6 +227,7 @@ class Dispatcher:
         choice = self._router.route(
             self._fleet.ready,
             num_prompt_tokens=request.num_prompt_tokens,
+            max_len=request.max_len,
             hashes=request.hashes,
             session_address=request.session_address,
             may_wait=request.session_wait_until is None or now < request.session_wait_until,

@@ -178,6 +178,15 @@ class Request:
         return sum(map(len, self.emitted))
 
     @property
+    def max_len(self) -> int:
+        """Tokens that an executor must hold for it: the prompt and the longest output, or one more token than so far
+        where the client left the output's length to the executor.
+        """
+        sampling = self.submit.sampling
+        longest = sampling.max_tokens if sampling.HasField("max_tokens") else 1 + max(map(len, self.emitted))
+        return self.num_prompt_tokens + longest
+
+    @property
     def all_samples_ended(self) -> bool:
         """Whether only the Finish is missing."""
         return len(self.ended_samples) == len(self.emitted)

@@ -91,6 +91,7 @@ class Router:
         candidates: Sequence[CandidateT],
         *,
         num_prompt_tokens: int,
+        max_len: int,
         hashes: Sequence[int],
         session_address: str | None = None,
         may_wait: bool = False,
@@ -101,6 +102,7 @@ class Router:
         Args:
             candidates: Executors that are ready; at least one.
             num_prompt_tokens: Tokens of the prompt.
+            max_len: Tokens of the prompt and of the longest output that it may have.
             hashes: `block_hashes` of the prompt.
             session_address: The executor that ran the session last.
             may_wait: Whether it may still wait for that one.
@@ -109,8 +111,9 @@ class Router:
         willing = [candidate for candidate in candidates if candidate.instance_id not in refused_by]
         if not willing:
             return Verdict.REFUSED_BY_ALL
-        # Where no executor is long enough any of them may say so to the client.
-        able = [candidate for candidate in willing if num_prompt_tokens < candidate.max_model_len] or willing
+        # Where no executor is long enough, the longest comes nearest; it may say so to the client.
+        enough = min(max_len, max(candidate.max_model_len for candidate in willing))
+        able = [candidate for candidate in willing if candidate.max_model_len >= enough]
         free = [candidate for candidate in able if candidate.has_credit]
         if not free:
             return Verdict.NO_CREDIT

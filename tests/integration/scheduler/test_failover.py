@@ -360,3 +360,18 @@ async def test_a_drain_waits_for_requests_that_move_beside_one_that_ends(make_li
     assert await draining == 0
     await line.edge.finish(moving)
     moving.check_tokens(50)
+
+
+async def test_an_executor_that_joins_with_a_shorter_context_gets_what_it_can_hold(
+    make_line, make_executor, eventually
+):
+    line = await make_line()
+    busy = [await line.edge.submit(10, 2000) for _ in range(4)]
+    await eventually(lambda: all(stream.samples for stream in busy))
+    short = await make_executor(max_model_len=32)
+    await line.edge.stub.AddExecutor(scheduler_pb2.AddExecutorRequest(address=short.address))
+    await line.all_ready(2)
+    long_answer, short_answer = await line.edge.submit(10, 40), await line.edge.submit(10, 8)
+    await line.edge.finish(long_answer, short_answer)
+    assert long_answer.finish.timings.executor_id == line.executors[0].address
+    assert short_answer.finish.timings.executor_id == short.address

@@ -36,22 +36,26 @@ def replicas(**fields):
     )
 
 
-def route(candidates, prefixes=None, tokens=100, hashes=(), **options):
+def route(candidates, prefixes=None, tokens=100, output=1, hashes=(), **options):
     router = Router(prefixes if prefixes is not None else PrefixIndex())
-    return router.route(candidates, num_prompt_tokens=tokens, hashes=hashes, **options)
+    return router.route(candidates, num_prompt_tokens=tokens, max_len=tokens + output, hashes=hashes, **options)
 
 
 @given(
     candidates=replicas(),
     tokens=st.integers(1, 5000),
+    output=st.integers(1, 5000),
     session=st.none() | st.integers(0, 6).map("host:{}".format),
     may_wait=st.booleans(),
     refused_by=st.sets(st.integers(0, 5).map("i{}".format)),
 )
-def test_filters(candidates, tokens, session, may_wait, refused_by):
-    choice = route(candidates, tokens=tokens, session_address=session, may_wait=may_wait, refused_by=refused_by)
+def test_filters(candidates, tokens, output, session, may_wait, refused_by):
+    choice = route(
+        candidates, tokens=tokens, output=output, session_address=session, may_wait=may_wait, refused_by=refused_by
+    )
     willing = [c for c in candidates if c.instance_id not in refused_by]
-    able = [c for c in willing if tokens < c.max_model_len] or willing
+    longest = max((c.max_model_len for c in willing), default=0)
+    able = [c for c in willing if tokens + output <= c.max_model_len or c.max_model_len == longest]
     free = [c for c in able if c.has_credit]
     at_home = [c for c in able if c.address == session and not c.is_suspect]
     if not willing:
