@@ -17,6 +17,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+_MAX_REASON_CHARS = 200
+"""A template may quote the conversation in its refusal; a status message travels in a header of a few kilobytes."""
+
 
 class ChatTemplateError(Exception):
     """A conversation cannot be rendered; the message is the template's own or says which limit was hit."""
@@ -101,10 +104,15 @@ class ChatTemplate:
                     )
                 pieces.append(piece)
         except TemplateError as error:
-            raise ChatTemplateError(f"the chat template refuses this conversation: {error.message}") from error
+            raise ChatTemplateError(f"the chat template refuses this conversation: {_shortened(error)}") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise ChatTemplateError(f"the chat template fails on this conversation: {error}") from error
+            raise ChatTemplateError(f"the chat template fails on this conversation: {_shortened(error)}") from error
         return "".join(pieces)
+
+
+def _shortened(error: Exception) -> str:
+    reason = str(error)
+    return reason if len(reason) <= _MAX_REASON_CHARS else f"{reason[:_MAX_REASON_CHARS]}..."
 
 
 def _check_attribute(name: object) -> None:

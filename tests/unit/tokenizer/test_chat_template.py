@@ -159,6 +159,14 @@ async def test_a_bad_template_is_an_error_and_the_next_render_works(source: str,
         assert await renderer.render([{"role": "user", "content": "good"}]) == "fine"
 
 
+@pytest.mark.parametrize("quotes", ["{{ raise_exception(messages[0].content) }}", "{{ {}[messages[0].content] + 1 }}"])
+def test_a_refusal_fits_a_status_message(quotes: str) -> None:
+    template = ChatTemplate(quotes, {}, max_chars=100)
+    with pytest.raises(ChatTemplateError) as refusal:
+        template.render([{"role": "user", "content": "é" * 10_000}], add_generation_prompt=True)
+    assert len(str(refusal.value)) < 300
+
+
 async def test_a_cancelled_render_does_not_disturb_the_next() -> None:
     async with ChatRenderer("{{ messages[0].content }}", {}) as renderer:
         task = asyncio.create_task(renderer.render([{"role": "user", "content": "first" * 1000}]))
