@@ -6,6 +6,8 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from services.common.lifecycle import StartError
+
 KEY_PREFIX = "scalellm:"
 
 
@@ -17,13 +19,18 @@ def open_redis(url: str, *, timeout: float = 1.0) -> Redis:
     Args:
         url: redis://host:port/db, rediss://... or unix://path.
         timeout: Longest wait for a connection and for an answer, in seconds.
+
+    Raises StartError when the URL is none.
     """
-    return Redis.from_url(
-        url,
-        socket_timeout=timeout,
-        socket_connect_timeout=timeout,
-        retry=Retry(NoBackoff(), 1),
-        # Off: against a stalled server redis-py's health check reconnects, which checks the health again, without end.
-        health_check_interval=0,
-        decode_responses=False,
-    )
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            retry=Retry(NoBackoff(), 1),
+            # Off: against a stalled server its health check reconnects, which checks the health again, without end.
+            health_check_interval=0,
+            decode_responses=False,
+        )
+    except ValueError as error:
+        raise StartError(f"--redis-url: {error}") from None

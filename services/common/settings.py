@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
@@ -45,8 +45,8 @@ class ServiceSettings(BaseSettings):
     """On SIGTERM, seconds that running requests are given to finish."""
     stall_limit_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds without progress, while there is work, after which the service calls itself unhealthy."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much is logged."""
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)

@@ -37,7 +37,7 @@ class TokenizerSettings(ServiceSettings):
     """Crashes of one worker within a minute after which the service gives up."""
     redis_url: str | None = None
     """Where sessions are kept: redis://host:port/db or unix://path; unset: no sessions."""
-    session_ttl_s: Annotated[float, Field(ge=1)] = 3600.0
+    session_ttl_s: Annotated[float, Field(ge=1, le=1e9)] = 3600.0
     """Seconds after its last turn for which a session is kept."""
     salt_secret: str = Field(default="", repr=False)
     """Key from which the tenants' prefix-cache salts are derived. All edges of one line need the same, or their

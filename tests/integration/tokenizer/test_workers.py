@@ -194,6 +194,9 @@ async def test_taken_port_is_refused(start, own_scheduler, connect):
             "error: --scheduler (SCALELLM_TOKENIZER_SCHEDULER): Value error, must be host:port",
         ),
         (("--metrics-port", "1"), "error: cannot listen on 127.0.0.1:1 for metrics"),
+        (("--redis-url", "nowhere"), "error: --redis-url: Redis URL must specify one of the following schemes"),
+        (("--session-ttl-s", "inf"), "error: --session-ttl-s (SCALELLM_TOKENIZER_SESSION_TTL_S): Input should be less"),
+        (("--log-level", "loud"), "error: --log-level (SCALELLM_TOKENIZER_LOG_LEVEL): Input should be 'debug', 'info'"),
     ],
 )
 async def test_bad_settings_are_one_line(start, own_scheduler, flags, message):
