@@ -31,6 +31,7 @@ from clients.launcher import (
     read_status,
     running_state,
 )
+from clients.launcher.instance import TOKENIZER
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from services.common import model_store
 
@@ -244,8 +245,13 @@ def _bring_up(context: CliContext, options: UpOptions) -> State:
 
 
 def _bring_down(context: CliContext, limit: float | None) -> ExitCode:
+    state = context.instance.load()
+    patience = limit if limit is not None else state.drain_limit if state is not None else 0.0
+
     def on_stopping(name: str) -> None:
-        context.note(f"{name:<12}stopping")
+        # The first one is where the time goes: what runs in the others came through it.
+        waits = f", once what runs has ended or {patience:g} s have passed" if name == TOKENIZER else ""
+        context.note(f"{name:<12}stopping{waits}")
 
     result = bring_down(context.instance, on_stopping, limit)
     if result.crashed:
