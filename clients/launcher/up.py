@@ -73,7 +73,7 @@ def running_state(instance: Instance) -> State | None:
     if len(running) < len(state.services) or not state.of_kind(TOKENIZER):
         crashed = [service.name for service in state.services if service.name not in running]
         raise LauncherError(
-            f"partly running: {', '.join(running)} runs, {', '.join(crashed) or 'the rest'} does not; "
+            f"partly running: {', '.join(running)}; not running: {', '.join(crashed) or 'the rest'}; "
             "clear it with: scalellm down"
         )
     return state
@@ -154,7 +154,7 @@ class _Launch:
             REDIS, REDIS, redis_command(executable, socket, self._instance.folder), dict(self._options.environment)
         )
         self._set(self.state.with_service(replace(self._service(REDIS), address=str(socket))))
-        self._wait(REDIS, lambda: socket.exists() and not check_redis(url).error, _REDIS_START_LIMIT)
+        self._wait(REDIS, lambda: socket.exists() and not check_redis(url).error, _REDIS_START_LIMIT, started)
         self._report.done(f"embedded, version {check_redis(url).version}, {_seconds(started)}")
 
     def _spawn_service(self, name: str, kind: str, upstream: str) -> None:
@@ -166,16 +166,15 @@ class _Launch:
         started = time.monotonic()
         self._report.begin(name, what)
         announce = self._instance.announce_file(name)
-        self._wait(name, announce.exists, self._options.start_limit)
+        self._wait(name, announce.exists, self._options.start_limit, started)
         address, metrics = _read_announced(announce)
         self._set(self.state.with_service(replace(self._service(name), address=address, metrics_address=metrics)))
         with Probe(address) as probe:
-            self._wait(name, lambda: probe.health() == SERVING, self._options.start_limit)
+            self._wait(name, lambda: probe.health() == SERVING, self._options.start_limit, started)
         self._report.done(f"{address}, {_seconds(started)}")
 
-    def _wait(self, name: str, is_ready: Callable[[], bool], limit: float) -> None:
-        """Return once ready; LauncherError when anything that was started ends meanwhile, or at the limit."""
-        started = time.monotonic()
+    def _wait(self, name: str, is_ready: Callable[[], bool], limit: float, started: float) -> None:
+        """Return once ready; LauncherError when anything ends meanwhile, or `limit` seconds after `started`."""
         while not is_ready():
             for other, process in self._processes.items():
                 if (status := process.poll()) is not None:

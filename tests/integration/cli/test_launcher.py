@@ -116,7 +116,7 @@ def test_crash_while_running(instance: Instance, up_options: MakeOptions) -> Non
     status = read_status(instance)
     assert not status.healthy
     assert {service.health for service in status.services if service.name == "scheduler"} == {"crashed"}
-    with pytest.raises(LauncherError, match=r"scheduler does not; clear it with: scalellm down"):
+    with pytest.raises(LauncherError, match=r"not running: scheduler; clear it with: scalellm down"):
         bring_up(instance, up_options(), Recorder())
 
     _, result = down(instance)
