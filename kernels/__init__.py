@@ -21,7 +21,7 @@ from kernels.reference.quant import fp8_gemm, scaled_fp8_quant
 from kernels.reference.rng import sample_seed
 from kernels.reference.rope import qk_norm_rope_and_cache
 from kernels.reference.sampling import SampleOutput, sample
-from kernels.reference.w4a16 import w4a16_gemm
+from kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
 from kernels.splits import decode_workspace, num_decode_splits
 
 __all__ = [
@@ -52,4 +52,5 @@ __all__ = [
     "topk_softmax",
     "unified_attention",
     "w4a16_gemm",
+    "w8a16_gemm",
 ]

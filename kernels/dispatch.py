@@ -37,7 +37,7 @@ from kernels.reference.norm import fused_add_rms_norm
 from kernels.reference.quant import E4M3, fp8_gemm, scaled_fp8_quant
 from kernels.reference.rope import qk_norm_rope_and_cache
 from kernels.reference.sampling import sample
-from kernels.reference.w4a16 import w4a16_gemm
+from kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
 
 Backend = Literal["torch", "triton"]
 
@@ -59,13 +59,18 @@ _TRITON: Mapping[str, TritonForm] = MappingProxyType(
         "apply_logits_processors_": TritonForm("logits"),
         "copy_blocks_": TritonForm("cache"),
         "fused_add_rms_norm": TritonForm("norm"),
+        "fused_moe": TritonForm("moe"),
         "gelu_tanh_and_mul": TritonForm("activation"),
+        "moe_align_block_size": TritonForm("moe_routing"),
         "paged_attention_decode": TritonForm("attention_decode", uses_cache=True),
         "qk_norm_rope_and_cache": TritonForm("rope", uses_cache=True),
         "sample": TritonForm("sampling"),
         "scaled_fp8_quant": TritonForm("quant", min_sm=_E4M3_MIN_SM),
         "silu_and_mul": TritonForm("activation"),
+        "topk_softmax": TritonForm("moe_routing"),
         "unified_attention": TritonForm("attention", uses_cache=True),
+        "w4a16_gemm": TritonForm("gemm_wna16"),
+        "w8a16_gemm": TritonForm("gemm_wna16"),
     }
 )
 
@@ -96,6 +101,7 @@ class Ops:
     topk_softmax = staticmethod(topk_softmax)
     unified_attention = staticmethod(unified_attention)
     w4a16_gemm = staticmethod(w4a16_gemm)
+    w8a16_gemm = staticmethod(w8a16_gemm)
 
     def __init__(
         self, launch: Launch | None = None, triton_forms: Mapping[str, Callable[..., Any]] | None = None

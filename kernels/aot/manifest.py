@@ -3,13 +3,15 @@
 A case is named after its op and what is special about it; a new file of cases is added to `CASES`.
 """
 
-from kernels.aot.cases import activation, attention, cache, norm, quant, rope, sampling
+from kernels.aot.cases import activation, attention, cache, gemm_wna16, moe, norm, quant, rope, sampling
 from kernels.aot.recorder import Case
 
 CASES: tuple[Case, ...] = (
     *activation.CASES,
     *attention.CASES,
     *cache.CASES,
+    *gemm_wna16.CASES,
+    *moe.CASES,
     *norm.CASES,
     *quant.CASES,
     *rope.CASES,

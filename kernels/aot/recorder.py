@@ -85,6 +85,9 @@ class Recorder(Launch):
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
         options = {"num_warps": num_warps, "num_stages": num_stages}
         name = f"{self._name} {kernel.__name__}"
+        before = sum(variant.kernel is kernel for variant in self.variants)
+        if before:  # with other constexprs, as a rule: both are to be seen
+            name = f"{name} {before + 1}"
         self.variants.append(Variant(name, kernel, signature, constants, attributes, options))
 
 

@@ -23,12 +23,18 @@ def topk_softmax(
 
 
 def moe_align_block_size(
-    ids: Tensor, block_size: int, num_experts: int, *, out: tuple[Tensor, Tensor, Tensor] | None = None
+    ids: Tensor,
+    block_size: int,
+    num_experts: int,
+    *,
+    workspace: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lay out (token, choice) pairs by expert in whole blocks, so that a block of a grouped product has one expert.
 
     Shapes depend on those of the arguments only, not on the routing, as a captured graph needs. Pair (t, j) of `ids`
-    [T, k] is number `t * k + j`. `out` is the three results.
+    [T, k] is number `t * k + j`. `out` is the three results; `workspace`, i32, is scratch of a device kernel and has no
+    effect here.
 
     Returns:
         sorted_token_ids: [T * k + E * (block_size - 1)] i32, the pairs by expert, ascending within one; each expert's
@@ -67,6 +73,7 @@ def fused_moe(
     *,
     w13_scale: Tensor | None = None,
     w2_scale: Tensor | None = None,
+    workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return, per token, the weighted sum of its experts' SwiGLU layers, [T, H]; computed in float32.
@@ -80,6 +87,7 @@ def fused_moe(
         w13_scale: for e4m3 weights, [E, r, c]; each element scales a block of its expert's matrix: r and c divide 2F
             and H ([E, 1, 1] is per expert, [E, 2F, 1] per channel). `w2_scale` alike.
         w2_scale: see `w13_scale`.
+        workspace: scratch of a device kernel, i32; has no effect on the result and none here.
         out: [T, H], receives the result.
     """
     x32 = x.float()

@@ -1,4 +1,4 @@
-"""Product with a weight of 4-bit integers."""
+"""Products with weights of 4-bit and of 8-bit integers."""
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ def w4a16_gemm(
     zeros: Tensor | None,
     *,
     group_size: int,
+    workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return `x @ w`, [T, N], with `w[k, n] = (q[k, n] - zero) * scale`, q in 0..15; computed in float32.
@@ -21,19 +22,49 @@ def w4a16_gemm(
         scales: [K / group_size, N], shared by group_size consecutive k.
         zeros: [K / group_size, N] of any dtype, zero points in units of q (not packed); None: 8, symmetric weights.
         group_size: divides K; K itself means one scale per column.
+        workspace: scratch of a device kernel, f32; has no effect on the result and none here.
         out: [T, N], receives the result.
 
     Raises:
         ValueError: the shapes of scales or zeros do not belong to this K and group_size.
     """
+    return _gemm(x, qweight, scales, zeros, 4, group_size, out)
+
+
+def w8a16_gemm(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    group_size: int,
+    workspace: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `w4a16_gemm`, q in 0..255: qweight is [K / 4, N], four numbers to a word; without zeros, 128 is zero."""
+    return _gemm(x, qweight, scales, zeros, 8, group_size, out)
+
+
+def check_shapes(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> None:
+    """Refuse scales and zero points that do not belong to the weight.
+
+    Raises:
+        ValueError: so it is.
+    """
     words, columns = qweight.shape
-    expected = (words * 8 // group_size, columns)
+    expected = (words * (32 // bits) // group_size, columns)
     for name, tensor in (("scales", scales), ("zeros", zeros)):
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, not {expected} for group_size {group_size}")
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=qweight.device).view(1, 8, 1)
-    q = ((qweight.unsqueeze(1) >> shifts) & 15).view(-1, group_size, columns).float()
-    zero = 8.0 if zeros is None else zeros.float().unsqueeze(1)
+
+
+def _gemm(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, out: Tensor | None
+) -> Tensor:
+    check_shapes(qweight, scales, zeros, bits, group_size)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=qweight.device).view(1, -1, 1)
+    q = ((qweight.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).view(-1, group_size, qweight.shape[1]).float()
+    zero = float(1 << (bits - 1)) if zeros is None else zeros.float().unsqueeze(1)
     weight = ((q - zero) * scales.float().unsqueeze(1)).flatten(0, 1)
     result = x.float() @ weight
     return result.to(x.dtype) if out is None else out.copy_(result)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import fp8_gemm, scaled_fp8_quant, w4a16_gemm
+from kernels import fp8_gemm, scaled_fp8_quant, w4a16_gemm, w8a16_gemm
 
 E4M3 = torch.float8_e4m3fn
 
@@ -78,20 +78,24 @@ def test_fp8_gemm_with_scales_per_tensor_and_per_block():
 @pytest.mark.parametrize("group_size", [8, 32, 64])
 @pytest.mark.parametrize("with_zeros", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_w4a16_gemm(dtype, with_zeros, group_size):
+@pytest.mark.parametrize(("bits", "op"), [(4, w4a16_gemm), (8, w8a16_gemm)])
+def test_packed_weights(dtype, with_zeros, group_size, bits, op):
     g = torch.Generator().manual_seed(0)
-    q = torch.randint(0, 16, (64, 12), generator=g)
-    words = sum(q[i::8] << (4 * i) for i in range(8))
+    q, pack = torch.randint(0, 1 << bits, (64, 12), generator=g), 32 // bits
+    words = sum(q[i::pack] << (bits * i) for i in range(pack))
     packed = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
     scales = (torch.rand(64 // group_size, 12, generator=g) + 0.1).to(dtype)
-    zeros = torch.randint(0, 16, scales.shape, generator=g, dtype=torch.int32) if with_zeros else None
+    zeros = torch.randint(0, 1 << bits, scales.shape, generator=g, dtype=torch.int32) if with_zeros else None
     x = randn(5, 64).to(dtype)
-    zero = torch.full(scales.shape, 8) if zeros is None else zeros
+    zero = torch.full(scales.shape, 1 << (bits - 1)) if zeros is None else zeros
     weight = (q - zero.repeat_interleave(group_size, 0)) * scales.double().repeat_interleave(group_size, 0)
     out = torch.full((5, 12), torch.nan, dtype=dtype)
-    assert w4a16_gemm(x, packed, scales, zeros, group_size=group_size, out=out) is out
+    assert op(x, packed, scales, zeros, group_size=group_size, out=out) is out
     torch.testing.assert_close(
-        out, (x.double() @ weight).to(dtype), atol=1e-4, rtol=1e-2 if dtype != torch.float32 else 1e-5
+        out,
+        (x.double() @ weight).to(dtype),
+        atol=1e-4 * (1 << (bits - 4)),
+        rtol=1e-2 if dtype != torch.float32 else 1e-5,
     )
     with pytest.raises(ValueError, match="scales: shape"):
-        w4a16_gemm(x, packed, scales[:, :5], zeros, group_size=group_size)
+        op(x, packed, scales[:, :5], zeros, group_size=group_size)

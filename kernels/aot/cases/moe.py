@@ -1,0 +1,80 @@
+"""Expert layers for the shapes of Mixtral 8x7B and Qwen3 30B-A3B."""
+
+import torch
+from torch import Tensor
+
+from kernels.aot.recorder import Case
+from kernels.dispatch import Ops
+
+_BF16, _E4M3 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def _meta(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _int(*shape: int) -> Tensor:
+    return _meta(*shape, dtype=torch.int32)
+
+
+def _float(*shape: int) -> Tensor:
+    return _meta(*shape, dtype=torch.float32)
+
+
+def _moe(
+    name: str,
+    tokens: int,
+    experts: int,
+    k: int,
+    hidden: int,
+    inner: int,
+    *,
+    dtype: torch.dtype = _BF16,
+    block: int | None = None,
+) -> Case:
+    """With e4m3 weights, `block` is the edge of a scale's square; None is one scale for each output."""
+
+    def scale(rows: int, columns: int) -> Tensor | None:
+        if dtype == _BF16:
+            return None
+        return _float(experts, rows // (block or 1), columns // (block or columns))
+
+    def call(ops: Ops) -> None:
+        ops.fused_moe(
+            _meta(tokens, hidden),
+            _meta(experts, 2 * inner, hidden, dtype=dtype),
+            _meta(experts, hidden, inner, dtype=dtype),
+            _float(tokens, k),
+            _int(tokens, k),
+            w13_scale=scale(2 * inner, hidden),
+            w2_scale=scale(hidden, inner),
+            workspace=_int(1 << 28),
+            out=_meta(tokens, hidden),
+        )
+
+    return Case(f"fused_moe {name}", call, min_sm=80 if dtype == _BF16 else 89)
+
+
+def _routing(name: str, experts: int, k: int) -> Case:
+    def call(ops: Ops) -> None:
+        ops.topk_softmax(_meta(64, experts), k, True, out=(_float(64, k), _int(64, k)))
+
+    return Case(f"topk_softmax {name}", call)
+
+
+def _align(ops: Ops) -> None:
+    size = 128 + 8 * 15
+    out = _int(size), _int(-(-size // 16)), _int(1)
+    ops.moe_align_block_size(_int(64, 2), 16, 8, workspace=_int(8), out=out)
+
+
+CASES = (
+    _moe("Mixtral", 64, 8, 2, 4096, 14336),
+    _moe("Mixtral e4m3", 64, 8, 2, 4096, 14336, dtype=_E4M3),
+    _moe("Mixtral e4m3 prefill", 1024, 8, 2, 4096, 14336, dtype=_E4M3),
+    _moe("Qwen3", 64, 128, 8, 2048, 768),
+    _moe("Qwen3 e4m3 blocks", 64, 128, 8, 2048, 768, dtype=_E4M3, block=128),
+    _routing("Mixtral", 8, 2),
+    _routing("Qwen3", 128, 8),
+    Case("moe_align_block_size", _align),
+)

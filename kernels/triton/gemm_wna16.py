@@ -1,0 +1,233 @@
+"""Products with weights of 4 and 8 bits.
+
+Up to 64 rows, time is that of reading the weights, so they stay packed until they are in registers: the i-th numbers of
+all words of a tile are the rows i, i + PACK, ... of the weight, and are multiplied with these columns of x. Every word
+is thus loaded once and never unpacked in shared memory. The inner dimension is divided among programs until they fill
+the device; the shares are added by a second launch in a fixed order, so that results are the same at every run.
+
+With more rows than that the weight is unpacked to the dtype of x and multiplied by `torch.mm`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import Launch
+from kernels.reference.w4a16 import check_shapes
+
+_MAX_ROWS = 64
+_BLOCK_N = 64
+_WORDS = 16  # of a column, loaded at a time: the least inner dimension of a product in registers
+_MAX_SHARES = 16
+_DEQUANTISE_BLOCK_N = 128
+
+
+@triton.jit
+def _unpacked(words, i, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Return the i-th number of each word."""
+    q = (words >> (i * BITS)) & ((1 << BITS) - 1)
+    if BITS == 4 and dtype == tl.bfloat16:
+        # 0x4300 | q is the bfloat16 128 + q: an operation on bits instead of a conversion, which is four times as slow.
+        return (q | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return q.to(dtype)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _gemm_packed(
+    x,
+    words,
+    scales,
+    zeros,
+    out,
+    m,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    SHARE: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Write a tile of the product, or with SHARES > 1 of one share of it, to `out` [SHARES, m, N]."""
+    PACK: tl.constexpr = 32 // BITS
+    # Numbers come out of `_unpacked` this much too large.
+    BIASED: tl.constexpr = BITS == 4 and x.dtype.element_ty == tl.bfloat16
+    EXCESS: tl.constexpr = 128 if BIASED else 0
+    ZERO: tl.constexpr = 1 << (BITS - 1)
+    # With one scale for all words of a tile, scale and zero point are applied to the product; else to the weight.
+    UNIFORM: tl.constexpr = GROUP % (WORDS * PACK) == 0
+    share = tl.program_id(1)
+    rows, columns = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_rows = rows < m
+    live_columns = (columns < N) | (N % BLOCK_N == 0)  # constant where it can be
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(share * SHARE, min((share + 1) * SHARE, K // PACK), WORDS):
+        word = start + tl.arange(0, WORDS)
+        live = (word < K // PACK) | (K % (PACK * WORDS) == 0)
+        at = words + word[:, None].to(tl.int64) * N + columns[None, :]
+        packed = tl.load(at, mask=live[:, None] & live_columns[None, :], other=0)
+        x_at = x + rows[:, None].to(tl.int64) * X_STRIDE + word[None, :] * PACK
+        x_live = live_rows[:, None] & live[None, :]
+        if UNIFORM:
+            group = start * PACK // GROUP
+            scale = tl.load(scales + group * N + columns, mask=live_columns, other=0.0).to(tl.float32)
+            zero = tl.full([BLOCK_N], ZERO, tl.float32)
+            if zeros is not None:
+                zero = tl.load(zeros + group * N + columns, mask=live_columns, other=0.0).to(tl.float32)
+            part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            sums = tl.zeros([BLOCK_M, WORDS], tl.float32)
+            for i in tl.static_range(PACK):
+                xi = tl.load(x_at + i, mask=x_live, other=0.0)
+                part = tl.dot(xi, _unpacked(packed, i, BITS, xi.dtype), part, input_precision="ieee")
+                sums += xi.to(tl.float32)
+            acc += (part - tl.sum(sums, axis=1)[:, None] * (zero + EXCESS)[None, :]) * scale[None, :]
+        else:
+            group = (word * PACK // GROUP)[:, None] * N + columns[None, :]
+            live_groups = live[:, None] & live_columns[None, :]
+            scale = tl.load(scales + group, mask=live_groups, other=0.0).to(tl.float32)
+            zero = tl.full([WORDS, BLOCK_N], ZERO, tl.float32)
+            if zeros is not None:
+                zero = tl.load(zeros + group, mask=live_groups, other=0.0).to(tl.float32)
+            shift = (zero + EXCESS) * scale
+            for i in tl.static_range(PACK):
+                xi = tl.load(x_at + i, mask=x_live, other=0.0)
+                weight = _unpacked(packed, i, BITS, xi.dtype).to(tl.float32) * scale - shift
+                acc = tl.dot(xi, weight.to(xi.dtype), acc, input_precision="ieee")
+    at = out + (share * m + rows)[:, None].to(tl.int64) * OUT_STRIDE + columns[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=live_rows[:, None] & live_columns[None, :])
+
+
+@triton.jit(do_not_specialize=["m"])
+def _add_shares(shares, out, m, N: tl.constexpr, OUT_STRIDE: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for share in range(SHARES):
+        total += tl.load(shares + (share * m + row) * N + columns, mask=columns < N, other=0.0)
+    tl.store(out + row * OUT_STRIDE + columns, total.to(out.dtype.element_ty), mask=columns < N)
+
+
+@triton.jit
+def _dequantise(
+    words,
+    scales,
+    zeros,
+    out,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    PACK: tl.constexpr = 32 // BITS
+    word = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = columns < N
+    packed = tl.load(words + word * N + columns, mask=live, other=0)
+    group = word * PACK // GROUP * N + columns
+    scale = tl.load(scales + group, mask=live, other=0.0).to(tl.float32)
+    zero = tl.full([BLOCK_N], 1 << (BITS - 1), tl.float32)
+    if zeros is not None:
+        zero = tl.load(zeros + group, mask=live, other=0.0).to(tl.float32)
+    for i in tl.static_range(PACK):
+        weight = (_unpacked(packed, i, BITS, tl.float32) - zero) * scale
+        tl.store(out + (word * PACK + i) * N + columns, weight.to(out.dtype.element_ty), mask=live)
+
+
+def num_shares(launch: Launch, words: int, columns: int) -> int:
+    """Return the number of parts that the inner dimension is divided into, for every number of rows alike."""
+    wanted = 4 * launch.capability.num_sms // triton.cdiv(columns, _BLOCK_N)
+    return max(1, min(wanted, _MAX_SHARES, words // (4 * _WORDS)))
+
+
+def w4a16_gemm(
+    launch: Launch,
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    group_size: int,
+    workspace: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weights of 4 bits; the other operands but `x` and `out` are contiguous."""
+    return _gemm(launch, 4, x, qweight, scales, zeros, group_size, workspace, out)
+
+
+def w8a16_gemm(
+    launch: Launch,
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    *,
+    group_size: int,
+    workspace: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weights of 8 bits; the other operands but `x` and `out` are contiguous."""
+    return _gemm(launch, 8, x, qweight, scales, zeros, group_size, workspace, out)
+
+
+def _gemm(
+    launch: Launch,
+    bits: int,
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_size: int,
+    workspace: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    check_shapes(qweight, scales, zeros, bits, group_size)
+    rows, inner = x.shape
+    words, columns = qweight.shape
+    if out is None:
+        out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    weight = {"N": columns, "GROUP": group_size, "BITS": bits}
+    if rows > _MAX_ROWS:
+        full = torch.empty((inner, columns), dtype=x.dtype, device=x.device)
+        block_n = _DEQUANTISE_BLOCK_N
+        launch(
+            _dequantise, (words, triton.cdiv(columns, block_n)), qweight, scales, zeros, full, **weight, BLOCK_N=block_n
+        )
+        return torch.mm(x, full, out=out)
+    shares = num_shares(launch, words, columns)
+    target = out
+    if shares > 1:
+        size = shares * rows * columns
+        if workspace is None:
+            workspace = torch.empty(size, dtype=torch.float32, device=x.device)
+        target = workspace[:size].view(shares * rows, columns)
+    share = triton.cdiv(triton.cdiv(words, _WORDS), shares) * _WORDS
+    launch(
+        _gemm_packed,
+        (triton.cdiv(columns, _BLOCK_N), shares),
+        x,
+        qweight,
+        scales,
+        zeros,
+        target,
+        rows,
+        num_stages=4 if group_size % (_WORDS * 32 // bits) == 0 else 3,  # scales of small groups are loaded ahead, too
+        K=inner,
+        **weight,
+        X_STRIDE=x.stride(0),
+        OUT_STRIDE=target.stride(0),
+        SHARE=share,
+        SHARES=shares,
+        BLOCK_M=max(16, triton.next_power_of_2(rows)),
+        BLOCK_N=_BLOCK_N,
+        WORDS=_WORDS,
+    )
+    if shares > 1:
+        sums = {"N": columns, "OUT_STRIDE": out.stride(0), "SHARES": shares, "BLOCK": 1024}
+        launch(_add_shares, (rows, triton.cdiv(columns, 1024)), target, out, rows, **sums)
+    return out
