@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kernels import fp8_gemm, scaled_fp8_quant, w4a16_gemm, w8a16_gemm
+from kernels.reference.scaled_mm import can_scale_mm, scaled_mm
 
 E4M3 = torch.float8_e4m3fn
 
@@ -73,6 +74,35 @@ def test_fp8_gemm_with_scales_per_tensor_and_per_block():
     torch.testing.assert_close(one.double(), a.double() @ b.double().T, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="does not divide"):
         fp8_gemm(a, b, torch.ones(3, 1), b_scale)
+
+
+@pytest.mark.parametrize("private_name", [True, False])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("a_rows", "b_rows"), [(False, False), (True, True), (False, True), (True, False)])
+def test_product_on_the_matrix_units_by_either_name(monkeypatch, private_name, rows, a_rows, b_rows):
+    if not private_name:
+        if not hasattr(torch.nn.functional, "scaled_mm"):
+            pytest.skip("this version of torch has the private name only")
+        monkeypatch.delattr(torch, "_scaled_mm")
+    a, b = randn(rows, 64).to(E4M3), randn(32, 64, seed=1).to(E4M3)
+    a_scale = randn(rows if a_rows else 1, 1, seed=2).abs()
+    b_scale = randn(32, 1, seed=3).abs() if b_rows else torch.tensor(0.7)
+    out, bias = torch.full((rows, 32), torch.nan, dtype=torch.bfloat16), randn(32, seed=4)
+    assert can_scale_mm(a, b, a_scale, b_scale, out)
+    assert scaled_mm(a, b, a_scale, b_scale, bias, out) is out
+    exact = (a.double() * a_scale) @ (b.double() * b_scale).T + bias
+    torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=1e-2)
+
+
+def test_operands_that_the_matrix_units_do_not_take():
+    a, b, one = randn(4, 64).to(E4M3), randn(32, 64).to(E4M3), torch.ones(1)
+    out = torch.empty(4, 32, dtype=torch.bfloat16)
+    assert not can_scale_mm(a, b, torch.ones(4, 4), one, out)  # scales of groups
+    assert not can_scale_mm(a, b, one, torch.ones(2, 1), out)  # scales of blocks of rows
+    assert not can_scale_mm(a, b, one, one, out.float())
+    assert not can_scale_mm(a, b[:20], one, one, out)
+    assert not can_scale_mm(a[:, :40], b[:, :40], one, one, out)
+    assert not can_scale_mm(a, b.t().contiguous().t(), one, one, out)
 
 
 @pytest.mark.parametrize("group_size", [8, 32, 64])
