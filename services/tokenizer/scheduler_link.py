@@ -156,12 +156,14 @@ class SchedulerLink:
             _log.error("the scheduler refuses this service: %s", error.message)
         self._welcome = None
         self._why_down = error
+        self.fail_all(f"the link to the scheduler broke: {error.message}")
+
+    def fail_all(self, why: str) -> None:
+        """End every running request with UNAVAILABLE. The scheduler ends them, too, once the link is closed."""
         receivers, self._receivers = self._receivers, {}
         for receiver in receivers.values():
             if receiver is not None:
-                receiver.fail(
-                    StatusError.unavailable(f"the link to the scheduler broke: {error.message}", _RETRY_AFTER)
-                )
+                receiver.fail(StatusError.unavailable(why, _RETRY_AFTER))
 
     def _make_outage(self) -> StatusError:
         if self._why_down.code is grpc.StatusCode.FAILED_PRECONDITION:

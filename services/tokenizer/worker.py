@@ -108,7 +108,7 @@ class Worker:
                 if tasks[0].done():
                     tasks[0].result()
                 if stop.is_set():
-                    await self._drain(service)
+                    await self._drain(service, link)
             finally:
                 await service.stop(grace=0.5 if stop.is_set() else 0.0)
                 for task in tasks:
@@ -124,7 +124,7 @@ class Worker:
         self._metrics.tasks.set(len(asyncio.all_tasks()))
         return link.welcome is not None and not self._gate.is_closed
 
-    async def _drain(self, service: GrpcService) -> None:
+    async def _drain(self, service: GrpcService, link: SchedulerLink) -> None:
         limit = self._settings.drain_limit_s
         _log.info("draining for up to %g s", limit)
         draining = asyncio.create_task(self._gate.drain(limit))
@@ -132,6 +132,7 @@ class Worker:
         await service.health.publish()
         if remaining := await draining:
             _log.warning("%d calls did not finish in time", remaining)
+            link.fail_all("the server is shutting down")  # a status that says so, rather than a cut connection
 
 
 def _load_tokenizer(settings: TokenizerSettings) -> ModelTokenizer:

@@ -156,10 +156,12 @@ async def test_drain_has_a_limit(start, own_scheduler, connect):
     call = client.generation.Generate(request(30))
     await eventually(lambda: own_scheduler.num_running == 1)
     service.process.terminate()
-    assert await asyncio.to_thread(service.process.wait, 20) == 0
-    with pytest.raises(grpc.aio.AioRpcError):
+    with pytest.raises(grpc.aio.AioRpcError) as error:
         async for _ in call:
             pass
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.value.details() == "the server is shutting down"
+    assert await asyncio.to_thread(service.process.wait, 20) == 0
     await eventually(lambda: own_scheduler.num_running == 0)
     await client.channel.close()
 

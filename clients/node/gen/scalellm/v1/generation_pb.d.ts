@@ -163,7 +163,8 @@ export declare type ChatMessage = Message<"scalellm.v1.ChatMessage"> & {
   role: string;
 
   /**
-   * What is said.
+   * What is said. Special tokens of the model written in it are recognised: text of people who are not trusted with
+   * them has to be cleaned before.
    *
    * @generated from field: string content = 2;
    */
