@@ -61,6 +61,8 @@ _TRITON: Mapping[str, TritonForm] = MappingProxyType(
         "fused_add_rms_norm": TritonForm("norm"),
         "fused_moe": TritonForm("moe"),
         "gelu_tanh_and_mul": TritonForm("activation"),
+        "lora_expand": TritonForm("lora"),
+        "lora_shrink": TritonForm("lora"),
         "moe_align_block_size": TritonForm("moe_routing"),
         "paged_attention_decode": TritonForm("attention_decode", uses_cache=True),
         "qk_norm_rope_and_cache": TritonForm("rope", uses_cache=True),

@@ -3,7 +3,7 @@
 A case is named after its op and what is special about it; a new file of cases is added to `CASES`.
 """
 
-from kernels.aot.cases import activation, attention, cache, gemm_wna16, moe, norm, quant, rope, sampling
+from kernels.aot.cases import activation, attention, cache, gemm_wna16, lora, moe, norm, quant, rope, sampling
 from kernels.aot.recorder import Case
 
 CASES: tuple[Case, ...] = (
@@ -11,6 +11,7 @@ CASES: tuple[Case, ...] = (
     *attention.CASES,
     *cache.CASES,
     *gemm_wna16.CASES,
+    *lora.CASES,
     *moe.CASES,
     *norm.CASES,
     *quant.CASES,

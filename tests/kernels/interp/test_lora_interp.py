@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOKEN_LORA = torch.tensor([1, -1, 0, 1, 2], dtype=torch.int32)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "rank"), [(40, 4), (600, 16), (512, 9)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_shrink(ops, dtype, hidden, rank, scaled):
+    x, a = randn(5, hidden, dtype=dtype), randn(3, rank, hidden, seed=1, dtype=dtype)
+    scaling = torch.tensor([0.5, 2.0, 3.0]) if scaled else None
+    out = torch.full((5, rank), torch.nan)
+    assert ops.lora_shrink(x, a, TOKEN_LORA, scaling=scaling, out=out) is out
+    for t, adapter in enumerate(TOKEN_LORA.tolist()):
+        expected = torch.zeros(rank, dtype=torch.float64)
+        if adapter >= 0:
+            expected = a[adapter].double() @ x[t].double() * (scaling[adapter] if scaled else 1.0)
+        torch.testing.assert_close(out[t].double(), expected, atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("columns", "rank"), [(24, 4), (130, 16), (128, 9)])
+def test_expand_adds_to_its_columns_only(ops, dtype, columns, rank):
+    y, b = randn(5, rank), randn(3, columns, rank, seed=1, dtype=dtype)
+    out = randn(5, columns + 20, seed=2, dtype=dtype)
+    expected = out.double()
+    for t, adapter in enumerate(TOKEN_LORA.tolist()):
+        if adapter >= 0:
+            expected[t, 7 : 7 + columns] += b[adapter].double() @ y[t].double()
+    before = out.clone()
+    assert ops.lora_expand(y, b, TOKEN_LORA, out=out, offset=7) is out
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype] * 4, rtol=TOLERANCE[dtype])
+    assert torch.equal(out[:, :7], before[:, :7])
+    assert torch.equal(out[:, 7 + columns :], before[:, 7 + columns :])
+    assert torch.equal(out[1], before[1])
+
+
+def test_columns_that_do_not_fit_are_refused(ops):
+    with pytest.raises(ValueError, match="offset: columns 5 to 29 do not fit in the 28 of out"):
+        ops.lora_expand(randn(5, 4), randn(3, 24, 4), TOKEN_LORA, out=torch.zeros(5, 28), offset=5)
+
+
+def test_an_empty_batch(ops):
+    none = torch.zeros(0, dtype=torch.int32)
+    y = ops.lora_shrink(torch.zeros(0, 8), randn(2, 4, 8), none)
+    assert y.shape == (0, 4)
+    assert ops.lora_expand(y, randn(2, 6, 4), none, out=torch.zeros(0, 6)).shape == (0, 6)
