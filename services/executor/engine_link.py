@@ -110,6 +110,9 @@ class EngineLink:
         key = (self.link, submit.handle)
         if self._engine.has_request(key):  # a Finish would end the other request of that handle
             raise StatusError.invalid("handle", f"{submit.handle} is in use on this link")
+        if self._num_here >= self._request_window:  # whoever keeps to its credits cannot get here
+            message = f"granted_requests: {self._request_window} requests are here, more than that were not granted"
+            raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
         try:
             if draining:
                 raise StatusError.unavailable("the executor is draining and takes no new requests")
@@ -141,6 +144,11 @@ class EngineLink:
         finish = link_pb2.Finish(handle=submit.handle, status=status)
         return self._frame(link_pb2.StepOutput(finished=[finish], load=self.load(draining)))
 
+    @property
+    def _num_here(self) -> int:
+        """Requests that were accepted and have not ended."""
+        return self._num_accepted - self._engine.link_credits(self.link).completed_requests
+
     def load(self, draining: bool) -> link_pb2.Load:
         """The state and the credits of this link."""
         load = self._engine.load()
@@ -163,8 +171,7 @@ class EngineLink:
         which has anything else to say, and the scheduler takes an executor with work for dead when it is silent.
         """
         load = self.load(draining)
-        has_requests = self._engine.link_credits(self.link).completed_requests < self._num_accepted
-        if not has_requests and load.SerializeToString() == self._last_load:
+        if not self._num_here and load.SerializeToString() == self._last_load:
             return None
         return self._frame(link_pb2.StepOutput(load=load))
 

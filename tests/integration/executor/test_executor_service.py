@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -84,6 +85,17 @@ async def test_refusals_name_the_field_and_give_credits_back(executor: ServicePr
         assert peer.load.granted_requests == peer.welcome.load.granted_requests + 4
         await peer.submit(5, [5, 6, 7])
         assert (await peer.finish(5)).status.code == 0
+
+
+async def test_requests_that_were_not_granted_end_the_link(executor: ServiceProcess) -> None:
+    async with open_link(execute, executor.address) as good, open_link(execute, executor.address) as greedy:
+        granted = greedy.welcome.load.granted_requests
+        for handle in range(2 * granted):
+            with contextlib.suppress(asyncio.InvalidStateError):  # it ended meanwhile
+                await greedy.submit(handle, [5], sampling=sampling(max_tokens=500, ignore_eos=True))
+        assert await greedy.status() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await good.submit(1, [5])
+        assert (await good.finish(1)).status.code == 0
 
 
 async def test_a_broken_frame_ends_the_link_and_only_this_link(executor: ServiceProcess) -> None:
