@@ -51,7 +51,7 @@ async def test_everything_returns_to_its_baseline(spawn: Spawn, redis, model_dir
         spawn,
         redis,
         model_dir("smollm2-135m-instruct"),
-        executors=((*flags, "--num-blocks", "120", "--max-num-seqs", "32"),),
+        executors=((*flags, "--num-blocks", "40", "--max-num-seqs", "32"),),
         tokenizer=("--workers", "2"),
     )
     rng = random.Random(7)
