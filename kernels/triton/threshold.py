@@ -52,7 +52,9 @@ def _pivots(peak, temperature):
     """Return the bounds, descending: from 1/8 to 16 temperatures below the peak, and -inf."""
     i = tl.arange(0, NUM_PIVOTS)
     depths = 0.125 * tl.exp2(0.5 * i.to(tl.float32))
-    return tl.where(i == NUM_PIVOTS - 1, float("-inf"), peak - temperature * depths)
+    # Rounded once, by name: two kernels must arrive at the same bounds, whatever the compiler would contract in each.
+    bounds = tl.fma(tl.zeros_like(depths) - temperature, depths, tl.zeros_like(depths) + peak)
+    return tl.where(i == NUM_PIVOTS - 1, float("-inf"), bounds)
 
 
 @triton.jit
