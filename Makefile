@@ -7,7 +7,7 @@ SHELL := /bin/bash
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
 # Test processes share the machine: one thread each, and no thread that spins while it waits. A file stays in one
-# process: its tests share what they start.
+# process: its tests share what they start. Files come in order of their names: the slow ones are not left for the end.
 test-env := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
 export PROMPT
 
@@ -35,10 +35,10 @@ chat: setup ## chat on a session; starts the services when they are not running
 	@$(scalellm) chat
 
 test: setup-dev ## run the tests but the slow ones
-	$(test-env) $(python) -m pytest -n 2 --dist loadfile -q -m "not slow" $(PYTEST_ARGS)
+	$(test-env) $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow" $(PYTEST_ARGS)
 
 test-all: setup-dev ## run all tests
-	$(test-env) $(python) -m pytest -n 2 --dist loadfile -q $(PYTEST_ARGS)
+	$(test-env) $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(PYTEST_ARGS)
 
 test-kernels: setup-dev ## run the Triton kernels on the interpreter (no GPU needed)
 	$(test-env) TRITON_INTERPRET=1 $(python) -m pytest -n 2 --dist worksteal -q tests/kernels/interp $(PYTEST_ARGS)
