@@ -9,10 +9,11 @@ from prometheus_client import CollectorRegistry
 
 from services.common.entry import run_service
 from services.common.lifecycle import GrpcService, announce, stop_event
+from services.common.link import link_service_handler
 from services.common.metrics import MetricsEndpoint
 from services.executor.config import ExecutorSettings
 from services.executor.engine_supervisor import EngineSupervisor
-from services.executor.front import SERVICE, ExecutorServicer, add_to_server
+from services.executor.front import SERVICE, ExecutorServicer
 from services.executor.metrics import ExecutorCollector
 
 _log = logging.getLogger("services.executor")
@@ -22,8 +23,11 @@ async def serve(settings: ExecutorSettings) -> None:
     """Serve until SIGTERM, then drain. Raises StartError."""
     stop = stop_event()
     supervisor = EngineSupervisor(settings)
-    service = GrpcService(settings.host, settings.port, services=(SERVICE,), is_ready=lambda: supervisor.is_ready)
-    add_to_server(ExecutorServicer(supervisor, settings), service.server)
+    service = GrpcService(
+        settings.host, settings.port, services=(SERVICE.full_name,), is_ready=lambda: supervisor.is_ready
+    )
+    handler = link_service_handler(SERVICE, ExecutorServicer(supervisor, settings))
+    service.server.add_generic_rpc_handlers((handler,))
     metrics = None
     if settings.metrics_port is not None:
         registry = CollectorRegistry()

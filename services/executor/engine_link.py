@@ -15,6 +15,7 @@ from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
 from services.common.link import API_MINOR
 from services.executor.engine.engine import Engine
+from services.executor.engine.ledger import EngineLoad
 from services.executor.engine.request import (
     AbortReason,
     EngineRequest,
@@ -64,6 +65,26 @@ def sampling_from_wire(wire: common_pb2.SamplingParams) -> SamplingParams:
     )
 
 
+def parse_client_frame(payload: bytes) -> link_pb2.ClientFrame:
+    """Read a frame. Raises StatusError when it is none."""
+    try:
+        return link_pb2.ClientFrame.FromString(payload)
+    except DecodeError:
+        raise StatusError.invalid("frame", "is not a ClientFrame") from None
+
+
+def load_to_wire(load: EngineLoad, draining: bool) -> link_pb2.Load:
+    """The engine's state, without a link's credits."""
+    return link_pb2.Load(
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        running=load.running,
+        waiting=load.waiting,
+        waiting_prefill_tokens=load.waiting_prefill_tokens,
+        draining=draining,
+    )
+
+
 class EngineLink:
     """One link: its handles, its credits, its frames.
 
@@ -84,17 +105,14 @@ class EngineLink:
         self._num_accepted = 0
         self._refused_tokens = 0
         self._num_refused = 0
-        self._last_load = b""
+        self._last_load: link_pb2.Load | None = None
 
     def on_frame(self, payload: bytes, now: float, draining: bool) -> bytes | None:
         """Take one ClientFrame. Returns a ServerFrame when it is answered at once: a refused request.
 
         Raises StatusError when the frame breaks the protocol: the link must end.
         """
-        try:
-            frame = link_pb2.ClientFrame.FromString(payload)
-        except DecodeError:
-            raise StatusError.invalid("frame", "is not a ClientFrame") from None
+        frame = parse_client_frame(payload)
         match frame.WhichOneof("frame"):
             case "submit":
                 return self._submit(frame.submit, now, draining)
@@ -151,18 +169,11 @@ class EngineLink:
 
     def load(self, draining: bool) -> link_pb2.Load:
         """The state and the credits of this link."""
-        load = self._engine.load()
+        load = load_to_wire(self._engine.load(), draining)
         credits = self._engine.link_credits(self.link)
-        return link_pb2.Load(
-            free_blocks=load.free_blocks,
-            total_blocks=load.total_blocks,
-            running=load.running,
-            waiting=load.waiting,
-            waiting_prefill_tokens=load.waiting_prefill_tokens,
-            granted_prefill_tokens=credits.admitted_prefill_tokens + self._refused_tokens + self._prefill_window,
-            granted_requests=credits.completed_requests + self._num_refused + self._request_window,
-            draining=draining,
-        )
+        load.granted_prefill_tokens = credits.admitted_prefill_tokens + self._refused_tokens + self._prefill_window
+        load.granted_requests = credits.completed_requests + self._num_refused + self._request_window
+        return load
 
     def load_frame(self, draining: bool) -> bytes | None:
         """A frame with nothing but the load; None when that is what was sent last and no request is here.
@@ -171,7 +182,7 @@ class EngineLink:
         which has anything else to say, and the scheduler takes an executor with work for dead when it is silent.
         """
         load = self.load(draining)
-        if not self._num_here and load.SerializeToString() == self._last_load:
+        if not self._num_here and load == self._last_load:
             return None
         return self._frame(link_pb2.StepOutput(load=load))
 
@@ -211,7 +222,7 @@ class EngineLink:
     def _frame(self, step: link_pb2.StepOutput) -> bytes:
         self._seq += 1
         step.seq = self._seq
-        self._last_load = step.load.SerializeToString()
+        self._last_load = step.load
         return link_pb2.ServerFrame(step=step).SerializeToString()
 
 

@@ -17,14 +17,12 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from google.protobuf.message import DecodeError
-
-from scalellm.v1 import executor_pb2, link_pb2
+from scalellm.v1 import executor_pb2
 from services.common.errors import StatusError
 from services.common.lifecycle import StartError, configure_logging
 from services.executor.build import LoadedEngine, build_engine
 from services.executor.config import ExecutorSettings
-from services.executor.engine_link import EngineLink, split_by_link, welcome_frame
+from services.executor.engine_link import EngineLink, load_to_wire, parse_client_frame, split_by_link, welcome_frame
 from services.executor.ipc import EngineChannel, Kind, Message
 
 _log = logging.getLogger(__name__)
@@ -93,12 +91,10 @@ class EngineLoop:
             message.link, self._engine, prefill_window=self._prefill_window, request_window=self._request_window
         )
         try:
-            frame = link_pb2.ClientFrame.FromString(message.payload)
+            frame = parse_client_frame(message.payload)
             if frame.WhichOneof("frame") != "hello":
                 raise StatusError.invalid("frame", "the first one must be hello")
             welcome = welcome_frame(link, frame.hello, info=self._loaded.welcome, draining=self._draining)
-        except DecodeError:
-            self._refuse(message.link, StatusError.invalid("frame", "is not a ClientFrame"))
         except StatusError as error:
             self._refuse(message.link, error)
         else:
@@ -152,17 +148,8 @@ class EngineLoop:
         self._last_stats = self._clock()
         info = executor_pb2.GetExecutorInfoResponse()
         info.CopyFrom(self._loaded.info)
-        load, stats = self._engine.load(), self._engine.stats()
-        info.load.CopyFrom(
-            link_pb2.Load(
-                free_blocks=load.free_blocks,
-                total_blocks=load.total_blocks,
-                running=load.running,
-                waiting=load.waiting,
-                waiting_prefill_tokens=load.waiting_prefill_tokens,
-                draining=self._draining,
-            )
-        )
+        stats = self._engine.stats()
+        info.load.CopyFrom(load_to_wire(self._engine.load(), self._draining))
         info.steps = stats.steps
         info.accepted = stats.accepted + stats.rejected + self._num_refused_draining
         info.finished = stats.finished

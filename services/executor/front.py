@@ -7,17 +7,17 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from scalellm.v1 import executor_pb2, executor_pb2_grpc
+from scalellm.v1 import executor_pb2
 from services.common.errors import StatusError
 from services.common.link import ServerLink
 from services.executor.config import ExecutorSettings
 from services.executor.engine_supervisor import EngineSupervisor
 
-SERVICE = "scalellm.v1.Executor"
+SERVICE = executor_pb2.DESCRIPTOR.services_by_name["Executor"]
 
 
-class ExecutorServicer(executor_pb2_grpc.ExecutorServicer):
-    """`scalellm.v1.Executor` on an engine process."""
+class ExecutorServicer:
+    """`scalellm.v1.Executor` on an engine process: the engine serialises each step once, for `link_service_handler`."""
 
     def __init__(self, supervisor: EngineSupervisor, settings: ExecutorSettings) -> None:
         self._supervisor = supervisor
@@ -80,21 +80,3 @@ class _Port:
         if not self.welcome.done():
             self.welcome.set_exception(error)
         self.link.close()
-
-
-def add_to_server(servicer: ExecutorServicer, server: grpc.aio.Server) -> None:
-    """Register the servicer; Execute carries raw bytes, so that a step is serialised once, by the engine."""
-    handlers = {
-        "Execute": grpc.stream_stream_rpc_method_handler(servicer.Execute),
-        "GetInfo": grpc.unary_unary_rpc_method_handler(
-            servicer.GetInfo,
-            request_deserializer=executor_pb2.GetExecutorInfoRequest.FromString,
-            response_serializer=executor_pb2.GetExecutorInfoResponse.SerializeToString,
-        ),
-        "Drain": grpc.unary_unary_rpc_method_handler(
-            servicer.Drain,
-            request_deserializer=executor_pb2.DrainExecutorRequest.FromString,
-            response_serializer=executor_pb2.DrainExecutorResponse.SerializeToString,
-        ),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

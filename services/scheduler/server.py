@@ -8,6 +8,7 @@ import uuid
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.lifecycle import GrpcService
+from services.common.link import link_service_handler
 from services.common.metrics import MetricsEndpoint
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.config import SchedulerSettings
@@ -15,7 +16,7 @@ from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.executor_discovery import ExecutorDiscovery
 from services.scheduler.fleet import Fleet
 from services.scheduler.metrics import SchedulerCollector
-from services.scheduler.service import SERVICE_NAME, SchedulerService
+from services.scheduler.service import SERVICE, SchedulerService
 
 _CLOSE_LIMIT = 1.0
 
@@ -43,8 +44,8 @@ class SchedulerServer:
             self._discovery,
             self._affinity,
         )
-        self._grpc = GrpcService(settings.host, settings.port, services=[SERVICE_NAME], is_ready=self._is_ready)
-        self._grpc.server.add_generic_rpc_handlers((self.service.handler(),))
+        self._grpc = GrpcService(settings.host, settings.port, services=[SERVICE.full_name], is_ready=self._is_ready)
+        self._grpc.server.add_generic_rpc_handlers((link_service_handler(SERVICE, self.service),))
         self._metrics: MetricsEndpoint | None = None
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -16,7 +16,7 @@ from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.executor_discovery import ExecutorDiscovery
 from services.scheduler.fleet import Fleet
 
-SERVICE_NAME = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].full_name
+SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"]
 
 _HELLO_LIMIT = 10.0
 _LONGEST_DRAIN = 3600
@@ -50,33 +50,6 @@ class SchedulerService:
         self._discovery = discovery
         self._affinity = affinity
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """For the server. Connect deals in bytes: its frames are serialised once, here, and merged as bytes."""
-        handlers = {
-            "Connect": grpc.stream_stream_rpc_method_handler(self._connect),
-            "GetState": grpc.unary_unary_rpc_method_handler(
-                self._get_state,
-                request_deserializer=scheduler_pb2.GetStateRequest.FromString,
-                response_serializer=scheduler_pb2.GetStateResponse.SerializeToString,
-            ),
-            "Drain": grpc.unary_unary_rpc_method_handler(
-                self._drain,
-                request_deserializer=scheduler_pb2.DrainRequest.FromString,
-                response_serializer=scheduler_pb2.DrainResponse.SerializeToString,
-            ),
-            "AddExecutor": grpc.unary_unary_rpc_method_handler(
-                self._add_executor,
-                request_deserializer=scheduler_pb2.AddExecutorRequest.FromString,
-                response_serializer=scheduler_pb2.AddExecutorResponse.SerializeToString,
-            ),
-            "RemoveExecutor": grpc.unary_unary_rpc_method_handler(
-                self._remove_executor,
-                request_deserializer=scheduler_pb2.RemoveExecutorRequest.FromString,
-                response_serializer=scheduler_pb2.RemoveExecutorResponse.SerializeToString,
-            ),
-        }
-        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
-
     def get_state(self) -> scheduler_pb2.GetStateResponse:
         """Queue, executors and books at one instant."""
         state = scheduler_pb2.GetStateResponse(instance_id=self._instance_id, redis_ok=self._affinity.redis_ok)
@@ -87,7 +60,8 @@ class SchedulerService:
             state.executors.add(address=name, phase=phase, last_error=error)
         return state
 
-    async def _connect(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+    async def Connect(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        """Serve one tokenizer worker's link."""
         try:
             hello = await _read_hello(frames)
             welcome = await self._welcome(hello)
@@ -133,32 +107,36 @@ class SchedulerService:
             case _:
                 raise StatusError.invalid("frame", "is empty or of an unknown kind")
 
-    async def _get_state(
+    async def GetState(
         self, request: scheduler_pb2.GetStateRequest, context: grpc.aio.ServicerContext
     ) -> scheduler_pb2.GetStateResponse:
+        """Queue, executors and books."""
         return self.get_state()
 
-    async def _drain(
+    async def Drain(
         self, request: scheduler_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> scheduler_pb2.DrainResponse:
+        """Admit nothing more and wait for the rest."""
         limit = request.timeout_s if request.HasField("timeout_s") else self._drain_limit
         if limit > _LONGEST_DRAIN:
             await StatusError.invalid("timeout_s", f"{limit} is above {_LONGEST_DRAIN}").abort(context)
         self._dispatcher.begin_drain()
         return scheduler_pb2.DrainResponse(remaining=await self._dispatcher.wait_idle(limit))
 
-    async def _add_executor(
+    async def AddExecutor(
         self, request: scheduler_pb2.AddExecutorRequest, context: grpc.aio.ServicerContext
     ) -> scheduler_pb2.AddExecutorResponse:
+        """An executor joins."""
         try:
             await self._discovery.add([request.address])
         except ValueError as error:
             await StatusError.invalid("address", str(error)).abort(context)
         return scheduler_pb2.AddExecutorResponse()
 
-    async def _remove_executor(
+    async def RemoveExecutor(
         self, request: scheduler_pb2.RemoveExecutorRequest, context: grpc.aio.ServicerContext
     ) -> scheduler_pb2.RemoveExecutorResponse:
+        """An executor leaves."""
         if not self._discovery.remove(request.address):
             message = f"address: {request.address!r} is not a known executor"
             await StatusError(grpc.StatusCode.NOT_FOUND, message).abort(context)

@@ -1,0 +1,27 @@
+"""Registers a service that serves a link."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+
+
+def link_service_handler(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+    """Serve `service` with the methods of `servicer`, which carry the RPCs' names.
+
+    A bidirectional method is a link and deals in bytes both ways: its frames are serialised once, by whoever makes
+    them, and merged as bytes. The other methods get and return messages.
+    """
+    handlers = {}
+    for method in service.methods:
+        behaviour = getattr(servicer, method.name)
+        if method.client_streaming and method.server_streaming:
+            handlers[method.name] = grpc.stream_stream_rpc_method_handler(behaviour)
+        else:
+            handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                behaviour,
+                request_deserializer=GetMessageClass(method.input_type).FromString,
+                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            )
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)
