@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -310,8 +311,11 @@ def test_interrupt_at_the_prompt_leaves_a_clean_line_and_the_session(cli: StartC
         received += os.read(master, 4096)
     process.send_signal(signal.SIGINT)
     try:
-        while block := os.read(master, 4096):
-            received += block
+        while True:
+            # Between showing the prompt and waiting for a key, input() does not see a signal: its user presses again.
+            while not select.select([master], [], [], 2.0)[0]:
+                process.send_signal(signal.SIGINT)
+            received += os.read(master, 4096)
     except OSError:
         pass
     os.close(master)
