@@ -18,9 +18,9 @@ from services.executor.engine.config import CapacityPolicy, EngineConfig, Engine
 from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError, num_kv_blocks
-from services.executor.engine.model_runner import ModelRunner
 from services.executor.memory import free_memory
 from services.executor.models import ModelConfig, UnsupportedModelError, allocate_kv_caches
+from services.executor.runner import ModelRunner
 from services.executor.threads import choose_num_threads
 from services.executor.weights import load_model, read_model_config, weight_bytes
 

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from services.executor.engine import (
+    CompletedStep,
     Engine,
     EngineConfig,
     EngineRequest,
@@ -87,7 +88,7 @@ class FakePagedRunner:
             content = self._cache[source * self._size : (source + 1) * self._size]
             self._cache[target * self._size : (target + 1) * self._size] = content
 
-    def execute(self, batch: ScheduledBatch) -> SampledBatch:
+    def launch(self, batch: ScheduledBatch) -> CompletedStep:
         config = self._config
         assert 0 < batch.num_tokens <= config.max_num_batched_tokens
         assert len(batch.sequences) <= config.max_num_seqs
@@ -119,7 +120,7 @@ class FakePagedRunner:
                 if params.logprobs is not None:
                     sampled.logprobs[len(sampled.token_ids)] = Logprobs(score(context, token), [])
                 sampled.token_ids.append(token)
-        return sampled
+        return CompletedStep(sampled)
 
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self._size] * self._size + position % self._size

@@ -1,6 +1,13 @@
 """The engine core: continuous batching, paged KV cache and sampling over a model runner. No RPC in here."""
 
-from services.executor.engine.batch import Logprobs, ModelRunnerProtocol, SampledBatch, ScheduledBatch
+from services.executor.engine.batch import (
+    CompletedStep,
+    Logprobs,
+    ModelRunnerProtocol,
+    PendingStep,
+    SampledBatch,
+    ScheduledBatch,
+)
 from services.executor.engine.config import CapacityPolicy, EngineConfig, EngineConfigError
 from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner, StepTimeModel
@@ -27,6 +34,7 @@ __all__ = [
     "STEP_TIME_PRESETS",
     "AbortReason",
     "CapacityPolicy",
+    "CompletedStep",
     "Engine",
     "EngineConfig",
     "EngineConfigError",
@@ -40,6 +48,7 @@ __all__ = [
     "LinkCredits",
     "Logprobs",
     "ModelRunnerProtocol",
+    "PendingStep",
     "PromptLogprobs",
     "RequestFinish",
     "RequestKey",

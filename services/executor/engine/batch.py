@@ -68,11 +68,29 @@ class SampledBatch:
     failed: set[int] = field(default_factory=set)
 
 
+class PendingStep(Protocol):
+    """A step that was launched, perhaps still running."""
+
+    def wait(self) -> SampledBatch:
+        """Return what the step produced, once it has; called once. It may raise, as launching may."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletedStep:
+    """A step that was done when `launch` returned."""
+
+    sampled: SampledBatch
+
+    def wait(self) -> SampledBatch:
+        """Return what the step produced."""
+        return self.sampled
+
+
 class ModelRunnerProtocol(Protocol):
     """Runs steps. It may raise: the engine then fails the sequences of that step and goes on."""
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole cache blocks, (source, target), in every layer; no target is also a source."""
 
-    def execute(self, batch: ScheduledBatch) -> SampledBatch:
-        """Run the model over the batch and sample."""
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
+        """Start a step, the model over the batch and sampling; steps run in the order in which they are launched."""

@@ -210,7 +210,7 @@ class Engine:
     def _run(self, batch: ScheduledBatch) -> SampledBatch:
         if batch.block_copies:
             self._runner.copy_blocks(batch.block_copies)
-        return self._runner.execute(batch)
+        return self._runner.launch(batch).wait()
 
     def _process(self, batch: ScheduledBatch, sampled: SampledBatch, now: float) -> None:
         self._num_computed_tokens += batch.num_tokens

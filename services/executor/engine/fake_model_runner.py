@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from services.executor.engine.batch import Logprobs, SampledBatch, ScheduledBatch
+from services.executor.engine.batch import CompletedStep, Logprobs, SampledBatch, ScheduledBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class FakeModelRunner:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy nothing: there is no cache."""
 
-    def execute(self, batch: ScheduledBatch) -> SampledBatch:
+    def launch(self, batch: ScheduledBatch) -> CompletedStep:
         """Sleep for the step's time and return the scripted tokens."""
         seconds = self._step_time.seconds(batch)
         if seconds > 0:
@@ -86,7 +86,7 @@ class FakeModelRunner:
                 if wanted is not None:
                     sampled.logprobs[len(sampled.token_ids)] = Logprobs(0.0, self._top(token_id, wanted))
                 sampled.token_ids.append(token_id)
-        return sampled
+        return CompletedStep(sampled)
 
     @staticmethod
     def _top(token_id: int, count: int | None) -> list[tuple[int, float]]:

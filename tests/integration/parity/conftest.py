@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
-from services.executor.engine.model_runner import ModelRunner
 from services.executor.engine.request import EngineRequest, RequestFinish, RequestStatus
 from services.executor.engine.sampling_params import SamplingParams
 from services.executor.models import CausalLM, ModelConfig, allocate_kv_caches
+from services.executor.runner import ModelRunner
 from services.executor.weights import load_model
 
 CPU = torch.device("cpu")

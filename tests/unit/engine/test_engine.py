@@ -9,6 +9,7 @@ from engine_kit import EOS, VOCAB
 from services.executor.engine import (
     STEP_TIME_PRESETS,
     AbortReason,
+    CompletedStep,
     Engine,
     EngineConfigError,
     FakeModelRunner,
@@ -32,19 +33,19 @@ class Script:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         self._fake.copy_blocks(pairs)
 
-    def execute(self, batch: ScheduledBatch) -> object:
+    def launch(self, batch: ScheduledBatch) -> CompletedStep:
         self.clock.advance(1.0)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        sampled = self._fake.execute(batch)
+        sampled = self._fake.launch(batch).wait()
         seqs = [s.seq for s in batch.sequences if s.samples]
         sampled.token_ids = [
             script[seq.num_output_tokens] if seq.num_output_tokens < len(script) else 1
             for seq in seqs
             for script in [self.tokens.get(seq.group.key[1], [])]
         ]
-        return sampled
+        return CompletedStep(sampled)
 
 
 def start(tokens: dict[int, list[int]] | None = None, **changes: object) -> tuple[Engine, Script]:

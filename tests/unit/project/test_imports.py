@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVICES = ("tokenizer", "scheduler", "executor")
-ENGINE = ("services/executor/engine", "services/executor/models", "services/executor/weights")
+ENGINE = tuple(f"services/executor/{part}" for part in ("engine", "models", "runner", "weights"))
 TEXT_CORE = ("services/tokenizer/text",)
 
 

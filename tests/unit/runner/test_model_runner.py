@@ -8,9 +8,9 @@ import torch
 import engine_kit
 import kernels
 from services.executor.engine import Engine, EngineConfig, EngineRequest, RequestStatus
-from services.executor.engine.model_runner import ModelRunner
 from services.executor.models import CausalLM, ForwardContext, ModelConfig, allocate_kv_caches
 from services.executor.models.rope import RopeConfig
+from services.executor.runner import ModelRunner
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -252,10 +252,10 @@ def test_rows_are_updated_not_rebuilt(model: CausalLM) -> None:
     sent = 0
 
     class CountingRunner(ModelRunner):
-        def execute(self, batch):
+        def launch(self, batch):
             nonlocal sent
             sent += sum(len(s.seq.block_table) - s.first_new_block for s in batch.sequences)
-            return super().execute(batch)
+            return super().launch(batch)
 
     caches = allocate_kv_caches(MODEL, 24, 16, dtype=torch.float32, device=CPU)
     engine = Engine(config, CountingRunner(model, caches, config, CPU), engine_kit.SimClock())
