@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from kernels import Ops
 from scalellm.v1 import executor_pb2, link_pb2
 from services.common.lifecycle import StartError
 from services.common.model_store import ModelStoreError, resolve
@@ -19,7 +20,7 @@ from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError, num_kv_blocks
 from services.executor.memory import free_memory
-from services.executor.models import ModelConfig, UnsupportedModelError, allocate_kv_caches
+from services.executor.models import ModelConfig, ModelRuntime, UnsupportedModelError, allocate_kv_caches
 from services.executor.runner import ModelRunner
 from services.executor.threads import choose_num_threads
 from services.executor.weights import load_model, read_model_config, weight_bytes
@@ -128,7 +129,8 @@ def _model_engine(
     dtype, device = _DTYPES[settings.dtype], torch.device(settings.device)
     # Sized before anything is loaded: a refusal takes a second, not minutes of reading weights.
     longest = settings.max_model_len or model_config.max_position_embeddings
-    weights = weight_bytes(model_config, dtype, max_model_len=longest)
+    runtime = ModelRuntime(Ops(), dtype, device)
+    weights = weight_bytes(model_config, runtime, max_model_len=longest)
     free = free_memory()
     if weights >= free:
         raise StartError(
@@ -149,7 +151,7 @@ def _model_engine(
             reported = percent
             progress(f"weights {percent} %")
 
-    model, _ = load_model(path, dtype=dtype, device=device, max_model_len=max_model_len, on_progress=on_progress)
+    model, _ = load_model(path, runtime, max_model_len=max_model_len, on_progress=on_progress)
     config = _engine_config(settings, model_config, num_blocks, max_model_len)
     progress(
         f"KV cache: {num_blocks} blocks of {config.block_size} tokens; up to {max_model_len} tokens per request; "

@@ -2,15 +2,19 @@
 
 from services.executor.models.causal_lm import CausalLM
 from services.executor.models.config import Architecture, ModelConfig
-from services.executor.models.context import ForwardContext, KVCache, allocate_kv_caches
+from services.executor.models.context import DecodeRows, ForwardContext, KVCache, PrefillRows, allocate_kv_caches
 from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.runtime import ModelRuntime
 
 __all__ = [
     "Architecture",
     "CausalLM",
+    "DecodeRows",
     "ForwardContext",
     "KVCache",
     "ModelConfig",
+    "ModelRuntime",
+    "PrefillRows",
     "UnsupportedModelError",
     "allocate_kv_caches",
 ]

@@ -12,6 +12,7 @@ from services.executor.models.gemma3 import Gemma3DecoderLayer
 from services.executor.models.layers import RMSNorm, WeightSlot
 from services.executor.models.llama import LlamaDecoderLayer
 from services.executor.models.rope import build_cos_sin_cache
+from services.executor.models.runtime import ModelRuntime
 
 
 class CausalLM:
@@ -21,32 +22,26 @@ class CausalLM:
     nothing is allocated, which serves to count bytes.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, runtime: ModelRuntime, *, max_model_len: int | None = None) -> None:
         self.config = config
         # transformers rounds the scale to the model's dtype, and Gemma was trained that way.
-        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype).item()
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=runtime.dtype).item()
         shape = (config.vocab_size, config.hidden_size)
-        self._embed_tokens = torch.empty(shape, dtype=dtype, device=device)
-        self._lm_head = (
-            self._embed_tokens if config.tie_word_embeddings else torch.empty(shape, dtype=dtype, device=device)
-        )
+        self._embed_tokens = runtime.empty(*shape)
+        self._lm_head = self._embed_tokens if config.tie_word_embeddings else runtime.empty(*shape)
         num_positions = max_model_len or config.max_position_embeddings
         self._rope_tables = {
-            rope: build_cos_sin_cache(rope, config.head_dim, num_positions, device)
+            rope: build_cos_sin_cache(rope, config.head_dim, num_positions, runtime.device)
             for rope in {config.layer_rope(layer) for layer in range(config.num_layers)}
         }
         layer_class = Gemma3DecoderLayer if config.is_gemma else LlamaDecoderLayer
         self._layers = [
-            layer_class(config, layer, self._rope_tables[config.layer_rope(layer)], dtype=dtype, device=device)
+            layer_class(config, layer, self._rope_tables[config.layer_rope(layer)], runtime)
             for layer in range(config.num_layers)
         ]
         # One more than there are layers: what follows a layer's output is always a norm of the residual stream, be it
         # the next layer's first or the final one.
-        self._norms = [
-            RMSNorm(config.hidden_size, config, dtype=dtype, device=device) for _ in range(config.num_layers + 1)
-        ]
+        self._norms = [RMSNorm(config.hidden_size, config, runtime) for _ in range(config.num_layers + 1)]
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]) -> Tensor:
         """Return the final hidden states `[T, H]` of the new tokens `input_ids [T]` i64; fills their cache slots."""

@@ -19,20 +19,45 @@ class KVCache(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ForwardContext:
-    """A batch of S sequences whose T new tokens are laid end to end, prefill chunks and decode steps alike.
+class DecodeRows:
+    """The sequences of a batch with one new token each.
 
-    positions `[T]` i64 in their sequence; slot_mapping `[T]` i64, cache slot to write (`block * page_size + offset`),
-    -1 writes nothing; cu_seqlens_q `[S + 1]` i32, where each sequence's new tokens start; seq_lens `[S]` i32, length
-    including the new tokens; block_table `[S, max_blocks]` i32; max_seqlen_q, the longest run of new tokens.
+    seq_lens `[D]` i32, length including the new token, 0 for a row of padding; block_table `[D, max_blocks]` i32;
+    num_splits and workspace as `kernels.paged_attention_decode` takes them.
     """
 
-    positions: Tensor
-    slot_mapping: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    num_splits: int = 1
+    workspace: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PrefillRows:
+    """The P sequences of a batch with chunks of several new tokens.
+
+    cu_seqlens_q `[P + 1]` i32, where the new tokens of each start, from 0; seq_lens `[P]` i32, length including the
+    new tokens; block_table `[P, max_blocks]` i32; max_seqlen_q, the longest chunk.
+    """
+
     cu_seqlens_q: Tensor
     seq_lens: Tensor
     block_table: Tensor
     max_seqlen_q: int
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """A batch whose T new tokens are laid end to end: one for each of the decoding sequences, then the chunks.
+
+    positions `[T]` i64 in their sequence; slot_mapping `[T]` i64, cache slot to write (`block * page_size + offset`),
+    -1 writes nothing; decode and prefill say whose tokens they are, None where there are none of the kind.
+    """
+
+    positions: Tensor
+    slot_mapping: Tensor
+    decode: DecodeRows | None
+    prefill: PrefillRows | None
 
 
 def allocate_kv_caches(

@@ -2,25 +2,23 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from services.executor.models.config import ModelConfig
 from services.executor.models.context import ForwardContext, KVCache
 from services.executor.models.layers import Attention, GatedMLP, RMSNorm, WeightSlot
+from services.executor.models.runtime import ModelRuntime
 
 
 class Gemma3DecoderLayer:
     """Attention and MLP, each between two norms, added to the residual stream after the second."""
 
-    def __init__(
-        self, config: ModelConfig, layer: int, cos_sin_cache: Tensor, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.self_attn = Attention(config, layer, cos_sin_cache, dtype=dtype, device=device)
-        self.mlp = GatedMLP(config, dtype=dtype, device=device)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, dtype=dtype, device=device)
-        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, dtype=dtype, device=device)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, dtype=dtype, device=device)
+    def __init__(self, config: ModelConfig, layer: int, cos_sin_cache: Tensor, runtime: ModelRuntime) -> None:
+        self.self_attn = Attention(config, layer, cos_sin_cache, runtime)
+        self.mlp = GatedMLP(config, runtime)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, runtime)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, runtime)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, runtime)
 
     def __call__(self, x: Tensor, residual: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
         """Return what the next norm adds to `residual`; `x [T, H]` is normed already, `residual` updated in place."""

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 from services.executor.models.config import ModelConfig
 from services.executor.models.context import ForwardContext, KVCache
+from services.executor.models.runtime import ModelRuntime
 
 
 class WeightSlot(NamedTuple):
@@ -26,13 +26,11 @@ class WeightSlot(NamedTuple):
 class PackedLinear:
     """y = x W^T + b, where W stacks the rows of one or more projections; `parts` maps their names to output sizes."""
 
-    def __init__(
-        self, in_features: int, parts: dict[str, int], *, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, in_features: int, parts: dict[str, int], *, bias: bool, runtime: ModelRuntime) -> None:
         self._parts = parts
         out_features = sum(parts.values())
-        self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.weight = runtime.empty(out_features, in_features)
+        self.bias = runtime.empty(out_features) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, in]` -> `[T, out]`."""
@@ -51,14 +49,15 @@ class PackedLinear:
 class RMSNorm:
     """Root-mean-square norm (arXiv 1910.07467); Gemma multiplies by 1 + weight."""
 
-    def __init__(self, size: int, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, config: ModelConfig, runtime: ModelRuntime) -> None:
+        self._ops = runtime.ops
         self._eps = config.rms_norm_eps
         self._gemma = config.is_gemma
-        self.weight = torch.empty(size, dtype=dtype, device=device)
+        self.weight = runtime.empty(size)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Norm of `x [T, H]`; with a residual, which is updated in place, norm of their sum."""
-        return kernels.fused_add_rms_norm(x, residual, self.weight, self._eps, gemma=self._gemma)
+        return self._ops.fused_add_rms_norm(x, residual, self.weight, self._eps, gemma=self._gemma)
 
     def weight_slot(self, prefix: str) -> WeightSlot:
         """Return the slot of the weight."""
@@ -68,9 +67,8 @@ class RMSNorm:
 class Attention:
     """Grouped-query self-attention of one layer over the paged cache."""
 
-    def __init__(
-        self, config: ModelConfig, layer: int, cos_sin_cache: Tensor, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, cos_sin_cache: Tensor, runtime: ModelRuntime) -> None:
+        self._ops = runtime.ops
         self._scale = config.attention_scale
         self._softcap = config.attention_softcap
         self._window = config.layer_window(layer)
@@ -81,19 +79,16 @@ class Attention:
             config.hidden_size,
             {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=config.qkv_bias,
-            dtype=dtype,
-            device=device,
+            runtime=runtime,
         )
-        self.o_proj = PackedLinear(
-            q_size, {"o_proj": config.hidden_size}, bias=config.o_bias, dtype=dtype, device=device
-        )
-        self.q_norm = RMSNorm(config.head_dim, config, dtype=dtype, device=device) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config, dtype=dtype, device=device) if config.qk_norm else None
+        self.o_proj = PackedLinear(q_size, {"o_proj": config.hidden_size}, bias=config.o_bias, runtime=runtime)
+        self.q_norm = RMSNorm(config.head_dim, config, runtime) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config, runtime) if config.qk_norm else None
         self._cos_sin_cache = cos_sin_cache
 
     def __call__(self, x: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
         """`[T, H]` -> `[T, H]`; writes the new keys and values into `kv`."""
-        q = kernels.qk_norm_rope_and_cache(
+        q = self._ops.qk_norm_rope_and_cache(
             self.qkv_proj(x),
             ctx.positions,
             self._cos_sin_cache,
@@ -105,19 +100,42 @@ class Attention:
             eps=self._eps,
             gemma=self._gemma,
         )
-        out = kernels.unified_attention(
-            q,
-            kv.k,
-            kv.v,
-            ctx.cu_seqlens_q,
-            ctx.seq_lens,
-            ctx.block_table,
-            max_seqlen_q=ctx.max_seqlen_q,
-            scale=self._scale,
-            window=self._window,
-            softcap=self._softcap,
-        )
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(self._attend(q, ctx, kv).flatten(1))
+
+    def _attend(self, q: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
+        """Return `[T, Hq, D]`. One new token and many differ in what bounds them, and so in the op that suits them."""
+        out = torch.empty_like(q)
+        num_decodes = 0
+        if ctx.decode is not None:
+            num_decodes = ctx.decode.seq_lens.shape[0]
+            self._ops.paged_attention_decode(
+                q[:num_decodes],
+                kv.k,
+                kv.v,
+                ctx.decode.block_table,
+                ctx.decode.seq_lens,
+                scale=self._scale,
+                num_splits=ctx.decode.num_splits,
+                window=self._window,
+                softcap=self._softcap,
+                workspace=ctx.decode.workspace,
+                out=out[:num_decodes],
+            )
+        if ctx.prefill is not None:
+            self._ops.unified_attention(
+                q[num_decodes:],
+                kv.k,
+                kv.v,
+                ctx.prefill.cu_seqlens_q,
+                ctx.prefill.seq_lens,
+                ctx.prefill.block_table,
+                max_seqlen_q=ctx.prefill.max_seqlen_q,
+                scale=self._scale,
+                window=self._window,
+                softcap=self._softcap,
+                out=out[num_decodes:],
+            )
+        return out
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield the slots of the projections and norms."""
@@ -131,13 +149,11 @@ class Attention:
 class GatedMLP:
     """down(act(gate(x)) * up(x)), SwiGLU or GeGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self._act_and_mul = kernels.silu_and_mul if config.activation == "silu" else kernels.gelu_tanh_and_mul
-        self.gate_up_proj = PackedLinear(
-            hidden, {"gate_proj": inner, "up_proj": inner}, bias=False, dtype=dtype, device=device
-        )
-        self.down_proj = PackedLinear(inner, {"down_proj": hidden}, bias=False, dtype=dtype, device=device)
+    def __init__(self, config: ModelConfig, runtime: ModelRuntime) -> None:
+        hidden, inner, ops = config.hidden_size, config.intermediate_size, runtime.ops
+        self._act_and_mul = ops.silu_and_mul if config.activation == "silu" else ops.gelu_tanh_and_mul
+        self.gate_up_proj = PackedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, bias=False, runtime=runtime)
+        self.down_proj = PackedLinear(inner, {"down_proj": hidden}, bias=False, runtime=runtime)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, H]` -> `[T, H]`."""

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.gguf_config import config_from_gguf
 from services.executor.models.hf_config import config_from_hf
 from services.executor.models.layers import WeightSlot
+from services.executor.models.runtime import ModelRuntime
 from services.executor.weights.gguf_file import GgufFile
 from services.executor.weights.gguf_source import GgufSource
 from services.executor.weights.safetensors_source import SafetensorsSource
@@ -39,16 +41,15 @@ def read_model_config(path: Path) -> ModelConfig:
         return _gguf_config(file)
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, max_model_len: int | None = None) -> int:
-    """Return the bytes the loaded model will hold: weights in `dtype`, and rotary tables for `max_model_len`."""
-    return CausalLM(config, dtype=dtype, device=torch.device("meta"), max_model_len=max_model_len).num_bytes()
+def weight_bytes(config: ModelConfig, runtime: ModelRuntime, *, max_model_len: int | None = None) -> int:
+    """Return the bytes the loaded model will hold: its weights, and rotary tables for `max_model_len`."""
+    return _skeleton(config, runtime, max_model_len).num_bytes()
 
 
 def load_model(
     path: Path,
+    runtime: ModelRuntime,
     *,
-    dtype: torch.dtype,
-    device: torch.device,
     max_model_len: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[CausalLM, ModelConfig]:
@@ -62,18 +63,17 @@ def load_model(
     if path.is_dir():
         config = _hf_config(path)
         with SafetensorsSource(path) as source:
-            return _fill(path, config, source, dtype, device, max_model_len, on_progress), config
+            return _fill(path, config, source, runtime, max_model_len, on_progress), config
     with GgufFile(path) as file:
         config = _gguf_config(file)
-        return _fill(path, config, GgufSource(file, config), dtype, device, max_model_len, on_progress), config
+        return _fill(path, config, GgufSource(file, config), runtime, max_model_len, on_progress), config
 
 
 def _fill(
     path: Path,
     config: ModelConfig,
     source: WeightSource,
-    dtype: torch.dtype,
-    device: torch.device,
+    runtime: ModelRuntime,
     max_model_len: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> CausalLM:
@@ -82,9 +82,8 @@ def _fill(
             f"max_model_len {max_model_len} exceeds the model's limit, "
             f"max_position_embeddings {config.max_position_embeddings}"
         )
-    skeleton = CausalLM(config, dtype=dtype, device=torch.device("meta"), max_model_len=1)
-    _check(path, config, list(skeleton.weight_slots()), source)
-    model = CausalLM(config, dtype=dtype, device=device, max_model_len=max_model_len)
+    _check(path, config, list(_skeleton(config, runtime, 1).weight_slots()), source)
+    model = CausalLM(config, runtime, max_model_len=max_model_len)
     slots = list(model.weight_slots())
     done, total = 0, sum(slot.dest.nbytes for slot in slots)
 
@@ -97,6 +96,11 @@ def _fill(
     for slot in slots:
         source.read(slot, report)
     return model
+
+
+def _skeleton(config: ModelConfig, runtime: ModelRuntime, max_model_len: int | None) -> CausalLM:
+    """Return the model without its memory."""
+    return CausalLM(config, replace(runtime, device=torch.device("meta")), max_model_len=max_model_len)
 
 
 def _check(path: Path, config: ModelConfig, slots: Sequence[WeightSlot], source: WeightSource) -> None:

@@ -16,7 +16,7 @@ from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
 from services.executor.engine.request import EngineRequest, RequestFinish, RequestStatus
 from services.executor.engine.sampling_params import SamplingParams
-from services.executor.models import CausalLM, ModelConfig, allocate_kv_caches
+from services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
 from services.executor.runner import ModelRunner
 from services.executor.weights import load_model
 
@@ -111,7 +111,7 @@ def load() -> Callable[[Path, bool], LoadedModel]:
     """Load a model and its oracle: from a GGUF file (transformers reads it itself), or a Hugging Face directory."""
 
     def load_both(path: Path, gguf: bool) -> LoadedModel:
-        model, config = load_model(path, dtype=torch.float32, device=CPU)
+        model, config = load_model(path, ModelRuntime())
         source = {"gguf_file": "model.gguf"} if gguf else {}
         oracle = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager", **source

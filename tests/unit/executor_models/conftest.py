@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from services.executor.models import CausalLM, ForwardContext, ModelConfig, allocate_kv_caches
+from services.executor.models import CausalLM, DecodeRows, ForwardContext, ModelConfig, PrefillRows, allocate_kv_caches
 
 PAGE_SIZE = 16
 
@@ -40,7 +40,7 @@ class PagedModel:
 
     def step(self, batch: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Feed each sequence its next tokens; return the logits `[new tokens, V]` of each."""
-        sequences = list(batch)
+        sequences = sorted(batch, key=lambda s: len(batch[s]) > 1)  # those with one new token come first
         starts = [self._lengths[s] for s in sequences]
         sizes = [len(batch[s]) for s in sequences]
         positions = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)])
@@ -48,13 +48,15 @@ class PagedModel:
         slots = self._block_table[rows, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
         for s, n in zip(sequences, sizes, strict=True):
             self._lengths[s] += n
+        seq_lens = torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32)
+        tables = self._block_table[sequences]
+        D = sizes.count(1)
+        chunks = PrefillRows(torch.tensor([0, *sizes[D:]]).cumsum(0).int(), seq_lens[D:], tables[D:], max(sizes))
         ctx = ForwardContext(
             positions=positions,
             slot_mapping=slots,
-            cu_seqlens_q=torch.tensor([0, *sizes]).cumsum(0).int(),
-            seq_lens=torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32),
-            block_table=self._block_table[sequences],
-            max_seqlen_q=max(sizes),
+            decode=DecodeRows(seq_lens[:D], tables[:D]) if D else None,
+            prefill=chunks if len(sizes) > D else None,
         )
         tokens = torch.tensor([token for s in sequences for token in batch[s]])
         logits = self.model.compute_logits(self.model.forward(tokens, ctx, self._caches))

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from services.executor.models import CausalLM
+from services.executor.models import CausalLM, ModelRuntime
 from services.executor.weights import UnsupportedModelError, load_model, read_model_config, weight_bytes
 
 CPU = torch.device("cpu")
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
-    return load_model(path, dtype=dtype, device=CPU)[0]
+    return load_model(path, ModelRuntime(dtype=dtype))[0]
 
 
 def weights(model: CausalLM) -> dict[str, torch.Tensor]:
@@ -66,19 +66,17 @@ def test_weight_bytes_is_what_the_model_holds(family: str, hf_model: Callable[..
     hf_model(family).save_pretrained(tmp_path)
     config = read_model_config(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
-        model, _ = load_model(tmp_path, dtype=dtype, device=CPU, max_model_len=100)
-        assert weight_bytes(config, dtype, max_model_len=100) == model.num_bytes()
+        model, _ = load_model(tmp_path, ModelRuntime(dtype=dtype), max_model_len=100)
+        assert weight_bytes(config, ModelRuntime(dtype=dtype), max_model_len=100) == model.num_bytes()
     tables = len({config.layer_rope(layer) for layer in range(config.num_layers)})
-    difference = weight_bytes(config, torch.float32) - weight_bytes(config, torch.float32, max_model_len=100)
+    difference = weight_bytes(config, ModelRuntime()) - weight_bytes(config, ModelRuntime(), max_model_len=100)
     assert difference == tables * (config.max_position_embeddings - 100) * config.head_dim * 4
 
 
 def test_progress_counts_the_weights_up_to_the_total(hf_model: Callable[..., Any], tmp_path: Path) -> None:
     hf_model("qwen3").save_pretrained(tmp_path)
     reports: list[tuple[int, int]] = []
-    model, _ = load_model(
-        tmp_path, dtype=torch.float32, device=CPU, on_progress=lambda done, total: reports.append((done, total))
-    )
+    model, _ = load_model(tmp_path, ModelRuntime(), on_progress=lambda done, total: reports.append((done, total)))
     total = sum(slot.dest.nbytes for slot in model.weight_slots())
     assert [done for done, _ in reports] == sorted({done for done, _ in reports})
     assert {whole for _, whole in reports} == {total}
@@ -88,4 +86,4 @@ def test_progress_counts_the_weights_up_to_the_total(hf_model: Callable[..., Any
 def test_max_model_len_beyond_the_model_is_refused(hf_model: Callable[..., Any], tmp_path: Path) -> None:
     hf_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"max_model_len 513 exceeds .* max_position_embeddings 512"):
-        load_model(tmp_path, dtype=torch.float32, device=CPU, max_model_len=513)
+        load_model(tmp_path, ModelRuntime(), max_model_len=513)

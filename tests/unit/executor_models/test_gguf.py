@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as T
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from services.executor.models import ModelRuntime
 from services.executor.models.rope import FrequencyFactors, LinearScaling, RopeConfig
 from services.executor.weights import load_model, read_model_config
 
@@ -120,7 +121,7 @@ def test_logits(arch: str, options: dict[str, Any], paged: Callable[..., Any], t
     path = tmp_path / "model.gguf"
     write_gguf(path, arch, **options)
     oracle = read_with_transformers(path)
-    model, config = load_model(tmp_path, dtype=torch.float32, device=CPU)
+    model, config = load_model(tmp_path, ModelRuntime())
     assert config == read_model_config(path)
     tokens = torch.randint(VOCAB, (60,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -145,7 +146,7 @@ def test_rope_scaling(tmp_path: Path) -> None:
     factors = np.linspace(1, 8, 8, dtype=np.float32)
     write_gguf(path, "llama", tensor=("rope_freqs.weight", factors))
     assert read_model_config(path).rope == RopeConfig(20000.0, FrequencyFactors(tuple(factors.tolist())))
-    load_model(path, dtype=torch.float32, device=CPU)
+    load_model(path, ModelRuntime())
 
 
 def test_stop_tokens(tmp_path: Path) -> None:

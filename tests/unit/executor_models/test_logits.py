@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.executor.models import ModelRuntime
 from services.executor.weights import load_model
 
 PROMPT_LENGTHS = (70, 1, 33)
@@ -28,7 +29,7 @@ def random_prompts(vocab_size: int) -> list[list[int]]:
 def models(family: str, hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path) -> tuple[Any, Any]:
     oracle = hf_model(family)
     oracle.save_pretrained(tmp_path)
-    model, config = load_model(tmp_path, dtype=torch.float32, device=CPU)
+    model, config = load_model(tmp_path, ModelRuntime())
     return oracle, paged(model, config, num_sequences=len(PROMPT_LENGTHS))
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from services.executor.models import ModelRuntime
 from services.executor.weights import load_model
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def check_greedy(reference: Any, ours: Any, prompts: list[list[int]]) -> None:
 def test_smollm2(model_dir: Callable[[str], Path], oracle: Any, paged: Any) -> None:
     directory = model_dir("smollm2-135m-instruct")
     reference = oracle(directory / "model.gguf", 49152)
-    model, config = load_model(directory, dtype=torch.float32, device=CPU)
+    model, config = load_model(directory, ModelRuntime())
     check_logits(reference, paged(model, config), config.vocab_size, (70, 50))
     check_greedy(reference, paged(model, config, num_sequences=3, max_tokens=64), SMOLLM2_PROMPTS)
 
@@ -98,7 +99,7 @@ def test_smollm2(model_dir: Callable[[str], Path], oracle: Any, paged: Any) -> N
 def test_gemma3(model_dir: Callable[[str], Path], oracle: Any, paged: Any) -> None:
     directory = model_dir("gemma3-270m")
     reference = oracle(directory / "model.gguf", 262144)
-    model, config = load_model(directory, dtype=torch.float32, device=CPU)
+    model, config = load_model(directory, ModelRuntime())
     # Past the sliding window, 512 tokens.
     check_logits(reference, paged(model, config, max_tokens=640), config.vocab_size, (400, 200))
     check_greedy(reference, paged(model, config, num_sequences=3, max_tokens=64), GEMMA3_PROMPTS)

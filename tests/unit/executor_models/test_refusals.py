@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from services.executor.models import ModelRuntime
 from services.executor.weights import UnsupportedModelError, load_model, read_model_config
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 
 def refusal(path: Path) -> str:
     with pytest.raises(UnsupportedModelError) as caught:
-        load_model(path, dtype=torch.float32, device=CPU)
+        load_model(path, ModelRuntime())
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -98,7 +99,7 @@ def test_safetensors_files(checkpoint: Path) -> None:
     tensors = load_file(file)
 
     save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, file)
-    load_model(checkpoint, dtype=torch.float32, device=CPU)  # old checkpoints have it; it is recomputed
+    load_model(checkpoint, ModelRuntime())  # old checkpoints have it; it is recomputed
 
     save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}, file)
     assert "1 tensors are not part of LlamaForCausalLM" in refusal(checkpoint)
@@ -222,7 +223,7 @@ def test_what_is_not_gguf(tmp_path: Path) -> None:
 def test_cut_off_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path)
-    load_model(path, dtype=torch.float32, device=CPU)
+    load_model(path, ModelRuntime())
     content = path.read_bytes()
     for length in [*range(0, 1500, 7), *range(1500, len(content), 1009)]:
         path.write_bytes(content[:length])

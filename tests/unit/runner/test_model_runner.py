@@ -8,7 +8,14 @@ import torch
 import engine_kit
 import kernels
 from services.executor.engine import Engine, EngineConfig, EngineRequest, RequestStatus
-from services.executor.models import CausalLM, ForwardContext, ModelConfig, allocate_kv_caches
+from services.executor.models import (
+    CausalLM,
+    ForwardContext,
+    ModelConfig,
+    ModelRuntime,
+    PrefillRows,
+    allocate_kv_caches,
+)
 from services.executor.models.rope import RopeConfig
 from services.executor.runner import ModelRunner
 
@@ -44,7 +51,7 @@ MODEL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    model = CausalLM(MODEL, dtype=torch.float32, device=CPU)
+    model = CausalLM(MODEL, ModelRuntime())
     generator = torch.Generator().manual_seed(0)
     for slot in model.weight_slots():
         slot.dest.copy_(torch.randn(slot.dest.shape, generator=generator) * 0.5)
@@ -72,10 +79,13 @@ def all_logits(model: CausalLM, tokens: list[int]) -> torch.Tensor:
     context = ForwardContext(
         positions=torch.arange(n),
         slot_mapping=torch.arange(n),
-        cu_seqlens_q=torch.tensor([0, n], dtype=torch.int32),
-        seq_lens=torch.tensor([n], dtype=torch.int32),
-        block_table=torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0),
-        max_seqlen_q=n,
+        decode=None,
+        prefill=PrefillRows(
+            cu_seqlens_q=torch.tensor([0, n], dtype=torch.int32),
+            seq_lens=torch.tensor([n], dtype=torch.int32),
+            block_table=torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0),
+            max_seqlen_q=n,
+        ),
     )
     caches = allocate_kv_caches(MODEL, num_blocks, 16, dtype=torch.float32, device=CPU)
     return model.compute_logits(model.forward(torch.tensor(tokens), context, caches))
@@ -229,7 +239,7 @@ def test_a_sequence_with_non_finite_values_fails_alone(model: CausalLM) -> None:
     sound = engine_kit.make_request(1, [4, 5, 6], max_tokens=8, **GREEDY)
     expected = generate(model, sound)
     bad_token = next(token for token in range(10, 97) if token not in expected)
-    broken = CausalLM(MODEL, dtype=torch.float32, device=CPU)
+    broken = CausalLM(MODEL, ModelRuntime())
     for slot, source in zip(broken.weight_slots(), model.weight_slots(), strict=True):
         slot.dest.copy_(source.dest)
         if slot.name == "model.embed_tokens.weight":
