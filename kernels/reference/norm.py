@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.reference.quant import E4M3, to_e4m3
+from kernels.reference.quant import check_epilogue, quantise_tokens, to_e4m3
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, gemma: bool) -> Tensor:
@@ -28,6 +28,7 @@ def fused_add_rms_norm(
     *,
     gemma: bool = False,
     quant_scale: float | Tensor | None = None,
+    token_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Add `x` [T, H] into `residual` [T, H] in place and return the RMSNorm of the sum, [T, H].
@@ -42,12 +43,19 @@ def fused_add_rms_norm(
         eps: added to the mean square.
         gemma: chooses the Gemma form; see `rms_norm`.
         quant_scale: static per-tensor scale; the result is divided by it and stored as e4m3.
+        token_scale: [T, 1] f32, receives a scale computed for each token; the result is stored as e4m3. It is the
+            normalised row, rounded to the dtype of `x`, and then quantised as by `scaled_fp8_quant`: the same scales
+            and codes as of the two ops one after the other.
         out: receives the result.
+
+    Raises:
+        ValueError: both quant_scale and token_scale are given.
     """
+    check_epilogue(quant_scale, token_scale)
     hidden = x if residual is None else residual.add_(x)
     normed = rms_norm(hidden, weight, eps, gemma=gemma)
+    if token_scale is not None:
+        return quantise_tokens(normed, token_scale, out)
     if quant_scale is not None:
         normed = to_e4m3(normed, quant_scale)
-        if out is None:
-            out = torch.empty(x.shape, dtype=E4M3, device=x.device)
     return normed if out is None else out.copy_(normed)

@@ -9,7 +9,17 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
 # A row of zeros would give a scale of 0, and 0 / 0.
-_MIN_SCALE = 1e-12
+MIN_SCALE = 1e-12
+
+
+def check_epilogue(quant_scale: float | Tensor | None, token_scale: Tensor | None) -> None:
+    """Refuse two scales for one result.
+
+    Raises:
+        ValueError: both a static scale and room for computed ones are given.
+    """
+    if quant_scale is not None and token_scale is not None:
+        raise ValueError("token_scale: not possible together with the static quant_scale")
 
 
 def to_e4m3(x: Tensor, scale: float | Tensor) -> Tensor:
@@ -45,9 +55,15 @@ def scaled_fp8_quant(
         if columns % (group_size or columns):
             raise ValueError(f"group_size: {group_size} does not divide the {columns} columns of x")
         groups = x.float().view(tokens, -1, group_size or columns)
-        scale = (groups.abs().amax(-1) / E4M3_MAX).clamp_(min=_MIN_SCALE)
+        scale = (groups.abs().amax(-1) / E4M3_MAX).clamp_(min=MIN_SCALE)
         q = to_e4m3(groups, scale.unsqueeze(-1)).view(tokens, columns)
     return (q, scale) if out is None else (out[0].copy_(q), out[1].copy_(scale))
+
+
+def quantise_tokens(x: Tensor, token_scale: Tensor, out: Tensor | None) -> Tensor:
+    """Quantise x [T, K] with one computed scale for each token, written to `token_scale` [T, 1]; return the codes."""
+    codes = torch.empty(x.shape, dtype=E4M3, device=x.device) if out is None else out
+    return scaled_fp8_quant(x, out=(codes, token_scale))[0]
 
 
 def fp8_gemm(

@@ -5,11 +5,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
-from kernels.reference.quant import E4M3
-from kernels.triton.quantise import scale_of, to_e4m3
+from kernels.launch import Launch, next_power_of_2
+from kernels.reference.quant import E4M3, check_epilogue
+from kernels.triton.quantise import largest_as_scale, scale_of, to_e4m3
 
 _BLOCK = 1024
+
+
+@triton.jit
+def _activated_product(x_at, live, F: tl.constexpr, GELU: tl.constexpr):
+    """Return activation(gate) * up in float32, the first factor rounded to the dtype of x."""
+    packed = tl.load(x_at, mask=live, other=0.0)
+    gate = packed.to(tl.float32)
+    up = tl.load(x_at + F, mask=live, other=0.0).to(tl.float32)
+    if GELU:  # (1 + tanh(u)) / 2 is sigmoid(2u), and does not cancel where the gate is very negative
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    else:
+        inner = gate
+    return (gate / (1.0 + tl.exp(-inner))).to(packed.dtype).to(tl.float32) * up
 
 
 @triton.jit
@@ -27,51 +40,83 @@ def _gate_and_mul(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < F
-    at = x + row * X_STRIDE + columns
-    packed = tl.load(at, mask=live, other=0.0)
-    gate = packed.to(tl.float32)
-    up = tl.load(at + F, mask=live, other=0.0).to(tl.float32)
-    if GELU:  # (1 + tanh(u)) / 2 is sigmoid(2u), and does not cancel where the gate is very negative
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    else:
-        inner = gate
-    activated = (gate / (1.0 + tl.exp(-inner))).to(packed.dtype).to(tl.float32)
+    product = _activated_product(x + row * X_STRIDE + columns, live, F, GELU)
     if quant_scale is not None:
-        result = to_e4m3(activated * up, scale_of(quant_scale, SCALE_IN_MEMORY))
+        result = to_e4m3(product, scale_of(quant_scale, SCALE_IN_MEMORY))
     else:
-        result = (activated * up).to(out.dtype.element_ty)
+        result = product.to(out.dtype.element_ty)
     tl.store(out + row * OUT_STRIDE + columns, result, mask=live)
 
 
+@triton.jit
+def _gate_and_mul_tokens(
+    x,
+    out,
+    token_scale,
+    F: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    TOKEN_SCALE_STRIDE: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Quantise each row by its own largest magnitude: one program holds the row in registers."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    live = columns < F
+    product = _activated_product(x + row * X_STRIDE + columns, live, F, GELU)
+    rounded = product.to(x.dtype.element_ty).to(tl.float32)
+    scale = largest_as_scale(rounded, 0)
+    tl.store(token_scale + row * TOKEN_SCALE_STRIDE, scale)
+    tl.store(out + row * OUT_STRIDE + columns, to_e4m3(rounded, scale), mask=live)
+
+
 def silu_and_mul(
-    launch: Launch, x: Tensor, *, quant_scale: float | Tensor | None = None, out: Tensor | None = None
+    launch: Launch,
+    x: Tensor,
+    *,
+    quant_scale: float | Tensor | None = None,
+    token_scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """SwiGLU in one pass; rows of `x` and `out` may have any stride."""
-    return _gated(launch, x, quant_scale, out, gelu=False)
+    return _gated(launch, x, quant_scale, token_scale, out, gelu=False)
 
 
 def gelu_tanh_and_mul(
-    launch: Launch, x: Tensor, *, quant_scale: float | Tensor | None = None, out: Tensor | None = None
+    launch: Launch,
+    x: Tensor,
+    *,
+    quant_scale: float | Tensor | None = None,
+    token_scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """GeGLU, otherwise as `silu_and_mul`."""
-    return _gated(launch, x, quant_scale, out, gelu=True)
+    return _gated(launch, x, quant_scale, token_scale, out, gelu=True)
 
 
-def _gated(launch: Launch, x: Tensor, quant_scale: float | Tensor | None, out: Tensor | None, *, gelu: bool) -> Tensor:
+def _gated(
+    launch: Launch,
+    x: Tensor,
+    quant_scale: float | Tensor | None,
+    token_scale: Tensor | None,
+    out: Tensor | None,
+    *,
+    gelu: bool,
+) -> Tensor:
+    check_epilogue(quant_scale, token_scale)
     tokens, width = x.shape[0], x.shape[1] // 2
     if out is None:
-        out = torch.empty((tokens, width), dtype=x.dtype if quant_scale is None else E4M3, device=x.device)
-    launch(
-        _gate_and_mul,
-        (tokens, triton.cdiv(width, _BLOCK)),
-        x,
-        out,
-        quant_scale,
-        F=width,
-        X_STRIDE=x.stride(0),
-        OUT_STRIDE=out.stride(0),
-        GELU=gelu,
-        SCALE_IN_MEMORY=isinstance(quant_scale, Tensor),
-        BLOCK=_BLOCK,
-    )
+        plain = quant_scale is None and token_scale is None
+        out = torch.empty((tokens, width), dtype=x.dtype if plain else E4M3, device=x.device)
+    shape = {"F": width, "X_STRIDE": x.stride(0), "OUT_STRIDE": out.stride(0), "GELU": gelu}
+    if token_scale is not None:
+        block = next_power_of_2(width)
+        warps = min(32, max(4, block // 1024))
+        stride = {"TOKEN_SCALE_STRIDE": token_scale.stride(0)}
+        launch(_gate_and_mul_tokens, (tokens,), x, out, token_scale, num_warps=warps, **shape, **stride, BLOCK=block)
+        return out
+    in_memory = isinstance(quant_scale, Tensor)
+    grid = tokens, triton.cdiv(width, _BLOCK)
+    launch(_gate_and_mul, grid, x, out, quant_scale, **shape, SCALE_IN_MEMORY=in_memory, BLOCK=_BLOCK)
     return out

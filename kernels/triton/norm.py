@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launch
-from kernels.reference.quant import E4M3
-from kernels.triton.quantise import scale_of, to_e4m3
+from kernels.reference.quant import E4M3, check_epilogue
+from kernels.triton.quantise import largest_as_scale, scale_of, to_e4m3
 
 
 @triton.jit
@@ -18,10 +18,12 @@ def _add_rms_norm(
     out,
     eps,
     quant_scale,
+    token_scale,
     H: tl.constexpr,
     X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
+    TOKEN_SCALE_STRIDE: tl.constexpr,
     GEMMA: tl.constexpr,
     SCALE_IN_MEMORY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,6 +45,11 @@ def _add_rms_norm(
     result = normed.to(hidden.dtype)
     if quant_scale is not None:
         result = to_e4m3(result.to(tl.float32), scale_of(quant_scale, SCALE_IN_MEMORY))
+    elif token_scale is not None:
+        rounded = result.to(tl.float32)
+        scale = largest_as_scale(rounded, 0)
+        tl.store(token_scale + row * TOKEN_SCALE_STRIDE, scale)
+        result = to_e4m3(rounded, scale)
     tl.store(out + row * OUT_STRIDE + columns, result.to(out.dtype.element_ty), mask=live)
 
 
@@ -55,12 +62,15 @@ def fused_add_rms_norm(
     *,
     gemma: bool = False,
     quant_scale: float | Tensor | None = None,
+    token_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One program per token, the whole row in registers; rows of `x`, `residual` and `out` may have any stride."""
+    check_epilogue(quant_scale, token_scale)
     tokens, width = x.shape
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype if quant_scale is None else E4M3, device=x.device)
+        plain = quant_scale is None and token_scale is None
+        out = torch.empty(x.shape, dtype=x.dtype if plain else E4M3, device=x.device)
     block = triton.next_power_of_2(width)
     launch(
         _add_rms_norm,
@@ -71,11 +81,13 @@ def fused_add_rms_norm(
         out,
         eps,
         quant_scale,
+        token_scale,
         num_warps=min(16, max(1, block // 1024)),
         H=width,
         X_STRIDE=x.stride(0),
         RESIDUAL_STRIDE=0 if residual is None else residual.stride(0),
         OUT_STRIDE=out.stride(0),
+        TOKEN_SCALE_STRIDE=0 if token_scale is None else token_scale.stride(0),
         GEMMA=gemma,
         SCALE_IN_MEMORY=isinstance(quant_scale, Tensor),
         BLOCK=block,

@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launch
-from kernels.reference.quant import _MIN_SCALE, E4M3
-from kernels.triton.quantise import E4M3_MAX, to_e4m3
+from kernels.reference.quant import E4M3
+from kernels.triton.quantise import largest_as_scale, to_e4m3
 
 _BLOCK = 1024
 
@@ -31,7 +31,6 @@ def _quantise_groups(
     X_STRIDE: tl.constexpr,
     Q_STRIDE: tl.constexpr,
     S_STRIDE: tl.constexpr,
-    MIN_SCALE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -41,7 +40,7 @@ def _quantise_groups(
     columns = groups[:, None] * GROUP + inner[None, :]
     live = (groups < GROUPS)[:, None] & (inner < GROUP)[None, :]
     value = tl.load(x + row * X_STRIDE + columns, mask=live, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), axis=1), E4M3_MAX), MIN_SCALE)
+    scale = largest_as_scale(value, 1)
     tl.store(q + row * Q_STRIDE + columns, to_e4m3(value, scale[:, None]), mask=live)
     tl.store(s + row * S_STRIDE + groups, scale, mask=groups < GROUPS)
 
@@ -95,7 +94,6 @@ def scaled_fp8_quant(
         X_STRIDE=x.stride(0),
         Q_STRIDE=q.stride(0),
         S_STRIDE=s.stride(0),
-        MIN_SCALE=_MIN_SCALE,
         BLOCK_GROUPS=block_groups,
         BLOCK=block,
     )

@@ -13,6 +13,7 @@ from kernels import (
     paged_attention_decode,
     qk_norm_rope_and_cache,
     sample,
+    scaled_fp8_quant,
     silu_and_mul,
     swap_blocks,
     unified_attention,
@@ -61,6 +62,23 @@ def test_quantised_results_are_clamped():
         got = op(gate_up, quant_scale=torch.tensor(0.5))
         assert torch.equal(got.float(), (op(gate_up) / 0.5).clamp(-448, 448).to(E4M3).float())
         assert got.float().abs().max() == 448
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_computed_scales_are_those_of_the_two_ops_one_after_the_other(dtype):
+    x, weight = randn(5, 64, dtype=dtype) * 20, randn(32, dtype=dtype, seed=1)
+    calls = [lambda **to: fused_add_rms_norm(x[:, :32], None, weight, 1e-6, **to)]
+    calls += [lambda op=op, **to: op(x, **to) for op in (silu_and_mul, gelu_tanh_and_mul)]
+    for call in calls:
+        codes, scales = scaled_fp8_quant(call())
+        for out in (None, torch.full((5, 32), torch.nan).to(E4M3)):
+            got_scales = torch.full((5, 1), torch.nan)
+            got = call(token_scale=got_scales, out=out)
+            assert out is None or got is out
+            assert torch.equal(got.view(torch.uint8), codes.view(torch.uint8))
+            assert torch.equal(got_scales, scales)
+        with pytest.raises(ValueError, match="token_scale: not possible together with the static quant_scale"):
+            call(token_scale=got_scales, quant_scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

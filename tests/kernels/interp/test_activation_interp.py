@@ -49,6 +49,29 @@ def test_quantised_results_are_those_of_the_reference(ops, name, reference, scal
     torch.testing.assert_close(got.float(), expected.float(), rtol=0.13, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "reference"), [("silu_and_mul", silu_and_mul), ("gelu_tanh_and_mul", gelu_tanh_and_mul)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 64, 1500])
+def test_computed_scales_are_those_of_the_two_ops_one_after_the_other(ops, name, reference, dtype, width):
+    x = packed(4, width, dtype, spread=6.0)
+    x[2] = 0
+    scales, out = torch.full((4, 1), torch.nan), torch.full((4, width), torch.nan).to(torch.float8_e4m3fn)
+    assert getattr(ops, name)(x, token_scale=scales, out=out) is out
+    codes, expected = ops.scaled_fp8_quant(getattr(ops, name)(x))
+    assert torch.equal(out.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(scales, expected)
+    reference_scale = torch.empty(4, 1)
+    reference(x, token_scale=reference_scale)
+    torch.testing.assert_close(scales, reference_scale, rtol=TOLERANCE[dtype], atol=1e-9)
+
+
+def test_two_scales_are_refused(ops):
+    with pytest.raises(ValueError, match="token_scale: not possible together with the static quant_scale"):
+        ops.silu_and_mul(torch.zeros(2, 8), quant_scale=1.0, token_scale=torch.ones(2, 1))
+
+
 def test_rows_may_be_strided(ops):
     whole = packed(3, 60, torch.float32)
     x, wide = whole[:, :40], torch.full((3, 50), torch.nan)

@@ -72,5 +72,40 @@ def test_quantised_results_are_those_of_the_reference(ops, dtype, scale):
     torch.testing.assert_close(got.float(), expected.float(), rtol=0.13, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gemma", [False, True])
+@pytest.mark.parametrize("width", [1, 96, 1000])
+def test_computed_scales_are_those_of_the_two_ops_one_after_the_other(ops, dtype, gemma, width):
+    x, weight = randn(4, width, dtype=dtype), randn(width, dtype=dtype, seed=1) * 30
+    x[2] = 0
+    residual = torch.zeros_like(x)
+    scales, out = torch.full((4, 3), torch.nan), torch.full((4, width), torch.nan).to(E4M3)
+    got = ops.fused_add_rms_norm(x, residual, weight, 1e-6, gemma=gemma, token_scale=scales[:, 1:2], out=out)
+    assert got is out
+    codes, expected = ops.scaled_fp8_quant(ops.fused_add_rms_norm(x, None, weight, 1e-6, gemma=gemma))
+    assert torch.equal(out.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(scales[:, 1:2], expected)
+    assert scales[:, [0, 2]].isnan().all()
+    assert torch.equal(residual, x)
+    reference_scale = torch.empty(4, 1)
+    fused_add_rms_norm(x, None, weight, 1e-6, gemma=gemma, token_scale=reference_scale)
+    torch.testing.assert_close(expected, reference_scale, rtol=TOLERANCE[dtype], atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize("scales", [{"quant_scale": 1.0}, {"token_scale": torch.empty(2, 1)}])
+def test_not_a_number_stays_one(ops, scales):
+    x = randn(2, 64)
+    x[1, 3] = torch.nan
+    got = ops.fused_add_rms_norm(x, None, torch.ones(64), 1e-6, **scales)
+    assert got[1].float().isnan().any()
+    assert got[0].float().isfinite().all()
+
+
+def test_two_scales_are_refused(ops):
+    with pytest.raises(ValueError, match="token_scale: not possible together with the static quant_scale"):
+        ops.fused_add_rms_norm(randn(2, 8), None, torch.ones(8), 1e-6, quant_scale=1.0, token_scale=torch.ones(2, 1))
+
+
 def test_an_empty_batch(ops):
     assert ops.fused_add_rms_norm(torch.zeros(0, 8), torch.zeros(0, 8), torch.ones(8), 1e-6).shape == (0, 8)
