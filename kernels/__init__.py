@@ -8,8 +8,9 @@ an underscore change their first argument. A cache is `[num_blocks, page_size, H
 or 64; a slot is `block_id * page_size + offset`. A batch may be empty.
 """
 
+from kernels.capability import Capability
 from kernels.dispatch import Backend, Ops, select_ops
-from kernels.launch import Capability, Launch
+from kernels.launch import Launch
 from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from kernels.reference.attention import paged_attention_decode, unified_attention
 from kernels.reference.cache import copy_blocks_, swap_blocks
@@ -23,6 +24,7 @@ from kernels.reference.rope import qk_norm_rope_and_cache
 from kernels.reference.sampling import SampleOutput, sample
 from kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
 from kernels.splits import decode_workspace, num_decode_splits
+from kernels.workspaces import fused_moe_workspace_size, gemm_wna16_workspace_size, sample_workspace_size
 
 __all__ = [
     "Backend",
@@ -36,7 +38,9 @@ __all__ = [
     "fp8_gemm",
     "fused_add_rms_norm",
     "fused_moe",
+    "fused_moe_workspace_size",
     "gelu_tanh_and_mul",
+    "gemm_wna16_workspace_size",
     "lora_expand",
     "lora_shrink",
     "moe_align_block_size",
@@ -45,6 +49,7 @@ __all__ = [
     "qk_norm_rope_and_cache",
     "sample",
     "sample_seed",
+    "sample_workspace_size",
     "scaled_fp8_quant",
     "select_ops",
     "silu_and_mul",

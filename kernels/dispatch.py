@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 import torch
 
-from kernels.launch import Capability, Launch
+from kernels.capability import Capability
+from kernels.launch import Launch
 from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from kernels.reference.attention import paged_attention_decode, unified_attention
 from kernels.reference.cache import copy_blocks_, swap_blocks
@@ -38,6 +39,7 @@ from kernels.reference.quant import E4M3, fp8_gemm, scaled_fp8_quant
 from kernels.reference.rope import qk_norm_rope_and_cache
 from kernels.reference.sampling import sample
 from kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
+from kernels.tiles import TILED_OPS, tile_table
 
 Backend = Literal["torch", "triton"]
 
@@ -140,7 +142,7 @@ def select_ops(
 
     Raises:
         ValueError: an override names an op that does not exist, or a form that does not exist or that the device
-            cannot run.
+            cannot run; or the tile table of an op is not one.
     """
     overrides = overrides or {}
     for name in overrides.keys() - {"all", *OP_NAMES}:
@@ -155,6 +157,8 @@ def select_ops(
         if (wanted or overrides.get("all", "triton")) == "triton" and not obstacle:
             module = importlib.import_module(f"kernels.triton.{_TRITON[name].module}")
             forms[name] = functools.partial(getattr(module, name), launch)
+            if name in TILED_OPS:
+                tile_table(name, capability)  # a table that cannot be used is refused here, not at the first call
     return Ops(launch if forms else None, forms)
 
 

@@ -7,30 +7,10 @@ directly from then on (4 to 6 us).
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-
-@dataclass(frozen=True, slots=True)
-class Capability:
-    """What is known of a device when ops are chosen.
-
-    `sm` is ten times the CUDA compute capability (80 A100, 89 L40S, 90 H100 and H200, 100 B200) and 0 elsewhere;
-    `num_sms` is the number of streaming multiprocessors.
-    """
-
-    sm: int
-    num_sms: int
-
-    @classmethod
-    def of(cls, device: torch.device) -> "Capability":
-        """Ask the driver."""
-        if device.type != "cuda":
-            return cls(sm=0, num_sms=1)
-        properties = torch.cuda.get_device_properties(device)
-        return cls(sm=10 * properties.major + properties.minor, num_sms=properties.multi_processor_count)
+from kernels.capability import Capability
+from kernels.tiles import Tile, tile_table
 
 
 class Launch:
@@ -51,6 +31,10 @@ class Launch:
         self.late_variants: list[str] = []  # names of kernels, one entry for each variant; an alarm when not empty
         self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
         self._sealed = False
+
+    def tile(self, op: str, **sizes: int) -> Tile:
+        """Return what the device's table has for a call of `op` with these sizes; see `kernels.tiles`."""
+        return tile_table(op, self.capability).choose(**sizes)
 
     def __call__(
         self,

@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor
 
-from kernels.launch import Capability
-
-_FEWEST, _MOST = 4, 64
-_PROGRAMS_PER_SM = 4  # enough loads in flight to keep memory busy, and small enough shares to even out
+from kernels.capability import Capability
+from kernels.tiles import tile_table
 
 
 def num_decode_splits(capability: Capability, num_seqs: int, num_kv_heads: int) -> int:
-    """Return `num_splits` for `paged_attention_decode`: a power of two, 4 to 64.
+    """Return `num_splits` for `paged_attention_decode`: a power of two, 4 to 64 in the tables.
 
-    Chosen from shapes alone, so that it is the same whenever a captured graph runs and a sequence's result does not
-    depend on how long its neighbours are. Never fewer than 4: a single long sequence in a large batch would otherwise
-    be read by one processor per head while the others wait. A share without keys costs next to nothing.
+    As many as give each processor a few programs: enough loads in flight to keep memory busy, and shares small enough
+    to even out. Chosen from shapes alone, so that it is the same whenever a captured graph runs and a sequence's result
+    does not depend on how long its neighbours are. Never fewer than 4: a single long sequence in a large batch would
+    otherwise be read by one processor per head while the others wait. A share without keys costs next to nothing.
     """
-    wanted = _PROGRAMS_PER_SM * capability.num_sms / max(1, num_seqs * num_kv_heads)
-    splits = _FEWEST
-    while splits < wanted and splits < _MOST:
+    tile = tile_table("num_decode_splits", capability).choose()
+    wanted = tile["programs_per_sm"] * capability.num_sms / max(1, num_seqs * num_kv_heads)
+    splits = tile["fewest"]
+    while splits < wanted and splits < tile["most"]:
         splits *= 2
     return splits
 

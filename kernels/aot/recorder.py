@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.capability import Capability
 from kernels.dispatch import Ops, select_ops
-from kernels.launch import Capability, Launch, check_arguments
+from kernels.launch import Launch, check_arguments
+from kernels.tiles import Tile, tuned_devices
 
 _TYPES = {
     torch.float32: "fp32",
@@ -22,7 +24,7 @@ _TYPES = {
     torch.bool: "i1",
 }
 _ALIGNED = [["tt.divisibility", 16]]  # as torch's allocator gives it: allows loads of 128 bits
-_NUM_SMS = {80: 108, 90: 132, 100: 148}
+NUM_SMS = {80: 108, 90: 132, 100: 148}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,13 @@ class Recorder(Launch):
     def __init__(self, capability: Capability, name: str) -> None:
         super().__init__(capability)
         self.variants: list[Variant] = []
+        self.tiles: list[Tile] = []  # chosen from tables, as they stand there
         self._name = name
+
+    def tile(self, op: str, **sizes: int) -> Tile:
+        """Note down what was chosen, and return it."""
+        self.tiles.append(super().tile(op, **sizes))
+        return self.tiles[-1]
 
     def __call__(
         self,
@@ -92,9 +100,26 @@ class Recorder(Launch):
 
 
 def record(case: Case, sm: int) -> list[Variant]:
-    """Return the variants that a case launches on a device of compute capability `sm` / 10."""
-    recorder = Recorder(Capability(sm=sm, num_sms=_NUM_SMS[sm]), case.name)
+    """Return the variants that a case launches on a device of compute capability `sm` / 10, of any name.
+
+    Those of a device with tile tables of its own are left out where they are the same as without.
+    """
+    variants = recorded(case, Capability(sm, NUM_SMS[sm])).variants
+    for device in tuned_devices(sm):
+        same = [_identity(variant) for variant in variants]
+        others = recorded(case, Capability(sm, NUM_SMS[sm], device)).variants
+        variants = variants + [variant for variant in others if _identity(variant) not in same]
+    return variants
+
+
+def recorded(case: Case, capability: Capability) -> Recorder:
+    """Make the call of a case for a device, and return the launches."""
+    recorder = Recorder(capability, f"{case.name} [{capability.name}]" if capability.name else case.name)
     case.call(select_ops(recorder.capability, dtype=case.dtype, launch=recorder))
     if not recorder.variants:
         raise ValueError(f"{case.name}: launched no kernel")
-    return recorder.variants
+    return recorder
+
+
+def _identity(variant: Variant) -> tuple[object, ...]:
+    return variant.kernel, variant.signature, variant.constexprs, variant.options

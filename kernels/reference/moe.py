@@ -87,7 +87,8 @@ def fused_moe(
         w13_scale: for e4m3 weights, [E, r, c]; each element scales a block of its expert's matrix: r and c divide 2F
             and H ([E, 1, 1] is per expert, [E, 2F, 1] per channel). `w2_scale` alike.
         w2_scale: see `w13_scale`.
-        workspace: scratch of a device kernel, i32; has no effect on the result and none here.
+        workspace: scratch of a device kernel, i32, of `kernels.fused_moe_workspace_size`; has no effect on the result
+            and none here.
         out: [T, H], receives the result.
     """
     x32 = x.float()

@@ -77,7 +77,7 @@ def sample(
         num_logprobs: number k of top log-probabilities to return.
         logprob_logits: [S, V] f32 that log-probabilities are computed from; None: `logits`. Temperature and filters do
             not enter. Pass the model's own logits when processors changed `logits` and raw values are wanted.
-        workspace: scratch of a device kernel, i64, of `kernels.triton.sampling.sample_workspace_size`; no effect on the
+        workspace: scratch of a device kernel, i64, of `kernels.sample_workspace_size`; no effect on the
             result and none here.
         out: receives the results.
     """

@@ -22,7 +22,8 @@ def w4a16_gemm(
         scales: [K / group_size, N], shared by group_size consecutive k.
         zeros: [K / group_size, N] of any dtype, zero points in units of q (not packed); None: 8, symmetric weights.
         group_size: divides K; K itself means one scale per column.
-        workspace: scratch of a device kernel, f32; has no effect on the result and none here.
+        workspace: scratch of a device kernel, f32, of `kernels.gemm_wna16_workspace_size`; has no effect on the result
+            and none here.
         out: [T, N], receives the result.
 
     Raises:

@@ -3,6 +3,9 @@
 The queries of a kv head's group are packed into the rows of one tile, so K and V are read once for the group, and the
 grid is one-dimensional over tiles of all sequences: a tile finds its sequence by binary search, so the host never needs
 the lengths (after "The Anatomy of a Triton Attention Kernel", arXiv 2511.11581; the inner loop is FlashAttention-2's).
+
+With wgmma a tile of 128 rows needs 8 warps: with 4 its accumulator alone fills the registers (137 spills). Without it
+(sm_80) operands are in registers, too, and 64 rows are what fits.
 """
 
 import torch
@@ -41,9 +44,8 @@ def unified_attention(
     tokens, q_heads, head_dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
     group = q_heads // kv_heads
-    block_m, block_n, num_warps, num_stages = _tile(
-        launch.capability.sm, group, head_dim, max_seqlen_q, q.element_size()
-    )
+    tile = launch.tile("unified_attention", element_size=q.element_size(), head_dim=head_dim, rows=max_seqlen_q * group)
+    block_m = max(tile["block_m"], next_power_of_2(group))
     num_seqs = seq_lens.shape[0]
     # A sequence of n queries takes at most n // (rows per tile) + 1 tiles. Rows after the last sequence are one more.
     grid = (tokens // (block_m // group) + num_seqs + 1 if tokens else 0, kv_heads)
@@ -65,8 +67,8 @@ def unified_attention(
         block_table.stride(0),
         scale / softcap if softcap else scale * LOG2E,
         softcap * LOG2E,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
         Q_STRIDE_T=q.stride(0),
         Q_STRIDE_H=q.stride(1),
         OUT_STRIDE_T=out.stride(0),
@@ -77,31 +79,13 @@ def unified_attention(
         PADDED_D=next_power_of_2(head_dim),
         PAGE=page,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_N=tile["block_n"],
         WINDOW=window,
         SOFTCAP=softcap > 0,
         K_SCALE_IN_MEMORY=isinstance(k_scale, Tensor),
         V_SCALE_IN_MEMORY=isinstance(v_scale, Tensor),
     )
     return out
-
-
-def _tile(sm: int, group: int, head_dim: int, max_seqlen_q: int, element_size: int) -> tuple[int, int, int, int]:
-    """Return rows and keys of a tile, warps and pipeline stages.
-
-    With wgmma a tile of 128 rows needs 8 warps: with 4 its accumulator alone fills the registers (137 spills). Without
-    it (sm_80) operands are in registers, too, and 64 rows are what fits.
-    """
-    rows = max(16, next_power_of_2(group))
-    if element_size > 2:
-        return rows, 32, 4, 2
-    if max_seqlen_q * group <= 16:
-        return rows, 32 if head_dim > 128 else 64, 4, 3
-    if head_dim > 128:
-        return max(64, rows), 64, 8, 2
-    if sm < 90:
-        return max(64, rows), 64, 4, 3
-    return max(128, rows), 64, 8, 3
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_tokens", "block_table_stride"])

@@ -40,7 +40,8 @@ def paged_attention_decode(
     num_seqs, q_heads, head_dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
     group = q_heads // kv_heads
-    block_n = 32 if head_dim > 128 or q.element_size() > 2 else 64
+    tile = launch.tile("paged_attention_decode", element_size=q.element_size(), head_dim=head_dim)
+    block_n = tile["block_n"]
     parts = out  # one split writes the result itself
     if num_splits > 1:
         size = num_seqs * q_heads * num_splits
@@ -63,8 +64,8 @@ def paged_attention_decode(
         block_table.stride(0),
         scale / softcap if softcap else scale * LOG2E,
         softcap * LOG2E,
-        num_warps=4,
-        num_stages=3 if q.element_size() <= 2 else 2,
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
         Q_STRIDE_S=q.stride(0),
         Q_STRIDE_H=q.stride(1),
         OUT_STRIDE_S=out.stride(0),

@@ -1,9 +1,10 @@
 """Products with weights of 4 and 8 bits.
 
-Up to 64 rows, time is that of reading the weights, so they stay packed until they are in registers: the i-th numbers of
-all words of a tile are the rows i, i + PACK, ... of the weight, and are multiplied with these columns of x. Every word
-is thus loaded once and never unpacked in shared memory. The inner dimension is divided among programs until they fill
-the device; the shares are added by a second launch in a fixed order, so that results are the same at every run.
+Up to 64 rows or so, time is that of reading the weights, so they stay packed until they are in registers: the i-th
+numbers of all words of a tile are the rows i, i + PACK, ... of the weight, and are multiplied with these columns of x.
+Every word is thus loaded once and never unpacked in shared memory. The inner dimension is divided among programs until
+they fill the device; the shares are added by a second launch in a fixed order, so that results are the same at every
+run.
 
 With more rows than that the weight is unpacked to the dtype of x and multiplied by `torch.mm`.
 """
@@ -15,11 +16,8 @@ from torch import Tensor
 
 from kernels.launch import Launch
 from kernels.reference.w4a16 import check_shapes
+from kernels.workspaces import wna16_shares
 
-_MAX_ROWS = 64
-_BLOCK_N = 64
-_WORDS = 16  # of a column, loaded at a time: the least inner dimension of a product in registers
-_MAX_SHARES = 16
 _DEQUANTISE_BLOCK_N = 128
 
 
@@ -139,12 +137,6 @@ def _dequantise(
         tl.store(out + (word * PACK + i) * N + columns, weight.to(out.dtype.element_ty), mask=live)
 
 
-def num_shares(launch: Launch, words: int, columns: int) -> int:
-    """Return the number of parts that the inner dimension is divided into, for every number of rows alike."""
-    wanted = 4 * launch.capability.num_sms // triton.cdiv(columns, _BLOCK_N)
-    return max(1, min(wanted, _MAX_SHARES, words // (4 * _WORDS)))
-
-
 def w4a16_gemm(
     launch: Launch,
     x: Tensor,
@@ -192,31 +184,33 @@ def _gemm(
     if out is None:
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     weight = {"N": columns, "GROUP": group_size, "BITS": bits}
-    if rows > _MAX_ROWS:
+    tile = launch.tile(f"w{bits}a16_gemm", group_size=group_size, columns=columns)
+    if rows > tile["max_rows"]:
         full = torch.empty((inner, columns), dtype=x.dtype, device=x.device)
         block_n = _DEQUANTISE_BLOCK_N
         launch(
             _dequantise, (words, triton.cdiv(columns, block_n)), qweight, scales, zeros, full, **weight, BLOCK_N=block_n
         )
         return torch.mm(x, full, out=out)
-    shares = num_shares(launch, words, columns)
+    shares = wna16_shares(tile, launch.capability, words, columns)
     target = out
     if shares > 1:
         size = shares * rows * columns
         if workspace is None:
             workspace = torch.empty(size, dtype=torch.float32, device=x.device)
         target = workspace[:size].view(shares * rows, columns)
-    share = triton.cdiv(triton.cdiv(words, _WORDS), shares) * _WORDS
+    share = triton.cdiv(triton.cdiv(words, tile["words"]), shares) * tile["words"]
     launch(
         _gemm_packed,
-        (triton.cdiv(columns, _BLOCK_N), shares),
+        (triton.cdiv(columns, tile["block_n"]), shares),
         x,
         qweight,
         scales,
         zeros,
         target,
         rows,
-        num_stages=4 if group_size % (_WORDS * 32 // bits) == 0 else 3,  # scales of small groups are loaded ahead, too
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
         K=inner,
         **weight,
         X_STRIDE=x.stride(0),
@@ -224,8 +218,8 @@ def _gemm(
         SHARE=share,
         SHARES=shares,
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
-        BLOCK_N=_BLOCK_N,
-        WORDS=_WORDS,
+        BLOCK_N=tile["block_n"],
+        WORDS=tile["words"],
     )
     if shares > 1:
         sums = {"N": columns, "OUT_STRIDE": out.stride(0), "SHARES": shares, "BLOCK": 1024}

@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launch
-
-_ONE_HOT = 8192  # elements of (pair, expert) that one program holds
+from kernels.workspaces import moe_chunk, moe_layout_sizes
 
 
 @triton.jit
@@ -126,19 +125,6 @@ def _place_pairs(
         tl.store(num_tokens_post_pad, used * BLOCK_SIZE)
 
 
-def layout_sizes(pairs: int, block_size: int, num_experts: int) -> tuple[int, int, int]:
-    """Return the lengths of `sorted_token_ids`, of `expert_ids` and of the counts that the layout is made from."""
-    size = pairs + num_experts * (block_size - 1)
-    chunk, block = _chunk(num_experts)
-    return size, triton.cdiv(size, block_size), max(1, triton.cdiv(pairs, chunk)) * block
-
-
-def _chunk(num_experts: int) -> tuple[int, int]:
-    """Return the number of pairs and of experts, a power of two each, that one program counts."""
-    block = triton.next_power_of_2(num_experts)
-    return max(1, min(512, _ONE_HOT // block)), block
-
-
 def moe_align_block_size(
     launch: Launch,
     ids: Tensor,
@@ -150,13 +136,13 @@ def moe_align_block_size(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two launches: counts of each chunk of pairs, then each pair's place from the counts before its chunk."""
     pairs = ids.numel()
-    size, num_blocks, num_counts = layout_sizes(pairs, block_size, num_experts)
+    size, num_blocks, num_counts = moe_layout_sizes(pairs, block_size, num_experts)
     if out is None:
         new = torch.empty(size + num_blocks + 1, dtype=torch.int32, device=ids.device)
         out = new[:size], new[size:-1], new[-1:]
     if workspace is None:
         workspace = torch.empty(num_counts, dtype=torch.int32, device=ids.device)
-    chunk, block = _chunk(num_experts)
+    chunk, block = moe_chunk(num_experts)
     chunks = num_counts // block
     launch(_count_experts, (chunks,), ids, workspace, out[0], pairs, size, BLOCK=block, CHUNK=chunk, FILL=512)
     launch(

@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import workspaces
 from kernels.launch import Launch
 from kernels.reference.sampling import SampleOutput
 from kernels.triton import threshold
 from kernels.triton.noise import gumbel32, gumbel64, noise_bits, noise_key
 from kernels.triton.threshold import float_of, is_drawn, key_of, row_peak, scaled_logits
 
-_TILE = 1024
-_CANDIDATES = 4096
 _SEARCH_BLOCK = 1024
 _LOWEST: tl.constexpr = tl.constexpr(-9223372036854775808)
 
@@ -183,17 +182,6 @@ def _merge_top(
         tl.store(top_logprobs + row * k + i, float_of((best >> 32).to(tl.int32)) - log_z)
 
 
-def sample_workspace_size(rows: int, vocab: int, num_logprobs: int = 0) -> int:
-    """Return the length of the i64 tensor that `sample` wants as its workspace for up to so many rows."""
-    tiles = triton.cdiv(vocab, _TILE)
-    return rows * sum(_row_sizes(tiles)) + rows * tiles * num_logprobs
-
-
-def _row_sizes(tiles: int) -> tuple[int, int, int]:
-    """Return what a row needs of the workspace for its longs, floats and ints, in units of 8 bytes."""
-    return 2 * threshold.NUM_PIVOTS.value * tiles + 1, (5 * tiles + _CANDIDATES + 3) // 2, tiles + 1
-
-
 def sample(
     launch: Launch,
     logits: Tensor,
@@ -215,9 +203,9 @@ def sample(
     1e-6 of each other, the reference may draw the other one. The draw remains a function of its row alone.
     """
     rows, vocab = logits.shape
-    tiles = triton.cdiv(vocab, _TILE)
+    tiles = triton.cdiv(vocab, workspaces.SAMPLE_TILE)
     if workspace is None:
-        size = sample_workspace_size(rows, vocab, num_logprobs)
+        size = workspaces.sample_workspace_size(rows, vocab, num_logprobs)
         workspace = torch.empty(size, dtype=torch.int64, device=logits.device)
     if out is None:
         out = SampleOutput(
@@ -226,7 +214,7 @@ def sample(
             torch.empty((rows, num_logprobs), dtype=torch.int64, device=logits.device),
             torch.empty((rows, num_logprobs), dtype=torch.float32, device=logits.device),
         )
-    long_size, float_size, int_size = _row_sizes(tiles)
+    long_size, float_size, int_size = workspaces.sample_row_sizes(tiles)
     ends = rows * long_size, rows * (long_size + float_size), rows * (long_size + float_size + int_size)
     longs, top = workspace[: ends[0]], workspace[ends[2] :]
     floats, ints = workspace[ends[0] : ends[1]].view(torch.float32), workspace[ends[1] : ends[2]].view(torch.int32)
@@ -234,9 +222,9 @@ def sample(
     block_tiles = triton.next_power_of_2(tiles)
     row = {"V": vocab, "STRIDE": logits.stride(0), "TILES": tiles}
     sources = {"SOURCE_STRIDE": 0 if logprob_logits is None else logprob_logits.stride(0)}
-    split, blocks = {"TILE": _TILE}, {"BLOCK_TILES": block_tiles}
+    split, blocks = {"TILE": workspaces.SAMPLE_TILE}, {"BLOCK_TILES": block_tiles}
     of_floats, of_ints, of_longs = {"FLOATS": 2 * float_size}, {"INTS": 2 * int_size}, {"LONGS": long_size}
-    room = {"CANDIDATES": _CANDIDATES}
+    room = {"CANDIDATES": workspaces.SAMPLE_CANDIDATES}
     grid = rows, tiles
 
     launch(_tile_stats, grid, logits, logprob_logits, floats, **row, **sources, **split, **of_floats)

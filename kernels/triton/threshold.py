@@ -13,7 +13,9 @@ neither the tiling nor the buffer can change which token is the last one kept.
 import triton
 import triton.language as tl
 
-NUM_PIVOTS: tl.constexpr = tl.constexpr(16)
+from kernels.workspaces import SAMPLE_PIVOTS
+
+NUM_PIVOTS: tl.constexpr = tl.constexpr(SAMPLE_PIVOTS)
 _SUBTILE: tl.constexpr = tl.constexpr(128)
 _MASS_UNIT: tl.constexpr = tl.constexpr(1099511627776.0)
 

@@ -32,16 +32,19 @@ def _moe(
     dtype: torch.dtype = _BF16,
     block: int | None = None,
 ) -> Case:
-    """With e4m3 weights, `block` is the edge of a scale's square; None is one scale for each output."""
+    """`dtype` is that of the weights; where they are e4m3, `block` is the edge of a scale's square, None one scale for
+    each output, and activations are bfloat16.
+    """
+    activations = _BF16 if dtype == _E4M3 else dtype
 
     def scale(rows: int, columns: int) -> Tensor | None:
-        if dtype == _BF16:
+        if dtype != _E4M3:
             return None
         return _float(experts, rows // (block or 1), columns // (block or columns))
 
     def call(ops: Ops) -> None:
         ops.fused_moe(
-            _meta(tokens, hidden),
+            _meta(tokens, hidden, dtype=activations),
             _meta(experts, 2 * inner, hidden, dtype=dtype),
             _meta(experts, hidden, inner, dtype=dtype),
             _float(tokens, k),
@@ -49,10 +52,10 @@ def _moe(
             w13_scale=scale(2 * inner, hidden),
             w2_scale=scale(hidden, inner),
             workspace=_int(1 << 28),
-            out=_meta(tokens, hidden),
+            out=_meta(tokens, hidden, dtype=activations),
         )
 
-    return Case(f"fused_moe {name}", call, min_sm=80 if dtype == _BF16 else 89)
+    return Case(f"fused_moe {name}", call, min_sm=89 if dtype == _E4M3 else 80)
 
 
 def _routing(name: str, experts: int, k: int) -> Case:
@@ -72,6 +75,7 @@ CASES = (
     _moe("Mixtral", 64, 8, 2, 4096, 14336),
     _moe("Mixtral e4m3", 64, 8, 2, 4096, 14336, dtype=_E4M3),
     _moe("Mixtral e4m3 prefill", 1024, 8, 2, 4096, 14336, dtype=_E4M3),
+    _moe("Mixtral float16 prefill", 1024, 8, 2, 4096, 14336, dtype=torch.float16),
     _moe("Qwen3", 64, 128, 8, 2048, 768),
     _moe("Qwen3 e4m3 blocks", 64, 128, 8, 2048, 768, dtype=_E4M3, block=128),
     _routing("Mixtral", 8, 2),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.splits import decode_workspace, num_decode_splits
+from kernels import decode_workspace
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
@@ -221,8 +221,3 @@ def test_refusals(ops, paged_case):
         )
     with pytest.raises(ValueError, match="must be contiguous"):
         unified(ops, replace(case, k_cache=case.k_cache[..., ::2]))
-
-
-def test_splits_follow_the_device_and_the_shapes(launch):
-    h200 = replace(launch.capability, num_sms=132)
-    assert [num_decode_splits(h200, batch, 8) for batch in (1, 2, 8, 64, 256)] == [64, 64, 16, 4, 4]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kernels import fused_moe, moe_align_block_size, topk_softmax
-from kernels.triton import moe, moe_routing
+from kernels import fused_moe, fused_moe_workspace_size, moe_align_block_size, topk_softmax, workspaces
+from kernels.triton import moe
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -33,7 +33,7 @@ def test_topk_softmax(ops, renormalize, experts, k):
     ("tokens", "experts", "k"), [(0, 3, 2), (1, 8, 2), (5, 1, 1), (20, 6, 3), (33, 128, 4), (70, 256, 1)]
 )
 def test_layout_by_expert(ops, monkeypatch, tokens, experts, k, block_size):
-    monkeypatch.setattr(moe_routing, "_ONE_HOT", 4096)  # several chunks even of few pairs
+    monkeypatch.setattr(workspaces, "MOE_ONE_HOT", 4096)  # several chunks even of few pairs
     ids = torch.randint(0, experts, (tokens, k), generator=torch.Generator().manual_seed(tokens), dtype=torch.int32)
     got, expected = ops.moe_align_block_size(ids, block_size, experts), moe_align_block_size(ids, block_size, experts)
     for tensor, other in zip(got, expected, strict=True):
@@ -77,7 +77,7 @@ def test_expert_layer(ops, dtype, tokens, experts, k, hidden, inner):
     weights, ids = routed(tokens, experts, k)
     wide = torch.full((tokens, hidden + 8), torch.nan, dtype=dtype)
     out = wide[:, :hidden]
-    workspace = torch.full((moe.fused_moe_workspace_size(tokens, k, experts, 2 * inner, hidden),), -1).int()
+    workspace = torch.full((fused_moe_workspace_size(tokens, k, experts, 2 * inner, hidden),), -1).int()
     assert ops.fused_moe(x, w13, w2, weights, ids, workspace=workspace, out=out) is out
     assert_close(out, exact(x, w13, w2, weights, ids))
     assert wide[:, hidden:].isnan().all()
@@ -100,13 +100,20 @@ def test_narrow_scale_blocks_are_refused(ops):
         ops.fused_moe(randn(4, 64).bfloat16(), w13, w2, weights, ids, w13_scale=torch.ones(3, 1, 8), w2_scale=None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # float16 takes the blocks of 64 rows
-def test_many_tokens(ops, dtype, monkeypatch):
-    monkeypatch.setattr(moe, "_MANY_ROWS", 8)
-    x = randn(20, 32).to(dtype)
-    w13, w2 = (randn(3, 96, 32, seed=1) * 0.2).to(dtype), (randn(3, 32, 48, seed=2) * 0.2).to(dtype)
+def test_many_tokens(ops, monkeypatch):
+    monkeypatch.setattr(moe, "MANY_ROWS", 8)
+    x = randn(20, 32).bfloat16()
+    w13, w2 = (randn(3, 96, 32, seed=1) * 0.2).bfloat16(), (randn(3, 32, 48, seed=2) * 0.2).bfloat16()
     weights, ids = routed(20, 3, 2)
     ids[ids == 1] = 2  # an expert without tokens
+    assert_close(ops.fused_moe(x, w13, w2, weights, ids), exact(x, w13, w2, weights, ids))
+
+
+def test_blocks_of_many_rows(ops, launch):
+    assert launch.tile("fused_moe", rows_per_expert=66, element_size=2)["block_m"] == 64
+    x = randn(100, 32).half()
+    w13, w2 = (randn(3, 96, 32, seed=1) * 0.2).half(), (randn(3, 32, 48, seed=2) * 0.2).half()
+    weights, ids = routed(100, 3, 2)
     assert_close(ops.fused_moe(x, w13, w2, weights, ids), exact(x, w13, w2, weights, ids))
 
 
@@ -124,7 +131,8 @@ def test_weights_of_more_than_2_31_elements(launch):
     weight[-1] = randn(16, 16).bfloat16()
     x, out = randn(1, 16, seed=1).bfloat16(), torch.empty(1, 16)
     layout = torch.tensor([0] + [1] * 15).int(), torch.tensor([experts - 1]).int(), torch.tensor([16]).int()
-    moe._grouped(launch, x, weight, None, layout, out, 16, "weight")
+    tile = launch.tile("fused_moe", rows_per_expert=0, element_size=2)
+    moe._grouped(launch, x, weight, None, layout, out, tile, "weight")
     assert_close(out, x.double() @ weight[-1].double().T)
 
 

@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import SampleOutput, sample
+from kernels import SampleOutput, sample, sample_workspace_size, workspaces
 from kernels.reference.rng import gumbel, noise_bits, noise_keys
-from kernels.triton import noise, sampling
+from kernels.triton import noise
 
 # Rows without a finite maximum, and temperatures next to 0.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -99,12 +99,12 @@ def test_draws_are_those_of_the_reference(ops, vocab, spread):
 def thresholds(ops, launch, logits, **filters):
     """Return the survivors of each row, from the threshold that the search left in the workspace."""
     rows, vocab = logits.shape
-    workspace = torch.empty(sampling.sample_workspace_size(rows, vocab), dtype=torch.int64)
+    workspace = torch.empty(sample_workspace_size(rows, vocab), dtype=torch.int64)
     ops.sample(*arguments(logits, **filters), workspace=workspace)
-    tiles = -(-vocab // sampling._TILE)
-    long_size, float_size, _ = sampling._row_sizes(tiles)
+    tiles = -(-vocab // workspaces.SAMPLE_TILE)
+    long_size, float_size, _ = workspaces.sample_row_sizes(tiles)
     floats = workspace[rows * long_size : rows * (long_size + float_size)].view(torch.float32).view(rows, -1)
-    return logits >= floats[:, 5 * tiles + sampling._CANDIDATES + 1].unsqueeze(1)
+    return logits >= floats[:, 5 * tiles + workspaces.SAMPLE_CANDIDATES + 1].unsqueeze(1)
 
 
 def sorted_survivors(row, k, p):
@@ -123,7 +123,7 @@ def sorted_survivors(row, k, p):
 # With room for 8 candidates, nearly every search goes over the row itself; with 3 levels, every threshold is tied.
 @pytest.mark.parametrize(("candidates", "levels"), [(4096, 3), (4096, 100000), (8, 12)])
 def test_the_survivors_are_those_of_a_sort(ops, launch, monkeypatch, candidates, levels):
-    monkeypatch.setattr(sampling, "_CANDIDATES", candidates)
+    monkeypatch.setattr(workspaces, "SAMPLE_CANDIDATES", candidates)
     g = torch.Generator().manual_seed(levels)
     rows, vocab = 8, 1100
     logits = (torch.rand(rows, vocab, generator=g) * levels).round() * (8 / levels) - 3
@@ -236,7 +236,7 @@ def test_logprobs_of_other_logits_than_those_drawn_from(ops):
 
 def test_results_go_into_out_and_scratch_into_the_workspace(ops):
     logits = torch.randn(3, 1100, generator=torch.Generator().manual_seed(0))
-    workspace = torch.full((sampling.sample_workspace_size(3, 1100, 2),), -1)
+    workspace = torch.full((sample_workspace_size(3, 1100, 2),), -1)
     out = SampleOutput(torch.empty(3).long(), torch.empty(3), torch.empty(3, 2).long(), torch.empty(3, 2))
     args = arguments(logits, top_k=20, top_p=0.8)
     assert ops.sample(*args, num_logprobs=2, workspace=workspace, out=out) is out

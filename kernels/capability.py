@@ -1,0 +1,27 @@
+"""What is known of a device when ops are chosen."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What is known of a device when ops are chosen.
+
+    `sm` is ten times the CUDA compute capability (80 A100, 89 L40S, 90 H100 and H200, 100 B200) and 0 elsewhere;
+    `num_sms` is the number of streaming multiprocessors; `name` is the driver's, by which a device can have tile tables
+    of its own.
+    """
+
+    sm: int
+    num_sms: int
+    name: str = ""
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Capability":
+        """Ask the driver."""
+        if device.type != "cuda":
+            return cls(sm=0, num_sms=1)
+        found = torch.cuda.get_device_properties(device)
+        return cls(sm=10 * found.major + found.minor, num_sms=found.multi_processor_count, name=found.name)

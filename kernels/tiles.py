@@ -1,0 +1,174 @@
+"""Tile tables: sizes of tiles, warps and pipeline stages, by op, device and shape.
+
+A table is a committed file, `kernels/configs/<op>/<device>.json`, where the device is `sm_90`, a default for a compute
+capability and those between it and the next file's, or the name of one, `nvidia-h200`:
+
+    {"compute_capability": 90, "rules": [{"when": {"rows": 16}, "block_n": 64, ...}, {"block_n": 128, ...}]}
+
+The first rule whose bounds all hold (`when`: a size of the call is at most this) is taken; the last one has none. What
+an op may bound and must set is in `_SCHEMAS`. Nothing is tuned while serving: the gate of `kernels.aot` compiles what
+the committed tables can choose, and a table is changed after measuring, by hand.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from types import MappingProxyType
+from typing import Any
+
+from kernels.capability import Capability
+
+_ROOT: Traversable = files("kernels") / "configs"
+_DEFAULT = re.compile(r"sm_(\d+)\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    low: int
+    high: int
+    power: bool = True  # of two, as sizes of tiles have to be
+
+    def __str__(self) -> str:
+        return f"{'a power of two' if self.power else 'an integer'} from {self.low} to {self.high}"
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return False
+        return self.low <= value <= self.high and not (self.power and value & (value - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Schema:
+    """What rules of an op may bound, and what each has to set."""
+
+    sizes: tuple[str, ...]
+    settings: Mapping[str, _Range]
+
+
+_COUNT = _Range(1, 64, power=False)
+_LAUNCH = {"num_warps": _Range(1, 32), "num_stages": _Range(1, 8, power=False)}
+_BLOCK = _Range(16, 256)
+_PACKED = _Schema(
+    ("group_size", "columns"),
+    {"block_n": _BLOCK, "words": _Range(16, 64), "max_rows": _BLOCK, "max_shares": _COUNT, "programs_per_sm": _COUNT}
+    | _LAUNCH,
+)
+_SCHEMAS: Mapping[str, _Schema] = MappingProxyType(
+    {
+        "fused_moe": _Schema(
+            ("rows_per_expert", "element_size"),
+            {"block_m": _Range(16, 128), "block_n": _BLOCK, "block_k": _BLOCK} | _LAUNCH,
+        ),
+        # Splits come before the call that uses them, so they have a table of their own.
+        "num_decode_splits": _Schema((), {"fewest": _Range(1, 64), "most": _Range(1, 64), "programs_per_sm": _COUNT}),
+        "paged_attention_decode": _Schema(("element_size", "head_dim"), {"block_n": _BLOCK} | _LAUNCH),
+        "unified_attention": _Schema(
+            ("element_size", "head_dim", "rows"), {"block_m": _BLOCK, "block_n": _BLOCK} | _LAUNCH
+        ),
+        "w4a16_gemm": _PACKED,
+        "w8a16_gemm": _PACKED,
+    }
+)
+TILED_OPS = tuple(_SCHEMAS)
+
+Tile = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TileTable:
+    """The rules of one file, each its bounds and what it sets."""
+
+    compute_capability: int
+    rules: tuple[tuple[tuple[tuple[str, int], ...], Tile], ...]
+
+    def choose(self, **sizes: int) -> Tile:
+        """Return the settings for a call of these sizes."""
+        for bounds, tile in self.rules:
+            for name, bound in bounds:
+                if sizes[name] > bound:
+                    break
+            else:
+                return tile
+        raise AssertionError("the last rule has no bounds")
+
+
+@functools.cache
+def tile_table(op: str, capability: Capability) -> TileTable:
+    """Return the table of an op for a device: its own, or that of the highest compute capability not above its own.
+
+    Raises:
+        ValueError: the file holds something else than it should; the message names the file and the key.
+    """
+    return read_table(_ROOT, op, capability)
+
+
+def read_table(root: Traversable, op: str, capability: Capability) -> TileTable:
+    """As `tile_table`, from the tables under `root`."""
+    folder = {entry.name: entry for entry in (root / op).iterdir()}
+    own = folder.get(f"{device_slug(capability.name)}.json")
+    if own is not None:
+        return _parse(own, op, capability.sm)
+    defaults = sorted(int(found[1]) for name in folder if (found := _DEFAULT.fullmatch(name)))
+    sm = max((sm for sm in defaults if sm <= capability.sm), default=defaults[0])
+    return _parse(folder[f"sm_{sm}.json"], op, sm)
+
+
+def tuned_devices(sm: int, root: Traversable = _ROOT) -> list[str]:
+    """Return the names, as in files, of devices of a compute capability that have a table of their own for some op."""
+    found = set()
+    for op in TILED_OPS:
+        for entry in (root / op).iterdir():
+            if _DEFAULT.fullmatch(entry.name) is None and json.loads(entry.read_text())["compute_capability"] == sm:
+                found.add(entry.name.removesuffix(".json"))
+    return sorted(found)
+
+
+def device_slug(name: str) -> str:
+    """Return the name of a device as files have it: "NVIDIA H200" is "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _parse(file: Traversable, op: str, sm: int) -> TileTable:
+    where = f"kernels/configs/{op}/{file.name}"
+    schema = _SCHEMAS[op]
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{where}: is not JSON: {error}") from None
+    _check_keys(where, content, {"compute_capability", "rules"})
+    if content["compute_capability"] != sm:
+        raise ValueError(f"{where}: compute_capability: {content['compute_capability']!r}, the device has {sm}")
+    rules = content["rules"]
+    if not isinstance(rules, list) or not rules:
+        raise ValueError(f"{where}: rules: not a list of rules")
+    parsed = []
+    for i, rule in enumerate(rules):
+        at = f"{where}: rules[{i}]"
+        last = i == len(rules) - 1
+        _check_keys(at, rule, set(schema.settings) | (set() if last else {"when"}))
+        bounds = {} if last else rule["when"]
+        if not isinstance(bounds, dict) or not (last or bounds):
+            raise ValueError(f"{at}.when: not an object with a bound")
+        for name, bound in bounds.items():
+            if name not in schema.sizes:
+                raise ValueError(f"{at}.when.{name}: rules of {op} may bound {', '.join(schema.sizes) or 'nothing'}")
+            if not isinstance(bound, int):
+                raise ValueError(f"{at}.when.{name}: {bound!r} is not an integer")
+        for name, allowed in schema.settings.items():
+            if rule[name] not in allowed:
+                raise ValueError(f"{at}.{name}: {rule[name]!r} is not {allowed}")
+        parsed.append((tuple(bounds.items()), MappingProxyType({name: rule[name] for name in schema.settings})))
+    return TileTable(sm, tuple(parsed))
+
+
+def _check_keys(where: str, content: Any, expected: set[str]) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: not an object")
+    for name in sorted(content.keys() - expected):
+        raise ValueError(f"{where}.{name}: there is no such key; keys are {', '.join(sorted(expected))}")
+    for name in sorted(expected - content.keys()):
+        raise ValueError(f"{where}.{name}: is missing")

@@ -1,0 +1,77 @@
+"""Sizes of the scratch that device kernels want, known without Triton: an engine allocates it once, before it captures.
+
+The sizes that the layouts of scratch are made of are here as well, for the kernels to take them from.
+"""
+
+from kernels.capability import Capability
+from kernels.tiles import Tile, tile_table
+
+SAMPLE_TILE = 1024  # logits of a row that one program has
+SAMPLE_CANDIDATES = 4096  # logits of a row that its buffer holds
+SAMPLE_PIVOTS = 16
+MOE_ONE_HOT = 8192  # elements of (pair, expert) that one program holds
+_MOE_BLOCKS = (16, 32, 64, 128)  # rows of an expert's block that tile tables may choose
+
+
+def sample_workspace_size(rows: int, vocab: int, num_logprobs: int = 0) -> int:
+    """Return the length of the i64 tensor that `sample` wants as its workspace for up to so many rows."""
+    tiles = ceil_div(vocab, SAMPLE_TILE)
+    return rows * sum(sample_row_sizes(tiles)) + rows * tiles * num_logprobs
+
+
+def sample_row_sizes(tiles: int) -> tuple[int, int, int]:
+    """Return what a row needs of the workspace for its longs, floats and ints, in units of 8 bytes."""
+    return 2 * SAMPLE_PIVOTS * tiles + 1, (5 * tiles + SAMPLE_CANDIDATES + 3) // 2, tiles + 1
+
+
+def fused_moe_workspace_size(tokens: int, choices: int, experts: int, width: int, hidden: int) -> int:
+    """Return the length of the i32 tensor that `fused_moe` and `fused_moe_wna16` want for up to so many tokens.
+
+    `choices` is the number of experts of a token, `width` the rows of an expert's w13, gate and up together.
+    """
+    return max(sum(fused_moe_parts(tokens, choices, experts, width, hidden, block)) for block in _MOE_BLOCKS)
+
+
+def fused_moe_parts(tokens: int, choices: int, experts: int, width: int, hidden: int, block_m: int) -> tuple[int, ...]:
+    """Lengths of the layout's three results and counts, both hidden rows and the outputs, in multiples of 16 bytes."""
+    pairs = tokens * choices
+    size, blocks, counts = moe_layout_sizes(pairs, block_m, experts)
+    return tuple(
+        ceil_div(n, 4) * 4 for n in (size, blocks, 1, counts, pairs * width, pairs * width // 2, pairs * hidden)
+    )
+
+
+def moe_layout_sizes(pairs: int, block_size: int, num_experts: int) -> tuple[int, int, int]:
+    """Return the lengths of `sorted_token_ids`, of `expert_ids` and of the counts that the layout is made from."""
+    size = pairs + num_experts * (block_size - 1)
+    chunk, block = moe_chunk(num_experts)
+    return size, ceil_div(size, block_size), max(1, ceil_div(pairs, chunk)) * block
+
+
+def moe_chunk(num_experts: int) -> tuple[int, int]:
+    """Return the number of pairs and of experts, a power of two each, that one program counts."""
+    block = 1 << (num_experts - 1).bit_length()
+    return max(1, min(512, MOE_ONE_HOT // block)), block
+
+
+def gemm_wna16_workspace_size(
+    capability: Capability, bits: int, rows: int, inner: int, columns: int, group_size: int
+) -> int:
+    """Return the length of the f32 tensor that `w4a16_gemm` (bits 4) and `w8a16_gemm` (8) want for up to so many rows.
+
+    `inner` and `columns` are the K and N of the weight. 0 where its columns alone fill the device.
+    """
+    tile = tile_table(f"w{bits}a16_gemm", capability).choose(group_size=group_size, columns=columns)
+    shares = wna16_shares(tile, capability, inner * bits // 32, columns)
+    return shares * min(rows, tile["max_rows"]) * columns if shares > 1 else 0
+
+
+def wna16_shares(tile: Tile, capability: Capability, words: int, columns: int) -> int:
+    """Return the number of parts that the inner dimension is divided into, for every number of rows alike."""
+    wanted = tile["programs_per_sm"] * capability.num_sms // ceil_div(columns, tile["block_n"])
+    return max(1, min(wanted, tile["max_shares"], words // (4 * tile["words"])))
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
