@@ -9,7 +9,13 @@ from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.rope import FrequencyFactors, RopeConfig
 
 Architecture = Literal[
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Gemma3ForCausalLM",
 ]
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -31,6 +37,9 @@ class ModelConfig:
     none. Layer `i` is a sliding-window layer when `sliding_layers[i]`: it sees the last `sliding_window` positions,
     its own included, and uses `local_rope`; every other layer sees everything and uses `rope`.
     `eos_token_ids` are all the ids that end a generation, the model's own preference first.
+    Where `sparse_layers[i]`, the MLP of layer `i` is a mixture of `num_experts` experts of `moe_intermediate_size`, of
+    which a token takes the `num_experts_per_token` most probable; `norm_topk_prob` makes their weights add up to 1. A
+    dense model has no such layers.
     """
 
     architecture: Architecture
@@ -58,6 +67,11 @@ class ModelConfig:
     final_softcap: float
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    sparse_layers: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -72,6 +86,14 @@ class ModelConfig:
             )
         if any(self.sliding_layers) and self.sliding_window is None:
             raise UnsupportedModelError("layer_types has sliding_attention layers but sliding_window is not set")
+        if self.num_experts_per_token > self.num_experts:
+            raise UnsupportedModelError(
+                f"num_experts_per_tok ({self.num_experts_per_token}) is more than num_experts ({self.num_experts})"
+            )
+        if any(self.sparse_layers) and self.activation != "silu":
+            raise UnsupportedModelError(
+                f"experts with activation {self.activation!r} are not supported; supported: silu"
+            )
         for rope in (self.rope, self.local_rope):
             if isinstance(rope.scaling, FrequencyFactors) and len(rope.scaling.factors) != self.head_dim // 2:
                 raise UnsupportedModelError(
@@ -82,6 +104,10 @@ class ModelConfig:
     def is_gemma(self) -> bool:
         """Whether norms multiply by 1 + w and every block ends in a norm."""
         return self.architecture == "Gemma3ForCausalLM"
+
+    def is_sparse_layer(self, layer: int) -> bool:
+        """Return whether the MLP of this layer is a mixture of experts."""
+        return bool(self.sparse_layers) and self.sparse_layers[layer]
 
     def layer_window(self, layer: int) -> int:
         """Return how many positions, its own included, a token of this layer sees; 0 means all of them."""

@@ -7,16 +7,19 @@ from services.executor.models.config import Architecture, ModelConfig, check_num
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.rope import FrequencyFactors, LinearScaling, RopeConfig, RopeScaling
 
-# GGUF's `llama` covers Mistral too: the two differ by a sliding window at most, which is a setting here.
+# GGUF's `llama` covers Mistral too: the two differ by a sliding window at most, which is a setting here. With experts
+# it is Mixtral.
 _ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
 _GEMMA3_LOCAL_THETA = 10_000.0
 _GEMMA3_PERIOD = 6
 _GEMMA3_27B_LAYERS = 62
+_SOFTMAX_ROUTING = 1
 
 
 def config_from_gguf(
@@ -36,8 +39,7 @@ def config_from_gguf(
             f"GGUF: general.architecture {arch!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
         )
     get = _Reader(metadata, arch)
-    if get.integer("expert_count", 0):
-        raise UnsupportedModelError(f"GGUF: {arch}.expert_count is set; mixture-of-experts models are not supported")
+    num_experts = _num_experts(get)
     gemma = arch == "gemma3"
     hidden_size = get.integer("embedding_length")
     num_layers = check_num_layers(get.integer("block_count"))
@@ -53,7 +55,7 @@ def config_from_gguf(
     # The Qwen families may carry a window that the model does not use; llama.cpp ignores it there as well.
     window = get.integer("attention.sliding_window", 0) if arch in ("llama", "gemma3") else 0
     return ModelConfig(
-        architecture=_ARCHITECTURES[arch],
+        architecture="MixtralForCausalLM" if arch == "llama" and num_experts else _ARCHITECTURES[arch],
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=get.integer("feed_forward_length"),
@@ -68,7 +70,7 @@ def config_from_gguf(
         sliding_window=window or None,
         sliding_layers=_sliding_layers(get, gemma, num_layers) if window else (False,) * num_layers,
         attention_scale=get.number("attention.scale", 0.0) or query_scalar**-0.5,
-        qk_norm=arch in ("qwen3", "gemma3"),
+        qk_norm=arch in ("qwen3", "qwen3moe", "gemma3"),
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         o_bias="blk.0.attn_output.bias" in tensor_names,
         activation="gelu_tanh" if gemma else "silu",
@@ -78,7 +80,33 @@ def config_from_gguf(
         final_softcap=get.number("final_logit_softcapping", 0.0),
         eos_token_ids=_eos_token_ids(metadata),
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        num_experts=num_experts,
+        num_experts_per_token=get.integer("expert_used_count") if num_experts else 0,
+        moe_intermediate_size=_expert_size(get) if num_experts else 0,
+        norm_topk_prob=num_experts > 0,  # of both families; the file does not say
+        sparse_layers=tuple(f"blk.{i}.ffn_gate_inp.weight" in tensor_names for i in range(num_layers))
+        if num_experts
+        else (),
     )
+
+
+def _num_experts(get: "_Reader") -> int:
+    """Return the number of experts, 0 for a dense model, when the routing is what the expert layer implements."""
+    num_experts = get.integer("expert_count") if get.arch == "qwen3moe" else get.integer("expert_count", 0)
+    if num_experts and get.arch not in ("llama", "qwen3moe"):
+        raise UnsupportedModelError(f"GGUF: {get.arch}.expert_count is set; only llama and qwen3moe may have experts")
+    if get.integer("expert_shared_count", 0):
+        raise UnsupportedModelError(f"GGUF: {get.arch}.expert_shared_count is set; shared experts are not supported")
+    if get.integer("expert_gating_func", 0) not in (0, _SOFTMAX_ROUTING):
+        raise UnsupportedModelError(f"GGUF: {get.arch}.expert_gating_func is not softmax, the only one supported")
+    if get.number("expert_weights_scale", 0.0) not in (0.0, 1.0):
+        raise UnsupportedModelError(f"GGUF: {get.arch}.expert_weights_scale is not supported; it must be 1")
+    return num_experts
+
+
+def _expert_size(get: "_Reader") -> int:
+    """Mixtral's experts are as wide as a dense MLP would be."""
+    return get.integer("feed_forward_length" if get.arch == "llama" else "expert_feed_forward_length")
 
 
 def _sliding_layers(get: "_Reader", gemma: bool, num_layers: int) -> tuple[bool, ...]:

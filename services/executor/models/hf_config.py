@@ -4,7 +4,7 @@ Where a key is absent the default is that of the transformers class, so that the
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, TypedDict, cast, get_args
 
 from services.executor.models.config import Activation, Architecture, ModelConfig, check_num_layers
 from services.executor.models.errors import UnsupportedModelError
@@ -35,13 +35,15 @@ def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
         raise UnsupportedModelError("config.json: use_bidirectional_attention is not supported; attention is causal")
 
     gemma = architecture == "Gemma3ForCausalLM"
+    mixtral = architecture == "MixtralForCausalLM"
     hidden_size = _positive_int(raw, "hidden_size")
     num_heads = _positive_int(raw, "num_attention_heads")
     num_layers = check_num_layers(_positive_int(raw, "num_hidden_layers"))
     head_dim = _positive_int(raw, "head_dim", _default_head_dim(architecture, hidden_size, num_heads))
     max_positions = _positive_int(raw, "max_position_embeddings", 131072 if gemma else None)
     window, sliding_layers = _sliding(raw, architecture, num_layers)
-    rope, local_rope = _ropes(raw, gemma, max_positions)
+    theta = 1_000_000.0 if gemma or mixtral else 10_000.0
+    rope, local_rope = _ropes(raw, gemma, theta, max_positions)
     attention_bias = bool(raw.get("attention_bias", False))
     query_scalar = float(raw.get("query_pre_attn_scalar") or 256) if gemma else float(head_dim)
     return ModelConfig(
@@ -54,13 +56,13 @@ def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
         num_kv_heads=_positive_int(raw, "num_key_value_heads", num_heads),
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-5 if mixtral else 1e-6),
         rope=rope,
         local_rope=local_rope,
         sliding_window=window,
         sliding_layers=sliding_layers,
         attention_scale=query_scalar**-0.5,
-        qk_norm=gemma or architecture == "Qwen3ForCausalLM",
+        qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"),
         qkv_bias=architecture == "Qwen2ForCausalLM" or attention_bias,
         o_bias=architecture != "Qwen2ForCausalLM" and attention_bias,
         activation=_activation(raw, gemma),
@@ -70,6 +72,7 @@ def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
         final_softcap=_number(raw, "final_logit_softcapping", 0.0) if gemma else 0.0,
         eos_token_ids=_eos_token_ids(raw, generation or {}),
         bos_token_id=raw.get("bos_token_id"),
+        **_experts(raw, architecture, num_layers),
     )
 
 
@@ -113,6 +116,12 @@ def _sliding(
         case "MistralForCausalLM":
             window = _optional_window(raw)
             return window, (window is not None,) * num_layers
+        case "MixtralForCausalLM":
+            window = _optional_window(raw, None)
+            return window, (window is not None,) * num_layers
+        case "Qwen3MoeForCausalLM":
+            window = _optional_window(raw) if raw.get("use_sliding_window") else None
+            return window, (window is not None,) * num_layers
         case "Qwen2ForCausalLM" | "Qwen3ForCausalLM":
             window = _optional_window(raw) if raw.get("use_sliding_window") else None
             if window is None:
@@ -126,8 +135,8 @@ def _sliding(
     return window, _layer_types(raw["layer_types"]) if raw.get("layer_types") else default
 
 
-def _optional_window(raw: Mapping[str, Any]) -> int | None:
-    return None if raw.get("sliding_window", 4096) is None else _positive_int(raw, "sliding_window", 4096)
+def _optional_window(raw: Mapping[str, Any], default: int | None = 4096) -> int | None:
+    return None if raw.get("sliding_window", default) is None else _positive_int(raw, "sliding_window", default)
 
 
 def _layer_types(names: Sequence[str]) -> tuple[bool, ...]:
@@ -139,7 +148,9 @@ def _layer_types(names: Sequence[str]) -> tuple[bool, ...]:
     return tuple(name == "sliding_attention" for name in names)
 
 
-def _ropes(raw: Mapping[str, Any], gemma: bool, max_positions: int) -> tuple[RopeConfig, RopeConfig]:
+def _ropes(
+    raw: Mapping[str, Any], gemma: bool, default_theta: float, max_positions: int
+) -> tuple[RopeConfig, RopeConfig]:
     """Return the rotary settings of the full and of the sliding layers.
 
     transformers 5 writes `rope_parameters`, for Gemma 3 one dictionary per layer type; transformers 4 wrote
@@ -147,7 +158,7 @@ def _ropes(raw: Mapping[str, Any], gemma: bool, max_positions: int) -> tuple[Rop
     """
     if raw.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise UnsupportedModelError("config.json: partial_rotary_factor is not supported; it must be 1")
-    theta = _number(raw, "rope_theta", 1_000_000.0 if gemma else 10_000.0)
+    theta = _number(raw, "rope_theta", default_theta)
     local_theta = _number(raw, "rope_local_base_freq", 10_000.0)
     parameters = raw.get("rope_parameters") or {}
     if not gemma:
@@ -182,6 +193,49 @@ def _rope(parameters: Mapping[str, Any], default_theta: float, max_positions: in
                 f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3"
             )
     return RopeConfig(_number(parameters, "rope_theta", default_theta), scaling)
+
+
+class _Experts(TypedDict, total=False):
+    """The fields of a ModelConfig that a dense model leaves out."""
+
+    num_experts: int
+    num_experts_per_token: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    sparse_layers: tuple[bool, ...]
+
+
+def _experts(raw: Mapping[str, Any], architecture: Architecture, num_layers: int) -> _Experts:
+    """Return the experts; transformers 5 writes Qwen3-MoE's `num_experts` as Mixtral's `num_local_experts`."""
+    match architecture:
+        case "MixtralForCausalLM":
+            return {
+                "num_experts": _positive_int(raw, "num_local_experts", 8),
+                "num_experts_per_token": _positive_int(raw, "num_experts_per_tok", 2),
+                "moe_intermediate_size": _positive_int(raw, "intermediate_size"),
+                "norm_topk_prob": True,
+                "sparse_layers": (True,) * num_layers,
+            }
+        case "Qwen3MoeForCausalLM":
+            key = "num_local_experts" if "num_local_experts" in raw else "num_experts"
+            step = _positive_int(raw, "decoder_sparse_step", 1)
+            dense = _layer_indices(raw, "mlp_only_layers")
+            return {
+                "num_experts": _positive_int(raw, key, 128),
+                "num_experts_per_token": _positive_int(raw, "num_experts_per_tok", 8),
+                "moe_intermediate_size": _positive_int(raw, "moe_intermediate_size", 768),
+                "norm_topk_prob": bool(raw.get("norm_topk_prob", False)),
+                "sparse_layers": tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers)),
+            }
+        case _:
+            return {}
+
+
+def _layer_indices(raw: Mapping[str, Any], key: str) -> list[int]:
+    value = raw.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(layer, int) for layer in value):
+        raise UnsupportedModelError(f"config.json: {key} is {value!r}; it must be a list of layer numbers")
+    return value
 
 
 def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -32,6 +32,11 @@ class GgufTensor:
     offset: int
     num_bytes: int
 
+    @property
+    def num_rows(self) -> int:
+        """Rows lie along the last dimension, whatever is stacked before it; each value of a vector is one."""
+        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+
 
 class GgufFile:
     """Metadata and tensors of one GGUF file (versions 2 and 3, little-endian), mapped into memory.
@@ -61,14 +66,13 @@ class GgufFile:
         self._data.close()
 
     def dequantize(self, name: str, first_row: int = 0, num_rows: int | None = None) -> npt.NDArray[np.float32]:
-        """Return rows of a tensor as float32 `[num_rows, *shape[1:]]`, a copy; rows count along the first dimension.
+        """Return rows of a tensor as float32, a copy: `[num_rows, columns]`, and `[num_rows]` of a vector.
 
         Raises UnsupportedModelError for a type that the `gguf` package cannot dequantise.
         """
         tensor = self.tensors[name]
-        rows = tensor.shape[0]
-        num_rows = rows - first_row if num_rows is None else num_rows
-        row_bytes = tensor.num_bytes // rows
+        num_rows = tensor.num_rows - first_row if num_rows is None else num_rows
+        row_bytes = tensor.num_bytes // tensor.num_rows
         # A copy, because for F32 the result is a view of it, and nothing may point into the mapping when it is closed.
         raw = np.frombuffer(self._data, np.uint8, num_rows * row_bytes, tensor.offset + first_row * row_bytes).copy()
         try:
@@ -78,12 +82,12 @@ class GgufFile:
             raise UnsupportedModelError(
                 f"{self._path}: {name} has type {tensor.type.name}, which the gguf package cannot dequantise"
             ) from error
-        return values.reshape(num_rows, *tensor.shape[1:])
+        return values.reshape(num_rows, *tensor.shape[1:][-1:])
 
     def rows_per_step(self, name: str) -> int:
         """Return how many rows to dequantise at a time."""
         tensor = self.tensors[name]
-        return max(1, _STEP_BYTES * tensor.shape[0] // tensor.num_bytes)
+        return max(1, _STEP_BYTES * tensor.num_rows // tensor.num_bytes)
 
     def _read_tensor_table(self, metadata: GgufMetadata) -> dict[str, GgufTensor]:
         _, _, num_tensors, _ = _FIXED_HEADER.unpack_from(self._data)

@@ -1,14 +1,16 @@
 """Weights from a GGUF file, dequantised on the way in."""
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from services.executor.models.config import ModelConfig
 from services.executor.models.layers import WeightSlot
-from services.executor.weights.gguf_file import GgufFile
+from services.executor.weights.gguf_file import GgufFile, GgufTensor
 
 _TOP_LEVEL = {
     "token_embd": "model.embed_tokens",
@@ -28,13 +30,38 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_MIXTRAL_LAYER = _LAYER | {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+_QWEN3_MOE_LAYER = _LAYER | {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
 _GEMMA3_LAYER = _LAYER | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<tensor>\w+)\.(?P<kind>weight|bias)")
+_LAYERS: Mapping[str, Mapping[str, str]] = {
+    "MixtralForCausalLM": _MIXTRAL_LAYER,
+    "Qwen3MoeForCausalLM": _QWEN3_MOE_LAYER,
+    "Gemma3ForCausalLM": _GEMMA3_LAYER,
+}
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<tensor>\w+)(?:\.(?P<expert>\d+))?\.(?P<kind>weight|bias)")
 _ROTATED = re.compile(r"self_attn\.[qk]_proj\.(weight|bias)$")
+
+
+class _Stored(NamedTuple):
+    """A tensor of the model in the file, where the matrices of all experts may lie in one tensor."""
+
+    name: str
+    first_row: int
+    shape: tuple[int, ...]
 
 
 class GgufSource:
@@ -44,8 +71,9 @@ class GgufSource:
         self._file = file
         self._config = config
         self._interleaved = file.metadata["general.architecture"] == "llama"
-        self._native = {self._hugging_face_name(name): name for name in file.tensors}
-        self._shapes = {name: file.tensors[native].shape for name, native in self._native.items()}
+        self._layer_names = _LAYERS.get(config.architecture, _LAYER)
+        self._stored = dict(part for name, tensor in file.tensors.items() for part in self._parts(name, tensor))
+        self._shapes = {name: stored.shape for name, stored in self._stored.items()}
         # One row of each type tells whether it can be read, before anything large is allocated.
         for name in {tensor.type: name for name, tensor in file.tensors.items()}.values():
             file.dequantize(name, 0, 1)
@@ -57,18 +85,18 @@ class GgufSource:
 
     def native_name(self, name: str) -> str:
         """Return GGUF's name for a tensor."""
-        return self._native.get(name, name)
+        return self._stored[name].name if name in self._stored else name
 
     def read(self, slot: WeightSlot, on_bytes: Callable[[int], None]) -> None:
         """Fill a slot, converting to its dtype a few rows at a time."""
-        name = self._native[slot.name]
+        name, first_row, _ = self._stored[slot.name]
         dest = self._stored_order(slot)
         # Rows of the file per index of `dest`, whose first dimension may be heads instead of rows.
         rows = slot.dest.shape[0] // dest.shape[0]
         step = max(1, self._file.rows_per_step(name) // rows)
         for start in range(0, dest.shape[0], step):
             part = dest[start : start + step]
-            values = torch.from_numpy(self._file.dequantize(name, start * rows, part.shape[0] * rows))
+            values = torch.from_numpy(self._file.dequantize(name, first_row + start * rows, len(part) * rows))
             if self._config.is_gemma and slot.name.endswith("norm.weight"):
                 values -= 1.0  # the file has Gemma's norms as 1 + w
             part.copy_(values.reshape(part.shape))
@@ -84,12 +112,18 @@ class GgufSource:
             return slot.dest
         return torch.unflatten(slot.dest, 0, (-1, 2, self._config.head_dim // 2)).transpose(1, 2)
 
-    def _hugging_face_name(self, name: str) -> str:
+    def _parts(self, name: str, tensor: GgufTensor) -> Iterator[tuple[str, _Stored]]:
+        """Yield what a tensor of the file holds, by Hugging Face names: itself, or the matrix of each expert."""
         match = _NAME.fullmatch(name)
-        if match is None:
-            return name
-        layer, tensor, kind = match["layer"], match["tensor"], match["kind"]
-        if layer is None:
-            return f"{_TOP_LEVEL[tensor]}.{kind}" if tensor in _TOP_LEVEL else name
-        table = _GEMMA3_LAYER if self._config.is_gemma else _LAYER
-        return f"model.layers.{int(layer)}.{table[tensor]}.{kind}" if tensor in table else name
+        layer, part, expert = match.group("layer", "tensor", "expert") if match else (None, name, None)
+        names = _TOP_LEVEL if layer is None else self._layer_names
+        known = names.get(part if expert is None else f"{part}_exps")  # older files: a tensor for each expert
+        if match is None or known is None:
+            yield name, _Stored(name, 0, tensor.shape)
+            return
+        prefix = "" if layer is None else f"model.layers.{int(layer)}."
+        stacked = "{}" in known and expert is None
+        shape = tensor.shape[1:] if stacked else tensor.shape
+        for index in range(tensor.shape[0] if stacked else 1):
+            hugging_face_name = f"{prefix}{known.format(index if stacked else expert)}.{match['kind']}"
+            yield hugging_face_name, _Stored(name, index * math.prod(shape[:-1]), shape)

@@ -11,9 +11,11 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from services.executor.models import CausalLM, DecodeRows, ForwardContext, ModelConfig, PrefillRows, allocate_kv_caches
@@ -122,6 +124,17 @@ _FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
         {"head_dim": 8, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
     ),
     "qwen3": (Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 20}),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        {
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
     "gemma3": (
         Gemma3TextConfig,
         {

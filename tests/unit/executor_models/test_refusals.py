@@ -38,7 +38,7 @@ def checkpoint(hf_model: Callable[..., Any], tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "architectures ['MixtralForCausalLM'] is not supported; supported"),
+        ({"architectures": ["FalconForCausalLM"]}, "architectures ['FalconForCausalLM'] is not supported; supported"),
         ({"architectures": None}, "architectures [] is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config (quant_method 'awq')"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; supported"),
@@ -181,8 +181,11 @@ def write_gguf(path: Path, *, arch: str = "llama", drop: str = "", kind: Any = N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "mamba"}, "general.architecture 'mamba' is not supported; supported: llama, qwen2, qwen3, gemma3"),
-        ({"expert_count": 8}, "llama.expert_count is set; mixture-of-experts models are not supported"),
+        (
+            {"arch": "mamba"},
+            "general.architecture 'mamba' is not supported; supported: llama, qwen2, qwen3, qwen3moe, ",
+        ),
+        ({"expert_count": 8}, "llama.expert_used_count is None; it must be a positive integer"),
         ({"drop": "embedding_length"}, "llama.embedding_length is None; it must be a positive integer"),
         ({"attention.head_count": 33}, "llama.attention.key_length is None; it must be a positive integer"),
         ({"block_count": 1 << 30}, "the model says it has 1073741824 layers; at most 1024 are supported"),
