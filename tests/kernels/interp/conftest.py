@@ -12,7 +12,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 
 if INTERPRETED:
-    import interpreter_fixes
+    from bench.gpu import interpreter_fixes
 
     interpreter_fixes.install()
     torch.set_num_threads(1)
