@@ -16,7 +16,7 @@ from kernels.reference.attention import paged_attention_decode, unified_attentio
 from kernels.reference.cache import copy_blocks_, swap_blocks
 from kernels.reference.logits import apply_logits_processors_
 from kernels.reference.lora import lora_expand, lora_shrink
-from kernels.reference.moe import fused_moe, moe_align_block_size, topk_softmax
+from kernels.reference.moe import fused_moe, fused_moe_wna16, moe_align_block_size, topk_softmax
 from kernels.reference.norm import fused_add_rms_norm
 from kernels.reference.quant import fp8_gemm, scaled_fp8_quant
 from kernels.reference.rng import sample_seed
@@ -38,6 +38,7 @@ __all__ = [
     "fp8_gemm",
     "fused_add_rms_norm",
     "fused_moe",
+    "fused_moe_wna16",
     "fused_moe_workspace_size",
     "gelu_tanh_and_mul",
     "gemm_wna16_workspace_size",

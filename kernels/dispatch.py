@@ -33,7 +33,7 @@ from kernels.reference.attention import paged_attention_decode, unified_attentio
 from kernels.reference.cache import copy_blocks_, swap_blocks
 from kernels.reference.logits import apply_logits_processors_
 from kernels.reference.lora import lora_expand, lora_shrink
-from kernels.reference.moe import fused_moe, moe_align_block_size, topk_softmax
+from kernels.reference.moe import fused_moe, fused_moe_wna16, moe_align_block_size, topk_softmax
 from kernels.reference.norm import fused_add_rms_norm
 from kernels.reference.quant import E4M3, fp8_gemm, scaled_fp8_quant
 from kernels.reference.rope import qk_norm_rope_and_cache
@@ -62,6 +62,7 @@ _TRITON: Mapping[str, TritonForm] = MappingProxyType(
         "copy_blocks_": TritonForm("cache"),
         "fused_add_rms_norm": TritonForm("norm"),
         "fused_moe": TritonForm("moe"),
+        "fused_moe_wna16": TritonForm("moe_wna16"),
         "gelu_tanh_and_mul": TritonForm("activation"),
         "lora_expand": TritonForm("lora"),
         "lora_shrink": TritonForm("lora"),
@@ -92,6 +93,7 @@ class Ops:
     fp8_gemm = staticmethod(fp8_gemm)
     fused_add_rms_norm = staticmethod(fused_add_rms_norm)
     fused_moe = staticmethod(fused_moe)
+    fused_moe_wna16 = staticmethod(fused_moe_wna16)
     gelu_tanh_and_mul = staticmethod(gelu_tanh_and_mul)
     lora_expand = staticmethod(lora_expand)
     lora_shrink = staticmethod(lora_shrink)

@@ -63,6 +63,10 @@ _SCHEMAS: Mapping[str, _Schema] = MappingProxyType(
             ("rows_per_expert", "element_size"),
             {"block_m": _Range(16, 128), "block_n": _BLOCK, "block_k": _BLOCK} | _LAUNCH,
         ),
+        "fused_moe_wna16": _Schema(
+            ("rows_per_expert", "bits", "group_size"),
+            {"block_m": _Range(16, 128), "block_n": _BLOCK, "words": _Range(16, 64)} | _LAUNCH,
+        ),
         # Splits come before the call that uses them, so they have a table of their own.
         "num_decode_splits": _Schema((), {"fewest": _Range(1, 64), "most": _Range(1, 64), "programs_per_sm": _COUNT}),
         "paged_attention_decode": _Schema(("element_size", "head_dim"), {"block_n": _BLOCK} | _LAUNCH),

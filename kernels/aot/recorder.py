@@ -31,13 +31,15 @@ NUM_SMS = {80: 108, 90: 132, 100: 148}
 class Case:
     """A call of one op as serving makes it: on `meta` tensors, with `out` and `workspace` given.
 
-    `call` gets the ops chosen for the device compiled for. Cases below `min_sm` are left out.
+    `call` gets the ops chosen for the device compiled for. Cases below `min_sm` are left out. `allocates` says that the
+    op makes tensors of its own in this case, as some do for prompts, which no captured graph has.
     """
 
     name: str
     call: Callable[[Ops], object]
     dtype: torch.dtype = torch.bfloat16
     min_sm: int = 80
+    allocates: bool = False
 
 
 @dataclass(frozen=True, slots=True)

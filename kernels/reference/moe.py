@@ -1,10 +1,13 @@
 """Mixture of experts: routing, the block layout of the grouped product, and the layer itself."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kernels.reference.activation import silu_and_mul
 from kernels.reference.quant import dequantise
+from kernels.reference.w4a16 import check_shapes, dequantise_packed
 
 
 def topk_softmax(
@@ -91,12 +94,92 @@ def fused_moe(
             and none here.
         out: [T, H], receives the result.
     """
+
+    def layer(expert: int) -> tuple[Tensor, Tensor]:
+        up = dequantise(w13[expert], None if w13_scale is None else w13_scale[expert])
+        return up.T, dequantise(w2[expert], None if w2_scale is None else w2_scale[expert]).T
+
+    return _sum_of_experts(x, weights, ids, layer, out)
+
+
+def fused_moe_wna16(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    *,
+    w13_scales: Tensor,
+    w2_scales: Tensor,
+    w13_zeros: Tensor | None = None,
+    w2_zeros: Tensor | None = None,
+    bits: int,
+    group_size: int,
+    workspace: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `fused_moe`, with weights of 4 or 8 bits, those of each expert packed as for `w4a16_gemm` or `w8a16_gemm`.
+
+    Args:
+        x: [T, H] float32, bfloat16 or float16.
+        w13: [E, H / (32 / bits), 2F] i32, the gate columns of each expert first, then its up columns.
+        w2: [E, F / (32 / bits), H] i32.
+        weights: [T, k] f32 router weights, and `ids` [T, k] i32 the experts, as `topk_softmax` returns them.
+        ids: see `weights`.
+        w13_scales: [E, H / group_size, 2F]; `w2_scales` is [E, F / group_size, H].
+        w2_scales: see `w13_scales`.
+        w13_zeros: zero points in the shape of the scales, in units of the packed numbers; None: half their range.
+        w2_zeros: see `w13_zeros`.
+        bits: 4 or 8.
+        group_size: divides H and F.
+        workspace: scratch of a device kernel, i32, of `kernels.fused_moe_workspace_size`; has no effect on the result
+            and none here.
+        out: [T, H], receives the result.
+
+    Raises:
+        ValueError: bits is neither 4 nor 8, or shapes of scales or zeros do not belong to the weights and group_size.
+    """
+    check_packed_experts(w13, w2, w13_scales, w2_scales, w13_zeros, w2_zeros, bits, group_size)
+
+    def layer(expert: int) -> tuple[Tensor, Tensor]:
+        zeros = None if w13_zeros is None else w13_zeros[expert]
+        up = dequantise_packed(w13[expert], w13_scales[expert], zeros, bits, group_size)
+        zeros = None if w2_zeros is None else w2_zeros[expert]
+        return up, dequantise_packed(w2[expert], w2_scales[expert], zeros, bits, group_size)
+
+    return _sum_of_experts(x, weights, ids, layer, out)
+
+
+def check_packed_experts(
+    w13: Tensor,
+    w2: Tensor,
+    w13_scales: Tensor,
+    w2_scales: Tensor,
+    w13_zeros: Tensor | None,
+    w2_zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> None:
+    """Refuse what `fused_moe_wna16` refuses."""
+    if bits not in (4, 8):
+        raise ValueError(f"bits: {bits} is neither 4 nor 8")
+    check_shapes(w13, w13_scales, w13_zeros, bits, group_size, "w13_")
+    check_shapes(w2, w2_scales, w2_zeros, bits, group_size, "w2_")
+
+
+def _sum_of_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    layer: Callable[[int], tuple[Tensor, Tensor]],
+    out: Tensor | None,
+) -> Tensor:
+    """Apply `layer(e)`, the matrices [H, 2F] and [F, H] of an expert in float32, to the tokens of each expert."""
     x32 = x.float()
     total = torch.zeros_like(x32)
     for expert in sorted(set(ids.flatten().tolist())):
         tokens, choice = (ids == expert).nonzero(as_tuple=True)
-        up = dequantise(w13[expert], None if w13_scale is None else w13_scale[expert])
-        down = dequantise(w2[expert], None if w2_scale is None else w2_scale[expert])
-        result = silu_and_mul(x32[tokens] @ up.T) @ down.T
+        up, down = layer(expert)
+        result = silu_and_mul(x32[tokens] @ up) @ down
         total.index_add_(0, tokens, result * weights[tokens, choice].float().unsqueeze(1))
     return total.to(x.dtype) if out is None else out.copy_(total)

@@ -46,26 +46,32 @@ def w8a16_gemm(
     return _gemm(x, qweight, scales, zeros, 8, group_size, out)
 
 
-def check_shapes(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> None:
-    """Refuse scales and zero points that do not belong to the weight.
+def check_shapes(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, prefix: str = ""
+) -> None:
+    """Refuse scales and zero points that do not belong to the weight, [K / PACK, N] or [E, K / PACK, N].
 
     Raises:
-        ValueError: so it is.
+        ValueError: so it is; the message calls them by their names after `prefix`.
     """
-    words, columns = qweight.shape
-    expected = (words * (32 // bits) // group_size, columns)
+    *experts, words, columns = qweight.shape
+    expected = (*experts, words * (32 // bits) // group_size, columns)
     for name, tensor in (("scales", scales), ("zeros", zeros)):
         if tensor is not None and tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, not {expected} for group_size {group_size}")
+            raise ValueError(f"{prefix}{name}: shape {tuple(tensor.shape)}, not {expected} for group_size {group_size}")
+
+
+def dequantise_packed(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """Return the weight [K, N] in float32 of `qweight` [K / PACK, N]."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=qweight.device).view(1, -1, 1)
+    q = ((qweight.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).view(-1, group_size, qweight.shape[1]).float()
+    zero = float(1 << (bits - 1)) if zeros is None else zeros.float().unsqueeze(1)
+    return ((q - zero) * scales.float().unsqueeze(1)).flatten(0, 1)
 
 
 def _gemm(
     x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, out: Tensor | None
 ) -> Tensor:
     check_shapes(qweight, scales, zeros, bits, group_size)
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=qweight.device).view(1, -1, 1)
-    q = ((qweight.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).view(-1, group_size, qweight.shape[1]).float()
-    zero = float(1 << (bits - 1)) if zeros is None else zeros.float().unsqueeze(1)
-    weight = ((q - zero) * scales.float().unsqueeze(1)).flatten(0, 1)
-    result = x.float() @ weight
+    result = x.float() @ dequantise_packed(qweight, scales, zeros, bits, group_size)
     return result.to(x.dtype) if out is None else out.copy_(result)

@@ -18,7 +18,7 @@ from kernels.launch import Launch
 from kernels.reference.w4a16 import check_shapes
 from kernels.workspaces import wna16_shares
 
-_DEQUANTISE_BLOCK_N = 128
+_DEQUANTISE_BLOCK_N = 1024  # a thread moves 128 bits at a time
 
 
 @triton.jit
@@ -32,45 +32,41 @@ def _unpacked(words, i, BITS: tl.constexpr, dtype: tl.constexpr):
         return q.to(dtype)
 
 
-@triton.jit(do_not_specialize=["m"])
-def _gemm_packed(
-    x,
+@triton.jit
+def packed_product(
+    x_rows,
+    live_rows,
     words,
     scales,
     zeros,
-    out,
-    m,
+    columns,
+    start_word,
+    stop_word,
     K: tl.constexpr,
     N: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    X_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    SHARE: tl.constexpr,
-    SHARES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Write a tile of the product, or with SHARES > 1 of one share of it, to `out` [SHARES, m, N]."""
+    """Return rows of x (pointers [BLOCK_M]) times these columns of the weight, over a range of its words."""
     PACK: tl.constexpr = 32 // BITS
+    dtype: tl.constexpr = x_rows.dtype.element_ty
     # Numbers come out of `_unpacked` this much too large.
-    BIASED: tl.constexpr = BITS == 4 and x.dtype.element_ty == tl.bfloat16
+    BIASED: tl.constexpr = BITS == 4 and dtype == tl.bfloat16
     EXCESS: tl.constexpr = 128 if BIASED else 0
     ZERO: tl.constexpr = 1 << (BITS - 1)
     # With one scale for all words of a tile, scale and zero point are applied to the product; else to the weight.
     UNIFORM: tl.constexpr = GROUP % (WORDS * PACK) == 0
-    share = tl.program_id(1)
-    rows, columns = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_rows = rows < m
     live_columns = (columns < N) | (N % BLOCK_N == 0)  # constant where it can be
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(share * SHARE, min((share + 1) * SHARE, K // PACK), WORDS):
+    for start in range(start_word, stop_word, WORDS):
         word = start + tl.arange(0, WORDS)
         live = (word < K // PACK) | (K % (PACK * WORDS) == 0)
         at = words + word[:, None].to(tl.int64) * N + columns[None, :]
         packed = tl.load(at, mask=live[:, None] & live_columns[None, :], other=0)
-        x_at = x + rows[:, None].to(tl.int64) * X_STRIDE + word[None, :] * PACK
+        x_at = x_rows[:, None] + word[None, :] * PACK
         x_live = live_rows[:, None] & live[None, :]
         if UNIFORM:
             group = start * PACK // GROUP
@@ -97,6 +93,54 @@ def _gemm_packed(
                 xi = tl.load(x_at + i, mask=x_live, other=0.0)
                 weight = _unpacked(packed, i, BITS, xi.dtype).to(tl.float32) * scale - shift
                 acc = tl.dot(xi, weight.to(xi.dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["m"])
+def _gemm_packed(
+    x,
+    words,
+    scales,
+    zeros,
+    out,
+    m,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    SHARE: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Write a tile of the product, or with SHARES > 1 of one share of it, to `out` [SHARES, m, N]."""
+    PACK: tl.constexpr = 32 // BITS
+    share = tl.program_id(1)
+    rows, columns = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_rows = rows < m
+    x_rows = x + rows.to(tl.int64) * X_STRIDE
+    stop = min((share + 1) * SHARE, K // PACK)
+    acc = packed_product(
+        x_rows,
+        live_rows,
+        words,
+        scales,
+        zeros,
+        columns,
+        share * SHARE,
+        stop,
+        K,
+        N,
+        GROUP,
+        BITS,
+        BLOCK_M,
+        BLOCK_N,
+        WORDS,
+    )
+    live_columns = (columns < N) | (N % BLOCK_N == 0)
     at = out + (share * m + rows)[:, None].to(tl.int64) * OUT_STRIDE + columns[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=live_rows[:, None] & live_columns[None, :])
 
@@ -135,6 +179,24 @@ def _dequantise(
     for i in tl.static_range(PACK):
         weight = (_unpacked(packed, i, BITS, tl.float32) - zero) * scale
         tl.store(out + (word * PACK + i) * N + columns, weight.to(out.dtype.element_ty), mask=live)
+
+
+def dequantised(
+    launch: Launch,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the weight [K, N], or those of all experts [E, K, N], that `qweight` is packed from."""
+    *experts, words, columns = qweight.shape
+    full = torch.empty((*experts, words * (32 // bits), columns), dtype=dtype, device=qweight.device)
+    rows = qweight.numel() // columns  # no group of one expert reaches into the next
+    shape = {"N": columns, "GROUP": group_size, "BITS": bits, "BLOCK_N": _DEQUANTISE_BLOCK_N}
+    launch(_dequantise, (rows, triton.cdiv(columns, _DEQUANTISE_BLOCK_N)), qweight, scales, zeros, full, **shape)
+    return full
 
 
 def w4a16_gemm(
@@ -183,15 +245,9 @@ def _gemm(
     words, columns = qweight.shape
     if out is None:
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    weight = {"N": columns, "GROUP": group_size, "BITS": bits}
     tile = launch.tile(f"w{bits}a16_gemm", group_size=group_size, columns=columns)
     if rows > tile["max_rows"]:
-        full = torch.empty((inner, columns), dtype=x.dtype, device=x.device)
-        block_n = _DEQUANTISE_BLOCK_N
-        launch(
-            _dequantise, (words, triton.cdiv(columns, block_n)), qweight, scales, zeros, full, **weight, BLOCK_N=block_n
-        )
-        return torch.mm(x, full, out=out)
+        return torch.mm(x, dequantised(launch, qweight, scales, zeros, bits, group_size, x.dtype), out=out)
     shares = wna16_shares(tile, launch.capability, words, columns)
     target = out
     if shares > 1:
@@ -212,7 +268,9 @@ def _gemm(
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
         K=inner,
-        **weight,
+        N=columns,
+        GROUP=group_size,
+        BITS=bits,
         X_STRIDE=x.stride(0),
         OUT_STRIDE=target.stride(0),
         SHARE=share,

@@ -28,7 +28,9 @@ def _gemm(bits: int, rows: int, columns: int, group_size: int, *, zeros: bool = 
             out=_meta(rows, columns),
         )
 
-    return Case(f"w{bits}a16_gemm {rows}x{columns} groups of {group_size}{' zeros' if zeros else ''}", call)
+    return Case(
+        f"w{bits}a16_gemm {rows}x{columns} groups of {group_size}{' zeros' if zeros else ''}", call, allocates=rows > 64
+    )
 
 
 CASES = (
@@ -37,4 +39,5 @@ CASES = (
     *(_gemm(4, rows, 6144, 32, zeros=True) for rows in (1, 64)),
     *(_gemm(8, rows, 6144, 128) for rows in (1, 64)),
     *(_gemm(8, rows, 6144, 32) for rows in (1, 64)),
+    *(_gemm(bits, 1024, 6144, 128, zeros=zeros) for bits in (4, 8) for zeros in (False, True)),
 )

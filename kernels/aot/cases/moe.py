@@ -21,6 +21,11 @@ def _float(*shape: int) -> Tensor:
     return _meta(*shape, dtype=torch.float32)
 
 
+def _grouped_by_torch(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether a case is of torch's grouped product."""
+    return tokens > 512 and dtype == _BF16
+
+
 def _moe(
     name: str,
     tokens: int,
@@ -55,7 +60,44 @@ def _moe(
             out=_meta(tokens, hidden, dtype=activations),
         )
 
-    return Case(f"fused_moe {name}", call, min_sm=89 if dtype == _E4M3 else 80)
+    return Case(
+        f"fused_moe {name}", call, min_sm=89 if dtype == _E4M3 else 80, allocates=_grouped_by_torch(tokens, dtype)
+    )
+
+
+def _packed(
+    name: str,
+    tokens: int,
+    experts: int,
+    k: int,
+    hidden: int,
+    inner: int,
+    *,
+    bits: int,
+    group: int = 128,
+    zeros: bool = False,
+    dtype: torch.dtype = _BF16,
+) -> Case:
+    def call(ops: Ops) -> None:
+        up = _meta(experts, hidden // group, 2 * inner, dtype=dtype)
+        down = _meta(experts, inner // group, hidden, dtype=dtype)
+        ops.fused_moe_wna16(
+            _meta(tokens, hidden, dtype=dtype),
+            _int(experts, hidden * bits // 32, 2 * inner),
+            _int(experts, inner * bits // 32, hidden),
+            _float(tokens, k),
+            _int(tokens, k),
+            w13_scales=up,
+            w2_scales=down,
+            w13_zeros=up if zeros else None,
+            w2_zeros=down if zeros else None,
+            bits=bits,
+            group_size=group,
+            workspace=_int(1 << 28),
+            out=_meta(tokens, hidden, dtype=dtype),
+        )
+
+    return Case(f"fused_moe_wna16 {name}", call, allocates=_grouped_by_torch(tokens, dtype))
 
 
 def _routing(name: str, experts: int, k: int) -> Case:
@@ -73,11 +115,21 @@ def _align(ops: Ops) -> None:
 
 CASES = (
     _moe("Mixtral", 64, 8, 2, 4096, 14336),
+    _moe("Mixtral prefill", 1024, 8, 2, 4096, 14336),
     _moe("Mixtral e4m3", 64, 8, 2, 4096, 14336, dtype=_E4M3),
     _moe("Mixtral e4m3 prefill", 1024, 8, 2, 4096, 14336, dtype=_E4M3),
     _moe("Mixtral float16 prefill", 1024, 8, 2, 4096, 14336, dtype=torch.float16),
     _moe("Qwen3", 64, 128, 8, 2048, 768),
     _moe("Qwen3 e4m3 blocks", 64, 128, 8, 2048, 768, dtype=_E4M3, block=128),
+    _packed("Mixtral int4", 64, 8, 2, 4096, 14336, bits=4, zeros=True),
+    _packed("Mixtral int8", 64, 8, 2, 4096, 14336, bits=8),
+    _packed("Mixtral int4 groups of 32", 64, 8, 2, 4096, 14336, bits=4, group=32),
+    _packed("Mixtral int4 prefill", 1024, 8, 2, 4096, 14336, bits=4, zeros=True),
+    _packed("Mixtral int4 float16 prefill", 1024, 8, 2, 4096, 14336, bits=4, dtype=torch.float16),
+    _packed(
+        "Mixtral int4 float16 prefill groups of 32", 1024, 8, 2, 4096, 14336, bits=4, group=32, dtype=torch.float16
+    ),
+    _packed("Qwen3 int4", 64, 128, 8, 2048, 768, bits=4),
     _routing("Mixtral", 8, 2),
     _routing("Qwen3", 128, 8),
     Case("moe_align_block_size", _align),

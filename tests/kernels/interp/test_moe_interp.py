@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kernels import fused_moe, fused_moe_workspace_size, moe_align_block_size, topk_softmax, workspaces
-from kernels.triton import moe
+from kernels import fused_moe, fused_moe_wna16, fused_moe_workspace_size, moe_align_block_size, topk_softmax, workspaces
+from kernels.triton import moe, moe_wna16
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -117,6 +117,97 @@ def test_blocks_of_many_rows(ops, launch):
     assert_close(ops.fused_moe(x, w13, w2, weights, ids), exact(x, w13, w2, weights, ids))
 
 
+def packed_experts(experts, inner, columns, bits, group_size, dtype, with_zeros, seed):
+    """Return packed weights, scales and zero points of all experts, and the weights in float64, [E, N, K]."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 1 << bits, (experts, inner, columns), generator=g)
+    words = (q.view(experts, -1, 32 // bits, columns) << torch.arange(0, 32, bits).view(1, 1, -1, 1)).sum(2)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    scales = ((torch.rand(experts, inner // group_size, columns, generator=g) + 0.5) / (4 << bits)).to(dtype)
+    zeros = (torch.rand(scales.shape, generator=g) * (1 << bits)).to(dtype) if with_zeros else None
+    zero = torch.full(scales.shape, float(1 << (bits - 1))) if zeros is None else zeros
+    full = (q - zero.double().repeat_interleave(group_size, 1)) * scales.double().repeat_interleave(group_size, 1)
+    return words, scales, zeros, full.transpose(1, 2)
+
+
+def packed_layer(bits, group_size, dtype, with_zeros, tokens, experts=3, k=2, hidden=64, inner=96):
+    """Return arguments of the op, and what comes out of them in float64."""
+    w13, s13, z13, full13 = packed_experts(experts, hidden, 2 * inner, bits, group_size, dtype, with_zeros, 1)
+    w2, s2, z2, full2 = packed_experts(experts, inner, hidden, bits, group_size, dtype, with_zeros, 2)
+    x = randn(tokens, hidden).to(dtype)
+    weights, ids = routed(tokens, experts, k)
+    ids[ids == 1] = 0  # an expert without tokens
+    options = {"w13_scales": s13, "w2_scales": s2, "w13_zeros": z13, "w2_zeros": z2}
+    options |= {"bits": bits, "group_size": group_size}
+    return (x, w13, w2, weights, ids), options, exact(x, full13, full2, weights, ids)
+
+
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "dtype"),
+    [
+        (4, 32, torch.bfloat16),
+        (8, 32, torch.bfloat16),
+        (4, 16, torch.float16),
+        (8, 32, torch.float32),
+    ],
+)
+def test_packed_expert_layer(ops, bits, group_size, dtype, with_zeros):
+    args, options, expected = packed_layer(bits, group_size, dtype, with_zeros, tokens=4)
+    wide = torch.full((4, 70), torch.nan, dtype=dtype)
+    workspace = torch.full((fused_moe_workspace_size(4, 2, 3, 192, 64),), -1).int()
+    out = wide[:, :64]
+    assert ops.fused_moe_wna16(*args, **options, workspace=workspace, out=out) is out
+    assert_close(out, expected)
+    assert wide[:, 64:].isnan().all()
+    assert_close(fused_moe_wna16(*args, **options), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_experts_with_a_scale_for_a_tile_and_columns_left_over(ops, bits):
+    sizes = {"tokens": 2, "experts": 2, "hidden": 128, "inner": 384}
+    args, options, expected = packed_layer(bits, 128, torch.bfloat16, True, **sizes)
+    assert_close(ops.fused_moe_wna16(*args, **options), expected)
+    args, options, expected = packed_layer(bits, 40, torch.bfloat16, False, tokens=2, hidden=40, inner=80)
+    assert_close(ops.fused_moe_wna16(*args, **options), expected)
+
+
+@pytest.mark.parametrize("with_zeros", [False, True])
+def test_many_tokens_unpack_the_experts(ops, monkeypatch, with_zeros):
+    monkeypatch.setattr(moe_wna16, "MANY_ROWS", 8)
+    args, options, expected = packed_layer(4, 32, torch.bfloat16, with_zeros, tokens=20)
+    assert_close(ops.fused_moe_wna16(*args, **options), expected)
+
+
+def test_packed_blocks_of_many_rows(ops):
+    args, options, expected = packed_layer(4, 32, torch.float16, True, tokens=100)
+    assert_close(ops.fused_moe_wna16(*args, **options), expected)
+
+
+def test_packed_experts_of_more_than_2_31_elements(launch):
+    experts = 9_000_000  # only the last has memory
+    last, scale, _, full = packed_experts(1, 32, 64, 4, 32, torch.bfloat16, False, 3)
+    words, scales = torch.empty(experts, 4, 64, dtype=torch.int32), torch.empty(experts, 1, 64, dtype=torch.bfloat16)
+    assert words.numel() > 2**31
+    words[-1], scales[-1] = last[0], scale[0]
+    x, out = randn(1, 32, seed=1).bfloat16(), torch.empty(1, 64, dtype=torch.bfloat16)
+    layout = torch.tensor([0] + [1] * 15).int(), torch.tensor([experts - 1]).int(), torch.tensor([16]).int()
+    tile = launch.tile("fused_moe_wna16", rows_per_expert=0, bits=4, group_size=32)
+    moe_wna16._grouped(launch, x, (words, scales, None), layout, out, tile, 4, 32)
+    assert_close(out, x.double() @ full[0].T)
+
+
+def test_packed_operands_that_do_not_belong_together_are_refused(ops):
+    args, options, _ = packed_layer(4, 32, torch.bfloat16, True, tokens=2)
+    for op in (ops.fused_moe_wna16, fused_moe_wna16):
+        with pytest.raises(ValueError, match="bits: 3 is neither 4 nor 8"):
+            op(*args, **options | {"bits": 3})
+        with pytest.raises(ValueError, match=r"w2_zeros: shape \(3, 3, 63\), not \(3, 3, 64\) for group_size 32"):
+            op(*args, **options | {"w2_zeros": options["w2_zeros"][..., 1:]})
+        with pytest.raises(ValueError, match="w13_scales: shape"):
+            op(*args, **options | {"group_size": 16})
+
+
 def test_a_token_does_not_depend_on_the_others(ops):
     x = randn(6, 64).bfloat16()
     w13, w2 = randn(4, 96, 64, seed=1).bfloat16(), randn(4, 64, 48, seed=2).bfloat16()
@@ -139,4 +230,6 @@ def test_weights_of_more_than_2_31_elements(launch):
 def test_an_empty_batch(ops):
     weights, ids = torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int32)
     assert ops.fused_moe(torch.zeros(0, 8), randn(3, 12, 8), randn(3, 8, 6), weights, ids).shape == (0, 8)
+    args, options, _ = packed_layer(4, 32, torch.bfloat16, True, tokens=0)
+    assert ops.fused_moe_wna16(*args, **options).shape == (0, 64)
     assert fused_moe(torch.zeros(0, 8), randn(3, 12, 8), randn(3, 8, 6), weights, ids).shape == (0, 8)

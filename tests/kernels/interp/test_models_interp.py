@@ -1,0 +1,84 @@
+"""Whole models computed through Triton forms give the logits that they give through plain torch."""
+
+import pytest
+import torch
+
+from kernels import Ops, select_ops
+from services.executor.models import (
+    CausalLM,
+    DecodeRows,
+    ForwardContext,
+    ModelRuntime,
+    PrefillRows,
+    allocate_kv_caches,
+)
+from services.executor.models.hf_config import config_from_hf
+
+CPU = torch.device("cpu")
+PAGE_SIZE = 16
+LAYERS = ("embed_tokens", "lm_head", "layers")
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 64,
+}
+MODELS = {
+    "LlamaForCausalLM": {},
+    "Qwen3ForCausalLM": {"tie_word_embeddings": True},
+    "Gemma3ForCausalLM": {"sliding_window": 8, "sliding_window_pattern": 2, "final_logit_softcapping": 30.0},
+    "MixtralForCausalLM": {"num_local_experts": 4},
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "mlp_only_layers": [0],
+    },
+}
+
+
+def logits_of_two_steps(config, runtime):
+    """Prefill 17 and 3 tokens, then continue the first by one token, across a page, and the second by four."""
+    model = CausalLM(config, runtime)
+    generator = torch.Generator().manual_seed(0)
+    for slot in model.weight_slots():
+        around = 1.0 if slot.name.endswith("norm.weight") and not config.is_gemma else 0.0
+        slot.dest.copy_(around + 0.15 * torch.randn(slot.dest.shape, generator=generator))
+    caches = allocate_kv_caches(config, 8, PAGE_SIZE, dtype=runtime.dtype, device=CPU)
+    for cache in caches:  # whatever is read without having been written shows
+        cache.k.fill_(torch.nan)
+        cache.v.fill_(torch.nan)
+    table = torch.tensor([[6, 1], [3, 0]], dtype=torch.int32)
+    tokens = torch.randint(config.vocab_size, (25,), generator=generator)
+
+    def forward(tokens, rows, positions, decode, prefill):
+        blocks = table[torch.tensor(rows), torch.tensor(positions) // PAGE_SIZE].long()
+        positions = torch.tensor(positions)
+        context = ForwardContext(positions, blocks * PAGE_SIZE + positions % PAGE_SIZE, decode, prefill)
+        return model.compute_logits(model.forward(tokens, context, caches))
+
+    lens = torch.tensor([17, 3, 18, 7], dtype=torch.int32)
+    chunks = PrefillRows(torch.tensor([0, 17, 20], dtype=torch.int32), lens[:2], table, 17)
+    first = forward(tokens[:20], [0] * 17 + [1] * 3, [*range(17), *range(3)], None, chunks)
+    decode = DecodeRows(lens[2:3], table[:1], num_splits=2)
+    chunks = PrefillRows(torch.tensor([0, 4], dtype=torch.int32), lens[3:], table[1:], 4)
+    return torch.cat([first, forward(tokens[20:], [0] + [1] * 4, [17, *range(3, 7)], decode, chunks)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_logits(architecture, dtype, launch):
+    config = config_from_hf({"architectures": [architecture], **SMALL, **MODELS[architecture]})
+    ops = select_ops(launch.capability, dtype=dtype, launch=launch)
+    assert ops.backends["unified_attention"] == ops.backends["fused_moe"] == "triton"
+    with torch.inference_mode():
+        got = logits_of_two_steps(config, ModelRuntime(ops, dtype, CPU))
+        expected = logits_of_two_steps(config, ModelRuntime(Ops(), dtype, CPU))
+    assert expected.abs().max() > 0.5
+    error = (got - expected).norm() / expected.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 3e-2), float(error)
+    print(architecture, dtype, float(error))
