@@ -1,10 +1,11 @@
 """A simulated clock, and a runner whose tokens depend on every cell of the paged cache it is told to read."""
 
-from collections import defaultdict
+import enum
+from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from services.executor.engine import (
-    CompletedStep,
     Engine,
     EngineConfig,
     EngineRequest,
@@ -14,6 +15,7 @@ from services.executor.engine import (
     SampleFinish,
     SamplingParams,
     ScheduledBatch,
+    ScheduledSequence,
     StepResult,
 )
 
@@ -67,60 +69,157 @@ def undisturbed(request: EngineRequest, index: int, max_model_len: int) -> tuple
             return output, "length"
 
 
+class Overlap(enum.Enum):
+    """When a runner does what it was told to: at once, or, overlapping, as late as the host notices or a step late."""
+
+    NONE = "none"
+    AT_WAIT = "at_wait"
+    AT_NEXT_LAUNCH = "at_next_launch"
+
+
+@dataclass
+class Row:
+    """What a launch told the device about one sequence; the device looks at nothing else. A None token is pending."""
+
+    row: int
+    start: int
+    tokens: list[int | None]
+    table: list[int]
+    scored: list[tuple[int, int]]
+    samples: bool
+    banned: frozenset[int]
+    seed: int
+    index: int
+    logprobs: int | None
+
+
+class FakeStep:
+    """A launched step of FakePagedRunner."""
+
+    def __init__(self, runner: "FakePagedRunner") -> None:
+        self.runner = runner
+        self.sampled: SampledBatch | None = None
+
+    def wait(self) -> SampledBatch:
+        assert self.runner.unwaited.pop(0) is self
+        while self.sampled is None:
+            self.runner.run_one()
+        return self.sampled
+
+
 class FakePagedRunner:
     """Writes one cell per token into a paged cache and reads every context through its own copy of the block tables,
     which it updates from `first_new_block` alone: a wrong table, copy, slot or hit changes the tokens.
+
+    Work is queued, in order, as on a stream. on_launch hears of a batch when it is launched, on_execute when it runs.
     """
 
-    def __init__(self, config: EngineConfig, on_execute: Callable[[ScheduledBatch], None] = lambda batch: None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        overlap: Overlap = Overlap.NONE,
+        *,
+        on_launch: Callable[[ScheduledBatch], None] = lambda batch: None,
+        on_execute: Callable[[ScheduledBatch], None] = lambda batch: None,
+    ) -> None:
         self._size = config.block_size
         self._cache = [-1] * (config.num_blocks * config.block_size)
         self._tables: dict[int, list[int]] = {}
+        self._sampled: dict[int, int] = {}
+        self._stream: deque[Callable[[], None]] = deque()
         self._config = config
+        self._overlap = overlap
+        self._on_launch = on_launch
         self._on_execute = on_execute
+        self.unwaited: list[FakeStep] = []
         self.batches: list[tuple[int, int]] = []
         self.table_writes = 0
+
+    @property
+    def overlaps(self) -> bool:
+        return self._overlap is not Overlap.NONE
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         assert not {source for source, _ in pairs} & {target for _, target in pairs}
         assert len({target for _, target in pairs}) == len(pairs)
-        for source, target in pairs:
-            content = self._cache[source * self._size : (source + 1) * self._size]
-            self._cache[target * self._size : (target + 1) * self._size] = content
+        self._stream.append(lambda: self._copy(pairs))
 
-    def launch(self, batch: ScheduledBatch) -> CompletedStep:
+    def launch(self, batch: ScheduledBatch) -> FakeStep:
         config = self._config
         assert 0 < batch.num_tokens <= config.max_num_batched_tokens
         assert len(batch.sequences) <= config.max_num_seqs
         assert batch.num_tokens == sum(s.num_tokens for s in batch.sequences)
         assert all(s.num_tokens == 1 and s.samples for s in batch.sequences[: batch.num_decodes])
         assert len({s.seq.row for s in batch.sequences}) == len(batch.sequences)
+        assert len(self.unwaited) <= self.overlaps
+        if self._overlap is Overlap.AT_NEXT_LAUNCH:
+            while self._stream:
+                self.run_one()
         self.batches.append((batch.num_decodes, batch.num_prefill_tokens))
+        self._on_launch(batch)
+        step = FakeStep(self)
+        self.unwaited.append(step)
+        rows = [self._read(scheduled) for scheduled in batch.sequences]
+        self._stream.append(lambda: self._execute(batch, rows, step))
+        return step
+
+    def run_one(self) -> None:
+        """Do what was queued first."""
+        self._stream.popleft()()
+
+    def _read(self, scheduled: ScheduledSequence) -> Row:
+        seq, start = scheduled.seq, scheduled.start
+        group, params = seq.group, seq.group.request.sampling
+        new = seq.block_table[scheduled.first_new_block :]
+        self.table_writes += len(new)
+        table = self._tables.get(seq.row, []) if scheduled.first_new_block else []
+        self._tables[seq.row] = table = [*table[: scheduled.first_new_block], *new]
+        tokens: list[int | None] = list(seq.token_ids[start : scheduled.position])
+        if scheduled.token_pending:
+            assert self.overlaps
+            assert not tokens, "nobody knows a pending token"
+            assert (scheduled.num_tokens, scheduled.samples) == (1, True)
+            tokens = [None]
+        assert len(tokens) == scheduled.num_tokens
+        assert not (scheduled.token_pending and params.has_penalties)
+        return Row(
+            seq.row,
+            start,
+            tokens,
+            table,
+            [(p, seq.token_ids[p + 1]) for p in scheduled.prompt_logprobs],
+            scheduled.samples,
+            group.stop_ids if scheduled.num_output_tokens < params.min_tokens else frozenset(),
+            group.seed,
+            seq.index,
+            params.logprobs,
+        )
+
+    def _execute(self, batch: ScheduledBatch, rows: list[Row], step: FakeStep) -> None:
         self._on_execute(batch)
         sampled = SampledBatch([])
-        for place, scheduled in enumerate(batch.sequences):
-            seq = scheduled.seq
-            new = seq.block_table[scheduled.first_new_block :]
-            self.table_writes += len(new)
-            table = self._tables.get(seq.row, []) if scheduled.first_new_block else []
-            self._tables[seq.row] = table = [*table[: scheduled.first_new_block], *new]
-            end = scheduled.start + scheduled.num_tokens
-            for position in range(scheduled.start, end):
-                before = self._cache[self._slot(table, position - 1)] if position else 0
-                self._cache[self._slot(table, position)] = digest(before, seq.token_ids[position])
-            context = [self._cache[self._slot(table, position)] for position in range(end)]
-            params = seq.group.request.sampling
-            if scheduled.prompt_logprobs:
+        for place, row in enumerate(rows):
+            for position, known in enumerate(row.tokens, start=row.start):
+                token = self._sampled[row.row] if known is None else known
+                before = self._cache[self._slot(row.table, position - 1)] if position else 0
+                self._cache[self._slot(row.table, position)] = digest(before, token)
+            end = row.start + len(row.tokens)
+            context = [self._cache[self._slot(row.table, position)] for position in range(end)]
+            if row.scored:
                 sampled.prompt_logprobs[place] = [
-                    Logprobs(score(context[: p + 1], seq.token_ids[p + 1]), []) for p in scheduled.prompt_logprobs
+                    Logprobs(score(context[: p + 1], token), []) for p, token in row.scored
                 ]
-            if scheduled.samples:
-                banned = seq.group.stop_ids if seq.num_output_tokens < params.min_tokens else frozenset()
-                token = choose(context, end, seq.group.seed, seq.index, banned)
-                if params.logprobs is not None:
+            if row.samples:
+                token = self._sampled[row.row] = choose(context, end, row.seed, row.index, row.banned)
+                if row.logprobs is not None:
                     sampled.logprobs[len(sampled.token_ids)] = Logprobs(score(context, token), [])
                 sampled.token_ids.append(token)
-        return CompletedStep(sampled)
+        step.sampled = sampled
+
+    def _copy(self, pairs: list[tuple[int, int]]) -> None:
+        for source, target in pairs:
+            content = self._cache[source * self._size : (source + 1) * self._size]
+            self._cache[target * self._size : (target + 1) * self._size] = content
 
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self._size] * self._size + position % self._size

@@ -7,6 +7,7 @@ from services.executor.engine.batch import (
     PendingStep,
     SampledBatch,
     ScheduledBatch,
+    ScheduledSequence,
 )
 from services.executor.engine.config import CapacityPolicy, EngineConfig, EngineConfigError
 from services.executor.engine.engine import Engine
@@ -58,6 +59,7 @@ __all__ = [
     "SampledBatch",
     "SamplingParams",
     "ScheduledBatch",
+    "ScheduledSequence",
     "StepResult",
     "StepTimeModel",
     "Timings",

@@ -13,6 +13,8 @@ class ScheduledSequence:
 
     samples: the chunk reaches the sequence's end, so its last logits give the next token.
     first_new_block: block-table entries from here on are new to the runner; 0 says that the row is new as a whole.
+    token_pending: the one input token is what the step before this one samples in the same row, and only the device
+    knows it: `seq.token_ids` ends before `start`.
     prompt_logprobs: positions `[first, last)` of the chunk whose logits score the prompt token that follows.
     """
 
@@ -21,7 +23,18 @@ class ScheduledSequence:
     num_tokens: int
     samples: bool
     first_new_block: int
+    token_pending: bool = False
     prompt_logprobs: range = range(0)
+
+    @property
+    def position(self) -> int:
+        """Position of the token to be sampled: how many tokens precede it, known or not."""
+        return self.start + self.num_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens that precede the one to be sampled."""
+        return self.position - self.seq.group.num_prompt_tokens
 
 
 @dataclass(slots=True)
@@ -72,7 +85,10 @@ class PendingStep(Protocol):
     """A step that was launched, perhaps still running."""
 
     def wait(self) -> SampledBatch:
-        """Return what the step produced, once it has; called once. It may raise, as launching may."""
+        """Return what the step produced, once it has; called once, in the order of launches. It may raise.
+
+        Sequences have moved on since the launch: nothing of theirs may be read here.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +103,16 @@ class CompletedStep:
 
 
 class ModelRunnerProtocol(Protocol):
-    """Runs steps. It may raise: the engine then fails the sequences of that step and goes on."""
+    """Runs steps, one after the other in the order of the calls. It may raise: the engine then fails the sequences of
+    that step, and of the one launched on top of it, and goes on.
+    """
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether `launch` returns before the step is done, so that it pays to launch the next one meanwhile."""
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole cache blocks, (source, target), in every layer; no target is also a source."""
 
     def launch(self, batch: ScheduledBatch) -> PendingStep:
-        """Start a step, the model over the batch and sampling; steps run in the order in which they are launched."""
+        """Start a step: the model over the batch, and sampling. Sequences are read here and not later."""

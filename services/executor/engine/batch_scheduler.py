@@ -16,6 +16,10 @@ class BatchScheduler:
     newcomers, by priority and arrival. A sequence gets the blocks of all its known tokens when it is admitted, so
     only new tokens can run out of blocks; then the last sequence in running order is preempted.
 
+    What is scheduled counts as computed, so that the next step can be scheduled while this one runs: a sequence then
+    goes on from its pending token. Only an end by length is foreseen; a stop is seen a step late, and that step's
+    token is dropped.
+
     A sequence is in exactly one place: waiting, running, or pending behind the leader of its group.
     """
 
@@ -32,6 +36,7 @@ class BatchScheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._num_reserved_rows = 0
         self._step = 0
+        self._is_short = False
         self.num_preemptions = 0
         self.waiting_tokens = 0
         """Tokens to compute for all waiting sequences, cache hits not considered."""
@@ -71,21 +76,21 @@ class BatchScheduler:
         self._promote(group)
 
     def schedule(self, now: float) -> ScheduledBatch:
-        """Choose the next step's work. An empty batch means that nothing is left to run."""
+        """Choose the next step's work. An empty batch means that nothing can run before the step in flight is done."""
         self._step += 1
+        self._is_short = False
         batch = ScheduledBatch(self._step)
-        preemptions = self.num_preemptions
         prefills = []
         for seq in list(self._running):
             if seq.status is not SequenceStatus.RUNNING:
                 continue  # preempted for one before it
-            if len(seq.token_ids) - seq.num_computed_tokens > 1:
+            if seq.num_tokens - seq.num_computed_tokens > 1:
                 prefills.append(seq)
-            elif self._make_room(seq, now):
+            elif not seq.awaits_last_token and self._make_room(seq, now):
                 self._schedule(batch, seq, 1)
         batch.num_decodes = batch.num_tokens
         limit = self._prefill_budget.limit(batch.num_decodes, self._max_num_batched_tokens - batch.num_decodes)
-        self._schedule_prefills(batch, prefills, limit, now, may_admit=self.num_preemptions == preemptions)
+        self._schedule_prefills(batch, prefills, limit, now)
         batch.block_copies = self._blocks.take_copies()
         return batch
 
@@ -101,13 +106,12 @@ class BatchScheduler:
         self._num_reserved_rows -= len(group.pending)
         group.pending = []
 
-    def _schedule_prefills(
-        self, batch: ScheduledBatch, prefills: list[Sequence], budget: int, now: float, *, may_admit: bool
-    ) -> None:
+    def _schedule_prefills(self, batch: ScheduledBatch, prefills: list[Sequence], budget: int, now: float) -> None:
         running = iter(prefills)
         runner = next(running, None)
+        may_admit = True
         while budget > 0:
-            newcomer = self._waiting.first() if may_admit else None
+            newcomer = self._waiting.first() if may_admit and not self._is_short else None
             if newcomer is not None and (runner is None or newcomer.sort_key < runner.sort_key):
                 if not self._admit(batch, newcomer, now):
                     may_admit = False  # those behind it wait their turn: nothing overtakes, nothing starves
@@ -119,7 +123,7 @@ class BatchScheduler:
                     continue
             else:
                 return
-            chunk = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
+            chunk = min(seq.num_tokens - seq.num_computed_tokens, budget)
             self._schedule(batch, seq, chunk)
             budget -= chunk
 
@@ -127,12 +131,21 @@ class BatchScheduler:
         start = seq.num_computed_tokens
         end = start + num_tokens
         group = seq.group
-        scheduled = ScheduledSequence(seq, start, num_tokens, end == len(seq.token_ids), seq.num_sent_blocks)
+        scheduled = ScheduledSequence(
+            seq,
+            start,
+            num_tokens,
+            samples=end == seq.num_tokens,
+            first_new_block=seq.num_sent_blocks,
+            token_pending=end > len(seq.token_ids),
+        )
         if group.wants_prompt_logprobs:
             # The logits of position p score token p + 1.
             scheduled.prompt_logprobs = range(
                 max(start, group.next_prompt_logprob - 1), min(end, group.num_prompt_tokens - 1)
             )
+        seq.num_computed_tokens = end
+        seq.num_pending_tokens += scheduled.samples
         seq.num_sent_blocks = len(seq.block_table)
         seq.last_scheduled_step = self._step
         batch.sequences.append(scheduled)
@@ -158,8 +171,11 @@ class BatchScheduler:
         return True
 
     def _make_room(self, seq: Sequence, now: float) -> bool:
-        """Get the blocks for a running sequence's tokens, preempting from the end; False if it had to give way."""
+        """Get the blocks for a running sequence's tokens, preempting from the end; False if it cannot run now."""
         while not self._blocks.extend(seq):
+            self._is_short = True
+            if any(other.awaits_last_token and other.last_scheduled_step != self._step for other in self._running):
+                return False  # blocks come back as soon as the step in flight is processed: nobody need lose any
             victim = next(other for other in reversed(self._running) if other.last_scheduled_step != self._step)
             self._preempt(victim, now)
             if victim is seq:
@@ -169,6 +185,9 @@ class BatchScheduler:
     def _preempt(self, seq: Sequence, now: float) -> None:
         self._leave_running(seq)
         self.num_preemptions += 1
+        # The pending token is drawn again, and again the same: draws depend on the seed and the position alone. What
+        # the step in flight brings is dropped before the sequence runs again: a schedule that is short admits nobody.
+        seq.num_pending_tokens = 0
         seq.is_preempted = True
         seq.group.mark_preempted(now)
         self._enter_waiting(seq)

@@ -52,7 +52,7 @@ class BlockManager:
         At most `max_cached_tokens` are taken from the cache (in full blocks); they count as computed.
         """
         cached = self._find_prefix(seq, max_cached_tokens)
-        needed = self.blocks_for(len(seq.token_ids)) - len(cached)
+        needed = self.blocks_for(seq.num_tokens) - len(cached)
         revived = sum(self._pool.ref_counts[block] == 0 for block in cached)
         if needed + revived + spare > self._pool.num_free:
             return False
@@ -68,7 +68,7 @@ class BlockManager:
         """Make every token of a running sequence that is not computed yet writable; False when blocks are short."""
         table = seq.block_table
         first = seq.num_computed_tokens // self.block_size
-        needed = self.blocks_for(len(seq.token_ids)) - len(table)
+        needed = self.blocks_for(seq.num_tokens) - len(table)
         # Sharing ends with the block that holds the fork's last common token, so only the first can be shared.
         copy = first < len(table) and self._is_shared(table[first])
         if needed + copy > self._pool.num_free:
@@ -99,9 +99,13 @@ class BlockManager:
         child.num_published_blocks = min(parent.num_published_blocks, full)
         child.num_computed_tokens = num_tokens
 
-    def publish(self, seq: Sequence) -> None:
-        """Offer the full blocks computed since the last call to the prefix cache; O(new blocks)."""
-        full = seq.num_computed_tokens // self.block_size
+    def publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Offer the full blocks of the first `num_tokens` tokens to the prefix cache; O(new blocks).
+
+        Their steps have been processed. Those in flight must wait, although whoever finds their blocks would read them
+        later on the device: their last token is not known, and they may turn out to have failed.
+        """
+        full = num_tokens // self.block_size
         if full <= seq.num_published_blocks or not self._enable_prefix_cache:
             return
         self._cache.extend_hashes(seq.block_hashes, seq.token_ids, seq.group.request.cache_salt, full)
@@ -114,6 +118,7 @@ class BlockManager:
         # The end of a prefix goes first in eviction order: its beginning serves more requests.
         for block in reversed(seq.block_table):
             self._release(block)
+        # A step in flight may still write to the blocks; whatever uses them next is launched, and so runs, after it.
         seq.block_table = []
         seq.num_computed_tokens = seq.num_published_blocks = seq.num_sent_blocks = 0
 

@@ -11,6 +11,7 @@ from services.executor.engine.block_manager import BlockManager
 from services.executor.engine.capacity import make_capacity
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.ledger import EngineLoad, EngineStats, Ledger, LinkCredits
+from services.executor.engine.pipeline import Pipeline
 from services.executor.engine.prefill_budget import PrefillBudget
 from services.executor.engine.request import (
     AbortReason,
@@ -37,16 +38,17 @@ _ABORTS = {
 class Engine:
     """Continuous batching over one model runner.
 
-    A step has three parts that share nothing but the batch: schedule, run, process. Whatever add() and abort() decide
-    between steps is reported by the next step(). An exception in the runner ends the requests of that step with
-    INTERNAL (their cache content is unknown); all others go on.
+    A step has three parts that share nothing but the batch: schedule, run, process. With a runner that overlaps, the
+    next step is scheduled and launched before the last one is processed, so step() reports what the call before it
+    launched. Whatever add() and abort() decide between steps is reported by the next step(). An exception in the
+    runner ends the requests of that step, and of the one launched on top of it, with INTERNAL (their cache content is
+    unknown); all others go on.
     """
 
     def __init__(
         self, config: EngineConfig, runner: ModelRunnerProtocol, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.config = config
-        self._runner = runner
         self._clock = clock
         self._blocks = BlockManager(
             config.num_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache
@@ -54,6 +56,7 @@ class Engine:
         self._capacity = make_capacity(config)
         self._prefill_budget = PrefillBudget(config.target_itl, config.min_prefill_chunk)
         self._scheduler = BatchScheduler(config, self._blocks, self._capacity, self._prefill_budget)
+        self._pipeline = Pipeline(runner, clock)
         self._ledger = Ledger()
         self._result = StepResult()
         self._num_arrivals = 0
@@ -109,26 +112,26 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether step() has work to do or news to report."""
-        return len(self._ledger) > 0 or bool(self._result.finished or self._result.samples_finished)
+        news = self._result.finished or self._result.samples_finished
+        return len(self._ledger) > 0 or len(self._pipeline) > 0 or bool(news)
 
     def step(self) -> StepResult:
-        """Run one step and return all that happened since the last one."""
+        """Launch a step, finish the one that is due, and return all that happened since the last call."""
         started = self._clock()
         for group in self._ledger.expired(started):
             self._end_request(
                 group, FinishReason.DEADLINE, RequestStatus.DEADLINE_EXCEEDED, "the deadline has passed", started
             )
+        if self._pipeline.withholds_tokens:
+            self._finish_step()
+            started = self._clock()
         batch = self._schedule(started)
+        num_ahead = 0
         if batch.sequences:
             self._num_steps += 1
-            try:
-                sampled = self._run(batch)
-            except Exception as error:
-                self._fail(batch, error)
-            else:
-                now = self._clock()
-                self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, now - started)
-                self._process(batch, sampled, now)
+            num_ahead = int(self._pipeline.launch(batch, started))
+        while len(self._pipeline) > num_ahead:
+            self._finish_step()
         result, self._result = self._result, StepResult()
         return result
 
@@ -207,10 +210,14 @@ class Engine:
                 self._num_hit_tokens += group.cached_tokens
         return batch
 
-    def _run(self, batch: ScheduledBatch) -> SampledBatch:
-        if batch.block_copies:
-            self._runner.copy_blocks(batch.block_copies)
-        return self._runner.launch(batch).wait()
+    def _finish_step(self) -> None:
+        outcome = self._pipeline.wait()
+        batch, now = outcome.batch, outcome.finished_at
+        if isinstance(outcome.sampled, Exception):
+            self._fail(batch, outcome.sampled, now)
+        else:
+            self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, outcome.seconds)
+            self._process(batch, outcome.sampled, now)
 
     def _process(self, batch: ScheduledBatch, sampled: SampledBatch, now: float) -> None:
         self._num_computed_tokens += batch.num_tokens
@@ -218,15 +225,15 @@ class Engine:
         for position, scheduled in enumerate(batch.sequences):
             seq = scheduled.seq
             group = seq.group
-            if position in sampled.failed and seq.status is SequenceStatus.RUNNING:
+            if position in sampled.failed and seq.status is not SequenceStatus.FINISHED:
                 message = "the model computed values that are not finite"
                 self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
+            # A sequence that ended or lost its blocks meanwhile left this step's token and cache content to nobody.
             if seq.status is SequenceStatus.RUNNING:
-                seq.num_computed_tokens += scheduled.num_tokens
-                self._blocks.publish(seq)
+                self._blocks.publish(seq, scheduled.position)
                 if scheduled.prompt_logprobs:
                     self._report_prompt_logprobs(group, scheduled, position, sampled)
-                if group.pending and seq.num_computed_tokens >= group.num_prompt_tokens:
+                if group.pending and scheduled.position >= group.num_prompt_tokens:
                     self._scheduler.fork(seq)
                 if scheduled.samples:
                     self._append_token(seq, place, sampled, now)
@@ -247,6 +254,7 @@ class Engine:
         self._result.tokens.append(output)
         self._num_generated_tokens += 1
         seq.token_ids.append(token_id)
+        seq.num_pending_tokens -= 1
         group.mark_token(now)
         stop = stop_reason(seq)
         if stop is not None:
@@ -266,15 +274,16 @@ class Engine:
         )
         group.next_prompt_logprob = scheduled.prompt_logprobs.stop + 1
 
-    def _fail(self, batch: ScheduledBatch, error: Exception) -> None:
-        now = self._clock()
+    def _fail(self, failed: ScheduledBatch, error: Exception, now: float) -> None:
+        """End the requests of a failed step, and of the one launched on top of it, whose inputs are garbage."""
         self._num_failed_steps += 1
-        self._result.error = error
-        for scheduled in batch.sequences:
-            group = scheduled.seq.group
-            if self._ledger.get(group.key) is group:
-                message = f"the model runner failed ({type(error).__name__})"
-                self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
+        self._result.error = self._result.error or error
+        message = f"the model runner failed ({type(error).__name__})"
+        for batch in (failed, *self._pipeline.batches):
+            for scheduled in batch.sequences:
+                group = scheduled.seq.group
+                if self._ledger.get(group.key) is group:
+                    self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
 
     def _finish_sample(self, seq: Sequence, reason: FinishReason, stop_token_id: int | None, now: float) -> None:
         """End one sample, and its request with the last one."""

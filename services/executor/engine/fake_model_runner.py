@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from services.executor.engine.batch import CompletedStep, Logprobs, SampledBatch, ScheduledBatch
+from services.executor.engine.batch import CompletedStep, Logprobs, PendingStep, SampledBatch, ScheduledBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,25 @@ STEP_TIME_PRESETS = MappingProxyType(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _TimedStep:
+    sampled: SampledBatch
+    done_at: float
+    sleep: Callable[[float], None]
+    clock: Callable[[], float]
+
+    def wait(self) -> SampledBatch:
+        left = self.done_at - self.clock()
+        if left > 0:
+            self.sleep(left)
+        return self.sampled
+
+
 class FakeModelRunner:
     """Answers every step with scripted tokens after the time that `step_time` gives.
+
+    With `overlaps` that time passes from the launch on, or from the end of the step before, and waiting lasts for what
+    is left of it; without, launching sleeps through it.
 
     The next token is a function of the previous token and its position alone (`next_token`), never one of
     `special_token_ids`; seeds, penalties, biases and min_tokens change nothing. Log-probabilities are 0, with the
@@ -52,12 +69,24 @@ class FakeModelRunner:
         special_token_ids: Collection[int],
         step_time: StepTimeModel,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        overlaps: bool = False,
     ) -> None:
         self._ordinary = sorted(set(range(vocab_size)) - set(special_token_ids))
         if not self._ordinary:
             raise ValueError("special_token_ids leave no token to answer with")
         self._step_time = step_time
         self._sleep = sleep
+        self._clock = clock
+        self._overlaps = overlaps
+        self._busy_until = float("-inf")
+        self._sampled: dict[int, int] = {}
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether launching returns at once."""
+        return self._overlaps
 
     def next_token(self, previous: int, position: int) -> int:
         """Return the token at `position` that follows `previous`: a multiplicative hash over the ordinary tokens."""
@@ -67,11 +96,17 @@ class FakeModelRunner:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy nothing: there is no cache."""
 
-    def launch(self, batch: ScheduledBatch) -> CompletedStep:
-        """Sleep for the step's time and return the scripted tokens."""
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
+        """Start a step of the modelled length."""
         seconds = self._step_time.seconds(batch)
-        if seconds > 0:
-            self._sleep(seconds)
+        if not self._overlaps:
+            if seconds > 0:
+                self._sleep(seconds)
+            return CompletedStep(self._answer(batch))
+        self._busy_until = max(self._busy_until, self._clock()) + seconds
+        return _TimedStep(self._answer(batch), self._busy_until, self._sleep, self._clock)
+
+    def _answer(self, batch: ScheduledBatch) -> SampledBatch:
         sampled = SampledBatch([])
         for place, scheduled in enumerate(batch.sequences):
             seq = scheduled.seq
@@ -81,12 +116,13 @@ class FakeModelRunner:
                     for position in scheduled.prompt_logprobs
                 ]
             if scheduled.samples:
-                token_id = self.next_token(seq.token_ids[-1], len(seq.token_ids))
+                last = self._sampled[seq.row] if scheduled.token_pending else seq.token_ids[-1]
+                token_id = self._sampled[seq.row] = self.next_token(last, scheduled.position)
                 wanted = seq.group.request.sampling.logprobs
                 if wanted is not None:
                     sampled.logprobs[len(sampled.token_ids)] = Logprobs(0.0, self._top(token_id, wanted))
                 sampled.token_ids.append(token_id)
-        return CompletedStep(sampled)
+        return sampled
 
     @staticmethod
     def _top(token_id: int, count: int | None) -> list[tuple[int, float]]:

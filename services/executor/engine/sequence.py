@@ -22,15 +22,20 @@ class Sequence:
 
     There are no phases: a step computes tokens `[num_computed_tokens, ...)`, and samples the next token when that
     reaches the end (vLLM v1). Block tables only grow; an entry changes only by copy-on-write.
+
+    Steps may be launched before the one before them is processed. So `num_computed_tokens` and `num_pending_tokens`
+    say how things are once every launched step has run, `token_ids` what the host has learned of it.
     """
 
     group: "SequenceGroup"
     index: int
     token_ids: list[int]
-    """Prompt and output."""
+    """Prompt and output, as far as the output is known."""
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache, or will be when the launched steps have run."""
+    num_pending_tokens: int = 0
+    """Tokens that launched steps sample and that are not known yet; 0 or 1 whenever a step is scheduled."""
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the leading full blocks; a function of the tokens, so it outlives preemption."""
@@ -49,6 +54,16 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.sort_key = (self.group.request.priority, self.group.arrival, self.index)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, the pending one included."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the pending token is the last one, whatever it will be."""
+        return self.num_pending_tokens > 0 and self.num_tokens >= self.group.max_len
 
     @property
     def num_output_tokens(self) -> int:
@@ -80,6 +95,8 @@ class SequenceGroup:
         room = max_model_len - self.num_prompt_tokens
         self.max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         """Output tokens per sample, clipped to the context."""
+        self.needs_known_tokens = sampling.has_penalties
+        """Whether the host must know every token before it can launch the step that samples the next."""
         self.samples = [Sequence(self, index, list(request.prompt_token_ids)) for index in range(sampling.n)]
         for resumed in request.resumed:
             sample = self.samples[resumed.index]

@@ -27,6 +27,11 @@ class ModelRunner:
         self._inputs = InputBuffers(config, device)
         self._sampler = Sampler(config.max_num_seqs, config.max_model_len, device)
 
+    @property
+    def overlaps(self) -> bool:
+        """False: a step is done when it is launched."""
+        return False
+
     @torch.inference_mode()
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole cache blocks, (source, target), in every layer."""

@@ -22,7 +22,7 @@ def make_sequence(tokens: list[int], salt: bytes = b"") -> Sequence:
 
 def compute(blocks: BlockManager, seq: Sequence) -> None:
     seq.num_computed_tokens = len(seq.token_ids)
-    blocks.publish(seq)
+    blocks.publish(seq, seq.num_computed_tokens)
 
 
 class BlockManagerMachine(RuleBasedStateMachine):

@@ -1,6 +1,7 @@
 """What the engine promises its callers: ends, refusals, deadlines, credits, failures, moves."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 
@@ -9,7 +10,6 @@ from engine_kit import EOS, VOCAB
 from services.executor.engine import (
     STEP_TIME_PRESETS,
     AbortReason,
-    CompletedStep,
     Engine,
     EngineConfigError,
     FakeModelRunner,
@@ -17,6 +17,7 @@ from services.executor.engine import (
     InvalidRequestError,
     RequestStatus,
     ResumedSample,
+    SampledBatch,
     ScheduledBatch,
 )
 
@@ -24,36 +25,59 @@ from services.executor.engine import (
 class Script:
     """Answers with a list of tokens per handle, in order; then with token 1."""
 
-    def __init__(self, tokens: dict[int, list[int]] | None = None) -> None:
+    def __init__(self, tokens: dict[int, list[int]] | None = None, *, overlaps: bool) -> None:
         self.tokens = tokens or {}
-        self.error: Exception | None = None
+        self.overlaps = overlaps
+        self.launch_error: Exception | None = None
+        self.wait_error: Exception | None = None
         self.clock = engine_kit.SimClock()
         self._fake = FakeModelRunner(VOCAB, [EOS], STEP_TIME_PRESETS["instant"])
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         self._fake.copy_blocks(pairs)
 
-    def launch(self, batch: ScheduledBatch) -> CompletedStep:
-        self.clock.advance(1.0)
-        if self.error is not None:
-            error, self.error = self.error, None
+    def launch(self, batch: ScheduledBatch) -> "ScriptedStep":
+        if self.launch_error is not None:
+            error, self.launch_error = self.launch_error, None
             raise error
         sampled = self._fake.launch(batch).wait()
-        seqs = [s.seq for s in batch.sequences if s.samples]
         sampled.token_ids = [
-            script[seq.num_output_tokens] if seq.num_output_tokens < len(script) else 1
-            for seq in seqs
-            for script in [self.tokens.get(seq.group.key[1], [])]
+            script[s.num_output_tokens] if s.num_output_tokens < len(script) else 1
+            for s in batch.sequences
+            if s.samples
+            for script in [self.tokens.get(s.seq.group.key[1], [])]
         ]
-        return CompletedStep(sampled)
+        return ScriptedStep(self, sampled)
 
 
-def start(tokens: dict[int, list[int]] | None = None, **changes: object) -> tuple[Engine, Script]:
-    script = Script(tokens)
-    return Engine(engine_kit.make_config(**changes), script, script.clock), script
+@dataclasses.dataclass
+class ScriptedStep:
+    script: Script
+    sampled: SampledBatch
+
+    def wait(self) -> SampledBatch:
+        self.script.clock.advance(1.0)
+        if self.script.wait_error is not None:
+            error, self.script.wait_error = self.script.wait_error, None
+            raise error
+        return self.sampled
 
 
-def one(tokens: list[int], prompt: int = 3, **params: object) -> tuple[list[int], FinishReason, int | None]:
+Start = Callable[..., tuple[Engine, Script]]
+
+
+@pytest.fixture(params=(False, True), ids=("one at a time", "overlapped"))
+def start(request: pytest.FixtureRequest) -> Start:
+    def start(tokens: dict[int, list[int]] | None = None, **changes: object) -> tuple[Engine, Script]:
+        script = Script(tokens, overlaps=request.param)
+        return Engine(engine_kit.make_config(**changes), script, script.clock), script
+
+    return start
+
+
+def one(
+    start: Start, tokens: list[int], prompt: int = 3, **params: object
+) -> tuple[list[int], FinishReason, int | None]:
     engine, _ = start({0: tokens})
     engine.add(engine_kit.make_request(0, [1] * prompt, **params))
     collector = engine_kit.run(engine)
@@ -75,9 +99,9 @@ def one(tokens: list[int], prompt: int = 3, **params: object) -> tuple[list[int]
     ],
 )
 def test_stop_conditions(
-    params: dict[str, object], output: list[int], reason: FinishReason, stop_token: int | None
+    start: Start, params: dict[str, object], output: list[int], reason: FinishReason, stop_token: int | None
 ) -> None:
-    assert one([5, 6, EOS, 9, 9, 9], **params) == (output, reason, stop_token)
+    assert one(start, [5, 6, EOS, 9, 9, 9], **params) == (output, reason, stop_token)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +120,7 @@ def test_stop_conditions(
         ({"resumed": (ResumedSample(0, (VOCAB,)),)}, "resumed", f"between 0 and {VOCAB - 1}"),
     ],
 )
-def test_refusals_name_field_and_limit(changes: dict[str, object], field: str, message: str) -> None:
+def test_refusals_name_field_and_limit(start: Start, changes: dict[str, object], field: str, message: str) -> None:
     engine, _ = start()
     with pytest.raises(InvalidRequestError, match=message) as caught:
         engine.add(engine_kit.make_request(0, **({"prompt": [1]} | changes)))
@@ -106,7 +130,7 @@ def test_refusals_name_field_and_limit(changes: dict[str, object], field: str, m
     assert not engine.has_unfinished()
 
 
-def test_a_key_in_use_is_refused_and_free_again_afterwards() -> None:
+def test_a_key_in_use_is_refused_and_free_again_afterwards(start: Start) -> None:
     engine, _ = start({0: [EOS]})
     engine.add(engine_kit.make_request(0, [1]))
     with pytest.raises(InvalidRequestError, match="in use"):
@@ -117,7 +141,7 @@ def test_a_key_in_use_is_refused_and_free_again_afterwards() -> None:
     assert engine.has_request((0, 0))
 
 
-def test_a_deadline_ends_the_request_at_the_next_step_and_frees_everything() -> None:
+def test_a_deadline_ends_the_request_at_the_next_step_and_frees_everything(start: Start) -> None:
     engine, script = start()
     engine.add(engine_kit.make_request(0, [1] * 9, n=2, deadline=script.clock.now + 3.5))
     engine.add(engine_kit.make_request(1, [1] * 9, deadline=script.clock.now - 1, max_tokens=2))
@@ -136,11 +160,11 @@ def test_a_deadline_ends_the_request_at_the_next_step_and_frees_everything() -> 
     assert engine.stats().deadline_exceeded == 2
 
 
-def test_a_stop_string_ends_its_sample_and_the_last_one_ends_the_request() -> None:
-    engine, _ = start()
+def test_a_stop_string_ends_its_sample_and_the_last_one_ends_the_request(start: Start) -> None:
+    engine, script = start()
     collector = engine_kit.Collector()
     engine.add(engine_kit.make_request(0, [1] * 5, n=2))
-    for _ in range(3):
+    for _ in range(3 + script.overlaps):
         collector.take(engine.step())
     engine.abort((0, 0), 1, AbortReason.STOP)
     engine.abort((0, 0), 1, AbortReason.STOP)
@@ -150,11 +174,12 @@ def test_a_stop_string_ends_its_sample_and_the_last_one_ends_the_request() -> No
     engine.abort((0, 0), 0, AbortReason.STOP)
     engine_kit.run(engine, collector)
     assert collector.finished[0, 0].status is RequestStatus.OK
-    assert collector.finished[0, 0].usage.completion_tokens == 4 + 2
+    assert collector.finished[0, 0].usage.completion_tokens == 4 + 2 - script.overlaps
 
 
-def test_aborting_at_every_state_frees_everything() -> None:
-    for when in range(7):
+def test_aborting_at_every_state_frees_everything(start: Start) -> None:
+    num_steps = 8 if start()[1].overlaps else 6
+    for when in range(num_steps + 1):
         for index in (None, 0, 1):
             engine, _ = start(max_num_batched_tokens=8)
             collector = engine_kit.Collector()
@@ -166,19 +191,19 @@ def test_aborting_at_every_state_frees_everything() -> None:
             engine_kit.run(engine, collector)
             finish = collector.finished[0, 0]
             all_cancelled = {sample.reason for sample in collector.samples.values()} == {FinishReason.CANCELLED}
-            assert (finish.status is RequestStatus.CANCELLED) == (all_cancelled or (index is None and when < 6))
+            assert (finish.status is RequestStatus.CANCELLED) == (all_cancelled or (index is None and when < num_steps))
             assert engine.load().free_blocks == engine.load().total_blocks
     engine.abort((5, 5))
     engine.abort((0, 0), 3)
     assert not engine.has_unfinished()
 
 
-def test_a_failed_step_ends_its_requests_and_the_engine_goes_on() -> None:
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(start: Start) -> None:
     engine, script = start(max_num_seqs=1)
     for handle in range(2):
         engine.add(engine_kit.make_request(handle, [handle] * 9, max_tokens=4))
     engine.step()
-    script.error = MemoryError("secret path")
+    script.wait_error = MemoryError("secret path")
     result = engine.step()
     assert isinstance(result.error, MemoryError)
     assert [(f.key, f.status, f.message) for f in result.finished] == [
@@ -193,8 +218,8 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on() -> None:
     assert (stats.failed, stats.failed_steps, stats.finished) == (1, 1, 1)
 
 
-def test_credits_count_what_left_waiting_per_link() -> None:
-    engine, _ = start({handle: [EOS] for handle in range(9)}, max_num_seqs=1)
+def test_credits_count_what_left_waiting_per_link(start: Start) -> None:
+    engine, script = start({handle: [EOS] for handle in range(9)}, max_num_seqs=1)
     engine.add(engine_kit.make_request(0, [1] * 10, link=1))
     engine.add(engine_kit.make_request(1, [1] * 20, link=2))
     engine.add(engine_kit.make_request(2, [1] * 5, link=2))
@@ -204,16 +229,18 @@ def test_credits_count_what_left_waiting_per_link() -> None:
 
     assert credits() == [(0, 0), (0, 0), (0, 0)]
     assert engine.load().waiting_prefill_tokens == 35
-    engine.step()
+    for _ in range(1 + script.overlaps):
+        engine.step()
     assert credits() == [(10, 1), (0, 0), (0, 0)]
     engine.abort((2, 2))
     assert credits() == [(10, 1), (5, 1), (0, 0)]
-    engine.step()
+    for _ in range(1 + script.overlaps):
+        engine.step()
     assert credits() == [(10, 1), (25, 2), (0, 0)]
     assert engine.load().waiting_prefill_tokens == 0
 
 
-def test_a_dropped_link_loses_its_requests_only() -> None:
+def test_a_dropped_link_loses_its_requests_only(start: Start) -> None:
     engine, _ = start()
     for handle in range(4):
         engine.add(engine_kit.make_request(handle, [1] * 9, link=handle % 2, max_tokens=3))
@@ -231,10 +258,11 @@ def test_a_dropped_link_loses_its_requests_only() -> None:
     assert engine.link_credits(1).completed_requests == 0
 
 
-def test_a_moved_request_goes_on_where_it_was() -> None:
+@pytest.mark.parametrize("overlap", engine_kit.Overlap)
+def test_a_moved_request_goes_on_where_it_was(overlap: engine_kit.Overlap) -> None:
     config = engine_kit.make_config()
     request = engine_kit.make_request(0, [3] * 11, n=3, seed=5, max_tokens=12, ignore_eos=True)
-    first = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
+    first = Engine(config, engine_kit.FakePagedRunner(config, overlap), engine_kit.SimClock())
     first.add(request)
     before = engine_kit.Collector()
     for _ in range(5):
@@ -243,14 +271,15 @@ def test_a_moved_request_goes_on_where_it_was() -> None:
     before.take(first.step())
 
     emitted = {index: tuple(before.tokens[request.key, index]) for index in range(3)}
-    assert [len(tokens) for tokens in emitted.values()] == [6, 5, 4]
+    num_emitted = [6, 5, 4] if overlap is engine_kit.Overlap.NONE else [5, 3, 2]
+    assert [len(tokens) for tokens in emitted.values()] == num_emitted
     moved = dataclasses.replace(
         request,
         resumed=tuple(
             ResumedSample(index, tokens, FinishReason.STOP if index == 2 else None) for index, tokens in emitted.items()
         ),
     )
-    second = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
+    second = Engine(config, engine_kit.FakePagedRunner(config, overlap), engine_kit.SimClock())
     second.add(moved)
     after = engine_kit.run(second)
     for index in (0, 1):
@@ -260,7 +289,7 @@ def test_a_moved_request_goes_on_where_it_was() -> None:
     assert (request.key, 2) not in after.tokens
     assert (request.key, 2) not in after.samples
     usage = after.finished[request.key].usage
-    assert (usage.completion_tokens, usage.num_resumed) == (12 + 12 + 4, 15)
+    assert (usage.completion_tokens, usage.num_resumed) == (12 + 12 + num_emitted[2], sum(num_emitted))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +301,7 @@ def test_a_moved_request_goes_on_where_it_was() -> None:
     ],
 )
 def test_a_request_moved_after_its_last_token_ends_without_running(
-    tokens: tuple[int, ...], ended: FinishReason | None, reason: FinishReason | None
+    start: Start, tokens: tuple[int, ...], ended: FinishReason | None, reason: FinishReason | None
 ) -> None:
     engine, _ = start()
     engine.add(engine_kit.make_request(0, [1] * 4, max_tokens=3, resumed=(ResumedSample(0, tokens, ended),)))
@@ -282,7 +311,7 @@ def test_a_request_moved_after_its_last_token_ends_without_running(
     assert engine.stats().steps == 0
 
 
-def test_prefix_hits_are_counted_and_prompt_logprobs_recompute() -> None:
+def test_prefix_hits_are_counted_and_prompt_logprobs_recompute(start: Start) -> None:
     engine, _ = start({handle: [EOS] for handle in range(9)})
     for handle, params in enumerate(({}, {}, {"prompt_logprobs": 0}, {"cache_salt": b"other"})):
         engine.add(engine_kit.make_request(handle, list(range(8, 22)), **params))
@@ -293,18 +322,18 @@ def test_prefix_hits_are_counted_and_prompt_logprobs_recompute() -> None:
     assert len(engine_kit.run(engine).prompt_logprobs) == 0
 
 
-def test_a_second_turn_computes_only_what_is_new() -> None:
-    engine, _ = start({0: [9] * 8, 1: [EOS]})
+def test_a_second_turn_computes_only_what_is_new(start: Start) -> None:
+    engine, script = start({0: [9] * 8, 1: [EOS]})
     engine.add(engine_kit.make_request(0, [3] * 9, max_tokens=8))
     engine_kit.run(engine)
     computed = engine.stats().computed_tokens
     engine.add(engine_kit.make_request(1, [3] * 9 + [9] * 8 + [4] * 3))
     collector = engine_kit.run(engine)
     assert collector.finished[0, 1].usage.cached_tokens == 16
-    assert engine.stats().computed_tokens - computed == 4
+    assert engine.stats().computed_tokens - computed == 4 + script.overlaps  # a stop is seen a step late
 
 
-def test_timings_add_up() -> None:
+def test_timings_add_up(start: Start) -> None:
     engine, script = start({0: [5] * 9}, max_num_seqs=1)
     engine.add(engine_kit.make_request(0, [1] * 4, max_tokens=3))
     engine.add(engine_kit.make_request(1, [1] * 4, max_tokens=2))

@@ -39,6 +39,7 @@ def random_request(rng: random.Random, handle: int, now: float, config: EngineCo
         logprobs=rng.choice((None, None, 0)),
         prompt_logprobs=0 if rng.random() < 0.15 else None,
         priority=rng.choice((0, 0, -1, 2)),
+        presence_penalty=rng.choice((0.0, 0.0, 0.0, 1.0)),  # changes nothing here but when steps are launched
         deadline=now + rng.uniform(0, 30) if rng.random() < 0.15 else None,
         cache_salt=rng.choice((b"", b"a")),
     )
@@ -97,7 +98,8 @@ def check_against_oracle(
     assert sum(parts) <= timings.total + 1e-9
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("overlap", engine_kit.Overlap)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),
     policy=st.sampled_from(CapacityPolicy),
@@ -106,7 +108,7 @@ def check_against_oracle(
     prefix_cache=st.booleans(),
 )
 def test_random_traffic_equals_undisturbed_runs(
-    seed: int, policy: CapacityPolicy, spare_blocks: int, budget: int, prefix_cache: bool
+    overlap: engine_kit.Overlap, seed: int, policy: CapacityPolicy, spare_blocks: int, budget: int, prefix_cache: bool
 ) -> None:
     rng = random.Random(seed)
     config = engine_kit.make_config(
@@ -118,7 +120,7 @@ def test_random_traffic_equals_undisturbed_runs(
         enable_prefix_cache=prefix_cache,
     )
     clock = engine_kit.SimClock()
-    runner = engine_kit.FakePagedRunner(config, on_execute=lambda batch: clock.advance(1.0))
+    runner = engine_kit.FakePagedRunner(config, overlap, on_execute=lambda batch: clock.advance(1.0))
     engine = Engine(config, runner, clock)
     collector = engine_kit.Collector()
     accepted: dict[tuple[int, int], EngineRequest] = {}
@@ -160,10 +162,11 @@ def test_random_traffic_equals_undisturbed_runs(
         assert stats.preemptions == 0
 
 
+@pytest.mark.parametrize("overlap", engine_kit.Overlap)
 @pytest.mark.parametrize("prefix_cache", [True, False])
-def test_a_pool_for_one_sequence_serves_many_by_preemption(prefix_cache: bool) -> None:
+def test_a_pool_for_one_sequence_serves_many_by_preemption(prefix_cache: bool, overlap: engine_kit.Overlap) -> None:
     config = engine_kit.make_config(num_blocks=12, max_model_len=48, max_num_seqs=8, enable_prefix_cache=prefix_cache)
-    engine = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
+    engine = Engine(config, engine_kit.FakePagedRunner(config, overlap), engine_kit.SimClock())
     requests = [engine_kit.make_request(i, [i] * 6, ignore_eos=True, max_tokens=36, seed=i) for i in range(8)]
     for request in requests:
         engine.add(request)

@@ -27,7 +27,7 @@ def run_loop(sent: list[Message], seconds_per_step: float, num_steps: int) -> li
             if len(runner.batches) == num_steps:
                 ours.shutdown(socket.SHUT_WR)
 
-        runner = engine_kit.FakePagedRunner(config, on_execute)
+        runner = engine_kit.FakePagedRunner(config, on_execute=on_execute)
         loaded = LoadedEngine(Engine(config, runner, clock), link_pb2.Welcome(), executor_pb2.GetExecutorInfoResponse())
         ours.sendall(b"".join(message.encode() for message in sent))
         settings = ExecutorSettings(max_num_seqs=8, max_num_batched_tokens=8)

@@ -1,0 +1,88 @@
+"""The steps between the engine and the runner: launched in order, waited for in order."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from services.executor.engine.batch import ModelRunnerProtocol, PendingStep, SampledBatch, ScheduledBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """How a step ended: with what it sampled, or with the error that the runner raised.
+
+    finished_at: when the host learned of it. seconds: how long the device took, without the time that the step spent
+    queued behind the one before it.
+    """
+
+    batch: ScheduledBatch
+    sampled: SampledBatch | Exception
+    finished_at: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    batch: ScheduledBatch
+    pending: PendingStep | Exception
+    launched_at: float
+
+
+class Pipeline:
+    """Launched steps that were not waited for; at most one stays so from one call of the engine to the next.
+
+    With a runner that overlaps, step N+1 is scheduled and launched before step N is waited for (vLLM's asynchronous
+    scheduling, SGLang's overlap scheduler): the device never waits for the host, whose work takes as long as a decode
+    step of a small model. With one that does not, looking ahead gains nothing and costs a row for every stop.
+    """
+
+    def __init__(self, runner: ModelRunnerProtocol, clock: Callable[[], float]) -> None:
+        self._runner = runner
+        self._clock = clock
+        self._steps: deque[_LaunchedStep] = deque()
+        self._idle_since = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def batches(self) -> Iterator[ScheduledBatch]:
+        """The batches in flight, in order."""
+        return (step.batch for step in self._steps)
+
+    @property
+    def withholds_tokens(self) -> bool:
+        """Whether a step in flight samples tokens that must be known before the next step can be launched."""
+        return any(
+            scheduled.samples and scheduled.seq.group.needs_known_tokens
+            for batch in self.batches
+            for scheduled in batch.sequences
+        )
+
+    def launch(self, batch: ScheduledBatch, now: float) -> bool:
+        """Start a step that was begun at `now`; return whether it may stay in flight. What it raises is its outcome."""
+        pending: PendingStep | Exception
+        try:
+            if batch.block_copies:
+                self._runner.copy_blocks(batch.block_copies)
+            pending = self._runner.launch(batch)
+        except Exception as error:
+            pending = error
+        self._steps.append(_LaunchedStep(batch, pending, now))
+        return self._runner.overlaps and not isinstance(pending, Exception)
+
+    def wait(self) -> StepOutcome:
+        """Wait for the first step in flight."""
+        step = self._steps.popleft()
+        sampled: SampledBatch | Exception
+        if isinstance(step.pending, Exception):
+            sampled = step.pending
+        else:
+            try:
+                sampled = step.pending.wait()
+            except Exception as error:
+                sampled = error
+        now = self._clock()
+        seconds = now - max(step.launched_at, self._idle_since)
+        self._idle_since = now
+        return StepOutcome(step.batch, sampled, now, seconds)
