@@ -12,8 +12,10 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from services.executor.engine.sampling_params import SamplingParams
@@ -40,6 +42,13 @@ SMALL = {
         pytest.param(MistralConfig(**SMALL, sliding_window=24), id="mistral"),
         pytest.param(Qwen2Config(**SMALL), id="qwen2"),
         pytest.param(Qwen3Config(**SMALL), id="qwen3"),
+        pytest.param(MixtralConfig(**SMALL, num_local_experts=4), id="mixtral"),
+        pytest.param(
+            Qwen3MoeConfig(
+                **SMALL, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[1]
+            ),
+            id="qwen3-moe",
+        ),
         pytest.param(Gemma3TextConfig(**SMALL, sliding_window=24), id="gemma3"),
     ],
 )
