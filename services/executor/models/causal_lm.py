@@ -9,10 +9,11 @@ from torch import Tensor
 from services.executor.models.config import ModelConfig
 from services.executor.models.context import ForwardContext, KVCache
 from services.executor.models.gemma3 import Gemma3DecoderLayer
-from services.executor.models.layers import RMSNorm, WeightSlot
+from services.executor.models.layers import RMSNorm
 from services.executor.models.llama import LlamaDecoderLayer
 from services.executor.models.rope import build_cos_sin_cache
 from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_slot import WeightSlot
 
 
 class CausalLM:
@@ -24,6 +25,7 @@ class CausalLM:
 
     def __init__(self, config: ModelConfig, runtime: ModelRuntime, *, max_model_len: int | None = None) -> None:
         self.config = config
+        self.runtime = runtime
         # transformers rounds the scale to the model's dtype, and Gemma was trained that way.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=runtime.dtype).item()
         shape = (config.vocab_size, config.hidden_size)
@@ -39,37 +41,39 @@ class CausalLM:
             layer_class(config, layer, self._rope_tables[config.layer_rope(layer)], runtime)
             for layer in range(config.num_layers)
         ]
-        # One more than there are layers: what follows a layer's output is always a norm of the residual stream, be it
-        # the next layer's first or the final one.
-        self._norms = [RMSNorm(config.hidden_size, config, runtime) for _ in range(config.num_layers + 1)]
+        # They are here, not in the layers: a norm adds the output of the layer before it to the residual stream.
+        self._input_norms = [RMSNorm(config.hidden_size, config, runtime) for _ in range(config.num_layers)]
+        self._norm = RMSNorm(config.hidden_size, config, runtime)
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]) -> Tensor:
         """Return the final hidden states `[T, H]` of the new tokens `input_ids [T]` i64; fills their cache slots."""
         residual = F.embedding(input_ids, self._embed_tokens)
         if self._embedding_scale != 1.0:
             residual *= self._embedding_scale
-        x = self._norms[0](residual)
-        for layer, norm, kv in zip(self._layers, self._norms[1:], kv_caches, strict=True):
-            x = norm(layer(x, residual, ctx, kv), residual)
-        return x
+        x, stream = residual, None  # nothing to add before the first layer
+        for norm, layer, kv in zip(self._input_norms, self._layers, kv_caches, strict=True):
+            x = layer(norm(x, stream, into=layer.self_attn.qkv_proj), residual, ctx, kv)
+            stream = residual
+        return self._norm(x, residual)
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits `[R, V]` float32 of the hidden states `[R, H]`."""
-        logits = F.linear(hidden, self._lm_head).float()
+    def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return the logits `[R, V]` float32 of the hidden states `[R, H]`, in `out` where it is given."""
+        product = F.linear(hidden, self._lm_head)
+        logits = product.float() if out is None else out.copy_(product)
         softcap = self.config.final_softcap
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
+        return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield a slot for every tensor of the checkpoint, in the order in which checkpoints store them."""
         yield WeightSlot("model.embed_tokens.weight", self._embed_tokens)
-        for index, (layer, norm) in enumerate(zip(self._layers, self._norms, strict=False)):
+        for index, (layer, norm) in enumerate(zip(self._layers, self._input_norms, strict=True)):
             yield norm.weight_slot(f"model.layers.{index}.input_layernorm")
             yield from layer.weight_slots(f"model.layers.{index}")
-        yield self._norms[-1].weight_slot("model.norm")
+        yield self._norm.weight_slot("model.norm")
         if not self.config.tie_word_embeddings:
             yield WeightSlot("lm_head.weight", self._lm_head)
 
     def num_bytes(self) -> int:
         """Return the bytes of weights and rotary tables; what is shared counts once."""
-        weights = sum(slot.dest.nbytes for slot in self.weight_slots())
+        weights = sum(slot.num_bytes for slot in self.weight_slots())
         return weights + sum(table.nbytes for table in self._rope_tables.values())

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.linear import CheckpointFormat
 from services.executor.models.rope import FrequencyFactors, RopeConfig
 
 Architecture = Literal[
@@ -40,6 +41,7 @@ class ModelConfig:
     Where `sparse_layers[i]`, the MLP of layer `i` is a mixture of `num_experts` experts of `moe_intermediate_size`, of
     which a token takes the `num_experts_per_token` most probable; `norm_topk_prob` makes their weights add up to 1. A
     dense model has no such layers.
+    `stored_linears` is how the checkpoint holds its linear layers if it has quantised them.
     """
 
     architecture: Architecture
@@ -72,6 +74,7 @@ class ModelConfig:
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
     sparse_layers: tuple[bool, ...] = ()
+    stored_linears: CheckpointFormat | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from services.executor.models.config import ModelConfig
 from services.executor.models.context import ForwardContext, KVCache
-from services.executor.models.layers import Attention, GatedMLP, RMSNorm, WeightSlot
+from services.executor.models.layers import Attention, GatedMLP, RMSNorm
+from services.executor.models.linear import LinearInput
 from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_slot import WeightSlot
 
 
 class Gemma3DecoderLayer:
@@ -15,21 +17,21 @@ class Gemma3DecoderLayer:
 
     def __init__(self, config: ModelConfig, layer: int, cos_sin_cache: Tensor, runtime: ModelRuntime) -> None:
         self.self_attn = Attention(config, layer, cos_sin_cache, runtime)
-        self.mlp = GatedMLP(config, runtime)
+        self.mlp = GatedMLP(config, layer, runtime)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, runtime)
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config, runtime)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config, runtime)
 
-    def __call__(self, x: Tensor, residual: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
+    def __call__(self, x: LinearInput, residual: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
         """Return what the next norm adds to `residual`; `x [T, H]` is normed already, `residual` updated in place."""
-        x = self.post_attention_layernorm(self.self_attn(x, ctx, kv))
-        x = self.pre_feedforward_layernorm(x, residual)
+        attended = self.post_attention_layernorm(self.self_attn(x, ctx, kv))
+        x = self.pre_feedforward_layernorm(attended, residual, into=self.mlp.gate_up_proj)
         return self.post_feedforward_layernorm(self.mlp(x))
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield the slots of this layer."""
-        yield from self.self_attn.weight_slots(f"{prefix}.self_attn")
+        yield from self.self_attn.weight_slots()
         yield self.post_attention_layernorm.weight_slot(f"{prefix}.post_attention_layernorm")
         yield self.pre_feedforward_layernorm.weight_slot(f"{prefix}.pre_feedforward_layernorm")
         yield self.post_feedforward_layernorm.weight_slot(f"{prefix}.post_feedforward_layernorm")
-        yield from self.mlp.weight_slots(f"{prefix}.mlp")
+        yield from self.mlp.weight_slots()

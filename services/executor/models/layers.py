@@ -1,49 +1,16 @@
 """The parts every decoder is made of. Projections that read the same input are packed into one matrix."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from services.executor.models.config import ModelConfig
 from services.executor.models.context import ForwardContext, KVCache
+from services.executor.models.linear import LinearInput, PackedLinear
 from services.executor.models.runtime import ModelRuntime
-
-
-class WeightSlot(NamedTuple):
-    """Where one tensor of a checkpoint belongs.
-
-    `name` is its Hugging Face name; `dest` the memory to fill, perhaps a slice of a packed matrix, of the tensor's
-    shape.
-    """
-
-    name: str
-    dest: Tensor
-
-
-class PackedLinear:
-    """y = x W^T + b, where W stacks the rows of one or more projections; `parts` maps their names to output sizes."""
-
-    def __init__(self, in_features: int, parts: dict[str, int], *, bias: bool, runtime: ModelRuntime) -> None:
-        self._parts = parts
-        out_features = sum(parts.values())
-        self.weight = runtime.empty(out_features, in_features)
-        self.bias = runtime.empty(out_features) if bias else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[T, in]` -> `[T, out]`."""
-        return F.linear(x, self.weight, self.bias)
-
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """Yield the slots of every part, named under `prefix`."""
-        sizes = list(self._parts.values())
-        for part, weight in zip(self._parts, torch.split(self.weight, sizes), strict=True):
-            yield WeightSlot(f"{prefix}.{part}.weight", weight)
-        if self.bias is not None:
-            for part, bias in zip(self._parts, torch.split(self.bias, sizes), strict=True):
-                yield WeightSlot(f"{prefix}.{part}.bias", bias)
+from services.executor.models.weight_slot import WeightSlot
 
 
 class RMSNorm:
@@ -55,9 +22,21 @@ class RMSNorm:
         self._gemma = config.is_gemma
         self.weight = runtime.empty(size)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Norm of `x [T, H]`; with a residual, which is updated in place, norm of their sum."""
-        return self._ops.fused_add_rms_norm(x, residual, self.weight, self._eps, gemma=self._gemma)
+    @overload
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, into: PackedLinear) -> LinearInput: ...
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, into: PackedLinear | None = None) -> LinearInput:
+        """Norm of `x [T, H]`; with a residual, which is updated in place, norm of their sum.
+
+        Where the one reader of the result is the layer `into`, it comes in the form that this layer multiplies.
+        """
+        norm = self._ops.fused_add_rms_norm
+        if into is None:
+            return norm(x, residual, self.weight, self._eps, gemma=self._gemma)
+        return into.input_from(norm, x, residual, self.weight, self._eps, gemma=self._gemma)
 
     def weight_slot(self, prefix: str) -> WeightSlot:
         """Return the slot of the weight."""
@@ -75,18 +54,28 @@ class Attention:
         self._eps = config.rms_norm_eps
         self._gemma = config.is_gemma
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self._prefix = f"model.layers.{layer}.self_attn"
         self.qkv_proj = PackedLinear(
+            self._prefix,
             config.hidden_size,
             {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=config.qkv_bias,
+            stored=config.stored_linears,
             runtime=runtime,
         )
-        self.o_proj = PackedLinear(q_size, {"o_proj": config.hidden_size}, bias=config.o_bias, runtime=runtime)
+        self.o_proj = PackedLinear(
+            self._prefix,
+            q_size,
+            {"o_proj": config.hidden_size},
+            bias=config.o_bias,
+            stored=config.stored_linears,
+            runtime=runtime,
+        )
         self.q_norm = RMSNorm(config.head_dim, config, runtime) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config, runtime) if config.qk_norm else None
         self._cos_sin_cache = cos_sin_cache
 
-    def __call__(self, x: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
+    def __call__(self, x: LinearInput, ctx: ForwardContext, kv: KVCache) -> Tensor:
         """`[T, H]` -> `[T, H]`; writes the new keys and values into `kv`."""
         q = self._ops.qk_norm_rope_and_cache(
             self.qkv_proj(x),
@@ -137,29 +126,32 @@ class Attention:
             )
         return out
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield the slots of the projections and norms."""
-        yield from self.qkv_proj.weight_slots(prefix)
-        yield from self.o_proj.weight_slots(prefix)
+        yield from self.qkv_proj.weight_slots()
+        yield from self.o_proj.weight_slots()
         if self.q_norm is not None and self.k_norm is not None:
-            yield self.q_norm.weight_slot(f"{prefix}.q_norm")
-            yield self.k_norm.weight_slot(f"{prefix}.k_norm")
+            yield self.q_norm.weight_slot(f"{self._prefix}.q_norm")
+            yield self.k_norm.weight_slot(f"{self._prefix}.k_norm")
 
 
 class GatedMLP:
     """down(act(gate(x)) * up(x)), SwiGLU or GeGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, runtime: ModelRuntime) -> None:
+    def __init__(self, config: ModelConfig, layer: int, runtime: ModelRuntime) -> None:
         hidden, inner, ops = config.hidden_size, config.intermediate_size, runtime.ops
+        prefix, stored = f"model.layers.{layer}.mlp", config.stored_linears
         self._act_and_mul = ops.silu_and_mul if config.activation == "silu" else ops.gelu_tanh_and_mul
-        self.gate_up_proj = PackedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, bias=False, runtime=runtime)
-        self.down_proj = PackedLinear(inner, {"down_proj": hidden}, bias=False, runtime=runtime)
+        self.gate_up_proj = PackedLinear(
+            prefix, hidden, {"gate_proj": inner, "up_proj": inner}, bias=False, stored=stored, runtime=runtime
+        )
+        self.down_proj = PackedLinear(prefix, inner, {"down_proj": hidden}, bias=False, stored=stored, runtime=runtime)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: LinearInput) -> Tensor:
         """`[T, H]` -> `[T, H]`."""
-        return self.down_proj(self._act_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.down_proj.input_from(self._act_and_mul, self.gate_up_proj(x)))
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield the slots of the projections."""
-        yield from self.gate_up_proj.weight_slots(prefix)
-        yield from self.down_proj.weight_slots(prefix)
+        yield from self.gate_up_proj.weight_slots()
+        yield from self.down_proj.weight_slots()

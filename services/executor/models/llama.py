@@ -6,9 +6,11 @@ from torch import Tensor
 
 from services.executor.models.config import ModelConfig
 from services.executor.models.context import ForwardContext, KVCache
-from services.executor.models.layers import Attention, GatedMLP, RMSNorm, WeightSlot
+from services.executor.models.layers import Attention, GatedMLP, RMSNorm
+from services.executor.models.linear import LinearInput
 from services.executor.models.moe import MoeMLP
 from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_slot import WeightSlot
 
 
 class LlamaDecoderLayer:
@@ -16,17 +18,19 @@ class LlamaDecoderLayer:
 
     def __init__(self, config: ModelConfig, layer: int, cos_sin_cache: Tensor, runtime: ModelRuntime) -> None:
         self.self_attn = Attention(config, layer, cos_sin_cache, runtime)
-        self.mlp = MoeMLP(config, runtime) if config.is_sparse_layer(layer) else GatedMLP(config, runtime)
-        self._mlp_name = "block_sparse_moe" if config.architecture == "MixtralForCausalLM" else "mlp"
+        mlp_class = MoeMLP if config.is_sparse_layer(layer) else GatedMLP
+        self.mlp = mlp_class(config, layer, runtime)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, runtime)
 
-    def __call__(self, x: Tensor, residual: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
+    def __call__(self, x: LinearInput, residual: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
         """Return what the next norm adds to `residual`; `x [T, H]` is normed already, `residual` updated in place."""
-        x = self.post_attention_layernorm(self.self_attn(x, ctx, kv), residual)
-        return self.mlp(x)
+        attended = self.self_attn(x, ctx, kv)
+        if isinstance(self.mlp, GatedMLP):
+            return self.mlp(self.post_attention_layernorm(attended, residual, into=self.mlp.gate_up_proj))
+        return self.mlp(self.post_attention_layernorm(attended, residual))
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield the slots of this layer."""
-        yield from self.self_attn.weight_slots(f"{prefix}.self_attn")
+        yield from self.self_attn.weight_slots()
         yield self.post_attention_layernorm.weight_slot(f"{prefix}.post_attention_layernorm")
-        yield from self.mlp.weight_slots(f"{prefix}.{self._mlp_name}")
+        yield from self.mlp.weight_slots()

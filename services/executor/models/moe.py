@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.executor.models.config import ModelConfig
-from services.executor.models.layers import WeightSlot
 from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_slot import WeightSlot
 
 _MIXTRAL_PARTS = ("w1", "w3", "w2")
 _PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -19,12 +19,14 @@ class MoeMLP:
     The router is never quantised: its scores decide which experts run, and it is small.
     """
 
-    def __init__(self, config: ModelConfig, runtime: ModelRuntime) -> None:
+    def __init__(self, config: ModelConfig, layer: int, runtime: ModelRuntime) -> None:
         hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
+        mixtral = config.architecture == "MixtralForCausalLM"
+        self._prefix = f"model.layers.{layer}.{'block_sparse_moe' if mixtral else 'mlp'}"
         self._ops = runtime.ops
         self._top_k = config.num_experts_per_token
         self._renormalize = config.norm_topk_prob
-        self._part_names = _MIXTRAL_PARTS if config.architecture == "MixtralForCausalLM" else _PARTS
+        self._part_names = _MIXTRAL_PARTS if mixtral else _PARTS
         self.gate = runtime.empty(experts, hidden)
         self.w13 = runtime.empty(experts, 2 * inner, hidden)
         self.w2 = runtime.empty(experts, hidden, inner)
@@ -34,10 +36,10 @@ class MoeMLP:
         weights, ids = self._ops.topk_softmax(F.linear(x, self.gate), self._top_k, self._renormalize)
         return self._ops.fused_moe(x, self.w13, self.w2, weights, ids)
 
-    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+    def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield the slots of the router and of every expert's three matrices."""
-        yield WeightSlot(f"{prefix}.gate.weight", self.gate)
+        yield WeightSlot(f"{self._prefix}.gate.weight", self.gate)
         for expert, (w13, w2) in enumerate(zip(self.w13, self.w2, strict=True)):
             parts = (*w13.chunk(2), w2)
             for name, weight in zip(self._part_names, parts, strict=True):
-                yield WeightSlot(f"{prefix}.experts.{expert}.{name}.weight", weight)
+                yield WeightSlot(f"{self._prefix}.experts.{expert}.{name}.weight", weight)

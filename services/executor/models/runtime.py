@@ -1,24 +1,31 @@
 """Where and in what form a model computes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kernels import Ops
+from services.executor.models.quantization import Quantization
 
 
 @dataclass(frozen=True)
 class ModelRuntime:
-    """The ops a model calls, the dtype of its activations and of weights that are not quantised, and its device.
+    """The ops a model calls, the dtype of its activations and of weights that are not quantised, its device, and how
+    the weights are to be quantised.
 
     The ops are those chosen for that device (`kernels.select_ops`); the default is plain torch in float32 on the CPU.
+    `allocate` gets the memory of weights: shape, dtype and device, as `torch.empty` takes them.
     """
 
     ops: Ops = field(default_factory=Ops)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    quantization: Quantization = field(default_factory=Quantization)
 
-    def empty(self, *shape: int) -> Tensor:
+    allocate: Callable[..., Tensor] = torch.empty
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return an uninitialised weight."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self.allocate(shape, dtype=dtype or self.dtype, device=self.device)

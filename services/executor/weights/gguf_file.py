@@ -72,9 +72,7 @@ class GgufFile:
         """
         tensor = self.tensors[name]
         num_rows = tensor.num_rows - first_row if num_rows is None else num_rows
-        row_bytes = tensor.num_bytes // tensor.num_rows
-        # A copy, because for F32 the result is a view of it, and nothing may point into the mapping when it is closed.
-        raw = np.frombuffer(self._data, np.uint8, num_rows * row_bytes, tensor.offset + first_row * row_bytes).copy()
+        raw = self.raw_rows(name, first_row, num_rows)
         try:
             # As one wide row: gguf loops in Python over groups of 16 rows, which costs more than the arithmetic.
             values: npt.NDArray[np.float32] = gguf.dequantize(raw.reshape(1, -1), tensor.type)
@@ -83,6 +81,14 @@ class GgufFile:
                 f"{self._path}: {name} has type {tensor.type.name}, which the gguf package cannot dequantise"
             ) from error
         return values.reshape(num_rows, *tensor.shape[1:][-1:])
+
+    def raw_rows(self, name: str, first_row: int, num_rows: int) -> npt.NDArray[np.uint8]:
+        """Return rows of a tensor as they are in the file, `[num_rows, bytes of a row]`, a copy."""
+        tensor = self.tensors[name]
+        row_bytes = tensor.num_bytes // tensor.num_rows
+        start = tensor.offset + first_row * row_bytes
+        # A copy, because nothing may point into the mapping when it is closed.
+        return np.frombuffer(self._data, np.uint8, num_rows * row_bytes, start).copy().reshape(num_rows, row_bytes)
 
     def rows_per_step(self, name: str) -> int:
         """Return how many rows to dequantise at a time."""

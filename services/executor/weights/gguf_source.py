@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from services.executor.models.config import ModelConfig
-from services.executor.models.layers import WeightSlot
+from services.executor.models.weight_slot import WeightSlot
 from services.executor.weights.gguf_file import GgufFile, GgufTensor
 
 _TOP_LEVEL = {
@@ -87,30 +87,50 @@ class GgufSource:
         """Return GGUF's name for a tensor."""
         return self._stored[name].name if name in self._stored else name
 
-    def read(self, slot: WeightSlot, on_bytes: Callable[[int], None]) -> None:
-        """Fill a slot, converting to its dtype a few rows at a time."""
-        name, first_row, _ = self._stored[slot.name]
-        dest = self._stored_order(slot)
-        # Rows of the file per index of `dest`, whose first dimension may be heads instead of rows.
-        rows = slot.dest.shape[0] // dest.shape[0]
-        step = max(1, self._file.rows_per_step(name) // rows)
-        for start in range(0, dest.shape[0], step):
-            part = dest[start : start + step]
-            values = torch.from_numpy(self._file.dequantize(name, first_row + start * rows, len(part) * rows))
-            if self._config.is_gemma and slot.name.endswith("norm.weight"):
+    def wrong_dtype(self, name: str, slot: WeightSlot) -> str | None:
+        """Whatever can be dequantised has the right dtype; blocks are asked for only where they can be kept."""
+        return None
+
+    def read(self, name: str, slot: WeightSlot, device: torch.device, on_bytes: Callable[[int], None]) -> None:
+        """Fill a slot: with values, converted a few rows at a time, or as one matrix where it needs that."""
+        if slot.is_plain:
+            self._read_values(name, slot.dest, on_bytes)
+            return
+        native, first_row, shape = self._stored[name]
+        if torch.uint8 in slot.dtypes:
+            rows = torch.from_numpy(self._file.raw_rows(native, first_row, shape[0]))
+            matrix = torch.empty_like(rows)
+            ordered = self._in_stored_order(name, matrix)
+            ordered.copy_(rows.view(ordered.shape))
+        else:
+            matrix = torch.empty(shape)
+            self._read_values(name, matrix, lambda _: None)
+        slot.load(matrix, device)
+        on_bytes(slot.num_bytes)
+
+    def _read_values(self, name: str, dest: Tensor, on_bytes: Callable[[int], None]) -> None:
+        native, first_row, _ = self._stored[name]
+        ordered = self._in_stored_order(name, dest)
+        # Rows of the file per index of `ordered`, whose first dimension may be heads instead of rows.
+        rows = dest.shape[0] // ordered.shape[0]
+        step = max(1, self._file.rows_per_step(native) // rows)
+        for start in range(0, ordered.shape[0], step):
+            part = ordered[start : start + step]
+            values = torch.from_numpy(self._file.dequantize(native, first_row + start * rows, len(part) * rows))
+            if self._config.is_gemma and name.endswith("norm.weight"):
                 values -= 1.0  # the file has Gemma's norms as 1 + w
             part.copy_(values.reshape(part.shape))
             on_bytes(part.nbytes)
 
-    def _stored_order(self, slot: WeightSlot) -> Tensor:
-        """Return a view of the slot's memory whose elements come in the order of the file.
+    def _in_stored_order(self, name: str, rows: Tensor) -> Tensor:
+        """Return a view of a matrix or vector whose elements come in the order of the file.
 
         The `llama` architecture rotates neighbours (x0, x1), where Hugging Face and these kernels rotate halves
         (x0, x[D/2]); its converter reorders the rows of q and k accordingly, which this undoes.
         """
-        if not (self._interleaved and _ROTATED.search(slot.name)):
-            return slot.dest
-        return torch.unflatten(slot.dest, 0, (-1, 2, self._config.head_dim // 2)).transpose(1, 2)
+        if not (self._interleaved and _ROTATED.search(name)):
+            return rows
+        return torch.unflatten(rows, 0, (-1, 2, self._config.head_dim // 2)).transpose(1, 2)
 
     def _parts(self, name: str, tensor: GgufTensor) -> Iterator[tuple[str, _Stored]]:
         """Yield what a tensor of the file holds, by Hugging Face names: itself, or the matrix of each expert."""

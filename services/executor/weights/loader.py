@@ -15,8 +15,8 @@ from services.executor.models.config import ModelConfig
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.gguf_config import config_from_gguf
 from services.executor.models.hf_config import config_from_hf
-from services.executor.models.layers import WeightSlot
 from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_slot import WeightSlot
 from services.executor.weights.gguf_file import GgufFile
 from services.executor.weights.gguf_source import GgufSource
 from services.executor.weights.safetensors_source import SafetensorsSource
@@ -85,17 +85,23 @@ def _fill(
     _check(path, config, list(_skeleton(config, runtime, 1).weight_slots()), source)
     model = CausalLM(config, runtime, max_model_len=max_model_len)
     slots = list(model.weight_slots())
-    done, total = 0, sum(slot.dest.nbytes for slot in slots)
+    done, total = 0, sum(slot.num_bytes for slot in slots)
 
     def report(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
-        if on_progress is not None:
+        if on_progress is not None and num_bytes:
             on_progress(done, total)
 
     for slot in slots:
-        source.read(slot, report)
+        if (name := _name_in(source, slot)) is not None:
+            source.read(name, slot, runtime.device, report)
     return model
+
+
+def _name_in(source: WeightSource, slot: WeightSlot) -> str | None:
+    """Return the name under which the checkpoint has what belongs into a slot, None if it has nothing."""
+    return next((name for name in (slot.name, *slot.aliases) if name in source.shapes), None)
 
 
 def _skeleton(config: ModelConfig, runtime: ModelRuntime, max_model_len: int | None) -> CausalLM:
@@ -106,18 +112,22 @@ def _skeleton(config: ModelConfig, runtime: ModelRuntime, max_model_len: int | N
 def _check(path: Path, config: ModelConfig, slots: Sequence[WeightSlot], source: WeightSource) -> None:
     """Refuse a checkpoint whose tensors are not exactly those of the model: a surplus bias is a wrong answer too."""
     shapes = source.shapes
-    wanted = {slot.name for slot in slots}
-    missing = [slot.name for slot in slots if slot.name not in shapes]
+    required = [slot for slot in slots if not slot.optional]
+    missing = [slot.name for slot in required if _name_in(source, slot) is None]
     if missing:
         raise UnsupportedModelError(
-            f"{path}: {len(missing)} of {len(slots)} tensors are missing, the first is {missing[0]}"
+            f"{path}: {len(missing)} of {len(required)} tensors are missing, the first is {missing[0]}"
         )
     for slot in slots:
-        if shapes[slot.name] != slot.dest.shape:
+        name = _name_in(source, slot)
+        if name is not None and not slot.takes_shape(shapes[name]):
             raise UnsupportedModelError(
-                f"{path}: {source.native_name(slot.name)} has shape {list(shapes[slot.name])}, "
-                f"the configuration asks for {list(slot.dest.shape)}"
+                f"{path}: {source.native_name(name)} has shape {list(shapes[name])}, "
+                f"the configuration asks for {list(slot.shape)}"
             )
+        if name is not None and (wrong := source.wrong_dtype(name, slot)):
+            raise UnsupportedModelError(f"{path}: {source.native_name(name)} has {wrong}")
+    wanted = {name for slot in slots for name in (slot.name, *slot.aliases)}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     surplus = [name for name in shapes if name not in wanted | tied and not _REDUNDANT.fullmatch(name)]
     if surplus:

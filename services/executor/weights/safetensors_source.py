@@ -7,14 +7,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from services.executor.models.errors import UnsupportedModelError
-from services.executor.models.layers import WeightSlot
+from services.executor.models.weight_slot import WeightSlot
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 class SafetensorsSource:
@@ -24,6 +33,7 @@ class SafetensorsSource:
         self._files: dict[str, Any] = {}
         self._names: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         self._stack = ExitStack()
         try:
             for path, expected in _shards(directory).items():
@@ -49,10 +59,16 @@ class SafetensorsSource:
         """Return the name itself: the format is the one the names come from."""
         return name
 
-    def read(self, slot: WeightSlot, on_bytes: Callable[[int], None]) -> None:
+    def wrong_dtype(self, name: str, slot: WeightSlot) -> str | None:
+        """Name the dtypes as the format does."""
+        supported = [_DTYPE_NAMES[dtype] for dtype in slot.dtypes]
+        dtype = self._dtypes[name]
+        return None if dtype in supported else f"dtype {dtype}; supported: {', '.join(supported)}"
+
+    def read(self, name: str, slot: WeightSlot, device: torch.device, on_bytes: Callable[[int], None]) -> None:
         """Fill a slot, converting to its dtype."""
-        slot.dest.copy_(self._files[slot.name].get_tensor(slot.name))
-        on_bytes(slot.dest.nbytes)
+        slot.load(self._files[name].get_tensor(name), device)
+        on_bytes(slot.num_bytes)
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
         if not path.is_file():
@@ -64,11 +80,8 @@ class SafetensorsSource:
                 raise UnsupportedModelError(f"{path} lacks {min(expected - names)}, which {INDEX_FILE} says it has")
             for name in names:
                 view = file.get_slice(name)
-                if view.get_dtype() not in _DTYPES:
-                    raise UnsupportedModelError(
-                        f"{path}: {name} has dtype {view.get_dtype()}; supported: {', '.join(_DTYPES)}"
-                    )
                 self._files[name] = file
+                self._dtypes[name] = view.get_dtype()
                 self._shapes[name] = tuple(view.get_shape())
         except SafetensorError as error:
             raise UnsupportedModelError(f"{path}: not a complete safetensors file: {error}") from error

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from services.executor.models.layers import WeightSlot
+import torch
+
+from services.executor.models.weight_slot import WeightSlot
 
 
 class WeightSource(Protocol):
@@ -16,5 +18,11 @@ class WeightSource(Protocol):
     def native_name(self, name: str) -> str:
         """Return the name by which the checkpoint itself knows a tensor, for error messages."""
 
-    def read(self, slot: WeightSlot, on_bytes: Callable[[int], None]) -> None:
-        """Fill a slot, converting to its dtype; `on_bytes` gets the bytes written since its last call."""
+    def wrong_dtype(self, name: str, slot: WeightSlot) -> str | None:
+        """Return the dtypes that a tensor has and should have for a slot, in words; None when it has one of them."""
+
+    def read(self, name: str, slot: WeightSlot, device: torch.device, on_bytes: Callable[[int], None]) -> None:
+        """Fill a slot with a tensor, converting to its dtype; conversions that cost something happen on `device`.
+
+        `on_bytes` gets the bytes of the model that were filled since its last call.
+        """

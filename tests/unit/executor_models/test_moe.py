@@ -68,16 +68,17 @@ def test_experts_that_tie(hf_model: Callable[..., Any], paged: Callable[..., Any
 
 def test_of_equal_experts_the_first_are_taken(hf_model: Callable[..., Any], tmp_path: Path) -> None:
     hf_model("mixtral", num_experts_per_tok=3).save_pretrained(tmp_path)
-    mlp = MoeMLP(read_model_config(tmp_path), ModelRuntime())
+    mlp = MoeMLP(read_model_config(tmp_path), 0, ModelRuntime())
     generator = torch.Generator().manual_seed(1)
-    for tensor in (mlp.w13, mlp.w2):
+    weights = {slot.name.removeprefix("model.layers.0.block_sparse_moe."): slot.dest for slot in mlp.weight_slots()}
+    for tensor in weights.values():
         tensor.normal_(generator=generator)
-    mlp.gate.zero_()
-    x = torch.randn(6, mlp.w2.shape[1], generator=generator)
+    weights["gate.weight"].zero_()
+    x = torch.randn(6, 48, generator=generator)
 
     def expert(number: int) -> Tensor:
-        gate, up = (x @ mlp.w13[number].T).chunk(2, -1)
-        return (F.silu(gate) * up) @ mlp.w2[number].T
+        w1, w2, w3 = (weights[f"experts.{number}.w{i}.weight"] for i in (1, 2, 3))
+        return (F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
 
     expected = (expert(0) + expert(1) + expert(2)) / 3
     torch.testing.assert_close(mlp(x), expected, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,20 @@
+"""Linear layers: how their weights lie in memory, how they multiply, and which tensors of a checkpoint fill them."""
+
+from services.executor.models.linear.checkpoint import CheckpointFormat, build_weight
+from services.executor.models.linear.dense import DenseWeight
+from services.executor.models.linear.fp8 import Fp8Weight
+from services.executor.models.linear.packed import PackedLinear
+from services.executor.models.linear.quantised import LinearInput, LinearWeight, QuantisedInput
+from services.executor.models.linear.wna16 import IntWeight
+
+__all__ = [
+    "CheckpointFormat",
+    "DenseWeight",
+    "Fp8Weight",
+    "IntWeight",
+    "LinearInput",
+    "LinearWeight",
+    "PackedLinear",
+    "QuantisedInput",
+    "build_weight",
+]

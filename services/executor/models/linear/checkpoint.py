@@ -1,0 +1,96 @@
+"""Which tensors of a checkpoint fill a linear layer."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.linear.dense import DenseWeight
+from services.executor.models.linear.fp8 import Fp8Weight
+from services.executor.models.linear.packing import per_word
+from services.executor.models.linear.quantised import LinearWeight
+from services.executor.models.linear.wna16 import Bits, IntWeight
+from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_slot import WeightSlot
+
+_log = logging.getLogger(__name__)
+
+FilledWeight = tuple[LinearWeight, list[WeightSlot]]
+
+
+class CheckpointFormat(Protocol):
+    """How a checkpoint stores the linear layers that it has quantised.
+
+    `is_choice` says that they can be had in full precision just as well, so that they are only kept as they are when
+    `Quantization.method` is `keep`.
+    """
+
+    @property
+    def is_choice(self) -> bool:
+        """See the class."""
+
+    def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
+        """Return a weight that stacks the projections named in `parts`, with their sizes, and the slots to fill it.
+
+        None when the checkpoint has them in full precision. Raises UnsupportedModelError.
+        """
+
+
+def build_weight(
+    parts: Mapping[str, int], in_features: int, stored: CheckpointFormat | None, runtime: ModelRuntime
+) -> FilledWeight:
+    """Return a weight and its slots: as the checkpoint stores it, or quantised on load as the runtime asks for.
+
+    Raises:
+        UnsupportedModelError: the checkpoint is quantised already, or the sizes are not those of such a weight.
+    """
+    method = runtime.quantization.method
+    if stored is not None and not (stored.is_choice and method != "keep"):
+        if method not in ("none", "keep"):
+            raise UnsupportedModelError(f"quantization {method}: the checkpoint is quantised already; leave it out")
+        if (filled := stored.build(parts, in_features, runtime)) is not None:
+            return filled
+        method = "none"
+    rows = sum(parts.values())
+    weight = _empty(next(iter(parts)), rows, in_features, runtime) if method != "none" else None
+    weight = weight or DenseWeight(rows, in_features, runtime)
+    is_plain = isinstance(weight, DenseWeight)
+    slots = [
+        WeightSlot(
+            f"{name}.weight",
+            *weight.part(rows_of_part),
+            shape=(rows_of_part.stop - rows_of_part.start, in_features),
+            encode=None if is_plain else weight.encode,
+        )
+        for name, rows_of_part in stacked(parts)
+    ]
+    return weight, slots
+
+
+def stacked(parts: Mapping[str, int]) -> Iterator[tuple[str, slice]]:
+    """Yield every part with its rows of the stack."""
+    start = 0
+    for name, size in parts.items():
+        yield name, slice(start, start + size)
+        start += size
+
+
+def _empty(name: str, rows: int, columns: int, runtime: ModelRuntime) -> LinearWeight | None:
+    wanted = runtime.quantization
+    match wanted.method:
+        case "none" | "keep":
+            return None
+        case "fp8":
+            return Fp8Weight(rows, columns, runtime, granularity=wanted.granularity)
+        case "int4" | "int8":
+            bits: Bits = 4 if wanted.method == "int4" else 8
+            group_size = math.gcd(wanted.group_size, columns)
+            if group_size % per_word(bits):
+                raise UnsupportedModelError(
+                    f"quantization {wanted.method}: {name} has {columns} input features, of which no group is a "
+                    f"multiple of {per_word(bits)}"
+                )
+            if group_size != wanted.group_size:
+                _log.info("%s: %d input features are quantised in groups of %d", name, columns, group_size)
+            return IntWeight(rows, columns, runtime, bits=bits, group_size=group_size)

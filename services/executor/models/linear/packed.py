@@ -1,0 +1,49 @@
+"""Projections of one input, stacked into one matrix."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.executor.models.linear.checkpoint import CheckpointFormat, build_weight
+from services.executor.models.linear.quantised import LinearInput
+from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_slot import WeightSlot
+
+
+class PackedLinear:
+    """y = x W^T + b, where W stacks the rows of one or more projections.
+
+    `parts` maps their names under `prefix` to output sizes; `stored` is how the checkpoint has them, if quantised.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        in_features: int,
+        parts: dict[str, int],
+        *,
+        bias: bool,
+        stored: CheckpointFormat | None,
+        runtime: ModelRuntime,
+    ) -> None:
+        names = {f"{prefix}.{part}": size for part, size in parts.items()}
+        self._weight, self._slots = build_weight(names, in_features, stored, runtime)
+        self._bias: Tensor | None = None
+        if bias:
+            self._bias = runtime.empty(sum(parts.values()))
+            biases = torch.split(self._bias, list(parts.values()))
+            self._slots += [WeightSlot(f"{name}.bias", part) for name, part in zip(names, biases, strict=True)]
+
+    def __call__(self, x: LinearInput) -> Tensor:
+        """`[T, in]` -> `[T, out]`."""
+        return self._weight.product(x, self._bias)
+
+    def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
+        """Return the result of an op in the form that this layer multiplies; see `LinearWeight.input_from`."""
+        return self._weight.input_from(op, *args, **kwargs)
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        """Yield the slots of every part."""
+        yield from self._slots

@@ -1,0 +1,25 @@
+"""Numbers of 4 and 8 bits in words of 32, lowest bits first, as `kernels.w4a16_gemm` and most checkpoints have them."""
+
+import torch
+from torch import Tensor
+
+
+def per_word(bits: int) -> int:
+    """Return how many numbers a word holds."""
+    return 32 // bits
+
+
+def pack_rows(numbers: Tensor, bits: int) -> Tensor:
+    """Return the words `[K / per_word, N]` i32 of `numbers [K, N]`, any integers in 0 .. 2^bits - 1."""
+    per = per_word(bits)
+    words = numbers[0::per].int()
+    for i in range(1, per):
+        words |= numbers[i::per].int() << (i * bits)
+    return words
+
+
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
+    """Return the numbers `[K, N]` u8 of `words [K / per_word, N]` i32."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device).view(1, -1, 1)
+    numbers = (words.unsqueeze(1) >> shifts) & ((1 << bits) - 1)
+    return numbers.to(torch.uint8).flatten(0, 1)

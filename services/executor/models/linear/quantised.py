@@ -1,0 +1,35 @@
+"""What goes into a linear layer, and what its weight must be able to do."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class QuantisedInput(NamedTuple):
+    """`codes [T, K]` e4m3 with `scale`, one element or `[T, 1]` f32: the product of the two is the input."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+LinearInput = Tensor | QuantisedInput
+
+
+class LinearWeight(Protocol):
+    """The memory of a weight `[N, K]` in one of the forms that there are ops for, and the product with it."""
+
+    def part(self, rows: slice) -> tuple[Tensor, ...]:
+        """Return the memory of some of the N rows."""
+
+    def encode(self, matrix: Tensor) -> Sequence[Tensor]:
+        """Return what `part` is to hold for the full-precision rows `matrix [n, K]`."""
+
+    def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
+        """Return `x W^T + bias`, `[T, N]`; a quantised `x` is one that `input_from` made."""
+
+    def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
+        """Call the op that computes the input, with the quantisation of its result as its epilogue if that can be.
+
+        `op` takes `quant_scale` and `token_scale` as `kernels.silu_and_mul` does, and has T rows in its first argument.
+        """

@@ -1,0 +1,65 @@
+"""Weights of 4 and 8 bit integers in groups that share a scale, multiplied with inputs of full precision."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from services.executor.models.linear.packing import pack_rows, per_word
+from services.executor.models.linear.quantised import LinearInput
+from services.executor.models.runtime import ModelRuntime
+
+Bits = Literal[4, 8]
+
+
+def quantise_groups(matrix: Tensor, bits: Bits, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (words `[K * bits / 32, n]` i32, scales `[K / group_size, n]`) of `matrix [n, K]`, without zero points.
+
+    The number of largest magnitude in a group becomes -2^(bits - 1), the end of the range that is one step longer, so
+    a scale may be negative. Numbers are rounded with regard to the scale as it is stored, in `dtype`.
+    """
+    half = 1 << (bits - 1)
+    groups = matrix.float().view(matrix.shape[0], -1, group_size)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scales = (extreme / -half).to(dtype)
+    divisor = torch.where(scales == 0, 1.0, scales.float())
+    numbers = (groups / divisor).round_().add_(half).clamp_(0, 2 * half - 1).to(torch.uint8)
+    return pack_rows(numbers.flatten(1).T, bits), scales.squeeze(-1).T
+
+
+class IntWeight:
+    """words `[K * bits / 32, N]` i32; scales and, optionally, zero points `[K / group_size, N]` of the runtime's dtype.
+
+    Number q stands for `(q - zero) * scale`; zero is 2^(bits - 1) where no zero points are kept.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, runtime: ModelRuntime, *, bits: Bits, group_size: int, zeros: bool = False
+    ) -> None:
+        self.bits: Bits = bits
+        self.group_size = group_size
+        self._dtype = runtime.dtype
+        self._gemm = runtime.ops.w4a16_gemm if bits == 4 else runtime.ops.w8a16_gemm
+        self.words = runtime.empty(columns // per_word(bits), rows, dtype=torch.int32)
+        self.scales = runtime.empty(columns // group_size, rows)
+        self.zeros = runtime.empty(columns // group_size, rows) if zeros else None
+
+    def part(self, rows: slice) -> tuple[Tensor, ...]:
+        """Return the words, scales and, if there are, zero points of some rows."""
+        tensors = (self.words, self.scales) if self.zeros is None else (self.words, self.scales, self.zeros)
+        return tuple(tensor[:, rows] for tensor in tensors)
+
+    def encode(self, matrix: Tensor) -> Sequence[Tensor]:
+        """Return the words and scales of a full-precision matrix."""
+        return quantise_groups(matrix, self.bits, self.group_size, self._dtype)
+
+    def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
+        """Return `x W^T + bias`."""
+        assert isinstance(x, Tensor)
+        y = self._gemm(x, self.words, self.scales, self.zeros, group_size=self.group_size)
+        return y if bias is None else y.add_(bias)
+
+    def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
+        """Call the op."""
+        return op(*args, **kwargs)

@@ -1,0 +1,71 @@
+"""Where the tensors of a checkpoint belong in a model."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class WeightSlot:
+    """Where one tensor of a checkpoint belongs, and how it gets there.
+
+    Attributes:
+        name: its Hugging Face name.
+        dests: the memory it fills, perhaps slices of packed matrices. A tensor that is only checked, or becomes a
+            number of the layer, fills none.
+        shape: of the tensor in the checkpoint; `()` takes one element of any shape. Default: that of the one dest.
+        dtypes: that the tensor may have. uint8 asks for a GGUF tensor's blocks as they are in the file,
+            `[rows, bytes of a row]`, where `shape` is that of the matrix they stand for.
+        encode: turns the tensor, on the model's device, into what `dests` are to hold; the default changes nothing.
+        optional: whether a checkpoint may lack it.
+        aliases: other names it may have.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *dests: Tensor,
+        shape: tuple[int, ...] | None = None,
+        dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES,
+        encode: Callable[[Tensor], Sequence[Tensor]] | None = None,
+        optional: bool = False,
+        aliases: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.dests = dests
+        self.shape = tuple(dests[0].shape) if shape is None else shape
+        self.dtypes = dtypes
+        self.optional = optional
+        self.aliases = aliases
+        self._encode = encode
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor is stored as it is, so that it may come in pieces."""
+        return self._encode is None
+
+    @property
+    def dest(self) -> Tensor:
+        """The memory of a tensor that fills one."""
+        (dest,) = self.dests
+        return dest
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the model that the tensor fills."""
+        return sum(dest.nbytes for dest in self.dests)
+
+    def takes_shape(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a tensor of this shape belongs here."""
+        return shape == self.shape or (self.shape == () and math.prod(shape) == 1)
+
+    def load(self, tensor: Tensor, device: torch.device) -> None:
+        """Fill the slot with the whole tensor; what has to be computed is computed on `device`."""
+        if self._encode is None:
+            self.dest.copy_(tensor.view(self.dest.shape))
+            return
+        for dest, value in zip(self.dests, self._encode(tensor.to(device)), strict=True):
+            dest.copy_(value)
