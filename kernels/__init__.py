@@ -1,7 +1,7 @@
 """Public ops of the model and the sampler. Import them from here.
 
-The functions here are the torch forms, for tensors on the CPU. `select_ops` gives the same ops in the forms that suit
-a device; see `kernels.dispatch`.
+The functions here are the torch forms: they run on any device, and are made for the CPU. `select_ops` gives the same
+ops in the forms that suit a device; see `kernels.dispatch`.
 
 Every op writes into `out` when it is given and returns it, and allocates the result otherwise. Ops whose names end in
 an underscore change their first argument. A cache is `[num_blocks, page_size, Hkv, D]`, K and V apart, page_size 16, 32

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+_E4M3_MIN_SM = 89  # conversions to and from e4m3 exist from here on; an older device would need them done by hand
+
 
 @dataclass(frozen=True, slots=True)
 class Capability:
@@ -25,3 +27,13 @@ class Capability:
             return cls(sm=0, num_sms=1)
         found = torch.cuda.get_device_properties(device)
         return cls(sm=10 * found.major + found.minor, num_sms=found.multi_processor_count, name=found.name)
+
+    def require_e4m3(self, argument: str) -> None:
+        """Refuse an argument that needs e4m3 on the device.
+
+        Raises:
+            ValueError: the device has no conversions to and from it.
+        """
+        if self.sm < _E4M3_MIN_SM:
+            needed, there = _E4M3_MIN_SM / 10, self.sm / 10
+            raise ValueError(f"{argument}: e4m3 needs compute capability {needed}, the device has {there}")

@@ -53,13 +53,12 @@ class TritonForm:
     uses_cache: bool = False  # reads or writes the KV cache, so its dtype matters, too
 
 
-# e4m3 conversions exist from here on; an older device would need them done by hand.
-_E4M3_MIN_SM = 89
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON: Mapping[str, TritonForm] = MappingProxyType(
     {
         "apply_logits_processors_": TritonForm("logits"),
         "copy_blocks_": TritonForm("cache"),
+        "fp8_gemm": TritonForm("gemm_fp8", min_sm=89),
         "fused_add_rms_norm": TritonForm("norm"),
         "fused_moe": TritonForm("moe"),
         "fused_moe_wna16": TritonForm("moe_wna16"),
@@ -70,7 +69,7 @@ _TRITON: Mapping[str, TritonForm] = MappingProxyType(
         "paged_attention_decode": TritonForm("attention_decode", uses_cache=True),
         "qk_norm_rope_and_cache": TritonForm("rope", uses_cache=True),
         "sample": TritonForm("sampling"),
-        "scaled_fp8_quant": TritonForm("quant", min_sm=_E4M3_MIN_SM),
+        "scaled_fp8_quant": TritonForm("quant", min_sm=89),
         "silu_and_mul": TritonForm("activation"),
         "topk_softmax": TritonForm("moe_routing"),
         "unified_attention": TritonForm("attention", uses_cache=True),
@@ -144,7 +143,8 @@ def select_ops(
 
     Raises:
         ValueError: an override names an op that does not exist, or a form that does not exist or that the device
-            cannot run; or the tile table of an op is not one.
+            cannot run; kv_cache_dtype is e4m3 and the device cannot convert it, unless overrides name the torch forms
+            of the ops on the cache; or the tile table of an op is not one.
     """
     overrides = overrides or {}
     for name in overrides.keys() - {"all", *OP_NAMES}:
@@ -152,11 +152,13 @@ def select_ops(
     launch = launch or Launch(capability)
     forms: dict[str, Callable[..., Any]] = {}
     for name in OP_NAMES:
-        obstacle = _obstacle(name, capability, dtype, kv_cache_dtype or dtype)
+        obstacle = _obstacle(name, capability, dtype)
         wanted = overrides.get(name)
         if wanted == "triton" and obstacle:
             raise ValueError(f"overrides: {name} cannot run on triton: {obstacle}")
         if (wanted or overrides.get("all", "triton")) == "triton" and not obstacle:
+            if _TRITON[name].uses_cache and kv_cache_dtype == E4M3:
+                capability.require_e4m3("kv_cache_dtype")  # rather than the torch form, which would crawl
             module = importlib.import_module(f"kernels.triton.{_TRITON[name].module}")
             forms[name] = functools.partial(getattr(module, name), launch)
             if name in TILED_OPS:
@@ -164,7 +166,7 @@ def select_ops(
     return Ops(launch if forms else None, forms)
 
 
-def _obstacle(name: str, capability: Capability, dtype: torch.dtype, kv_cache_dtype: torch.dtype) -> str | None:
+def _obstacle(name: str, capability: Capability, dtype: torch.dtype) -> str | None:
     """Why the Triton form of an op cannot be used, or None."""
     form = _TRITON.get(name)
     if form is None:
@@ -173,8 +175,6 @@ def _obstacle(name: str, capability: Capability, dtype: torch.dtype, kv_cache_dt
         return f"it needs compute capability {form.min_sm / 10}, the device has {capability.sm / 10}"
     if dtype not in _FLOATS:
         return f"it does not take {dtype}"
-    if form.uses_cache and kv_cache_dtype == E4M3 and capability.sm < _E4M3_MIN_SM:
-        return f"an e4m3 cache needs compute capability {_E4M3_MIN_SM / 10}, the device has {capability.sm / 10}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None

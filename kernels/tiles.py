@@ -59,6 +59,9 @@ _PACKED = _Schema(
 )
 _SCHEMAS: Mapping[str, _Schema] = MappingProxyType(
     {
+        "fp8_gemm": _Schema(
+            ("rows", "columns"), {"block_m": _BLOCK, "block_n": _BLOCK, "block_k": _Range(32, 256)} | _LAUNCH
+        ),
         "fused_moe": _Schema(
             ("rows_per_expert", "element_size"),
             {"block_m": _Range(16, 128), "block_n": _BLOCK, "block_k": _BLOCK} | _LAUNCH,

@@ -71,7 +71,7 @@ def unified_attention(
         elif end > begin and length > 0:
             out[begin:end] = op.prefill(q[begin:end], block_table[s], length)
     if decode:
-        rows = torch.tensor([begins[s] for s in decode])
+        rows = torch.tensor([begins[s] for s in decode], device=q.device)
         op.decode(q, rows, block_table[decode], [lens[s] for s in decode], out)
     return out
 
@@ -102,7 +102,7 @@ def paged_attention_decode(
     lens = seq_lens.tolist()
     live = [s for s, length in enumerate(lens) if length > 0]
     if live:
-        rows = torch.tensor(live)
+        rows = torch.tensor(live, device=q.device)
         op.decode(q, rows, block_table.index_select(0, rows), [lens[s] for s in live], out)
     return out
 
@@ -134,8 +134,8 @@ class _PagedAttention:
         causal = n == length and not self.window
         mask = None
         if not causal:
-            keys = torch.arange(first, length)
-            queries = torch.arange(length - n, length).unsqueeze(1)
+            keys = torch.arange(first, length, device=q.device)
+            queries = torch.arange(length - n, length, device=q.device).unsqueeze(1)
             mask = keys <= queries
             if self.window:
                 mask &= keys > queries - self.window
@@ -156,9 +156,9 @@ class _PagedAttention:
             width = widths[order[at]]
             group = order[at : at + max(1, _GROUP_ELEMENTS // (width * kv_heads * head_dim))]
             at += len(group)
-            end = torch.tensor([lens[i] for i in group]).unsqueeze(1)
-            begin = end - torch.tensor([widths[i] for i in group]).unsqueeze(1)
-            positions = begin + torch.arange(width)
+            end = torch.tensor([lens[i] for i in group], device=q.device).unsqueeze(1)
+            begin = end - torch.tensor([widths[i] for i in group], device=q.device).unsqueeze(1)
+            positions = begin + torch.arange(width, device=q.device)
             mask = None
             if widths[group[-1]] < width:
                 # A weight of zero does not silence a NaN, so what is masked is read from a live slot of the row, too.
@@ -185,7 +185,7 @@ class _PagedAttention:
         if self.softcap:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         if sinks is not None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.reference.scaled_mm import can_scale_mm, scaled_mm
+from kernels.reference.scaled_mm import can_scale_mm, has_e4m3_units, scaled_mm
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -78,8 +78,8 @@ def fp8_gemm(
 ) -> Tensor:
     """Return `(a * a_scale) @ (b * b_scale).T + bias`, [M, N], accumulated in float32 and rounded once.
 
-    On a device this is torch's product of e4m3 matrices where it takes the operands (see `scaled_mm`), with the bias
-    rounded to the dtype of the result; elsewhere both are widened to float32 first.
+    On a device with such units this is torch's product of e4m3 matrices where it takes the operands (see `scaled_mm`),
+    with the bias rounded to the dtype of the result; elsewhere both are widened to float32 first.
 
     Args:
         a: [M, K] e4m3.
@@ -92,7 +92,7 @@ def fp8_gemm(
     """
     if out is None:
         out = torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=a.device)
-    if a.is_cuda and can_scale_mm(a, b, a_scale, b_scale, out):
+    if has_e4m3_units(a.device) and can_scale_mm(a, b, a_scale, b_scale, out):
         return scaled_mm(a, b, a_scale, b_scale, bias, out)
     result = dequantise(a, a_scale) @ dequantise(b, b_scale).T
     if bias is not None:

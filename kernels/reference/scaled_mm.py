@@ -7,6 +7,11 @@ from torch import Tensor
 _MULTIPLE = 16  # of both dimensions of the weight: what cuBLAS and CUTLASS want of e4m3
 
 
+def has_e4m3_units(device: torch.device) -> bool:
+    """Whether the matrix units of a device multiply e4m3."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def can_scale_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out: Tensor) -> bool:
     """Whether `scaled_mm` takes these: scales of a tensor or of its rows, bfloat16 results, dimensions in sixteens."""
     whole_or_rows = (a_scale.numel() == 1 or a_scale.shape[1:] == (1,)) and (

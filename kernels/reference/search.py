@@ -41,7 +41,9 @@ def top(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
         more = ((found >= values[:, -1:]).sum(-1) > k) | ((maxima >= values[:, -1:]).sum(-1) > k)
     else:
         values, ids = logits.topk(k)
-        more = (logits >= values[:, -1:]).sum(-1) > k if k else torch.zeros(rows, dtype=torch.bool)
+        more = (
+            (logits >= values[:, -1:]).sum(-1) > k if k else torch.zeros(rows, dtype=torch.bool, device=logits.device)
+        )
     # topk leaves open which of equal values it takes, and their order; only then is the full sort needed.
     tied = more | (values[:, 1:] == values[:, :-1]).any(-1)
     for row in tied.nonzero().flatten().tolist():
@@ -61,7 +63,8 @@ def at_least(logits: Tensor, maxima: Tensor, bound: float) -> tuple[Tensor, Tens
     ids = _columns(tiles)
     values = logits[:whole].view(-1, TILE).index_select(0, tiles).flatten()
     if whole < vocab:
-        ids, values = torch.cat((ids, torch.arange(whole, vocab))), torch.cat((values, logits[whole:]))
+        rest = torch.arange(whole, vocab, device=logits.device)
+        ids, values = torch.cat((ids, rest)), torch.cat((values, logits[whole:]))
     return ids, values
 
 
@@ -80,4 +83,4 @@ def keep(which: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _columns(tiles: Tensor) -> Tensor:
     """Return the token ids of tiles [..., n], [..., n * TILE]."""
-    return (tiles.unsqueeze(-1) * TILE + torch.arange(TILE)).flatten(-2)
+    return (tiles.unsqueeze(-1) * TILE + torch.arange(TILE, device=tiles.device)).flatten(-2)

@@ -106,6 +106,8 @@ def _gated(
 ) -> Tensor:
     check_epilogue(quant_scale, token_scale)
     tokens, width = x.shape[0], x.shape[1] // 2
+    if quant_scale is not None or token_scale is not None:
+        launch.capability.require_e4m3("quant_scale" if token_scale is None else "token_scale")
     if out is None:
         plain = quant_scale is None and token_scale is None
         out = torch.empty((tokens, width), dtype=x.dtype if plain else E4M3, device=x.device)

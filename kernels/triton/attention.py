@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launch, next_power_of_2
+from kernels.reference.quant import E4M3
 from kernels.triton.quantise import scale_of
 
 LOG2E = 1.4426950408889634
@@ -40,6 +41,8 @@ def unified_attention(
     """See the torch form. A sequence with more query tokens than tokens is not refused; its surplus rows are zero."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("k_cache, v_cache: must be contiguous")
+    if k_cache.dtype == E4M3:
+        launch.capability.require_e4m3("k_cache, v_cache")
     out = torch.empty_like(q) if out is None else out
     tokens, q_heads, head_dim = q.shape
     page, kv_heads = k_cache.shape[1:3]

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launch, next_power_of_2
+from kernels.reference.quant import E4M3
 from kernels.splits import decode_workspace
 from kernels.triton.attention import LOG2E
 from kernels.triton.quantise import scale_of
@@ -36,6 +37,8 @@ def paged_attention_decode(
     """See the torch form; `kernels.splits` gives `num_splits` and `workspace`, which one split does not need."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("k_cache, v_cache: must be contiguous")
+    if k_cache.dtype == E4M3:
+        launch.capability.require_e4m3("k_cache, v_cache")
     out = torch.empty_like(q) if out is None else out
     num_seqs, q_heads, head_dim = q.shape
     page, kv_heads = k_cache.shape[1:3]

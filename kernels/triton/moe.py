@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launch, next_power_of_2
+from kernels.reference.quant import E4M3
 from kernels.tiles import Tile
 from kernels.triton.activation import silu_and_mul
 from kernels.triton.moe_layer import MANY_ROWS, Layout, combine, lay_out, many_tokens
@@ -98,6 +99,8 @@ def fused_moe(
     if pairs >= MANY_ROWS * experts and w13.dtype == x.dtype == torch.bfloat16:
         y = many_tokens(launch, x, ids, experts, lambda: w13.transpose(1, 2), lambda: w2.transpose(1, 2))
         return combine(launch, y, weights, out)
+    if w13.dtype == E4M3:
+        launch.capability.require_e4m3("w13, w2")
     tile = launch.tile("fused_moe", rows_per_expert=pairs // experts, element_size=w13.element_size())
     layout, gate_up, middle, y = lay_out(launch, x, ids, experts, width, tile["block_m"], workspace)
     _grouped(launch, x, w13, w13_scale, layout, gate_up, tile, "w13_scale")

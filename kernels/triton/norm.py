@@ -68,6 +68,8 @@ def fused_add_rms_norm(
     """One program per token, the whole row in registers; rows of `x`, `residual` and `out` may have any stride."""
     check_epilogue(quant_scale, token_scale)
     tokens, width = x.shape
+    if quant_scale is not None or token_scale is not None:
+        launch.capability.require_e4m3("quant_scale" if token_scale is None else "token_scale")
     if out is None:
         plain = quant_scale is None and token_scale is None
         out = torch.empty(x.shape, dtype=x.dtype if plain else E4M3, device=x.device)

@@ -30,6 +30,8 @@ def qk_norm_rope_and_cache(
     """See the torch form."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous() and cos_sin_cache.is_contiguous()):
         raise ValueError("k_cache, v_cache, cos_sin_cache: must be contiguous")
+    if k_cache.dtype == E4M3:
+        launch.capability.require_e4m3("k_cache, v_cache")
     tokens, width = qkv.shape
     kv_heads, head_dim = k_cache.shape[-2:]
     q_heads = width // head_dim - 2 * kv_heads

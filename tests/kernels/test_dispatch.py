@@ -43,9 +43,38 @@ def test_a_capable_device_gets_triton(with_triton):
 
 def test_an_e4m3_cache_needs_a_device_that_converts_it(with_triton):
     assert select_ops(A100, dtype=BF16).backends["unified_attention"] == "triton"
-    backends = select_ops(A100, dtype=BF16, kv_cache_dtype=E4M3).backends
-    assert backends["unified_attention"] == backends["qk_norm_rope_and_cache"] == "torch"
+    with pytest.raises(ValueError, match="kv_cache_dtype: e4m3 needs compute capability 8.9, the device has 8.0"):
+        select_ops(A100, dtype=BF16, kv_cache_dtype=E4M3)
+    on_cache = ("paged_attention_decode", "qk_norm_rope_and_cache", "unified_attention")
+    overrides = dict.fromkeys(on_cache, "torch")
+    backends = select_ops(A100, dtype=BF16, kv_cache_dtype=E4M3, overrides=overrides).backends
+    assert {backends[name] for name in on_cache} == {"torch"}
     assert backends["copy_blocks_"] == "triton"
+    assert set(select_ops(CPU, dtype=BF16, kv_cache_dtype=E4M3).backends.values()) == {"torch"}
+
+
+def refused_calls():
+    x, scale, weight = torch.zeros(2, 16, dtype=BF16), torch.ones(2, 1), torch.ones(16, dtype=BF16)
+    for options, name in (({"quant_scale": 1.0}, "quant_scale"), ({"token_scale": scale}, "token_scale")):
+        yield name, lambda ops, o=options: ops.fused_add_rms_norm(x, None, weight, 1e-6, **o)
+        yield name, lambda ops, o=options: ops.silu_and_mul(x, **o)
+        yield name, lambda ops, o=options: ops.gelu_tanh_and_mul(x, **o)
+    cache, q = torch.zeros(2, 16, 1, 16).to(E4M3), torch.zeros(2, 1, 16, dtype=BF16)
+    table, lens, cu = torch.zeros(2, 1).int(), torch.ones(2).int(), torch.arange(3).int()
+    slots, angles = torch.arange(2), torch.zeros(4, 16)
+    caches = "k_cache, v_cache"
+    yield caches, lambda ops: ops.unified_attention(q, cache, cache, cu, lens, table, max_seqlen_q=1, scale=1.0)
+    yield caches, lambda ops: ops.paged_attention_decode(q, cache, cache, table, lens, scale=1.0)
+    yield caches, lambda ops: ops.qk_norm_rope_and_cache(x.repeat(1, 3), slots, angles, slots, cache, cache)
+    w13, w2, weights = torch.zeros(2, 32, 16).to(E4M3), torch.zeros(2, 16, 16).to(E4M3), torch.ones(2, 1)
+    yield "w13, w2", lambda ops: ops.fused_moe(x, w13, w2, weights, torch.zeros(2, 1).int())
+
+
+@pytest.mark.parametrize(("argument", "call"), list(refused_calls()))
+def test_e4m3_is_refused_by_name_where_the_device_does_not_convert_it(with_triton, argument, call):
+    ops = select_ops(A100, dtype=BF16)
+    with pytest.raises(ValueError, match=f"^{argument}: e4m3 needs compute capability 8.9, the device has 8.0$"):
+        call(ops)
 
 
 def test_overrides(with_triton):
@@ -65,12 +94,12 @@ def test_overrides(with_triton):
             "copy_blocks_",
             r"copy_blocks_ cannot run on triton: it needs compute capability 8.0, the device has 0.0",
         ),
-        (A100, "unified_attention", r"an e4m3 cache needs compute capability 8.9, the device has 8.0"),
+        (A100, "scaled_fp8_quant", r"scaled_fp8_quant cannot run on triton: it needs compute capability 8.9"),
     ],
 )
 def test_impossible_overrides_are_refused(capability, name, message):
     with pytest.raises(ValueError, match=message):
-        select_ops(capability, dtype=BF16, kv_cache_dtype=E4M3, overrides={name: "triton"})
+        select_ops(capability, dtype=BF16, overrides={name: "triton"})
 
 
 def test_importing_kernels_does_not_import_triton():
