@@ -38,7 +38,7 @@ from services.common import model_store
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 # What `status` leaves out, in this order, where one line per service needs it; --json and a pipe have all of it.
-_OPTIONAL_COLUMNS = ("model", "memory", "address", "up")
+_OPTIONAL_COLUMNS = ("compute", "model", "memory", "address", "up")
 _ANY_WIDTH = 1000
 
 DEFAULT_PROMPT = "What is the capital of France, and what is it known for?"
@@ -279,7 +279,7 @@ def _status_table(services: tuple[ServiceStatus, ...], left_out: tuple[str, ...]
     columns = [column for column in rows[0] if column not in left_out]
     for column in columns:
         # On a narrow terminal these three go on in the next line, and the others stay as they are.
-        can_fold = column in ("address", "load", "model")
+        can_fold = column in ("address", "load", "model", "compute")
         justify: JustifyMethod = "right" if column in ("pid", "up", "memory") else "left"
         table.add_column(column, no_wrap=not can_fold, overflow="fold", justify=justify)
     for row in rows:
@@ -297,6 +297,7 @@ def _status_cells(service: ServiceStatus) -> dict[str, str | Text]:
         "memory": "-" if service.memory_bytes is None else f"{service.memory_bytes / 2**20:.0f} MiB",
         "load": _load(service.load),
         "model": service.model or "-",
+        "compute": service.compute or "-",
     }
 
 

@@ -23,7 +23,8 @@ _EXPECTED = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
 class ServiceStatus:
     """One service. `health` is `serving`, or what is wrong; `load` is empty when the service did not say.
 
-    `pid`, `uptime_s` and `memory_bytes` (resident, with children) are None without a process of ours.
+    `pid`, `uptime_s` and `memory_bytes` (resident, with children) are None without a process of ours. An executor says
+    with `compute` where and in what its model runs, and with `kernels` which form each op has.
     """
 
     name: str
@@ -35,6 +36,8 @@ class ServiceStatus:
     uptime_s: float | None = None
     memory_bytes: int | None = None
     model: str = ""
+    compute: str = ""
+    kernels: Mapping[str, str] = field(default_factory=dict)
     load: Mapping[str, int] = field(default_factory=dict)
     last_error: str = ""
     log: str = ""
@@ -107,11 +110,15 @@ def _read_grpc(status: ServiceStatus) -> ServiceStatus:
     with Probe(status.address) as probe:
         health = probe.health()
         error = "" if health == SERVING else last_error(status.log)
-        model, load = "", {}
+        model, compute, load = "", "", {}
+        kernels: dict[str, str] = {}
         if health == "unreachable":
             pass
         elif status.kind == EXECUTOR and (info := probe.executor()):
-            model = info.model
+            model, kernels = info.model, dict(info.kernels)
+            compute = ", ".join(filter(None, (info.device, info.dtype, info.quantization, info.backend)))
+            if info.late_compiles:
+                error = error or f"{info.late_compiles} kernels were compiled while requests waited"
             load = {
                 "running": info.load.running,
                 "waiting": info.load.waiting,
@@ -130,7 +137,7 @@ def _read_grpc(status: ServiceStatus) -> ServiceStatus:
             error = error or "; ".join(executor.last_error for executor in missing)
         elif status.kind == TOKENIZER and (served := probe.tokenizer()):
             model = served.model
-    return replace(status, health=health, model=model, load=load, last_error=error)
+    return replace(status, health=health, model=model, compute=compute, kernels=kernels, load=load, last_error=error)
 
 
 def _memory(process: psutil.Process) -> int | None:

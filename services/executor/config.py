@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field
+from pydantic import BeforeValidator, ByteSize, Field
+from pydantic_settings import NoDecode
 
 from services.common.settings import Port, ServiceSettings, settings_config
+
+
+def _parse_kernels(value: Any) -> Any:
+    """Turn `sample=torch,all=triton` into a mapping; which ops and forms there are is checked where they are chosen."""
+    if not isinstance(value, str):
+        return value
+    pairs = [item.partition("=") for item in value.split(",") if item.strip()]
+    return {name.strip(): form.strip() for name, _, form in pairs}
 
 
 class ExecutorSettings(ServiceSettings):
@@ -27,26 +36,41 @@ class ExecutorSettings(ServiceSettings):
     """model, or fake: scripted tokens and modelled step times on the real block manager, for load and fault tests."""
     fake_preset: Literal["instant", "h200-llama-8b"] = "instant"
     """Step-time model of the fake engine."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of weights and activations."""
-    device: Literal["cpu"] = "cpu"
-    """Where the model runs."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """auto: the model's own weights. dummy: random ones, made on the device; --model may then be a preset, too."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of activations, and of weights that are not quantised; default: bfloat16 on a GPU, float32 on a CPU."""
+    quantization: Literal["none", "keep", "fp8", "fp8-tensor", "int8", "int4"] = "none"
+    """What becomes of the weights of linear layers when they are loaded: keep leaves them as a quantised checkpoint or
+    GGUF file has them; fp8 has a scale per row, fp8-tensor one per matrix; int8 and int4 one per 128 inputs."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of cached keys and values: that of activations, or e4m3, which halves them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU where torch finds one."""
+    kernels: Annotated[dict[str, Literal["torch", "triton"]], NoDecode, BeforeValidator(_parse_kernels)] = Field(
+        default_factory=dict
+    )
+    """Forms of ops instead of the chosen ones: OP=torch or OP=triton, comma-separated; the op "all" means every one."""
+    enforce_eager: bool = False
+    """Launch decode steps op by op instead of replaying captured graphs: slower, easier to debug."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of the engine's matrix products; 0 chooses by measurement at start."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Longest prompt plus output, in tokens; default: what the model was trained for and the cache can hold."""
-    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 64
-    """Sequences that run at once."""
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 512
-    """Most tokens of one step; long prompts are computed in chunks."""
-    block_size: Annotated[int, Field(ge=1, le=256)] = 16
-    """Tokens per cache block."""
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Sequences that run at once; default: 256 on a GPU, 64 on a CPU."""
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens of one step; long prompts are computed in chunks. Default: 8192 on a GPU, 512 on a CPU."""
+    block_size: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Tokens per cache block; default: 64 on a GPU, 16 on a CPU. A GPU's kernels take 16, 32 and 64."""
     num_blocks: Annotated[int, Field(ge=1)] | None = None
     """Cache blocks; default: from --kv-cache-memory or --memory-fraction."""
     kv_cache_memory: ByteSize | None = None
     """Memory for the KV cache, such as 2GiB; default: from --memory-fraction."""
-    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Share of the memory that is free once the weights are loaded, for the KV cache."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the memory that is free once the weights are loaded, for the KV cache; default: 0.9 of a GPU's, 0.25."""
+    swap_space: ByteSize | None = None
+    """Host memory for the KV cache of preempted sequences, such as 8GiB; default: 4GiB beside a GPU, else none."""
     capacity_policy: Literal["max_utilization", "guaranteed_no_evict"] = "max_utilization"
     """max_utilization admits what fits now and preempts when the cache is full; guaranteed_no_evict never preempts."""
     prefix_cache: bool = True

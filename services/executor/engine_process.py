@@ -37,7 +37,6 @@ class EngineLoop:
     Args:
         loaded: The engine and what is known of its model.
         channel: The connection to the front.
-        settings: For the credit windows.
         clock: The engine's clock, in seconds.
     """
 
@@ -45,16 +44,16 @@ class EngineLoop:
         self,
         loaded: LoadedEngine,
         channel: EngineChannel,
-        settings: ExecutorSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loaded = loaded
         self._engine = loaded.engine
         self._channel = channel
         self._clock = clock
-        self._prefill_window = settings.max_num_batched_tokens
+        config = loaded.engine.config
+        self._prefill_window = config.max_num_batched_tokens
         # A few more than can run, so that a finished sequence's place is taken in the very next step.
-        self._request_window = settings.max_num_seqs + max(1, settings.max_num_seqs // 8)
+        self._request_window = config.max_num_seqs + max(1, config.max_num_seqs // 8)
         self._links: dict[int, EngineLink] = {}
         self._draining = False
         self._num_refused_draining = 0
@@ -158,6 +157,7 @@ class EngineLoop:
         info.preemptions = stats.preemptions
         info.prefix_cache_queries = stats.prefix_cache_queries
         info.prefix_cache_hits = stats.prefix_cache_hits
+        info.late_compiles = self._loaded.late_compiles()
         self._channel.send(Message(Kind.STATS, payload=info.SerializeToString()))
 
 
@@ -181,7 +181,7 @@ def main() -> None:
         # The model and its modules live as long as the process: no collection need look at them again.
         gc.collect()
         gc.freeze()
-        EngineLoop(loaded, channel, settings).run()
+        EngineLoop(loaded, channel).run()
     except EOFError:
         _log.info("the front is gone; the engine ends")
 

@@ -40,6 +40,7 @@ class ExecutorCollector(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", info.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", info.prefix_cache_hits),
             ("steps", "Steps of the engine.", info.steps),
+            ("late_compiles", "Kernels compiled while requests waited; alarm when above 0.", info.late_compiles),
         ):
             yield CounterMetricFamily(f"scalellm_executor_{name}", text, value=count)
         ended = CounterMetricFamily("scalellm_executor_requests", "Requests that ended.", labels=("outcome",))

@@ -6,11 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.executor.models.config import ModelConfig
+from services.executor.models.experts import Experts
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot
-
-_MIXTRAL_PARTS = ("w1", "w3", "w2")
-_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class MoeMLP:
@@ -20,26 +18,22 @@ class MoeMLP:
     """
 
     def __init__(self, config: ModelConfig, layer: int, runtime: ModelRuntime) -> None:
-        hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
-        mixtral = config.architecture == "MixtralForCausalLM"
-        self._prefix = f"model.layers.{layer}.{'block_sparse_moe' if mixtral else 'mlp'}"
-        self._ops = runtime.ops
+        is_mixtral = config.architecture == "MixtralForCausalLM"
+        prefix = f"model.layers.{layer}.{'block_sparse_moe' if is_mixtral else 'mlp'}"
+        part_names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+        self._topk_softmax = runtime.ops.topk_softmax
         self._top_k = config.num_experts_per_token
         self._renormalize = config.norm_topk_prob
-        self._part_names = _MIXTRAL_PARTS if mixtral else _PARTS
-        self.gate = runtime.empty(experts, hidden)
-        self.w13 = runtime.empty(experts, 2 * inner, hidden)
-        self.w2 = runtime.empty(experts, hidden, inner)
+        self._gate = runtime.empty(config.num_experts, config.hidden_size)
+        self._gate_slot = WeightSlot(f"{prefix}.gate.weight", self._gate)
+        self._experts = Experts(f"{prefix}.experts", part_names, config, runtime)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, H]` -> `[T, H]`."""
-        weights, ids = self._ops.topk_softmax(F.linear(x, self.gate), self._top_k, self._renormalize)
-        return self._ops.fused_moe(x, self.w13, self.w2, weights, ids)
+        weights, ids = self._topk_softmax(F.linear(x, self._gate), self._top_k, self._renormalize)
+        return self._experts(x, weights, ids)
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield the slots of the router and of every expert's three matrices."""
-        yield WeightSlot(f"{self._prefix}.gate.weight", self.gate)
-        for expert, (w13, w2) in enumerate(zip(self.w13, self.w2, strict=True)):
-            parts = (*w13.chunk(2), w2)
-            for name, weight in zip(self._part_names, parts, strict=True):
-                yield WeightSlot(f"{self._prefix}.experts.{expert}.{name}.weight", weight)
+        yield self._gate_slot
+        yield from self._experts.weight_slots()

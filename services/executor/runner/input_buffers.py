@@ -1,5 +1,8 @@
 """Turns a scheduled batch into the flattened tensors of a forward pass."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,84 +10,135 @@ from torch import Tensor
 from services.executor.engine.batch import ScheduledBatch, ScheduledSequence
 from services.executor.engine.config import EngineConfig
 from services.executor.models import DecodeRows, ForwardContext, PrefillRows
+from services.executor.runner.block_tables import BlockTables
+from services.executor.runner.device import Device
+from services.executor.runner.staging import HostArrays, StagedArrays
+
+_PENDING = -1  # stands for a token id that only the device knows
+
+
+@dataclass(frozen=True)
+class DecodeAttention:
+    """How decode attention is divided: `num_splits` of a padded number of rows, and scratch for the most of them."""
+
+    num_splits: Callable[[int], int]
+    workspace: Tensor
 
 
 class InputBuffers:
-    """Host tensors that every step reuses, with numpy views to fill them.
+    """The inputs of a step, in buffers that every step reuses.
 
-    Block tables are kept per row and only their new entries are written; a step gathers the rows of its sequences.
+    A step of decodes alone is described by one value per row, whose buffers have fixed places: `decode` may be captured
+    in a graph and replayed after every `fill`. Any other step lays out its tokens in buffers as long as they are.
     """
 
-    def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        num_tokens, num_seqs = config.max_num_batched_tokens, config.max_num_seqs
-        num_blocks = -(-config.max_model_len // config.block_size)
+    def __init__(self, config: EngineConfig, device: Device, attention: DecodeAttention) -> None:
+        T, S = config.max_num_batched_tokens, config.max_num_seqs
         self._device = device
         self._block_size = config.block_size
-        self._input_ids = self._buffer(num_tokens, dtype=torch.int64)
-        self._positions = self._buffer(num_tokens, dtype=torch.int64)
-        self._slot_mapping = self._buffer(num_tokens, dtype=torch.int64)
-        self._cu_seqlens_q = self._buffer(num_seqs + 1, dtype=torch.int32)
-        self._seq_lens = self._buffer(num_seqs, dtype=torch.int32)
-        self._block_tables = self._buffer(num_seqs, num_blocks, dtype=torch.int32)
-        self._table_of_row = np.zeros((num_seqs, num_blocks), dtype=np.int32)
+        self._attention = attention
+        per_token = dict.fromkeys(("input_ids", "positions", "slot_mapping"), (T, torch.int64))
+        self._tokens = StagedArrays(device, per_token)
+        self._rows = StagedArrays(
+            device,
+            dict.fromkeys(("input_ids", "positions", "slot_mapping", "rows", "chunk_rows"), (S, torch.int64))
+            | {"seq_lens": (S, torch.int32), "chunk_seq_lens": (S, torch.int32), "cu_seqlens_q": (S + 1, torch.int32)},
+        )
+        max_blocks = -(-config.max_model_len // config.block_size)
+        self._tables = BlockTables(S, max_blocks, device)
+        shape = (S, max_blocks)
+        self._decode_tables = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
+        self._chunk_tables = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
+        self._last_token_of_row = torch.zeros(S, dtype=torch.int64, device=device.torch_device)
 
-    def fill(self, batch: ScheduledBatch) -> tuple[Tensor, ForwardContext]:
-        """Return (input ids `[T]`, context) of a batch; valid until the next call."""
-        sequences, T, S = batch.sequences, batch.num_tokens, len(batch.sequences)
-        for scheduled in sequences:
-            table, first = scheduled.seq.block_table, scheduled.first_new_block
-            if first < len(table):
-                self._table_of_row[scheduled.seq.row, first : len(table)] = table[first:]
-
-        rows = np.fromiter((s.seq.row for s in sequences), np.int64, S)
-        starts = np.fromiter((s.start for s in sequences), np.int64, S)
-        counts = np.fromiter((s.num_tokens for s in sequences), np.int64, S)
-        ends = np.cumsum(counts)
+    def fill(self, batch: ScheduledBatch, num_rows: int) -> None:
+        """Take over a batch; a step of decodes alone is padded to `num_rows` with rows that do nothing."""
+        self._tables.update(batch.sequences)
         D = batch.num_decodes
-        cu_seqlens_q = self._cu_seqlens_q.numpy()
-        cu_seqlens_q[0], cu_seqlens_q[1 : S - D + 1] = 0, ends[D:] - D
+        rows = self._rows.begin()
+        decodes = batch.sequences[:D]
+        of_decode = np.fromiter((s.seq.row for s in decodes), np.int64, D)
+        starts = np.fromiter((s.start for s in decodes), np.int64, D)
+        rows["rows"][:D] = of_decode
+        rows["seq_lens"][:D] = starts + 1
+        rows["input_ids"][:D] = [_PENDING if s.token_pending else s.seq.token_ids[s.start] for s in decodes]
+        rows["positions"][:D] = starts
+        rows["slot_mapping"][:D] = self._tables.slots(of_decode, starts, self._block_size)
+        for name, nothing in (("rows", 0), ("seq_lens", 0), ("input_ids", 0), ("positions", 0), ("slot_mapping", -1)):
+            rows[name][D:num_rows] = nothing
+        if len(batch.sequences) > D:
+            self._fill_chunks(batch, rows)
+        self._rows.send()
 
-        input_ids = self._input_ids.numpy()
-        input_ids[:D] = [s.seq.token_ids[s.start] for s in sequences[:D]]
-        for s, end in zip(sequences[D:], ends[D:], strict=True):
-            input_ids[end - s.num_tokens : end] = s.seq.token_ids[s.start : s.start + s.num_tokens]
-
-        positions = self._positions.numpy()[:T]
-        positions[:] = np.arange(T) + np.repeat(starts - ends + counts, counts)
-        blocks = self._table_of_row[np.repeat(rows, counts), positions // self._block_size].astype(np.int64)
-        self._slot_mapping.numpy()[:T] = blocks * self._block_size + positions % self._block_size
-        self._seq_lens.numpy()[:S] = starts + counts
-        np.take(self._table_of_row, rows, axis=0, out=self._block_tables.numpy()[:S], mode="clip")
+    def decode(self, num_rows: int) -> tuple[Tensor, ForwardContext]:
+        """Return (input ids `[num_rows]`, context) of a step of decodes alone."""
+        arrays = self._rows.tensors
+        input_ids = self._known(arrays["input_ids"][:num_rows], num_rows)
         context = ForwardContext(
-            positions=self._send(self._positions[:T]),
-            slot_mapping=self._send(self._slot_mapping[:T]),
-            decode=None if D == 0 else self._decode_rows(sequences[:D]),
-            prefill=None if D == S else self._prefill_rows(sequences[D:], D),
+            positions=arrays["positions"][:num_rows],
+            slot_mapping=arrays["slot_mapping"][:num_rows],
+            decode=self._decode_rows(num_rows),
+            prefill=None,
         )
-        return self._send(self._input_ids[:T]), context
+        return input_ids, context
 
-    def _decode_rows(self, sequences: list[ScheduledSequence]) -> DecodeRows:
-        D = len(sequences)
+    def mixed(self, batch: ScheduledBatch) -> tuple[Tensor, ForwardContext]:
+        """Return (input ids `[T]`, context) of a step with chunks."""
+        tokens, T, D = self._tokens.tensors, batch.num_tokens, batch.num_decodes
+        input_ids = tokens["input_ids"][:T]
+        if D:
+            input_ids[:D] = self._known(input_ids[:D], D)
+        context = ForwardContext(
+            positions=tokens["positions"][:T],
+            slot_mapping=tokens["slot_mapping"][:T],
+            decode=self._decode_rows(D) if D else None,
+            prefill=self._prefill_rows(batch.sequences[D:]),
+        )
+        return input_ids, context
+
+    def remember(self, rows: Tensor, token_ids: Tensor) -> None:
+        """Keep the tokens `[R]` just sampled for rows `[R]`: the next step's inputs, before the host knows them."""
+        if self._device.overlaps:
+            self._last_token_of_row.scatter_(0, rows, token_ids)
+
+    def _fill_chunks(self, batch: ScheduledBatch, rows: HostArrays) -> None:
+        chunks, D, T = batch.sequences[batch.num_decodes :], batch.num_decodes, batch.num_tokens
+        P = len(chunks)
+        of_chunk = np.fromiter((s.seq.row for s in chunks), np.int64, P)
+        starts = np.fromiter((s.start for s in chunks), np.int64, P)
+        counts = np.fromiter((s.num_tokens for s in chunks), np.int64, P)
+        ends = np.cumsum(counts)
+        rows["chunk_rows"][:P] = of_chunk
+        rows["chunk_seq_lens"][:P] = starts + counts
+        rows["cu_seqlens_q"][0], rows["cu_seqlens_q"][1 : P + 1] = 0, ends
+        tokens = self._tokens.begin()
+        for name in ("input_ids", "positions", "slot_mapping"):
+            tokens[name][:D] = rows[name][:D]
+        for s, end in zip(chunks, ends, strict=True):
+            tokens["input_ids"][D + end - s.num_tokens : D + end] = s.seq.token_ids[s.start : s.start + s.num_tokens]
+        positions = tokens["positions"][D:T]
+        positions[:] = np.arange(T - D) + np.repeat(starts - ends + counts, counts)
+        tokens["slot_mapping"][D:T] = self._tables.slots(np.repeat(of_chunk, counts), positions, self._block_size)
+        self._tokens.send()
+
+    def _known(self, input_ids: Tensor, num_rows: int) -> Tensor:
+        if not self._device.overlaps:
+            return input_ids
+        return torch.where(input_ids < 0, self._last_token_of_row[self._rows.tensors["rows"][:num_rows]], input_ids)
+
+    def _decode_rows(self, num_rows: int) -> DecodeRows:
         return DecodeRows(
-            seq_lens=self._send(self._seq_lens[:D]),
-            block_table=self._send(self._block_tables[:D, : _longest_table(sequences)]),
+            seq_lens=self._rows.tensors["seq_lens"][:num_rows],
+            block_table=self._tables.gather(self._rows.tensors["rows"][:num_rows], self._decode_tables),
+            num_splits=self._attention.num_splits(num_rows),
+            workspace=self._attention.workspace,
         )
 
-    def _prefill_rows(self, sequences: list[ScheduledSequence], num_decodes: int) -> PrefillRows:
-        rows = slice(num_decodes, num_decodes + len(sequences))
+    def _prefill_rows(self, chunks: list[ScheduledSequence]) -> PrefillRows:
+        arrays, P = self._rows.tensors, len(chunks)
         return PrefillRows(
-            cu_seqlens_q=self._send(self._cu_seqlens_q[: len(sequences) + 1]),
-            seq_lens=self._send(self._seq_lens[rows]),
-            block_table=self._send(self._block_tables[rows, : _longest_table(sequences)]),
-            max_seqlen_q=max(s.num_tokens for s in sequences),
+            cu_seqlens_q=arrays["cu_seqlens_q"][: P + 1],
+            seq_lens=arrays["chunk_seq_lens"][:P],
+            block_table=self._tables.gather(arrays["chunk_rows"][:P], self._chunk_tables),
+            max_seqlen_q=max(s.num_tokens for s in chunks),
         )
-
-    def _buffer(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
-
-
-def _longest_table(sequences: list[ScheduledSequence]) -> int:
-    return max(len(s.seq.block_table) for s in sequences)

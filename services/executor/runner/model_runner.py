@@ -1,82 +1,173 @@
-"""Runs a scheduled batch through the model: flattened inputs, forward, logits where needed, sampling."""
+"""Runs scheduled batches through the model on a device: inputs, forward, logits where needed, sampling."""
+
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 import kernels
-from services.executor.engine.batch import CompletedStep, Logprobs, SampledBatch, ScheduledBatch, ScheduledSequence
+from services.executor.engine.batch import SampledBatch, ScheduledBatch
 from services.executor.engine.config import EngineConfig
 from services.executor.models import CausalLM, KVCache
-from services.executor.runner.input_buffers import InputBuffers
-from services.executor.runner.sampler import Sampler, score_tokens
-
-_PROMPT_LOGPROB_ROWS = 256  # logits rows held at once: a chunk's worth times the vocabulary would be gigabytes
+from services.executor.runner.decode_graphs import DecodeGraphs, decode_buckets
+from services.executor.runner.device import Device, Event
+from services.executor.runner.input_buffers import DecodeAttention, InputBuffers
+from services.executor.runner.prompt_scores import PromptScores, score_prompt
+from services.executor.runner.sampler import Draw, Sampler
 
 
 class ModelRunner:
     """Runs steps of one model on one device.
 
+    Steps of decodes alone are padded and, where the device has graphs, replayed once `capture_graphs` ran; all others
+    are launched op by op. Nothing in `launch` waits for the device, and `wait` waits for its own step only.
+
     The KV caches are the model's, one per layer, with `config.num_blocks` blocks of `config.block_size` slots.
     """
 
-    def __init__(self, model: CausalLM, kv_caches: list[KVCache], config: EngineConfig, device: torch.device) -> None:
+    def __init__(self, model: CausalLM, kv_caches: list[KVCache], config: EngineConfig, device: Device) -> None:
         self._model = model
         self._kv_caches = kv_caches
         self._device = device
-        self._inputs = InputBuffers(config, device)
-        self._sampler = Sampler(config.max_num_seqs, config.max_model_len, device)
+        self._ops = model.runtime.ops
+        buckets = decode_buckets(config.max_num_seqs)
+        self._graphs = DecodeGraphs(buckets, self._decode, device)
+        self._inputs = InputBuffers(config, device, self._decode_attention(buckets))
+        self._sampler = Sampler(config, device, self._ops)
+        # Where padded decode steps leave their results; a CPU runs none.
+        num_rows = config.max_num_seqs if device.overlaps else 0
+        self._logits = torch.empty((num_rows, config.vocab_size), dtype=torch.float32, device=device.torch_device)
+        self._finite = torch.empty(num_rows, dtype=torch.bool, device=device.torch_device)
 
     @property
     def overlaps(self) -> bool:
-        """False: a step is done when it is launched."""
-        return False
+        """Whether a step may be launched while the one before still runs."""
+        return self._device.overlaps
+
+    @property
+    def late_compiles(self) -> list[str]:
+        """Kernels of which a variant was compiled after `seal`, while requests waited; empty is how it should be."""
+        return [] if self._ops.launch is None else self._ops.launch.late_variants
+
+    @torch.inference_mode()
+    def capture_graphs(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Run the decode step of every size, and capture it where the device has graphs."""
+        self._graphs.capture(on_progress)
+
+    def seal(self) -> None:
+        """From now on, count a kernel variant that was not seen before as a late compile."""
+        if self._ops.launch is not None:
+            self._ops.launch.seal()
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole cache blocks, (source, target), in every layer."""
-        indices = torch.tensor(pairs, dtype=torch.int64, device=self._device)
-        for k, v in self._kv_caches:
-            kernels.copy_blocks_(k, v, indices)
+        indices = self._device.to_device(torch.tensor(pairs, dtype=torch.int64))
+        for cache in self._kv_caches:
+            self._ops.copy_blocks_(cache.k, cache.v, indices)
 
     @torch.inference_mode()
-    def launch(self, batch: ScheduledBatch) -> CompletedStep:
-        """Run the model over the batch and sample; logits are computed for the rows that need them only."""
+    def launch(self, batch: ScheduledBatch) -> "InFlightStep":
+        """Queue the model over the batch and sampling; logits are computed for the rows that need them only."""
         for scheduled in batch.sequences:
             if scheduled.first_new_block == 0:
                 self._sampler.set_row(scheduled.seq)
-        input_ids, context = self._inputs.fill(batch)
         first_row = np.cumsum([0] + [s.num_tokens for s in batch.sequences])
-        hidden = self._model.forward(input_ids, context, self._kv_caches)
-        sampled = SampledBatch([], failed=self._failed_places(hidden, first_row))
-        for place, scheduled in enumerate(batch.sequences):
-            if scheduled.prompt_logprobs:
-                first = int(first_row[place]) - scheduled.start
-                sampled.prompt_logprobs[place] = self._score_prompt(hidden, scheduled, first)
         sampling = [place for place, scheduled in enumerate(batch.sequences) if scheduled.samples]
-        if sampling:
-            rows = torch.from_numpy(first_row[1:][sampling] - 1).to(self._device)
-            logits = self._model.compute_logits(hidden[rows])
-            seqs = [batch.sequences[place].seq for place in sampling]
-            sampled.token_ids, sampled.logprobs = self._sampler.sample(logits, seqs)
-        return CompletedStep(sampled)
+        drawn = [batch.sequences[place] for place in sampling]
+        if drawn:
+            self._sampler.fill(drawn, first_row[1:][sampling] - 1)
+        scores: dict[int, PromptScores] = {}
+        logits: Tensor | None = None
+        if self._fits_graph(batch):
+            logits, finite = self._replay(batch)
+        else:
+            hidden = self._forward(batch)
+            finite = _finite_rows(hidden)
+            for place, scheduled in enumerate(batch.sequences):
+                if scheduled.prompt_logprobs:
+                    first = int(first_row[place]) - scheduled.start
+                    scores[place] = score_prompt(self._model, hidden, first, scheduled, self._device)
+            if drawn:
+                logits = self._model.compute_logits(hidden[self._sampler.places(len(drawn))[0]])
+        draw = None
+        if logits is not None:
+            token_ids, draw = self._sampler.sample(logits, drawn)
+            self._inputs.remember(self._sampler.places(len(drawn))[1], token_ids)
+        return InFlightStep(draw, scores, self._device.to_host(finite), first_row, self._device.record())
 
-    @staticmethod
-    def _failed_places(hidden: Tensor, first_row: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> set[int]:
-        finite = hidden.isfinite().all(-1)
-        if bool(finite.all()):
+    def _fits_graph(self, batch: ScheduledBatch) -> bool:
+        if not self._graphs.is_captured or batch.num_decodes < len(batch.sequences):
+            return False
+        return not any(scheduled.prompt_logprobs for scheduled in batch.sequences)
+
+    def _replay(self, batch: ScheduledBatch) -> tuple[Tensor, Tensor]:
+        D = batch.num_decodes
+        bucket = self._graphs.bucket(D)
+        self._inputs.fill(batch, bucket)
+        self._graphs.replay(bucket)
+        return self._logits[:D], self._finite[:D]
+
+    def _forward(self, batch: ScheduledBatch) -> Tensor:
+        self._inputs.fill(batch, batch.num_decodes)
+        is_decode = batch.num_decodes == len(batch.sequences)
+        input_ids, context = self._inputs.decode(batch.num_decodes) if is_decode else self._inputs.mixed(batch)
+        return self._model.forward(input_ids, context, self._kv_caches)
+
+    def _decode(self, num_rows: int) -> None:
+        """Queue a padded decode step from and to fixed places."""
+        input_ids, context = self._inputs.decode(num_rows)
+        hidden = self._model.forward(input_ids, context, self._kv_caches)
+        self._finite[:num_rows].copy_(_finite_rows(hidden))
+        self._model.compute_logits(hidden, out=self._logits[:num_rows])
+
+    def _decode_attention(self, buckets: list[int]) -> DecodeAttention:
+        model, capability = self._model.config, self._device.capability
+        splits = {size: kernels.num_decode_splits(capability, size, model.num_kv_heads) for size in buckets}
+        most = max(size * num_splits for size, num_splits in splits.items())
+        return DecodeAttention(
+            num_splits=lambda num_rows: splits[self._graphs.bucket(num_rows)],
+            workspace=kernels.decode_workspace(most, model.num_heads, model.head_dim, 1, self._device.torch_device),
+        )
+
+
+class InFlightStep:
+    """A launched step: what it will have produced once its event has passed."""
+
+    def __init__(
+        self,
+        draw: Draw | None,
+        scores: dict[int, PromptScores],
+        finite: Tensor,
+        first_row: npt.NDArray[np.int64],
+        done: Event,
+    ) -> None:
+        self._draw = draw
+        self._scores = scores
+        self._finite = finite
+        self._first_row = first_row
+        self._done = done
+
+    def wait(self) -> SampledBatch:
+        """Wait for the step, and return what it produced."""
+        self._done.synchronize()
+        sampled = SampledBatch([], failed=self._failed_places())
+        sampled.prompt_logprobs = {place: scores.entries() for place, scores in self._scores.items()}
+        if self._draw is not None:
+            sampled.token_ids = self._draw.token_ids.tolist()
+            sampled.logprobs = self._draw.logprobs()
+        return sampled
+
+    def _failed_places(self) -> set[int]:
+        finite = self._finite.numpy()
+        if finite.all():
             return set()
-        bad_rows = (~finite).nonzero().flatten().cpu().numpy()
-        return set((np.searchsorted(first_row, bad_rows, side="right") - 1).tolist())
+        bad_rows = np.flatnonzero(~finite)
+        return set((np.searchsorted(self._first_row, bad_rows, side="right") - 1).tolist())
 
-    def _score_prompt(self, hidden: Tensor, scheduled: ScheduledSequence, first: int) -> list[Logprobs]:
-        """Score the prompt tokens that follow the scheduled positions; position p is row `first + p` of `hidden`."""
-        seq, positions = scheduled.seq, scheduled.prompt_logprobs
-        num_top = seq.group.request.sampling.prompt_logprobs or 0
-        entries: list[Logprobs] = []
-        for start in range(positions.start, positions.stop, _PROMPT_LOGPROB_ROWS):
-            stop = min(start + _PROMPT_LOGPROB_ROWS, positions.stop)
-            logits = self._model.compute_logits(hidden[first + start : first + stop])
-            targets = torch.tensor(seq.token_ids[start + 1 : stop + 1], device=self._device)
-            entries += score_tokens(logits, targets, num_top)
-        return entries
+
+def _finite_rows(hidden: Tensor) -> Tensor:
+    """Return `[T]`, whether all of a row `[T, H]` is finite: a sum is not if one of its terms is not."""
+    return hidden.sum(-1, dtype=torch.float32).isfinite()

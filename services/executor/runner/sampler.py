@@ -1,6 +1,7 @@
-"""Draws the step's tokens: per-row sampling state around `kernels.apply_logits_processors_` and `kernels.sample`."""
+"""Draws the step's tokens: per-row sampling state around the ops `apply_logits_processors_` and `sample`."""
 
 from collections.abc import Sequence as ReadOnlySequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,90 +10,84 @@ import torch
 from torch import Tensor
 
 import kernels
-from services.executor.engine.batch import Logprobs
+from services.executor.engine.batch import Logprobs, ScheduledSequence
+from services.executor.engine.config import EngineConfig
 from services.executor.engine.sequence import Sequence
+from services.executor.runner.device import Device
+from services.executor.runner.logit_state import Bias, SeenTokens
+from services.executor.runner.staging import StagedArrays
 
-_Ids = npt.NDArray[np.int64]
-_Counts = npt.NDArray[np.int32]
-_Values = npt.NDArray[np.float32]
 _GREEDY_BELOW = 1e-5  # dividing by less overflows float32 logits to infinity
+_PARAMETERS = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seeds": torch.int64,
+    "repetition": torch.float32,
+    "frequency": torch.float32,
+    "presence": torch.float32,
+}
+_PLACES = {"logit_rows": torch.int64, "rows": torch.int64, "positions": torch.int64}
 
 
-class SeenTokens:
-    """The distinct tokens of one sequence with their counts in the output, grown in place: O(1) per new token."""
+@dataclass(frozen=True)
+class Draw:
+    """Tokens on their way from the device: `[R]` i64, and log-probabilities where somebody asked for them.
 
-    def __init__(self, seq: Sequence, capacity: int) -> None:
-        self._slots: dict[int, int] = {}
-        self._ids: _Ids = np.zeros(capacity, np.int64)
-        self._counts: _Counts = np.zeros(capacity, np.int32)
-        num_prompt = seq.group.num_prompt_tokens
-        # Presence and frequency penalties are about the output alone; only repetition looks at the prompt.
-        if seq.group.request.sampling.repetition_penalty != 1.0:
-            distinct = list(dict.fromkeys(seq.token_ids[:num_prompt]))
-            self._slots = {token_id: slot for slot, token_id in enumerate(distinct)}
-            self._ids[: len(distinct)] = distinct
-        self._num_noted = num_prompt
+    Read once an event recorded after `Sampler.sample` has passed.
+    """
 
-    def update(self, token_ids: ReadOnlySequence[int]) -> tuple[_Ids, _Counts]:
-        """Note the output tokens since the last call; return (ids `[K]`, counts in the output `[K]`)."""
-        for index in range(self._num_noted, len(token_ids)):
-            token_id = token_ids[index]
-            slot = self._slots.get(token_id)
-            if slot is None:
-                slot = self._slots[token_id] = len(self._slots)
-                self._ids[slot] = token_id
-            self._counts[slot] += 1
-        self._num_noted = len(token_ids)
-        return self._ids[: len(self._slots)], self._counts[: len(self._slots)]
+    token_ids: Tensor
+    scores: tuple[Tensor, Tensor, Tensor] | None
+    wanted: dict[int, int]
 
-
-class Bias:
-    """The logit bias of one sequence, with and without the ban on stop tokens that min_tokens asks for."""
-
-    def __init__(self, seq: Sequence) -> None:
-        group = seq.group
-        plain = dict(group.request.sampling.logit_bias)
-        banned = plain | dict.fromkeys(group.stop_ids, float("-inf"))
-        self._min_tokens = group.request.sampling.min_tokens
-        self._plain = (np.array(list(plain), np.int64), np.array(list(plain.values()), np.float32))
-        self._banned = (np.array(list(banned), np.int64), np.array(list(banned.values()), np.float32))
-
-    def current(self, num_output_tokens: int) -> tuple[_Ids, _Values]:
-        """Return (token ids `[B]`, values `[B]`) for the next token."""
-        return self._banned if num_output_tokens < self._min_tokens else self._plain
+    def logprobs(self) -> dict[int, Logprobs]:
+        """Return the log-probabilities of the raw logits, by place of those that asked for them."""
+        if self.scores is None:
+            return {}
+        logprobs, top_ids, top_logprobs = (scores.tolist() for scores in self.scores)
+        return {
+            place: Logprobs(logprobs[place], list(zip(top_ids[place][:count], top_logprobs[place], strict=False)))
+            for place, count in self.wanted.items()
+        }
 
 
 class Sampler:
-    """Keeps the sampling parameters of every row in tensors; a step gathers its rows and changes nothing else.
+    """Keeps the sampling parameters of every row; a step gathers those of its rows and changes nothing else."""
 
-    capacity: most tokens that a sequence may have. State lives on the host; what the device needs is sent per step.
-    """
-
-    def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
-        self._capacity = capacity
+    def __init__(self, config: EngineConfig, device: Device, ops: kernels.Ops) -> None:
+        num_rows = config.max_num_seqs
+        self._capacity = config.max_model_len
         self._device = device
-        self._temperature = torch.zeros(num_rows)
-        self._top_k = torch.zeros(num_rows, dtype=torch.int64)
-        self._top_p = torch.ones(num_rows)
-        self._min_p = torch.zeros(num_rows)
-        self._seeds = torch.zeros(num_rows, dtype=torch.int64)
-        self._repetition = torch.ones(num_rows)
-        self._frequency = torch.zeros(num_rows)
-        self._presence = torch.zeros(num_rows)
+        self._ops = ops
+        self._of_row = {name: np.zeros(num_rows, _numpy_dtype(dtype)) for name, dtype in _PARAMETERS.items()}
+        self._staged = StagedArrays(
+            device, {name: (num_rows, dtype) for name, dtype in (_PARAMETERS | _PLACES).items()}
+        )
+        self._workspace = torch.empty(
+            kernels.sample_workspace_size(num_rows, config.vocab_size, config.max_logprobs),
+            dtype=torch.int64,
+            device=device.torch_device,
+        )
         self._seen: dict[int, SeenTokens] = {}
         self._bias: dict[int, Bias] = {}
 
     def set_row(self, seq: Sequence) -> None:
         """Take over the sequence's parameters for its row, whatever the row held before."""
         row, params = seq.row, seq.group.request.sampling
-        self._temperature[row] = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
-        self._top_k[row] = min(params.top_k, 2**31 - 1)
-        self._top_p[row] = params.top_p
-        self._min_p[row] = params.min_p
-        self._seeds[row] = kernels.sample_seed(seq.group.seed, seq.index)
-        self._repetition[row] = params.repetition_penalty
-        self._frequency[row] = params.frequency_penalty
-        self._presence[row] = params.presence_penalty
+        values = {
+            "temperature": 0.0 if params.temperature < _GREEDY_BELOW else params.temperature,
+            "top_k": min(params.top_k, 2**31 - 1),
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+            "seeds": kernels.sample_seed(seq.group.seed, seq.index),
+            "repetition": params.repetition_penalty,
+            "frequency": params.frequency_penalty,
+            "presence": params.presence_penalty,
+        }
+        for name, value in values.items():
+            self._of_row[name][row] = value
         self._seen.pop(row, None)
         self._bias.pop(row, None)
         if params.has_penalties:
@@ -100,38 +95,59 @@ class Sampler:
         if params.logit_bias or params.min_tokens:
             self._bias[row] = Bias(seq)
 
-    def sample(self, logits: Tensor, seqs: list[Sequence]) -> tuple[list[int], dict[int, Logprobs]]:
-        """Draw the next token of each sequence from logits `[S, V]` f32, which may be changed.
+    def fill(self, scheduled: list[ScheduledSequence], logit_rows: npt.NDArray[np.int64]) -> None:
+        """Take over the R sequences that sample, and the row of each among the step's hidden states."""
+        R = len(scheduled)
+        arrays = self._staged.begin()
+        rows = np.fromiter((s.seq.row for s in scheduled), np.int64, R)
+        arrays["rows"][:R] = rows
+        arrays["logit_rows"][:R] = logit_rows
+        arrays["positions"][:R] = [s.position for s in scheduled]
+        for name, values in self._of_row.items():
+            arrays[name][:R] = values[rows]
+        self._staged.send()
 
-        Returns the token ids, and the log-probabilities (of the raw logits) by place of those that asked for them.
+    def places(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the rows `[R]` of hidden states to compute logits of, and the rows `[R]` of the sequences."""
+        return self._staged.tensors["logit_rows"][:count], self._staged.tensors["rows"][:count]
+
+    def sample(self, logits: Tensor, scheduled: list[ScheduledSequence]) -> tuple[Tensor, Draw]:
+        """Draw the next token of each sequence of `fill` from logits `[R, V]` f32, which may be changed.
+
+        Returns the token ids `[R]` on the device, and what is on its way to the host.
         """
-        rows = torch.tensor([seq.row for seq in seqs])
         wanted = {
-            place: count for place, seq in enumerate(seqs) if (count := seq.group.request.sampling.logprobs) is not None
+            place: count
+            for place, s in enumerate(scheduled)
+            if (count := s.seq.group.request.sampling.logprobs) is not None
         }
-        processors = self._bias_arguments(seqs) | self._penalty_arguments(seqs, rows)
+        arrays = {name: array[: len(scheduled)] for name, array in self._staged.tensors.items()}
+        processors = self._bias_arguments(scheduled) | self._penalty_arguments(scheduled, arrays)
         raw = logits
         if processors:
             raw = logits.clone() if wanted else logits
-            kernels.apply_logits_processors_(logits, **processors)
-        out = kernels.sample(
+            self._ops.apply_logits_processors_(logits, **processors)
+        out = self._ops.sample(
             logits,
-            self._send(self._temperature[rows]),
-            self._send(self._top_k[rows]),
-            self._send(self._top_p[rows]),
-            self._send(self._min_p[rows]),
-            self._send(self._seeds[rows]),
-            self._send(torch.tensor([len(seq.token_ids) for seq in seqs])),
+            arrays["temperature"],
+            arrays["top_k"],
+            arrays["top_p"],
+            arrays["min_p"],
+            arrays["seeds"],
+            arrays["positions"],
             num_logprobs=max(wanted.values(), default=0),
             logprob_logits=raw,
+            workspace=self._workspace,
         )
-        return out.token_ids.tolist(), self._logprobs(out, wanted)
+        send = self._device.to_host
+        scores = (send(out.logprobs), send(out.top_ids), send(out.top_logprobs)) if wanted else None
+        return out.token_ids, Draw(send(out.token_ids), scores, wanted)
 
-    def _bias_arguments(self, seqs: list[Sequence]) -> dict[str, Tensor]:
-        biased = [place for place, seq in enumerate(seqs) if seq.row in self._bias]
+    def _bias_arguments(self, scheduled: list[ScheduledSequence]) -> dict[str, Tensor]:
+        biased = [place for place, s in enumerate(scheduled) if s.seq.row in self._bias]
         if not biased:
             return {}
-        current = [self._bias[seqs[place].row].current(seqs[place].num_output_tokens) for place in biased]
+        current = [self._bias[scheduled[place].seq.row].current(scheduled[place].num_output_tokens) for place in biased]
         ids, values = zip(*current, strict=True)
         return {
             "bias_rows": self._flat([np.repeat(biased, [len(part) for part in ids])]),
@@ -139,44 +155,24 @@ class Sampler:
             "bias_values": self._flat(values),
         }
 
-    def _penalty_arguments(self, seqs: list[Sequence], rows: Tensor) -> dict[str, Tensor]:
-        penalised = [place for place, seq in enumerate(seqs) if seq.row in self._seen]
+    def _penalty_arguments(self, scheduled: list[ScheduledSequence], arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        penalised = [place for place, s in enumerate(scheduled) if s.seq.row in self._seen]
         if not penalised:
             return {}
-        seen = [self._seen[seqs[place].row].update(seqs[place].token_ids) for place in penalised]
+        seen = [self._seen[scheduled[place].seq.row].update(scheduled[place].seq.token_ids) for place in penalised]
         ids, counts = zip(*seen, strict=True)
         return {
             "seen_rows": self._flat([np.repeat(penalised, [len(part) for part in ids])]),
             "seen_token_ids": self._flat(ids),
             "seen_output_counts": self._flat(counts),
-            "repetition_penalty": self._send(self._repetition[rows]),
-            "frequency_penalty": self._send(self._frequency[rows]),
-            "presence_penalty": self._send(self._presence[rows]),
-        }
-
-    def _logprobs(self, out: kernels.SampleOutput, wanted: dict[int, int]) -> dict[int, Logprobs]:
-        if not wanted:
-            return {}
-        logprobs, top_ids, top_logprobs = out.logprobs.tolist(), out.top_ids.tolist(), out.top_logprobs.tolist()
-        return {
-            place: Logprobs(logprobs[place], list(zip(top_ids[place][:count], top_logprobs[place], strict=False)))
-            for place, count in wanted.items()
+            "repetition_penalty": arrays["repetition"],
+            "frequency_penalty": arrays["frequency"],
+            "presence_penalty": arrays["presence"],
         }
 
     def _flat(self, parts: ReadOnlySequence[npt.NDArray[Any]]) -> Tensor:
-        return self._send(torch.from_numpy(np.concatenate(parts)))
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
+        return self._device.to_device(torch.from_numpy(np.concatenate(parts)))
 
 
-def score_tokens(logits: Tensor, token_ids: Tensor, num_top: int) -> list[Logprobs]:
-    """Return the log-probability of given tokens `[R]` i64 under raw logits `[R, V]` f32, with `num_top` others."""
-    log_z = logits.logsumexp(-1)
-    logprobs = (logits.gather(1, token_ids.unsqueeze(1)).squeeze(1) - log_z).tolist()
-    top = logits.topk(num_top)
-    top_logprobs = (top.values - log_z.unsqueeze(1)).tolist()
-    return [
-        Logprobs(logprob, list(zip(ids, values, strict=True)))
-        for logprob, ids, values in zip(logprobs, top.indices.tolist(), top_logprobs, strict=True)
-    ]
+def _numpy_dtype(dtype: torch.dtype) -> "np.dtype[Any]":
+    return torch.empty(0, dtype=dtype).numpy().dtype

@@ -17,7 +17,7 @@ from services.executor.engine.engine import Engine
 from services.executor.engine.request import EngineRequest, RequestFinish, RequestStatus
 from services.executor.engine.sampling_params import SamplingParams
 from services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
-from services.executor.runner import ModelRunner
+from services.executor.runner import CpuDevice, ModelRunner
 from services.executor.weights import load_model
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ class LoadedModel:
             **{**defaults, **settings},
         )
         caches = allocate_kv_caches(self.config, config.num_blocks, config.block_size, dtype=torch.float32, device=CPU)
-        return Engine(config, ModelRunner(self.model, caches, config, CPU))
+        return Engine(config, ModelRunner(self.model, caches, config, CpuDevice()))
 
     @torch.inference_mode()
     def logprobs(self, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:

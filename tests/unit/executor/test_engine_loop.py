@@ -9,7 +9,6 @@ import pytest
 import engine_kit
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
 from services.executor.build import LoadedEngine
-from services.executor.config import ExecutorSettings
 from services.executor.engine import Engine
 from services.executor.engine_process import EngineLoop
 from services.executor.ipc import EngineChannel, Kind, Message
@@ -30,9 +29,8 @@ def run_loop(sent: list[Message], seconds_per_step: float, num_steps: int) -> li
         runner = engine_kit.FakePagedRunner(config, on_execute=on_execute)
         loaded = LoadedEngine(Engine(config, runner, clock), link_pb2.Welcome(), executor_pb2.GetExecutorInfoResponse())
         ours.sendall(b"".join(message.encode() for message in sent))
-        settings = ExecutorSettings(max_num_seqs=8, max_num_batched_tokens=8)
         with pytest.raises(EOFError):
-            EngineLoop(loaded, EngineChannel(theirs), settings, clock).run()
+            EngineLoop(loaded, EngineChannel(theirs), clock).run()
         return list(EngineChannel(ours).receive(0.0))
 
 

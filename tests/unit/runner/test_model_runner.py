@@ -7,58 +7,34 @@ import torch
 
 import engine_kit
 import kernels
+from runner_kit import CPU, MODEL, make_runner, random_model
 from services.executor.engine import Engine, EngineConfig, EngineRequest, RequestStatus
 from services.executor.models import (
     CausalLM,
     ForwardContext,
-    ModelConfig,
     ModelRuntime,
     PrefillRows,
     allocate_kv_caches,
 )
-from services.executor.models.rope import RopeConfig
-from services.executor.runner import ModelRunner
-
-CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(10000.0),
-    local_rope=RopeConfig(10000.0),
-    sliding_window=None,
-    sliding_layers=(False, False),
-    attention_scale=8**-0.5,
-    qk_norm=False,
-    qkv_bias=False,
-    o_bias=False,
-    activation="silu",
-    tie_word_embeddings=False,
-    embedding_scale=1.0,
-    attention_softcap=0.0,
-    final_softcap=0.0,
-    eos_token_ids=(2,),
-    bos_token_id=1,
-)
+from services.executor.runner import CpuDevice, Device, FakeCudaDevice, ModelRunner
 
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    model = CausalLM(MODEL, ModelRuntime())
-    generator = torch.Generator().manual_seed(0)
-    for slot in model.weight_slots():
-        slot.dest.copy_(torch.randn(slot.dest.shape, generator=generator) * 0.5)
-    return model
+    return random_model()
 
 
-def make_engine(model: CausalLM, **changes: object) -> Engine:
+@pytest.fixture(params=["cpu", "graphs", "eager"])
+def device(request: pytest.FixtureRequest) -> Device:
+    """The CPU, and what stands for a CUDA device, with and without decode graphs."""
+    if request.param == "cpu":
+        return CpuDevice()
+    fake = FakeCudaDevice()
+    fake.has_graphs = request.param == "graphs"
+    return fake
+
+
+def make_engine(model: CausalLM, device: Device, **changes: object) -> Engine:
     config = engine_kit.make_config(
         vocab_size=MODEL.vocab_size,
         eos_token_ids=frozenset(MODEL.eos_token_ids),
@@ -67,8 +43,7 @@ def make_engine(model: CausalLM, **changes: object) -> Engine:
         num_blocks=64,
         **changes,
     )
-    caches = allocate_kv_caches(MODEL, config.num_blocks, config.block_size, dtype=torch.float32, device=CPU)
-    return Engine(config, ModelRunner(model, caches, config, CPU), engine_kit.SimClock())
+    return Engine(config, make_runner(model, config, device), engine_kit.SimClock())
 
 
 @torch.inference_mode()
@@ -158,8 +133,10 @@ SHAPED = SAMPLED | {
     ],
     ids=["alone", "batched", "chunked", "no-prefix-cache"],
 )
-def test_tokens_equal_recomputation(model: CausalLM, params: dict[str, object], setting: dict[str, int]) -> None:
-    engine = make_engine(model, **setting)
+def test_tokens_equal_recomputation(
+    model: CausalLM, device: Device, params: dict[str, object], setting: dict[str, int]
+) -> None:
+    engine = make_engine(model, device, **setting)
     batch = requests(6, **params)
     for request in batch:
         engine.add(request)
@@ -168,8 +145,8 @@ def test_tokens_equal_recomputation(model: CausalLM, params: dict[str, object], 
         assert collector.tokens[request.key, 0] == generate(model, request)
 
 
-def test_samples_that_fork_equal_recomputation_and_differ(model: CausalLM) -> None:
-    engine = make_engine(model)
+def test_samples_that_fork_equal_recomputation_and_differ(model: CausalLM, device: Device) -> None:
+    engine = make_engine(model, device)
     for length in (15, 16, 17):
         request = engine_kit.make_request(length, list(range(length)), n=3, max_tokens=12, ignore_eos=True, **SAMPLED)
         engine.add(request)
@@ -180,12 +157,11 @@ def test_samples_that_fork_equal_recomputation_and_differ(model: CausalLM) -> No
 
 
 @pytest.mark.parametrize("params", [GREEDY, SHAPED], ids=["greedy", "shaped"])
-def test_preemption_does_not_show(model: CausalLM, params: dict[str, object]) -> None:
+def test_preemption_does_not_show(model: CausalLM, device: Device, params: dict[str, object]) -> None:
     config = engine_kit.make_config(
         vocab_size=97, eos_token_ids=frozenset({2}), block_size=16, max_model_len=96, num_blocks=6
     )
-    caches = allocate_kv_caches(MODEL, 6, 16, dtype=torch.float32, device=CPU)
-    engine = Engine(config, ModelRunner(model, caches, config, CPU), engine_kit.SimClock())
+    engine = Engine(config, make_runner(model, config, device), engine_kit.SimClock())
     batch = [
         engine_kit.make_request(
             i, [i] * 10, seed=i, ignore_eos=True, **(params | {"max_tokens": 50, "stop_token_ids": frozenset()})
@@ -200,8 +176,8 @@ def test_preemption_does_not_show(model: CausalLM, params: dict[str, object]) ->
         assert collector.tokens[request.key, 0] == generate(model, request)
 
 
-def test_logprobs_are_those_of_the_raw_logits(model: CausalLM) -> None:
-    engine = make_engine(model, max_num_batched_tokens=16)
+def test_logprobs_are_those_of_the_raw_logits(model: CausalLM, device: Device) -> None:
+    engine = make_engine(model, device, max_num_batched_tokens=16)
     prompt = [(7 * i) % 97 for i in range(37)]
     plain = engine_kit.make_request(0, prompt, max_tokens=6, logprobs=3, prompt_logprobs=2, ignore_eos=True, **GREEDY)
     beside = engine_kit.make_request(
@@ -235,7 +211,7 @@ def test_logprobs_are_those_of_the_raw_logits(model: CausalLM) -> None:
     assert [[t for t, _ in top] for top in tops[1:]] == rows[:-1].topk(2).indices.tolist()
 
 
-def test_a_sequence_with_non_finite_values_fails_alone(model: CausalLM) -> None:
+def test_a_sequence_with_non_finite_values_fails_alone(model: CausalLM, device: Device) -> None:
     sound = engine_kit.make_request(1, [4, 5, 6], max_tokens=8, **GREEDY)
     expected = generate(model, sound)
     bad_token = next(token for token in range(10, 97) if token not in expected)
@@ -244,7 +220,7 @@ def test_a_sequence_with_non_finite_values_fails_alone(model: CausalLM) -> None:
         slot.dest.copy_(source.dest)
         if slot.name == "model.embed_tokens.weight":
             slot.dest[bad_token] = float("nan")
-    engine = make_engine(broken)
+    engine = make_engine(broken, device)
     poison = engine_kit.make_request(0, [4, bad_token, 5], max_tokens=8, n=2, **GREEDY)
     engine.add(poison)
     engine.add(sound)
@@ -268,7 +244,7 @@ def test_rows_are_updated_not_rebuilt(model: CausalLM) -> None:
             return super().launch(batch)
 
     caches = allocate_kv_caches(MODEL, 24, 16, dtype=torch.float32, device=CPU)
-    engine = Engine(config, CountingRunner(model, caches, config, CPU), engine_kit.SimClock())
+    engine = Engine(config, CountingRunner(model, caches, config, CpuDevice()), engine_kit.SimClock())
     for handle in range(4):
         engine.add(engine_kit.make_request(handle, [handle] * 20, max_tokens=60, ignore_eos=True))
     engine_kit.run(engine)

@@ -25,21 +25,25 @@ _sym_db = _symbol_database.Default()
 from scalellm.v1 import link_pb2 as scalellm_dot_v1_dot_link__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ascalellm/v1/executor.proto\x12\x0bscalellm.v1\x1a\x16scalellm/v1/link.proto\"\x18\n\x16GetExecutorInfoRequest\"\x8b\x03\n\x17GetExecutorInfoResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x1f\n\x04load\x18\n \x01(\x0b\x32\x11.scalellm.v1.Load\x12\r\n\x05steps\x18\x0b \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x0c \x01(\x04\x12\x10\n\x08\x66inished\x18\r \x01(\x04\x12\x11\n\tcancelled\x18\x0e \x01(\x04\x12\x10\n\x08rejected\x18\x0f \x01(\x04\x12\x13\n\x0bpreemptions\x18\x10 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x11 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x12 \x01(\x04\"<\n\x14\x44rainExecutorRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"*\n\x15\x44rainExecutorResponse\x12\x11\n\tremaining\x18\x01 \x01(\r2\xf3\x01\n\x08\x45xecutor\x12\x41\n\x07\x45xecute\x12\x18.scalellm.v1.ClientFrame\x1a\x18.scalellm.v1.ServerFrame(\x01\x30\x01\x12T\n\x07GetInfo\x12#.scalellm.v1.GetExecutorInfoRequest\x1a$.scalellm.v1.GetExecutorInfoResponse\x12N\n\x05\x44rain\x12!.scalellm.v1.DrainExecutorRequest\x1a\".scalellm.v1.DrainExecutorResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ascalellm/v1/executor.proto\x12\x0bscalellm.v1\x1a\x16scalellm/v1/link.proto\"\x18\n\x16GetExecutorInfoRequest\"\xd3\x04\n\x17GetExecutorInfoResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x1f\n\x04load\x18\n \x01(\x0b\x32\x11.scalellm.v1.Load\x12\r\n\x05steps\x18\x0b \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x0c \x01(\x04\x12\x10\n\x08\x66inished\x18\r \x01(\x04\x12\x11\n\tcancelled\x18\x0e \x01(\x04\x12\x10\n\x08rejected\x18\x0f \x01(\x04\x12\x13\n\x0bpreemptions\x18\x10 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x11 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x12 \x01(\x04\x12\x42\n\x07kernels\x18\x13 \x03(\x0b\x32\x31.scalellm.v1.GetExecutorInfoResponse.KernelsEntry\x12\x15\n\rlate_compiles\x18\x14 \x01(\x04\x12\x16\n\x0ekv_cache_dtype\x18\x15 \x01(\t\x12\x14\n\x0cquantization\x18\x16 \x01(\t\x12\r\n\x05swaps\x18\x17 \x01(\x04\x1a.\n\x0cKernelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"<\n\x14\x44rainExecutorRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"*\n\x15\x44rainExecutorResponse\x12\x11\n\tremaining\x18\x01 \x01(\r2\xf3\x01\n\x08\x45xecutor\x12\x41\n\x07\x45xecute\x12\x18.scalellm.v1.ClientFrame\x1a\x18.scalellm.v1.ServerFrame(\x01\x30\x01\x12T\n\x07GetInfo\x12#.scalellm.v1.GetExecutorInfoRequest\x1a$.scalellm.v1.GetExecutorInfoResponse\x12N\n\x05\x44rain\x12!.scalellm.v1.DrainExecutorRequest\x1a\".scalellm.v1.DrainExecutorResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'scalellm.v1.executor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._loaded_options = None
+  _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._serialized_options = b'8\001'
   _globals['_GETEXECUTORINFOREQUEST']._serialized_start=67
   _globals['_GETEXECUTORINFOREQUEST']._serialized_end=91
   _globals['_GETEXECUTORINFORESPONSE']._serialized_start=94
-  _globals['_GETEXECUTORINFORESPONSE']._serialized_end=489
-  _globals['_DRAINEXECUTORREQUEST']._serialized_start=491
-  _globals['_DRAINEXECUTORREQUEST']._serialized_end=551
-  _globals['_DRAINEXECUTORRESPONSE']._serialized_start=553
-  _globals['_DRAINEXECUTORRESPONSE']._serialized_end=595
-  _globals['_EXECUTOR']._serialized_start=598
-  _globals['_EXECUTOR']._serialized_end=841
+  _globals['_GETEXECUTORINFORESPONSE']._serialized_end=689
+  _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._serialized_start=643
+  _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._serialized_end=689
+  _globals['_DRAINEXECUTORREQUEST']._serialized_start=691
+  _globals['_DRAINEXECUTORREQUEST']._serialized_end=751
+  _globals['_DRAINEXECUTORRESPONSE']._serialized_start=753
+  _globals['_DRAINEXECUTORRESPONSE']._serialized_end=795
+  _globals['_EXECUTOR']._serialized_start=798
+  _globals['_EXECUTOR']._serialized_end=1041
 # @@protoc_insertion_point(module_scope)

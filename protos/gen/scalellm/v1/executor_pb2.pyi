@@ -1,4 +1,5 @@
 from scalellm.v1 import link_pb2 as _link_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Mapping as _Mapping
@@ -11,7 +12,14 @@ class GetExecutorInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetExecutorInfoResponse(_message.Message):
-    __slots__ = ("instance_id", "model", "architecture", "dtype", "device", "backend", "block_size", "max_model_len", "max_num_seqs", "load", "steps", "accepted", "finished", "cancelled", "rejected", "preemptions", "prefix_cache_queries", "prefix_cache_hits")
+    __slots__ = ("instance_id", "model", "architecture", "dtype", "device", "backend", "block_size", "max_model_len", "max_num_seqs", "load", "steps", "accepted", "finished", "cancelled", "rejected", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "kernels", "late_compiles", "kv_cache_dtype", "quantization", "swaps")
+    class KernelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +38,11 @@ class GetExecutorInfoResponse(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
+    LATE_COMPILES_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    SWAPS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     model: str
     architecture: str
@@ -48,7 +61,12 @@ class GetExecutorInfoResponse(_message.Message):
     preemptions: int
     prefix_cache_queries: int
     prefix_cache_hits: int
-    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ...) -> None: ...
+    kernels: _containers.ScalarMap[str, str]
+    late_compiles: int
+    kv_cache_dtype: str
+    quantization: str
+    swaps: int
+    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ..., late_compiles: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., swaps: _Optional[int] = ...) -> None: ...
 
 class DrainExecutorRequest(_message.Message):
     __slots__ = ("timeout_s",)

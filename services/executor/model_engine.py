@@ -1,0 +1,176 @@
+"""From settings to an engine that runs a real model: weights, KV cache, kernels, warm-up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels import Ops, select_ops
+from services.common.lifecycle import StartError
+from services.executor.config import ExecutorSettings
+from services.executor.engine.config import CapacityPolicy, EngineConfig
+from services.executor.engine.engine import Engine
+from services.executor.engine.kv_cache_size import num_kv_blocks
+from services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
+from services.executor.models.quantization import Quantization
+from services.executor.placement import Placement
+from services.executor.runner import ModelRunner
+from services.executor.runner.warm_up import run_largest_step, warm_up
+from services.executor.threads import choose_num_threads
+from services.executor.weights import load_model, weight_bytes
+
+_LEAST_MODEL_LEN = 256
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class ModelEngine:
+    """An engine, and the runner and ops it works with."""
+
+    engine: Engine
+    runner: ModelRunner
+    ops: Ops
+
+
+def build_model_engine(
+    settings: ExecutorSettings,
+    placement: Placement,
+    path: Path | None,
+    model_config: ModelConfig,
+    progress: Callable[[str], None],
+) -> ModelEngine:
+    """Load the model at `path` (None: random weights), size its cache, and prepare everything that serving needs.
+
+    Raises StartError, UnsupportedModelError, KVCacheTooSmallError, EngineConfigError.
+    """
+    device, torch_device = placement.device, placement.device.torch_device
+    runtime = ModelRuntime(_select_ops(settings, placement), placement.dtype, torch_device, _quantization(settings))
+    # Sized before anything is loaded: a refusal takes a second, not minutes of reading weights.
+    longest = settings.max_model_len or model_config.max_position_embeddings
+    weights = weight_bytes(model_config, runtime, max_model_len=longest)
+    free = device.free_memory()
+    if weights >= free:
+        raise StartError(
+            f"{settings.model}: the weights take {weights / _GIB:.2f} GiB in {_weight_format(settings, placement)}, "
+            f"{free / _GIB:.2f} GiB of memory are free: free some, or choose a smaller model, --dtype bfloat16 or "
+            "--quantization"
+        )
+    sizes = _size_cache(settings, placement, model_config, longest, free - weights)
+    if torch_device.type == "cpu":
+        torch.set_num_threads(
+            settings.num_threads
+            or choose_num_threads(model_config.hidden_size, model_config.intermediate_size, placement.dtype)
+        )
+    progress(f"loading {settings.model}: {weights / 2**20:.0f} MiB in {_weight_format(settings, placement)}")
+    model = _load(path, model_config, runtime, sizes[1], progress)
+    if device.overlaps:
+        # What a step takes beside weights and cache is known once the largest one ran; torch keeps that memory.
+        run_largest_step(
+            model, engine_config(settings, placement, model_config, *sizes), device, placement.kv_cache_dtype
+        )
+        sizes = _size_cache(settings, placement, model_config, longest, device.free_memory())
+    config = engine_config(settings, placement, model_config, *sizes)
+    threads = f"; {torch.get_num_threads()} threads" if torch_device.type == "cpu" else ""
+    progress(
+        f"KV cache: {config.num_blocks} blocks of {config.block_size} tokens; up to {config.max_model_len} tokens per "
+        f"request{threads}"
+    )
+    kv_caches = allocate_kv_caches(
+        model_config, config.num_blocks, config.block_size, dtype=placement.kv_cache_dtype, device=torch_device
+    )
+    runner = ModelRunner(model, kv_caches, config, device)
+    if runtime.ops.launch is not None or device.has_graphs:
+        started = time.perf_counter()
+        warm_up(runner, config, progress)
+        progress(f"warm-up took {time.perf_counter() - started:.1f} s")
+    return ModelEngine(Engine(config, runner), runner, runtime.ops)
+
+
+def engine_config(
+    settings: ExecutorSettings, placement: Placement, model: ModelConfig, num_blocks: int, max_model_len: int
+) -> EngineConfig:
+    """Return the engine's limits and policies."""
+    return EngineConfig(
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        vocab_size=model.vocab_size,
+        eos_token_ids=frozenset(model.eos_token_ids),
+        block_size=placement.block_size,
+        max_num_seqs=placement.max_num_seqs,
+        max_num_batched_tokens=placement.max_num_batched_tokens,
+        capacity_policy=CapacityPolicy(settings.capacity_policy),
+        enable_prefix_cache=settings.prefix_cache,
+        target_itl=settings.target_itl_ms / 1e3 if settings.target_itl_ms is not None else None,
+    )
+
+
+def _select_ops(settings: ExecutorSettings, placement: Placement) -> Ops:
+    try:
+        return select_ops(
+            placement.device.capability,
+            dtype=placement.dtype,
+            kv_cache_dtype=placement.kv_cache_dtype,
+            overrides=settings.kernels,
+        )
+    except ValueError as error:
+        raise StartError(f"--kernels: {error}") from error
+
+
+def _quantization(settings: ExecutorSettings) -> Quantization:
+    match settings.quantization:
+        case "fp8-tensor":
+            return Quantization("fp8", granularity="tensor")
+        case method:
+            return Quantization(method)
+
+
+def _weight_format(settings: ExecutorSettings, placement: Placement) -> str:
+    dtype = str(placement.dtype).removeprefix("torch.")
+    return dtype if settings.quantization == "none" else f"{settings.quantization} and {dtype}"
+
+
+def _load(
+    path: Path | None,
+    config: ModelConfig,
+    runtime: ModelRuntime,
+    max_model_len: int,
+    progress: Callable[[str], None],
+) -> CausalLM:
+    if path is None:
+        raise StartError("--load-format dummy is not there yet")
+    reported = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal reported
+        percent = 100 * done // max(1, total)
+        if percent >= reported + 10:
+            reported = percent
+            progress(f"weights {percent} %")
+
+    return load_model(path, runtime, max_model_len=max_model_len, on_progress=on_progress)[0]
+
+
+def _size_cache(
+    settings: ExecutorSettings, placement: Placement, model: ModelConfig, longest: int, free: int
+) -> tuple[int, int]:
+    """Number of blocks, and max_model_len: an unset one shrinks to what the cache holds, a set one must fit."""
+    bytes_per_token, block_size = model.kv_bytes_per_token(placement.kv_cache_dtype), placement.block_size
+    num_blocks = settings.num_blocks
+    if num_blocks is None and settings.kv_cache_memory is not None:
+        num_blocks = max(1, settings.kv_cache_memory // (bytes_per_token * block_size))
+    if settings.max_model_len is None:
+        fitting = num_blocks or int(free * placement.memory_fraction) // (bytes_per_token * block_size)
+        longest = max(min(longest, fitting * block_size), min(longest, _LEAST_MODEL_LEN))
+    blocks = num_kv_blocks(
+        bytes_per_token=bytes_per_token,
+        block_size=block_size,
+        max_model_len=longest,
+        num_blocks=num_blocks,
+        free_bytes=free,
+        memory_fraction=placement.memory_fraction,
+    )
+    return blocks, longest

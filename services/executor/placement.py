@@ -1,0 +1,60 @@
+"""Where the model runs, and what is left to the device to decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from services.common.lifecycle import StartError
+from services.executor.config import ExecutorSettings
+from services.executor.runner import CpuDevice, CudaDevice, Device
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device, and the settings with nothing left open."""
+
+    device: Device
+    dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    memory_fraction: float
+    swap_space: int
+
+
+def choose_placement(settings: ExecutorSettings) -> Placement:
+    """Find the device and fill in what depends on it. Raises StartError when the device asked for is not there."""
+    on_gpu = settings.engine == "model" and _use_gpu(settings)
+    device: Device = CudaDevice(has_graphs=not settings.enforce_eager) if on_gpu else CpuDevice()
+    dtype = _DTYPES.get(settings.dtype, torch.bfloat16 if on_gpu else torch.float32)
+    max_num_seqs = settings.max_num_seqs or (256 if on_gpu else 64)
+    # A GPU's kernels load a block table's entry per tile of keys, so that a page should be as long as a tile; a chunk
+    # of 8192 tokens fills it. A CPU is full at a few hundred, and smaller pages share more.
+    return Placement(
+        device=device,
+        dtype=dtype,
+        kv_cache_dtype=torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else dtype,
+        block_size=settings.block_size or (64 if on_gpu else 16),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(settings.max_num_batched_tokens or (8192 if on_gpu else 512), max_num_seqs),
+        memory_fraction=settings.memory_fraction or (0.9 if on_gpu else 0.25),
+        swap_space=settings.swap_space if settings.swap_space is not None else (4 * _GIB if on_gpu else 0),
+    )
+
+
+def _use_gpu(settings: ExecutorSettings) -> bool:
+    if settings.device == "cpu":
+        return False
+    found = torch.cuda.is_available()
+    if settings.device == "cuda" and not found:
+        raise StartError(
+            f"--device cuda: torch {torch.__version__} finds no CUDA device; see what nvidia-smi says, and whether "
+            "this torch was built for CUDA, or take --device cpu"
+        )
+    return found

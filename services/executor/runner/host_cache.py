@@ -1,0 +1,68 @@
+"""KV-cache blocks in host memory, for sequences that lost their place on the device."""
+
+import itertools
+import time
+
+import torch
+
+from services.executor.models import KVCache
+from services.executor.runner.device import Device
+
+_GROUP = 16  # blocks gathered at a time: bounds the scratch on the device
+_ROUNDS = 3
+
+
+class HostCache:
+    """A block's keys and values of all layers lie side by side, so that each block is one transfer.
+
+    On the device a block is spread over the layers' caches; it is gathered there first, which costs little: memory on
+    the device is some eighty times as fast as the bus. Copies between a layer's cache and the host directly would be
+    thousands of small ones, at some 2 us each. All work is queued in order with the steps.
+
+    Args:
+        kv_caches: of all layers.
+        num_blocks: blocks in host memory.
+        device: where the caches are.
+    """
+
+    def __init__(self, kv_caches: list[KVCache], num_blocks: int, device: Device) -> None:
+        self._device = device
+        caches = itertools.chain.from_iterable((cache.k, cache.v) for cache in kv_caches)
+        self._caches = [cache.view(torch.uint8).flatten(1) for cache in caches]
+        self.bytes_per_block = sum(cache.shape[1] for cache in self._caches)
+        shape = (num_blocks, len(self._caches), self.bytes_per_block // len(self._caches))
+        self._blocks = device.host_buffer(num_blocks * self.bytes_per_block).view(shape)
+
+    def store(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy blocks, (on the device, on the host), to the host."""
+        for group in (pairs[at : at + _GROUP] for at in range(0, len(pairs), _GROUP)):
+            blocks = self._device.to_device(torch.tensor([block for block, _ in group]))
+            gathered = torch.stack([cache.index_select(0, blocks) for cache in self._caches], dim=1)
+            for place, (_, host_block) in enumerate(group):
+                self._blocks[host_block].copy_(gathered[place], non_blocking=True)
+
+    def load(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy blocks, (on the device, on the host), back to the device."""
+        for group in (pairs[at : at + _GROUP] for at in range(0, len(pairs), _GROUP)):
+            blocks = self._device.to_device(torch.tensor([block for block, _ in group]))
+            gathered = torch.empty(
+                (len(group), *self._blocks.shape[1:]), dtype=torch.uint8, device=self._device.torch_device
+            )
+            for place, (_, host_block) in enumerate(group):
+                gathered[place].copy_(self._blocks[host_block], non_blocking=True)
+            for cache, blocks_of_layer in zip(self._caches, gathered.unbind(1), strict=True):
+                cache.index_copy_(0, blocks, blocks_of_layer)
+
+    def measure(self) -> float:
+        """Return the bytes per second of a copy there or back; the first blocks are stored and loaded again."""
+        count = min(_GROUP, self._blocks.shape[0], self._caches[0].shape[0])
+        pairs = [(block, block) for block in range(count)]
+        best = float("inf")
+        for _ in range(_ROUNDS):
+            self._device.synchronize()
+            started = time.perf_counter()
+            self.store(pairs)
+            self.load(pairs)
+            self._device.synchronize()
+            best = min(best, time.perf_counter() - started)
+        return 2 * count * self.bytes_per_block / best

@@ -1,0 +1,39 @@
+"""Blocks come back from host memory bit by bit, wherever they go."""
+
+import random
+
+import pytest
+import torch
+
+from services.executor.models import KVCache
+from services.executor.runner import FakeCudaDevice
+from services.executor.runner.host_cache import HostCache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
+def test_blocks_come_back_bit_by_bit(dtype: torch.dtype, count: int) -> None:
+    rng = random.Random(count)
+    caches = [KVCache(*(torch.randn(64, 16, 2, 8).to(dtype) for _ in range(2))) for _ in range(3)]
+    original = [(cache.k.clone(), cache.v.clone()) for cache in caches]
+    host = HostCache(caches, 50, FakeCudaDevice())
+    assert host.bytes_per_block == 3 * 2 * 16 * 2 * 8 * dtype.itemsize
+
+    sources, places = rng.sample(range(64), count), rng.sample(range(50), count)
+    host.store(list(zip(sources, places, strict=True)))
+    for cache in caches:
+        cache.k.view(torch.uint8).fill_(255)
+        cache.v.view(torch.uint8).fill_(255)
+    targets = rng.sample(range(64), count)
+    host.load(list(zip(targets, places, strict=True)))
+    for cache, (k, v) in zip(caches, original, strict=True):
+        for target, source in zip(targets, sources, strict=True):
+            assert torch.equal(cache.k[target].view(torch.uint8), k[source].view(torch.uint8))
+            assert torch.equal(cache.v[target].view(torch.uint8), v[source].view(torch.uint8))
+        untouched = [block for block in range(64) if block not in targets]
+        assert bool((cache.k.view(torch.uint8)[untouched] == 255).all())
+
+
+def test_the_measured_bandwidth_is_positive() -> None:
+    caches = [KVCache(torch.zeros(8, 16, 2, 8), torch.zeros(8, 16, 2, 8))]
+    assert HostCache(caches, 4, FakeCudaDevice()).measure() > 0
