@@ -72,7 +72,7 @@ def build_model_engine(
         run_largest_step(
             model, engine_config(settings, placement, model_config, *sizes), device, placement.kv_cache_dtype
         )
-        sizes = _size_cache(settings, placement, model_config, longest, device.free_memory())
+        sizes = _size_cache(settings, placement, model_config, sizes[1], device.free_memory())
     config = engine_config(settings, placement, model_config, *sizes)
     threads = f"; {torch.get_num_threads()} threads" if torch_device.type == "cpu" else ""
     progress(

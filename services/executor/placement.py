@@ -11,6 +11,7 @@ from services.executor.config import ExecutorSettings
 from services.executor.runner import CpuDevice, CudaDevice, Device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PAGE_SIZES = (16, 32, 64)
 _GIB = 1024**3
 
 
@@ -33,6 +34,8 @@ def choose_placement(settings: ExecutorSettings) -> Placement:
     on_gpu = settings.engine == "model" and _use_gpu(settings)
     device: Device = CudaDevice(has_graphs=not settings.enforce_eager) if on_gpu else CpuDevice()
     dtype = _DTYPES.get(settings.dtype, torch.bfloat16 if on_gpu else torch.float32)
+    if on_gpu and settings.block_size not in (None, *_PAGE_SIZES):
+        raise StartError(f"--block-size {settings.block_size}: a GPU's kernels take pages of {_PAGE_SIZES} tokens")
     max_num_seqs = settings.max_num_seqs or (256 if on_gpu else 64)
     # A GPU's kernels load a block table's entry per tile of keys, so that a page should be as long as a tile; a chunk
     # of 8192 tokens fills it. A CPU is full at a few hundred, and smaller pages share more.
