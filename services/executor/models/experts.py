@@ -1,0 +1,118 @@
+"""The weights of a layer's experts: a linear layer for each in the checkpoint, stacked tensors for the op."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels import Ops
+from services.executor.models.config import ModelConfig
+from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.linear import CheckpointFormat, DenseWeight, Fp8Weight, IntWeight, build_weight
+from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_slot import WeightSlot
+
+
+class Experts:
+    """The gated MLPs of a layer's experts, in full precision or quantised as linear layers are.
+
+    `parts` are the names of an expert's gate, up and down projections under `prefix.<number>`. Inputs are not
+    quantised, whatever the weights are. Raises UnsupportedModelError for weights that there is no op for.
+    """
+
+    def __init__(self, prefix: str, parts: tuple[str, str, str], config: ModelConfig, runtime: ModelRuntime) -> None:
+        hidden, inner, stored = config.hidden_size, config.moe_intermediate_size, config.stored_linears
+        gate, up, down = parts
+        # The op takes one group size for both products, whose inner dimensions differ.
+        wanted = runtime.quantization
+        wanted = replace(wanted, group_size=math.gcd(wanted.group_size, hidden, inner))
+        runtime = replace(runtime, quantization=wanted)
+        names = [f"{prefix}.{number}" for number in range(config.num_experts)]
+        w13 = _Stack([{f"{name}.{gate}": inner, f"{name}.{up}": inner} for name in names], hidden, stored, runtime)
+        w2 = _Stack([{f"{name}.{down}": hidden} for name in names], inner, stored, runtime)
+        self._slots = [*w13.slots, *w2.slots]
+        self._product = _product(prefix, w13, w2, runtime.ops)
+
+    def __call__(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """`x [T, H]` -> `[T, H]`; weights `[T, k]` f32 and ids `[T, k]` i32 as `kernels.topk_softmax` returns them."""
+        return self._product(x, weights=weights, ids=ids)
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        """Yield the slots of every expert."""
+        yield from self._slots
+
+
+class _Stack:
+    """A weight for each expert, all of one form. What the weights allocate are the parts of tensors `[E, ...]`."""
+
+    def __init__(
+        self,
+        experts: Sequence[Mapping[str, int]],
+        in_features: int,
+        stored: CheckpointFormat | None,
+        runtime: ModelRuntime,
+    ) -> None:
+        self._runtime = runtime
+        self._names = [next(iter(named)) for named in experts]
+        self._wholes: list[Tensor] = []
+        self.slots: list[WeightSlot] = []
+        for number, named in enumerate(experts):
+            parts: list[Tensor] = []
+            allocate = partial(self._allocate, number, parts)
+            weight, slots = build_weight(named, in_features, stored, replace(runtime, allocate=allocate))
+            if number == 0:
+                self.first, self._parts_of_first = weight, parts
+            if type(weight) is not type(self.first) or len(parts) != len(self._wholes):
+                raise self._unlike(number)
+            self.slots += slots
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Return the tensor `[E, ...]` of which a tensor of `first` is the part."""
+        return next(whole for whole, mine in zip(self._wholes, self._parts_of_first, strict=True) if mine is part)
+
+    def _allocate(
+        self, expert: int, parts: list[Tensor], shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        if expert == 0:
+            self._wholes.append(self._runtime.allocate((len(self._names), *shape), dtype=dtype, device=device))
+        whole = self._wholes[len(parts)] if len(parts) < len(self._wholes) else None
+        if whole is None or whole.shape[1:] != shape or whole.dtype != dtype:
+            raise self._unlike(expert)
+        parts.append(whole[expert])
+        return parts[-1]
+
+    def _unlike(self, expert: int) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self._names[expert]} is not quantised as {self._names[0]} is")
+
+
+def _product(prefix: str, w13: _Stack, w2: _Stack, ops: Ops) -> Callable[..., Tensor]:
+    """Return the op that multiplies with such weights, given them; it takes `x`, `weights` and `ids`."""
+    match w13.first, w2.first:
+        case IntWeight() as up, IntWeight() as down if (up.bits, up.group_size) == (down.bits, down.group_size):
+            return partial(
+                ops.fused_moe_wna16,
+                w13=w13.whole(up.words),
+                w2=w2.whole(down.words),
+                w13_scales=w13.whole(up.scales),
+                w2_scales=w2.whole(down.scales),
+                w13_zeros=None if up.zeros is None else w13.whole(up.zeros),
+                w2_zeros=None if down.zeros is None else w2.whole(down.zeros),
+                bits=up.bits,
+                group_size=up.group_size,
+            )
+        case (Fp8Weight() as up, Fp8Weight() as down):
+            return partial(
+                ops.fused_moe,
+                w13=w13.whole(up.codes),
+                w2=w2.whole(down.codes),
+                w13_scale=w13.whole(up.scale),
+                w2_scale=w2.whole(down.scale),
+            )
+        case DenseWeight() as up, DenseWeight() as down:
+            return partial(ops.fused_moe, w13=w13.whole(up.weight), w2=w2.whole(down.weight))
+        case up, down:
+            kinds = f"{type(up).__name__} beside {type(down).__name__}"
+            raise UnsupportedModelError(f"{prefix}: there is no op for {kinds}, or for such group sizes")
