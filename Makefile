@@ -2,14 +2,14 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all test-kernels aot lint format protos bench setup setup-dev clean
+.PHONY: help run up down status chat test test-all test-kernels aot lint format protos bench gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
 # Test processes share the machine: one thread each, and no thread that spins while it waits. A file stays in one
 # process: its tests share what they start. Files come in order of their names: the slow ones are not left for the end.
 test-env := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
-export PROMPT
+export PROMPT GPU_PYTHON
 
 help: ## show this list
 	@echo "ScaleLLM: LLM serving over gRPC. Start with: make run"
@@ -62,6 +62,12 @@ protos: setup-dev ## generate the stubs from protos/
 
 bench: setup-dev ## measure the engine and the whole line (BENCH_ARGS="--help")
 	@$(python) -m bench $(BENCH_ARGS)
+
+# The machine's own Python as it is, where its torch sees a GPU: nothing has to be installed there.
+gpu: ## measure and check everything on this machine's NVIDIA GPU, in under 8 minutes (GPU_ARGS="--help")
+	@python=$${GPU_PYTHON:-$$(python3 -c "import torch, triton; exit(not torch.cuda.is_available())" 2>/dev/null && echo python3)}; \
+	if [ -z "$$python" ]; then scripts/setup dev && python=$(python); fi; \
+	$$python -m bench.gpu $(GPU_ARGS)
 
 setup: ## install what running needs into .venv
 	@scripts/setup

@@ -1,0 +1,187 @@
+"""What a case is, how its inputs are made, and how results are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import Ops
+
+E4M3 = torch.float8_e4m3fn
+
+# Of a row's norm, or of an element next to the largest of its row. Results are rounded once or a few times to their
+# dtype (half a unit: 2^-9 for bfloat16), and products are of operands so rounded.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float64: 1e-9}
+_CODES_APART = 0.01  # share of e4m3 codes that may be one off: at the midpoint between two, either is as good
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Random tensors on one device, the same ones for the same seed."""
+
+    device: torch.device
+    generator: torch.Generator
+
+    @classmethod
+    def on(cls, device: torch.device, seed: int = 0) -> Maker:
+        """Begin with a seed."""
+        return cls(device, torch.Generator(device).manual_seed(seed))
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        """Return normally distributed numbers."""
+        return (torch.randn(shape, generator=self.generator, device=self.device) * scale).to(dtype)
+
+    def rand(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return numbers from 0 to 1."""
+        return torch.rand(shape, generator=self.generator, device=self.device).to(dtype)
+
+    def randint(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Return integers from `low` to below `high`."""
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device).to(dtype)
+
+    def permutation(self, count: int) -> Tensor:
+        """Return the numbers below `count` in some order."""
+        return torch.randperm(count, generator=self.generator, device=self.device)
+
+    def poison(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a tensor that no op would leave behind: NaN, or -77."""
+        if dtype.is_floating_point:
+            return torch.full(shape, torch.nan, device=self.device).to(dtype)
+        return torch.full(shape, -77, dtype=dtype, device=self.device)
+
+    def tensor(self, values: Any, dtype: torch.dtype) -> Tensor:
+        """Return these values."""
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An op bound to inputs. It writes all of `results`, some of which may be inputs that it changes in place."""
+
+    run: Callable[[], object]
+    results: Mapping[str, Tensor]
+    expected: Callable[[], Mapping[str, Tensor]]
+    """Computes what `results` have to be, float64 where they are floats; called before `run` or after `reset`. NaN
+    stands for what must not have been written."""
+    initial: Mapping[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "initial", {name: value.clone() for name, value in self.results.items()})
+
+    def reset(self) -> None:
+        """Undo `run`."""
+        for name, value in self.initial.items():
+            _bits(self.results[name]).copy_(_bits(value))
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies of the results as they are."""
+        return {name: value.clone() for name, value in self.results.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How far a result is from what it has to be. `error` is in units of `tolerance`'s."""
+
+    passed: bool
+    error: float
+    tolerance: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One op on one set of inputs.
+
+    `tolerance` replaces that of the result's dtype; `kv_cache_dtype` is for the choice of ops.
+    """
+
+    op: str
+    what: str
+    bind: Callable[[Ops, Maker], Bound]
+    dtype: torch.dtype = torch.bfloat16
+    kv_cache_dtype: torch.dtype | None = None
+    tolerance: float | None = None
+    min_sm: int = 80
+    gibibytes: float = 1.0
+    """Memory it takes, at most."""
+
+    @property
+    def name(self) -> str:
+        """Name of the case, different from all others'."""
+        return f"{self.op} {self.what}"
+
+    def check(self, ops: Ops, device: torch.device) -> Outcome:
+        """Run it and compare."""
+        bound = self.bind(ops, Maker.on(device))
+        expected = bound.expected()
+        bound.run()
+        worst = Outcome(True, 0.0, 0.0)
+        for name, result in bound.results.items():
+            outcome = compare(result, expected[name], self.tolerance or TOLERANCE.get(result.dtype))
+            if not outcome.passed:
+                detail = f"{name}: {outcome.detail or f'error {outcome.error:.2e}'}"
+                return Outcome(False, outcome.error, outcome.tolerance, detail)
+            worst = max(worst, outcome, key=lambda found: found.error)
+        return worst
+
+
+def bit_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, whatever these stand for."""
+    return torch.equal(_bits(a), _bits(b))
+
+
+def compare(result: Tensor, expected: Tensor, tolerance: float | None) -> Outcome:
+    """Hold a result against what it has to be: integers exactly, e4m3 by codes, floats row by row.
+
+    By row, because the norm of a large tensor does not notice that one row of it is wrong.
+    """
+    if result.shape != expected.shape:
+        return Outcome(False, float("inf"), 0.0, f"shape {tuple(result.shape)}, not {tuple(expected.shape)}")
+    if result.dtype == E4M3:
+        return _compare_codes(result, expected)
+    if not result.dtype.is_floating_point:
+        wrong = int((result != expected).sum())
+        return Outcome(wrong == 0, float(wrong), 0.0, f"{wrong} of {result.numel()} differ")
+    assert tolerance is not None
+    got, want = result.double(), expected.double()
+    untouched = want.isnan()
+    if not torch.equal(got.isnan(), untouched):
+        return Outcome(False, float("inf"), tolerance, "NaN where there should be none, or written where not")
+    if bool(untouched.any()):
+        got, want = got.masked_fill(untouched, 0), want.masked_fill(untouched, 0)
+    infinite = want.isinf()
+    if bool(infinite.any()):
+        if not torch.equal(got.masked_fill(~infinite, 0), want.masked_fill(~infinite, 0)):
+            return Outcome(False, float("inf"), tolerance, "infinities differ")
+        got, want = got.masked_fill(infinite, 0), want.masked_fill(infinite, 0)
+    if want.numel() == 0:
+        return Outcome(True, 0.0, tolerance)
+    got, want = (t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (got, want))
+    norms = want.norm(dim=-1)
+    # A row that is nearly zero is held to a thousandth of what the others are like.
+    floor = 1e-3 * norms.mean() + 1e-30
+    error = float(((got - want).norm(dim=-1) / torch.maximum(norms, floor)).max())
+    return Outcome(error <= tolerance, error, tolerance)
+
+
+def _compare_codes(result: Tensor, expected: Tensor) -> Outcome:
+    got, want = (_ordered(t.to(E4M3)) for t in (result, expected))
+    apart = (got - want).abs()
+    share = float((apart > 0).float().mean()) if apart.numel() else 0.0
+    if apart.numel() and int(apart.max()) > 1:
+        return Outcome(False, float(apart.max()), 1.0, f"codes up to {int(apart.max())} apart")
+    return Outcome(share <= _CODES_APART, share, _CODES_APART, f"{share:.2%} of codes differ")
+
+
+def _ordered(codes: Tensor) -> Tensor:
+    """Number the codes of e4m3 in the order of their values."""
+    bits = codes.view(torch.uint8).int()
+    return torch.where(bits >= 128, 128 - bits, bits)
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])

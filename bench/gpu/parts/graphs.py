@@ -1,0 +1,55 @@
+"""Each op replayed from a graph against the op run eagerly, bit by bit, and compiles after warm-up."""
+
+from __future__ import annotations
+
+from bench.gpu.cases import all_cases
+from bench.gpu.cases.case import Case, Maker, bit_equal
+from bench.gpu.part import Bench, Findings
+from kernels import Launch, select_ops
+from kernels.dispatch import OP_NAMES
+
+_GIB = 2**30
+
+
+class Graphs:
+    """What serving captures: the Triton forms, with all room given to them."""
+
+    def run(self, bench: Bench, found: Findings) -> None:
+        """Run every case of a Triton form that parity has compiled already; a row for each op."""
+        counts: dict[str, list[int]] = {name: [] for name in OP_NAMES}
+        for case in all_cases(tiny=bench.device.dry_run):
+            if bench.seconds_left() < 0:
+                found.note("graphs: the rest is left out: the budget is spent")
+                break
+            if bench.device.capability.sm < case.min_sm or bench.device.free_bytes() < case.gibibytes * _GIB:
+                continue
+            variants = self._replay(case, bench, found)
+            if variants is not None:
+                counts[case.op].append(variants)
+            bench.device.release()
+        for op, of_cases in counts.items():
+            if of_cases:
+                found.row(op=op, cases=len(of_cases), variants=sum(of_cases))
+
+    @staticmethod
+    def _replay(case: Case, bench: Bench, found: Findings) -> int | None:
+        """Return how many variants the op compiled, None where it is in plain torch."""
+        device = bench.device
+        launch = Launch(device.capability)
+        ops = select_ops(device.capability, dtype=case.dtype, kv_cache_dtype=case.kv_cache_dtype, launch=launch)
+        if ops.backends[case.op] == "torch":
+            return None
+        bound = case.bind(ops, Maker.on(device.target))
+        launch.warm_up([bound.run])
+        eager = bound.snapshot()
+        replay = device.capture(bound.run)
+        different = []
+        for _ in range(2):  # what the first replay left in scratch must not show in the second
+            bound.reset()
+            replay()
+            device.synchronize()
+            different += [name for name, value in bound.results.items() if not bit_equal(value, eager[name])]
+        found.check(f"graph {case.name}", not different, f"different: {', '.join(different)}" if different else "")
+        late = launch.late_variants
+        found.check(f"no late compile {case.name}", not late, f"compiled late: {', '.join(late)}" if late else "")
+        return launch.num_variants

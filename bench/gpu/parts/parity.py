@@ -1,0 +1,142 @@
+"""Every op against float64, in several processes at once: what takes time is compiling, and that is one core's work."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+from bench.gpu.cases import all_checks
+from bench.gpu.cases.case import Case
+from bench.gpu.cases.draws import DrawCase
+from bench.gpu.part import Bench, Findings, PartResult, PartSpec
+from bench.gpu.supervisor import Supervisor
+from kernels import Launch, select_ops
+from kernels.dispatch import OP_NAMES
+
+_MOST_PROCESSES = 8
+_GIB = 2**30
+_ROOM = 4 * _GIB  # of each process, for CUDA itself and the larger cases
+
+
+class Parity:
+    """Deals the cases out to processes and puts together what they found."""
+
+    def run(self, bench: Bench, found: Findings) -> None:
+        """Run every case; a row for each op, a check for each case."""
+        shares = self._processes(bench)
+        results: list[PartResult] = []
+
+        def run_share(i: int) -> None:
+            results.extend(self._share(bench, i, shares))
+
+        threads = [threading.Thread(target=run_share, args=(i,)) for i in range(shares)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for result in results:
+            found.rows += result.rows
+            found.checks += result.checks
+            found.notes += result.notes
+            if result.error is not None:
+                found.check("parity: a process of it", False, result.error)
+        self._sum_up(found)
+
+    @staticmethod
+    def _processes(bench: Bench) -> int:
+        if bench.device.dry_run:
+            return 1
+        return max(1, min(_MOST_PROCESSES, os.cpu_count() or 1, bench.device.free_bytes() // _ROOM))
+
+    @staticmethod
+    def _share(bench: Bench, share: int, of: int) -> list[PartResult]:
+        """Run a share, going on in a new process after a case that lost the device."""
+        results: list[PartResult] = []
+        first = 0
+        while True:
+            spec = PartSpec("parity share", __name__, "ParityShare", 0, bench.seconds_left(), "")
+            supervisor = Supervisor(dry_run=bench.device.dry_run, budget_s=bench.seconds_left())
+            (result,) = supervisor.run([spec], options={"share": share, "of": of, "first": first})
+            results.append(result)
+            first = result.shared.get("first", 0)
+            if not first:
+                return results
+
+    @staticmethod
+    def _sum_up(found: Findings) -> None:
+        """Make the rows of cases rows of ops. An op without a case is a mistake."""
+        by_op: dict[str, list[dict[str, Any]]] = {name: [] for name in OP_NAMES}
+        for row in found.rows:
+            by_op[row["op"]].append(row)
+        found.rows = [
+            {
+                "op": op,
+                "form": rows[0]["form"],
+                "cases": len(rows),
+                "passed": sum(row["passed"] for row in rows),
+                "of limit": max(row["of_limit"] for row in rows),
+                "seconds": round(sum(row["seconds"] for row in rows), 1),
+            }
+            for op, rows in by_op.items()
+            if rows
+        ]
+        for op, rows in by_op.items():
+            if not rows:
+                found.check(f"parity {op}", False, "no case of it was run")
+
+
+class ParityShare:
+    """Runs every n-th case, beginning with the i-th."""
+
+    def run(self, bench: Bench, found: Findings) -> None:
+        """Run the cases of this share."""
+        device = bench.device
+        launch = Launch(device.capability)
+        cases = all_checks(tiny=device.dry_run)[bench.options["share"] :: bench.options["of"]]
+        for i, case in enumerate(cases):
+            if i < bench.options["first"]:
+                continue
+            if bench.seconds_left() < 0:
+                found.note(f"parity: {len(cases) - i} cases left out: the budget is spent")
+                break
+            obstacle = self._obstacle(case, bench)
+            if obstacle:
+                found.note(f"parity {case.name}: left out, {obstacle}")
+                continue
+            if not self._run_case(case, bench, launch, found):
+                found.shared["first"] = i + 1  # where a new process goes on
+                return
+
+    @staticmethod
+    def _obstacle(case: Case | DrawCase, bench: Bench) -> str:
+        if bench.device.capability.sm < case.min_sm:
+            return f"needs compute capability {case.min_sm / 10}"
+        if bench.device.free_bytes() < case.gibibytes * _GIB:
+            return f"needs {case.gibibytes:.1f} GiB"
+        return ""
+
+    @staticmethod
+    def _run_case(case: Case | DrawCase, bench: Bench, launch: Launch, found: Findings) -> bool:
+        """Run a case; False when the device is lost."""
+        device = bench.device
+        start = time.perf_counter()
+        form = ""
+        try:
+            ops = select_ops(device.capability, dtype=case.dtype, kv_cache_dtype=case.kv_cache_dtype, launch=launch)
+            form = ops.backends[case.op]
+            outcome = case.check(ops, device.target)
+            passed, detail = outcome.passed, outcome.detail
+            of_limit = outcome.error / outcome.tolerance if outcome.tolerance else outcome.error
+        except Exception as error:
+            passed, detail, of_limit = False, f"{type(error).__name__}: {error}"[:500], float("inf")
+        found.check(f"parity {case.name}", passed, detail)
+        seconds = time.perf_counter() - start
+        found.row(op=case.op, form=form, passed=passed, of_limit=of_limit, seconds=seconds)
+        try:
+            device.synchronize()
+            device.release()
+        except RuntimeError:
+            return False
+        return True

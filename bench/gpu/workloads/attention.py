@@ -1,0 +1,125 @@
+"""Attention over the paged cache: decode rows, prompts, and both in one batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu.cases.case import E4M3, Maker
+from bench.gpu.device import Call
+from bench.gpu.roofline import LLAMA_8B, Cost, ModelShape, decode_attention, prefill_attention
+from bench.gpu.workloads.workload import Workload
+from kernels import Ops, decode_workspace, num_decode_splits
+
+_BF16 = torch.bfloat16
+_PAGE = 64
+_TARGET = 0.80
+
+
+def _caches(
+    make: Maker, shape: ModelShape, seqs: int, context: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both caches and a block table in which neighbours in a sequence are not neighbours in memory."""
+    blocks = -(-context // _PAGE)
+    size = (seqs * blocks, _PAGE, shape.kv_heads, shape.head_dim)
+    k_cache, v_cache = (make.randn(*size, dtype=dtype) for _ in range(2))
+    return k_cache, v_cache, make.permutation(seqs * blocks).view(seqs, blocks).int()
+
+
+def _decode(shape: ModelShape, seqs: int, context: int, cache_dtype: torch.dtype, target: float | None) -> Workload:
+    cost = decode_attention(shape, seqs, context, cache_dtype.itemsize)
+    heads, dim = shape.q_heads, shape.head_dim
+
+    def bind(ops: Ops, make: Maker) -> Call:
+        k_cache, v_cache, table = _caches(make, shape, seqs, context, cache_dtype)
+        q, out = make.randn(seqs, heads, dim, dtype=_BF16), make.poison(seqs, heads, dim, dtype=_BF16)
+        lens = torch.full((seqs,), context, dtype=torch.int32, device=make.device)
+        assert ops.launch is not None
+        splits = num_decode_splits(ops.launch.capability, seqs, shape.kv_heads)
+        workspace = decode_workspace(seqs, heads, dim, splits, make.device)
+        scale = make.tensor([1.0], torch.float32) if cache_dtype == E4M3 else None
+
+        def call() -> object:
+            return ops.paged_attention_decode(
+                q, k_cache, v_cache, table, lens, scale=dim**-0.5, num_splits=splits,
+                k_scale=scale, v_scale=scale, workspace=workspace, out=out,
+            )  # fmt: skip
+
+        return call
+
+    def own(make: Maker) -> Call:
+        q = make.randn(seqs, heads, 1, dim, dtype=_BF16)
+        k, v = (make.randn(seqs, shape.kv_heads, context, dim, dtype=_BF16) for _ in range(2))
+        return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    kind = "e4m3" if cache_dtype == E4M3 else "bf16"
+    return Workload(
+        "paged_attention_decode",
+        f"{heads}/{shape.kv_heads}x{dim} {seqs} x {context} {kind}",
+        cost,
+        bind,
+        own if cache_dtype == _BF16 else None,
+        "SDPA, not paged",
+        target,
+        cache_dtype,
+        min_sm=89 if cache_dtype == E4M3 else 80,
+        resident_bytes=cost.num_bytes,
+    )
+
+
+def _prompts(shape: ModelShape, seqs: int, tokens: int, rows: int = 0, context: int = 0) -> Workload:
+    """`seqs` whole prompts, and `rows` decode rows of `context` cached tokens each."""
+    prompt = prefill_attention(shape, seqs, tokens, 2)
+    row = decode_attention(shape, rows, context, 2)
+    cost = Cost(prompt.num_bytes + row.num_bytes, prompt.bf16_flops + row.bf16_flops)
+    heads, dim = shape.q_heads, shape.head_dim
+
+    def bind(ops: Ops, make: Maker) -> Call:
+        k_cache, v_cache, table = _caches(make, shape, seqs + rows, max(tokens, context), _BF16)
+        total = seqs * tokens + rows
+        q, out = make.randn(total, heads, dim, dtype=_BF16), make.poison(total, heads, dim, dtype=_BF16)
+        lens = make.tensor([tokens] * seqs + [context] * rows, torch.int32)
+        counts = [tokens] * seqs + [1] * rows
+        cu = make.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], torch.int32)
+
+        def call() -> object:
+            return ops.unified_attention(
+                q, k_cache, v_cache, cu, lens, table, max_seqlen_q=tokens, scale=dim**-0.5, out=out
+            )
+
+        return call
+
+    def own(make: Maker) -> Call:
+        q = make.randn(seqs, heads, tokens, dim, dtype=_BF16)
+        k, v = (make.randn(seqs, shape.kv_heads, tokens, dim, dtype=_BF16) for _ in range(2))
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    what = f"{heads}/{shape.kv_heads}x{dim} {seqs} x {tokens}{f' + {rows} x {context} decode' if rows else ' prompt'}"
+    return Workload(
+        "unified_attention", what, cost, bind, None if rows else own, "SDPA, not paged", resident_bytes=cost.num_bytes
+    )
+
+
+def workloads(*, tiny: bool) -> list[Workload]:
+    """Heads of Llama-3.1-8B, Qwen3-8B and Mixtral, which are the same."""
+    if tiny:
+        small = replace(LLAMA_8B, q_heads=4, kv_heads=2, head_dim=64)
+        return [
+            _decode(small, 2, 70, _BF16, _TARGET),
+            _decode(small, 1, 70, E4M3, None),
+            _prompts(small, 1, 20),
+            _prompts(small, 1, 20, 2, 30),
+        ]
+    batches = ((64, 1024), (1, 32768), (1, 1024), (8, 1024), (256, 1024))
+    with_target = batches[:2]
+    return [
+        *(_decode(LLAMA_8B, *b, _BF16, _TARGET if b in with_target else None) for b in batches),
+        *(_decode(LLAMA_8B, *b, E4M3, None) for b in batches),
+        _prompts(LLAMA_8B, 1, 1024),
+        _prompts(LLAMA_8B, 1, 8192),
+        _prompts(LLAMA_8B, 8, 1024),
+        _prompts(LLAMA_8B, 1, 512, 64, 1024),
+    ]

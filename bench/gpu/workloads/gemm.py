@@ -1,0 +1,165 @@
+"""Products with weights that are not bfloat16, expert layers, and adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from bench.gpu.cases.case import E4M3, Maker
+from bench.gpu.cases.moe import route
+from bench.gpu.device import Call
+from bench.gpu.roofline import LLAMA_8B, MIXTRAL, Cost, ModelShape, expert_layer, linear
+from bench.gpu.workloads.workload import Workload
+from kernels import Ops, fused_moe_workspace_size, gemm_wna16_workspace_size
+
+_BF16 = torch.bfloat16
+_GROUP = 128
+
+
+def _plain(rows: int, inner: int, columns: int, make: Maker) -> Call:
+    x, weight = make.randn(rows, inner, dtype=_BF16), make.randn(columns, inner, dtype=_BF16)
+    return lambda: F.linear(x, weight)
+
+
+def _packed(bits: int, rows: int, inner: int, columns: int) -> Workload:
+    group = min(_GROUP, inner)
+    weight_bytes = inner * columns * bits / 8 + 4 * inner // group * columns
+    cost = Cost(weight_bytes + 2.0 * rows * (inner + columns), bf16_flops=2.0 * rows * inner * columns)
+
+    def bind(ops: Ops, make: Maker) -> Call:
+        words = make.randint(-(2**31), 2**31, inner * bits // 32, columns, dtype=torch.int32)
+        scales, zeros = (make.rand(inner // group, columns, dtype=_BF16) for _ in range(2))
+        x, out = make.randn(rows, inner, dtype=_BF16), make.poison(rows, columns, dtype=_BF16)
+        assert ops.launch is not None
+        size = gemm_wna16_workspace_size(ops.launch.capability, bits, rows, inner, columns, group)
+        workspace = make.poison(size)
+        gemm = ops.w4a16_gemm if bits == 4 else ops.w8a16_gemm
+        return lambda: gemm(x, words, scales, zeros, group_size=group, workspace=workspace, out=out)
+
+    return Workload(
+        f"w{bits}a16_gemm",
+        f"{rows} x {inner} x {columns}",
+        cost,
+        bind,
+        lambda make: _plain(rows, inner, columns, make),
+        "F.linear, bf16",
+        resident_bytes=2.0 * inner * columns,
+    )
+
+
+def _fp8(rows: int, inner: int, columns: int) -> Workload:
+    def bind(ops: Ops, make: Maker) -> Call:
+        a, b = make.randn(rows, inner).to(E4M3), make.randn(columns, inner).to(E4M3)
+        a_scale, b_scale = make.rand(rows, 1) + 0.5, make.rand(columns, 1) + 0.5
+        out = make.poison(rows, columns, dtype=_BF16)
+        return lambda: ops.fp8_gemm(a, b, a_scale, b_scale, out=out)
+
+    cost = linear(rows, inner, columns, "fp8")
+    cost = replace(cost, num_bytes=cost.num_bytes - rows * inner)  # here the activations are e4m3, too
+    return Workload(
+        "fp8_gemm",
+        f"{rows} x {inner} x {columns}",
+        cost,
+        bind,
+        lambda make: _plain(rows, inner, columns, make),
+        "F.linear, bf16",
+        min_sm=89,
+        resident_bytes=2.0 * inner * columns,
+    )
+
+
+def _experts(shape: ModelShape, tokens: int, *, e4m3: bool) -> Workload:
+    hidden, inner, experts = shape.hidden, shape.intermediate, shape.experts
+    cost = expert_layer(shape, tokens, "fp8" if e4m3 else "bf16")
+
+    def bind(ops: Ops, make: Maker) -> Call:
+        dtype = E4M3 if e4m3 else _BF16
+        # One expert at a time: in float32 all of them would be twice the memory of what is measured.
+        w13, w2 = (
+            torch.stack([make.randn(*size, dtype=_BF16).to(dtype) for _ in range(experts)])
+            for size in ((2 * inner, hidden), (hidden, inner))
+        )
+        scales = [make.rand(experts, n, 1) if e4m3 else None for n in (2 * inner, hidden)]
+        x, (weights, ids) = make.randn(tokens, hidden, dtype=_BF16), route(make, tokens, experts, shape.choices)
+        size = fused_moe_workspace_size(tokens, shape.choices, experts, 2 * inner, hidden)
+        workspace, out = make.poison(size, dtype=torch.int32), make.poison(tokens, hidden, dtype=_BF16)
+        return lambda: ops.fused_moe(
+            x, w13, w2, weights, ids, w13_scale=scales[0], w2_scale=scales[1], workspace=workspace, out=out
+        )
+
+    resident = 3.0 * experts * hidden * inner * (1 if e4m3 else 2)
+    what = f"{tokens} x {shape.choices} of {experts} {'e4m3' if e4m3 else 'bf16'}"
+    return Workload("fused_moe", what, cost, bind, min_sm=89 if e4m3 else 80, resident_bytes=resident)
+
+
+def _routing(shape: ModelShape, tokens: int) -> list[Workload]:
+    experts, k = shape.experts, shape.choices
+
+    def topk(ops: Ops, make: Maker) -> Call:
+        logits = make.randn(tokens, experts, dtype=_BF16)
+        out = make.poison(tokens, k), make.poison(tokens, k, dtype=torch.int32)
+        return lambda: ops.topk_softmax(logits, k, True, out=out)
+
+    def own(make: Maker) -> Call:
+        logits = make.randn(tokens, experts, dtype=_BF16)
+        return lambda: logits.float().softmax(-1).topk(k)
+
+    def align(ops: Ops, make: Maker) -> Call:
+        ids = route(make, tokens, experts, k)[1]
+        return lambda: ops.moe_align_block_size(ids, 16, experts)
+
+    what = f"{tokens} x {k} of {experts}"
+    return [
+        Workload("topk_softmax", what, Cost(2.0 * tokens * experts + 8.0 * tokens * k), topk, own, "softmax, topk"),
+        Workload("moe_align_block_size", what, Cost(8.0 * tokens * k), align),
+    ]
+
+
+def _adapters(rows: int, hidden: int, columns: int, rank: int) -> list[Workload]:
+    adapters = 4
+
+    def shrink(ops: Ops, make: Maker) -> Call:
+        x, a = make.randn(rows, hidden, dtype=_BF16), make.randn(adapters, rank, hidden, dtype=_BF16)
+        token_lora, out = make.randint(0, adapters, rows, dtype=torch.int32), make.poison(rows, rank)
+        return lambda: ops.lora_shrink(x, a, token_lora, out=out)
+
+    def expand(ops: Ops, make: Maker) -> Call:
+        y, b = make.randn(rows, rank), make.randn(adapters, columns, rank, dtype=_BF16)
+        token_lora, out = make.randint(0, adapters, rows, dtype=torch.int32), make.randn(rows, columns, dtype=_BF16)
+        return lambda: ops.lora_expand(y, b, token_lora, out=out)
+
+    down = Cost(2.0 * hidden * (rows + adapters * rank) + 4.0 * rows * rank)
+    up = Cost(4.0 * rows * columns + 2.0 * adapters * columns * rank + 4.0 * rows * rank)
+    return [
+        Workload("lora_shrink", f"{rows} x {hidden} to {rank}", down, shrink),
+        Workload("lora_expand", f"{rows} x {rank} to {columns}", up, expand),
+    ]
+
+
+def workloads(*, tiny: bool) -> list[Workload]:
+    """Projections of Llama-3.1-8B, the expert layer of Mixtral."""
+    if tiny:
+        small = replace(MIXTRAL, hidden=64, intermediate=64, experts=4)
+        return [
+            _packed(4, 2, 128, 64),
+            _packed(8, 2, 128, 64),
+            _fp8(2, 32, 16),
+            _experts(small, 2, e4m3=False),
+            _experts(small, 2, e4m3=True),
+            *_routing(small, 2),
+            *_adapters(2, 64, 64, 16),
+        ]
+    hidden, up = LLAMA_8B.hidden, 2 * LLAMA_8B.intermediate
+    return [
+        *(_packed(4, rows, hidden, up) for rows in (1, 8, 64)),
+        *(_packed(4, rows, LLAMA_8B.intermediate, hidden) for rows in (1, 64)),
+        *(_packed(4, rows, hidden, LLAMA_8B.qkv_columns) for rows in (1, 64)),
+        *(_packed(8, rows, hidden, up) for rows in (1, 64)),
+        *(_fp8(rows, hidden, up) for rows in (1, 64, 256, 1024)),
+        *(_experts(MIXTRAL, tokens, e4m3=True) for tokens in (1, 8, 64, 256)),
+        *(_experts(MIXTRAL, tokens, e4m3=False) for tokens in (1, 64)),
+        *_routing(MIXTRAL, 64),
+        *_adapters(64, hidden, LLAMA_8B.qkv_columns, 16),
+    ]

@@ -1,0 +1,79 @@
+"""From logits to tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from bench.gpu.cases.case import Maker
+from bench.gpu.device import Call
+from bench.gpu.roofline import LLAMA_8B, Cost
+from bench.gpu.workloads.workload import Workload
+from kernels import Ops, SampleOutput, sample_workspace_size
+
+Kind = Literal["greedy", "draw", "top-p 0.95"]
+
+
+def _sample(rows: int, vocab: int, kind: Kind) -> Workload:
+    def bind(ops: Ops, make: Maker) -> Call:
+        logits = make.randn(rows, vocab, scale=3.0)
+        zero = torch.zeros(rows, device=make.device)
+        temperature = zero if kind == "greedy" else zero + 1
+        top_p = zero + (0.95 if kind == "top-p 0.95" else 1.0)
+        seeds = make.randint(0, 2**62, rows)
+        workspace = make.poison(sample_workspace_size(rows, vocab), dtype=torch.int64)
+        out = SampleOutput(
+            torch.empty(rows, dtype=torch.int64, device=make.device),
+            torch.empty(rows, device=make.device),
+            torch.empty(rows, 0, dtype=torch.int64, device=make.device),
+            torch.empty(rows, 0, device=make.device),
+        )
+        return lambda: ops.sample(
+            logits, temperature, zero.long(), top_p, zero, seeds, seeds, workspace=workspace, out=out
+        )
+
+    def own(make: Maker) -> Call:
+        logits = make.randn(rows, vocab, scale=3.0)
+        noise = make.rand(rows, vocab)
+
+        def call() -> object:
+            if kind == "greedy":
+                return logits.argmax(-1)
+            probs = logits.softmax(-1)
+            if kind == "top-p 0.95":
+                ordered, ids = probs.sort(-1, descending=True)
+                probs = torch.zeros_like(probs).scatter_(1, ids, ordered * (ordered.cumsum(-1) - ordered < 0.95))
+            return (probs / noise).argmax(-1)
+
+        return call
+
+    names: dict[Kind, str] = {"greedy": "argmax", "draw": "softmax, argmax", "top-p 0.95": "softmax, sort, argmax"}
+    return Workload("sample", f"{rows} x {vocab} {kind}", Cost(4.0 * rows * vocab), bind, own, names[kind])
+
+
+def _mask(rows: int, vocab: int) -> Workload:
+    words = -(-vocab // 32)
+
+    def bind(ops: Ops, make: Maker) -> Call:
+        logits = make.randn(rows, vocab)
+        bitmask = make.randint(-(2**31), 2**31, rows, words, dtype=torch.int32)
+        return lambda: ops.apply_logits_processors_(logits, bitmask=bitmask)
+
+    # Half of the logits are written, none has to be read.
+    return Workload(
+        "apply_logits_processors_", f"{rows} x {vocab} mask", Cost(rows * (2.0 * vocab + 4.0 * words)), bind
+    )
+
+
+def workloads(*, tiny: bool) -> list[Workload]:
+    """The vocabulary of Llama-3.1."""
+    if tiny:
+        return [_sample(2, 300, "greedy"), _sample(1, 300, "top-p 0.95"), _mask(2, 70)]
+    vocab = LLAMA_8B.vocab
+    return [
+        *(_sample(rows, vocab, "draw") for rows in (1, 8, 64, 256)),
+        *(_sample(rows, vocab, "top-p 0.95") for rows in (1, 64, 256)),
+        _sample(64, vocab, "greedy"),
+        _mask(64, vocab),
+    ]
