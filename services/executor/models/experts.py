@@ -11,7 +11,14 @@ from torch import Tensor
 from kernels import Ops
 from services.executor.models.config import ModelConfig
 from services.executor.models.errors import UnsupportedModelError
-from services.executor.models.linear import CheckpointFormat, DenseWeight, Fp8Weight, IntWeight, build_weight
+from services.executor.models.linear import (
+    CheckpointFormat,
+    DenseWeight,
+    Fp8Weight,
+    IntWeight,
+    LinearWeight,
+    build_weight,
+)
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot
 
@@ -114,5 +121,17 @@ def _product(prefix: str, w13: _Stack, w2: _Stack, ops: Ops) -> Callable[..., Te
         case DenseWeight() as up, DenseWeight() as down:
             return partial(ops.fused_moe, w13=w13.whole(up.weight), w2=w2.whole(down.weight))
         case up, down:
-            kinds = f"{type(up).__name__} beside {type(down).__name__}"
-            raise UnsupportedModelError(f"{prefix}: there is no op for {kinds}, or for such group sizes")
+            raise UnsupportedModelError(
+                f"{prefix}: {_form(up)} for gate and up projections, {_form(down)} for down projections; "
+                "there is an op for experts of one form only"
+            )
+
+
+def _form(weight: LinearWeight) -> str:
+    match weight:
+        case IntWeight():
+            return f"{weight.bits} bits in groups of {weight.group_size}"
+        case Fp8Weight():
+            return "e4m3"
+        case _:
+            return "full precision"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from services.executor.models import ModelRuntime
+from services.executor.models.quantization import Quantization
 from services.executor.weights import UnsupportedModelError, load_model, read_model_config
 
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)\.weight")
@@ -90,8 +91,14 @@ def _interleaved(name: str, values: Tensor, head_dim: int) -> Tensor:
         ("qwen3-moe", {"kind": T.Q4_0}),
     ],
 )
+@pytest.mark.parametrize("method", ["none", "keep"])
 def test_logits(
-    family: str, options: dict[str, Any], hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path
+    family: str,
+    options: dict[str, Any],
+    method: Any,
+    hf_model: Callable[..., Any],
+    paged: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
     if family == "mixtral":
@@ -99,7 +106,7 @@ def test_logits(
     else:
         oracle = hf_model(family, **sizes, moe_intermediate_size=32, mlp_only_layers=[])
     convert(oracle, tmp_path, **options)
-    model, config = load_model(tmp_path, ModelRuntime())
+    model, config = load_model(tmp_path, ModelRuntime(quantization=Quantization(method)))
     assert config == read_model_config(tmp_path)
     tokens = torch.randint(211, (30,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
