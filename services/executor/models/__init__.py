@@ -4,9 +4,12 @@ from services.executor.models.causal_lm import CausalLM
 from services.executor.models.config import Architecture, ModelConfig
 from services.executor.models.context import DecodeRows, ForwardContext, KVCache, PrefillRows, allocate_kv_caches
 from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.presets import PRESETS, preset_config
+from services.executor.models.quantization import Quantization
 from services.executor.models.runtime import ModelRuntime
 
 __all__ = [
+    "PRESETS",
     "Architecture",
     "CausalLM",
     "DecodeRows",
@@ -15,6 +18,8 @@ __all__ = [
     "ModelConfig",
     "ModelRuntime",
     "PrefillRows",
+    "Quantization",
     "UnsupportedModelError",
     "allocate_kv_caches",
+    "preset_config",
 ]

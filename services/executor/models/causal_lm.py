@@ -73,6 +73,11 @@ class CausalLM:
         if not self.config.tie_word_embeddings:
             yield WeightSlot("lm_head.weight", self._lm_head)
 
+    def kv_scale_slots(self) -> Iterator[WeightSlot]:
+        """Yield slots for the scales of an e4m3 cache, which few checkpoints have."""
+        for layer in self._layers:
+            yield from layer.self_attn.kv_scales.weight_slots()
+
     def num_bytes(self) -> int:
         """Return the bytes of weights and rotary tables; what is shared counts once."""
         weights = sum(slot.num_bytes for slot in self.weight_slots())

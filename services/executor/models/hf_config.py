@@ -8,6 +8,8 @@ from typing import Any, TypedDict, cast, get_args
 
 from services.executor.models.config import Activation, Architecture, ModelConfig, check_num_layers
 from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.hf_quantization import stored_linears
+from services.executor.models.linear import CheckpointFormat
 from services.executor.models.rope import LinearScaling, Llama3Scaling, RopeConfig, RopeScaling
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -19,16 +21,10 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
     """Return the configuration described by config.json (`raw`) and, for its stop tokens, generation_config.json.
 
-    Raises UnsupportedModelError for another architecture, a quantised checkpoint, or a setting outside what the
+    Raises UnsupportedModelError for another architecture, an unknown quantisation, or a setting outside what the
     decoder implements.
     """
     architecture = _architecture(raw)
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"config.json: quantization_config (quant_method {method!r}) is not supported; "
-            "use an unquantised safetensors checkpoint or a GGUF file"
-        )
     if raw.get("mlp_bias"):
         raise UnsupportedModelError("config.json: mlp_bias is not supported; the MLP must have no bias")
     if raw.get("use_bidirectional_attention"):
@@ -73,7 +69,15 @@ def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
         eos_token_ids=_eos_token_ids(raw, generation or {}),
         bos_token_id=raw.get("bos_token_id"),
         **_experts(raw, architecture, num_layers),
+        stored_linears=_stored_linears(raw),
     )
+
+
+def _stored_linears(raw: Mapping[str, Any]) -> CheckpointFormat | None:
+    config = raw.get("quantization_config")
+    if config is not None and not isinstance(config, Mapping):
+        raise UnsupportedModelError(f"config.json: quantization_config is {config!r}; it must be an object")
+    return stored_linears(config) if config else None
 
 
 def _architecture(raw: Mapping[str, Any]) -> Architecture:

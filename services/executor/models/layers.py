@@ -1,6 +1,8 @@
 """The parts every decoder is made of. Projections that read the same input are packed into one matrix."""
 
+import math
 from collections.abc import Iterator
+from functools import partial
 from typing import overload
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from services.executor.models.config import ModelConfig
 from services.executor.models.context import ForwardContext, KVCache
+from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.linear import LinearInput, PackedLinear
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot
@@ -43,6 +46,38 @@ class RMSNorm:
         return WeightSlot(f"{prefix}.weight", self.weight)
 
 
+class KVScales:
+    """What e4m3 keys and values in the cache of one layer are multiplied by; 1 where the checkpoint says nothing.
+
+    `prefix` is the name of the attention layer.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._scales = {"k_scale": 1.0, "v_scale": 1.0}
+
+    def of(self, kv: KVCache) -> tuple[float | None, float | None]:
+        """Return the scales of keys and of values; None for a cache that is not quantised."""
+        if kv.k.dtype != torch.float8_e4m3fn:
+            return None, None
+        return self._scales["k_scale"], self._scales["v_scale"]
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        """Yield the slots of the scales, under the names that checkpoints have had for them."""
+        for scale in self._scales:
+            projection = f"{self._prefix}.{scale[0]}_proj"
+            aliases = (f"{projection}.{scale}", f"{projection}.output_scale", f"{self._prefix}.attn.{scale}")
+            set_scale = partial(self._set, scale)
+            yield WeightSlot(f"{self._prefix}.{scale}", shape=(), encode=set_scale, optional=True, aliases=aliases)
+
+    def _set(self, scale: str, tensor: Tensor) -> tuple[Tensor, ...]:
+        value = tensor.item()
+        if not 0.0 < value < math.inf:
+            raise UnsupportedModelError(f"{self._prefix}.{scale} is {value}; it must be positive and finite")
+        self._scales[scale] = value
+        return ()
+
+
 class Attention:
     """Grouped-query self-attention of one layer over the paged cache."""
 
@@ -55,6 +90,7 @@ class Attention:
         self._gemma = config.is_gemma
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self._prefix = f"model.layers.{layer}.self_attn"
+        self.kv_scales = KVScales(self._prefix)
         self.qkv_proj = PackedLinear(
             self._prefix,
             config.hidden_size,
@@ -77,6 +113,7 @@ class Attention:
 
     def __call__(self, x: LinearInput, ctx: ForwardContext, kv: KVCache) -> Tensor:
         """`[T, H]` -> `[T, H]`; writes the new keys and values into `kv`."""
+        k_scale, v_scale = self.kv_scales.of(kv)
         q = self._ops.qk_norm_rope_and_cache(
             self.qkv_proj(x),
             ctx.positions,
@@ -88,12 +125,15 @@ class Attention:
             k_norm=None if self.k_norm is None else self.k_norm.weight,
             eps=self._eps,
             gemma=self._gemma,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return self.o_proj(self._attend(q, ctx, kv).flatten(1))
 
     def _attend(self, q: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
         """Return `[T, Hq, D]`. One new token and many differ in what bounds them, and so in the op that suits them."""
         out = torch.empty_like(q)
+        k_scale, v_scale = self.kv_scales.of(kv)
         num_decodes = 0
         if ctx.decode is not None:
             num_decodes = ctx.decode.seq_lens.shape[0]
@@ -109,6 +149,8 @@ class Attention:
                 softcap=self._softcap,
                 workspace=ctx.decode.workspace,
                 out=out[:num_decodes],
+                k_scale=k_scale,
+                v_scale=v_scale,
             )
         if ctx.prefill is not None:
             self._ops.unified_attention(
@@ -123,6 +165,8 @@ class Attention:
                 window=self._window,
                 softcap=self._softcap,
                 out=out[num_decodes:],
+                k_scale=k_scale,
+                v_scale=v_scale,
             )
         return out
 

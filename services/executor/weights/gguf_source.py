@@ -83,6 +83,11 @@ class GgufSource:
         """Shape of every tensor in the file."""
         return self._shapes
 
+    @property
+    def types(self) -> Mapping[str, str]:
+        """GGUF's name of the type of every tensor in the file."""
+        return {name: self._file.tensors[stored.name].type.name for name, stored in self._stored.items()}
+
     def native_name(self, name: str) -> str:
         """Return GGUF's name for a tensor."""
         return self._stored[name].name if name in self._stored else name

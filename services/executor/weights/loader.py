@@ -15,6 +15,7 @@ from services.executor.models.config import ModelConfig
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.gguf_config import config_from_gguf
 from services.executor.models.hf_config import config_from_hf
+from services.executor.models.linear.stored_gguf import StoredGguf
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot
 from services.executor.weights.gguf_file import GgufFile
@@ -82,9 +83,9 @@ def _fill(
             f"max_model_len {max_model_len} exceeds the model's limit, "
             f"max_position_embeddings {config.max_position_embeddings}"
         )
-    _check(path, config, list(_skeleton(config, runtime, 1).weight_slots()), source)
+    _check(path, config, _slots(_skeleton(config, runtime, 1)), source)
     model = CausalLM(config, runtime, max_model_len=max_model_len)
-    slots = list(model.weight_slots())
+    slots = _slots(model)
     done, total = 0, sum(slot.num_bytes for slot in slots)
 
     def report(num_bytes: int) -> None:
@@ -97,6 +98,10 @@ def _fill(
         if (name := _name_in(source, slot)) is not None:
             source.read(name, slot, runtime.device, report)
     return model
+
+
+def _slots(model: CausalLM) -> list[WeightSlot]:
+    return [*model.weight_slots(), *model.kv_scale_slots()]
 
 
 def _name_in(source: WeightSource, slot: WeightSlot) -> str | None:
@@ -181,6 +186,7 @@ def _gguf_config(file: GgufFile) -> ModelConfig:
         raise UnsupportedModelError(f"GGUF: the tensor {_EMBEDDING} is missing")
     factors = file.dequantize(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in file.tensors else None
     try:
-        return config_from_gguf(file.metadata, set(file.tensors), file.tensors[_EMBEDDING].shape[0], factors)
+        config = config_from_gguf(file.metadata, set(file.tensors), file.tensors[_EMBEDDING].shape[0], factors)
     except GgufError as error:  # values are decoded when asked for
         raise UnsupportedModelError(str(error)) from error
+    return replace(config, stored_linears=StoredGguf(GgufSource(file, config).types))

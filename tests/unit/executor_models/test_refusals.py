@@ -40,7 +40,10 @@ def checkpoint(hf_model: Callable[..., Any], tmp_path: Path) -> Path:
     [
         ({"architectures": ["FalconForCausalLM"]}, "architectures ['FalconForCausalLM'] is not supported; supported"),
         ({"architectures": None}, "architectures [] is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config (quant_method 'awq')"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quantization_config.quant_method 'bitsandbytes' is not supported; supported: fp8, awq, gptq, compressed",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; supported"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is None; it must be a number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -1,0 +1,144 @@
+"""What the quantization_config of a config.json says of the linear layers' tensors."""
+
+from collections.abc import Mapping
+from typing import Any, cast, get_args
+
+from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.linear.checkpoint import CheckpointFormat
+from services.executor.models.linear.ignored import IgnoredLayers
+from services.executor.models.linear.stored_fp8 import StoredFp8
+from services.executor.models.linear.stored_ints import StoredAwq, StoredGptq, StoredPacked
+from services.executor.models.linear.wna16 import Bits
+
+_FP8_SCHEMES = ("static", "dynamic")
+_GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 0}
+
+
+def stored_linears(config: Mapping[str, Any]) -> CheckpointFormat:
+    """Return how a checkpoint with this quantization_config stores its linear layers.
+
+    Raises UnsupportedModelError, naming the key, for whatever is not read exactly as it was meant.
+    """
+    method = _choice(config, "quant_method", tuple(_READERS))
+    return _READERS[method](config)
+
+
+def _fp8(config: Mapping[str, Any]) -> CheckpointFormat:
+    _choice(config, "fmt", ("e4m3",), "e4m3")
+    static = _choice(config, "activation_scheme", _FP8_SCHEMES, "dynamic") == "static"
+    ignored = _ignored(config, "modules_to_not_convert", "ignored_layers")
+    block = config.get("weight_block_size")
+    if block is None:
+        return StoredFp8(ignored, static_input=static)
+    if static:
+        raise UnsupportedModelError(
+            "config.json: quantization_config.activation_scheme 'static' is not supported with weight_block_size; "
+            "supported: dynamic"
+        )
+    return StoredFp8(ignored, "weight_scale_inv", block=_block(config, "weight_block_size"))
+
+
+def _awq(config: Mapping[str, Any]) -> CheckpointFormat:
+    _choice(config, "version", ("gemm",), "gemm", lower=True)
+    _choice(config, "bits", (4,))
+    _choice(config, "zero_point", (True,), True)
+    return StoredAwq(_ignored(config, "modules_to_not_convert"), 4, _group_size(config), symmetric=False)
+
+
+def _gptq(config: Mapping[str, Any]) -> CheckpointFormat:
+    if config.get("dynamic"):
+        raise UnsupportedModelError("config.json: quantization_config.dynamic is not supported; it must be empty")
+    _choice(config, "lm_head", (False,), False)
+    version = _choice(config, "checkpoint_format", tuple(_GPTQ_VERSIONS), "gptq")
+    return StoredGptq(
+        _ignored(config, "modules_to_not_convert"),
+        _bits(config, "bits"),
+        _group_size(config),
+        _choice(config, "sym", (True, False), True),
+        _GPTQ_VERSIONS[version],
+    )
+
+
+def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
+    if config.get("sparsity_config"):
+        raise UnsupportedModelError("config.json: quantization_config.sparsity_config is not supported")
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or len(groups) != 1:
+        raise UnsupportedModelError("config.json: quantization_config.config_groups must have exactly one group")
+    (group,) = groups.values()
+    if group.get("targets") != ["Linear"]:
+        raise UnsupportedModelError(
+            f"config.json: quantization_config: targets {group.get('targets')!r} is not supported; supported: Linear"
+        )
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    ignored = _ignored(config, "ignore")
+    if _choice(config, "format", ("float-quantized", "pack-quantized")) == "pack-quantized":
+        return _packed(ignored, weights, inputs)
+    _choice(weights, "type", ("float",))
+    _choice(weights, "num_bits", (8,))
+    _choice(weights, "symmetric", (True,), True)
+    inputs = inputs or {}
+    _choice(inputs, "type", ("float",))
+    _choice(inputs, "num_bits", (8,))
+    strategy = _choice(weights, "strategy", ("tensor", "channel", "block"))
+    dynamic = _choice(inputs, "dynamic", (True, False), False)
+    _choice(inputs, "strategy", ("token", "tensor", "group") if dynamic else ("tensor",))
+    if strategy == "block":
+        _choice(inputs, "dynamic", (True,), False)
+        return StoredFp8(ignored, block=_block(weights, "block_structure"))
+    return StoredFp8(ignored, per_row=strategy == "channel", static_input=not dynamic)
+
+
+def _packed(ignored: IgnoredLayers, weights: Mapping[str, Any], inputs: object) -> CheckpointFormat:
+    if inputs:
+        raise UnsupportedModelError("config.json: quantization_config: input_activations of packed integers")
+    _choice(weights, "type", ("int",))
+    strategy = _choice(weights, "strategy", ("group", "channel"))
+    group_size = _group_size(weights) if strategy == "group" else None
+    symmetric = _choice(weights, "symmetric", (True, False), True)
+    return StoredPacked(ignored, _bits(weights, "num_bits"), group_size, symmetric)
+
+
+_READERS = {"fp8": _fp8, "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}
+
+
+def _choice(
+    config: Mapping[str, Any], key: str, supported: tuple[Any, ...], default: object = None, *, lower: bool = False
+) -> Any:
+    value = config.get(key, default)
+    value = value.lower() if lower and isinstance(value, str) else value
+    if value not in supported or isinstance(value, bool) != isinstance(supported[0], bool):
+        raise UnsupportedModelError(
+            f"config.json: quantization_config.{key} {value!r} is not supported; "
+            f"supported: {', '.join(map(str, supported))}"
+        )
+    return value
+
+
+def _bits(config: Mapping[str, Any], key: str) -> Bits:
+    return cast(Bits, _choice(config, key, get_args(Bits)))
+
+
+def _group_size(config: Mapping[str, Any]) -> int | None:
+    value = config.get("group_size", 128)
+    if value == -1:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnsupportedModelError(
+            f"config.json: quantization_config.group_size is {value!r}; it must be a positive integer, or -1"
+        )
+    return value
+
+
+def _block(config: Mapping[str, Any], key: str) -> tuple[int, int]:
+    value = config.get(key)
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(size, int) and size > 0 for size in value):
+        raise UnsupportedModelError(
+            f"config.json: quantization_config.{key} is {value!r}; it must be two positive integers"
+        )
+    return value[0], value[1]
+
+
+def _ignored(config: Mapping[str, Any], *keys: str) -> IgnoredLayers:
+    names = [name for key in keys for name in config.get(key) or []]
+    return IgnoredLayers(tuple(map(str, names)))

@@ -1,0 +1,77 @@
+"""Checkpoints with e4m3 weights: DeepSeek's blocks, and the scales of compressed-tensors, AutoFP8 and vLLM's fp8."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.linear.checkpoint import FilledWeight, stacked
+from services.executor.models.linear.fp8 import E4M3, Fp8Weight
+from services.executor.models.linear.ignored import IgnoredLayers
+from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_slot import WeightSlot
+
+
+@dataclass(frozen=True)
+class StoredFp8:
+    """`weight [n, K]` e4m3 and its scale, times which it is the weight.
+
+    The scale is one element, `[n, 1]` with `per_row`, or with `block` (bn, bk) one per block, `[n / bn, K / bk]`. With
+    `static_input` every projection has an `input_scale`, one element.
+    """
+
+    is_choice: ClassVar[bool] = False
+
+    ignored: IgnoredLayers
+    scale_name: str = "weight_scale"
+    per_row: bool = False
+    block: tuple[int, int] | None = None
+    static_input: bool = False
+
+    def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
+        """Return the weight; the input scale of stacked projections, which read the same, is the largest of theirs."""
+        if self.ignored.covers(parts):
+            return None
+        if self.block is not None:
+            self._check_blocks(parts, in_features, self.block)
+        rows = sum(parts.values())
+        weight = Fp8Weight(rows, in_features, runtime, block=self.block, static_input=self.static_input)
+        slots: list[WeightSlot] = []
+        for name, part in stacked(parts):
+            slots.append(WeightSlot(f"{name}.weight", weight.codes[part], dtypes=(E4M3,)))
+            slots.append(self._scale_slot(f"{name}.{self.scale_name}", weight.scale, part))
+        if weight.input_scale is not None:
+            first, *others = parts
+            slots.append(WeightSlot(f"{first}.input_scale", weight.input_scale, shape=()))
+            raise_to = _raising(weight.input_scale)
+            slots += [WeightSlot(f"{name}.input_scale", shape=(), encode=raise_to) for name in others]
+        return weight, slots
+
+    def _scale_slot(self, name: str, scale: Tensor, rows: slice) -> WeightSlot:
+        if self.block is not None:
+            block_rows = self.block[0]
+            return WeightSlot(name, scale[rows.start // block_rows : rows.stop // block_rows])
+        if self.per_row:
+            return WeightSlot(name, scale[rows])
+        return WeightSlot(name, scale[rows], shape=(), encode=lambda one: (one.view(1, 1),))
+
+    def _check_blocks(self, parts: Mapping[str, int], in_features: int, block: tuple[int, int]) -> None:
+        for name, size in parts.items():
+            if size % block[0] or in_features % block[1]:
+                raise UnsupportedModelError(
+                    f"{name}: blocks of {block[0]} x {block[1]} (weight_block_size) do not divide its shape, "
+                    f"[{size}, {in_features}]"
+                )
+
+
+def _raising(largest: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Return a function that keeps the larger of its argument and the scale, once the scale has been filled."""
+
+    def raise_to(scale: Tensor) -> tuple[Tensor, ...]:
+        torch.maximum(largest, scale.view(1).to(largest.dtype), out=largest)
+        return ()
+
+    return raise_to
