@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import paged_attention_decode, unified_attention
+from virtual_memory import virtual_tensor
 
 LENS = [0, 1, 15, 16, 17, 33]  # around a page of 16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -165,10 +166,9 @@ def test_more_queries_than_tokens_is_refused(paged_case):
 
 
 def test_slots_past_two_to_the_31_elements(paged_case):
-    # 2.2e9 elements of virtual memory; only the pages touched become resident.
     page, heads, dim = 64, 8, 128
     blocks = 34_000
-    cache = torch.empty(blocks, page, heads, dim, dtype=torch.float16)
+    cache = virtual_tensor(blocks, page, heads, dim, dtype=torch.float16)
     assert cache.numel() > 2**31
     cache[-1] = torch.randn(page, heads, dim)
     q = torch.randn(1, heads, dim)

@@ -73,12 +73,16 @@ def test_two_scales_are_refused(ops):
 
 
 def test_rows_may_be_strided(ops):
-    whole = packed(3, 60, torch.float32)
-    x, wide = whole[:, :40], torch.full((3, 50), torch.nan)
+    whole, wide = torch.full((3, 120), torch.nan), torch.full((3, 50), torch.nan)
+    x = whole[:, 40:80].copy_(packed(3, 20, torch.float32))
     out, expected = wide[:, :20], exact("silu_and_mul", x)
     ops.silu_and_mul(x, out=out)
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-6)
     assert wide[:, 20:].isnan().all()
+    scales, codes = torch.empty(3, 1), torch.zeros(3, 50).to(torch.float8_e4m3fn)
+    ops.silu_and_mul(x, token_scale=scales, out=codes[:, :20])
+    torch.testing.assert_close((codes[:, :20].float() * scales).double(), expected, atol=0, rtol=2**-4)
+    assert (codes[:, 20:].float() == 0).all()
 
 
 def test_an_empty_batch(ops):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import decode_workspace
+from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
@@ -93,14 +94,18 @@ def test_lengths_around_a_page(ops, paged_case, attention_oracle, page):
         check(decode(ops, rows, 2), attention_oracle(rows, scale=0.125), dtype)
 
 
-@pytest.mark.parametrize("window", [1, 7, 16, 33, 100])
-def test_what_left_the_window_is_not_read(ops, paged_case, attention_oracle, window):
-    case = paged_case([0, 1, 17, 70, 90], [1, 1, 1, 40, 30], q_heads=2, kv_heads=1, window=window)
-    check(unified(ops, case, window=window), attention_oracle(case, scale=0.125, window=window))
-    rows = paged_case([0, 1, 17, 70, 130], [1] * 5, q_heads=2, kv_heads=1, window=window)
+@pytest.mark.parametrize(
+    ("window", "page", "dtype"),
+    [(w, 16, torch.float32) for w in (1, 7, 16, 33, 100)] + [(w, 64, torch.bfloat16) for w in (1, 63, 64, 65)],
+)
+def test_what_left_the_window_is_not_read(ops, paged_case, attention_oracle, window, page, dtype):
+    shape = {"q_heads": 2, "kv_heads": 1, "window": window, "page": page, "dtype": dtype}
+    case = paged_case([0, 1, 17, 70, 90], [1, 1, 1, 40, 30], **shape)
+    check(unified(ops, case, window=window), attention_oracle(case, scale=0.125, window=window), dtype)
+    rows = paged_case([0, 1, 17, 70, 130], [1] * 5, **shape)
     expected = attention_oracle(rows, scale=0.125, window=window)
     for num_splits in (1, 4):
-        check(decode(ops, rows, num_splits, window=window), expected)
+        check(decode(ops, rows, num_splits, window=window), expected, dtype)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -122,13 +127,15 @@ def test_e4m3_cache_with_scales(ops, paged_case, attention_oracle, dtype):
     check(decode(ops, rows, 2, k_scale=torch.tensor(0.5), v_scale=0.25, softcap=3.0), expected, dtype)
 
 
-@pytest.mark.parametrize("num_splits", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("num_splits", "dtype"), [(1, torch.float32), (3, torch.float32), (4, torch.float32), (3, torch.bfloat16)]
+)
 @pytest.mark.parametrize(("q_heads", "kv_heads"), GROUPS)
-def test_decode_in_shares(ops, paged_case, attention_oracle, q_heads, kv_heads, num_splits):
+def test_decode_in_shares(ops, paged_case, attention_oracle, q_heads, kv_heads, num_splits, dtype):
     # Fewer tiles than shares, as many, and more.
     lens = [0, 1, 32, 33, 130]
-    case = paged_case(lens, [1] * len(lens), q_heads=q_heads, kv_heads=kv_heads)
-    check(decode(ops, case, num_splits), attention_oracle(case, scale=0.125))
+    case = paged_case(lens, [1] * len(lens), q_heads=q_heads, kv_heads=kv_heads, dtype=dtype)
+    check(decode(ops, case, num_splits), attention_oracle(case, scale=0.125), dtype)
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_its_place(ops, paged_case):
@@ -192,7 +199,7 @@ def test_rows_of_a_packed_tensor(ops, paged_case):
 @pytest.mark.parametrize("dtype", [torch.float16, E4M3])
 def test_slots_past_two_to_the_31_elements(ops, dtype, page):
     blocks = 16_800_000 // page
-    cache = torch.empty(blocks, page, 1, 128, dtype=dtype)  # virtual memory; only the pages touched become resident
+    cache = virtual_tensor(blocks, page, 1, 128, dtype=dtype)
     assert cache.numel() > 2**31
     cache[-1] = torch.randn(page, 1, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     q = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(1)).half()

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from virtual_memory import virtual_tensor
+
 E4M3 = torch.float8_e4m3fn
 
 
@@ -30,9 +32,11 @@ def test_any_number_of_pairs(ops, count):
 
 
 def test_blocks_past_two_to_the_31_elements(ops):
-    blocks = 2_200_000
-    cache = torch.empty(blocks, 16, 1, 64, dtype=torch.float16)  # virtual memory; few pages become resident
-    assert cache.numel() > 2**31
+    blocks = 8_400_000
+    cache = virtual_tensor(blocks, 16, 1, 64, dtype=torch.float16)
+    assert cache.view(torch.int64).numel() > 2**31  # the kernel counts in words of 8 bytes
     cache[-1] = torch.arange(64)
-    ops.copy_blocks_(cache, torch.empty_like(cache), torch.tensor([[blocks - 1, blocks - 3]]))
+    values = virtual_tensor(blocks, 16, 1, 64, dtype=torch.float16)
+    ops.copy_blocks_(cache, values, torch.tensor([[blocks - 1, blocks - 3]]))
     assert torch.equal(cache[-3], cache[-1])
+    assert (cache[-3] == torch.arange(64)).all()

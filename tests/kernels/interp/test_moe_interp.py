@@ -3,6 +3,7 @@ import torch
 
 from kernels import fused_moe, fused_moe_wna16, fused_moe_workspace_size, moe_align_block_size, topk_softmax, workspaces
 from kernels.triton import moe, moe_wna16
+from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -109,6 +110,32 @@ def test_many_tokens(ops, monkeypatch):
     assert_close(ops.fused_moe(x, w13, w2, weights, ids), exact(x, w13, w2, weights, ids))
 
 
+def test_experts_without_tokens_are_not_read(ops):
+    x, w13, w2 = randn(4, 32), randn(3, 96, 32, seed=1), randn(3, 32, 48, seed=2)
+    weights, ids = routed(4, 3, 1)
+    ids[ids == 1] = 2
+    expected = ops.fused_moe(x, w13, w2, weights, ids)
+    w13[1], w2[1] = torch.nan, torch.nan
+    assert torch.equal(ops.fused_moe(x, w13, w2, weights, ids), expected)
+
+
+def test_routing_goes_into_out(ops):
+    wide = torch.full((5, 40), torch.nan)
+    logits = wide[:, 8:16].copy_(randn(5, 8))
+    out = torch.full((5, 2), torch.nan), torch.full((5, 2), -7, dtype=torch.int32)
+    got = ops.topk_softmax(logits, 2, True, out=out)
+    expected = topk_softmax(logits, 2, True)
+    assert all(tensor is other for tensor, other in zip(got, out, strict=True))
+    torch.testing.assert_close(out[0], expected[0], atol=1e-7, rtol=2e-6)
+    assert torch.equal(out[1], expected[1])
+    layout = moe_align_block_size(out[1], 16, 8)
+    poisoned = tuple(torch.full_like(part, -7) for part in layout)
+    scratch = torch.full((workspaces.moe_layout_sizes(10, 16, 8)[2],), -7, dtype=torch.int32)
+    ops.moe_align_block_size(out[1], 16, 8, workspace=scratch, out=poisoned)
+    for tensor, other in zip(poisoned, layout, strict=True):
+        assert torch.equal(tensor, other)
+
+
 def test_blocks_of_many_rows(ops, launch):
     assert launch.tile("fused_moe", rows_per_expert=66, element_size=2)["block_m"] == 64
     x = randn(100, 32).half()
@@ -187,7 +214,8 @@ def test_packed_blocks_of_many_rows(ops):
 def test_packed_experts_of_more_than_2_31_elements(launch):
     experts = 9_000_000  # only the last has memory
     last, scale, _, full = packed_experts(1, 32, 64, 4, 32, torch.bfloat16, False, 3)
-    words, scales = torch.empty(experts, 4, 64, dtype=torch.int32), torch.empty(experts, 1, 64, dtype=torch.bfloat16)
+    words = virtual_tensor(experts, 4, 64, dtype=torch.int32)
+    scales = virtual_tensor(experts, 1, 64, dtype=torch.bfloat16)
     assert words.numel() > 2**31
     words[-1], scales[-1] = last[0], scale[0]
     x, out = randn(1, 32, seed=1).bfloat16(), torch.empty(1, 64, dtype=torch.bfloat16)
@@ -218,7 +246,7 @@ def test_a_token_does_not_depend_on_the_others(ops):
 
 def test_weights_of_more_than_2_31_elements(launch):
     experts = 9_000_000  # only the last has memory
-    weight = torch.empty(experts, 16, 16, dtype=torch.bfloat16)
+    weight = virtual_tensor(experts, 16, 16, dtype=torch.bfloat16)
     weight[-1] = randn(16, 16).bfloat16()
     x, out = randn(1, 16, seed=1).bfloat16(), torch.empty(1, 16)
     layout = torch.tensor([0] + [1] * 15).int(), torch.tensor([experts - 1]).int(), torch.tensor([16]).int()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import qk_norm_rope_and_cache
+from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -106,6 +107,24 @@ def test_one_norm_without_the_other_and_a_wider_cache(ops):
             torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2, equal_nan=True)
 
 
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(6, 2), (7, 1)])
+def test_rows_left_over_by_the_group_write_nothing(ops, last_program_first, q_heads, kv_heads):
+    args = make(torch.bfloat16, q_heads, kv_heads, 64)
+    before = call(ops.qk_norm_rope_and_cache, args)
+    last_program_first()
+    for tensor, other in zip(call(ops.qk_norm_rope_and_cache, args), before, strict=True):
+        assert torch.equal(tensor.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+def test_rows_of_a_wider_tensor(ops):
+    args = make(torch.float32, 4, 2, 64)
+    wide = torch.full((3, 600), torch.nan)
+    wide[:, 20:532] = args[0]
+    expected = call(ops.qk_norm_rope_and_cache, args)
+    for tensor, other in zip(call(ops.qk_norm_rope_and_cache, (wide[:, 20:532], *args[1:])), expected, strict=True):
+        assert torch.equal(tensor.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
 def test_no_tokens(ops):
     args = make(torch.float32, 4, 2, 64)
     empty = (args[0][:0], args[1][:0], args[2], args[3][:0], *args[4:])
@@ -114,10 +133,11 @@ def test_no_tokens(ops):
 
 def test_slots_past_two_to_the_31_elements(ops):
     blocks = 1_050_000
-    cache = torch.empty(blocks, 16, 1, 128, dtype=torch.float16)  # virtual memory
+    cache, values = (virtual_tensor(blocks, 16, 1, 128, dtype=torch.float16) for _ in range(2))
     assert cache.numel() > 2**31
     qkv = randn(1, 3 * 128, dtype=torch.float16)
     slots = torch.tensor([blocks * 16 - 1])
     cos_sin = torch.cat((torch.ones(1, 64), torch.zeros(1, 64)), dim=1)
-    ops.qk_norm_rope_and_cache(qkv, torch.tensor([0]), cos_sin, slots, cache, torch.empty_like(cache))
+    ops.qk_norm_rope_and_cache(qkv, torch.tensor([0]), cos_sin, slots, cache, values)
     assert torch.equal(cache[-1, -1, 0], qkv[0, 128:256])
+    assert torch.equal(values[-1, -1, 0], qkv[0, 256:])

@@ -136,7 +136,7 @@ def test_the_survivors_are_those_of_a_sort(ops, launch, monkeypatch, candidates,
 
 
 def test_draws_follow_the_filtered_softmax(ops):
-    rows = 60
+    rows = 40
     logits = torch.tensor([2.0, 1.0, 1.0, 0.0, -0.5, -1.0, -2.0, 0.7])
     drawn = ops.sample(*arguments(logits.expand(rows, -1).contiguous(), top_k=4, top_p=0.95)).token_ids
     kept = torch.tensor([0, 1, 2, 7])
@@ -235,9 +235,12 @@ def test_logprobs_of_other_logits_than_those_drawn_from(ops):
 
 
 def test_results_go_into_out_and_scratch_into_the_workspace(ops):
-    logits = torch.randn(3, 1100, generator=torch.Generator().manual_seed(0))
+    wide = torch.full((3, 3000), torch.nan)
+    logits = wide[:, 1000:2100].copy_(torch.randn(3, 1100, generator=torch.Generator().manual_seed(0)))
     workspace = torch.full((sample_workspace_size(3, 1100, 2),), -1)
-    out = SampleOutput(torch.empty(3).long(), torch.empty(3), torch.empty(3, 2).long(), torch.empty(3, 2))
+    out = SampleOutput(
+        torch.full((3,), -7), torch.full((3,), torch.nan), torch.full((3, 2), -7), torch.full((3, 2), torch.nan)
+    )
     args = arguments(logits, top_k=20, top_p=0.8)
     assert ops.sample(*args, num_logprobs=2, workspace=workspace, out=out) is out
     for got, expected in zip(out, sample(*args, num_logprobs=2), strict=True):
