@@ -108,7 +108,7 @@ def tile_table(op: str, capability: Capability) -> TileTable:
     """Return the table of an op for a device: its own, or that of the highest compute capability not above its own.
 
     Raises:
-        ValueError: the file holds something else than it should; the message names the file and the key.
+        ValueError: there is no table, or it holds something else than it should; the message names the file and the key.
     """
     return read_table(_ROOT, op, capability)
 
@@ -120,6 +120,8 @@ def read_table(root: Traversable, op: str, capability: Capability) -> TileTable:
     if own is not None:
         return _parse(own, op, capability.sm)
     defaults = sorted(int(found[1]) for name in folder if (found := _DEFAULT.fullmatch(name)))
+    if not defaults:
+        raise ValueError(f"kernels/configs/{op}: there is no table for {capability.name!r} and no default, sm_*.json")
     sm = max((sm for sm in defaults if sm <= capability.sm), default=defaults[0])
     return _parse(folder[f"sm_{sm}.json"], op, sm)
 

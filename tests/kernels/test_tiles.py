@@ -71,6 +71,8 @@ def test_a_table_is_for_one_compute_capability(tmp_path):
     write(tmp_path, "nvidia-h200.json", [RULE], sm=100)
     with pytest.raises(ValueError, match=r"nvidia-h200.json: compute_capability: 100, the device has 90"):
         read_table(tmp_path, "paged_attention_decode", H200)
+    with pytest.raises(ValueError, match=r"paged_attention_decode: there is no table for '' and no default"):
+        read_table(tmp_path, "paged_attention_decode", A100)
 
 
 def test_devices_with_tables_of_their_own(tmp_path):
