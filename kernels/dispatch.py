@@ -9,9 +9,9 @@ How a Triton form is added
    parameter is `launch: Launch`; the others are, name by name, those of the torch form in `kernels/reference`, whose
    docstring is the contract. It never waits for the device, never reads a tensor's values on the host, allocates
    nothing when `out` (and `workspace`) are given, and computes addresses in int64. Kernels are started with
-   `launch(kernel, grid, *runtime_arguments, num_warps=..., NAME=constexpr, ...)`. What depends on the device, as sizes of
-   tiles may, comes from `launch.tile`; see `kernels.tiles`. Arguments that need e4m3 are announced by
-   `launch.capability.require_e4m3`.
+   `launch(kernel, grid, *runtime_arguments, num_warps=..., NAME=constexpr, ...)`. What depends on the device, as
+   sizes of tiles may, comes from `launch.tile`; see `kernels.tiles`. An argument that needs e4m3 is held against the
+   device by `launch.capability.require_e4m3`.
 2. `_TRITON` below gets a line: the file and what the device must have.
 3. `tests/kernels/interp/test_<file>.py` compares it with float64 on the interpreter (fixture `ops`: all Triton forms).
 4. `kernels/aot/manifest.py` gets a case for every variant that serving uses: a call on `meta` tensors. Then

@@ -108,7 +108,7 @@ def tile_table(op: str, capability: Capability) -> TileTable:
     """Return the table of an op for a device: its own, or that of the highest compute capability not above its own.
 
     Raises:
-        ValueError: there is no table, or it holds something else than it should; the message names the file and the key.
+        ValueError: there is no table, or it holds something else than it should; the message names file and key.
     """
     return read_table(_ROOT, op, capability)
 
