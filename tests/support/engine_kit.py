@@ -124,6 +124,7 @@ class FakePagedRunner:
     ) -> None:
         self._size = config.block_size
         self._cache = [-1] * (config.num_blocks * config.block_size)
+        self._host_cache = [-1] * (config.num_host_blocks * config.block_size)
         self._tables: dict[int, list[int]] = {}
         self._sampled: dict[int, int] = {}
         self._stream: deque[Callable[[], None]] = deque()
@@ -134,15 +135,26 @@ class FakePagedRunner:
         self.unwaited: list[FakeStep] = []
         self.batches: list[tuple[int, int]] = []
         self.table_writes = 0
+        self.num_swapped = [0, 0]
 
     @property
     def overlaps(self) -> bool:
         return self._overlap is not Overlap.NONE
 
+    def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
+        targets = [block for _, block in outs]
+        assert len({*targets, *(block for _, block in ins)}) == len(outs) + len(ins)
+        assert len({block for block, _ in ins}) == len(ins)
+        self.num_swapped[0] += len(outs)
+        self.num_swapped[1] += len(ins)
+        self._stream.append(lambda: self._copy(outs, self._cache, self._host_cache))
+        backwards = [(source, target) for target, source in ins]
+        self._stream.append(lambda: self._copy(backwards, self._host_cache, self._cache))
+
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         assert not {source for source, _ in pairs} & {target for _, target in pairs}
         assert len({target for _, target in pairs}) == len(pairs)
-        self._stream.append(lambda: self._copy(pairs))
+        self._stream.append(lambda: self._copy(pairs, self._cache, self._cache))
 
     def launch(self, batch: ScheduledBatch) -> FakeStep:
         config = self._config
@@ -216,10 +228,10 @@ class FakePagedRunner:
                 sampled.token_ids.append(token)
         step.sampled = sampled
 
-    def _copy(self, pairs: list[tuple[int, int]]) -> None:
+    def _copy(self, pairs: list[tuple[int, int]], sources: list[int], targets: list[int]) -> None:
         for source, target in pairs:
-            content = self._cache[source * self._size : (source + 1) * self._size]
-            self._cache[target * self._size : (target + 1) * self._size] = content
+            content = sources[source * self._size : (source + 1) * self._size]
+            targets[target * self._size : (target + 1) * self._size] = content
 
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // self._size] * self._size + position % self._size

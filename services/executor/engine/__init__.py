@@ -30,6 +30,7 @@ from services.executor.engine.request import (
     Usage,
 )
 from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams
+from services.executor.engine.swap import SwapCost
 
 __all__ = [
     "STEP_TIME_PRESETS",
@@ -62,6 +63,7 @@ __all__ = [
     "ScheduledSequence",
     "StepResult",
     "StepTimeModel",
+    "SwapCost",
     "Timings",
     "TokenOutput",
     "Usage",

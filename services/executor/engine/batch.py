@@ -39,22 +39,35 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """A step: sequences in order (decodes first), after the block copies have run.
+    """A step: swap_outs, then swap_ins, then block_copies, and then the sequences in order (decodes first).
 
-    `started` are the requests that left the waiting queue for the first time.
+    The swaps are (device block, host block) pairs, the copies (source, target). Blocks that go out or are copied may be
+    overwritten by what comes later in the step. Where there is anything to transfer there are sequences to run: blocks
+    are given up only for one that does.
+
+    `started` are the requests that left the waiting queue for the first time, `swapped_out` the sequences whose blocks
+    go out.
     """
 
     step: int
     sequences: list[ScheduledSequence] = field(default_factory=list)
     num_decodes: int = 0
     num_tokens: int = 0
+    swap_outs: list[tuple[int, int]] = field(default_factory=list)
+    swap_ins: list[tuple[int, int]] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     started: list[SequenceGroup] = field(default_factory=list)
+    swapped_out: list[Sequence] = field(default_factory=list)
 
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens of chunks, as against one token per decode."""
         return self.num_tokens - self.num_decodes
+
+    @property
+    def has_swaps(self) -> bool:
+        """Whether blocks move between device and host."""
+        return bool(self.swap_outs or self.swap_ins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +123,12 @@ class ModelRunnerProtocol(Protocol):
     @property
     def overlaps(self) -> bool:
         """Whether `launch` returns before the step is done, so that it pays to launch the next one meanwhile."""
+
+    def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
+        """Copy whole cache blocks, in every layer, to the host and then back from it: (device block, host block).
+
+        Host blocks are `0 .. EngineConfig.num_host_blocks - 1`; called only where there are any.
+        """
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole cache blocks, (source, target), in every layer; no target is also a source."""

@@ -7,6 +7,7 @@ from services.executor.engine.config import EngineConfig
 from services.executor.engine.prefill_budget import PrefillBudget
 from services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from services.executor.engine.sequence_queue import SequenceQueue
+from services.executor.engine.swap import Swapper
 
 
 class BatchScheduler:
@@ -24,13 +25,19 @@ class BatchScheduler:
     """
 
     def __init__(
-        self, config: EngineConfig, blocks: BlockManager, capacity: Capacity, prefill_budget: PrefillBudget
+        self,
+        config: EngineConfig,
+        blocks: BlockManager,
+        capacity: Capacity,
+        prefill_budget: PrefillBudget,
+        swapper: Swapper,
     ) -> None:
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._blocks = blocks
         self._capacity = capacity
         self._prefill_budget = prefill_budget
+        self._swapper = swapper
         self._waiting = SequenceQueue()
         self._running = SequenceQueue()
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
@@ -55,6 +62,10 @@ class BatchScheduler:
         """Return the running sequences, first to last."""
         return list(self._running)
 
+    def waiting(self) -> list[Sequence]:
+        """Return the waiting sequences, first to last."""
+        return list(self._waiting)
+
     def add(self, group: SequenceGroup) -> None:
         """Queue a request: its first unfinished sample leads, the others fork from it once the prompt is computed."""
         group.pending = [seq for seq in group.samples if seq.status is SequenceStatus.WAITING]
@@ -68,6 +79,7 @@ class BatchScheduler:
         status, seq.status = seq.status, SequenceStatus.FINISHED
         if status is SequenceStatus.WAITING:
             self._leave_waiting(seq, now)
+            self._swapper.drop(seq)
         elif status is SequenceStatus.RUNNING:
             self._leave_running(seq)
         elif status is SequenceStatus.PENDING_FORK:
@@ -92,6 +104,7 @@ class BatchScheduler:
         limit = self._prefill_budget.limit(batch.num_decodes, self._max_num_batched_tokens - batch.num_decodes)
         self._schedule_prefills(batch, prefills, limit, now)
         batch.block_copies = self._blocks.take_copies()
+        batch.swap_outs, batch.swap_ins, batch.swapped_out = self._swapper.take_transfers()
         return batch
 
     def fork(self, leader: Sequence) -> None:
@@ -156,13 +169,12 @@ class BatchScheduler:
         rows = len(self._running) + self._num_reserved_rows + 1 + len(group.pending)
         if rows > self._max_num_seqs or not self._capacity.may_start(group):
             return False
-        # A prompt position that is still to be scored must be computed, not found.
-        max_cached = group.next_prompt_logprob - 1 if group.wants_prompt_logprobs else len(seq.token_ids)
         spare = self._capacity.spare_blocks(len(self._running))
-        if not self._blocks.admit(seq, max_cached_tokens=max_cached, spare=spare):
+        if not self._blocks.admit(seq, max_cached_tokens=group.max_cached_tokens, spare=spare):
             return False
         self._leave_waiting(seq, now)
         self._enter_running(seq)
+        self._swapper.restore(seq)
         self._num_reserved_rows += len(group.pending)
         self._capacity.reserve(group)
         if not group.was_scheduled:
@@ -183,6 +195,7 @@ class BatchScheduler:
         return True
 
     def _preempt(self, seq: Sequence, now: float) -> None:
+        self._swapper.save(seq)
         self._leave_running(seq)
         self.num_preemptions += 1
         # The pending token is drawn again, and again the same: draws depend on the seed and the position alone. What
@@ -203,11 +216,11 @@ class BatchScheduler:
     def _enter_waiting(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.WAITING
         self._waiting.add(seq)
-        self.waiting_tokens += len(seq.token_ids)
+        self.waiting_tokens += seq.num_lost_tokens
 
     def _leave_waiting(self, seq: Sequence, now: float) -> None:
         self._waiting.remove(seq)
-        self.waiting_tokens -= len(seq.token_ids)
+        self.waiting_tokens -= seq.num_lost_tokens
         if seq.is_preempted:
             seq.is_preempted = False
             seq.group.mark_readmitted(now)

@@ -82,6 +82,13 @@ class BlockManager:
         self._append(seq, needed)
         return True
 
+    def num_shared_blocks(self, seq: Sequence) -> int:
+        """Return how many leading blocks stay, and can be found, as long as the others run that hold them."""
+        for index, block in enumerate(seq.block_table):
+            if self._pool.ref_counts[block] == 1 or not self._cache.is_registered(block):
+                return index
+        return len(seq.block_table)
+
     def take_copies(self) -> list[tuple[int, int]]:
         """Return the (source, target) block copies that must run before the step; called once per step."""
         copies, self._copies = self._copies, []

@@ -23,7 +23,8 @@ class EngineConfig:
 
     `max_model_len` is the longest prompt plus output; `target_itl` is the inter-token latency that prefill chunks
     must leave to running decodes (None: chunks take the whole token budget), `min_prefill_chunk` the least progress
-    prefill makes even so. `vocab_size` and `eos_token_ids` come with the model.
+    prefill makes even so. `num_host_blocks` are blocks of host memory that the cache content of preempted sequences may
+    be swapped to; 0 lets all be computed again. `vocab_size` and `eos_token_ids` come with the model.
     """
 
     num_blocks: int
@@ -38,11 +39,14 @@ class EngineConfig:
     max_logprobs: int = 20
     target_itl: float | None = None
     min_prefill_chunk: int = 32
+    num_host_blocks: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "vocab_size", "block_size", "max_num_seqs", "min_prefill_chunk"):
             if getattr(self, name) < 1:
                 raise EngineConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_host_blocks < 0:
+            raise EngineConfigError(f"num_host_blocks must be at least 0, got {self.num_host_blocks}")
         if self.max_model_len < 2:
             raise EngineConfigError(f"max_model_len must hold a prompt and an output token, got {self.max_model_len}")
         capacity = self.num_blocks * self.block_size

@@ -9,7 +9,7 @@ from services.executor.engine.batch import ModelRunnerProtocol, SampledBatch, Sc
 from services.executor.engine.batch_scheduler import BatchScheduler
 from services.executor.engine.block_manager import BlockManager
 from services.executor.engine.capacity import make_capacity
-from services.executor.engine.config import EngineConfig
+from services.executor.engine.config import EngineConfig, EngineConfigError
 from services.executor.engine.ledger import EngineLoad, EngineStats, Ledger, LinkCredits
 from services.executor.engine.pipeline import Pipeline
 from services.executor.engine.prefill_budget import PrefillBudget
@@ -27,6 +27,7 @@ from services.executor.engine.request import (
 from services.executor.engine.sampling_params import InvalidRequestError
 from services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from services.executor.engine.stop import stop_reason
+from services.executor.engine.swap import SwapCost, Swapper
 
 _ABORTS = {
     AbortReason.CANCELLED: (FinishReason.CANCELLED, RequestStatus.CANCELLED),
@@ -46,8 +47,14 @@ class Engine:
     """
 
     def __init__(
-        self, config: EngineConfig, runner: ModelRunnerProtocol, clock: Callable[[], float] = time.monotonic
+        self,
+        config: EngineConfig,
+        runner: ModelRunnerProtocol,
+        clock: Callable[[], float] = time.monotonic,
+        swap_cost: SwapCost | None = None,
     ) -> None:
+        if config.num_host_blocks and swap_cost is None:
+            raise EngineConfigError(f"num_host_blocks ({config.num_host_blocks}) need a swap_cost to be weighed by")
         self.config = config
         self._clock = clock
         self._blocks = BlockManager(
@@ -55,7 +62,8 @@ class Engine:
         )
         self._capacity = make_capacity(config)
         self._prefill_budget = PrefillBudget(config.target_itl, config.min_prefill_chunk)
-        self._scheduler = BatchScheduler(config, self._blocks, self._capacity, self._prefill_budget)
+        self._swapper = Swapper(config.num_host_blocks, swap_cost, self._blocks, self._prefill_budget)
+        self._scheduler = BatchScheduler(config, self._blocks, self._capacity, self._prefill_budget, self._swapper)
         self._pipeline = Pipeline(runner, clock)
         self._ledger = Ledger()
         self._result = StepResult()
@@ -146,6 +154,8 @@ class Engine:
             running_sequences=self._scheduler.num_running,
             waiting_sequences=self._scheduler.num_waiting,
             waiting_prefill_tokens=self._scheduler.waiting_tokens,
+            free_host_blocks=self._swapper.num_free,
+            total_host_blocks=self._swapper.num_blocks,
         )
 
     def stats(self) -> EngineStats:
@@ -159,6 +169,9 @@ class Engine:
             deadline_exceeded=ended[RequestStatus.DEADLINE_EXCEEDED],
             failed=ended[RequestStatus.INTERNAL],
             preemptions=self._scheduler.num_preemptions,
+            swaps=self._swapper.num_swaps,
+            swapped_out_blocks=self._swapper.num_blocks_out,
+            swapped_in_blocks=self._swapper.num_blocks_in,
             steps=self._num_steps,
             failed_steps=self._num_failed_steps,
             computed_tokens=self._num_computed_tokens,
@@ -183,6 +196,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, sequences and requests add up; O(everything), for tests."""
         self._blocks.check_integrity(self._scheduler.running())
+        self._swapper.check_integrity(self._scheduler.waiting())
         stats, load = self.stats(), self.load()
         ended = stats.finished + stats.cancelled + stats.deadline_exceeded + stats.failed
         if stats.accepted != ended + load.running + load.waiting:
@@ -216,7 +230,8 @@ class Engine:
         if isinstance(outcome.sampled, Exception):
             self._fail(batch, outcome.sampled, now)
         else:
-            self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, outcome.seconds)
+            if not batch.has_swaps:  # their time would be put down to the tokens
+                self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, outcome.seconds)
             self._process(batch, outcome.sampled, now)
 
     def _process(self, batch: ScheduledBatch, sampled: SampledBatch, now: float) -> None:
@@ -280,8 +295,8 @@ class Engine:
         self._result.error = self._result.error or error
         message = f"the model runner failed ({type(error).__name__})"
         for batch in (failed, *self._pipeline.batches):
-            for scheduled in batch.sequences:
-                group = scheduled.seq.group
+            for seq in (*(scheduled.seq for scheduled in batch.sequences), *batch.swapped_out):
+                group = seq.group
                 if self._ledger.get(group.key) is group:
                     self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
 

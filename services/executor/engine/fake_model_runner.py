@@ -93,6 +93,9 @@ class FakeModelRunner:
         mixed = (previous * 2654435761 + position * 2246822519 + 374761393) % 2**32
         return self._ordinary[(mixed ^ (mixed >> 15)) % len(self._ordinary)]
 
+    def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
+        """Copy nothing: there is no cache."""
+
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy nothing: there is no cache."""
 

@@ -24,7 +24,8 @@ class EngineLoad:
     """The engine's state now.
 
     `running` and `waiting` count requests (a preempted request is a running one), the `_sequences` fields samples;
-    `waiting_prefill_tokens` are tokens to compute for waiting sequences, cache hits not considered.
+    `waiting_prefill_tokens` are tokens to compute for waiting sequences, cache hits not considered. `free_host_blocks`
+    of `total_host_blocks` can be swapped to.
     """
 
     free_blocks: int
@@ -35,12 +36,15 @@ class EngineLoad:
     running_sequences: int
     waiting_sequences: int
     waiting_prefill_tokens: int
+    free_host_blocks: int
+    total_host_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counts since start. At all times accepted = finished + cancelled + deadline_exceeded + failed + load's running
     + waiting; `rejected` requests were never accepted. Prefix-cache counts are prompt tokens looked up and found.
+    `swaps` are the preemptions that kept cache content in host memory; the blocks are those copied there and back.
     """
 
     accepted: int
@@ -50,6 +54,9 @@ class EngineStats:
     deadline_exceeded: int
     failed: int
     preemptions: int
+    swaps: int
+    swapped_out_blocks: int
+    swapped_in_blocks: int
     steps: int
     failed_steps: int
     computed_tokens: int

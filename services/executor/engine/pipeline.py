@@ -63,6 +63,8 @@ class Pipeline:
         """Start a step that was begun at `now`; return whether it may stay in flight. What it raises is its outcome."""
         pending: PendingStep | Exception
         try:
+            if batch.has_swaps:
+                self._runner.swap(batch.swap_outs, batch.swap_ins)
             if batch.block_copies:
                 self._runner.copy_blocks(batch.block_copies)
             pending = self._runner.launch(batch)

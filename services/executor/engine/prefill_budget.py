@@ -16,6 +16,11 @@ class PrefillBudget:
         self._decode_step: float | None = None
         self._per_token: float | None = None
 
+    @property
+    def seconds_per_token(self) -> float | None:
+        """What a token of prefill takes; None before the first."""
+        return self._per_token
+
     def limit(self, num_decodes: int, budget: int) -> int:
         """Return how many prefill tokens of `budget` to compute in a step with that many decodes."""
         if self._target is None or num_decodes == 0:
@@ -33,8 +38,10 @@ class PrefillBudget:
             self._decode_step = _average(self._decode_step, seconds)
             return
         decode = (self._decode_step or 0.0) if num_decodes else 0.0
-        self._per_token = _average(self._per_token, max(seconds - decode, 0.0) / num_prefill_tokens)
+        # A few tokens say little: all that decodes vary by is put down to them.
+        weight = min(1.0, num_prefill_tokens / self._min_chunk)
+        self._per_token = _average(self._per_token, max(seconds - decode, 0.0) / num_prefill_tokens, weight)
 
 
-def _average(old: float | None, new: float) -> float:
-    return new if old is None else old + _EWMA_WEIGHT * (new - old)
+def _average(old: float | None, new: float, weight: float = 1.0) -> float:
+    return new if old is None else old + _EWMA_WEIGHT * weight * (new - old)

@@ -16,6 +16,15 @@ class SequenceStatus(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """What host memory keeps of a preempted sequence: its first `num_tokens` tokens, from `first_block` on."""
+
+    first_block: int
+    blocks: list[int]
+    num_tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One sample: its tokens and how far they are computed.
@@ -48,6 +57,8 @@ class Sequence:
     last_scheduled_step: int = -1
     is_preempted: bool = False
     """Whether it waits because it lost its blocks."""
+    host_copy: HostCopy | None = None
+    """What was swapped out, while it waits."""
     finish_reason: FinishReason | None = None
     sort_key: tuple[int, int, int] = field(init=False)
     """Who runs first: lower priority value, then earlier arrival, then lower index."""
@@ -59,6 +70,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens, the pending one included."""
         return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def num_lost_tokens(self) -> int:
+        """Tokens to compute of one that waits, cache hits not considered."""
+        return len(self.token_ids) - (self.host_copy.num_tokens if self.host_copy else 0)
 
     @property
     def awaits_last_token(self) -> bool:
@@ -139,6 +155,11 @@ class SequenceGroup:
     def wants_prompt_logprobs(self) -> bool:
         """Whether positions of the prompt are still to be reported."""
         return self.request.sampling.prompt_logprobs is not None and self.next_prompt_logprob < self.num_prompt_tokens
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Leading tokens that need not be computed if the cache has them: not those that are still to be scored."""
+        return self.next_prompt_logprob - 1 if self.wants_prompt_logprobs else self.max_len
 
     def mark_scheduled(self, now: float, cached_tokens: int) -> None:
         """The request leaves the queue for the first time."""

@@ -13,6 +13,7 @@ from services.executor.engine.config import EngineConfig
 from services.executor.models import CausalLM, KVCache
 from services.executor.runner.decode_graphs import DecodeGraphs, decode_buckets
 from services.executor.runner.device import Device, Event
+from services.executor.runner.host_cache import HostCache
 from services.executor.runner.input_buffers import DecodeAttention, InputBuffers
 from services.executor.runner.prompt_scores import PromptScores, score_prompt
 from services.executor.runner.sampler import Draw, Sampler
@@ -32,6 +33,8 @@ class ModelRunner:
         self._kv_caches = kv_caches
         self._device = device
         self._ops = model.runtime.ops
+        self.host_cache = HostCache(kv_caches, config.num_host_blocks, device) if config.num_host_blocks else None
+        """Where blocks are swapped to."""
         buckets = decode_buckets(config.max_num_seqs)
         self._graphs = DecodeGraphs(buckets, self._decode, device)
         self._inputs = InputBuffers(config, device, self._decode_attention(buckets))
@@ -60,6 +63,14 @@ class ModelRunner:
         """From now on, count a kernel variant that was not seen before as a late compile."""
         if self._ops.launch is not None:
             self._ops.launch.seal()
+
+    @torch.inference_mode()
+    def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
+        """Copy whole cache blocks, (device block, host block), to host memory and then back from it."""
+        if self.host_cache is None:
+            raise ValueError("num_host_blocks is 0: there is nothing to swap to")
+        self.host_cache.store(outs)
+        self.host_cache.load(ins)
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:

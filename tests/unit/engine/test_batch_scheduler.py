@@ -178,3 +178,13 @@ def test_prefill_budget_leaves_a_minimum(decode_step: float, expected: int) -> N
     assert budget.limit(0, 100) == 100
     assert budget.limit(3, 5) == min(5, expected)
     assert PrefillBudget(None, 8).limit(3, 100) == 100
+
+
+def test_prefill_budget_learns_little_from_a_single_token() -> None:
+    budget = PrefillBudget(None, min_chunk=8)
+    assert budget.seconds_per_token is None
+    budget.observe(num_decodes=0, num_prefill_tokens=100, seconds=1.0)
+    budget.observe(num_decodes=3, num_prefill_tokens=1, seconds=0.41)
+    assert budget.seconds_per_token == pytest.approx(0.01 + 0.2 / 8 * 0.4)
+    budget.observe(num_decodes=3, num_prefill_tokens=8, seconds=0.16)
+    assert budget.seconds_per_token == pytest.approx(0.02)

@@ -33,6 +33,9 @@ class Script:
         self.clock = engine_kit.SimClock()
         self._fake = FakeModelRunner(VOCAB, [EOS], STEP_TIME_PRESETS["instant"])
 
+    def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
+        raise AssertionError("there are no host blocks")
+
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         self._fake.copy_blocks(pairs)
 

@@ -16,6 +16,7 @@ from services.executor.engine import (
     FinishReason,
     RequestStatus,
     ResumedSample,
+    SwapCost,
 )
 
 OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
@@ -106,9 +107,16 @@ def check_against_oracle(
     spare_blocks=st.integers(0, 30),
     budget=st.sampled_from((8, 13, 64)),
     prefix_cache=st.booleans(),
+    num_host_blocks=st.sampled_from((0, 5, 60)),
 )
 def test_random_traffic_equals_undisturbed_runs(
-    overlap: engine_kit.Overlap, seed: int, policy: CapacityPolicy, spare_blocks: int, budget: int, prefix_cache: bool
+    overlap: engine_kit.Overlap,
+    seed: int,
+    policy: CapacityPolicy,
+    spare_blocks: int,
+    budget: int,
+    prefix_cache: bool,
+    num_host_blocks: int,
 ) -> None:
     rng = random.Random(seed)
     config = engine_kit.make_config(
@@ -118,10 +126,11 @@ def test_random_traffic_equals_undisturbed_runs(
         max_num_batched_tokens=budget,
         capacity_policy=policy,
         enable_prefix_cache=prefix_cache,
+        num_host_blocks=num_host_blocks,
     )
     clock = engine_kit.SimClock()
     runner = engine_kit.FakePagedRunner(config, overlap, on_execute=lambda batch: clock.advance(1.0))
-    engine = Engine(config, runner, clock)
+    engine = Engine(config, runner, clock, SwapCost(1, 1e9, rng.choice((0.0, 0.2))))
     collector = engine_kit.Collector()
     accepted: dict[tuple[int, int], EngineRequest] = {}
     stopped = set()
@@ -157,6 +166,8 @@ def test_random_traffic_equals_undisturbed_runs(
     assert load.free_blocks == load.total_blocks
     assert (load.running, load.waiting, load.running_sequences, load.waiting_sequences) == (0, 0, 0, 0)
     assert load.waiting_prefill_tokens == 0
+    assert load.free_host_blocks == num_host_blocks
+    assert [stats.swapped_out_blocks, stats.swapped_in_blocks] == runner.num_swapped
     assert (stats.accepted, stats.rejected) == (len(accepted), rejected)
     if policy is CapacityPolicy.GUARANTEED_NO_EVICT:
         assert stats.preemptions == 0

@@ -39,6 +39,9 @@ class Probe:
         self.failed_rows: dict[int, set[int]] = {}
         self._num_launches = 0
 
+    def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
+        self.inner.swap(outs, ins)
+
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         self.inner.copy_blocks(pairs)
 
