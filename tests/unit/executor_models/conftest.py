@@ -26,15 +26,21 @@ PAGE_SIZE = 16
 class PagedModel:
     """Runs batches of (sequence, new tokens); every sequence owns shuffled blocks of one cache."""
 
-    def __init__(self, model: CausalLM, config: ModelConfig, *, num_sequences: int = 1, max_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        config: ModelConfig,
+        *,
+        num_sequences: int = 1,
+        max_tokens: int = 256,
+        kv_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model
         blocks_per_sequence = -(-max_tokens // PAGE_SIZE)
         num_blocks = num_sequences * blocks_per_sequence + 3
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(7))
         self._block_table = order[: num_sequences * blocks_per_sequence].view(num_sequences, -1).int()
-        self._caches = allocate_kv_caches(
-            config, num_blocks, PAGE_SIZE, dtype=torch.float32, device=torch.device("cpu")
-        )
+        self._caches = allocate_kv_caches(config, num_blocks, PAGE_SIZE, dtype=kv_dtype, device=torch.device("cpu"))
         for cache in self._caches:  # whatever is read without having been written shows
             cache.k.fill_(torch.nan)
             cache.v.fill_(torch.nan)

@@ -12,9 +12,9 @@ from gguf import GGMLQuantizationType as T
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from services.executor.models import ModelRuntime
+from services.executor.models import ModelRuntime, Quantization
 from services.executor.models.rope import FrequencyFactors, LinearScaling, RopeConfig
-from services.executor.weights import load_model, read_model_config
+from services.executor.weights import load_model, read_model_config, weight_bytes
 
 CPU = torch.device("cpu")
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 200, 64, 96, 3, 4, 2
@@ -117,12 +117,17 @@ QUANTISED = (T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1)
         ("gemma3", {"head_dim": 256, "kinds": QUANTISED}),
     ],
 )
-def test_logits(arch: str, options: dict[str, Any], paged: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["none", "keep"])
+def test_logits(method: Any, arch: str, options: dict[str, Any], paged: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, arch, **options)
     oracle = read_with_transformers(path)
-    model, config = load_model(tmp_path, ModelRuntime())
+    runtime = ModelRuntime(quantization=Quantization(method))
+    model, config = load_model(tmp_path, runtime)
     assert config == read_model_config(path)
+    assert model.num_bytes() == weight_bytes(config, runtime)
+    is_packed = method == "keep" and options.get("kinds") is QUANTISED
+    assert (model.num_bytes() < weight_bytes(config, ModelRuntime())) == is_packed
     tokens = torch.randint(VOCAB, (60,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = oracle(tokens[None]).logits[0]

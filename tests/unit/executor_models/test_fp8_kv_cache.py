@@ -1,0 +1,75 @@
+"""A KV cache of e4m3 numbers: close to one of float32, and scaled as the checkpoint says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from services.executor.models import ModelRuntime
+from services.executor.weights import UnsupportedModelError, load_model
+
+E4M3 = torch.float8_e4m3fn
+TOKENS = torch.randint(211, (40,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def logits(ours: Any) -> Tensor:
+    """Logits of a prefill, of another that reads what the first one wrote, and of decode steps."""
+    chunks = [TOKENS[:20], TOKENS[20:36], *([token] for token in TOKENS[36:])]
+    return torch.cat([ours.step({0: chunk})[0] for chunk in chunks])
+
+
+def with_scales(directory: Path, **scales: float) -> None:
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors |= {
+        f"model.layers.{i}.self_attn.{k.replace('__', '.')}": torch.tensor([v])
+        for i in range(4)
+        for k, v in scales.items()
+    }
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_close_to_full_precision(
+    family: str, hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path
+) -> None:
+    hf_model(family).save_pretrained(tmp_path)
+    model, config = load_model(tmp_path, ModelRuntime())
+    expected = logits(paged(model, config))
+    got = logits(paged(model, config, kv_dtype=E4M3))
+    assert 0 < (got - expected).norm() / expected.norm() < 0.1
+    assert config.kv_bytes_per_token(E4M3) * 4 == config.kv_bytes_per_token(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "names", [("k_scale", "v_scale"), ("k_proj__k_scale", "v_proj__v_scale"), ("attn__k_scale", "attn__v_scale")]
+)
+def test_scales(
+    names: tuple[str, str], hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path
+) -> None:
+    hf_model("llama").save_pretrained(tmp_path)
+    model, config = load_model(tmp_path, ModelRuntime())
+    expected, unscaled = logits(paged(model, config)), logits(paged(model, config, kv_dtype=E4M3))
+
+    # So small that nearly everything is clamped to 448 times the scale, and the values of heads hardly differ.
+    with_scales(tmp_path, **{names[0]: 0.5, names[1]: 1e-5})
+    model, config = load_model(tmp_path, ModelRuntime())
+    torch.testing.assert_close(logits(paged(model, config)), expected, atol=0, rtol=0)
+    clamped = logits(paged(model, config, kv_dtype=E4M3))
+    assert (clamped - expected).norm() > 5 * (unscaled - expected).norm()
+
+    # Powers of two in the range of the format only move exponents.
+    with_scales(tmp_path, **{names[0]: 0.25, names[1]: 0.125})
+    model, config = load_model(tmp_path, ModelRuntime())
+    torch.testing.assert_close(logits(paged(model, config, kv_dtype=E4M3)), unscaled, atol=0.02, rtol=0)
+
+
+def test_scales_that_cannot_be(hf_model: Callable[..., Any], tmp_path: Path) -> None:
+    hf_model("llama").save_pretrained(tmp_path)
+    with_scales(tmp_path, k_scale=0.0)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn\.k_scale is 0\.0; it must be positive"):
+        load_model(tmp_path, ModelRuntime())
