@@ -17,7 +17,7 @@ from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError
 from services.executor.model_engine import build_model_engine, engine_config
-from services.executor.models import ModelConfig, UnsupportedModelError
+from services.executor.models import PRESETS, ModelConfig, UnsupportedModelError
 from services.executor.placement import Placement, choose_placement
 from services.executor.weights import read_model_config
 
@@ -76,6 +76,9 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
 
 
 def _find_model(settings: ExecutorSettings) -> _FoundModel:
+    if settings.load_format == "dummy" and settings.model in PRESETS:
+        # Without a tokenizer text cannot be served, but token ids can.
+        return _FoundModel(None, settings.model_name or settings.model, PRESETS[settings.model], b"")
     path = resolve(settings.model, settings.home)
     name = settings.model_name or (path.stem if path.is_file() else path.name)
     return _FoundModel(path, name, read_model_config(path), tokenizer_sha256(path))

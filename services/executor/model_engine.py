@@ -15,8 +15,7 @@ from services.executor.config import ExecutorSettings
 from services.executor.engine.config import CapacityPolicy, EngineConfig
 from services.executor.engine.engine import Engine
 from services.executor.engine.kv_cache_size import num_kv_blocks
-from services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
-from services.executor.models.quantization import Quantization
+from services.executor.models import CausalLM, ModelConfig, ModelRuntime, Quantization, allocate_kv_caches, dummy_model
 from services.executor.placement import Placement
 from services.executor.runner import ModelRunner
 from services.executor.runner.warm_up import run_largest_step, warm_up
@@ -141,7 +140,7 @@ def _load(
     progress: Callable[[str], None],
 ) -> CausalLM:
     if path is None:
-        raise StartError("--load-format dummy is not there yet")
+        return dummy_model(config, runtime, max_model_len=max_model_len)
     reported = 0
 
     def on_progress(done: int, total: int) -> None:

@@ -3,6 +3,7 @@
 from services.executor.models.causal_lm import CausalLM
 from services.executor.models.config import Architecture, ModelConfig
 from services.executor.models.context import DecodeRows, ForwardContext, KVCache, PrefillRows, allocate_kv_caches
+from services.executor.models.dummy import dummy_model
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.presets import PRESETS, preset_config
 from services.executor.models.quantization import Quantization
@@ -21,5 +22,6 @@ __all__ = [
     "Quantization",
     "UnsupportedModelError",
     "allocate_kv_caches",
+    "dummy_model",
     "preset_config",
 ]

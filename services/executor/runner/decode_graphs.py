@@ -47,11 +47,10 @@ class DecodeGraphs:
                 self._graphs[size] = self._device.capture(functools.partial(self._run, size))
             on_progress(done, len(self._buckets))
 
-    @property
-    def is_captured(self) -> bool:
-        """Whether there is something to replay."""
-        return bool(self._graphs)
-
-    def replay(self, bucket: int) -> None:
-        """Queue the step of a bucket."""
-        self._graphs[bucket].replay()
+    def run(self, bucket: int) -> None:
+        """Queue the step of a bucket: from its graph, or op by op where there is none."""
+        graph = self._graphs.get(bucket)
+        if graph is None:
+            self._run(bucket)
+        else:
+            graph.replay()

@@ -22,20 +22,28 @@ from services.executor.runner.sampler import Draw, Sampler
 class ModelRunner:
     """Runs steps of one model on one device.
 
-    Steps of decodes alone are padded and, where the device has graphs, replayed once `capture_graphs` ran; all others
-    are launched op by op. Nothing in `launch` waits for the device, and `wait` waits for its own step only.
+    Where steps overlap, those of decodes alone are padded to one of `buckets` rows (default: `decode_buckets`) and,
+    once `capture_graphs` ran, replayed; all others are launched op by op. Nothing in `launch` waits for the device,
+    and `wait` waits for its own step only.
 
     The KV caches are the model's, one per layer, with `config.num_blocks` blocks of `config.block_size` slots.
     """
 
-    def __init__(self, model: CausalLM, kv_caches: list[KVCache], config: EngineConfig, device: Device) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_caches: list[KVCache],
+        config: EngineConfig,
+        device: Device,
+        buckets: list[int] | None = None,
+    ) -> None:
         self._model = model
         self._kv_caches = kv_caches
         self._device = device
         self._ops = model.runtime.ops
         self.host_cache = HostCache(kv_caches, config.num_host_blocks, device) if config.num_host_blocks else None
         """Where blocks are swapped to."""
-        buckets = decode_buckets(config.max_num_seqs)
+        buckets = buckets or decode_buckets(config.max_num_seqs)
         self._graphs = DecodeGraphs(buckets, self._decode, device)
         self._inputs = InputBuffers(config, device, self._decode_attention(buckets))
         self._sampler = Sampler(config, device, self._ops)
@@ -92,8 +100,8 @@ class ModelRunner:
             self._sampler.fill(drawn, first_row[1:][sampling] - 1)
         scores: dict[int, PromptScores] = {}
         logits: Tensor | None = None
-        if self._fits_graph(batch):
-            logits, finite = self._replay(batch)
+        if self._is_padded(batch):
+            logits, finite = self.decode(batch)
         else:
             hidden = self._forward(batch)
             finite = _finite_rows(hidden)
@@ -109,17 +117,21 @@ class ModelRunner:
             self._inputs.remember(self._sampler.places(len(drawn))[1], token_ids)
         return InFlightStep(draw, scores, self._device.to_host(finite), first_row, self._device.record())
 
-    def _fits_graph(self, batch: ScheduledBatch) -> bool:
-        if not self._graphs.is_captured or batch.num_decodes < len(batch.sequences):
-            return False
-        return not any(scheduled.prompt_logprobs for scheduled in batch.sequences)
+    def decode(self, batch: ScheduledBatch) -> tuple[Tensor, Tensor]:
+        """Queue a padded step of decodes alone, without sampling.
 
-    def _replay(self, batch: ScheduledBatch) -> tuple[Tensor, Tensor]:
+        Returns logits `[D, V]` f32 and, `[D]`, whether each row's hidden state is finite; valid until the next step.
+        """
         D = batch.num_decodes
         bucket = self._graphs.bucket(D)
         self._inputs.fill(batch, bucket)
-        self._graphs.replay(bucket)
+        self._graphs.run(bucket)
         return self._logits[:D], self._finite[:D]
+
+    def _is_padded(self, batch: ScheduledBatch) -> bool:
+        if not self._device.overlaps or batch.num_decodes < len(batch.sequences):
+            return False
+        return not any(scheduled.prompt_logprobs for scheduled in batch.sequences)
 
     def _forward(self, batch: ScheduledBatch) -> Tensor:
         self._inputs.fill(batch, batch.num_decodes)

@@ -13,10 +13,11 @@ from services.executor.models import (
     ModelRuntime,
     Quantization,
     UnsupportedModelError,
+    dummy_model,
     preset_config,
 )
 from services.executor.models.hf_config import config_from_hf
-from services.executor.weights import dummy_model, weight_bytes
+from services.executor.weights import weight_bytes
 
 
 def small(config: ModelConfig) -> ModelConfig:
