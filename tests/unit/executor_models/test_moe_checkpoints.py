@@ -1,0 +1,75 @@
+"""Checkpoints with quantised experts, against transformers with the weights that they stand for."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from services.executor.models import ModelRuntime
+from services.executor.weights import load_model
+
+EXPERT = re.compile(r".*\.experts\.\d+\.(\w+)\.weight")
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [8, 24]}
+GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 16, "sym": True, "desc_act": False}
+
+
+def fp8_blocks(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the stored tensors of a weight by what follows its name, and the weight that they stand for."""
+    blocks = weight.unflatten(0, (-1, 8)).unflatten(2, (-1, 24))
+    scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+    codes = (blocks / scale).to(torch.float8_e4m3fn)
+    stored = {"weight": codes.flatten(2).flatten(0, 1), "weight_scale_inv": scale[:, 0, :, 0].contiguous()}
+    return stored, (codes.float() * scale).flatten(2).flatten(0, 1)
+
+
+def gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """As `fp8_blocks`."""
+    groups = weight.unflatten(1, (-1, 16))
+    scale = groups.abs().amax(2, keepdim=True) / 127
+    numbers = (groups / scale).round()
+    bytes_ = (numbers + 128).to(torch.uint8).flatten(1)
+    stored = {
+        "qweight": bytes_.view(torch.int32).T.contiguous(),  # four numbers of a row to a word, lowest bits first
+        "qzeros": torch.full((groups.shape[1], weight.shape[0] // 4), 0x7F7F7F7F, dtype=torch.int32),
+        "scales": scale.squeeze(2).T.contiguous(),
+    }
+    return stored, (numbers * scale).flatten(1)
+
+
+@pytest.mark.parametrize(("family", "form"), [("mixtral", "gptq"), ("qwen3-moe", "fp8")])
+def test_logits(
+    family: str, form: str, hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Only the experts are quantised: elsewhere, inputs would be as well, and transformers does that differently."""
+    settings, quantise = {"fp8": (FP8, fp8_blocks), "gptq": (GPTQ, gptq)}[form]
+    oracle = hf_model(family)
+    oracle.save_pretrained(tmp_path)
+    meant = load_file(tmp_path / "model.safetensors")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in meant.items():
+        if EXPERT.fullmatch(name):
+            stored, meant[name] = quantise(tensor)
+            tensors |= {name.removesuffix("weight") + suffix: value for suffix, value in stored.items()}
+        else:
+            tensors[name] = tensor
+    save_file(meant, tmp_path / "model.safetensors", {"format": "pt"})
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
+    save_file(tensors, tmp_path / "model.safetensors")
+    file = tmp_path / "config.json"
+    dense = [f"model.layers.{layer}.{name}" for layer in range(4) for name in ("self_attn", "mlp.gate")]
+    dense += [f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    quantization = {**settings, "modules_to_not_convert": dense}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
+
+    tokens = torch.randint(211, (20,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = oracle(tokens[None]).logits[0]
+    ours = paged(*load_model(tmp_path, ModelRuntime()))
+    torch.testing.assert_close(ours.step({0: tokens.tolist()})[0], expected, atol=1e-4, rtol=0)
