@@ -157,6 +157,7 @@ class EngineLoop:
         info.preemptions = stats.preemptions
         info.prefix_cache_queries = stats.prefix_cache_queries
         info.prefix_cache_hits = stats.prefix_cache_hits
+        info.swaps = stats.swaps
         info.late_compiles = self._loaded.late_compiles()
         self._channel.send(Message(Kind.STATS, payload=info.SerializeToString()))
 

@@ -36,7 +36,8 @@ class ExecutorCollector(Collector):
             yield GaugeMetricFamily(f"scalellm_executor_{name}", text, value=value)
         for name, text, count in (
             ("requests_accepted", "Requests that came.", info.accepted),
-            ("preemptions", "Times a sequence lost its blocks and was recomputed.", info.preemptions),
+            ("preemptions", "Times a sequence lost its blocks.", info.preemptions),
+            ("swaps", "Preemptions whose blocks were kept in host memory.", info.swaps),
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", info.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", info.prefix_cache_hits),
             ("steps", "Steps of the engine.", info.steps),

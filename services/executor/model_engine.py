@@ -74,9 +74,10 @@ def build_model_engine(
         sizes = _size_cache(settings, placement, model_config, sizes[1], device.free_memory())
     config = engine_config(settings, placement, model_config, *sizes)
     threads = f"; {torch.get_num_threads()} threads" if torch_device.type == "cpu" else ""
+    swap = f"; {config.num_host_blocks} more in host memory" if config.num_host_blocks else ""
     progress(
-        f"KV cache: {config.num_blocks} blocks of {config.block_size} tokens; up to {config.max_model_len} tokens per "
-        f"request{threads}"
+        f"KV cache: {config.num_blocks} blocks of {config.block_size} tokens{swap}; up to {config.max_model_len} "
+        f"tokens per request{threads}"
     )
     kv_caches = allocate_kv_caches(
         model_config, config.num_blocks, config.block_size, dtype=placement.kv_cache_dtype, device=torch_device
@@ -86,7 +87,8 @@ def build_model_engine(
         started = time.perf_counter()
         warm_up(runner, config, progress)
         progress(f"warm-up took {time.perf_counter() - started:.1f} s")
-    return ModelEngine(Engine(config, runner), runner, runtime.ops)
+    swap_cost = None if runner.host_cache is None else runner.host_cache.measure()
+    return ModelEngine(Engine(config, runner, swap_cost=swap_cost), runner, runtime.ops)
 
 
 def engine_config(
@@ -103,6 +105,8 @@ def engine_config(
         max_num_batched_tokens=placement.max_num_batched_tokens,
         capacity_policy=CapacityPolicy(settings.capacity_policy),
         enable_prefix_cache=settings.prefix_cache,
+        num_host_blocks=placement.swap_space
+        // (model.kv_bytes_per_token(placement.kv_cache_dtype) * placement.block_size),
         target_itl=settings.target_itl_ms / 1e3 if settings.target_itl_ms is not None else None,
     )
 

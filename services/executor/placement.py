@@ -8,6 +8,7 @@ import torch
 
 from services.common.lifecycle import StartError
 from services.executor.config import ExecutorSettings
+from services.executor.memory import free_memory
 from services.executor.runner import CpuDevice, CudaDevice, Device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,8 +48,19 @@ def choose_placement(settings: ExecutorSettings) -> Placement:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(settings.max_num_batched_tokens or (8192 if on_gpu else 512), max_num_seqs),
         memory_fraction=settings.memory_fraction or (0.9 if on_gpu else 0.25),
-        swap_space=settings.swap_space if settings.swap_space is not None else (4 * _GIB if on_gpu else 0),
+        swap_space=_swap_space(settings, on_gpu),
     )
+
+
+def _swap_space(settings: ExecutorSettings, on_gpu: bool) -> int:
+    if settings.engine == "fake":
+        return 0  # it has no cache to keep
+    free = free_memory()
+    if settings.swap_space is None:
+        return min(4 * _GIB, free // 2) if on_gpu else 0
+    if settings.swap_space > free:
+        raise StartError(f"--swap-space {settings.swap_space / _GIB:.2f} GiB: {free / _GIB:.2f} GiB of memory are free")
+    return settings.swap_space
 
 
 def _use_gpu(settings: ExecutorSettings) -> bool:

@@ -1,5 +1,7 @@
 """Random weights, made where they are used: benchmarks without a checkpoint."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,10 @@ def dummy_model(
 ) -> CausalLM:
     """Return a model with random weights of the size that keeps activations near 1, in their final form from the start.
 
-    Takes the memory of the model and that of one matrix. Equal seeds give equal weights on devices of one kind.
+    The runtime alone says which form: how a checkpoint of the model would store its weights does not matter. Takes the
+    memory of the model and that of one matrix. Equal seeds give equal weights on devices of one kind.
     """
-    model = CausalLM(config, runtime, max_model_len=max_model_len)
+    model = CausalLM(replace(config, stored_linears=None), runtime, max_model_len=max_model_len)
     generator = torch.Generator(runtime.device).manual_seed(seed)
     with torch.no_grad():
         for slot in model.weight_slots():

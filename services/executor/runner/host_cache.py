@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from services.executor.engine.swap import SwapCost
 from services.executor.models import KVCache
 from services.executor.runner.device import Device
 
@@ -53,9 +54,19 @@ class HostCache:
             for cache, blocks_of_layer in zip(self._caches, gathered.unbind(1), strict=True):
                 cache.index_copy_(0, blocks, blocks_of_layer)
 
-    def measure(self) -> float:
-        """Return the bytes per second of a copy there or back; the first blocks are stored and loaded again."""
+    def measure(self) -> SwapCost:
+        """Return what copies cost, from some of one block and of several, which keep their content."""
         count = min(_GROUP, self._blocks.shape[0], self._caches[0].shape[0])
+        one, several = self._seconds(1), self._seconds(count)
+        per_block = max((several - one) / (count - 1), 1e-9) if count > 1 else one
+        return SwapCost(
+            bytes_per_block=self.bytes_per_block,
+            bytes_per_second=self.bytes_per_block / per_block,
+            seconds_per_transfer=max(0.0, one - per_block),
+        )
+
+    def _seconds(self, count: int) -> float:
+        """Time a copy of the first blocks in one direction: half of there and back."""
         pairs = [(block, block) for block in range(count)]
         best = float("inf")
         for _ in range(_ROUNDS):
@@ -65,4 +76,4 @@ class HostCache:
             self.load(pairs)
             self._device.synchronize()
             best = min(best, time.perf_counter() - started)
-        return 2 * count * self.bytes_per_block / best
+        return best / 2

@@ -26,19 +26,29 @@ def warm_up(runner: ModelRunner, config: EngineConfig, on_progress: Callable[[st
     """
     requests = list(_requests(config))
     engine = Engine(
-        replace(config, enable_prefix_cache=False, target_itl=None, capacity_policy=CapacityPolicy.MAX_UTILIZATION),
+        replace(
+            config,
+            enable_prefix_cache=False,
+            target_itl=None,
+            capacity_policy=CapacityPolicy.MAX_UTILIZATION,
+            num_host_blocks=0,
+        ),
         runner,
     )
+
+    def step() -> None:
+        result = engine.step()
+        if result.error is not None:
+            raise result.error
+
     for number, request in enumerate(requests):
         engine.add(request)
         # Every second one meets the decodes of the one before it; the others have a step to themselves.
         while engine.has_unfinished() and (number % 2 or engine.load().waiting):
-            result = engine.step()
-            if result.error is not None:
-                raise result.error
+            step()
         on_progress(f"warm-up {100 * (number + 1) // (len(requests) + 1)} %")
     while engine.has_unfinished():
-        engine.step()
+        step()
     if config.num_blocks > 1:
         runner.copy_blocks([(0, 1)])
     runner.capture_graphs(lambda done, total: on_progress(f"decode graphs {done}/{total}"))

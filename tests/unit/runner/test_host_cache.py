@@ -34,6 +34,12 @@ def test_blocks_come_back_bit_by_bit(dtype: torch.dtype, count: int) -> None:
         assert bool((cache.k.view(torch.uint8)[untouched] == 255).all())
 
 
-def test_the_measured_bandwidth_is_positive() -> None:
-    caches = [KVCache(torch.zeros(8, 16, 2, 8), torch.zeros(8, 16, 2, 8))]
-    assert HostCache(caches, 4, FakeCudaDevice()).measure() > 0
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_measuring_keeps_what_is_there(num_blocks: int) -> None:
+    cache = KVCache(torch.randn(8, 16, 2, 8), torch.randn(8, 16, 2, 8))
+    original = cache.k.clone()
+    cost = HostCache([cache], num_blocks, FakeCudaDevice()).measure()
+    assert cost.bytes_per_block == 2 * 16 * 2 * 8 * 4
+    assert cost.bytes_per_second > 0
+    assert cost.seconds_per_transfer >= 0
+    assert torch.equal(cache.k, original)

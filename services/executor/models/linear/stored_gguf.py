@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -19,9 +20,9 @@ from services.executor.models.weight_slot import WeightSlot
 class StoredGguf:
     """`types` maps Hugging Face names of tensors to the names of their GGUF types.
 
-    Projections that share a matrix may differ in type: all of them then take the widest numbers and the smallest
-    groups, in which each is as exact as in its own. One of a type that is not in `BLOCK_FORMATS` makes all of them
-    dequantised.
+    Projections that share a matrix, or are multiplied by one op as all experts of a layer are, may differ in type: they
+    all take the widest numbers and the smallest groups, in which each is as exact as in its own. One of a type that is
+    not in `BLOCK_FORMATS` makes all of them dequantised.
     """
 
     is_choice: ClassVar[bool] = True
@@ -30,10 +31,11 @@ class StoredGguf:
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""
-        names = [self.types.get(f"{name}.weight", "") for name in parts]
-        if any(name not in BLOCK_FORMATS for name in names):
+        kinds = {name: self.types.get(f"{name}.weight", "") for name in parts}
+        alike = self._kinds_of_experts.get(_experts(next(iter(parts))), set()) | set(kinds.values())
+        if not alike <= BLOCK_FORMATS.keys():
             return None
-        formats = [BLOCK_FORMATS[name] for name in names]
+        formats = [BLOCK_FORMATS[kind] for kind in alike]
         weight = IntWeight(
             sum(parts.values()),
             in_features,
@@ -48,11 +50,25 @@ class StoredGguf:
                 *weight.part(rows),
                 shape=(rows.stop - rows.start, in_features),
                 dtypes=(torch.uint8,),
-                encode=_encoder(form, weight),
+                encode=_encoder(BLOCK_FORMATS[kinds[name]], weight),
             )
-            for (name, rows), form in zip(stacked(parts), formats, strict=True)
+            for name, rows in stacked(parts)
         ]
         return weight, slots
+
+    @cached_property
+    def _kinds_of_experts(self) -> Mapping[str, set[str]]:
+        kinds: dict[str, set[str]] = {}
+        for name, kind in self.types.items():
+            if prefix := _experts(name):
+                kinds.setdefault(prefix, set()).add(kind)
+        return kinds
+
+
+def _experts(name: str) -> str:
+    """Return what the names of all experts of a layer start with, nothing for what is not an expert's."""
+    prefix, experts, _ = name.partition(".experts.")
+    return prefix if experts else ""
 
 
 def _encoder(form: BlockFormat, weight: IntWeight) -> Callable[[Tensor], tuple[Tensor, ...]]:
