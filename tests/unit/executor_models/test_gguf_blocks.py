@@ -62,6 +62,17 @@ def test_kinds_that_share_a_matrix(kinds: list[str]) -> None:
     torch.testing.assert_close(layer(torch.eye(COLUMNS)).T, expected, atol=2e-5, rtol=1e-6)
 
 
+def test_experts_of_a_layer_take_one_form() -> None:
+    kinds = {"mlp.experts.0.gate_proj": "Q4_K", "mlp.experts.0.down_proj": "Q6_K", "mlp.gate": "F32"}
+    stored = StoredGguf({f"{name}.weight": kind for name, kind in kinds.items()})
+    forms = []
+    for name in list(kinds)[:2]:
+        built = stored.build({name: ROWS}, COLUMNS, ModelRuntime())
+        assert built is not None
+        forms.append(built[0])
+    assert [(form.bits, form.group_size, form.zeros is None) for form in forms] == [(8, 16, False)] * 2
+
+
 def test_a_kind_without_groups_is_dequantised() -> None:
     stored = StoredGguf({"layer.a.weight": "Q4_0", "layer.b.weight": "Q3_K"})
     assert stored.build({"layer.a": 4, "layer.b": 4}, 256, ModelRuntime()) is None
