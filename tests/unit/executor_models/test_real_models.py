@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from services.executor.models import ModelRuntime
+from services.executor.models import ModelRuntime, Quantization
 from services.executor.weights import load_model
 
 CPU = torch.device("cpu")
@@ -103,3 +103,15 @@ def test_gemma3(model_dir: Callable[[str], Path], oracle: Any, paged: Any) -> No
     # Past the sliding window, 512 tokens.
     check_logits(reference, paged(model, config, max_tokens=640), config.vocab_size, (400, 200))
     check_greedy(reference, paged(model, config, num_sequences=3, max_tokens=64), GEMMA3_PROMPTS)
+
+
+@pytest.mark.slow
+def test_blocks_that_are_kept(model_dir: Callable[[str], Path], paged: Any) -> None:
+    """A Q4_K_M file has four types of blocks, of which several share a matrix."""
+    directory = model_dir("gemma3-270m")
+    tokens = torch.randint(262144, (60,), generator=torch.Generator().manual_seed(11)).tolist()
+    logits = []
+    for quantization in (Quantization("none"), Quantization("keep")):
+        model, config = load_model(directory, ModelRuntime(quantization=quantization), max_model_len=64)
+        logits.append(paged(model, config).step({0: tokens})[0])
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-3, rtol=0)
