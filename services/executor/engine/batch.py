@@ -42,8 +42,8 @@ class ScheduledBatch:
     """A step: swap_outs, then swap_ins, then block_copies, and then the sequences in order (decodes first).
 
     The swaps are (device block, host block) pairs, the copies (source, target). Blocks that go out or are copied may be
-    overwritten by what comes later in the step. Where there is anything to transfer there are sequences to run: blocks
-    are given up only for one that does.
+    overwritten by what comes later in the step. There may be swaps and nothing to run, when the last sequence that runs
+    gives way to what it needs itself; the runner is then not asked to launch.
 
     `started` are the requests that left the waiting queue for the first time, `swapped_out` the sequences whose blocks
     go out.

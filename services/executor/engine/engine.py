@@ -135,7 +135,7 @@ class Engine:
             started = self._clock()
         batch = self._schedule(started)
         num_ahead = 0
-        if batch.sequences:
+        if batch.sequences or batch.has_swaps:
             self._num_steps += 1
             num_ahead = int(self._pipeline.launch(batch, started))
         while len(self._pipeline) > num_ahead:

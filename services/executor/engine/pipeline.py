@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from services.executor.engine.batch import ModelRunnerProtocol, PendingStep, SampledBatch, ScheduledBatch
+from services.executor.engine.batch import CompletedStep, ModelRunnerProtocol, PendingStep, SampledBatch, ScheduledBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Pipeline:
                 self._runner.swap(batch.swap_outs, batch.swap_ins)
             if batch.block_copies:
                 self._runner.copy_blocks(batch.block_copies)
-            pending = self._runner.launch(batch)
+            pending = self._runner.launch(batch) if batch.sequences else CompletedStep(SampledBatch([]))
         except Exception as error:
             pending = error
         self._steps.append(_LaunchedStep(batch, pending, now))

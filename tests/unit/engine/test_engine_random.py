@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import engine_kit
@@ -16,6 +16,7 @@ from services.executor.engine import (
     FinishReason,
     RequestStatus,
     ResumedSample,
+    ScheduledBatch,
     SwapCost,
 )
 
@@ -108,6 +109,16 @@ def check_against_oracle(
     budget=st.sampled_from((8, 13, 64)),
     prefix_cache=st.booleans(),
     num_host_blocks=st.sampled_from((0, 5, 60)),
+    failures=st.sampled_from((0.0, 0.0, 0.02)),
+)
+@example(  # a resumed sample, alone, gives way to its own copy-on-write: blocks are swapped out and nothing runs
+    seed=3251,
+    policy=CapacityPolicy.MAX_UTILIZATION,
+    spare_blocks=0,
+    budget=8,
+    prefix_cache=True,
+    num_host_blocks=60,
+    failures=0.0,
 )
 def test_random_traffic_equals_undisturbed_runs(
     overlap: engine_kit.Overlap,
@@ -117,6 +128,7 @@ def test_random_traffic_equals_undisturbed_runs(
     budget: int,
     prefix_cache: bool,
     num_host_blocks: int,
+    failures: float,
 ) -> None:
     rng = random.Random(seed)
     config = engine_kit.make_config(
@@ -129,7 +141,13 @@ def test_random_traffic_equals_undisturbed_runs(
         num_host_blocks=num_host_blocks,
     )
     clock = engine_kit.SimClock()
-    runner = engine_kit.FakePagedRunner(config, overlap, on_execute=lambda batch: clock.advance(1.0))
+
+    def perhaps_fail(batch: ScheduledBatch) -> None:
+        clock.advance(1.0)
+        if rng.random() < failures:
+            raise OSError
+
+    runner = engine_kit.FakePagedRunner(config, overlap, on_launch=perhaps_fail, on_execute=perhaps_fail)
     engine = Engine(config, runner, clock, SwapCost(1, 1e9, rng.choice((0.0, 0.2))))
     collector = engine_kit.Collector()
     accepted: dict[tuple[int, int], EngineRequest] = {}
@@ -169,6 +187,7 @@ def test_random_traffic_equals_undisturbed_runs(
     assert load.free_host_blocks == num_host_blocks
     assert [stats.swapped_out_blocks, stats.swapped_in_blocks] == runner.num_swapped
     assert (stats.accepted, stats.rejected) == (len(accepted), rejected)
+    assert (stats.failed > 0) <= (stats.failed_steps > 0) <= (failures > 0)
     if policy is CapacityPolicy.GUARANTEED_NO_EVICT:
         assert stats.preemptions == 0
 
