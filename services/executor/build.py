@@ -118,5 +118,7 @@ def _fake_engine(settings: ExecutorSettings, placement: Placement, model: ModelC
     step_time = STEP_TIME_PRESETS[settings.fake_preset]
     max_model_len = settings.max_model_len or model.max_position_embeddings
     num_blocks = settings.num_blocks or max(_FAKE_BLOCKS, -(-max_model_len // placement.block_size))
-    runner = FakeModelRunner(model.vocab_size, model.eos_token_ids, step_time)
+    # A modelled GPU overlaps its steps, as a real one does.
+    overlaps = settings.fake_preset != "instant"
+    runner = FakeModelRunner(model.vocab_size, model.eos_token_ids, step_time, overlaps=overlaps)
     return Engine(engine_config(settings, placement, model, num_blocks, max_model_len), runner)
