@@ -12,8 +12,11 @@ PARTS = (
     ENVIRONMENT,
     PartSpec("parity", "bench.gpu.parts.parity", "Parity", 60, 240, "every op against float64"),
     PartSpec("graphs", "bench.gpu.parts.graphs", "Graphs", 25, 120, "graph replay against eager, late compiles"),
+    PartSpec("model-parity", "bench.gpu.parts.model_parity", "ModelParity", 50, 180, "whole models against the CPU"),
     PartSpec("roofline", "bench.gpu.parts.roofline", "Roofline", 60, 240, "each op, and torch's own beside it"),
-    PartSpec("sanitizer", "bench.gpu.parts.sanitizer", "ComputeSanitizer", 45, 180, "compute-sanitizer"),
+    PartSpec("model-speed", "bench.gpu.parts.model_speed", "ModelSpeed", 90, 240, "decode steps and prompts"),
+    PartSpec("engine-speed", "bench.gpu.parts.engine_speed", "EngineSpeed", 45, 180, "the engine at 64 sequences"),
+    PartSpec("sanitizer", "bench.gpu.parts.sanitizer", "ComputeSanitizer", 40, 180, "compute-sanitizer"),
     PartSpec(
         "transformers", "bench.gpu.parts.continuous_batching", "ContinuousBatching", 50, 150, "transformers beside us"
     ),

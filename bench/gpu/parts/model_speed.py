@@ -1,0 +1,153 @@
+"""Decode steps and prompts of the presets in each format, beside the least time that they can take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.gpu.cases.case import Maker
+from bench.gpu.models import (
+    FORMATS,
+    PAGE,
+    DecodeStep,
+    Format,
+    PromptStep,
+    make_model,
+    random_caches,
+    shape_of,
+    tiny,
+    weight_bytes,
+)
+from bench.gpu.part import Bench, Findings
+from bench.gpu.roofline import Ceilings, Precision, step_floor_us
+from services.executor.models import PRESETS, ModelConfig
+
+_E4M3_MIN_SM = 89
+_TARGET = 0.75  # of the roofline, for decode steps
+_TARGET_ROWS = (1, 64)
+# Tokens per second on an H200, by preset, format and rows.
+_H200_TARGETS = {
+    ("llama-3.1-8b", "bf16", 1): 213,
+    ("llama-3.1-8b", "bf16", 64): 8500,
+    ("llama-3.1-8b", "fp8", 1): 370,
+    ("llama-3.1-8b", "fp8", 64): 15000,
+    ("mixtral-8x7b", "fp8", 64): 3900,
+}
+# The ones with targets first: what comes last is left out when time is short.
+_ORDER: tuple[tuple[str, Precision], ...] = (
+    ("llama-3.1-8b", "bf16"),
+    ("llama-3.1-8b", "fp8"),
+    ("mixtral-8x7b", "fp8"),
+    ("llama-3.1-8b", "int4"),
+    ("qwen3-8b", "bf16"),
+    ("qwen3-8b", "fp8"),
+    ("qwen3-8b", "int4"),
+    ("mixtral-8x7b", "int4"),
+    ("mixtral-8x7b", "bf16"),
+)
+_ROOM = 4 << 30  # for activations and the workspace of products
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    context: int
+
+
+class ModelSpeed:
+    """A step is timed as the replay of its graph, sampling included: what the device takes, the host left out."""
+
+    def run(self, bench: Bench, found: Findings) -> None:
+        """Add rows for each preset and format that fits in memory and in the time left."""
+        device = bench.device
+        sizes = _Sizes((1, 2), (1,), 20) if device.dry_run else _Sizes((1, 8, 64, 256), (1, 8), 1024)
+        order = (_ORDER[0], _ORDER[2]) if device.dry_run else _ORDER
+        for name, precision in order:
+            form = FORMATS[precision]
+            config = tiny(name) if device.dry_run else PRESETS[name]
+            if precision == "fp8" and device.capability.sm < _E4M3_MIN_SM:
+                continue
+            if bench.seconds_left() < 0:
+                found.note(f"{name} {form.name}: left out: the budget is spent")
+                continue
+            if weight_bytes(config, form) + _ROOM > device.free_bytes():
+                found.note(f"{name} {form.name}: left out: its weights do not fit")
+                continue
+            self._measure(name, config, form, sizes, bench, found)
+            device.release()
+
+    def _measure(
+        self, name: str, config: ModelConfig, form: Format, sizes: _Sizes, bench: Bench, found: Findings
+    ) -> None:
+        device = bench.device
+        model = make_model(config, form, device, max_model_len=max(sizes.context, 64))
+        per_row = config.kv_bytes_per_token(form.cache_dtype) * -(-sizes.context // PAGE) * PAGE
+        most = min(max(sizes.batches), (device.free_bytes() - _ROOM) // per_row)
+        if most < 1:
+            found.note(f"{name} {form.name}: left out: no room for a cache")
+            return
+        blocks = most * -(-sizes.context // PAGE)
+        caches = random_caches(config, blocks, form.cache_dtype, Maker.on(device.target))
+        for rows in sizes.batches:
+            if rows > most:
+                found.note(f"{name} {form.name} {rows} x {sizes.context}: left out: its cache does not fit")
+                continue
+            step = DecodeStep(model, caches, rows, sizes.context, Maker.on(device.target))
+            step()  # compiles
+            device.synchronize()
+            us = device.time(device.capture(step), flush=False, repeats=7)
+            share = self._row(name, config, form, bench, found, us, rows, 1, sizes.context)
+            found.shared[f"decode_us {name} {form.precision} {rows}"] = us
+            finite = bool(step.logits.isfinite().all())
+            found.check(f"{name} {form.name} {rows} x {sizes.context}: logits are finite", finite)
+            if rows in _TARGET_ROWS:
+                self._judge(name, form, rows, us, share, bench, found)
+        for seqs in sizes.prompts:
+            if seqs <= most:
+                prompt = PromptStep(model, caches, seqs, sizes.context, Maker.on(device.target))
+                prompt()
+                us = device.time(prompt, flush=False, repeats=3)
+                self._row(name, config, form, bench, found, us, seqs, sizes.context, 0)
+
+    @staticmethod
+    def _row(
+        name: str,
+        config: ModelConfig,
+        form: Format,
+        bench: Bench,
+        found: Findings,
+        us: float,
+        seqs: int,
+        tokens: int,
+        context: int,
+    ) -> float:
+        """Add a row; returns the share of the roofline."""
+        floor = step_floor_us(
+            shape_of(name, config),
+            Ceilings.of(bench.shared),
+            seqs=seqs,
+            tokens=tokens,
+            context=context,
+            precision=form.precision,
+            kv_bytes=form.cache_dtype.itemsize,
+        )
+        step = f"decode {seqs} x {context}" if tokens == 1 else f"prompt {seqs} x {tokens}"
+        rate = seqs * tokens / us * 1e6
+        found.row(model=name, format=form.name, step=step, ms=us / 1e3, tokens_per_s=rate, ceiling=floor / us)
+        return floor / us
+
+    @staticmethod
+    def _judge(name: str, form: Format, rows: int, us: float, share: float, bench: Bench, found: Findings) -> None:
+        dry = bench.device.dry_run
+        what = f"{name} {form.name} decode at {rows}"
+        found.check(
+            f"{what}: at least {_TARGET:.0%} of the roofline",
+            None if dry else share >= _TARGET,
+            "" if dry else f"{share:.1%}",
+        )
+        least = _H200_TARGETS.get((name, form.precision, rows))
+        if least is not None and (dry or "H200" in bench.device.capability.name):
+            rate = rows / us * 1e6
+            found.check(
+                f"{what}: at least {least} tok/s", None if dry else rate >= least, "" if dry else f"{rate:,.0f} tok/s"
+            )
