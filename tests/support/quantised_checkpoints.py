@@ -123,6 +123,8 @@ def _group(weight: Array, bits: int, group_size: int, symmetric: bool) -> tuple[
         low = -high
     scales = ((high - low) / (top - 1)).astype(np.float16)
     zeros = np.full(scales.shape, 1 << (bits - 1)) if symmetric else np.clip(np.rint(-low / scales), 1, top)
+    if not symmetric:
+        zeros[0] = 0  # the end of the range, which GPTQ stores as -1
     numbers = np.clip(np.rint(groups / scales[..., None]) + zeros[..., None], 0, top)
     return numbers.reshape(weight.shape).astype(np.int64), scales, zeros.astype(np.int64)
 

@@ -50,6 +50,8 @@ def test_activations_keep_their_size(preset: str, method: Any, paged: Callable[.
     tokens = torch.randint(300, (20,), generator=torch.Generator().manual_seed(0)).tolist()
     logits = paged(model, config, kv_dtype=torch.bfloat16).step({0: tokens})[0]
     assert 0.3 < logits.std() < 3
+    qkv = model._layers[0].self_attn.qkv_proj(torch.randn(4, 128, dtype=torch.bfloat16))
+    assert 0.7 < qkv.std() < 1.4
     again = dummy_model(config, runtime, max_model_len=64)
     assert torch.equal(paged(again, config, kv_dtype=torch.bfloat16).step({0: tokens})[0], logits)
     other = dummy_model(config, runtime, seed=1, max_model_len=64)
