@@ -81,7 +81,10 @@ def _find_model(settings: ExecutorSettings) -> _FoundModel:
         return _FoundModel(None, settings.model_name or settings.model, PRESETS[settings.model], b"")
     path = resolve(settings.model, settings.home)
     name = settings.model_name or (path.stem if path.is_file() else path.name)
-    return _FoundModel(path, name, read_model_config(path), tokenizer_sha256(path))
+    config = read_model_config(path)
+    if settings.load_format == "dummy":
+        config = replace(config, stored_linears=None)  # random weights do not follow the checkpoint's form
+    return _FoundModel(path, name, config, tokenizer_sha256(path))
 
 
 def _placed(placement: Placement, *, backend: str) -> executor_pb2.GetExecutorInfoResponse:
