@@ -10,6 +10,7 @@ from bench.gpu.part import PartResult
 
 _NO_FIGURES = "dry run: no figures"
 _MOST_FAILURES = 25
+_ONLY_IN_JSON = {"alone_us", "cold", "form", "seconds"}  # columns that would make the table too wide to read
 
 
 def record(results: Sequence[PartResult], *, dry_run: bool, budget_s: float, seconds: float) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def text(results: Sequence[PartResult], *, dry_run: bool, seconds: float) -> str
 def _table(result: PartResult, dry_run: bool) -> list[str]:
     if not result.rows:
         return []
-    columns = list(result.rows[0])
+    columns = [column for column in result.rows[0] if column not in _ONLY_IN_JSON]
     cells = [[_cell(column, row.get(column), dry_run) for column in columns] for row in result.rows]
     widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
     rights = [any(isinstance(row.get(column), int | float) for row in result.rows) for column in columns]

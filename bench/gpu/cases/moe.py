@@ -101,7 +101,7 @@ def _layer(
     kind = f"e4m3 {f'blocks of {block}' if block else 'channels'}" if e4m3 else str(dtype).removeprefix("torch.")
     what = f"{tokens} to {k} of {experts} {hidden}x{inner} {kind}"
     # Two products after one another, with a rounding of what is between them.
-    return Case("fused_moe", what, bind, dtype, min_sm=89 if e4m3 else 80, tolerance=2e-2, gibibytes=2)
+    return Case("fused_moe", what, bind, dtype, min_sm=89 if e4m3 else 80, tolerance=2e-2, gibibytes=6)
 
 
 def _packed(tokens: int, experts: int, k: int, hidden: int, inner: int, bits: int, group_size: int) -> Case:
@@ -133,7 +133,7 @@ def _packed(tokens: int, experts: int, k: int, hidden: int, inner: int, bits: in
         return Bound(run, {"out": out}, expected)
 
     what = f"{tokens} to {k} of {experts} {hidden}x{inner} {bits} bits groups of {group_size}"
-    return Case("fused_moe_wna16", what, bind, tolerance=2e-2, gibibytes=2)
+    return Case("fused_moe_wna16", what, bind, tolerance=2e-2, gibibytes=6)
 
 
 def _experts(

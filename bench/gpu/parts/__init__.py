@@ -10,7 +10,7 @@ ENVIRONMENT = PartSpec(
 )
 PARTS = (
     ENVIRONMENT,
-    PartSpec("parity", "bench.gpu.parts.parity", "Parity", 60, 240, "every op against float64"),
+    PartSpec("parity", "bench.gpu.parts.parity", "Parity", 60, 300, "every op against float64"),
     PartSpec("graphs", "bench.gpu.parts.graphs", "Graphs", 25, 120, "graph replay against eager, late compiles"),
     PartSpec("model-parity", "bench.gpu.parts.model_parity", "ModelParity", 50, 180, "whole models against the CPU"),
     PartSpec("roofline", "bench.gpu.parts.roofline", "Roofline", 60, 240, "each op, and torch's own beside it"),

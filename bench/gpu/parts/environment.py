@@ -28,6 +28,7 @@ class Environment:
         device = bench.device
         found.shared["device"] = _describe(device)
         found.shared["versions"] = _versions()
+        self._bf16(device)  # clocks rise from idle meanwhile
         copy, read = self._copy(device), self._read(device, found)
         device.release()
         bf16, fp8 = self._bf16(device), 0.0

@@ -18,6 +18,7 @@ from kernels.dispatch import OP_NAMES
 _MOST_PROCESSES = 8
 _GIB = 2**30
 _ROOM = 4 * _GIB  # of each process, for CUDA itself and the larger cases
+_SECONDS = 200.0  # of a share, less than this part's own: what is started here ends before it is stopped
 
 
 class Parity:
@@ -56,8 +57,9 @@ class Parity:
         results: list[PartResult] = []
         first = 0
         while True:
-            spec = PartSpec("parity share", __name__, "ParityShare", 0, bench.seconds_left(), "")
-            supervisor = Supervisor(dry_run=bench.device.dry_run, budget_s=bench.seconds_left())
+            seconds = min(_SECONDS, bench.seconds_left())
+            spec = PartSpec("parity share", __name__, "ParityShare", 0, seconds, "")
+            supervisor = Supervisor(dry_run=bench.device.dry_run, budget_s=seconds)
             (result,) = supervisor.run([spec], options={"share": share, "of": of, "first": first})
             results.append(result)
             first = result.shared.get("first", 0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -72,13 +74,21 @@ class ComputeSanitizer:
     def _watch(prefix: list[str], seconds: float, *, dry_run: bool) -> Verdict:
         command = [*prefix, sys.executable, "-m", "bench.gpu.sanitized", *(["--dry-run"] if dry_run else [])]
         environment = worker_environment(dry_run=dry_run) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        try:
-            done = subprocess.run(
-                command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=max(1.0, seconds)
-            )
-        except subprocess.TimeoutExpired:
-            return Verdict(None, f"did not end within {seconds:.0f} s")
-        return judge(done.returncode, done.stdout + done.stderr, watched=bool(prefix))
+        with subprocess.Popen(
+            command,
+            cwd=_ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=max(1.0, seconds))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # the tool runs the program as a process of its own
+                return Verdict(None, f"did not end within {seconds:.0f} s")
+        return judge(process.returncode, output, watched=bool(prefix))
 
 
 def judge(code: int, output: str, *, watched: bool) -> Verdict:

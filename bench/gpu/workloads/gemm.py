@@ -12,10 +12,11 @@ from bench.gpu.cases.moe import route
 from bench.gpu.device import Call
 from bench.gpu.roofline import LLAMA_8B, MIXTRAL, Cost, ModelShape, expert_layer, linear
 from bench.gpu.workloads.workload import Workload
-from kernels import Ops, fused_moe_workspace_size, gemm_wna16_workspace_size
+from kernels import Ops, fused_moe_workspace_size
 
 _BF16 = torch.bfloat16
 _GROUP = 128
+_MOST_SHARES = 64  # that a tile table may choose
 
 
 def _plain(rows: int, inner: int, columns: int, make: Maker) -> Call:
@@ -32,9 +33,7 @@ def _packed(bits: int, rows: int, inner: int, columns: int) -> Workload:
         words = make.randint(-(2**31), 2**31, inner * bits // 32, columns, dtype=torch.int32)
         scales, zeros = (make.rand(inner // group, columns, dtype=_BF16) for _ in range(2))
         x, out = make.randn(rows, inner, dtype=_BF16), make.poison(rows, columns, dtype=_BF16)
-        assert ops.launch is not None
-        size = gemm_wna16_workspace_size(ops.launch.capability, bits, rows, inner, columns, group)
-        workspace = make.poison(size)
+        workspace = make.poison(_MOST_SHARES * rows * columns)
         gemm = ops.w4a16_gemm if bits == 4 else ops.w8a16_gemm
         return lambda: gemm(x, words, scales, zeros, group_size=group, workspace=workspace, out=out)
 
@@ -94,6 +93,30 @@ def _experts(shape: ModelShape, tokens: int, *, e4m3: bool) -> Workload:
     return Workload("fused_moe", what, cost, bind, min_sm=89 if e4m3 else 80, resident_bytes=resident)
 
 
+def _packed_experts(shape: ModelShape, tokens: int, bits: int) -> Workload:
+    hidden, inner, experts = shape.hidden, shape.intermediate, shape.experts
+    group = min(_GROUP, inner)
+
+    def bind(ops: Ops, make: Maker) -> Call:
+        sizes = (hidden, 2 * inner), (inner, hidden)
+        words = [
+            make.randint(-(2**31), 2**31, experts, rows * bits // 32, columns, dtype=torch.int32)
+            for rows, columns in sizes
+        ]
+        scales = [make.rand(experts, rows // group, columns, dtype=_BF16) for rows, columns in sizes]
+        x, (weights, ids) = make.randn(tokens, hidden, dtype=_BF16), route(make, tokens, experts, shape.choices)
+        size = fused_moe_workspace_size(tokens, shape.choices, experts, 2 * inner, hidden)
+        workspace, out = make.poison(size, dtype=torch.int32), make.poison(tokens, hidden, dtype=_BF16)
+        return lambda: ops.fused_moe_wna16(
+            x, words[0], words[1], weights, ids, w13_scales=scales[0], w2_scales=scales[1],
+            bits=bits, group_size=group, workspace=workspace, out=out,
+        )  # fmt: skip
+
+    cost = expert_layer(shape, tokens, "int4")
+    what = f"{tokens} x {shape.choices} of {experts} {bits} bits"
+    return Workload("fused_moe_wna16", what, cost, bind, resident_bytes=3.0 * experts * hidden * inner * bits / 8)
+
+
 def _routing(shape: ModelShape, tokens: int) -> list[Workload]:
     experts, k = shape.experts, shape.choices
 
@@ -148,6 +171,7 @@ def workloads(*, tiny: bool) -> list[Workload]:
             _fp8(2, 32, 16),
             _experts(small, 2, e4m3=False),
             _experts(small, 2, e4m3=True),
+            _packed_experts(small, 2, 4),
             *_routing(small, 2),
             *_adapters(2, 64, 64, 16),
         ]
@@ -160,6 +184,7 @@ def workloads(*, tiny: bool) -> list[Workload]:
         *(_fp8(rows, hidden, up) for rows in (1, 64, 256, 1024)),
         *(_experts(MIXTRAL, tokens, e4m3=True) for tokens in (1, 8, 64, 256)),
         *(_experts(MIXTRAL, tokens, e4m3=False) for tokens in (1, 64)),
+        *(_packed_experts(MIXTRAL, tokens, 4) for tokens in (1, 64)),
         *_routing(MIXTRAL, 64),
         *_adapters(64, hidden, LLAMA_8B.qkv_columns, 16),
     ]

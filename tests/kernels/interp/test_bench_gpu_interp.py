@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from bench.gpu import tune
 from bench.gpu.cases import all_cases, all_checks
 from bench.gpu.cases.case import Maker
+from bench.gpu.device import DryRunDevice
 from bench.gpu.workloads import all_workloads
 from kernels import select_ops
 from kernels.dispatch import OP_NAMES
+from kernels.tiles import TILED_OPS, read_table, tile_table
 
 CPU = torch.device("cpu")
 
@@ -38,3 +41,38 @@ def test_every_op_has_a_case_and_names_are_different(tiny):
         names = [item.name for item in listed]
         assert len(set(names)) == len(names)
     assert {case.op for case in all_cases(tiny=tiny)} == set(OP_NAMES)
+
+
+def test_a_faster_tile_replaces_that_of_the_rule_its_calls_choose(monkeypatch, tmp_path):
+    device, op = DryRunDevice(), "w4a16_gemm"
+    monkeypatch.setattr(tune.Trial, "time", lambda self, tile, device: 0.5 if tile["num_warps"] == 2 else 1.0)
+    workloads = [workload for workload in all_workloads(tiny=True) if workload.op == op]
+    rules = tune.tune(op, workloads, device)
+    before = tile_table(op, device.capability)
+    assert [dict(tile) for _, tile, _ in rules] == [
+        dict(before.rules[0][1]),
+        {**before.rules[1][1], "num_warps": 2},
+    ]
+    (tmp_path / op).mkdir()
+    (tmp_path / op / "dry-run.json").write_text(tune.render(device.capability.sm, rules))
+    assert read_table(tmp_path, op, device.capability).choose(group_size=128, columns=64)["num_warps"] == 2
+
+
+def test_a_tile_that_gives_something_else_or_does_not_run_is_not_taken():
+    device, op = DryRunDevice(), "w4a16_gemm"
+    launch = tune.TryLaunch(device.capability, op)
+    tile = tile_table(op, device.capability).rules[1][1]
+    trial = tune.Trial(launch, 1, [([lambda: torch.ones(3)], 1, torch.ones(3), 1.0)])
+    assert trial.time(tile, device) == 1.0
+    trial.calls[0] = ([lambda: torch.full((3,), 1.1)], 1, torch.ones(3), 1.0)
+    assert trial.time(tile, device) == float("inf")
+
+    def refuse():
+        raise ValueError("out of resources")
+
+    trial.calls[0] = ([refuse], 1, torch.ones(3), 1.0)
+    assert trial.time(tile, device) == float("inf")
+
+
+def test_every_op_with_tiles_is_tuned_but_splits():
+    assert {*tune._CHOICES} == {*TILED_OPS} - {"num_decode_splits"}
