@@ -129,7 +129,7 @@ def tune(op: str, workloads: list[Workload], device: Device) -> list[tuple[Mappi
             make = Maker.on(device.target)
             calls = [workload.bind(ops, make) for _ in calls]
         trial.calls.append((calls, num_bytes, expected, time_op(device, calls, num_bytes).us))
-    found = []
+    found: list[tuple[Mapping[str, int], Tile, float]] = []
     for rule, (bounds, tile) in enumerate(table.rules):
         best, time = (tile, 1.0) if rule not in trials else _descend(op, trials[rule], tile, device)
         found.append((dict(bounds), best, time))

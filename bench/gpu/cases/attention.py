@@ -144,7 +144,7 @@ def _case(
 
         assert ops.launch is not None
         splits = num_splits or num_decode_splits(ops.launch.capability, len(lens), heads.kv)
-        workspace = decode_workspace(*case.q.shape, splits, make.device).fill_(torch.nan)
+        workspace = decode_workspace(len(case.q), heads.q, heads.dim, splits, make.device).fill_(torch.nan)
 
         def decode() -> object:
             return ops.paged_attention_decode(

@@ -56,7 +56,7 @@ def _norm(
             exact = _rms_norm(hidden.double(), weight, 1e-5, gemma)
             found = {"residual": hidden, "out": exact}
             if epilogue:  # the codes are of the rounded row
-                normed = torch.ops.aten.rms_norm(hidden.float(), [width], None, 1e-5)
+                normed = F.rms_norm(hidden.float(), [width], None, 1e-5)
                 rounded = (normed * (weight.float() + 1)).to(dtype) if gemma else normed.to(dtype) * weight
                 codes, scale = _token_codes(rounded)
                 found |= {"out": codes if epilogue == "tokens" else _codes(rounded, 0.01), "token_scale": scale}

@@ -47,14 +47,15 @@ class ModelParity:
     def run(self, bench: Bench, found: Findings) -> None:
         """Add a row for each model and format."""
         device = bench.device
-        sizes = _Sizes(5, 1, 2, 20) if device.dry_run else _Sizes(100, 3, 8, 300)
+        sizes = _Sizes(5, 1, 2, 20) if device.dry_run else _Sizes(100, 2, 8, 300)
         for name, form in _combinations(dry_run=device.dry_run):
             if form.precision == "fp8" and device.capability.sm < _E4M3_MIN_SM:
                 continue
             if bench.seconds_left() < 0:
                 found.note(f"{name} {form.name}: left out: the budget is spent")
                 continue
-            config = tiny(name) if device.dry_run else shortened(name, 1 if PRESETS[name].num_experts else 2)
+            layers = 1 if PRESETS[name].num_experts or form.precision == "int4" else 2
+            config = tiny(name) if device.dry_run else shortened(name, layers)
             model = make_model(config, form, device, max_model_len=_LEN)
             error, limit = self._against_cpu(model, form, sizes), _TOLERANCE[form.precision]
             found.check(f"{name} {form.name} equals the CPU's", error <= limit, f"error {error:.1e} of {limit:.0e}")
