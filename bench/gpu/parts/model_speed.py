@@ -44,13 +44,15 @@ _ORDER: tuple[tuple[str, Precision], ...] = (
     ("mixtral-8x7b", "int4"),
     ("mixtral-8x7b", "bf16"),
 )
+_PROMPT_SHARE = 0.03  # of the time that is left, for one measurement of many prompts
 _ROOM = 4 << 30  # for activations and the workspace of products
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
     batches: tuple[int, ...]
-    prompts: tuple[int, ...]
+    chunk: int
+    """Prompts of one step: more are computed in several, as in serving."""
     context: int
 
 
@@ -60,7 +62,8 @@ class ModelSpeed:
     def run(self, bench: Bench, found: Findings) -> None:
         """Add rows for each preset and format that fits in memory and in the time left."""
         device = bench.device
-        sizes = _Sizes((1, 2), (1,), 20) if device.dry_run else _Sizes((1, 8, 64, 256), (1, 8), 1024)
+        batches = (1, 2) if device.dry_run else (1, 8, 64, 256)
+        sizes = _Sizes(batches, chunk=1 if device.dry_run else 8, context=20 if device.dry_run else 1024)
         order = (_ORDER[0], _ORDER[2]) if device.dry_run else _ORDER
         for name, precision in order:
             form = FORMATS[precision]
@@ -102,12 +105,24 @@ class ModelSpeed:
             found.check(f"{name} {form.name} {rows} x {sizes.context}: logits are finite", finite)
             if rows in _TARGET_ROWS:
                 self._judge(name, form, rows, us, share, bench, found)
-        for seqs in sizes.prompts:
-            if seqs <= most:
-                prompt = PromptStep(model, caches, seqs, sizes.context, Maker.on(device.target))
-                prompt()
-                us = device.time(prompt, flush=False, repeats=3)
-                self._row(name, config, form, bench, found, us, seqs, sizes.context, 0)
+        for seqs in sizes.batches:
+            if (chunk := min(seqs, sizes.chunk)) <= most:
+                prompt = PromptStep(model, caches, chunk, sizes.context, Maker.on(device.target))
+                us = self._prompt_us(prompt, seqs // chunk, bench)
+                if us is None:
+                    found.note(f"{name} {form.name} prompt {seqs} x {sizes.context}: left out: too long for the budget")
+                else:
+                    self._row(name, config, form, bench, found, us, seqs, sizes.context, 0)
+
+    @staticmethod
+    def _prompt_us(prompt: PromptStep, steps: int, bench: Bench) -> float | None:
+        """Time as many steps in a row; None when they would take too much of the time that is left."""
+        one = bench.device.time(prompt, flush=False, repeats=3)
+        if steps == 1:
+            return one
+        if 2e-6 * one * steps > _PROMPT_SHARE * bench.seconds_left():  # once for nothing, and once timed
+            return None
+        return bench.device.time(lambda: [prompt() for _ in range(steps)], flush=False, repeats=1)
 
     @staticmethod
     def _row(
