@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launch
-from kernels.workspaces import moe_chunk, moe_layout_sizes
+from kernels.workspaces import ceil_div, moe_chunk, moe_layout_sizes
 
 
 @triton.jit
@@ -138,8 +138,10 @@ def moe_align_block_size(
     pairs = ids.numel()
     size, num_blocks, num_counts = moe_layout_sizes(pairs, block_size, num_experts)
     if out is None:
-        new = torch.empty(size + num_blocks + 1, dtype=torch.int32, device=ids.device)
-        out = new[:size], new[size:-1], new[-1:]
+        # Each begins at 16 bytes whatever the number of pairs: it decides which variant of the kernels is compiled.
+        middle, end = ceil_div(size, 4) * 4, ceil_div(num_blocks, 4) * 4
+        new = torch.empty(middle + end + 1, dtype=torch.int32, device=ids.device)
+        out = new[:size], new[middle : middle + num_blocks], new[-1:]
     if workspace is None:
         workspace = torch.empty(num_counts, dtype=torch.int32, device=ids.device)
     chunk, block = moe_chunk(num_experts)
