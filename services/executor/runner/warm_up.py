@@ -1,4 +1,4 @@
-"""Before serving: reach every kernel variant that serving will, then capture the decode steps."""
+"""Before serving: capture the decode steps, and reach every kernel variant that serving will."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,15 +15,19 @@ from services.executor.runner.device import Device
 from services.executor.runner.model_runner import ModelRunner
 
 _LINK = 0
+_MANY_COPIES = 17  # of cache blocks at a time: more than the smaller variant of `copy_blocks_` takes
 
 
 def warm_up(runner: ModelRunner, config: EngineConfig, on_progress: Callable[[str], None]) -> None:
-    """Serve made-up requests through an engine of its own, capture graphs, and seal the launcher.
+    """Capture graphs, serve made-up requests through an engine of its own, and seal the launcher.
 
     Kernels are compiled per variant, by dtypes and by sizes that tile tables divide at powers of two. Prompts of all
-    these lengths, alone and beside decodes, and every kind of sampling reach the variants of serving: whatever compiles
-    after this is counted in `runner.late_compiles`. What is left in the cache is never found again.
+    these lengths and every kind of sampling, alone and beside a decode, reach the variants of serving: whatever
+    compiles after this is counted in `runner.late_compiles`. What is left in the cache is never found again.
     """
+    # First: a capture gives the memory that torch holds for reuse back, page-locked memory, too. What serving takes is
+    # thus there after the requests.
+    runner.capture_graphs(lambda done, total: on_progress(f"decode graphs {done}/{total}"))
     requests = list(_requests(config))
     engine = Engine(
         replace(
@@ -49,9 +53,9 @@ def warm_up(runner: ModelRunner, config: EngineConfig, on_progress: Callable[[st
         on_progress(f"warm-up {100 * (number + 1) // (len(requests) + 1)} %")
     while engine.has_unfinished():
         step()
-    if config.num_blocks > 1:
-        runner.copy_blocks([(0, 1)])
-    runner.capture_graphs(lambda done, total: on_progress(f"decode graphs {done}/{total}"))
+    for count in (1, _MANY_COPIES):
+        if count < config.num_blocks:
+            runner.copy_blocks([(0, target) for target in range(1, count + 1)])
     runner.seal()
 
 
@@ -84,7 +88,7 @@ def run_largest_step(model: CausalLM, config: EngineConfig, device: Device, kv_c
 
 
 def _requests(config: EngineConfig) -> Iterator[EngineRequest]:
-    longest = min(config.max_num_batched_tokens, config.max_model_len - 3)
+    longest = max(1, min(config.max_num_batched_tokens, config.max_model_len - 3))
     lengths = [2**power for power in range(longest.bit_length()) if 2**power <= longest]
     shaped: dict[str, object] = {
         "logit_bias": {0: 1.0},
@@ -104,7 +108,8 @@ def _requests(config: EngineConfig) -> Iterator[EngineRequest]:
         shaped | scored,
     ]
     plans = [(length, kinds[1]) for length in sorted({*lengths, longest})]
-    plans += [(min(8, longest), kind) for kind in kinds for _ in range(2)]  # once alone, once beside another
-    for number, (length, kind) in enumerate(plans):
+    plans += [(min(8, longest), kind) for kind in kinds]
+    twice = (plan for plan in plans for _ in range(2))  # once alone, once beside another
+    for number, (length, kind) in enumerate(twice):
         sampling = SamplingParams(max_tokens=3, ignore_eos=True, seed=number, **kind)  # type: ignore[arg-type]
         yield EngineRequest((_LINK, number), f"warm-up-{number}", (1,) * length, sampling)

@@ -1,0 +1,133 @@
+"""What warm-up is for: no kernel variant is met for the first time while serving. Nothing is compiled here."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.jit import JITFunction
+
+import engine_kit
+from kernels import Capability, select_ops
+from runner_kit import CPU, MODEL
+from services.executor.engine import Engine
+from services.executor.models import ModelConfig, ModelRuntime, Quantization, allocate_kv_caches, dummy_model
+from services.executor.runner import FakeCudaDevice, ModelRunner
+from services.executor.runner.warm_up import run_largest_step, warm_up
+
+E4M3 = torch.float8_e4m3fn
+LLAMA = replace(
+    MODEL,
+    vocab_size=3000,
+    hidden_size=256,
+    intermediate_size=256,
+    head_dim=64,
+    max_position_embeddings=1024,
+)
+GEMMA = replace(
+    LLAMA,
+    architecture="Gemma3ForCausalLM",
+    activation="gelu_tanh",
+    qk_norm=True,
+    sliding_window=40,
+    sliding_layers=(True, False),
+    attention_softcap=30.0,
+)
+WIDE_GROUP = replace(LLAMA, num_heads=16, num_kv_heads=1)
+MIXTURE = replace(
+    LLAMA,
+    architecture="MixtralForCausalLM",
+    num_experts=8,
+    num_experts_per_token=3,
+    moe_intermediate_size=128,
+    sparse_layers=(True, True),
+)
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels do nothing, and what they would have written is zero."""
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args: None
+
+    def zeros(*shape: Any, memory_format: object = None, **options: Any) -> torch.Tensor:
+        return torch.zeros(*shape, **options)
+
+    def zeros_like(tensor: torch.Tensor, memory_format: object = None, **options: Any) -> torch.Tensor:
+        return torch.zeros_like(tensor, **options)
+
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: Compiled())
+    monkeypatch.setattr(torch, "empty", zeros)
+    monkeypatch.setattr(torch, "empty_like", zeros_like)
+
+
+def traffic(config: Any, rng: random.Random) -> list[Any]:
+    requests = []
+    for number in range(60):
+        options: dict[str, Any] = {"temperature": rng.choice((0.0, 1.0)), "n": rng.choice((1, 1, 1, 2, 3))}
+        for name, values in (
+            ("logprobs", (0, 1, config.max_logprobs)),
+            ("prompt_logprobs", (0, 2)),
+            ("presence_penalty", (0.3,)),
+            ("repetition_penalty", (1.3,)),
+            ("logit_bias", ({1: 2.0},)),
+            ("min_tokens", (1,)),
+        ):
+            if rng.random() < 0.25:
+                options[name] = rng.choice(values)
+        longest = rng.choice((3, 30, config.max_model_len // 4, config.max_model_len - 12))
+        prompt = [rng.randrange(5) for _ in range(rng.randint(1, longest))]
+        options |= {"max_tokens": rng.randint(1, 10), "ignore_eos": True, "seed": number}
+        requests.append(engine_kit.make_request(number, prompt, **options))
+    # All samples fork at once, and then leave a prompt one place in each step.
+    requests.append(engine_kit.make_request(60, [1] * 7, n=config.max_num_seqs - 1, max_tokens=80, ignore_eos=True))
+    requests.append(engine_kit.make_request(61, [1] * 20, max_tokens=2, ignore_eos=True))
+    return requests
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize(
+    ("model", "quantization", "cache_dtype", "limits"),
+    [
+        (LLAMA, "none", torch.bfloat16, {"max_num_seqs": 24}),
+        (LLAMA, "fp8", E4M3, {}),
+        (LLAMA, "int4", torch.bfloat16, {}),
+        (GEMMA, "none", torch.bfloat16, {}),
+        (WIDE_GROUP, "none", torch.bfloat16, {"max_num_batched_tokens": 8}),
+        (MIXTURE, "none", torch.bfloat16, {"max_num_batched_tokens": 256}),
+        (MIXTURE, "int8", torch.bfloat16, {}),
+    ],
+    ids=["llama", "fp8", "int4", "gemma", "wide-group", "mixture", "mixture-int8"],
+)
+def test_serving_meets_no_variant_that_warm_up_did_not(
+    model: ModelConfig, quantization: Any, cache_dtype: torch.dtype, limits: dict[str, int]
+) -> None:
+    device = FakeCudaDevice(Capability(sm=90, num_sms=132))
+    ops = select_ops(device.capability, dtype=torch.bfloat16, kv_cache_dtype=cache_dtype)
+    runtime = ModelRuntime(ops, torch.bfloat16, CPU, Quantization(quantization))
+    settings = {"max_model_len": 300, "max_num_seqs": 8, "max_num_batched_tokens": 128, "num_blocks": 60} | limits
+    config = engine_kit.make_config(
+        vocab_size=model.vocab_size, eos_token_ids=frozenset({2}), block_size=16, max_logprobs=5, **settings
+    )
+    weights = dummy_model(model, runtime, max_model_len=config.max_model_len)
+    run_largest_step(weights, config, device, cache_dtype)
+    caches = allocate_kv_caches(model, config.num_blocks, config.block_size, dtype=cache_dtype, device=CPU)
+    runner = ModelRunner(weights, caches, config, device)
+    warm_up(runner, config, lambda text: None)
+
+    rng = random.Random(0)
+    engine = Engine(config, runner, engine_kit.SimClock())
+    for request in traffic(config, rng):
+        engine.add(request)
+        for _ in range(rng.randint(0, 4)):
+            if engine.has_unfinished():
+                assert engine.step().error is None
+    engine_kit.run(engine)
+    assert runner.late_compiles == []
