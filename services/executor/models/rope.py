@@ -42,9 +42,12 @@ class RopeConfig:
     scaling: RopeScaling | None = None
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
-    """Return the angular frequencies, float32 `[head_dim / 2]`, in radians per position."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Return the angular frequencies, float32 `[head_dim / 2]` on the CPU, in radians per position.
+
+    They are a CPU's whatever the device: at position 100,000 the last bit of one is an angle of a hundredth.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     inv_freq = 1.0 / (rope.theta**exponents)
     match rope.scaling:
         case None:
@@ -52,7 +55,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -
         case LinearScaling(factor):
             return inv_freq / factor
         case FrequencyFactors(factors):
-            return inv_freq / torch.tensor(factors, dtype=torch.float32, device=device)
+            return inv_freq / torch.tensor(factors, dtype=torch.float32)
         case Llama3Scaling() as scaling:
             return _llama3(inv_freq, scaling)
 
@@ -74,5 +77,5 @@ def build_cos_sin_cache(rope: RopeConfig, head_dim: int, num_positions: int, dev
     if device.type == "meta":  # arithmetic on it would import torch's decompositions: 1.8 s
         return torch.empty(num_positions, head_dim, dtype=torch.float32, device=device)
     positions = torch.arange(num_positions, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, inverse_frequencies(rope, head_dim, device))
+    angles = torch.outer(positions, inverse_frequencies(rope, head_dim).to(device))
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

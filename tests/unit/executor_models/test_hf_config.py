@@ -225,9 +225,9 @@ def test_llama3_frequencies(theta: float, factor: float, low: float, span: float
         device=CPU,
     )
     rope = RopeConfig(theta, Llama3Scaling(factor, low, low + span, original))
-    torch.testing.assert_close(inverse_frequencies(rope, head_dim, CPU), expected, rtol=2e-5, atol=0)
+    torch.testing.assert_close(inverse_frequencies(rope, head_dim), expected, rtol=2e-5, atol=0)
 
     # The same as a GGUF file carries it: what each frequency is divided by.
-    factors = inverse_frequencies(RopeConfig(theta), head_dim, CPU) / expected
+    factors = inverse_frequencies(RopeConfig(theta), head_dim) / expected
     as_gguf = RopeConfig(theta, FrequencyFactors(tuple(factors.tolist())))
-    torch.testing.assert_close(inverse_frequencies(as_gguf, head_dim, CPU), expected, rtol=2e-5, atol=0)
+    torch.testing.assert_close(inverse_frequencies(as_gguf, head_dim), expected, rtol=2e-5, atol=0)
