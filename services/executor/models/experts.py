@@ -17,6 +17,7 @@ from services.executor.models.linear import (
     Fp8Weight,
     IntWeight,
     LinearWeight,
+    bias_slots,
     build_weight,
 )
 from services.executor.models.runtime import ModelRuntime
@@ -74,7 +75,7 @@ class _Stack:
                 self.first, self._parts_of_first = weight, parts
             if type(weight) is not type(self.first) or len(parts) != len(self._wholes):
                 raise self._unlike(number)
-            self.slots += slots
+            self.slots += [*slots, *bias_slots(named, None, stored)]
 
     def whole(self, part: Tensor) -> Tensor:
         """Return the tensor `[E, ...]` of which a tensor of `first` is the part."""
@@ -97,6 +98,8 @@ class _Stack:
 
 def _product(prefix: str, w13: _Stack, w2: _Stack, ops: Ops) -> Callable[..., Tensor]:
     """Return the op that multiplies with such weights, given them; it takes `x`, `weights` and `ids`."""
+    if any(isinstance(stack.first, IntWeight) and stack.first.order is not None for stack in (w13, w2)):
+        raise UnsupportedModelError(f"{prefix}: activation order (desc_act) is not supported for experts")
     match w13.first, w2.first:
         case IntWeight() as up, IntWeight() as down if (up.bits, up.group_size) == (down.bits, down.group_size):
             return partial(

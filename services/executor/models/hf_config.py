@@ -74,9 +74,10 @@ def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
 
 
 def _stored_linears(raw: Mapping[str, Any]) -> CheckpointFormat | None:
-    config = raw.get("quantization_config")
+    key = "quantization_config" if raw.get("quantization_config") else "compression_config"  # llm-compressor's, of 2024
+    config = raw.get(key)
     if config is not None and not isinstance(config, Mapping):
-        raise UnsupportedModelError(f"config.json: quantization_config is {config!r}; it must be an object")
+        raise UnsupportedModelError(f"config.json: {key} is {config!r}; it must be an object")
     return stored_linears(config) if config else None
 
 

@@ -1,17 +1,24 @@
 """What the quantization_config of a config.json says of the linear layers' tensors."""
 
-from collections.abc import Mapping
+import fnmatch
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
 
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.linear.checkpoint import CheckpointFormat
 from services.executor.models.linear.ignored import IgnoredLayers
 from services.executor.models.linear.stored_fp8 import StoredFp8
-from services.executor.models.linear.stored_ints import StoredAwq, StoredGptq, StoredPacked
+from services.executor.models.linear.stored_ints import StoredAwq, StoredGptq, StoredInt8, StoredPacked
 from services.executor.models.linear.wna16 import Bits
 
+_log = logging.getLogger(__name__)
+
 _FP8_SCHEMES = ("static", "dynamic")
+_COMPRESSED_FORMATS = ("float-quantized", "naive-quantized", "pack-quantized", "int-quantized")
 _GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 0}
+_GROUPS_BY_ACTIVATION = (True, "group", "dynamic")
+"""Values of compressed-tensors' actorder with which groups are not of consecutive inputs."""
 
 
 def stored_linears(config: Mapping[str, Any]) -> CheckpointFormat:
@@ -35,7 +42,7 @@ def _fp8(config: Mapping[str, Any]) -> CheckpointFormat:
             "config.json: quantization_config.activation_scheme 'static' is not supported with weight_block_size; "
             "supported: dynamic"
         )
-    return StoredFp8(ignored, "weight_scale_inv", block=_block(config, "weight_block_size"))
+    return StoredFp8(ignored, block=_block(config, "weight_block_size"))
 
 
 def _awq(config: Mapping[str, Any]) -> CheckpointFormat:
@@ -46,22 +53,39 @@ def _awq(config: Mapping[str, Any]) -> CheckpointFormat:
 
 
 def _gptq(config: Mapping[str, Any]) -> CheckpointFormat:
-    if config.get("dynamic"):
-        raise UnsupportedModelError("config.json: quantization_config.dynamic is not supported; it must be empty")
     _choice(config, "lm_head", (False,), False)
     version = _choice(config, "checkpoint_format", tuple(_GPTQ_VERSIONS), "gptq")
+    # With static groups the inputs were quantised in another order than they lie in, but their groups are consecutive.
+    reorders = _choice(config, "desc_act", (True, False), False) and not config.get("static_groups")
     return StoredGptq(
-        _ignored(config, "modules_to_not_convert"),
+        IgnoredLayers((*_names(config, "modules_to_not_convert"), *_excluded_by_gptqmodel(config))),
         _bits(config, "bits"),
         _group_size(config),
-        _choice(config, "sym", (True, False), True),
-        _GPTQ_VERSIONS[version],
+        symmetric=_choice(config, "sym", (True, False), True),
+        ordered=reorders,
+        zero_offset=_GPTQ_VERSIONS[version],
     )
 
 
+def _excluded_by_gptqmodel(config: Mapping[str, Any]) -> list[str]:
+    """Return the patterns of the layers that GPTQModel left alone; it can also give layers settings of their own."""
+    rules = config.get("dynamic") or {}
+    if not all(rule.startswith("-:") for rule in rules):
+        raise UnsupportedModelError("config.json: quantization_config.dynamic is supported for rules '-:<regex>' only")
+    return [f"re:{rule.removeprefix('-:')}" for rule in rules]
+
+
+def _modelopt(config: Mapping[str, Any]) -> CheckpointFormat:
+    _choice(config, "quant_algo", ("FP8",))
+    excluded = (f"re:{fnmatch.translate(name)}" for name in _names(config, "ignore", "exclude_modules"))
+    return StoredFp8(IgnoredLayers(tuple(excluded)), static_input=True)
+
+
 def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
-    if config.get("sparsity_config"):
-        raise UnsupportedModelError("config.json: quantization_config.sparsity_config is not supported")
+    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise UnsupportedModelError("config.json: quantization_config.sparsity_config is not supported unless dense")
+    if config.get("transform_config"):
+        raise UnsupportedModelError("config.json: quantization_config.transform_config is not supported")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:
         raise UnsupportedModelError("config.json: quantization_config.config_groups must have exactly one group")
@@ -72,12 +96,19 @@ def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
         )
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
     ignored = _ignored(config, "ignore")
-    if _choice(config, "format", ("float-quantized", "pack-quantized")) == "pack-quantized":
-        return _packed(ignored, weights, inputs)
+    match _choice(config, "format", _COMPRESSED_FORMATS):
+        case "pack-quantized":
+            return _packed(ignored, weights, inputs)
+        case "int-quantized":
+            return _int8(ignored, weights, inputs or {})
+        case _:
+            return _float8(ignored, weights, inputs or {})
+
+
+def _float8(ignored: IgnoredLayers, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> CheckpointFormat:
     _choice(weights, "type", ("float",))
     _choice(weights, "num_bits", (8,))
     _choice(weights, "symmetric", (True,), True)
-    inputs = inputs or {}
     _choice(inputs, "type", ("float",))
     _choice(inputs, "num_bits", (8,))
     strategy = _choice(weights, "strategy", ("tensor", "channel", "block"))
@@ -89,6 +120,16 @@ def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
     return StoredFp8(ignored, per_row=strategy == "channel", static_input=not dynamic)
 
 
+def _int8(ignored: IgnoredLayers, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> CheckpointFormat:
+    _choice(weights, "type", ("int",))
+    _choice(weights, "num_bits", (8,))
+    _choice(weights, "symmetric", (True,), True)
+    _choice(weights, "strategy", ("channel",))
+    _choice(inputs, "dynamic", (True,), False)
+    _log.info("inputs of 8-bit layers keep their precision; the checkpoint was made for inputs of 8 bits as well")
+    return StoredInt8(ignored, 8, None, symmetric=True)
+
+
 def _packed(ignored: IgnoredLayers, weights: Mapping[str, Any], inputs: object) -> CheckpointFormat:
     if inputs:
         raise UnsupportedModelError("config.json: quantization_config: input_activations of packed integers")
@@ -96,10 +137,17 @@ def _packed(ignored: IgnoredLayers, weights: Mapping[str, Any], inputs: object) 
     strategy = _choice(weights, "strategy", ("group", "channel"))
     group_size = _group_size(weights) if strategy == "group" else None
     symmetric = _choice(weights, "symmetric", (True, False), True)
-    return StoredPacked(ignored, _bits(weights, "num_bits"), group_size, symmetric)
+    ordered = weights.get("actorder") in _GROUPS_BY_ACTIVATION
+    return StoredPacked(ignored, _bits(weights, "num_bits"), group_size, symmetric, ordered)
 
 
-_READERS = {"fp8": _fp8, "awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}
+_READERS = {
+    "fp8": _fp8,
+    "awq": _awq,
+    "gptq": _gptq,
+    "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
+}
 
 
 def _choice(
@@ -140,5 +188,8 @@ def _block(config: Mapping[str, Any], key: str) -> tuple[int, int]:
 
 
 def _ignored(config: Mapping[str, Any], *keys: str) -> IgnoredLayers:
-    names = [name for key in keys for name in config.get(key) or []]
-    return IgnoredLayers(tuple(map(str, names)))
+    return IgnoredLayers(tuple(_names(config, *keys)))
+
+
+def _names(config: Mapping[str, Any], *keys: str) -> Iterable[str]:
+    return (str(name) for key in keys for name in config.get(key) or [])

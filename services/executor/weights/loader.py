@@ -165,8 +165,11 @@ def _locate(path: Path) -> Path:
 
 
 def _hf_config(directory: Path) -> ModelConfig:
-    generation = directory / "generation_config.json"
-    return config_from_hf(_json(directory / "config.json"), _json(generation) if generation.is_file() else None)
+    generation, modelopt = directory / "generation_config.json", directory / "hf_quant_config.json"
+    raw = _json(directory / "config.json")
+    if not raw.get("quantization_config") and modelopt.is_file():  # where ModelOpt wrote it before it was in both
+        raw["quantization_config"] = {"quant_method": "modelopt"} | (_json(modelopt).get("quantization") or {})
+    return config_from_hf(raw, _json(generation) if generation.is_file() else None)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ _DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
 }

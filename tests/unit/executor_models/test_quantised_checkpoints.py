@@ -1,7 +1,9 @@
 """Checkpoints of every quantised format against transformers running the weights that they stand for."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantised_checkpoints import Encoder, awq, fp8, gptq, packed, write_checkpoint
+from quantised_checkpoints import Encoder, awq, fp8, gptq, int8, packed, write_checkpoint
 from services.executor.models import ModelRuntime, Quantization
 from services.executor.weights import UnsupportedModelError, load_model, read_model_config, weight_bytes
 
@@ -36,26 +38,47 @@ def ints(bits: int, **more: Any) -> dict[str, Any]:
 
 FLOAT8 = {"type": "float", "num_bits": 8}
 PER_TOKEN = {**FLOAT8, "strategy": "token", "dynamic": True}
+INT8_PER_TOKEN = {"type": "int", "num_bits": 8, "strategy": "token", "dynamic": True}
 INT_FORMATS: dict[str, tuple[dict[str, Any], Encoder]] = {
     "awq": (AWQ, awq(GROUP)),
     "gptq": (GPTQ, gptq(4, GROUP, symmetric=True)),
+    "gptq-mislabelled": (GPTQ, gptq(4, GROUP, symmetric=True, zero_offset=0)),  # as GPTQModel 5 writes them
     "gptq-8": (GPTQ | {"bits": 8}, gptq(8, GROUP, symmetric=True)),
-    "gptq-zeros": (GPTQ | {"sym": False, "desc_act": True}, gptq(4, GROUP, symmetric=False)),
+    "gptq-zeros": (GPTQ | {"sym": False, "desc_act": True, "static_groups": True}, gptq(4, GROUP, symmetric=False)),
     "gptq-v2": (
         GPTQ | {"sym": False, "bits": 8, "checkpoint_format": "gptq_v2"},
         gptq(8, GROUP, symmetric=False, zero_offset=0),
     ),
+    "gptq-order": (GPTQ | {"sym": False, "desc_act": True}, gptq(4, GROUP, symmetric=False, ordered=True)),
+    "gptq-order-8": (GPTQ | {"bits": 8, "desc_act": True}, gptq(8, GROUP, symmetric=True, ordered=True)),
+    "gptq-rows": (GPTQ | {"group_size": -1, "desc_act": True}, gptq(4, None, symmetric=True)),
     "packed": (compressed("pack-quantized", ints(4)), packed(4, GROUP, symmetric=True)),
     "packed-8": (compressed("pack-quantized", ints(8)), packed(8, GROUP, symmetric=True)),
     "packed-zeros": (
         compressed("pack-quantized", ints(4, symmetric=False)),
         packed(4, GROUP, symmetric=False),
     ),
+    "packed-order": (
+        compressed("pack-quantized", ints(4, actorder="group")),
+        packed(4, GROUP, symmetric=True, ordered=True),
+    ),
+    "int8": (
+        compressed("int-quantized", {"type": "int", "num_bits": 8, "strategy": "channel"}, INT8_PER_TOKEN),
+        int8(),
+    ),
 }
 INPUT_SCALE = 0.02
 FP8_FORMATS: dict[str, tuple[dict[str, Any], Encoder]] = {
     "fp8": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, fp8()),
     "fp8-static": ({"quant_method": "fp8", "activation_scheme": "static"}, fp8(input_scale=INPUT_SCALE)),
+    "fp8-static-transformers": (
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+        fp8(input_scale=INPUT_SCALE, like_transformers=True),
+    ),
+    "modelopt-static": (
+        {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "kv_cache_scheme": None},
+        fp8(input_scale=INPUT_SCALE),
+    ),
     "fp8-block": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [GROUP, GROUP]}, fp8(block=GROUP)),
     "float-tensor": (
         compressed("float-quantized", {**FLOAT8, "strategy": "tensor"}, {**FLOAT8, "strategy": "tensor"}),
@@ -107,7 +130,7 @@ def test_fp8(name: str, hf_model: Callable[..., Any], paged: Callable[..., Any],
         smaller = {
             key: tensor / 2
             for key, tensor in tensors.items()
-            if key.endswith(("q_proj.input_scale", "up_proj.input_scale"))
+            if re.search(r"(q|up)_proj\.(input|activation)_scale$", key)
         }
         save_file(tensors | smaller, file)
     quantise_inputs(oracle, INPUT_SCALE if static else None, GROUP if "block" in name else None)
@@ -126,6 +149,36 @@ def test_layers_that_are_not_quantised(hf_model: Callable[..., Any], paged: Call
     write_checkpoint(oracle, tmp_path, config | {"ignore": ["lm_head", "re:.*self_attn.*"]}, encode, "self_attn")
     got = paged(*load_model(tmp_path, ModelRuntime())).step({0: TOKENS.tolist()})[0]
     torch.testing.assert_close(got, reference(oracle), atol=1e-4, rtol=0)
+
+
+def test_layers_that_gptqmodel_was_told_to_leave(
+    hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path
+) -> None:
+    oracle = hf_model("llama", num_hidden_layers=2)
+    config, encode = INT_FORMATS["gptq-order"]
+    write_checkpoint(oracle, tmp_path, config | {"dynamic": {r"-:.*\.mlp\.": {}}}, encode, ".mlp.")
+    got = paged(*load_model(tmp_path, ModelRuntime())).step({0: TOKENS.tolist()})[0]
+    torch.testing.assert_close(got, reference(oracle), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("place", ["compression_config", "hf_quant_config.json"])
+def test_where_the_configuration_may_be(hf_model: Callable[..., Any], tmp_path: Path, place: str) -> None:
+    """llm-compressor called it compression_config in 2024, ModelOpt had a file of its own."""
+    oracle = hf_model("llama", num_hidden_layers=1)
+    config, encode = INT_FORMATS["packed"]
+    if place == "compression_config":
+        write_checkpoint(oracle, tmp_path, config | {"sparsity_config": {"format": "dense"}}, encode)
+    else:
+        _, encode = FP8_FORMATS["modelopt-static"]
+        write_checkpoint(oracle, tmp_path, {}, encode, "self_attn")
+        excluded = {"quant_algo": "FP8", "exclude_modules": ["lm_head", "model.layers.*.self_attn*"]}
+        (tmp_path / place).write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": excluded}))
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    settings["compression_config"] = settings.pop("quantization_config")
+    file.write_text(json.dumps(settings))
+    model, _ = load_model(tmp_path, ModelRuntime())
+    assert model.num_bytes() < weight_bytes(replace(read_model_config(tmp_path), stored_linears=None), ModelRuntime())
 
 
 @pytest.fixture
@@ -147,7 +200,21 @@ def refusal(path: Path, runtime: ModelRuntime | None = None) -> str:
 @pytest.mark.parametrize(
     ("name", "suffix", "change", "message"),
     [
-        ("gptq", "q_proj.g_idx", lambda t: t.flip(0), "q_proj.g_idx reorders the inputs; activation order"),
+        ("gptq", "q_proj.g_idx", lambda t: t.flip(0), "q_proj.g_idx reorders the inputs; the configuration (desc_act"),
+        ("gptq-order", "q_proj.g_idx", lambda t: t * 0, "q_proj.g_idx: its groups are not of 16 inputs each"),
+        (
+            "gptq-order",
+            "v_proj.g_idx",
+            lambda t: t.flip(0),
+            "v_proj.g_idx differs from model.layers.0.self_attn.q_proj",
+        ),
+        ("gptq-order", "o_proj.g_idx", None, "tensors are missing, the first is model.layers.0.self_attn.o_proj.g_idx"),
+        (
+            "gptq",
+            "down_proj.bias",
+            lambda t: t + 1,
+            "down_proj.bias is not zero; the configuration says that there is no",
+        ),
         ("gptq", "k_proj.qzeros", lambda t: t + 1, "k_proj.qzeros: zero points other than 8, but sym is true"),
         ("gptq", "k_proj.scales", lambda t: t[1:], "k_proj.scales has shape [2, 16], the configuration asks for [3, 1"),
         ("awq", "v_proj.qweight", lambda t: t.float(), "v_proj.qweight has dtype F32; supported: I32"),
@@ -196,10 +263,20 @@ def test_surplus_tensors_of_a_format(checkpoint: Callable[[str], Path]) -> None:
         ),
         (GPTQ | {"bits": 3}, "bits 3 is not supported; supported: 4, 8"),
         (GPTQ | {"lm_head": True}, "lm_head True is not supported; supported: False"),
-        (GPTQ | {"dynamic": {"-:.*": {}}}, "dynamic is not supported; it must be empty"),
+        (GPTQ | {"dynamic": {"-:.*": {}, "+:.*": {}}}, "dynamic is supported for rules '-:<regex>' only"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' is not supported; supported: FP8"),
         (
-            compressed("int-quantized", ints(8)),
-            "format 'int-quantized' is not supported; supported: float-quantized, p",
+            compressed("nvfp4-pack-quantized", ints(4)),
+            "format 'nvfp4-pack-quantized' is not supported; supported: float-quantized, n",
+        ),
+        (compressed("int-quantized", ints(8)), "strategy 'group' is not supported; supported: channel"),
+        (
+            compressed("pack-quantized", ints(4)) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config is not supported unless dense",
+        ),
+        (
+            compressed("pack-quantized", ints(4)) | {"transform_config": {"config_groups": {}}},
+            "transform_config is not",
         ),
         (
             compressed("pack-quantized", ints(4, strategy="tensor")),

@@ -1,6 +1,6 @@
 """Linear layers: how their weights lie in memory, how they multiply, and which tensors of a checkpoint fill them."""
 
-from services.executor.models.linear.checkpoint import CheckpointFormat, build_weight
+from services.executor.models.linear.checkpoint import CheckpointFormat, bias_slots, build_weight
 from services.executor.models.linear.dense import DenseWeight
 from services.executor.models.linear.fp8 import Fp8Weight
 from services.executor.models.linear.packed import PackedLinear
@@ -16,5 +16,6 @@ __all__ = [
     "LinearWeight",
     "PackedLinear",
     "QuantisedInput",
+    "bias_slots",
     "build_weight",
 ]

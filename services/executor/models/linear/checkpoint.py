@@ -3,7 +3,10 @@
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Protocol
+
+from torch import Tensor
 
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.linear.dense import DenseWeight
@@ -68,12 +71,34 @@ def build_weight(
     return weight, slots
 
 
+def bias_slots(parts: Mapping[str, int], bias: Tensor | None, stored: CheckpointFormat | None) -> list[WeightSlot]:
+    """Return the slots of the biases that `bias` stacks.
+
+    Without one, a quantised checkpoint may have zeros in their place, which AutoGPTQ writes for every layer.
+    """
+    if bias is not None:
+        return [WeightSlot(f"{name}.bias", bias[rows]) for name, rows in stacked(parts)]
+    if stored is None or stored.is_choice:
+        return []
+    names = {f"{name}.bias": size for name, size in parts.items()}
+    return [
+        WeightSlot(name, shape=(size,), encode=partial(_expect_zeros, name), optional=True)
+        for name, size in names.items()
+    ]
+
+
 def stacked(parts: Mapping[str, int]) -> Iterator[tuple[str, slice]]:
     """Yield every part with its rows of the stack."""
     start = 0
     for name, size in parts.items():
         yield name, slice(start, start + size)
         start += size
+
+
+def _expect_zeros(name: str, bias: Tensor) -> tuple[Tensor, ...]:
+    if bool(bias.any()):
+        raise UnsupportedModelError(f"{name} is not zero; the configuration says that there is no bias")
+    return ()
 
 
 def _empty(name: str, rows: int, columns: int, runtime: ModelRuntime) -> LinearWeight | None:

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from services.executor.models.linear.checkpoint import CheckpointFormat, build_weight
+from services.executor.models.linear.checkpoint import CheckpointFormat, bias_slots, build_weight
 from services.executor.models.linear.quantised import LinearInput
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot
@@ -30,11 +29,8 @@ class PackedLinear:
     ) -> None:
         names = {f"{prefix}.{part}": size for part, size in parts.items()}
         self._weight, self._slots = build_weight(names, in_features, stored, runtime)
-        self._bias: Tensor | None = None
-        if bias:
-            self._bias = runtime.empty(sum(parts.values()))
-            biases = torch.split(self._bias, list(parts.values()))
-            self._slots += [WeightSlot(f"{name}.bias", part) for name, part in zip(names, biases, strict=True)]
+        self._bias = runtime.empty(sum(parts.values())) if bias else None
+        self._slots += bias_slots(names, self._bias, stored)
 
     def __call__(self, x: LinearInput) -> Tensor:
         """`[T, in]` -> `[T, out]`."""

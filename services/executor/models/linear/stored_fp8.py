@@ -19,14 +19,14 @@ from services.executor.models.weight_slot import WeightSlot
 class StoredFp8:
     """`weight [n, K]` e4m3 and its scale, times which it is the weight.
 
-    The scale is one element, `[n, 1]` with `per_row`, or with `block` (bn, bk) one per block, `[n / bn, K / bk]`. With
-    `static_input` every projection has an `input_scale`, one element.
+    The scale, `weight_scale` or `weight_scale_inv`, is one element, `[n, 1]` with `per_row`, or with `block` (bn, bk)
+    one per block, `[n / bn, K / bk]`. With `static_input` every projection has an `input_scale` or, as transformers
+    calls it, `activation_scale`, one element.
     """
 
     is_choice: ClassVar[bool] = False
 
     ignored: IgnoredLayers
-    scale_name: str = "weight_scale"
     per_row: bool = False
     block: tuple[int, int] | None = None
     static_input: bool = False
@@ -42,21 +42,23 @@ class StoredFp8:
         slots: list[WeightSlot] = []
         for name, part in stacked(parts):
             slots.append(WeightSlot(f"{name}.weight", weight.codes[part], dtypes=(E4M3,)))
-            slots.append(self._scale_slot(f"{name}.{self.scale_name}", weight.scale, part))
+            slots.append(self._scale_slot(name, weight.scale, part))
         if weight.input_scale is not None:
             first, *others = parts
-            slots.append(WeightSlot(f"{first}.input_scale", weight.input_scale, shape=()))
+            slots.append(_input_scale_slot(first, weight.input_scale))
             raise_to = _raising(weight.input_scale)
-            slots += [WeightSlot(f"{name}.input_scale", shape=(), encode=raise_to) for name in others]
+            slots += [_input_scale_slot(name, encode=raise_to) for name in others]
         return weight, slots
 
-    def _scale_slot(self, name: str, scale: Tensor, rows: slice) -> WeightSlot:
+    def _scale_slot(self, projection: str, scale: Tensor, rows: slice) -> WeightSlot:
+        # Both names mean what numbers are multiplied by; "inverse" is that of what they were multiplied by before.
+        name, aliases = f"{projection}.weight_scale", (f"{projection}.weight_scale_inv",)
         if self.block is not None:
             block_rows = self.block[0]
-            return WeightSlot(name, scale[rows.start // block_rows : rows.stop // block_rows])
+            return WeightSlot(name, scale[rows.start // block_rows : rows.stop // block_rows], aliases=aliases)
         if self.per_row:
-            return WeightSlot(name, scale[rows])
-        return WeightSlot(name, scale[rows], shape=(), encode=lambda one: (one.view(1, 1),))
+            return WeightSlot(name, scale[rows], aliases=aliases)
+        return WeightSlot(name, scale[rows], shape=(), encode=lambda one: (one.view(1, 1),), aliases=aliases)
 
     def _check_blocks(self, parts: Mapping[str, int], in_features: int, block: tuple[int, int]) -> None:
         for name, size in parts.items():
@@ -65,6 +67,13 @@ class StoredFp8:
                     f"{name}: blocks of {block[0]} x {block[1]} (weight_block_size) do not divide its shape, "
                     f"[{size}, {in_features}]"
                 )
+
+
+def _input_scale_slot(
+    projection: str, *dests: Tensor, encode: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+) -> WeightSlot:
+    aliases = (f"{projection}.activation_scale",)
+    return WeightSlot(f"{projection}.input_scale", *dests, shape=(), encode=encode, aliases=aliases)
 
 
 def _raising(largest: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:

@@ -23,14 +23,20 @@ _AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True)
 class StoredInts:
-    """What the formats have in common: numbers of `bits` bits, in groups of `group_size`; None is all of a row."""
+    """What the formats have in common: numbers of `bits` bits, in groups of `group_size`; None is all of a row.
+
+    A tensor `index_name`, if the format has one, says which group each input is in: with `ordered` any (GPTQ's
+    activation order), consecutive ones otherwise.
+    """
 
     is_choice: ClassVar[bool] = False
+    index_name: ClassVar[str | None] = None
 
     ignored: IgnoredLayers
     bits: Bits
     group_size: int | None
     symmetric: bool
+    ordered: bool = False
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""
@@ -50,23 +56,22 @@ class StoredInts:
             bits=self.bits,
             group_size=group_size,
             zeros=not self.symmetric,
+            ordered=self.ordered and group_size < in_features,
         )
-        return weight, [slot for name, part in stacked(parts) for slot in self.slots(name, weight.part(part), weight)]
+        slots: list[WeightSlot] = []
+        if self.index_name is not None:  # before the numbers, which are put in that order
+            names = [f"{name}.{self.index_name}" for name in parts]
+            slots += [_index_slot(name, names[0], weight, in_features) for name in names]
+        slots += [slot for name, part in stacked(parts) for slot in self.slots(name, weight.part(part), weight)]
+        return weight, slots
 
     def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight) -> list[WeightSlot]:
         """Return the slots of one projection, whose `memory` is words, scales and, unless symmetric, zero points."""
         raise NotImplementedError
 
-    def check_group_index(self, name: str, in_features: int, group_size: int) -> WeightSlot:
-        """Return a slot that refuses groups of other than consecutive inputs."""
-
-        def check(index: Tensor) -> tuple[Tensor, ...]:
-            expected = torch.arange(in_features, dtype=index.dtype, device=index.device) // group_size
-            if not torch.equal(index, expected):
-                raise UnsupportedModelError(f"{name} reorders the inputs; activation order (desc_act) is not supported")
-            return ()
-
-        return WeightSlot(name, shape=(in_features,), dtypes=_INDICES, encode=check, optional=True)
+    def reordered(self, words: Tensor, weight: IntWeight) -> Tensor:
+        """Return words `[K / w, n]` of rows in the order of the inputs with the rows in the weight's order."""
+        return words if weight.order is None else pack_rows(unpack_rows(words, self.bits)[weight.order], self.bits)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class StoredGptq(StoredInts):
 
     `zero_offset` is added to stored zero points: version 1 of the format has them one too small.
     """
+
+    index_name: ClassVar[str | None] = "g_idx"
 
     zero_offset: int = 1
 
@@ -85,16 +92,18 @@ class StoredGptq(StoredInts):
         highest, middle = (1 << self.bits) - 1, 1 << (self.bits - 1)
 
         def decode_zeros(packed: Tensor) -> tuple[Tensor, ...]:
-            points = (unpack_rows(packed.T, self.bits).T.int() + self.zero_offset) & highest
+            points = unpack_rows(packed.T, self.bits).T.int()
             if zeros:
-                return (points,)
-            if bool((points != middle).any()):
+                return ((points + self.zero_offset) & highest,)
+            # Some files say version 1 and have the zero points of version 2; which it is makes no difference here.
+            if not (bool((points == middle - 1).all()) or bool((points == middle).all())):
                 raise UnsupportedModelError(f"{name}.qzeros: zero points other than {middle}, but sym is true")
             return ()
 
-        in_features = words.shape[0] * per_word(self.bits)
         return [
-            WeightSlot(f"{name}.qweight", words, dtypes=_WORDS),
+            WeightSlot(
+                f"{name}.qweight", words, dtypes=_WORDS, encode=lambda packed: (self.reordered(packed, weight),)
+            ),
             WeightSlot(
                 f"{name}.qzeros",
                 *zeros,
@@ -103,7 +112,6 @@ class StoredGptq(StoredInts):
                 encode=decode_zeros,
             ),
             WeightSlot(f"{name}.scales", scales),
-            self.check_group_index(f"{name}.g_idx", in_features, weight.group_size),
         ]
 
 
@@ -141,13 +149,21 @@ class StoredPacked(StoredInts):
     unless symmetric, `weight_zero_point [n / w, K / g]`. Packed numbers are 2^(bits - 1) larger than those they mean.
     """
 
+    index_name: ClassVar[str | None] = "weight_g_idx"
+
     def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight) -> list[WeightSlot]:
         """Return the slots of the tensors named in the class."""
         words, scales, *zeros = memory
         groups, rows = scales.shape
         in_features = words.shape[0] * per_word(self.bits)
         slots = [
-            WeightSlot(f"{name}.weight_packed", words, shape=tuple(words.T.shape), dtypes=_WORDS, encode=_transposed),
+            WeightSlot(
+                f"{name}.weight_packed",
+                words,
+                shape=tuple(words.T.shape),
+                dtypes=_WORDS,
+                encode=lambda packed: (self.reordered(packed.T, weight),),
+            ),
             WeightSlot(f"{name}.weight_scale", scales, shape=(rows, groups), encode=_transposed),
             WeightSlot(
                 f"{name}.weight_shape",
@@ -166,7 +182,51 @@ class StoredPacked(StoredInts):
                     encode=lambda packed: (unpack_rows(packed, self.bits).T,),
                 )
             )
-        return [*slots, self.check_group_index(f"{name}.weight_g_idx", in_features, weight.group_size)]
+        return slots
+
+
+@dataclass(frozen=True)
+class StoredInt8(StoredInts):
+    """compressed-tensors' int-quantized: `weight [n, K]` i8 and `weight_scale [n, 1]`."""
+
+    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight) -> list[WeightSlot]:
+        """Return the slots of the tensors named in the class."""
+        words, scales = memory
+        return [
+            WeightSlot(
+                f"{name}.weight",
+                words,
+                shape=(words.shape[1], words.shape[0] * per_word(self.bits)),
+                dtypes=(torch.int8,),
+                encode=lambda numbers: (pack_rows(numbers.T.int() + 128, self.bits),),
+            ),
+            WeightSlot(f"{name}.weight_scale", scales, shape=tuple(scales.T.shape), encode=_transposed),
+        ]
+
+
+def _index_slot(name: str, first: str, weight: IntWeight, in_features: int) -> WeightSlot:
+    """Return the slot of an index; that of the `first` projection of a matrix fills the order of all."""
+    order = weight.order
+
+    def check(index: Tensor) -> tuple[Tensor, ...]:
+        expected = torch.arange(in_features, dtype=index.dtype, device=index.device) // weight.group_size
+        if order is None:
+            if not torch.equal(index, expected):
+                raise UnsupportedModelError(
+                    f"{name} reorders the inputs; the configuration (desc_act, actorder) does not"
+                )
+            return ()
+        ascending = torch.argsort(index, stable=True)
+        if not torch.equal(index[ascending], expected):
+            raise UnsupportedModelError(f"{name}: its groups are not of {weight.group_size} inputs each")
+        if name == first:
+            return (ascending,)
+        if not torch.equal(order, ascending.to(order.dtype)):
+            raise UnsupportedModelError(f"{name} differs from {first}; projections of one input must order it alike")
+        return ()
+
+    dests = () if order is None or name != first else (order,)
+    return WeightSlot(name, *dests, shape=(in_features,), dtypes=_INDICES, encode=check, optional=order is None)
 
 
 def _unpack_awq(words: Tensor) -> Tensor:

@@ -31,11 +31,20 @@ def quantise_groups(matrix: Tensor, bits: Bits, group_size: int, dtype: torch.dt
 class IntWeight:
     """words `[K * bits / 32, N]` i32; scales and, optionally, zero points `[K / group_size, N]` of the runtime's dtype.
 
-    Number q stands for `(q - zero) * scale`; zero is 2^(bits - 1) where no zero points are kept.
+    Number q stands for `(q - zero) * scale`; zero is 2^(bits - 1) where no zero points are kept. With `ordered`, row i
+    of the matrix that the words hold, and so a member of group i / group_size, belongs to input `order[i]`.
     """
 
     def __init__(
-        self, rows: int, columns: int, runtime: ModelRuntime, *, bits: Bits, group_size: int, zeros: bool = False
+        self,
+        rows: int,
+        columns: int,
+        runtime: ModelRuntime,
+        *,
+        bits: Bits,
+        group_size: int,
+        zeros: bool = False,
+        ordered: bool = False,
     ) -> None:
         self.bits: Bits = bits
         self.group_size = group_size
@@ -44,6 +53,7 @@ class IntWeight:
         self.words = runtime.empty(columns // per_word(bits), rows, dtype=torch.int32)
         self.scales = runtime.empty(columns // group_size, rows)
         self.zeros = runtime.empty(columns // group_size, rows) if zeros else None
+        self.order = runtime.empty(columns, dtype=torch.int32) if ordered else None
 
     def part(self, rows: slice) -> tuple[Tensor, ...]:
         """Return the words, scales and, if there are, zero points of some rows."""
@@ -57,6 +67,7 @@ class IntWeight:
     def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
         """Return `x W^T + bias`."""
         assert isinstance(x, Tensor)
+        x = x if self.order is None else x.index_select(1, self.order)
         y = self._gemm(x, self.words, self.scales, self.zeros, group_size=self.group_size)
         return y if bias is None else y.add_(bias)
 
