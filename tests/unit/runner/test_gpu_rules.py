@@ -1,4 +1,7 @@
-"""What warm-up is for: no kernel variant is met for the first time while serving. Nothing is compiled here."""
+"""What a GPU would show by being slow, or by failing: late compiles, and values that the host asks it for.
+
+Nothing is compiled here, and kernels do nothing.
+"""
 
 import random
 from collections.abc import Callable
@@ -16,7 +19,7 @@ import engine_kit
 from kernels import Capability, select_ops
 from runner_kit import CPU, MODEL
 from services.executor.engine import Engine
-from services.executor.models import ModelConfig, ModelRuntime, Quantization, allocate_kv_caches, dummy_model
+from services.executor.models import CausalLM, ModelConfig, ModelRuntime, Quantization, allocate_kv_caches
 from services.executor.runner import FakeCudaDevice, ModelRunner
 from services.executor.runner.warm_up import run_largest_step, warm_up
 
@@ -49,13 +52,18 @@ MIXTURE = replace(
 )
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels do nothing, and what they would have written is zero."""
-
     class Compiled:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *args: None
+
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: Compiled())
+
+
+@pytest.fixture
+def zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels would have written is zero."""
 
     def zeros(*shape: Any, memory_format: object = None, **options: Any) -> torch.Tensor:
         return torch.zeros(*shape, **options)
@@ -63,14 +71,29 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def zeros_like(tensor: torch.Tensor, memory_format: object = None, **options: Any) -> torch.Tensor:
         return torch.zeros_like(tensor, **options)
 
-    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: Compiled())
     monkeypatch.setattr(torch, "empty", zeros)
     monkeypatch.setattr(torch, "empty_like", zeros_like)
 
 
-def traffic(config: Any, rng: random.Random) -> list[Any]:
+class MetaDevice(FakeCudaDevice):
+    """Its memory has no content: what reads it on the host, or mixes it with memory of the host, raises."""
+
+    def __init__(self, capability: Capability) -> None:
+        super().__init__(capability)
+        self.torch_device = torch.device("meta")
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.device == CPU
+        return tensor.to("meta")
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.device == self.torch_device
+        return torch.full(tensor.shape, tensor.dtype == torch.bool, dtype=tensor.dtype)
+
+
+def traffic(config: Any, count: int, rng: random.Random) -> list[Any]:
     requests = []
-    for number in range(60):
+    for number in range(count):
         options: dict[str, Any] = {"temperature": rng.choice((0.0, 1.0)), "n": rng.choice((1, 1, 1, 2, 3))}
         for name, values in (
             ("logprobs", (0, 1, config.max_logprobs)),
@@ -87,13 +110,49 @@ def traffic(config: Any, rng: random.Random) -> list[Any]:
         options |= {"max_tokens": rng.randint(1, 10), "ignore_eos": True, "seed": number}
         requests.append(engine_kit.make_request(number, prompt, **options))
     # All samples fork at once, and then leave a prompt one place in each step.
-    requests.append(engine_kit.make_request(60, [1] * 7, n=config.max_num_seqs - 1, max_tokens=80, ignore_eos=True))
-    requests.append(engine_kit.make_request(61, [1] * 20, max_tokens=2, ignore_eos=True))
+    requests.append(engine_kit.make_request(count, [1] * 7, n=config.max_num_seqs - 1, max_tokens=80, ignore_eos=True))
+    requests.append(engine_kit.make_request(count + 1, [1] * 20, max_tokens=2, ignore_eos=True))
     return requests
 
 
-@pytest.mark.usefixtures("without_compiler")
-@pytest.mark.parametrize(
+def serve(
+    model: ModelConfig,
+    quantization: Any,
+    cache_dtype: torch.dtype,
+    limits: dict[str, int],
+    *,
+    device: FakeCudaDevice,
+    count: int,
+) -> ModelRunner:
+    """Warm up a runner and put traffic to it."""
+    ops = select_ops(device.capability, dtype=torch.bfloat16, kv_cache_dtype=cache_dtype)
+    runtime = ModelRuntime(ops, torch.bfloat16, device.torch_device, Quantization(quantization))
+    settings = {"max_model_len": 300, "max_num_seqs": 8, "max_num_batched_tokens": 128, "num_blocks": 60} | limits
+    config = engine_kit.make_config(
+        vocab_size=model.vocab_size, eos_token_ids=frozenset({2}), block_size=16, max_logprobs=5, **settings
+    )
+    weights = CausalLM(model, runtime, max_model_len=config.max_model_len)
+    run_largest_step(weights, config, device, cache_dtype)
+    caches = allocate_kv_caches(
+        model, config.num_blocks, config.block_size, dtype=cache_dtype, device=device.torch_device
+    )
+    runner = ModelRunner(weights, caches, config, device)
+    warm_up(runner, config, lambda text: None)
+
+    rng = random.Random(0)
+    engine = Engine(config, runner, engine_kit.SimClock())
+    for request in traffic(config, count, rng):
+        engine.add(request)
+        for _ in range(rng.randint(0, 4)):
+            if engine.has_unfinished():
+                assert engine.step().error is None
+    while engine.has_unfinished():
+        assert engine.step().error is None
+    return runner
+
+
+H200 = Capability(sm=90, num_sms=132, name="NVIDIA H200")
+MODELS = pytest.mark.parametrize(
     ("model", "quantization", "cache_dtype", "limits"),
     [
         (LLAMA, "none", torch.bfloat16, {"max_num_seqs": 24}),
@@ -106,28 +165,21 @@ def traffic(config: Any, rng: random.Random) -> list[Any]:
     ],
     ids=["llama", "fp8", "int4", "gemma", "wide-group", "mixture", "mixture-int8"],
 )
-def test_serving_meets_no_variant_that_warm_up_did_not(
+
+
+@pytest.mark.usefixtures("zeroed")
+@MODELS
+def test_serving_meets_no_kernel_variant_that_warm_up_did_not(
     model: ModelConfig, quantization: Any, cache_dtype: torch.dtype, limits: dict[str, int]
 ) -> None:
-    device = FakeCudaDevice(Capability(sm=90, num_sms=132))
-    ops = select_ops(device.capability, dtype=torch.bfloat16, kv_cache_dtype=cache_dtype)
-    runtime = ModelRuntime(ops, torch.bfloat16, CPU, Quantization(quantization))
-    settings = {"max_model_len": 300, "max_num_seqs": 8, "max_num_batched_tokens": 128, "num_blocks": 60} | limits
-    config = engine_kit.make_config(
-        vocab_size=model.vocab_size, eos_token_ids=frozenset({2}), block_size=16, max_logprobs=5, **settings
-    )
-    weights = dummy_model(model, runtime, max_model_len=config.max_model_len)
-    run_largest_step(weights, config, device, cache_dtype)
-    caches = allocate_kv_caches(model, config.num_blocks, config.block_size, dtype=cache_dtype, device=CPU)
-    runner = ModelRunner(weights, caches, config, device)
-    warm_up(runner, config, lambda text: None)
-
-    rng = random.Random(0)
-    engine = Engine(config, runner, engine_kit.SimClock())
-    for request in traffic(config, rng):
-        engine.add(request)
-        for _ in range(rng.randint(0, 4)):
-            if engine.has_unfinished():
-                assert engine.step().error is None
-    engine_kit.run(engine)
+    runner = serve(model, quantization, cache_dtype, limits, device=FakeCudaDevice(H200), count=60)
     assert runner.late_compiles == []
+
+
+@MODELS
+def test_the_host_reads_nothing_from_the_device_and_mixes_in_nothing_of_its_own(
+    model: ModelConfig, quantization: Any, cache_dtype: torch.dtype, limits: dict[str, int]
+) -> None:
+    device = MetaDevice(H200)
+    serve(model, quantization, cache_dtype, limits, device=device, count=10)
+    assert device.num_replays > 0
