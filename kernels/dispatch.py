@@ -1,4 +1,4 @@
-"""Which form of each op runs: plain torch, or a Triton kernel.
+"""Which form of each op runs: plain torch, a Triton kernel, or C++ on the CPU (see `kernels.cpu`).
 
     ops = select_ops(Capability.of(device), dtype=torch.bfloat16)
     ops.silu_and_mul(x, out=y)
@@ -23,12 +23,14 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
 from kernels.capability import Capability
+from kernels.cpu.library import default_build_dir, load_library
 from kernels.launch import Launch
 from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from kernels.reference.attention import paged_attention_decode, unified_attention
@@ -43,7 +45,7 @@ from kernels.reference.sampling import sample
 from kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
 from kernels.tiles import TILED_OPS, tile_table
 
-Backend = Literal["torch", "triton"]
+Backend = Literal["torch", "triton", "cpp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,14 @@ class TritonForm:
     module: str  # under kernels.triton; the function has the op's name
     min_sm: int = 80  # bfloat16 and asynchronous copies
     uses_cache: bool = False  # reads or writes the KV cache, so its dtype matters, too
+
+
+@dataclass(frozen=True, slots=True)
+class CppForm:
+    """Where the C++ form of an op is, and what it takes."""
+
+    module: str  # under kernels.cpu; the function has the op's name
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,6 +89,12 @@ _TRITON: Mapping[str, TritonForm] = MappingProxyType(
         "w8a16_gemm": TritonForm("gemm_wna16"),
     }
 )
+_CPP: Mapping[str, CppForm] = MappingProxyType(
+    {
+        "gelu_tanh_and_mul": CppForm("activation"),
+        "silu_and_mul": CppForm("activation"),
+    }
+)
 
 
 class Ops:
@@ -88,7 +104,7 @@ class Ops:
     when there are none.
     """
 
-    # These class attributes are the torch forms and give every op its type; Triton forms shadow them.
+    # These class attributes are the torch forms and give every op its type; other forms shadow them.
     apply_logits_processors_ = staticmethod(apply_logits_processors_)
     copy_blocks_ = staticmethod(copy_blocks_)
     fp8_gemm = staticmethod(fp8_gemm)
@@ -111,15 +127,14 @@ class Ops:
     w8a16_gemm = staticmethod(w8a16_gemm)
 
     def __init__(
-        self, launch: Launch | None = None, triton_forms: Mapping[str, Callable[..., Any]] | None = None
+        self, launch: Launch | None = None, forms: Mapping[str, tuple[Backend, Callable[..., Any]]] | None = None
     ) -> None:
         self.launch = launch
-        forms = triton_forms or {}
-        for name, function in forms.items():
+        backends: dict[str, Backend] = dict.fromkeys(OP_NAMES, "torch")
+        for name, (backend, function) in (forms or {}).items():
+            backends[name] = backend
             setattr(self, name, function)
-        self.backends: Mapping[str, Backend] = MappingProxyType(
-            {name: "triton" if name in forms else "torch" for name in OP_NAMES}
-        )
+        self.backends: Mapping[str, Backend] = MappingProxyType(backends)
 
 
 OP_NAMES = tuple(sorted(name for name, value in vars(Ops).items() if isinstance(value, staticmethod)))
@@ -132,8 +147,9 @@ def select_ops(
     kv_cache_dtype: torch.dtype | None = None,
     overrides: Mapping[str, Backend] | None = None,
     launch: Launch | None = None,
+    build_dir: Path | None = None,
 ) -> Ops:
-    """Choose a form of every op: Triton where the op has such a form and the device can run it, torch otherwise.
+    """Choose a form of every op: Triton on a GPU and C++ on a CPU, where the op has it and it can run; else torch.
 
     Args:
         capability: of the device that the ops will run on.
@@ -142,6 +158,7 @@ def select_ops(
         overrides: op name to backend, instead of the choice made here; the name "all" stands for every op that has
             the backend asked for.
         launch: starts the Triton forms; None makes one for `capability`.
+        build_dir: where compiled C++ forms are kept; None is in the user's cache directory.
 
     Raises:
         ValueError: an override names an op that does not exist, or a form that does not exist or that the device
@@ -152,31 +169,42 @@ def select_ops(
     for name in overrides.keys() - {"all", *OP_NAMES}:
         raise ValueError(f"overrides: there is no op {name!r}; ops are {', '.join(OP_NAMES)}")
     launch = launch or Launch(capability)
-    forms: dict[str, Callable[..., Any]] = {}
+    build_dir = build_dir or default_build_dir()
+    best: Backend = "triton" if capability.sm else "cpp"
+    forms: dict[str, tuple[Backend, Callable[..., Any]]] = {}
     for name in OP_NAMES:
-        obstacle = _obstacle(name, capability, dtype)
-        wanted = overrides.get(name)
-        if wanted == "triton" and obstacle:
-            raise ValueError(f"overrides: {name} cannot run on triton: {obstacle}")
-        if (wanted or overrides.get("all", "triton")) == "triton" and not obstacle:
+        backend = overrides.get(name) or overrides.get("all", best)
+        obstacle = None if backend == "torch" else _obstacle(name, backend, capability, dtype, build_dir)
+        if obstacle and name in overrides:
+            raise ValueError(f"overrides: {name} cannot run on {backend}: {obstacle}")
+        if backend == "triton" and not obstacle:
             if _TRITON[name].uses_cache and kv_cache_dtype == E4M3:
                 capability.require_e4m3("kv_cache_dtype")  # rather than the torch form, which would crawl
-            module = importlib.import_module(f"kernels.triton.{_TRITON[name].module}")
-            forms[name] = functools.partial(getattr(module, name), launch)
+            forms[name] = backend, _form(f"triton.{_TRITON[name].module}", name, launch)
             if name in TILED_OPS:
                 tile_table(name, capability)  # a table that cannot be used is refused here, not at the first call
-    return Ops(launch if forms else None, forms)
+        elif backend == "cpp" and not obstacle:
+            forms[name] = backend, _form(f"cpu.{_CPP[name].module}", name, load_library(build_dir))
+    return Ops(launch if any(backend == "triton" for backend, _ in forms.values()) else None, forms)
 
 
-def _obstacle(name: str, capability: Capability, dtype: torch.dtype) -> str | None:
-    """Why the Triton form of an op cannot be used, or None."""
-    form = _TRITON.get(name)
+def _form(module: str, name: str, started_by: object) -> Callable[..., Any]:
+    return functools.partial(getattr(importlib.import_module(f"kernels.{module}"), name), started_by)
+
+
+def _obstacle(name: str, backend: Backend, capability: Capability, dtype: torch.dtype, build_dir: Path) -> str | None:
+    """Why the form of an op for this backend cannot be used, or None."""
+    form = _TRITON.get(name) if backend == "triton" else _CPP.get(name)
     if form is None:
         return "it has no such form"
-    if capability.sm < form.min_sm:
+    if isinstance(form, TritonForm) and capability.sm < form.min_sm:
         return f"it needs compute capability {form.min_sm / 10}, the device has {capability.sm / 10}"
-    if dtype not in _FLOATS:
+    if isinstance(form, CppForm) and capability.sm:
+        return "it is for CPUs"
+    if dtype not in (form.dtypes if isinstance(form, CppForm) else _FLOATS):
         return f"it does not take {dtype}"
-    if importlib.util.find_spec("triton") is None:
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if backend == "cpp" and load_library(build_dir) is None:
+        return "it could not be compiled"
     return None

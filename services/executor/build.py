@@ -69,7 +69,8 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
         EngineConfigError,
     ) as error:
         raise StartError(str(error)) from error
-    info = _placed(placement, backend="triton" if "triton" in built.ops.backends.values() else "torch")
+    compiled = next((backend for backend in built.ops.backends.values() if backend != "torch"), "torch")
+    info = _placed(placement, backend=compiled)
     info.quantization = "" if settings.quantization == "none" else settings.quantization
     info.kernels.update(built.ops.backends)
     return replace(_describe(found, built.engine, info), late_compiles=lambda: len(built.runner.late_compiles))

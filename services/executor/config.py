@@ -47,10 +47,10 @@ class ExecutorSettings(ServiceSettings):
     """Type of cached keys and values: that of activations, or e4m3, which halves them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU where torch finds one."""
-    kernels: Annotated[dict[str, Literal["torch", "triton"]], NoDecode, BeforeValidator(_parse_kernels)] = Field(
+    kernels: Annotated[dict[str, Literal["torch", "triton", "cpp"]], NoDecode, BeforeValidator(_parse_kernels)] = Field(
         default_factory=dict
     )
-    """Forms of ops instead of the chosen ones: OP=torch or OP=triton, comma-separated; the op "all" means every one."""
+    """Forms of ops instead of the chosen ones: OP=torch, OP=triton or OP=cpp, comma-separated; OP "all" means each."""
     enforce_eager: bool = False
     """Launch decode steps op by op instead of replaying captured graphs: slower, easier to debug."""
     num_threads: Annotated[int, Field(ge=0)] = 0

@@ -118,6 +118,7 @@ def _select_ops(settings: ExecutorSettings, placement: Placement) -> Ops:
             dtype=placement.dtype,
             kv_cache_dtype=placement.kv_cache_dtype,
             overrides=settings.kernels,
+            build_dir=settings.home / "kernels",
         )
     except ValueError as error:
         raise StartError(f"--kernels: {error}") from error

@@ -26,11 +26,23 @@ def test_every_public_function_of_a_device_is_an_op():
     assert {name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))} - helpers == set(OP_NAMES)
 
 
-def test_without_cuda_all_ops_are_torch():
-    for ops in (Ops(), select_ops(Capability.of(torch.device("cpu")), dtype=torch.float32)):
+def test_without_a_device_all_ops_are_torch():
+    cpu = Capability.of(torch.device("cpu"))
+    for ops in (Ops(), select_ops(cpu, dtype=torch.float32, overrides={"all": "torch"})):
         assert set(ops.backends.values()) == {"torch"}
         assert ops.launch is None
         assert ops.silu_and_mul is kernels.silu_and_mul
+
+
+def test_without_a_compiler_all_ops_are_torch_and_one_line_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
+        ops = select_ops(CPU, dtype=torch.float32, build_dir=tmp_path)
+        assert set(ops.backends.values()) == {"torch"}
+    assert len(caplog.records) == 1
+    assert "plain torch is used instead: there is no compiler (c++, g++, clang++)" in caplog.text
+    with pytest.raises(ValueError, match="silu_and_mul cannot run on cpp: it could not be compiled"):
+        select_ops(CPU, dtype=torch.float32, overrides={"silu_and_mul": "cpp"}, build_dir=tmp_path)
 
 
 def test_a_capable_device_gets_triton(with_triton):
@@ -50,7 +62,7 @@ def test_an_e4m3_cache_needs_a_device_that_converts_it(with_triton):
     backends = select_ops(A100, dtype=BF16, kv_cache_dtype=E4M3, overrides=overrides).backends
     assert {backends[name] for name in on_cache} == {"torch"}
     assert backends["copy_blocks_"] == "triton"
-    assert set(select_ops(CPU, dtype=BF16, kv_cache_dtype=E4M3).backends.values()) == {"torch"}
+    assert "triton" not in select_ops(CPU, dtype=BF16, kv_cache_dtype=E4M3).backends.values()
 
 
 def refused_calls():
@@ -82,11 +94,14 @@ def test_overrides(with_triton):
     backends = select_ops(H200, dtype=BF16, overrides={"all": "torch", "copy_blocks_": "triton"}).backends
     assert [name for name, backend in backends.items() if backend == "triton"] == ["copy_blocks_"]
     assert select_ops(H200, dtype=BF16, overrides={"copy_blocks_": "torch"}).backends["unified_attention"] == "triton"
+    assert set(select_ops(H200, dtype=BF16, overrides={"all": "cpp"}).backends.values()) == {"torch"}
 
 
 @pytest.mark.parametrize(
     ("capability", "name", "message"),
     [
+        (H200, "silu_and_mul", "silu_and_mul cannot run on cpp: it is for CPUs"),
+        (CPU, "swap_blocks", "swap_blocks cannot run on cpp: it has no such form"),
         (H200, "attention", "there is no op 'attention'; ops are apply_logits_processors_, "),
         (H200, "swap_blocks", "swap_blocks cannot run on triton: it has no such form"),
         (
@@ -99,7 +114,7 @@ def test_overrides(with_triton):
 )
 def test_impossible_overrides_are_refused(capability, name, message):
     with pytest.raises(ValueError, match=message):
-        select_ops(capability, dtype=BF16, overrides={name: "triton"})
+        select_ops(capability, dtype=BF16, overrides={name: "cpp" if "cpp" in message else "triton"})
 
 
 def test_importing_kernels_does_not_import_triton():

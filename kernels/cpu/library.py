@@ -1,0 +1,112 @@
+"""The C++ forms as a shared object: built once by the machine's own compiler, kept in the user's cache directory.
+
+The sources include no header of torch or Python and are called through ctypes, which releases the interpreter lock. So
+a compiler is all that is needed, a build takes seconds, and what was built does not depend on the version of torch.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+_LINK = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
+_BUILD_LIMIT_S = 120
+
+# Numbers of element types in C++, `Code` in vec.h.
+CODES: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2})
+
+# Every exported function and its arguments, without the number of threads, an int64, which is the last of each: p a
+# pointer, i an int64, f a double. The result is an int64: -1, or the index of the row that is at fault.
+FUNCTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "gated_activation": "iippiiii",
+    }
+)
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
+
+_logger = logging.getLogger(__name__)
+
+
+class CpuLibrary:
+    """The functions of a shared object, by name.
+
+    Raises:
+        OSError: it cannot be loaded.
+        AttributeError: it lacks a function.
+    """
+
+    def __init__(self, path: Path) -> None:
+        dll = ctypes.CDLL(str(path))
+        for name, arguments in FUNCTIONS.items():
+            function = getattr(dll, name)
+            function.argtypes = [*(_TYPES[kind] for kind in arguments), ctypes.c_int64]
+            function.restype = ctypes.c_int64
+        self._dll = dll
+
+    def call(self, name: str, *args: int | float | None) -> int:
+        """Call a function with these arguments, pointers as `data_ptr` returns them, and torch's number of threads."""
+        result: int = getattr(self._dll, name)(*args, torch.get_num_threads())
+        return result
+
+
+def default_build_dir() -> Path:
+    """Return where compiled forms are kept when nobody says where."""
+    return Path.home() / ".cache" / "scalellm" / "kernels"
+
+
+@functools.cache
+def load_library(build_dir: Path) -> CpuLibrary | None:
+    """Load the library of this machine and these sources, building it when `build_dir` does not have it yet.
+
+    None, after one line of warning, where there is no compiler or it fails. Several processes may do this at once.
+    """
+    try:
+        return CpuLibrary(_built(build_dir))
+    except subprocess.CalledProcessError as error:
+        reason = f"{error.cmd[0]} failed: {' '.join(error.stderr.split())[:300]}"
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    _logger.warning("kernels in C++ are not available, plain torch is used instead: %s", reason)
+    return None
+
+
+def _built(build_dir: Path) -> Path:
+    """Return the path of the shared object; its name has everything that it depends on."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise OSError(f"there is no compiler ({', '.join(_COMPILERS)})")
+    folder = Path(__file__).parent
+    sources = sorted(folder.glob("*.cpp"))
+    if not sources:
+        raise OSError(f"{folder} has no sources")
+    # The predefined macros name the compiler's version and all instruction sets of this CPU.
+    macros = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    digest = hashlib.sha256(repr((compiler, _FLAGS, _LINK, macros)).encode())
+    for path in [*sources, *sorted(folder.glob("*.h"))]:
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    target = build_dir / f"cpu-{digest.hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    build_dir.mkdir(parents=True, exist_ok=True)
+    with open(build_dir / f"{target.stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the others wait for it
+        if not target.exists():
+            unfinished = target.with_suffix(f".{os.getpid()}")
+            _run(compiler, *_FLAGS, *_LINK, "-o", str(unfinished), *map(str, sources))
+            unfinished.replace(target)  # at once: whoever does not wait sees all of it or nothing
+    return target
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S).stdout

@@ -1,0 +1,129 @@
+// Vectors of floats as wide as the machine's, by the compiler's vector types: no instruction set is named.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What an exported function returns when nothing is at fault; else it is the index of the row that is.
+constexpr int64_t kDone = -1;
+
+using Vec = float __attribute__((vector_size(kLanes * 4)));
+using Int = int32_t __attribute__((vector_size(kLanes * 4)));
+using UInt = uint32_t __attribute__((vector_size(kLanes * 4)));
+using Half = uint16_t __attribute__((vector_size(kLanes * 2)));
+using Byte = uint8_t __attribute__((vector_size(kLanes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct E4M3 {
+  uint8_t bits;
+};
+
+// Element types as the Python side numbers them (`library.CODES`).
+enum Code : int64_t { kFloat32 = 0, kBFloat16 = 1, kE4M3 = 2 };
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Vec splat(float value) { return Vec{} + value; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const BFloat16* p) {
+  Half h;
+  std::memcpy(&h, p, sizeof h);
+  return bit_cast<Vec>(__builtin_convertvector(h, UInt) << 16);
+}
+
+inline Vec load(const E4M3* p) {
+  Byte b;
+  std::memcpy(&b, p, sizeof b);
+  const UInt u = __builtin_convertvector(b, UInt), magnitude = u & 0x7f;
+  // Exponent and mantissa are moved to those of a float; the product mends the bias, of subnormal numbers, too.
+  const Vec value = bit_cast<Vec>(magnitude << 20) * 0x1p120f;
+  const UInt nan = bit_cast<UInt>(magnitude == 0x7f) & 0x7fc00000u;
+  return bit_cast<Vec>(bit_cast<UInt>(value) | (u & 0x80) << 24 | nan);
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(BFloat16* p, Vec v) {  // to the nearest, ties to even
+  const UInt u = bit_cast<UInt>(v);
+  const UInt rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  const Half h = __builtin_convertvector(v == v ? rounded : (UInt{} + 0x7fc0u), Half);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first `count` < kLanes elements; the others are 0.
+template <class T>
+inline Vec load(const T* p, int64_t count) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, count * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+inline void store(T* p, Vec v, int64_t count) {
+  T buffer[kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, count * sizeof(T));
+}
+
+// `v` as it comes back from memory of type T.
+template <class T>
+inline Vec rounded_to(Vec v) {
+  T buffer[kLanes];
+  store(buffer, v);
+  return load(buffer);
+}
+
+template <>
+inline Vec rounded_to<float>(Vec v) {
+  return v;
+}
+
+inline float sum(Vec v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// e^x to 2 units in the last place; 0 below the normal numbers, finite above 88, NaN for NaN.
+inline Vec exp(Vec x) {
+  const Vec bounded = x > 88.0f ? splat(88.0f) : (x < -87.0f ? splat(-87.0f) : x);
+  const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // the integer lands in the low bits
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Vec scaled = bit_cast<Vec>(bit_cast<UInt>(p) + (bit_cast<UInt>(shifted) << 23));
+  return x < -87.0f ? Vec{} : scaled;
+}
