@@ -24,6 +24,8 @@ from services.executor.weights import load_model, weight_bytes
 
 _LEAST_MODEL_LEN = 256
 _GIB = 1024**3
+_WAITING_IN_TORCH = ("fused_moe", "fused_moe_wna16", "paged_attention_decode", "qk_norm_rope_and_cache")
+"""Ops of a decode step whose torch forms read values of the device on the host: no graph can be captured of them."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def engine_config(
 
 def _select_ops(settings: ExecutorSettings, placement: Placement) -> Ops:
     try:
-        return select_ops(
+        ops = select_ops(
             placement.device.capability,
             dtype=placement.dtype,
             kv_cache_dtype=placement.kv_cache_dtype,
@@ -122,6 +124,13 @@ def _select_ops(settings: ExecutorSettings, placement: Placement) -> Ops:
         )
     except ValueError as error:
         raise StartError(f"--kernels: {error}") from error
+    waiting = [op for op in _WAITING_IN_TORCH if ops.backends[op] == "torch"]
+    if placement.device.has_graphs and waiting:
+        raise StartError(
+            f"{', '.join(waiting)}: the torch form waits for the device, which a captured decode step cannot: add "
+            "--enforce-eager, or leave --kernels out on a GPU of compute capability 8.0 or more"
+        )
+    return ops
 
 
 def _quantization(settings: ExecutorSettings) -> Quantization:

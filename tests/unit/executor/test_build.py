@@ -1,6 +1,7 @@
 """Settings that cannot work are refused in one sentence that says what would, before anything is loaded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from services.common.lifecycle import StartError
 from services.executor.build import build_engine
 from services.executor.config import ExecutorSettings
+from services.executor.placement import choose_placement
+from services.executor.runner import FakeCudaDevice
 
 
 def refusal(model: Path, **settings: object) -> str:
@@ -36,3 +39,13 @@ def test_kernels_that_cannot_be_had(model_dir: Callable[[str], Path], kernels: d
     message = refusal(model_dir("smollm2-135m-instruct"), device="cpu", kernels=kernels)
     assert message.startswith("--kernels: ")
     assert words in message
+
+
+def test_graphs_of_ops_that_wait_for_the_device(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu = replace(choose_placement(ExecutorSettings(device="cpu")), device=FakeCudaDevice(), dtype=torch.bfloat16)
+    monkeypatch.setattr("services.executor.build.choose_placement", lambda settings: on_gpu)
+    message = refusal(model_dir("smollm2-135m-instruct"), kernels={"paged_attention_decode": "torch"})
+    assert message.startswith("paged_attention_decode: ")
+    assert "--enforce-eager" in message
