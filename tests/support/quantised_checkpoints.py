@@ -88,7 +88,7 @@ def awq(group_size: int) -> Encoder:
     return encode
 
 
-def packed(bits: int, group_size: int, *, symmetric: bool, ordered: bool = False) -> Encoder:
+def packed(bits: int, group_size: int | None, *, symmetric: bool, ordered: bool = False) -> Encoder:
     """compressed-tensors, pack-quantized: signed numbers, moved up by half the range; everything is outputs first.
 
     Checked against the compressor of compressed-tensors 0.20.0, bit by bit; the index, which older versions wrote,
@@ -96,8 +96,9 @@ def packed(bits: int, group_size: int, *, symmetric: bool, ordered: bool = False
     """
 
     def encode(weight: Array) -> Encoded:
-        index = _index(weight.shape[1], group_size, ordered)
-        numbers, scales, zeros, meant = _indexed(weight, bits, group_size, symmetric, index)
+        size = group_size or weight.shape[1]
+        index = _index(weight.shape[1], size, ordered)
+        numbers, scales, zeros, meant = _indexed(weight, bits, size, symmetric, index)
         tensors = {
             "weight_packed": _pack(numbers, bits, 1),
             "weight_scale": torch.from_numpy(scales),

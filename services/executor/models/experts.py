@@ -20,6 +20,7 @@ from services.executor.models.linear import (
     bias_slots,
     build_weight,
 )
+from services.executor.models.linear.stored_ints import StoredInts
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot
 
@@ -37,6 +38,8 @@ class Experts:
         # The op takes one group size for both products, whose inner dimensions differ.
         wanted = runtime.quantization
         wanted = replace(wanted, group_size=math.gcd(wanted.group_size, hidden, inner))
+        if isinstance(stored, StoredInts):
+            stored = replace(stored, longest_group=math.gcd(hidden, inner))
         runtime = replace(runtime, quantization=wanted)
         names = [f"{prefix}.{number}" for number in range(config.num_experts)]
         w13 = _Stack([{f"{name}.{gate}": inner, f"{name}.{up}": inner} for name in names], hidden, stored, runtime)

@@ -66,7 +66,12 @@ class KVScales:
         """Yield the slots of the scales, under the names that checkpoints have had for them."""
         for scale in self._scales:
             projection = f"{self._prefix}.{scale[0]}_proj"
-            aliases = (f"{projection}.{scale}", f"{projection}.output_scale", f"{self._prefix}.attn.{scale}")
+            aliases = (
+                f"{projection}.{scale}",
+                f"{projection}.output_scale",
+                f"{self._prefix}.attn.{scale}",
+                f"{self._prefix}.kv_scale",  # AutoFP8 has one for both
+            )
             set_scale = partial(self._set, scale)
             yield WeightSlot(f"{self._prefix}.{scale}", shape=(), encode=set_scale, optional=True, aliases=aliases)
 

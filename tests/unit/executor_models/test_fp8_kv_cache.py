@@ -73,6 +73,17 @@ def test_scales(
     torch.testing.assert_close(logits(paged(model, config, kv_dtype=E4M3)), unscaled, atol=0.02, rtol=0)
 
 
+def test_one_scale_for_both(hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path) -> None:
+    hf_model("llama").save_pretrained(tmp_path)
+    with_scales(tmp_path, k_scale=0.25, v_scale=0.25)
+    expected = logits(paged(*load_model(tmp_path, ModelRuntime()), kv_dtype=E4M3))
+    hf_model("llama").save_pretrained(tmp_path)
+    with_scales(tmp_path, kv_scale=0.25)
+    torch.testing.assert_close(
+        logits(paged(*load_model(tmp_path, ModelRuntime()), kv_dtype=E4M3)), expected, atol=0, rtol=0
+    )
+
+
 def test_scales_that_cannot_be(hf_model: Callable[..., Any], tmp_path: Path) -> None:
     hf_model("llama").save_pretrained(tmp_path)
     with_scales(tmp_path, k_scale=0.0)

@@ -18,6 +18,7 @@ from services.executor.weights import load_model
 EXPERT = re.compile(r".*\.experts\.\d+\.(\w+)\.weight")
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [8, 24]}
 GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 16, "sym": True, "desc_act": False}
+GPTQ_ROWS = GPTQ | {"group_size": -1, "desc_act": True}
 
 
 def fp8_blocks(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -29,9 +30,9 @@ def fp8_blocks(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return stored, (codes.float() * scale).flatten(2).flatten(0, 1)
 
 
-def gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """As `fp8_blocks`."""
-    groups = weight.unflatten(1, (-1, 16))
+def gptq(weight: Tensor, group_size: int = 16) -> tuple[dict[str, Tensor], Tensor]:
+    """As `fp8_blocks`; with a bias of zeros, as AutoGPTQ has it."""
+    groups = weight.unflatten(1, (-1, group_size))
     scale = groups.abs().amax(2, keepdim=True) / 127
     numbers = (groups / scale).round()
     bytes_ = (numbers + 128).to(torch.uint8).flatten(1)
@@ -39,16 +40,23 @@ def gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         "qweight": bytes_.view(torch.int32).T.contiguous(),  # four numbers of a row to a word, lowest bits first
         "qzeros": torch.full((groups.shape[1], weight.shape[0] // 4), 0x7F7F7F7F, dtype=torch.int32),
         "scales": scale.squeeze(2).T.contiguous(),
+        "bias": torch.zeros(weight.shape[0]),
     }
     return stored, (numbers * scale).flatten(1)
 
 
-@pytest.mark.parametrize(("family", "form"), [("mixtral", "gptq"), ("qwen3-moe", "fp8")])
+def gptq_rows(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """As `gptq`, with one group per row: of different sizes for the two products."""
+    stored, meant = gptq(weight, weight.shape[1])
+    return stored | {"g_idx": torch.zeros(weight.shape[1], dtype=torch.int32)}, meant
+
+
+@pytest.mark.parametrize(("family", "form"), [("mixtral", "gptq"), ("mixtral", "gptq-rows"), ("qwen3-moe", "fp8")])
 def test_logits(
     family: str, form: str, hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Only the experts are quantised: elsewhere, inputs would be as well, and transformers does that differently."""
-    settings, quantise = {"fp8": (FP8, fp8_blocks), "gptq": (GPTQ, gptq)}[form]
+    settings, quantise = {"fp8": (FP8, fp8_blocks), "gptq": (GPTQ, gptq), "gptq-rows": (GPTQ_ROWS, gptq_rows)}[form]
     oracle = hf_model(family)
     oracle.save_pretrained(tmp_path)
     meant = load_file(tmp_path / "model.safetensors")

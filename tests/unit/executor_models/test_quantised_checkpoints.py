@@ -58,6 +58,10 @@ INT_FORMATS: dict[str, tuple[dict[str, Any], Encoder]] = {
         compressed("pack-quantized", ints(4, symmetric=False)),
         packed(4, GROUP, symmetric=False),
     ),
+    "packed-rows": (
+        compressed("pack-quantized", {"type": "int", "num_bits": 8, "strategy": "channel", "symmetric": False}),
+        packed(8, None, symmetric=False),
+    ),
     "packed-order": (
         compressed("pack-quantized", ints(4, actorder="group")),
         packed(4, GROUP, symmetric=True, ordered=True),

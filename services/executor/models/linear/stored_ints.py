@@ -1,7 +1,8 @@
 """Checkpoints with 4 and 8 bit weights and scales of groups: GPTQ, AWQ and the packed format of compressed-tensors."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -26,7 +27,8 @@ class StoredInts:
     """What the formats have in common: numbers of `bits` bits, in groups of `group_size`; None is all of a row.
 
     A tensor `index_name`, if the format has one, says which group each input is in: with `ordered` any (GPTQ's
-    activation order), consecutive ones otherwise.
+    activation order), consecutive ones otherwise. A group longer than `longest_group` is kept as several that have the
+    same scale: of weights multiplied by one op, the groups must be of one size.
     """
 
     is_choice: ClassVar[bool] = False
@@ -37,12 +39,14 @@ class StoredInts:
     group_size: int | None
     symmetric: bool
     ordered: bool = False
+    longest_group: int | None = field(default=None, kw_only=True)
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""
         if self.ignored.covers(parts):
             return None
         group_size, per = self.group_size or in_features, per_word(self.bits)
+        kept_size = math.gcd(group_size, self.longest_group or group_size)
         for name, size in parts.items():
             if in_features % group_size or in_features % per or size % per:
                 raise UnsupportedModelError(
@@ -54,19 +58,23 @@ class StoredInts:
             in_features,
             runtime,
             bits=self.bits,
-            group_size=group_size,
+            group_size=kept_size,
             zeros=not self.symmetric,
             ordered=self.ordered and group_size < in_features,
         )
         slots: list[WeightSlot] = []
         if self.index_name is not None:  # before the numbers, which are put in that order
             names = [f"{name}.{self.index_name}" for name in parts]
-            slots += [_index_slot(name, names[0], weight, in_features) for name in names]
-        slots += [slot for name, part in stacked(parts) for slot in self.slots(name, weight.part(part), weight)]
+            slots += [_index_slot(name, names[0], weight, in_features, group_size) for name in names]
+        for name, part in stacked(parts):
+            slots += self.slots(name, weight.part(part), weight, group_size // kept_size)
         return weight, slots
 
-    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight) -> list[WeightSlot]:
-        """Return the slots of one projection, whose `memory` is words, scales and, unless symmetric, zero points."""
+    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight, repeat: int) -> list[WeightSlot]:
+        """Return the slots of one projection, whose `memory` is words, scales and, unless symmetric, zero points.
+
+        Every group is kept as `repeat` groups.
+        """
         raise NotImplementedError
 
     def reordered(self, words: Tensor, weight: IntWeight) -> Tensor:
@@ -85,7 +93,7 @@ class StoredGptq(StoredInts):
 
     zero_offset: int = 1
 
-    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight) -> list[WeightSlot]:
+    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight, repeat: int) -> list[WeightSlot]:
         """Return the slots of the tensors named in the class."""
         words, scales, *zeros = memory
         groups, columns = scales.shape
@@ -94,7 +102,7 @@ class StoredGptq(StoredInts):
         def decode_zeros(packed: Tensor) -> tuple[Tensor, ...]:
             points = unpack_rows(packed.T, self.bits).T.int()
             if zeros:
-                return ((points + self.zero_offset) & highest,)
+                return (_repeated((points + self.zero_offset) & highest, repeat),)
             # Some files say version 1 and have the zero points of version 2; which it is makes no difference here.
             if not (bool((points == middle - 1).all()) or bool((points == middle).all())):
                 raise UnsupportedModelError(f"{name}.qzeros: zero points other than {middle}, but sym is true")
@@ -107,11 +115,16 @@ class StoredGptq(StoredInts):
             WeightSlot(
                 f"{name}.qzeros",
                 *zeros,
-                shape=(groups, columns // per_word(self.bits)),
+                shape=(groups // repeat, columns // per_word(self.bits)),
                 dtypes=_WORDS,
                 encode=decode_zeros,
             ),
-            WeightSlot(f"{name}.scales", scales),
+            WeightSlot(
+                f"{name}.scales",
+                scales,
+                shape=(groups // repeat, columns),
+                encode=lambda stored: (_repeated(stored, repeat),),
+            ),
         ]
 
 
@@ -119,7 +132,7 @@ class StoredGptq(StoredInts):
 class StoredAwq(StoredInts):
     """`qweight [K, n / 8]` and `qzeros [K / g, n / 8]`, eight columns to a word in an order of their own; `scales`."""
 
-    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight) -> list[WeightSlot]:
+    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight, repeat: int) -> list[WeightSlot]:
         """Return the slots of the tensors named in the class."""
         words, scales, zeros = memory
         groups, columns = scales.shape
@@ -135,11 +148,16 @@ class StoredAwq(StoredInts):
             WeightSlot(
                 f"{name}.qzeros",
                 zeros,
-                shape=(groups, columns // per_word(self.bits)),
+                shape=(groups // repeat, columns // per_word(self.bits)),
                 dtypes=_WORDS,
-                encode=lambda packed: (_unpack_awq(packed),),
+                encode=lambda packed: (_repeated(_unpack_awq(packed), repeat),),
             ),
-            WeightSlot(f"{name}.scales", scales),
+            WeightSlot(
+                f"{name}.scales",
+                scales,
+                shape=(groups // repeat, columns),
+                encode=lambda stored: (_repeated(stored, repeat),),
+            ),
         ]
 
 
@@ -151,7 +169,7 @@ class StoredPacked(StoredInts):
 
     index_name: ClassVar[str | None] = "weight_g_idx"
 
-    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight) -> list[WeightSlot]:
+    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight, repeat: int) -> list[WeightSlot]:
         """Return the slots of the tensors named in the class."""
         words, scales, *zeros = memory
         groups, rows = scales.shape
@@ -164,7 +182,12 @@ class StoredPacked(StoredInts):
                 dtypes=_WORDS,
                 encode=lambda packed: (self.reordered(packed.T, weight),),
             ),
-            WeightSlot(f"{name}.weight_scale", scales, shape=(rows, groups), encode=_transposed),
+            WeightSlot(
+                f"{name}.weight_scale",
+                scales,
+                shape=(rows, groups // repeat),
+                encode=lambda stored: (_repeated(stored.T, repeat),),
+            ),
             WeightSlot(
                 f"{name}.weight_shape",
                 shape=(2,),
@@ -177,9 +200,9 @@ class StoredPacked(StoredInts):
                 WeightSlot(
                     f"{name}.weight_zero_point",
                     *zeros,
-                    shape=(rows // per_word(self.bits), groups),
+                    shape=(rows // per_word(self.bits), groups // repeat),
                     dtypes=_WORDS,
-                    encode=lambda packed: (unpack_rows(packed, self.bits).T,),
+                    encode=lambda packed: (_repeated(unpack_rows(packed, self.bits).T, repeat),),
                 )
             )
         return slots
@@ -189,7 +212,7 @@ class StoredPacked(StoredInts):
 class StoredInt8(StoredInts):
     """compressed-tensors' int-quantized: `weight [n, K]` i8 and `weight_scale [n, 1]`."""
 
-    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight) -> list[WeightSlot]:
+    def slots(self, name: str, memory: Sequence[Tensor], weight: IntWeight, repeat: int) -> list[WeightSlot]:
         """Return the slots of the tensors named in the class."""
         words, scales = memory
         return [
@@ -200,16 +223,21 @@ class StoredInt8(StoredInts):
                 dtypes=(torch.int8,),
                 encode=lambda numbers: (pack_rows(numbers.T.int() + 128, self.bits),),
             ),
-            WeightSlot(f"{name}.weight_scale", scales, shape=tuple(scales.T.shape), encode=_transposed),
+            WeightSlot(
+                f"{name}.weight_scale",
+                scales,
+                shape=(scales.shape[1], scales.shape[0] // repeat),
+                encode=lambda stored: (_repeated(stored.T, repeat),),
+            ),
         ]
 
 
-def _index_slot(name: str, first: str, weight: IntWeight, in_features: int) -> WeightSlot:
+def _index_slot(name: str, first: str, weight: IntWeight, in_features: int, group_size: int) -> WeightSlot:
     """Return the slot of an index; that of the `first` projection of a matrix fills the order of all."""
     order = weight.order
 
     def check(index: Tensor) -> tuple[Tensor, ...]:
-        expected = torch.arange(in_features, dtype=index.dtype, device=index.device) // weight.group_size
+        expected = torch.arange(in_features, dtype=index.dtype, device=index.device) // group_size
         if order is None:
             if not torch.equal(index, expected):
                 raise UnsupportedModelError(
@@ -218,7 +246,7 @@ def _index_slot(name: str, first: str, weight: IntWeight, in_features: int) -> W
             return ()
         ascending = torch.argsort(index, stable=True)
         if not torch.equal(index[ascending], expected):
-            raise UnsupportedModelError(f"{name}: its groups are not of {weight.group_size} inputs each")
+            raise UnsupportedModelError(f"{name}: its groups are not of {group_size} inputs each")
         if name == first:
             return (ascending,)
         if not torch.equal(order, ascending.to(order.dtype)):
@@ -235,8 +263,8 @@ def _unpack_awq(words: Tensor) -> Tensor:
     return numbers[list(_AWQ_COLUMNS)].permute(1, 2, 0).flatten(1)
 
 
-def _transposed(tensor: Tensor) -> tuple[Tensor, ...]:
-    return (tensor.T,)
+def _repeated(groups: Tensor, times: int) -> Tensor:
+    return groups.repeat_interleave(times, 0)
 
 
 def _expecting(name: str, expected: list[int]) -> Callable[[Tensor], tuple[Tensor, ...]]:
