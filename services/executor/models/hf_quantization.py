@@ -2,6 +2,7 @@
 
 import fnmatch
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
 
@@ -14,6 +15,7 @@ from services.executor.models.linear.wna16 import Bits
 
 _log = logging.getLogger(__name__)
 
+_MODULE = re.compile(r"[\w.]+")
 _FP8_SCHEMES = ("static", "dynamic")
 _COMPRESSED_FORMATS = ("float-quantized", "naive-quantized", "pack-quantized", "int-quantized")
 _GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 0}
@@ -75,10 +77,27 @@ def _excluded_by_gptqmodel(config: Mapping[str, Any]) -> list[str]:
     return [f"re:{rule.removeprefix('-:')}" for rule in rules]
 
 
+def _auto_round(config: Mapping[str, Any]) -> CheckpointFormat:
+    packing = _choice(config, "packing_format", ("auto_round:auto_gptq", "auto_round:auto_awq"))
+    _choice(config, "data_type", ("int",), "int")
+    _choice(config, "act_bits", (16,), 16)
+    layers = config.get("extra_config") or {}
+    if any(settings.get("bits", 0) < 16 for settings in layers.values()):
+        raise UnsupportedModelError(
+            "config.json: quantization_config.extra_config is supported for layers of 16 bits only"
+        )
+    ignored = IgnoredLayers(tuple(name if _MODULE.fullmatch(name) else f"re:{name}" for name in layers))
+    group_size, symmetric = _group_size(config), _choice(config, "sym", (True, False), True)
+    if packing == "auto_round:auto_awq":
+        return StoredAwq(ignored, _choice(config, "bits", (4,)), group_size, symmetric=False)
+    return StoredGptq(ignored, _bits(config, "bits"), group_size, symmetric)
+
+
 def _modelopt(config: Mapping[str, Any]) -> CheckpointFormat:
     _choice(config, "quant_algo", ("FP8",))
-    excluded = (f"re:{fnmatch.translate(name)}" for name in _names(config, "ignore", "exclude_modules"))
-    return StoredFp8(IgnoredLayers(tuple(excluded)), static_input=True)
+    excluded = _names(config, "ignore", "exclude_modules")
+    ignored = (name if _MODULE.fullmatch(name) else f"re:{fnmatch.translate(name)}" for name in excluded)
+    return StoredFp8(IgnoredLayers(tuple(ignored)), static_input=True)
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
@@ -147,6 +166,7 @@ _READERS = {
     "gptq": _gptq,
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
+    "auto-round": _auto_round,
 }
 
 

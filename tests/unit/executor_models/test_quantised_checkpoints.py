@@ -20,6 +20,15 @@ GROUP = 16
 TOKENS = torch.randint(211, (40,), generator=torch.Generator().manual_seed(5))
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "GEMM", "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": GROUP,
+    "sym": True,
+    "data_type": "int",
+    "packing_format": "auto_round:auto_gptq",
+    "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}, r".*\.mlp\.gate$": {"bits": 16}},
+}
 
 
 def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -50,6 +59,8 @@ INT_FORMATS: dict[str, tuple[dict[str, Any], Encoder]] = {
         gptq(8, GROUP, symmetric=False, zero_offset=0),
     ),
     "gptq-order": (GPTQ | {"sym": False, "desc_act": True}, gptq(4, GROUP, symmetric=False, ordered=True)),
+    "auto-round": (AUTO_ROUND, gptq(4, GROUP, symmetric=True)),
+    "auto-round-awq": (AUTO_ROUND | {"packing_format": "auto_round:auto_awq", "sym": False}, awq(GROUP)),
     "gptq-order-8": (GPTQ | {"bits": 8, "desc_act": True}, gptq(8, GROUP, symmetric=True, ordered=True)),
     "gptq-rows": (GPTQ | {"group_size": -1, "desc_act": True}, gptq(4, None, symmetric=True)),
     "packed": (compressed("pack-quantized", ints(4)), packed(4, GROUP, symmetric=True)),
@@ -268,6 +279,14 @@ def test_surplus_tensors_of_a_format(checkpoint: Callable[[str], Path]) -> None:
         (GPTQ | {"bits": 3}, "bits 3 is not supported; supported: 4, 8"),
         (GPTQ | {"lm_head": True}, "lm_head True is not supported; supported: False"),
         (GPTQ | {"dynamic": {"-:.*": {}, "+:.*": {}}}, "dynamic is supported for rules '-:<regex>' only"),
+        (
+            AUTO_ROUND | {"extra_config": {"lm_head": {"bits": 8}}},
+            "extra_config is supported for layers of 16 bits only",
+        ),
+        (
+            AUTO_ROUND | {"packing_format": "auto_round:exllamav2"},
+            "packing_format 'auto_round:exllamav2' is not supported",
+        ),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4' is not supported; supported: FP8"),
         (
             compressed("nvfp4-pack-quantized", ints(4)),
