@@ -2,7 +2,8 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all test-kernels aot lint format protos bench gpu setup setup-dev clean
+.PHONY: help run up down status chat test test-all test-kernels aot lint format protos bench \
+	bench-tokenizer bench-scheduler bench-executor bench-line gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
@@ -14,7 +15,7 @@ export PROMPT GPU_PYTHON
 help: ## show this list
 	@echo "ScaleLLM: LLM serving over gRPC. Start with: make run"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  The command line behind it: $(scalellm) --help"
 
@@ -62,6 +63,13 @@ protos: setup-dev ## generate the stubs from protos/
 
 bench: setup-dev ## measure the engine and the whole line (BENCH_ARGS="--help")
 	@$(python) -m bench $(BENCH_ARGS)
+
+bench-tokenizer: ## load the tokenizer service alone: streams, encode, decode
+bench-scheduler: ## load the scheduler alone: frames, executors, admissions, Redis
+bench-executor: ## load the executor alone: fake engine, real model
+bench-line: ## load all services around a fake engine with an H200's step times
+bench-tokenizer bench-scheduler bench-executor bench-line: setup-dev
+	@$(python) -m bench.services $(@:bench-%=%) $(BENCH_ARGS)
 
 # The machine's own Python as it is, where its torch sees a GPU: nothing has to be installed there.
 gpu: ## measure and check everything on this machine's NVIDIA GPU, in under 8 minutes (GPU_ARGS="--help")

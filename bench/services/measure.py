@@ -1,0 +1,174 @@
+"""One measurement: load on, warm up, count for a while, load off."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+
+from bench.services.processes import Neighbour, RedisServer, Service, cpu_seconds, memory_bytes
+
+_BUSY = 0.85
+_SETTLE = 0.3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of warm-up and of counting."""
+
+    warm_up: float
+    window: float
+
+
+FULL = Timing(1.0, 4.0)
+QUICK = Timing(0.2, 0.4)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one load gave. `counts` are the neighbours' (tokens, messages, requests, errors, and others by role)."""
+
+    load: Mapping[str, Any]
+    """What was asked for: streams, steps_per_s, prompt_len, ..."""
+    seconds: float
+    counts: Mapping[str, int]
+    latencies: Mapping[str, Mapping[str, float]]
+    """Milliseconds: `latency` from the far neighbour to the near one, `request`, `ttft`, `itl`; p50, p99, count."""
+    cpu_s: Mapping[str, float]
+    """Of the service's processes, by role."""
+    neighbour_cores: Mapping[str, float]
+    """Cores that each neighbour used."""
+    memory: int
+    """Bytes of all of the service's processes, under load."""
+    idle_cores: float
+    """Of the machine, whoever used the others."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that arrived."""
+        return self.counts.get("tokens", 0) / self.seconds
+
+    @property
+    def requests_per_s(self) -> float:
+        """Requests that ended well."""
+        return self.counts.get("requests", 0) / self.seconds
+
+    @property
+    def cores(self) -> float:
+        """Cores that the service used."""
+        return sum(self.cpu_s.values()) / self.seconds
+
+    def cpu_us(self, what: str) -> float:
+        """CPU microseconds of the service per token, message or request."""
+        return 1e6 * sum(self.cpu_s.values()) / max(1, self.counts.get(what, 0))
+
+    @property
+    def bottleneck(self) -> str:
+        """What limits this measurement beside the service; empty when nothing does."""
+        busy = [role for role, cores in self.neighbour_cores.items() if cores > _BUSY]
+        if busy:
+            return f"the simulated {' and '.join(busy)}"
+        return "the machine's cores" if self.idle_cores < 0.1 else ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self) | {
+            "tokens_per_s": self.tokens_per_s,
+            "requests_per_s": self.requests_per_s,
+            "cores": self.cores,
+            "bottleneck": self.bottleneck,
+        }
+
+
+class Bench:
+    """A service between its neighbours.
+
+    Args:
+        services: What is measured: CPU and memory are theirs.
+        source: The neighbour that sends the load (clients or edge).
+        far: The neighbour behind the service, if it is simulated; it is started first and stopped last.
+        redis: The service's Redis: its commands and CPU time are reported per request.
+    """
+
+    def __init__(
+        self,
+        timing: Timing,
+        services: Sequence[Service],
+        source: Neighbour,
+        far: Neighbour | None = None,
+        redis: RedisServer | None = None,
+    ) -> None:
+        self._timing = timing
+        self._source = source
+        self._far = far
+        self._redis = redis
+        self._processes = {role: processes for service in services for role, processes in service.processes.items()}
+
+    def measure(self, load: Mapping[str, Any], steps_per_s: float | None = None) -> Measurement:
+        """Put a load on, count, take it away.
+
+        Args:
+            load: What the source is told.
+            steps_per_s: What the far neighbour is told; None without one.
+        """
+        neighbours = [self._source] if self._far is None else [self._source, self._far]
+        if self._far is not None:
+            self._far.start(steps_per_s=steps_per_s)
+        self._source.start(**load)
+        time.sleep(self._timing.warm_up)
+        for neighbour in neighbours:
+            neighbour.take()
+        psutil.cpu_times_percent()
+        redis_before = self._redis.totals() if self._redis is not None else {}
+        began, before, theirs_before = time.perf_counter(), self._cpu(), [cpu_seconds(n.process) for n in neighbours]
+        time.sleep(self._timing.window)
+        reports = [neighbour.take() for neighbour in neighbours]
+        seconds = time.perf_counter() - began
+        redis_after = self._redis.totals() if self._redis is not None else {}
+        after, theirs_after = self._cpu(), [cpu_seconds(n.process) for n in neighbours]
+        idle = psutil.cpu_times_percent().idle / 100 * (psutil.cpu_count() or 1)
+        memory = sum(memory_bytes(process) for processes in self._processes.values() for process in processes)
+        self._source.stop()
+        if self._far is not None:
+            self._far.stop()
+        time.sleep(min(_SETTLE, self._timing.warm_up))
+        merged = {name: value for report in reversed(reports) for name, value in report.items()}
+        return Measurement(
+            load=dict(load) | ({} if steps_per_s is None else {"steps_per_s": steps_per_s}),
+            seconds=seconds,
+            counts={name: value for name, value in merged.items() if isinstance(value, int)},
+            latencies={name.removesuffix("_ms"): value for name, value in merged.items() if isinstance(value, dict)},
+            cpu_s={role: after[role] - before[role] for role in after},
+            neighbour_cores={
+                neighbour.role: (late - early) / seconds
+                for neighbour, early, late in zip(neighbours, theirs_before, theirs_after, strict=True)
+            },
+            memory=memory,
+            idle_cores=idle,
+            extra={
+                f"{name}/request": (redis_after[name] - redis_before[name]) / max(1, merged.get("requests", 0))
+                for name in redis_after
+            },
+        )
+
+    def _cpu(self) -> dict[str, float]:
+        return {role: sum(map(cpu_seconds, processes)) for role, processes in self._processes.items()}
+
+
+def ceiling(bench: Bench, load: Mapping[str, Any], rates: Sequence[float]) -> list[Measurement]:
+    """Raise the steps per second until the service falls behind; the last measurement shows it there.
+
+    It is behind when a tenth of the tokens is missing, or when they are late by more than a quarter of a second.
+    """
+    found = []
+    for rate in rates:
+        measurement = bench.measure(load, rate)
+        found.append(measurement)
+        late = measurement.latencies.get("latency", {}).get("p50", 0.0)
+        if measurement.tokens_per_s < 0.9 * rate * int(load["streams"]) or late > 250.0:
+            break
+    return found
