@@ -10,6 +10,7 @@ from services.executor.models import KVCache
 from services.executor.runner.device import Device
 
 _GROUP = 16  # blocks gathered at a time: bounds the scratch on the device
+_CHUNK = 1 << 30  # bytes allocated at a time: torch rounds page-locked memory up to a power of two
 _ROUNDS = 3
 
 
@@ -31,8 +32,14 @@ class HostCache:
         caches = itertools.chain.from_iterable((cache.k, cache.v) for cache in kv_caches)
         self._caches = [cache.view(torch.uint8).flatten(1) for cache in caches]
         self.bytes_per_block = sum(cache.shape[1] for cache in self._caches)
-        shape = (num_blocks, len(self._caches), self.bytes_per_block // len(self._caches))
-        self._blocks = device.host_buffer(num_blocks * self.bytes_per_block).view(shape)
+        self._shape = (len(self._caches), self.bytes_per_block // len(self._caches))
+        most = max(1, _CHUNK // self.bytes_per_block)
+        counts = [min(most, num_blocks - first) for first in range(0, num_blocks, most)]
+        self._blocks = [
+            block
+            for count in counts
+            for block in device.host_buffer(count * self.bytes_per_block).view(count, *self._shape)
+        ]
 
     def store(self, pairs: list[tuple[int, int]]) -> None:
         """Copy blocks, (on the device, on the host), to the host."""
@@ -46,9 +53,7 @@ class HostCache:
         """Copy blocks, (on the device, on the host), back to the device."""
         for group in (pairs[at : at + _GROUP] for at in range(0, len(pairs), _GROUP)):
             blocks = self._device.to_device(torch.tensor([block for block, _ in group]))
-            gathered = torch.empty(
-                (len(group), *self._blocks.shape[1:]), dtype=torch.uint8, device=self._device.torch_device
-            )
+            gathered = torch.empty((len(group), *self._shape), dtype=torch.uint8, device=self._device.torch_device)
             for place, (_, host_block) in enumerate(group):
                 gathered[place].copy_(self._blocks[host_block], non_blocking=True)
             for cache, blocks_of_layer in zip(self._caches, gathered.unbind(1), strict=True):
@@ -56,7 +61,7 @@ class HostCache:
 
     def measure(self) -> SwapCost:
         """Return what copies cost, from some of one block and of several, which keep their content."""
-        count = min(_GROUP, self._blocks.shape[0], self._caches[0].shape[0])
+        count = min(_GROUP, len(self._blocks), self._caches[0].shape[0])
         one, several = self._seconds(1), self._seconds(count)
         per_block = max((several - one) / (count - 1), 1e-9) if count > 1 else one
         return SwapCost(

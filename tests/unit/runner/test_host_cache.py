@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from services.executor.models import KVCache
-from services.executor.runner import FakeCudaDevice
+from services.executor.runner import FakeCudaDevice, host_cache
 from services.executor.runner.host_cache import HostCache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
-def test_blocks_come_back_bit_by_bit(dtype: torch.dtype, count: int) -> None:
+def test_blocks_come_back_bit_by_bit(dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_cache, "_CHUNK", 50_000)  # from 4 to 16 blocks
     rng = random.Random(count)
     caches = [KVCache(*(torch.randn(64, 16, 2, 8).to(dtype) for _ in range(2))) for _ in range(3)]
     original = [(cache.k.clone(), cache.v.clone()) for cache in caches]
