@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from services.executor.models import ModelRuntime
-from services.executor.weights import load_model
+from services.executor.weights import UnsupportedModelError, load_model
 
 EXPERT = re.compile(r".*\.experts\.\d+\.(\w+)\.weight")
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [8, 24]}
@@ -81,3 +81,12 @@ def test_logits(
         expected = oracle(tokens[None]).logits[0]
     ours = paged(*load_model(tmp_path, ModelRuntime()))
     torch.testing.assert_close(ours.step({0: tokens.tolist()})[0], expected, atol=1e-4, rtol=0)
+
+
+def test_experts_cannot_reorder_their_inputs(hf_model: Callable[..., Any], tmp_path: Path) -> None:
+    hf_model("mixtral").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    quantization = {**GPTQ, "desc_act": True, "modules_to_not_convert": ["self_attn"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
+    with pytest.raises(UnsupportedModelError, match=r"activation order \(desc_act\) is not supported for experts"):
+        load_model(tmp_path, ModelRuntime())
