@@ -14,18 +14,22 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from bench.end_to_end import run_line
-from bench.report import RequestTrace, RunResult
-from bench.workload import Workload
+from bench.load.driver import Driver
+from bench.load.figures import summarise
+from bench.load.grpc_target import GrpcTarget
+from bench.load.records import RequestRecord
+from bench.load.run import Run, Step, run_step
+from bench.load.vocabulary import Vocabulary
+from bench.load.workload import Load, Shape, conversations, digest
 from clients.launcher import Instance, UpOptions, bring_down, bring_up
 from services.common.model_store import pull, resolve
 from services.common.model_store.catalogue import CATALOGUE
@@ -64,25 +68,49 @@ def _line(model: str, path: Path, home: Path, settings: dict[str, str]) -> Itera
             bring_down(instance, lambda name: None)
 
 
-def _engine_alone(settings: dict[str, str], workload: Workload) -> RunResult:
-    job = json.dumps({"settings": settings, "workload": asdict(workload)})
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What both are given at one concurrency."""
+
+    shape: Shape
+    concurrency: int
+    num_requests: int
+    vocabulary: Vocabulary
+    seed: str
+
+
+def _engine_alone(settings: dict[str, str], job: _Job) -> Step:
+    sent = {"shape": asdict(job.shape), "concurrency": job.concurrency, "num_requests": job.num_requests}
     done = subprocess.run(
         [sys.executable, "-m", "bench.engine_alone"],
-        input=job,
-        capture_output=True,
+        input=json.dumps({"settings": settings, "seed": job.seed, **sent}),
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
         env=engine_environment(os.environ),
     )
-    outcome: dict[str, Any] = json.loads(done.stdout)
-    traces = [RequestTrace(**trace) for trace in outcome["traces"]]
-    return RunResult("engine alone", workload.concurrency, workload.input_len, outcome["duration"], traces)
+    records = [RequestRecord.from_json(plain) for plain in json.loads(done.stdout)]
+    planned = conversations(job.shape, job.vocabulary.alphabet, job.num_requests, job.seed)
+    return Step(str(job.concurrency), digest(planned), 0, summarise(records), None, records)
 
 
-def _end_to_end(address: str, workload: Workload) -> RunResult:
-    asyncio.run(run_line(address, Workload(1, 1, 16, 4, workload.vocab_size, seed=1)))
-    duration, traces = asyncio.run(run_line(address, workload))
-    return RunResult("end to end", workload.concurrency, workload.input_len, duration, traces)
+async def _whole_line(address: str, job: _Job) -> Step:
+    target = GrpcTarget(address)
+    try:
+        driver = Driver(target, job.vocabulary)
+        alphabet = job.vocabulary.alphabet
+        await run_step(
+            driver,
+            Shape(input_len=16, output_len=4),
+            Load(concurrency=1),
+            alphabet=alphabet,
+            num_requests=1,
+            seed="warm-up",
+        )
+        load = Load(concurrency=job.concurrency)
+        return await run_step(driver, job.shape, load, alphabet=alphabet, num_requests=job.num_requests, seed=job.seed)
+    finally:
+        await target.close()
 
 
 def main(
@@ -104,17 +132,20 @@ def main(
     config = read_model_config(path)
     threads = choose_num_threads(config.hidden_size, config.intermediate_size, torch.float32)
     settings = {"model": str(path), "home": str(home), "num_threads": str(threads), "max_model_len": "1024"}
-    results: list[RunResult] = []
+    vocabulary = Vocabulary.of_size(config.vocab_size)
+    shape = Shape(input_len=input_len, output_len=output_len)
+    alone, line = Run({"target": "engine alone"}), Run({"target": "end to end"})
     with _line(model, path, home, settings) as address:
-        for level in map(int, concurrency.split(",")):
-            workload = Workload(level, requests or max(2, level), input_len, output_len, config.vocab_size)
-            for result in (_engine_alone(settings, workload), _end_to_end(address, workload)):
-                results.append(result)
-                print(result.text(), flush=True)
-    print(f"{' End to end / engine alone ':=^58}")
-    for alone, line in zip(results[::2], results[1::2], strict=True):
-        label = f"Output throughput ratio at {alone.concurrency}:"
-        print(f"{label:<42}{line.output_throughput / alone.output_throughput:>16.3f}")
+        for number, level in enumerate(map(int, concurrency.split(","))):
+            job = _Job(shape, level, requests or max(2, level), vocabulary, f"0/{number}")
+            alone.steps.append(_engine_alone(settings, job))
+            print(alone.steps[-1].text("Engine alone"), flush=True)
+            line.steps.append(asyncio.run(_whole_line(address, job)))
+            print(line.steps[-1].text("End to end"), flush=True)
+    print(f"{' End to end / engine alone ':=^50}")
+    for inner, outer in zip(alone.steps, line.steps, strict=True):
+        label = f"Output throughput ratio at {inner.load}:"
+        print(f"{label:<40} {outer.figures['output_throughput'] / inner.figures['output_throughput']:<10.3f}")
     if output is not None:
         record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,7 +153,7 @@ def main(
             "cpus": len(os.sched_getaffinity(0)),
             "threads": threads,
             "versions": {name: version(name) for name in ("scalellm", "torch", "grpcio", "protobuf")},
-            "runs": [result.summary() for result in results],
+            "runs": [run.as_json() for run in (alone, line)],
         }
         output.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -1,0 +1,47 @@
+"""Whom the load goes to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from bench.load.records import Ended, Request, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TargetInfo:
+    """What a server says of itself.
+
+    Attributes:
+        model: Name of the model that answers.
+        version: The server's version; empty where it does not say.
+        vocab_size: Of the model; None where it does not say.
+    """
+
+    model: str
+    version: str = ""
+    vocab_size: int | None = None
+
+
+class Target(Protocol):
+    """One server. Used from one event loop; close it."""
+
+    takes_token_ids: bool
+    """Raw prompts are sent as token ids; otherwise as text."""
+
+    async def info(self) -> TargetInfo:
+        """Ask the server. Raises RequestError when nobody answers, or not in the expected way."""
+
+    def stream(self, request: Request) -> AsyncGenerator[Tokens | Ended]:
+        """Send a request: messages with tokens as they come, then Ended. Closing the generator early cancels it.
+
+        Raises RequestError while iterating.
+        """
+
+    async def close(self) -> None:
+        """Close all connections."""
+
+
+class UsageError(Exception):
+    """What was asked for does not fit; the message names the option and the limit."""
