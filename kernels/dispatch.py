@@ -93,6 +93,8 @@ _CPP: Mapping[str, CppForm] = MappingProxyType(
     {
         "gelu_tanh_and_mul": CppForm("activation"),
         "silu_and_mul": CppForm("activation"),
+        "w4a16_gemm": CppForm("gemm_wna16"),
+        "w8a16_gemm": CppForm("gemm_wna16"),
     }
 )
 

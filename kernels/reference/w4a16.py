@@ -16,6 +16,8 @@ def w4a16_gemm(
 ) -> Tensor:
     """Return `x @ w`, [T, N], with `w[k, n] = (q[k, n] - zero) * scale`, q in 0..15; computed in float32.
 
+    The C++ form rounds x to 8 bits first, see `kernels.cpu.gemm_wna16`; no other form does.
+
     Args:
         x: [T, K] float32, bfloat16 or float16.
         qweight: [K / 8, N] i32; bits 4i to 4i+3 of word (r, n) are q[8r + i, n] (the packing of GPTQ).
