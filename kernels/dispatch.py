@@ -92,9 +92,9 @@ _TRITON: Mapping[str, TritonForm] = MappingProxyType(
 _CPP: Mapping[str, CppForm] = MappingProxyType(
     {
         "gelu_tanh_and_mul": CppForm("activation"),
+        "paged_attention_decode": CppForm("attention"),
         "silu_and_mul": CppForm("activation"),
-        "w4a16_gemm": CppForm("gemm_wna16"),
-        "w8a16_gemm": CppForm("gemm_wna16"),
+        "unified_attention": CppForm("attention"),
     }
 )
 

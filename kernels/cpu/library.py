@@ -31,7 +31,8 @@ CODES: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.bfl
 FUNCTIONS: Mapping[str, str] = MappingProxyType(
     {
         "gated_activation": "iippiiii",
-        "gemm_wna16": "iipppppiiii",
+        "paged_attention_decode": "iippppppiiiiiiiiiiifff",
+        "unified_attention": "iippppppiiiiiiiiiiifffppi",
     }
 )
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}

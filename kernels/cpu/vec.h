@@ -103,13 +103,43 @@ inline Vec rounded_to<float>(Vec v) {
   return v;
 }
 
+using Vec4 = float __attribute__((vector_size(16)));
+
+// The sum of the lanes, down to four.
+inline Vec4 quarter(Vec v) {
+  Vec4 parts[kLanes / 4];
+  std::memcpy(parts, &v, sizeof v);
+  Vec4 total = parts[0];
+  for (int i = 1; i < kLanes / 4; ++i) total += parts[i];
+  return total;
+}
+
 inline float sum(Vec v) {
+  const Vec4 q = quarter(v);
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// The sums of the lanes of four vectors.
+inline Vec4 sums(Vec a, Vec b, Vec c, Vec d) {
+  const Vec4 w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
+#if __has_builtin(__builtin_shufflevector)
+  const Vec4 wx = __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
+  const Vec4 yz = __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
+  return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
+#else
+  const Vec4 parts[4] = {w, x, y, z};
+  Vec4 total;
+  for (int i = 0; i < 4; ++i) total[i] = (parts[i][0] + parts[i][2]) + (parts[i][1] + parts[i][3]);
+  return total;
+#endif
+}
+
+inline float maximum(Vec v) {
   float lanes[kLanes];
   std::memcpy(lanes, &v, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+  float most = lanes[0];
+  for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
 }
 
 // e^x to 2 units in the last place; 0 below the normal numbers, finite above 88, NaN for NaN.
@@ -127,3 +157,5 @@ inline Vec exp(Vec x) {
   const Vec scaled = bit_cast<Vec>(bit_cast<UInt>(p) + (bit_cast<UInt>(shifted) << 23));
   return x < -87.0f ? Vec{} : scaled;
 }
+
+inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import Capability, Ops, select_ops
+
 
 @dataclass(frozen=True)
 class PagedCase:
@@ -94,3 +96,13 @@ def paged_case() -> Callable[..., PagedCase]:
 @pytest.fixture
 def attention_oracle() -> Callable[..., Tensor]:
     return naive_attention
+
+
+@pytest.fixture(scope="session", params=["torch", "cpp"])
+def ops(request) -> Ops:
+    """All ops in one form that runs on the CPU. C++ is compiled when it is first asked for, once per machine."""
+    cpu = Capability.of(torch.device("cpu"))
+    chosen = select_ops(cpu, dtype=torch.float32, overrides={"all": request.param})
+    if request.param not in chosen.backends.values():
+        pytest.skip("the C++ forms could not be compiled here")
+    return chosen

@@ -3,17 +3,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import paged_attention_decode, unified_attention
 from virtual_memory import virtual_tensor
 
 LENS = [0, 1, 15, 16, 17, 33]  # around a page of 16
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-def run(case, **options):
+def run(ops, case, **options):
     out = torch.full_like(case.q, torch.nan)
     options.setdefault("scale", case.q.shape[-1] ** -0.5)
-    result = unified_attention(
+    result = ops.unified_attention(
         case.q,
         case.k_cache,
         case.v_cache,
@@ -35,51 +34,51 @@ def check(result, expected, dtype=torch.float32):
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(2, 2), (9, 3), (4, 1), (7, 1), (16, 2)])
 def test_mixed_batch_against_the_definition(
-    paged_case: Callable, attention_oracle: Callable, q_heads, kv_heads, head_dim
+    ops, paged_case: Callable, attention_oracle: Callable, q_heads, kv_heads, head_dim
 ):
     lens = [*LENS, 33, 40, 20]
     q_lens = [1, 1, 1, 1, 1, 1, 33, 17, 0]  # padding, decode, a whole prompt, a chunk, nothing this step
     case = paged_case(lens, q_lens, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim)
-    check(run(case), attention_oracle(case, scale=head_dim**-0.5))
+    check(run(ops, case), attention_oracle(case, scale=head_dim**-0.5))
 
 
 @pytest.mark.parametrize("page", [16, 32, 64])
 @pytest.mark.parametrize("offset", [-1, 0, 1])
-def test_lengths_around_a_page(paged_case, attention_oracle, page, offset):
+def test_lengths_around_a_page(ops, paged_case, attention_oracle, page, offset):
     n = page + offset
     case = paged_case([n, n, n, 2 * page + offset], [1, n, 3, 1], page=page, head_dim=64)
-    check(run(case), attention_oracle(case, scale=0.125))
+    check(run(ops, case), attention_oracle(case, scale=0.125))
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 17, 100])
-def test_window_never_reads_what_left_it(paged_case, attention_oracle, window):
+def test_window_never_reads_what_left_it(ops, paged_case, attention_oracle, window):
     case = paged_case([0, 1, 15, 16, 17, 70, 70, 70], [1, 1, 1, 1, 1, 1, 70, 30], window=window)
-    check(run(case, window=window), attention_oracle(case, scale=0.125, window=window))
+    check(run(ops, case, window=window), attention_oracle(case, scale=0.125, window=window))
 
 
-def test_window_far_smaller_than_a_long_prompt(paged_case, attention_oracle):
+def test_window_far_smaller_than_a_long_prompt(ops, paged_case, attention_oracle):
     # Whole key tiles of the product are masked for the late queries.
     case = paged_case([1300], [1300], q_heads=1, kv_heads=1, head_dim=64)
-    check(run(case, window=5), attention_oracle(case, scale=0.125, window=5))
+    check(run(ops, case, window=5), attention_oracle(case, scale=0.125, window=5))
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [0, 9])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_softcap_and_sinks(paged_case, attention_oracle, softcap, window, with_sinks):
+def test_softcap_and_sinks(ops, paged_case, attention_oracle, softcap, window, with_sinks):
     case = paged_case([0, 1, 17, 33, 20], [1, 1, 1, 33, 5], q_heads=6, kv_heads=2)
     sinks = torch.linspace(-1, 2, 6) if with_sinks else None
     options = {"softcap": softcap, "window": window, "sinks": sinks}
-    check(run(case, **options), attention_oracle(case, scale=0.125, **options))
+    check(run(ops, case, **options), attention_oracle(case, scale=0.125, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(paged_case, attention_oracle, dtype):
+def test_half_precision(ops, paged_case, attention_oracle, dtype):
     case = paged_case([0, 1, 17, 33], [1, 1, 1, 20], dtype=dtype)
-    check(run(case), attention_oracle(case, scale=0.125), dtype)
+    check(run(ops, case), attention_oracle(case, scale=0.125), dtype)
 
 
-def test_e4m3_cache_with_scales(paged_case, attention_oracle):
+def test_e4m3_cache_with_scales(ops, paged_case, attention_oracle):
     case = paged_case([0, 17, 33], [1, 1, 20])
     k8, v8 = (case.k_cache / 0.5).to(torch.float8_e4m3fn), (case.v_cache / 0.25).to(torch.float8_e4m3fn)
     rounded = type(case)(
@@ -93,26 +92,75 @@ def test_e4m3_cache_with_scales(paged_case, attention_oracle):
         [(v / 0.25).to(torch.float8_e4m3fn).double() * 0.25 for v in case.v],
     )
     expected = attention_oracle(rounded, scale=0.125)
-    check(run(rounded, k_scale=0.5, v_scale=torch.tensor(0.25)), expected)
+    check(run(ops, rounded, k_scale=0.5, v_scale=torch.tensor(0.25)), expected)
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_decode_op_equals_unified(paged_case, num_splits):
-    case = paged_case(LENS, [1] * len(LENS), q_heads=9, kv_heads=3)
+def decode(ops, case, **options):
     out = torch.full_like(case.q, torch.nan)
-    paged_attention_decode(
-        case.q, case.k_cache, case.v_cache, case.block_table, case.seq_lens, scale=0.125, num_splits=num_splits, out=out
+    result = ops.paged_attention_decode(
+        case.q,
+        case.k_cache,
+        case.v_cache,
+        case.block_table,
+        case.seq_lens,
+        scale=0.125,
+        num_splits=4,
+        out=out,
+        **options,
     )
-    torch.testing.assert_close(out, run(case), atol=0, rtol=0)
-    assert (out[0] == 0).all()
+    assert result is out
+    return out
 
 
-def test_a_row_does_not_depend_on_its_neighbours(paged_case):
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (16, 2.0), (0, 2.0)])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim"), [(2, 2, 64), (9, 3, 64), (4, 1, 256), (7, 1, 128), (8, 1, 96), (10, 2, 64)]
+)
+def test_decode_against_the_definition(ops, paged_case, attention_oracle, q_heads, kv_heads, head_dim, window, softcap):
+    lens = [*LENS, 64, 65, 130]
+    options = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window}
+    case = paged_case(lens, [1] * len(lens), **options)
+    expected = attention_oracle(case, scale=0.125, window=window, softcap=softcap)
+    check(decode(ops, case, window=window, softcap=softcap), expected)
+
+
+@pytest.mark.parametrize("window", [0, 1500])
+def test_decode_of_long_rows(ops, paged_case, attention_oracle, window):
+    lens = [1024, 3000, 5, 1025, 2049]
+    case = paged_case(lens, [1] * len(lens), q_heads=6, kv_heads=2, window=window)
+    check(decode(ops, case, window=window), attention_oracle(case, scale=0.125, window=window))
+
+
+def test_a_block_that_the_cache_does_not_have_is_refused(ops, paged_case):
+    case = paged_case([5, 20], [1, 1])
+    for block in (-1, len(case.k_cache)):
+        case.block_table[1, 1] = block
+        with pytest.raises((IndexError, ValueError)):
+            decode(ops, case)
+        with pytest.raises((IndexError, ValueError)):
+            run(ops, case)
+
+
+@pytest.mark.parametrize("page", [1, 7])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_any_page_and_number_of_threads(ops, paged_case, attention_oracle, page, num_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        case = paged_case([300, 0, 13, 250], [1, 1, 13, 100], page=page)
+        check(run(ops, case), attention_oracle(case, scale=0.125))
+        case = paged_case([300, 0, 13, 250], [1] * 4, page=page, q_heads=6)
+        check(decode(ops, case), attention_oracle(case, scale=0.125))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(ops, paged_case):
     lens = [200, 3, 17, 64, 65, 130] * 12  # several gather groups
     case = paged_case(lens, [1] * len(lens), q_heads=9, kv_heads=3)
-    together = run(case)
+    together = run(ops, case)
     for s in (0, 1, 40, 71):
-        alone = paged_attention_decode(
+        alone = ops.paged_attention_decode(
             case.q[s : s + 1],
             case.k_cache,
             case.v_cache,
@@ -123,11 +171,11 @@ def test_a_row_does_not_depend_on_its_neighbours(paged_case):
         torch.testing.assert_close(alone[0], together[s], atol=1e-6, rtol=1e-6)
 
 
-def test_chunks_add_up_to_the_whole_prompt(paged_case, attention_oracle):
+def test_chunks_add_up_to_the_whole_prompt(ops, paged_case, attention_oracle):
     whole = paged_case([50], [50])
     expected = attention_oracle(whole, scale=0.125)
     for begin, end in ((0, 20), (20, 21), (21, 50)):
-        part = unified_attention(
+        part = ops.unified_attention(
             whole.q[begin:end],
             whole.k_cache,
             whole.v_cache,
@@ -140,20 +188,20 @@ def test_chunks_add_up_to_the_whole_prompt(paged_case, attention_oracle):
         check(part, expected[begin:end])
 
 
-def test_rows_past_the_last_sequence_are_zero(paged_case):
+def test_rows_past_the_last_sequence_are_zero(ops, paged_case):
     case = paged_case([5], [1])
     q = torch.cat((case.q, torch.full_like(case.q, torch.nan)))
-    out = unified_attention(
+    out = ops.unified_attention(
         q, case.k_cache, case.v_cache, case.cu_seqlens_q, case.seq_lens, case.block_table, max_seqlen_q=1, scale=1.0
     )
     assert (out[1] == 0).all()
     assert out[0].isfinite().all()
 
 
-def test_more_queries_than_tokens_is_refused(paged_case):
+def test_more_queries_than_tokens_is_refused(ops, paged_case):
     case = paged_case([3], [3])
     with pytest.raises(ValueError, match=r"seq_lens\[0\] is 2, less than its 3 query tokens"):
-        unified_attention(
+        ops.unified_attention(
             case.q,
             case.k_cache,
             case.v_cache,
@@ -165,14 +213,14 @@ def test_more_queries_than_tokens_is_refused(paged_case):
         )
 
 
-def test_slots_past_two_to_the_31_elements(paged_case):
+def test_slots_past_two_to_the_31_elements(ops, paged_case):
     page, heads, dim = 64, 8, 128
     blocks = 34_000
     cache = virtual_tensor(blocks, page, heads, dim, dtype=torch.float16)
     assert cache.numel() > 2**31
     cache[-1] = torch.randn(page, heads, dim)
     q = torch.randn(1, heads, dim)
-    out = paged_attention_decode(
+    out = ops.paged_attention_decode(
         q, cache, cache, torch.tensor([[blocks - 1]], dtype=torch.int32), torch.tensor([page]), scale=0.1
     )
     last = cache[-1].double()
