@@ -95,6 +95,8 @@ _CPP: Mapping[str, CppForm] = MappingProxyType(
         "paged_attention_decode": CppForm("attention"),
         "silu_and_mul": CppForm("activation"),
         "unified_attention": CppForm("attention"),
+        "w4a16_gemm": CppForm("gemm_wna16"),
+        "w8a16_gemm": CppForm("gemm_wna16"),
     }
 )
 

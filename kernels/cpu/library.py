@@ -31,6 +31,7 @@ CODES: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.bfl
 FUNCTIONS: Mapping[str, str] = MappingProxyType(
     {
         "gated_activation": "iippiiii",
+        "gemm_wna16": "iipppppiiii",
         "paged_attention_decode": "iippppppiiiiiiiiiiifff",
         "unified_attention": "iippppppiiiiiiiiiiifffppi",
     }
