@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import platform
 import sys
-import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.load.compare import compare_text
-from bench.load.driver import Driver
 from bench.load.figures import Slo
 from bench.load.grpc_target import GrpcTarget
 from bench.load.openai_target import OpenAiTarget
-from bench.load.page import page
 from bench.load.records import RequestError
-from bench.load.run import Run, read_run, run_step
+from bench.load.run import Run, read_run
 from bench.load.self_test import self_test, self_test_text
+from bench.load.session import Session
 from bench.load.target import Target, UsageError
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Load, Shape, WorkloadName
-
-_OPEN_LOOP_S = 30
-_WARM_UP_OUTPUT = 4
 
 
 def main(
@@ -63,7 +57,7 @@ def main(
     respect_eos: Annotated[bool, typer.Option(help="Let answers end where the model ends them.")] = False,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="tokenizer.json or its folder: prompts of whole words, the same for every target."),
+        typer.Option(help="The model's folder, .gguf or tokenizer.json: prompts of its words, as ids or as text."),
     ] = None,
     connections: Annotated[int, typer.Option(min=1, help="grpc: connections to spread the streams over.")] = 1,
     seed: Annotated[int, typer.Option(help="Prompts, lengths, arrivals and cancellations follow from it.")] = 0,
@@ -92,7 +86,7 @@ def main(
         shape = Shape(name, input_len, output_len, max_len, prefix_len, turns, think_s, cancel_share)
         loads, limits = _loads(concurrency, rate, sweep), Slo.parse(slo)
         words = Vocabulary.of_words(tokenizer) if tokenizer is not None else None
-        server = _target(target, model, connections, api_key, respect_eos)
+        make_target = _target(target, model, connections, api_key, respect_eos)
         options = {
             "shape": asdict(shape),
             "seed": seed,
@@ -105,7 +99,7 @@ def main(
             "tokenizer": tokenizer is not None,
         }
         run = Run({"target": target, "model": model or "", "options": options, **_surroundings()})
-        session = _Session(server, run, shape, limits if limits.limits_ms else None, output)
+        session = Session(make_target, run, shape, limits if limits.limits_ms else None, output)
         asyncio.run(session.run(loads, words, model, requests, warm_up))
     except (UsageError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
@@ -114,92 +108,6 @@ def main(
         raise typer.Exit(1) from None
     if not any(step.figures["ok"] for step in run.steps):
         raise typer.Exit(1)
-
-
-class _Session:
-    """The steps of one call of the program, with its progress and its files."""
-
-    def __init__(self, server: Target, run: Run, shape: Shape, slo: Slo | None, output: Path | None) -> None:
-        self._server = server
-        self._run = run
-        self._shape = shape
-        self._slo = slo
-        self._output = output
-
-    async def run(
-        self, loads: list[Load], words: Vocabulary | None, model: str | None, num_requests: int, warm_up: int
-    ) -> None:
-        try:
-            vocabulary = await self._meet(words, model)
-            options = self._run.header["options"]
-            driver = Driver(
-                self._server,
-                vocabulary,
-                session_prefix=f"bench-{uuid.uuid4().hex[:8]}",
-                stream=options["stream"],
-                deadline_s=options["deadline_s"],
-            )
-            if warm_up:
-                await self._warm_up(driver, vocabulary, warm_up)
-            with _progress() as progress:
-                for number, load in enumerate(loads):
-                    await self._step(driver, vocabulary, load, f"{options['seed']}/{number}", num_requests, progress)
-        finally:
-            await self._server.close()
-
-    async def _meet(self, words: Vocabulary | None, model: str | None) -> Vocabulary:
-        """Ask the server what it is, and choose the tokens of the prompts."""
-        info = await self._server.info()
-        if model is not None and self._server.takes_token_ids and model != info.model:
-            raise UsageError(f"--model: {model} is asked for, the server has {info.model}")
-        self._run.header |= {"model": info.model, "server_version": info.version}
-        if words is not None:
-            return words
-        if self._shape.workload == "sessions" or not self._server.takes_token_ids:
-            raise UsageError("--tokenizer: sessions, and prompts for OpenAI's API, are sent as text and need one")
-        if not info.vocab_size:
-            raise UsageError("--tokenizer: the server does not say how large its vocabulary is")
-        return Vocabulary.of_size(info.vocab_size)
-
-    async def _warm_up(self, driver: Driver, vocabulary: Vocabulary, count: int) -> None:
-        lengths = {**asdict(self._shape), "cancel_share": 0.0, "think_s": 0.0}
-        lengths["output_len"] = min(_WARM_UP_OUTPUT, self._shape.output_len)
-        load = Load(concurrency=count)
-        step = await run_step(
-            driver, Shape(**lengths), load, alphabet=vocabulary.alphabet, num_requests=count, seed="warm-up"
-        )
-        failed = next((record for record in step.records if record.status == "failed"), None)
-        if failed is not None:
-            raise RequestError(failed.kind, f"the warm-up failed: {failed.message}")
-
-    async def _step(
-        self, driver: Driver, vocabulary: Vocabulary, load: Load, seed: str, num_requests: int, progress: Progress
-    ) -> None:
-        count = num_requests or max(8, 4 * (load.concurrency or 0), math.ceil(_OPEN_LOOP_S * (load.rate or 0)))
-        bar = progress.add_task(f"load {load}", total=count)
-        step = await run_step(
-            driver,
-            self._shape,
-            load,
-            alphabet=vocabulary.alphabet,
-            num_requests=count,
-            seed=seed,
-            slo=self._slo,
-            on_end=lambda record: progress.advance(bar),
-        )
-        self._run.steps.append(step)
-        progress.stop_task(bar)
-        print(step.text("Serving Benchmark Result"), flush=True)
-        # After every step: what was measured is not lost when a later one is interrupted.
-        if self._output is not None:
-            self._run.write(self._output)
-            self._output.with_name(f"{self._output.name}.html").write_text(page(self._run))
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=4)
 
 
 def _loads(concurrency: int | None, rate: float | None, sweep: str | None) -> list[Load]:
@@ -211,13 +119,13 @@ def _loads(concurrency: int | None, rate: float | None, sweep: str | None) -> li
 
 def _target(
     address: str, model: str | None, connections: int, api_key: str | None, respect_eos: bool
-) -> GrpcTarget | OpenAiTarget:
+) -> Callable[[], Target]:
     scheme, found, rest = address.partition("://")
     if found and rest and scheme == "grpc":
-        return GrpcTarget(rest, connections=connections, respect_eos=respect_eos)
+        return partial(GrpcTarget, rest, connections=connections, respect_eos=respect_eos)
     if found and rest and scheme in ("openai+http", "openai+https"):
         base_url = address.removeprefix("openai+")
-        return OpenAiTarget(base_url, model=model, api_key=api_key, respect_eos=respect_eos)
+        return partial(OpenAiTarget, base_url, model=model, api_key=api_key, respect_eos=respect_eos)
     raise UsageError(f"--target: {address!r} begins with none of grpc://, openai+http://, openai+https://")
 
 

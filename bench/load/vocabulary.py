@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from services.tokenizer.text.loading import load_model_tokenizer
+from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+
 _LEAST_WORDS = 64
 
 
@@ -36,20 +39,20 @@ class Vocabulary:
         is encoded, so servers that take text compute what servers that take ids compute.
 
         Args:
-            path: A `tokenizer.json`, or the folder that has one.
+            path: A model's folder or `.gguf` file, or a `tokenizer.json`.
 
-        Raises ValueError where there is none, or one with too few words.
+        Raises ValueError where there is no tokenizer, or one with too few words.
         """
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise ValueError(f"--tokenizer: there is no {file}")
-        tokenizer = Tokenizer.from_file(str(file))
-        ids = list(range(tokenizer.get_vocab_size(with_added_tokens=False)))
+        try:
+            model = load_model_tokenizer(path.parent if path.name == "tokenizer.json" else path)
+        except UnsupportedTokenizerError as error:
+            raise ValueError(f"--tokenizer: {error}") from None
+        tokenizer, ids = model.tokenizer, range(model.vocab_size)
         # Twice, because some decoders drop the first space of a text.
         texts = tokenizer.decode_batch([[token_id, token_id] for token_id in ids])
         words = tuple(token_id for token_id, text in zip(ids, texts, strict=True) if _is_word_twice(text))
         if len(words) < _LEAST_WORDS:
-            raise ValueError(f"--tokenizer: {file} has {len(words)} words of ASCII letters, fewer than {_LEAST_WORDS}")
+            raise ValueError(f"--tokenizer: {path} has {len(words)} words of ASCII letters, fewer than {_LEAST_WORDS}")
         return cls(words, tokenizer)
 
     def text(self, token_ids: Sequence[int]) -> str:
