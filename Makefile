@@ -64,6 +64,9 @@ protos: setup-dev ## generate the stubs from protos/
 bench: setup-dev ## measure the engine and the whole line (BENCH_ARGS="--help")
 	@$(python) -m bench $(BENCH_ARGS)
 
+bench-load: setup-dev ## load on a running server, ours or an OpenAI-compatible one (BENCH_ARGS="--help")
+	@$(python) -m bench.load $(BENCH_ARGS)
+
 bench-tokenizer: ## load the tokenizer service alone: streams, encode, decode
 bench-scheduler: ## load the scheduler alone: frames, executors, admissions, Redis
 bench-executor: ## load the executor alone: fake engine, real model

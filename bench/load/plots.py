@@ -53,7 +53,9 @@ class Axis:
         """Round values on it."""
         if self.is_log:
             decades = round(math.log10(self.high / self.low))
-            return [self.low * 10.0**decade for decade in range(decades + 1)]
+            between = (1, 2, 5) if decades <= 2 else (1,)
+            ticks = [self.low * 10.0**decade * factor for decade in range(decades) for factor in between]
+            return [*ticks, self.high]
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))
         step = next(step * factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 6)
         return [self.low + step * number for number in range(int((self.high - self.low) / step + 1e-9) + 1)]

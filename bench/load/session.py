@@ -22,6 +22,8 @@ from bench.load.workload import Load, Shape
 
 _OPEN_LOOP_S = 30
 _WARM_UP_OUTPUT = 4
+# A server may compile on its first requests: no deadline of the measurement applies to them.
+_WARM_UP_S = 600.0
 
 
 class Session:
@@ -52,15 +54,17 @@ class Session:
         try:
             vocabulary = await self._meet(target, words, model)
             options = self._run.header["options"]
+            session_prefix = f"bench-{uuid.uuid4().hex[:8]}"
             driver = Driver(
                 target,
                 vocabulary,
-                session_prefix=f"bench-{uuid.uuid4().hex[:8]}",
+                session_prefix=session_prefix,
                 stream=options["stream"],
                 deadline_s=options["deadline_s"],
             )
             if warm_up:
-                await self._warm_up(driver, vocabulary, warm_up)
+                patient = Driver(target, vocabulary, session_prefix=session_prefix, deadline_s=_WARM_UP_S)
+                await self._warm_up(patient, vocabulary, warm_up)
             with _progress() as progress:
                 for number, load in enumerate(loads):
                     await self._step(driver, vocabulary, load, f"{options['seed']}/{number}", num_requests, progress)

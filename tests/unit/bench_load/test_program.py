@@ -106,6 +106,17 @@ def test_nobody_there_is_said_in_one_line():
     assert result.output.startswith("grpc://127.0.0.1:1: UNAVAILABLE")
 
 
+async def test_the_warm_up_is_not_counted_and_has_no_deadline(grpc_server):
+    code, out, err = await load(
+        *("--target", f"grpc://{grpc_server.address}", "--requests", "3", "--warm-up", "2", "--deadline-s", "30"),
+        *("--input-len", "6", "--output-len", "5"),
+    )
+    assert code == 0, err
+    assert re.search(r"^Successful requests: +3 *$", out, re.MULTILINE)
+    assert sorted(request.sampling.max_tokens for request in grpc_server.requests) == [4, 4, 5, 5, 5]
+    assert [deadline > 60 for deadline in grpc_server.deadlines] == [True, True, False, False, False]
+
+
 async def test_the_self_test_measures_both_protocols():
     steps = await self_test(concurrency=4, num_requests=8, output_len=4)
     assert {protocol: step.figures["ok"] for protocol, step in steps.items()} == {"grpc": 8, "openai": 8}
