@@ -91,8 +91,10 @@ _TRITON: Mapping[str, TritonForm] = MappingProxyType(
 )
 _CPP: Mapping[str, CppForm] = MappingProxyType(
     {
+        "fused_add_rms_norm": CppForm("norm"),
         "gelu_tanh_and_mul": CppForm("activation"),
         "paged_attention_decode": CppForm("attention"),
+        "qk_norm_rope_and_cache": CppForm("rope"),
         "silu_and_mul": CppForm("activation"),
         "unified_attention": CppForm("attention"),
         "w4a16_gemm": CppForm("gemm_wna16"),

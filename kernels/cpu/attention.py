@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CODES, CpuLibrary
+from kernels.cpu.library import CODES, LANES, CpuLibrary
 from kernels.reference import attention as reference
-
-_LANES = 16  # of the widest machine: rows of heads are read in vectors
 
 
 def unified_attention(
@@ -112,7 +110,7 @@ def paged_attention_decode(
 def _takes(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, out: Tensor | None) -> bool:
     head_dim = q.shape[2]
     return (
-        head_dim % _LANES == 0
+        head_dim % LANES == 0
         and q.dtype in (torch.float32, torch.bfloat16)
         and k_cache.dtype in CODES
         and v_cache.dtype == k_cache.dtype

@@ -26,13 +26,17 @@ _BUILD_LIMIT_S = 120
 # Numbers of element types in C++, `Code` in vec.h.
 CODES: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2})
 
+LANES = 16  # of the widest vectors: rows whose length is a multiple need no special case on any machine
+
 # Every exported function and its arguments, without the number of threads, an int64, which is the last of each: p a
 # pointer, i an int64, f a double. The result is an int64: -1, or the index of the row that is at fault.
 FUNCTIONS: Mapping[str, str] = MappingProxyType(
     {
+        "fused_add_rms_norm": "ippppiiiiiif",
         "gated_activation": "iippiiii",
         "gemm_wna16": "iipppppiiii",
         "paged_attention_decode": "iippppppiiiiiiiiiiifff",
+        "qk_norm_rope_and_cache": "iipppppppppiiiiiiiiifff",
         "unified_attention": "iippppppiiiiiiiiiiifffppi",
     }
 )

@@ -155,14 +155,3 @@ template <class T>
 inline void zero_rows(T* out, int64_t count) {
   std::fill(out, out + count, T{});
 }
-
-// Returns run(Q{}, T{}), the types of queries and of what the cache holds.
-template <class Run>
-int64_t with_types(int64_t q_dtype, int64_t cache_dtype, const Run& run) {
-  const auto with_cache = [&](auto query) {
-    if (cache_dtype == kFloat32) return run(query, float{});
-    if (cache_dtype == kBFloat16) return run(query, BFloat16{});
-    return run(query, E4M3{});
-  };
-  return q_dtype == kFloat32 ? with_cache(float{}) : with_cache(BFloat16{});
-}

@@ -75,6 +75,17 @@ inline void store(BFloat16* p, Vec v) {  // to the nearest, ties to even
   std::memcpy(p, &h, sizeof h);
 }
 
+inline void store(E4M3* p, Vec v) {  // to the nearest, ties to even; at most 464 in magnitude
+  const UInt u = bit_cast<UInt>(v), sign = u >> 24 & 0x80, bits = u & 0x7fffffff;
+  const Vec magnitude = bit_cast<Vec>(bits);
+  // Below 2^-6 numbers are multiples of 2^-9, which the addition rounds to and leaves in the low bits.
+  const UInt small = bit_cast<UInt>(magnitude + 16384.0f) - bit_cast<UInt>(splat(16384.0f));
+  const UInt normal = (bits - (120u << 23) + 0x7ffff + (bits >> 20 & 1)) >> 20;
+  const UInt code = v == v ? (magnitude < 0x1p-6f ? small : normal) : (UInt{} + 0x7fu);
+  const Byte b = __builtin_convertvector(code | sign, Byte);
+  std::memcpy(p, &b, sizeof b);
+}
+
 // The first `count` < kLanes elements; the others are 0.
 template <class T>
 inline Vec load(const T* p, int64_t count) {
@@ -159,3 +170,14 @@ inline Vec exp(Vec x) {
 }
 
 inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
+
+// Returns run(Q{}, T{}), the types of activations and of what the cache holds.
+template <class Run>
+int64_t with_types(int64_t dtype, int64_t cache_dtype, const Run& run) {
+  const auto with_cache = [&](auto type) {
+    if (cache_dtype == kFloat32) return run(type, float{});
+    if (cache_dtype == kBFloat16) return run(type, BFloat16{});
+    return run(type, E4M3{});
+  };
+  return dtype == kFloat32 ? with_cache(float{}) : with_cache(BFloat16{});
+}

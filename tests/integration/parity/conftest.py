@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kernels import Capability, select_ops
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
 from services.executor.engine.request import EngineRequest, RequestFinish, RequestStatus
@@ -111,7 +112,8 @@ def load() -> Callable[[Path, bool], LoadedModel]:
     """Load a model and its oracle: from a GGUF file (transformers reads it itself), or a Hugging Face directory."""
 
     def load_both(path: Path, gguf: bool) -> LoadedModel:
-        model, config = load_model(path, ModelRuntime())
+        ops = select_ops(Capability.of(CPU), dtype=torch.float32)  # what serving chooses
+        model, config = load_model(path, ModelRuntime(ops))
         source = {"gguf_file": "model.gguf"} if gguf else {}
         oracle = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager", **source

@@ -1,0 +1,98 @@
+// Per-head norm, rotation of queries and keys, and the write of keys and values into the paged cache.
+#include <atomic>
+
+#include "norm.h"
+#include "parallel.h"
+
+namespace {
+
+constexpr int64_t kGrain = 16384;  // elements; fewer are done before another thread would be awake
+constexpr int64_t kMaxDim = 256;
+
+// What every head of a call has in common.
+template <class T>
+struct Heads {
+  const T *q_norm, *k_norm;  // or null
+  int64_t q_heads, kv_heads, dim;
+  float eps;
+  bool gemma;
+};
+
+// to [dim] = x, rotated by pairs (i, i + dim / 2), after its norm if there is one.
+template <class T>
+inline void rotate(const T* x, const T* norm, const float* cos_sin, T* to, const Heads<T>& heads) {
+  T normed[kMaxDim];
+  if (norm != nullptr) {
+    norm_row(x, norm, normed, heads.dim, heads.eps, heads.gemma);
+    x = normed;
+  }
+  const int64_t half = heads.dim / 2;
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const Vec first = load(x + i), second = load(x + half + i);
+    const Vec cos = load(cos_sin + i), sin = load(cos_sin + half + i);
+    store(to + i, first * cos - second * sin);
+    store(to + half + i, second * cos + first * sin);
+  }
+}
+
+// What is stored of x [dim]; codes of e4m3 are of x / scale, clamped as the format has no infinity.
+template <class T, class C>
+inline void write(const T* x, C* to, int64_t dim, float scale) {
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    Vec v = load(x + i);
+    if constexpr (sizeof(C) == 1) {
+      v = v / scale;
+      v = v > 448.0f ? splat(448.0f) : (v < -448.0f ? splat(-448.0f) : v);
+    }
+    store(to + i, v);
+  }
+}
+
+template <class T, class C>
+int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_sin, const int64_t* slots, C* k_cache,
+             C* v_cache, const Heads<T>& heads, int64_t tokens, int64_t num_positions, int64_t num_slots,
+             int64_t qkv_stride, int64_t out_stride, float k_scale, float v_scale, int64_t threads) {
+  std::atomic<int64_t> fault{kDone};
+  const int64_t dim = heads.dim, kv_width = heads.kv_heads * dim, q_width = heads.q_heads * dim;
+  parallel_ranges(tokens, kGrain / (q_width + 2 * kv_width) + 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      if (positions[t] < 0 || positions[t] >= num_positions || slots[t] >= num_slots) {
+        fault = t;
+        return;
+      }
+      const T* row = qkv + t * qkv_stride;
+      const float* angles = cos_sin + positions[t] * dim;
+      for (int64_t at = 0; at < q_width; at += dim) {
+        rotate(row + at, heads.q_norm, angles, out_q + t * out_stride + at, heads);
+      }
+      if (slots[t] < 0) continue;
+      for (int64_t at = 0; at < kv_width; at += dim) {
+        T key[kMaxDim];
+        rotate(row + q_width + at, heads.k_norm, angles, key, heads);
+        write(key, k_cache + slots[t] * kv_width + at, dim, k_scale);
+        write(row + q_width + kv_width + at, v_cache + slots[t] * kv_width + at, dim, v_scale);
+      }
+    }
+  });
+  return fault;
+}
+
+}  // namespace
+
+// qkv [tokens, (q_heads + 2 kv_heads) * dim] and out_q [tokens, q_heads * dim], strides of their rows in elements.
+EXPORT int64_t qk_norm_rope_and_cache(int64_t dtype, int64_t cache_dtype, const void* qkv, void* out_q,
+                                      const int64_t* positions, const float* cos_sin, const int64_t* slots,
+                                      void* k_cache, void* v_cache, const void* q_norm, const void* k_norm,
+                                      int64_t tokens, int64_t num_positions, int64_t num_slots, int64_t q_heads,
+                                      int64_t kv_heads, int64_t dim, int64_t qkv_stride, int64_t out_stride,
+                                      int64_t gemma, double eps, double k_scale, double v_scale, int64_t threads) {
+  return with_types(dtype, cache_dtype, [&](auto type, auto stored) {
+    using T = decltype(type);
+    using C = decltype(stored);
+    const Heads<T> heads{static_cast<const T*>(q_norm), static_cast<const T*>(k_norm), q_heads, kv_heads, dim,
+                         float(eps), gemma != 0};
+    return rope(static_cast<const T*>(qkv), static_cast<T*>(out_q), positions, cos_sin, slots,
+                static_cast<C*>(k_cache), static_cast<C*>(v_cache), heads, tokens, num_positions, num_slots,
+                qkv_stride, out_stride, k_scale, v_scale, threads);
+  });
+}
