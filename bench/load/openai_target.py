@@ -12,6 +12,8 @@ from bench.load.records import Ended, Request, RequestError, Tokens
 from bench.load.target import TargetInfo
 
 _CONNECT_TIMEOUT = 10.0
+# Less than the 5 s after which the usual servers close an idle connection: a request must not meet that moment.
+_KEEPALIVE_EXPIRY = 2.0
 _MESSAGE_LEN = 300
 
 
@@ -37,7 +39,9 @@ class OpenAiTarget:
         self._client = httpx.AsyncClient(
             base_url=base_url.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_EXPIRY
+            ),
             timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT),
             trust_env=False,
         )

@@ -22,6 +22,8 @@ class Play:
 
     Attributes:
         delay: Seconds before each delta.
+        barrier: Met before the first delta.
+        hold_after: Deltas after which nothing comes any more.
         chunk: Tokens per delta.
         abort_after: Deltas after which the call ends with `code`.
         code: See abort_after; OK ends the stream without Finished.
@@ -30,6 +32,8 @@ class Play:
     """
 
     delay: float = 0.0
+    barrier: asyncio.Barrier | None = None
+    hold_after: int | None = None
     chunk: int = 1
     abort_after: int | None = None
     code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
@@ -44,7 +48,7 @@ class ScriptedGeneration(generation_pb2_grpc.GenerationServicer, tokenizer_pb2_g
         self.play: Callable[[generation_pb2.GenerateRequest], Play] = lambda request: Play()
         self.requests: list[generation_pb2.GenerateRequest] = []
         self.deadlines: list[float | None] = []
-        self.num_cancelled = 0
+        self.num_cut_short = 0
         self.sessions: dict[str, int] = {}
         self.running = self.most_running = 0
 
@@ -67,23 +71,27 @@ class ScriptedGeneration(generation_pb2_grpc.GenerationServicer, tokenizer_pb2_g
         self.deadlines.append(context.time_remaining())
         self.running += 1
         self.most_running = max(self.most_running, self.running)
+        is_over = False
         try:
             async for response in self._answer(request, context, self.play(request)):
                 yield response
-        except asyncio.CancelledError:
-            self.num_cancelled += 1
-            raise
+            is_over = True
         finally:
             self.running -= 1
+            self.num_cut_short += not is_over
 
     async def _answer(self, request, context, play):
         turns = self.sessions.get(request.session_id, 0)
         yield generation_pb2.GenerateResponse(
             started=generation_pb2.Started(model=MODEL, session_turns=0 if play.forget else turns)
         )
+        if play.barrier is not None:
+            await play.barrier.wait()
         num_tokens = request.sampling.max_tokens
         for number, offset in enumerate(range(0, num_tokens, play.chunk)):
             await asyncio.sleep(play.delay)
+            if play.hold_after == number:
+                await asyncio.Event().wait()
             if play.abort_after == number:
                 if play.code is not grpc.StatusCode.OK:
                     await context.abort(play.code, "scripted")
