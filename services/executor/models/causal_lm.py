@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from services.executor.models.config import ModelConfig
@@ -13,6 +12,7 @@ from services.executor.models.layers import RMSNorm
 from services.executor.models.llama import LlamaDecoderLayer
 from services.executor.models.rope import build_cos_sin_cache
 from services.executor.models.runtime import ModelRuntime
+from services.executor.models.vocabulary import Vocabulary
 from services.executor.models.weight_slot import WeightSlot
 
 
@@ -28,9 +28,7 @@ class CausalLM:
         self.runtime = runtime
         # transformers rounds the scale to the model's dtype, and Gemma was trained that way.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=runtime.dtype).item()
-        shape = (config.vocab_size, config.hidden_size)
-        self._embed_tokens = runtime.empty(*shape)
-        self._lm_head = self._embed_tokens if config.tie_word_embeddings else runtime.empty(*shape)
+        self._vocabulary = Vocabulary(config, runtime)
         num_positions = max_model_len or config.max_position_embeddings
         self._rope_tables = {
             rope: build_cos_sin_cache(rope, config.head_dim, num_positions, runtime.device)
@@ -47,7 +45,7 @@ class CausalLM:
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]) -> Tensor:
         """Return the final hidden states `[T, H]` of the new tokens `input_ids [T]` i64; fills their cache slots."""
-        residual = F.embedding(input_ids, self._embed_tokens)
+        residual = self._vocabulary.embed(input_ids)
         if self._embedding_scale != 1.0:
             residual *= self._embedding_scale
         x, stream = residual, None  # nothing to add before the first layer
@@ -58,20 +56,18 @@ class CausalLM:
 
     def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return the logits `[R, V]` float32 of the hidden states `[R, H]`, in `out` where it is given."""
-        product = F.linear(hidden, self._lm_head)
-        logits = product.float() if out is None else out.copy_(product)
+        logits = self._vocabulary.logits(hidden, out=out)
         softcap = self.config.final_softcap
         return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield a slot for every tensor of the checkpoint, in the order in which checkpoints store them."""
-        yield WeightSlot("model.embed_tokens.weight", self._embed_tokens)
+        yield from self._vocabulary.embedding_slots()
         for index, (layer, norm) in enumerate(zip(self._layers, self._input_norms, strict=True)):
             yield norm.weight_slot(f"model.layers.{index}.input_layernorm")
             yield from layer.weight_slots(f"model.layers.{index}")
         yield self._norm.weight_slot("model.norm")
-        if not self.config.tie_word_embeddings:
-            yield WeightSlot("lm_head.weight", self._lm_head)
+        yield from self._vocabulary.head_slots()
 
     def kv_scale_slots(self) -> Iterator[WeightSlot]:
         """Yield slots for the scales of an e4m3 cache, which few checkpoints have."""

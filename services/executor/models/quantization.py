@@ -8,7 +8,8 @@ Method = Literal["none", "keep", "fp8", "int8", "int4"]
 
 @dataclass(frozen=True)
 class Quantization:
-    """What becomes of the weights of linear layers; embeddings, output projection, norms and routers stay as they are.
+    """What becomes of the weights of linear layers; norms and routers stay as they are, and so do the embedding and the
+    output projection except on a CPU (`vocabulary.Vocabulary`).
 
     none: full precision, except for a checkpoint that is quantised and has no other.
     keep: as the checkpoint stores them, which includes the blocks of a GGUF file where there is an op for them.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from services.executor.models.linear.packing import pack_rows, per_word
+from services.executor.models.linear.packing import pack_rows, per_word, unpack_rows
 from services.executor.models.linear.quantised import LinearInput
 from services.executor.models.runtime import ModelRuntime
 
@@ -21,8 +21,8 @@ def quantise_groups(matrix: Tensor, bits: Bits, group_size: int, dtype: torch.dt
     """
     half = 1 << (bits - 1)
     groups = matrix.float().view(matrix.shape[0], -1, group_size)
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scales = (extreme / -half).to(dtype)
+    least, most = groups.aminmax(dim=-1, keepdim=True)
+    scales = (torch.where(most > -least, most, least) / -half).to(dtype)
     divisor = torch.where(scales == 0, 1.0, scales.float())
     numbers = (groups / divisor).round_().add_(half).clamp_(0, 2 * half - 1).to(torch.uint8)
     return pack_rows(numbers.flatten(1).T, bits), scales.squeeze(-1).T
@@ -64,11 +64,18 @@ class IntWeight:
         """Return the words and scales of a full-precision matrix."""
         return quantise_groups(matrix, self.bits, self.group_size, self._dtype)
 
-    def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
-        """Return `x W^T + bias`."""
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return rows `[n, K]` of W, in the runtime's dtype; not for an ordered weight."""
+        numbers = torch.unflatten(unpack_rows(self.words[:, indices], self.bits), 0, (-1, self.group_size))
+        zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros[:, indices].unsqueeze(1)
+        columns: Tensor = (numbers.to(self._dtype) - zeros) * self.scales[:, indices].unsqueeze(1)
+        return columns.flatten(0, 1).T.contiguous()
+
+    def product(self, x: LinearInput, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        """Return `x W^T + bias`, in `out` where it is given."""
         assert isinstance(x, Tensor)
         x = x if self.order is None else x.index_select(1, self.order)
-        y = self._gemm(x, self.words, self.scales, self.zeros, group_size=self.group_size)
+        y = self._gemm(x, self.words, self.scales, self.zeros, group_size=self.group_size, out=out)
         return y if bias is None else y.add_(bias)
 
     def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:

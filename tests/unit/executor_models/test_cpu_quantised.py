@@ -1,0 +1,66 @@
+"""Quantised weights on a CPU with compiled ops: also those of the vocabulary."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.quality import TEXT, form_settings, mean_negative_logprob
+from kernels import Capability, Ops, select_ops
+from services.executor.build import build_engine
+from services.executor.models import ModelRuntime, Quantization
+from services.executor.weights import load_model, read_model_config, weight_bytes
+from services.tokenizer.text.loading import load_model_tokenizer
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(211, (40,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    chosen = select_ops(Capability.of(CPU), dtype=torch.float32)
+    if chosen.backends["w8a16_gemm"] != "cpp":
+        pytest.skip("there is no compiler")
+    return chosen
+
+
+@pytest.mark.parametrize("family", ["llama-tied-bias", "qwen3"])
+@pytest.mark.parametrize(("method", "high"), [("int8", 0.03), ("int4", 0.4)])
+def test_models(
+    ops: Ops,
+    family: str,
+    method: Any,
+    high: float,
+    hf_model: Callable[..., Any],
+    paged: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    oracle = hf_model(family, num_hidden_layers=2)
+    oracle.save_pretrained(tmp_path)
+    runtime = ModelRuntime(ops, quantization=Quantization(method))
+    model, config = load_model(tmp_path, runtime, max_model_len=64)
+    assert weight_bytes(read_model_config(tmp_path), runtime, max_model_len=64) == model.num_bytes()
+    vocabulary = [slot for slot in model.weight_slots() if "embed_tokens" in slot.name or "lm_head" in slot.name]
+    assert len(vocabulary) == 2 - config.tie_word_embeddings
+    for slot in vocabulary:
+        assert slot.num_bytes < 1.5 * config.vocab_size * config.hidden_size
+
+    ours = paged(model, config)
+    got = torch.cat([ours.step({0: TOKENS[:-2]})[0], *(ours.step({0: [token]})[0] for token in TOKENS[-2:])])
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([TOKENS])).logits[0]
+    assert 0 < (got - expected).norm() / expected.norm() < high
+
+
+def test_int8_and_kept_blocks_are_within_a_percent(ops: Ops, model_dir: Callable[[str], Path]) -> None:
+    path = model_dir("smollm2-135m-instruct")
+    tokens = load_model_tokenizer(path).tokenizer.encode(TEXT.read_text()[:2000]).ids
+    losses = {
+        form: mean_negative_logprob(build_engine(form_settings(str(path), form), lambda _: None).engine, tokens, 150)
+        for form in ("float32", "int8", "keep")
+    }
+    assert abs(math.expm1(losses["int8"] - losses["float32"])) < 0.01
+    assert abs(math.expm1(losses["keep"] - losses["float32"])) < 0.01
