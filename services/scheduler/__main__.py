@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 from services.common.entry import run_service
@@ -14,6 +15,10 @@ async def _serve(settings: SchedulerSettings) -> None:
     stop = stop_event()
     server = SchedulerServer(settings)
     await server.start()
+    # As in the tokenizer's workers: messages come and go without cycles, looking for some after every 700 is too often.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
     logging.getLogger(__name__).info("listening on %s", server.address)
     metrics = [f"metrics={server.metrics_address}"] if server.metrics_address is not None else []
     try:

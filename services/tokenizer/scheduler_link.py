@@ -122,8 +122,10 @@ class SchedulerLink:
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
         """Distribute a frame. Raises StatusError, which breaks the link, for one that makes no sense."""
-        columns = {len(step.handles), len(step.indices), len(step.offsets), len(step.counts)}
-        if len(columns) != 1 or sum(step.counts) != len(step.token_ids):
+        # Lists: protobuf's own columns make an object per access, which costs more than all the rest of the loop.
+        handles, indices, offsets, counts = step.handles[:], step.indices[:], step.offsets[:], step.counts[:]
+        token_ids = step.token_ids[:]
+        if not len(handles) == len(indices) == len(offsets) == len(counts) or sum(counts) != len(token_ids):
             raise StatusError(grpc.StatusCode.INTERNAL, "the scheduler sent a step whose columns do not fit")
         now = self._clock()
         receivers = self._receivers
@@ -133,9 +135,8 @@ class SchedulerLink:
         for entry in step.prompt_logprobs:
             if (receiver := receivers.get(entry.handle)) is not None:
                 receiver.on_prompt_logprobs(entry)
-        token_ids = list(step.token_ids)
         start = 0
-        for handle, index, offset, count in zip(step.handles, step.indices, step.offsets, step.counts, strict=True):
+        for handle, index, offset, count in zip(handles, indices, offsets, counts, strict=True):
             end = start + count
             if (receiver := receivers.get(handle)) is not None:
                 receiver.on_tokens(index, offset, token_ids[start:end], now)
