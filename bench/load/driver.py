@@ -64,6 +64,7 @@ class Driver:
         on_end: Callable[[RequestRecord], None] = lambda record: None,
     ) -> StepRun:
         """Send all conversations; returns when the last one has ended. `seed` is for the open loop's arrivals."""
+        await self._target.connect(min(load.concurrency or 0, len(planned)))
         step = _Step(self, f"{self._session_prefix}-{seed}".replace("/", "."), on_end)
         async with Meter() as meter, asyncio.TaskGroup() as group:
             step.start = time.perf_counter()

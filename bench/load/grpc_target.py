@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from itertools import cycle
 
 import grpc
@@ -49,6 +51,12 @@ class GrpcTarget:
         except grpc.aio.AioRpcError as error:
             raise _failure(error) from None
         return TargetInfo(answer.model, answer.version, answer.vocab_size)
+
+    async def connect(self, num_streams: int) -> None:
+        """See Target."""
+        ready = asyncio.gather(*(channel.channel_ready() for channel in self._channels))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(ready, _INFO_TIMEOUT)
 
     async def stream(self, request: Request) -> AsyncGenerator[Tokens | Ended]:
         """See Target."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -62,6 +63,11 @@ class OpenAiTarget:
         except (ValueError, LookupError, TypeError):
             raise RequestError("not_openai", f"{answer.url} does not list models") from None
         return TargetInfo(self._model, answer.headers.get("server", ""))
+
+    async def connect(self, num_streams: int) -> None:
+        """See Target. Requests that are in flight at once each open a connection."""
+        asked = (self._client.get("models", timeout=_CONNECT_TIMEOUT) for _ in range(num_streams))
+        await asyncio.gather(*asked, return_exceptions=True)
 
     async def stream(self, request: Request) -> AsyncGenerator[Tokens | Ended]:
         """See Target."""

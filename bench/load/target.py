@@ -33,6 +33,12 @@ class Target(Protocol):
     async def info(self) -> TargetInfo:
         """Ask the server. Raises RequestError when nobody answers, or not in the expected way."""
 
+    async def connect(self, num_streams: int) -> None:
+        """Open the connections that so many streams at once will use. What fails here shows when requests are sent.
+
+        Between a step's start and its first tokens there is then no handshake, whatever the protocol.
+        """
+
     def stream(self, request: Request) -> AsyncGenerator[Tokens | Ended]:
         """Send a request: messages with tokens as they come, then Ended. Closing the generator early cancels it.
 
