@@ -12,15 +12,19 @@ import logging
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 _COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-_LINK = ("-shared", "-fPIC", "-pthread", "-fvisibility=hidden")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fPIC", "-pthread", "-fvisibility=hidden"),
+)
 _BUILD_LIMIT_S = 120
 
 # Numbers of element types in C++, `Code` in vec.h.
@@ -99,7 +103,7 @@ def _built(build_dir: Path) -> Path:
         raise OSError(f"{folder} has no sources")
     # The predefined macros name the compiler's version and all instruction sets of this CPU.
     macros = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-    digest = hashlib.sha256(repr((compiler, _FLAGS, _LINK, macros)).encode())
+    digest = hashlib.sha256(repr((compiler, _FLAGS, macros)).encode())
     for path in [*sources, *sorted(folder.glob("*.h"))]:
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     target = build_dir / f"cpu-{digest.hexdigest()[:24]}.so"
@@ -109,9 +113,14 @@ def _built(build_dir: Path) -> Path:
     with open(build_dir / f"{target.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the others wait for it
         if not target.exists():
-            unfinished = target.with_suffix(f".{os.getpid()}")
-            _run(compiler, *_FLAGS, *_LINK, "-o", str(unfinished), *map(str, sources))
-            unfinished.replace(target)  # at once: whoever does not wait sees all of it or nothing
+            with tempfile.TemporaryDirectory(dir=build_dir) as unfinished:
+                objects = [str(Path(unfinished, f"{source.stem}.o")) for source in sources]
+                commands = [(*_FLAGS, "-c", "-o", to, str(at)) for to, at in zip(objects, sources, strict=True)]
+                with ThreadPoolExecutor() as threads:
+                    list(threads.map(lambda command: _run(compiler, *command), commands))
+                linked = Path(unfinished, target.name)
+                _run(compiler, *_FLAGS, "-shared", "-o", str(linked), *objects)
+                linked.replace(target)  # at once: whoever does not wait sees all of it or nothing
     return target
 
 
