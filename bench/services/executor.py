@@ -11,7 +11,16 @@ from bench.services.processes import Workplace
 from bench.services.report import Section
 
 _MAX_TOKENS = 256
-FAKE_LIMITS = ("--max-num-seqs", "1024", "--num-blocks", "65536", "--max-num-batched-tokens", "8192")
+FAKE_LIMITS = (
+    "--max-model-len",
+    "32768",
+    "--max-num-seqs",
+    "1024",
+    "--num-blocks",
+    "65536",
+    "--max-num-batched-tokens",
+    "8192",
+)
 """A cache that holds 1,024 long streams, and steps as on a GPU."""
 
 _MODEL = Timing(15.0, 20.0)
@@ -29,7 +38,7 @@ def run(timing: Timing, model: Path) -> list[Section]:
             instant = [_decode(bench, count) for count in counts]
             prompts = [
                 bench.measure({"streams": 16, "prompt_len": length, "max_tokens": 1})
-                for length in ((2, 128) if quick else (2, 128, 1024, 7168))
+                for length in ((2, 128) if quick else (2, 128, 1024, 8192))
             ]
         with _executor(place, timing if quick else _MODEL, "--model", str(model), "--max-model-len", "1024") as bench:
             real = [_decode(bench, count, max_tokens=128) for count in ((8,) if quick else (1, 8, 64))]

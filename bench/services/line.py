@@ -30,7 +30,7 @@ def run(timing: Timing, model: Path) -> list[Section]:
         streams = [_decode(bench, count) for count in ((1, 64) if quick else (1, 64, 256, 1024))]
         prompts = [
             bench.measure({"kind": "generate", "streams": 1, "prompt_len": length, "text": True})
-            for length in ((2, 128) if quick else (2, 128, 1024, 7168))
+            for length in ((2, 128) if quick else (2, 128, 1024, 8192))
         ]
     return [
         Section("streams; added: to the modelled step", "tokens", ("streams",), "itl", streams),

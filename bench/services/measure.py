@@ -120,8 +120,7 @@ class Bench:
             self._far.start(steps_per_s=steps_per_s)
         self._source.start(**load)
         time.sleep(self._timing.warm_up)
-        for neighbour in neighbours:
-            neighbour.take()
+        early = [neighbour.take() for neighbour in neighbours]
         psutil.cpu_times_percent()
         redis_before = self._redis.totals() if self._redis is not None else {}
         began, before, theirs_before = time.perf_counter(), self._cpu(), [cpu_seconds(n.process) for n in neighbours]
@@ -137,6 +136,8 @@ class Bench:
             self._far.stop()
         time.sleep(min(_SETTLE, self._timing.warm_up))
         merged = {name: value for report in reversed(reports) for name, value in report.items()}
+        # What failed is not sent again: it counts whenever it was.
+        merged["errors"] = sum(report.get("errors", 0) for report in (*early, *reports))
         return Measurement(
             load=dict(load) | ({} if steps_per_s is None else {"steps_per_s": steps_per_s}),
             seconds=seconds,
