@@ -71,7 +71,7 @@ def main(
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
 ) -> None:
     """Print a table: perplexity, its ratio to that of the first form, and seconds."""
-    path = resolve(model, None)
+    path = resolve(model, ExecutorSettings().home)
     tokens = load_model_tokenizer(path).tokenizer.encode(TEXT.read_text()).ids
     print(f"{model}: {len(tokens)} tokens of {TEXT.name}, windows of {window}\n")
     print("| weights | perplexity | ratio | s |\n|---|---|---|---|")
