@@ -2,7 +2,7 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all test-kernels aot lint format protos bench \
+.PHONY: help run up down status chat test test-all test-kernels aot lint format protos bench bench-load \
 	bench-tokenizer bench-scheduler bench-executor bench-line gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
