@@ -46,14 +46,15 @@ class Side:
         took = (time.perf_counter() - wall, time.process_time() - cpu)
         if result.error is not None:
             raise result.error
-        # The first step in which all have a token is still one of prompts; among many decodes it does not matter.
-        (self.decode if len(result.tokens) == self.num_requests else self.prefill).append(took)
+        (self.decode if self.prefill else self.prefill).append(took)
 
 
 def compare(settings: dict[str, object], forms: list[str], num_requests: int, input_len: int, output_len: int) -> str:
     sides = []
     for form in forms:
-        chosen = ExecutorSettings.model_validate({**settings, "kernels": f"all={form}"})
+        # All prompts in one step, so that every step after it is one of decodes alone.
+        prompts = {"max_num_batched_tokens": num_requests * input_len + 1, "max_num_seqs": num_requests}
+        chosen = ExecutorSettings.model_validate({**settings, **prompts, "kernels": f"all={form}"})
         sides.append(Side(build_engine(chosen, lambda _: None).engine, num_requests))
         sides[-1].add(input_len, output_len)
     while any(side.engine.has_unfinished() for side in sides):
@@ -65,8 +66,7 @@ def compare(settings: dict[str, object], forms: list[str], num_requests: int, in
         cells += [f"{1e3 * statistics.median(took[clock] for took in side.decode):.1f}" for side in sides]
         pairs = zip(*(side.decode for side in sides), strict=False)
         cells.append(f"**{statistics.median(a[clock] / b[clock] for a, b in pairs):.2f}**")
-    prompts = [sum(took[1] for took in side.prefill) for side in sides]
-    cells.append(f"{prompts[0] / prompts[1]:.2f}" if prompts[1] else "-")
+    cells.append(f"{sides[0].prefill[0][1] / sides[1].prefill[0][1]:.2f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -80,7 +80,13 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     args = parser.parse_args()
     forms = args.forms.split(",")
-    settings = {"model": args.model, "num_threads": args.num_threads, "device": "cpu", "kv_cache_memory": "1GiB"}
+    settings: dict[str, object] = {
+        "model": args.model,
+        "num_threads": args.num_threads,
+        "device": "cpu",
+        "kv_cache_memory": "1GiB",
+    }
+    settings["target_itl_ms"] = None
     print(f"torch {torch.__version__}, {args.num_threads} threads; medians of decode steps, ms")
     print(f"| at once | {forms[0]} | {forms[1]} | ratio | CPU: {forms[0]} | {forms[1]} | ratio | prompts, CPU |")
     print("|---|---|---|---|---|---|---|---|")
