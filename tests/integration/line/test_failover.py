@@ -23,11 +23,11 @@ def line(spawn: Spawn, redis, model_dir) -> Line:
     return start_line(spawn, redis, model_dir("smollm2-135m-instruct"), executors=(flags, flags))
 
 
-def request(number: int) -> generation_pb2.GenerateRequest:
+def request(number: int, max_tokens: int = 32) -> generation_pb2.GenerateRequest:
     return generation_pb2.GenerateRequest(
         prompt=PROMPTS[number],
         sampling=common_pb2.SamplingParams(
-            max_tokens=24,
+            max_tokens=max_tokens,
             temperature=0 if number % 2 else 0.9,
             seed=number + 1,
             ignore_eos=True,
@@ -69,7 +69,8 @@ async def test_kill_9_of_an_executor_loses_and_repeats_nothing(line: Line) -> No
 
 async def test_without_any_executor_requests_end_promptly(line: Line) -> None:
     async with line.channel() as channel:
-        running = asyncio.create_task(generate(channel, request(1)))
+        # Long enough to be running still when the last executor is gone, however fast they are.
+        running = asyncio.create_task(generate(channel, request(1, max_tokens=900)))
         async with asyncio.timeout(30):
             while (await line.scheduler_state()).running == 0:
                 await asyncio.sleep(0.02)
