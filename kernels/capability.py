@@ -28,12 +28,17 @@ class Capability:
         found = torch.cuda.get_device_properties(device)
         return cls(sm=10 * found.major + found.minor, num_sms=found.multi_processor_count, name=found.name)
 
+    @property
+    def has_e4m3(self) -> bool:
+        """Whether the device converts to and from e4m3."""
+        return self.sm >= _E4M3_MIN_SM
+
     def require_e4m3(self, argument: str) -> None:
         """Refuse an argument that needs e4m3 on the device.
 
         Raises:
             ValueError: the device has no conversions to and from it.
         """
-        if self.sm < _E4M3_MIN_SM:
+        if not self.has_e4m3:
             needed, there = _E4M3_MIN_SM / 10, self.sm / 10
             raise ValueError(f"{argument}: e4m3 needs compute capability {needed}, the device has {there}")

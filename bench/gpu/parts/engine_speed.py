@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 
 from bench.gpu.engines import Load, engine_config, make_runner, serve
-from bench.gpu.models import FORMATS, PAGE, Format, make_model, shape_of, tiny, weight_bytes
+from bench.gpu.models import FORMATS, PAGE, Format, make_model, tiny, weight_bytes
 from bench.gpu.part import Bench, Findings, UnavailableError
-from bench.gpu.roofline import Ceilings, step_floor_us
+from bench.gpu.roofline import Ceilings, ModelShape, step_floor_us
 from services.executor.engine import Engine
 from services.executor.models import PRESETS
 from services.executor.runner.warm_up import warm_up
 
 _MODEL = "llama-3.1-8b"
-_E4M3_MIN_SM = 89
 _HIDDEN = 0.9  # share of a step's time that the device works, from which on the host's is hidden
 
 
@@ -29,7 +28,7 @@ class EngineSpeed:
         dry = bench.device.dry_run
         load = Load(2, 5, 4) if dry else Load(64, 1024, 128)
         for form in (FORMATS["bf16"],) if dry else (FORMATS["bf16"], FORMATS["fp8"]):
-            if form.precision == "bf16" or bench.device.capability.sm >= _E4M3_MIN_SM:
+            if form.precision == "bf16" or bench.device.capability.has_e4m3:
                 self._measure(form, load, bench, found)
                 bench.device.release()
 
@@ -56,7 +55,7 @@ class EngineSpeed:
         context = load.prompt + load.output // 2
         floor, floor_alone = (
             step_floor_us(
-                shape_of(_MODEL, config),
+                ModelShape.of(_MODEL, config),
                 Ceilings.of(bench.shared),
                 seqs=load.seqs,
                 context=tokens_cached,

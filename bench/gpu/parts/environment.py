@@ -16,7 +16,6 @@ from bench.gpu.roofline import Ceilings
 from kernels import fp8_gemm
 
 _ROOT = Path(__file__).resolve().parents[3]
-_E4M3_MIN_SM = 89
 _GAPS = 200
 
 
@@ -32,7 +31,7 @@ class Environment:
         copy, read = self._copy(device), self._read(device, found)
         device.release()
         bf16, fp8 = self._bf16(device), 0.0
-        if device.capability.sm >= _E4M3_MIN_SM:
+        if device.capability.has_e4m3:
             try:
                 fp8 = self._fp8(device)
             except RuntimeError as error:  # the others are needed all the same

@@ -29,7 +29,6 @@ from services.executor.models import PRESETS, CausalLM, allocate_kv_caches
 # Of a row's norm. Activations are rounded to bfloat16 several times a layer on one side and not on the other. Where
 # they are quantised, roundings move some codes by one, 6 to 12 % of a value.
 _TOLERANCE = {"bf16": 3e-2, "fp8": 2e-1, "int4": 3e-2}
-_E4M3_MIN_SM = 89
 _LEN = 1024
 
 
@@ -49,7 +48,7 @@ class ModelParity:
         device = bench.device
         sizes = _Sizes(5, 1, 2, 20) if device.dry_run else _Sizes(100, 2, 8, 300)
         for name, form in _combinations(dry_run=device.dry_run):
-            if form.precision == "fp8" and device.capability.sm < _E4M3_MIN_SM:
+            if form.precision == "fp8" and not device.capability.has_e4m3:
                 continue
             if bench.seconds_left() < 0:
                 found.note(f"{name} {form.name}: left out: the budget is spent")

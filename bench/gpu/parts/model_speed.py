@@ -13,15 +13,13 @@ from bench.gpu.models import (
     PromptStep,
     make_model,
     random_caches,
-    shape_of,
     tiny,
     weight_bytes,
 )
 from bench.gpu.part import Bench, Findings
-from bench.gpu.roofline import Ceilings, Precision, step_floor_us
+from bench.gpu.roofline import Ceilings, ModelShape, Precision, step_floor_us
 from services.executor.models import PRESETS, ModelConfig
 
-_E4M3_MIN_SM = 89
 _TARGET = 0.75  # of the roofline, for decode steps
 _TARGET_ROWS = (1, 64)
 # Tokens per second on an H200, by preset, format and rows.
@@ -68,7 +66,7 @@ class ModelSpeed:
         for name, precision in order:
             form = FORMATS[precision]
             config = tiny(name) if device.dry_run else PRESETS[name]
-            if precision == "fp8" and device.capability.sm < _E4M3_MIN_SM:
+            if precision == "fp8" and not device.capability.has_e4m3:
                 continue
             if bench.seconds_left() < 0:
                 found.note(f"{name} {form.name}: left out: the budget is spent")
@@ -138,7 +136,7 @@ class ModelSpeed:
     ) -> float:
         """Add a row; returns the share of the roofline."""
         floor = step_floor_us(
-            shape_of(name, config),
+            ModelShape.of(name, config),
             Ceilings.of(bench.shared),
             seqs=seqs,
             tokens=tokens,
