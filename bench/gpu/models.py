@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.gpu.cases.case import E4M3, Maker
 from bench.gpu.device import Device
-from bench.gpu.roofline import ModelShape, Precision
+from bench.gpu.roofline import Precision
 from kernels import Launch, Ops, SampleOutput, decode_workspace, num_decode_splits, sample_workspace_size, select_ops
 from services.executor.models import (
     PRESETS,
@@ -54,23 +54,6 @@ FORMATS: Mapping[Precision, Format] = MappingProxyType(
 )
 
 
-def shape_of(name: str, config: ModelConfig) -> ModelShape:
-    """Return the sizes that the roofline goes by."""
-    return ModelShape(
-        name,
-        config.hidden_size,
-        config.num_layers,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.moe_intermediate_size or config.intermediate_size,
-        config.vocab_size,
-        config.num_experts,
-        config.num_experts_per_token or 1,
-        config.qk_norm,
-    )
-
-
 def shortened(name: str, layers: int) -> ModelConfig:
     """Return a preset with fewer layers, for which the same kernels are compiled; experts are an eighth as wide.
 
@@ -107,8 +90,7 @@ def tiny(name: str) -> ModelConfig:
 def weight_bytes(config: ModelConfig, form: Format) -> int:
     """Return the memory of the weights, without taking it."""
     meta = ModelRuntime(Ops(), torch.bfloat16, torch.device("meta"), form.quantization)
-    model = CausalLM(config, meta, max_model_len=16)
-    return sum(slot.num_bytes for slot in model.weight_slots())
+    return CausalLM(config, meta, max_model_len=16).num_bytes()
 
 
 def make_model(config: ModelConfig, form: Format, device: Device, *, max_model_len: int, seed: int = 0) -> CausalLM:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from services.executor.models import PRESETS, ModelConfig
+
 Precision = Literal["bf16", "fp8", "int4"]
 
 
@@ -67,16 +69,32 @@ class ModelShape:
     choices: int = 1
     qk_norm: bool = False
 
+    @classmethod
+    def of(cls, name: str, config: ModelConfig) -> ModelShape:
+        """Return the sizes of a model."""
+        return cls(
+            name,
+            config.hidden_size,
+            config.num_layers,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.moe_intermediate_size or config.intermediate_size,
+            config.vocab_size,
+            config.num_experts,
+            config.num_experts_per_token or 1,
+            config.qk_norm,
+        )
+
     @property
     def qkv_columns(self) -> int:
         """Outputs of the packed projection."""
         return (self.q_heads + 2 * self.kv_heads) * self.head_dim
 
 
-LLAMA_8B = ModelShape("Llama-3.1-8B", 4096, 32, 32, 8, 128, 14336, 128256)
-QWEN3_8B = ModelShape("Qwen3-8B", 4096, 36, 32, 8, 128, 12288, 151936, qk_norm=True)
-MIXTRAL = ModelShape("Mixtral-8x7B", 4096, 32, 32, 8, 128, 14336, 32000, experts=8, choices=2)
-PRESETS = (LLAMA_8B, QWEN3_8B, MIXTRAL)
+LLAMA_8B = ModelShape.of("Llama-3.1-8B", PRESETS["llama-3.1-8b"])
+QWEN3_8B = ModelShape.of("Qwen3-8B", PRESETS["qwen3-8b"])
+MIXTRAL = ModelShape.of("Mixtral-8x7B", PRESETS["mixtral-8x7b"])
 
 # Of a weight: 4 bits, and a bfloat16 scale and zero point for each 128.
 _WEIGHT_BYTES: Mapping[Precision, float] = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 4 / 128}
