@@ -18,7 +18,7 @@ from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeMo
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError
 from services.executor.model_engine import build_model_engine, engine_config
 from services.executor.models import PRESETS, ModelConfig, UnsupportedModelError
-from services.executor.placement import Placement, choose_placement
+from services.executor.placement import Placement, choose_placement, dtype_name
 from services.executor.weights import read_model_config
 
 _FAKE_BLOCKS = 4096
@@ -91,8 +91,8 @@ def _find_model(settings: ExecutorSettings) -> _FoundModel:
 def _placed(placement: Placement, *, backend: str) -> executor_pb2.GetExecutorInfoResponse:
     return executor_pb2.GetExecutorInfoResponse(
         device=placement.device.torch_device.type,
-        dtype=str(placement.dtype).removeprefix("torch."),
-        kv_cache_dtype=str(placement.kv_cache_dtype).removeprefix("torch."),
+        dtype=dtype_name(placement.dtype),
+        kv_cache_dtype=dtype_name(placement.kv_cache_dtype),
         backend=backend,
     )
 

@@ -16,7 +16,7 @@ from services.executor.engine.config import CapacityPolicy, EngineConfig
 from services.executor.engine.engine import Engine
 from services.executor.engine.kv_cache_size import num_kv_blocks
 from services.executor.models import CausalLM, ModelConfig, ModelRuntime, Quantization, allocate_kv_caches, dummy_model
-from services.executor.placement import Placement
+from services.executor.placement import Placement, dtype_name
 from services.executor.runner import ModelRunner
 from services.executor.runner.warm_up import run_largest_step, warm_up
 from services.executor.threads import choose_num_threads
@@ -107,8 +107,7 @@ def engine_config(
         max_num_batched_tokens=placement.max_num_batched_tokens,
         capacity_policy=CapacityPolicy(settings.capacity_policy),
         enable_prefix_cache=settings.prefix_cache,
-        num_host_blocks=placement.swap_space
-        // (model.kv_bytes_per_token(placement.kv_cache_dtype) * placement.block_size),
+        num_host_blocks=placement.swap_space // placement.block_bytes(model),
         target_itl=settings.target_itl_ms / 1e3 if settings.target_itl_ms is not None else None,
     )
 
@@ -142,7 +141,7 @@ def _quantization(settings: ExecutorSettings) -> Quantization:
 
 
 def _weight_format(settings: ExecutorSettings, placement: Placement) -> str:
-    dtype = str(placement.dtype).removeprefix("torch.")
+    dtype = dtype_name(placement.dtype)
     return dtype if settings.quantization == "none" else f"{settings.quantization} and {dtype}"
 
 
@@ -171,15 +170,15 @@ def _size_cache(
     settings: ExecutorSettings, placement: Placement, model: ModelConfig, longest: int, free: int
 ) -> tuple[int, int]:
     """Number of blocks, and max_model_len: an unset one shrinks to what the cache holds, a set one must fit."""
-    bytes_per_token, block_size = model.kv_bytes_per_token(placement.kv_cache_dtype), placement.block_size
+    block_bytes, block_size = placement.block_bytes(model), placement.block_size
     num_blocks = settings.num_blocks
     if num_blocks is None and settings.kv_cache_memory is not None:
-        num_blocks = max(1, settings.kv_cache_memory // (bytes_per_token * block_size))
+        num_blocks = max(1, settings.kv_cache_memory // block_bytes)
     if settings.max_model_len is None:
-        fitting = num_blocks or int(free * placement.memory_fraction) // (bytes_per_token * block_size)
+        fitting = num_blocks or int(free * placement.memory_fraction) // block_bytes
         longest = max(min(longest, fitting * block_size), min(longest, _LEAST_MODEL_LEN))
     blocks = num_kv_blocks(
-        bytes_per_token=bytes_per_token,
+        bytes_per_token=model.kv_bytes_per_token(placement.kv_cache_dtype),
         block_size=block_size,
         max_model_len=longest,
         num_blocks=num_blocks,

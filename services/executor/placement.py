@@ -9,6 +9,7 @@ import torch
 from services.common.lifecycle import StartError
 from services.executor.config import ExecutorSettings
 from services.executor.memory import free_memory
+from services.executor.models import ModelConfig
 from services.executor.runner import CpuDevice, CudaDevice, Device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,6 +29,10 @@ class Placement:
     max_num_batched_tokens: int
     memory_fraction: float
     swap_space: int
+
+    def block_bytes(self, model: ModelConfig) -> int:
+        """Return the bytes of a cache block in all layers."""
+        return model.kv_bytes_per_token(self.kv_cache_dtype) * self.block_size
 
 
 def choose_placement(settings: ExecutorSettings) -> Placement:
@@ -50,6 +55,11 @@ def choose_placement(settings: ExecutorSettings) -> Placement:
         memory_fraction=settings.memory_fraction or (0.9 if on_gpu else 0.25),
         swap_space=_swap_space(settings, on_gpu),
     )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as settings and reports have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _swap_space(settings: ExecutorSettings, on_gpu: bool) -> int:

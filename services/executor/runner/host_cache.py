@@ -2,8 +2,10 @@
 
 import itertools
 import time
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from services.executor.engine.swap import SwapCost
 from services.executor.models import KVCache
@@ -43,21 +45,26 @@ class HostCache:
 
     def store(self, pairs: list[tuple[int, int]]) -> None:
         """Copy blocks, (on the device, on the host), to the host."""
-        for group in (pairs[at : at + _GROUP] for at in range(0, len(pairs), _GROUP)):
-            blocks = self._device.to_device(torch.tensor([block for block, _ in group]))
+        for blocks, host_blocks in self._groups(pairs):
             gathered = torch.stack([cache.index_select(0, blocks) for cache in self._caches], dim=1)
-            for place, (_, host_block) in enumerate(group):
-                self._blocks[host_block].copy_(gathered[place], non_blocking=True)
+            for host_block, part in zip(host_blocks, gathered, strict=True):
+                host_block.copy_(part, non_blocking=True)
 
     def load(self, pairs: list[tuple[int, int]]) -> None:
         """Copy blocks, (on the device, on the host), back to the device."""
-        for group in (pairs[at : at + _GROUP] for at in range(0, len(pairs), _GROUP)):
-            blocks = self._device.to_device(torch.tensor([block for block, _ in group]))
-            gathered = torch.empty((len(group), *self._shape), dtype=torch.uint8, device=self._device.torch_device)
-            for place, (_, host_block) in enumerate(group):
-                gathered[place].copy_(self._blocks[host_block], non_blocking=True)
+        for blocks, host_blocks in self._groups(pairs):
+            gathered = torch.empty((len(host_blocks), *self._shape), dtype=torch.uint8, device=blocks.device)
+            for host_block, part in zip(host_blocks, gathered, strict=True):
+                part.copy_(host_block, non_blocking=True)
             for cache, blocks_of_layer in zip(self._caches, gathered.unbind(1), strict=True):
                 cache.index_copy_(0, blocks, blocks_of_layer)
+
+    def _groups(self, pairs: list[tuple[int, int]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield, for a few pairs at a time, the blocks' numbers on the device and their memory on the host."""
+        for start in range(0, len(pairs), _GROUP):
+            group = pairs[start : start + _GROUP]
+            blocks = self._device.to_device(torch.tensor([block for block, _ in group]))
+            yield blocks, [self._blocks[host_block] for _, host_block in group]
 
     def measure(self) -> SwapCost:
         """Return what copies cost, from some of one block and of several, which keep their content."""
