@@ -216,11 +216,8 @@ def test_closed_pipe_is_quiet_and_cancels(cli: StartCli, fake_server: Any) -> No
     assert process.stderr.read() == ""
 
 
-def on_terminal(cli: StartCli, *arguments: str, **options: Any) -> str:
-    """What the command writes when its output is a terminal."""
-    master, slave = os.openpty()
-    process = cli(*arguments, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, **options)
-    os.close(slave)
+def read_to_end(master: int) -> bytes:
+    """What a terminal's programs still write until the last one closes it."""
     received = b""
     try:
         while block := os.read(master, 4096):
@@ -229,6 +226,15 @@ def on_terminal(cli: StartCli, *arguments: str, **options: Any) -> str:
         pass
     finally:
         os.close(master)
+    return received
+
+
+def on_terminal(cli: StartCli, *arguments: str, **options: Any) -> str:
+    """What the command writes when its output is a terminal."""
+    master, slave = os.openpty()
+    process = cli(*arguments, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, **options)
+    os.close(slave)
+    received = read_to_end(master)
     process.wait(30)
     return received.decode()
 
@@ -257,14 +263,7 @@ def test_history_without_control_characters(cli: StartCli, fake_server: Any) -> 
     process = cli("chat", "--session", "s1", address=fake_server.address, env=environment, **streams)
     os.close(slave)
     os.write(master, b"/history\n/exit\n")
-    received = b""
-    try:
-        while block := os.read(master, 4096):
-            received += block
-    except OSError:
-        pass
-    finally:
-        os.close(master)
+    received = read_to_end(master)
     assert process.wait(30) == 0
     assert b"user: a [2Jb" in received
 
@@ -283,14 +282,7 @@ def test_chat_on_a_terminal(cli: StartCli, fake_server: Any) -> None:
     process = cli("chat", "--session", "s1", address=fake_server.address, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     os.write(master, b"hello there\n/history\n/nonsense\n/new\n/help\n/exit\n")
-    received = b""
-    try:
-        while block := os.read(master, 4096):
-            received += block
-    except OSError:
-        pass
-    finally:
-        os.close(master)
+    received = read_to_end(master)
     assert process.wait(30) == 0
     text = received.decode()
     assert "fake, session s1" in text
@@ -337,12 +329,7 @@ def test_interrupt_in_chat_stops_the_answer_and_stays(cli: StartCli, fake_server
     while b"this turn is not kept" not in received:
         received += os.read(master, 4096)
     os.write(master, b"/exit\n")
-    try:
-        while os.read(master, 4096):
-            pass
-    except OSError:
-        pass
-    os.close(master)
+    read_to_end(master)
     assert process.wait(30) == 0
 
 
