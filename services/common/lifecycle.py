@@ -53,6 +53,7 @@ class GrpcService:
         services: Full names of the services it serves, for health and reflection.
         is_ready: Whether it can do its work now.
         share_port: Whether other processes may listen on the same port (worker processes).
+        credentials: For TLS; None: plaintext.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class GrpcService:
         is_ready: Callable[[], bool],
         share_port: bool = False,
         options: Sequence[tuple[str, int]] = (),
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port)), *options])
         self.health = HealthReporter(services, is_ready)
         self._host = host
         self._port = port
         self._services = services
+        self._credentials = credentials
         self._health_task: asyncio.Task[None] | None = None
         self.address = ""
 
@@ -80,7 +83,10 @@ class GrpcService:
         reflection.enable_server_reflection(names, self.server)
         target = f"{self._host}:{self._port}"
         try:
-            port = self.server.add_insecure_port(target)
+            if self._credentials is not None:
+                port = self.server.add_secure_port(target, self._credentials)
+            else:
+                port = self.server.add_insecure_port(target)
         except RuntimeError:
             raise StartError(
                 f"cannot listen on {target}: the port is in use or the address is not this machine's; "

@@ -10,6 +10,9 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
+from services.common.link.dialer import LinkDialer
+from services.common.tls import TlsFiles
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -22,6 +25,7 @@ def settings_config(service: str) -> SettingsConfigDict:
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        env_ignore_empty=True,
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
@@ -39,6 +43,16 @@ class ServiceSettings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     metrics_port: Port | None = None
     """Port of the Prometheus endpoint; 0 takes a free one; unset: no endpoint."""
+    tls_cert: Path | None = None
+    """PEM file with the certificate that clients are shown, followed by intermediate ones; unset: plaintext. These
+    files are read again when they change."""
+    tls_key: Path | None = None
+    """PEM file with the private key of --tls-cert."""
+    tls_ca: Path | None = None
+    """PEM file with the authorities of clients: each must show a certificate of theirs, also to ask for health."""
+    link_token_file: Path | None = None
+    """File with the secret that the services of one line share: required of whoever opens a link or asks for more than
+    health on an internal service, and shown on the links that this service opens."""
     announce: Path | None = None
     """Write host:port to this file once the service answers (and metrics=host:port on the next line)."""
     drain_limit_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
@@ -47,6 +61,31 @@ class ServiceSettings(BaseSettings):
     """Seconds without progress, while there is work, after which the service calls itself unhealthy."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged."""
+
+    @property
+    def tls_files(self) -> TlsFiles:
+        """What the listener shows and trusts."""
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_ca)
+
+
+class LinkingSettings(ServiceSettings):
+    """What a service can be told that sends its work to another one."""
+
+    link_tls_ca: Path | None = None
+    """PEM file with the authorities of the services that this one connects to; unset: plaintext."""
+    link_tls_cert: Path | None = None
+    """PEM file with the certificate that they are shown, where they ask for one."""
+    link_tls_key: Path | None = None
+    """PEM file with the private key of --link-tls-cert."""
+    link_tls_name: str = ""
+    """Name that their certificates must have; default: the address by which they are reached. An executor is reached by
+    its IP address, whatever name it was listed under."""
+
+    @property
+    def dialer(self) -> LinkDialer:
+        """How the links are opened."""
+        files = TlsFiles(self.link_tls_cert, self.link_tls_key, self.link_tls_ca, option="--link-tls")
+        return LinkDialer(files, self.link_tls_name, self.link_token_file)
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)

@@ -11,6 +11,7 @@ from services.common.entry import run_service
 from services.common.lifecycle import GrpcService, announce, stop_event
 from services.common.link import link_service_handler
 from services.common.metrics import MetricsEndpoint
+from services.common.tls import server_credentials
 from services.executor.config import ExecutorSettings
 from services.executor.engine_supervisor import EngineSupervisor
 from services.executor.front import SERVICE, ExecutorServicer
@@ -24,7 +25,11 @@ async def serve(settings: ExecutorSettings) -> None:
     stop = stop_event()
     supervisor = EngineSupervisor(settings)
     service = GrpcService(
-        settings.host, settings.port, services=(SERVICE.full_name,), is_ready=lambda: supervisor.is_ready
+        settings.host,
+        settings.port,
+        services=(SERVICE.full_name,),
+        is_ready=lambda: supervisor.is_ready,
+        credentials=server_credentials(settings.tls_files),
     )
     handler = link_service_handler(SERVICE, ExecutorServicer(supervisor, settings))
     service.server.add_generic_rpc_handlers((handler,))

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from services.common.settings import Port, ServiceSettings, settings_config
+from services.common.settings import LinkingSettings, Port, settings_config
 from services.scheduler.executor_discovery import split_address
 
 
-class SchedulerSettings(ServiceSettings):
+class SchedulerSettings(LinkingSettings):
     """What the scheduler can be told."""
 
     model_config = settings_config("scheduler")

@@ -10,7 +10,7 @@ import grpc
 
 from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import API_MINOR
+from services.common.link import API_MINOR, PLAINTEXT, LinkDialer
 from services.scheduler.client_link import client_load
 from services.scheduler.replica_link import ReplicaLink
 from services.scheduler.request import Request
@@ -52,9 +52,10 @@ class Fleet:
         instance_id: Of this scheduler.
         grace: Seconds without a ready executor that are ridden out: requests wait, in case one comes (back).
         silence_limit: Seconds of silence after which an executor with work counts as dead.
+        dialer: How to connect to them.
     """
 
-    def __init__(self, instance_id: str, grace: float, silence_limit: float) -> None:
+    def __init__(self, instance_id: str, grace: float, silence_limit: float, dialer: LinkDialer = PLAINTEXT) -> None:
         self.replicas: dict[str, ReplicaLink] = {}
         self.ready: list[ReplicaLink] = []
         self.identity: Identity | None = None
@@ -62,6 +63,7 @@ class Fleet:
         self._hello = link_pb2.Hello(client_id=instance_id, api_minor=API_MINOR)
         self._grace = grace
         self._silence_limit = silence_limit
+        self._dialer = dialer
         self._grace_timer: asyncio.TimerHandle | None = None
         self._is_ready = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
@@ -123,7 +125,9 @@ class Fleet:
         """An executor is there. Idempotent; takes back a removal."""
         replica = self.replicas.get(address)
         if replica is None:
-            replica = self.replicas[address] = ReplicaLink(address, self._hello, self, self._silence_limit)
+            replica = self.replicas[address] = ReplicaLink(
+                address, self._hello, self, self._silence_limit, self._dialer
+            )
             replica.start()
             _log.info("executor %s joins", address)
         replica.is_leaving = replica.drop_when_down = False

@@ -9,7 +9,7 @@ import grpc
 
 from scalellm.v1 import executor_pb2_grpc, link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import LinkClient
+from services.common.link import PLAINTEXT, LinkClient, LinkDialer
 from services.scheduler.request import Request
 
 _CONNECTING = scheduler_pb2.EXECUTOR_PHASE_CONNECTING
@@ -45,9 +45,17 @@ class ReplicaLink:
         hello: First frame of each connection.
         events: Told what happens.
         silence_limit: Seconds without a frame, while answers are due, after which the executor counts as dead.
+        dialer: How to connect.
     """
 
-    def __init__(self, address: str, hello: link_pb2.Hello, events: ReplicaEvents, silence_limit: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        hello: link_pb2.Hello,
+        events: ReplicaEvents,
+        silence_limit: float,
+        dialer: LinkDialer = PLAINTEXT,
+    ) -> None:
         self.address = address
         self.running: dict[int, Request] = {}
         self.welcome: link_pb2.Welcome | None = None
@@ -69,6 +77,7 @@ class ReplicaLink:
             lambda channel: executor_pb2_grpc.ExecutorStub(channel).Execute,  # type: ignore[no-untyped-call]
             hello,
             self,
+            dialer=dialer,
             silence_limit=silence_limit,
             is_busy=lambda: self._owes_answers,
         )

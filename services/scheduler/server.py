@@ -10,6 +10,7 @@ from services.common.health import Heartbeat
 from services.common.lifecycle import GrpcService
 from services.common.link import link_service_handler
 from services.common.metrics import MetricsEndpoint
+from services.common.tls import server_credentials
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.dispatcher import Dispatcher
@@ -33,7 +34,7 @@ class SchedulerServer:
         self._instance_id = uuid.uuid4().hex
         self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._affinity = AffinityStore(settings.redis_url, settings.session_ttl_s)
-        self._fleet = Fleet(self._instance_id, settings.executor_grace_s, settings.stall_limit_s)
+        self._fleet = Fleet(self._instance_id, settings.executor_grace_s, settings.stall_limit_s, settings.dialer)
         self._discovery = ExecutorDiscovery(self._fleet, settings.executor_resolve_s)
         self.dispatcher = Dispatcher(settings, self._fleet, self._affinity, self._heartbeat)
         self.service = SchedulerService(
@@ -44,7 +45,14 @@ class SchedulerServer:
             self._discovery,
             self._affinity,
         )
-        self._grpc = GrpcService(settings.host, settings.port, services=[SERVICE.full_name], is_ready=self._is_ready)
+        settings.dialer.check()
+        self._grpc = GrpcService(
+            settings.host,
+            settings.port,
+            services=[SERVICE.full_name],
+            is_ready=self._is_ready,
+            credentials=server_credentials(settings.tls_files),
+        )
         self._grpc.server.add_generic_rpc_handlers((link_service_handler(SERVICE, self.service),))
         self._metrics: MetricsEndpoint | None = None
         self._tasks: list[asyncio.Task[None]] = []

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from services.common.settings import Port, ServiceSettings, settings_config
+from services.common.settings import LinkingSettings, Port, settings_config
 
 
 def _default_workers() -> int:
@@ -16,7 +16,7 @@ def _default_workers() -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 
-class TokenizerSettings(ServiceSettings):
+class TokenizerSettings(LinkingSettings):
     """The text edge: takes prompts and chats, streams text back, keeps sessions."""
 
     model_config = settings_config("tokenizer")

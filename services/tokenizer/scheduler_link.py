@@ -11,7 +11,7 @@ import grpc
 
 from scalellm.v1 import link_pb2, scheduler_pb2_grpc
 from services.common.errors import StatusError
-from services.common.link import API_MINOR, LinkClient
+from services.common.link import API_MINOR, PLAINTEXT, LinkClient, LinkDialer
 from services.tokenizer.token_receiver import TokenReceiver
 
 _log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class SchedulerLink:
         tokenizer_sha256: Of the tokenizer in use: a scheduler whose executors have another one refuses the link.
         silence_limit: Seconds without a frame, while requests run, after which the scheduler counts as dead. It sends
             one every few seconds, whatever its executors do.
+        dialer: How to connect.
         clock: Monotonic nanoseconds.
     """
 
@@ -39,6 +40,7 @@ class SchedulerLink:
         tokenizer_sha256: bytes,
         *,
         silence_limit: float = 30.0,
+        dialer: LinkDialer = PLAINTEXT,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         hello = link_pb2.Hello(client_id=client_id, api_minor=API_MINOR, tokenizer_sha256=tokenizer_sha256)
@@ -47,6 +49,7 @@ class SchedulerLink:
             lambda channel: scheduler_pb2_grpc.SchedulerStub(channel).Connect,  # type: ignore[no-untyped-call]
             hello,
             handler=self,
+            dialer=dialer,
             silence_limit=silence_limit,
             is_busy=lambda: bool(self._receivers),
         )

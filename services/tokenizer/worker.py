@@ -21,6 +21,7 @@ from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
 from services.common.lifecycle import GrpcService, StartError, configure_logging, stop_event
 from services.common.redis_client import open_redis
+from services.common.tls import server_credentials
 from services.tokenizer.config import TokenizerSettings
 from services.tokenizer.generation import Edge, GenerationServicer, cache_salt
 from services.tokenizer.limits import RequestLimits
@@ -62,6 +63,7 @@ class Worker:
         settings = self._settings
         stop = stop_event()
         supervisor_gone = await _watch_stdin()
+        settings.dialer.check()
         model = _load_tokenizer(settings)
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(redis, settings.session_ttl_s)
@@ -70,6 +72,7 @@ class Worker:
             f"tokenizer-{os.getpid()}-{os.urandom(4).hex()}",
             model.sha256,
             silence_limit=settings.stall_limit_s,
+            dialer=settings.dialer,
         )
         async with PromptBuilder(model) as prompts:
             edge = Edge(
@@ -87,6 +90,7 @@ class Worker:
                 services=[descriptor.full_name for descriptor in _SERVICES],
                 is_ready=lambda: self._is_ready(link),
                 share_port=True,
+                credentials=server_credentials(settings.tls_files),
             )
             servicers = (
                 GenerationServicer(edge),

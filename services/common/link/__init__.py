@@ -1,9 +1,10 @@
 """The one implementation of both internal links (tokenizer to scheduler, scheduler to executor)."""
 
 from services.common.link.client import LinkClient, LinkHandler
+from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.registration import link_service_handler
 from services.common.link.server import ServerLink
 
 API_MINOR = 1
 
-__all__ = ["API_MINOR", "LinkClient", "LinkHandler", "ServerLink", "link_service_handler"]
+__all__ = ["API_MINOR", "PLAINTEXT", "LinkClient", "LinkDialer", "LinkHandler", "ServerLink", "link_service_handler"]

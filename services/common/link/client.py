@@ -13,7 +13,8 @@ import grpc
 
 from scalellm.v1 import link_pb2
 from services.common.errors import StatusError
-from services.common.lifecycle import CHANNEL_OPTIONS
+from services.common.link.dialer import PLAINTEXT, LinkDialer
+from services.common.reload import ConfigFileError
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class LinkClient:
         method: Makes the bidirectional call of a channel, such as `lambda c: SchedulerStub(c).Connect`.
         hello: The first frame of each connection.
         handler: Who uses the link.
+        dialer: How to connect.
         silence_limit: Seconds without any frame, while `is_busy()`, after which the peer counts as dead although its
             connection stands (a process that hangs).
         is_busy: Whether an answer of the peer is awaited.
@@ -54,6 +56,7 @@ class LinkClient:
         hello: link_pb2.Hello,
         handler: LinkHandler,
         *,
+        dialer: LinkDialer = PLAINTEXT,
         silence_limit: float = 30.0,
         is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -61,6 +64,7 @@ class LinkClient:
         self._method = method
         self._hello = hello
         self._handler = handler
+        self._dialer = dialer
         self._silence_limit = silence_limit
         self._is_busy = is_busy
         self._outbox: deque[link_pb2.ClientFrame] = deque()
@@ -97,6 +101,8 @@ class LinkClient:
                 error = status_error
             except grpc.aio.AioRpcError as rpc_error:
                 error = StatusError(rpc_error.code(), f"{self.address}: {rpc_error.details()}")
+            except ConfigFileError as file_error:
+                error = StatusError(grpc.StatusCode.UNAUTHENTICATED, f"{self.address}: {file_error}")
             except Exception as unexpected:  # a mistake of the handler's: lose the connection, not the link
                 _log.exception("link to %s failed", self.address)
                 error = StatusError(grpc.StatusCode.INTERNAL, f"{self.address}: {unexpected!r}")
@@ -111,8 +117,8 @@ class LinkClient:
             delay = min(delay * 2, _LONGEST_DELAY)
 
     async def _connect_once(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
-            call = self._method(channel)()
+        async with self._dialer.open_channel(self.address) as channel:
+            call = self._method(channel)(metadata=self._dialer.metadata())
             try:
                 await call.write(link_pb2.ClientFrame(hello=self._hello))
                 try:

@@ -1,0 +1,50 @@
+"""How the upstream end of a link connects: plaintext or TLS, and what it says to be let in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from services.common.lifecycle import CHANNEL_OPTIONS
+from services.common.link_token import read_token
+from services.common.tls import TlsFiles, channel_credentials
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDialer:
+    """Opens connections to other services. Its files are read anew for every connection.
+
+    Attributes:
+        tls: What is shown and trusted; without files: plaintext.
+        tls_name: Name in the peer's certificate, where it is not the address.
+        token_file: File with the link token.
+    """
+
+    tls: TlsFiles = field(default_factory=TlsFiles)
+    tls_name: str = ""
+    token_file: Path | None = None
+
+    def open_channel(self, address: str) -> grpc.aio.Channel:
+        """Connect. Raises ConfigFileError."""
+        credentials = channel_credentials(self.tls)
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        name = (("grpc.ssl_target_name_override", self.tls_name),) if self.tls_name else ()
+        return grpc.aio.secure_channel(address, credentials, options=(*CHANNEL_OPTIONS, *name))
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call says. Raises ConfigFileError."""
+        if self.token_file is None:
+            return ()
+        return (("authorization", f"Bearer {read_token(self.token_file)}"),)
+
+    def check(self) -> None:
+        """Raise ConfigFileError for files with which no connection can come about."""
+        self.metadata()
+        channel_credentials(self.tls)
+
+
+PLAINTEXT = LinkDialer()
+"""Without TLS and token, as on a loopback interface."""

@@ -1,0 +1,111 @@
+"""TLS on listeners and on links, from PEM files that are read again when they change."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from services.common.reload import ConfigFileError, Reloaded, read_file
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """The PEM files of one end of a connection.
+
+    Attributes:
+        cert: Its certificate, followed by intermediate ones.
+        key: The certificate's private key, not encrypted.
+        ca: Whom it trusts: on a listener, whose clients must show a certificate (mutual TLS).
+        option: How the options that name the files begin, for messages: `--tls`.
+    """
+
+    cert: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
+    option: str = "--tls"
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Those that are given."""
+        return tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
+
+    def read(self) -> TlsMaterial:
+        """Read and check all of them. Raises ConfigFileError."""
+        if (self.cert is None) != (self.key is None):
+            missing = "key" if self.key is None else "cert"
+            raise ConfigFileError(f"{self.option}-{missing}: is missing: a certificate and its key are given together")
+        material = TlsMaterial(
+            cert=read_file(self.cert, f"{self.option}-cert") if self.cert is not None else None,
+            key=read_file(self.key, f"{self.option}-key") if self.key is not None else None,
+            ca=read_file(self.ca, f"{self.option}-ca") if self.ca is not None else None,
+        )
+        self._check(material)
+        return material
+
+    def _check(self, material: TlsMaterial) -> None:
+        """What gRPC would say about wrong files names neither the file nor the reason."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if self.cert is not None and self.key is not None:
+            try:
+                context.load_cert_chain(self.cert, self.key, password=_refuse_password)
+            except ssl.SSLError as error:
+                why = (
+                    "they do not belong together" if error.reason == "KEY_VALUES_MISMATCH" else "not PEM, or encrypted"
+                )
+                raise ConfigFileError(
+                    f"{self.option}-cert, {self.option}-key: {self.cert} and {self.key} cannot be used: {why}"
+                ) from None
+        if material.ca is not None:
+            try:
+                context.load_verify_locations(cadata=material.ca.decode("ascii"))
+            except (ssl.SSLError, UnicodeDecodeError):
+                raise ConfigFileError(f"{self.option}-ca: {self.ca} holds no PEM certificate") from None
+
+
+@dataclass(frozen=True, slots=True)
+class TlsMaterial:
+    """The contents of TlsFiles."""
+
+    cert: bytes | None
+    key: bytes | None
+    ca: bytes | None
+
+
+def server_credentials(files: TlsFiles) -> grpc.ServerCredentials | None:
+    """What a listener shows and asks for; None without files: plaintext.
+
+    The files are looked at with every handshake, so connections that stand keep their certificate and new ones get the
+    present one. Raises ConfigFileError.
+    """
+    if not files.paths:
+        return None
+    if files.cert is None:
+        raise ConfigFileError(f"{files.option}-cert: is missing: a listener has to show a certificate")
+    material = Reloaded(files.paths, files.read)
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        return _configuration(material.value) if material.refresh() else None
+
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(material.value), fetch, require_client_authentication=files.ca is not None
+    )
+
+
+def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials | None:
+    """What a new connection shows and trusts, read now; None without files: plaintext. Raises ConfigFileError."""
+    if not files.paths:
+        return None
+    material = files.read()
+    return grpc.ssl_channel_credentials(material.ca, material.key, material.cert)
+
+
+def _configuration(material: TlsMaterial) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(((material.key, material.cert),), material.ca)
+
+
+def _refuse_password() -> str:
+    # Without it OpenSSL would ask on the terminal.
+    return ""
