@@ -79,3 +79,17 @@ class DrainExecutorResponse(_message.Message):
     REMAINING_FIELD_NUMBER: _ClassVar[int]
     remaining: int
     def __init__(self, remaining: _Optional[int] = ...) -> None: ...
+
+class TracedRequest(_message.Message):
+    __slots__ = ("request_id", "traceparent", "tracestate", "submitted_at_ns", "finish")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
+    SUBMITTED_AT_NS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    traceparent: str
+    tracestate: str
+    submitted_at_ns: int
+    finish: _link_pb2.Finish
+    def __init__(self, request_id: _Optional[str] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ..., submitted_at_ns: _Optional[int] = ..., finish: _Optional[_Union[_link_pb2.Finish, _Mapping]] = ...) -> None: ...
