@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -126,7 +127,7 @@ def last_lines(log: str) -> list[str]:
 
 def last_error(log: str) -> str:
     """The line of a log that says most about why its service is not well; empty when none does."""
-    lines = last_lines(log)
+    lines = [_shown(line) for line in last_lines(log)]
     for line in reversed(lines):
         if line.startswith("error: "):
             return line.removeprefix("error: ")
@@ -142,8 +143,20 @@ def last_error(log: str) -> str:
 
 def last_message(log: str) -> str:
     """What a service last said it was doing, without time and place; empty when it has said nothing."""
-    for line in reversed(last_lines(log)):
+    for line in map(_shown, reversed(last_lines(log))):
         head, separator, message = line.partition(": ")
         if separator and " INFO " in head:
             return message
     return ""
+
+
+def _shown(line: str) -> str:
+    """A line as `--log-format text` would have it; what is not JSON stays as it is."""
+    if not line.startswith("{"):
+        return line
+    try:
+        entry = json.loads(line)
+        head = f"{entry['timestamp']} {entry['level']} {entry['service']}[{entry['pid']}] {entry['logger']}"
+        return f"{head}: {entry['message']}"
+    except (ValueError, KeyError, TypeError):
+        return line

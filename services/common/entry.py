@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import NoReturn, TypeVar
 
-from services.common.lifecycle import StartError, configure_logging
+from services.common.lifecycle import StartError
+from services.common.logs import configure_logging
 from services.common.settings import ServiceSettings, load_settings
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
@@ -18,7 +19,7 @@ def run_service(
 ) -> NoReturn:
     """Read the settings, serve until told to stop, and exit: 0 after a drain, 1 with one line when it cannot start."""
     settings = load_settings(settings_class)
-    configure_logging(name, settings.log_level)
+    configure_logging(name, settings)
     try:
         asyncio.run(serve(settings))
     except StartError as error:

@@ -61,6 +61,8 @@ class ServiceSettings(BaseSettings):
     """Seconds without progress, while there is work, after which the service calls itself unhealthy."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """text: lines for people. json: one object per line, for collectors."""
 
     @property
     def tls_files(self) -> TlsFiles:

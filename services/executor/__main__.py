@@ -56,7 +56,7 @@ async def serve(settings: ExecutorSettings) -> None:
         _log.info("draining for up to %g s", settings.drain_limit_s)
         remaining = await supervisor.drain(settings.drain_limit_s)
         if remaining:
-            _log.warning("%d requests did not finish in time", remaining)
+            _log.warning("%d requests did not finish in time and are dropped", remaining)
     finally:
         running.cancel()
         stopping.cancel()

@@ -19,7 +19,8 @@ from typing import NoReturn
 
 from scalellm.v1 import executor_pb2
 from services.common.errors import StatusError
-from services.common.lifecycle import StartError, configure_logging
+from services.common.lifecycle import StartError
+from services.common.logs import LineLimit, configure_logging
 from services.executor.build import LoadedEngine, build_engine
 from services.executor.config import ExecutorSettings
 from services.executor.engine_link import EngineLink, load_to_wire, parse_client_frame, split_by_link, welcome_frame
@@ -58,6 +59,7 @@ class EngineLoop:
         self._draining = False
         self._num_refused_draining = 0
         self._last_stats = float("-inf")
+        self._log_limit = LineLimit()
 
     def run(self) -> NoReturn:
         """Serve until the front goes away: EOFError."""
@@ -123,8 +125,8 @@ class EngineLoop:
 
     def _step(self) -> None:
         result = self._engine.step()
-        if result.error is not None:
-            _log.error("step failed", exc_info=result.error)
+        if result.error is not None and self._log_limit.admit() is not None:
+            _log.error("a step failed, its requests end with INTERNAL", exc_info=result.error)
         parts = split_by_link(result)
         self._channel.send(
             *(
@@ -168,7 +170,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = EngineChannel(socket.socket(fileno=int(sys.argv[1])))
     settings = ExecutorSettings.model_validate_json(sys.stdin.readline())
-    configure_logging("engine", settings.log_level)
+    configure_logging("engine", settings)
 
     def progress(text: str) -> None:
         channel.send(Message(Kind.PROGRESS, payload=text.encode()))

@@ -141,7 +141,7 @@ class EngineSupervisor:
                     on_ready()
         except EOFError:
             code = await self._process.wait()
-            _log.error("the engine process ended: %s", _describe_exit(code))
+            _log.error("the engine process ended with %s, its requests are lost here", _describe_exit(code))
         finally:
             await self._end_process("the executor is shutting down" if self._draining else "the engine process died")
         return became_ready

@@ -114,7 +114,7 @@ class AffinityStore:
             try:
                 values = await redis.mget([_key(session_id) for session_id in wanted])
             except _FAILURES as error:
-                _log.info("no affinity from Redis: %r", error)
+                _log.debug("no affinity from Redis: %r", error)
                 values = [None] * len(wanted)
             for future, value in zip(wanted.values(), values, strict=True):
                 future.set_result(value.decode(errors="replace") if isinstance(value, bytes) else value)

@@ -143,7 +143,10 @@ class Dispatcher:
         """An executor sent a frame: pass it on."""
         for request, problem in relay_step(step, replica.running):
             if request.state is RequestState.RUNNING:
-                _log.error("executor %s broke the protocol: %s", replica.address, problem)
+                fields = {"request_id": request.submit.request_id}
+                _log.error(
+                    "executor %s broke the protocol, the request ends: %s", replica.address, problem, extra=fields
+                )
                 error = f"executor {replica.address} broke the protocol: {problem}"
                 self._abandon(request, StatusError(grpc.StatusCode.INTERNAL, error))
         for finish in step.finished:
@@ -156,7 +159,7 @@ class Dispatcher:
 
     def requests_lost(self, requests: list[Request], replica: ReplicaLink, error: StatusError, planned: bool) -> None:
         """An executor's link broke: go on elsewhere."""
-        _log.warning("executor %s is lost with %d requests: %s", replica.address, len(requests), error.message)
+        _log.warning("executor %s is lost, %d requests move: %s", replica.address, len(requests), error.message)
         for request in requests:
             self._move(request, lost=True, is_death=not planned, error=error)
 

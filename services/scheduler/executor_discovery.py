@@ -96,7 +96,7 @@ class ExecutorDiscovery:
             addresses = await _look_up(*split_address(name))
         except (OSError, UnicodeError) as error:  # the latter: not a host name at all
             if name not in self.errors:
-                _log.warning("cannot look up executor %s: %s", name, error)
+                _log.warning("cannot look up executor %s, keeping what is known: %s", name, error)
             self.errors[name] = f"cannot look up {name}: {error}"
             return
         self.errors.pop(name, None)

@@ -212,12 +212,13 @@ class Fleet:
             if self._grace_timer is None and self.outage is None:
                 self._grace_timer = asyncio.get_running_loop().call_later(self._grace, self._give_up)
         if changed:
+            _log.info("ready executors: %s", ", ".join(replica.address for replica in ready) or "none")
             self._listener.fleet_changed()
 
     def _give_up(self) -> None:
         self._grace_timer = None
         self.outage = self.make_outage()
-        _log.warning("%s", self.outage.message)
+        _log.error("requests end with UNAVAILABLE: %s", self.outage.message)
         self._listener.fleet_out(self.outage)
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from services.common.settings import LinkingSettings, Port, settings_config
 
@@ -43,6 +43,18 @@ class TokenizerSettings(LinkingSettings):
     """Key from which the tenants' prefix-cache salts are derived. All edges of one line need the same, or their
     requests share no cached prefixes; unset: a constant, which keeps tenants apart but is known to readers of the
     source."""
+    log_requests: bool = False
+    """Log a line at the end of every request: status, tokens, latency, executor. Unset: only of failed ones."""
+    log_prompts: bool = False
+    """Add the prompt to those lines, up to 4096 characters of it. Whoever can read the log can then read what users
+    write; needs --log-requests."""
+
+    @field_validator("log_prompts")
+    @classmethod
+    def _check_log_prompts(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not info.data.get("log_requests"):
+            raise ValueError("needs --log-requests, whose lines it adds the prompts to")
+        return value
 
     @field_validator("scheduler")
     @classmethod

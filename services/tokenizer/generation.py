@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ import grpc
 
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.common.errors import StatusError
+from services.common.logs import RequestFields, request_fields
+from services.common.tracing.headers import TraceHeaders
 from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics, Outcome
 from services.tokenizer.prompt_builder import Prompt, PromptBuilder
+from services.tokenizer.request_log import RequestEnd, RequestLog
 from services.tokenizer.sample_stream import OutputOptions, SampleStream
 from services.tokenizer.scheduler_link import SchedulerLink
 from services.tokenizer.session import Session, new_session
@@ -43,9 +45,6 @@ _SEED_BITS = 53
 _DEFAULT_SECRET = b"scalellm prefix cache"
 _DEFAULT_TENANT = b"default"
 
-_TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-"""W3C Trace Context; anything else is not passed on."""
-
 _SESSION_OUTCOMES = {
     SaveOutcome.SAVED: generation_pb2.SESSION_OUTCOME_SAVED,
     SaveOutcome.CONFLICT: generation_pb2.SESSION_OUTCOME_CONFLICT,
@@ -69,6 +68,7 @@ class Edge:
     limits: RequestLimits
     metrics: EdgeMetrics
     salt: bytes
+    request_log: RequestLog
 
 
 class GenerationServicer:
@@ -87,18 +87,20 @@ class GenerationServicer:
         metrics.accepted.inc()
         call = _GenerateCall(self._edge, request, context)
         outcome = Outcome.REJECTED
+        failure: StatusError | None = StatusError(grpc.StatusCode.INTERNAL, "internal error; see the line before")
         try:
             await call.run()
-            outcome = Outcome.FINISHED
+            outcome, failure = Outcome.FINISHED, None
         except StatusError as error:
             if error.code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
                 outcome = Outcome.CANCELLED
+            failure = error
             raise
         except asyncio.CancelledError:
-            outcome = Outcome.CANCELLED
+            outcome, failure = Outcome.CANCELLED, call.make_cancellation()
             raise
         finally:
-            context.set_trailing_metadata((("server-timing", call.server_timing()),))
+            call.end(failure)
             metrics.ended[outcome].inc()
             metrics.e2e.observe(call.trace.elapsed_seconds)
 
@@ -111,13 +113,17 @@ class _GenerateCall:
         self._edge = edge
         self._request = request
         self._context = context
+        self._headers = TraceHeaders.from_metadata(context.invocation_metadata())
+        self._fields = RequestFields(trace_id=self._headers.trace_id)
         self._finish: link_pb2.Finish | None = None
         self._latency: common_pb2.LatencyBreakdown | None = None
+        request_fields.set(self._fields)
 
     async def run(self) -> None:
         """Serve the request. Raises StatusError."""
         edge, request, trace = self._edge, self._request, self.trace
         validate_generate(request, edge.limits, edge.prompts.model.vocab_size)
+        self._fields.request_id = request.request_id or f"req-{secrets.token_hex(8)}"
         session = None
         if request.HasField("session_id"):
             started = trace.now()
@@ -145,12 +151,21 @@ class _GenerateCall:
             outcome = await self._save_turn(session, prompt, samples[0])
         await self._write_finished([sample.ended for sample in samples if sample.ended is not None], outcome)
 
-    def server_timing(self) -> str:
-        """The trailing metadata: the breakdown of the last message, or what is known without one."""
+    def end(self, error: StatusError | None) -> None:
+        """Say how it went: in the trailing metadata, and in the log. `error` is its status; None = OK."""
         finish = self._finish
+        # The breakdown of the last message, or what is known without one.
         latency = self._latency or self.trace.breakdown(finish.timings if finish is not None else None)
         usage = finish.usage if finish is not None and finish.HasField("usage") else None
-        return server_timing(latency, usage, is_complete=self._latency is not None)
+        timing = server_timing(latency, usage, is_complete=self._latency is not None)
+        self._context.set_trailing_metadata((("server-timing", timing),))
+        self._edge.request_log.write(RequestEnd(self._request, error, latency, usage))
+
+    def make_cancellation(self) -> StatusError:
+        """Why gRPC cancelled the call."""
+        if self._abort_reason() == link_pb2.ABORT_REASON_DEADLINE:
+            return StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
+        return StatusError(grpc.StatusCode.CANCELLED, "the client cancelled the request")
 
     def _make_submit(self, prompt: Prompt, max_tokens: int) -> link_pb2.Submit:
         request = self._request
@@ -161,12 +176,13 @@ class _GenerateCall:
         if not sampling.HasField("seed"):
             sampling.seed = secrets.randbits(_SEED_BITS)
         submit = link_pb2.Submit(
-            request_id=request.request_id or f"req-{secrets.token_hex(8)}",
+            request_id=self._fields.request_id,
             token_ids=prompt.token_ids,
             sampling=sampling,
             priority=request.priority,
             cache_salt=self._edge.salt,
-            traceparent=self._traceparent(),
+            traceparent=self._headers.traceparent,
+            tracestate=self._headers.tracestate,
             session_id=request.session_id,
         )
         time_remaining = self._context.time_remaining()
@@ -262,12 +278,6 @@ class _GenerateCall:
             session=_SESSION_OUTCOMES[outcome] if outcome is not None else None,
         )
         await self._context.write(generation_pb2.GenerateResponse(finished=finished))
-
-    def _traceparent(self) -> str:
-        for key, value in self._context.invocation_metadata() or ():
-            if key == "traceparent" and isinstance(value, str) and _TRACEPARENT.fullmatch(value):
-                return value
-        return ""
 
     def _abort_reason(self) -> link_pb2.AbortReason:
         time_remaining = self._context.time_remaining()

@@ -14,6 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from services.common.errors import StatusError
 from services.common.lifecycle import MAX_MESSAGE_BYTES
+from services.common.logs import LineLimit
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ def _guarded(
     method: MethodDescriptor,
     gate: CallGate,
 ) -> Callable[[Message | None, grpc.aio.ServicerContext], Awaitable[Message | None]]:
+    limit = LineLimit()
+
     async def call(request: Message | None, context: grpc.aio.ServicerContext) -> Message | None:
         try:
             gate.enter()
@@ -115,7 +118,8 @@ def _guarded(
         except grpc.aio.BaseError:
             raise
         except Exception:
-            _log.exception("%s failed", method.full_name)
+            if limit.admit() is not None:
+                _log.exception("%s failed; its client gets INTERNAL", method.full_name)
             await StatusError(grpc.StatusCode.INTERNAL, "internal error; the server's log says more").abort(context)
 
     return call

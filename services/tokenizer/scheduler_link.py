@@ -118,7 +118,6 @@ class SchedulerLink:
         """The scheduler welcomed us."""
         if not welcome.model:
             raise StatusError.unavailable("the scheduler has no executor yet")
-        _log.info("connected to the scheduler: model %s, context %d tokens", welcome.model, welcome.max_model_len)
         self._draining = False
         self._welcome = welcome
         self._changed.set()
@@ -156,8 +155,8 @@ class SchedulerLink:
 
     def on_down(self, error: StatusError) -> None:
         """All requests on the link are lost."""
-        if error.code is grpc.StatusCode.FAILED_PRECONDITION:
-            _log.error("the scheduler refuses this service: %s", error.message)
+        if error.code is grpc.StatusCode.FAILED_PRECONDITION and error.message != self._why_down.message:
+            _log.error("the scheduler refuses this service, no request can be served: %s", error.message)
         self._welcome = None
         self._why_down = error
         self.fail_all(f"the link to the scheduler broke: {error.message}")

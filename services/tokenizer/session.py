@@ -129,7 +129,8 @@ def decode_session(fields: Mapping[bytes, bytes]) -> Session:
             version=fields[b"version"].decode(),
         )
     except (KeyError, TypeError, ValueError, struct.error) as error:
-        raise ValueError(f"not a session: {error!r}") from error
+        # Not the error's own words: they may quote what is stored, which is what users wrote.
+        raise ValueError(f"not a session ({type(error).__name__})") from error
 
 
 def decode_info(session_id: str, values: Sequence[bytes | None], ttl_ms: int) -> SessionInfo | None:

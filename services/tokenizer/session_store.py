@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from services.common.errors import StatusError
+from services.common.logs import LineLimit
 from services.common.redis_client import KEY_PREFIX
 from services.tokenizer.session import (
     INFO_FIELDS,
@@ -67,6 +68,7 @@ class SessionStore:
         self._redis = redis
         self._ttl_ms = int(ttl * 1000)
         self._timeout = timeout
+        self._log_limit = LineLimit()
 
     async def load(self, session_id: str) -> Session | None:
         """Return a session, or None when there is none (any more)."""
@@ -85,8 +87,9 @@ class SessionStore:
             return None
         try:
             return decode_session(fields), max(0, ttl_ms) / 1e3
-        except ValueError:
-            _log.exception("%s holds something else than a session", key)
+        except ValueError as error:
+            if self._log_limit.admit() is not None:
+                _log.error("Redis key %s holds something else than a session: %s", key, error)
             raise StatusError.unavailable(f"session {session_id!r} cannot be read; delete it") from None
 
     async def save(self, session_id: str, session: Session) -> SaveOutcome:
@@ -94,7 +97,9 @@ class SessionStore:
         try:
             stored = await self._compare_and_set(session_id, session)
         except StatusError as error:
-            _log.warning("a turn of session %s is not stored: %s", session_id, error.message)
+            if (held_back := self._log_limit.admit()) is not None:
+                more = f" (and {held_back} before it)" if held_back else ""
+                _log.warning("a turn of session %s%s is not stored: %s", session_id, more, error.message)
             return SaveOutcome.UNAVAILABLE
         return SaveOutcome.SAVED if stored else SaveOutcome.CONFLICT
 
@@ -159,8 +164,8 @@ class SessionStore:
             ) from None
         except (RedisError, OSError) as error:
             # An answer that is an error (read-only replica, out of memory, wrong type) is for the operator to read.
-            log = _log.error if isinstance(error, ResponseError) else _log.debug
-            log("Redis: %s", error)
+            if isinstance(error, ResponseError) and self._log_limit.admit() is not None:
+                _log.error("Redis refuses what sessions need, they cannot be used: %s", error)
             raise StatusError.unavailable(
                 "the session store cannot be reached; requests without session_id are served", retry_after=self._timeout
             ) from None

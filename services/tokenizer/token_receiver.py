@@ -7,15 +7,12 @@ next message carries them all.
 from __future__ import annotations
 
 import asyncio
-import logging
 from dataclasses import dataclass, field
 
 import grpc
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -190,9 +187,7 @@ class TokenReceiver:
         return None
 
     def _lost(self, what: str) -> None:
-        error = _skipped(what)
-        _log.error("request on handle %d: %s", self.handle, error.message)
-        self.fail(error)
+        self.fail(_skipped(what))
 
 
 def _skipped(what: str) -> StatusError:

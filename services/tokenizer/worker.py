@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry
 
 from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
-from services.common.lifecycle import GrpcService, StartError, configure_logging, stop_event
+from services.common.lifecycle import GrpcService, StartError, stop_event
+from services.common.logs import configure_logging
 from services.common.redis_client import open_redis
 from services.common.tls import server_credentials
 from services.tokenizer.config import TokenizerSettings
@@ -27,6 +28,7 @@ from services.tokenizer.generation import Edge, GenerationServicer, cache_salt
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import PromptBuilder
+from services.tokenizer.request_log import RequestLog
 from services.tokenizer.rpc import CallGate, add_service
 from services.tokenizer.scheduler_link import SchedulerLink
 from services.tokenizer.session_store import SessionStore
@@ -83,6 +85,7 @@ class Worker:
                 limits=RequestLimits(),
                 metrics=self._metrics,
                 salt=cache_salt(settings.salt_secret),
+                request_log=RequestLog(settings),
             )
             service = GrpcService(
                 settings.host,
@@ -135,7 +138,7 @@ class Worker:
         await asyncio.sleep(0)  # the gate is closed now
         await service.health.publish()
         if remaining := await draining:
-            _log.warning("%d calls did not finish in time", remaining)
+            _log.warning("%d calls did not finish in time and end with UNAVAILABLE", remaining)
             link.fail_all("the server is shutting down")  # a status that says so, rather than a cut connection
 
 
@@ -166,7 +169,7 @@ def main() -> int:
     """Take the assignment, serve, and return the exit code."""
     assignment: Mapping[str, Any] = json.loads(sys.stdin.buffer.readline())
     settings = TokenizerSettings.model_validate(assignment["settings"])
-    configure_logging("tokenizer", settings.log_level)
+    configure_logging("tokenizer", settings)
     try:
         asyncio.run(Worker(settings, assignment["port"]).run())
     except StartError as error:

@@ -71,6 +71,7 @@ class LinkClient:
         self._wake = asyncio.Event()
         self._up = False
         self._last_frame = 0.0
+        self._last_reason = ""
 
     @property
     def is_up(self) -> bool:
@@ -106,11 +107,14 @@ class LinkClient:
             except Exception as unexpected:  # a mistake of the handler's: lose the connection, not the link
                 _log.exception("link to %s failed", self.address)
                 error = StatusError(grpc.StatusCode.INTERNAL, f"{self.address}: {unexpected!r}")
+            # Told once, not at every attempt: a peer may be away for hours.
+            level = logging.WARNING if self._up or error.message != self._last_reason else logging.DEBUG
+            _log.log(level, "link to %s is down, connecting again: %s", self.address, error.message)
+            self._last_reason = error.message
             if self._up:
                 delay = _FIRST_DELAY
             self._up = False
             self._outbox.clear()
-            _log.info("link to %s is down: %s", self.address, error.message)
             self._handler.on_down(error)
             # Jitter, so that the links of many processes do not return in the same instant.
             await asyncio.sleep(delay * random.uniform(0.8, 1.2))
@@ -132,6 +136,7 @@ class LinkClient:
                     raise StatusError.unavailable(f"{self.address} did not answer with a Welcome")
                 self._handler.on_up(first.welcome)
                 self._up = True
+                _log.info("link to %s is up: %s", self.address, first.welcome.model)
                 await self._serve(call)
             finally:
                 call.cancel()

@@ -1,0 +1,114 @@
+"""Log lines of all services: text for people, JSON for collectors; each says which request it belongs to.
+
+No log line carries the text of a prompt or an answer, except where `--log-prompts` asks for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from services.common.settings import ServiceSettings
+
+
+@dataclass(slots=True)
+class RequestFields:
+    """What every line that is logged on behalf of a request carries; empty where it is not known.
+
+    Attributes:
+        request_id: The request's id.
+        trace_id: Of its trace, 32 hexadecimal digits.
+        tenant: Whose request it is.
+    """
+
+    request_id: str = ""
+    trace_id: str = ""
+    tenant: str = ""
+
+
+request_fields: ContextVar[RequestFields | None] = ContextVar("request_fields", default=None)
+"""The request that the current task works for. The fields may be filled in after it was set."""
+
+_NAMES = tuple(field.name for field in fields(RequestFields))
+
+
+def configure_logging(service: str, settings: ServiceSettings) -> None:
+    """Log lines to standard error, in the format that was asked for."""
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[log_handler(service, settings, sys.stderr)])
+
+
+def log_handler(service: str, settings: ServiceSettings, stream: TextIO) -> logging.Handler:
+    """What writes the lines of a service."""
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(_add_request_fields)
+    handler.setFormatter(_json_formatter(service) if settings.log_format == "json" else _TextFormatter(service))
+    return handler
+
+
+def _add_request_fields(record: logging.LogRecord) -> bool:
+    """Complete a record with the fields of the current request; what the caller gave as `extra` stays."""
+    request = request_fields.get()
+    if request is not None:
+        for name in _NAMES:
+            if value := getattr(request, name):
+                record.__dict__.setdefault(name, value)
+    return True
+
+
+class _TextFormatter(logging.Formatter):
+    """One line, the request's fields at its end."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__(f"%(asctime)s %(levelname)s {service}[%(process)d] %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        known = [f"{name}={value}" for name in _NAMES if (value := record.__dict__.get(name))]
+        return f"{line} [{' '.join(known)}]" if known else line
+
+
+def _json_formatter(service: str) -> logging.Formatter:
+    from pythonjsonlogger.json import JsonFormatter  # only where it is asked for
+
+    return JsonFormatter(
+        ["levelname", "process", "name", "message"],
+        rename_fields={"levelname": "level", "process": "pid", "name": "logger"},
+        static_fields={"service": service},
+        timestamp=True,
+    )
+
+
+class LineLimit:
+    """Lets a few lines through in each stretch of time, and counts the rest: a failing dependency must not flood.
+
+    Args:
+        lines: Lines per stretch.
+        seconds: Length of a stretch.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, lines: int = 10, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lines = lines
+        self._seconds = seconds
+        self._clock = clock
+        self._began = clock()
+        self._passed = 0
+        self._held_back = 0
+
+    def admit(self) -> int | None:
+        """How many lines were held back since the last one that may pass; None: this one is held back, too."""
+        now = self._clock()
+        if now - self._began >= self._seconds:
+            self._began, self._passed = now, 0
+        if self._passed >= self._lines:
+            self._held_back += 1
+            return None
+        self._passed += 1
+        held_back, self._held_back = self._held_back, 0
+        return held_back

@@ -1,0 +1,109 @@
+"""One log line per request, at its end: how it went, not what it said."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+
+import grpc
+
+from scalellm.v1 import common_pb2, generation_pb2
+from services.common.errors import StatusError
+from services.common.logs import LineLimit
+from services.tokenizer.config import TokenizerSettings
+
+_log = logging.getLogger("services.tokenizer.requests")
+
+_OURS = frozenset(
+    {
+        grpc.StatusCode.DATA_LOSS,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNKNOWN,
+    }
+)
+"""Statuses that an operator wants to hear of: not the client's mistake, wish or limit."""
+
+_LONGEST_PROMPT = 4096
+"""Characters of a prompt in a log line."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnd:
+    """How a request ended.
+
+    Attributes:
+        request: What the client asked for.
+        error: Its status; None = OK.
+        latency: Where its time went, as far as that is known.
+        usage: What it consumed; None = not known.
+    """
+
+    request: generation_pb2.GenerateRequest
+    error: StatusError | None
+    latency: common_pb2.LatencyBreakdown
+    usage: common_pb2.Usage | None
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The status that the client gets."""
+        return self.error.code if self.error is not None else grpc.StatusCode.OK
+
+
+class RequestLog:
+    """Writes the lines. Failures that are the service's own are always written, a few per second at most.
+
+    Args:
+        settings: What else is written: all requests, and their prompts.
+    """
+
+    def __init__(self, settings: TokenizerSettings) -> None:
+        self._all = settings.log_requests
+        self._prompts = settings.log_prompts
+        self._limit = LineLimit()
+
+    def write(self, end: RequestEnd) -> None:
+        """The request has ended."""
+        held_back: int | None = 0
+        if not self._all:
+            if end.code not in _OURS:
+                return
+            held_back = self._limit.admit()
+            if held_back is None:
+                return
+        latency, usage = end.latency, end.usage
+        values: dict[str, object] = {"code": end.code.name, "e2e_ms": _ms(latency.total_ns)}
+        if usage is not None:
+            values |= {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+        if latency.ttft_ns:
+            values["ttft_ms"] = _ms(latency.ttft_ns)
+        if latency.executor_id:
+            values["executor"] = latency.executor_id
+        if held_back:
+            values["not_logged"] = held_back
+        if end.error is not None:
+            # What the client did wrong is named, not repeated: the message may quote what was sent.
+            mistake = end.code is grpc.StatusCode.INVALID_ARGUMENT
+            values["field" if mistake else "error"] = end.error.field if mistake else end.error.message
+        if self._prompts:
+            values["prompt"] = _prompt(end.request)
+        text = ", ".join(f"{name} {value}" for name, value in values.items() if name != "code")
+        level = logging.WARNING if end.code in _OURS else logging.INFO
+        _log.log(level, "request ended %s: %s", end.code.name, text, extra=values)
+
+
+def _ms(nanoseconds: int) -> float:
+    return round(nanoseconds / 1e6, 3)
+
+
+def _prompt(request: generation_pb2.GenerateRequest) -> str:
+    match request.WhichOneof("input"):
+        case "chat":
+            text = json.dumps([{"role": message.role, "content": message.content} for message in request.chat.messages])
+        case "tokens":
+            text = json.dumps(request.tokens.ids[: _LONGEST_PROMPT // 2])
+        case _:
+            text = json.dumps(request.prompt[:_LONGEST_PROMPT])
+    return text if len(text) <= _LONGEST_PROMPT else f"{text[:_LONGEST_PROMPT]}..."
