@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from typing import NoReturn, TypeVar
+
+import uvloop
 
 from services.common.lifecycle import StartError
 from services.common.logs import configure_logging
@@ -21,7 +22,7 @@ def run_service(
     settings = load_settings(settings_class)
     configure_logging(name, settings)
     try:
-        asyncio.run(serve(settings))
+        uvloop.run(serve(settings))
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

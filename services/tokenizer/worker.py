@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
@@ -171,7 +172,7 @@ def main() -> int:
     settings = TokenizerSettings.model_validate(assignment["settings"])
     configure_logging("tokenizer", settings)
     try:
-        asyncio.run(Worker(settings, assignment["port"]).run())
+        uvloop.run(Worker(settings, assignment["port"]).run())
     except StartError as error:
         _report(error=str(error))
         return 1
