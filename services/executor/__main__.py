@@ -7,6 +7,7 @@ import logging
 
 from prometheus_client import CollectorRegistry
 
+from services.common.access import open_access
 from services.common.entry import run_service
 from services.common.lifecycle import GrpcService, announce, stop_event
 from services.common.link import link_service_handler
@@ -30,6 +31,7 @@ async def serve(settings: ExecutorSettings) -> None:
         services=(SERVICE.full_name,),
         is_ready=lambda: supervisor.is_ready,
         credentials=server_credentials(settings.tls_files),
+        interceptors=open_access(settings, serves_links=True).interceptors,
     )
     handler = link_service_handler(SERVICE, ExecutorServicer(supervisor, settings))
     service.server.add_generic_rpc_handlers((handler,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 
+from services.common.access import open_access
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.lifecycle import GrpcService
@@ -52,6 +53,7 @@ class SchedulerServer:
             services=[SERVICE.full_name],
             is_ready=self._is_ready,
             credentials=server_credentials(settings.tls_files),
+            interceptors=open_access(settings, serves_links=True).interceptors,
         )
         self._grpc.server.add_generic_rpc_handlers((link_service_handler(SERVICE, self.service),))
         self._metrics: MetricsEndpoint | None = None

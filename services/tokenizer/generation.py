@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import grpc
 
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from services.common.access import Access
+from services.common.api_keys import DEFAULT_TENANT, Tenant
 from services.common.errors import StatusError
 from services.common.logs import RequestFields, request_fields
 from services.common.tracing.headers import TraceHeaders
@@ -43,7 +45,6 @@ _LONGEST_DEADLINE = 1e9
 _SEED_BITS = 53
 
 _DEFAULT_SECRET = b"scalellm prefix cache"
-_DEFAULT_TENANT = b"default"
 
 _SESSION_OUTCOMES = {
     SaveOutcome.SAVED: generation_pb2.SESSION_OUTCOME_SAVED,
@@ -52,9 +53,9 @@ _SESSION_OUTCOMES = {
 }
 
 
-def cache_salt(secret: str, tenant: bytes = _DEFAULT_TENANT) -> bytes:
+def cache_salt(secret: str, tenant: Tenant = DEFAULT_TENANT) -> bytes:
     """Derive a tenant's prefix-cache salt: the same in all workers and after restarts."""
-    return hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant, hashlib.sha256)[:16]
+    return hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant.name.encode(), hashlib.sha256)[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ class Edge:
     sessions: SessionStore
     limits: RequestLimits
     metrics: EdgeMetrics
-    salt: bytes
+    salt_secret: str
+    access: Access
     request_log: RequestLog
 
 
@@ -115,6 +117,7 @@ class _GenerateCall:
         self._context = context
         self._headers = TraceHeaders.from_metadata(context.invocation_metadata())
         self._fields = RequestFields(trace_id=self._headers.trace_id)
+        self._tenant = DEFAULT_TENANT
         self._finish: link_pb2.Finish | None = None
         self._latency: common_pb2.LatencyBreakdown | None = None
         request_fields.set(self._fields)
@@ -122,12 +125,15 @@ class _GenerateCall:
     async def run(self) -> None:
         """Serve the request. Raises StatusError."""
         edge, request, trace = self._edge, self._request, self.trace
+        self._tenant = edge.access.tenant(self._context.invocation_metadata())
+        if not edge.access.is_open:
+            self._fields.tenant = self._tenant.name
         validate_generate(request, edge.limits, edge.prompts.model.vocab_size)
         self._fields.request_id = request.request_id or f"req-{secrets.token_hex(8)}"
         session = None
         if request.HasField("session_id"):
             started = trace.now()
-            session = await edge.sessions.load(request.session_id) or new_session()
+            session = await edge.sessions.of(self._tenant).load(request.session_id) or new_session()
             trace.session_ns = trace.now() - started
         welcome = await edge.link.wait_up(_LINK_WAIT)
         started = trace.now()
@@ -180,10 +186,10 @@ class _GenerateCall:
             token_ids=prompt.token_ids,
             sampling=sampling,
             priority=request.priority,
-            cache_salt=self._edge.salt,
+            cache_salt=cache_salt(self._edge.salt_secret, self._tenant),
             traceparent=self._headers.traceparent,
             tracestate=self._headers.tracestate,
-            session_id=request.session_id,
+            session_id=f"{self._tenant.name}:{request.session_id}" if request.session_id else "",
         )
         time_remaining = self._context.time_remaining()
         if time_remaining is not None:
@@ -258,7 +264,7 @@ class _GenerateCall:
         answer = answer_segment(edge.prompts.texts, sample.answer_ids, content)
         new_messages = [(message.role, message.content) for message in request.chat.messages]
         extended = session.add_turn(new_messages, prompt.continuation, answer, content)
-        return await edge.sessions.save(request.session_id, extended)
+        return await edge.sessions.of(self._tenant).save(request.session_id, extended)
 
     async def _write_finished(
         self, samples: Sequence[generation_pb2.SampleFinished], outcome: SaveOutcome | None
