@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from typing import NoReturn, TypeVar
 
-import uvloop
-
-from services.common.access import warn_if_exposed
 from services.common.lifecycle import StartError
 from services.common.logs import configure_logging
 from services.common.settings import ServiceSettings, load_settings
@@ -22,9 +20,8 @@ def run_service(
     """Read the settings, serve until told to stop, and exit: 0 after a drain, 1 with one line when it cannot start."""
     settings = load_settings(settings_class)
     configure_logging(name, settings)
-    warn_if_exposed(settings)
     try:
-        uvloop.run(serve(settings))
+        asyncio.run(serve(settings))
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from services.common.link.dialer import LinkDialer
 from services.common.tls import TlsFiles
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+_ENDPOINT = re.compile(r"https?://[^/\s]+:[0-9]{1,5}/?")
 
 
 def settings_config(service: str) -> SettingsConfigDict:
@@ -50,9 +53,6 @@ class ServiceSettings(BaseSettings):
     """PEM file with the private key of --tls-cert."""
     tls_ca: Path | None = None
     """PEM file with the authorities of clients: each must show a certificate of theirs, also to ask for health."""
-    api_keys: Path | None = None
-    """TOML file with the API keys that are known, see `scalellm keys`; read again when it changes. Unset: none is asked
-    for."""
     link_token_file: Path | None = None
     """File with the secret that the services of one line share: required of whoever opens a link or asks for more than
     health on an internal service, and shown on the links that this service opens."""
@@ -66,6 +66,22 @@ class ServiceSettings(BaseSettings):
     """How much is logged."""
     log_format: Literal["text", "json"] = "text"
     """text: lines for people. json: one object per line, for collectors."""
+    otlp_endpoint: str | None = None
+    """Send traces to this OpenTelemetry collector by OTLP/gRPC, such as http://127.0.0.1:4317; https:// for TLS."""
+    trace_file: Path | None = None
+    """Append traces to this file, as lines of OTLP's JSON; services may share it."""
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and not _ENDPOINT.fullmatch(value):
+            raise ValueError("must be http://host:port or https://host:port")
+        return value
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether spans are recorded."""
+        return self.otlp_endpoint is not None or self.trace_file is not None
 
     @property
     def tls_files(self) -> TlsFiles:

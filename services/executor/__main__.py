@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from services.common.access import open_access
 from services.common.entry import run_service
 from services.common.lifecycle import GrpcService, announce, stop_event
 from services.common.link import link_service_handler
 from services.common.metrics import MetricsEndpoint
 from services.common.tls import server_credentials
+from services.common.tracing import open_tracer
 from services.executor.config import ExecutorSettings
 from services.executor.engine_supervisor import EngineSupervisor
 from services.executor.front import SERVICE, ExecutorServicer
 from services.executor.metrics import ExecutorCollector
+from services.executor.request_trace import record
+
+if TYPE_CHECKING:
+    from services.common.tracing.tracer import Tracer
 
 _log = logging.getLogger("services.executor")
 
 
 async def serve(settings: ExecutorSettings) -> None:
     """Serve until SIGTERM, then drain. Raises StartError."""
+    with open_tracer("executor", settings) as tracer:
+        await _serve_traced(settings, tracer)
+
+
+async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> None:
     stop = stop_event()
-    supervisor = EngineSupervisor(settings)
+    supervisor = EngineSupervisor(settings, partial(record, tracer) if tracer is not None else None)
     service = GrpcService(
         settings.host,
         settings.port,
         services=(SERVICE.full_name,),
         is_ready=lambda: supervisor.is_ready,
         credentials=server_credentials(settings.tls_files),
-        interceptors=open_access(settings, serves_links=True).interceptors,
     )
     handler = link_service_handler(SERVICE, ExecutorServicer(supervisor, settings))
     service.server.add_generic_rpc_handlers((handler,))

@@ -27,6 +27,7 @@ from services.executor.engine.request import (
     TopLogprobs,
 )
 from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams
+from services.executor.request_trace import TracedRequests
 
 _REASONS = MappingProxyType(
     {
@@ -94,13 +95,23 @@ class EngineLink:
         prefill_window: Prompt tokens that may wait for their first step: about one step's worth, so that the engine
             never idles for a round trip and who goes first stays the scheduler's decision.
         request_window: Requests that may be here at once.
+        traced: Notes what is known of traced requests; None = traces are off.
     """
 
-    def __init__(self, link: int, engine: Engine, *, prefill_window: int, request_window: int) -> None:
+    def __init__(
+        self,
+        link: int,
+        engine: Engine,
+        *,
+        prefill_window: int,
+        request_window: int,
+        traced: TracedRequests | None = None,
+    ) -> None:
         self.link = link
         self._engine = engine
         self._prefill_window = prefill_window
         self._request_window = request_window
+        self.traced = traced
         self._seq = 0
         self._num_accepted = 0
         self._refused_tokens = 0
@@ -131,6 +142,8 @@ class EngineLink:
         if self._num_here >= self._request_window:  # whoever keeps to its credits cannot get here
             message = f"granted_requests: {self._request_window} requests are here, more than that were not granted"
             raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+        if self.traced is not None:
+            self.traced.on_submit(submit, now)
         try:
             if draining:
                 raise StatusError.unavailable("the executor is draining and takes no new requests")
@@ -160,6 +173,8 @@ class EngineLink:
         self._refused_tokens += len(submit.token_ids)
         self._num_refused += 1
         finish = link_pb2.Finish(handle=submit.handle, status=status)
+        if self.traced is not None:
+            self.traced.on_finish((finish,))
         return self._frame(link_pb2.StepOutput(finished=[finish], load=self.load(draining)))
 
     @property
@@ -189,6 +204,9 @@ class EngineLink:
     def step_frame(self, result: StepResult, draining: bool) -> bytes:
         """What a step did for this link, as one serialised ServerFrame."""
         tokens = result.tokens
+        finished = [_finish(finish) for finish in result.finished]
+        if self.traced is not None:
+            self.traced.on_finish(finished)
         return self._frame(
             link_pb2.StepOutput(
                 handles=[output.key[1] for output in tokens],
@@ -214,7 +232,7 @@ class EngineLink:
                     )
                     for sample in result.samples_finished
                 ],
-                finished=[_finish(finish) for finish in result.finished],
+                finished=finished,
                 load=self.load(draining),
             )
         )

@@ -25,6 +25,7 @@ from services.executor.build import LoadedEngine, build_engine
 from services.executor.config import ExecutorSettings
 from services.executor.engine_link import EngineLink, load_to_wire, parse_client_frame, split_by_link, welcome_frame
 from services.executor.ipc import EngineChannel, Kind, Message
+from services.executor.request_trace import TracedRequests
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class EngineLoop:
         loaded: The engine and what is known of its model.
         channel: The connection to the front.
         clock: The engine's clock, in seconds.
+        is_tracing: Whether traced requests are reported to the front.
     """
 
     def __init__(
@@ -46,11 +48,14 @@ class EngineLoop:
         loaded: LoadedEngine,
         channel: EngineChannel,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        is_tracing: bool = False,
     ) -> None:
         self._loaded = loaded
         self._engine = loaded.engine
         self._channel = channel
         self._clock = clock
+        self._is_tracing = is_tracing
         config = loaded.engine.config
         self._prefill_window = config.max_num_batched_tokens
         # A few more than can run, so that a finished sequence's place is taken in the very next step.
@@ -89,7 +94,11 @@ class EngineLoop:
 
     def _on_open(self, message: Message) -> None:
         link = EngineLink(
-            message.link, self._engine, prefill_window=self._prefill_window, request_window=self._request_window
+            message.link,
+            self._engine,
+            prefill_window=self._prefill_window,
+            request_window=self._request_window,
+            traced=TracedRequests() if self._is_tracing else None,
         )
         try:
             frame = parse_client_frame(message.payload)
@@ -115,13 +124,17 @@ class EngineLoop:
         if answer is not None:
             self._num_refused_draining += self._draining
             self._channel.send(Message(Kind.FRAME, message.link, answer))
+            self._report_traced(link)
 
     def _refuse(self, link: int, error: StatusError) -> None:
         self._channel.send(Message(Kind.REFUSE, link, error.to_link().SerializeToString()))
 
     def _drop(self, link: int) -> None:
-        if self._links.pop(link, None) is not None:
+        if (dropped := self._links.pop(link, None)) is not None:
             self._engine.drop_link(link)
+            if dropped.traced is not None:
+                dropped.traced.on_drop(self._clock())
+                self._report_traced(dropped)
 
     def _step(self) -> None:
         result = self._engine.step()
@@ -135,9 +148,18 @@ class EngineLoop:
                 if number in parts
             )
         )
+        if self._is_tracing:
+            for number in parts:
+                if (link := self._links.get(number)) is not None:
+                    self._report_traced(link)
         if self._clock() - self._last_stats >= _STATS_INTERVAL:
             self._announce_load()
             self._send_stats()
+
+    def _report_traced(self, link: EngineLink) -> None:
+        if link.traced is not None:
+            for request in link.traced.take():
+                self._channel.send(Message(Kind.TRACE, link.link, request.SerializeToString()))
 
     def _announce_load(self) -> None:
         for number, link in self._links.items():
@@ -184,7 +206,7 @@ def main() -> None:
         # The model and its modules live as long as the process: no collection need look at them again.
         gc.collect()
         gc.freeze()
-        EngineLoop(loaded, channel).run()
+        EngineLoop(loaded, channel, is_tracing=settings.is_tracing).run()
     except EOFError:
         _log.info("the front is gone; the engine ends")
 

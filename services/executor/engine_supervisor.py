@@ -41,10 +41,16 @@ class EngineSupervisor:
 
     Args:
         settings: Handed to the engine.
+        on_traced: Told of each traced request that ended; None = traces are off.
     """
 
-    def __init__(self, settings: ExecutorSettings) -> None:
+    def __init__(
+        self,
+        settings: ExecutorSettings,
+        on_traced: Callable[[executor_pb2.TracedRequest], None] | None = None,
+    ) -> None:
         self._settings = settings
+        self._on_traced = on_traced
         self._ports: dict[int, LinkPort] = {}
         self._next_link = 1
         self._channel: FrontChannel | None = None
@@ -164,6 +170,9 @@ class EngineSupervisor:
             case Kind.REFUSE:
                 if self._ports.pop(message.link, None) is not None and port is not None:
                     port.on_end(StatusError.from_link(link_pb2.LinkStatus.FromString(message.payload)))
+            case Kind.TRACE:
+                if self._on_traced is not None:
+                    self._on_traced(executor_pb2.TracedRequest.FromString(message.payload))
             case Kind.PROGRESS:
                 _log.info("%s", message.payload.decode())
             case Kind.FATAL:

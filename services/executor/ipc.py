@@ -39,6 +39,8 @@ class Kind(enum.IntEnum):
     """Engine: it is alive - GetExecutorInfoResponse. The first one says that the model is loaded."""
     FATAL = 9
     """Engine: it cannot start - one line that says what to do."""
+    TRACE = 10
+    """Engine: a traced request ended - TracedRequest."""
 
 
 @dataclass(frozen=True, slots=True)

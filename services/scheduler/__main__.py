@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import gc
 import logging
+from typing import TYPE_CHECKING
 
 from services.common.entry import run_service
 from services.common.lifecycle import announce, stop_event
+from services.common.tracing import open_tracer
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.server import SchedulerServer
 
+if TYPE_CHECKING:
+    from services.common.tracing.tracer import Tracer
+
 
 async def _serve(settings: SchedulerSettings) -> None:
+    with open_tracer("scheduler", settings) as tracer:
+        await _serve_traced(settings, tracer)
+
+
+async def _serve_traced(settings: SchedulerSettings, tracer: Tracer | None) -> None:
     stop = stop_event()
-    server = SchedulerServer(settings)
+    server = SchedulerServer(settings, tracer)
     await server.start()
     # As in the tokenizer's workers: messages come and go without cycles, looking for some after every 700 is too often.
     gc.collect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -21,8 +22,12 @@ from services.scheduler.prefix_index import PrefixIndex, block_hashes
 from services.scheduler.rates import DrainRate
 from services.scheduler.replica_link import ReplicaLink
 from services.scheduler.request import Request, RequestState
+from services.scheduler.request_trace import RequestTrace
 from services.scheduler.router import Router, Verdict
 from services.scheduler.step_relay import relay_step
+
+if TYPE_CHECKING:
+    from services.common.tracing.tracer import Tracer
 
 _log = logging.getLogger(__name__)
 
@@ -39,10 +44,16 @@ class Dispatcher:
         fleet: The executors.
         affinity: Where sessions ran last.
         heartbeat: Told of progress.
+        tracer: Makes spans; None = traces are off.
     """
 
     def __init__(
-        self, settings: SchedulerSettings, fleet: Fleet, affinity: AffinityStore, heartbeat: Heartbeat
+        self,
+        settings: SchedulerSettings,
+        fleet: Fleet,
+        affinity: AffinityStore,
+        heartbeat: Heartbeat,
+        tracer: Tracer | None = None,
     ) -> None:
         self.queue: AdmissionQueue[Request] = AdmissionQueue(settings.max_queued_requests, settings.max_queued_tokens)
         self.books = Books()
@@ -51,6 +62,7 @@ class Dispatcher:
         self._fleet = fleet
         self._affinity = affinity
         self._heartbeat = heartbeat
+        self._tracer = tracer
         self._loop = asyncio.get_running_loop()
         self._links: set[ClientLink] = set()
         self._prefixes = PrefixIndex()
@@ -82,6 +94,8 @@ class Dispatcher:
         now = self._loop.time()
         self._arrivals += 1
         request = Request(link, submit, self._arrivals, now)
+        if self._tracer is not None:
+            request.trace = RequestTrace.begin(self._tracer, submit)
         link.requests[request.handle] = request
         self.books.accepted += 1
         self._idle.clear()
@@ -250,6 +264,8 @@ class Dispatcher:
     def _dispatch(self, request: Request, replica: ReplicaLink, now: float) -> None:
         self.queue.remove(request)
         is_first = request.dispatches == 0
+        if request.trace is not None:
+            request.trace.dispatch(replica.address)
         replica.dispatch(request, now)
         if is_first:
             self.books.observe_queue_time(request.admission_seconds)
@@ -271,6 +287,8 @@ class Dispatcher:
         self._end(request, finish)
 
     def _move(self, request: Request, *, lost: bool, is_death: bool, error: StatusError) -> None:
+        if request.trace is not None:
+            request.trace.come_back(error)
         request.settle_stopping()
         request.deaths += is_death
         if request.cancelled is not None or request.all_samples_ended:
@@ -310,6 +328,8 @@ class Dispatcher:
             self.queue.remove(request)
         now = self._loop.time()
         request.end(now)
+        if request.trace is not None:
+            request.trace.end(finish)
         if replica is not None:
             replica.release(request.replica_handle)
         finish.handle = request.handle

@@ -14,6 +14,7 @@ from services.common.errors import StatusError
 if TYPE_CHECKING:
     from services.scheduler.client_link import ClientLink
     from services.scheduler.replica_link import ReplicaLink
+    from services.scheduler.request_trace import RequestTrace
 
 MAX_SAMPLES = 16
 
@@ -76,6 +77,7 @@ class Request:
         "stopping_samples",
         "submit",
         "timer",
+        "trace",
     )
 
     def __init__(self, link: ClientLink, submit: link_pb2.Submit, arrival: int, now: float) -> None:
@@ -88,6 +90,7 @@ class Request:
         self.session_id: str = submit.session_id
         self.deadline = now + submit.time_remaining_ns / 1e9 if submit.HasField("time_remaining_ns") else None
         self.timer: asyncio.TimerHandle | None = None
+        self.trace: RequestTrace | None = None
         self.state = RequestState.QUEUED
 
         num_samples = submit.sampling.n if submit.sampling.HasField("n") else 1

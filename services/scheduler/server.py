@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from typing import TYPE_CHECKING
 
-from services.common.access import open_access
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.lifecycle import GrpcService
@@ -20,6 +20,9 @@ from services.scheduler.fleet import Fleet
 from services.scheduler.metrics import SchedulerCollector
 from services.scheduler.service import SERVICE, SchedulerService
 
+if TYPE_CHECKING:
+    from services.common.tracing.tracer import Tracer
+
 _CLOSE_LIMIT = 1.0
 
 
@@ -28,16 +31,17 @@ class SchedulerServer:
 
     Args:
         settings: What it was told.
+        tracer: Makes spans; None = traces are off.
     """
 
-    def __init__(self, settings: SchedulerSettings) -> None:
+    def __init__(self, settings: SchedulerSettings, tracer: Tracer | None = None) -> None:
         self._settings = settings
         self._instance_id = uuid.uuid4().hex
         self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._affinity = AffinityStore(settings.redis_url, settings.session_ttl_s)
         self._fleet = Fleet(self._instance_id, settings.executor_grace_s, settings.stall_limit_s, settings.dialer)
         self._discovery = ExecutorDiscovery(self._fleet, settings.executor_resolve_s)
-        self.dispatcher = Dispatcher(settings, self._fleet, self._affinity, self._heartbeat)
+        self.dispatcher = Dispatcher(settings, self._fleet, self._affinity, self._heartbeat, tracer)
         self.service = SchedulerService(
             self._instance_id,
             settings.drain_limit_s,
@@ -53,7 +57,6 @@ class SchedulerServer:
             services=[SERVICE.full_name],
             is_ready=self._is_ready,
             credentials=server_credentials(settings.tls_files),
-            interceptors=open_access(settings, serves_links=True).interceptors,
         )
         self._grpc.server.add_generic_rpc_handlers((link_service_handler(SERVICE, self.service),))
         self._metrics: MetricsEndpoint | None = None

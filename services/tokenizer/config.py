@@ -48,6 +48,8 @@ class TokenizerSettings(LinkingSettings):
     log_prompts: bool = False
     """Add the prompt to those lines, up to 4096 characters of it. Whoever can read the log can then read what users
     write; needs --log-requests."""
+    trace_sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of requests that are traced, of those that come without a traceparent: whoever sends one has decided."""
 
     @field_validator("log_prompts")
     @classmethod

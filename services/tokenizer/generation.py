@@ -8,20 +8,20 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.common.access import Access
-from services.common.api_keys import DEFAULT_TENANT, Tenant
 from services.common.errors import StatusError
 from services.common.logs import RequestFields, request_fields
-from services.common.tracing.headers import TraceHeaders
+from services.common.tracing import TraceHeaders
 from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics, Outcome
 from services.tokenizer.prompt_builder import Prompt, PromptBuilder
 from services.tokenizer.request_log import RequestEnd, RequestLog
+from services.tokenizer.request_trace import RequestTrace
 from services.tokenizer.sample_stream import OutputOptions, SampleStream
 from services.tokenizer.scheduler_link import SchedulerLink
 from services.tokenizer.session import Session, new_session
@@ -30,6 +30,9 @@ from services.tokenizer.text.conversation import answer_segment
 from services.tokenizer.text.stop_strings import StopStrings
 from services.tokenizer.token_receiver import TokenReceiver
 from services.tokenizer.validation import fit_context, validate_generate
+
+if TYPE_CHECKING:
+    from services.common.tracing.tracer import Tracer
 
 _LINK_WAIT = 1.5
 """Seconds a new request waits for the link to come (back): a scheduler that restarts is not an error to its clients."""
@@ -45,6 +48,7 @@ _LONGEST_DEADLINE = 1e9
 _SEED_BITS = 53
 
 _DEFAULT_SECRET = b"scalellm prefix cache"
+_DEFAULT_TENANT = b"default"
 
 _SESSION_OUTCOMES = {
     SaveOutcome.SAVED: generation_pb2.SESSION_OUTCOME_SAVED,
@@ -53,9 +57,9 @@ _SESSION_OUTCOMES = {
 }
 
 
-def cache_salt(secret: str, tenant: Tenant = DEFAULT_TENANT) -> bytes:
+def cache_salt(secret: str, tenant: bytes = _DEFAULT_TENANT) -> bytes:
     """Derive a tenant's prefix-cache salt: the same in all workers and after restarts."""
-    return hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant.name.encode(), hashlib.sha256)[:16]
+    return hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant, hashlib.sha256)[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,9 @@ class Edge:
     sessions: SessionStore
     limits: RequestLimits
     metrics: EdgeMetrics
-    salt_secret: str
-    access: Access
+    salt: bytes
     request_log: RequestLog
+    tracer: Tracer | None
 
 
 class GenerationServicer:
@@ -116,8 +120,12 @@ class _GenerateCall:
         self._request = request
         self._context = context
         self._headers = TraceHeaders.from_metadata(context.invocation_metadata())
-        self._fields = RequestFields(trace_id=self._headers.trace_id)
-        self._tenant = DEFAULT_TENANT
+        self._spans: RequestTrace | None = None
+        if edge.tracer is not None:
+            self._spans = RequestTrace.begin(edge.tracer, self._headers, self.trace, edge.model_name)
+        trace_id = self._headers.trace_id if self._spans is None else self._spans.trace_id
+        self._fields = RequestFields(trace_id=trace_id)
+        self._ended_samples: list[generation_pb2.SampleFinished] = []
         self._finish: link_pb2.Finish | None = None
         self._latency: common_pb2.LatencyBreakdown | None = None
         request_fields.set(self._fields)
@@ -125,20 +133,17 @@ class _GenerateCall:
     async def run(self) -> None:
         """Serve the request. Raises StatusError."""
         edge, request, trace = self._edge, self._request, self.trace
-        self._tenant = edge.access.tenant(self._context.invocation_metadata())
-        if not edge.access.is_open:
-            self._fields.tenant = self._tenant.name
         validate_generate(request, edge.limits, edge.prompts.model.vocab_size)
         self._fields.request_id = request.request_id or f"req-{secrets.token_hex(8)}"
         session = None
         if request.HasField("session_id"):
-            started = trace.now()
-            session = await edge.sessions.of(self._tenant).load(request.session_id) or new_session()
-            trace.session_ns = trace.now() - started
+            trace.session_at = trace.now()
+            session = await edge.sessions.load(request.session_id) or new_session()
+            trace.session_ns = trace.now() - trace.session_at
         welcome = await edge.link.wait_up(_LINK_WAIT)
-        started = trace.now()
+        trace.tokenize_at = trace.now()
         prompt = await edge.prompts.build(request, session)
-        trace.tokenize_ns = trace.now() - started
+        trace.tokenize_ns = trace.now() - trace.tokenize_at
         submit = self._make_submit(prompt, fit_context(request, len(prompt.token_ids), welcome.max_model_len))
         options = OutputOptions.from_request(request)
         stops = StopStrings(request.stop) if request.stop else None
@@ -150,22 +155,27 @@ class _GenerateCall:
             await self._stream(receiver, samples, submit)
         finally:
             trace.first_token_at, trace.last_token_at = receiver.first_token_at, receiver.last_token_at
+            trace.finished_at = receiver.finished_at
             self._finish = receiver.finish
+            self._ended_samples = [sample.ended for sample in samples if sample.ended is not None]
             edge.link.release(receiver, self._abort_reason())
         outcome = None
         if session is not None and prompt.continuation is not None:
             outcome = await self._save_turn(session, prompt, samples[0])
-        await self._write_finished([sample.ended for sample in samples if sample.ended is not None], outcome)
+        await self._write_finished(outcome)
 
     def end(self, error: StatusError | None) -> None:
-        """Say how it went: in the trailing metadata, and in the log. `error` is its status; None = OK."""
+        """Say how it went: in the trailing metadata, the log and the trace. `error` is its status; None = OK."""
         finish = self._finish
         # The breakdown of the last message, or what is known without one.
         latency = self._latency or self.trace.breakdown(finish.timings if finish is not None else None)
         usage = finish.usage if finish is not None and finish.HasField("usage") else None
         timing = server_timing(latency, usage, is_complete=self._latency is not None)
         self._context.set_trailing_metadata((("server-timing", timing),))
-        self._edge.request_log.write(RequestEnd(self._request, error, latency, usage))
+        end = RequestEnd(self._request, error, latency, usage)
+        self._edge.request_log.write(end)
+        if self._spans is not None:
+            self._spans.end(end, self._fields.request_id, finish, self._ended_samples)
 
     def make_cancellation(self) -> StatusError:
         """Why gRPC cancelled the call."""
@@ -181,15 +191,16 @@ class _GenerateCall:
         sampling.max_tokens = max_tokens
         if not sampling.HasField("seed"):
             sampling.seed = secrets.randbits(_SEED_BITS)
+        headers = self._headers if self._spans is None else self._spans.submit()
         submit = link_pb2.Submit(
             request_id=self._fields.request_id,
             token_ids=prompt.token_ids,
             sampling=sampling,
             priority=request.priority,
-            cache_salt=cache_salt(self._edge.salt_secret, self._tenant),
-            traceparent=self._headers.traceparent,
-            tracestate=self._headers.tracestate,
-            session_id=f"{self._tenant.name}:{request.session_id}" if request.session_id else "",
+            cache_salt=self._edge.salt,
+            traceparent=headers.traceparent,
+            tracestate=headers.tracestate,
+            session_id=request.session_id,
         )
         time_remaining = self._context.time_remaining()
         if time_remaining is not None:
@@ -264,21 +275,19 @@ class _GenerateCall:
         answer = answer_segment(edge.prompts.texts, sample.answer_ids, content)
         new_messages = [(message.role, message.content) for message in request.chat.messages]
         extended = session.add_turn(new_messages, prompt.continuation, answer, content)
-        return await edge.sessions.of(self._tenant).save(request.session_id, extended)
+        return await edge.sessions.save(request.session_id, extended)
 
-    async def _write_finished(
-        self, samples: Sequence[generation_pb2.SampleFinished], outcome: SaveOutcome | None
-    ) -> None:
+    async def _write_finished(self, outcome: SaveOutcome | None) -> None:
         finish = self._finish
         assert finish is not None
         metrics = self._edge.metrics
         metrics.prompt_tokens.inc(finish.usage.prompt_tokens)
-        for sample in samples:
+        for sample in self._ended_samples:
             if (counter := metrics.success.get(sample.reason)) is not None:
                 counter.inc()
         self._latency = self.trace.breakdown(finish.timings)
         finished = generation_pb2.Finished(
-            samples=samples,
+            samples=self._ended_samples,
             usage=finish.usage,
             latency=self._latency,
             session=_SESSION_OUTCOMES[outcome] if outcome is not None else None,

@@ -25,22 +25,29 @@ class LatencyTrace:
     """The edge's stop-watch for one request. Every stamp is from this process's monotonic clock, in nanoseconds.
 
     Attributes:
+        arrived_at: When the request came.
+        session_at: When loading its session began; 0 = it did not.
         session_ns: Spent loading the session.
+        tokenize_at: When the work on its prompt began; 0 = it did not.
         tokenize_ns: Spent on the chat template and encoding.
         submitted_at: When the request left for the scheduler; 0 = not yet.
         first_token_at: When its first token came; 0 = not yet.
         last_token_at: When its latest token came; 0 = none yet.
+        finished_at: When the scheduler said that it had ended; 0 = not yet.
         detokenize_cpu_ns: Spent on detokenisation so far.
     """
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._clock = clock
-        self._arrived_at = clock()
+        self.arrived_at = clock()
+        self.session_at = 0
         self.session_ns = 0
+        self.tokenize_at = 0
         self.tokenize_ns = 0
         self.submitted_at = 0
         self.first_token_at = 0
         self.last_token_at = 0
+        self.finished_at = 0
         self.detokenize_cpu_ns = 0
 
     def now(self) -> int:
@@ -50,12 +57,12 @@ class LatencyTrace:
     @property
     def elapsed_seconds(self) -> float:
         """Since the arrival."""
-        return (self._clock() - self._arrived_at) / 1e9
+        return (self._clock() - self.arrived_at) / 1e9
 
     @property
     def ttft_seconds(self) -> float:
         """From the arrival to the first token; only once it came."""
-        return (self.first_token_at - self._arrived_at) / 1e9
+        return (self.first_token_at - self.arrived_at) / 1e9
 
     def breakdown(self, timings: link_pb2.HopTimings | None) -> common_pb2.LatencyBreakdown:
         """What is known now; the parts add up to the total exactly.
@@ -68,7 +75,7 @@ class LatencyTrace:
         """
         now = self._clock()
         result = common_pb2.LatencyBreakdown(
-            total_ns=now - self._arrived_at,
+            total_ns=now - self.arrived_at,
             session_ns=self.session_ns,
             tokenize_ns=self.tokenize_ns,
             detokenize_cpu_ns=self.detokenize_cpu_ns,
@@ -77,7 +84,7 @@ class LatencyTrace:
         if self.submitted_at:
             below = (self.last_token_at or now) - self.submitted_at
         if self.last_token_at:
-            result.ttft_ns = self.first_token_at - self._arrived_at
+            result.ttft_ns = self.first_token_at - self.arrived_at
             result.detokenize_ns = now - self.last_token_at
         if timings is not None:
             for name in _HOP_PARTS:

@@ -148,7 +148,7 @@ class SchedulerLink:
                 receiver.on_sample_finish(sample_finish)
         for finish in step.finished:
             if (receiver := receivers.pop(finish.handle, None)) is not None:
-                receiver.on_finish(finish)
+                receiver.on_finish(finish, now)
         if step.load.draining and not self._draining:
             self._draining = True
             self._why_down = StatusError.unavailable("it is shutting down")

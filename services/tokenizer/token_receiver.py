@@ -65,6 +65,7 @@ class TokenReceiver:
         self._waiter: asyncio.Future[None] | None = None
         self.first_token_at = 0
         self.last_token_at = 0
+        self.finished_at = 0
 
     # The link's side.
 
@@ -122,9 +123,10 @@ class TokenReceiver:
             self._dirty[finish.index] = None
             self.wake()
 
-    def on_finish(self, finish: link_pb2.Finish) -> None:
-        """The request ended."""
+    def on_finish(self, finish: link_pb2.Finish, now: int) -> None:
+        """The request ended; `now` in nanoseconds of the monotonic clock."""
         self.finish = finish
+        self.finished_at = now
         self.wake()
 
     def fail(self, error: StatusError) -> None:

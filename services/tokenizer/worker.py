@@ -13,20 +13,19 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import uvloop
 from prometheus_client import CollectorRegistry
 
 from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
-from services.common.access import open_access
 from services.common.lifecycle import GrpcService, StartError, stop_event
 from services.common.logs import configure_logging
 from services.common.redis_client import open_redis
 from services.common.tls import server_credentials
+from services.common.tracing import open_tracer
 from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.generation import Edge, GenerationServicer
+from services.tokenizer.generation import Edge, GenerationServicer, cache_salt
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import PromptBuilder
@@ -38,6 +37,9 @@ from services.tokenizer.sessions_servicer import SessionsServicer
 from services.tokenizer.text.loading import load_model_tokenizer
 from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError
 from services.tokenizer.tokenizer_servicer import TokenizerServicer
+
+if TYPE_CHECKING:
+    from services.common.tracing.tracer import Tracer
 
 _log = logging.getLogger("services.tokenizer")
 
@@ -54,11 +56,13 @@ class Worker:
     Args:
         settings: The service's.
         port: The port that the supervisor reserved.
+        tracer: Makes spans; None = traces are off.
     """
 
-    def __init__(self, settings: TokenizerSettings, port: int) -> None:
+    def __init__(self, settings: TokenizerSettings, port: int, tracer: Tracer | None) -> None:
         self._settings = settings
         self._port = port
+        self._tracer = tracer
         self._gate = CallGate()
         self._metrics = EdgeMetrics(CollectorRegistry())
 
@@ -68,7 +72,6 @@ class Worker:
         stop = stop_event()
         supervisor_gone = await _watch_stdin()
         settings.dialer.check()
-        access = open_access(settings, serves_links=False)
         model = _load_tokenizer(settings)
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(redis, settings.session_ttl_s)
@@ -87,9 +90,9 @@ class Worker:
                 sessions=sessions,
                 limits=RequestLimits(),
                 metrics=self._metrics,
-                salt_secret=settings.salt_secret,
-                access=access,
+                salt=cache_salt(settings.salt_secret),
                 request_log=RequestLog(settings),
+                tracer=self._tracer,
             )
             service = GrpcService(
                 settings.host,
@@ -98,12 +101,11 @@ class Worker:
                 is_ready=lambda: self._is_ready(link),
                 share_port=True,
                 credentials=server_credentials(settings.tls_files),
-                interceptors=access.interceptors,
             )
             servicers = (
                 GenerationServicer(edge),
                 TokenizerServicer(edge),
-                SessionsServicer(sessions, access, settings.session_ttl_s, edge.limits),
+                SessionsServicer(sessions, settings.session_ttl_s, edge.limits),
             )
             for descriptor, servicer in zip(_SERVICES, servicers, strict=True):
                 add_service(service.server, descriptor, servicer, self._gate)
@@ -176,7 +178,8 @@ def main() -> int:
     settings = TokenizerSettings.model_validate(assignment["settings"])
     configure_logging("tokenizer", settings)
     try:
-        uvloop.run(Worker(settings, assignment["port"]).run())
+        with open_tracer("tokenizer", settings, settings.trace_sample_ratio) as tracer:
+            asyncio.run(Worker(settings, assignment["port"], tracer).run())
     except StartError as error:
         _report(error=str(error))
         return 1

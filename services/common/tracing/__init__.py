@@ -1,1 +1,43 @@
-"""Traces of requests across the services, off unless a place to export them to is given."""
+"""Traces of requests across the services, off unless there is a place to export them to.
+
+A request's spans are made at its end, from the times that were measured anyway; while it runs there are only those that
+others hang theirs under. Below the edge a request is traced if and only if its Submit says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from services.common.tracing.headers import TraceHeaders
+
+if TYPE_CHECKING:
+    from services.common.settings import ServiceSettings
+    from services.common.tracing.tracer import Tracer
+
+__all__ = ["TraceHeaders", "open_tracer"]
+
+
+@contextmanager
+def open_tracer(service: str, settings: ServiceSettings, sample_ratio: float = 0.0) -> Iterator[Tracer | None]:
+    """What makes and exports a service's spans; None when traces are off. What is left is exported at the end.
+
+    Args:
+        service: Name of the service.
+        settings: Where to export to.
+        sample_ratio: Share of traced requests, of those that come without a traceparent.
+
+    Raises StartError.
+    """
+    if not settings.is_tracing:
+        yield None
+        return
+    # OpenTelemetry is imported only where it is used.
+    from services.common.tracing.tracer import Tracer
+
+    tracer = Tracer(service, settings, sample_ratio)
+    try:
+        yield tracer
+    finally:
+        tracer.close()

@@ -48,7 +48,7 @@ def play(texts, samples, data, *, options=EVERYTHING, stops=(), reason=common_pb
             open_samples.remove(index)
         if data.draw(st.booleans()):
             take()
-    receiver.on_finish(link_pb2.Finish(handle=1))
+    receiver.on_finish(link_pb2.Finish(handle=1), now=0)
     take()
     assert not receiver.has_more
     return streams, deltas

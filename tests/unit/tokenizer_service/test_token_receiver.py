@@ -63,7 +63,7 @@ async def test_finish_releases_what_is_held():
     receiver.on_tokens(0, 0, [1], now=1)
     receiver.take()
     receiver.on_tokens(0, 1, [2], now=1)
-    receiver.on_finish(link_pb2.Finish(handle=1))
+    receiver.on_finish(link_pb2.Finish(handle=1), now=0)
     assert receiver.take()[0].token_ids == [2]
 
 

@@ -1,0 +1,112 @@
+"""Where spans go: an OTLP collector, or a file. Always on a thread of their own, never on a request's way."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from services.common.lifecycle import StartError
+
+_log = logging.getLogger(__name__)
+
+_EXPORT_LIMIT = 5.0
+"""Seconds that one batch may take, attempts and pauses between them included."""
+
+_IDS = ("traceId", "spanId", "parentSpanId")
+
+
+class FileExporter(SpanExporter):
+    """Appends to a file: one ExportTraceServiceRequest in OTLP's JSON per line, as collectors and viewers read it.
+
+    A line is written at once and at the end of the file, so several processes may share one.
+
+    Args:
+        path: The file. Raises StartError when it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise StartError(f"cannot write {path}: {error.strerror}; choose another --trace-file") from None
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Write one line."""
+        request = MessageToDict(encode_spans(spans), use_integers_for_enums=True)
+        for resource in request["resourceSpans"]:
+            for scope in resource["scopeSpans"]:
+                for span in scope["spans"]:
+                    _spell_ids(span)
+        line = json.dumps(request, separators=(",", ":")).encode() + b"\n"
+        return SpanExportResult.SUCCESS if os.write(self._file, line) == len(line) else SpanExportResult.FAILURE
+
+    def shutdown(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def _spell_ids(span: dict[str, Any]) -> None:
+    """OTLP's JSON has ids in hexadecimal, where protobuf's has bytes in base64."""
+    for name in _IDS:
+        if name in span:
+            span[name] = base64.b64decode(span[name]).hex()
+
+
+class ReportingExporter(SpanExporter):
+    """Says once that spans cannot be exported, and once that they can again, with how many were lost.
+
+    Args:
+        exporter: What exports.
+        target: Where to.
+    """
+
+    def __init__(self, exporter: SpanExporter, target: str) -> None:
+        self._exporter = exporter
+        self._target = target
+        self._lost = 0
+        self._closed = False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Pass a batch on; what fails is lost."""
+        try:
+            result, why = self._exporter.export(spans), "no collector takes them there"
+        except OSError as error:
+            result, why = SpanExportResult.FAILURE, error.strerror or type(error).__name__
+        if result is SpanExportResult.SUCCESS:
+            if self._lost:
+                _log.info("traces are exported to %s again, %d spans were lost", self._target, self._lost)
+            self._lost = 0
+        else:
+            if not self._lost:
+                _log.warning("traces cannot be exported to %s and are lost: %s", self._target, why)
+            self._lost += len(spans)
+        return result
+
+    def shutdown(self) -> None:
+        """End the export that is under way."""
+        if not self._closed:
+            self._closed = True
+            self._exporter.shutdown()
+
+
+def otlp_exporter(endpoint: str) -> SpanExporter:
+    """To a collector, by OTLP/gRPC. Headers, certificates and compression come from OTEL_EXPORTER_OTLP_*."""
+    # It would tell of every attempt; see ReportingExporter.
+    logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").setLevel(logging.CRITICAL)
+    return ReportingExporter(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_LIMIT), endpoint)
+
+
+def file_exporter(path: Path) -> SpanExporter:
+    """To a file. Raises StartError."""
+    return ReportingExporter(FileExporter(path), str(path))

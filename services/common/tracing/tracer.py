@@ -1,0 +1,180 @@
+"""Spans on OpenTelemetry's SDK, with times and statuses as our services have them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Literal
+
+import grpc
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from services.common.tracing.clock import WallClock
+from services.common.tracing.export import file_exporter, otlp_exporter
+from services.common.tracing.headers import TraceHeaders
+
+if TYPE_CHECKING:
+    from services.common.settings import ServiceSettings
+
+Attributes = Mapping[str, AttributeValue]
+Kind = Literal["server", "client", "internal"]
+
+_KINDS = {
+    "server": trace.SpanKind.SERVER,
+    "client": trace.SpanKind.CLIENT,
+    "internal": trace.SpanKind.INTERNAL,
+}
+_QUEUE_SPANS = 8192
+_EXPORT_DELAY_MS = 1000.0
+_FLUSH_LIMIT = 2.0
+"""Seconds that the last spans get at the end of the process."""
+
+# OpenTelemetry's conventions for gRPC: on a server these mean that it failed; others are what it owed its client.
+_SERVER_ERRORS = frozenset(
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
+
+
+class Tracer:
+    """Begins spans, and exports those that have ended, in the background.
+
+    When the exporter falls behind, spans are dropped: a dead collector costs memory for a few thousand spans, no time.
+
+    Args:
+        service: Name of the service.
+        settings: Where to export to.
+        sample_ratio: Share of traced requests, of those that come without a traceparent.
+    """
+
+    def __init__(self, service: str, settings: ServiceSettings, sample_ratio: float) -> None:
+        resource: dict[str, AttributeValue] = {
+            "service.namespace": "scalellm",
+            "service.name": f"scalellm-{service}",
+            "service.version": version("scalellm"),
+            "process.pid": os.getpid(),
+        }
+        self._exporters: list[SpanExporter] = []
+        if settings.trace_file is not None:
+            self._exporters.append(file_exporter(settings.trace_file))
+        if settings.otlp_endpoint is not None:
+            self._exporters.append(otlp_exporter(settings.otlp_endpoint))
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
+            resource=Resource.create(dict(resource)),
+            shutdown_on_exit=False,
+        )
+        for exporter in self._exporters:
+            processor = BatchSpanProcessor(
+                exporter, max_queue_size=_QUEUE_SPANS, schedule_delay_millis=_EXPORT_DELAY_MS
+            )
+            self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer("scalellm", version("scalellm"))
+        self._clock = WallClock()
+        self._propagator = TraceContextTextMapPropagator()
+
+    def begin(
+        self, name: str, headers: TraceHeaders, at: int, *, kind: Kind = "server", attributes: Attributes | None = None
+    ) -> Span | None:
+        """Begin the topmost span of this process for a request. None when the request is not traced.
+
+        Args:
+            name: Of the span.
+            headers: What came with the request.
+            at: When it came, in monotonic nanoseconds.
+            kind: Of the span.
+            attributes: Of the span.
+        """
+        parent = self._propagator.extract(headers._asdict(), Context())
+        offset = self._clock.offset()
+        span = self._tracer.start_span(name, parent, _KINDS[kind], attributes, start_time=at + offset)
+        return Span(self, span, offset) if span.is_recording() else None
+
+    def begin_child(self, parent: Span, name: str, at: int, kind: Kind, attributes: Attributes | None) -> Span:
+        """Begin a span under another one."""
+        context = trace.set_span_in_context(parent.span, Context())
+        span = self._tracer.start_span(name, context, _KINDS[kind], attributes, start_time=at + parent.offset)
+        return Span(self, span, parent.offset)
+
+    def headers(self, span: Span) -> TraceHeaders:
+        """What to send along so that others hang their spans under this one."""
+        carrier: dict[str, str] = {}
+        self._propagator.inject(carrier, trace.set_span_in_context(span.span, Context()))
+        return TraceHeaders(**carrier)
+
+    def close(self) -> None:
+        """Export what is left, for a few seconds at most."""
+        flushing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        flushing.start()
+        flushing.join(_FLUSH_LIMIT)
+        if flushing.is_alive():
+            for exporter in self._exporters:
+                exporter.shutdown()
+
+
+class Span:
+    """A span that is recorded. All times are monotonic nanoseconds of this host.
+
+    Args:
+        tracer: Where it came from.
+        span: OpenTelemetry's.
+        offset: From monotonic time to Unix time.
+    """
+
+    def __init__(self, tracer: Tracer, span: trace.Span, offset: int) -> None:
+        self._tracer = tracer
+        self.span = span
+        self.offset = offset
+        self._is_server = getattr(span, "kind", None) is trace.SpanKind.SERVER
+
+    @property
+    def headers(self) -> TraceHeaders:
+        """What to send along with a request that belongs under this span."""
+        return self._tracer.headers(self)
+
+    def begin(self, name: str, at: int, *, kind: Kind = "internal", attributes: Attributes | None = None) -> Span:
+        """Begin a span under this one."""
+        return self._tracer.begin_child(self, name, at, kind, attributes)
+
+    def add(self, name: str, start: int, end: int, attributes: Attributes | None = None) -> None:
+        """Record a part of this span that is over."""
+        self.begin(name, start, attributes=attributes).end(end)
+
+    def event(self, name: str, at: int) -> None:
+        """Record a moment."""
+        self.span.add_event(name, timestamp=at + self.offset)
+
+    def set(self, attributes: Attributes) -> None:
+        """Record what is known by now."""
+        self.span.set_attributes(attributes)
+
+    def end(self, at: int, code: grpc.StatusCode | None = None, message: str = "") -> None:
+        """End it.
+
+        Args:
+            at: When.
+            code: How its request ended; None = the span is not about a request.
+            message: Why, unless that is OK.
+        """
+        if code is not None:
+            self.span.set_attribute("rpc.response.status_code", code.name)
+            failed = code in _SERVER_ERRORS if self._is_server else code is not grpc.StatusCode.OK
+            if failed:
+                self.span.set_attribute("error.type", code.name)
+                self.span.set_status(trace.StatusCode.ERROR, message)
+        self.span.end(at + self.offset)
