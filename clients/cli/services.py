@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +16,8 @@ from clients.cli.context import DEFAULT_INSTANCE, MAX_UINT32, CliContext, ExitCo
 from clients.cli.generate import run_streaming
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
-from clients.cli.progress import StageReport, pull_progress
+from clients.cli.models import fetch_model
+from clients.cli.progress import StageReport
 from clients.launcher import (
     PUBLIC_PORT,
     EngineKind,
@@ -33,7 +33,6 @@ from clients.launcher import (
 )
 from clients.launcher.instance import TOKENIZER
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
-from services.common import model_store
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -110,7 +109,7 @@ def up(
     """Start everything."""
     context = CliContext.of(ctx)
     check_not_running(context.instance)
-    name, path = _fetch_model(context, model)
+    name, path = fetch_model(context, model)
     options = UpOptions(
         model=name,
         model_path=path,
@@ -188,7 +187,7 @@ def run(
     state = running_state(context.instance)
     started = state is None
     if state is None:
-        name, path = _fetch_model(context, model)
+        name, path = fetch_model(context, model)
         environment = context.environment
         options = UpOptions(
             model=name,
@@ -224,16 +223,6 @@ def _answer(context: CliContext, state: State, prompt: str, max_tokens: int) -> 
         generation = Generation()
         run_streaming(client, request, generation, is_streamed=True, timeout=None)
         print_breakdown(context.err, generation.finished, generation.measured_ns)
-
-
-def _fetch_model(context: CliContext, name_or_path: str) -> tuple[str, Path]:
-    """The name to serve a model under, and where it is; fetched if need be."""
-    home = context.environment.home
-    if name_or_path in model_store.CATALOGUE:
-        with pull_progress(context.err, name_or_path) as progress:
-            return name_or_path, model_store.pull(name_or_path, home, progress)
-    path = model_store.resolve(name_or_path, home).absolute()
-    return path.stem if path.is_file() else path.name, path
 
 
 def _bring_up(context: CliContext, options: UpOptions) -> State:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 import psutil
 
 from clients.launcher.errors import NotRunningError
-from clients.launcher.health import SERVING, Probe
+from clients.launcher.health import Probe
 from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
 from clients.launcher.processes import find, last_error
 from clients.launcher.redis_server import check_redis, shown
 from scalellm.v1.scheduler_pb2 import ExecutorPhase
+from services.common.health_check import SERVING
 
 _EXPECTED = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
 

@@ -1,0 +1,49 @@
+# The executor service, on a CPU or an NVIDIA GPU.
+#
+#   docker build -f deploy/images/executor.Dockerfile -t scalellm/executor .
+#   docker build -f deploy/images/executor.Dockerfile -t scalellm/executor-gpu --build-arg TORCH_INDEX= .
+#
+# The image has a compiler: the kernels for the CPU are compiled at the first start, in seconds, for the very CPU that
+# they run on (a build for all CPUs would lack its vector instructions), and those for a GPU by Triton, which needs one.
+FROM python:3.11-slim-bookworm AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/build/constraints.txt
+RUN python -m venv /opt/scalellm
+ENV PATH=/opt/scalellm/bin:$PATH
+WORKDIR /build
+# Packages first: they change less often than the sources; torch before all others, as it is most of the image.
+COPY constraints.txt ./
+# Where CPU builds of torch come from: the default registry's are made for CUDA and several times as large. One that
+# cannot be reached is passed over. Empty: the default registry alone.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-deps --retries 1 ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$(grep '^torch==' constraints.txt)"
+COPY pyproject.toml ./
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+print(*p['dependencies'], *p['optional-dependencies']['executor'], sep='\n')" >requirements.txt \
+    && pip install -r requirements.txt
+COPY README.md ./
+COPY protos/gen protos/gen
+COPY kernels kernels
+COPY services services
+COPY clients clients
+RUN pip install --no-deps .
+
+FROM python:3.11-slim-bookworm
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+# Volumes take over the owner of the folders that they are mounted on.
+RUN useradd --system --uid 10001 --home-dir /var/lib/scalellm --shell /usr/sbin/nologin scalellm \
+    && install -d -o scalellm -g scalellm /var/lib/scalellm /var/lib/scalellm/models /var/lib/scalellm/kernels
+COPY --from=build /opt/scalellm /opt/scalellm
+# The working directory is no place to import from. Compiled kernels are kept, those of Triton and the driver as well.
+ENV PATH=/opt/scalellm/bin:$PATH PYTHONSAFEPATH=1 \
+    TRITON_CACHE_DIR=/var/lib/scalellm/kernels/triton CUDA_CACHE_PATH=/var/lib/scalellm/kernels/cuda
+WORKDIR /var/lib/scalellm
+USER scalellm
+STOPSIGNAL SIGTERM
+ENV SCALELLM_EXECUTOR_HOME=/var/lib/scalellm \
+    SCALELLM_EXECUTOR_HOST=0.0.0.0 SCALELLM_EXECUTOR_PORT=50061 SCALELLM_EXECUTOR_METRICS_PORT=9161
+EXPOSE 50061 9161
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python", "-m", "services.common.health_check", "127.0.0.1:50061"]
+CMD ["python", "-m", "services.executor"]

@@ -1,0 +1,9 @@
+# Redis with its configuration, run by a user of its own from the start: no process in it is ever root.
+FROM redis:7-bookworm
+COPY deploy/images/redis.conf /etc/redis/scalellm.conf
+RUN install -d -o redis -g redis /data
+USER redis
+WORKDIR /data
+HEALTHCHECK --interval=10s --timeout=3s --retries=3 CMD ["redis-cli", "ping"]
+ENTRYPOINT []
+CMD ["redis-server", "/etc/redis/scalellm.conf"]

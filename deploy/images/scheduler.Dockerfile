@@ -1,0 +1,37 @@
+# The scheduler service.
+#
+#   docker build -f deploy/images/scheduler.Dockerfile -t scalellm/scheduler .
+#
+# The images of the tokenizer and the scheduler have all steps up to the last few in common, and so their layers.
+FROM python:3.11-slim-bookworm AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/build/constraints.txt
+RUN python -m venv /opt/scalellm
+ENV PATH=/opt/scalellm/bin:$PATH
+WORKDIR /build
+# Packages first: they change less often than the sources.
+COPY constraints.txt pyproject.toml ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        >requirements.txt \
+    && pip install -r requirements.txt
+COPY README.md ./
+COPY protos/gen protos/gen
+COPY kernels kernels
+COPY services services
+COPY clients clients
+RUN pip install --no-deps .
+
+FROM python:3.11-slim-bookworm
+# Volumes take over the owner of the folders that they are mounted on.
+RUN useradd --system --uid 10001 --home-dir /var/lib/scalellm --shell /usr/sbin/nologin scalellm \
+    && install -d -o scalellm -g scalellm /var/lib/scalellm /var/lib/scalellm/models
+COPY --from=build /opt/scalellm /opt/scalellm
+# The working directory is no place to import from.
+ENV PATH=/opt/scalellm/bin:$PATH PYTHONSAFEPATH=1
+WORKDIR /var/lib/scalellm
+USER scalellm
+STOPSIGNAL SIGTERM
+ENV SCALELLM_SCHEDULER_HOST=0.0.0.0 SCALELLM_SCHEDULER_PORT=50052 SCALELLM_SCHEDULER_METRICS_PORT=9152
+EXPOSE 50052 9152
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python", "-m", "services.common.health_check", "127.0.0.1:50052"]
+CMD ["python", "-m", "services.scheduler"]

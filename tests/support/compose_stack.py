@@ -1,0 +1,139 @@
+"""The containers of compose.yaml under a project name, a port and image tags of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = ("redis", "executor", "scheduler", "tokenizer")
+_PYTHON = "python:3.11-slim-bookworm"
+
+
+@cache
+def why_no_docker() -> str:
+    """Why containers cannot be run here; empty where they can."""
+    if shutil.which("docker") is None:
+        return "there is no docker command"
+    for command in (["docker", "info", "--format", "{{.ServerVersion}}"], ["docker", "compose", "version"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode != 0:
+            return f"`{' '.join(command)}` fails: {(done.stderr or done.stdout).strip().splitlines()[-1:]}"
+    return ""
+
+
+def docker(*arguments: str, timeout: float = 120, env: Mapping[str, str] | None = None) -> str:
+    """Run docker; its output. Fails with what it said."""
+    command = ["docker", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+class ComposeStack:
+    """One project. `down` leaves nothing of it but the images, `remove_images` not even those."""
+
+    def __init__(self, profiles: tuple[str, ...] = ()) -> None:
+        self.project = f"scalellm-test-{uuid.uuid4().hex[:8]}"
+        self._release = 1
+        self.address = f"127.0.0.1:{_free_port()}"
+        self.prometheus_address = f"127.0.0.1:{_free_port()}"
+        self._environment = {
+            **os.environ,
+            "COMPOSE_PROFILES": ",".join(profiles),
+            "SCALELLM_TAG": self.tag,
+            "SCALELLM_LISTEN": self.address,
+            "SCALELLM_PROMETHEUS_LISTEN": self.prometheus_address,
+        }
+
+    @property
+    def tag(self) -> str:
+        """The tag of the images in use."""
+        return f"{self.project}.{self._release}"
+
+    def new_release(self) -> None:
+        """From now on images have another tag; those of the former release stay."""
+        self._release += 1
+        self._environment["SCALELLM_TAG"] = self.tag
+
+    def compose(self, *arguments: str, timeout: float = 300) -> str:
+        """Run docker compose on the project; its output."""
+        return docker("compose", "-p", self.project, *arguments, timeout=timeout, env=self._environment)
+
+    def containers(self, service: str) -> list[str]:
+        """The ids of a service's running containers."""
+        return self.compose("ps", "-q", service).split()
+
+    def wait_running(self, service: str, count: int, limit: float = 120) -> None:
+        """Wait until a service has so many containers, all of them healthy."""
+        deadline = time.monotonic() + limit
+        while True:
+            states = [inspect(container)["State"] for container in self.containers(service)]
+            if len(states) == count and all(state.get("Health", {}).get("Status") == "healthy" for state in states):
+                return
+            assert time.monotonic() < deadline, f"{service}: {states}\n{self.compose('logs', '--tail', '20', service)}"
+            time.sleep(0.5)
+
+    def image(self, service: str) -> str:
+        """The name of a service's image."""
+        return f"scalellm/{service}:{self.tag}"
+
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """Bytes of each image, and how many of them its base does not have."""
+        bases = {"redis": "redis:7-bookworm"}
+        sizes = {}
+        for service in SERVICES:
+            size, base = (_image_size(name) for name in (self.image(service), bases.get(service, _PYTHON)))
+            sizes[service] = size, size - base
+        return sizes
+
+    def down(self) -> None:
+        """End everything and remove containers, networks and volumes."""
+        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "45")
+
+    def left(self) -> list[str]:
+        """What there still is of the project: containers, networks, volumes."""
+        mine = f"label=com.docker.compose.project={self.project}"
+        found = docker("ps", "-aq", "--filter", mine).split()
+        for kind in ("network", "volume"):
+            found += docker(kind, "ls", "-q", "--filter", mine).split()
+        return found
+
+    def remove_images(self) -> None:
+        """Remove the project's images; the builder's cache stays."""
+        images = docker("image", "ls", "-q", "--filter", f"reference=scalellm/*:{self.project}.*").split()
+        if images:
+            docker("image", "rm", "--force", *sorted(set(images)))
+
+
+def inspect(container: str) -> dict:
+    """What Docker knows of a container."""
+    return json.loads(docker("container", "inspect", container))[0]
+
+
+def crash(container: str) -> None:
+    """Kill a container's main process from outside, as the kernel does when memory runs out.
+
+    `docker kill` would do for that, but counts as stopping it by hand: no restart policy would bring it back.
+    """
+    pid = inspect(container)["State"]["Pid"]
+    helper = ("--rm", "--pid=host", "--network=none", "--cap-drop=ALL", "--cap-add=KILL", _PYTHON)
+    docker("run", *helper, "sh", "-c", f"kill -9 {pid}")
+
+
+def _image_size(name: str) -> int:
+    return int(docker("image", "inspect", "--format", "{{.Size}}", name))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
