@@ -6,7 +6,6 @@ something even where absolute figures do not (a shared machine).
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -22,6 +21,7 @@ from typing import Annotated
 
 import torch
 import typer
+import uvloop
 
 from bench.load.driver import Driver
 from bench.load.figures import summarise
@@ -140,7 +140,7 @@ def main(
             job = _Job(shape, level, requests or max(2, level), vocabulary, f"0/{number}")
             alone.steps.append(_engine_alone(settings, job))
             print(alone.steps[-1].text("Engine alone"), flush=True)
-            line.steps.append(asyncio.run(_whole_line(address, job)))
+            line.steps.append(uvloop.run(_whole_line(address, job)))
             print(line.steps[-1].text("End to end"), flush=True)
     print(f"{' End to end / engine alone ':=^50}")
     for inner, outer in zip(alone.steps, line.steps, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+import uvloop
 
 from bench.load.compare import compare_text
 from bench.load.figures import Slo
@@ -74,7 +74,7 @@ def main(
             print(compare_text(*map(read_run, compare)))
             return
         if self_test_only:
-            print(self_test_text(asyncio.run(self_test())))
+            print(self_test_text(uvloop.run(self_test())))
             return
         if workload not in get_args(WorkloadName):
             raise UsageError(f"--workload: {workload!r} is none of {', '.join(get_args(WorkloadName))}")
@@ -100,7 +100,7 @@ def main(
         }
         run = Run({"target": target, "model": model or "", "options": options, **_surroundings()})
         session = Session(make_target, run, shape, limits if limits.limits_ms else None, output)
-        asyncio.run(session.run(loads, words, model, requests, warm_up))
+        uvloop.run(session.run(loads, words, model, requests, warm_up))
     except (UsageError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     except RequestError as error:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 
 import grpc
+import uvloop
 
 from bench.load.http_server import Reply, port_of, serve_http
 from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
@@ -89,4 +90,4 @@ def _event(chunk: object) -> bytes:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], float(sys.argv[2])))
+    uvloop.run(serve(sys.argv[1], float(sys.argv[2])))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from typing import NoReturn, TypeVar
 
+import uvloop
+
+from services.common.access import warn_if_exposed
 from services.common.lifecycle import StartError
 from services.common.logs import configure_logging
 from services.common.settings import ServiceSettings, load_settings
@@ -20,8 +22,9 @@ def run_service(
     """Read the settings, serve until told to stop, and exit: 0 after a drain, 1 with one line when it cannot start."""
     settings = load_settings(settings_class)
     configure_logging(name, settings)
+    warn_if_exposed(settings)
     try:
-        asyncio.run(serve(settings))
+        uvloop.run(serve(settings))
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

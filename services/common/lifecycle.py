@@ -52,6 +52,7 @@ class GrpcService:
         is_ready: Whether it can do its work now.
         share_port: Whether other processes may listen on the same port (worker processes).
         credentials: For TLS; None: plaintext.
+        interceptors: See every call first.
     """
 
     def __init__(
@@ -64,8 +65,12 @@ class GrpcService:
         share_port: bool = False,
         options: Sequence[tuple[str, int]] = (),
         credentials: grpc.ServerCredentials | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
-        self.server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port)), *options])
+        self.server = grpc.aio.server(
+            interceptors=interceptors,
+            options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port)), *options],
+        )
         self.health = HealthReporter(services, is_ready)
         self._host = host
         self._port = port

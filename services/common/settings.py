@@ -53,6 +53,9 @@ class ServiceSettings(BaseSettings):
     """PEM file with the private key of --tls-cert."""
     tls_ca: Path | None = None
     """PEM file with the authorities of clients: each must show a certificate of theirs, also to ask for health."""
+    api_keys: Path | None = None
+    """TOML file with the API keys that are known, see `scalellm keys`; read again when it changes. Unset: none is asked
+    for."""
     link_token_file: Path | None = None
     """File with the secret that the services of one line share: required of whoever opens a link or asks for more than
     health on an internal service, and shown on the links that this service opens."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from services.common.access import open_access
 from services.common.entry import run_service
 from services.common.lifecycle import GrpcService, announce, stop_event
 from services.common.link import link_service_handler
@@ -42,6 +43,7 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
         services=(SERVICE.full_name,),
         is_ready=lambda: supervisor.is_ready,
         credentials=server_credentials(settings.tls_files),
+        interceptors=open_access(settings, serves_links=True).interceptors,
     )
     handler = link_service_handler(SERVICE, ExecutorServicer(supervisor, settings))
     service.server.add_generic_rpc_handlers((handler,))

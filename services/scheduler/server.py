@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from typing import TYPE_CHECKING
 
+from services.common.access import open_access
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.lifecycle import GrpcService
@@ -57,6 +58,7 @@ class SchedulerServer:
             services=[SERVICE.full_name],
             is_ready=self._is_ready,
             credentials=server_credentials(settings.tls_files),
+            interceptors=open_access(settings, serves_links=True).interceptors,
         )
         self._grpc.server.add_generic_rpc_handlers((link_service_handler(SERVICE, self.service),))
         self._metrics: MetricsEndpoint | None = None

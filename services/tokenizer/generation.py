@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import grpc
 
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from services.common.access import Access
+from services.common.api_keys import DEFAULT_TENANT, Tenant
 from services.common.errors import StatusError
 from services.common.logs import RequestFields, request_fields
 from services.common.tracing import TraceHeaders
@@ -48,7 +50,6 @@ _LONGEST_DEADLINE = 1e9
 _SEED_BITS = 53
 
 _DEFAULT_SECRET = b"scalellm prefix cache"
-_DEFAULT_TENANT = b"default"
 
 _SESSION_OUTCOMES = {
     SaveOutcome.SAVED: generation_pb2.SESSION_OUTCOME_SAVED,
@@ -57,9 +58,9 @@ _SESSION_OUTCOMES = {
 }
 
 
-def cache_salt(secret: str, tenant: bytes = _DEFAULT_TENANT) -> bytes:
+def cache_salt(secret: str, tenant: Tenant = DEFAULT_TENANT) -> bytes:
     """Derive a tenant's prefix-cache salt: the same in all workers and after restarts."""
-    return hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant, hashlib.sha256)[:16]
+    return hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant.name.encode(), hashlib.sha256)[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class Edge:
     sessions: SessionStore
     limits: RequestLimits
     metrics: EdgeMetrics
-    salt: bytes
+    salt_secret: str
+    access: Access
     request_log: RequestLog
     tracer: Tracer | None
 
@@ -120,6 +122,7 @@ class _GenerateCall:
         self._request = request
         self._context = context
         self._headers = TraceHeaders.from_metadata(context.invocation_metadata())
+        self._tenant = DEFAULT_TENANT
         self._spans: RequestTrace | None = None
         if edge.tracer is not None:
             self._spans = RequestTrace.begin(edge.tracer, self._headers, self.trace, edge.model_name)
@@ -133,12 +136,15 @@ class _GenerateCall:
     async def run(self) -> None:
         """Serve the request. Raises StatusError."""
         edge, request, trace = self._edge, self._request, self.trace
+        self._tenant = edge.access.tenant(self._context.invocation_metadata())
+        if not edge.access.is_open:
+            self._fields.tenant = self._tenant.name
         validate_generate(request, edge.limits, edge.prompts.model.vocab_size)
         self._fields.request_id = request.request_id or f"req-{secrets.token_hex(8)}"
         session = None
         if request.HasField("session_id"):
             trace.session_at = trace.now()
-            session = await edge.sessions.load(request.session_id) or new_session()
+            session = await edge.sessions.of(self._tenant).load(request.session_id) or new_session()
             trace.session_ns = trace.now() - trace.session_at
         welcome = await edge.link.wait_up(_LINK_WAIT)
         trace.tokenize_at = trace.now()
@@ -197,10 +203,10 @@ class _GenerateCall:
             token_ids=prompt.token_ids,
             sampling=sampling,
             priority=request.priority,
-            cache_salt=self._edge.salt,
+            cache_salt=cache_salt(self._edge.salt_secret, self._tenant),
             traceparent=headers.traceparent,
             tracestate=headers.tracestate,
-            session_id=request.session_id,
+            session_id=f"{self._tenant.name}:{request.session_id}" if request.session_id else "",
         )
         time_remaining = self._context.time_remaining()
         if time_remaining is not None:
@@ -275,7 +281,7 @@ class _GenerateCall:
         answer = answer_segment(edge.prompts.texts, sample.answer_ids, content)
         new_messages = [(message.role, message.content) for message in request.chat.messages]
         extended = session.add_turn(new_messages, prompt.continuation, answer, content)
-        return await edge.sessions.save(request.session_id, extended)
+        return await edge.sessions.of(self._tenant).save(request.session_id, extended)
 
     async def _write_finished(self, outcome: SaveOutcome | None) -> None:
         finish = self._finish

@@ -1,10 +1,14 @@
-"""Sessions in Redis: one round trip to load, one to save, and a bounded wait when Redis does not answer."""
+"""Sessions in Redis: one round trip to load, one to save, and a bounded wait when Redis does not answer.
+
+Keys begin with the tenant: no tenant reaches, lists or counts what is another's.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import binascii
+import copy
 import enum
 import json
 import logging
@@ -15,6 +19,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
+from services.common.api_keys import DEFAULT_TENANT, Tenant
 from services.common.errors import StatusError
 from services.common.logs import LineLimit
 from services.common.redis_client import KEY_PREFIX
@@ -30,19 +35,23 @@ from services.tokenizer.validation import is_id
 
 _log = logging.getLogger(__name__)
 
-_PREFIX = f"{KEY_PREFIX}session:"
 _TIMEOUT = 1.0
-_MAX_SCANS = 64
 
 # Compare and set: stores a hash only if the session's version is the expected one ("" = there is none). The client
-# repeats it when a connection breaks before the answer: a session of the new version was stored the first time.
+# repeats it when a connection breaks before the answer: a session of the new version was stored the first time. The
+# tenant's index, by time of expiry, is brought up to date.
 _SAVE = """
 local version = redis.call('HGET', KEYS[1], 'version') or ''
 if version == ARGV[2] then return 1 end
 if version ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+redis.call('HSET', KEYS[1], unpack(ARGV, 5))
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
+local time, ttl = redis.call('TIME'), tonumber(ARGV[3])
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+redis.call('ZADD', KEYS[2], now + ttl, ARGV[4])
+if redis.call('PTTL', KEYS[2]) < ttl then redis.call('PEXPIRE', KEYS[2], ttl) end
 return 1
 """
 
@@ -56,19 +65,35 @@ class SaveOutcome(enum.Enum):
 
 
 class SessionStore:
-    """Sessions by id. Every method raises StatusError UNAVAILABLE within about a second when Redis does not answer.
+    """One tenant's sessions by id.
+
+    Every method raises StatusError UNAVAILABLE within about a second when Redis does not answer.
 
     Args:
         redis: Where they are; None: the service was started without, and every method says so.
         ttl: Seconds after its last turn for which a session is kept.
         timeout: Longest wait for Redis, in seconds.
+        tenant: Whose they are.
     """
 
-    def __init__(self, redis: Redis | None, ttl: float, timeout: float = _TIMEOUT) -> None:
+    def __init__(
+        self, redis: Redis | None, ttl: float, timeout: float = _TIMEOUT, tenant: str = DEFAULT_TENANT.name
+    ) -> None:
         self._redis = redis
-        self._ttl_ms = int(ttl * 1000)
+        self._ttl = ttl
         self._timeout = timeout
         self._log_limit = LineLimit()
+        self._select(tenant)
+
+    def _select(self, tenant: str) -> None:
+        self._keys = f"{KEY_PREFIX}session:{tenant}:"
+        self._index = f"{KEY_PREFIX}sessions:{tenant}"
+
+    def of(self, tenant: Tenant) -> SessionStore:
+        """The sessions of another tenant, on the same connections."""
+        other = copy.copy(self)
+        other._select(tenant.name)
+        return other
 
     async def load(self, session_id: str) -> Session | None:
         """Return a session, or None when there is none (any more)."""
@@ -77,7 +102,7 @@ class SessionStore:
 
     async def load_with_expiry(self, session_id: str) -> tuple[Session, float] | None:
         """Return a session and the seconds until it expires."""
-        key = _PREFIX + session_id
+        key = self._keys + session_id
         async with self._reach() as redis:
             pipeline = redis.pipeline(transaction=False)
             pipeline.hgetall(key)
@@ -110,32 +135,39 @@ class SessionStore:
     async def delete(self, session_id: str) -> bool:
         """Remove a session. False when there was none."""
         async with self._reach() as redis:
-            return bool(await redis.delete(_PREFIX + session_id))
+            pipeline = redis.pipeline(transaction=False)
+            pipeline.delete(self._keys + session_id)
+            pipeline.zrem(self._index, session_id)
+            deleted, _ = await pipeline.execute()
+        return bool(deleted)
 
     async def list(self, page_size: int, page_token: str) -> tuple[list[SessionInfo], str]:
-        """Return a page of sessions and the token of the next page, empty on the last.
+        """Return a page of sessions, those that expire first first, and the token of the next page, empty on the last.
 
-        Redis hands out keys a little more or less than asked for at a time; what a page cannot hold travels in its
-        token. A page may be short, or empty, when there are many other keys.
+        A session that gets another turn meanwhile moves to the end. A page is short where sessions have just ended.
         """
-        cursor, names = _parse_token(page_token)
+        last_expiry, last_id = _parse_token(page_token)
+        found: list[tuple[int, str]] = []
+        offset = 0
         async with self._reach() as redis:
-            for _ in range(_MAX_SCANS):
-                if len(names) >= page_size or cursor == 0:
+            # Sessions of one millisecond are told apart by their names, as Redis itself sorts them.
+            while len(found) <= page_size:
+                rows: list[tuple[bytes, float]] = await redis.zrangebyscore(
+                    self._index, last_expiry, "+inf", start=offset, num=page_size + 1, withscores=True
+                )
+                entries = [(int(expiry), name.decode()) for name, expiry in rows]
+                found += [entry for entry in entries if entry > (last_expiry, last_id)]
+                offset += len(rows)
+                if len(rows) <= page_size:
                     break
-                keys: list[bytes]
-                count = max(10, page_size - len(names))
-                cursor, keys = await redis.scan(cursor or 0, match=f"{_PREFIX}*", count=count)
-                names += [key.removeprefix(_PREFIX.encode()).decode(errors="replace") for key in keys]
-            names = [name for name in dict.fromkeys(names) if is_id(name)]
-            page, names = names[:page_size], names[page_size:]
+            page = found[:page_size]
             pipeline = redis.pipeline(transaction=False)
-            for name in page:
-                pipeline.hmget(_PREFIX + name, INFO_FIELDS)
-                pipeline.pttl(_PREFIX + name)
+            for _, name in page:
+                pipeline.hmget(self._keys + name, INFO_FIELDS)
+                pipeline.pttl(self._keys + name)
             answers = await pipeline.execute() if page else []
-        infos = [decode_info(*row) for row in zip(page, answers[::2], answers[1::2], strict=True)]
-        next_token = _make_token(cursor or 0, names) if cursor or names else ""
+        infos = [decode_info(name, *row) for (_, name), *row in zip(page, answers[::2], answers[1::2], strict=True)]
+        next_token = _make_token(*page[-1]) if len(found) > page_size else ""
         return [info for info in infos if info is not None], next_token
 
     async def close(self) -> None:
@@ -147,8 +179,9 @@ class SessionStore:
         version, fields = encode_session(session)
         flat = [part for pair in fields.items() for part in pair]
         async with self._reach() as redis:
-            key = _PREFIX + session_id
-            return bool(await redis.eval(_SAVE, 1, key, session.version, version, str(self._ttl_ms), *flat))
+            keys = (self._keys + session_id, self._index)
+            ttl_ms = str(int(self._ttl * 1000))
+            return bool(await redis.eval(_SAVE, 2, *keys, session.version, version, ttl_ms, session_id, *flat))
 
     @asynccontextmanager
     async def _reach(self) -> AsyncIterator[Any]:
@@ -171,18 +204,18 @@ class SessionStore:
             ) from None
 
 
-def _make_token(cursor: int, names: list[str]) -> str:
-    return base64.urlsafe_b64encode(json.dumps([cursor, names]).encode()).decode()
+def _make_token(expiry: int, name: str) -> str:
+    return base64.urlsafe_b64encode(json.dumps([expiry, name]).encode()).decode()
 
 
-def _parse_token(token: str) -> tuple[int | None, list[str]]:
-    """Return Redis' cursor (None: not begun, 0: at the end) and keys that it handed out already."""
+def _parse_token(token: str) -> tuple[int, str]:
+    """Return the expiry (milliseconds since the epoch) and the id of the session after which the page begins."""
     if not token:
-        return None, []
+        return 0, ""
     try:
-        cursor, names = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
-        if type(cursor) is int and 0 <= cursor < 2**64 and all(is_id(name) for name in names):
-            return cursor, list(names)
+        expiry, name = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
+        if type(expiry) is int and 0 <= expiry < 2**53 and is_id(name):
+            return expiry, name
     except (binascii.Error, ValueError, TypeError, RecursionError):
         pass
     raise StatusError.invalid("page_token", "must be empty or the next_page_token of an earlier answer")

@@ -9,6 +9,7 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from scalellm.v1 import generation_pb2, sessions_pb2
+from services.common.access import Access
 from services.common.errors import StatusError
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.session import Session, SessionInfo
@@ -21,12 +22,14 @@ class SessionsServicer:
 
     Args:
         store: Where sessions are.
+        access: Whose they are.
         ttl: Seconds that a new copy lives.
         limits: Limits on requests.
     """
 
-    def __init__(self, store: SessionStore, ttl: float, limits: RequestLimits) -> None:
+    def __init__(self, store: SessionStore, access: Access, ttl: float, limits: RequestLimits) -> None:
         self._store = store
+        self._access = access
         self._ttl = ttl
         self._limits = limits
 
@@ -34,14 +37,14 @@ class SessionsServicer:
         self, request: sessions_pb2.GetSessionRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.GetSessionResponse:
         """One session with its messages."""
-        session, remaining = await self._load(request.session_id)
+        session, remaining = await _load(self._sessions(context), request.session_id)
         return sessions_pb2.GetSessionResponse(session=_to_wire(request.session_id, session, remaining))
 
     async def List(
         self, request: sessions_pb2.ListSessionsRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.ListSessionsResponse:
         """A page of sessions, without their messages."""
-        infos, token = await self._store.list(validate_page_size(request, self._limits), request.page_token)
+        infos, token = await self._sessions(context).list(validate_page_size(request, self._limits), request.page_token)
         return sessions_pb2.ListSessionsResponse(sessions=map(_info_to_wire, infos), next_page_token=token)
 
     async def Fork(
@@ -49,7 +52,8 @@ class SessionsServicer:
     ) -> sessions_pb2.ForkSessionResponse:
         """A copy that goes on separately."""
         validate_id(request.new_session_id, "new_session_id")
-        session, _ = await self._load(request.session_id)
+        sessions = self._sessions(context)
+        session, _ = await _load(sessions, request.session_id)
         num_turns = request.num_turns if request.HasField("num_turns") else len(session.turns)
         if not 1 <= num_turns <= len(session.turns):
             raise StatusError.invalid(
@@ -57,7 +61,7 @@ class SessionsServicer:
                 f"must be in [1, {len(session.turns)}], the turns of {request.session_id!r}, got {num_turns}",
             )
         copy = session.first_turns(num_turns)
-        if not await self._store.create(request.new_session_id, copy):
+        if not await sessions.create(request.new_session_id, copy):
             raise StatusError(
                 grpc.StatusCode.ALREADY_EXISTS, f"new_session_id: session {request.new_session_id!r} exists"
             )
@@ -68,16 +72,20 @@ class SessionsServicer:
     ) -> sessions_pb2.DeleteSessionResponse:
         """End a session."""
         validate_id(request.session_id, "session_id")
-        if not await self._store.delete(request.session_id):
+        if not await self._sessions(context).delete(request.session_id):
             _raise_unknown(request.session_id)
         return sessions_pb2.DeleteSessionResponse()
 
-    async def _load(self, session_id: str) -> tuple[Session, float]:
-        validate_id(session_id, "session_id")
-        found = await self._store.load_with_expiry(session_id)
-        if found is None:
-            _raise_unknown(session_id)
-        return found
+    def _sessions(self, context: grpc.aio.ServicerContext) -> SessionStore:
+        return self._store.of(self._access.tenant(context.invocation_metadata()))
+
+
+async def _load(sessions: SessionStore, session_id: str) -> tuple[Session, float]:
+    validate_id(session_id, "session_id")
+    found = await sessions.load_with_expiry(session_id)
+    if found is None:
+        _raise_unknown(session_id)
+    return found
 
 
 def _raise_unknown(session_id: str) -> NoReturn:

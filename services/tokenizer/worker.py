@@ -15,17 +15,19 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
+from services.common.access import open_access
 from services.common.lifecycle import GrpcService, StartError, stop_event
 from services.common.logs import configure_logging
 from services.common.redis_client import open_redis
 from services.common.tls import server_credentials
 from services.common.tracing import open_tracer
 from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.generation import Edge, GenerationServicer, cache_salt
+from services.tokenizer.generation import Edge, GenerationServicer
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import PromptBuilder
@@ -72,6 +74,7 @@ class Worker:
         stop = stop_event()
         supervisor_gone = await _watch_stdin()
         settings.dialer.check()
+        access = open_access(settings, serves_links=False)
         model = _load_tokenizer(settings)
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(redis, settings.session_ttl_s)
@@ -90,7 +93,8 @@ class Worker:
                 sessions=sessions,
                 limits=RequestLimits(),
                 metrics=self._metrics,
-                salt=cache_salt(settings.salt_secret),
+                salt_secret=settings.salt_secret,
+                access=access,
                 request_log=RequestLog(settings),
                 tracer=self._tracer,
             )
@@ -101,11 +105,12 @@ class Worker:
                 is_ready=lambda: self._is_ready(link),
                 share_port=True,
                 credentials=server_credentials(settings.tls_files),
+                interceptors=access.interceptors,
             )
             servicers = (
                 GenerationServicer(edge),
                 TokenizerServicer(edge),
-                SessionsServicer(sessions, settings.session_ttl_s, edge.limits),
+                SessionsServicer(sessions, access, settings.session_ttl_s, edge.limits),
             )
             for descriptor, servicer in zip(_SERVICES, servicers, strict=True):
                 add_service(service.server, descriptor, servicer, self._gate)
@@ -179,7 +184,7 @@ def main() -> int:
     configure_logging("tokenizer", settings)
     try:
         with open_tracer("tokenizer", settings, settings.trace_sample_ratio) as tracer:
-            asyncio.run(Worker(settings, assignment["port"], tracer).run())
+            uvloop.run(Worker(settings, assignment["port"], tracer).run())
     except StartError as error:
         _report(error=str(error))
         return 1

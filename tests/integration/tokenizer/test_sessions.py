@@ -60,7 +60,7 @@ async def test_second_turn_continues_the_first(client, scheduler, speak, tokeniz
     assert second.started.session_turns == 1
     submit = scheduler.submits[1]
     assert list(submit.token_ids[: len(prompt) + len(answer)]) == prompt + answer
-    assert submit.session_id == "two-turns"
+    assert submit.session_id == "default:two-turns"
     assert tokenizer.decode(submit.token_ids, skip_special_tokens=False).endswith(
         "strawberry<|im_end|>\n<|im_start|>user\nAnother one?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -170,7 +170,7 @@ async def test_every_key_expires(module_redis, client, speak):
     redis = Redis.from_url(module_redis.url)
     try:
         keys = [key async for key in redis.scan_iter("*")]
-        assert b"scalellm:session:expires" in keys
+        assert b"scalellm:session:default:expires" in keys
         assert all([await redis.ttl(key) > 0 for key in keys])
     finally:
         await redis.aclose()

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from scalellm.v1 import common_pb2, link_pb2
+from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.common.link import LinkClient
 from services.tokenizer.generation import cache_salt
@@ -131,5 +132,5 @@ async def test_a_write_after_the_end_tells_why_the_link_ended():
 
 def test_salts():
     assert cache_salt("") == cache_salt("")
-    assert len({cache_salt(""), cache_salt("one"), cache_salt("two"), cache_salt("one", b"other")}) == 4
+    assert len({cache_salt(""), cache_salt("one"), cache_salt("two"), cache_salt("one", Tenant("other"))}) == 4
     assert all(len(cache_salt(secret)) == 16 for secret in ("", "one"))

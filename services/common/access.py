@@ -1,0 +1,186 @@
+"""Who may call which method: denied unless it is listed here, wherever keys or a link token are configured."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import grpc
+
+from services.common.api_keys import DEFAULT_TENANT, Principal, Role, Tenant, digest, read_api_keys
+from services.common.errors import StatusError
+from services.common.link_token import read_token
+from services.common.reload import ConfigFileError, Reloaded
+from services.common.settings import ServiceSettings
+
+_log = logging.getLogger(__name__)
+
+_EVERYBODY: frozenset[Role] = frozenset()
+_CALLERS = frozenset((Role.USER, Role.ADMIN))
+_OPERATORS = frozenset((Role.ADMIN, Role.LINK))
+_LINKS = frozenset((Role.LINK,))
+_ANY_ROLE = frozenset(Role)
+
+METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
+    {
+        "/scalellm.v1.Generation/Generate": _CALLERS,
+        "/scalellm.v1.Tokenizer/Encode": _CALLERS,
+        "/scalellm.v1.Tokenizer/Decode": _CALLERS,
+        "/scalellm.v1.Tokenizer/ApplyChatTemplate": _CALLERS,
+        "/scalellm.v1.Tokenizer/GetInfo": _CALLERS,
+        "/scalellm.v1.Sessions/Get": _CALLERS,
+        "/scalellm.v1.Sessions/List": _CALLERS,
+        "/scalellm.v1.Sessions/Fork": _CALLERS,
+        "/scalellm.v1.Sessions/Delete": _CALLERS,
+        "/scalellm.v1.Scheduler/Connect": _LINKS,
+        "/scalellm.v1.Scheduler/GetState": _OPERATORS,
+        "/scalellm.v1.Scheduler/Drain": _OPERATORS,
+        "/scalellm.v1.Scheduler/AddExecutor": _OPERATORS,
+        "/scalellm.v1.Scheduler/RemoveExecutor": _OPERATORS,
+        "/scalellm.v1.Executor/Execute": _LINKS,
+        "/scalellm.v1.Executor/GetInfo": _OPERATORS,
+        "/scalellm.v1.Executor/Drain": _OPERATORS,
+        # Probes carry no secrets.
+        "/grpc.health.v1.Health/Check": _EVERYBODY,
+        "/grpc.health.v1.Health/List": _EVERYBODY,
+        "/grpc.health.v1.Health/Watch": _EVERYBODY,
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY_ROLE,
+    }
+)
+"""By whom each method may be called."""
+
+_REFRESH_INTERVAL = 1.0
+
+Metadata = Iterable[tuple[str, str | bytes]] | None
+
+
+class Access:
+    """Recognises callers by the secret in their `authorization` metadata: an API key or the link token.
+
+    Args:
+        api_keys: File with API keys; looked at about once a second.
+        link_token_file: File with the link token; likewise.
+        trusts_certificates: Without a link token, whoever showed a certificate may open links.
+    """
+
+    def __init__(
+        self, api_keys: Path | None = None, link_token_file: Path | None = None, *, trusts_certificates: bool = False
+    ) -> None:
+        self._sources: list[Reloaded[Mapping[bytes, Principal]]] = []
+        if api_keys is not None:
+            self._sources.append(Reloaded((api_keys,), lambda: read_api_keys(api_keys)))
+        if link_token_file is not None:
+            link = Principal(DEFAULT_TENANT, Role.LINK)
+            self._sources.append(Reloaded((link_token_file,), lambda: {digest(read_token(link_token_file)): link}))
+        self._links_are_known = trusts_certificates and link_token_file is None
+        self._refreshed_at = time.monotonic()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may call everything."""
+        return not self._sources
+
+    @property
+    def interceptors(self) -> tuple[grpc.aio.ServerInterceptor, ...]:
+        """For a server; none where everything is open, so that it costs nothing."""
+        return () if self.is_open else (AccessInterceptor(self),)
+
+    def tenant(self, metadata: Metadata) -> Tenant:
+        """On whose behalf a call runs. Raises StatusError UNAUTHENTICATED."""
+        return DEFAULT_TENANT if self.is_open else self._identify(metadata).tenant
+
+    def check(self, method: str, metadata: Metadata) -> None:
+        """Raise StatusError UNAUTHENTICATED or PERMISSION_DENIED unless the call is allowed."""
+        roles = METHODS.get(method)
+        if roles is _EVERYBODY or (roles is _LINKS and self._links_are_known):
+            return
+        role = self._identify(metadata).role
+        if roles is None or role not in roles:
+            raise StatusError(
+                grpc.StatusCode.PERMISSION_DENIED, f"authorization: {method} is not open to the role {role}"
+            )
+
+    def _identify(self, metadata: Metadata) -> Principal:
+        now = time.monotonic()
+        if now - self._refreshed_at >= _REFRESH_INTERVAL:
+            self._refreshed_at = now
+            for source in self._sources:
+                source.refresh()
+        given = next((value for key, value in metadata or () if key == "authorization"), None)
+        if given is None:
+            raise _unauthenticated("is missing; send it as metadata: authorization: Bearer KEY")
+        scheme, _, secret = given.partition(" ") if isinstance(given, str) else ("", "", "")
+        if scheme.lower() != "bearer" or not secret:
+            raise _unauthenticated("must be: Bearer KEY")
+        wanted = digest(secret)
+        for source in self._sources:
+            if (principal := source.value.get(wanted)) is not None:
+                return principal
+        raise _unauthenticated("this key is not known")
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses calls before they reach their handler, or the parser of their messages.
+
+    Args:
+        access: Decides.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Called by gRPC for every call."""
+        try:
+            self._access.check(handler_call_details.method, handler_call_details.invocation_metadata)
+        except StatusError as error:
+            return _refuse_with(error)
+        return await continuation(handler_call_details)
+
+
+def open_access(settings: ServiceSettings, *, serves_links: bool) -> Access:
+    """What the settings of a service ask for. Raises ConfigFileError.
+
+    Args:
+        settings: The service's.
+        serves_links: Whether the service is an internal one: other services open links to it.
+    """
+    if not serves_links:
+        return Access(settings.api_keys)
+    has_certificates = settings.tls_ca is not None
+    if settings.api_keys is not None and settings.link_token_file is None and not has_certificates:
+        raise ConfigFileError("--api-keys: on this service needs --link-token-file or --tls-ca: links show no API key")
+    return Access(settings.api_keys, settings.link_token_file, trusts_certificates=has_certificates)
+
+
+def warn_if_exposed(settings: ServiceSettings) -> None:
+    """Say so when whoever reaches the port is served, or can read the keys of others."""
+    try:
+        if settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback:
+            return
+    except ValueError:
+        pass  # a name, of any address
+    if settings.tls_cert is None and settings.api_keys is None and settings.link_token_file is None:
+        _log.warning("%s is open to everybody who reaches it: no TLS, no keys", settings.host)
+    elif settings.tls_cert is None:
+        _log.warning("on %s keys travel in plain text: no TLS", settings.host)
+
+
+def _unauthenticated(why: str) -> StatusError:
+    return StatusError(grpc.StatusCode.UNAUTHENTICATED, f"authorization: {why}")
+
+
+def _refuse_with(error: StatusError) -> grpc.RpcMethodHandler:
+    """A handler for calls of any shape: what the client sends is neither waited for nor parsed."""
+
+    async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
+        await error.abort(context)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

@@ -1,0 +1,123 @@
+"""API keys: who a caller is, and what its tenant may use.
+
+Keys are random tokens of 256 bits, so their plain SHA-256 can neither be turned back nor guessed, and looking a digest
+up in a dictionary compares no secret byte by byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from services.common.reload import ConfigFileError, read_file
+
+OPTION = "--api-keys"
+_KEY_PREFIX = "slm-"
+
+# No colon, which separates the parts of Redis keys.
+TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+_Count = Annotated[int, Field(ge=1, le=2**53)]
+
+
+class Role(StrEnum):
+    """What a caller may do."""
+
+    USER = "user"
+    """Generate, and what belongs to it, within its tenant."""
+    ADMIN = "admin"
+    """The same, and operate the services."""
+    LINK = "link"
+    """Open links: another service of this line, known by the link token."""
+
+
+class TenantLimits(BaseModel):
+    """What a tenant may use, over all processes that serve it. None: any amount."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    concurrent_requests: _Count | None = None
+    requests_per_minute: _Count | None = None
+    tokens_per_minute: _Count | None = None
+
+
+NO_LIMITS = TenantLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """On whose behalf requests run. Sessions and cached prefixes belong to one tenant."""
+
+    name: str
+    limits: TenantLimits = NO_LIMITS
+
+
+DEFAULT_TENANT = Tenant("default")
+"""Everybody's, where no API keys are configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A caller that was recognised."""
+
+    tenant: Tenant
+    role: Role
+
+
+class _Key(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    tenant: TenantName
+    role: Role = Role.USER
+
+
+class _KeyFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    keys: list[_Key] = Field(default_factory=list)
+    tenants: dict[TenantName, TenantLimits] = Field(default_factory=dict)
+    limits: TenantLimits = NO_LIMITS
+
+
+def digest(secret: str) -> bytes:
+    """What is kept of a secret."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def new_key() -> str:
+    """A key that nobody can guess."""
+    return _KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def key_entry(key: str, tenant: str, role: Role) -> str:
+    """What the file has to say about a key."""
+    return f'[[keys]]\nsha256 = "{digest(key).hex()}"\ntenant = "{tenant}"\nrole = "{role}"\n'
+
+
+def read_api_keys(path: Path) -> Mapping[bytes, Principal]:
+    """The callers in a file, by the digest of their key. Raises ConfigFileError."""
+    try:
+        parsed = _KeyFile.model_validate(tomllib.loads(read_file(path, OPTION).decode()))
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigFileError(f"{OPTION}: {path}: {where}: {first['msg']}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigFileError(f"{OPTION}: {path} is not TOML: {error}") from None
+    found: dict[bytes, Principal] = {}
+    for index, key in enumerate(parsed.keys):
+        if key.role is Role.LINK:
+            raise ConfigFileError(f"{OPTION}: {path}: keys.{index}.role: must be user or admin")
+        tenant = Tenant(key.tenant, parsed.tenants.get(key.tenant, parsed.limits))
+        if found.setdefault(bytes.fromhex(key.sha256), principal := Principal(tenant, key.role)) is not principal:
+            raise ConfigFileError(f"{OPTION}: {path}: keys.{index}.sha256: the key is listed twice")
+    return MappingProxyType(found)
