@@ -77,4 +77,10 @@ class StatusError(Exception):
         raise AssertionError("abort returned")
 
 
+def code_name(code: int) -> str:
+    """Name of a google.rpc.Code, such as DEADLINE_EXCEEDED."""
+    name: str = _CODES.get(code, grpc.StatusCode.UNKNOWN).name
+    return name
+
+
 _CODES = {code.value[0]: code for code in grpc.StatusCode if code.value[0] in code_pb2.Code.values()}

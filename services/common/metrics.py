@@ -1,22 +1,52 @@
-"""The Prometheus endpoint of a service."""
+"""The Prometheus endpoint of a service, and what all services say there.
+
+The endpoint answers on a thread of its own. Rendering competes with the event loop for the interpreter, so the thread
+offers it to the loop after every metric: the loop waits for tens of microseconds, not for a whole scrape.
+"""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, start_http_server
+import asyncio
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import TypeVar
+
+import psutil
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from services.common.lifecycle import StartError
 
+_LAG_INTERVAL = 0.1
+
 
 class MetricsEndpoint:
-    """Serves a registry over HTTP on a thread of its own.
+    """Serves a service's collectors over HTTP, with the build and the processes.
 
     Args:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        registry: What to serve.
+        service: Name of the service.
+        collectors: What it has to say.
+        processes: Pids of the service's other processes, by what they are; called at each scrape.
     """
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        service: str,
+        collectors: Iterable[Collector],
+        processes: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        registry = _PoliteRegistry()
+        ProcessCollector(registry=registry)
+        for collector in (_BuildCollector(service), _ProcessesCollector(processes), *collectors):
+            registry.register(collector)
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=registry)
         except OSError as error:
@@ -30,3 +60,91 @@ class MetricsEndpoint:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class LoopLag:
+    """Measures how late an event loop runs what is due: the time that any request waits for it on the way.
+
+    Args:
+        observe: Takes each measurement, in seconds.
+        interval: Seconds between two of them.
+    """
+
+    def __init__(self, observe: Callable[[float], None], interval: float = _LAG_INTERVAL) -> None:
+        self._observe = observe
+        self._interval = interval
+
+    async def run(self) -> None:
+        """Measure until cancelled."""
+        now = asyncio.get_running_loop().time
+        while True:
+            due = now() + self._interval
+            await asyncio.sleep(self._interval)
+            self._observe(max(0.0, now() - due))
+
+
+FamilyT = TypeVar("FamilyT", CounterMetricFamily, GaugeMetricFamily)
+
+
+def filled(family: FamilyT, values: Iterable[tuple[Sequence[str], float]]) -> FamilyT:
+    """Add samples to a metric with labels: the values of the labels, and the sample's."""
+    for labels, value in values:
+        family.add_metric(labels, value)
+    return family
+
+
+def histogram_metric(
+    name: str, text: str, bounds: Sequence[float], counts: Sequence[int], total: float
+) -> HistogramMetricFamily:
+    """Render a histogram whose `counts`, one more than there are `bounds`, are not cumulative."""
+    buckets, count = [], 0
+    for bound, more in zip((*map(str, map(float, bounds)), "+Inf"), counts, strict=True):
+        count += more
+        buckets.append((bound, count))
+    family = HistogramMetricFamily(name, text)
+    family.add_metric((), buckets, total)
+    return family
+
+
+class _PoliteRegistry(CollectorRegistry):
+    def collect(self) -> Iterator[Metric]:
+        """All metrics; whoever waits for the interpreter gets it in between."""
+        for metric in super().collect():
+            yield metric
+            time.sleep(0)
+
+
+class _BuildCollector(Collector):
+    def __init__(self, service: str) -> None:
+        self._labels = {"service": service, "version": version("scalellm"), "python": platform.python_version()}
+
+    def collect(self) -> Iterator[Metric]:
+        """One constant."""
+        build = GaugeMetricFamily("scalellm_build_info", "What runs here; always 1.", labels=tuple(self._labels))
+        yield filled(build, [(tuple(self._labels.values()), 1.0)])
+
+
+class _ProcessesCollector(Collector):
+    """CPU time and memory of every process of the service: ProcessCollector knows only the one that answers."""
+
+    def __init__(self, others: Callable[[], Mapping[str, int]]) -> None:
+        self._others = others
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample per process that is there."""
+        cpu, memory, files = [], [], []
+        for name, pid in {"main": os.getpid(), **self._others()}.items():
+            try:
+                process = psutil.Process(pid)
+                with process.oneshot():
+                    times = process.cpu_times()
+                    cpu.append(((name,), times.user + times.system))
+                    memory.append(((name,), float(process.memory_info().rss)))
+                    files.append(((name,), float(process.num_fds())))
+            except psutil.Error:  # it ended just now
+                continue
+        labels = ("process",)
+        prefix = "scalellm_process"
+        yield filled(CounterMetricFamily(f"{prefix}_cpu_seconds", "User and system time.", labels=labels), cpu)
+        yield filled(GaugeMetricFamily(f"{prefix}_resident_memory_bytes", "Memory in RAM.", labels=labels), memory)
+        yield filled(GaugeMetricFamily(f"{prefix}_open_fds", "Open files and sockets.", labels=labels), files)

@@ -46,6 +46,8 @@ class ServiceSettings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     metrics_port: Port | None = None
     """Port of the Prometheus endpoint; 0 takes a free one; unset: no endpoint."""
+    vllm_metrics: bool = False
+    """Metrics also under vLLM's names, for the dashboards, autoscalers and gateways that read those."""
     tls_cert: Path | None = None
     """PEM file with the certificate that clients are shown, followed by intermediate ones; unset: plaintext. These
     files are read again when they change."""

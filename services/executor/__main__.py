@@ -7,15 +7,17 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
 
 from services.common.access import open_access
 from services.common.entry import run_service
+from services.common.histogram import LAG_SECONDS, Histogram
 from services.common.lifecycle import GrpcService, announce, stop_event
 from services.common.link import link_service_handler
-from services.common.metrics import MetricsEndpoint
+from services.common.metrics import LoopLag, MetricsEndpoint
 from services.common.tls import server_credentials
 from services.common.tracing import open_tracer
+from services.common.vllm_metrics import WithVllmNames
 from services.executor.config import ExecutorSettings
 from services.executor.engine_supervisor import EngineSupervisor
 from services.executor.front import SERVICE, ExecutorServicer
@@ -47,11 +49,9 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
     )
     handler = link_service_handler(SERVICE, ExecutorServicer(supervisor, settings))
     service.server.add_generic_rpc_handlers((handler,))
-    metrics = None
+    metrics, loop_lag = None, Histogram(LAG_SECONDS)
     if settings.metrics_port is not None:
-        registry = CollectorRegistry()
-        registry.register(ExecutorCollector(lambda: supervisor.info))
-        metrics = MetricsEndpoint(settings.host, settings.metrics_port, registry)
+        metrics = _metrics_endpoint(settings, settings.metrics_port, supervisor, loop_lag)
     await service.start()
     lines = [service.address]
     if metrics is not None:
@@ -63,6 +63,7 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
 
     running = asyncio.create_task(supervisor.run(on_ready))
     stopping = asyncio.create_task(stop.wait())
+    watching = asyncio.create_task(LoopLag(loop_lag.observe).run())
     try:
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
@@ -74,12 +75,26 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
     finally:
         running.cancel()
         stopping.cancel()
-        await asyncio.gather(running, stopping, return_exceptions=True)
+        watching.cancel()
+        await asyncio.gather(running, stopping, watching, return_exceptions=True)
         await service.stop(grace=1.0)
         if metrics is not None:
             metrics.stop()
         if settings.announce is not None:
             settings.announce.unlink(missing_ok=True)
+
+
+def _metrics_endpoint(
+    settings: ExecutorSettings, port: int, supervisor: EngineSupervisor, loop_lag: Histogram
+) -> MetricsEndpoint:
+    collector: Collector = ExecutorCollector(supervisor, loop_lag)
+    if settings.vllm_metrics:
+        collector = WithVllmNames(collector, "0", lambda: supervisor.info.model)
+
+    def processes() -> dict[str, int]:
+        return {"engine": supervisor.engine_pid} if supervisor.engine_pid is not None else {}
+
+    return MetricsEndpoint(settings.host, port, "executor", [collector], processes)
 
 
 if __name__ == "__main__":

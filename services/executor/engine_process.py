@@ -24,6 +24,7 @@ from services.common.logs import LineLimit, configure_logging
 from services.executor.build import LoadedEngine, build_engine
 from services.executor.config import ExecutorSettings
 from services.executor.engine_link import EngineLink, load_to_wire, parse_client_frame, split_by_link, welcome_frame
+from services.executor.engine_stats import stats_to_wire
 from services.executor.ipc import EngineChannel, Kind, Message
 from services.executor.request_trace import TracedRequests
 
@@ -183,6 +184,7 @@ class EngineLoop:
         info.prefix_cache_hits = stats.prefix_cache_hits
         info.swaps = stats.swaps
         info.late_compiles = self._loaded.late_compiles()
+        info.stats.CopyFrom(stats_to_wire(self._engine))
         self._channel.send(Message(Kind.STATS, payload=info.SerializeToString()))
 
 

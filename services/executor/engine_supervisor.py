@@ -15,6 +15,7 @@ from scalellm.v1 import executor_pb2, link_pb2
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.lifecycle import StartError
+from services.common.link import LinkTraffic
 from services.executor.config import ExecutorSettings
 from services.executor.ipc import FrontChannel, Kind, Message
 
@@ -60,6 +61,33 @@ class EngineSupervisor:
         self._draining = False
         self._changed = asyncio.Event()
         self.info = executor_pb2.GetExecutorInfoResponse()
+        self.traffic = LinkTraffic()
+        self.num_engine_crashes = 0
+
+    @property
+    def has_engine(self) -> bool:
+        """There is an engine, and it has loaded its model."""
+        return self._ready
+
+    @property
+    def is_draining(self) -> bool:
+        """Somebody said to drain."""
+        return self._draining
+
+    @property
+    def is_alive(self) -> bool:
+        """Steps advance while there is work."""
+        return self._heartbeat.is_alive
+
+    @property
+    def num_links(self) -> int:
+        """Links that stand, or are being opened."""
+        return len(self._ports)
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The engine's process."""
+        return self._process.pid if self._process is not None else None
 
     @property
     def is_ready(self) -> bool:
@@ -147,6 +175,7 @@ class EngineSupervisor:
                     on_ready()
         except EOFError:
             code = await self._process.wait()
+            self.num_engine_crashes += 1
             _log.error("the engine process ended with %s, its requests are lost here", _describe_exit(code))
         finally:
             await self._end_process("the executor is shutting down" if self._draining else "the engine process died")

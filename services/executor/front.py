@@ -9,7 +9,7 @@ import grpc
 
 from scalellm.v1 import executor_pb2
 from services.common.errors import StatusError
-from services.common.link import ServerLink
+from services.common.link import LinkTraffic, ServerLink
 from services.executor.config import ExecutorSettings
 from services.executor.engine_supervisor import EngineSupervisor
 
@@ -25,7 +25,7 @@ class ExecutorServicer:
 
     async def Execute(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """Serve one scheduler's link."""
-        port = _Port()
+        port = _Port(self._supervisor.traffic)
         link = 0
         try:
             try:
@@ -63,8 +63,8 @@ class ExecutorServicer:
 class _Port:
     """One link: what the engine sends goes to the stream."""
 
-    def __init__(self) -> None:
-        self.link = ServerLink()
+    def __init__(self, traffic: LinkTraffic) -> None:
+        self.link = ServerLink(traffic)
         self.welcome: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self.error: StatusError | None = None
 

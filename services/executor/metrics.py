@@ -2,53 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from scalellm.v1 import executor_pb2
+from services.common.histogram import SEQUENCE_COUNTS, STEP_SECONDS, TOKEN_COUNTS, WAIT_SECONDS, Histogram
+from services.common.metrics import filled, histogram_metric
+from services.executor.engine_supervisor import EngineSupervisor
+
+_PREFIX = "scalellm_executor"
+_INFO_LABELS = ("model", "architecture", "device", "dtype", "kv_cache_dtype", "quantization", "backend")
 
 
 class ExecutorCollector(Collector):
     """Turns the engine's latest report into metrics. The names follow vLLM's, with our prefix.
 
     Args:
-        info: Returns the latest report.
+        supervisor: Has the engine's latest report, which is at most half a second old.
+        loop_lag: How late the front's event loop was.
     """
 
-    def __init__(self, info: Callable[[], executor_pb2.GetExecutorInfoResponse]) -> None:
-        self._info = info
+    def __init__(self, supervisor: EngineSupervisor, loop_lag: Histogram) -> None:
+        self._supervisor = supervisor
+        self._loop_lag = loop_lag
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, from one report."""
-        info = self._info()
-        load = info.load
+        supervisor = self._supervisor
+        info = supervisor.info
+        yield from self._gauges(info)
+        yield from _counters(info)
+        yield from _histograms(info.stats)
+        what = GaugeMetricFamily(f"{_PREFIX}_info", "What is loaded; always 1.", labels=_INFO_LABELS)
+        if info.model:
+            filled(what, [(tuple(getattr(info, label) for label in _INFO_LABELS), 1.0)])
+        yield what
+        crashes = supervisor.num_engine_crashes
+        yield CounterMetricFamily(f"{_PREFIX}_engine_crashes", "Engine processes that ended on their own.", crashes)
+        traffic = supervisor.traffic
+        both_ways = ("direction",)
+        yield filled(
+            CounterMetricFamily(f"{_PREFIX}_link_frames", "Messages on links of schedulers.", labels=both_ways),
+            [(("sent",), traffic.frames_sent), (("received",), traffic.frames_received)],
+        )
+        yield filled(
+            CounterMetricFamily(f"{_PREFIX}_link_bytes", "Their bytes.", labels=both_ways),
+            [(("sent",), traffic.bytes_sent), (("received",), traffic.bytes_received)],
+        )
+        lag = self._loop_lag
+        yield histogram_metric(
+            f"{_PREFIX}_event_loop_lag_seconds",
+            "How late the front's event loop ran what was due.",
+            lag.bounds,
+            lag.counts,
+            lag.total,
+        )
+
+    def _gauges(self, info: executor_pb2.GetExecutorInfoResponse) -> Iterator[Metric]:
+        load, stats = info.load, info.stats
         # Nothing is in use while there is no engine, which reports no blocks at all.
         usage = 1 - load.free_blocks / load.total_blocks if load.total_blocks else 0.0
         for name, text, value in (
             ("num_requests_running", "Requests that are running, preempted ones included.", load.running),
             ("num_requests_waiting", "Requests that wait for their first step.", load.waiting),
+            ("num_tokens_waiting", "Prompt tokens that wait to be computed.", load.waiting_prefill_tokens),
+            ("num_sequences_running", "Samples that run.", stats.running_sequences),
+            ("num_sequences_waiting", "Samples that wait, preempted ones included.", stats.waiting_sequences),
             ("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.", usage),
             ("kv_cache_blocks", "KV cache blocks in all.", load.total_blocks),
             ("kv_cache_free_blocks", "KV cache blocks that are free or can be evicted.", load.free_blocks),
+            ("kv_cache_cached_blocks", "Of the free blocks, those that a prompt may still find.", stats.cached_blocks),
+            ("host_cache_blocks", "Blocks in host memory for preempted sequences.", stats.total_host_blocks),
+            ("host_cache_free_blocks", "Of these, the free ones.", stats.free_host_blocks),
+            ("max_num_seqs", "Sequences that can run at once.", info.max_num_seqs),
+            ("links", "Links of schedulers that stand.", self._supervisor.num_links),
+            ("engine_up", "Whether there is an engine.", self._supervisor.has_engine),
+            ("engine_stalled", "Whether there is work and nothing moves.", not self._supervisor.is_alive),
+            ("draining", "Whether nothing is admitted.", self._supervisor.is_draining),
         ):
-            yield GaugeMetricFamily(f"scalellm_executor_{name}", text, value=value)
-        for name, text, count in (
-            ("requests_accepted", "Requests that came.", info.accepted),
-            ("preemptions", "Times a sequence lost its blocks.", info.preemptions),
-            ("swaps", "Preemptions whose blocks were kept in host memory.", info.swaps),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", info.prefix_cache_queries),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", info.prefix_cache_hits),
-            ("steps", "Steps of the engine.", info.steps),
-            ("late_compiles", "Kernels compiled while requests waited; alarm when above 0.", info.late_compiles),
-        ):
-            yield CounterMetricFamily(f"scalellm_executor_{name}", text, value=count)
-        ended = CounterMetricFamily("scalellm_executor_requests", "Requests that ended.", labels=("outcome",))
-        for outcome, count in (
-            ("finished", info.finished),
-            ("cancelled", info.cancelled),
-            ("rejected", info.rejected),
-        ):
-            ended.add_metric((outcome,), count)
-        yield ended
+            yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=float(value))
+
+
+def _counters(info: executor_pb2.GetExecutorInfoResponse) -> Iterator[Metric]:
+    stats = info.stats
+    for name, text, count in (
+        ("requests_accepted", "Requests that came.", info.accepted),
+        ("preemptions", "Times a sequence lost its blocks.", info.preemptions),
+        ("swaps", "Preemptions whose blocks were kept in host memory.", info.swaps),
+        ("swapped_out_blocks", "Blocks copied to host memory.", stats.swapped_out_blocks),
+        ("swapped_in_blocks", "Blocks copied back.", stats.swapped_in_blocks),
+        ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", info.prefix_cache_queries),
+        ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", info.prefix_cache_hits),
+        ("steps", "Steps of the engine.", info.steps),
+        ("failed_steps", "Steps that ended in an error.", stats.failed_steps),
+        ("generation_tokens", "Tokens sampled and sent.", stats.generated_tokens),
+        ("computed_tokens", "Tokens that went through the model.", stats.computed_tokens),
+        ("late_compiles", "Kernels compiled while requests waited; alarm when above 0.", info.late_compiles),
+    ):
+        yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=count)
+    ended = CounterMetricFamily(f"{_PREFIX}_requests", "Requests that ended.", labels=("outcome",))
+    outcomes = (("finished", info.finished), ("cancelled", info.cancelled), ("rejected", info.rejected))
+    yield filled(ended, [((outcome,), count) for outcome, count in outcomes])
+
+
+def _histograms(stats: executor_pb2.EngineStats) -> Iterator[HistogramMetricFamily]:
+    for name, text, histogram, bounds in (
+        ("step_seconds", "Time of the device per step.", stats.step_seconds, STEP_SECONDS),
+        ("step_tokens", "Tokens per step.", stats.step_tokens, TOKEN_COUNTS),
+        ("step_sequences", "Sequences per step.", stats.step_sequences, SEQUENCE_COUNTS),
+        ("queue_time_seconds", "From a request's arrival to its first step.", stats.queue_seconds, WAIT_SECONDS),
+    ):
+        # No engine, no report: an empty histogram, so that the series are there from the start.
+        counts = histogram.counts or [0] * (len(bounds) + 1)
+        yield histogram_metric(f"{_PREFIX}_{name}", text, bounds, counts, histogram.total)

@@ -44,6 +44,12 @@ class AffinityStore:
         self._write_due = asyncio.Event()
         self._read_due = asyncio.Event()
         self.redis_ok = False
+        self.num_failures = 0
+
+    @property
+    def has_redis(self) -> bool:
+        """Whether there is to be one."""
+        return self._redis is not None
 
     def get(self, session_id: str) -> str | None:
         """The executor, if this process knows it."""
@@ -114,6 +120,7 @@ class AffinityStore:
             try:
                 values = await redis.mget([_key(session_id) for session_id in wanted])
             except _FAILURES as error:
+                self.num_failures += 1
                 _log.debug("no affinity from Redis: %r", error)
                 values = [None] * len(wanted)
             for future, value in zip(wanted.values(), values, strict=True):
@@ -132,6 +139,7 @@ class AffinityStore:
             self._report(False, repr(error))
 
     def _report(self, ok: bool, why: str) -> None:
+        self.num_failures += not ok
         if ok != self.redis_ok:
             self.redis_ok = ok
             if ok:

@@ -1,45 +1,83 @@
-"""What became of the requests."""
+"""What became of the requests and their tokens."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
+
+from services.common.histogram import WAIT_SECONDS, Histogram
+from services.common.link import LinkTraffic
 
 _OK = grpc.StatusCode.OK.value[0]
 _ENDED_BY_CLIENT = (grpc.StatusCode.CANCELLED.value[0], grpc.StatusCode.DEADLINE_EXCEEDED.value[0])
 
-QUEUE_TIME_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+
+def outcome_of(code: int) -> str:
+    """What a google.rpc.Code means for a request: finished, cancelled (by its client or its deadline) or rejected."""
+    if code == _OK:
+        return "finished"
+    return "cancelled" if code in _ENDED_BY_CLIENT else "rejected"
 
 
 @dataclass
 class Books:
-    """Counts since start. With those queued and running: accepted = finished + cancelled + rejected + these."""
+    """Counts since start. With those queued and running: accepted = finished + cancelled + rejected + these.
+
+    Attributes:
+        accepted: Submits that came.
+        ended: Requests that ended, by google.rpc.Code.
+        dispatched: Submits sent to executors.
+        resubmitted: Requests moved from an executor that was lost.
+        prompt_tokens: Prompt tokens of the accepted requests.
+        tokens_received: Tokens that came from executors.
+        tokens_sent: Tokens that went to clients.
+        tokens_dropped: Tokens of requests that had ended, or that the client has already. With nothing under way,
+            tokens_received = tokens_sent + tokens_dropped.
+        queue_time: Seconds in the admission queue until the first dispatch.
+        client_traffic: What went over the links of clients.
+    """
 
     accepted: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    rejected: int = 0
+    ended: dict[int, int] = field(default_factory=lambda: {code.value[0]: 0 for code in grpc.StatusCode})
+    dispatched: int = 0
     resubmitted: int = 0
-    queue_time_counts: list[int] = field(default_factory=lambda: [0] * (len(QUEUE_TIME_BUCKETS) + 1))
-    queue_time_sum: float = 0.0
+    prompt_tokens: int = 0
+    tokens_received: int = 0
+    tokens_sent: int = 0
+    tokens_dropped: int = 0
+    queue_time: Histogram = field(default_factory=lambda: Histogram(WAIT_SECONDS))
+    client_traffic: LinkTraffic = field(default_factory=LinkTraffic)
+
+    @property
+    def finished(self) -> int:
+        """Requests that ended with OK."""
+        return self.ended[_OK]
+
+    @property
+    def cancelled(self) -> int:
+        """Requests that their client or their deadline ended."""
+        return sum(self.ended[code] for code in _ENDED_BY_CLIENT)
+
+    @property
+    def rejected(self) -> int:
+        """Requests that were refused or failed."""
+        return sum(self.ended.values()) - self.finished - self.cancelled
 
     @property
     def num_open(self) -> int:
         """Requests that have not ended, wherever they are: while they are moved they neither wait nor run."""
-        return self.accepted - self.finished - self.cancelled - self.rejected
+        return self.accepted - sum(self.ended.values())
 
     def count_end(self, code: int) -> None:
         """A request ended with this google.rpc.Code."""
-        if code == _OK:
-            self.finished += 1
-        elif code in _ENDED_BY_CLIENT:
-            self.cancelled += 1
-        else:
-            self.rejected += 1
+        self.ended[code] = self.ended.get(code, 0) + 1
 
-    def observe_queue_time(self, seconds: float) -> None:
-        """A request left the admission queue for the first time."""
-        self.queue_time_counts[bisect_left(QUEUE_TIME_BUCKETS, seconds)] += 1
-        self.queue_time_sum += seconds
+    def copy(self) -> Books:
+        """The books as they are now."""
+        return replace(
+            self,
+            ended=dict(self.ended),
+            queue_time=self.queue_time.copy(),
+            client_traffic=replace(self.client_traffic),
+        )

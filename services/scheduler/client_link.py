@@ -6,6 +6,7 @@ import asyncio
 
 from scalellm.v1 import link_pb2
 from services.common.link import ServerLink
+from services.scheduler.books import Books
 from services.scheduler.request import Request
 
 # Uncounted credit: the edge shall not queue. What does not fit into the admission queue is refused with a retry time.
@@ -26,12 +27,14 @@ class ClientLink:
 
     Args:
         client_id: The incarnation of the upstream process.
+        books: Count what is sent.
         beat: Seconds between empty frames.
     """
 
-    def __init__(self, client_id: str, beat: float = _BEAT) -> None:
+    def __init__(self, client_id: str, books: Books, beat: float = _BEAT) -> None:
         self.client_id = client_id
-        self.server_link = ServerLink()
+        self.server_link = ServerLink(books.client_traffic)
+        self._books = books
         self.requests: dict[int, Request] = {}
         self._loop = asyncio.get_running_loop()
         self._seq = 0
@@ -95,6 +98,10 @@ class ClientLink:
         ):
             return
         self._seq += 1
+        if self.server_link.is_closed:
+            self._books.tokens_dropped += len(self._token_ids)
+        else:
+            self._books.tokens_sent += len(self._token_ids)
         step = link_pb2.StepOutput(
             seq=self._seq,
             handles=self._handles,

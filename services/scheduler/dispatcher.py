@@ -87,6 +87,11 @@ class Dispatcher:
         for request in tuple(link.requests.values()):
             self._abandon(request, StatusError(grpc.StatusCode.CANCELLED, "the client's link closed"))
 
+    @property
+    def num_links(self) -> int:
+        """Client links that stand."""
+        return len(self._links)
+
     def submit(self, link: ClientLink, submit: link_pb2.Submit) -> None:
         """Take a request in, or end it at once. Raises StatusError where the link itself is at fault."""
         if submit.handle in link.requests:
@@ -98,6 +103,7 @@ class Dispatcher:
             request.trace = RequestTrace.begin(self._tracer, submit)
         link.requests[request.handle] = request
         self.books.accepted += 1
+        self.books.prompt_tokens += request.num_prompt_tokens
         self._idle.clear()
         try:
             request.check()
@@ -155,7 +161,7 @@ class Dispatcher:
 
     def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
         """An executor sent a frame: pass it on."""
-        for request, problem in relay_step(step, replica.running):
+        for request, problem in relay_step(step, replica.running, self.books):
             if request.state is RequestState.RUNNING:
                 fields = {"request_id": request.submit.request_id}
                 _log.error(
@@ -267,8 +273,9 @@ class Dispatcher:
         if request.trace is not None:
             request.trace.dispatch(replica.address)
         replica.dispatch(request, now)
+        self.books.dispatched += 1
         if is_first:
-            self.books.observe_queue_time(request.admission_seconds)
+            self.books.queue_time.observe(request.admission_seconds)
         self._prefixes.record(request.hashes, replica.instance_id)
         if request.session_id:
             self._affinity.record(request.session_id, replica.address)

@@ -6,13 +6,20 @@ import asyncio
 import concurrent.futures
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from scalellm.v1 import scheduler_pb2
-from services.scheduler.books import QUEUE_TIME_BUCKETS, Books
+from services.common.errors import code_name
+from services.common.histogram import Histogram
+from services.common.link import LinkTraffic
+from services.common.metrics import filled, histogram_metric
+from services.scheduler.affinity_store import AffinityStore
+from services.scheduler.books import Books, outcome_of
+from services.scheduler.dispatcher import Dispatcher
+from services.scheduler.fleet import Fleet
 
 _PREFIX = "scalellm_scheduler"
 _PHASES = {
@@ -24,39 +31,47 @@ _PHASES = {
 _SCRAPE_LIMIT = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """The scheduler between two callbacks of its event loop, where the books are balanced."""
+
+    state: scheduler_pb2.GetStateResponse
+    books: Books
+    traffic: dict[str, LinkTraffic]
+    redis_failures: int | None
+    num_client_links: int
+    num_tasks: int
+
+
 class SchedulerCollector(Collector):
     """Renders the scheduler's state.
 
-    Scrapes come on a thread of their own; the event loop takes the snapshot between two of its callbacks, where the
-    books are balanced.
+    Scrapes come on a thread of their own; the event loop only takes the snapshot.
 
     Args:
         loop: The scheduler's event loop.
-        get_state: Takes the snapshot.
-        books: For the histogram, which GetState does not carry.
+        get_state: What GetState says.
+        dispatcher: Has the books.
+        fleet: Has the links to executors.
+        affinity: Knows how Redis is.
+        loop_lag: How late the event loop was.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         get_state: Callable[[], scheduler_pb2.GetStateResponse],
-        books: Books,
+        dispatcher: Dispatcher,
+        fleet: Fleet,
+        affinity: AffinityStore,
+        loop_lag: Histogram,
     ) -> None:
         self._loop = loop
         self._get_state = get_state
-        self._books = books
-
-    @classmethod
-    def registry(
-        cls,
-        loop: asyncio.AbstractEventLoop,
-        get_state: Callable[[], scheduler_pb2.GetStateResponse],
-        books: Books,
-    ) -> CollectorRegistry:
-        """A registry with this collector alone."""
-        registry = CollectorRegistry()
-        registry.register(cls(loop, get_state, books))
-        return registry
+        self._dispatcher = dispatcher
+        self._fleet = fleet
+        self._affinity = affinity
+        self._loop_lag = loop_lag
 
     def describe(self) -> list[Metric]:
         """Nothing: the registry must not collect while the loop that answers is busy registering."""
@@ -64,36 +79,88 @@ class SchedulerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
-        snapshot: concurrent.futures.Future[list[Metric]] = concurrent.futures.Future()
-        self._loop.call_soon_threadsafe(lambda: snapshot.set_result(list(self._render())))
-        yield from snapshot.result(_SCRAPE_LIMIT)
-
-    def _render(self) -> Iterator[Metric]:
-        state = self._get_state()
-        books = self._books
-        yield CounterMetricFamily(f"{_PREFIX}_requests_accepted", "Submits that came.", value=state.accepted)
-        outcomes = CounterMetricFamily(f"{_PREFIX}_requests", "Requests that ended.", labels=["outcome"])
-        outcomes.add_metric(["finished"], state.finished)
-        outcomes.add_metric(["cancelled"], state.cancelled)
-        outcomes.add_metric(["rejected"], state.rejected)
-        yield outcomes
-        yield CounterMetricFamily(f"{_PREFIX}_resubmits", "Requests moved from executors.", value=state.resubmitted)
-        yield GaugeMetricFamily(f"{_PREFIX}_num_requests_waiting", "Requests in the queue.", value=state.queued)
-        yield GaugeMetricFamily(f"{_PREFIX}_num_tokens_waiting", "Their prompt tokens.", value=state.queued_tokens)
-        yield GaugeMetricFamily(f"{_PREFIX}_num_requests_running", "Requests on executors.", value=state.running)
-        buckets, total = [], 0
-        for bound, count in zip((*map(str, QUEUE_TIME_BUCKETS), "+Inf"), books.queue_time_counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        queue_time = HistogramMetricFamily(f"{_PREFIX}_queue_time_seconds", "Time in the admission queue.")
-        queue_time.add_metric([], buckets, books.queue_time_sum)
-        yield queue_time
-        phases = Counter(executor.phase for executor in state.executors)
-        executors = GaugeMetricFamily(f"{_PREFIX}_executors", "Known executors.", labels=["phase"])
-        for phase, name in _PHASES.items():
-            executors.add_metric([name], phases[phase])
-        yield executors
-        yield GaugeMetricFamily(f"{_PREFIX}_redis_up", "Whether Redis answers.", value=float(state.redis_ok))
-        yield GaugeMetricFamily(f"{_PREFIX}_draining", "Whether nothing is admitted.", value=float(state.draining))
+        taken: concurrent.futures.Future[_Snapshot] = concurrent.futures.Future()
+        self._loop.call_soon_threadsafe(lambda: taken.set_result(self._take()))
+        snapshot = taken.result(_SCRAPE_LIMIT)
+        yield from _requests(snapshot)
+        yield from _tokens(snapshot.books)
+        yield from _executors(snapshot)
+        yield from _links(snapshot)
+        if snapshot.redis_failures is not None:
+            up = float(snapshot.state.redis_ok)
+            yield GaugeMetricFamily(f"{_PREFIX}_redis_up", "Whether Redis answers.", value=up)
+            failures = snapshot.redis_failures
+            yield CounterMetricFamily(f"{_PREFIX}_redis_failures", "Operations that Redis did not do.", failures)
+        draining = float(snapshot.state.draining)
+        yield GaugeMetricFamily(f"{_PREFIX}_draining", "Whether nothing is admitted.", value=draining)
         # A leak of requests would show here first.
-        yield GaugeMetricFamily(f"{_PREFIX}_asyncio_tasks", "Tasks of the event loop.", value=len(asyncio.all_tasks()))
+        yield GaugeMetricFamily(f"{_PREFIX}_asyncio_tasks", "Tasks of the event loop.", value=snapshot.num_tasks)
+        yield _histogram("event_loop_lag_seconds", "How late the event loop ran what was due.", self._loop_lag)
+
+    def _take(self) -> _Snapshot:
+        return _Snapshot(
+            state=self._get_state(),
+            books=self._dispatcher.books.copy(),
+            traffic={address: replace(replica.traffic) for address, replica in self._fleet.replicas.items()},
+            redis_failures=self._affinity.num_failures if self._affinity.has_redis else None,
+            num_client_links=self._dispatcher.num_links,
+            num_tasks=len(asyncio.all_tasks()),
+        )
+
+
+def _requests(snapshot: _Snapshot) -> Iterator[Metric]:
+    state, books = snapshot.state, snapshot.books
+    yield CounterMetricFamily(f"{_PREFIX}_requests_accepted", "Submits that came.", value=state.accepted)
+    ended = CounterMetricFamily(f"{_PREFIX}_requests", "Requests that ended.", labels=("outcome", "code"))
+    yield filled(ended, [((outcome_of(code), code_name(code)), count) for code, count in books.ended.items()])
+    yield CounterMetricFamily(f"{_PREFIX}_dispatches", "Submits sent to executors.", value=books.dispatched)
+    yield CounterMetricFamily(f"{_PREFIX}_resubmits", "Requests moved from executors.", value=state.resubmitted)
+    yield GaugeMetricFamily(f"{_PREFIX}_num_requests_waiting", "Requests in the queue.", value=state.queued)
+    yield GaugeMetricFamily(f"{_PREFIX}_num_tokens_waiting", "Their prompt tokens.", value=state.queued_tokens)
+    yield GaugeMetricFamily(f"{_PREFIX}_num_requests_running", "Requests on executors.", value=state.running)
+    yield _histogram("queue_time_seconds", "Time in the admission queue.", books.queue_time)
+
+
+def _tokens(books: Books) -> Iterator[Metric]:
+    for name, text, value in (
+        ("prompt_tokens", "Prompt tokens of the requests that came.", books.prompt_tokens),
+        ("tokens_received", "Tokens that came from executors.", books.tokens_received),
+        ("tokens_sent", "Of these, tokens sent on to the edge.", books.tokens_sent),
+        ("tokens_dropped", "The others: of requests that had ended here, or known already.", books.tokens_dropped),
+    ):
+        yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=value)
+
+
+def _executors(snapshot: _Snapshot) -> Iterator[Metric]:
+    executors = snapshot.state.executors
+    phases = Counter(executor.phase for executor in executors)
+    known = GaugeMetricFamily(f"{_PREFIX}_executors", "Known executors.", labels=("phase",))
+    yield filled(known, [((name,), phases[phase]) for phase, name in _PHASES.items()])
+    for name, text, field in (
+        ("running", "Requests of this scheduler on the executor.", "running"),
+        ("credit_requests", "Requests that it would take now.", "credit_requests"),
+        ("credit_tokens", "Prompt tokens that it would take now.", "credit_tokens"),
+    ):
+        family = GaugeMetricFamily(f"{_PREFIX}_executor_{name}", text, labels=("executor",))
+        yield filled(family, [((executor.address,), getattr(executor, field)) for executor in executors])
+
+
+def _links(snapshot: _Snapshot) -> Iterator[Metric]:
+    traffic = [(("tokenizer", ""), snapshot.books.client_traffic)]
+    traffic += [(("executor", address), passed) for address, passed in snapshot.traffic.items()]
+    links = GaugeMetricFamily(f"{_PREFIX}_links", "Links that stand.", labels=("peer",))
+    executors_up = sum(bool(executor.instance_id) for executor in snapshot.state.executors)
+    yield filled(links, [(("tokenizer",), snapshot.num_client_links), (("executor",), executors_up)])
+    labels = ("peer", "executor", "direction")
+    for name, text, sent, received in (
+        ("link_frames", "Messages on links; all those of tokenizers together.", "frames_sent", "frames_received"),
+        ("link_bytes", "Their bytes.", "bytes_sent", "bytes_received"),
+    ):
+        family = CounterMetricFamily(f"{_PREFIX}_{name}", text, labels=labels)
+        for peer, passed in traffic:
+            filled(family, [((*peer, "sent"), getattr(passed, sent)), ((*peer, "received"), getattr(passed, received))])
+        yield family
+
+
+def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
+    return histogram_metric(f"{_PREFIX}_{name}", text, histogram.bounds, histogram.counts, histogram.total)

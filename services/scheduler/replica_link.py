@@ -7,9 +7,9 @@ from typing import Protocol
 
 import grpc
 
-from scalellm.v1 import executor_pb2_grpc, link_pb2, scheduler_pb2
+from scalellm.v1 import executor_pb2, link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import PLAINTEXT, LinkClient, LinkDialer
+from services.common.link import PLAINTEXT, LinkClient, LinkDialer, LinkTraffic
 from services.scheduler.request import Request
 
 _CONNECTING = scheduler_pb2.EXECUTOR_PHASE_CONNECTING
@@ -74,7 +74,7 @@ class ReplicaLink:
         self._tokens_since_load = 0
         self._client = LinkClient(
             address,
-            lambda channel: executor_pb2_grpc.ExecutorStub(channel).Execute,  # type: ignore[no-untyped-call]
+            executor_pb2.DESCRIPTOR.services_by_name["Executor"].methods_by_name["Execute"],
             hello,
             self,
             dialer=dialer,
@@ -182,6 +182,11 @@ class ReplicaLink:
         """Requests there: as known here, or, when other schedulers use it as well, as reported."""
         return max(len(self.running), self.load.running)
 
+    @property
+    def traffic(self) -> LinkTraffic:
+        """What went over the link, over all incarnations."""
+        return self._client.traffic
+
     def describe(self) -> scheduler_pb2.ExecutorState:
         """For GetState."""
         return scheduler_pb2.ExecutorState(
@@ -192,6 +197,8 @@ class ReplicaLink:
             running=len(self.running),
             last_error=self.last_error,
             model=self.welcome.model if self.welcome is not None else "",
+            credit_requests=max(0, self.load.granted_requests - self._submitted_requests) if self.is_up else 0,
+            credit_tokens=max(0, self.load.granted_prefill_tokens - self._submitted_tokens) if self.is_up else 0,
         )
 
     # The LinkClient's calls.

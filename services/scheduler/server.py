@@ -6,13 +6,17 @@ import asyncio
 import uuid
 from typing import TYPE_CHECKING
 
+from prometheus_client.registry import Collector
+
 from services.common.access import open_access
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
+from services.common.histogram import LAG_SECONDS, Histogram
 from services.common.lifecycle import GrpcService
 from services.common.link import link_service_handler
-from services.common.metrics import MetricsEndpoint
+from services.common.metrics import LoopLag, MetricsEndpoint
 from services.common.tls import server_credentials
+from services.common.vllm_metrics import WithVllmNames
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.dispatcher import Dispatcher
@@ -62,6 +66,7 @@ class SchedulerServer:
         )
         self._grpc.server.add_generic_rpc_handlers((link_service_handler(SERVICE, self.service),))
         self._metrics: MetricsEndpoint | None = None
+        self._loop_lag = Histogram(LAG_SECONDS)
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -77,14 +82,13 @@ class SchedulerServer:
     async def start(self) -> None:
         """Listen and connect to the executors. Raises StartError."""
         if self._settings.metrics_port is not None:
-            loop = asyncio.get_running_loop()
-            registry = SchedulerCollector.registry(loop, self.service.get_state, self.dispatcher.books)
-            self._metrics = MetricsEndpoint(self._settings.host, self._settings.metrics_port, registry)
+            self._metrics = self._metrics_endpoint(self._settings.metrics_port)
         await self._grpc.start()
         self._fleet.start(self.dispatcher)
         self._tasks = [
             asyncio.create_task(self._affinity.run(), name="affinity"),
             asyncio.create_task(self._discovery.run(), name="discovery"),
+            asyncio.create_task(LoopLag(self._loop_lag.observe).run(), name="loop lag"),
         ]
         await self._discovery.add(self._settings.executor_addresses)
 
@@ -101,6 +105,24 @@ class SchedulerServer:
         if self._metrics is not None:
             # Not on the loop: a scrape under way waits for the loop, and stopping waits for the scrape.
             await asyncio.to_thread(self._metrics.stop)
+
+    def _metrics_endpoint(self, port: int) -> MetricsEndpoint:
+        collector: Collector = SchedulerCollector(
+            asyncio.get_running_loop(),
+            self.service.get_state,
+            self.dispatcher,
+            self._fleet,
+            self._affinity,
+            self._loop_lag,
+        )
+        if self._settings.vllm_metrics:
+            # Of no engine: what waits here is not yet given to one.
+            collector = WithVllmNames(collector, "scheduler", self._model_name)
+        return MetricsEndpoint(self._settings.host, port, "scheduler", [collector])
+
+    def _model_name(self) -> str:
+        identity = self._fleet.identity
+        return identity.model if identity is not None else ""
 
     def _is_ready(self) -> bool:
         return bool(self._fleet.ready) and not self.dispatcher.is_draining and self._heartbeat.is_alive

@@ -65,7 +65,7 @@ class SchedulerService:
         try:
             hello = await _read_hello(frames)
             welcome = await self._welcome(hello)
-            link = ClientLink(hello.client_id)
+            link = ClientLink(hello.client_id, self._dispatcher.books)
             self._dispatcher.open_link(link)
             try:
                 await link.server_link.run(

@@ -8,10 +8,11 @@ import grpc
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
+from services.scheduler.books import Books
 from services.scheduler.request import Request
 
 
-def relay_step(step: link_pb2.StepOutput, running: Mapping[int, Request]) -> list[tuple[Request, str]]:
+def relay_step(step: link_pb2.StepOutput, running: Mapping[int, Request], books: Books) -> list[tuple[Request, str]]:
     """Pass tokens, log-probabilities and sample ends on, each exactly once.
 
     Tokens that the client already has are dropped, which makes resubmission idempotent. Entries of unknown handles
@@ -20,6 +21,7 @@ def relay_step(step: link_pb2.StepOutput, running: Mapping[int, Request]) -> lis
     Args:
         step: A frame of one executor; changed.
         running: The requests on that executor, by the handles used there.
+        books: Count the tokens.
 
     Returns:
         Requests whose entries contradict the protocol, with what is wrong.
@@ -32,8 +34,9 @@ def relay_step(step: link_pb2.StepOutput, running: Mapping[int, Request]) -> lis
     token_ids = step.token_ids[:]
     if not len(handles) == len(indices) == len(offsets) == len(counts) or sum(counts) != len(token_ids):
         raise StatusError(grpc.StatusCode.INTERNAL, f"step {step.seq} is malformed: its columns differ in length")
+    books.tokens_received += len(token_ids)
     broken: list[tuple[Request, str]] = []
-    start = 0
+    start = num_dropped = 0
     for handle, index, offset, count in zip(handles, indices, offsets, counts, strict=True):
         stop = start + count
         request = running.get(handle)
@@ -41,12 +44,18 @@ def relay_step(step: link_pb2.StepOutput, running: Mapping[int, Request]) -> lis
             emitted = request.emitted
             if index < len(emitted) and offset <= (known := len(tokens := emitted[index])):
                 new = token_ids[start + known - offset : stop]
+                if known != offset:
+                    num_dropped += min(known - offset, count)
                 if new:
                     tokens += new
                     request.link.add_tokens(request.handle, index, known, new)
             else:
+                num_dropped += count
                 broken.append((request, f"tokens of sample {index} at offset {offset} do not follow the last ones"))
+        else:
+            num_dropped += count
         start = stop
+    books.tokens_dropped += num_dropped
     for logprobs in step.logprobs:
         if (request := running.get(logprobs.handle)) is not None:
             _relay_logprobs(logprobs, request)

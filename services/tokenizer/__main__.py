@@ -8,12 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prometheus_client import CollectorRegistry
-
 from services.common import model_store
 from services.common.entry import run_service
 from services.common.lifecycle import StartError, announce, stop_event
 from services.common.metrics import MetricsEndpoint
+from services.common.vllm_metrics import WithVllmNames
 from services.tokenizer.config import TokenizerSettings
 from services.tokenizer.metrics import WorkersCollector
 from services.tokenizer.port import PortReservation
@@ -37,13 +36,14 @@ async def serve(settings: TokenizerSettings) -> None:
             supervisor = Supervisor(settings, reservation.port)
         else:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="scalellm-tokenizer-")))
-            collector = WorkersCollector(folder)
-            registry = CollectorRegistry()
-            registry.register(collector)
-            endpoint = MetricsEndpoint(settings.host, settings.metrics_port, registry)
+            workers = WorkersCollector(folder)
+            supervisor = Supervisor(settings, reservation.port, folder, workers.on_worker_crash)
+            collector = WithVllmNames(workers, "0", lambda: settings.served_name) if settings.vllm_metrics else workers
+            endpoint = MetricsEndpoint(
+                settings.host, settings.metrics_port, "tokenizer", [collector], lambda: supervisor.worker_pids
+            )
             stack.callback(endpoint.stop)
             lines.append(f"metrics={endpoint.address}")
-            supervisor = Supervisor(settings, reservation.port, folder, collector.on_worker_crash)
 
         def on_ready() -> None:
             _log.info("serving %s on %s with %d workers", settings.served_name, lines[0], settings.workers)

@@ -20,7 +20,7 @@ from services.common.logs import RequestFields, request_fields
 from services.common.tracing import TraceHeaders
 from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.limits import RequestLimits
-from services.tokenizer.metrics import EdgeMetrics, Outcome
+from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import Prompt, PromptBuilder
 from services.tokenizer.request_log import RequestEnd, RequestLog
 from services.tokenizer.request_trace import RequestTrace
@@ -94,23 +94,19 @@ class GenerationServicer:
         metrics = self._edge.metrics
         metrics.accepted.inc()
         call = _GenerateCall(self._edge, request, context)
-        outcome = Outcome.REJECTED
         failure: StatusError | None = StatusError(grpc.StatusCode.INTERNAL, "internal error; see the line before")
         try:
             await call.run()
-            outcome, failure = Outcome.FINISHED, None
+            failure = None
         except StatusError as error:
-            if error.code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
-                outcome = Outcome.CANCELLED
             failure = error
             raise
         except asyncio.CancelledError:
-            outcome, failure = Outcome.CANCELLED, call.make_cancellation()
+            failure = call.make_cancellation()
             raise
         finally:
             call.end(failure)
-            metrics.ended[outcome].inc()
-            metrics.e2e.observe(call.trace.elapsed_seconds)
+            metrics.count_end(failure.code if failure is not None else grpc.StatusCode.OK)
 
 
 class _GenerateCall:
@@ -155,6 +151,7 @@ class _GenerateCall:
         stops = StopStrings(request.stop) if request.stop else None
         samples = [SampleStream(index, options, edge.prompts.texts, stops) for index in range(submit.sampling.n)]
         trace.submitted_at = trace.now()
+        edge.metrics.submitted.inc()
         receiver = edge.link.submit(submit, min_tokens=request.stream_interval or 1)
         try:
             await self._accepted(receiver, submit, session)
@@ -258,21 +255,20 @@ class _GenerateCall:
                 if response is None:
                     continue
                 if sent_at[index]:
-                    metrics.observe_message(len(batch.token_ids), (now - sent_at[index]) / 1e9)
+                    metrics.observe_gap((now - sent_at[index]) / 1e9)
                 else:
-                    self._observe_first(receiver, len(batch.token_ids))
+                    self._observe_first(receiver)
                 sent_at[index] = now
                 await write(response)
         _raise_failure(receiver.finish)
         if any(sample.ended is None for sample in samples):
             raise StatusError(grpc.StatusCode.INTERNAL, "the scheduler ended the request before all of its samples")
 
-    def _observe_first(self, receiver: TokenReceiver, num_tokens: int) -> None:
+    def _observe_first(self, receiver: TokenReceiver) -> None:
         """The first message of a sample; time to first token is counted once per request."""
         if not self.trace.first_token_at:
             self.trace.first_token_at = receiver.first_token_at
             self._edge.metrics.ttft.observe(self.trace.ttft_seconds)
-        self._edge.metrics.generation_tokens.inc(num_tokens)
 
     async def _save_turn(self, session: Session, prompt: Prompt, sample: SampleStream) -> SaveOutcome:
         request, edge = self._request, self._edge
@@ -287,11 +283,11 @@ class _GenerateCall:
         finish = self._finish
         assert finish is not None
         metrics = self._edge.metrics
-        metrics.prompt_tokens.inc(finish.usage.prompt_tokens)
         for sample in self._ended_samples:
             if (counter := metrics.success.get(sample.reason)) is not None:
                 counter.inc()
         self._latency = self.trace.breakdown(finish.timings)
+        metrics.observe_finished(self._latency, finish.usage, self._seconds_per_token(finish.usage))
         finished = generation_pb2.Finished(
             samples=self._ended_samples,
             usage=finish.usage,
@@ -299,6 +295,11 @@ class _GenerateCall:
             session=_SESSION_OUTCOMES[outcome] if outcome is not None else None,
         )
         await self._context.write(generation_pb2.GenerateResponse(finished=finished))
+
+    def _seconds_per_token(self, usage: common_pb2.Usage) -> float:
+        """Mean time between tokens of one sample; 0 without a second token."""
+        following = usage.completion_tokens / max(1, len(self._ended_samples)) - 1
+        return (self.trace.last_token_at - self.trace.first_token_at) / 1e9 / following if following > 0 else 0.0
 
     def _abort_reason(self) -> link_pb2.AbortReason:
         time_remaining = self._context.time_remaining()

@@ -55,11 +55,6 @@ class LatencyTrace:
         return self._clock()
 
     @property
-    def elapsed_seconds(self) -> float:
-        """Since the arrival."""
-        return (self._clock() - self.arrived_at) / 1e9
-
-    @property
     def ttft_seconds(self) -> float:
         """From the arrival to the first token; only once it came."""
         return (self.first_token_at - self.arrived_at) / 1e9

@@ -1,32 +1,39 @@
 """The edge's metrics. Names follow vLLM's, with our prefix.
 
 Each worker writes its values to memory-mapped files (prometheus_client's multiprocess mode); the parent's endpoint adds
-them up. An update costs one or two microseconds.
+them up. An update costs one or two microseconds, so what happens per message is only noted and counted twice a second.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from scalellm.v1 import common_pb2
+from services.common.histogram import LAG_SECONDS
 
-_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
+_TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+    *(160.0, 640.0, 2560.0),
+)
 _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
 _E2E_BUCKETS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0)
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 _PREFIX = "scalellm_tokenizer_requests"
 _ACCEPTED, _ENDED, _RUNNING = f"{_PREFIX}_accepted", f"{_PREFIX}_ended", f"{_PREFIX}_running"
+_LOST = {"outcome": "rejected", "code": "UNAVAILABLE"}
+"""How calls end whose worker dies, as their clients see it."""
 
-
-_MAX_GAPS = 1000
-"""Messages after which `flush` is not waited for."""
+_MAX_NOTES = 1000
+"""Observations after which `flush` is not waited for."""
 
 
 class Outcome(enum.StrEnum):
@@ -39,6 +46,14 @@ class Outcome(enum.StrEnum):
     REJECTED = "rejected"
     """Any other status."""
 
+    @classmethod
+    def of(cls, code: grpc.StatusCode) -> Outcome:
+        """What a status means."""
+        if code is grpc.StatusCode.OK:
+            return cls.FINISHED
+        by_client = code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+        return cls.CANCELLED if by_client else cls.REJECTED
+
 
 class EdgeMetrics:
     """What one worker counts. `requests_running` is derived from the counters, see WorkersCollector."""
@@ -47,53 +62,104 @@ class EdgeMetrics:
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(name, text, labelnames=labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"scalellm_{name}", text, buckets=buckets, registry=registry)
 
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"scalellm_tokenizer_{name}", text, multiprocess_mode="livesum", registry=registry)
+
         self.accepted = counter(_ACCEPTED, "Generate calls that came.")
-        ended = counter(_ENDED, "Generate calls that ended.", ("outcome",))
-        self.ended = {outcome: ended.labels(outcome.value) for outcome in Outcome}
+        self.submitted = counter(f"{_PREFIX}_submitted", "Of these, those that went to the scheduler.")
+        ended = counter(_ENDED, "Generate calls that ended.", ("outcome", "code"))
+        # All series are there from the start: a rate misses the first increment of one that appears with it.
+        self._ended = {code: ended.labels(Outcome.of(code).value, code.name) for code in grpc.StatusCode}
         success = counter("scalellm_request_success", "Samples that ended well.", ("finished_reason",))
         self.success = {
             common_pb2.FINISH_REASON_STOP: success.labels("stop"),
             common_pb2.FINISH_REASON_LENGTH: success.labels("length"),
         }
         self.prompt_tokens = counter("scalellm_prompt_tokens", "Prompt tokens of requests that finished.")
-        self.generation_tokens = counter("scalellm_generation_tokens", "Tokens received from the executors.")
+        self.generation_tokens = counter("scalellm_generation_tokens", "Tokens received for requests that run.")
+        self.discarded_tokens = counter(
+            "scalellm_tokenizer_tokens_discarded", "Tokens received for requests that had ended here."
+        )
         self.ttft = histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT_BUCKETS
         )
         self.itl = histogram("inter_token_latency_seconds", "Between messages with tokens of one sample.", _ITL_BUCKETS)
-        self.e2e = histogram("e2e_request_latency_seconds", "From a request's arrival to its end.", _E2E_BUCKETS)
-        self.link_up = Gauge(
-            "scalellm_tokenizer_scheduler_links",
-            "Workers whose link to the scheduler is up.",
-            multiprocess_mode="livesum",
-            registry=registry,
+        self.e2e = histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to its end, of those that finished.", _E2E_BUCKETS
         )
-        self.tasks = Gauge(
-            "scalellm_tokenizer_asyncio_tasks",
-            "Tasks of the workers' event loops: a leak of requests would show here first.",
-            multiprocess_mode="livesum",
-            registry=registry,
+        self.tpot = histogram(
+            "request_time_per_output_token_seconds", "Mean over a request's tokens but the first.", _ITL_BUCKETS
+        )
+        self.queue = histogram(
+            "request_queue_time_seconds", "Waiting for an executor and for its first step.", _TTFT_BUCKETS
+        )
+        self.prefill = histogram("request_prefill_time_seconds", "From first step to first token.", _TTFT_BUCKETS)
+        self.decode = histogram("request_decode_time_seconds", "From first to last token.", _E2E_BUCKETS)
+        self.prompt_length = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
+        self.answer_length = histogram("request_generation_tokens", "Tokens of a request's samples.", _TOKEN_BUCKETS)
+        self.loop_lag = histogram(
+            "tokenizer_event_loop_lag_seconds", "How late the workers' event loops ran what was due.", LAG_SECONDS
+        )
+        frames = counter("scalellm_tokenizer_link_frames", "Messages on links to the scheduler.", ("direction",))
+        self.frames_sent, self.frames_received = frames.labels("sent"), frames.labels("received")
+        size = counter("scalellm_tokenizer_link_bytes", "Their bytes.", ("direction",))
+        self.bytes_sent, self.bytes_received = size.labels("sent"), size.labels("received")
+        self.redis_failures = counter("scalellm_tokenizer_redis_failures", "Operations that Redis did not do.")
+        self.link_up = gauge("scheduler_links", "Workers whose link to the scheduler is up.")
+        self.tasks = gauge(
+            "asyncio_tasks", "Tasks of the workers' event loops: a leak of requests would show here first."
         )
         self._gaps: list[float] = []
-        self._tokens = 0
+        self._notes: list[tuple[Histogram, float]] = []
+        self._followed: dict[Counter, tuple[Callable[[], int], int]] = {}
 
-    def observe_message(self, num_tokens: int, gap: float) -> None:
-        """A message with tokens goes out, `gap` seconds after the sample's last one; counted at the next flush."""
-        self._tokens += num_tokens
-        self._gaps.append(gap)
-        if len(self._gaps) >= _MAX_GAPS:
+    def count_end(self, code: grpc.StatusCode) -> None:
+        """A Generate call ended."""
+        self._ended[code].inc()
+
+    def observe_gap(self, seconds: float) -> None:
+        """A message with tokens goes out, so long after the sample's last one."""
+        self._gaps.append(seconds)
+        if len(self._gaps) >= _MAX_NOTES:
             self.flush()
 
+    def observe_finished(
+        self, latency: common_pb2.LatencyBreakdown, usage: common_pb2.Usage, seconds_per_token: float
+    ) -> None:
+        """A request finished; `seconds_per_token` is 0 where no token followed the first one."""
+        self.prompt_tokens.inc(usage.prompt_tokens)
+        self._notes += (
+            (self.e2e, latency.total_ns / 1e9),
+            (self.queue, (latency.admission_ns + latency.queue_ns) / 1e9),
+            (self.prefill, latency.prefill_ns / 1e9),
+            (self.decode, latency.decode_ns / 1e9),
+            (self.prompt_length, usage.prompt_tokens),
+            (self.answer_length, usage.completion_tokens),
+        )
+        if seconds_per_token:
+            self._notes.append((self.tpot, seconds_per_token))
+        if len(self._notes) >= _MAX_NOTES:
+            self.flush()
+
+    def follow(self, counter: Counter, read: Callable[[], int]) -> None:
+        """Let `counter` have the value that `read` gives, at every flush."""
+        self._followed[counter] = (read, 0)
+
     def flush(self) -> None:
-        """Count what was observed: in one go it costs a third of what it costs between messages."""
+        """Count what was noted: in one go it costs a third of what it costs between messages."""
         gaps, self._gaps = self._gaps, []
         for gap in gaps:
             self.itl.observe(gap)
-        self.generation_tokens.inc(self._tokens)
-        self._tokens = 0
+        notes, self._notes = self._notes, []
+        for histogram, value in notes:
+            histogram.observe(value)
+        for counter, (read, last) in self._followed.items():
+            value = read()
+            counter.inc(value - last)
+            self._followed[counter] = (read, value)
 
 
 class WorkersCollector(Collector):
@@ -118,9 +184,7 @@ class WorkersCollector(Collector):
         if _ENDED in metrics:
             ended = metrics[_ENDED]
             ended.samples = [
-                sample._replace(value=sample.value + self._lost)
-                if sample.labels["outcome"] == Outcome.REJECTED
-                else sample
+                sample._replace(value=sample.value + self._lost) if sample.labels == _LOST else sample
                 for sample in ended.samples
             ]
         return [

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import grpc
 
-from scalellm.v1 import link_pb2, scheduler_pb2_grpc
+from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import API_MINOR, PLAINTEXT, LinkClient, LinkDialer
+from services.common.link import API_MINOR, PLAINTEXT, LinkClient, LinkDialer, LinkTraffic
 from services.tokenizer.token_receiver import TokenReceiver
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,10 @@ class SchedulerLink:
             one every few seconds, whatever its executors do.
         dialer: How to connect.
         clock: Monotonic nanoseconds.
+
+    Attributes:
+        num_tokens: Tokens that came for requests that run here.
+        num_discarded_tokens: Tokens that came for requests that had ended here.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class SchedulerLink:
         hello = link_pb2.Hello(client_id=client_id, api_minor=API_MINOR, tokenizer_sha256=tokenizer_sha256)
         self._client = LinkClient(
             address,
-            lambda channel: scheduler_pb2_grpc.SchedulerStub(channel).Connect,  # type: ignore[no-untyped-call]
+            scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name["Connect"],
             hello,
             handler=self,
             dialer=dialer,
@@ -61,6 +65,8 @@ class SchedulerLink:
         # None: released here, but the handle must not be used again before its Finish.
         self._receivers: dict[int, TokenReceiver | None] = {}
         self._last_handle = 0
+        self.num_tokens = 0
+        self.num_discarded_tokens = 0
 
     async def run(self) -> None:
         """Keep the link up until cancelled."""
@@ -70,6 +76,11 @@ class SchedulerLink:
     def welcome(self) -> link_pb2.Welcome | None:
         """What the scheduler said of the model; None while the link is down or the scheduler is leaving."""
         return None if self._draining else self._welcome
+
+    @property
+    def traffic(self) -> LinkTraffic:
+        """What went over the link."""
+        return self._client.traffic
 
     @property
     def num_handles(self) -> int:
@@ -137,12 +148,16 @@ class SchedulerLink:
         for entry in step.prompt_logprobs:
             if (receiver := receivers.get(entry.handle)) is not None:
                 receiver.on_prompt_logprobs(entry)
-        start = 0
+        start = num_discarded = 0
         for handle, index, offset, count in zip(handles, indices, offsets, counts, strict=True):
             end = start + count
             if (receiver := receivers.get(handle)) is not None:
                 receiver.on_tokens(index, offset, token_ids[start:end], now)
+            else:
+                num_discarded += count
             start = end
+        self.num_tokens += len(token_ids) - num_discarded
+        self.num_discarded_tokens += num_discarded
         for sample_finish in step.finished_samples:
             if (receiver := receivers.get(sample_finish.handle)) is not None:
                 receiver.on_sample_finish(sample_finish)

@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Redis
@@ -64,6 +65,11 @@ class SaveOutcome(enum.Enum):
     UNAVAILABLE = enum.auto()
 
 
+@dataclass(slots=True)
+class _Failures:
+    count: int = 0
+
+
 class SessionStore:
     """One tenant's sessions by id.
 
@@ -83,7 +89,13 @@ class SessionStore:
         self._ttl = ttl
         self._timeout = timeout
         self._log_limit = LineLimit()
+        self._failures = _Failures()
         self._select(tenant)
+
+    @property
+    def num_failures(self) -> int:
+        """Operations of all tenants that Redis did not do."""
+        return self._failures.count
 
     def _select(self, tenant: str) -> None:
         self._keys = f"{KEY_PREFIX}session:{tenant}:"
@@ -191,12 +203,14 @@ class SessionStore:
             async with asyncio.timeout(self._timeout):
                 yield self._redis
         except TimeoutError:
+            self._failures.count += 1
             raise StatusError.unavailable(
                 f"the session store does not answer within {self._timeout:g} s; requests without session_id are served",
                 retry_after=self._timeout,
             ) from None
         except (RedisError, OSError) as error:
             # An answer that is an error (read-only replica, out of memory, wrong type) is for the operator to read.
+            self._failures.count += 1
             if isinstance(error, ResponseError) and self._log_limit.admit() is not None:
                 _log.error("Redis refuses what sessions need, they cannot be used: %s", error)
             raise StatusError.unavailable(

@@ -54,6 +54,11 @@ class Supervisor:
         self._serving: set[int] = set()
         self._stop = asyncio.Event()
 
+    @property
+    def worker_pids(self) -> dict[str, int]:
+        """The workers that run, by name."""
+        return {f"worker-{index}": process.pid for index, process in self._processes.items()}
+
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Keep all workers running until `stop`.
 

@@ -23,6 +23,7 @@ from services.common import model_store
 from services.common.access import open_access
 from services.common.lifecycle import GrpcService, StartError, stop_event
 from services.common.logs import configure_logging
+from services.common.metrics import LoopLag
 from services.common.redis_client import open_redis
 from services.common.tls import server_credentials
 from services.common.tracing import open_tracer
@@ -114,7 +115,9 @@ class Worker:
             )
             for descriptor, servicer in zip(_SERVICES, servicers, strict=True):
                 add_service(service.server, descriptor, servicer, self._gate)
-            tasks = [asyncio.create_task(step) for step in (link.run(), stop.wait(), supervisor_gone.wait())]
+            self._follow(link, sessions)
+            lag = LoopLag(self._metrics.loop_lag.observe)
+            tasks = [asyncio.create_task(step) for step in (link.run(), stop.wait(), supervisor_gone.wait(), lag.run())]
             try:
                 # The vocabulary lives as long as the process: a full collection need not look at it every time. And
                 # messages come and go without cycles: looking for some after every 700 is too often.
@@ -135,6 +138,16 @@ class Worker:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 await sessions.close()
                 self._metrics.flush()
+
+    def _follow(self, link: SchedulerLink, sessions: SessionStore) -> None:
+        metrics, traffic = self._metrics, link.traffic
+        metrics.follow(metrics.generation_tokens, lambda: link.num_tokens)
+        metrics.follow(metrics.discarded_tokens, lambda: link.num_discarded_tokens)
+        metrics.follow(metrics.frames_sent, lambda: traffic.frames_sent)
+        metrics.follow(metrics.frames_received, lambda: traffic.frames_received)
+        metrics.follow(metrics.bytes_sent, lambda: traffic.bytes_sent)
+        metrics.follow(metrics.bytes_received, lambda: traffic.bytes_received)
+        metrics.follow(metrics.redis_failures, lambda: sessions.num_failures)
 
     def _is_ready(self, link: SchedulerLink) -> bool:
         """Asked twice a second."""

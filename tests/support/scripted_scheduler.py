@@ -126,9 +126,9 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
         serving = asyncio.create_task(
             link.server_link.run(
                 link_pb2.ServerFrame(welcome=welcome).SerializeToString(),
-                frames,
+                (frame.SerializeToString() async for frame in frames),
                 _Writer(context),
-                lambda frame: self._on_frame(link, frame),
+                lambda frame: self._on_frame(link, link_pb2.ClientFrame.FromString(frame)),
             )
         )
         breaking = asyncio.create_task(link.broken.wait())

@@ -4,7 +4,17 @@ from services.common.link.client import LinkClient, LinkHandler
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.registration import link_service_handler
 from services.common.link.server import ServerLink
+from services.common.link.traffic import LinkTraffic
 
 API_MINOR = 1
 
-__all__ = ["API_MINOR", "PLAINTEXT", "LinkClient", "LinkDialer", "LinkHandler", "ServerLink", "link_service_handler"]
+__all__ = [
+    "API_MINOR",
+    "PLAINTEXT",
+    "LinkClient",
+    "LinkDialer",
+    "LinkHandler",
+    "LinkTraffic",
+    "ServerLink",
+    "link_service_handler",
+]

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError
 
 from scalellm.v1 import link_pb2
 from services.common.errors import StatusError
 from services.common.link.dialer import PLAINTEXT, LinkDialer
+from services.common.link.traffic import LinkTraffic
 from services.common.reload import ConfigFileError
 
 _log = logging.getLogger(__name__)
@@ -40,19 +43,22 @@ class LinkClient:
 
     Args:
         address: host:port of the peer.
-        method: Makes the bidirectional call of a channel, such as `lambda c: SchedulerStub(c).Connect`.
+        method: The link's RPC.
         hello: The first frame of each connection.
         handler: Who uses the link.
         dialer: How to connect.
         silence_limit: Seconds without any frame, while `is_busy()`, after which the peer counts as dead although its
             connection stands (a process that hangs).
         is_busy: Whether an answer of the peer is awaited.
+
+    Attributes:
+        traffic: What went over all connections so far.
     """
 
     def __init__(
         self,
         address: str,
-        method: Callable[[grpc.aio.Channel], Any],
+        method: MethodDescriptor,
         hello: link_pb2.Hello,
         handler: LinkHandler,
         *,
@@ -61,7 +67,7 @@ class LinkClient:
         is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self.address = address
-        self._method = method
+        self._path = f"/{method.containing_service.full_name}/{method.name}"
         self._hello = hello
         self._handler = handler
         self._dialer = dialer
@@ -72,6 +78,7 @@ class LinkClient:
         self._up = False
         self._last_frame = 0.0
         self._last_reason = ""
+        self.traffic = LinkTraffic()
 
     @property
     def is_up(self) -> bool:
@@ -122,9 +129,10 @@ class LinkClient:
 
     async def _connect_once(self) -> None:
         async with self._dialer.open_channel(self.address) as channel:
-            call = self._method(channel)(metadata=self._dialer.metadata())
+            # Bytes both ways: serialised here, where they are counted.
+            call = channel.stream_stream(self._path)(metadata=self._dialer.metadata())
             try:
-                await call.write(link_pb2.ClientFrame(hello=self._hello))
+                await self._send_frame(call, link_pb2.ClientFrame(hello=self._hello))
                 try:
                     first = await asyncio.wait_for(call.read(), _HANDSHAKE_LIMIT)
                 except TimeoutError:
@@ -132,11 +140,12 @@ class LinkClient:
                 if first is grpc.aio.EOF:
                     # The status, if the peer gave one, says more than we can.
                     await self._raise_status(call)
-                if first is grpc.aio.EOF or self._kind(first) != "welcome":
+                frame = self._parse(first) if first is not grpc.aio.EOF else link_pb2.ServerFrame()
+                if frame.WhichOneof("frame") != "welcome":
                     raise StatusError.unavailable(f"{self.address} did not answer with a Welcome")
-                self._handler.on_up(first.welcome)
+                self._handler.on_up(frame.welcome)
                 self._up = True
-                _log.info("link to %s is up: %s", self.address, first.welcome.model)
+                _log.info("link to %s is up: %s", self.address, frame.welcome.model)
                 await self._serve(call)
             finally:
                 call.cancel()
@@ -155,17 +164,25 @@ class LinkClient:
 
     async def _read(self, call: Any) -> None:
         now = asyncio.get_running_loop().time
-        while (frame := await call.read()) is not grpc.aio.EOF:
+        while (message := await call.read()) is not grpc.aio.EOF:
             self._last_frame = now()
-            if self._kind(frame) == "step":
+            frame = self._parse(message)
+            if frame.WhichOneof("frame") == "step":
                 self._handler.on_step(frame.step)
         await self._raise_status(call)
 
-    def _kind(self, frame: link_pb2.ServerFrame | None) -> str | None:
-        if frame is None:  # gRPC's word for a message that cannot be parsed
-            raise StatusError(grpc.StatusCode.INTERNAL, f"{self.address} sent a message that is not a ServerFrame")
-        kind: str | None = frame.WhichOneof("frame")
-        return kind
+    def _parse(self, message: bytes) -> link_pb2.ServerFrame:
+        self.traffic.on_received(message)
+        try:
+            return link_pb2.ServerFrame.FromString(message)
+        except DecodeError:
+            error = f"{self.address} sent a message that is not a ServerFrame"
+            raise StatusError(grpc.StatusCode.INTERNAL, error) from None
+
+    async def _send_frame(self, call: Any, frame: link_pb2.ClientFrame) -> None:
+        message = frame.SerializeToString()
+        self.traffic.on_sent(message)
+        await call.write(message)
 
     async def _raise_status(self, call: Any) -> None:
         """Raise StatusError with how a call ended, unless it is OK."""
@@ -177,7 +194,7 @@ class LinkClient:
         while True:
             while self._outbox:
                 try:
-                    await call.write(self._outbox.popleft())
+                    await self._send_frame(call, self._outbox.popleft())
                 except asyncio.InvalidStateError:  # the peer ended the call, and the reader was not told yet
                     await self._raise_status(call)
                     return

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-FrameT = TypeVar("FrameT")
+from services.common.link.traffic import LinkTraffic
 
 # Far below gRPC's limit on a message, which would break the link of a reader that was slow for long.
 _MERGE_BYTES = 1 << 20
@@ -26,9 +26,13 @@ class ServerLink:
     Frames are serialised `ServerFrame` messages. While the reader is slow they pile up here as bytes and leave merged,
     about a megabyte at a time: concatenated protobuf messages parse as their merge, and StepOutput is made to be
     merged. So a slow reader costs memory bounded by the tokens of its own requests, and never holds up the step loop.
+
+    Args:
+        traffic: Counts what passes; default: an object of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, traffic: LinkTraffic | None = None) -> None:
+        self._traffic = traffic or LinkTraffic()
         self._pending: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self._closed = False
@@ -52,9 +56,9 @@ class ServerLink:
     async def run(
         self,
         welcome: bytes,
-        frames: AsyncIterator[FrameT],
+        frames: AsyncIterator[bytes],
         writer: FrameWriter,
-        on_frame: Callable[[FrameT], None],
+        on_frame: Callable[[bytes], None],
     ) -> None:
         """Serve the link until either side ends it.
 
@@ -65,13 +69,14 @@ class ServerLink:
             on_frame: Called for each client frame; what it raises ends the link.
         """
         try:
+            self._traffic.on_sent(welcome)
             await writer.write(welcome)
             await self._serve(frames, writer, on_frame)
         finally:
             self._closed = True
 
     async def _serve(
-        self, frames: AsyncIterator[FrameT], writer: FrameWriter, on_frame: Callable[[FrameT], None]
+        self, frames: AsyncIterator[bytes], writer: FrameWriter, on_frame: Callable[[bytes], None]
     ) -> None:
         reading = asyncio.create_task(self._read(frames, on_frame))
         writing = asyncio.create_task(self._write(writer))
@@ -84,14 +89,17 @@ class ServerLink:
                 task.cancel()
             await asyncio.gather(reading, writing, return_exceptions=True)
 
-    async def _read(self, frames: AsyncIterator[FrameT], on_frame: Callable[[FrameT], None]) -> None:
+    async def _read(self, frames: AsyncIterator[bytes], on_frame: Callable[[bytes], None]) -> None:
         async for frame in frames:
+            self._traffic.on_received(frame)
             on_frame(frame)
 
     async def _write(self, writer: FrameWriter) -> None:
         while True:
             while self._pending:
-                await writer.write(self._take())
+                message = self._take()
+                self._traffic.on_sent(message)
+                await writer.write(message)
             if self._closed:
                 return
             self._wake.clear()

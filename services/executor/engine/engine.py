@@ -10,7 +10,7 @@ from services.executor.engine.batch_scheduler import BatchScheduler
 from services.executor.engine.block_manager import BlockManager
 from services.executor.engine.capacity import make_capacity
 from services.executor.engine.config import EngineConfig, EngineConfigError
-from services.executor.engine.ledger import EngineLoad, EngineStats, Ledger, LinkCredits
+from services.executor.engine.ledger import EngineHistograms, EngineLoad, EngineStats, Ledger, LinkCredits
 from services.executor.engine.pipeline import Pipeline
 from services.executor.engine.prefill_budget import PrefillBudget
 from services.executor.engine.request import (
@@ -56,6 +56,7 @@ class Engine:
         if config.num_host_blocks and swap_cost is None:
             raise EngineConfigError(f"num_host_blocks ({config.num_host_blocks}) need a swap_cost to be weighed by")
         self.config = config
+        self.histograms = EngineHistograms()
         self._clock = clock
         self._blocks = BlockManager(
             config.num_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache
@@ -217,6 +218,7 @@ class Engine:
         batch = self._scheduler.schedule(now)
         for group in batch.started:
             self._ledger.started(group)
+            self.histograms.queue_seconds.observe(now - group.added_at)
             if group.request.sampling.prompt_logprobs is not None:
                 self._result.prompt_logprobs.append(PromptLogprobs(group.key, 0, [0.0], [[]]))
             if self.config.enable_prefix_cache:
@@ -227,6 +229,10 @@ class Engine:
     def _finish_step(self) -> None:
         outcome = self._pipeline.wait()
         batch, now = outcome.batch, outcome.finished_at
+        if batch.sequences:
+            self.histograms.step_seconds.observe(outcome.seconds)
+            self.histograms.step_tokens.observe(batch.num_tokens)
+            self.histograms.step_sequences.observe(len(batch.sequences))
         if isinstance(outcome.sampled, Exception):
             self._fail(batch, outcome.sampled, now)
         else:

@@ -1,8 +1,9 @@
 """The books: which requests are in the engine, how each one ended, and what every link used."""
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from services.common.histogram import SEQUENCE_COUNTS, STEP_SECONDS, TOKEN_COUNTS, WAIT_SECONDS, Histogram
 from services.executor.engine.request import RequestFinish, RequestKey, RequestStatus
 from services.executor.engine.sampling_params import InvalidRequestError
 from services.executor.engine.sequence import SequenceGroup
@@ -63,6 +64,18 @@ class EngineStats:
     generated_tokens: int
     prefix_cache_queries: int
     prefix_cache_hits: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHistograms:
+    """Distributions since start. Per step: seconds of the device, tokens, sequences; per request: seconds until its
+    first step.
+    """
+
+    step_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_SECONDS))
+    step_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_COUNTS))
+    step_sequences: Histogram = field(default_factory=lambda: Histogram(SEQUENCE_COUNTS))
+    queue_seconds: Histogram = field(default_factory=lambda: Histogram(WAIT_SECONDS))
 
 
 class _Link:

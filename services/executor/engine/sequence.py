@@ -128,7 +128,7 @@ class SequenceGroup:
 
         self.cached_tokens = 0
         self.num_preemptions = 0
-        self._added_at = now
+        self.added_at = now
         self._first_scheduled_at: float | None = None
         self._first_token_at: float | None = None
         self._last_token_at: float | None = None
@@ -201,8 +201,8 @@ class SequenceGroup:
         first = now if self._first_token_at is None else self._first_token_at
         last = first if self._last_token_at is None else self._last_token_at
         return Timings(
-            total=now - self._added_at,
-            queue=scheduled - self._added_at,
+            total=now - self.added_at,
+            queue=scheduled - self.added_at,
             prefill=first - scheduled,
             decode=last - first,
             preempted=self._preempted_time,

@@ -201,14 +201,14 @@ async def test_metrics_balance_at_every_scrape(make_line):
             await line.edge.abort(streams[-1])
         if i % 5 == 0:
             values = await scrape(line.server.metrics_address)
-            ended = sum(values[f"requests_total/{outcome}"] for outcome in ("finished", "cancelled", "rejected"))
+            ended = sum(value for name, value in values.items() if name.startswith("requests_total/"))
             current = values["num_requests_waiting"] + values["num_requests_running"]
             assert values["requests_accepted_total"] == ended + current
     await line.edge.finish(*streams)
     values = await scrape(line.server.metrics_address)
     assert values["requests_accepted_total"] == 30
     assert values["executors/ready"] == 2
-    assert values["redis_up"] == 0
+    assert "redis_up" not in values, "there is none"
     assert 20 <= values["queue_time_seconds_count"] <= 30
     assert values["queue_time_seconds_bucket/+Inf"] == values["queue_time_seconds_count"]
 

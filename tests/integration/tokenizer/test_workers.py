@@ -88,7 +88,7 @@ async def test_workers_share_the_port_and_survive_a_crash(start, own_scheduler, 
     metrics = scrape(service)
     check_books(metrics)
     assert metrics["scalellm_tokenizer_worker_crashes_total"] == 1
-    assert metrics['scalellm_tokenizer_requests_ended_total{outcome="rejected"}'] > 0
+    assert metrics['scalellm_tokenizer_requests_ended_total{code="UNAVAILABLE",outcome="rejected"}'] > 0
     assert victim.pid not in [worker.pid for worker in workers_of(service)]
 
     own_scheduler.play = lambda submit: Script()

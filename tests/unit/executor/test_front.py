@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from services.common.link import LinkTraffic
 from services.executor.config import ExecutorSettings
 from services.executor.front import ExecutorServicer
 
@@ -16,6 +17,7 @@ class Supervisor:
     def __init__(self) -> None:
         self.port: Any = None
         self.closed: list[int] = []
+        self.traffic = LinkTraffic()
 
     def open_link(self, hello: bytes, port: Any) -> int:
         self.port = port

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from scalellm.v1 import link_pb2
+from services.scheduler.books import Books
 from services.scheduler.client_link import ClientLink
 from services.scheduler.request import Request
 
@@ -13,7 +14,7 @@ BEAT = 0.005
 
 async def test_beats_only_while_requests_run(monkeypatch: pytest.MonkeyPatch) -> None:
     frames: list[bytes] = []
-    link = ClientLink("test", beat=BEAT)
+    link = ClientLink("test", Books(), beat=BEAT)
     monkeypatch.setattr(link.server_link, "send", frames.append)
     await asyncio.sleep(4 * BEAT)
     assert frames == []

@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 
-from scalellm.v1 import common_pb2, link_pb2
+from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.common.link import LinkClient
@@ -16,6 +16,7 @@ from services.tokenizer.scheduler_link import SchedulerLink
 
 WELCOME = link_pb2.Welcome(model="m", max_model_len=100)
 OK = 0
+CONNECT = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name["Connect"]
 
 
 def make_link(*, up: bool = True) -> SchedulerLink:
@@ -123,7 +124,7 @@ class EndedCall:
 
 
 async def test_a_write_after_the_end_tells_why_the_link_ended():
-    client = LinkClient("host:1", lambda channel: None, link_pb2.Hello(), make_link())
+    client = LinkClient("host:1", CONNECT, link_pb2.Hello(), make_link())
     client._up = True
     client.abort(1, link_pb2.ABORT_REASON_CANCELLED)
     with pytest.raises(StatusError, match="host:1: gone"):

@@ -2,7 +2,7 @@ from scalellm.v1 import link_pb2 as _link_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -12,7 +12,7 @@ class GetExecutorInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetExecutorInfoResponse(_message.Message):
-    __slots__ = ("instance_id", "model", "architecture", "dtype", "device", "backend", "block_size", "max_model_len", "max_num_seqs", "load", "steps", "accepted", "finished", "cancelled", "rejected", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "kernels", "late_compiles", "kv_cache_dtype", "quantization", "swaps")
+    __slots__ = ("instance_id", "model", "architecture", "dtype", "device", "backend", "block_size", "max_model_len", "max_num_seqs", "load", "steps", "accepted", "finished", "cancelled", "rejected", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "kernels", "late_compiles", "kv_cache_dtype", "quantization", "swaps", "stats")
     class KernelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class GetExecutorInfoResponse(_message.Message):
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     SWAPS_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     model: str
     architecture: str
@@ -66,7 +67,50 @@ class GetExecutorInfoResponse(_message.Message):
     kv_cache_dtype: str
     quantization: str
     swaps: int
-    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ..., late_compiles: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., swaps: _Optional[int] = ...) -> None: ...
+    stats: EngineStats
+    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ..., late_compiles: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., swaps: _Optional[int] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ...) -> None: ...
+
+class EngineStats(_message.Message):
+    __slots__ = ("generated_tokens", "computed_tokens", "failed_steps", "swapped_out_blocks", "swapped_in_blocks", "running_sequences", "waiting_sequences", "cached_blocks", "free_host_blocks", "total_host_blocks", "step_seconds", "step_tokens", "step_sequences", "queue_seconds")
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_OUT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_IN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FREE_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    generated_tokens: int
+    computed_tokens: int
+    failed_steps: int
+    swapped_out_blocks: int
+    swapped_in_blocks: int
+    running_sequences: int
+    waiting_sequences: int
+    cached_blocks: int
+    free_host_blocks: int
+    total_host_blocks: int
+    step_seconds: Histogram
+    step_tokens: Histogram
+    step_sequences: Histogram
+    queue_seconds: Histogram
+    def __init__(self, generated_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., failed_steps: _Optional[int] = ..., swapped_out_blocks: _Optional[int] = ..., swapped_in_blocks: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., total_host_blocks: _Optional[int] = ..., step_seconds: _Optional[_Union[Histogram, _Mapping]] = ..., step_tokens: _Optional[_Union[Histogram, _Mapping]] = ..., step_sequences: _Optional[_Union[Histogram, _Mapping]] = ..., queue_seconds: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("bounds", "counts", "total")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    total: float
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., total: _Optional[float] = ...) -> None: ...
 
 class DrainExecutorRequest(_message.Message):
     __slots__ = ("timeout_s",)

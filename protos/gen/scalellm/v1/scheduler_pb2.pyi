@@ -54,7 +54,7 @@ class GetStateResponse(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., resubmitted: _Optional[int] = ..., executors: _Optional[_Iterable[_Union[ExecutorState, _Mapping]]] = ..., draining: _Optional[bool] = ..., redis_ok: _Optional[bool] = ...) -> None: ...
 
 class ExecutorState(_message.Message):
-    __slots__ = ("address", "instance_id", "phase", "load", "running", "last_error", "model")
+    __slots__ = ("address", "instance_id", "phase", "load", "running", "last_error", "model", "credit_requests", "credit_tokens")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,8 @@ class ExecutorState(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     address: str
     instance_id: str
     phase: ExecutorPhase
@@ -69,7 +71,9 @@ class ExecutorState(_message.Message):
     running: int
     last_error: str
     model: str
-    def __init__(self, address: _Optional[str] = ..., instance_id: _Optional[str] = ..., phase: _Optional[_Union[ExecutorPhase, str]] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., running: _Optional[int] = ..., last_error: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+    credit_requests: int
+    credit_tokens: int
+    def __init__(self, address: _Optional[str] = ..., instance_id: _Optional[str] = ..., phase: _Optional[_Union[ExecutorPhase, str]] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., running: _Optional[int] = ..., last_error: _Optional[str] = ..., model: _Optional[str] = ..., credit_requests: _Optional[int] = ..., credit_tokens: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)
