@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .PHONY: help run up down status chat test test-all test-kernels aot lint format protos bench bench-load \
-	bench-tokenizer bench-scheduler bench-executor bench-line gpu setup setup-dev clean
+	bench-tokenizer bench-scheduler bench-executor bench-line bench-peers gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
@@ -73,6 +73,9 @@ bench-executor: ## load the executor alone: fake engine, real model
 bench-line: ## load all services around a fake engine with an H200's step times
 bench-tokenizer bench-scheduler bench-executor bench-line: setup-dev
 	@$(python) -m bench.services $(@:bench-%=%) $(BENCH_ARGS)
+
+bench-peers: setup-dev ## other systems and this one on the same weights and prompts (BENCH_ARGS="--help")
+	@$(python) -m bench.peers $(BENCH_ARGS)
 
 # The machine's own Python as it is, where its torch sees a GPU: nothing has to be installed there.
 gpu: ## measure and check everything on this machine's NVIDIA GPU, in under 8 minutes (GPU_ARGS="--help")

@@ -26,18 +26,18 @@ _INFO_TIMEOUT = 10.0
 
 
 class GrpcTarget:
-    """Sends prompts as token ids, sessions as chat messages.
+    """Sends prompts as token ids or as text, sessions as chat messages.
 
     Args:
         address: host:port.
         connections: Streams are spread over this many. Behind a port that several server processes share, each
             connection meets one of them.
         respect_eos: Let answers end where the model ends them, instead of at the planned length.
+        as_text: Send text, which the server encodes, where ids would do.
     """
 
-    takes_token_ids = True
-
-    def __init__(self, address: str, *, connections: int = 1, respect_eos: bool = False) -> None:
+    def __init__(self, address: str, *, connections: int = 1, respect_eos: bool = False, as_text: bool = False) -> None:
+        self.takes_token_ids = not as_text
         self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for _ in range(connections)]
         stubs = [generation_pb2_grpc.GenerationStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
         self._stubs = cycle(stubs)
@@ -93,10 +93,12 @@ class GrpcTarget:
             stream_interval=1 if request.stream else _WHOLE_ANSWER,
             session_id=request.session_id,
         )
-        if request.session_id is None:
+        if request.session_id is not None:
+            message.chat.messages.add(role="user", content=request.text)
+        elif self.takes_token_ids:
             message.tokens.ids.extend(request.token_ids)
         else:
-            message.chat.messages.add(role="user", content=request.text)
+            message.prompt = request.text
         return message
 
 

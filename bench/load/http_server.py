@@ -24,8 +24,8 @@ class Drop(Exception):  # noqa: N818 - a request to the server, not a failure
 Handler = Callable[[str, bytes], Reply]
 
 
-async def serve_http(handler: Handler) -> asyncio.Server:
-    """Answer requests (path, body) with the handler's replies, on a free port of the loopback interface."""
+async def serve_http(handler: Handler, port: int = 0) -> asyncio.Server:
+    """Answer requests (path, body) with the handler's replies, on a port of the loopback interface; 0: a free one."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # A client that goes away in the middle ends its connection and nothing else.
@@ -37,7 +37,7 @@ async def serve_http(handler: Handler) -> asyncio.Server:
                 await _reply(writer, handler(head[0].split()[1], body))
         writer.transport.abort()
 
-    return await asyncio.start_server(serve, "127.0.0.1", 0)
+    return await asyncio.start_server(serve, "127.0.0.1", port)
 
 
 def port_of(server: asyncio.Server) -> int:

@@ -91,12 +91,14 @@ class OpenAiTarget:
                         continue
                     chunk = _parse(event.data)
                     usage = chunk.get("usage") or usage
+                    # Comes last; some servers end their streams with it.
+                    is_complete = usage is not None
                     if text := _text_of(chunk):
                         yield Tokens(1, text)
         except httpx.HTTPError as error:
             raise _failure(error) from None
         if not is_complete:
-            raise RequestError("dropped", "the stream ended without [DONE]")
+            raise RequestError("dropped", "the stream ended without [DONE] and without usage")
         yield _account(usage)
 
     async def close(self) -> None:

@@ -1,12 +1,10 @@
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from scripted_generation import ScriptedGeneration
 from scripted_openai import ScriptedOpenAi
-
-LETTERS = "abcdefghij"
+from word_tokenizer import write_word_tokenizer
 
 
 @pytest.fixture
@@ -27,12 +25,4 @@ async def openai_server():
 
 @pytest.fixture
 def tokenizer_file(tmp_path: Path) -> Path:
-    """A hundred words of letters, and some tokens that are none."""
-    words = [a + b for a in LETTERS for b in LETTERS]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: number for number, word in enumerate([*words, "1", "ü", "a-b"])}, "1")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    path = tmp_path / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
+    return write_word_tokenizer(tmp_path)

@@ -1,0 +1,193 @@
+"""`make bench-peers`: every peer that can be installed here and ScaleLLM, one after the other, in one run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench.load.vocabulary import Vocabulary
+from bench.peers.environments import Environments, PeerError
+from bench.peers.measure import Measurement, Plan, measure_form
+from bench.peers.ours import Ours
+from bench.peers.report import Report, console, machine
+from bench.peers.systems import PEERS, Form, System
+from bench.peers.weights import Weights
+from bench.peers.workloads import Workload, workloads
+from services.common.model_store import pull, resolve
+from services.common.model_store.catalogue import CATALOGUE
+
+_RESULTS = Path(__file__).resolve().parents[1] / "results"
+# A peer this many times slower than the fastest system so far under the widest load is not asked for the long ones.
+_TOO_SLOW = 4.0
+
+
+class Comparison:
+    """The run: systems in order, forms of each in order.
+
+    Args:
+        plan: How often and how long.
+        loads: For each form; those about prefixes for the fastest form of a system only, unless `every_form`.
+        forms: Names to keep; empty: all.
+        every_form: Prefix loads on all forms.
+        report: Takes everything in.
+        save: Called after each measurement.
+        screen: Where it says how far it is.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        loads: Sequence[Workload],
+        forms: Sequence[str],
+        every_form: bool,
+        report: Report,
+        save: Callable[[], None],
+        screen: Console,
+    ) -> None:
+        self._plan = plan
+        self._loads = loads
+        self._forms = forms
+        self._every_form = every_form
+        self._report = report
+        self._save = save
+        self._screen = screen
+
+    def run(self, system: System, folder: Path) -> None:
+        """Everything about one system. What cannot be measured is in the report, with the reason."""
+        self._say(f"{system.name}: preparing")
+        try:
+            self._report.versions[system.name] = system.prepare()
+        except PeerError as error:
+            self._fail(system.name, str(error))
+            return
+        forms = [form for form in system.forms if not self._forms or form.name in self._forms]
+        fixed = [load for load in self._loads if not load.is_prefix]
+        about_prefixes = [load for load in self._loads if load.is_prefix]
+        all_at_once = self._every_form or not fixed
+        for form in forms:
+            self._run_form(system, form, self._loads if all_at_once else fixed, folder)
+        if about_prefixes and not all_at_once and not self._is_too_slow(system, fixed[-1].name):
+            fastest = self._fastest_form(system, fixed[-1].name)
+            for form in forms:
+                if form.name == fastest:
+                    self._run_form(system, form, about_prefixes, folder)
+
+    def _run_form(self, system: System, form: Form, loads: Sequence[Workload], folder: Path) -> None:
+        self._say(f"{system.name} {form.name}: starting")
+        try:
+            measure_form(system, form, loads, self._plan, folder, self._take)
+        except (PeerError, RuntimeError, OSError) as error:
+            self._fail(f"{system.name} {form.name}", str(error))
+
+    def _take(self, found: Measurement) -> None:
+        self._report.measurements.append(found)
+        self._save()
+        self._say(
+            f"{found.system} {found.form}, {found.workload}: {found.rate:.1f} tok/s, decode {found.decode_rate:.1f}, "
+            f"TTFT {found.ttft_p50_s:.2f} / {found.ttft_p99_s:.2f} s, {found.peak_mb:,.0f} MB"
+        )
+
+    def _fastest_form(self, system: System, load: str) -> str | None:
+        done = [entry for entry in self._report.measurements if (entry.system, entry.workload) == (system.name, load)]
+        return max(done, key=lambda entry: entry.rate).form if done else None
+
+    def _is_too_slow(self, system: System, load: str) -> bool:
+        rates = {entry.system: 0.0 for entry in self._report.measurements}
+        for entry in self._report.measurements:
+            if entry.workload == load:
+                rates[entry.system] = max(rates[entry.system], entry.rate)
+        mine, most = rates.get(system.name, 0.0), max(rates.values(), default=0.0)
+        if mine and most > _TOO_SLOW * mine:
+            self._fail(
+                f"{system.name}, prefixes", f"{most / mine:.1f} times slower than the fastest at {load}; not asked"
+            )
+            return True
+        return False
+
+    def _fail(self, name: str, reason: str) -> None:
+        self._report.failures[name] = reason
+        self._save()
+        self._say(f"{name}: {reason}")
+
+    def _say(self, text: str) -> None:
+        self._screen.print(text, markup=False, highlight=False)
+
+
+def main(
+    systems: Annotated[str, typer.Option(help="Which, in this order: scalellm and peers; default: all.")] = ",".join(
+        ("scalellm", *PEERS)
+    ),
+    forms: Annotated[str, typer.Option(help="Only these forms of the weights, such as keep,int8,Q8_0.")] = "",
+    loads: Annotated[
+        str, typer.Option("--workloads", help="Of fixed, shared (system prompt) and sessions.")
+    ] = "fixed,shared,sessions",
+    concurrency: Annotated[str, typer.Option(help="fixed: requests at once, one load each.")] = "1,8,64",
+    input_len: Annotated[int, typer.Option(min=1, help="fixed: prompt tokens.")] = 128,
+    output_len: Annotated[int, typer.Option(min=2, help="fixed: generated tokens.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each load is run; the median counts.")] = 1,
+    every_form: Annotated[bool, typer.Option(help="Shared and sessions on all forms, not a system's fastest.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="Of each peer; 0: one per processor.")] = 0,
+    limit_s: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    quick: Annotated[bool, typer.Option("--quick", help="A few tokens per load: a test, not figures.")] = False,
+    install: Annotated[bool, typer.Option(help="Install what is missing, each peer for 20 minutes at most.")] = True,
+    seed: Annotated[int, typer.Option(help="All prompts follow from it.")] = 0,
+    model: Annotated[str, typer.Option(help="A name from `scalellm models list`, or a path with a .gguf file.")] = (
+        "smollm2-135m-instruct"
+    ),
+    home: Annotated[Path, typer.Option(envvar="SCALELLM_HOME", help="The model store.")] = Path("~/.cache/scalellm"),
+    output: Annotated[Path | None, typer.Option(help="The JSON file; default: one in bench/results/.")] = None,
+) -> None:
+    """Measure throughput, latency and memory of ScaleLLM and its peers on the same weights and prompts."""
+    home = home.expanduser()
+    if model in CATALOGUE:
+        pull(model, home)
+    path = resolve(model, home)
+    source = path if path.is_file() else next(path.glob("*.gguf"), None)
+    if source is None:
+        raise typer.BadParameter(f"--model: {path} holds no .gguf file, which all systems' weights are made from")
+    try:
+        levels = [int(text) for text in concurrency.split(",")]
+        chosen = workloads(
+            *(loads.split(","), levels, 16 if quick else input_len, 8 if quick else output_len), quick=quick
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    wanted = systems.split(",")
+    threads = threads or len(os.sched_getaffinity(0))
+    weights = Weights(source, home / "peers" / "weights")
+    environments = Environments(home / "peers", may_install=install)
+    makers: dict[str, Callable[[], System]] = {
+        name: partial(make, environments, weights, threads) for name, make in PEERS.items()
+    }
+    makers["scalellm"] = partial(Ours, model, path, home)
+    unknown = [name for name in wanted if name not in makers]
+    if unknown:
+        raise typer.BadParameter(f"--systems: {', '.join(unknown)}: known are {', '.join(makers)}")
+    options = {"threads": threads, "rounds": rounds, "seed": seed, "quick": quick, "workloads": loads}
+    options |= {"concurrency": concurrency, "input_len": input_len, "output_len": output_len}
+    report = Report({**machine(), "model": model, "weights_sha256": weights.sha256, "options": options})
+    if output is None and not quick:
+        cpus = report.header["cpus"]
+        output = _RESULTS / f"{datetime.now(UTC).date()}-peers-{cpus}-cores.json"
+    plan = Plan(rounds, limit_s, seed, Vocabulary.of_words(path))
+    screen = console()
+    save = partial(report.write, output) if output is not None else lambda: None
+    comparison = Comparison(plan, chosen, [name for name in forms.split(",") if name], every_form, report, save, screen)
+    with tempfile.TemporaryDirectory(prefix="scalellm-peers-", ignore_cleanup_errors=True) as folder:
+        for name in wanted:
+            comparison.run(makers[name](), Path(folder))
+    report.print(screen)
+    if output is not None:
+        screen.print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

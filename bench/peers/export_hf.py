@@ -1,0 +1,38 @@
+"""`python -m bench.peers.export_hf GGUF FOLDER`: a model as float32 safetensors with its tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from services.tokenizer.text.loading import load_model_tokenizer
+
+# What transformers takes by these names; templates may use others, which are text of the template there.
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def export(source: Path, folder: Path) -> None:
+    """Write the folder; values are those of the source, dequantised."""
+    model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
+    folder.mkdir(exist_ok=True)
+    # Not save_pretrained: it takes a model that came from GGUF for a quantised one, which it refuses to write.
+    save_file(dict(model.named_parameters()), folder / "model.safetensors", metadata={"format": "pt"})
+    ours = load_model_tokenizer(source)
+    config = model.config
+    # Without an end token: answers are as long as they are asked for, on servers that know no other way as well.
+    config.architectures, config.eos_token_id = [type(model).__name__], None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    roles = {name: token for name, token in ours.special_tokens.items() if name in _ROLES}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=ours.tokenizer, **roles)
+    tokenizer.chat_template = ours.chat_template
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    export(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,196 @@
+"""Runs loads on one form of one system and sums up."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench.load.driver import Driver
+from bench.load.records import RequestError
+from bench.load.run import Step, run_step
+from bench.load.target import Target
+from bench.load.vocabulary import Vocabulary
+from bench.load.workload import Load
+from bench.peers.environments import PeerError
+from bench.peers.serving import Resources
+from bench.peers.systems import Form, Served, System
+from bench.peers.workloads import Workload
+
+_WARM_UP_STREAMS, _WARM_UP_OUTPUT = 8, 8
+# A server may compile on its first requests.
+_WARM_UP_S = 600.0
+_OTHERS_CORES = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One load on one form of one system; medians over its rounds.
+
+    Attributes:
+        system: Name of the system.
+        form: Of the weights.
+        bits: Of the form.
+        is_ours: Whether it is ScaleLLM.
+        workload: Name of the load.
+        rates: Output tokens per second, of each round.
+        ttft_p50_s: Seconds to the first token, and
+        ttft_p99_s: for the slowest.
+        decode_rate: Tokens per second of one stream after its first token: what 1 / TPOT is at the median.
+        peak_mb: Resident memory of all processes at the most, in 10^6 bytes.
+        prompts: Digest of what was sent, one per round.
+        input_tokens: As the server counted them, all rounds together, and
+        output_tokens: tokens generated.
+        notes: What has to be known to read the figures.
+        command: How the server was started.
+        environment: Added for it.
+    """
+
+    system: str
+    form: str
+    bits: int
+    is_ours: bool
+    workload: str
+    rates: tuple[float, ...]
+    ttft_p50_s: float
+    ttft_p99_s: float
+    decode_rate: float
+    peak_mb: float
+    prompts: tuple[str, ...]
+    input_tokens: int
+    output_tokens: int
+    notes: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Output tokens per second, the median of the rounds."""
+        return statistics.median(self.rates)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "rate": self.rate}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How often and how long.
+
+    Attributes:
+        rounds: Times that each load is run, each with prompts of its own.
+        limit_s: Seconds that one request may take.
+        seed: Of all prompts.
+        vocabulary: What prompts are made of.
+    """
+
+    rounds: int
+    limit_s: float
+    seed: int
+    vocabulary: Vocabulary
+
+
+def measure_form(
+    system: System,
+    form: Form,
+    loads: Iterable[Workload],
+    plan: Plan,
+    folder: Path,
+    on_measured: Callable[[Measurement], None],
+) -> None:
+    """Run the loads, with one server for all that want the same. Raises PeerError when a server does not start.
+
+    A load whose requests fail is handed over with what came and a note.
+    """
+    waiting = [(system.setup(form, load.need), load) for load in loads]
+    while waiting:
+        setup = waiting[0][0]
+        together = [load for other, load in waiting if other == setup]
+        waiting = [(other, load) for other, load in waiting if other != setup]
+        with system.serve(setup, folder) as served:
+            for load in together:
+                steps, peak, others = _measure(served, load, plan)
+                found = summarise(system, form, load, steps, peak, others)
+                on_measured(replace(found, command=setup.command, environment=dict(setup.environment)))
+
+
+def _measure(served: Served, load: Workload, plan: Plan) -> tuple[list[Step], int, float]:
+    with Resources(lambda: served.pids) as resources:
+        try:
+            steps = asyncio.run(_steps(served.make_target, load, plan))
+        except RequestError as error:
+            raise PeerError(f"{load.name}: {error.kind}: {error}") from None
+    return steps, resources.peak_bytes, resources.others_cores
+
+
+async def _steps(make_target: Callable[[], Target], load: Workload, plan: Plan) -> list[Step]:
+    target = make_target()
+    # Another one each time: servers keep sessions for a while.
+    prefix = f"peers-{uuid.uuid4().hex[:8]}"
+    alphabet = plan.vocabulary.alphabet
+    try:
+        await target.info()
+        patient = Driver(target, plan.vocabulary, session_prefix=f"{prefix}-warm-up", deadline_s=_WARM_UP_S)
+        streams = min(load.concurrency, _WARM_UP_STREAMS)
+        output_len = min(_WARM_UP_OUTPUT, load.shape.output_len)
+        shape = replace(load.shape, output_len=output_len, prefix_len=load.shape.input_len, turns=1)
+        warm = await run_step(
+            patient, shape, Load(streams), alphabet=alphabet, num_requests=streams, seed=f"{plan.seed}/warm-up"
+        )
+        failed = next((record for record in warm.records if record.status != "ok"), None)
+        if failed is not None:
+            raise RequestError(failed.kind, f"the warm-up failed: {failed.message}")
+        driver = Driver(target, plan.vocabulary, session_prefix=prefix, deadline_s=plan.limit_s)
+        return [
+            await run_step(
+                driver,
+                load.shape,
+                Load(load.concurrency),
+                alphabet=alphabet,
+                num_requests=load.num_requests,
+                seed=f"{plan.seed}/{load.name}/{number}",
+            )
+            for number in range(plan.rounds)
+        ]
+    finally:
+        await target.close()
+
+
+def summarise(
+    system: System, form: Form, load: Workload, steps: Sequence[Step], peak_bytes: int, others_cores: float
+) -> Measurement:
+    """Medians over the rounds, and what is odd about them."""
+
+    def median(name: str, key: str) -> float:
+        spreads = [step.figures[name] for step in steps]
+        found = [spread[key] for spread in spreads if spread is not None]
+        return statistics.median(found) if found else float("nan")
+
+    notes = [warning for step in steps for warning in step.warnings()]
+    for step in steps:
+        figures = step.figures
+        if figures["output_tokens"] != figures["planned_output_tokens"]:
+            notes.append(f"{figures['output_tokens']} tokens came, {figures['planned_output_tokens']} were asked for")
+    if others_cores > _OTHERS_CORES:
+        notes.append(f"others kept {others_cores:.1f} of the machine's cores busy: the figures are worth little")
+    tpot_ms = median("tpot_ms", "p50")
+    return Measurement(
+        system=system.name,
+        form=form.name,
+        bits=form.bits,
+        is_ours=system.is_ours,
+        workload=load.name,
+        rates=tuple(step.figures["output_throughput"] for step in steps),
+        ttft_p50_s=1e-3 * median("ttft_ms", "p50"),
+        ttft_p99_s=1e-3 * median("ttft_ms", "p99"),
+        decode_rate=1e3 / tpot_ms if tpot_ms > 0 else 0.0,
+        peak_mb=1e-6 * peak_bytes,
+        prompts=tuple(step.prompts for step in steps),
+        input_tokens=sum(step.figures["input_tokens"] for step in steps),
+        output_tokens=sum(step.figures["output_tokens"] for step in steps),
+        notes=tuple(dict.fromkeys(notes)),
+    )

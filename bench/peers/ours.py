@@ -1,0 +1,77 @@
+"""ScaleLLM as users run it: Redis and the three services, started by the launcher."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from bench.load.grpc_target import GrpcTarget
+from bench.peers.environments import PeerError
+from bench.peers.systems import Form, Need, Served, Setup
+from clients.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
+
+_FORMS = {"keep": ("keep", 4), "int8": ("int8", 8), "float32": ("none", 32)}
+
+
+class _Silent:
+    """Where the launcher says how far it is."""
+
+    def begin(self, stage: str, detail: str) -> None:
+        pass
+
+    def waiting(self, detail: str) -> None:
+        pass
+
+    def done(self, detail: str) -> None:
+        pass
+
+
+class Ours:
+    """See System.
+
+    Args:
+        model: Name to serve under.
+        path: Of the model.
+        home: The model store.
+    """
+
+    name = "scalellm"
+    is_ours = True
+    forms = tuple(Form(name, bits) for name, (_, bits) in _FORMS.items())
+
+    def __init__(self, model: str, path: Path, home: Path) -> None:
+        self._model = model
+        self._path = path
+        self._home = home
+
+    def prepare(self) -> Mapping[str, str]:
+        """See System."""
+        return {name: version(name) for name in ("scalellm", "torch", "grpcio", "protobuf")}
+
+    def setup(self, form: Form, need: Need) -> Setup:
+        """See System. The settings are the defaults but for the form of the weights."""
+        quantization, _ = _FORMS[form.name]
+        return Setup(("scalellm", "up", "--port", "0"), {"SCALELLM_EXECUTOR_QUANTIZATION": quantization})
+
+    @contextmanager
+    def serve(self, setup: Setup, folder: Path) -> Iterator[Served]:
+        """See System."""
+        with tempfile.TemporaryDirectory(prefix="scalellm-bench-", dir=folder) as home:
+            instance = Instance(Path(home), "peers")
+            environment = {**os.environ, **setup.environment}
+            options = UpOptions(self._model, self._path, self._home, environment, port=0)
+            try:
+                state = bring_up(instance, options, _Silent())
+            except LauncherError as error:
+                raise PeerError(str(error)) from None
+            try:
+                # As text, like everybody else's prompts: encoding is part of serving.
+                target = partial(GrpcTarget, state.public_address, as_text=True)
+                yield Served(target, tuple(service.pid for service in state.services))
+            finally:
+                bring_down(instance, lambda name: None)

@@ -1,0 +1,1 @@
+"""Servers around libraries that bring none. They run in the libraries' own environments: little may be imported."""

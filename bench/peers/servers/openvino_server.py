@@ -1,0 +1,52 @@
+"""`python -m bench.peers.servers.openvino_server`: OpenAI's API on OpenVINO GenAI's continuous batching."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.load.http_server import serve_http
+from bench.peers.servers.front import Front, TextFormat
+from bench.peers.servers.stepping import Engine, Stepping
+
+
+def _engine(**options: Any) -> Engine:
+    # Here, for the engine's process alone: the front's needs none of the library's memory.
+    from bench.peers.servers.openvino_engine import OpenVinoEngine, Options
+
+    return OpenVinoEngine(Options(**options))
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    text = TextFormat(arguments.tokenizer)
+    make_engine = partial(
+        _engine,
+        model=arguments.model,
+        threads=arguments.threads,
+        max_num_seqs=arguments.max_num_seqs,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        eos_token_ids=frozenset(text.eos_token_ids),
+    )
+    engine = Stepping(make_engine)
+    await engine.ready
+    await serve_http(Front(arguments.model.stem, text, engine), arguments.port)
+    await engine.ended
+
+
+def main() -> None:
+    """Serve until killed, or until the engine ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="A .gguf file.")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="See bench.peers.weights.write_tokenizer.")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=256)
+    asyncio.run(_serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

