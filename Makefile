@@ -2,7 +2,7 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all test-kernels aot lint format protos bench bench-load \
+.PHONY: help run up down status chat test test-all test-compose test-kernels aot lint format protos bench bench-load \
 	bench-tokenizer bench-scheduler bench-executor bench-line bench-peers gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
@@ -40,6 +40,9 @@ test: setup-dev ## run the tests but the slow ones
 
 test-all: setup-dev ## run all tests
 	$(test-env) $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(PYTEST_ARGS)
+
+test-compose: setup-dev ## run the containers for real: up, scale, crash, upgrade, down (needs Docker; minutes)
+	$(test-env) $(python) -m pytest -n 0 -v tests/compose $(PYTEST_ARGS)
 
 test-kernels: setup-dev ## run the Triton kernels on the interpreter (no GPU needed)
 	$(test-env) TRITON_INTERPRET=1 $(python) -m pytest -n 2 --dist worksteal -q tests/kernels/interp $(PYTEST_ARGS)

@@ -7,8 +7,8 @@
 # they run on (a build for all CPUs would lack its vector instructions), and those for a GPU by Triton, which needs one.
 FROM python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/build/constraints.txt
-RUN python -m venv /opt/scalellm
-ENV PATH=/opt/scalellm/bin:$PATH
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 # Packages first: they change less often than the sources; torch before all others, as it is most of the image.
 COPY constraints.txt ./
@@ -25,7 +25,7 @@ COPY protos/gen protos/gen
 COPY kernels kernels
 COPY services services
 COPY clients clients
-RUN pip install --no-deps .
+RUN pip install --no-deps --target /opt/scalellm .
 
 FROM python:3.11-slim-bookworm
 RUN apt-get update \
@@ -34,9 +34,11 @@ RUN apt-get update \
 # Volumes take over the owner of the folders that they are mounted on.
 RUN useradd --system --uid 10001 --home-dir /var/lib/scalellm --shell /usr/sbin/nologin scalellm \
     && install -d -o scalellm -g scalellm /var/lib/scalellm /var/lib/scalellm/models /var/lib/scalellm/kernels
+# Apart: a new release is a layer of a few megabytes.
+COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/scalellm /opt/scalellm
 # The working directory is no place to import from. Compiled kernels are kept, those of Triton and the driver as well.
-ENV PATH=/opt/scalellm/bin:$PATH PYTHONSAFEPATH=1 \
+ENV PATH=/opt/scalellm/bin:/opt/venv/bin:$PATH PYTHONPATH=/opt/scalellm PYTHONSAFEPATH=1 \
     TRITON_CACHE_DIR=/var/lib/scalellm/kernels/triton CUDA_CACHE_PATH=/var/lib/scalellm/kernels/cuda
 WORKDIR /var/lib/scalellm
 USER scalellm

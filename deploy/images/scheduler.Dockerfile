@@ -5,8 +5,8 @@
 # The images of the tokenizer and the scheduler have all steps up to the last few in common, and so their layers.
 FROM python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/build/constraints.txt
-RUN python -m venv /opt/scalellm
-ENV PATH=/opt/scalellm/bin:$PATH
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /build
 # Packages first: they change less often than the sources.
 COPY constraints.txt pyproject.toml ./
@@ -18,15 +18,17 @@ COPY protos/gen protos/gen
 COPY kernels kernels
 COPY services services
 COPY clients clients
-RUN pip install --no-deps .
+RUN pip install --no-deps --target /opt/scalellm .
 
 FROM python:3.11-slim-bookworm
 # Volumes take over the owner of the folders that they are mounted on.
 RUN useradd --system --uid 10001 --home-dir /var/lib/scalellm --shell /usr/sbin/nologin scalellm \
     && install -d -o scalellm -g scalellm /var/lib/scalellm /var/lib/scalellm/models
+# Apart: a new release is a layer of a few megabytes.
+COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/scalellm /opt/scalellm
 # The working directory is no place to import from.
-ENV PATH=/opt/scalellm/bin:$PATH PYTHONSAFEPATH=1
+ENV PATH=/opt/scalellm/bin:/opt/venv/bin:$PATH PYTHONPATH=/opt/scalellm PYTHONSAFEPATH=1
 WORKDIR /var/lib/scalellm
 USER scalellm
 STOPSIGNAL SIGTERM

@@ -136,7 +136,9 @@ def test_an_answer_through_the_published_port(stack: ComposeStack, figures: list
 
 def test_a_session_is_kept(stack: ComposeStack) -> None:
     with Client(stack.address) as client:
-        with client.chat([("user", "Say yes.")], session_id="kept", timeout=60) as stream:
+        chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Say yes.")])
+        turn = generation_pb2.GenerateRequest(chat=chat, session_id="kept", sampling={"max_tokens": 8})
+        with client.generate(turn, timeout=60) as stream:
             assert list(stream)[-1].finished.session == generation_pb2.SESSION_OUTCOME_SAVED
         stack.compose("restart", "redis")
         stack.wait_running("redis", 1)
