@@ -9,9 +9,11 @@ import socket
 import subprocess
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("redis", "executor", "scheduler", "tokenizer")
@@ -41,17 +43,17 @@ def docker(*arguments: str, timeout: float = 120, env: Mapping[str, str] | None 
 class ComposeStack:
     """One project. `down` leaves nothing of it but the images, `remove_images` not even those."""
 
-    def __init__(self, profiles: tuple[str, ...] = ()) -> None:
+    def __init__(self) -> None:
         self.project = f"scalellm-test-{uuid.uuid4().hex[:8]}"
         self._release = 1
         self.address = f"127.0.0.1:{_free_port()}"
         self.prometheus_address = f"127.0.0.1:{_free_port()}"
         self._environment = {
             **os.environ,
-            "COMPOSE_PROFILES": ",".join(profiles),
             "SCALELLM_TAG": self.tag,
             "SCALELLM_LISTEN": self.address,
             "SCALELLM_PROMETHEUS_LISTEN": self.prometheus_address,
+            "SCALELLM_PROMETHEUS_IMAGE": self.image("prometheus"),
         }
 
     @property
@@ -95,9 +97,22 @@ class ComposeStack:
             sizes[service] = size, size - base
         return sizes
 
+    def start_prometheus(self) -> None:
+        """Start the monitoring profile's Prometheus, from an image that is made here."""
+        folder = ROOT / "tests" / "compose"
+        dockerfile = str(folder / "prometheus.Dockerfile")
+        docker("build", "-q", "-t", self.image("prometheus"), "-f", dockerfile, str(folder), timeout=600)
+        self.compose("--profile", "monitoring", "up", "-d", "--no-deps", "prometheus")
+
+    def scraped(self) -> Counter[str]:
+        """How many containers of each service Prometheus reaches."""
+        with urlopen(f"http://{self.prometheus_address}/api/v1/targets?state=active", timeout=10) as answer:
+            targets = json.load(answer)["data"]["activeTargets"]
+        return Counter(target["labels"]["job"] for target in targets if target["health"] == "up")
+
     def down(self) -> None:
         """End everything and remove containers, networks and volumes."""
-        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "45")
+        self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "45")
 
     def left(self) -> list[str]:
         """What there still is of the project: containers, networks, volumes."""
