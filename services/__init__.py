@@ -1,1 +1,7 @@
 """The three services of the serving line, and what they share."""
+
+import os
+
+# Read when grpc is imported. What we start runs another program at once and needs no gRPC of ours; with it, each start
+# would put a line of gRPC's own into the log.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

@@ -176,9 +176,10 @@ class _GenerateCall:
         timing = server_timing(latency, usage, is_complete=self._latency is not None)
         self._context.set_trailing_metadata((("server-timing", timing),))
         end = RequestEnd(self._request, error, latency, usage)
-        self._edge.request_log.write(end)
+        if self._edge.request_log.wants(error):
+            self._edge.request_log.write(end)
         if self._spans is not None:
-            self._spans.end(end, self._fields.request_id, finish, self._ended_samples)
+            self._spans.end(end, self._fields, finish, self._ended_samples)
 
     def make_cancellation(self) -> StatusError:
         """Why gRPC cancelled the call."""

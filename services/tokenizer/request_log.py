@@ -30,7 +30,7 @@ _LONGEST_PROMPT = 4096
 """Characters of a prompt in a log line."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestEnd:
     """How a request ended.
 
@@ -64,15 +64,15 @@ class RequestLog:
         self._prompts = settings.log_prompts
         self._limit = LineLimit()
 
+    def wants(self, error: StatusError | None) -> bool:
+        """Whether a request that ended so may be written."""
+        return self._all or (error is not None and error.code in _OURS)
+
     def write(self, end: RequestEnd) -> None:
-        """The request has ended."""
-        held_back: int | None = 0
-        if not self._all:
-            if end.code not in _OURS:
-                return
-            held_back = self._limit.admit()
-            if held_back is None:
-                return
+        """A request that is wanted has ended."""
+        held_back = 0 if self._all else self._limit.admit()
+        if held_back is None:
+            return
         latency, usage = end.latency, end.usage
         values: dict[str, object] = {"code": end.code.name, "e2e_ms": _ms(latency.total_ns)}
         if usage is not None:

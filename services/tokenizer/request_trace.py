@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from services.common.logs import RequestFields
 from services.common.tracing import TraceHeaders
 from services.tokenizer.latency import LatencyTrace
 from services.tokenizer.request_log import RequestEnd
@@ -64,7 +65,7 @@ class RequestTrace:
     def end(
         self,
         end: RequestEnd,
-        request_id: str,
+        fields: RequestFields,
         finish: link_pb2.Finish | None,
         samples: Sequence[generation_pb2.SampleFinished],
     ) -> None:
@@ -72,7 +73,7 @@ class RequestTrace:
 
         Args:
             end: How.
-            request_id: Its id; empty when it was refused before it had one.
+            fields: Whose it was, and its id as far as it had one.
             finish: What the scheduler said of it; None when it did not get that far.
             samples: How its samples ended.
         """
@@ -93,11 +94,11 @@ class RequestTrace:
                 span.add("detokenize", finished, now, {"scalellm.detokenize.cpu_ms": cpu_ms})
         if times.first_token_at:
             span.event("first token", times.first_token_at)
-        span.set(self._attributes(end, request_id, samples))
+        span.set(self._attributes(end, fields, samples))
         span.end(now, end.code, message)
 
     def _attributes(
-        self, end: RequestEnd, request_id: str, samples: Sequence[generation_pb2.SampleFinished]
+        self, end: RequestEnd, fields: RequestFields, samples: Sequence[generation_pb2.SampleFinished]
     ) -> Attributes:
         request, usage, latency = end.request, end.usage, end.latency
         sampling = request.sampling
@@ -108,11 +109,13 @@ class RequestTrace:
             "gen_ai.request.stream": True,
         }
         values |= {name: getattr(sampling, field) for field, name in _SAMPLING if sampling.HasField(field)}
-        if request_id:
-            values["gen_ai.response.id"] = request_id
+        if fields.tenant:
+            values["scalellm.tenant"] = fields.tenant
+        if fields.request_id:
+            values["gen_ai.response.id"] = fields.request_id
         if sampling.n > 1:
             values["gen_ai.request.choice.count"] = sampling.n
-        if request_id and request.session_id:
+        if fields.request_id and request.session_id:  # both were found to be well-formed
             values["gen_ai.conversation.id"] = request.session_id
         if usage is not None:
             values["gen_ai.usage.input_tokens"] = usage.prompt_tokens

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.json_format import MessageToDict
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 SERVER, CLIENT = 2, 3
@@ -47,13 +48,14 @@ def _attributes(pairs: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def read_trace_file(path: Path) -> list[SpanRecord]:
     """All spans of a file; every line must be a whole request."""
-    spans: list[SpanRecord] = []
-    for line in path.read_text().splitlines():
-        for resource_spans in json.loads(line)["resourceSpans"]:
-            resource = _attributes(resource_spans["resource"]["attributes"])
-            for scope in resource_spans["scopeSpans"]:
-                spans += [_span(resource["service.name"], span) for span in scope["spans"]]
-    return spans
+    return [span for line in path.read_text().splitlines() for span in _spans(json.loads(line))]
+
+
+def _spans(request: dict[str, Any]) -> Iterator[SpanRecord]:
+    for resource_spans in request["resourceSpans"]:
+        resource = _attributes(resource_spans["resource"]["attributes"])
+        for scope in resource_spans["scopeSpans"]:
+            yield from (_span(resource["service.name"], span) for span in scope["spans"])
 
 
 def _span(service: str, span: dict[str, Any]) -> SpanRecord:
@@ -96,15 +98,10 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         self.requests.append(request)
         return trace_service_pb2.ExportTraceServiceResponse()
 
-    def names(self) -> set[tuple[str, str]]:
-        """(service, span) of all that came."""
-        found = set()
-        for request in self.requests:
-            for resource_spans in request.resource_spans:
-                attributes = {pair.key: pair.value.string_value for pair in resource_spans.resource.attributes}
-                for scope in resource_spans.scope_spans:
-                    found |= {(attributes["service.name"], span.name) for span in scope.spans}
-        return found
+    def spans(self) -> list[SpanRecord]:
+        """All that came; ids are spelled as protobuf's JSON does."""
+        requests = [MessageToDict(request, use_integers_for_enums=True) for request in self.requests]
+        return [span for request in requests for span in _spans(request)]
 
     def stop(self) -> None:
         self._server.stop(0).wait()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
-_TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-([0-9a-f]{2})")
+_TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _LONGEST_STATE = 512
 """Characters of a tracestate that everybody passes on; longer ones are dropped whole, as the specification allows."""
 
@@ -20,14 +20,15 @@ class TraceHeaders(NamedTuple):
     @classmethod
     def from_metadata(cls, metadata: Iterable[tuple[str, str | bytes]] | None) -> Self:
         """Read them from a call's metadata. What is not well-formed is not passed on."""
-        traceparent, states = "", []
+        traceparent = tracestate = ""
         for key, value in metadata or ():
             if key == "traceparent" and isinstance(value, str) and _TRACEPARENT.fullmatch(value):
                 traceparent = value
             elif key == "tracestate" and isinstance(value, str):
-                states.append(value)
-        tracestate = ",".join(states)
-        return cls(traceparent, tracestate if traceparent and len(tracestate) <= _LONGEST_STATE else "")
+                tracestate = f"{tracestate},{value}" if tracestate else value
+        if not traceparent:
+            return cls()
+        return cls(traceparent, tracestate if len(tracestate) <= _LONGEST_STATE else "")
 
     @property
     def trace_id(self) -> str:

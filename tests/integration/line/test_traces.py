@@ -22,6 +22,7 @@ MARKER = "xylophone quicksand marmalade"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT_ID = "b7ad6b7169203331"
 GENERATE = "scalellm.v1.Generation/Generate"
+EXECUTE = "scalellm.v1.Executor/Execute"
 
 
 def request(max_tokens: int = 8, **fields) -> generation_pb2.GenerateRequest:
@@ -94,7 +95,7 @@ async def test_one_trace_through_all_services(line: Line, folder: Path) -> None:
         ("tokenizer", "detokenize", 1),
         ("scheduler", "schedule", SERVER),
         ("scheduler", "queue", 1),
-        ("scheduler", "scalellm.v1.Executor/Execute", CLIENT),
+        ("scheduler", EXECUTE, CLIENT),
         ("executor", "execute", SERVER),
         ("executor", "queue", 1),
         ("executor", "prefill", 1),
@@ -103,7 +104,7 @@ async def test_one_trace_through_all_services(line: Line, folder: Path) -> None:
     named = {(span.service, span.name): span for span in spans}
     path = [
         *(("tokenizer", GENERATE), ("tokenizer", "scalellm.v1.Scheduler/Connect"), ("scheduler", "schedule")),
-        *(("scheduler", "scalellm.v1.Executor/Execute"), ("executor", "execute"), ("executor", "decode")),
+        *(("scheduler", EXECUTE), ("executor", "execute"), ("executor", "decode")),
     ]
     assert named[path[0]].parent_id == PARENT_ID
     for upper, lower in pairwise(path):
@@ -223,20 +224,39 @@ def collector() -> Iterator[Collector]:
 async def test_a_collector_gets_spans_and_a_dead_one_costs_nothing(
     spawn: Spawn, redis, model_dir, collector: Collector
 ) -> None:
-    dead = ("--otlp-endpoint", "http://127.0.0.1:9")  # the discard service: nobody listens there
+    """On the way, an executor dies: each attempt has its span, and the request goes on."""
+    alive = ("--otlp-endpoint", collector.endpoint)
     line = start_line(
         spawn,
         redis,
         model_dir("smollm2-135m-instruct"),
-        executors=((*FAKE, "--otlp-endpoint", collector.endpoint),),
-        scheduler=("--otlp-endpoint", collector.endpoint),
-        tokenizer=("--workers", "1", *dead),
+        executors=((*FAKE, *alive), (*FAKE, *alive)),
+        scheduler=alive,
+        tokenizer=("--workers", "1", "--otlp-endpoint", "http://127.0.0.1:9"),  # where nobody listens
     )
-    answers = await asyncio.gather(*(ask(line, request()) for _ in range(20)))
-    assert {answer.code for answer in answers} == {grpc.StatusCode.OK}
-    await eventually(
-        lambda: {("scalellm-scheduler", "schedule"), ("scalellm-executor", "execute")} <= collector.names()
-    )
+    moved = asyncio.create_task(ask(line, request(400, request_id="moved")))
+    async with asyncio.timeout(20):
+        while not any(executor.running for executor in (await line.scheduler_state()).executors):
+            await asyncio.sleep(0.02)
+    (address,) = (executor.address for executor in (await line.scheduler_state()).executors if executor.running)
+    next(executor for executor in line.executors if executor.address == address).kill_tree()
+    answer = await moved
+    assert answer.code is grpc.StatusCode.OK, answer.details
+
+    def of_moved() -> list[SpanRecord]:
+        schedules = [s for s in collector.spans() if s.attributes.get("gen_ai.response.id") == "moved"]
+        return [span for span in collector.spans() if span.trace_id in {s.trace_id for s in schedules}]
+
+    names = ["schedule", "queue", EXECUTE, "queue", EXECUTE, "execute", "queue", "prefill", "decode"]
+    await eventually(lambda: len(of_moved()) >= len(names))
+    spans = sorted(of_moved(), key=lambda span: (span.start, -span.end))
+    assert [span.name for span in spans] == names
+    check_nesting(spans)
+    first, second = (span for span in spans if span.name == EXECUTE)
+    assert (first.attributes["server.address"], first.status) == (address, 2)
+    assert (second.attributes["rpc.response.status_code"], second.status) == ("OK", 0)
+    assert spans[0].attributes["scalellm.executors_tried"] == 2
+
     await eventually(lambda: "traces cannot be exported" in line.tokenizer.log.read_text(), timeout=30)
     answers = await asyncio.gather(*(ask(line, request()) for _ in range(20)))
     assert {answer.code for answer in answers} == {grpc.StatusCode.OK}
