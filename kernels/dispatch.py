@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 
 from kernels.capability import Capability
-from kernels.cpu.library import default_build_dir, load_library
+from kernels.cpu.library import CpuLibrary, default_build_dir, load_library
 from kernels.launch import Launch
 from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from kernels.reference.attention import paged_attention_decode, unified_attention
@@ -107,7 +107,7 @@ class Ops:
     """The public ops in the forms chosen for one device; without arguments, all in plain torch.
 
     `backends` names the form of each op. `launch` starts the Triton forms and counts their late compiles; it is None
-    when there are none.
+    when there are none. `library` has the C++ forms; None when there are none.
     """
 
     # These class attributes are the torch forms and give every op its type; other forms shadow them.
@@ -133,9 +133,13 @@ class Ops:
     w8a16_gemm = staticmethod(w8a16_gemm)
 
     def __init__(
-        self, launch: Launch | None = None, forms: Mapping[str, tuple[Backend, Callable[..., Any]]] | None = None
+        self,
+        launch: Launch | None = None,
+        forms: Mapping[str, tuple[Backend, Callable[..., Any]]] | None = None,
+        library: CpuLibrary | None = None,
     ) -> None:
         self.launch = launch
+        self.library = library
         backends: dict[str, Backend] = dict.fromkeys(OP_NAMES, "torch")
         for name, (backend, function) in (forms or {}).items():
             backends[name] = backend
@@ -191,7 +195,8 @@ def select_ops(
                 tile_table(name, capability)  # a table that cannot be used is refused here, not at the first call
         elif backend == "cpp" and not obstacle:
             forms[name] = backend, _form(f"cpu.{_CPP[name].module}", name, load_library(build_dir))
-    return Ops(launch if any(backend == "triton" for backend, _ in forms.values()) else None, forms)
+    chosen = {backend for backend, _ in forms.values()}
+    return Ops(launch if "triton" in chosen else None, forms, load_library(build_dir) if "cpp" in chosen else None)
 
 
 def _form(module: str, name: str, started_by: object) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 // Gated activations of the packed gate/up projection.
 #include "parallel.h"
+#include "recording.h"
 #include "vec.h"
 
 namespace {
@@ -49,3 +50,4 @@ EXPORT int64_t gated_activation(int64_t activation, int64_t dtype, const void* x
   run(activation, x, out, rows, columns, x_stride, out_stride, threads);
   return kDone;
 }
+RECORDABLE(gated_activation)

@@ -4,6 +4,7 @@
 
 #include "paged.h"
 #include "parallel.h"
+#include "recording.h"
 
 namespace {
 
@@ -124,3 +125,4 @@ EXPORT int64_t unified_attention(int64_t q_dtype, int64_t cache_dtype, const voi
                    group, q_stride, out_stride, window, scale, softcap, v_scale, threads);
   });
 }
+RECORDABLE(unified_attention)

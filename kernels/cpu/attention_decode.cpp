@@ -5,6 +5,7 @@
 
 #include "paged.h"
 #include "parallel.h"
+#include "recording.h"
 
 namespace {
 
@@ -157,3 +158,4 @@ EXPORT int64_t paged_attention_decode(int64_t q_dtype, int64_t cache_dtype, cons
                   window, scale, softcap, v_scale, threads);
   });
 }
+RECORDABLE(paged_attention_decode)

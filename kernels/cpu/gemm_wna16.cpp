@@ -9,6 +9,7 @@
 
 #include "dot.h"
 #include "parallel.h"
+#include "recording.h"
 
 namespace {
 
@@ -305,3 +306,4 @@ EXPORT int64_t gemm_wna16(int64_t bits, int64_t dtype, const void* x, const void
   run(x, words, scales, zeros, out, m, n, k, group, threads);
   return kDone;
 }
+RECORDABLE(gemm_wna16)

@@ -13,8 +13,10 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -33,7 +35,8 @@ CODES: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.bfl
 LANES = 16  # of the widest vectors: rows whose length is a multiple need no special case on any machine
 
 # Every exported function and its arguments, without the number of threads, an int64, which is the last of each: p a
-# pointer, i an int64, f a double. The result is an int64: -1, or the index of the row that is at fault.
+# pointer, i an int64, f a double. The result is an int64: -1, or the index of the row that is at fault. `NAME_recorded`
+# is the same function with its arguments in memory, eight bytes each.
 FUNCTIONS: Mapping[str, str] = MappingProxyType(
     {
         "fused_add_rms_norm": "ippppiiiiiif",
@@ -47,6 +50,14 @@ FUNCTIONS: Mapping[str, str] = MappingProxyType(
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
 
 _logger = logging.getLogger(__name__)
+
+Call = tuple[str, tuple[int | float | None, ...]]
+
+
+class _Notes(threading.local):
+    """The calls of a thread since it began to note them; None while it does not."""
+
+    calls: list[Call] | None = None
 
 
 class CpuLibrary:
@@ -63,11 +74,41 @@ class CpuLibrary:
             function = getattr(dll, name)
             function.argtypes = [*(_TYPES[kind] for kind in arguments), ctypes.c_int64]
             function.restype = ctypes.c_int64
+            getattr(dll, f"{name}_recorded")
+        self._replay = dll.replay
+        self._replay.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        self._replay.restype = ctypes.c_int64
         self._dll = dll
+        self._notes = _Notes()
 
     def call(self, name: str, *args: int | float | None) -> int:
         """Call a function with these arguments, pointers as `data_ptr` returns them, and torch's number of threads."""
+        if self._notes.calls is not None:
+            self._notes.calls.append((name, args))
         result: int = getattr(self._dll, name)(*args, torch.get_num_threads())
+        return result
+
+    @contextmanager
+    def noted(self) -> Iterator[list[Call]]:
+        """Note all calls of this thread while the context lasts."""
+        calls = self._notes.calls = []
+        try:
+            yield calls
+        finally:
+            self._notes.calls = None
+
+    def recorded(self, name: str) -> int:
+        """Return the address of the form of a function that takes its arguments from memory."""
+        address = ctypes.cast(getattr(self._dll, f"{name}_recorded"), ctypes.c_void_p).value
+        assert address is not None
+        return address
+
+    def replay(self, calls: int, count: int) -> int:
+        """Make `count` calls, each described at `calls` by the address of a function and that of its arguments.
+
+        Returns -1, or the index of the call that found fault with its inputs.
+        """
+        result: int = self._replay(calls, count, torch.get_num_threads())
         return result
 
 

@@ -2,6 +2,7 @@
 #include "norm.h"
 
 #include "parallel.h"
+#include "recording.h"
 
 namespace {
 
@@ -37,3 +38,4 @@ EXPORT int64_t fused_add_rms_norm(int64_t dtype, const void* x, void* residual, 
   dtype == kFloat32 ? run(float{}) : run(BFloat16{});
   return kDone;
 }
+RECORDABLE(fused_add_rms_norm)

@@ -11,6 +11,8 @@ namespace {
 
 // Short enough that waiting costs a busy neighbour nothing, long enough for an item that is nearly done.
 constexpr int kSpins = 2000;
+// Some 20 us: calls of a recorded step follow each other sooner, and to wake a sleeping thread takes longer.
+constexpr int kIdleSpins = 600;
 constexpr uint64_t kClosed = 0xffffffff;
 
 inline void pause() {
@@ -40,11 +42,11 @@ class Pool {
     context_.store(context, std::memory_order_relaxed);
     count_.store(count, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      ticket_.store(job << 32, std::memory_order_release);
+    ticket_.store(job << 32, std::memory_order_seq_cst);
+    if (asleep_.load(std::memory_order_seq_cst) > 0) {
+      { std::lock_guard<std::mutex> lock(mutex_); }  // who has seen no job yet is in wait() by now
+      wake_.notify_all();
     }
-    wake_.notify_all();
     take_items();
     for (int spins = 0; done_.load(std::memory_order_acquire) < count; ++spins) {
       if (spins < kSpins) {
@@ -62,12 +64,25 @@ class Pool {
   }
 
   void work() {
-    uint64_t seen = 0;
+    uint64_t seen = 0;  // the job that was looked at last; one that is not open yet is still to come
+    const auto has_job = [&] {
+      const uint64_t ticket = ticket_.load(std::memory_order_seq_cst);
+      if (ticket >> 32 == seen || (ticket & kClosed) == kClosed) return false;
+      seen = ticket >> 32;
+      return true;
+    };
+    const auto has_job_soon = [&] {
+      for (int spins = 0; spins < kIdleSpins; ++spins, pause()) {
+        if (has_job()) return true;
+      }
+      return false;
+    };
     for (;;) {
-      {
+      if (!has_job_soon()) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return ticket_.load(std::memory_order_acquire) >> 32 != seen; });
-        seen = ticket_.load(std::memory_order_acquire) >> 32;
+        asleep_.fetch_add(1, std::memory_order_seq_cst);
+        wake_.wait(lock, has_job);
+        asleep_.fetch_sub(1, std::memory_order_seq_cst);
       }
       take_items();
     }
@@ -80,7 +95,7 @@ class Pool {
       const void* context = context_.load(std::memory_order_relaxed);
       const int64_t count = count_.load(std::memory_order_relaxed);
       std::atomic_thread_fence(std::memory_order_acquire);
-      const int64_t item = int64_t(ticket & 0xffffffff);
+      const int64_t item = int64_t(ticket & kClosed);
       if (item >= count || item == int64_t(kClosed)) return;
       if (!ticket_.compare_exchange_strong(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
       task(context, item);
@@ -92,6 +107,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
   int64_t num_workers_ = 0;
+  std::atomic<int> asleep_{0};
   alignas(64) std::atomic<uint64_t> ticket_{0};
   std::atomic<Task> task_{nullptr};
   std::atomic<const void*> context_{nullptr};

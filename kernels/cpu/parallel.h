@@ -3,6 +3,7 @@
 // A team of OpenMP has every thread take its share and waits for all of them: one that the system runs late, because a
 // neighbour needs its core, holds up all others. Here items are taken one at a time from a counter, the caller takes
 // them too, and it waits only for items that another thread has begun. A thread that comes late finds nothing left.
+// One that found the counter at its end looks for the next loop for some microseconds before it sleeps.
 #pragma once
 
 #include <cstdint>

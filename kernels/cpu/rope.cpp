@@ -3,6 +3,7 @@
 
 #include "norm.h"
 #include "parallel.h"
+#include "recording.h"
 
 namespace {
 
@@ -96,3 +97,4 @@ EXPORT int64_t qk_norm_rope_and_cache(int64_t dtype, int64_t cache_dtype, const 
                 qkv_stride, out_stride, k_scale, v_scale, threads);
   });
 }
+RECORDABLE(qk_norm_rope_and_cache)

@@ -16,6 +16,7 @@ from services.executor.runner.device import Device, Event
 from services.executor.runner.host_cache import HostCache
 from services.executor.runner.input_buffers import DecodeAttention, InputBuffers
 from services.executor.runner.prompt_scores import PromptScores, score_prompt
+from services.executor.runner.recorded_decode import RecordedDecode
 from services.executor.runner.sampler import Draw, Sampler
 
 
@@ -23,8 +24,8 @@ class ModelRunner:
     """Runs steps of one model on one device.
 
     Where steps overlap, those of decodes alone are padded to one of `buckets` rows (default: `decode_buckets`) and,
-    once `capture_graphs` ran, replayed; all others are launched op by op. Nothing in `launch` waits for the device,
-    and `wait` waits for its own step only.
+    once `capture_graphs` ran, replayed; on a CPU they are run by `RecordedDecode`. All others are launched op by op.
+    Nothing in `launch` waits for the device, and `wait` waits for its own step only.
 
     The KV caches are the model's, one per layer, with `config.num_blocks` blocks of `config.block_size` slots.
     """
@@ -46,6 +47,7 @@ class ModelRunner:
         buckets = buckets or decode_buckets(config.max_num_seqs)
         self._graphs = DecodeGraphs(buckets, self._decode, device)
         self._inputs = InputBuffers(config, device, self._decode_attention(buckets))
+        self._recorded = RecordedDecode(model, kv_caches, self._ops.library)
         self._sampler = Sampler(config, device, self._ops)
         # Where padded decode steps leave their results; a CPU runs none.
         num_rows = config.max_num_seqs if device.overlaps else 0
@@ -135,9 +137,9 @@ class ModelRunner:
 
     def _forward(self, batch: ScheduledBatch) -> Tensor:
         self._inputs.fill(batch, batch.num_decodes)
-        is_decode = batch.num_decodes == len(batch.sequences)
-        input_ids, context = self._inputs.decode(batch.num_decodes) if is_decode else self._inputs.mixed(batch)
-        return self._model.forward(input_ids, context, self._kv_caches)
+        if batch.num_decodes == len(batch.sequences):
+            return self._recorded.forward(*self._inputs.decode(batch.num_decodes))
+        return self._model.forward(*self._inputs.mixed(batch), self._kv_caches)
 
     def _decode(self, num_rows: int) -> None:
         """Queue a padded decode step from and to fixed places."""

@@ -1,0 +1,15 @@
+// A row of recorded calls as one call.
+#include "recording.h"
+
+struct RecordedCall {
+  RecordedFunction function;
+  const Argument* arguments;
+};
+
+// Returns kDone, or the index of the call that found fault with its inputs; those after it are not made.
+EXPORT int64_t replay(const RecordedCall* calls, int64_t count, int64_t threads) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (calls[i].function(calls[i].arguments, threads) != kDone) return i;
+  }
+  return kDone;
+}

@@ -1,0 +1,100 @@
+"""Steps that are recorded once and then made again as one call, as a GPU replays a captured graph.
+
+A decode step of a small model is some hundred calls of a few microseconds each, and to make them from Python takes as
+long as they do. Between the calls of a recorded step the threads of `parallel.h` stay awake as well.
+"""
+
+import ctypes
+import itertools
+import struct
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.cpu.library import FUNCTIONS, Call, CpuLibrary
+
+_NEW = ("aten::empty", "aten::empty_like", "aten::new_empty")
+
+
+class NotRecordableError(Exception):
+    """What was run computes something outside the library."""
+
+
+class Recorder:
+    """Records steps, one of which runs at a time: they share the memory of what they compute on the way."""
+
+    def __init__(self, library: CpuLibrary) -> None:
+        self._library = library
+        self._memory = _Memory()
+
+    def record(self, run: Callable[[], Tensor]) -> "Recording":
+        """Run `run`, and return what makes the calls that it made.
+
+        Raises:
+            NotRecordableError: `run` uses an op of torch that computes.
+        """
+        with self._memory, self._library.noted() as calls:
+            result = run()
+        return Recording(self._library, calls, result)
+
+
+class Recording:
+    """Calls of a library on the memory that they were made on; `result` is what they compute.
+
+    A replay reads what inputs, weights and all else hold by then, at the addresses where they were: whoever replays
+    keeps these alive. The result is good until the recorder's next step.
+    """
+
+    def __init__(self, library: CpuLibrary, calls: list[Call], result: Tensor) -> None:
+        self.result = result
+        self._library = library
+        self._names = [name for name, _ in calls]
+        arguments = [_packed(FUNCTIONS[name], args) for name, args in calls]
+        self._arguments = torch.frombuffer(bytearray(b"".join(arguments)), dtype=torch.int64)
+        starts = itertools.accumulate(map(len, arguments), initial=self._arguments.data_ptr())
+        self._calls = torch.tensor([[library.recorded(n), at] for n, at in zip(self._names, starts, strict=False)])
+
+    def replay(self) -> Tensor:
+        """Make the calls, and return the result."""
+        at = self._library.replay(self._calls.data_ptr(), len(self._calls))
+        if at >= 0:
+            raise ValueError(f"{self._names[at]}: a recorded call found fault with its inputs")
+        return self.result
+
+
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives new tensors memory that is never freed: what one had is for the next of about its size.
+
+    Otherwise the tensors that a run makes and drops would be recorded at addresses that are somebody else's later.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._unused: dict[int, list[Tensor]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let views pass, give memory to new tensors, refuse everything else."""
+        if not func.is_view and func._schema.name not in _NEW:
+            raise NotRecordableError(str(func))
+        made = func(*args, **(kwargs or {}))
+        return made if func.is_view else self._lend(made.nbytes).view(made.dtype).view(made.shape)
+
+    def _lend(self, num_bytes: int) -> Tensor:
+        size = 1 << (num_bytes - 1).bit_length()  # steps of other numbers of rows find it of use, too
+        unused = self._unused[size]
+        block = unused.pop() if unused else torch.empty(size, dtype=torch.uint8)
+        # The storage of the tensor keeps this array, and nothing else does.
+        lent = (ctypes.c_uint8 * size).from_address(block.data_ptr())
+        weakref.finalize(lent, unused.append, block).atexit = False
+        return torch.frombuffer(lent, dtype=torch.uint8)[:num_bytes]
+
+
+def _packed(kinds: str, args: tuple[int | float | None, ...]) -> bytes:
+    """Return eight bytes per argument; no pointer is 0."""
+    formats = kinds.replace("p", "q").replace("i", "q").replace("f", "d")
+    return struct.pack(f"={formats}", *(arg or 0 for arg in args))
