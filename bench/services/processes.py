@@ -18,6 +18,7 @@ from typing import Any, Self
 import psutil
 import redis
 
+from clients.launcher.health import SERVING, Probe
 from clients.launcher.redis_server import choose_socket, find_redis_server, redis_command, remove_scratch
 
 _START_LIMIT = 120.0
@@ -71,6 +72,13 @@ class Service:
                 raise BenchError(f"the {name} did not start:\n{self._log.read_text()[-2000:]}")
             time.sleep(0.02)
         self.address = announced.read_text().split()[0]
+        if name == "executor":  # it listens before its model is loaded
+            with Probe(self.address) as probe:
+                while probe.health() != SERVING:
+                    if self._popen.poll() is not None or time.monotonic() > deadline:
+                        self.close()
+                        raise BenchError(f"the {name} did not become ready:\n{self._log.read_text()[-2000:]}")
+                    time.sleep(0.02)
 
     @property
     def processes(self) -> dict[str, list[psutil.Process]]:

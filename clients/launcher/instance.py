@@ -20,6 +20,7 @@ from pathlib import Path
 from clients.launcher.errors import LauncherError
 
 REDIS, EXECUTOR, SCHEDULER, TOKENIZER = "redis", "executor", "scheduler", "tokenizer"
+_KINDS = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
 
 # Another launcher removes the folder once; a file system on which it cannot be made (/proc) says "not found" for ever.
 _ATTEMPTS = 100
@@ -56,8 +57,9 @@ class State:
 
     def with_service(self, record: ServiceRecord) -> State:
         """The same with `record` added, or in place of the one with its name."""
-        others = tuple(service for service in self.services if service.name != record.name)
-        return replace(self, services=(*others, record))
+        services = {service.name: service for service in self.services} | {record.name: record}
+        # What others depend on comes first, whatever was started first.
+        return replace(self, services=tuple(sorted(services.values(), key=lambda service: _KINDS.index(service.kind))))
 
     def of_kind(self, kind: str) -> tuple[ServiceRecord, ...]:
         """The services of one kind, in the order in which they were started."""

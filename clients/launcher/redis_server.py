@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-import redis
-
 from clients.launcher.errors import LauncherError
 
 # Sessions are small (a few bytes per token); beyond this the ones nearest to their end go first.
@@ -33,6 +31,8 @@ class RedisHealth:
 
 def check_redis(url: str, timeout: float = 2.0) -> RedisHealth:
     """Ask the Redis at `url` how it is; answers within about `timeout` seconds."""
+    import redis  # not at the top: a third of what the command line would import, and most commands need none
+
     try:
         with redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout) as client:
             info = client.info()

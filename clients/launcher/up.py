@@ -1,4 +1,8 @@
-"""Brings an instance up: Redis, executors, scheduler, tokenizer, each healthy before the next one needs it."""
+"""Brings an instance up: Redis, executors, scheduler and tokenizer, side by side, and waits until all are healthy.
+
+A service is told where the next one down the line listens, which that one says long before it is ready: loading a model
+takes seconds, during which the others start.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from clients.launcher.redis_server import (
 )
 from services.common.health_check import SERVING
 
-_POLL = 0.1
+_POLL = 0.05
 _REDIS_START_LIMIT = 10.0
 
 # A start that failed has served nobody: nothing to drain.
@@ -107,25 +111,38 @@ class _Launch:
         self._plan = listeners(options)
         self._report = report
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._spawned_at: dict[str, float] = {}
         self.state = State(model=options.model, redis_url=options.redis_url, drain_limit=options.drain_limit)
 
     def start_all(self) -> None:
-        """Start everything, in the order in which it is needed."""
+        """Start everything, what takes longest first."""
         check_ports(self._plan)
-        self._start_redis()
+        if self._options.redis_url:
+            self._check_redis()
         executors = [name for name in self._plan if name.startswith(EXECUTOR)]
         for name in executors:
             self._spawn_service(name, EXECUTOR, "")
+        if not self._options.redis_url:
+            self._start_redis()
         what = (
             "running fake engine" if self._options.engine == "fake" else f"loading the weights of {self._options.model}"
         )
+        self._report.begin(executors[0], what)
         for name in executors:
-            self._await_healthy(name, what)
+            self._await_address(name)
         addresses = ",".join(service.address for service in self.state.of_kind(EXECUTOR))
         self._spawn_service(SCHEDULER, SCHEDULER, addresses)
-        self._await_healthy(SCHEDULER, "connecting to the executors")
+        self._await_address(SCHEDULER)
         self._spawn_service(TOKENIZER, TOKENIZER, self._service(SCHEDULER).address)
-        self._await_healthy(TOKENIZER, "loading the vocabulary")
+        for name in executors:
+            if name != executors[0]:
+                self._report.begin(name, what)
+            self._await_healthy(name)
+        self._report.begin(SCHEDULER, "connecting to the executors")
+        self._await_healthy(SCHEDULER)
+        self._report.begin(TOKENIZER, "loading the vocabulary")
+        self._await_address(TOKENIZER)
+        self._await_healthy(TOKENIZER)
 
     def undo(self) -> None:
         """End what was started; the logs stay."""
@@ -133,19 +150,18 @@ class _Launch:
         remove_scratch(self.state.scratch)
         self._instance.remove(keep_logs=True)
 
+    def _check_redis(self) -> None:
+        where = shown(self._options.redis_url)
+        self._report.begin(REDIS, f"asking {where}")
+        health = check_redis(self._options.redis_url)
+        if health.error:
+            raise LauncherError(
+                f"Redis does not answer at {where}: {health.error}; start it, correct REDIS_URL, "
+                "or unset REDIS_URL to use an embedded one"
+            )
+        self._report.done(f"{where}, version {health.version}")
+
     def _start_redis(self) -> None:
-        started = time.monotonic()
-        if self._options.redis_url:
-            where = shown(self._options.redis_url)
-            self._report.begin(REDIS, f"asking {where}")
-            health = check_redis(self._options.redis_url)
-            if health.error:
-                raise LauncherError(
-                    f"Redis does not answer at {where}: {health.error}; start it, correct REDIS_URL, "
-                    "or unset REDIS_URL to use an embedded one"
-                )
-            self._report.done(f"{where}, version {health.version}")
-            return
         self._report.begin(REDIS, "starting the embedded server")
         executable = find_redis_server()
         socket, scratch = choose_socket(self._instance.folder)
@@ -155,36 +171,39 @@ class _Launch:
             REDIS, REDIS, redis_command(executable, socket, self._instance.folder), dict(self._options.environment)
         )
         self._set(self.state.with_service(replace(self._service(REDIS), address=str(socket))))
-        self._wait(REDIS, lambda: socket.exists() and not check_redis(url).error, _REDIS_START_LIMIT, started)
-        self._report.done(f"embedded, version {check_redis(url).version}, {_seconds(started)}")
+        self._wait(REDIS, lambda: socket.exists() and not check_redis(url).error, _REDIS_START_LIMIT)
+        self._report.done(f"embedded, version {check_redis(url).version}, {self._age(REDIS)}")
 
     def _spawn_service(self, name: str, kind: str, upstream: str) -> None:
         announce = self._instance.announce_file(name)
         command = service_command(self._options, name, kind, self._plan[name], announce, upstream)
         self._spawn(name, kind, command, service_environment(self._options, kind, self.state.redis_url))
 
-    def _await_healthy(self, name: str, what: str) -> None:
-        started = time.monotonic()
-        self._report.begin(name, what)
+    def _await_address(self, name: str) -> None:
+        """Return once the service listens."""
         announce = self._instance.announce_file(name)
-        self._wait(name, announce.exists, self._options.start_limit, started)
+        self._wait(name, announce.exists, self._options.start_limit)
         address, metrics = _read_announced(announce)
         self._set(self.state.with_service(replace(self._service(name), address=address, metrics_address=metrics)))
-        with Probe(address) as probe:
-            self._wait(name, lambda: probe.health() == SERVING, self._options.start_limit, started)
-        self._report.done(f"{address}, {_seconds(started)}")
 
-    def _wait(self, name: str, is_ready: Callable[[], bool], limit: float, started: float) -> None:
-        """Return once ready; LauncherError when anything ends meanwhile, or `limit` seconds after `started`."""
+    def _await_healthy(self, name: str) -> None:
+        """Return once the service is ready to work."""
+        address = self._service(name).address
+        with Probe(address) as probe:
+            self._wait(name, lambda: probe.health() == SERVING, self._options.start_limit)
+        self._report.done(f"{address}, {self._age(name)}")
+
+    def _wait(self, name: str, is_ready: Callable[[], bool], limit: float) -> None:
+        """Return once ready; LauncherError when anything ends meanwhile, or `limit` seconds after it was spawned."""
         while not is_ready():
             for other, process in self._processes.items():
                 if (status := process.poll()) is not None:
                     raise LauncherError(_explain_end(self._service(other), status))
-            if time.monotonic() - started > limit:
+            if time.monotonic() - self._spawned_at[name] > limit:
                 log = self._service(name).log
                 raise LauncherError(f"{name} is not healthy after {limit:.0f} s; its log: {log}{_quoted(log)}")
             said = last_message(self._service(name).log)
-            self._report.waiting(f"{_seconds(started)}, {said}" if said else _seconds(started))
+            self._report.waiting(f"{self._age(name)}, {said}" if said else self._age(name))
             time.sleep(_POLL)
 
     def _spawn(self, name: str, kind: str, command: Sequence[str], environment: dict[str, str]) -> None:
@@ -192,7 +211,11 @@ class _Launch:
         log.unlink(missing_ok=True)
         record, process = spawn(name, kind, command, log, environment)
         self._processes[name] = process
+        self._spawned_at[name] = time.monotonic()
         self._set(self.state.with_service(record))
+
+    def _age(self, name: str) -> str:
+        return f"{time.monotonic() - self._spawned_at[name]:.1f} s"
 
     def _service(self, name: str) -> ServiceRecord:
         return next(service for service in self.state.services if service.name == name)
@@ -220,7 +243,3 @@ def _explain_end(service: ServiceRecord, status: int) -> str:
 
 def _quoted(log: str) -> str:
     return "".join(f"\n  {line}" for line in last_lines(log)[-5:])
-
-
-def _seconds(started: float) -> str:
-    return f"{time.monotonic() - started:.1f} s"

@@ -97,6 +97,11 @@ class GgufMetadata(Mapping[str, Any]):
         position += 12
         if item not in (_STRING, _ARRAY):
             return int(position + length * struct.calcsize(self._format(item)))
+        if item == _STRING:  # a vocabulary: in place, since a call per token is what reading the header would take
+            data, unpack = self._data, _LENGTH.unpack_from
+            for _ in range(length):
+                position += 8 + unpack(data, position)[0]
+            return position
         for _ in range(length):
             position = self._end(item, position)
         return position

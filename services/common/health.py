@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
+import grpc
 from grpc_health.v1 import health, health_pb2
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -43,16 +44,31 @@ class Heartbeat:
         return not self._has_work or self._clock() - self._last_beat < self._stall_limit
 
 
+class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]
+    """Answers a check with the status of this instant."""
+
+    def __init__(self, refresh: Callable[[], Awaitable[None]]) -> None:
+        super().__init__()
+        self._refresh = refresh
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        """The status of a service."""
+        await self._refresh()
+        return await super().Check(request, context)
+
+
 class HealthReporter:
     """Publishes one status for all services of a process.
 
     Args:
         services: Full names of the services; the empty name stands for the process.
-        is_ready: Called about twice a second; True means SERVING.
+        is_ready: Called about twice a second, for those who watch, and for every check; True means SERVING.
     """
 
     def __init__(self, services: Sequence[str], is_ready: Callable[[], bool]) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self.servicer = _Servicer(self.publish)
         self._services = ("", *services)
         self._is_ready = is_ready
         self._published: bool | None = None

@@ -59,12 +59,12 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
 
     def on_ready() -> None:
         _log.info("serving %s on %s", supervisor.info.model, service.address)
-        announce(settings.announce, *lines)
 
     running = asyncio.create_task(supervisor.run(on_ready))
     stopping = asyncio.create_task(stop.wait())
     watching = asyncio.create_task(LoopLag(loop_lag.observe).run())
     try:
+        announce(settings.announce, *lines)  # links that come while the model is being loaded wait for it
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             running.result()

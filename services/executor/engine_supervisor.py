@@ -23,6 +23,10 @@ _log = logging.getLogger(__name__)
 
 _RESTART_DELAY = 0.2
 
+# Whoever connects to an engine that is starting would come back too late if it were sent away, and must not give it up
+# for dead: below the limit of a link's handshake.
+_LINK_PATIENCE = 5.0
+
 
 class LinkPort(Protocol):
     """Where the engine's messages for one link go."""
@@ -99,10 +103,16 @@ class EngineSupervisor:
         """Requests that run or wait, by the engine's latest word."""
         return self.info.load.running + self.info.load.waiting if self._ready else 0
 
-    def open_link(self, hello: bytes, port: LinkPort) -> int:
-        """Ask the engine for a link. Raises StatusError while there is none."""
-        if self._channel is None or not self._ready:
-            raise StatusError.unavailable("the engine is starting", retry_after=1.0)
+    async def open_link(self, hello: bytes, port: LinkPort) -> int:
+        """Ask the engine for a link. One that is starting is waited for, for some seconds; then raises StatusError."""
+        try:
+            async with asyncio.timeout(_LINK_PATIENCE):
+                while not self._ready:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise StatusError.unavailable("the engine is starting", retry_after=1.0) from None
+        assert self._channel is not None
         number = self._next_link
         self._next_link += 1
         self._ports[number] = port

@@ -32,7 +32,7 @@ class ExecutorServicer:
                 hello = await anext(frames)
             except StopAsyncIteration:
                 return
-            link = self._supervisor.open_link(hello, port)
+            link = await self._supervisor.open_link(hello, port)
             welcome = await port.welcome
             await port.link.run(welcome, frames, context, lambda frame: self._supervisor.send_frame(link, frame))
             if port.error is not None:

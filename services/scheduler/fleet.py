@@ -218,7 +218,8 @@ class Fleet:
     def _give_up(self) -> None:
         self._grace_timer = None
         self.outage = self.make_outage()
-        _log.error("requests end with UNAVAILABLE: %s", self.outage.message)
+        level = logging.INFO if self.identity is None else logging.ERROR  # whoever waits for a first one is starting
+        _log.log(level, "requests end with UNAVAILABLE: %s", self.outage.message)
         self._listener.fleet_out(self.outage)
 
 

@@ -27,6 +27,8 @@ class ServiceProcess:
     process: subprocess.Popen[bytes]
     log: Path
     announce: Path
+    ready_text: str = ""
+    """What it logs once it is ready, if that is later than its announcement."""
 
     def _announced(self) -> list[str]:
         return self.announce.read_text().split()
@@ -48,7 +50,7 @@ class ServiceProcess:
 
     def wait_ready(self, timeout: float = 60.0) -> ServiceProcess:
         deadline = time.monotonic() + timeout
-        while not self.announce.exists():
+        while not self.announce.exists() or self.ready_text not in self.log.read_text():
             if self.process.poll() is not None:
                 raise AssertionError(f"exited with {self.process.returncode}:\n{self.log.read_text()}")
             if time.monotonic() > deadline:
@@ -90,7 +92,7 @@ def spawner(folder: Path) -> Iterator[Spawn]:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
-        handle = ServiceProcess(process, log, announce)
+        handle = ServiceProcess(process, log, announce, "serving" if service == "executor" else "")
         started.append(handle)
         return handle.wait_ready() if wait else handle
 

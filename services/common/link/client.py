@@ -100,8 +100,10 @@ class LinkClient:
 
     async def run(self) -> None:
         """Connect, serve, and connect again, until cancelled."""
+        now = asyncio.get_running_loop().time
         delay = _FIRST_DELAY
         while True:
+            began = now()
             try:
                 await self._connect_once()
                 error = StatusError.unavailable(f"{self.address} closed the link")
@@ -123,8 +125,9 @@ class LinkClient:
             self._up = False
             self._outbox.clear()
             self._handler.on_down(error)
+            # From attempt to attempt: a peer that is starting lets its callers wait for a while, which is pause enough.
             # Jitter, so that the links of many processes do not return in the same instant.
-            await asyncio.sleep(delay * random.uniform(0.8, 1.2))
+            await asyncio.sleep(max(_FIRST_DELAY, delay - (now() - began)) * random.uniform(0.8, 1.2))
             delay = min(delay * 2, _LONGEST_DELAY)
 
     async def _connect_once(self) -> None:

@@ -19,7 +19,7 @@ class Supervisor:
         self.closed: list[int] = []
         self.traffic = LinkTraffic()
 
-    def open_link(self, hello: bytes, port: Any) -> int:
+    async def open_link(self, hello: bytes, port: Any) -> int:
         self.port = port
         return 7
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +72,22 @@ def test_no_code_over_the_wire() -> None:
             calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
             names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
             assert not names & {"eval", "exec"}, path
+
+
+_HEAVY = ("torch", "triton", "kernels", "transformers", "numpy", "gguf")
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("services.executor.__main__", _HEAVY),  # the front; the engine is another process
+        ("services.scheduler.__main__", _HEAVY),
+        ("services.tokenizer.__main__", (*_HEAVY, "tokenizers")),
+        ("services.tokenizer.worker", _HEAVY),
+        ("clients.cli.main", (*_HEAVY, "tokenizers", "redis")),
+    ],
+)
+def test_what_must_start_in_an_instant_imports_nothing_heavy(module: str, heavy: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
