@@ -18,8 +18,9 @@ from typing import Any, Self
 import psutil
 import redis
 
-from clients.launcher.health import SERVING, Probe
+from clients.launcher.health import Probe
 from clients.launcher.redis_server import choose_socket, find_redis_server, redis_command, remove_scratch
+from services.common.health_check import SERVING
 
 _START_LIMIT = 120.0
 _ROLES = {"services.tokenizer.worker": "worker", "services.executor.engine_process": "engine"}

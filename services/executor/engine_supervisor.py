@@ -64,6 +64,7 @@ class EngineSupervisor:
         self._ready = False
         self._draining = False
         self._changed = asyncio.Event()
+        self._on_ready: Callable[[], None]
         self.info = executor_pb2.GetExecutorInfoResponse()
         self.traffic = LinkTraffic()
         self.num_engine_crashes = 0
@@ -150,15 +151,17 @@ class EngineSupervisor:
 
         The engine holds nothing that outlives it, so it is ended by killing it.
         """
+        self._on_ready = on_ready
         failures = 0
         while True:
-            was_ready = await self._run_once(on_ready)
+            was_ready = await self._run_once()
             failures = 0 if was_ready else failures + 1
             if failures > self._settings.max_engine_restarts:
                 raise StartError(f"the engine died {failures} times in a row while starting; its log lines are above")
             await asyncio.sleep(_RESTART_DELAY * 2**failures)
 
-    async def _run_once(self, on_ready: Callable[[], None]) -> bool:
+    async def _run_once(self) -> bool:
+        """One engine, to its end. Whether it was ever ready."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
@@ -172,24 +175,16 @@ class EngineSupervisor:
             )
         assert self._process.stdin is not None
         self._process.stdin.write(self._settings.model_dump_json().encode() + b"\n")
-        self._channel = await FrontChannel.open(ours)
-        became_ready = False
+        self._channel = FrontChannel(self._on_message)
         try:
-            while True:
-                message = await self._channel.receive()
-                self._on_message(message)
-                if self._ready and not became_ready:
-                    became_ready = True
-                    if self._draining:
-                        self._channel.send(Message(Kind.DRAIN))
-                    on_ready()
-        except EOFError:
+            await self._channel.open(ours)
+            await self._channel.wait_ended()
             code = await self._process.wait()
             self.num_engine_crashes += 1
             _log.error("the engine process ended with %s, its requests are lost here", _describe_exit(code))
+            return self._ready
         finally:
             await self._end_process("the executor is shutting down" if self._draining else "the engine process died")
-        return became_ready
 
     def _on_message(self, message: Message) -> None:
         port = self._ports.get(message.link)
@@ -200,7 +195,8 @@ class EngineSupervisor:
                     port.on_frame(message.payload)
             case Kind.STATS:
                 self.info = executor_pb2.GetExecutorInfoResponse.FromString(message.payload)
-                self._ready = True
+                if not self._ready:
+                    self._become_ready()
                 self._heartbeat.beat(has_work=self.num_unfinished > 0)
                 self._changed.set()
             case Kind.WELCOME:
@@ -218,6 +214,12 @@ class EngineSupervisor:
                 raise StartError(message.payload.decode())
             case other:
                 raise AssertionError(f"the engine sent {other}")
+
+    def _become_ready(self) -> None:
+        self._ready = True
+        if self._draining and self._channel is not None:
+            self._channel.send(Message(Kind.DRAIN))
+        self._on_ready()
 
     async def _end_process(self, reason: str) -> None:
         """Leave no engine behind, and tell every link that it is gone."""

@@ -11,8 +11,9 @@ import enum
 import select
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 _HEADER = struct.Struct("<BII")
 _READ_BYTES = 1 << 18
@@ -88,12 +89,7 @@ class EngineChannel:
                     raise EOFError("the front closed the connection")
                 self._buffer += data
                 timeout = 0.0
-        while self._has_message():
-            kind, link, length = _HEADER.unpack_from(self._buffer)
-            end = _HEADER.size + length
-            payload = bytes(memoryview(self._buffer)[_HEADER.size : end])
-            del self._buffer[:end]
-            yield Message(Kind(kind), link, payload)
+        yield from _take_messages(self._buffer)
 
     def _has_message(self) -> bool:
         if len(self._buffer) < _HEADER.size:
@@ -102,30 +98,70 @@ class EngineChannel:
         return len(self._buffer) >= _HEADER.size + length
 
 
-class FrontChannel:
-    """The front's end, on its event loop."""
+class FrontChannel(asyncio.Protocol):
+    """The front's end, on its event loop.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    Messages are handled in the callback in which their bytes arrive: a task that reads them would cost another turn of
+    the loop for every step.
 
-    @classmethod
-    async def open(cls, connection: socket.socket) -> FrontChannel:
+    Args:
+        on_message: Called with each message; what it raises ends the connection.
+    """
+
+    def __init__(self, on_message: Callable[[Message], None]) -> None:
+        self._on_message = on_message
+        self._buffer = bytearray()
+        self._transport: asyncio.WriteTransport | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def open(self, connection: socket.socket) -> None:
         """Take the front's half of the socket pair."""
-        return cls(*await asyncio.open_connection(sock=connection))
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=connection)
 
     def send(self, message: Message) -> None:
         """Queue a message; the engine reads between two steps."""
-        self._writer.write(message.encode())
+        assert self._transport is not None
+        self._transport.write(message.encode())
 
-    async def receive(self) -> Message:
-        """The next message. EOFError: the engine is gone."""
-        try:
-            kind, link, length = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
-            return Message(Kind(kind), link, await self._reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            raise EOFError("the engine closed the connection") from None
+    async def wait_ended(self) -> None:
+        """Return once the engine is gone. Raises what `on_message` raised."""
+        await self._ended
 
     def close(self) -> None:
         """Close the connection; the engine ends when it notices."""
-        self._writer.close()
+        if self._transport is not None:
+            self._transport.close()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection stands."""
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's own class
+
+    def data_received(self, data: bytes) -> None:
+        """The engine wrote something."""
+        self._buffer += data
+        try:
+            for message in _take_messages(self._buffer):
+                self._on_message(message)
+        except Exception as error:
+            if not self._ended.done():
+                self._ended.set_exception(error)
+            self.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The engine is gone, or `close` was called."""
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+def _take_messages(buffer: bytearray) -> Iterator[Message]:
+    """Take the whole messages from the front of a buffer."""
+    while len(buffer) >= _HEADER.size:
+        kind, link, length = _HEADER.unpack_from(buffer)
+        end = _HEADER.size + length
+        if len(buffer) < end:
+            return
+        payload = bytes(memoryview(buffer)[_HEADER.size : end])
+        del buffer[:end]
+        yield Message(Kind(kind), link, payload)

@@ -54,6 +54,17 @@ class ClientLink:
         if not self._flush_due:
             self._schedule_flush()
 
+    def add_columns(
+        self, handles: list[int], indices: list[int], offsets: list[int], counts: list[int], token_ids: list[int]
+    ) -> None:
+        """New tokens of many samples."""
+        self._handles += handles
+        self._indices += indices
+        self._offsets += offsets
+        self._counts += counts
+        self._token_ids += token_ids
+        self._schedule_flush()
+
     def add_logprobs(self, logprobs: link_pb2.LinkLogprobs) -> None:
         """Log-probabilities of new tokens."""
         self._logprobs.append(logprobs)

@@ -39,15 +39,32 @@ def test_engine_notices_that_the_front_is_gone() -> None:
 
 async def test_front_reads_what_the_engine_wrote() -> None:
     ours, theirs = socket.socketpair()
-    front = await FrontChannel.open(ours)
-    engine = EngineChannel(theirs)
-    engine.send(Message(Kind.STATS, payload=b"x" * 100_000), Message(Kind.FRAME, 7, b""))
-    assert await front.receive() == Message(Kind.STATS, payload=b"x" * 100_000)
-    assert await front.receive() == Message(Kind.FRAME, 7, b"")
+    received: list[Message] = []
+    front = FrontChannel(received.append)
+    await front.open(ours)
+    sent = [Message(Kind.STATS, payload=b"x" * 100_000), Message(Kind.FRAME, 7, b"")]
+    await asyncio.to_thread(EngineChannel(theirs).send, *sent)
     theirs.close()
-    with pytest.raises(EOFError):
-        await asyncio.wait_for(front.receive(), 5)
+    await asyncio.wait_for(front.wait_ended(), 5)
+    assert received == sent
     front.close()
+
+
+async def test_what_a_message_makes_the_front_raise_ends_the_connection() -> None:
+    ours, theirs = socket.socketpair()
+
+    def refuse(message: Message) -> None:
+        raise ValueError(message.payload)
+
+    front = FrontChannel(refuse)
+    await front.open(ours)
+    with theirs:
+        engine = EngineChannel(theirs)
+        engine.send(Message(Kind.FATAL, payload=b"no"))
+        with pytest.raises(ValueError, match="no"):
+            await asyncio.wait_for(front.wait_ended(), 5)
+        with pytest.raises(EOFError):
+            list(engine.receive(5.0))
 
 
 def test_engine_notices_a_front_that_left_without_reading() -> None:
