@@ -38,7 +38,7 @@ chat: setup ## chat on a session; starts the services when they are not running
 test: setup-dev ## run the tests but the slow ones
 	$(test-env) $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow" $(PYTEST_ARGS)
 
-test-all: setup-dev ## run all tests
+test-all: setup-dev ## run all tests; those of the monitoring files need Prometheus: apt-get install prometheus
 	$(test-env) $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(PYTEST_ARGS)
 
 test-compose: setup-dev ## run the containers for real: up, scale, crash, upgrade, down (needs Docker; minutes)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import grpc
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from clients.client import Client, ClientError
@@ -149,8 +148,8 @@ class CliContext:
         """A client of the server to call."""
         return Client(self.address(address))
 
-    def table(self, table: Table) -> None:
-        """A table as result; in a pipe each row is one line, however long."""
+    def table(self, table: RenderableType) -> None:
+        """A table, or several, as result; in a pipe each row is one line, however long."""
         console = self.out if self.out.is_terminal else Terminal(file=self.out.file, width=_PIPE_WIDTH)
         console.print(table)
 

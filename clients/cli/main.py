@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from clients.cli import chat, generate, models, services, tokenize
+from clients.cli import chat, generate, models, services, tokenize, top
 from clients.cli.context import CliContext, CliError, Environment, ExitCode, Terminal, explain
 from clients.cli.text import require_utf8
 from clients.client import ClientError
@@ -30,6 +30,7 @@ First steps:
   scalellm generate "Once upon a"     continue a text
   scalellm chat                       talk, with a session on the server
   scalellm status                     how the services are
+  scalellm top                        what they do, live
   scalellm down                       drain and stop them
 """
 
@@ -103,6 +104,7 @@ services.register(app)
 app.command("generate", help=generate.HELP)(generate.generate)
 app.command("chat", help=chat.HELP, short_help="Talk with the model, on a session that the server keeps.")(chat.chat)
 app.command("tokenize", help=tokenize.HELP)(tokenize.tokenize)
+app.command("top", help=top.HELP, short_help="Show live what the services do.")(top.top)
 app.add_typer(models.app, name="models")
 
 

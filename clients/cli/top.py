@@ -1,0 +1,231 @@
+"""`scalellm top`."""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from clients.cli.context import CliContext, CliError, ExitCode
+from clients.cli.top_figures import Scrape, Window, increase, quantile, rate, scrape
+from clients.launcher import NotRunningError
+from clients.launcher.health import local_address
+
+HELP = """Show live what the services do: requests, tokens, latencies, caches.
+
+Figures are of the last ten seconds. q or Ctrl-C quits.
+
+\b
+Examples:
+  scalellm top
+  scalellm top --once                                    one frame, for a pipe or a log
+  scalellm top --metrics host:9151 --metrics host:9152   services of another machine
+"""
+
+_WINDOW = 10.0
+_BAR = 10
+_ORDER = ("tokenizer", "scheduler", "executor", "")
+_REQUESTS = "scalellm_tokenizer_requests"
+
+
+def top(
+    ctx: typer.Context,
+    *,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="Metrics endpoint; once per service. Default: the instance's."),
+    ] = None,
+    interval: Annotated[float, typer.Option(min=0.1, max=60, help="Seconds between frames.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+) -> None:
+    """Show figures until told to stop."""
+    context = CliContext.of(ctx)
+    addresses = metrics or _addresses(context)
+    if once:
+        first = scrape(addresses)
+        time.sleep(interval)
+        window = Window(first, scrape(addresses))
+        context.table(frame(window))
+        if any(not new.samples for _, new in window.pairs):
+            raise typer.Exit(ExitCode.FAILED)
+        return
+    if not context.out.is_terminal:
+        raise CliError("standard output is not a terminal: use --once", ExitCode.USAGE)
+    history = deque([scrape(addresses)])
+    try:
+        with _keys() as keyboard, Live(Text("..."), console=context.out, screen=True, auto_refresh=False) as live:
+            while not _quits(keyboard, interval):
+                history.append(scrape(addresses))
+                while len(history) > 2 and history[1][0].at < history[-1][0].at - _WINDOW:
+                    history.popleft()
+                live.update(frame(Window(history[0], history[-1])), refresh=True)
+    except KeyboardInterrupt:  # the way to end it, not an interruption
+        return
+
+
+def _addresses(context: CliContext) -> list[str]:
+    instance = context.instance
+    state = instance.load()
+    if state is None:
+        raise NotRunningError(f"not running (instance {instance.name!r})")
+    found = [local_address(service.metrics_address) for service in state.services if service.metrics_address]
+    if not found:
+        raise CliError("no service of this instance has a metrics endpoint; name some with --metrics HOST:PORT")
+    return found
+
+
+def frame(window: Window) -> RenderableType:
+    """One frame."""
+    title = Text(f"scalellm top   {time.strftime('%H:%M:%S')}", style="bold")
+    return Group(title, Text(), _services(window), Text(), _figures(window), Text(), _executors(window))
+
+
+def _services(window: Window) -> Table:
+    table = _table("service", "metrics", "health", "cpu", "memory")
+    for old, new in sorted(window.pairs, key=lambda pair: (_ORDER.index(pair[1].service), pair[1].address)):
+        health = _health(new)
+        table.add_row(
+            new.service or "?",
+            new.address,
+            Text(health, style="green" if health == "ok" else "bold red"),
+            f"{100 * rate(old, new, 'scalellm_process_cpu_seconds_total'):.0f} %",
+            f"{new.total('scalellm_process_resident_memory_bytes') / 2**20:.0f} MiB",
+        )
+    return table
+
+
+def _health(service: Scrape) -> str:
+    match service.service:
+        case "tokenizer":
+            return "ok" if service.total("scalellm_tokenizer_scheduler_links") else "no link to the scheduler"
+        case "scheduler":
+            if not service.total("scalellm_scheduler_executors", phase="ready"):
+                return "no executor is ready"
+            redis = service.samples.get("scalellm_scheduler_redis_up")
+            return "Redis does not answer" if redis and not sum(redis.values()) else "ok"
+        case "executor":
+            if not service.total("scalellm_executor_engine_up"):
+                return "no engine"
+            return "stuck" if service.total("scalellm_executor_engine_stalled") else "ok"
+    return "does not answer"
+
+
+def _figures(window: Window) -> Table:
+    queries = window.rate("scalellm_executor_prefix_cache_queries_total")
+    hits = window.rate("scalellm_executor_prefix_cache_hits_total")
+    waiting = window.gauge("scalellm_scheduler_num_requests_waiting")
+    waiting += window.gauge("scalellm_executor_num_requests_waiting")
+    ended = {
+        outcome: window.rate(f"{_REQUESTS}_ended_total", outcome=outcome)
+        for outcome in ("finished", "cancelled", "rejected")
+    }
+    lines = (
+        ("requests", f"{window.gauge(f'{_REQUESTS}_running'):.0f} running, {waiting:.0f} waiting"),
+        ("per second", ", ".join(f"{value:.1f} {outcome}" for outcome, value in ended.items())),
+        (
+            "tokens per second",
+            f"{window.rate('scalellm_scheduler_prompt_tokens_total'):.0f} in, "
+            f"{window.rate('scalellm_generation_tokens_total'):.0f} out",
+        ),
+        ("time to first token", _quantiles(window, "scalellm_time_to_first_token_seconds")),
+        ("inter-token latency", _quantiles(window, "scalellm_inter_token_latency_seconds")),
+        ("end to end", _quantiles(window, "scalellm_e2e_request_latency_seconds")),
+        ("prefix cache hits", _share(hits, queries)),
+        ("preemptions", f"{window.rate('scalellm_executor_preemptions_total'):.1f} per second"),
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for name, text in lines:
+        table.add_row(Text(name, style="dim"), text)
+    return table
+
+
+def _executors(window: Window) -> Table:
+    table = _table("executor", "run", "wait", "KV cache", "hits", "preempt", "tok/s", "batch", "step")
+    for old, new in sorted(window.of("executor"), key=lambda pair: pair[1].address):
+        steps = increase(old, new, "scalellm_executor_step_sequences_count")
+        sequences = increase(old, new, "scalellm_executor_step_sequences_sum")
+        table.add_row(
+            new.address,
+            f"{new.total('scalellm_executor_num_requests_running'):.0f}",
+            f"{new.total('scalellm_executor_num_requests_waiting'):.0f}",
+            _bar(new.total("scalellm_executor_kv_cache_usage_perc")),
+            _share(
+                increase(old, new, "scalellm_executor_prefix_cache_hits_total"),
+                increase(old, new, "scalellm_executor_prefix_cache_queries_total"),
+            ),
+            f"{new.total('scalellm_executor_preemptions_total'):.0f}",
+            f"{rate(old, new, 'scalellm_executor_generation_tokens_total'):.0f}",
+            f"{sequences / steps:.1f}" if steps else "-",
+            _seconds(quantile([(old, new)], "scalellm_executor_step_seconds", 0.5)),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for number, column in enumerate(columns):
+        right = number > 0 and column not in ("metrics", "health", "KV cache")
+        table.add_column(column, no_wrap=True, justify="right" if right else "left")
+    return table
+
+
+def _quantiles(window: Window, histogram: str) -> str:
+    return f"p50 {_seconds(window.quantile(histogram, 0.5))}   p99 {_seconds(window.quantile(histogram, 0.99))}"
+
+
+def _seconds(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def _bar(share: float) -> Text:
+    filled = round(share * _BAR)
+    style = "red" if share > 0.95 else "yellow" if share > 0.8 else "green"
+    return Text.assemble(("█" * filled, style), ("░" * (_BAR - filled), "dim"), f" {100 * share:3.0f} %")
+
+
+@contextmanager
+def _keys() -> Iterator[int | None]:
+    """The keyboard's file number, read key by key while this lasts; None where there is no keyboard."""
+    if not sys.stdin.isatty():
+        yield None
+        return
+    keyboard = sys.stdin.fileno()
+    saved = termios.tcgetattr(keyboard)
+    tty.setcbreak(keyboard)
+    try:
+        yield keyboard
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, saved)
+
+
+def _quits(keyboard: int | None, seconds: float) -> bool:
+    """Wait; whether q was pressed meanwhile."""
+    if keyboard is None:
+        time.sleep(seconds)
+        return False
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        readable: Sequence[int] = select.select([keyboard], [], [], left)[0]
+        if readable and os.read(keyboard, 1) in (b"q", b"Q", b""):
+            return True
+    return False

@@ -1,0 +1,115 @@
+"""What `scalellm top` shows, computed from two scrapes of each service's metrics."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from urllib.request import ProxyHandler, build_opener
+
+from prometheus_client.parser import text_string_to_metric_families
+
+_TIMEOUT = 1.5
+_CHARSET = "utf-8"
+
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """One service's answer; without samples where it gave none."""
+
+    address: str
+    at: float
+    samples: Mapping[str, Mapping[Labels, float]] = field(default_factory=dict)
+
+    @property
+    def service(self) -> str:
+        """tokenizer, scheduler or executor; empty when it does not answer."""
+        return next((dict(labels)["service"] for labels in self.samples.get("scalellm_build_info", {})), "")
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of a metric over its series with these labels."""
+        wanted = set(labels.items())
+        return sum(value for key, value in self.samples.get(name, {}).items() if wanted <= set(key))
+
+
+def scrape(addresses: Sequence[str]) -> list[Scrape]:
+    """Ask all endpoints (host:port) at once."""
+    with ThreadPoolExecutor(max_workers=len(addresses)) as pool:
+        return list(pool.map(_scrape, addresses))
+
+
+def _scrape(address: str) -> Scrape:
+    # Services are asked as they stand: a web proxy does not reach them.
+    opener = build_opener(ProxyHandler({}))
+    at = time.monotonic()
+    try:
+        with opener.open(f"http://{address}/metrics", timeout=_TIMEOUT) as answer:
+            text = answer.read().decode(_CHARSET)
+        samples: dict[str, dict[Labels, float]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                samples.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    except (OSError, HTTPException, ValueError):
+        return Scrape(address, at)
+    return Scrape(address, at, samples)
+
+
+class Window:
+    """What happened between two scrapes of the same services.
+
+    Args:
+        old: The earlier ones.
+        new: The later ones.
+    """
+
+    def __init__(self, old: Sequence[Scrape], new: Sequence[Scrape]) -> None:
+        before = {scrape.address: scrape for scrape in old}
+        self.pairs = [(before.get(scrape.address, scrape), scrape) for scrape in new]
+
+    def of(self, service: str) -> list[tuple[Scrape, Scrape]]:
+        """The pairs of one kind of service."""
+        return [pair for pair in self.pairs if pair[1].service == service]
+
+    def gauge(self, name: str, **labels: str) -> float:
+        """A gauge now, summed over all services."""
+        return sum(new.total(name, **labels) for _, new in self.pairs)
+
+    def rate(self, name: str, **labels: str) -> float:
+        """A counter's increase per second, summed over all services."""
+        return sum(rate(old, new, name, **labels) for old, new in self.pairs)
+
+    def quantile(self, histogram: str, q: float) -> float:
+        """A quantile of what was observed meanwhile; NaN when nothing was."""
+        return quantile(self.pairs, histogram, q)
+
+
+def increase(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
+    """A counter's increase; one that began anew counts from 0."""
+    before, now = old.total(name, **labels), new.total(name, **labels)
+    return now - before if now >= before and old.samples else now if old.samples else 0.0
+
+
+def rate(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
+    """A counter's increase per second."""
+    return increase(old, new, name, **labels) / max(1e-3, new.at - old.at)
+
+
+def quantile(pairs: Sequence[tuple[Scrape, Scrape]], histogram: str, q: float) -> float:
+    """A quantile of the observations between the scrapes of each pair, linear within its bucket as in Prometheus."""
+    name = f"{histogram}_bucket"
+    bounds = {dict(labels)["le"] for _, new in pairs for labels in new.samples.get(name, {})}
+    counts = sorted((float(le), sum(increase(old, new, name, le=le) for old, new in pairs)) for le in bounds)
+    if not counts or counts[-1][1] <= 0:
+        return math.nan
+    rank = q * counts[-1][1]
+    lower, below = 0.0, 0.0
+    for bound, count in counts:
+        if count >= rank:
+            return lower if math.isinf(bound) else lower + (bound - lower) * (rank - below) / max(count - below, 1e-9)
+        lower, below = bound, count
+    return lower
