@@ -130,7 +130,8 @@ def main(
         pull(model, home)
     path = resolve(model, home)
     config = read_model_config(path)
-    threads = choose_num_threads(config.hidden_size, config.intermediate_size, torch.float32)
+    weight = torch.ones(config.intermediate_size, config.hidden_size)
+    threads = choose_num_threads(lambda x: torch.nn.functional.linear(x, weight), config.hidden_size, torch.float32)
     settings = {"model": str(path), "home": str(home), "num_threads": str(threads), "max_model_len": "1024"}
     vocabulary = Vocabulary.of_size(config.vocab_size)
     shape = Shape(input_len=input_len, output_len=output_len)

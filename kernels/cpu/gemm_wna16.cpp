@@ -18,7 +18,7 @@ constexpr int kTileRows = kDotIsOneInstruction ? 6 : 2;  // as many sums as ther
 constexpr int64_t kPanelBytes = 1 << 18;  // a quarter of a second-level cache, or less
 constexpr int64_t kPanelTiles = 8;        // rows of memory are read so much at a time
 constexpr int kFewRows = 8;               // for up to so many, weights are used as they come from memory
-constexpr double kItemNs = 20000;         // work worth another thread's waking
+constexpr double kItemNs = 6000;          // work worth another thread's taking
 
 template <class T>
 struct Problem {
@@ -125,6 +125,7 @@ void few_rows(const Problem<T>& p, int64_t from, int64_t to) {
               sum[m] = r == 0 ? start_of<Bits>(zeros != nullptr, p.input_sums[at[m]]) : load_words(sums[m] + column);
             }
             for (int i = 0; i < count; ++i) {
+              if constexpr (M > 4) __builtin_prefetch(words + (i + kWords) * p.n + column);  // they compute long enough
               const Int w = load_words(words + i * p.n + column);
               if constexpr (Bits == 8) {
                 for (int m = 0; m < M; ++m) sum[m] = dot<8>(sum[m], w, four(codes[m] + 4 * i));
@@ -290,8 +291,10 @@ void gemm(const void* x, const void* words, const void* scales, const void* zero
                      static_cast<T*>(out), m, n, k, group, codes.data(), input_scales.data(), input_sums.data()};
   // Bytes at the speed of memory and products at that of the widest vectors: a guess of what a column takes.
   const double column_ns = double(k) * (Bits / 200.0 + m / 130.0);
-  const int64_t least = std::max(int64_t(kItemNs / column_ns), n / (4 * threads)) / kTile * kTile + kTile;
-  parallel_ranges(n, least, threads, [&](int64_t begin, int64_t end) { columns<T, Bits>(p, begin, end); });
+  int64_t parts = std::clamp<int64_t>(int64_t(column_ns * n / kItemNs), 1, 4 * threads);
+  if (parts > threads) parts -= parts % threads;  // as many for each
+  const int64_t each = ((n + parts - 1) / parts + kTile - 1) / kTile * kTile;
+  parallel_ranges(n, each, threads, [&](int64_t begin, int64_t end) { columns<T, Bits>(p, begin, end); });
 }
 
 }  // namespace

@@ -15,7 +15,15 @@ from services.executor.config import ExecutorSettings
 from services.executor.engine.config import CapacityPolicy, EngineConfig
 from services.executor.engine.engine import Engine
 from services.executor.engine.kv_cache_size import num_kv_blocks
-from services.executor.models import CausalLM, ModelConfig, ModelRuntime, Quantization, allocate_kv_caches, dummy_model
+from services.executor.models import (
+    CausalLM,
+    ModelConfig,
+    ModelRuntime,
+    Quantization,
+    WeightMemory,
+    allocate_kv_caches,
+    dummy_model,
+)
 from services.executor.placement import Placement, dtype_name
 from services.executor.runner import ModelRunner
 from services.executor.runner.warm_up import run_largest_step, warm_up
@@ -49,7 +57,13 @@ def build_model_engine(
     Raises StartError, UnsupportedModelError, KVCacheTooSmallError, EngineConfigError.
     """
     device, torch_device = placement.device, placement.device.torch_device
-    runtime = ModelRuntime(_select_ops(settings, placement), placement.dtype, torch_device, _quantization(settings))
+    runtime = ModelRuntime(
+        _select_ops(settings, placement),
+        placement.dtype,
+        torch_device,
+        _quantization(settings, placement),
+        allocate=WeightMemory().allocate,
+    )
     # Sized before anything is loaded: a refusal takes a second, not minutes of reading weights.
     longest = settings.max_model_len or model_config.max_position_embeddings
     weights = weight_bytes(model_config, runtime, max_model_len=longest)
@@ -61,13 +75,12 @@ def build_model_engine(
             "--quantization"
         )
     sizes = _size_cache(settings, placement, model_config, longest, free - weights)
-    if torch_device.type == "cpu":
-        torch.set_num_threads(
-            settings.num_threads
-            or choose_num_threads(model_config.hidden_size, model_config.intermediate_size, placement.dtype)
-        )
+    if torch_device.type == "cpu" and settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
     progress(f"loading {settings.model}: {weights / 2**20:.0f} MiB in {_weight_format(settings, placement)}")
     model = _load(path, model_config, runtime, sizes[1], progress)
+    if torch_device.type == "cpu" and not settings.num_threads:
+        torch.set_num_threads(choose_num_threads(model.first_projection, model_config.hidden_size, placement.dtype))
     if device.overlaps:
         # What a step takes beside weights and cache is known once the largest one ran; torch keeps that memory.
         run_largest_step(
@@ -132,10 +145,12 @@ def _select_ops(settings: ExecutorSettings, placement: Placement) -> Ops:
     return ops
 
 
-def _quantization(settings: ExecutorSettings) -> Quantization:
+def _quantization(settings: ExecutorSettings, placement: Placement) -> Quantization:
     match settings.quantization:
         case "fp8-tensor":
             return Quantization("fp8", granularity="tensor")
+        case "int4" if placement.device.torch_device.type == "cpu":
+            return Quantization("int4", group_size=32)  # as GGUF files have them; GPUs take 128, which read less
         case method:
             return Quantization(method)
 

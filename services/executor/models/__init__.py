@@ -8,6 +8,7 @@ from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.presets import PRESETS, preset_config
 from services.executor.models.quantization import Quantization
 from services.executor.models.runtime import ModelRuntime
+from services.executor.models.weight_memory import WeightMemory
 
 __all__ = [
     "PRESETS",
@@ -21,6 +22,7 @@ __all__ = [
     "PrefillRows",
     "Quantization",
     "UnsupportedModelError",
+    "WeightMemory",
     "allocate_kv_caches",
     "dummy_model",
     "preset_config",

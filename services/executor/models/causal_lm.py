@@ -62,6 +62,10 @@ class CausalLM:
             stream = residual
         return self._norm(x, residual)
 
+    def first_projection(self, x: Tensor) -> Tensor:
+        """Return the queries, keys and values of the first layer, of `x [T, H]`: a product like most of a step's."""
+        return self._layers[0].self_attn.qkv_proj(x)
+
     def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return the logits `[R, V]` float32 of the hidden states `[R, H]`, in `out` where it is given."""
         logits = self._vocabulary.logits(hidden, out=out)

@@ -1,0 +1,40 @@
+"""Where weights on a CPU lie: on huge pages, if the system has them.
+
+Each token reads all weights once, so that a table of pages of 4 KiB never has what is asked for.
+"""
+
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_CHUNK = 64 << 20
+_ALIGNMENT = 64  # a cache line
+
+
+class WeightMemory:
+    """Gives out parts of large chunks, which last as long as one of their parts."""
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def allocate(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialised tensor, as `torch.empty` does; memory that is never written costs nothing."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = math.prod(shape) * dtype.itemsize
+        if self._used + size > len(self._chunk):
+            self._chunk, self._used = _new_chunk(max(size, _CHUNK)), 0
+        part = self._chunk[self._used : self._used + size]
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return part.view(dtype).view(tuple(shape))
+
+
+def _new_chunk(size: int) -> Tensor:
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
