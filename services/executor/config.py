@@ -42,7 +42,8 @@ class ExecutorSettings(ServiceSettings):
     """Type of activations, and of weights that are not quantised; default: bfloat16 on a GPU, float32 on a CPU."""
     quantization: Literal["none", "keep", "fp8", "fp8-tensor", "int8", "int4"] = "none"
     """What becomes of the weights of linear layers when they are loaded: keep leaves them as a quantised checkpoint or
-    GGUF file has them; fp8 has a scale per row, fp8-tensor one per matrix; int8 and int4 one per 128 inputs."""
+    GGUF file has them; fp8 has a scale per row, fp8-tensor one per matrix; int8 one per 128 inputs; int4 a scale and a
+    zero point per 128 inputs, on a CPU per 32."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Type of cached keys and values: that of activations, or e4m3, which halves them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

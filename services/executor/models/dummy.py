@@ -43,6 +43,8 @@ def _fill(slot: WeightSlot, generator: torch.Generator) -> None:
         main.random_(-(1 << 31), (1 << 31) - 1, generator=generator)
         middle = 1 << (32 * main.shape[0] // slot.shape[-1] - 1)
         others[0].fill_(size / _rms(torch.arange(-middle, middle)))
+        for zeros in others[1:]:
+            zeros.fill_(middle)
     else:
         main.normal_(0.0, size, generator=generator)
 

@@ -14,8 +14,8 @@ class Quantization:
     none: full precision, except for a checkpoint that is quantised and has no other.
     keep: as the checkpoint stores them, which includes the blocks of a GGUF file where there is an op for them.
     fp8: e4m3, one scale per row or per matrix (`granularity`); inputs are quantised as well, per token.
-    int8, int4: integers in groups of `group_size` inputs with a common scale; fewer, the greatest common divisor, where
-    that does not divide their number.
+    int8, int4: integers in groups of `group_size` inputs with a common scale and, with 4 bits, a common zero point;
+    fewer, the greatest common divisor, where that does not divide their number.
     """
 
     method: Method = "none"

@@ -60,6 +60,19 @@ def test_integers_keep_the_largest_of_a_group_and_zeros() -> None:
     assert not layer(torch.eye(256))[:, :64].any()
 
 
+def test_four_bits_find_the_numbers_that_blocks_had() -> None:
+    """As a GGUF file's Q4_1 blocks that were dequantised, and groups of equal numbers."""
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.randint(16, (96, 8, 32), generator=generator).float()
+    numbers[..., 0], numbers[..., 1] = 0, 15
+    weight = numbers * torch.rand(96, 8, 1, generator=generator) - torch.randn(96, 8, 1, generator=generator)
+    weight[5, 2], weight[6, 3] = -0.25, 0.0
+    layer, _ = linear(Quantization("int4", group_size=32))
+    for slot, part in zip(layer.weight_slots(), weight.flatten(1).split([64, 32]), strict=True):
+        slot.load(part, CPU)
+    torch.testing.assert_close(layer(torch.eye(256)).T, weight.flatten(1), rtol=0, atol=1e-5)
+
+
 @settings(max_examples=50, deadline=None)
 @given(bits=st.sampled_from([4, 8]), words=st.integers(1, 5), columns=st.integers(1, 7), seed=st.integers(0, 99))
 def test_packing(bits: int, words: int, columns: int, seed: int) -> None:

@@ -118,4 +118,4 @@ def _empty(name: str, rows: int, columns: int, runtime: ModelRuntime) -> LinearW
                 )
             if group_size != wanted.group_size:
                 _log.info("%s: %d input features are quantised in groups of %d", name, columns, group_size)
-            return IntWeight(rows, columns, runtime, bits=bits, group_size=group_size)
+            return IntWeight(rows, columns, runtime, bits=bits, group_size=group_size, zeros=bits == 4)

@@ -28,6 +28,25 @@ def quantise_groups(matrix: Tensor, bits: Bits, group_size: int, dtype: torch.dt
     return pack_rows(numbers.flatten(1).T, bits), scales.squeeze(-1).T
 
 
+def quantise_groups_with_zeros(
+    matrix: Tensor, bits: Bits, group_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (words, scales, zero points) of `matrix [n, K]`, shapes as in `quantise_groups`.
+
+    Numbers 0 and 2^bits - 1 are the least and the largest of a group. So blocks that were quantised like this before
+    (GGUF's Q4_1) come out as they were, where groups are no larger. Zero points need not be whole.
+    """
+    highest = (1 << bits) - 1
+    groups = matrix.float().view(matrix.shape[0], -1, group_size)
+    least, most = groups.aminmax(dim=-1, keepdim=True)
+    scales = ((most - least) / highest).to(dtype)
+    # A group of equal numbers: each is one step from the zero point.
+    scales = torch.where(scales == 0, torch.where(least == 0, 1.0, -least).to(dtype), scales)
+    zeros = (-least / scales.float()).to(dtype)
+    numbers = (groups / scales.float() + zeros.float()).round_().clamp_(0, highest).to(torch.uint8)
+    return pack_rows(numbers.flatten(1).T, bits), scales.squeeze(-1).T, zeros.squeeze(-1).T
+
+
 class IntWeight:
     """words `[K * bits / 32, N]` i32; scales and, optionally, zero points `[K / group_size, N]` of the runtime's dtype.
 
@@ -61,8 +80,9 @@ class IntWeight:
         return tuple(tensor[:, rows] for tensor in tensors)
 
     def encode(self, matrix: Tensor) -> Sequence[Tensor]:
-        """Return the words and scales of a full-precision matrix."""
-        return quantise_groups(matrix, self.bits, self.group_size, self._dtype)
+        """Return the words, scales and, if there are, zero points of a full-precision matrix."""
+        quantise = quantise_groups if self.zeros is None else quantise_groups_with_zeros
+        return quantise(matrix, self.bits, self.group_size, self._dtype)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows `[n, K]` of W, in the runtime's dtype; not for an ordered weight."""
