@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import grpc
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from clients.client import Client, ClientError
+from clients.client import NO_CREDENTIALS, Client, ClientError, Credentials
 from clients.launcher import PUBLIC_PORT, Instance, NotRunningError
 
 
@@ -36,6 +37,7 @@ class ExitCode(IntEnum):
 _EXIT_CODES = {
     grpc.StatusCode.INVALID_ARGUMENT: ExitCode.USAGE,
     grpc.StatusCode.OUT_OF_RANGE: ExitCode.USAGE,
+    grpc.StatusCode.UNAUTHENTICATED: ExitCode.USAGE,
     grpc.StatusCode.DEADLINE_EXCEEDED: ExitCode.DEADLINE,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ExitCode.BUSY,
     grpc.StatusCode.UNAVAILABLE: ExitCode.BUSY,
@@ -76,6 +78,7 @@ class Environment:
         address: SCALELLM_ADDRESS: host:port of the server to call; empty: the instance's.
         redis_url: REDIS_URL: the Redis to use; empty: an embedded one.
         variables: All of them, for the services.
+        credentials: SCALELLM_API_KEY, SCALELLM_TLS_CA, SCALELLM_TLS_CERT, SCALELLM_TLS_KEY: for a secured server.
     """
 
     home: Path
@@ -83,6 +86,7 @@ class Environment:
     address: str
     redis_url: str
     variables: Mapping[str, str]
+    credentials: Credentials = NO_CREDENTIALS
 
     @classmethod
     def read(cls, variables: Mapping[str, str]) -> Environment:
@@ -92,9 +96,19 @@ class Environment:
             home=Path(variables.get("SCALELLM_HOME") or user_home / ".cache" / "scalellm").expanduser(),
             instance=variables.get("SCALELLM_INSTANCE") or DEFAULT_INSTANCE,
             address=variables.get("SCALELLM_ADDRESS", ""),
+            credentials=Credentials(
+                variables.get("SCALELLM_API_KEY", ""),
+                _path(variables, "SCALELLM_TLS_CA"),
+                _path(variables, "SCALELLM_TLS_CERT"),
+                _path(variables, "SCALELLM_TLS_KEY"),
+            ),
             redis_url=variables.get("REDIS_URL", ""),
             variables=dict(variables),
         )
+
+
+def _path(variables: Mapping[str, str], name: str) -> Path | None:
+    return Path(variables[name]) if variables.get(name) else None
 
 
 class Terminal(Console):
@@ -129,6 +143,11 @@ class CliContext:
         """The same about another instance."""
         return replace(self, environment=replace(self.environment, instance=name))
 
+    def with_credentials(self, given: Mapping[str, Any]) -> CliContext:
+        """The same with those fields of the credentials in place of the environment's."""
+        credentials = replace(self.environment.credentials, **given)
+        return replace(self, environment=replace(self.environment, credentials=credentials))
+
     def address(self, given: str) -> str:
         """Where to call: as given, as in the environment, where the instance runs, or the default port.
 
@@ -146,7 +165,7 @@ class CliContext:
 
     def connect(self, address: str) -> Client:
         """A client of the server to call."""
-        return Client(self.address(address))
+        return Client(self.address(address), credentials=self.environment.credentials)
 
     def table(self, table: RenderableType) -> None:
         """A table, or several, as result; in a pipe each row is one line, however long."""
@@ -180,6 +199,8 @@ def explain(error: ClientError) -> tuple[str, ExitCode]:
     message = " ".join(error.message.split())
     if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
         return f"the request is too large: {sizes[1]} bytes, at most {sizes[2]}", ExitCode.USAGE
+    if error.code is grpc.StatusCode.UNAUTHENTICATED:
+        return f"{message}: set SCALELLM_API_KEY, or give --api-key before the command", code
     if error.code is grpc.StatusCode.UNIMPLEMENTED:
         return f"the server offers no such call ({message}): is this the address of a tokenizer?", ExitCode.FAILED
     if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as package_version
 from io import TextIOWrapper
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from clients.cli import chat, generate, models, services, tokenize, top
+from clients.cli import chat, generate, keys, models, services, tokenize, top
 from clients.cli.context import CliContext, CliError, Environment, ExitCode, Terminal, explain
 from clients.cli.text import require_utf8
-from clients.client import ClientError
+from clients.client import ClientError, CredentialsError
 from clients.launcher import LauncherError, NotRunningError
 from services.common.model_store import ModelStoreError
 
@@ -39,6 +40,10 @@ Environment:
   SCALELLM_HOME      models and running instances (default: ~/.cache/scalellm)
   SCALELLM_INSTANCE  which set of services (default: default)
   SCALELLM_ADDRESS   host:port of the server to call (default: the instance's)
+  SCALELLM_API_KEY   key for a server that asks for one
+  SCALELLM_TLS_CA    PEM file with the authorities of servers: connect over TLS
+  SCALELLM_TLS_CERT, SCALELLM_TLS_KEY
+                     PEM files to show to a server that asks for a certificate
   REDIS_URL          Redis for sessions (default: an embedded redis-server)
   NO_COLOR           no colours
   SCALELLM_<SERVICE>_<SETTING>, such as SCALELLM_EXECUTOR_NUM_BLOCKS=512:
@@ -68,7 +73,7 @@ class _Root(TyperGroup):
         except OSError as error:  # a full disk under the output, say
             _discard_output()
             raise typer.Exit(_report(ctx.find_object(CliContext), error)) from None
-        except (CliError, ClientError, LauncherError, ModelStoreError) as error:
+        except (CliError, ClientError, CredentialsError, LauncherError, ModelStoreError) as error:
             raise typer.Exit(_report(ctx.find_object(CliContext), error)) from None
         return result
 
@@ -106,6 +111,7 @@ app.command("chat", help=chat.HELP, short_help="Talk with the model, on a sessio
 app.command("tokenize", help=tokenize.HELP)(tokenize.tokenize)
 app.command("top", help=top.HELP, short_help="Show live what the services do.")(top.top)
 app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
 
 
 @app.callback()
@@ -114,10 +120,22 @@ def root(
     instance: Annotated[
         str, typer.Option(metavar="NAME", help="Which set of services, for more than one on a machine.")
     ] = "",
+    api_key: Annotated[
+        str, typer.Option(metavar="KEY", help="For a secured server; other users can read it here: SCALELLM_API_KEY.")
+    ] = "",
+    tls_ca: Annotated[Path | None, typer.Option(metavar="FILE", help="Authorities of servers: use TLS.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate to show.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key.")] = None,
 ) -> None:
     """What stands before the command."""
     if instance:
         ctx.obj = CliContext.of(ctx).with_instance(instance)
+    if given := {
+        name: value
+        for name, value in (("api_key", api_key), ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key))
+        if value
+    }:
+        ctx.obj = CliContext.of(ctx).with_credentials(given)
 
 
 @app.command("version", help="Print the version.")

@@ -158,7 +158,7 @@ def status(
 ) -> None:
     """Show everything."""
     context = CliContext.of(ctx)
-    found = read_status(context.instance)
+    found = read_status(context.instance, context.environment.variables)
     if as_json:
         typer.echo(json.dumps(asdict(found)))
     else:

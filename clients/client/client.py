@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from clients.client.credentials import NO_CREDENTIALS, Credentials
 from clients.client.errors import ClientError
 from clients.client.stream import GenerationStream
 from scalellm.v1 import generation_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
@@ -32,21 +33,24 @@ class Client:
     Args:
         address: host:port of a tokenizer service.
         timeout: Deadline of every call but `generate`, in seconds.
+        credentials: For a server that asks for an API key or speaks TLS.
 
-    Every method raises ClientError.
+    Every method raises ClientError. Raises CredentialsError when files cannot be read.
     """
 
-    def __init__(self, address: str, *, timeout: float = 10.0) -> None:
+    def __init__(self, address: str, *, timeout: float = 10.0, credentials: Credentials = NO_CREDENTIALS) -> None:
         self.address = address
         self._timeout = timeout
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._metadata = credentials.metadata
+        self._channel = credentials.open_channel(address, _CHANNEL_OPTIONS)
         self._generation = generation_pb2_grpc.GenerationStub(self._channel)  # type: ignore[no-untyped-call]
         self._tokenizer = tokenizer_pb2_grpc.TokenizerStub(self._channel)  # type: ignore[no-untyped-call]
         self._sessions = sessions_pb2_grpc.SessionsStub(self._channel)  # type: ignore[no-untyped-call]
 
     def generate(self, request: GenerateRequest, *, timeout: float | None = None) -> GenerationStream:
         """Start a generation. `timeout` (seconds) is the request's deadline on every hop; None: no deadline."""
-        return GenerationStream(self._generation.Generate(request, timeout=timeout), self.address)
+        call = self._generation.Generate(request, timeout=timeout, metadata=self._metadata)
+        return GenerationStream(call, self.address)
 
     def chat(
         self, messages: Sequence[tuple[str, str]], *, session_id: str | None = None, timeout: float | None = None
@@ -123,6 +127,6 @@ class Client:
 
     def _call(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout)
+            return method(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise ClientError.from_rpc(error, self.address) from None

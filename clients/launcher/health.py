@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from clients.client.credentials import NO_CREDENTIALS, Credentials
 from scalellm.v1 import executor_pb2, executor_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc, tokenizer_pb2
 from scalellm.v1 import tokenizer_pb2_grpc as tokenizer_grpc
 from services.common.health_check import read_health
@@ -32,11 +33,13 @@ class Probe:
 
     Args:
         address: host:port.
+        credentials: For a service that is secured.
         timeout: Longest wait for an answer, in seconds.
     """
 
-    def __init__(self, address: str, timeout: float = 2.0) -> None:
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+    def __init__(self, address: str, credentials: Credentials = NO_CREDENTIALS, timeout: float = 2.0) -> None:
+        self._channel = credentials.open_channel(address, _OPTIONS)
+        self._metadata = credentials.metadata
         self._timeout = timeout
 
     def health(self) -> str:
@@ -65,7 +68,7 @@ class Probe:
 
     def _ask(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout)
+            return method(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.RpcError:
             return None
 

@@ -6,9 +6,12 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import psutil
 
+from clients.client import Credentials
+from clients.launcher.credentials import service_credentials
 from clients.launcher.errors import NotRunningError
 from clients.launcher.health import Probe
 from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
@@ -17,6 +20,7 @@ from clients.launcher.redis_server import check_redis, shown
 from scalellm.v1.scheduler_pb2 import ExecutorPhase
 from services.common.health_check import SERVING
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 _EXPECTED = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
 
 
@@ -55,14 +59,19 @@ class InstanceStatus:
     services: tuple[ServiceStatus, ...]
 
 
-def read_status(instance: Instance) -> InstanceStatus:
-    """Ask every service how it is; takes a few seconds at most. Raises NotRunningError when nothing was started."""
+def read_status(instance: Instance, environment: Mapping[str, str] = _NOTHING) -> InstanceStatus:
+    """Ask every service how it is; takes a few seconds at most. Raises NotRunningError when nothing was started.
+
+    Args:
+        instance: Which services.
+        environment: Where the credentials for services that are secured are named, as for `up`.
+    """
     state = instance.load()
     if state is None:
         raise NotRunningError(f"not running (instance {instance.name!r})")
     records = [record for kind in _EXPECTED for record in state.of_kind(kind)]
     with ThreadPoolExecutor(max_workers=len(records) + 1) as pool:
-        services = list(pool.map(lambda record: _read_service(record, state), records))
+        services = list(pool.map(lambda record: _read_service(record, state, environment), records))
         if not state.of_kind(REDIS):
             services.insert(0, _read_redis(ServiceStatus(REDIS, REDIS, SERVING, shown(state.redis_url)), state))
     complete = {service.kind for service in services} == set(_EXPECTED)
@@ -70,7 +79,7 @@ def read_status(instance: Instance) -> InstanceStatus:
     return InstanceStatus(instance.name, state.model, state.public_address, healthy, tuple(services))
 
 
-def _read_service(record: ServiceRecord, state: State) -> ServiceStatus:
+def _read_service(record: ServiceRecord, state: State, environment: Mapping[str, str]) -> ServiceStatus:
     process = find(record)
     if process is None:
         error = last_error(record.log)
@@ -97,7 +106,7 @@ def _read_service(record: ServiceRecord, state: State) -> ServiceStatus:
         return _read_redis(status, state)
     if not record.address:
         return replace(status, health="starting")
-    return _read_grpc(status)
+    return _read_grpc(status, service_credentials(record.kind, environment))
 
 
 def _read_redis(status: ServiceStatus, state: State) -> ServiceStatus:
@@ -107,8 +116,8 @@ def _read_redis(status: ServiceStatus, state: State) -> ServiceStatus:
     return replace(status, load={"keys": health.keys, "used_memory_bytes": health.used_memory})
 
 
-def _read_grpc(status: ServiceStatus) -> ServiceStatus:
-    with Probe(status.address) as probe:
+def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus:
+    with Probe(status.address, credentials) as probe:
         health = probe.health()
         error = "" if health == SERVING else last_error(status.log)
         model, compute, load = "", "", {}

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from clients.launcher.credentials import service_credentials
 from clients.launcher.errors import LauncherError
 from clients.launcher.health import Probe, local_address
 from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
@@ -189,7 +190,8 @@ class _Launch:
     def _await_healthy(self, name: str) -> None:
         """Return once the service is ready to work."""
         address = self._service(name).address
-        with Probe(address) as probe:
+        credentials = service_credentials(self._service(name).kind, self._options.environment)
+        with Probe(address, credentials) as probe:
             self._wait(name, lambda: probe.health() == SERVING, self._options.start_limit)
         self._report.done(f"{address}, {self._age(name)}")
 
