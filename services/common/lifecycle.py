@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from services.common.health import HealthReporter
 
 MAX_MESSAGE_BYTES = 16 * 2**20
+MAX_METADATA_BYTES = 16 * 2**10
 
 # A peer that vanishes without closing its connection (a host that lost power) is noticed within half a minute.
 KEEPALIVE_OPTIONS = (("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000))
@@ -32,9 +33,13 @@ CHANNEL_OPTIONS = (
 SERVER_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     *KEEPALIVE_OPTIONS,
+    # Our own clients ask every twenty seconds. Who asks more often than every ten, more than twice, is cut off.
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.max_ping_strikes", 2),
 )
 
 

@@ -55,6 +55,13 @@ class ServiceSettings(BaseSettings):
     """PEM file with the private key of --tls-cert."""
     tls_ca: Path | None = None
     """PEM file with the authorities of clients: each must show a certificate of theirs, also to ask for health."""
+    max_streams_per_connection: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1024
+    """Calls that one connection may have open; gRPC clients keep more of them waiting until others end."""
+    max_connections: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Connections that each process keeps; more are closed at once. Unset: as many as it may have files open."""
+    max_connection_age_s: Annotated[float, Field(ge=1, le=1e6)] | None = None
+    """Seconds, about, after which a client is asked to connect again, so that clients spread over processes that were
+    added; open calls go on. Unset: never."""
     api_keys: Path | None = None
     """TOML file with the API keys that are known, see `scalellm keys`; read again when it changes. Unset: none is asked
     for."""
@@ -87,6 +94,16 @@ class ServiceSettings(BaseSettings):
     def is_tracing(self) -> bool:
         """Whether spans are recorded."""
         return self.otlp_endpoint is not None or self.trace_file is not None
+
+    @property
+    def connection_options(self) -> tuple[tuple[str, int], ...]:
+        """The limits on connections, as gRPC's options."""
+        options = [("grpc.max_concurrent_streams", self.max_streams_per_connection)]
+        if self.max_connections is not None:
+            options.append(("grpc.max_allowed_incoming_connections", self.max_connections))
+        if self.max_connection_age_s is not None:
+            options.append(("grpc.max_connection_age_ms", int(self.max_connection_age_s * 1e3)))
+        return tuple(options)
 
     @property
     def tls_files(self) -> TlsFiles:

@@ -44,6 +44,7 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
         settings.port,
         services=(SERVICE.full_name,),
         is_ready=lambda: supervisor.is_ready,
+        options=settings.connection_options,
         credentials=server_credentials(settings.tls_files),
         interceptors=open_access(settings, serves_links=True).interceptors,
     )

@@ -61,6 +61,7 @@ class SchedulerServer:
             settings.port,
             services=[SERVICE.full_name],
             is_ready=self._is_ready,
+            options=settings.connection_options,
             credentials=server_credentials(settings.tls_files),
             interceptors=open_access(settings, serves_links=True).interceptors,
         )

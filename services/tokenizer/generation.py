@@ -22,6 +22,7 @@ from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import Prompt, PromptBuilder
+from services.tokenizer.quotas import TenantQuotas
 from services.tokenizer.request_log import RequestEnd, RequestLog
 from services.tokenizer.request_trace import RequestTrace
 from services.tokenizer.sample_stream import OutputOptions, SampleStream
@@ -75,6 +76,7 @@ class Edge:
     metrics: EdgeMetrics
     salt_secret: str
     access: Access
+    quotas: TenantQuotas
     request_log: RequestLog
     tracer: Tracer | None
 
@@ -126,17 +128,27 @@ class _GenerateCall:
         self._fields = RequestFields(trace_id=trace_id)
         self._ended_samples: list[generation_pb2.SampleFinished] = []
         self._finish: link_pb2.Finish | None = None
+        self._num_tokens = 0
         self._latency: common_pb2.LatencyBreakdown | None = None
         request_fields.set(self._fields)
 
     async def run(self) -> None:
         """Serve the request. Raises StatusError."""
-        edge, request, trace = self._edge, self._request, self.trace
+        edge, request = self._edge, self._request
         self._tenant = edge.access.tenant(self._context.invocation_metadata())
         if not edge.access.is_open:
             self._fields.tenant = self._tenant.name
         validate_generate(request, edge.limits, edge.prompts.model.vocab_size)
         self._fields.request_id = request.request_id or f"req-{secrets.token_hex(8)}"
+        lease = await edge.quotas.admit(self._tenant)
+        try:
+            await self._generate()
+        finally:
+            if lease is not None:
+                lease.end(self._count_tokens())
+
+    async def _generate(self) -> None:
+        edge, request, trace = self._edge, self._request, self.trace
         session = None
         if request.HasField("session_id"):
             trace.session_at = trace.now()
@@ -160,6 +172,7 @@ class _GenerateCall:
             trace.first_token_at, trace.last_token_at = receiver.first_token_at, receiver.last_token_at
             trace.finished_at = receiver.finished_at
             self._finish = receiver.finish
+            self._num_tokens = len(submit.token_ids) + sum(sample.num_tokens for sample in samples)
             self._ended_samples = [sample.ended for sample in samples if sample.ended is not None]
             edge.link.release(receiver, self._abort_reason())
         outcome = None
@@ -301,6 +314,14 @@ class _GenerateCall:
         """Mean time between tokens of one sample; 0 without a second token."""
         following = usage.completion_tokens / max(1, len(self._ended_samples)) - 1
         return (self.trace.last_token_at - self.trace.first_token_at) / 1e9 / following if following > 0 else 0.0
+
+    def _count_tokens(self) -> int:
+        """What counts towards the tenant's limit: nothing for a refusal, and what is known here of an early end."""
+        finish = self._finish
+        if finish is None:
+            return self._num_tokens
+        is_refusal = finish.status.code and not finish.usage.completion_tokens
+        return 0 if is_refusal else finish.usage.prompt_tokens + finish.usage.completion_tokens
 
     def _abort_reason(self) -> link_pb2.AbortReason:
         time_remaining = self._context.time_remaining()

@@ -17,6 +17,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from scalellm.v1 import common_pb2
+from services.common.api_keys import TenantLimits
 from services.common.histogram import LAG_SECONDS
 
 _TTFT_BUCKETS = (
@@ -108,6 +109,9 @@ class EdgeMetrics:
         size = counter("scalellm_tokenizer_link_bytes", "Their bytes.", ("direction",))
         self.bytes_sent, self.bytes_received = size.labels("sent"), size.labels("received")
         self.redis_failures = counter("scalellm_tokenizer_redis_failures", "Operations that Redis did not do.")
+        limited = counter("scalellm_tokenizer_requests_limited", "Refused for a limit of their tenant.", ("limit",))
+        self._limited = {name: limited.labels(name) for name in TenantLimits.model_fields}
+        self.limits_shared = gauge("shared_limits", "Workers whose tenants' limits hold over all of them, by Redis.")
         self.link_up = gauge("scheduler_links", "Workers whose link to the scheduler is up.")
         self.tasks = gauge(
             "asyncio_tasks", "Tasks of the workers' event loops: a leak of requests would show here first."
@@ -119,6 +123,10 @@ class EdgeMetrics:
     def count_end(self, code: grpc.StatusCode) -> None:
         """A Generate call ended."""
         self._ended[code].inc()
+
+    def count_limited(self, limit: str) -> None:
+        """A request was refused for a limit of its tenant."""
+        self._limited[limit].inc()
 
     def observe_gap(self, seconds: float) -> None:
         """A message with tokens goes out, so long after the sample's last one."""

@@ -32,6 +32,7 @@ from services.tokenizer.generation import Edge, GenerationServicer
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import PromptBuilder
+from services.tokenizer.quotas import TenantQuotas
 from services.tokenizer.request_log import RequestLog
 from services.tokenizer.rpc import CallGate, add_service
 from services.tokenizer.scheduler_link import SchedulerLink
@@ -51,6 +52,9 @@ _SERVICES = (
     tokenizer_pb2.DESCRIPTOR.services_by_name["Tokenizer"],
     sessions_pb2.DESCRIPTOR.services_by_name["Sessions"],
 )
+
+
+_QUOTA_TIMEOUT = 0.25
 
 
 class Worker:
@@ -79,9 +83,13 @@ class Worker:
         model = _load_tokenizer(settings)
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(redis, settings.session_ttl_s)
+        worker_id = f"tokenizer-{os.getpid()}-{os.urandom(4).hex()}"
+        # Connections of their own: their waits are shorter, because every limited request waits for them.
+        quota_redis = open_redis(settings.redis_url, timeout=_QUOTA_TIMEOUT) if settings.redis_url else None
+        quotas = TenantQuotas(quota_redis, worker_id, refused=self._metrics.count_limited)
         link = SchedulerLink(
             settings.scheduler,
-            f"tokenizer-{os.getpid()}-{os.urandom(4).hex()}",
+            worker_id,
             model.sha256,
             silence_limit=settings.stall_limit_s,
             dialer=settings.dialer,
@@ -96,6 +104,7 @@ class Worker:
                 metrics=self._metrics,
                 salt_secret=settings.salt_secret,
                 access=access,
+                quotas=quotas,
                 request_log=RequestLog(settings),
                 tracer=self._tracer,
             )
@@ -103,8 +112,9 @@ class Worker:
                 settings.host,
                 self._port,
                 services=[descriptor.full_name for descriptor in _SERVICES],
-                is_ready=lambda: self._is_ready(link),
+                is_ready=lambda: self._is_ready(link, quotas),
                 share_port=True,
+                options=settings.connection_options,
                 credentials=server_credentials(settings.tls_files),
                 interceptors=access.interceptors,
             )
@@ -117,7 +127,8 @@ class Worker:
                 add_service(service.server, descriptor, servicer, self._gate)
             self._follow(link, sessions)
             lag = LoopLag(self._metrics.loop_lag.observe)
-            tasks = [asyncio.create_task(step) for step in (link.run(), stop.wait(), supervisor_gone.wait(), lag.run())]
+            waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
+            tasks = [asyncio.create_task(step) for step in waits]
             try:
                 # The vocabulary lives as long as the process: a full collection need not look at it every time. And
                 # messages come and go without cycles: looking for some after every 700 is too often.
@@ -137,6 +148,7 @@ class Worker:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 await sessions.close()
+                await quotas.close()
                 self._metrics.flush()
 
     def _follow(self, link: SchedulerLink, sessions: SessionStore) -> None:
@@ -149,9 +161,10 @@ class Worker:
         metrics.follow(metrics.bytes_received, lambda: traffic.bytes_received)
         metrics.follow(metrics.redis_failures, lambda: sessions.num_failures)
 
-    def _is_ready(self, link: SchedulerLink) -> bool:
+    def _is_ready(self, link: SchedulerLink, quotas: TenantQuotas) -> bool:
         """Asked twice a second."""
         self._metrics.flush()
+        self._metrics.limits_shared.set(quotas.is_shared)
         self._metrics.link_up.set(link.welcome is not None)
         self._metrics.tasks.set(len(asyncio.all_tasks()))
         return link.welcome is not None and not self._gate.is_closed

@@ -1,0 +1,230 @@
+"""What a tenant may use, counted over all worker processes in Redis.
+
+A request that is limited costs one round trip, before anything else is done for it; one that is not costs none. Ends of
+requests are reported beside the requests' path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from services.common.api_keys import NO_LIMITS, Tenant
+from services.common.errors import StatusError
+from services.common.redis_client import KEY_PREFIX
+from services.tokenizer.quota_script import QUOTA_SCRIPT
+
+_log = logging.getLogger(__name__)
+
+_MINUTE = 60.0
+_LEASE = 30.0
+"""Seconds after which the running requests of a worker that is heard of no more count no more; told thrice as often."""
+
+_RETRY_REDIS = 1.0
+_RETRY_CONCURRENT = 1.0
+_FAILURES = (RedisError, OSError)
+
+
+@dataclass(slots=True, eq=False)
+class _Account:
+    """One tenant's use in this process. Levels are of leaky buckets: the time at which each will have run dry."""
+
+    tenant: Tenant
+    running: int = 0
+    unreported_tokens: int = 0
+    requests_until: float = 0.0
+    tokens_until: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """One request that was admitted; `end` it once."""
+
+    _quotas: TenantQuotas
+    _account: _Account
+
+    def end(self, tokens: int) -> None:
+        """The request is over, and has used so many tokens."""
+        self._quotas._end(self._account, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    limit: str
+    retry_after: float
+
+    def to_error(self, tenant: Tenant) -> StatusError:
+        value = getattr(tenant.limits, self.limit)
+        what = "at once" if self.limit == "concurrent_requests" else "per minute, over all its requests"
+        return StatusError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"{self.limit}: tenant {tenant.name!r} may use {value} {what}; retry in {self.retry_after:.1f} s",
+            retry_after=self.retry_after,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class TenantQuotas:
+    """Admits requests within the limits of their tenants. `run` has to run.
+
+    Rates are leaky buckets that hold one minute's worth. Tokens are counted when they are known, at the end of a
+    request: a tenant that has used more than its share waits for that much longer. While Redis is away each process
+    keeps to the limits on its own, so that a tenant may use up to as many times as much as there are processes.
+
+    Attributes:
+        redis: Where processes meet; None: each one is alone.
+        worker: Names this process.
+        lease: See _LEASE.
+        clock: Monotonic seconds.
+        is_shared: Whether the limits hold over all processes now.
+        refused: Called with the name of a limit that a request was refused for.
+    """
+
+    redis: Redis | None
+    worker: str
+    lease: float = _LEASE
+    clock: Callable[[], float] = time.monotonic
+    refused: Callable[[str], None] = lambda limit: None
+    is_shared: bool = field(init=False)
+    _accounts: dict[str, _Account] = field(default_factory=dict)
+    _dirty: set[_Account] = field(default_factory=set)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _sequence: int = 0
+    _retry_redis_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.is_shared = self.redis is not None
+
+    async def admit(self, tenant: Tenant) -> Lease | None:
+        """Let a request in; None where nothing is limited. Raises StatusError RESOURCE_EXHAUSTED."""
+        if tenant.limits == NO_LIMITS:
+            return None
+        account = self._accounts.setdefault(tenant.name, _Account(tenant))
+        account.tenant = tenant  # its limits may have changed
+        account.running += 1
+        try:
+            await self._check(account)
+        except BaseException:
+            account.running -= 1
+            self._report(account)  # Redis may have admitted it before we were cancelled
+            raise
+        return Lease(self, account)
+
+    async def run(self) -> None:
+        """Report what ended, and renew what runs, until cancelled."""
+        loop = asyncio.get_running_loop()
+        renewal = loop.time() + self.lease / 3
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(renewal):
+                    await self._wake.wait()
+            self._wake.clear()
+            if loop.time() >= renewal:
+                renewal = loop.time() + self.lease / 3
+                self._dirty.update(account for account in self._accounts.values() if account.running)
+            if not self._may_ask_redis():
+                await asyncio.sleep(_RETRY_REDIS / 4)
+                self._wake.set()
+                continue
+            dirty, self._dirty = self._dirty, set()
+            for account in dirty:
+                await self._ask_redis(account, admit=False)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self.redis is not None:
+            await self.redis.aclose()
+
+    async def _check(self, account: _Account) -> None:
+        limits = account.tenant.limits
+        refusal: _Refusal | None = None
+        if limits.concurrent_requests is not None and account.running > limits.concurrent_requests:
+            refusal = _Refusal("concurrent_requests", _RETRY_CONCURRENT)
+        elif self._may_ask_redis():
+            refusal = await self._ask_redis(account, admit=True)
+        if refusal is None and not self.is_shared:
+            refusal = self._check_alone(account)
+        if refusal is not None:
+            self.refused(refusal.limit)
+            raise refusal.to_error(account.tenant)
+        if limits.requests_per_minute is not None:
+            account.requests_until = max(account.requests_until, self.clock()) + _MINUTE / limits.requests_per_minute
+
+    def _check_alone(self, account: _Account) -> _Refusal | None:
+        limits, now = account.tenant.limits, self.clock()
+        if limits.requests_per_minute is not None:
+            over = max(account.requests_until, now) + _MINUTE / limits.requests_per_minute - now - _MINUTE
+            if over > 0:
+                return _Refusal("requests_per_minute", over)
+        if limits.tokens_per_minute is not None and (over := account.tokens_until - now - _MINUTE) >= 0:
+            return _Refusal("tokens_per_minute", over)
+        return None
+
+    def _end(self, account: _Account, tokens: int) -> None:
+        account.running -= 1
+        account.unreported_tokens += tokens
+        if (limit := account.tenant.limits.tokens_per_minute) is not None:
+            account.tokens_until = max(account.tokens_until, self.clock()) + tokens * _MINUTE / limit
+        self._report(account)
+
+    def _report(self, account: _Account) -> None:
+        if self.redis is not None:
+            self._dirty.add(account)
+            self._wake.set()
+
+    def _may_ask_redis(self) -> bool:
+        return self.redis is not None and self.clock() >= self._retry_redis_at
+
+    async def _ask_redis(self, account: _Account, *, admit: bool) -> _Refusal | None:
+        """Report, and ask for one more request with `admit`. A failure is remembered in `is_shared`."""
+        assert self.redis is not None
+        limits = account.tenant.limits
+        tokens, account.unreported_tokens = account.unreported_tokens, 0
+        self._sequence += 1
+        try:
+            limit, retry_ms = await self.redis.eval(
+                QUOTA_SCRIPT,
+                1,
+                f"{KEY_PREFIX}quota:{account.tenant.name}",
+                self.worker,
+                str(self._sequence),
+                str(account.running),
+                str(int(self.lease * 1e3)),
+                str(int(admit)),
+                str(tokens),
+                str(limits.concurrent_requests or 0),
+                str(limits.requests_per_minute or 0),
+                str(limits.tokens_per_minute or 0),
+            )
+        except _FAILURES as error:
+            account.unreported_tokens += tokens
+            self._report(account)
+            self._retry_redis_at = self.clock() + _RETRY_REDIS
+            _raise_if_cancelled()
+            if self.is_shared:
+                _log.warning("Redis does not answer, each process keeps to the tenants' limits on its own: %r", error)
+            self.is_shared = False
+            return None
+        _raise_if_cancelled()
+        if not self.is_shared:
+            _log.info("Redis answers, the tenants' limits are shared again")
+        self.is_shared = True
+        if not limit:
+            return None
+        name = limit.decode()
+        return _Refusal(name, retry_ms / 1e3 if name != "concurrent_requests" else _RETRY_CONCURRENT)
+
+
+def _raise_if_cancelled() -> None:
+    """Redis' client uses asyncio.wait_for, which in Python 3.11 loses a cancellation that comes with the answer."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

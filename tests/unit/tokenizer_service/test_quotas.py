@@ -1,0 +1,156 @@
+"""Limits of tenants: over several workers in a real Redis, and alone when Redis is away."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from service_processes import eventually
+from services.common.api_keys import Tenant, TenantLimits
+from services.common.errors import StatusError
+from services.common.redis_client import open_redis
+from services.tokenizer.quotas import TenantQuotas
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest_asyncio.fixture
+async def workers(redis_process):
+    """Two worker processes, as far as Redis can tell."""
+    workers = [TenantQuotas(open_redis(redis_process.url, timeout=0.2), f"worker-{n}", lease=0.9) for n in range(2)]
+    tasks = [asyncio.create_task(worker.run()) for worker in workers]
+    yield workers
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for worker in workers:
+        await worker.close()
+
+
+async def refusal(worker, tenant):
+    with pytest.raises(StatusError) as error:
+        await worker.admit(tenant)
+    assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.value.retry_after > 0
+    return error.value
+
+
+async def test_no_limits_cost_nothing():
+    assert await TenantQuotas(None, "w").admit(Tenant("acme")) is None
+
+
+async def test_requests_at_once_are_counted_over_workers(workers, redis_process):
+    one, two = workers
+    tenant, other = (Tenant(name, TenantLimits(concurrent_requests=3)) for name in ("acme", "other"))
+    leases = [await one.admit(tenant), await one.admit(tenant), await two.admit(tenant)]
+    error = await refusal(two, tenant)
+    assert error.message.startswith("concurrent_requests: tenant 'acme' may use 3 at once; retry in")
+    await refusal(one, tenant)
+    assert await one.admit(other) is not None
+    leases[0].end(0)
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                leases[0] = await two.admit(tenant)
+                break
+            except StatusError:
+                await asyncio.sleep(0.01)
+    for lease in leases:
+        lease.end(0)
+    redis = open_redis(redis_process.url)
+    async with asyncio.timeout(5):
+        while await redis.hkeys("scalellm:quota:acme") != [b"requests", b"tokens"]:
+            await asyncio.sleep(0.01)
+    assert 0 < await redis.ttl("scalellm:quota:acme") <= 61
+    await redis.aclose()
+
+
+async def test_what_a_dead_worker_ran_is_forgotten_and_what_a_live_one_runs_is_not(redis_process):
+    tenant = Tenant("acme", TenantLimits(concurrent_requests=1))
+    dead = TenantQuotas(open_redis(redis_process.url), "dead", lease=0.3)
+    alive = TenantQuotas(open_redis(redis_process.url), "alive", lease=0.3)
+    running = asyncio.create_task(alive.run())
+    await dead.admit(tenant)
+    await refusal(alive, tenant)
+    await asyncio.sleep(0.4)
+    await alive.admit(tenant)
+    await asyncio.sleep(0.6)  # it is renewed
+    await refusal(dead, tenant)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    for worker in (dead, alive):
+        await worker.close()
+
+
+async def test_requests_per_minute(workers):
+    one, two = workers
+    tenant = Tenant("acme", TenantLimits(requests_per_minute=10))
+    for number in range(10):
+        (await workers[number % 2].admit(tenant)).end(0)
+    error = await refusal(one, tenant)
+    assert error.message.startswith("requests_per_minute: tenant 'acme' may use 10 per minute")
+    assert 5 < error.retry_after <= 6
+    assert 5 < (await refusal(two, tenant)).retry_after <= 6
+
+
+async def test_tokens_are_counted_when_they_are_known(workers):
+    one, two = workers
+    tenant = Tenant("acme", TenantLimits(tokens_per_minute=600))
+    lease = await one.admit(tenant)
+    lease.end(700)
+    await eventually(lambda: one._accounts["acme"].unreported_tokens == 0)
+    error = await refusal(two, tenant)
+    assert error.message.startswith("tokens_per_minute: tenant 'acme' may use 600 per minute")
+    assert 9 < error.retry_after <= 10
+
+
+async def test_without_redis_each_process_keeps_to_the_limits():
+    clock = Clock()
+    refused = []
+    worker = TenantQuotas(None, "w", clock=clock, refused=refused.append)
+    assert not worker.is_shared
+    requests = Tenant("a", TenantLimits(requests_per_minute=2))
+    for _ in range(2):
+        (await worker.admit(requests)).end(0)
+    assert (await refusal(worker, requests)).retry_after == pytest.approx(30)
+    clock.now += 30
+    (await worker.admit(requests)).end(0)
+    tokens = Tenant("b", TenantLimits(tokens_per_minute=60))
+    (await worker.admit(tokens)).end(90)
+    clock.now += 29
+    assert (await refusal(worker, tokens)).retry_after == pytest.approx(1)
+    clock.now += 2
+    lease = await worker.admit(tokens)
+    concurrent = Tenant("b", TenantLimits(concurrent_requests=1))  # the file was changed
+    await refusal(worker, concurrent)
+    lease.end(0)
+    await worker.admit(concurrent)
+    assert refused == ["requests_per_minute", "tokens_per_minute", "concurrent_requests"]
+
+
+async def test_a_stalled_redis_is_waited_for_once_and_nothing_is_forgotten(workers, redis_process):
+    one, two = workers
+    tenant = Tenant("acme", TenantLimits(concurrent_requests=2, tokens_per_minute=600))
+    lease = await one.admit(tenant)
+    redis_process.pause()
+    try:
+        second = await one.admit(tenant)
+        assert not one.is_shared
+        started = asyncio.get_running_loop().time()
+        await refusal(one, tenant)
+        assert asyncio.get_running_loop().time() - started < 0.15  # no waiting for Redis
+        lease.end(650)
+        second.end(0)
+    finally:
+        redis_process.resume()
+    await eventually(lambda: one.is_shared and not one._accounts["acme"].unreported_tokens)
+    assert 4 < (await refusal(two, tenant)).retry_after <= 5
