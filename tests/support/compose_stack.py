@@ -28,7 +28,8 @@ def why_no_docker() -> str:
     for command in (["docker", "info", "--format", "{{.ServerVersion}}"], ["docker", "compose", "version"]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode != 0:
-            return f"`{' '.join(command)}` fails: {(done.stderr or done.stdout).strip().splitlines()[-1:]}"
+            said = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
+            return f"`{' '.join(command)}` fails: {said[-1]}"
     return ""
 
 
