@@ -70,6 +70,7 @@ class Edge:
 
     model_name: str
     prompts: PromptBuilder
+    vocab_size: int
     link: SchedulerLink
     sessions: SessionStore
     limits: RequestLimits
@@ -138,7 +139,7 @@ class _GenerateCall:
         self._tenant = edge.access.tenant(self._context.invocation_metadata())
         if not edge.access.is_open:
             self._fields.tenant = self._tenant.name
-        validate_generate(request, edge.limits, edge.prompts.model.vocab_size)
+        validate_generate(request, edge.limits, edge.vocab_size)
         self._fields.request_id = request.request_id or f"req-{secrets.token_hex(8)}"
         lease = await edge.quotas.admit(self._tenant)
         try:

@@ -43,7 +43,7 @@ class TokenizerServicer:
         self, request: tokenizer_pb2.DecodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.DecodeResponse:
         """Token ids to text."""
-        validate_decode(request, self._edge.limits, self._prompts.model.vocab_size)
+        validate_decode(request, self._edge.limits, self._edge.vocab_size)
         skips_special = not request.HasField("skip_special_tokens") or request.skip_special_tokens
         token_ids = list(request.token_ids)
         if len(token_ids) <= _INLINE_TOKENS:
@@ -65,7 +65,7 @@ class TokenizerServicer:
         model, welcome = self._prompts.model, self._edge.link.welcome
         return tokenizer_pb2.GetInfoResponse(
             model=self._edge.model_name,
-            vocab_size=model.vocab_size,
+            vocab_size=self._edge.vocab_size,
             max_model_len=welcome.max_model_len if welcome is not None else 0,
             eos_token_ids=model.eos_token_ids,
             has_chat_template=self._prompts.has_chat_template,
