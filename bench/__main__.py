@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import torch
 import typer
 import uvloop
@@ -30,7 +32,8 @@ from bench.load.records import RequestRecord
 from bench.load.run import Run, Step, run_step
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Load, Shape, conversations, digest
-from clients.launcher import Instance, UpOptions, bring_down, bring_up
+from bench.services.processes import cpu_seconds
+from clients.launcher import Instance, State, UpOptions, bring_down, bring_up
 from services.common.model_store import pull, resolve
 from services.common.model_store.catalogue import CATALOGUE
 from services.executor.engine_supervisor import engine_environment
@@ -52,8 +55,8 @@ class _Quiet:
 
 
 @contextmanager
-def _line(model: str, path: Path, home: Path, settings: dict[str, str]) -> Iterator[str]:
-    """A line of its own on free ports; gives the public address."""
+def _line(model: str, path: Path, home: Path, settings: dict[str, str]) -> Iterator[State]:
+    """A line of its own on free ports."""
     with tempfile.TemporaryDirectory(prefix="scalellm-bench-") as folder:
         instance = Instance(Path(folder), "bench")
         environment = {**os.environ, **{f"SCALELLM_EXECUTOR_{key.upper()}": value for key, value in settings.items()}}
@@ -63,7 +66,7 @@ def _line(model: str, path: Path, home: Path, settings: dict[str, str]) -> Itera
             _Quiet(),
         )
         try:
-            yield state.public_address
+            yield state
         finally:
             bring_down(instance, lambda name: None)
 
@@ -92,6 +95,17 @@ def _engine_alone(settings: dict[str, str], job: _Job) -> Step:
     records = [RequestRecord.from_json(plain) for plain in json.loads(done.stdout)]
     planned = conversations(job.shape, job.vocabulary.alphabet, job.num_requests, job.seed)
     return Step(str(job.concurrency), digest(planned), 0, summarise(records), None, records)
+
+
+def _cpu_seconds(state: State) -> dict[str, float]:
+    """CPU time of each service's processes, and of this one, which makes the load."""
+    total = {}
+    for service in state.services:
+        main = psutil.Process(service.pid)
+        for process in (main, *main.children(recursive=True)):
+            module = next((word for word in process.cmdline() if word.startswith("services.")), service.name)
+            total[module] = total.get(module, 0.0) + cpu_seconds(process)
+    return total | {"load generator": time.process_time()}
 
 
 async def _whole_line(address: str, job: _Job) -> Step:
@@ -136,17 +150,24 @@ def main(
     vocabulary = Vocabulary.of_size(config.vocab_size)
     shape = Shape(input_len=input_len, output_len=output_len)
     alone, line = Run({"target": "engine alone"}), Run({"target": "end to end"})
-    with _line(model, path, home, settings) as address:
+    cpu_us: list[dict[str, float]] = []
+    with _line(model, path, home, settings) as state:
         for number, level in enumerate(map(int, concurrency.split(","))):
             job = _Job(shape, level, requests or max(2, level), vocabulary, f"0/{number}")
             alone.steps.append(_engine_alone(settings, job))
             print(alone.steps[-1].text("Engine alone"), flush=True)
-            line.steps.append(uvloop.run(_whole_line(address, job)))
+            before = _cpu_seconds(state)
+            line.steps.append(uvloop.run(_whole_line(state.public_address, job)))
+            tokens = line.steps[-1].figures["output_tokens"]
+            cpu_us.append({name: 1e6 * (now - before[name]) / tokens for name, now in _cpu_seconds(state).items()})
             print(line.steps[-1].text("End to end"), flush=True)
     print(f"{' End to end / engine alone ':=^50}")
     for inner, outer in zip(alone.steps, line.steps, strict=True):
         label = f"Output throughput ratio at {inner.load}:"
         print(f"{label:<40} {outer.figures['output_throughput'] / inner.figures['output_throughput']:<10.3f}")
+    print(f"{' CPU time per output token, µs ':=^50}")
+    for outer, shares in zip(line.steps, cpu_us, strict=True):
+        print(f"At {outer.load}: {', '.join(f'{name} {share:,.0f}' for name, share in shares.items())}")
     if output is not None:
         record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -154,6 +175,7 @@ def main(
             "cpus": len(os.sched_getaffinity(0)),
             "threads": threads,
             "versions": {name: version(name) for name in ("scalellm", "torch", "grpcio", "protobuf")},
+            "cpu_us_per_token": cpu_us,
             "runs": [run.as_json() for run in (alone, line)],
         }
         output.write_text(json.dumps(record, indent=2) + "\n")

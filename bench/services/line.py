@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
 
 _PRESET = "h200-llama-8b"
 _PROMPT_LEN, _MAX_TOKENS = 128, 256
+_TARGET_STREAMS = 64
+_TARGETS = {"added p50 ms": 1.0, "added p99 ms": 5.0}
 
 
 def run(timing: Timing, model: Path) -> list[Section]:
@@ -33,7 +36,7 @@ def run(timing: Timing, model: Path) -> list[Section]:
             for length in ((2, 128) if quick else (2, 128, 1024, 8192))
         ]
     return [
-        Section("streams; added: to the modelled step", "tokens", ("streams",), "itl", streams),
+        Section("streams; added: to the modelled step", "tokens", ("streams",), "itl", streams, verdicts(streams)),
         Section("one-token requests on text, one at a time", "requests", ("prompt_len",), "ttft", prompts),
     ]
 
@@ -49,6 +52,24 @@ def _decode(bench: Bench, streams: int) -> Measurement:
         "of ideal": row.tokens_per_s * step / streams,
     }
     return replace(row, extra=extra)
+
+
+def verdicts(rows: Sequence[Measurement]) -> list[str]:
+    """The line's targets and what came; with more streams, how much of the modelled GPU's tokens arrived."""
+    said = []
+    for row in rows:
+        streams = row.load["streams"]
+        share = f"{row.extra['of ideal']:.1%} of the modelled GPU's tokens/s"
+        if streams == _TARGET_STREAMS:
+            figures = (
+                f"{name.removesuffix(' ms')} {row.extra[name]:.2f} ms (target: at most {target:g}, "
+                f"{'met' if row.extra[name] <= target else 'missed'})"
+                for name, target in _TARGETS.items()
+            )
+            said.append(f"{streams} streams: ITL {', '.join(figures)}; {share}")
+        elif streams > _TARGET_STREAMS:
+            said.append(f"{streams} streams: {share}")
+    return said
 
 
 def step_seconds(streams: int, context: int) -> float:

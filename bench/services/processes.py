@@ -49,19 +49,20 @@ class Service:
     """One service, as an operator would start it, on a free port.
 
     Args:
-        name: `tokenizer`, `scheduler` or `executor`.
+        name: `tokenizer`, `scheduler` or `executor`; or another module of `package`.
         flags: Of its command line.
         folder: For its log.
+        package: Where the module is.
     """
 
-    def __init__(self, name: str, flags: tuple[str, ...], folder: Path) -> None:
+    def __init__(self, name: str, flags: tuple[str, ...], folder: Path, package: str = "services") -> None:
         self.name = name
         number = len(list(folder.iterdir()))
         self._log = folder / f"{name}-{number}.log"
         announced = folder / f"{name}-{number}.address"
         with self._log.open("wb") as log:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", f"services.{name}", "--port", "0", "--announce", str(announced), *flags],
+                [sys.executable, "-m", f"{package}.{name}", "--port", "0", "--announce", str(announced), *flags],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -178,9 +179,9 @@ class Workplace:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def service(self, name: str, *flags: str) -> Service:
+    def service(self, name: str, *flags: str, package: str = "services") -> Service:
         """Start a service and wait until it is ready."""
-        service = Service(name, flags, self._folder)
+        service = Service(name, flags, self._folder, package)
         self._stack.callback(service.close)
         return service
 

@@ -35,6 +35,7 @@ class Section:
         keys: Which parts of the load are columns.
         latency: Which latency is shown.
         rows: The measurements.
+        verdicts: What stands below the table: figures against their targets.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Section:
     keys: Sequence[str]
     latency: str
     rows: Sequence[Measurement]
+    verdicts: Sequence[str] = ()
 
     def print(self, console: Console) -> None:
         """Show as a table."""
@@ -64,6 +66,8 @@ class Section:
         for row in self.rows:
             table.add_row(*self._cells(row, roles))
         console.print(table)
+        for verdict in self.verdicts:
+            console.print(verdict)
         growth = memory_per_stream(self.rows)
         if growth is not None:
             console.print(f"memory per stream: {growth / 1024:.1f} KiB")
@@ -131,6 +135,7 @@ def report(service: str, sections: Sequence[Section], output: Path | None) -> No
             "sections": [
                 {
                     "title": section.title,
+                    "verdicts": section.verdicts,
                     "cpu_us_per": section.per,
                     "memory_per_stream": memory_per_stream(section.rows),
                     "rows": [row.as_json() | {"cpu_us": row.cpu_us(section.per)} for row in section.rows],

@@ -1,4 +1,7 @@
-"""The scheduler alone: a simulated edge before it, simulated executors behind it."""
+"""The scheduler alone: a simulated edge before it, simulated executors behind it.
+
+What gRPC takes of it is measured beside it: a relay of bytes in its place, between the same neighbours.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ def run(timing: Timing) -> list[Section]:
             streams = _streams(bench, (1, 64) if quick else (1, 64, 256, 1024))
             steps = ceiling(bench, _decode(64 if quick else 256), (100.0,) if quick else (50, 100, 200, 400, 800, 1600))
             admissions = [_admit(bench, length) for length in ((2, 128) if quick else (2, 128, 1024, 8192))]
+        with _scheduler(place, timing, 1, relay=True) as bench:
+            relayed = _streams(bench, (1, 64) if quick else (1, 64, 256, 1024))
         executors = []
         for count in (2,) if quick else (1, 2, 4, 8, 16):
             with _scheduler(place, timing, count) as bench:
@@ -32,6 +37,7 @@ def run(timing: Timing) -> list[Section]:
             sessions = _admit(bench, 128, sessions=True)
     return [
         Section("streams on one executor", "tokens", ("streams", "steps_per_s"), "latency", streams),
+        Section("the same, a relay of bytes in its place", "tokens", ("streams", "steps_per_s"), "latency", relayed),
         Section("frames: steps/s rising until it falls behind", "tokens", ("streams", "steps_per_s"), "latency", steps),
         Section("executors, 64 streams each", "tokens", ("executors", "streams"), "latency", executors),
         Section("admissions: one-token requests, 64 at once", "requests", ("prompt_len",), "request", admissions),
@@ -41,10 +47,19 @@ def run(timing: Timing) -> list[Section]:
 
 @contextmanager
 def _scheduler(
-    place: Workplace, timing: Timing, executors: int, *flags: str, redis: RedisServer | None = None
+    place: Workplace,
+    timing: Timing,
+    executors: int,
+    *flags: str,
+    redis: RedisServer | None = None,
+    relay: bool = False,
 ) -> Iterator[Bench]:
     engines = place.neighbour("engines", count=executors)
-    service = place.service("scheduler", "--executors", ",".join(engines.addresses), *flags)
+    addresses = ("--executors", ",".join(engines.addresses))
+    if relay:
+        service = place.service("relay", *addresses, package="bench.services")
+    else:
+        service = place.service("scheduler", *addresses, *flags)
     edge = place.neighbour("edge", address=service.address, path="/scalellm.v1.Scheduler/Connect", stamped=True)
     try:
         yield Bench(timing, [service], edge, engines, redis)

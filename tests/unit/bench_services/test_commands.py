@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize(
     ("target", "num_sections"),
     [
-        ("scheduler", 5),
+        ("scheduler", 6),
         ("tokenizer", 5),
         pytest.param("line", 2, marks=pytest.mark.slow),
         pytest.param("executor", 4, marks=pytest.mark.slow),
