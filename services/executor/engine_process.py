@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NoReturn
 
 from scalellm.v1 import executor_pb2
@@ -154,7 +154,7 @@ class EngineLoop:
                 if (link := self._links.get(number)) is not None:
                     self._report_traced(link)
         if self._clock() - self._last_stats >= _STATS_INTERVAL:
-            self._announce_load()
+            self._announce_load(told=parts)
             self._send_stats()
 
     def _report_traced(self, link: EngineLink) -> None:
@@ -162,10 +162,10 @@ class EngineLoop:
             for request in link.traced.take():
                 self._channel.send(Message(Kind.TRACE, link.link, request.SerializeToString()))
 
-    def _announce_load(self) -> None:
+    def _announce_load(self, told: Container[int] = ()) -> None:
+        """Send the load to all links but those that were just told."""
         for number, link in self._links.items():
-            frame = link.load_frame(self._draining)
-            if frame is not None:
+            if number not in told and (frame := link.load_frame(self._draining)) is not None:
                 self._channel.send(Message(Kind.FRAME, number, frame))
 
     def _send_stats(self) -> None:

@@ -68,19 +68,24 @@ class AffinityStore:
             self._pending[session_id] = address
             self._write_due.set()
 
-    async def look_up(self, session_id: str) -> str | None:
+    def look_up(self, session_id: str) -> asyncio.Future[str | None]:
         """The executor as Redis knows it; None when it does not, or not in time."""
         future = self._wanted.get(session_id)
         if future is None:
-            future = self._wanted[session_id] = asyncio.get_running_loop().create_future()
-            self._read_due.set()
-        # Waited for, not cancelled: the Redis client does not end promptly when it is cancelled.
-        await asyncio.wait((future,), timeout=_LOOK_UP_LIMIT)
-        if future.done():
-            return future.result()
-        if self._wanted.get(session_id) is future:
-            del self._wanted[session_id]
-        return None
+            loop = asyncio.get_running_loop()
+            if not self._wanted:  # one timer for all that are asked for at once
+                loop.call_later(_LOOK_UP_LIMIT, self._give_up, self._wanted)
+                self._read_due.set()
+            future = self._wanted[session_id] = loop.create_future()
+        return future
+
+    def _give_up(self, wanted: dict[str, asyncio.Future[str | None]]) -> None:
+        """Redis is too slow. It is not cancelled: its client does not end promptly when it is."""
+        if wanted is self._wanted:
+            self._wanted = {}
+        for future in wanted.values():
+            if not future.done():
+                future.set_result(None)
 
     async def run(self) -> None:
         """Watch Redis and write to it until cancelled; then write what is left."""
@@ -124,7 +129,8 @@ class AffinityStore:
                 _log.debug("no affinity from Redis: %r", error)
                 values = [None] * len(wanted)
             for future, value in zip(wanted.values(), values, strict=True):
-                future.set_result(value.decode(errors="replace") if isinstance(value, bytes) else value)
+                if not future.done():
+                    future.set_result(value.decode(errors="replace") if isinstance(value, bytes) else value)
 
     async def _flush(self, redis: Redis) -> None:
         pending, self._pending = self._pending, {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
@@ -73,7 +74,6 @@ class Dispatcher:
         self._pump_due = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._look_ups: set[asyncio.Task[None]] = set()
 
     # What clients do.
 
@@ -353,13 +353,9 @@ class Dispatcher:
         request.session_address = self._affinity.get(request.session_id)
         if request.session_address is None and self._affinity.redis_ok:
             request.awaits_affinity = True
-            task = asyncio.create_task(self._look_up(request))
-            self._look_ups.add(task)
-            task.add_done_callback(self._look_ups.discard)
+            self._affinity.look_up(request.session_id).add_done_callback(partial(self._on_session_found, request))
 
-    async def _look_up(self, request: Request) -> None:
-        try:
-            request.session_address = await self._affinity.look_up(request.session_id)
-        finally:
-            request.awaits_affinity = False
-            self._schedule_pump()
+    def _on_session_found(self, request: Request, found: asyncio.Future[str | None]) -> None:
+        request.session_address = found.result()
+        request.awaits_affinity = False
+        self._schedule_pump()

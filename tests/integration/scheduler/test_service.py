@@ -318,6 +318,8 @@ async def test_books_balance_after_a_random_run(make_line, make_edge, make_execu
         if i == 120:
             await asyncio.gather(*aborting)
             aborting.clear()
+            # What was not read yet would be lost with the connection.
+            await eventually(lambda: line.check_books().accepted == len(streams))
             await leaving.close()
         if i % 10 == 0:
             line.check_books()

@@ -56,3 +56,16 @@ def test_a_long_prompt_is_not_mistaken_for_a_dead_engine() -> None:
     assert len(steps) >= 50
     assert not any(step.handles or step.finished for step in steps)
     assert len([message for message in frames if message.link == 2]) < 5  # who waits for nothing hears of changes only
+
+
+def test_a_link_that_was_told_of_a_step_is_not_told_its_load_again() -> None:
+    sampling = common_pb2.SamplingParams(max_tokens=100, ignore_eos=True)
+    submit = link_pb2.Submit(handle=1, token_ids=[1, 2, 3], sampling=sampling)
+    messages = run_loop(
+        [Message(Kind.OPEN, 1, frame(hello=link_pb2.Hello())), Message(Kind.FRAME, 1, frame(submit=submit))],
+        seconds_per_step=1.0,
+        num_steps=20,
+    )
+    frames = [link_pb2.ServerFrame.FromString(message.payload) for message in messages if message.kind is Kind.FRAME]
+    assert sum(len(frame.step.token_ids) for frame in frames) >= 15
+    assert len([frame for frame in frames if not frame.step.handles]) <= 1  # before the first step
