@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -25,7 +27,7 @@ from services.common.model_store import pull, resolve
 from services.common.model_store.catalogue import CATALOGUE
 
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
-# A peer this many times slower than the fastest system so far under the widest load is not asked for the long ones.
+# A system this many times slower than the fastest one so far is not waited for under more and longer loads.
 _TOO_SLOW = 4.0
 
 
@@ -36,7 +38,7 @@ class Comparison:
         plan: How often and how long.
         loads: For each form; those about prefixes for the fastest form of a system only, unless `every_form`.
         forms: Names to keep; empty: all.
-        every_form: Prefix loads on all forms.
+        everything: All loads on all forms, however long it takes.
         report: Takes everything in.
         save: Called after each measurement.
         screen: Where it says how far it is.
@@ -47,7 +49,7 @@ class Comparison:
         plan: Plan,
         loads: Sequence[Workload],
         forms: Sequence[str],
-        every_form: bool,
+        everything: bool,
         report: Report,
         save: Callable[[], None],
         screen: Console,
@@ -55,7 +57,7 @@ class Comparison:
         self._plan = plan
         self._loads = loads
         self._forms = forms
-        self._every_form = every_form
+        self._everything = everything
         self._report = report
         self._save = save
         self._screen = screen
@@ -71,10 +73,10 @@ class Comparison:
         forms = [form for form in system.forms if not self._forms or form.name in self._forms]
         fixed = [load for load in self._loads if not load.is_prefix]
         about_prefixes = [load for load in self._loads if load.is_prefix]
-        all_at_once = self._every_form or not fixed
+        all_at_once = self._everything or not fixed
         for form in forms:
             self._run_form(system, form, self._loads if all_at_once else fixed, folder)
-        if about_prefixes and not all_at_once and not self._is_too_slow(system, fixed[-1].name):
+        if about_prefixes and not all_at_once:
             fastest = self._fastest_form(system, fixed[-1].name)
             for form in forms:
                 if form.name == fastest:
@@ -83,7 +85,7 @@ class Comparison:
     def _run_form(self, system: System, form: Form, loads: Sequence[Workload], folder: Path) -> None:
         self._say(f"{system.name} {form.name}: starting")
         try:
-            measure_form(system, form, loads, self._plan, folder, self._take)
+            measure_form(system, form, loads, self._plan, folder, self._take, partial(self._is_wanted, system))
         except (PeerError, RuntimeError, OSError) as error:
             self._fail(f"{system.name} {form.name}", str(error))
 
@@ -99,18 +101,20 @@ class Comparison:
         done = [entry for entry in self._report.measurements if (entry.system, entry.workload) == (system.name, load)]
         return max(done, key=lambda entry: entry.rate).form if done else None
 
-    def _is_too_slow(self, system: System, load: str) -> bool:
-        rates = {entry.system: 0.0 for entry in self._report.measurements}
-        for entry in self._report.measurements:
-            if entry.workload == load:
-                rates[entry.system] = max(rates[entry.system], entry.rate)
-        mine, most = rates.get(system.name, 0.0), max(rates.values(), default=0.0)
-        if mine and most > _TOO_SLOW * mine:
-            self._fail(
-                f"{system.name}, prefixes", f"{most / mine:.1f} times slower than the fastest at {load}; not asked"
-            )
+    def _is_wanted(self, system: System, load: Workload) -> bool:
+        if self._everything or load.concurrency == 1:
             return True
-        return False
+        rates: dict[str, dict[str, float]] = {}
+        for entry in self._report.measurements:
+            of_load = rates.setdefault(entry.workload, {})
+            of_load[entry.system] = max(of_load.get(entry.system, 0.0), entry.rate)
+        for fixed in (entry.name for entry in self._loads if not entry.is_prefix and entry.concurrency > 1):
+            mine, most = (rates.get(fixed, {}).get(system.name), max(rates.get(fixed, {}).values(), default=0.0))
+            if mine and most > _TOO_SLOW * mine:
+                reason = f"{most / mine:.1f} times slower than the fastest at {fixed} at once; --everything waits"
+                self._fail(f"{system.name}, {load.name}", reason)
+                return False
+        return True
 
     def _fail(self, name: str, reason: str) -> None:
         self._report.failures[name] = reason
@@ -133,7 +137,9 @@ def main(
     input_len: Annotated[int, typer.Option(min=1, help="fixed: prompt tokens.")] = 128,
     output_len: Annotated[int, typer.Option(min=2, help="fixed: generated tokens.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each load is run; the median counts.")] = 1,
-    every_form: Annotated[bool, typer.Option(help="Shared and sessions on all forms, not a system's fastest.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Prefixes on all forms, not the fastest; all loads on slow systems.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Of each peer; 0: one per processor.")] = 0,
     limit_s: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
     quick: Annotated[bool, typer.Option("--quick", help="A few tokens per load: a test, not figures.")] = False,
@@ -180,13 +186,17 @@ def main(
     plan = Plan(rounds, limit_s, seed, Vocabulary.of_words(path))
     screen = console()
     save = partial(report.write, output) if output is not None else lambda: None
-    comparison = Comparison(plan, chosen, [name for name in forms.split(",") if name], every_form, report, save, screen)
-    with tempfile.TemporaryDirectory(prefix="scalellm-peers-", ignore_cleanup_errors=True) as folder:
-        for name in wanted:
-            comparison.run(makers[name](), Path(folder))
-    report.print(screen)
-    if output is not None:
-        screen.print(f"written to {output}")
+    comparison = Comparison(plan, chosen, [name for name in forms.split(",") if name], everything, report, save, screen)
+    # Servers end with the run, and what was measured is shown, however it ends.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory(prefix="scalellm-peers-", ignore_cleanup_errors=True) as folder:
+            for name in wanted:
+                comparison.run(makers[name](), Path(folder))
+    finally:
+        report.print(screen)
+        if output is not None:
+            screen.print(f"written to {output}")
 
 
 if __name__ == "__main__":

@@ -30,12 +30,15 @@ class Recipe:
         steps: Arguments of pip, one call each, in order.
         programs: What has to be on the path, such as a compiler.
         environment: Added to pip's environment.
+        module: Imported once at the end; empty: none. What cannot be imported is not installed, and some packages
+            finish their installation only then.
     """
 
     name: str
     steps: tuple[tuple[str, ...], ...]
     programs: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    module: str = ""
 
     def digest(self) -> str:
         """Another one for another recipe, or another Python."""
@@ -123,6 +126,7 @@ class Environments:
         commands = [
             (sys.executable, "-m", "venv", str(folder)),
             *((python, "-m", "pip", *step) for step in recipe.steps),
+            *([(python, "-c", f"import {recipe.module}")] if recipe.module else []),
         ]
         for command in commands:
             self._run(command, environment, log, max(1.0, deadline - time.monotonic()))

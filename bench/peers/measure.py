@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.load.driver import Driver
-from bench.load.records import RequestError
+from bench.load.records import RequestError, RequestRecord
 from bench.load.run import Step, run_step
 from bench.load.target import Target
 from bench.load.vocabulary import Vocabulary
@@ -25,6 +25,7 @@ _WARM_UP_STREAMS, _WARM_UP_OUTPUT = 8, 8
 # A server may compile on its first requests.
 _WARM_UP_S = 600.0
 _OTHERS_CORES = 0.2
+_DECODE_MESSAGES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Measurement:
         rates: Output tokens per second, of each round.
         ttft_p50_s: Seconds to the first token, and
         ttft_p99_s: for the slowest.
-        decode_rate: Tokens per second of one stream after its first token: what 1 / TPOT is at the median.
+        decode_rate: Tokens per second of one stream after its first message, the median of the requests; 0 where
+            answers were too short to tell.
         peak_mb: Resident memory of all processes at the most, in 10^6 bytes.
         prompts: Digest of what was sent, one per round.
         input_tokens: As the server counted them, all rounds together, and
@@ -101,10 +103,12 @@ def measure_form(
     plan: Plan,
     folder: Path,
     on_measured: Callable[[Measurement], None],
+    is_wanted: Callable[[Workload], bool] = lambda load: True,
 ) -> None:
     """Run the loads, with one server for all that want the same. Raises PeerError when a server does not start.
 
-    A load whose requests fail is handed over with what came and a note.
+    A load whose requests fail is handed over with what came and a note. Before each load `is_wanted` is asked: what
+    the loads before it have shown may be enough.
     """
     waiting = [(system.setup(form, load.need), load) for load in loads]
     while waiting:
@@ -112,7 +116,7 @@ def measure_form(
         together = [load for other, load in waiting if other == setup]
         waiting = [(other, load) for other, load in waiting if other != setup]
         with system.serve(setup, folder) as served:
-            for load in together:
+            for load in filter(is_wanted, together):
                 steps, peak, others = _measure(served, load, plan)
                 found = summarise(system, form, load, steps, peak, others)
                 on_measured(replace(found, command=setup.command, environment=dict(setup.environment)))
@@ -177,7 +181,6 @@ def summarise(
             notes.append(f"{figures['output_tokens']} tokens came, {figures['planned_output_tokens']} were asked for")
     if others_cores > _OTHERS_CORES:
         notes.append(f"others kept {others_cores:.1f} of the machine's cores busy: the figures are worth little")
-    tpot_ms = median("tpot_ms", "p50")
     return Measurement(
         system=system.name,
         form=form.name,
@@ -187,10 +190,19 @@ def summarise(
         rates=tuple(step.figures["output_throughput"] for step in steps),
         ttft_p50_s=1e-3 * median("ttft_ms", "p50"),
         ttft_p99_s=1e-3 * median("ttft_ms", "p99"),
-        decode_rate=1e3 / tpot_ms if tpot_ms > 0 else 0.0,
+        decode_rate=decode_rate([record for step in steps for record in step.records]),
         peak_mb=1e-6 * peak_bytes,
         prompts=tuple(step.prompts for step in steps),
         input_tokens=sum(step.figures["input_tokens"] for step in steps),
         output_tokens=sum(step.figures["output_tokens"] for step in steps),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def decode_rate(records: Iterable[RequestRecord]) -> float:
+    """See Measurement. Only of answers that came in many messages: in few, tokens that waited for a busy client
+    together look like tokens that were computed together.
+    """
+    long_enough = (r for r in records if r.status == "ok" and len(r.arrivals) >= _DECODE_MESSAGES)
+    rates = [1 / record.tpot for record in long_enough if record.tpot]
+    return statistics.median(rates) if rates else 0.0

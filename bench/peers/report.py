@@ -104,7 +104,7 @@ class Report:
             return ""
         rivals = [other for other in self.measurements if not other.is_ours and other.workload == entry.workload]
         best = max((_main(other) for other in rivals), default=0.0)
-        return f"{_main(entry) / best:.2f}" if best else ""
+        return f"{_main(entry) / best:.2f}" if best and _main(entry) else ""
 
     def _print_targets(self, console: Console) -> None:
         found = targets(self.measurements)
@@ -164,5 +164,6 @@ def _cell(entry: Measurement | None) -> str:
     if entry is None:
         return ""
     if entry.workload == "1":
-        return f"{1e3 * entry.ttft_p50_s:.0f}, {entry.decode_rate:.1f}"
+        decode_rate = f"{entry.decode_rate:.1f}" if entry.decode_rate else "-"
+        return f"{1e3 * entry.ttft_p50_s:.0f}, {decode_rate}"
     return f"{entry.rate:.1f}, {entry.ttft_p50_s:.2f} / {entry.ttft_p99_s:.2f}"

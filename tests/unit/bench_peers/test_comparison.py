@@ -18,10 +18,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bench.load.openai_target import OpenAiTarget
+from bench.load.records import Ended, RequestRecord, Status
 from bench.load.vocabulary import Vocabulary
 from bench.peers.__main__ import Comparison, main
 from bench.peers.environments import PeerError
-from bench.peers.measure import Measurement, Plan
+from bench.peers.measure import Measurement, Plan, decode_rate
 from bench.peers.report import Report
 from bench.peers.serving import free_port, server
 from bench.peers.systems import Form, Served, Setup
@@ -30,6 +31,7 @@ from bench.peers.workloads import workloads
 from word_tokenizer import write_word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
+PLAN = Plan(1, 60.0, 0, Vocabulary((1, 2)))
 
 
 class FakeSystem:
@@ -140,6 +142,42 @@ def test_targets_take_the_best_peer_and_our_fastest_form():
     assert found["64 at once, tok/s"].ratio == pytest.approx(300 / 199)
     assert "openvino F16" in found["64 at once, tok/s"].best
     assert "vllm" in found["64 at once, TTFT p50"].best
+
+
+def test_a_system_far_behind_is_not_waited_for(tmp_path):
+    loads = workloads(["fixed", "shared"], [1, 8, 64], 4, 4, quick=False)
+    fast = [entry("scalellm", load, 100.0) for load in ("1", "8")]
+    slow = [entry("slow", load, 20.0) for load in ("1", "8")]
+
+    def wanted(everything: bool, *measured: Measurement) -> tuple[list[str], dict[str, str]]:
+        report = Report({}, measurements=[*fast, *measured])
+        comparison = Comparison(PLAN, loads, [], everything, report, lambda: None, Console(file=io.StringIO()))
+        return [load.name for load in loads if comparison._is_wanted(FakeSystem("slow"), load)], report.failures
+
+    everywhere = ["1", "8", "64", "shared"]
+    assert wanted(False, slow[0]) == (everywhere, {})
+    assert wanted(True, *slow) == (everywhere, {})
+    names, failures = wanted(False, *slow)
+    assert names == ["1"]
+    assert "5.0 times slower than the fastest at 8 at once" in failures["slow, 64"]
+
+
+def answer(*arrivals: float, output_tokens: int, status: Status = "ok") -> RequestRecord:
+    return RequestRecord(
+        *(0, 0, 1, output_tokens, 0.0, 0.0),
+        arrivals=list(arrivals),
+        counts=[1] * len(arrivals),
+        status=status,
+        server=Ended(output_tokens=output_tokens),
+    )
+
+
+def test_decode_rate_is_of_answers_that_came_in_many_messages():
+    steady = answer(*(1 + 0.02 * number for number in range(64)), output_tokens=64)
+    bunched = answer(1.0, 1.001, output_tokens=64)
+    failed = answer(*(1 + 0.5 * number for number in range(64)), output_tokens=64, status="failed")
+    assert decode_rate([steady, bunched, failed]) == pytest.approx(50)
+    assert decode_rate([bunched]) == 0
 
 
 def test_what_was_not_alike_is_said():

@@ -62,6 +62,14 @@ def test_an_installation_that_failed_is_tried_again(tmp_path):
     assert pip.commands
 
 
+def test_what_cannot_be_imported_is_not_installed(tmp_path):
+    recipe = Recipe("peer", RECIPE.steps, module="peer_module")
+    with pytest.raises(PeerError, match="it failed"):
+        Environments(tmp_path, run=FakePip("import peer_module")).ensure(recipe)
+    with pytest.raises(PeerError, match="--no-install"):
+        Environments(tmp_path, run=FakePip(), may_install=False).ensure(recipe)
+
+
 def test_a_compiler_that_is_missing_is_named(tmp_path):
     recipe = Recipe("peer", RECIPE.steps, programs=("no-such-compiler",))
     with pytest.raises(PeerError, match="no-such-compiler"):
