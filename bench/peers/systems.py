@@ -246,6 +246,8 @@ def transformers(environments: Environments, weights: Weights, threads: int) -> 
         command = (
             *(environment.program("transformers"), "serve", model, "--continuous-batching"),
             *("--dtype", "float32", "--device", "cpu", "--host", "127.0.0.1", "--port", "{port}"),
+            # By itself it fills most of the machine's memory, 14 GB of 23. A block is 256 tokens.
+            *("--cb-num-blocks", str(max(320, need.streams * (need.tokens // 256 + 1)))),
         )
         # It lists the models of the hub's cache, whichever it serves, and fails where there is no such folder.
         hub = str(Path(model).parent)
