@@ -47,7 +47,6 @@ METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/scalellm.v1.Executor/Drain": _OPERATORS,
         # Probes carry no secrets.
         "/grpc.health.v1.Health/Check": _EVERYBODY,
-        "/grpc.health.v1.Health/List": _EVERYBODY,
         "/grpc.health.v1.Health/Watch": _EVERYBODY,
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY_ROLE,
     }
