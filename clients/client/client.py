@@ -47,9 +47,21 @@ class Client:
         self._tokenizer = tokenizer_pb2_grpc.TokenizerStub(self._channel)  # type: ignore[no-untyped-call]
         self._sessions = sessions_pb2_grpc.SessionsStub(self._channel)  # type: ignore[no-untyped-call]
 
-    def generate(self, request: GenerateRequest, *, timeout: float | None = None) -> GenerationStream:
-        """Start a generation. `timeout` (seconds) is the request's deadline on every hop; None: no deadline."""
-        call = self._generation.Generate(request, timeout=timeout, metadata=self._metadata)
+    def generate(
+        self,
+        request: GenerateRequest,
+        *,
+        timeout: float | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> GenerationStream:
+        """Start a generation.
+
+        Args:
+            request: What to generate.
+            timeout: Seconds; the request's deadline on every hop. None: no deadline.
+            metadata: Sent along, such as `traceparent` and `tracestate` of the trace that the call belongs to.
+        """
+        call = self._generation.Generate(request, timeout=timeout, metadata=(*self._metadata, *metadata))
         return GenerationStream(call, self.address)
 
     def chat(

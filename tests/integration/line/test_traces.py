@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from clients.client import Client
 from line import Answer, Line, generate, start_line
 from otlp import CLIENT, SERVER, Collector, SpanRecord, by_trace, read_trace_file
 from scalellm.v1 import common_pb2, generation_pb2
@@ -156,6 +157,18 @@ async def test_who_decides_what_is_traced(line: Line, folder: Path) -> None:
     )
     assert [span.name for span in fresh if not span.parent_id] == [GENERATE]
     check_nesting(fresh)
+
+
+async def test_the_python_client_passes_a_trace_on(line: Line, folder: Path) -> None:
+    trace_id = "9" * 32
+
+    def use_client() -> None:
+        with Client(line.address) as client:
+            assert list(client.generate(request(), metadata=traceparent(trace_id)))[-1].HasField("finished")
+
+    await asyncio.to_thread(use_client)
+    (root,) = [span for span in await exported(folder, trace_id, GENERATE) if span.name == GENERATE]
+    assert root.parent_id == PARENT_ID
 
 
 async def test_every_end_has_its_status(line: Line, folder: Path) -> None:
