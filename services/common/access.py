@@ -65,6 +65,9 @@ class Access:
         api_keys: File with API keys; looked at about once a second.
         link_token_file: File with the link token; likewise.
         trusts_certificates: Without a link token, whoever showed a certificate may open links.
+
+    Attributes:
+        num_refused: Calls that were not let in.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Access:
             self._sources.append(Reloaded((link_token_file,), lambda: {digest(read_token(link_token_file)): link}))
         self._links_are_known = trusts_certificates and link_token_file is None
         self._refreshed_at = time.monotonic()
+        self.num_refused = 0
 
     @property
     def is_open(self) -> bool:
@@ -140,6 +144,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             self._access.check(handler_call_details.method, handler_call_details.invocation_metadata)
         except StatusError as error:
+            self._access.num_refused += 1
             return _refuse_with(error)
         return await continuation(handler_call_details)
 

@@ -79,6 +79,8 @@ class EdgeMetrics:
             common_pb2.FINISH_REASON_STOP: success.labels("stop"),
             common_pb2.FINISH_REASON_LENGTH: success.labels("length"),
         }
+        self._calls = counter("scalellm_tokenizer_calls", "Calls of any method that ended.", ("method", "code"))
+        self.refused_calls = counter("scalellm_tokenizer_calls_refused", "Calls not let in: no key, or not theirs.")
         self.prompt_tokens = counter("scalellm_prompt_tokens", "Prompt tokens of requests that finished.")
         self.generation_tokens = counter("scalellm_generation_tokens", "Tokens received for requests that run.")
         self.discarded_tokens = counter(
@@ -127,6 +129,10 @@ class EdgeMetrics:
     def count_limited(self, limit: str) -> None:
         """A request was refused for a limit of its tenant."""
         self._limited[limit].inc()
+
+    def count_call(self, method: str, code: grpc.StatusCode) -> None:
+        """A call that was let in ended."""
+        self._calls.labels(method, code.name).inc()
 
     def observe_gap(self, seconds: float) -> None:
         """A message with tokens goes out, so long after the sample's last one."""

@@ -57,7 +57,13 @@ class CallGate:
         return self._running
 
 
-def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, gate: CallGate) -> None:
+OnEnd = Callable[[str, grpc.StatusCode], None]
+"""Told of each call that ended: the method's full name, and the status."""
+
+
+def add_service(
+    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, gate: CallGate, on_end: OnEnd
+) -> None:
     """Serve `service` with the methods of `servicer`, which raise StatusError for every outcome but OK.
 
     The generated `add_..._to_server` functions would leave a message that does not parse to gRPC, which answers
@@ -68,7 +74,7 @@ def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: o
         behaviour = getattr(servicer, method.name)
         make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         handlers[method.name] = make(
-            _guarded(behaviour, method, gate),
+            _guarded(behaviour, method, gate, on_end),
             request_deserializer=_lenient_parser(method),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
@@ -91,10 +97,12 @@ def _guarded(
     behaviour: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message | None]],
     method: MethodDescriptor,
     gate: CallGate,
+    on_end: OnEnd,
 ) -> Callable[[Message | None, grpc.aio.ServicerContext], Awaitable[Message | None]]:
     limit = LineLimit()
 
     async def call(request: Message | None, context: grpc.aio.ServicerContext) -> Message | None:
+        code = grpc.StatusCode.CANCELLED  # which is all that ends a call without passing one of the lines below
         try:
             gate.enter()
             try:
@@ -110,16 +118,21 @@ def _guarded(
                         f"the answer has {response.ByteSize()} bytes, a message holds at most {MAX_MESSAGE_BYTES}; "
                         "ask for less at a time",
                     )
+                code = grpc.StatusCode.OK
                 return response
             finally:
                 gate.leave()
         except StatusError as error:
+            code = error.code
             await error.abort(context)
         except grpc.aio.BaseError:
             raise
         except Exception:
+            code = grpc.StatusCode.INTERNAL
             if limit.admit() is not None:
                 _log.exception("%s failed; its client gets INTERNAL", method.full_name)
             await StatusError(grpc.StatusCode.INTERNAL, "internal error; the server's log says more").abort(context)
+        finally:
+            on_end(method.full_name, code)
 
     return call

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
-from services.common.access import open_access
+from services.common.access import Access, open_access
 from services.common.lifecycle import GrpcService, StartError, stop_event
 from services.common.logs import configure_logging
 from services.common.metrics import LoopLag
@@ -125,8 +125,8 @@ class Worker:
                 SessionsServicer(sessions, access, settings.session_ttl_s, edge.limits),
             )
             for descriptor, servicer in zip(_SERVICES, servicers, strict=True):
-                add_service(service.server, descriptor, servicer, self._gate)
-            self._follow(link, sessions)
+                add_service(service.server, descriptor, servicer, self._gate, self._metrics.count_call)
+            self._follow(link, sessions, access)
             lag = LoopLag(self._metrics.loop_lag.observe)
             waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
             tasks = [asyncio.create_task(step) for step in waits]
@@ -152,7 +152,7 @@ class Worker:
                 await quotas.close()
                 self._metrics.flush()
 
-    def _follow(self, link: SchedulerLink, sessions: SessionStore) -> None:
+    def _follow(self, link: SchedulerLink, sessions: SessionStore, access: Access) -> None:
         metrics, traffic = self._metrics, link.traffic
         metrics.follow(metrics.generation_tokens, lambda: link.num_tokens)
         metrics.follow(metrics.discarded_tokens, lambda: link.num_discarded_tokens)
@@ -160,6 +160,7 @@ class Worker:
         metrics.follow(metrics.frames_received, lambda: traffic.frames_received)
         metrics.follow(metrics.bytes_sent, lambda: traffic.bytes_sent)
         metrics.follow(metrics.bytes_received, lambda: traffic.bytes_received)
+        metrics.follow(metrics.refused_calls, lambda: access.num_refused)
         metrics.follow(metrics.redis_failures, lambda: sessions.num_failures)
 
     def _is_ready(self, link: SchedulerLink, quotas: TenantQuotas) -> bool:
