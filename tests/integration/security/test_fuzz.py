@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Iterator
 
@@ -12,16 +11,15 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from line import Line, generate, start_line
-from scalellm.v1 import common_pb2, generation_pb2, link_pb2, sessions_pb2, tokenizer_pb2
+from mutated_messages import FRAMES, SAMPLING, mutations
+from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from service_processes import Spawn
 from services.common.access import METHODS
-from services.common.link import API_MINOR
 
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "512")
 EXAMPLES = 120
 CRASHES = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE}
 
-SAMPLING = common_pb2.SamplingParams(max_tokens=3, n=2, temperature=0.5, logit_bias={5: 1.5}, stop_token_ids=[7])
 CHAT = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Hi")])
 SEEDS = (
     generation_pb2.GenerateRequest(prompt="Hi", sampling=SAMPLING, stop=["x"], priority=3),
@@ -31,34 +29,6 @@ SEEDS = (
     sessions_pb2.ListSessionsRequest(page_size=3, page_token="WzAsICJhIl0="),
     sessions_pb2.ForkSessionRequest(session_id="s", new_session_id="t", num_turns=1),
 )
-FRAMES = (
-    link_pb2.ClientFrame(hello=link_pb2.Hello(client_id="fuzz", api_minor=API_MINOR)),
-    link_pb2.ClientFrame(submit=link_pb2.Submit(handle=1, token_ids=[1, 2], sampling=SAMPLING, cache_salt=b"s")),
-    link_pb2.ClientFrame(abort=link_pb2.Abort(handle=1, index=0, reason=link_pb2.ABORT_REASON_STOP)),
-    link_pb2.ClientFrame(),
-)
-
-
-def mutations(messages: tuple) -> st.SearchStrategy[bytes]:
-    """Random bytes, and messages with bytes changed, cut out or repeated."""
-
-    def mutate(data: bytes, number: int) -> bytes:
-        rng, changed = random.Random(number), bytearray(data)
-        for _ in range(rng.randint(0, 4)):
-            place = rng.randrange(len(changed) + 1)
-            match rng.randrange(4):
-                case 0 if place < len(changed):
-                    changed[place] = rng.randrange(256)
-                case 1:
-                    del changed[place : place + rng.randint(1, 4)]
-                case 2:
-                    changed[place:place] = rng.randbytes(rng.randint(1, 4))
-                case _:
-                    changed += changed[place : place + 16]
-        return bytes(changed)
-
-    valid = st.sampled_from([message.SerializeToString() for message in messages])
-    return st.one_of(st.binary(max_size=200), st.builds(mutate, valid, st.integers(0, 2**32)))
 
 
 @pytest.fixture(scope="module")
