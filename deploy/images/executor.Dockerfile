@@ -30,7 +30,7 @@ RUN pip install --no-deps --target /opt/scalellm .
 FROM python:3.11-slim-bookworm
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get clean && rm -rf /var/lib/apt/lists/*
 # Volumes take over the owner of the folders that they are mounted on.
 RUN useradd --system --uid 10001 --home-dir /var/lib/scalellm --shell /usr/sbin/nologin scalellm \
     && install -d -o scalellm -g scalellm /var/lib/scalellm /var/lib/scalellm/models /var/lib/scalellm/kernels
