@@ -41,10 +41,11 @@ async def test_connections_beyond_the_limit_are_closed():
 
 async def test_calls_beyond_the_limit_of_a_connection_wait():
     async with serving(max_streams_per_connection=3) as address, grpc.aio.insecure_channel(address) as channel:
-        watches = [health_pb2_grpc.HealthStub(channel).Watch(HEALTH) for _ in range(4)]
-        for watch in watches[:3]:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(HEALTH) for _ in range(3)]
+        for watch in watches:
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        last = asyncio.create_task(watches[3].read())
+        last = asyncio.create_task(stub.Watch(HEALTH).read())  # only now: gRPC starts calls in any order
         await asyncio.sleep(0.1)
         assert not last.done()
         last.cancel()
