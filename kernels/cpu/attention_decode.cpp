@@ -11,7 +11,7 @@ namespace {
 
 // Keys of one item of work: a long sequence is shared by threads. It depends on nothing else in the batch, and so
 // neither does a row's result.
-constexpr int64_t kShare = 1024;
+constexpr int64_t kShare = 256;
 
 // scores [kHeads, kTile] = q [kHeads, dim] . k
 template <int kHeads, class T>
@@ -51,8 +51,9 @@ void score(const float* q, int64_t heads, const Tile<T>& tile, int64_t dim, floa
   for (int64_t h = 0; h < heads; ++h) std::fill(scores + h * kTile + tile.size, scores + (h + 1) * kTile, kMasked);
 }
 
+// Consecutive keys of a sequence, of all heads: what they share in memory is read in the order in which it lies there.
 struct Share {
-  int64_t sequence, head, begin, end;
+  int64_t sequence, begin, end;
   bool whole;
 };
 
@@ -61,15 +62,26 @@ template <class T>
 bool attend(const PagedCache<T>& cache, const Share& share, const float* q, int64_t group, float softcap,
             Softmax* softmax, float* acc) {
   std::vector<float> scores(group * kTile);
-  Tile<T> tile;
-  for (int64_t at = share.begin; at < share.end; at += tile.size) {
-    if (!tile.find(cache, share.sequence, share.head, at, share.end)) return false;
-    score(q, group, tile, cache.dim, scores.data());
-    for (int64_t h = 0; h < group; ++h) {
-      const float shrunk = softmax[h].add(&scores[h * kTile], softcap);
-      if (shrunk != 1) scale_row(acc + h * cache.dim, shrunk, cache.dim);
+  const int64_t dim = cache.dim;
+  Tile<T> tile, next;
+  if (!tile.find(cache, share.sequence, 0, share.begin, share.end)) return false;
+  tile.prefetch(cache, 0, tile.size);
+  for (int64_t at = share.begin; at < share.end; at += tile.size, tile = next) {
+    const int64_t then = at + tile.size;
+    if (then < share.end && !next.find(cache, share.sequence, 0, then, share.end)) return false;
+    for (int64_t head = 0; head < cache.heads; ++head) {
+      if (then < share.end) {
+        next.prefetch(cache, next.size * head / cache.heads, next.size * (head + 1) / cache.heads);
+      }
+      const int64_t first = head * group;
+      score(q + first * dim, group, tile, dim, scores.data());
+      for (int64_t h = 0; h < group; ++h) {
+        const float shrunk = softmax[first + h].add(&scores[h * kTile], softcap);
+        if (shrunk != 1) scale_row(acc + (first + h) * dim, shrunk, dim);
+      }
+      add_values(scores.data(), group, tile, acc + first * dim, dim);
+      tile.next_head(dim);
     }
-    add_values(scores.data(), group, tile, acc, cache.dim);
   }
   return true;
 }
@@ -78,64 +90,61 @@ template <class Q, class T>
 int64_t decode(const Q* q, Q* out, const PagedCache<T>& cache, const int32_t* lens, int64_t sequences, int64_t group,
                int64_t q_stride, int64_t out_stride, int64_t window, float scale, float softcap, float v_scale,
                int64_t threads) {
-  const int64_t dim = cache.dim;
+  const int64_t dim = cache.dim, heads = cache.heads * group;
   std::vector<Share> shares;
   int64_t keys = 0;
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t length = lens[s], first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
-    if (length <= 0) zero_rows(out + s * out_stride, cache.heads * group * dim);
-    for (int64_t head = 0; head < cache.heads; ++head) {
-      for (int64_t begin = first; begin < length; begin += kShare) {
-        const int64_t end = std::min(begin + kShare, length);
-        shares.push_back({s, head, begin, end, length - first <= kShare});
-        keys += end - begin;
-      }
+    if (length <= 0) zero_rows(out + s * out_stride, heads * dim);
+    for (int64_t begin = first; begin < length; begin += kShare) {
+      const int64_t end = std::min(begin + kShare, length);
+      shares.push_back({s, begin, end, length - first <= kShare});
+      keys += end - begin;
     }
   }
   const int64_t count = shares.size();
   // Where the shares of long rows meet: values and softmax of each.
   const bool split = std::any_of(shares.begin(), shares.end(), [](const Share& share) { return !share.whole; });
-  std::vector<float> values(split ? count * group * dim : 0);
-  std::vector<Softmax> softmaxes(split ? count * group : 0);
+  std::vector<float> values(split ? count * heads * dim : 0);
+  std::vector<Softmax> softmaxes(split ? count * heads : 0);
   std::atomic<int64_t> fault{kDone};
   const auto write = [&](const Share& share, const Softmax* softmax, const float* acc) {
-    Q* to = out + share.sequence * out_stride + share.head * group * dim;
-    for (int64_t h = 0; h < group; ++h) copy_scaled(acc + h * dim, to + h * dim, v_scale / softmax[h].total, dim);
+    Q* to = out + share.sequence * out_stride;
+    for (int64_t h = 0; h < heads; ++h) copy_scaled(acc + h * dim, to + h * dim, v_scale / softmax[h].total, dim);
   };
   // Little work is done before another thread would be awake.
-  parallel_for(count, keys * group * dim < (1 << 17) ? 1 : threads, [&](int64_t item) {
+  parallel_for(count, keys * heads * dim < (1 << 17) ? 1 : threads, [&](int64_t item) {
     const Share& share = shares[item];
-    std::vector<float> scratch(2 * group * dim);
-    std::vector<Softmax> softmax(group);
-    float *scaled = &scratch[0], *acc = &scratch[group * dim];
-    const Q* from = q + share.sequence * q_stride + share.head * group * dim;
-    for (int64_t h = 0; h < group; ++h) copy_scaled(from + h * dim, scaled + h * dim, scale, dim);
+    std::vector<float> scratch(2 * heads * dim);
+    std::vector<Softmax> softmax(heads);
+    float *scaled = &scratch[0], *acc = &scratch[heads * dim];
+    copy_scaled(q + share.sequence * q_stride, scaled, scale, heads * dim);
     if (!attend(cache, share, scaled, group, softcap, softmax.data(), acc)) {
       fault = share.sequence;
     } else if (share.whole) {
       write(share, softmax.data(), acc);
     } else {
-      std::copy(acc, acc + group * dim, &values[item * group * dim]);
-      std::copy(softmax.begin(), softmax.end(), &softmaxes[item * group]);
+      std::copy(acc, acc + heads * dim, &values[item * heads * dim]);
+      std::copy(softmax.begin(), softmax.end(), &softmaxes[item * heads]);
     }
   });
   for (int64_t item = 0, next; split && item < count; item = next) {
     const Share& row = shares[item];
     next = item + 1;
     if (row.whole) continue;
-    for (; next < count && shares[next].sequence == row.sequence && shares[next].head == row.head; ++next) {
-      for (int64_t h = 0; h < group; ++h) {
-        Softmax& into = softmaxes[item * group + h];
-        const Softmax& other = softmaxes[next * group + h];
+    for (; next < count && shares[next].sequence == row.sequence; ++next) {
+      for (int64_t h = 0; h < heads; ++h) {
+        Softmax& into = softmaxes[item * heads + h];
+        const Softmax& other = softmaxes[next * heads + h];
         const float largest = std::max(into.largest, other.largest);
         const float shrunk = std::exp(into.largest - largest), weight = std::exp(other.largest - largest);
-        float* acc = &values[(item * group + h) * dim];
-        const float* more = &values[(next * group + h) * dim];
+        float* acc = &values[(item * heads + h) * dim];
+        const float* more = &values[(next * heads + h) * dim];
         for (int64_t d = 0; d < dim; d += kLanes) store(acc + d, load(acc + d) * shrunk + load(more + d) * weight);
         into = {largest, into.total * shrunk + other.total * weight};
       }
     }
-    write(row, &softmaxes[item * group], &values[item * group * dim]);
+    write(row, &softmaxes[item * heads], &values[item * heads * dim]);
   }
   return fault;
 }

@@ -46,6 +46,21 @@ struct Tile {
     for (; at < kTile; ++at) k[at] = k[size - 1], v[at] = v[size - 1];
     return true;
   }
+
+  // Ask for keys and values of all heads of tokens begin .. end of a tile that was found for head 0.
+  void prefetch(const PagedCache<T>& cache, int64_t begin, int64_t end) const {
+    const int64_t bytes = cache.heads * cache.dim * sizeof(T);
+    for (const auto& rows : {k, v}) {
+      for (int64_t t = begin; t < end; ++t) {
+        const char* row = reinterpret_cast<const char*>(rows[t]);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+      }
+    }
+  }
+
+  void next_head(int64_t dim) {
+    for (int64_t t = 0; t < kTile; ++t) k[t] += dim, v[t] += dim;
+  }
 };
 
 // The softmax of a row of scores so far: largest score, sum of weights.
