@@ -21,6 +21,7 @@ SCHEMA = 1
 # What tells how fast a processor multiplies small numbers.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
 _WIDTH = 200
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -66,9 +67,10 @@ class Report:
         }
 
     def write(self, path: Path) -> None:
-        """Write the JSON file."""
+        """Write the JSON file, for others to read: without the names of this machine's folders."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.as_json(), indent=2) + "\n")
+        text = json.dumps(self.as_json(), indent=2) + "\n"
+        path.write_text(text.replace(str(_ROOT), ".").replace(str(Path.home()), "~"))
 
     def print(self, console: Console) -> None:
         """Tables of figures, ratios and targets; what could not be measured."""

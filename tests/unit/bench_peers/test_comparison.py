@@ -113,6 +113,16 @@ def entry(system: str, load: str, rate: float, **others) -> Measurement:
     return Measurement(system=system, workload=load, rates=(rate,), **given)
 
 
+def test_a_file_names_no_folder_of_the_machine(tmp_path):
+    program = str(Path.home() / "peers" / "python")
+    report = Report({"model": "fake"})
+    report.measurements.append(entry("a", "1", 1.0, command=(program,), environment={"PYTHONPATH": str(ROOT)}))
+    report.write(tmp_path / "out.json")
+    text = (tmp_path / "out.json").read_text()
+    assert str(Path.home()) not in text
+    assert str(ROOT) not in text
+
+
 def test_targets_take_the_best_peer_and_our_fastest_form():
     found = {
         target.name: target
