@@ -13,15 +13,13 @@ from bench.load.records import Ended, Request, RequestError, Tokens
 from bench.load.target import TargetInfo
 
 _CONNECT_TIMEOUT = 10.0
-# Less than the 5 s after which the usual servers close an idle connection: a request must not meet that moment.
-_KEEPALIVE_EXPIRY = 2.0
 _MESSAGE_LEN = 300
 
 
 class OpenAiTarget:
     """Sends prompts as text to `/completions`, sessions with all their history to `/chat/completions`.
 
-    One connection per request in flight, kept for the next one. Such servers do not say how many tokens a message
+    One connection per request. Such servers do not say how many tokens a message
     carries: each is counted as one until the end, where `usage` says how many they were.
 
     Args:
@@ -40,9 +38,8 @@ class OpenAiTarget:
         self._client = httpx.AsyncClient(
             base_url=base_url.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_EXPIRY
-            ),
+            # Some servers close a connection after an answer, and the next request would meet that moment.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT),
             trust_env=False,
         )
