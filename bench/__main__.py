@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import torch
 import typer
 import uvloop
@@ -32,7 +31,7 @@ from bench.load.records import RequestRecord
 from bench.load.run import Run, Step, run_step
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Load, Shape, conversations, digest
-from bench.services.processes import cpu_seconds
+from bench.services.processes import cpu_seconds, family, service_module
 from clients.launcher import Instance, State, UpOptions, bring_down, bring_up
 from services.common.model_store import pull, resolve
 from services.common.model_store.catalogue import CATALOGUE
@@ -101,9 +100,8 @@ def _cpu_seconds(state: State) -> dict[str, float]:
     """CPU time of each service's processes, and of this one, which makes the load."""
     total = {}
     for service in state.services:
-        main = psutil.Process(service.pid)
-        for process in (main, *main.children(recursive=True)):
-            module = next((word for word in process.cmdline() if word.startswith("services.")), service.name)
+        for process in family(service.pid):
+            module = service_module(process) or service.name
             total[module] = total.get(module, 0.0) + cpu_seconds(process)
     return total | {"load generator": time.process_time()}
 

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.services.processes import BenchError, cpu_seconds
+from bench.services.processes import BenchError, cpu_seconds, family
 from clients.launcher import Instance
 from scalellm.v1 import generation_pb2, generation_pb2_grpc
 
@@ -78,10 +78,7 @@ def start_once(home: Path, model: str, environment: Mapping[str, str]) -> tuple[
         _first_token(state.public_address)
         token = time.time()
         services = {service.name: service for service in state.services}
-        families = {
-            name: [psutil.Process(service.pid), *psutil.Process(service.pid).children(recursive=True)]
-            for name, service in services.items()
-        }
+        families = {name: family(service.pid) for name, service in services.items()}
         executor = services["executor-0"]
         (engine,) = psutil.Process(executor.pid).children()
         moments = {
@@ -98,7 +95,7 @@ def start_once(home: Path, model: str, environment: Mapping[str, str]) -> tuple[
             "`up` has returned": returned,
             "first token": token,
         }
-        cpu = {name: sum(map(cpu_seconds, family)) for name, family in families.items()}
+        cpu = {name: sum(map(cpu_seconds, members)) for name, members in families.items()}
         return {name: moment - began for name, moment in moments.items()}, cpu
     finally:
         subprocess.run([*command, "down"], env=variables, capture_output=True)

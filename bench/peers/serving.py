@@ -18,6 +18,7 @@ from urllib.request import ProxyHandler, build_opener
 import psutil
 
 from bench.peers.environments import PeerError
+from bench.services.processes import cpu_seconds, family
 
 _POLL_S = 0.1
 _MEMORY_POLL_S = 0.25
@@ -95,25 +96,19 @@ class Resources:
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
         busy = sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
-        own = sum(_of(process, _cpu) for process in (*self._processes(), psutil.Process()))
+        own = sum(_of(process, cpu_seconds) for process in (*self._processes(), psutil.Process()))
         return time.monotonic(), busy, own
 
     def _processes(self) -> list[psutil.Process]:
         found: list[psutil.Process] = []
         for pid in self._roots():
             with contextlib.suppress(psutil.Error):
-                root = psutil.Process(pid)
-                found += [root, *root.children(recursive=True)]
+                found += family(pid)
         return found
 
 
 def _rss(process: psutil.Process) -> float:
     return float(process.memory_info().rss)
-
-
-def _cpu(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def _of(process: psutil.Process, read: Callable[[psutil.Process], float]) -> float:
@@ -148,13 +143,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Ask it to end, then kill what is left of its session."""
     tree: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
-        root = psutil.Process(process.pid)
-        tree = [*root.children(recursive=True), root]
+        tree = family(process.pid)
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_END_S)
-    for left in tree:
+    for left in reversed(tree):
         with contextlib.suppress(psutil.Error):
             left.kill()
     with contextlib.suppress(ProcessLookupError, PermissionError):

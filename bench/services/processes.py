@@ -30,6 +30,17 @@ class BenchError(Exception):
     """The measurement cannot go on; the message says why."""
 
 
+def family(pid: int) -> list[psutil.Process]:
+    """The process and its offspring. Raises psutil.NoSuchProcess."""
+    main = psutil.Process(pid)
+    return [main, *main.children(recursive=True)]
+
+
+def service_module(process: psutil.Process) -> str:
+    """The module of `services` that a process runs; empty: none."""
+    return next((word for word in process.cmdline() if word.startswith("services.")), "")
+
+
 def cpu_seconds(process: psutil.Process) -> float:
     """User and system time since the process began, of all its threads, ended ones included."""
     try:
@@ -85,11 +96,10 @@ class Service:
     @property
     def processes(self) -> dict[str, list[psutil.Process]]:
         """By role: the service's own name, `worker`, `engine`."""
-        main = psutil.Process(self._popen.pid)
+        main, *offspring = family(self._popen.pid)
         found = {self.name: [main]}
-        for child in main.children(recursive=True):
-            module = next((word for word in child.cmdline() if word.startswith("services.")), "")
-            found.setdefault(_ROLES.get(module, self.name), []).append(child)
+        for child in offspring:
+            found.setdefault(_ROLES.get(service_module(child), self.name), []).append(child)
         return found
 
     @property
@@ -100,8 +110,7 @@ class Service:
     def close(self) -> None:
         """Stop it at once."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            main = psutil.Process(self._popen.pid)
-            for process in (*main.children(recursive=True), main):
+            for process in reversed(family(self._popen.pid)):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         self._popen.wait()
