@@ -5,6 +5,7 @@
 // is the same, bit by bit, whatever rows are beside it and however many threads there are.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "dot.h"
@@ -243,7 +244,8 @@ void tile_of_rows(const Problem<T>& p, const Panel<T>& panel, int64_t tile, int6
 
 template <class T, int Bits>
 void many_rows(const Problem<T>& p, int64_t from, int64_t to) {
-  static thread_local Panel<T> panel;
+  static thread_local Panel<T> own;
+  Panel<T>& panel = own;  // which thread's it is, is found out once
   const int64_t width_of_panel = std::clamp<int64_t>(kPanelBytes / (p.k * kTile), 1, kPanelTiles) * kTile;
   for (int64_t start = from; start < to; start += width_of_panel) {
     const int64_t end = std::min(start + width_of_panel, to);
@@ -273,22 +275,49 @@ void columns(const Problem<T>& p, int64_t from, int64_t to) {
   if (whole < to) many_rows<T, Bits>(p, whole, to);
 }
 
+// Memory that is kept from one call to the next: new memory for each would have to be zeroed by the system.
+template <class T>
+class Scratch {
+ public:
+  // Returns room for so many, whose values are not said.
+  T* of(int64_t count) {
+    if (count > count_) {
+      data_.reset();
+      data_.reset(new T[count]);
+      count_ = count;
+    }
+    return data_.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  int64_t count_ = 0;
+};
+
+// What the inputs of a call become. It is the calling thread's, whoever helps it.
+struct RoundedInputs {
+  Scratch<int8_t> codes;
+  Scratch<float> scales;
+  Scratch<int32_t> sums;
+};
+
 template <class T, int Bits>
 void gemm(const void* x, const void* words, const void* scales, const void* zeros, void* out, int64_t m, int64_t n,
           int64_t k, int64_t group, int64_t threads) {
   if (m == 0) return;
   const int64_t groups = k / group;
-  std::vector<int8_t> codes(m * k);
-  std::vector<float> input_scales(m * groups);
-  std::vector<int32_t> input_sums(m * groups);
+  static thread_local RoundedInputs rounded;
+  int8_t* codes = rounded.codes.of(m * k);
+  float* input_scales = rounded.scales.of(m * groups);
+  int32_t* input_sums = rounded.sums.of(m * groups);
   parallel_ranges(m, 65536 / k + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      round_row<T, Bits>(static_cast<const T*>(x) + row * k, k, group, codes.data() + row * k,
-                         input_scales.data() + row * groups, input_sums.data() + row * groups);
+      round_row<T, Bits>(static_cast<const T*>(x) + row * k, k, group, codes + row * k,
+                         input_scales + row * groups, input_sums + row * groups);
     }
   });
   const Problem<T> p{static_cast<const int32_t*>(words), static_cast<const T*>(scales), static_cast<const T*>(zeros),
-                     static_cast<T*>(out), m, n, k, group, codes.data(), input_scales.data(), input_sums.data()};
+                     static_cast<T*>(out), m, n, k, group, codes, input_scales, input_sums};
   // Bytes at the speed of memory and products at that of the widest vectors: a guess of what a column takes.
   const double column_ns = double(k) * (Bits / 200.0 + m / 130.0);
   int64_t parts = std::clamp<int64_t>(int64_t(column_ns * n / kItemNs), 1, 4 * threads);
