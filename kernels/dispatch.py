@@ -95,6 +95,7 @@ _CPP: Mapping[str, CppForm] = MappingProxyType(
         "gelu_tanh_and_mul": CppForm("activation"),
         "paged_attention_decode": CppForm("attention"),
         "qk_norm_rope_and_cache": CppForm("rope"),
+        "sample": CppForm("sampling"),
         "silu_and_mul": CppForm("activation"),
         "unified_attention": CppForm("attention"),
         "w4a16_gemm": CppForm("gemm_wna16"),

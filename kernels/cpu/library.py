@@ -44,6 +44,7 @@ FUNCTIONS: Mapping[str, str] = MappingProxyType(
         "gemm_wna16": "iipppppiiii",
         "paged_attention_decode": "iippppppiiiiiiiiiiifff",
         "qk_norm_rope_and_cache": "iipppppppppiiiiiiiiifff",
+        "sample": "ppppppppppppiiiii",
         "unified_attention": "iippppppiiiiiiiiiiifffppi",
     }
 )

@@ -120,7 +120,7 @@ class _Draw(NamedTuple):
         """
         floor = best_noise - _MAX_NOISE - _SLACK
         if min_p > 0:
-            floor = max(floor, math.log(min_p))
+            floor = max(floor, math.log(min(min_p, 1.0)))
         if 0 < k < self.logits.shape[0]:
             ids, values = search.top_with_ties(self.logits, self.maxima, k)
             scaled = self._scale(values)

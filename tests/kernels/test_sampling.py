@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import sample, sample_seed
+from kernels import sample_seed
 
 MASK = (1 << 64) - 1
 
@@ -56,22 +56,28 @@ def naive_sample(row, temperature, k, p, min_p, seed, position) -> int:
     )
 
 
-def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None, positions=None, **options):
-    rows = len(logits)
+@pytest.fixture(scope="session")
+def draw(ops):
+    """`ops.sample` with one value, or a tensor of them, for each of its columns."""
 
-    def column(value, dtype):
-        return value if isinstance(value, torch.Tensor) else torch.full((rows,), value, dtype=dtype)
+    def run(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None, positions=None, **options):
+        rows = len(logits)
 
-    return sample(
-        logits,
-        column(temperature, torch.float32),
-        column(top_k, torch.int64),
-        column(top_p, torch.float32),
-        column(min_p, torch.float32),
-        torch.arange(rows) if seeds is None else seeds,
-        torch.zeros(rows, dtype=torch.int64) if positions is None else positions,
-        **options,
-    )
+        def column(value, dtype):
+            return value if isinstance(value, torch.Tensor) else torch.full((rows,), value, dtype=dtype)
+
+        return ops.sample(
+            logits,
+            column(temperature, torch.float32),
+            column(top_k, torch.int64),
+            column(top_p, torch.float32),
+            column(min_p, torch.float32),
+            torch.arange(rows) if seeds is None else seeds,
+            torch.zeros(rows, dtype=torch.int64) if positions is None else positions,
+            **options,
+        )
+
+    return run
 
 
 def test_splitmix64_is_the_published_generator():
@@ -84,7 +90,7 @@ def test_splitmix64_is_the_published_generator():
 
 @pytest.mark.parametrize("vocab", [2, 255, 256, 300, 1100])
 @pytest.mark.parametrize("spread", [0.3, 4.0, 12.0])
-def test_draws_are_those_of_the_definition(vocab, spread):
+def test_draws_are_those_of_the_definition(draw, vocab, spread):
     g = torch.Generator().manual_seed(vocab)
     rows = 24
     logits = torch.randn(rows, vocab, generator=g) * spread
@@ -104,7 +110,7 @@ def test_draws_are_those_of_the_definition(vocab, spread):
     assert torch.equal(logits, before)
 
 
-def test_unfiltered_draws_are_those_of_the_definition():
+def test_unfiltered_draws_are_those_of_the_definition(draw):
     g = torch.Generator().manual_seed(3)
     logits = torch.randn(40, 600, generator=g) * torch.linspace(0, 10, 40).unsqueeze(1)
     got = draw(logits).token_ids.tolist()
@@ -119,7 +125,7 @@ def test_unfiltered_draws_are_those_of_the_definition():
     p=st.sampled_from([1.0, 0.03, 0.35, 0.61, 0.93]),
     min_p=st.sampled_from([0.0, 0.3, 0.55, 1.0]),
 )
-def test_the_set_that_can_be_drawn_is_that_of_a_naive_sort(values, k, p, min_p):
+def test_the_set_that_can_be_drawn_is_that_of_a_naive_sort(draw, values, k, p, min_p):
     row = torch.tensor(values)
     if not row.isfinite().any():
         return
@@ -138,7 +144,7 @@ def chi_square_bound(degrees: int) -> float:
 
 
 @pytest.mark.parametrize("what", ["seed", "position"])
-def test_draws_follow_the_softmax(what):
+def test_draws_follow_the_softmax(draw, what):
     rows = 5_000
     logits = torch.tensor([2.0, 1.0, 1.0, 0.0, -0.5, -1.0, -2.0, 0.7])
     counter = torch.arange(rows)
@@ -150,7 +156,7 @@ def test_draws_follow_the_softmax(what):
     assert statistic < chi_square_bound(7)
 
 
-def test_filtered_draws_follow_the_renormalised_softmax():
+def test_filtered_draws_follow_the_renormalised_softmax(draw):
     rows = 5_000
     logits = torch.tensor([2.0, 1.0, 1.0, 0.0, -0.5, -1.0, -2.0, 0.7])
     drawn = draw(logits.expand(rows, -1), top_k=4, top_p=0.95).token_ids
@@ -161,7 +167,7 @@ def test_filtered_draws_follow_the_renormalised_softmax():
     assert ((counts[kept] - expected).square() / expected).sum().item() < chi_square_bound(3)
 
 
-def test_a_draw_depends_on_seed_and_position_only():
+def test_a_draw_depends_on_seed_and_position_only(draw):
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(8, 700, generator=g) * 2
     mixed = {"temperature": torch.tensor([1.0, 0.0] * 4), "top_p": torch.tensor([0.9, 1.0, 1.0, 0.8] * 2)}
@@ -180,14 +186,14 @@ def test_a_draw_depends_on_seed_and_position_only():
         assert alone.item() == together[i].item()
 
 
-def test_different_seeds_and_positions_give_different_draws():
+def test_different_seeds_and_positions_give_different_draws(draw):
     logits = torch.zeros(64, 1000)
     assert len(set(draw(logits).token_ids.tolist())) > 55
     assert len(set(draw(logits, seeds=torch.zeros(64).long(), positions=torch.arange(64)).token_ids.tolist())) > 55
 
 
 @pytest.mark.parametrize("vocab", [3, 256, 700])
-def test_greedy_takes_the_lowest_id_of_equal_logits(vocab):
+def test_greedy_takes_the_lowest_id_of_equal_logits(draw, vocab):
     logits = torch.zeros(4, vocab)
     logits[1, vocab - 1] = 1
     logits[2, [1, vocab - 1]] = 2
@@ -195,7 +201,7 @@ def test_greedy_takes_the_lowest_id_of_equal_logits(vocab):
     assert draw(logits, temperature=0.0).token_ids.tolist() == [0, vocab - 1, 1, 0]
 
 
-def test_a_row_without_a_finite_logit_does_not_disturb_the_others():
+def test_a_row_without_a_finite_logit_does_not_disturb_the_others(draw):
     logits = torch.zeros(3, 40)
     logits[0] = -torch.inf
     logits[1, 3] = torch.nan
@@ -206,7 +212,7 @@ def test_a_row_without_a_finite_logit_does_not_disturb_the_others():
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
-def test_extreme_temperatures(temperature):
+def test_extreme_temperatures(draw, temperature):
     logits = torch.linspace(-5, 5, 300).repeat(20, 1)
     logits[:, 17] = -torch.inf
     drawn = draw(logits, temperature=temperature).token_ids
@@ -218,7 +224,7 @@ def test_extreme_temperatures(temperature):
 
 
 @pytest.mark.parametrize("vocab", [5, 300, 1100])
-def test_logprobs_are_of_the_unscaled_unfiltered_logits(vocab):
+def test_logprobs_are_of_the_unscaled_unfiltered_logits(draw, vocab):
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(6, vocab, generator=g) * 3
     raw = torch.randn(6, vocab, generator=g) * 3
@@ -236,7 +242,7 @@ def test_logprobs_are_of_the_unscaled_unfiltered_logits(vocab):
 
 @pytest.mark.parametrize("vocab", [12, 1100])
 @pytest.mark.parametrize("k", [1, 3, 4, 7])
-def test_top_logprobs_order_equal_values_by_id(vocab, k):
+def test_top_logprobs_order_equal_values_by_id(draw, vocab, k):
     g = torch.Generator().manual_seed(k)
     logits = torch.randint(0, 4, (5, vocab), generator=g).float()
     logits[1] = -torch.inf

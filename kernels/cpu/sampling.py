@@ -1,0 +1,54 @@
+"""Drawing tokens in C++. What it must do is said by the torch form, `kernels.reference.sampling`."""
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import CpuLibrary
+from kernels.reference import sampling as reference
+from kernels.reference.sampling import SampleOutput
+
+
+def sample(
+    library: CpuLibrary,
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    num_logprobs: int = 0,
+    logprob_logits: Tensor | None = None,
+    workspace: Tensor | None = None,
+    out: SampleOutput | None = None,
+) -> SampleOutput:
+    """C++ form of `kernels.sample`; the noise, and with it the draws, are the torch form's."""
+    source = logits if logprob_logits is None else logprob_logits
+    rows, vocab = logits.shape
+    if out is None:
+        out = SampleOutput(
+            torch.empty(rows, dtype=torch.int64),
+            torch.empty(rows, dtype=torch.float32),
+            torch.empty((rows, num_logprobs), dtype=torch.int64),
+            torch.empty((rows, num_logprobs), dtype=torch.float32),
+        )
+    rows_of_logits = all(x.dtype == torch.float32 and x.stride(1) == 1 for x in (logits, source))
+    if not rows_of_logits or num_logprobs > vocab or not all(part.is_contiguous() for part in out):
+        arguments = (logits, temperature, top_k, top_p, min_p, seeds, positions)
+        return reference.sample(*arguments, num_logprobs=num_logprobs, logprob_logits=logprob_logits, out=out)
+    columns = (
+        _column(temperature, torch.float32),
+        _column(top_k, torch.int64),
+        _column(top_p, torch.float32),
+        _column(min_p, torch.float32),
+        _column(seeds, torch.int64),
+        _column(positions, torch.int64),
+    )
+    pointers = [tensor.data_ptr() for tensor in (logits, source, *columns, *out)]
+    library.call("sample", *pointers, rows, vocab, logits.stride(0), source.stride(0), num_logprobs)
+    return out
+
+
+def _column(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype).contiguous()
