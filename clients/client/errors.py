@@ -6,6 +6,9 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+# HTTP/2's REFUSED_STREAM, in gRPC's words: the server closed the stream without having looked at it.
+_REFUSED = "RST_STREAM with error code 7"
+
 # What gRPC itself says when nobody answers at the address; a server's own UNAVAILABLE reads otherwise.
 _UNREACHABLE = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
 
@@ -57,6 +60,12 @@ class ClientError(Exception):
         # them it was this connection.
         if message.startswith(_UNREACHABLE):
             return cls(code, message, unreachable=address)
+        if _REFUSED in message:
+            return cls(
+                code,
+                f"{address} keeps no more calls of one connection open (--max-streams-per-connection); this one was "
+                "not begun, try again",
+            )
         return cls(code, f"the connection to {address} broke ({message}); see scalellm status, then try again")
 
 

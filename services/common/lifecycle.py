@@ -17,6 +17,8 @@ from services.common.health import HealthReporter
 MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_METADATA_BYTES = 16 * 2**10
 
+_UNLIMITED = 2**31 - 1
+
 # A peer that vanishes without closing its connection (a host that lost power) is noticed within half a minute.
 KEEPALIVE_OPTIONS = (("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000))
 
@@ -36,6 +38,11 @@ SERVER_OPTIONS = (
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     *KEEPALIVE_OPTIONS,
+    # Calls that wait for the event loop to take them: beyond 1000, over all connections, gRPC ends some at random, with
+    # a bare CANCELLED. They are bounded all the same: a connection has no more of them than it may have calls open,
+    # also when its client resets them as fast as it can.
+    ("grpc.server.max_pending_requests", _UNLIMITED),
+    ("grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
     # Our own clients ask every twenty seconds. Who asks more often than every ten, more than twice, is cut off.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -217,6 +217,9 @@ def test_who_is_not_there() -> None:
     assert explained("errors resolving h:1: [field:hostname lookup error:address lookup failed for h:1]") == nobody
     broke = "the connection to h:1 broke (Socket closed); see scalellm status, then try again"
     assert explained("Socket closed") == (broke, ExitCode.BUSY)
+    refused = explained("Stream removed (RST_STREAM (Received RST_STREAM with error code 7))")
+    full = "h:1 keeps no more calls of one connection open (--max-streams-per-connection); this one was not begun"
+    assert refused == (f"{full}, try again", ExitCode.BUSY)
     # What a server says of a connection of its own is not about the connection to it.
     relayed = "the scheduler cannot be reached: h:2: failed to connect to all addresses"
     status = StatusError.unavailable(relayed, retry_after=1.0).to_rpc_status()

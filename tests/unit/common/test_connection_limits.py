@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 
 import grpc
@@ -50,6 +51,27 @@ async def test_calls_beyond_the_limit_of_a_connection_wait():
         assert not last.done()
         last.cancel()
         await asyncio.gather(last, return_exceptions=True)
+
+
+def start_calls(channels):
+    """Not of asyncio: they are on their way before the server's loop, which is the test's, turns again."""
+    stubs = [health_pb2_grpc.HealthStub(channel) for channel in channels]
+    calls = [stub.Check.future(HEALTH, timeout=60) for stub in stubs for _ in range(700)]
+    time.sleep(0.5)
+    return calls
+
+
+async def test_a_burst_is_served_however_long_the_event_loop_looks_away():
+    """More calls than gRPC keeps waiting of itself, which is 1000 to 3000; it cuts the others off with CANCELLED."""
+    async with serving() as address:
+        channels = [grpc.insecure_channel(address, options=OWN) for _ in range(3)]
+        try:
+            calls = start_calls(channels)
+            codes = await asyncio.to_thread(lambda: {call.code() for call in calls})
+        finally:
+            for channel in channels:
+                channel.close()
+        assert codes == {grpc.StatusCode.OK}
 
 
 async def test_too_much_metadata_is_refused():
