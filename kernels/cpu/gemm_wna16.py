@@ -3,6 +3,9 @@
 Inputs are rounded to 8 bits, to -127 .. 127 times a scale that every group of `group_size` inputs of a row has to
 itself, so that the products are those of integers: about as fine as bfloat16, and several times faster than float32.
 Sums are of the one row alone, in one order: the result of a row does not depend on the other rows.
+
+C++ reads weights in tiles of columns. A weight of the ops' own layout is put into tiles for each call; whoever keeps a
+weight makes a `TiledWeight` of it once.
 """
 
 import torch
@@ -10,6 +13,50 @@ from torch import Tensor
 
 from kernels.cpu.library import CODES, CpuLibrary
 from kernels.reference import w4a16 as reference
+
+TILE = 32  # columns; `kTile` in gemm_wna16.cpp
+
+
+class TiledWeight:
+    """A weight `[K, N]` of 4 or 8 bits, `words`, `scales` and `zeros` as for `kernels.w4a16_gemm` or `w8a16_gemm`.
+
+    Their memory becomes the tiles' if N is a multiple of TILE; another copy of one of them is made on the way.
+    """
+
+    def __init__(
+        self, library: CpuLibrary, words: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int
+    ) -> None:
+        reference.check_shapes(words, scales, zeros, bits, group_size)
+        self._library = library
+        self._bits = bits
+        self._group_size = group_size
+        self._num_columns = words.shape[1]
+        self._parts = tuple(_put_into_tiles(part) for part in (words, scales, zeros) if part is not None)
+
+    @staticmethod
+    def takes(scales: Tensor, *, bits: int, group_size: int) -> bool:
+        """Return whether there can be one with such scales and groups."""
+        return scales.dtype in (torch.float32, torch.bfloat16) and group_size % (32 // bits) == 0
+
+    def columns(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Return some columns of the words, the scales and, if there are, the zero points."""
+        tiles, places = indices // TILE, indices % TILE
+        return tuple(part[tiles, :, places].T for part in self._parts)
+
+    def product(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return `x [T, K]`, of the dtype of the scales, times the weight, `[T, N]`."""
+        words, scales, *zeros = self._parts
+        x = x.contiguous()
+        rows, inputs = x.shape
+        if out is None:
+            out = x.new_empty(rows, self._num_columns)
+        self._library.call(
+            "gemm_wna16",
+            *(self._bits, CODES[x.dtype], x.data_ptr(), words.data_ptr(), scales.data_ptr()),
+            *(zeros[0].data_ptr() if zeros else None, out.data_ptr()),
+            *(rows, self._num_columns, inputs, self._group_size),
+        )
+        return out
 
 
 def w4a16_gemm(
@@ -24,7 +71,7 @@ def w4a16_gemm(
     out: Tensor | None = None,
 ) -> Tensor:
     """C++ form of `kernels.w4a16_gemm`."""
-    if not _takes(x, qweight, scales, zeros, 4, group_size, out):
+    if not _takes(x, scales, zeros, 4, group_size, out):
         return reference.w4a16_gemm(x, qweight, scales, zeros, group_size=group_size, out=out)
     return _gemm(library, x, qweight, scales, zeros, 4, group_size, out)
 
@@ -41,21 +88,17 @@ def w8a16_gemm(
     out: Tensor | None = None,
 ) -> Tensor:
     """C++ form of `kernels.w8a16_gemm`."""
-    if not _takes(x, qweight, scales, zeros, 8, group_size, out):
+    if not _takes(x, scales, zeros, 8, group_size, out):
         return reference.w8a16_gemm(x, qweight, scales, zeros, group_size=group_size, out=out)
     return _gemm(library, x, qweight, scales, zeros, 8, group_size, out)
 
 
-def _takes(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, out: Tensor | None
-) -> bool:
-    parts = [scales] if zeros is None else [scales, zeros]
-    results = [] if out is None else [out]
+def _takes(x: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, out: Tensor | None) -> bool:
     return (
-        x.dtype in (torch.float32, torch.bfloat16)
-        and all(tensor.dtype == x.dtype and tensor.is_contiguous() for tensor in parts + results)
-        and qweight.is_contiguous()
-        and group_size % (32 // bits) == 0
+        TiledWeight.takes(scales, bits=bits, group_size=group_size)
+        and x.dtype == scales.dtype
+        and (zeros is None or zeros.dtype == x.dtype)
+        and (out is None or (out.dtype == x.dtype and out.is_contiguous()))
     )
 
 
@@ -70,10 +113,17 @@ def _gemm(
     out: Tensor | None,
 ) -> Tensor:
     reference.check_shapes(qweight, scales, zeros, bits, group_size)
-    x = x.contiguous()
-    (rows, inputs), columns = x.shape, qweight.shape[1]
-    if out is None:
-        out = x.new_empty(rows, columns)
-    pointers = (x.data_ptr(), qweight.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr())
-    library.call("gemm_wna16", bits, CODES[x.dtype], *pointers, out.data_ptr(), rows, columns, inputs, group_size)
-    return out
+    copies = (_copied(qweight), _copied(scales), None if zeros is None else _copied(zeros))
+    return TiledWeight(library, *copies, bits=bits, group_size=group_size).product(x, out=out)
+
+
+def _put_into_tiles(matrix: Tensor) -> Tensor:
+    """Return `matrix [R, N]` as `[tiles, R, TILE]`, in its memory if it has room for that."""
+    rows, columns = matrix.shape
+    num_tiles, rest = -(-columns // TILE), columns % TILE
+    padded = torch.nn.functional.pad(matrix, (0, TILE - rest)) if rest else matrix
+    return padded.view(num_tiles, rows, TILE).copy_(_copied(padded.view(rows, num_tiles, TILE).transpose(0, 1)))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -8,7 +8,7 @@ from torch import Tensor
 from services.executor.models.causal_lm import CausalLM
 from services.executor.models.config import ModelConfig
 from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from services.executor.models.weight_slot import WeightSlot, finish_all
 
 _E4M3_NAN = 127  # and, with the sign, 255
 
@@ -26,6 +26,7 @@ def dummy_model(
     with torch.no_grad():
         for slot in model.weight_slots():
             _fill(slot, generator)
+    finish_all(model.weight_slots())
     return model
 
 

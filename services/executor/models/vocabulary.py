@@ -10,7 +10,7 @@ from torch import Tensor
 from services.executor.models.config import ModelConfig
 from services.executor.models.linear import DenseWeight, IntWeight, build_weight
 from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from services.executor.models.weight_slot import WeightSlot, finish_with
 
 
 class Vocabulary:
@@ -62,4 +62,5 @@ def _build(name: str, config: ModelConfig, runtime: ModelRuntime) -> tuple[Dense
     runtime = replace(runtime, quantization=replace(wanted, method=method))
     weight, slots = build_weight({name: config.vocab_size}, config.hidden_size, stored, runtime)
     assert isinstance(weight, DenseWeight | IntWeight)
+    finish_with(weight.finish, slots)
     return weight, slots

@@ -1,7 +1,7 @@
 """Where the tensors of a checkpoint belong in a model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class WeightSlot:
         encode: turns the tensor, on the model's device, into what `dests` are to hold; the default changes nothing.
         optional: whether a checkpoint may lack it.
         aliases: other names it may have.
+        finish: what is to be done when this and all other tensors of its weight are there; see `finish_all`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class WeightSlot:
         self.dtypes = dtypes
         self.optional = optional
         self.aliases = aliases
+        self.finish: Callable[[], None] | None = None
         self._encode = encode
 
     @property
@@ -69,3 +71,15 @@ class WeightSlot:
             return
         for dest, value in zip(self.dests, self._encode(tensor.to(device)), strict=True):
             dest.copy_(value)
+
+
+def finish_with(finish: Callable[[], None], slots: Iterable[WeightSlot]) -> None:
+    """Have `finish` called when the slots, all of a weight, are filled."""
+    for slot in slots:
+        slot.finish = finish
+
+
+def finish_all(slots: Iterable[WeightSlot]) -> None:
+    """Do what is left to do when all tensors of a model are there."""
+    for finish in dict.fromkeys(slot.finish for slot in slots if slot.finish is not None):
+        finish()

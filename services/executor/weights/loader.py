@@ -17,7 +17,7 @@ from services.executor.models.gguf_config import config_from_gguf
 from services.executor.models.hf_config import config_from_hf
 from services.executor.models.linear.stored_gguf import StoredGguf
 from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from services.executor.models.weight_slot import WeightSlot, finish_all
 from services.executor.weights.gguf_file import GgufFile
 from services.executor.weights.gguf_source import GgufSource
 from services.executor.weights.safetensors_source import SafetensorsSource
@@ -97,6 +97,7 @@ def _fill(
     for slot in slots:
         if (name := _name_in(source, slot)) is not None:
             source.read(name, slot, runtime.device, report)
+    finish_all(slots)
     return model
 
 

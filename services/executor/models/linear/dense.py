@@ -24,6 +24,9 @@ class DenseWeight:
         """Return the matrix."""
         return (matrix,)
 
+    def finish(self) -> None:
+        """Do nothing: it is ready."""
+
     def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
         """Return `x W^T + bias`."""
         assert isinstance(x, Tensor)

@@ -60,6 +60,9 @@ class Fp8Weight:
         """Return the codes and scales of a full-precision matrix."""
         return quantise_e4m3(matrix, self._granularity)
 
+    def finish(self) -> None:
+        """Do nothing: it is ready."""
+
     def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
         """Return `x W^T + bias`, in the runtime's dtype."""
         if isinstance(x, QuantisedInput):

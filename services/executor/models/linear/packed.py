@@ -8,7 +8,7 @@ from torch import Tensor
 from services.executor.models.linear.checkpoint import CheckpointFormat, bias_slots, build_weight
 from services.executor.models.linear.quantised import LinearInput
 from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from services.executor.models.weight_slot import WeightSlot, finish_with
 
 
 class PackedLinear:
@@ -30,6 +30,7 @@ class PackedLinear:
         names = {f"{prefix}.{part}": size for part, size in parts.items()}
         self._weight, self._slots = build_weight(names, in_features, stored, runtime)
         self._bias = runtime.empty(sum(parts.values())) if bias else None
+        finish_with(self._weight.finish, self._slots)
         self._slots += bias_slots(names, self._bias, stored)
 
     def __call__(self, x: LinearInput) -> Tensor:

@@ -25,6 +25,9 @@ class LinearWeight(Protocol):
     def encode(self, matrix: Tensor) -> Sequence[Tensor]:
         """Return what `part` is to hold for the full-precision rows `matrix [n, K]`."""
 
+    def finish(self) -> None:
+        """Make ready for products what all parts have been filled of; not for a weight that another op multiplies."""
+
     def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
         """Return `x W^T + bias`, `[T, N]`; a quantised `x` is one that `input_from` made."""
 

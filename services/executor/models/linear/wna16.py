@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels.cpu.gemm_wna16 import TiledWeight
 from services.executor.models.linear.packing import pack_rows, per_word, unpack_rows
 from services.executor.models.linear.quantised import LinearInput
 from services.executor.models.runtime import ModelRuntime
@@ -69,12 +70,15 @@ class IntWeight:
         self.group_size = group_size
         self._dtype = runtime.dtype
         self._gemm = runtime.ops.w4a16_gemm if bits == 4 else runtime.ops.w8a16_gemm
+        is_cpp = runtime.ops.backends["w4a16_gemm" if bits == 4 else "w8a16_gemm"] == "cpp"
+        self._library = runtime.ops.library if is_cpp else None
+        self._tiled: TiledWeight | None = None
         self.words = runtime.empty(columns // per_word(bits), rows, dtype=torch.int32)
         self.scales = runtime.empty(columns // group_size, rows)
         self.zeros = runtime.empty(columns // group_size, rows) if zeros else None
         self.order = runtime.empty(columns, dtype=torch.int32) if ordered else None
 
-    def part(self, rows: slice) -> tuple[Tensor, ...]:
+    def part(self, rows: slice | Tensor) -> tuple[Tensor, ...]:
         """Return the words, scales and, if there are, zero points of some rows."""
         tensors = (self.words, self.scales) if self.zeros is None else (self.words, self.scales, self.zeros)
         return tuple(tensor[:, rows] for tensor in tensors)
@@ -84,18 +88,34 @@ class IntWeight:
         quantise = quantise_groups if self.zeros is None else quantise_groups_with_zeros
         return quantise(matrix, self.bits, self.group_size, self._dtype)
 
+    def finish(self) -> None:
+        """Put the words, scales and zero points into the order in which C++ multiplies them, if C++ does.
+
+        From then on they are no longer to be read or written here.
+        """
+        if self._tiled is not None or self._library is None:
+            return
+        if TiledWeight.takes(self.scales, bits=self.bits, group_size=self.group_size):
+            self._tiled = TiledWeight(
+                self._library, self.words, self.scales, self.zeros, bits=self.bits, group_size=self.group_size
+            )
+
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows `[n, K]` of W, in the runtime's dtype; not for an ordered weight."""
-        numbers = torch.unflatten(unpack_rows(self.words[:, indices], self.bits), 0, (-1, self.group_size))
-        zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros[:, indices].unsqueeze(1)
-        columns: Tensor = (numbers.to(self._dtype) - zeros) * self.scales[:, indices].unsqueeze(1)
+        words, scales, *zeros = self.part(indices) if self._tiled is None else self._tiled.columns(indices)
+        numbers = torch.unflatten(unpack_rows(words, self.bits), 0, (-1, self.group_size))
+        middle = zeros[0].unsqueeze(1) if zeros else 1 << (self.bits - 1)
+        columns: Tensor = (numbers.to(self._dtype) - middle) * scales.unsqueeze(1)
         return columns.flatten(0, 1).T.contiguous()
 
     def product(self, x: LinearInput, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
         """Return `x W^T + bias`, in `out` where it is given."""
         assert isinstance(x, Tensor)
         x = x if self.order is None else x.index_select(1, self.order)
-        y = self._gemm(x, self.words, self.scales, self.zeros, group_size=self.group_size, out=out)
+        if self._tiled is not None:
+            y = self._tiled.product(x, out=out)
+        else:
+            y = self._gemm(x, self.words, self.scales, self.zeros, group_size=self.group_size, out=out)
         return y if bias is None else y.add_(bias)
 
     def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
