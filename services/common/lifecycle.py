@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
+import psutil
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -18,6 +21,9 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_METADATA_BYTES = 16 * 2**10
 
 _UNLIMITED = 2**31 - 1
+
+LAST_WORDS = 0.2
+"""Seconds between the end of the work and that of the connections: for statuses and frames that were just written."""
 
 # A peer that vanishes without closing its connection (a host that lost power) is noticed within half a minute.
 KEEPALIVE_OPTIONS = (("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000))
@@ -113,11 +119,25 @@ class GrpcService:
         self._health_task = asyncio.create_task(self.health.run())
 
     async def stop(self, grace: float) -> None:
-        """Refuse new calls, give running ones `grace` seconds, close."""
+        """Let handlers refuse calls and send their last words for `grace` seconds, then cut all connections.
+
+        gRPC's own way would close the listener and answer everything that comes on a connection that stands with a bare
+        CANCELLED, which no client retries. Cut off, the same calls end UNAVAILABLE.
+        """
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
-        await self.server.stop(grace)
+            await asyncio.sleep(grace)
+            _cut_connections(int(self.address.rpartition(":")[2]))
+        await self.server.stop(None)
+
+
+def _cut_connections(port: int) -> None:
+    """Close what clients have open to `port` of this process. What was written before still arrives."""
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as client:
+                client.shutdown(socket.SHUT_RDWR)
 
 
 def announce(path: Path | None, *lines: str) -> None:

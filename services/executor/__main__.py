@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from services.common.access import open_access
 from services.common.entry import run_service
 from services.common.histogram import LAG_SECONDS, Histogram
-from services.common.lifecycle import GrpcService, announce, stop_event
+from services.common.lifecycle import LAST_WORDS, GrpcService, announce, stop_event
 from services.common.link import link_service_handler
 from services.common.metrics import LoopLag, MetricsEndpoint
 from services.common.tls import server_credentials
@@ -78,7 +78,7 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
         stopping.cancel()
         watching.cancel()
         await asyncio.gather(running, stopping, watching, return_exceptions=True)
-        await service.stop(grace=1.0)
+        await service.stop(LAST_WORDS)
         if metrics is not None:
             metrics.stop()
         if settings.announce is not None:

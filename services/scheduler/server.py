@@ -12,7 +12,7 @@ from services.common.access import open_access
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.histogram import LAG_SECONDS, Histogram
-from services.common.lifecycle import GrpcService
+from services.common.lifecycle import LAST_WORDS, GrpcService
 from services.common.link import link_service_handler
 from services.common.metrics import LoopLag, MetricsEndpoint
 from services.common.tls import server_credentials
@@ -27,8 +27,6 @@ from services.scheduler.service import SERVICE, SchedulerService
 
 if TYPE_CHECKING:
     from services.common.tracing.tracer import Tracer
-
-_CLOSE_LIMIT = 1.0
 
 
 class SchedulerServer:
@@ -98,7 +96,7 @@ class SchedulerServer:
         self.dispatcher.begin_drain()
         await self.dispatcher.wait_idle(self._settings.drain_limit_s)
         self.dispatcher.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0))
-        await self._grpc.stop(_CLOSE_LIMIT)
+        await self._grpc.stop(LAST_WORDS)
         await self._fleet.stop()
         for task in self._tasks:
             task.cancel()

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
 from services.common.access import Access, open_access
-from services.common.lifecycle import GrpcService, StartError, stop_event
+from services.common.lifecycle import LAST_WORDS, GrpcService, StartError, stop_event
 from services.common.logs import configure_logging
 from services.common.metrics import LoopLag
 from services.common.redis_client import open_redis
@@ -144,7 +144,7 @@ class Worker:
                 if stop.is_set():
                     await self._drain(service, link)
             finally:
-                await service.stop(grace=0.5 if stop.is_set() else 0.0)
+                await service.stop(LAST_WORDS if stop.is_set() else 0.0)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)

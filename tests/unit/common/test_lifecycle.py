@@ -1,0 +1,42 @@
+"""How a service ends, as its clients see it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.common.lifecycle import GrpcService
+
+
+async def test_whoever_calls_while_a_service_ends_is_told_that_it_is_unavailable():
+    service = GrpcService("127.0.0.1", 0, services=[], is_ready=lambda: True)
+    await service.start()
+    codes: Counter[grpc.StatusCode] = Counter()
+
+    async def call_on(channel: grpc.aio.Channel) -> None:
+        code = grpc.StatusCode.OK
+        while code is grpc.StatusCode.OK:
+            code = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).code()
+            codes[code] += 1
+
+    async def watch(channel: grpc.aio.Channel) -> None:
+        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        codes[await call.code()] += 1
+
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    channels = [grpc.aio.insecure_channel(service.address, options=own) for _ in range(2)]
+    calling = [asyncio.create_task(call_on(channel)) for channel in channels for _ in range(8)]
+    calling += [asyncio.create_task(watch(channel)) for channel in channels]
+    try:
+        async with asyncio.timeout(30):
+            while codes[grpc.StatusCode.OK] < 100:
+                await asyncio.sleep(0.01)
+            await service.stop(0.1)
+            await asyncio.gather(*calling)
+    finally:
+        for channel in channels:
+            await channel.close()
+    assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}, codes
