@@ -39,6 +39,7 @@ LANES = 16  # of the widest vectors: rows whose length is a multiple need no spe
 # is the same function with its arguments in memory, eight bytes each.
 FUNCTIONS: Mapping[str, str] = MappingProxyType(
     {
+        "finite_rows": "ippiii",
         "fused_add_rms_norm": "ippppiiiiiif",
         "gated_activation": "iippiiii",
         "gemm_wna16": "iipppppiiii",

@@ -10,7 +10,7 @@ import struct
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.cpu.library import FUNCTIONS, Call, CpuLibrary
 
 _NEW = ("aten::empty", "aten::empty_like", "aten::new_empty")
+_Result = TypeVar("_Result")
 
 
 class NotRecordableError(Exception):
@@ -32,7 +33,7 @@ class Recorder:
         self._library = library
         self._memory = _Memory()
 
-    def record(self, run: Callable[[], Tensor]) -> "Recording":
+    def record(self, run: Callable[[], _Result]) -> "Recording[_Result]":
         """Run `run`, and return what makes the calls that it made.
 
         Raises:
@@ -43,14 +44,14 @@ class Recorder:
         return Recording(self._library, calls, result)
 
 
-class Recording:
-    """Calls of a library on the memory that they were made on; `result` is what they compute.
+class Recording(Generic[_Result]):
+    """Calls of a library on the memory that they were made on; `result` is what they compute, in one or more tensors.
 
     A replay reads what inputs, weights and all else hold by then, at the addresses where they were: whoever replays
     keeps these alive. The result is good until the recorder's next step.
     """
 
-    def __init__(self, library: CpuLibrary, calls: list[Call], result: Tensor) -> None:
+    def __init__(self, library: CpuLibrary, calls: list[Call], result: _Result) -> None:
         self.result = result
         self._library = library
         self._names = [name for name, _ in calls]
@@ -59,7 +60,7 @@ class Recording:
         starts = itertools.accumulate(map(len, arguments), initial=self._arguments.data_ptr())
         self._calls = torch.tensor([[library.recorded(n), at] for n, at in zip(self._names, starts, strict=False)])
 
-    def replay(self) -> Tensor:
+    def replay(self) -> _Result:
         """Make the calls, and return the result."""
         at = self._library.replay(self._calls.data_ptr(), len(self._calls))
         if at >= 0:

@@ -98,8 +98,7 @@ class InputBuffers:
 
     def remember(self, rows: Tensor, token_ids: Tensor) -> None:
         """Keep the tokens `[R]` just sampled for rows `[R]`: the next step's inputs, before the host knows them."""
-        if self._device.overlaps:
-            self._last_token_of_row.scatter_(0, rows, token_ids)
+        self._last_token_of_row.scatter_(0, rows, token_ids)
 
     def _fill_chunks(self, batch: ScheduledBatch, rows: HostArrays) -> None:
         chunks, D, T = batch.sequences[batch.num_decodes :], batch.num_decodes, batch.num_tokens

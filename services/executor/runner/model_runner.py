@@ -16,7 +16,7 @@ from services.executor.runner.device import Device, Event
 from services.executor.runner.host_cache import HostCache
 from services.executor.runner.input_buffers import DecodeAttention, InputBuffers
 from services.executor.runner.prompt_scores import PromptScores, score_prompt
-from services.executor.runner.recorded_decode import RecordedDecode
+from services.executor.runner.recorded_decode import DecodeStep, RecordedDecode
 from services.executor.runner.sampler import Draw, Sampler
 
 
@@ -95,28 +95,34 @@ class ModelRunner:
         for scheduled in batch.sequences:
             if scheduled.first_new_block == 0:
                 self._sampler.set_row(scheduled.seq)
-        first_row = np.cumsum([0] + [s.num_tokens for s in batch.sequences])
-        sampling = [place for place, scheduled in enumerate(batch.sequences) if scheduled.samples]
-        drawn = [batch.sequences[place] for place in sampling]
-        if drawn:
-            self._sampler.fill(drawn, first_row[1:][sampling] - 1)
+        if batch.num_decodes == len(batch.sequences):
+            first_row, drawn = np.arange(len(batch.sequences) + 1), batch.sequences
+            self._sampler.fill(drawn, first_row[:-1])
+        else:
+            first_row = np.cumsum([0] + [s.num_tokens for s in batch.sequences])
+            sampling = [place for place, scheduled in enumerate(batch.sequences) if scheduled.samples]
+            drawn = [batch.sequences[place] for place in sampling]
+            if drawn:
+                self._sampler.fill(drawn, first_row[1:][sampling] - 1)
         scores: dict[int, PromptScores] = {}
         logits: Tensor | None = None
+        is_recorded = False
         if self._is_padded(batch):
             logits, finite = self.decode(batch)
         else:
-            hidden = self._forward(batch)
-            finite = _finite_rows(hidden)
+            hidden, finite, logits = self._forward(batch)
+            is_recorded = logits is not None
             for place, scheduled in enumerate(batch.sequences):
                 if scheduled.prompt_logprobs:
                     first = int(first_row[place]) - scheduled.start
                     scores[place] = score_prompt(self._model, hidden, first, scheduled, self._device)
-            if drawn:
+            if drawn and logits is None:
                 logits = self._model.compute_logits(hidden[self._sampler.places(len(drawn))[0]])
         draw = None
         if logits is not None:
-            token_ids, draw = self._sampler.sample(logits, drawn)
-            self._inputs.remember(self._sampler.places(len(drawn))[1], token_ids)
+            token_ids, draw = self._sampler.sample(logits, drawn, is_recorded=is_recorded)
+            if self._device.overlaps:
+                self._inputs.remember(self._sampler.places(len(drawn))[1], token_ids)
         return InFlightStep(draw, scores, self._device.to_host(finite), first_row, self._device.record())
 
     def decode(self, batch: ScheduledBatch) -> tuple[Tensor, Tensor]:
@@ -135,11 +141,17 @@ class ModelRunner:
             return False
         return not any(scheduled.prompt_logprobs for scheduled in batch.sequences)
 
-    def _forward(self, batch: ScheduledBatch) -> Tensor:
+    def _forward(self, batch: ScheduledBatch) -> DecodeStep:
         self._inputs.fill(batch, batch.num_decodes)
         if batch.num_decodes == len(batch.sequences):
-            return self._recorded.forward(*self._inputs.decode(batch.num_decodes))
-        return self._model.forward(*self._inputs.mixed(batch), self._kv_caches)
+            inputs = self._inputs.decode(batch.num_decodes)
+            step = self._recorded.run(*inputs)
+            if step is not None:
+                return step
+        else:
+            inputs = self._inputs.mixed(batch)
+        hidden = self._model.forward(*inputs, self._kv_caches)
+        return DecodeStep(hidden, _finite_rows(hidden), logits=None)
 
     def _decode(self, num_rows: int) -> None:
         """Queue a padded decode step from and to fixed places."""

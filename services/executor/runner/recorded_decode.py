@@ -1,43 +1,71 @@
 """Decode steps on a CPU, each recorded when it first occurs and made as one call from then on."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kernels.cpu.library import CpuLibrary
 from kernels.cpu.recording import NotRecordableError, Recorder, Recording
+from kernels.cpu.rows import finite_rows
 from services.executor.models import CausalLM, ForwardContext, KVCache
 
-_MAX_ROWS = 64  # a step of more takes so long that its calls do not count
+MAX_RECORDED_ROWS = 64  # a step of more takes so long that its calls do not count
+
+
+class DecodeStep(NamedTuple):
+    """What a recorded step computes, good until the next: hidden states `[D, H]`, whether each is finite, logits.
+
+    The logits `[D, V]` f32 are at the same address whenever there are as many rows; None: torch has to compute them.
+    """
+
+    hidden: Tensor
+    finite: Tensor
+    logits: Tensor | None
 
 
 class RecordedDecode:
-    """Runs decode steps over a model's layers, with a recording per number of rows.
+    """Runs decode steps of a model, with a recording per number of rows.
 
     The tensors of a step's context are at the same addresses whenever it has as many rows. Where a layer computes with
-    torch, as dense weights are multiplied, nothing is recorded and every step runs op by op.
+    torch, as dense weights are multiplied, nothing is recorded; where only the output projection does, all but that.
     """
 
     def __init__(self, model: CausalLM, kv_caches: list[KVCache], library: CpuLibrary | None) -> None:
         self._model = model
         self._kv_caches = kv_caches
+        self._library = library
         self._recorder = None if library is None else Recorder(library)
-        self._stream = torch.empty((_MAX_ROWS, model.config.hidden_size), dtype=model.runtime.dtype)
-        self._recordings: dict[int, Recording] = {}
+        self._stream = torch.empty((MAX_RECORDED_ROWS, model.config.hidden_size), dtype=model.runtime.dtype)
+        self._logits = torch.empty((MAX_RECORDED_ROWS, model.config.vocab_size), dtype=torch.float32)
+        self._recordings: dict[int, tuple[Recording[tuple[Tensor, Tensor]], Recording[Tensor] | None]] = {}
 
-    def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
-        """Return the final hidden states `[D, H]`, good until the next step."""
+    def run(self, input_ids: Tensor, context: ForwardContext) -> DecodeStep | None:
+        """Run a step; None, and it is still to run, where steps of so many rows or of this model are not recorded."""
         num_rows = input_ids.shape[0]
-        if self._recorder is None or num_rows > _MAX_ROWS:
-            return self._model.forward(input_ids, context, self._kv_caches)
+        if self._library is None or self._recorder is None or num_rows > MAX_RECORDED_ROWS:
+            return None
         stream = self._stream[:num_rows]
         stream.copy_(self._model.embed(input_ids))
-        recording = self._recordings.get(num_rows)
-        if recording is not None:
-            return recording.replay()
+        if num_rows in self._recordings:
+            layers, head = self._recordings[num_rows]
+            return DecodeStep(*layers.replay(), None if head is None else head.replay())
         try:
-            recording = self._recorder.record(lambda: self._model.run_layers(stream, context, self._kv_caches))
+            layers = self._recorder.record(lambda: self._run_layers(stream, context))
         except NotRecordableError:
             self._recorder = None
-            return self._model.forward(input_ids, context, self._kv_caches)
-        self._recordings[num_rows] = recording
-        return recording.result
+            return None
+        try:
+            head = self._recorder.record(lambda: self._compute_logits(layers.result[0]))
+        except NotRecordableError:
+            head = None
+        self._recordings[num_rows] = layers, head
+        return DecodeStep(*layers.result, None if head is None else head.result)
+
+    def _run_layers(self, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        assert self._library is not None
+        hidden = self._model.run_layers(stream, context, self._kv_caches)
+        return hidden, finite_rows(self._library, hidden)
+
+    def _compute_logits(self, hidden: Tensor) -> Tensor:
+        return self._model.compute_logits(hidden, out=self._logits[: hidden.shape[0]])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.cpu.recording import NotRecordableError, Recorder, Recording
 from services.executor.engine.batch import Logprobs, ScheduledSequence
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.sequence import Sequence
@@ -72,6 +73,11 @@ class Sampler:
         )
         self._seen: dict[int, SeenTokens] = {}
         self._bias: dict[int, Bias] = {}
+        # Rows that neither change their logits nor want log-probabilities, and whether all rows of a step are such.
+        self._is_plain_row = np.ones(num_rows, np.bool_)
+        self._is_plain = True
+        self._recorder = None if ops.library is None else Recorder(ops.library)
+        self._draws: dict[int, Recording[kernels.SampleOutput]] = {}
 
     def set_row(self, seq: Sequence) -> None:
         """Take over the sequence's parameters for its row, whatever the row held before."""
@@ -94,6 +100,7 @@ class Sampler:
             self._seen[row] = SeenTokens(seq, self._capacity)
         if params.logit_bias or params.min_tokens:
             self._bias[row] = Bias(seq)
+        self._is_plain_row[row] = row not in self._seen and row not in self._bias and params.logprobs is None
 
     def fill(self, scheduled: list[ScheduledSequence], logit_rows: npt.NDArray[np.int64]) -> None:
         """Take over the R sequences that sample, and the row of each among the step's hidden states."""
@@ -105,43 +112,63 @@ class Sampler:
         arrays["positions"][:R] = [s.position for s in scheduled]
         for name, values in self._of_row.items():
             arrays[name][:R] = values[rows]
+        self._is_plain = bool(self._is_plain_row[rows].all())
         self._staged.send()
 
     def places(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the rows `[R]` of hidden states to compute logits of, and the rows `[R]` of the sequences."""
         return self._staged.tensors["logit_rows"][:count], self._staged.tensors["rows"][:count]
 
-    def sample(self, logits: Tensor, scheduled: list[ScheduledSequence]) -> tuple[Tensor, Draw]:
+    def sample(
+        self, logits: Tensor, scheduled: list[ScheduledSequence], *, is_recorded: bool = False
+    ) -> tuple[Tensor, Draw]:
         """Draw the next token of each sequence of `fill` from logits `[R, V]` f32, which may be changed.
 
-        Returns the token ids `[R]` on the device, and what is on its way to the host.
+        `is_recorded` says that logits are at this address whenever there are as many rows of them, and that the results
+        are read before the next step. Returns the token ids `[R]` on the device, and what is on its way to the host.
         """
+        if self._is_plain:
+            drawn = self._draw_recorded(logits) if is_recorded else self._draw(logits)
+            return drawn.token_ids, Draw(self._device.to_host(drawn.token_ids), None, {})
         wanted = {
             place: count
             for place, s in enumerate(scheduled)
             if (count := s.seq.group.request.sampling.logprobs) is not None
         }
-        arrays = {name: array[: len(scheduled)] for name, array in self._staged.tensors.items()}
-        processors = self._bias_arguments(scheduled) | self._penalty_arguments(scheduled, arrays)
+        processors = self._bias_arguments(scheduled) | self._penalty_arguments(scheduled)
         raw = logits
         if processors:
             raw = logits.clone() if wanted else logits
             self._ops.apply_logits_processors_(logits, **processors)
-        out = self._ops.sample(
-            logits,
-            arrays["temperature"],
-            arrays["top_k"],
-            arrays["top_p"],
-            arrays["min_p"],
-            arrays["seeds"],
-            arrays["positions"],
-            num_logprobs=max(wanted.values(), default=0),
-            logprob_logits=raw,
-            workspace=self._workspace,
-        )
+        out = self._draw(logits, num_logprobs=max(wanted.values(), default=0), logprob_logits=raw)
         send = self._device.to_host
         scores = (send(out.logprobs), send(out.top_ids), send(out.top_logprobs)) if wanted else None
         return out.token_ids, Draw(send(out.token_ids), scores, wanted)
+
+    def _draw(
+        self, logits: Tensor, *, num_logprobs: int = 0, logprob_logits: Tensor | None = None
+    ) -> kernels.SampleOutput:
+        columns = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
+        return self._ops.sample(
+            logits,
+            *(self._staged.tensors[name][: logits.shape[0]] for name in columns),
+            num_logprobs=num_logprobs,
+            logprob_logits=logprob_logits,
+            workspace=self._workspace,
+        )
+
+    def _draw_recorded(self, logits: Tensor) -> kernels.SampleOutput:
+        recording = self._draws.get(logits.shape[0])
+        if recording is not None:
+            return recording.replay()
+        if self._recorder is not None:
+            try:
+                recording = self._draws[logits.shape[0]] = self._recorder.record(lambda: self._draw(logits))
+            except NotRecordableError:
+                self._recorder = None
+            else:
+                return recording.result
+        return self._draw(logits)
 
     def _bias_arguments(self, scheduled: list[ScheduledSequence]) -> dict[str, Tensor]:
         biased = [place for place, s in enumerate(scheduled) if s.seq.row in self._bias]
@@ -155,19 +182,20 @@ class Sampler:
             "bias_values": self._flat(values),
         }
 
-    def _penalty_arguments(self, scheduled: list[ScheduledSequence], arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _penalty_arguments(self, scheduled: list[ScheduledSequence]) -> dict[str, Tensor]:
         penalised = [place for place, s in enumerate(scheduled) if s.seq.row in self._seen]
         if not penalised:
             return {}
         seen = [self._seen[scheduled[place].seq.row].update(scheduled[place].seq.token_ids) for place in penalised]
         ids, counts = zip(*seen, strict=True)
+        of_rows = {name: self._staged.tensors[name][: len(scheduled)] for name in _PARAMETERS}
         return {
             "seen_rows": self._flat([np.repeat(penalised, [len(part) for part in ids])]),
             "seen_token_ids": self._flat(ids),
             "seen_output_counts": self._flat(counts),
-            "repetition_penalty": arrays["repetition"],
-            "frequency_penalty": arrays["frequency"],
-            "presence_penalty": arrays["presence"],
+            "repetition_penalty": of_rows["repetition"],
+            "frequency_penalty": of_rows["frequency"],
+            "presence_penalty": of_rows["presence"],
         }
 
     def _flat(self, parts: ReadOnlySequence[npt.NDArray[Any]]) -> Tensor:
