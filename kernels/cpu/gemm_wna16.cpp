@@ -40,50 +40,66 @@ struct Problem {
   int64_t m, n, k, group;
   const int8_t* codes;        // for 4 bits, of every eight the four at even places come first
   const float* input_scales;  // [k / group, rows of the block] of each block
-  const int32_t* input_sums;  // the same, of codes
+  const int32_t* starts;      // the same: where the sums of a group start
+  const float* input_sums;    // the same, of codes
 };
 
-using Bytes16 = int8_t __attribute__((vector_size(16)));
+// The lanes of a vector put together.
+template <class Join>
+inline int32_t joined(Int v, Join join) {
+  using Int4 = int32_t __attribute__((vector_size(16)));
+  Int4 parts[kLanes / 4];
+  std::memcpy(parts, &v, sizeof v);
+  for (int i = 1; i < kLanes / 4; ++i) parts[0] = join(parts[0], parts[i]);
+  return join(join(parts[0][0], parts[0][1]), join(parts[0][2], parts[0][3]));
+}
 
 // One row of a block of `rows`; codes, scales and sums are where the row's first are.
 template <class T, int Bits>
-void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int8_t* codes, float* scales, int32_t* sums) {
-  for (int64_t start = 0; start < k; start += group, x += group, scales += rows, sums += rows) {
-    Vec largest = {}, poison = {};  // 0, or NaN if an input is not finite
-    auto look = [&](Vec v) {
-      largest = max(largest, max(v, -v));
-      poison += v * 0.0f;
-    };
+void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start_per_code, int8_t* codes, float* scales,
+               int32_t* starts, float* sums) {
+  constexpr int kAtOnce = 16;
+  for (int64_t start = 0; start < k; start += group, x += group, scales += rows, starts += rows, sums += rows) {
+    // As integers, magnitudes have the order of the numbers, and one that is not finite is above all that are.
+    Int largest = {};
+    const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+    const auto look = [&](Vec v) { largest = larger(largest, bit_cast<Int>(v) & 0x7fffffff); };
     int64_t i = 0;
     for (; i + kLanes <= group; i += kLanes) look(load(x + i));
     if (i < group) look(load(x + i, group - i));
-    const float bound = maximum(largest);
+    const float bound = bit_cast<float>(joined(largest, larger));
     const float inverse = bound > 1e-30f ? 127.0f / bound : 0.0f;
     Int total = {};
-    for (i = 0; i < group; i += 16) {
-      alignas(16) uint8_t bytes[16];
-      for (int part = 0; part < 16 / kLanes; ++part) {
-        const int64_t at = i + part * kLanes;
-        const Vec v = at + kLanes <= group ? load(x + at) : at < group ? load(x + at, group - at) : Vec{};
-        const Int code = bit_cast<Int>(v * inverse + 12582912.0f) - 0x4B400000;  // the integer lands in the low bits
-        total += code;
+    const auto round = [&](const T* from, int64_t count) __attribute__((always_inline)) {
+      uint8_t bytes[kAtOnce];
+      for (int lane = 0; lane < kAtOnce; lane += kLanes) {
+        const Int code = bit_cast<Int>(load(from + lane) * inverse + 12582912.0f) - 0x4B400000;  // in the low bits now
         const auto narrow = __builtin_convertvector(code, Byte);
-        std::memcpy(bytes + part * kLanes, &narrow, sizeof narrow);
+        std::memcpy(bytes + lane, &narrow, sizeof narrow);
+        total += code;
       }
       if constexpr (Bits == 4) {
-        Bytes16 b;
-        std::memcpy(&b, bytes, sizeof b);
-        b = __builtin_shuffle(b, Bytes16{0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15});
-        std::memcpy(bytes, &b, sizeof b);
+        // Of every four, even places are gathered in the lower half of a word and odd ones in the upper: then words.
+        for (uint8_t* b = bytes; b < bytes + kAtOnce; b += 8) {
+          uint64_t v;
+          std::memcpy(&v, b, sizeof v);
+          v = (v & 0xff0000ffff0000ff) | (v & 0x0000ff000000ff00) << 8 | (v >> 8 & 0x0000ff000000ff00);
+          v = (v & 0xffff00000000ffff) | (v & 0x00000000ffff0000) << 16 | (v >> 16 & 0x00000000ffff0000);
+          std::memcpy(b, &v, sizeof v);
+        }
       }
-      for (int four = 0; four < std::min<int64_t>(16, group - i); four += 4, codes += 4 * rows) {
-        std::memcpy(codes, bytes + four, 4);
-      }
+      for (int four = 0; four < count; four += 4, codes += 4 * rows) std::memcpy(codes, bytes + four, 4);
+    };
+    for (i = 0; i + kAtOnce <= group; i += kAtOnce) round(x + i, kAtOnce);
+    if (i < group) {
+      T rest[kAtOnce] = {};
+      std::memcpy(rest, x + i, (group - i) * sizeof(T));
+      round(rest, group - i);
     }
-    *scales = bound / 127.0f + sum(poison);
-    int32_t sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
-    *sums = sum;
+    *scales = bound / 127.0f + bound * 0.0f;
+    const int32_t sum = joined(total, [](auto a, auto b) { return a + b; });
+    *starts = start_per_code * sum;
+    *sums = float(sum);
   }
 }
 
@@ -99,28 +115,22 @@ inline Int four(const int8_t* codes) {
   return Int{} + v;
 }
 
-// Where the sum of a group starts, so that no zero point is left to subtract except those of `zeros`.
-template <int Bits>
-inline int32_t start_of(bool has_zeros, int32_t input_sum) {
-  return (has_zeros ? kCentre<Bits> : kCentre<Bits> - (1 << (Bits - 1))) * input_sum;
-}
-
 // M rows, which are a block, of V vectors of a tile's columns from `first` on.
-template <class T, int Bits, int M, int V>
+template <class T, int Bits, int M, int V, bool HasZeros>
 void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
   const int64_t groups = p.k / p.group, num_words = p.group * Bits / 32;
   const int32_t* words = p.words + tile * groups * num_words * kTile + first;
   const T* scales = p.scales + tile * groups * kTile + first;
-  const T* zeros = p.zeros == nullptr ? nullptr : p.zeros + tile * groups * kTile + first;
+  const T* zeros = HasZeros ? p.zeros + tile * groups * kTile + first : nullptr;
   const int8_t* codes = p.codes + row * p.k;
   const float* input_scales = p.input_scales + row * groups;
-  const int32_t* input_sums = p.input_sums + row * groups;
+  const int32_t* starts = p.starts + row * groups;
+  const float* input_sums = p.input_sums + row * groups;
   Vec result[M][V] = {};
   for (int64_t g = 0; g < groups; ++g) {
     Int sum[M][V];
     for (int m = 0; m < M; ++m) {
-      const Int start = Int{} + start_of<Bits>(zeros != nullptr, input_sums[m]);
-      for (int v = 0; v < V; ++v) sum[m][v] = start;
+      for (int v = 0; v < V; ++v) sum[m][v] = Int{} + starts[m];
     }
     for (int64_t i = 0; i < num_words; ++i, words += kTile) {
       Int w[V];
@@ -142,17 +152,21 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
         add([](Int word) { return word >> 4 & 0x0f0f0f0f; });
       }
     }
-    for (int v = 0; v < V; ++v) {
-      const Vec scale = load(scales + v * kLanes);
-      const Vec zero = zeros == nullptr ? Vec{} : load(zeros + v * kLanes);
-      for (int m = 0; m < M; ++m) {
+    Vec scale[V], zero[V];
+    for (int v = 0; v < V; ++v) scale[v] = load(scales + v * kLanes);
+    if constexpr (HasZeros) {
+      for (int v = 0; v < V; ++v) zero[v] = load(zeros + v * kLanes);
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) {
         Vec value = __builtin_convertvector(sum[m][v], Vec);
-        if (zeros != nullptr) value -= zero * float(input_sums[m]);
-        result[m][v] += value * (scale * input_scales[m]);
+        if constexpr (HasZeros) value -= zero[v] * input_sums[m];
+        result[m][v] += value * (scale[v] * input_scales[m]);
       }
     }
     scales += kTile;
-    if (zeros != nullptr) zeros += kTile;
+    if constexpr (HasZeros) zeros += kTile;
+    starts += M;
     input_scales += M;
     input_sums += M;
   }
@@ -166,17 +180,18 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
   }
 }
 
-template <class T, int Bits, int M>
+template <class T, int Bits, bool HasZeros, int M>
 void block_of_tile(const Problem<T>& p, int64_t tile, int64_t row) {
   constexpr int kVectors = M == 1 && kTile >= 4 * kLanes ? 4 : 2;
   for (int first = 0; first < kTile && tile * kTile + first < p.n; first += kVectors * kLanes) {
-    part_of_tile<T, Bits, M, kVectors>(p, tile, row, first);
+    part_of_tile<T, Bits, M, kVectors, HasZeros>(p, tile, row, first);
   }
 }
 
-template <class T, int Bits, int... M>
+template <class T, int Bits, bool HasZeros, int... M>
 void tiles(const Problem<T>& p, int64_t from, int64_t to, std::integer_sequence<int, M...>) {
-  static constexpr void (*kBlock[])(const Problem<T>&, int64_t, int64_t) = {block_of_tile<T, Bits, M + 1>...};
+  static constexpr void (*kBlock[])(const Problem<T>&, int64_t, int64_t) = {
+      block_of_tile<T, Bits, HasZeros, M + 1>...};
   const Blocks blocks(p.m);
   for (int64_t tile = from; tile < to; ++tile) {
     for (int64_t block = 0; block < blocks.count; ++block) {
@@ -209,7 +224,8 @@ class Scratch {
 struct RoundedInputs {
   Scratch<int8_t> codes;
   Scratch<float> scales;
-  Scratch<int32_t> sums;
+  Scratch<int32_t> starts;
+  Scratch<float> sums;
 };
 
 template <class T, int Bits>
@@ -220,25 +236,29 @@ void gemm(const void* x, const void* words, const void* scales, const void* zero
   static thread_local RoundedInputs rounded;
   int8_t* codes = rounded.codes.of(m * k);
   float* input_scales = rounded.scales.of(m * groups);
-  int32_t* input_sums = rounded.sums.of(m * groups);
+  int32_t* starts = rounded.starts.of(m * groups);
+  float* input_sums = rounded.sums.of(m * groups);
+  // So that no zero point is left to subtract except those of `zeros`.
+  const int32_t start = zeros != nullptr ? kCentre<Bits> : kCentre<Bits> - (1 << (Bits - 1));
   const Blocks blocks(m);
   parallel_ranges(blocks.count, 65536 / (k * kBlockRows) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = blocks.start(block), rows = blocks.start(block + 1) - row;
       for (int64_t i = 0; i < rows; ++i) {
-        round_row<T, Bits>(static_cast<const T*>(x) + (row + i) * k, k, group, rows, codes + row * k + 4 * i,
-                           input_scales + row * groups + i, input_sums + row * groups + i);
+        round_row<T, Bits>(static_cast<const T*>(x) + (row + i) * k, k, group, rows, start, codes + row * k + 4 * i,
+                           input_scales + row * groups + i, starts + row * groups + i, input_sums + row * groups + i);
       }
     }
   });
   const Problem<T> p{static_cast<const int32_t*>(words), static_cast<const T*>(scales), static_cast<const T*>(zeros),
-                     static_cast<T*>(out), m, n, k, group, codes, input_scales, input_sums};
+                     static_cast<T*>(out), m, n, k, group, codes, input_scales, starts, input_sums};
   const int64_t num_tiles = (n + kTile - 1) / kTile;
   // Bytes at the speed of memory and products at that of the widest vectors: a guess of what a tile takes.
   const double tile_ns = kTile * double(k) * (Bits / 200.0 + m / 130.0);
   const int64_t worth = int64_t(kItemNs / tile_ns) + 1, even = num_tiles / (8 * threads);
   parallel_ranges(num_tiles, std::max({worth, even, int64_t(1)}), threads, [&](int64_t begin, int64_t end) {
-    tiles<T, Bits>(p, begin, end, std::make_integer_sequence<int, kBlockRows>());
+    const std::make_integer_sequence<int, kBlockRows> sizes;
+    zeros == nullptr ? tiles<T, Bits, false>(p, begin, end, sizes) : tiles<T, Bits, true>(p, begin, end, sizes);
   });
 }
 
