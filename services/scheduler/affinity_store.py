@@ -9,7 +9,7 @@ from collections import OrderedDict
 from redis import RedisError
 from redis.asyncio import Redis
 
-from services.common.redis_client import KEY_PREFIX, open_redis
+from services.common.redis_client import KEY_PREFIX, cancellable, open_redis
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ class AffinityStore:
     async def _watch(self, redis: Redis) -> None:
         while True:
             try:
-                await redis.ping()
+                with cancellable():
+                    await redis.ping()
             except _FAILURES as error:
                 self._report(False, repr(error))
             else:
@@ -113,7 +114,8 @@ class AffinityStore:
             await self._write_due.wait()
             await asyncio.sleep(_TICK)
             self._write_due.clear()
-            await self._flush(redis)
+            with cancellable():
+                await self._flush(redis)
 
     async def _read(self, redis: Redis) -> None:
         while True:
@@ -123,7 +125,8 @@ class AffinityStore:
             if not wanted:
                 continue
             try:
-                values = await redis.mget([_key(session_id) for session_id in wanted])
+                with cancellable():
+                    values = await redis.mget([_key(session_id) for session_id in wanted])
             except _FAILURES as error:
                 self.num_failures += 1
                 _log.debug("no affinity from Redis: %r", error)

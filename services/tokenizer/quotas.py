@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from services.common.api_keys import NO_LIMITS, Tenant
 from services.common.errors import StatusError
-from services.common.redis_client import KEY_PREFIX
+from services.common.redis_client import KEY_PREFIX, cancellable
 from services.tokenizer.quota_script import QUOTA_SCRIPT
 
 _log = logging.getLogger(__name__)
@@ -190,30 +190,29 @@ class TenantQuotas:
         tokens, account.unreported_tokens = account.unreported_tokens, 0
         self._sequence += 1
         try:
-            limit, retry_ms = await self.redis.eval(
-                QUOTA_SCRIPT,
-                1,
-                f"{KEY_PREFIX}quota:{account.tenant.name}",
-                self.worker,
-                str(self._sequence),
-                str(account.running),
-                str(int(self.lease * 1e3)),
-                str(int(admit)),
-                str(tokens),
-                str(limits.concurrent_requests or 0),
-                str(limits.requests_per_minute or 0),
-                str(limits.tokens_per_minute or 0),
-            )
+            with cancellable():
+                limit, retry_ms = await self.redis.eval(
+                    QUOTA_SCRIPT,
+                    1,
+                    f"{KEY_PREFIX}quota:{account.tenant.name}",
+                    self.worker,
+                    str(self._sequence),
+                    str(account.running),
+                    str(int(self.lease * 1e3)),
+                    str(int(admit)),
+                    str(tokens),
+                    str(limits.concurrent_requests or 0),
+                    str(limits.requests_per_minute or 0),
+                    str(limits.tokens_per_minute or 0),
+                )
         except _FAILURES as error:
             account.unreported_tokens += tokens
             self._report(account)
             self._retry_redis_at = self.clock() + _RETRY_REDIS
-            _raise_if_cancelled()
             if self.is_shared:
                 _log.warning("Redis does not answer, each process keeps to the tenants' limits on its own: %r", error)
             self.is_shared = False
             return None
-        _raise_if_cancelled()
         if not self.is_shared:
             _log.info("Redis answers, the tenants' limits are shared again")
         self.is_shared = True
@@ -221,10 +220,3 @@ class TenantQuotas:
             return None
         name = limit.decode()
         return _Refusal(name, retry_ms / 1e3 if name != "concurrent_requests" else _RETRY_CONCURRENT)
-
-
-def _raise_if_cancelled() -> None:
-    """Redis' client uses asyncio.wait_for, which in Python 3.11 loses a cancellation that comes with the answer."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

@@ -23,7 +23,7 @@ from redis.exceptions import RedisError, ResponseError
 from services.common.api_keys import DEFAULT_TENANT, Tenant
 from services.common.errors import StatusError
 from services.common.logs import LineLimit
-from services.common.redis_client import KEY_PREFIX
+from services.common.redis_client import KEY_PREFIX, cancellable
 from services.tokenizer.session import (
     INFO_FIELDS,
     Session,
@@ -200,8 +200,9 @@ class SessionStore:
         if self._redis is None:
             raise StatusError.unavailable("sessions are off: the service was started without --redis-url")
         try:
-            async with asyncio.timeout(self._timeout):
-                yield self._redis
+            with cancellable():
+                async with asyncio.timeout(self._timeout):
+                    yield self._redis
         except TimeoutError:
             self._failures.count += 1
             raise StatusError.unavailable(
