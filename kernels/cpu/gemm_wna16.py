@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.library import CODES, CpuLibrary
+from kernels.cpu.rows import check_ids
 from kernels.reference import w4a16 as reference
 
 TILE = 32  # columns; `kTile` in gemm_wna16.cpp
@@ -38,10 +39,23 @@ class TiledWeight:
         """Return whether there can be one with such scales and groups."""
         return scales.dtype in (torch.float32, torch.bfloat16) and group_size % (32 // bits) == 0
 
-    def columns(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """Return some columns of the words, the scales and, if there are, the zero points."""
-        tiles, places = indices // TILE, indices % TILE
-        return tuple(part[tiles, :, places].T for part in self._parts)
+    def columns(self, indices: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Return some columns, times `scale`, as rows `[n, K]` of the dtype of the scales.
+
+        Raises:
+            ValueError: an index is not that of a column.
+        """
+        words, scales, *zeros = self._parts
+        inputs, indices = scales.shape[1] * self._group_size, indices.contiguous()
+        out = scales.new_empty(indices.shape[0], inputs)
+        fault = self._library.call(
+            "gather_packed_rows",
+            *(self._bits, CODES[scales.dtype], words.data_ptr(), scales.data_ptr()),
+            *(zeros[0].data_ptr() if zeros else None, indices.data_ptr(), out.data_ptr()),
+            *(indices.shape[0], inputs, self._num_columns, self._group_size, scale),
+        )
+        check_ids(fault, indices, self._num_columns)
+        return out
 
     def product(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return `x [T, K]`, of the dtype of the scales, times the weight, `[T, N]`."""

@@ -42,6 +42,8 @@ FUNCTIONS: Mapping[str, str] = MappingProxyType(
         "finite_rows": "ippiii",
         "fused_add_rms_norm": "ippppiiiiiif",
         "gated_activation": "iippiiii",
+        "gather_packed_rows": "iipppppiiiif",
+        "gather_rows": "ipppiiif",
         "gemm_wna16": "iipppppiiii",
         "paged_attention_decode": "iippppppiiiiiiiiiiifff",
         "qk_norm_rope_and_cache": "iipppppppppiiiiiiiiifff",

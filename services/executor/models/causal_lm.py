@@ -45,17 +45,7 @@ class CausalLM:
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]) -> Tensor:
         """Return the final hidden states `[T, H]` of the new tokens `input_ids [T]` i64; fills their cache slots."""
-        return self.run_layers(self.embed(input_ids), ctx, kv_caches)
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Return what the first layer reads, `[T, H]`, of `input_ids [T]` i64."""
-        residual = self._vocabulary.embed(input_ids)
-        if self._embedding_scale != 1.0:
-            residual *= self._embedding_scale
-        return residual
-
-    def run_layers(self, residual: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]) -> Tensor:
-        """Return the final hidden states of what `embed` returned, which is overwritten."""
+        residual = self._vocabulary.embed(input_ids, scale=self._embedding_scale)
         x, stream = residual, None  # nothing to add before the first layer
         for norm, layer, kv in zip(self._input_norms, self._layers, kv_caches, strict=True):
             x = layer(norm(x, stream, into=layer.self_attn.qkv_proj), residual, ctx, kv)

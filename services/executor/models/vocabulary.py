@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.rows import gather_rows
 from services.executor.models.config import ModelConfig
 from services.executor.models.linear import DenseWeight, IntWeight, build_weight
 from services.executor.models.runtime import ModelRuntime
@@ -29,11 +30,14 @@ class Vocabulary:
         if not config.tie_word_embeddings:
             self._head, self._head_slots = _build("lm_head", config, runtime)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """`[T]` i64 -> `[T, H]`."""
+    def embed(self, input_ids: Tensor, *, scale: float = 1.0) -> Tensor:
+        """`[T]` i64 -> `[T, H]`, times `scale`."""
         if isinstance(self._embedding, IntWeight):
-            return self._embedding.rows(input_ids)
-        return F.embedding(input_ids, self._embedding.weight)
+            return self._embedding.rows(input_ids, scale=scale)
+        if self._runtime.ops.library is not None:
+            return gather_rows(self._runtime.ops.library, self._embedding.weight, input_ids.contiguous(), scale=scale)
+        rows = F.embedding(input_ids, self._embedding.weight)
+        return rows if scale == 1.0 else rows.mul_(scale)
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """`[R, H]` -> `[R, V]` float32, in `out` where it is given."""

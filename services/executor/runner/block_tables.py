@@ -5,6 +5,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.cpu.library import CpuLibrary
+from kernels.cpu.rows import gather_rows
 from services.executor.engine.batch import ScheduledSequence
 from services.executor.runner.device import Device
 
@@ -17,8 +19,9 @@ class BlockTables:
         device: the same on the device.
     """
 
-    def __init__(self, num_rows: int, max_blocks: int, device: Device) -> None:
+    def __init__(self, num_rows: int, max_blocks: int, device: Device, library: CpuLibrary | None) -> None:
         self._device = device
+        self._library = library
         self._is_staged = device.overlaps
         self.host: npt.NDArray[np.int32] = np.zeros((num_rows, max_blocks), dtype=np.int32)
         shared = torch.from_numpy(self.host)
@@ -50,4 +53,6 @@ class BlockTables:
 
     def gather(self, rows: Tensor, out: Tensor) -> Tensor:
         """Write the tables of some rows `[S]` i64 to `out[:S]`, on the device, and return these."""
+        if self._library is not None:
+            return gather_rows(self._library, self.device, rows, out=out)
         return torch.index_select(self.device, 0, rows, out=out[: rows.shape[0]])

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cpu.library import CpuLibrary
 from services.executor.engine.batch import ScheduledBatch, ScheduledSequence
 from services.executor.engine.config import EngineConfig
 from services.executor.models import DecodeRows, ForwardContext, PrefillRows
@@ -32,7 +33,9 @@ class InputBuffers:
     in a graph and replayed after every `fill`. Any other step lays out its tokens in buffers as long as they are.
     """
 
-    def __init__(self, config: EngineConfig, device: Device, attention: DecodeAttention) -> None:
+    def __init__(
+        self, config: EngineConfig, device: Device, attention: DecodeAttention, library: CpuLibrary | None
+    ) -> None:
         T, S = config.max_num_batched_tokens, config.max_num_seqs
         self._device = device
         self._block_size = config.block_size
@@ -45,7 +48,7 @@ class InputBuffers:
             | {"seq_lens": (S, torch.int32), "chunk_seq_lens": (S, torch.int32), "cu_seqlens_q": (S + 1, torch.int32)},
         )
         max_blocks = -(-config.max_model_len // config.block_size)
-        self._tables = BlockTables(S, max_blocks, device)
+        self._tables = BlockTables(S, max_blocks, device, library)
         shape = (S, max_blocks)
         self._decode_tables = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)
         self._chunk_tables = torch.zeros(shape, dtype=torch.int32, device=device.torch_device)

@@ -46,7 +46,7 @@ class ModelRunner:
         """Where blocks are swapped to."""
         buckets = buckets or decode_buckets(config.max_num_seqs)
         self._graphs = DecodeGraphs(buckets, self._decode, device)
-        self._inputs = InputBuffers(config, device, self._decode_attention(buckets))
+        self._inputs = InputBuffers(config, device, self._decode_attention(buckets), self._ops.library)
         self._recorded = RecordedDecode(model, kv_caches, self._ops.library)
         self._sampler = Sampler(config, device, self._ops)
         # Where padded decode steps leave their results; a CPU runs none.
@@ -144,10 +144,10 @@ class ModelRunner:
     def _forward(self, batch: ScheduledBatch) -> DecodeStep:
         self._inputs.fill(batch, batch.num_decodes)
         if batch.num_decodes == len(batch.sequences):
-            inputs = self._inputs.decode(batch.num_decodes)
-            step = self._recorded.run(*inputs)
+            step = self._recorded.run(batch.num_decodes, self._inputs.decode)
             if step is not None:
                 return step
+            inputs = self._inputs.decode(batch.num_decodes)
         else:
             inputs = self._inputs.mixed(batch)
         hidden = self._model.forward(*inputs, self._kv_caches)

@@ -1,5 +1,6 @@
 """Decode steps on a CPU, each recorded when it first occurs and made as one call from then on."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from kernels.cpu.recording import NotRecordableError, Recorder, Recording
 from kernels.cpu.rows import finite_rows
 from services.executor.models import CausalLM, ForwardContext, KVCache
 
-MAX_RECORDED_ROWS = 64  # a step of more takes so long that its calls do not count
+_MAX_ROWS = 64  # a step of more takes so long that its calls do not count
 
 
 class DecodeStep(NamedTuple):
@@ -27,7 +28,7 @@ class DecodeStep(NamedTuple):
 class RecordedDecode:
     """Runs decode steps of a model, with a recording per number of rows.
 
-    The tensors of a step's context are at the same addresses whenever it has as many rows. Where a layer computes with
+    The tensors of a step's inputs are at the same addresses whenever it has as many rows. Where a layer computes with
     torch, as dense weights are multiplied, nothing is recorded; where only the output projection does, all but that.
     """
 
@@ -36,22 +37,21 @@ class RecordedDecode:
         self._kv_caches = kv_caches
         self._library = library
         self._recorder = None if library is None else Recorder(library)
-        self._stream = torch.empty((MAX_RECORDED_ROWS, model.config.hidden_size), dtype=model.runtime.dtype)
-        self._logits = torch.empty((MAX_RECORDED_ROWS, model.config.vocab_size), dtype=torch.float32)
+        self._logits = torch.empty((_MAX_ROWS, model.config.vocab_size), dtype=torch.float32)
         self._recordings: dict[int, tuple[Recording[tuple[Tensor, Tensor]], Recording[Tensor] | None]] = {}
 
-    def run(self, input_ids: Tensor, context: ForwardContext) -> DecodeStep | None:
-        """Run a step; None, and it is still to run, where steps of so many rows or of this model are not recorded."""
-        num_rows = input_ids.shape[0]
-        if self._library is None or self._recorder is None or num_rows > MAX_RECORDED_ROWS:
-            return None
-        stream = self._stream[:num_rows]
-        stream.copy_(self._model.embed(input_ids))
+    def run(self, num_rows: int, inputs: Callable[[int], tuple[Tensor, ForwardContext]]) -> DecodeStep | None:
+        """Run a step; None, and it is still to run, where steps of so many rows or of this model are not recorded.
+
+        `inputs` returns input ids `[num_rows]` and context, and is called, and recorded, when the step first occurs.
+        """
         if num_rows in self._recordings:
             layers, head = self._recordings[num_rows]
             return DecodeStep(*layers.replay(), None if head is None else head.replay())
+        if self._recorder is None or num_rows > _MAX_ROWS:
+            return None
         try:
-            layers = self._recorder.record(lambda: self._run_layers(stream, context))
+            layers = self._recorder.record(lambda: self._run_layers(*inputs(num_rows)))
         except NotRecordableError:
             self._recorder = None
             return None
@@ -62,9 +62,9 @@ class RecordedDecode:
         self._recordings[num_rows] = layers, head
         return DecodeStep(*layers.result, None if head is None else head.result)
 
-    def _run_layers(self, stream: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+    def _run_layers(self, input_ids: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         assert self._library is not None
-        hidden = self._model.run_layers(stream, context, self._kv_caches)
+        hidden = self._model.forward(input_ids, context, self._kv_caches)
         return hidden, finite_rows(self._library, hidden)
 
     def _compute_logits(self, hidden: Tensor) -> Tensor:

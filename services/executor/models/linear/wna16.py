@@ -100,13 +100,15 @@ class IntWeight:
                 self._library, self.words, self.scales, self.zeros, bits=self.bits, group_size=self.group_size
             )
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """Return rows `[n, K]` of W, in the runtime's dtype; not for an ordered weight."""
-        words, scales, *zeros = self.part(indices) if self._tiled is None else self._tiled.columns(indices)
+    def rows(self, indices: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Return rows `[n, K]` of W, times `scale`, in the runtime's dtype; not for an ordered weight."""
+        if self._tiled is not None:
+            return self._tiled.columns(indices, scale=scale)
+        words, scales, *zeros = self.part(indices)
         numbers = torch.unflatten(unpack_rows(words, self.bits), 0, (-1, self.group_size))
         middle = zeros[0].unsqueeze(1) if zeros else 1 << (self.bits - 1)
         columns: Tensor = (numbers.to(self._dtype) - middle) * scales.unsqueeze(1)
-        return columns.flatten(0, 1).T.contiguous()
+        return columns.flatten(0, 1).T.contiguous().mul_(scale)
 
     def product(self, x: LinearInput, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
         """Return `x W^T + bias`, in `out` where it is given."""
