@@ -7,59 +7,86 @@
 
 #include "vec.h"
 
-#if defined(__AVX512VNNI__)
-constexpr bool kDotIsOneInstruction = true;  // on 32 registers
-#else
-constexpr bool kDotIsOneInstruction = false;
-#endif
+// `dot<Bits>(sum, w, x)`: every lane of `w` holds four weights of 0 .. 2^Bits - 1, which are taken as if they were
+// kCentre smaller, and every lane of `x` four inputs, signed bytes of at least -127; the sum of their products is added
+// to that lane of `sum`.
+//
+// Where that takes several instructions, weights of 4 bits have a shorter way: `narrow_dot` adds up in 16 bits, which
+// have room for kNarrowDots times 2 * 15 * 127, and `widened` adds them to a sum of 32 bits.
 
-// `dot<Bits>` takes weights of 0 .. 2^Bits - 1 as if they were so much smaller.
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || !defined(__AVX2__)
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+
 template <int Bits>
 constexpr int32_t kCentre = 0;
-#else
-template <int Bits>
-constexpr int32_t kCentre = Bits == 8 ? 128 : 0;
-#endif
+constexpr int kNarrowDots = 0;
+Int narrow_dot(Int narrow, Int w, Int x);
+Int widened(Int sum, Int narrow);
 
-#if defined(__AVX2__) && !defined(__AVXVNNI__)
-// Two products at a time are added in 16 bits, with saturation. Two of 15 * 127 fit, and two of 128 * 127, not of 255.
-template <int Bits>
-inline __m256i dot_256(__m256i sum, __m256i w, __m256i x) {
-  if constexpr (Bits == 8) {
-    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-    x = _mm256_sign_epi8(x, w);
-    w = _mm256_abs_epi8(w);
-  }
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
-}
-#endif
-
-// Every lane of `w` holds four weights and every lane of `x` four inputs, signed bytes of at least -127; the sum of
-// their products is added to that lane of `sum`.
 template <int Bits>
 inline Int dot(Int sum, Int w, Int x) {
 #if defined(__AVX512VNNI__)
   return bit_cast<Int>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
-#elif defined(__AVX512F__) && defined(__AVX2__)
-  struct Halves {
-    __m256i half[2];
-  };
-  Halves s = bit_cast<Halves>(sum), ws = bit_cast<Halves>(w), xs = bit_cast<Halves>(x);
-  for (int i = 0; i < 2; ++i) {
-#if defined(__AVXVNNI__)
-    s.half[i] = _mm256_dpbusd_avx_epi32(s.half[i], ws.half[i], xs.half[i]);
 #else
-    s.half[i] = dot_256<Bits>(s.half[i], ws.half[i], xs.half[i]);
-#endif
-  }
-  return bit_cast<Int>(s);
-#elif defined(__AVXVNNI__)
   return bit_cast<Int>(_mm256_dpbusd_avx_epi32(bit_cast<__m256i>(sum), bit_cast<__m256i>(w), bit_cast<__m256i>(x)));
-#elif defined(__AVX2__)
-  return bit_cast<Int>(dot_256<Bits>(bit_cast<__m256i>(sum), bit_cast<__m256i>(w), bit_cast<__m256i>(x)));
-#else
-  for (int byte = 0; byte < 4; ++byte) sum += (w >> 8 * byte & 255) * (x << (24 - 8 * byte) >> 24);
-  return sum;
 #endif
 }
+
+#elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+
+template <int Bits>
+constexpr int32_t kCentre = Bits == 8 ? 128 : 0;
+constexpr int kNarrowDots = 8;
+
+// `pairs` are sums of two products each in 16 bits, with saturation: two of 128 * 127 fit, and not of 255.
+#if defined(__AVX512BW__)
+inline Int pairs(Int w, Int x) {
+  return bit_cast<Int>(_mm512_maddubs_epi16(bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
+}
+inline Int widened(Int sum, Int pairs) {
+  return sum + bit_cast<Int>(_mm512_madd_epi16(bit_cast<__m512i>(pairs), _mm512_set1_epi16(1)));
+}
+inline Int magnitude(Int w) { return bit_cast<Int>(_mm512_abs_epi8(bit_cast<__m512i>(w))); }
+inline Int signed_as(Int x, Int w) {
+  const __m512i v = bit_cast<__m512i>(x);
+  return bit_cast<Int>(_mm512_mask_sub_epi8(v, _mm512_movepi8_mask(bit_cast<__m512i>(w)), _mm512_setzero_si512(), v));
+}
+using Short = int16_t __attribute__((vector_size(64)));
+#else
+inline Int pairs(Int w, Int x) {
+  return bit_cast<Int>(_mm256_maddubs_epi16(bit_cast<__m256i>(w), bit_cast<__m256i>(x)));
+}
+inline Int widened(Int sum, Int pairs) {
+  return sum + bit_cast<Int>(_mm256_madd_epi16(bit_cast<__m256i>(pairs), _mm256_set1_epi16(1)));
+}
+inline Int magnitude(Int w) { return bit_cast<Int>(_mm256_abs_epi8(bit_cast<__m256i>(w))); }
+inline Int signed_as(Int x, Int w) {
+  return bit_cast<Int>(_mm256_sign_epi8(bit_cast<__m256i>(x), bit_cast<__m256i>(w)));
+}
+using Short = int16_t __attribute__((vector_size(32)));
+#endif
+
+template <int Bits>
+inline Int dot(Int sum, Int w, Int x) {
+  if constexpr (Bits == 4) return widened(sum, pairs(w, x));
+  w ^= int32_t(0x80808080);
+  return widened(sum, pairs(magnitude(w), signed_as(x, w)));
+}
+inline Int narrow_dot(Int narrow, Int w, Int x) {
+  return bit_cast<Int>(bit_cast<Short>(narrow) + bit_cast<Short>(pairs(w, x)));
+}
+
+#else
+
+template <int Bits>
+constexpr int32_t kCentre = 0;
+constexpr int kNarrowDots = 0;
+Int narrow_dot(Int narrow, Int w, Int x);
+Int widened(Int sum, Int narrow);
+
+template <int Bits>
+inline Int dot(Int sum, Int w, Int x) {
+  for (int byte = 0; byte < 4; ++byte) sum += (w >> 8 * byte & 255) * (x << (24 - 8 * byte) >> 24);
+  return sum;
+}
+
+#endif

@@ -19,9 +19,9 @@
 namespace {
 
 constexpr int kTile = 32;  // `TILE` in gemm_wna16.py
-constexpr int kBlockRows = kDotIsOneInstruction ? 8 : 4;  // as many sums as there are registers for
-constexpr int kAhead = 2048;                              // bytes of words that are asked for ahead
-constexpr double kItemNs = 6000;                          // work worth another thread's taking
+constexpr int kBlockRows = kLanes == 16 ? 8 : 4;  // as many sums as there are registers for
+constexpr int kAhead = 2048;                      // bytes of words that are asked for ahead
+constexpr double kItemNs = 6000;                  // work worth another thread's taking
 
 // Rows are in as few blocks as can be, of even sizes.
 struct Blocks {
@@ -132,16 +132,16 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < V; ++v) sum[m][v] = Int{} + starts[m];
     }
-    for (int64_t i = 0; i < num_words; ++i, words += kTile) {
+    const auto add_word = [&](auto& to, auto product) __attribute__((always_inline)) {
       Int w[V];
       for (int v = 0; v < V; ++v) {
         w[v] = load_words(words + v * kLanes);
         if (v * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(words + v * kLanes) + kAhead);
       }
-      auto add = [&](auto weights) __attribute__((always_inline)) {
+      const auto add = [&](auto weights) __attribute__((always_inline)) {
         for (int m = 0; m < M; ++m) {
           const Int x = four(codes + 4 * m);
-          for (int v = 0; v < V; ++v) sum[m][v] = dot<Bits>(sum[m][v], weights(w[v]), x);
+          for (int v = 0; v < V; ++v) to[m][v] = product(to[m][v], weights(w[v]), x);
         }
         codes += 4 * M;
       };
@@ -151,6 +151,20 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
         add([](Int word) { return word & 0x0f0f0f0f; });
         add([](Int word) { return word >> 4 & 0x0f0f0f0f; });
       }
+      words += kTile;
+    };
+    if constexpr (Bits == 4 && kNarrowDots > 0) {
+      for (int64_t i = 0; i < num_words;) {
+        Int narrow[M][V] = {};
+        for (const int64_t end = std::min(i + kNarrowDots / 2, num_words); i < end; ++i) {
+          add_word(narrow, narrow_dot);
+        }
+        for (int m = 0; m < M; ++m) {
+          for (int v = 0; v < V; ++v) sum[m][v] = widened(sum[m][v], narrow[m][v]);
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < num_words; ++i) add_word(sum, dot<Bits>);
     }
     Vec scale[V], zero[V];
     for (int v = 0; v < V; ++v) scale[v] = load(scales + v * kLanes);

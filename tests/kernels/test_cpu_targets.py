@@ -1,4 +1,4 @@
-"""The C++ forms compiled for AVX2, where most CPUs that are wider would otherwise never run that code."""
+"""The C++ forms compiled for CPUs of less than this one can do: code that would otherwise never run here."""
 
 from pathlib import Path
 
@@ -10,21 +10,25 @@ from kernels.cpu import library
 from kernels.reference.w4a16 import dequantise_packed
 
 CPU = Capability(sm=0, num_sms=1)
-OTHERS = {"-march=native": "-march=haswell", "-O3": "-O1"}  # less time in the compiler, the same intrinsics
-NEEDED = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+AVX2 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+CPUS = {"haswell": AVX2, "skylake-avx512": AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}}
 
 
-@pytest.fixture(scope="module")
-def avx2(tmp_path_factory):
+@pytest.fixture(scope="module", params=CPUS)
+def ops(request, tmp_path_factory):
     cpu = Path("/proc/cpuinfo")
-    if not cpu.exists() or not set(cpu.read_text().split()) >= NEEDED:
-        pytest.skip("the CPU has no AVX2")
+    if not cpu.exists() or not set(cpu.read_text().split()) >= CPUS[request.param]:
+        pytest.skip("this CPU lacks some of its instructions")
+    others = {
+        "-march=native": f"-march={request.param}",
+        "-O3": "-O1",
+    }  # less time in the compiler, the same intrinsics
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "_FLAGS", tuple(OTHERS.get(flag, flag) for flag in library._FLAGS))
-        ops = select_ops(CPU, dtype=torch.float32, build_dir=tmp_path_factory.mktemp("avx2"))
-    if ops.library is None:
+        patch.setattr(library, "_FLAGS", tuple(others.get(flag, flag) for flag in library._FLAGS))
+        chosen = select_ops(CPU, dtype=torch.float32, build_dir=tmp_path_factory.mktemp(request.param))
+    if chosen.library is None:
         pytest.skip("there is no compiler")
-    return ops
+    return chosen
 
 
 def randn(*shape, seed=0):
@@ -34,8 +38,8 @@ def randn(*shape, seed=0):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("has_zeros", [False, True])
 @pytest.mark.parametrize(("group_size", "columns"), [(32, 96), (64, 40), (8, 7), (24, 150)])
-def test_products(avx2, bits, has_zeros, group_size, columns):
-    gemm = avx2.w4a16_gemm if bits == 4 else avx2.w8a16_gemm
+def test_products(ops, bits, has_zeros, group_size, columns):
+    gemm = ops.w4a16_gemm if bits == 4 else ops.w8a16_gemm
     inputs = 3 * group_size
     words = torch.randint(-(1 << 31), 1 << 31, (inputs * bits // 32, columns)).int()
     words[:, 0], words[:, 1] = 0, -1  # the least and the greatest numbers
@@ -54,25 +58,25 @@ def test_products(avx2, bits, has_zeros, group_size, columns):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])
-def test_attention(avx2, paged_case, head_dim):
+def test_attention(ops, paged_case, head_dim):
     """Against the torch forms; these are held against float64 elsewhere."""
     case = paged_case([0, 1, 17, 300, 20], [1, 1, 1, 33, 5], q_heads=6, kv_heads=2, head_dim=head_dim)
     caches = (case.k_cache, case.v_cache)
     args = (case.q, *caches, case.cu_seqlens_q, case.seq_lens, case.block_table)
     for options in ({}, {"softcap": 3.0, "window": 7, "sinks": torch.linspace(-1, 1, 6)}):
-        got = avx2.unified_attention(*args, max_seqlen_q=33, scale=0.1, **options)
+        got = ops.unified_attention(*args, max_seqlen_q=33, scale=0.1, **options)
         torch.testing.assert_close(got, Ops().unified_attention(*args, max_seqlen_q=33, scale=0.1, **options))
     decode = (case.q[case.cu_seqlens_q[:5].long()], *caches, case.block_table, case.seq_lens)
-    got = avx2.paged_attention_decode(*decode, scale=0.1)
+    got = ops.paged_attention_decode(*decode, scale=0.1)
     torch.testing.assert_close(got, Ops().paged_attention_decode(*decode, scale=0.1))
 
 
 @pytest.mark.parametrize("width", [64, 90])
-def test_norm_and_activations(avx2, width):
+def test_norm_and_activations(ops, width):
     x, residual, weight = randn(5, width), randn(5, width, seed=1), randn(width, seed=2)
     torch.testing.assert_close(
-        avx2.fused_add_rms_norm(x.clone(), residual.clone(), weight, 1e-5),
+        ops.fused_add_rms_norm(x.clone(), residual.clone(), weight, 1e-5),
         Ops().fused_add_rms_norm(x.clone(), residual.clone(), weight, 1e-5),
     )
     for name in ("silu_and_mul", "gelu_tanh_and_mul"):
-        torch.testing.assert_close(getattr(avx2, name)(x), getattr(Ops(), name)(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(getattr(ops, name)(x), getattr(Ops(), name)(x), rtol=1e-5, atol=1e-6)
