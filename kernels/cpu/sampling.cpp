@@ -55,11 +55,15 @@ struct Scratch {
   std::vector<Candidate> candidates;
 };
 
-// A row of logits after the pass over it. `total` is the sum of exp(x - largest).
+// A row of logits after the pass over it, which adds up exp(x - largest) for the normaliser if that is wanted.
 class Row {
  public:
-  Row(const float* logits, int64_t vocab, std::vector<float>& maxima)
-      : logits_(logits), vocab_(vocab), num_tiles_((vocab + kTile - 1) / kTile), maxima_(maxima) {
+  Row(const float* logits, int64_t vocab, bool is_normalised, std::vector<float>& maxima)
+      : logits_(logits),
+        vocab_(vocab),
+        num_tiles_((vocab + kTile - 1) / kTile),
+        is_normalised_(is_normalised),
+        maxima_(maxima) {
     maxima_.resize(num_tiles_);
     Int nan{};
     for (int64_t tile = 0; tile < num_tiles_; ++tile) read(tile, nan);
@@ -129,7 +133,7 @@ class Row {
       largest_ = maximum;
       largest_tile_ = tile;
     }
-    if (maximum == -kInfinity) return;
+    if (!is_normalised_ || maximum == -kInfinity) return;
     Vec sums{};
     for (int64_t i = 0; i < kTile; i += kLanes) sums += exp(load(x + i) - largest_);
     total_ += sum(sums);
@@ -149,6 +153,7 @@ class Row {
 
   const float* logits_;
   int64_t vocab_, num_tiles_;
+  bool is_normalised_;
   std::vector<float>& maxima_;
   float largest_ = -kInfinity;
   int64_t largest_tile_ = 0;
@@ -308,8 +313,9 @@ void top(const Row& row, int64_t k, int64_t* ids, float* logprobs, Scratch& scra
 
 }  // namespace
 
-// Draws token_ids [rows] from logits [rows, vocab], which have finite log-probabilities from `source`, often the same.
-// Filters, seeds and positions are [rows]; top_ids and top_logprobs [rows, num_logprobs]; num_logprobs <= vocab.
+// Draws token_ids [rows] from logits [rows, vocab], and tells their log-probabilities in `source`, often the same rows.
+// Filters, seeds and positions are [rows]; top_ids and top_logprobs [rows, num_logprobs]. num_logprobs is at most vocab;
+// below 0, no log-probabilities are computed.
 EXPORT int64_t sample(const float* logits, const float* source, const float* temperature, const int64_t* top_k,
                       const float* top_p, const float* min_p, const int64_t* seeds, const int64_t* positions,
                       int64_t* token_ids, float* logprobs, int64_t* top_ids, float* top_logprobs, int64_t rows,
@@ -317,22 +323,20 @@ EXPORT int64_t sample(const float* logits, const float* source, const float* tem
                       int64_t threads) {
   parallel_for(rows, threads, [&](int64_t i) {
     static thread_local Scratch scratch;
-    const Row row(logits + i * logits_stride, vocab, scratch.maxima);
-    const auto finish = [&](const Row& of) {
-      logprobs[i] = of[token_ids[i]] - of.log_normaliser();
-      if (num_logprobs) top(of, num_logprobs, top_ids + i * num_logprobs, top_logprobs + i * num_logprobs, scratch);
-    };
+    const bool has_logprobs = num_logprobs >= 0;
+    const Row row(logits + i * logits_stride, vocab, has_logprobs && source == logits, scratch.maxima);
     if (temperature[i] > 0 && std::isfinite(row.largest())) {
       const Draw draw(row, {temperature[i], top_k[i], top_p[i], min_p[i]}, scratch.values);
       token_ids[i] = draw.token(noise_key(seeds[i], positions[i]));
     } else {
       token_ids[i] = row.first();
     }
-    if (source == logits) {
-      finish(row);
-    } else {
-      finish(Row(source + i * source_stride, vocab, scratch.source_maxima));
-    }
+    if (!has_logprobs) return;
+    const auto tell = [&](const Row& of) {
+      logprobs[i] = of[token_ids[i]] - of.log_normaliser();
+      if (num_logprobs) top(of, num_logprobs, top_ids + i * num_logprobs, top_logprobs + i * num_logprobs, scratch);
+    };
+    source == logits ? tell(row) : tell(Row(source + i * source_stride, vocab, true, scratch.source_maxima));
   });
   return kDone;
 }

@@ -18,23 +18,23 @@ def sample(
     seeds: Tensor,
     positions: Tensor,
     *,
-    num_logprobs: int = 0,
+    num_logprobs: int | None = 0,
     logprob_logits: Tensor | None = None,
     workspace: Tensor | None = None,
     out: SampleOutput | None = None,
 ) -> SampleOutput:
     """C++ form of `kernels.sample`; the noise, and with it the draws, are the torch form's."""
     source = logits if logprob_logits is None else logprob_logits
-    rows, vocab = logits.shape
+    (rows, vocab), k = logits.shape, num_logprobs or 0
     if out is None:
         out = SampleOutput(
             torch.empty(rows, dtype=torch.int64),
             torch.empty(rows, dtype=torch.float32),
-            torch.empty((rows, num_logprobs), dtype=torch.int64),
-            torch.empty((rows, num_logprobs), dtype=torch.float32),
+            torch.empty((rows, k), dtype=torch.int64),
+            torch.empty((rows, k), dtype=torch.float32),
         )
     rows_of_logits = all(x.dtype == torch.float32 and x.stride(1) == 1 for x in (logits, source))
-    if not rows_of_logits or num_logprobs > vocab or not all(part.is_contiguous() for part in out):
+    if not rows_of_logits or k > vocab or not all(part.is_contiguous() for part in out):
         arguments = (logits, temperature, top_k, top_p, min_p, seeds, positions)
         return reference.sample(*arguments, num_logprobs=num_logprobs, logprob_logits=logprob_logits, out=out)
     columns = (
@@ -46,7 +46,9 @@ def sample(
         _column(positions, torch.int64),
     )
     pointers = [tensor.data_ptr() for tensor in (logits, source, *columns, *out)]
-    library.call("sample", *pointers, rows, vocab, logits.stride(0), source.stride(0), num_logprobs)
+    library.call(
+        "sample", *pointers, rows, vocab, logits.stride(0), source.stride(0), -1 if num_logprobs is None else k
+    )
     return out
 
 

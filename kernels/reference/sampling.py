@@ -24,7 +24,7 @@ _CHUNK_ELEMENTS = 1 << 18
 
 
 class SampleOutput(NamedTuple):
-    """What `sample` returns; S rows, k = num_logprobs.
+    """What `sample` returns; S rows, k = num_logprobs, 0 for None.
 
     Attributes:
         token_ids: [S] i64, the drawn tokens.
@@ -48,7 +48,7 @@ def sample(
     seeds: Tensor,
     positions: Tensor,
     *,
-    num_logprobs: int = 0,
+    num_logprobs: int | None = 0,
     logprob_logits: Tensor | None = None,
     workspace: Tensor | None = None,
     out: SampleOutput | None = None,
@@ -74,7 +74,8 @@ def sample(
         min_p: [S] f32; <= 0 is off.
         seeds: [S] i64; samples of one request need distinct ones, see `sample_seed`.
         positions: [S] i64, position of the token that is drawn.
-        num_logprobs: number k of top log-probabilities to return.
+        num_logprobs: number k of top log-probabilities to return. None: that of the drawn token is not wanted either,
+            and `logprobs` may hold anything.
         logprob_logits: [S, V] f32 that log-probabilities are computed from; None: `logits`. Temperature and filters do
             not enter. Pass the model's own logits when processors changed `logits` and raw values are wanted.
         workspace: scratch of a device kernel, i64, of `kernels.sample_workspace_size`; no effect on the
@@ -99,7 +100,7 @@ def sample(
     logprobs = source.gather(1, token_ids.unsqueeze(1)).squeeze(1) - log_z
     if num_logprobs and source is not logits:
         maxima = search.tile_maxima(source)
-    top_values, top_ids = search.top(source, maxima, num_logprobs)
+    top_values, top_ids = search.top(source, maxima, num_logprobs or 0)
     result = SampleOutput(token_ids, logprobs, top_ids, top_values - log_z.unsqueeze(1))
     return result if out is None else SampleOutput(*(to.copy_(value) for to, value in zip(out, result, strict=True)))
 

@@ -192,7 +192,7 @@ def sample(
     seeds: Tensor,
     positions: Tensor,
     *,
-    num_logprobs: int = 0,
+    num_logprobs: int | None = 0,
     logprob_logits: Tensor | None = None,
     workspace: Tensor | None = None,
     out: SampleOutput | None = None,
@@ -203,6 +203,7 @@ def sample(
     1e-6 of each other, the reference may draw the other one. The draw remains a function of its row alone.
     """
     rows, vocab = logits.shape
+    num_logprobs = num_logprobs or 0
     tiles = triton.cdiv(vocab, workspaces.SAMPLE_TILE)
     if workspace is None:
         size = workspaces.sample_workspace_size(rows, vocab, num_logprobs)

@@ -236,8 +236,10 @@ def test_logprobs_are_of_the_unscaled_unfiltered_logits(draw, vocab):
         values, ids = expected.topk(4)
         assert torch.equal(out.top_ids, ids)
         torch.testing.assert_close(out.top_logprobs.double(), values, atol=3e-6, rtol=1e-6)
-    none = draw(logits, num_logprobs=0)
-    assert none.top_ids.shape == none.top_logprobs.shape == (6, 0)
+    for number in (0, None):
+        none = draw(logits, num_logprobs=number)
+        assert none.top_ids.shape == none.top_logprobs.shape == (6, 0)
+        assert torch.equal(none.token_ids, draw(logits).token_ids)
 
 
 @pytest.mark.parametrize("vocab", [12, 1100])

@@ -49,6 +49,7 @@ class ModelRunner:
         self._inputs = InputBuffers(config, device, self._decode_attention(buckets), self._ops.library)
         self._recorded = RecordedDecode(model, kv_caches, self._ops.library)
         self._sampler = Sampler(config, device, self._ops)
+        self._row_numbers = np.arange(config.max_num_seqs + 1)
         # Where padded decode steps leave their results; a CPU runs none.
         num_rows = config.max_num_seqs if device.overlaps else 0
         self._logits = torch.empty((num_rows, config.vocab_size), dtype=torch.float32, device=device.torch_device)
@@ -96,7 +97,7 @@ class ModelRunner:
             if scheduled.first_new_block == 0:
                 self._sampler.set_row(scheduled.seq)
         if batch.num_decodes == len(batch.sequences):
-            first_row, drawn = np.arange(len(batch.sequences) + 1), batch.sequences
+            first_row, drawn = self._row_numbers[: len(batch.sequences) + 1], batch.sequences
             self._sampler.fill(drawn, first_row[:-1])
         else:
             first_row = np.cumsum([0] + [s.num_tokens for s in batch.sequences])
@@ -198,10 +199,10 @@ class InFlightStep:
         return sampled
 
     def _failed_places(self) -> set[int]:
-        finite = self._finite.numpy()
-        if finite.all():
+        finite = self._finite.tolist()
+        if all(finite):
             return set()
-        bad_rows = np.flatnonzero(~finite)
+        bad_rows = [row for row, is_finite in enumerate(finite) if not is_finite]
         return set((np.searchsorted(self._first_row, bad_rows, side="right") - 1).tolist())
 
 

@@ -25,10 +25,8 @@ _PARAMETERS = {
     "top_p": torch.float32,
     "min_p": torch.float32,
     "seeds": torch.int64,
-    "repetition": torch.float32,
-    "frequency": torch.float32,
-    "presence": torch.float32,
 }
+_PENALTIES = dict.fromkeys(("repetition", "frequency", "presence"), torch.float32)
 _PLACES = {"logit_rows": torch.int64, "rows": torch.int64, "positions": torch.int64}
 
 
@@ -62,9 +60,11 @@ class Sampler:
         self._capacity = config.max_model_len
         self._device = device
         self._ops = ops
-        self._of_row = {name: np.zeros(num_rows, _numpy_dtype(dtype)) for name, dtype in _PARAMETERS.items()}
+        self._of_row = {
+            name: np.zeros(num_rows, _numpy_dtype(dtype)) for name, dtype in (_PARAMETERS | _PENALTIES).items()
+        }
         self._staged = StagedArrays(
-            device, {name: (num_rows, dtype) for name, dtype in (_PARAMETERS | _PLACES).items()}
+            device, {name: (num_rows, dtype) for name, dtype in (_PARAMETERS | _PENALTIES | _PLACES).items()}
         )
         self._workspace = torch.empty(
             kernels.sample_workspace_size(num_rows, config.vocab_size, config.max_logprobs),
@@ -110,9 +110,9 @@ class Sampler:
         arrays["rows"][:R] = rows
         arrays["logit_rows"][:R] = logit_rows
         arrays["positions"][:R] = [s.position for s in scheduled]
-        for name, values in self._of_row.items():
-            arrays[name][:R] = values[rows]
-        self._is_plain = bool(self._is_plain_row[rows].all())
+        self._is_plain = all(self._is_plain_row[rows].tolist())
+        for name in _PARAMETERS if self._is_plain else self._of_row:
+            arrays[name][:R] = self._of_row[name][rows]
         self._staged.send()
 
     def places(self, count: int) -> tuple[Tensor, Tensor]:
@@ -140,13 +140,13 @@ class Sampler:
         if processors:
             raw = logits.clone() if wanted else logits
             self._ops.apply_logits_processors_(logits, **processors)
-        out = self._draw(logits, num_logprobs=max(wanted.values(), default=0), logprob_logits=raw)
+        out = self._draw(logits, num_logprobs=max(wanted.values(), default=None), logprob_logits=raw)
         send = self._device.to_host
         scores = (send(out.logprobs), send(out.top_ids), send(out.top_logprobs)) if wanted else None
         return out.token_ids, Draw(send(out.token_ids), scores, wanted)
 
     def _draw(
-        self, logits: Tensor, *, num_logprobs: int = 0, logprob_logits: Tensor | None = None
+        self, logits: Tensor, *, num_logprobs: int | None = None, logprob_logits: Tensor | None = None
     ) -> kernels.SampleOutput:
         columns = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
         return self._ops.sample(
@@ -188,7 +188,7 @@ class Sampler:
             return {}
         seen = [self._seen[scheduled[place].seq.row].update(scheduled[place].seq.token_ids) for place in penalised]
         ids, counts = zip(*seen, strict=True)
-        of_rows = {name: self._staged.tensors[name][: len(scheduled)] for name in _PARAMETERS}
+        of_rows = {name: self._staged.tensors[name][: len(scheduled)] for name in _PENALTIES}
         return {
             "seen_rows": self._flat([np.repeat(penalised, [len(part) for part in ids])]),
             "seen_token_ids": self._flat(ids),
