@@ -10,7 +10,7 @@ import uvloop
 
 from services.common.access import warn_if_exposed
 from services.common.lifecycle import StartError
-from services.common.logs import configure_logging
+from services.common.logs import configure_logging, tell_errors
 from services.common.settings import ServiceSettings, load_settings
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
@@ -26,6 +26,6 @@ def run_service(
     try:
         uvloop.run(serve(settings))
     except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_errors(name, settings.log_format, [str(error)])
         sys.exit(1)
     sys.exit(0)

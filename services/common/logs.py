@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TextIO
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
     from services.common.settings import ServiceSettings
+
+_log = logging.getLogger(__name__)
+
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(slots=True)
@@ -40,15 +46,48 @@ _NAMES = tuple(field.name for field in fields(RequestFields))
 
 def configure_logging(service: str, settings: ServiceSettings) -> None:
     """Log lines to standard error, in the format that was asked for."""
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[log_handler(service, settings, sys.stderr)])
+    logging.basicConfig(
+        level=settings.log_level.upper(), handlers=[log_handler(service, settings.log_format, sys.stderr)]
+    )
+    if settings.log_format == "json":
+        _log_what_python_prints()
 
 
-def log_handler(service: str, settings: ServiceSettings, stream: TextIO) -> logging.Handler:
+def log_handler(service: str, log_format: LogFormat, stream: TextIO) -> logging.Handler:
     """What writes the lines of a service."""
     handler = logging.StreamHandler(stream)
     handler.addFilter(_add_request_fields)
-    handler.setFormatter(_json_formatter(service) if settings.log_format == "json" else _TextFormatter(service))
+    handler.setFormatter(_json_formatter(service) if log_format == "json" else _TextFormatter(service))
     return handler
+
+
+def tell_errors(service: str, log_format: LogFormat, errors: Iterable[str]) -> None:
+    """Why a service does not start: lines of `error: ...` for people, or such as all others. Logging may be off."""
+    handler = log_handler(service, log_format, sys.stderr)
+    for error in errors:
+        if log_format == "json":
+            handler.handle(logging.LogRecord(_log.name, logging.CRITICAL, "", 0, error, None, None))
+        else:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _log_what_python_prints() -> None:
+    """A collector of JSON reads no tracebacks. (asyncio logs of itself; what C++ libraries print stays as it is.)"""
+    logging.captureWarnings(True)
+
+    def on_exception(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        _log.critical("the process ends: %r", value, exc_info=(kind, value, traceback))
+
+    def on_thread_exception(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None:
+            _log.critical("a thread ends: %r", args.exc_value, exc_info=args.exc_value)
+
+    def on_unraisable(args: sys.UnraisableHookArgs) -> None:
+        _log.error("ignored in %r: %r", args.object, args.exc_value, exc_info=args.exc_value)
+
+    sys.excepthook = on_exception
+    threading.excepthook = on_thread_exception
+    sys.unraisablehook = on_unraisable
 
 
 def _add_request_fields(record: logging.LogRecord) -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from services.common.link.dialer import LinkDialer
+from services.common.logs import LogFormat, tell_errors
 from services.common.tls import TlsFiles
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -76,7 +77,7 @@ class ServiceSettings(BaseSettings):
     """Seconds without progress, while there is work, after which the service calls itself unhealthy."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged."""
-    log_format: Literal["text", "json"] = "text"
+    log_format: LogFormat = "text"
     """text: lines for people. json: one object per line, for collectors."""
     otlp_endpoint: str | None = None
     """Send traces to this OpenTelemetry collector by OTLP/gRPC, such as http://127.0.0.1:4317; https:// for TLS."""
@@ -136,12 +137,36 @@ SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
 def load_settings(cls: type[SettingsT], argv: Sequence[str] | None = None) -> SettingsT:
     """Read the settings of a service, or say in one line per mistake what is wrong with them and exit with 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    prefix = cls.model_config.get("env_prefix", "")
     try:
-        return CliApp.run(cls, cli_args=list(sys.argv[1:] if argv is None else argv))
+        return CliApp.run(cls, cli_args=arguments, cli_exit_on_error=False)
+    except SettingsError as error:
+        errors = [f"{error}; --help lists all options".removeprefix("error parsing CLI: ")]
     except ValidationError as error:
-        prefix = cls.model_config.get("env_prefix", "")
+        errors = []
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
             flag = name.replace("_", "-")
-            print(f"error: --{flag} ({prefix}{name.upper()}): {item['msg']}, got {item['input']!r}", file=sys.stderr)
-        raise SystemExit(2) from None
+            errors.append(f"--{flag} ({prefix}{name.upper()}): {item['msg']}, got {item['input']!r}")
+    tell_errors(prefix.removeprefix("SCALELLM_").rstrip("_").lower(), _log_format(cls, arguments), errors)
+    raise SystemExit(2) from None
+
+
+def _log_format(cls: type[BaseSettings], arguments: list[str]) -> LogFormat:
+    """How a service was told to log whose settings are wrong."""
+
+    class LogSettings(BaseSettings):
+        model_config = SettingsConfigDict(
+            env_prefix=cls.model_config.get("env_prefix", ""),
+            cli_kebab_case=True,
+            cli_ignore_unknown_args=True,
+            cli_exit_on_error=False,
+            extra="ignore",
+        )
+        log_format: LogFormat = "text"
+
+    try:
+        return CliApp.run(LogSettings, cli_args=arguments).log_format
+    except (SettingsError, ValidationError):
+        return "text"

@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Literal
@@ -14,7 +16,6 @@ import pytest
 
 from clients.launcher.processes import last_error, last_message
 from services.common.logs import LineLimit, RequestFields, log_handler, request_fields
-from services.common.settings import ServiceSettings
 
 
 class Lines:
@@ -23,7 +24,7 @@ class Lines:
     def __init__(self, service: str, log_format: Literal["text", "json"]) -> None:
         self._stream = io.StringIO()
         self.log = logging.Logger("services.test", logging.INFO)
-        self.log.addHandler(log_handler(service, ServiceSettings(log_format=log_format), self._stream))
+        self.log.addHandler(log_handler(service, log_format, self._stream))
 
     def text(self) -> str:
         return self._stream.getvalue()
@@ -81,6 +82,53 @@ def test_status_reads_json_lines(tmp_path) -> None:
     path.write_text(lines.text())
     assert last_message(str(path)) == "loading the weights"
     assert last_error(str(path)).endswith(f"ERROR executor[{os.getpid()}] services.test: out of memory")
+
+
+PROGRAM = """
+import asyncio, sys, threading, warnings, weakref
+from services.common.entry import run_service
+from services.common.lifecycle import StartError
+from services.common.settings import ServiceSettings, settings_config
+
+class Settings(ServiceSettings):
+    model_config = settings_config("test")
+
+async def serve(settings):
+    warnings.warn("old")
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    doomed = type("Doomed", (), {"__del__": lambda self: {}["gone"]})()
+    del doomed
+    asyncio.get_running_loop().call_soon(lambda: [].pop())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    raise {"StartError": StartError, "OSError": OSError}[settings.host]("as asked")
+
+run_service("test", Settings, serve)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--host", "StartError"], ["no TLS, no keys", "old", "division", "gone", "pop from empty list", "as asked"]),
+        (["--host", "OSError"], ["no TLS, no keys", "old", "division", "gone", "pop from empty list", "as asked"]),
+        (
+            ["--port", "-1", "--stall-limit-s", "x"],
+            ["--port (SCALELLM_TEST_PORT): ", "(SCALELLM_TEST_STALL_LIMIT_S): "],
+        ),
+        (["--nonsense"], ["--nonsense"]),
+    ],
+)
+def test_in_json_mode_all_of_standard_error_is_json(arguments: list[str], messages: list[str]) -> None:
+    command = [sys.executable, "-c", PROGRAM, "--log-format", "json", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode != 0
+    entries = [json.loads(line) for line in result.stderr.splitlines()]
+    said = [entry["message"] + entry.get("exc_info", "") for entry in entries]
+    for line, message in zip(said, messages, strict=True):
+        assert message in line
 
 
 def test_a_flood_is_counted_not_written() -> None:
