@@ -74,7 +74,12 @@ def make_runner(
     else:
         where = CudaDevice(device.target.index, has_graphs=graphs)
     caches = allocate_kv_caches(
-        model.config, limits.num_blocks, limits.block_size, dtype=form.cache_dtype, device=device.target
+        model.config,
+        limits.num_blocks,
+        limits.block_size,
+        dtype=form.cache_dtype,
+        device=device.target,
+        ops=model.runtime.ops,
     )
     return ModelRunner(model, caches, limits, where)
 

@@ -11,61 +11,52 @@ namespace {
 // Rows of a tile, a row being a query of one head: enough to pay for laying out the keys.
 constexpr int64_t kRows = 96;
 
-// to [dim, kTile] = the keys, transposed: a row of it is what one dimension of a query is multiplied by.
-template <class T>
-void transpose_keys(const Tile<T>& tile, float* to, int64_t dim) {
-  float block[4][kLanes];
-  for (int64_t t = 0; t < kTile; t += 4) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      for (int i = 0; i < 4; ++i) store(block[i], load(tile.k[t + i] + d));
-      for (int i = 0; i < kLanes; ++i) {
-        const float four[4] = {block[0][i], block[1][i], block[2][i], block[3][i]};
-        std::memcpy(to + (d + i) * kTile + t, four, sizeof four);
-      }
-    }
-  }
-}
-
 struct QueryTile {
   int64_t sequence, head, begin, count, position;  // rows of q from `begin`; position of the first
 };
 
 template <class Q, class T>
-bool attend(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile& queries, const float* sinks,
-            int64_t group, int64_t q_stride, int64_t out_stride, int64_t window, float scale, float softcap,
-            float v_scale) {
-  const int64_t dim = cache.dim, rows = queries.count * group;
-  std::vector<float> scratch(2 * rows * dim + rows * kTile + dim * kTile);
-  float *scaled = &scratch[0], *acc = scaled + rows * dim, *scores = acc + rows * dim, *keys = scores + rows * kTile;
-  std::vector<Softmax> softmax(rows);
+bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile& tile_of_q, const float* sinks,
+                 int64_t group, int64_t q_stride, int64_t out_stride, int64_t window, float scale, float softcap,
+                 float v_scale) {
+  const int64_t dim = cache.dim, rows = tile_of_q.count * group;
+  std::vector<float> scratch(3 * rows * dim + rows * kTile + LaidOut::size(dim));
+  float *scaled = &scratch[0], *total = scaled + rows * dim, *acc = total + rows * dim, *scores = acc + rows * dim;
+  LaidOut laid_out(scores + rows * kTile, dim);
+  std::vector<Softmax> totals(rows), softmax(rows);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t head = queries.head * group + r % group;
-    copy_scaled(q + (queries.begin + r / group) * q_stride + head * dim, scaled + r * dim, scale, dim);
+    const int64_t head = tile_of_q.head * group + r % group;
+    copy_scaled(q + (tile_of_q.begin + r / group) * q_stride + head * dim, scaled + r * dim, scale, dim);
     if (sinks != nullptr) softmax[r] = {sinks[head], 1};
   }
-  const int64_t end = queries.position + queries.count;
-  const int64_t first = window > 0 ? std::max<int64_t>(0, queries.position - window + 1) : 0;
-  Tile<T> tile;
-  for (int64_t at = first; at < end; at += tile.size) {
-    if (!tile.find(cache, queries.sequence, queries.head, at, end)) return false;
-    transpose_keys(tile, keys, dim);
-    std::fill(scores, scores + rows * kTile, 0.0f);
-    multiply(scaled, dim, rows, dim, [&](int64_t i) { return keys + i * kTile; }, scores, kTile, kTile);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = scores + r * kTile;
-      const int64_t position = queries.position + r / group;
+  const Queries queries{scaled, scores, softmax.data(), acc, rows};
+  const int64_t end = tile_of_q.position + tile_of_q.count;
+  const int64_t begin = window > 0 ? std::max<int64_t>(0, tile_of_q.position - window + 1) : 0;
+  const int64_t start = begin / kPart * kPart;
+  const auto end_of_tile = [&](int64_t at) { return std::min({at + kTile, (at / kShare + 1) * kShare, end}); };
+  Tile<T> tile, next;
+  if (!tile.find(cache, tile_of_q.sequence, start, end_of_tile(start))) return false;
+  for (int64_t at = start; at < end; at = end_of_tile(at), tile = next) {
+    const int64_t then = end_of_tile(at);
+    next = tile;
+    if (then < end && !next.find(cache, tile_of_q.sequence, then, end_of_tile(then))) return false;
+    const auto mask = [&](int64_t r, float* row) {
+      const int64_t position = tile_of_q.position + r / group;
       const int64_t live = std::clamp<int64_t>(position + 1 - at, 0, tile.size);
       const int64_t left = window > 0 ? std::clamp<int64_t>(position - window + 1 - at, 0, live) : 0;
       std::fill(row, row + left, kMasked);
       std::fill(row + live, row + kTile, kMasked);
-      const float shrunk = softmax[r].add(row, softcap);
-      if (shrunk != 1) scale_row(acc + r * dim, shrunk, dim);
+    };
+    attend(cache, tile, next, tile_of_q.head, std::max<int64_t>(0, begin - at), queries, mask, softcap, laid_out);
+    if (then % kShare == 0 || then == end) {
+      for (int64_t r = 0; r < rows; ++r) merge(totals[r], total + r * dim, softmax[r], acc + r * dim, dim);
+      std::fill(softmax.begin(), softmax.end(), Softmax());
+      std::fill(acc, acc + rows * dim, 0.0f);
     }
-    add_values(scores, rows, tile, acc, dim);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    Q* to = out + (queries.begin + r / group) * out_stride + (queries.head * group + r % group) * dim;
-    copy_scaled(acc + r * dim, to, v_scale / softmax[r].total, dim);
+    Q* to = out + (tile_of_q.begin + r / group) * out_stride + (tile_of_q.head * group + r % group) * dim;
+    copy_scaled(total + r * dim, to, v_scale / totals[r].total, dim);
   }
   return true;
 }
@@ -100,7 +91,7 @@ int64_t unified(const Q* q, Q* out, const PagedCache<T>& cache, const int32_t* c
   const int64_t count = tiles.size();
   parallel_for(count, work * width < (1 << 17) ? 1 : threads, [&](int64_t item) {
     const QueryTile& queries = tiles[count - 1 - item];
-    if (!attend(q, out, cache, queries, sinks, group, q_stride, out_stride, window, scale, softcap, v_scale)) {
+    if (!attend_tile(q, out, cache, queries, sinks, group, q_stride, out_stride, window, scale, softcap, v_scale)) {
       fault = queries.sequence;
     }
   });

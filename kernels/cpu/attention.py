@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.cpu.cache import has_layout
 from kernels.cpu.library import CODES, LANES, CpuLibrary
 from kernels.reference import attention as reference
 
@@ -113,10 +114,7 @@ def _takes(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, out
         head_dim % LANES == 0
         and q.dtype in (torch.float32, torch.bfloat16)
         and k_cache.dtype in CODES
-        and v_cache.dtype == k_cache.dtype
-        and v_cache.shape == k_cache.shape
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
+        and has_layout(k_cache, v_cache)
         and _has_whole_rows(q)
         and (out is None or (out.dtype == q.dtype and out.shape == q.shape and _has_whole_rows(out)))
         and block_table.dtype == torch.int32

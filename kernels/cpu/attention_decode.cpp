@@ -1,6 +1,8 @@
 // Attention of one query token per sequence, read straight from the paged cache. What bounds it is memory: each key and
 // value is read once for all query heads that share it.
 #include <atomic>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "paged.h"
@@ -9,145 +11,210 @@
 
 namespace {
 
-// Keys of one item of work: a long sequence is shared by threads. It depends on nothing else in the batch, and so
-// neither does a row's result.
-constexpr int64_t kShare = 256;
+// Rows, a row being a query of one head, that are computed together where they have the keys in common.
+constexpr int64_t kRowsTogether = 96;
 
-// scores [kHeads, kTile] = q [kHeads, dim] . k
-template <int kHeads, class T>
-inline void score_heads(const float* q, const Tile<T>& tile, int64_t dim, float* scores) {
-  for (int64_t t = 0; t < tile.size; t += 4) {
-    Vec acc[kHeads][4] = {};
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      Vec k[4];
-      for (int i = 0; i < 4; ++i) k[i] = load(tile.k[t + i] + d);
-      for (int h = 0; h < kHeads; ++h) {
-        const Vec factor = load(q + h * dim + d);
-        for (int i = 0; i < 4; ++i) acc[h][i] += factor * k[i];
-      }
-    }
-    for (int h = 0; h < kHeads; ++h) {
-      const Vec4 four = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
-      std::memcpy(scores + h * kTile + t, &four, sizeof four);
-    }
-  }
-}
-
-template <class T>
-void score(const float* q, int64_t heads, const Tile<T>& tile, int64_t dim, float* scores) {
-  constexpr int kMost = kLanes == 16 ? 4 : 2;  // accumulators of heads times 4 tokens fit the registers
-  for (int64_t h = 0; h < heads;) {
-    const float* from = q + h * dim;
-    float* to = scores + h * kTile;
-    const int64_t count = std::min<int64_t>(heads - h, kMost);
-    if constexpr (kMost == 4) {
-      if (count == 4) score_heads<4>(from, tile, dim, to);
-      if (count == 3) score_heads<3>(from, tile, dim, to);
-    }
-    if (count == 2) score_heads<2>(from, tile, dim, to);
-    if (count == 1) score_heads<1>(from, tile, dim, to);
-    h += count;
-  }
-  for (int64_t h = 0; h < heads; ++h) std::fill(scores + h * kTile + tile.size, scores + (h + 1) * kTile, kMasked);
-}
-
-// Consecutive keys of a sequence, of all heads: what they share in memory is read in the order in which it lies there.
+// Consecutive keys of a sequence, of all heads.
 struct Share {
   int64_t sequence, begin, end;
-  bool whole;
 };
 
-// What a share of a row comes to: per query head a softmax and values that are not yet divided by its total.
-template <class T>
-bool attend(const PagedCache<T>& cache, const Share& share, const float* q, int64_t group, float softcap,
-            Softmax* softmax, float* acc) {
-  std::vector<float> scores(group * kTile);
-  const int64_t dim = cache.dim;
-  Tile<T> tile, next;
-  if (!tile.find(cache, share.sequence, 0, share.begin, share.end)) return false;
-  tile.prefetch(cache, 0, tile.size);
-  for (int64_t at = share.begin; at < share.end; at += tile.size, tile = next) {
-    const int64_t then = at + tile.size;
-    if (then < share.end && !next.find(cache, share.sequence, 0, then, share.end)) return false;
-    for (int64_t head = 0; head < cache.heads; ++head) {
-      if (then < share.end) {
-        next.prefetch(cache, next.size * head / cache.heads, next.size * (head + 1) / cache.heads);
-      }
-      const int64_t first = head * group;
-      score(q + first * dim, group, tile, dim, scores.data());
-      for (int64_t h = 0; h < group; ++h) {
-        const float shrunk = softmax[first + h].add(&scores[h * kTile], softcap);
-        if (shrunk != 1) scale_row(acc + (first + h) * dim, shrunk, dim);
-      }
-      add_values(scores.data(), group, tile, acc + first * dim, dim);
-      tile.next_head(dim);
-    }
-  }
-  return true;
-}
+// Shares that are computed together because their keys are the same ones, `count` from `first` on in an order that the
+// batch has: the beginning that prompts have in common is read, and laid out, once for many queries.
+struct Item {
+  int64_t first, count;
+};
 
 template <class Q, class T>
-int64_t decode(const Q* q, Q* out, const PagedCache<T>& cache, const int32_t* lens, int64_t sequences, int64_t group,
-               int64_t q_stride, int64_t out_stride, int64_t window, float scale, float softcap, float v_scale,
-               int64_t threads) {
-  const int64_t dim = cache.dim, heads = cache.heads * group;
-  std::vector<Share> shares;
-  int64_t keys = 0;
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t length = lens[s], first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
-    if (length <= 0) zero_rows(out + s * out_stride, heads * dim);
-    for (int64_t begin = first; begin < length; begin += kShare) {
-      const int64_t end = std::min(begin + kShare, length);
-      shares.push_back({s, begin, end, length - first <= kShare});
-      keys += end - begin;
+class Decode {
+ public:
+  Decode(const Q* q, Q* out, const PagedCache<T>& cache, const int32_t* lens, int64_t sequences, int64_t group,
+         int64_t q_stride, int64_t out_stride, int64_t window, float scale, float softcap, float v_scale)
+      : q_(q), out_(out), cache_(cache), heads_(cache.heads * group), group_(group), q_stride_(q_stride),
+        out_stride_(out_stride), scale_(scale), softcap_(softcap), v_scale_(v_scale) {
+    bool has_long = false;
+    for (int64_t s = 0; s < sequences; ++s) {
+      const int64_t length = lens[s], first = window > 0 ? std::max<int64_t>(0, length - window) : 0;
+      if (length <= 0) zero_rows(out + s * out_stride, heads_ * cache.dim);
+      starts_.push_back(shares_.size());
+      for (int64_t at = first / kShare * kShare; at < length; at += kShare) {
+        shares_.push_back({s, std::max(at, first), std::min(at + kShare, length)});
+        keys_ += shares_.back().end - shares_.back().begin;
+      }
+      has_long |= int64_t(shares_.size()) > starts_.back() + 1;
     }
+    starts_.push_back(shares_.size());
+    if (has_long) {
+      values_.resize(shares_.size() * heads_ * cache.dim);
+      softmaxes_.resize(shares_.size() * heads_);
+    }
+    find_items();
   }
-  const int64_t count = shares.size();
-  // Where the shares of long rows meet: values and softmax of each.
-  const bool split = std::any_of(shares.begin(), shares.end(), [](const Share& share) { return !share.whole; });
-  std::vector<float> values(split ? count * heads * dim : 0);
-  std::vector<Softmax> softmaxes(split ? count * heads : 0);
-  std::atomic<int64_t> fault{kDone};
-  const auto write = [&](const Share& share, const Softmax* softmax, const float* acc) {
-    Q* to = out + share.sequence * out_stride;
-    for (int64_t h = 0; h < heads; ++h) copy_scaled(acc + h * dim, to + h * dim, v_scale / softmax[h].total, dim);
-  };
-  // Little work is done before another thread would be awake.
-  parallel_for(count, keys * heads * dim < (1 << 17) ? 1 : threads, [&](int64_t item) {
-    const Share& share = shares[item];
-    std::vector<float> scratch(2 * heads * dim);
-    std::vector<Softmax> softmax(heads);
-    float *scaled = &scratch[0], *acc = &scratch[heads * dim];
-    copy_scaled(q + share.sequence * q_stride, scaled, scale, heads * dim);
-    if (!attend(cache, share, scaled, group, softcap, softmax.data(), acc)) {
-      fault = share.sequence;
-    } else if (share.whole) {
-      write(share, softmax.data(), acc);
-    } else {
-      std::copy(acc, acc + heads * dim, &values[item * heads * dim]);
-      std::copy(softmax.begin(), softmax.end(), &softmaxes[item * heads]);
+
+  // Returns kDone or the sequence that is at fault.
+  int64_t run(int64_t threads) {
+    // A task has several items, so that the next one's keys can be asked for; a thread has several tasks, as it may be
+    // kept from its core. Little work is done before another thread would be awake.
+    const bool little = keys_ * heads_ * cache_.dim < (1 << 17);
+    const int64_t most = little ? keys_ : keys_ / (4 * threads) + 1;
+    std::vector<int64_t> tasks{0};
+    for (int64_t item = 0, keys = 0; item < int64_t(items_.size()); ++item) {
+      const Share& share = shares_[order_[items_[item].first]];
+      keys += (share.end - share.begin) * items_[item].count;
+      if (keys >= most || item + 1 == int64_t(items_.size())) tasks.push_back(item + 1), keys = 0;
     }
-  });
-  for (int64_t item = 0, next; split && item < count; item = next) {
-    const Share& row = shares[item];
-    next = item + 1;
-    if (row.whole) continue;
-    for (; next < count && shares[next].sequence == row.sequence; ++next) {
-      for (int64_t h = 0; h < heads; ++h) {
-        Softmax& into = softmaxes[item * heads + h];
-        const Softmax& other = softmaxes[next * heads + h];
-        const float largest = std::max(into.largest, other.largest);
-        const float shrunk = std::exp(into.largest - largest), weight = std::exp(other.largest - largest);
-        float* acc = &values[(item * heads + h) * dim];
-        const float* more = &values[(next * heads + h) * dim];
-        for (int64_t d = 0; d < dim; d += kLanes) store(acc + d, load(acc + d) * shrunk + load(more + d) * weight);
-        into = {largest, into.total * shrunk + other.total * weight};
+    std::atomic<int64_t> fault{kDone};
+    parallel_for(tasks.size() - 1, threads, [&](int64_t task) {
+      const int64_t sequence = attend_to(tasks[task], tasks[task + 1]);
+      if (sequence != kDone) fault = sequence;
+    });
+    for (int64_t s = 0; fault == kDone && s + 1 < int64_t(starts_.size()); ++s) merge(s);
+    return fault;
+  }
+
+ private:
+  // Of items that are shared by more there are several.
+  int64_t most_together() const { return std::max<int64_t>(1, kRowsTogether / group_); }
+
+  bool are_the_same(const Share& a, const Share& b) const {
+    if (a.begin != b.begin || a.end != b.end || a.end - a.begin != kShare || kShare % cache_.page != 0) return false;
+    const int64_t first = a.begin / cache_.page, count = kShare / cache_.page;
+    if (first + count > cache_.max_blocks) return false;
+    const int32_t* table = cache_.block_table + first;
+    return std::equal(table + a.sequence * cache_.table_stride, table + a.sequence * cache_.table_stride + count,
+                      table + b.sequence * cache_.table_stride);
+  }
+
+  void find_items() {
+    const int64_t count = shares_.size();
+    order_.resize(count);
+    std::iota(order_.begin(), order_.end(), 0);
+    // Sequences with a beginning in common have it in the same first block: where all are different, nobody shares.
+    std::vector<std::pair<int32_t, int64_t>> firsts;  // block that a whole share begins with
+    for (int64_t i = 0; i < count; ++i) {
+      const Share& share = shares_[i];
+      if (share.end - share.begin != kShare || share.begin / cache_.page >= cache_.max_blocks) continue;
+      firsts.emplace_back(cache_.block_table[share.sequence * cache_.table_stride + share.begin / cache_.page], i);
+    }
+    std::sort(firsts.begin(), firsts.end());
+    std::vector<int64_t> leader(count, -1);
+    for (size_t i = 1; i < firsts.size(); ++i) {
+      if (firsts[i].first != firsts[i - 1].first) continue;
+      const int64_t share = firsts[i].second, before = firsts[i - 1].second;
+      if (are_the_same(shares_[share], shares_[before])) {
+        if (leader[before] < 0) leader[before] = before;
+        leader[share] = leader[before];
       }
     }
-    write(row, &softmaxes[item * heads], &values[item * heads * dim]);
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return leader[a] > leader[b]; });
+    for (int64_t i = 0; i < count; ++i) {
+      const bool joins = i > 0 && leader[order_[i]] >= 0 && leader[order_[i]] == leader[order_[i - 1]] &&
+                         items_.back().count < most_together();
+      if (joins) {
+        ++items_.back().count;
+      } else {
+        items_.push_back({i, 1});
+      }
+    }
   }
-  return fault;
-}
+
+  // Attends to the keys of some items; returns kDone or the sequence that is at fault.
+  int64_t attend_to(int64_t begin, int64_t end) {
+    const int64_t dim = cache_.dim;
+    int64_t most = 1;
+    for (int64_t item = begin; item < end; ++item) most = std::max(most, items_[item].count);
+    std::vector<float> scratch(most * (heads_ * 2 * dim + group_ * kTile) + LaidOut::size(dim));
+    std::vector<Softmax> softmax(most * heads_);
+    float *scaled = &scratch[0], *acc = scaled + most * heads_ * dim, *scores = acc + most * heads_ * dim;
+    LaidOut laid_out(scores + most * group_ * kTile, dim);
+    Tile<T> tile, next;
+    const auto first_of = [&](int64_t item) -> const Share& { return shares_[order_[items_[item].first]]; };
+    const auto find = [&](Tile<T>& to, const Share& share, int64_t at) {
+      return to.find(cache_, share.sequence, at, share.end);
+    };
+    if (!find(tile, first_of(begin), first_of(begin).begin / kPart * kPart)) return first_of(begin).sequence;
+    next = tile;
+    for (int64_t item = begin; item < end; ++item) {
+      const Share& share = first_of(item);
+      const int64_t together = items_[item].count, rows = together * group_;
+      load_queries(items_[item], scaled);
+      std::fill(acc, acc + together * heads_ * dim, 0.0f);
+      std::fill(softmax.begin(), softmax.begin() + together * heads_, Softmax());
+      for (int64_t at = share.begin / kPart * kPart; at < share.end; at += kTile) {
+        if (at + kTile < share.end) {
+          if (!find(next, share, at + kTile)) return share.sequence;
+        } else if (item + 1 < end) {
+          const Share& then = first_of(item + 1);
+          if (!find(next, then, then.begin / kPart * kPart)) return then.sequence;
+        }
+        for (int64_t head = 0; head < cache_.heads; ++head) {
+          const Queries queries{scaled + head * rows * dim, scores, &softmax[head * rows], acc + head * rows * dim, rows};
+          attend(cache_, tile, next, head, std::max<int64_t>(0, share.begin - at), queries, [](int64_t, float*) {},
+                 softcap_, laid_out);
+        }
+        tile = next;
+      }
+      leave(items_[item], softmax.data(), acc);
+    }
+    return kDone;
+  }
+
+  // Rows of queries and what becomes of them are [kv heads, shares of an item, group].
+  void load_queries(const Item& item, float* scaled) const {
+    for (int64_t head = 0; head < cache_.heads; ++head) {
+      for (int64_t i = 0; i < item.count; ++i, scaled += group_ * cache_.dim) {
+        const int64_t sequence = shares_[order_[item.first + i]].sequence;
+        copy_scaled(q_ + sequence * q_stride_ + head * group_ * cache_.dim, scaled, scale_, group_ * cache_.dim);
+      }
+    }
+  }
+
+  void leave(const Item& item, const Softmax* softmax, const float* acc) {
+    const int64_t dim = cache_.dim;
+    for (int64_t head = 0; head < cache_.heads; ++head) {
+      for (int64_t i = 0; i < item.count; ++i, softmax += group_, acc += group_ * dim) {
+        const int64_t share = order_[item.first + i], sequence = shares_[share].sequence;
+        if (starts_[sequence + 1] - starts_[sequence] == 1) {
+          for (int64_t h = 0; h < group_; ++h) write(sequence, head * group_ + h, softmax[h], acc + h * dim);
+        } else {
+          std::copy(acc, acc + group_ * dim, &values_[(share * heads_ + head * group_) * dim]);
+          std::copy(softmax, softmax + group_, &softmaxes_[share * heads_ + head * group_]);
+        }
+      }
+    }
+  }
+
+  // Where the shares of a long row meet, in their order.
+  void merge(int64_t sequence) {
+    const int64_t first = starts_[sequence], end = starts_[sequence + 1], dim = cache_.dim;
+    if (end - first < 2) return;
+    for (int64_t h = 0; h < heads_; ++h) {
+      Softmax& into = softmaxes_[first * heads_ + h];
+      float* acc = &values_[(first * heads_ + h) * dim];
+      for (int64_t share = first + 1; share < end; ++share) {
+        ::merge(into, acc, softmaxes_[share * heads_ + h], &values_[(share * heads_ + h) * dim], dim);
+      }
+      write(sequence, h, into, acc);
+    }
+  }
+
+  void write(int64_t sequence, int64_t head, const Softmax& softmax, const float* acc) const {
+    copy_scaled(acc, out_ + sequence * out_stride_ + head * cache_.dim, v_scale_ / softmax.total, cache_.dim);
+  }
+
+  const Q* q_;
+  Q* out_;
+  const PagedCache<T>& cache_;
+  const int64_t heads_, group_, q_stride_, out_stride_;
+  const float scale_, softcap_, v_scale_;
+  int64_t keys_ = 0;
+  std::vector<Share> shares_;        // of the sequences in their order
+  std::vector<int64_t> starts_;      // first share of each sequence, and their number
+  std::vector<int64_t> order_;       // of shares, those that are computed together side by side
+  std::vector<Item> items_;
+  std::vector<float> values_;        // [shares, heads, dim], where a sequence has several
+  std::vector<Softmax> softmaxes_;   // [shares, heads]
+};
 
 }  // namespace
 
@@ -163,8 +230,9 @@ EXPORT int64_t paged_attention_decode(int64_t q_dtype, int64_t cache_dtype, cons
     using T = decltype(stored);
     const PagedCache<T> cache{static_cast<const T*>(k), static_cast<const T*>(v), block_table, max_blocks,
                               table_stride, num_blocks, page, heads, dim};
-    return decode(static_cast<const Q*>(q), static_cast<Q*>(out), cache, lens, sequences, group, q_stride, out_stride,
-                  window, scale, softcap, v_scale, threads);
+    return Decode<Q, T>(static_cast<const Q*>(q), static_cast<Q*>(out), cache, lens, sequences, group, q_stride,
+                        out_stride, window, scale, softcap, v_scale)
+        .run(threads);
   });
 }
 RECORDABLE(paged_attention_decode)

@@ -30,7 +30,9 @@ _FLAGS = (
 _BUILD_LIMIT_S = 120
 
 # Numbers of element types in C++, `Code` in vec.h.
-CODES: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2})
+CODES: Mapping[torch.dtype, int] = MappingProxyType(
+    {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float16: 3}
+)
 
 LANES = 16  # of the widest vectors: rows whose length is a multiple need no special case on any machine
 
@@ -46,7 +48,7 @@ FUNCTIONS: Mapping[str, str] = MappingProxyType(
         "gather_rows": "ipppiiif",
         "gemm_wna16": "iipppppiiii",
         "paged_attention_decode": "iippppppiiiiiiiiiiifff",
-        "qk_norm_rope_and_cache": "iipppppppppiiiiiiiiifff",
+        "qk_norm_rope_and_cache": "iipppppppppiiiiiiiiiifff",
         "sample": "ppppppppppppiiiii",
         "unified_attention": "iippppppiiiiiiiiiiifffppi",
     }

@@ -4,14 +4,19 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "vec.h"
 
 // Tokens that are attended to before the running maximum is renewed. Their keys and values stay in the core's cache.
 constexpr int64_t kTile = 64;
+// Tokens that lie side by side: pages are multiples of it, and no vector is longer.
+constexpr int64_t kPart = 16;
+constexpr int64_t kParts = kTile / kPart;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-// Keys and values, each [num_blocks, page, heads, dim], and which blocks sequences have: [S, max_blocks], rows apart.
+// Keys [num_blocks, heads, dim, page], so that what one number of a query is multiplied by are vectors, values
+// [num_blocks, page, heads, dim], and which blocks sequences have: [S, max_blocks], rows apart.
 template <class T>
 struct PagedCache {
   const T *k, *v;
@@ -19,48 +24,47 @@ struct PagedCache {
   int64_t max_blocks, table_stride, num_blocks, page, heads, dim;
 };
 
-// Where the keys and values of up to kTile consecutive tokens are. What is left over points at the last token, which is
-// live: what may stand in other slots is never read.
+// Where the keys and values of up to kTile consecutive tokens of all heads are. Parts of which no token was asked for
+// are those of the first part: what may stand in other blocks is never read.
 template <class T>
 struct Tile {
-  const T* k[kTile];
-  const T* v[kTile];
+  const T* k[kParts];
+  const T* v[kParts];
   int64_t size;  // tokens
 
-  // False when the table names a block that is not there.
-  bool find(const PagedCache<T>& cache, int64_t sequence, int64_t head, int64_t begin, int64_t end) {
+  // `begin` is a multiple of kPart. False when the table names a block that is not there.
+  bool find(const PagedCache<T>& cache, int64_t sequence, int64_t begin, int64_t end) {
     size = std::min(end - begin, kTile);
     const int32_t* blocks = cache.block_table + sequence * cache.table_stride;
-    int64_t block = begin / cache.page, offset = begin % cache.page, at = 0;
-    while (at < size) {
+    const int64_t width = cache.heads * cache.dim;
+    for (int64_t part = 0; part < kParts; ++part) {
+      const int64_t position = part * kPart < size ? begin + part * kPart : begin;
+      const int64_t block = position / cache.page, offset = position % cache.page;
       if (block >= cache.max_blocks || blocks[block] < 0 || blocks[block] >= cache.num_blocks) return false;
-      const int64_t first = (int64_t(blocks[block]) * cache.page + offset) * cache.heads + head;
-      const int64_t count = std::min(cache.page - offset, size - at), stride = cache.heads * cache.dim;
-      for (int64_t i = 0; i < count; ++i, ++at) {
-        k[at] = cache.k + first * cache.dim + i * stride;
-        v[at] = cache.v + first * cache.dim + i * stride;
-      }
-      offset = 0;
-      ++block;
+      const int64_t first = int64_t(blocks[block]) * cache.page;
+      k[part] = cache.k + first * width + offset;
+      v[part] = cache.v + (first + offset) * width;
     }
-    for (; at < kTile; ++at) k[at] = k[size - 1], v[at] = v[size - 1];
     return true;
   }
 
-  // Ask for keys and values of all heads of tokens begin .. end of a tile that was found for head 0.
-  void prefetch(const PagedCache<T>& cache, int64_t begin, int64_t end) const {
-    const int64_t bytes = cache.heads * cache.dim * sizeof(T);
-    for (const auto& rows : {k, v}) {
-      for (int64_t t = begin; t < end; ++t) {
-        const char* row = reinterpret_cast<const char*>(rows[t]);
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-      }
+  // Ask for keys of a head, and for values of tokens from `begin` on.
+  void prefetch_keys(const PagedCache<T>& cache, int64_t head) const {
+    const int64_t step = std::max<int64_t>(1, 64 / (cache.page * sizeof(T)));
+    for (int64_t t = 0; t < size; t += kPart) {
+      for (int64_t d = head * cache.dim; d < (head + 1) * cache.dim; d += step) ask_for(k[t / kPart] + d * cache.page);
     }
   }
 
-  void next_head(int64_t dim) {
-    for (int64_t t = 0; t < kTile; ++t) k[t] += dim, v[t] += dim;
+  void prefetch_values(const PagedCache<T>& cache, int64_t head, int64_t begin) const {
+    for (int64_t t = begin; t < size; ++t) {
+      const T* row = v[t / kPart] + (t % kPart * cache.heads + head) * cache.dim;
+      for (int64_t d = 0; d < cache.dim; d += 64 / int64_t(sizeof(T))) ask_for(row + d);
+    }
   }
+
+ private:
+  static void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 
 // The softmax of a row of scores so far: largest score, sum of weights.
@@ -96,22 +100,45 @@ struct Softmax {
   }
 };
 
-// c [kRows, kVecs vectors] += a [kRows, inner] * b, of which row i starts at b(i).
-template <int kRows, int kVecs, class B>
-inline void multiply_block(const float* a, int64_t a_stride, int64_t inner, const B& b, float* c, int64_t c_stride) {
+// Keys that are added up by themselves: a long sequence is shared by threads, and a beginning in common is computed once.
+// What a row comes to depends on nothing but its sequence, so that a prompt gives what decoding gave.
+constexpr int64_t kShare = 256;
+
+// Adds what the next share came to, a softmax and values [dim], to what those before it did.
+inline void merge(Softmax& into, float* acc, const Softmax& share, const float* values, int64_t dim) {
+  if (share.largest == kMasked) return;
+  const float largest = std::max(into.largest, share.largest);
+  const float shrunk = std::exp(into.largest - largest), weight = std::exp(share.largest - largest);
+  for (int64_t d = 0; d < dim; d += kLanes) store(acc + d, load(acc + d) * shrunk + load(values + d) * weight);
+  into = {largest, into.total * shrunk + share.total * weight};
+}
+
+// c [kRows, kVecs vectors] += a [kRows, inner] * b, whose row i has its vectors at b[n] + i * b_stride. With kAsk, what
+// lies as far from `ahead` is asked for on the way: a burst of requests would hold up the products.
+template <int kRows, int kVecs, bool kAsk, class B>
+inline void multiply_block(const float* a, int64_t a_stride, int64_t inner, const B* const (&b)[kVecs],
+                           const B* const (&ahead)[kVecs], int64_t b_stride, float* c, int64_t c_stride) {
+  constexpr int kPerLine = std::min<int>(kVecs, 64 / (kLanes * sizeof(B)));  // vectors
   Vec acc[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
     for (int n = 0; n < kVecs; ++n) acc[r][n] = load(c + r * c_stride + n * kLanes);
   }
-  for (int64_t i = 0; i < inner; ++i) {
-    const auto* row = b(i);
+  const auto step = [&](int64_t i, int phase) __attribute__((always_inline)) {
     Vec columns[kVecs];
-    for (int n = 0; n < kVecs; ++n) columns[n] = load(row + n * kLanes);
+    for (int n = 0; n < kVecs; ++n) {
+      columns[n] = load(b[n] + i * b_stride);
+      if (kAsk && (n + phase) % kPerLine == 0) __builtin_prefetch(ahead[n] + i * b_stride, 0, 2);
+    }
     for (int r = 0; r < kRows; ++r) {
       const float factor = a[r * a_stride + i];
       for (int n = 0; n < kVecs; ++n) acc[r][n] += columns[n] * factor;
     }
+  };
+  int64_t i = 0;
+  for (; i + kPerLine <= inner; i += kPerLine) {
+    for (int phase = 0; phase < kPerLine; ++phase) step(i + phase, phase);
   }
+  for (; i < inner; ++i) step(i, 0);
   for (int r = 0; r < kRows; ++r) {
     for (int n = 0; n < kVecs; ++n) store(c + r * c_stride + n * kLanes, acc[r][n]);
   }
@@ -121,43 +148,125 @@ inline void multiply_block(const float* a, int64_t a_stride, int64_t inner, cons
 constexpr int kBlockRows = kLanes == 16 ? 6 : 4;
 constexpr int kBlockVecs = kLanes == 16 ? 4 : 2;
 
-template <int kVecs, class B>
-inline void multiply_rows(const float* a, int64_t a_stride, int64_t rows, int64_t inner, const B& b, float* c,
-                          int64_t c_stride) {
+template <int kVecs, bool kAsk, class B>
+inline void multiply_rows(const float* a, int64_t a_stride, int64_t rows, int64_t inner, const B* const (&b)[kVecs],
+                          const B* const (&ahead)[kVecs], int64_t b_stride, float* c, int64_t c_stride) {
   int64_t r = 0;
   for (; r + kBlockRows <= rows; r += kBlockRows) {
-    multiply_block<kBlockRows, kVecs>(a + r * a_stride, a_stride, inner, b, c + r * c_stride, c_stride);
+    multiply_block<kBlockRows, kVecs, kAsk>(a + r * a_stride, a_stride, inner, b, ahead, b_stride, c + r * c_stride, c_stride);
   }
   a += r * a_stride, c += r * c_stride;
   switch (rows - r) {
-    case 1: return multiply_block<1, kVecs>(a, a_stride, inner, b, c, c_stride);
-    case 2: return multiply_block<2, kVecs>(a, a_stride, inner, b, c, c_stride);
-    case 3: return multiply_block<3, kVecs>(a, a_stride, inner, b, c, c_stride);
-    case 4: return multiply_block<4, kVecs>(a, a_stride, inner, b, c, c_stride);
-    case 5: return multiply_block<5, kVecs>(a, a_stride, inner, b, c, c_stride);
+    case 1: return multiply_block<1, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
+    case 2: return multiply_block<2, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
+    case 3: return multiply_block<3, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
+    case 4: return multiply_block<4, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
+    case 5: return multiply_block<5, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
   }
 }
 
-// c [rows, columns] += a [rows, inner] * b; `columns` is a multiple of kLanes, row i of b starts at b(i).
-template <class B>
-inline void multiply(const float* a, int64_t a_stride, int64_t rows, int64_t inner, const B& b, float* c,
-                     int64_t c_stride, int64_t columns) {
+// c [rows, columns] += a [rows, inner] * b. `columns` is a multiple of kLanes; columns from `at` on of b's first row
+// start at b(at), those of the next b_stride further. A sum has one order, whatever the number of rows.
+template <bool kAsk, class Columns, class Ahead>
+inline void multiply(const float* a, int64_t a_stride, int64_t rows, int64_t inner, const Columns& b,
+                     const Ahead& ahead, int64_t b_stride, float* c, int64_t c_stride, int64_t columns) {
+  using B = std::remove_reference_t<decltype(*b(0))>;
   int64_t at = 0;
-  const auto from = [&](int64_t i) { return b(i) + at; };
   for (; at + kBlockVecs * kLanes <= columns; at += kBlockVecs * kLanes) {
-    multiply_rows<kBlockVecs>(a, a_stride, rows, inner, from, c + at, c_stride);
+    B *from[kBlockVecs], *then[kBlockVecs];
+    for (int n = 0; n < kBlockVecs; ++n) from[n] = b(at + n * kLanes), then[n] = ahead(at + n * kLanes);
+    multiply_rows<kBlockVecs, kAsk>(a, a_stride, rows, inner, from, then, b_stride, c + at, c_stride);
   }
-  for (; at < columns; at += kLanes) multiply_rows<1>(a, a_stride, rows, inner, from, c + at, c_stride);
+  for (; at < columns; at += kLanes) {
+    B *from[1] = {b(at)}, *then[1] = {ahead(at)};
+    multiply_rows<1, kAsk>(a, a_stride, rows, inner, from, then, b_stride, c + at, c_stride);
+  }
 }
 
-// acc [rows, dim] = acc * shrunk + weights [rows, kTile] * v.
-template <class T>
-inline void add_values(const float* weights, int64_t rows, const Tile<T>& tile, float* acc, int64_t dim) {
-  multiply(weights, kTile, rows, tile.size, [&](int64_t i) { return tile.v[i]; }, acc, dim, dim);
-}
+// Keys and values of a head of a tile as floats, [dim, kTile] and [kTile, dim]: for many rows it pays to convert them
+// once, and to have the values of all parts in one place.
+struct LaidOut {
+  float *keys, *values;
+
+  static int64_t size(int64_t dim) { return 2 * dim * kTile; }
+
+  LaidOut(float* memory, int64_t dim) : keys(memory), values(memory + dim * kTile) {}
+
+  template <class T>
+  void fill(const PagedCache<T>& cache, const Tile<T>& tile, int64_t head) {
+    const int64_t dim = cache.dim, width = cache.heads * dim;
+    for (int64_t d = 0; d < dim; ++d) {
+      for (int64_t t = 0; t < kTile; t += kLanes) {
+        store(keys + d * kTile + t, load(tile.k[t / kPart] + (head * dim + d) * cache.page + t % kPart));
+      }
+    }
+    for (int64_t t = 0; t < tile.size; ++t) {
+      const T* row = tile.v[t / kPart] + t % kPart * width + head * dim;
+      for (int64_t d = 0; d < dim; d += kLanes) store(values + t * dim + d, load(row + d));
+    }
+  }
+};
 
 inline void scale_row(float* row, float factor, int64_t dim) {
   for (int64_t d = 0; d < dim; d += kLanes) store(row + d, load(row + d) * factor);
+}
+
+// Queries of one head on their way through the keys: scaled queries [count, dim], scores [count, kTile], and what they
+// have come to, a softmax and the values [count, dim] that are not yet divided by its total.
+struct Queries {
+  const float* q;
+  float* scores;
+  Softmax* softmax;
+  float* acc;
+  int64_t count;
+};
+
+// Attend to tokens first .. tile.size - 1 of a tile, of which `mask(row, scores)` hides what a row must not see. Other
+// tokens are not read, as they may hold what is not a number. A row's result does not depend on the others. `next` is
+// the tile that memory is asked for meanwhile.
+template <class T, class Mask>
+inline void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next, int64_t head, int64_t first,
+                   const Queries& queries, const Mask& mask, float softcap, LaidOut& laid_out) {
+  const int64_t dim = cache.dim, rows = queries.count, width = cache.heads * dim;
+  const bool many = rows > kBlockRows;
+  std::fill(queries.scores, queries.scores + rows * kTile, 0.0f);
+  if (many) {
+    laid_out.fill(cache, tile, head);
+    const auto keys = [&](int64_t t) { return laid_out.keys + t; };
+    multiply<false>(queries.q, dim, rows, dim, keys, keys, kTile, queries.scores, kTile, kTile);
+  } else {
+    const auto keys = [&](const Tile<T>& of) {
+      return [&](int64_t t) { return of.k[t / kPart] + head * dim * cache.page + t % kPart; };
+    };
+    multiply<true>(queries.q, dim, rows, dim, keys(tile), keys(next), cache.page, queries.scores, kTile, kTile);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* scores = queries.scores + r * kTile;
+    std::fill(scores, scores + first, kMasked);
+    std::fill(scores + tile.size, scores + kTile, kMasked);
+    mask(r, scores);
+    const float shrunk = queries.softmax[r].add(scores, softcap);
+    if (shrunk != 1) scale_row(queries.acc + r * dim, shrunk, dim);
+  }
+  for (int64_t begin = first, end; begin < tile.size; begin = end) {
+    end = many ? tile.size : std::min(tile.size, (begin / kPart + 1) * kPart);
+    const float* weights = queries.scores + begin;
+    if (many) {
+      const auto values = [&](int64_t d) { return laid_out.values + begin * dim + d; };
+      multiply<false>(weights, kTile, rows, end - begin, values, values, dim, queries.acc, dim, dim);
+    } else {
+      const auto values = [&](const Tile<T>& of) {
+        return [&, from = of.v[begin / kPart] + begin % kPart * width + head * dim](int64_t d) { return from + d; };
+      };
+      multiply<true>(weights, kTile, rows, end - begin, values(tile), values(next), width, queries.acc, dim, dim);
+    }
+  }
+  if (many) {
+    next.prefetch_keys(cache, head);
+    next.prefetch_values(cache, head, 0);
+  } else {
+    next.prefetch_values(cache, head, tile.size);
+  }
 }
 
 // to [dim] = from * factor, in the type of `to`.

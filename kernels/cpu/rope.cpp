@@ -36,22 +36,23 @@ inline void rotate(const T* x, const T* norm, const float* cos_sin, T* to, const
   }
 }
 
-// What is stored of x [dim]; codes of e4m3 are of x / scale, clamped as the format has no infinity.
+// to [dim] = what is stored of x, clamped to what is finite; codes of e4m3 are of x / scale.
 template <class T, class C>
-inline void write(const T* x, C* to, int64_t dim, float scale) {
+inline void encode(const T* x, C* to, int64_t dim, float scale) {
   for (int64_t i = 0; i < dim; i += kLanes) {
     Vec v = load(x + i);
     if constexpr (sizeof(C) == 1) {
       v = v / scale;
       v = v > 448.0f ? splat(448.0f) : (v < -448.0f ? splat(-448.0f) : v);
     }
+    if constexpr (std::is_same_v<C, Float16>) v = v > 65504.0f ? splat(65504.0f) : (v < -65504.0f ? splat(-65504.0f) : v);
     store(to + i, v);
   }
 }
 
 template <class T, class C>
 int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_sin, const int64_t* slots, C* k_cache,
-             C* v_cache, const Heads<T>& heads, int64_t tokens, int64_t num_positions, int64_t num_slots,
+             C* v_cache, const Heads<T>& heads, int64_t tokens, int64_t num_positions, int64_t num_slots, int64_t page,
              int64_t qkv_stride, int64_t out_stride, float k_scale, float v_scale, int64_t threads) {
   std::atomic<int64_t> fault{kDone};
   const int64_t dim = heads.dim, kv_width = heads.kv_heads * dim, q_width = heads.q_heads * dim;
@@ -67,11 +68,15 @@ int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_
         rotate(row + at, heads.q_norm, angles, out_q + t * out_stride + at, heads);
       }
       if (slots[t] < 0) continue;
+      const int64_t slot = slots[t] % page;
+      C* keys = k_cache + (slots[t] - slot) * kv_width + slot;  // [kv_heads, dim, page]
       for (int64_t at = 0; at < kv_width; at += dim) {
         T key[kMaxDim];
+        C stored[kMaxDim];
         rotate(row + q_width + at, heads.k_norm, angles, key, heads);
-        write(key, k_cache + slots[t] * kv_width + at, dim, k_scale);
-        write(row + q_width + kv_width + at, v_cache + slots[t] * kv_width + at, dim, v_scale);
+        encode(key, stored, dim, k_scale);
+        for (int64_t i = 0; i < dim; ++i) keys[(at + i) * page] = stored[i];
+        encode(row + q_width + kv_width + at, v_cache + slots[t] * kv_width + at, dim, v_scale);
       }
     }
   });
@@ -80,12 +85,13 @@ int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_
 
 }  // namespace
 
+// Keys [num_blocks, kv_heads, dim, page], values [num_blocks, page, kv_heads, dim];
 // qkv [tokens, (q_heads + 2 kv_heads) * dim] and out_q [tokens, q_heads * dim], strides of their rows in elements.
 EXPORT int64_t qk_norm_rope_and_cache(int64_t dtype, int64_t cache_dtype, const void* qkv, void* out_q,
                                       const int64_t* positions, const float* cos_sin, const int64_t* slots,
                                       void* k_cache, void* v_cache, const void* q_norm, const void* k_norm,
-                                      int64_t tokens, int64_t num_positions, int64_t num_slots, int64_t q_heads,
-                                      int64_t kv_heads, int64_t dim, int64_t qkv_stride, int64_t out_stride,
+                                      int64_t tokens, int64_t num_positions, int64_t num_blocks, int64_t page,
+                                      int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t qkv_stride, int64_t out_stride,
                                       int64_t gemma, double eps, double k_scale, double v_scale, int64_t threads) {
   return with_types(dtype, cache_dtype, [&](auto type, auto stored) {
     using T = decltype(type);
@@ -93,8 +99,8 @@ EXPORT int64_t qk_norm_rope_and_cache(int64_t dtype, int64_t cache_dtype, const 
     const Heads<T> heads{static_cast<const T*>(q_norm), static_cast<const T*>(k_norm), q_heads, kv_heads, dim,
                          float(eps), gemma != 0};
     return rope(static_cast<const T*>(qkv), static_cast<T*>(out_q), positions, cos_sin, slots,
-                static_cast<C*>(k_cache), static_cast<C*>(v_cache), heads, tokens, num_positions, num_slots,
-                qkv_stride, out_stride, k_scale, v_scale, threads);
+                static_cast<C*>(k_cache), static_cast<C*>(v_cache), heads, tokens, num_positions,
+                num_blocks * page, page, qkv_stride, out_stride, k_scale, v_scale, threads);
   });
 }
 RECORDABLE(qk_norm_rope_and_cache)

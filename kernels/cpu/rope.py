@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.cpu.cache import has_layout
 from kernels.cpu.library import CODES, LANES, CpuLibrary
 from kernels.reference import rope as reference
 
@@ -64,7 +65,8 @@ def qk_norm_rope_and_cache(
         None if k_norm is None else k_norm.data_ptr(),
         tokens,
         cos_sin_cache.shape[0],
-        num_blocks * page,
+        num_blocks,
+        page,
         q_heads,
         kv_heads,
         head_dim,
@@ -101,10 +103,7 @@ def _takes(
         and cos_sin_cache.dtype == torch.float32
         and cos_sin_cache.is_contiguous()
         and k_cache.dtype in CODES
-        and v_cache.dtype == k_cache.dtype
-        and v_cache.shape == k_cache.shape
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
+        and has_layout(k_cache, v_cache)
         and all(i.dtype == torch.int64 and i.is_contiguous() and i.shape[0] == qkv.shape[0] for i in indices)
         and all(norm is None or (norm.dtype == qkv.dtype and norm.is_contiguous()) for norm in norms)
         and (

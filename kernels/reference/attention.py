@@ -201,8 +201,10 @@ def _gather_blocks(cache: Tensor, ids: Tensor, scale: float | Tensor | None) -> 
 
 def _gather_slots(cache: Tensor, slots: Tensor, scale: float | Tensor | None) -> Tensor:
     """Return the tokens in `slots` [R, L], [R, L, Hkv, D] in float32."""
-    tokens = _readable(cache).flatten(0, 1).index_select(0, slots.flatten())
-    return _dequantise(tokens, cache.dtype, scale).view(*slots.shape, *cache.shape[2:])
+    page = cache.shape[1]
+    if bool((slots < 0).any()):
+        raise IndexError("block_table names a block that the cache does not have")
+    return _dequantise(_readable(cache)[slots // page, slots % page].contiguous(), cache.dtype, scale)
 
 
 def _readable(cache: Tensor) -> Tensor:

@@ -31,7 +31,11 @@ def swap_blocks(src: Tensor, dst: Tensor, pairs: Tensor, stream: torch.Stream | 
     _copy(src, dst, source.to(src.device), destination.to(dst.device))
 
 
+def block_bytes(cache: Tensor) -> Tensor:
+    """Return a cache `[num_blocks, ...]` as `[num_blocks, bytes of a block]`, however a block's numbers lie."""
+    return cache.as_strided((cache.shape[0], cache.stride(0)), (cache.stride(0), 1)).view(torch.uint8)
+
+
 def _copy(src: Tensor, dst: Tensor, source: Tensor, destination: Tensor) -> None:
     # As bytes, so that every cache dtype takes the same path. index_select makes the temporary that orders reads first.
-    blocks = src.view(torch.uint8).index_select(0, source).to(dst.device)
-    dst.view(torch.uint8).index_copy_(0, destination, blocks)
+    block_bytes(dst).index_copy_(0, destination, block_bytes(src).index_select(0, source).to(dst.device))

@@ -38,7 +38,8 @@ def qk_norm_rope_and_cache(
         k_norm: see `q_norm`.
         eps: of those norms.
         gemma: those norms take the Gemma form (1 + weight).
-        k_scale: for an e4m3 cache, k / k_scale is stored, clamped to +-448; `v_scale` alike. None means 1.
+        k_scale: for an e4m3 cache, k / k_scale is stored, clamped to +-448; `v_scale` alike. None means 1. What a
+            float16 cache stores is clamped to +-65504.
         v_scale: see `k_scale`.
         out_q: [T, Hq, D], receives q.
     """
@@ -66,7 +67,9 @@ def qk_norm_rope_and_cache(
 
 
 def _write(cache: Tensor, slots: Tensor, values: Tensor, scale: float | Tensor | None) -> None:
-    flat = cache.view(-1, *cache.shape[2:])
-    if cache.dtype == E4M3:  # scattered as bytes: index_copy_ does not know the type
-        flat, values = flat.view(torch.uint8), to_e4m3(values, 1.0 if scale is None else scale).view(torch.uint8)
-    flat.index_copy_(0, slots, values.to(flat.dtype))
+    page = cache.shape[1]
+    if cache.dtype == E4M3:  # scattered as bytes: index_put_ does not know the type
+        cache, values = cache.view(torch.uint8), to_e4m3(values, 1.0 if scale is None else scale).view(torch.uint8)
+    elif cache.dtype == torch.float16:
+        values = values.float().clamp(-65504, 65504)
+    cache.index_put_((slots // page, slots % page), values.to(cache.dtype))

@@ -44,8 +44,9 @@ class ExecutorSettings(ServiceSettings):
     """What becomes of the weights of linear layers when they are loaded: keep leaves them as a quantised checkpoint or
     GGUF file has them; fp8 has a scale per row, fp8-tensor one per matrix; int8 one per 128 inputs; int4 a scale and a
     zero point per 128 inputs, on a CPU per 32."""
-    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """Type of cached keys and values: that of activations, or e4m3, which halves them."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
+    """Type of cached keys and values. auto: that of activations, or float16 on a CPU with --quantization, as products
+    round inputs to less there; fp8: e4m3. A GPU takes auto and fp8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU where torch finds one."""
     kernels: Annotated[dict[str, Literal["torch", "triton", "cpp"]], NoDecode, BeforeValidator(_parse_kernels)] = Field(
@@ -63,7 +64,8 @@ class ExecutorSettings(ServiceSettings):
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens of one step; long prompts are computed in chunks. Default: 8192 on a GPU, 512 on a CPU."""
     block_size: Annotated[int, Field(ge=1, le=256)] | None = None
-    """Tokens per cache block; default: 64 on a GPU, 16 on a CPU. A GPU's kernels take 16, 32 and 64."""
+    """Tokens per cache block; default: 64 on a GPU, 16 on a CPU. A GPU's kernels take 16, 32 and 64, those of a CPU
+    in C++ multiples of 16; other sizes are computed in plain torch there."""
     num_blocks: Annotated[int, Field(ge=1)] | None = None
     """Cache blocks; default: from --kv-cache-memory or --memory-fraction."""
     kv_cache_memory: ByteSize | None = None

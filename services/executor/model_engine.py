@@ -95,7 +95,12 @@ def build_model_engine(
         f"tokens per request{threads}"
     )
     kv_caches = allocate_kv_caches(
-        model_config, config.num_blocks, config.block_size, dtype=placement.kv_cache_dtype, device=torch_device
+        model_config,
+        config.num_blocks,
+        config.block_size,
+        dtype=placement.kv_cache_dtype,
+        device=torch_device,
+        ops=runtime.ops,
     )
     runner = ModelRunner(model, kv_caches, config, device)
     if runtime.ops.launch is not None or device.has_graphs:

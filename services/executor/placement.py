@@ -48,13 +48,23 @@ def choose_placement(settings: ExecutorSettings) -> Placement:
     return Placement(
         device=device,
         dtype=dtype,
-        kv_cache_dtype=torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else dtype,
+        kv_cache_dtype=_kv_cache_dtype(settings, dtype, on_gpu),
         block_size=settings.block_size or (64 if on_gpu else 16),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(settings.max_num_batched_tokens or (8192 if on_gpu else 512), max_num_seqs),
         memory_fraction=settings.memory_fraction or (0.9 if on_gpu else 0.25),
         swap_space=_swap_space(settings, on_gpu),
     )
+
+
+def _kv_cache_dtype(settings: ExecutorSettings, dtype: torch.dtype, on_gpu: bool) -> torch.dtype:
+    if settings.kv_cache_dtype == "fp8":
+        return torch.float8_e4m3fn
+    if settings.kv_cache_dtype == "auto":
+        return dtype if on_gpu or settings.quantization == "none" else torch.float16
+    if on_gpu:
+        raise StartError(f"--kv-cache-dtype {settings.kv_cache_dtype}: a GPU's kernels take auto and fp8")
+    return _DTYPES[settings.kv_cache_dtype]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import Capability, Ops, select_ops
+from kernels.cpu.cache import can_have_layout, keys_by_token
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,18 @@ def naive_attention(
 @pytest.fixture
 def paged_case() -> Callable[..., PagedCase]:
     return make_paged_case
+
+
+@pytest.fixture
+def as_the_cache_lies() -> Callable[[Ops, Tensor], Tensor]:
+    """Return keys `[num_blocks, page, Hkv, D]` as they lie in the cache of a form of the ops."""
+
+    def lay(ops: Ops, keys: Tensor) -> Tensor:
+        if ops.library is None or not can_have_layout(keys.shape[1], keys.shape[3]):
+            return keys
+        return keys_by_token(keys.permute(0, 2, 3, 1).contiguous())
+
+    return lay
 
 
 @pytest.fixture

@@ -47,7 +47,12 @@ def random_model(runtime: ModelRuntime | None = None) -> CausalLM:
 
 def make_runner(model: CausalLM, config: EngineConfig, device: Device, *, capture: bool = True) -> ModelRunner:
     caches = allocate_kv_caches(
-        MODEL, config.num_blocks, config.block_size, dtype=torch.float32, device=device.torch_device
+        MODEL,
+        config.num_blocks,
+        config.block_size,
+        dtype=torch.float32,
+        device=device.torch_device,
+        ops=model.runtime.ops,
     )
     runner = ModelRunner(model, caches, config, device)
     if capture and device.has_graphs:

@@ -79,7 +79,9 @@ class ModelParity:
         for side in (model, copy_to_cpu(model, dtype, max_model_len=_LEN)):
             runtime = side.runtime
             cache_dtype = E4M3 if form.cache_dtype == E4M3 else runtime.dtype
-            caches = allocate_kv_caches(side.config, seqs * blocks, PAGE, dtype=cache_dtype, device=runtime.device)
+            caches = allocate_kv_caches(
+                side.config, seqs * blocks, PAGE, dtype=cache_dtype, device=runtime.device, ops=runtime.ops
+            )
             sides.append((side, caches, Maker.on(runtime.device)))
         ids = Maker.on(torch.device("cpu")).randint(0, model.config.vocab_size, seqs, longest)
         worst = 0.0

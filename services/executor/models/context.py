@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import Ops
+from kernels.cpu.cache import can_have_layout, keys_by_token
 from services.executor.models.config import ModelConfig
+from services.executor.models.weight_memory import zero_pages
 
 
 class KVCache(NamedTuple):
@@ -61,16 +63,31 @@ class ForwardContext:
 
 
 def allocate_kv_caches(
-    config: ModelConfig, num_blocks: int, page_size: int, *, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    num_blocks: int,
+    page_size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops | None = None,
 ) -> list[KVCache]:
-    """Return one zeroed cache per layer; the memory is `num_blocks * page_size * config.kv_bytes_per_token(dtype)`."""
-    shape = (num_blocks, page_size, config.num_kv_heads, config.head_dim)
-    return [KVCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(config.num_layers)]
+    """Return one zeroed cache per layer; the memory is `num_blocks * page_size * config.kv_bytes_per_token(dtype)`.
+
+    Keys lie as the C++ forms read them where `ops` has these (`kernels.cpu.cache`), else token by token.
+    """
+    heads, head_dim = config.num_kv_heads, config.head_dim
+    by_token = (num_blocks, page_size, heads, head_dim)
+    if ops is None or ops.library is None or not can_have_layout(page_size, head_dim):
+        return [KVCache(*(_zeros(by_token, dtype, device) for _ in "kv")) for _ in range(config.num_layers)]
+    by_dim = (num_blocks, heads, head_dim, page_size)
+    return [
+        KVCache(keys_by_token(_zeros(by_dim, dtype, device)), _zeros(by_token, dtype, device))
+        for _ in range(config.num_layers)
+    ]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # torch writes the zeros, which takes seconds per GiB; numpy asks the system for zero pages and pays when one is
-    # first used, so start-up and memory cost what is used, not what is allowed.
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    # torch would write the zeros, which takes seconds per GiB: start-up and memory cost what is used, not allowed.
+    return zero_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -1,6 +1,6 @@
-"""Where weights on a CPU lie: on huge pages, if the system has them.
+"""Where weights, keys and values on a CPU lie: on huge pages, if the system has them.
 
-Each token reads all weights once, so that a table of pages of 4 KiB never has what is asked for.
+Each token reads all of them once, so that a table of pages of 4 KiB never has what is asked for.
 """
 
 import math
@@ -27,13 +27,14 @@ class WeightMemory:
             return torch.empty(shape, dtype=dtype, device=device)
         size = math.prod(shape) * dtype.itemsize
         if self._used + size > len(self._chunk):
-            self._chunk, self._used = _new_chunk(max(size, _CHUNK)), 0
+            self._chunk, self._used = zero_pages(max(size, _CHUNK)), 0
         part = self._chunk[self._used : self._used + size]
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
         return part.view(dtype).view(tuple(shape))
 
 
-def _new_chunk(size: int) -> Tensor:
+def zero_pages(size: int) -> Tensor:
+    """Return so many bytes of zeros, which cost time and memory when they are first used."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # what is shared has no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

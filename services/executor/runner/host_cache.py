@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.reference.cache import block_bytes
 from services.executor.engine.swap import SwapCost
 from services.executor.models import KVCache
 from services.executor.runner.device import Device
@@ -32,7 +33,7 @@ class HostCache:
     def __init__(self, kv_caches: list[KVCache], num_blocks: int, device: Device) -> None:
         self._device = device
         caches = itertools.chain.from_iterable((cache.k, cache.v) for cache in kv_caches)
-        self._caches = [cache.view(torch.uint8).flatten(1) for cache in caches]
+        self._caches = [block_bytes(cache) for cache in caches]
         self.bytes_per_block = sum(cache.shape[1] for cache in self._caches)
         self._shape = (len(self._caches), self.bytes_per_block // len(self._caches))
         most = max(1, _CHUNK // self.bytes_per_block)

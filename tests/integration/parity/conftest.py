@@ -50,7 +50,14 @@ class LoadedModel:
             eos_token_ids=frozenset(self.config.eos_token_ids),
             **{**defaults, **settings},
         )
-        caches = allocate_kv_caches(self.config, config.num_blocks, config.block_size, dtype=torch.float32, device=CPU)
+        caches = allocate_kv_caches(
+            self.config,
+            config.num_blocks,
+            config.block_size,
+            dtype=torch.float32,
+            device=CPU,
+            ops=self.model.runtime.ops,
+        )
         return Engine(config, ModelRunner(self.model, caches, config, CpuDevice()))
 
     @torch.inference_mode()

@@ -29,6 +29,20 @@ def test_a_gpu_that_is_not_there(model_dir: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"quantization": "int8"}, torch.float16),
+        ({"quantization": "int8", "kv_cache_dtype": "float32"}, torch.float32),
+        ({"quantization": "keep", "kv_cache_dtype": "fp8"}, torch.float8_e4m3fn),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+    ],
+)
+def test_type_of_keys_and_values_on_a_cpu(settings: dict[str, str], dtype: torch.dtype) -> None:
+    assert choose_placement(ExecutorSettings(device="cpu", **settings)).kv_cache_dtype == dtype  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("kernels", "words"),
     [
         ({"smaple": "torch"}, "there is no op 'smaple'"),

@@ -40,7 +40,9 @@ class PagedModel:
         num_blocks = num_sequences * blocks_per_sequence + 3
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(7))
         self._block_table = order[: num_sequences * blocks_per_sequence].view(num_sequences, -1).int()
-        self._caches = allocate_kv_caches(config, num_blocks, PAGE_SIZE, dtype=kv_dtype, device=torch.device("cpu"))
+        self._caches = allocate_kv_caches(
+            config, num_blocks, PAGE_SIZE, dtype=kv_dtype, device=torch.device("cpu"), ops=model.runtime.ops
+        )
         for cache in self._caches:  # whatever is read without having been written shows
             cache.k.fill_(torch.nan)
             cache.v.fill_(torch.nan)

@@ -60,9 +60,9 @@ def test_models(
 
 def test_int8_and_kept_blocks_are_within_a_percent(ops: Ops, model_dir: Callable[[str], Path]) -> None:
     path = model_dir("smollm2-135m-instruct")
-    tokens = load_model_tokenizer(path).tokenizer.encode(TEXT.read_text()[:2000]).ids
+    tokens = load_model_tokenizer(path).tokenizer.encode(TEXT.read_text()[:4000]).ids
     losses = {
-        form: mean_negative_logprob(build_engine(form_settings(str(path), form), lambda _: None).engine, tokens, 150)
+        form: mean_negative_logprob(build_engine(form_settings(str(path), form), lambda _: None).engine, tokens, 500)
         for form in ("float32", "int8", "keep")
     }
     assert abs(math.expm1(losses["int8"] - losses["float32"])) < 0.01
@@ -70,34 +70,30 @@ def test_int8_and_kept_blocks_are_within_a_percent(ops: Ops, model_dir: Callable
 
 
 def test_answers_do_not_depend_on_neighbours_or_preemption(ops: Ops, model_dir: Callable[[str], Path]) -> None:
-    """Beside others a sequence gets the same numbers, bit by bit. One that was preempted is computed anew as a prompt,
-    whose attention rounds differently; an input that is rounded to 8 bits then makes a step of that now and again, and
-    tokens may change between two that are about as likely.
+    """Beside others a sequence gets the same numbers, bit by bit. So does one that was preempted and is computed
+    anew, as a prompt: products and attention add up in one order.
     """
     path = model_dir("smollm2-135m-instruct")
     tokens = load_model_tokenizer(path).tokenizer.encode(TEXT.read_text()[:4000]).ids
     prompts = [tuple(tokens[start : start + 20 + start % 7]) for start in range(0, 480, 60)]
     settings = form_settings(str(path), "int8")
     crowded = settings.model_copy(update={"kv_cache_memory": None, "num_blocks": 12, "max_model_len": 64})
-    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=2)
+    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 
-    def answers(engine: Engine, first: int, last: int) -> list[list[tuple[int, float]]]:
-        got: list[list[tuple[int, float]]] = [[] for _ in range(first, last)]
+    def answers(engine: Engine, first: int, last: int) -> list[list[int]]:
+        got: list[list[int]] = [[] for _ in range(first, last)]
         for number in range(first, last):
             engine.add(EngineRequest((0, number), str(number), prompts[number], sampling))
         while engine.has_unfinished():
             result = engine.step()
             assert result.error is None
             for new in result.tokens:
-                margins = [abs(top[0][1] - top[1][1]) for top in new.top_logprobs]
-                got[new.key[1] - first] += zip(new.token_ids, margins, strict=True)
+                got[new.key[1] - first] += new.token_ids
         return got
 
     engine = build_engine(settings, lambda _: None).engine
     alone = [answers(engine, number, number + 1)[0] for number in range(len(prompts))]
     full = build_engine(crowded, lambda _: None).engine
     assert answers(engine, 0, len(prompts)) == alone
-    for one, other in zip(alone, answers(full, 0, len(prompts)), strict=True):
-        different = next((i for i in range(16) if one[i][0] != other[i][0]), None)
-        assert different is None or one[different][1] < 0.25
+    assert answers(full, 0, len(prompts)) == alone
     assert full.stats().preemptions > 0

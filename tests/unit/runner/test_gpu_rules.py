@@ -134,7 +134,7 @@ def serve(
     weights = CausalLM(model, runtime, max_model_len=config.max_model_len)
     run_largest_step(weights, config, device, cache_dtype)
     caches = allocate_kv_caches(
-        model, config.num_blocks, config.block_size, dtype=cache_dtype, device=device.torch_device
+        model, config.num_blocks, config.block_size, dtype=cache_dtype, device=device.torch_device, ops=ops
     )
     runner = ModelRunner(weights, caches, config, device)
     warm_up(runner, config, lambda text: None)

@@ -62,7 +62,7 @@ def all_logits(model: CausalLM, tokens: list[int]) -> torch.Tensor:
             max_seqlen_q=n,
         ),
     )
-    caches = allocate_kv_caches(MODEL, num_blocks, 16, dtype=torch.float32, device=CPU)
+    caches = allocate_kv_caches(MODEL, num_blocks, 16, dtype=torch.float32, device=CPU, ops=model.runtime.ops)
     return model.compute_logits(model.forward(torch.tensor(tokens), context, caches))
 
 
@@ -243,7 +243,7 @@ def test_rows_are_updated_not_rebuilt(model: CausalLM) -> None:
             sent += sum(len(s.seq.block_table) - s.first_new_block for s in batch.sequences)
             return super().launch(batch)
 
-    caches = allocate_kv_caches(MODEL, 24, 16, dtype=torch.float32, device=CPU)
+    caches = allocate_kv_caches(MODEL, 24, 16, dtype=torch.float32, device=CPU, ops=model.runtime.ops)
     engine = Engine(config, CountingRunner(model, caches, config, CpuDevice()), engine_kit.SimClock())
     for handle in range(4):
         engine.add(engine_kit.make_request(handle, [handle] * 20, max_tokens=60, ignore_eos=True))

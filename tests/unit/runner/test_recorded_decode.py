@@ -31,7 +31,9 @@ def model_of(quantization: str) -> CausalLM:
 @torch.inference_mode()
 def test_steps_are_the_same_bit_by_bit() -> None:
     model = model_of("int8")
-    caches, expected_caches = (allocate_kv_caches(WIDE, 8, 16, dtype=torch.float32, device=CPU) for _ in range(2))
+    caches, expected_caches = (
+        allocate_kv_caches(WIDE, 8, 16, dtype=torch.float32, device=CPU, ops=model.runtime.ops) for _ in range(2)
+    )
     recorded = RecordedDecode(model, caches, model.runtime.ops.library)
     ids, positions, slots = (torch.zeros(4, dtype=torch.int64) for _ in range(3))
     lens, tables = torch.zeros(4, dtype=torch.int32), torch.arange(8, dtype=torch.int32).view(4, 2)
