@@ -5,8 +5,8 @@
 // rows are beside it and however many threads there are.
 //
 // Weights lie in tiles of columns, one behind the other: words [n / 32, k * bits / 32, 32], scales and zeros
-// [n / 32, k / group, 32]. A product reads them from the first to the last as they are in memory. Inputs lie in blocks of
-// rows, in the order in which they are used: codes [k / 4, rows of the block, 4].
+// [n / 32, k / group, 32]. A product reads them from the first to the last as they are in memory. Inputs lie in blocks
+// of rows, in the order in which they are used: codes [k / 4, rows of the block, 4].
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kTile = 32;  // `TILE` in gemm_wna16.py
 constexpr int kBlockRows = kLanes == 16 ? 8 : 4;  // as many sums as there are registers for
-constexpr int kAhead = 2048;                      // bytes of words that are asked for ahead
+constexpr int kAhead = 8192;                      // bytes of words that are asked for ahead
 constexpr double kItemNs = 6000;                  // work worth another thread's taking
 
 // Rows are in as few blocks as can be, of even sizes.
@@ -118,6 +118,7 @@ inline Int four(const int8_t* codes) {
 // M rows, which are a block, of V vectors of a tile's columns from `first` on.
 template <class T, int Bits, int M, int V, bool HasZeros>
 void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
+  constexpr bool kAsksAhead = Bits == 4 || M > 2;  // what only loads, the CPU itself follows better
   const int64_t groups = p.k / p.group, num_words = p.group * Bits / 32;
   const int32_t* words = p.words + tile * groups * num_words * kTile + first;
   const T* scales = p.scales + tile * groups * kTile + first;
@@ -135,8 +136,9 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
     const auto add_word = [&](auto& to, auto product) __attribute__((always_inline)) {
       Int w[V];
       for (int v = 0; v < V; ++v) {
-        w[v] = load_words(words + v * kLanes);
-        if (v * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(words + v * kLanes) + kAhead);
+        const int32_t* at = words + v * kLanes;
+        w[v] = load_words(at);
+        if (kAsksAhead && v * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
       }
       const auto add = [&](auto weights) __attribute__((always_inline)) {
         for (int m = 0; m < M; ++m) {
@@ -196,7 +198,7 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
 
 template <class T, int Bits, bool HasZeros, int M>
 void block_of_tile(const Problem<T>& p, int64_t tile, int64_t row) {
-  constexpr int kVectors = M == 1 && kTile >= 4 * kLanes ? 4 : 2;
+  constexpr int kVectors = M <= 2 ? std::min(kTile / kLanes, 4) : 2;  // one row alone waits for each of its sums
   for (int first = 0; first < kTile && tile * kTile + first < p.n; first += kVectors * kLanes) {
     part_of_tile<T, Bits, M, kVectors, HasZeros>(p, tile, row, first);
   }
@@ -278,8 +280,8 @@ void gemm(const void* x, const void* words, const void* scales, const void* zero
 
 }  // namespace
 
-// out [m, n] = x [m, k] times the weight that `kernels.w4a16_gemm` (bits 4) or `w8a16_gemm` describes; dtype is that of
-// x, scales, zeros (may be null) and out.
+// out [m, n] = x [m, k] times the weight that `kernels.w4a16_gemm` (bits 4) or `w8a16_gemm` describes, in tiles; dtype is
+// that of x, scales, zeros (may be null) and out.
 EXPORT int64_t gemm_wna16(int64_t bits, int64_t dtype, const void* x, const void* words, const void* scales,
                           const void* zeros, void* out, int64_t m, int64_t n, int64_t k, int64_t group,
                           int64_t threads) {
