@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -11,6 +13,13 @@ _REFUSED = "RST_STREAM with error code 7"
 
 # What gRPC itself says when nobody answers at the address; a server's own UNAVAILABLE reads otherwise.
 _UNREACHABLE = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
+
+# Somebody listens there: the connection was made, and then closed again by either side.
+_NO_HANDSHAKE = re.compile(
+    "^failed to connect to all addresses.*?("
+    "WRONG_VERSION_NUMBER|CERTIFICATE_VERIFY_FAILED|Hostname Verification Check failed|handshake failed"
+    "|Socket closed|Connection reset by peer)"
+)
 
 
 class ClientError(Exception):
@@ -58,6 +67,12 @@ class ClientError(Exception):
             return cls(code, message, field=field, retry_after=retry_after)
         # A server says UNAVAILABLE with details, also where it quotes what happened on a connection of its own. Without
         # them it was this connection.
+        if refusal := _NO_HANDSHAKE.search(message):
+            return cls(
+                code,
+                f"{address} is there, but no connection came about ({refusal[1]}): does it expect TLS (--tls-ca), and "
+                "a certificate (--tls-cert, --tls-key)?",
+            )
         if message.startswith(_UNREACHABLE):
             return cls(code, message, unreachable=address)
         if _REFUSED in message:

@@ -117,6 +117,8 @@ class _Launch:
 
     def start_all(self) -> None:
         """Start everything, what takes longest first."""
+        for kind in (EXECUTOR, SCHEDULER, TOKENIZER):  # what is missing is said before anything is started
+            service_credentials(kind, self._options.environment)
         check_ports(self._plan)
         if self._options.redis_url:
             self._check_redis()

@@ -217,6 +217,14 @@ def test_who_is_not_there() -> None:
     assert explained("errors resolving h:1: [field:hostname lookup error:address lookup failed for h:1]") == nobody
     broke = "the connection to h:1 broke (Socket closed); see scalellm status, then try again"
     assert explained("Socket closed") == (broke, ExitCode.BUSY)
+    for happened, why in (
+        ("Tls handshake failed (TSI_PROTOCOL_FAILURE): error:100000f7:SSL:WRONG_VERSION_NUMBER: x", "handshake failed"),
+        ("UNAVAILABLE: ipv4:127.0.0.1:1: Socket closed", "Socket closed"),
+        ("UNKNOWN: Hostname Verification Check failed.", "Hostname Verification Check failed"),
+    ):
+        text, code = explained(f"failed to connect to all addresses; last error: {happened}")
+        assert text.startswith(f"h:1 is there, but no connection came about ({why}): does it expect TLS (--tls-ca)")
+        assert code is ExitCode.BUSY
     refused = explained("Stream removed (RST_STREAM (Received RST_STREAM with error code 7))")
     full = "h:1 keeps no more calls of one connection open (--max-streams-per-connection); this one was not begun"
     assert refused == (f"{full}, try again", ExitCode.BUSY)
