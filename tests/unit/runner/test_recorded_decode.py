@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import engine_kit
 from kernels import Capability, select_ops
+from kernels.dispatch import Backend
 from runner_kit import CPU, MODEL
+from services.executor.engine.engine import Engine
 from services.executor.models import (
     CausalLM,
     DecodeRows,
@@ -16,13 +19,15 @@ from services.executor.models import (
     allocate_kv_caches,
     dummy_model,
 )
+from services.executor.runner.device import CpuDevice
+from services.executor.runner.model_runner import ModelRunner
 from services.executor.runner.recorded_decode import RecordedDecode
 
 WIDE = replace(MODEL, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, head_dim=32)
 
 
-def model_of(quantization: str) -> CausalLM:
-    ops = select_ops(Capability.of(CPU), dtype=torch.float32)
+def model_of(quantization: str, **overrides: Backend) -> CausalLM:
+    ops = select_ops(Capability.of(CPU), dtype=torch.float32, overrides=overrides)
     if ops.library is None:
         pytest.skip("there is no compiler")
     return dummy_model(WIDE, ModelRuntime(ops, quantization=Quantization(quantization)))  # type: ignore[arg-type]
@@ -72,3 +77,28 @@ def test_a_model_that_computes_with_torch_is_left_to_others() -> None:
     context = ForwardContext(ids, ids, DecodeRows(lens, tables), prefill=None)
     for _ in range(2):
         assert recorded.run(2, lambda n: (ids, context)) is None
+
+
+def test_recorded_draws_are_those_of_torch() -> None:
+    """Rows change hands, and steps in which a row wants more than a token come between those that are recorded."""
+    kinds: list[dict[str, object]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.0, "logprobs": 2, "max_tokens": 4},
+        {"temperature": 0.7, "min_p": 0.1},
+        {"temperature": 0.0, "presence_penalty": 1.5, "max_tokens": 6},
+    ]
+    outputs = []
+    for overrides in ({}, {"sample": "torch"}):
+        model = model_of("int8", **overrides)
+        config = engine_kit.make_config(vocab_size=WIDE.vocab_size, max_num_seqs=4)
+        caches = allocate_kv_caches(WIDE, config.num_blocks, config.block_size, dtype=torch.float32, device=CPU)
+        runner = ModelRunner(model, caches, config, CpuDevice())
+        engine = Engine(config, runner)
+        for handle in range(12):
+            shared = {"seed": handle, "max_tokens": 6 + handle, "ignore_eos": True}
+            engine.add(engine_kit.make_request(handle, [handle + 3, 5, 8], **(shared | kinds[handle % 6])))
+        outputs.append(engine_kit.run(engine).tokens)
+        assert bool(runner._sampler._draws) is (not overrides)
+    assert outputs[0] == outputs[1]
