@@ -24,6 +24,7 @@ from services.executor.engine.request import EngineRequest
 from services.executor.engine.sampling_params import SamplingParams
 
 _PROMPT_LEN = 128
+_KV_CACHE_BYTES = 1 << 30  # room for all sequences at once, in float32
 
 
 def decode_rate(engine: Engine, num_seqs: int, num_tokens: int) -> float:
@@ -60,7 +61,9 @@ def main(
     names = forms.split(",")
     engines = {}
     for form in names:
-        settings = form_settings(str(path), form).model_copy(update={"num_threads": threads})
+        settings = form_settings(str(path), form).model_copy(
+            update={"num_threads": threads, "kv_cache_memory": _KV_CACHE_BYTES}
+        )
         engines[form] = build_engine(settings, lambda line: print(line, file=sys.stderr)).engine
     print(f"| sequences | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for num_seqs in map(int, sequences.split(",")):
