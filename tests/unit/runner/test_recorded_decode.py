@@ -70,7 +70,7 @@ def test_steps_are_the_same_bit_by_bit() -> None:
 @torch.inference_mode()
 def test_a_model_that_computes_with_torch_is_left_to_others() -> None:
     model = model_of("none")
-    caches = allocate_kv_caches(WIDE, 8, 16, dtype=torch.float32, device=CPU)
+    caches = allocate_kv_caches(WIDE, 8, 16, dtype=torch.float32, device=CPU, ops=model.runtime.ops)
     recorded = RecordedDecode(model, caches, model.runtime.ops.library)
     ids = torch.zeros(2, dtype=torch.int64)
     lens, tables = torch.ones(2, dtype=torch.int32), torch.arange(4, dtype=torch.int32).view(2, 2)
@@ -93,7 +93,9 @@ def test_recorded_draws_are_those_of_torch() -> None:
     for overrides in ({}, {"sample": "torch"}):
         model = model_of("int8", **overrides)
         config = engine_kit.make_config(vocab_size=WIDE.vocab_size, max_num_seqs=4)
-        caches = allocate_kv_caches(WIDE, config.num_blocks, config.block_size, dtype=torch.float32, device=CPU)
+        caches = allocate_kv_caches(
+            WIDE, config.num_blocks, config.block_size, dtype=torch.float32, device=CPU, ops=model.runtime.ops
+        )
         runner = ModelRunner(model, caches, config, CpuDevice())
         engine = Engine(config, runner)
         for handle in range(12):
