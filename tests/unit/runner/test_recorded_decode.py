@@ -92,7 +92,7 @@ def test_recorded_draws_are_those_of_torch() -> None:
     outputs = []
     for overrides in ({}, {"sample": "torch"}):
         model = model_of("int8", **overrides)
-        config = engine_kit.make_config(vocab_size=WIDE.vocab_size, max_num_seqs=4)
+        config = engine_kit.make_config(vocab_size=WIDE.vocab_size, max_num_seqs=4, block_size=16)
         caches = allocate_kv_caches(
             WIDE, config.num_blocks, config.block_size, dtype=torch.float32, device=CPU, ops=model.runtime.ops
         )
