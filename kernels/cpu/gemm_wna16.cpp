@@ -280,8 +280,8 @@ void gemm(const void* x, const void* words, const void* scales, const void* zero
 
 }  // namespace
 
-// out [m, n] = x [m, k] times the weight that `kernels.w4a16_gemm` (bits 4) or `w8a16_gemm` describes, in tiles; dtype is
-// that of x, scales, zeros (may be null) and out.
+// out [m, n] = x [m, k] times the weight that `kernels.w4a16_gemm` (bits 4) or `w8a16_gemm` describes, in tiles. dtype
+// is that of x, scales, zeros (may be null) and out.
 EXPORT int64_t gemm_wna16(int64_t bits, int64_t dtype, const void* x, const void* words, const void* scales,
                           const void* zeros, void* out, int64_t m, int64_t n, int64_t k, int64_t group,
                           int64_t threads) {

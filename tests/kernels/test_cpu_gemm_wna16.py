@@ -1,5 +1,7 @@
 """Products with packed integers in C++, against float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import Capability, Ops, select_ops
+from kernels.cpu.gemm_wna16 import TiledWeight
 from kernels.reference.w4a16 import dequantise_packed
 
 CPU = Capability(sm=0, num_sms=1)
@@ -78,6 +81,30 @@ def test_threads_change_nothing_and_out_is_filled(bits):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(out, alone)
+
+
+@pytest.mark.parametrize("n", [33, 64, 5])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_kept_in_tiles_multiplies_alike_and_gives_its_columns_back(bits, n):
+    ops = ops_for(torch.float32)
+    plain = weight(bits, 96, n, 32, torch.float32, True, 0)
+    kept = TiledWeight(ops.library, *(part.clone() for part in plain), bits=bits, group_size=32)
+    x, columns = torch.randn(3, 96, generator=torch.Generator().manual_seed(1)), torch.tensor([n - 1, 0, 4])
+    gemm = ops.w4a16_gemm if bits == 4 else ops.w8a16_gemm
+    assert torch.equal(kept.product(x), gemm(x, *plain, group_size=32))
+    torch.testing.assert_close(kept.columns(columns), dequantise_packed(*plain, bits, 32)[:, columns].T)
+
+
+def test_callers_at_once_do_not_meet():
+    ops = ops_for(torch.float32)
+    words, scales, _ = weight(8, 256, 512, 64, torch.float32, False, 0)
+    kept = TiledWeight(ops.library, words, scales, None, bits=8, group_size=64)
+    inputs = [torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)) for rows in (1, 5, 17, 40)]
+    alone = [kept.product(x) for x in inputs]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(10):
+            together = list(threads.map(kept.product, inputs))
+            assert all(map(torch.equal, together, alone))
 
 
 def test_zeros_infinities_and_nans():
