@@ -100,7 +100,7 @@ struct Softmax {
   }
 };
 
-// Keys that are added up by themselves: a long sequence is shared by threads, and a beginning in common is computed once.
+// Keys that are added up by themselves: a long sequence is shared by threads, a beginning in common is computed once.
 // What a row comes to depends on nothing but its sequence, so that a prompt gives what decoding gave.
 constexpr int64_t kShare = 256;
 
@@ -113,15 +113,16 @@ inline void merge(Softmax& into, float* acc, const Softmax& share, const float* 
   into = {largest, into.total * shrunk + share.total * weight};
 }
 
-// c [kRows, kVecs vectors] += a [kRows, inner] * b, whose row i has its vectors at b[n] + i * b_stride. With kAsk, what
-// lies as far from `ahead` is asked for on the way: a burst of requests would hold up the products.
-template <int kRows, int kVecs, bool kAsk, class B>
+// c [kRows, kVecs vectors] = a [kRows, inner] * b, whose row i has its vectors at b[n] + i * b_stride; with kAdd it is
+// added to c. With kAsk, what lies as far from `ahead` is asked for on the way: a burst of requests would hold up the
+// products.
+template <int kRows, int kVecs, bool kAdd, bool kAsk, class B>
 inline void multiply_block(const float* a, int64_t a_stride, int64_t inner, const B* const (&b)[kVecs],
                            const B* const (&ahead)[kVecs], int64_t b_stride, float* c, int64_t c_stride) {
   constexpr int kPerLine = std::min<int>(kVecs, 64 / (kLanes * sizeof(B)));  // vectors
   Vec acc[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kVecs; ++n) acc[r][n] = load(c + r * c_stride + n * kLanes);
+    for (int n = 0; n < kVecs; ++n) acc[r][n] = kAdd ? load(c + r * c_stride + n * kLanes) : Vec{};
   }
   const auto step = [&](int64_t i, int phase) __attribute__((always_inline)) {
     Vec columns[kVecs];
@@ -148,26 +149,28 @@ inline void multiply_block(const float* a, int64_t a_stride, int64_t inner, cons
 constexpr int kBlockRows = kLanes == 16 ? 6 : 4;
 constexpr int kBlockVecs = kLanes == 16 ? 4 : 2;
 
-template <int kVecs, bool kAsk, class B>
+template <int kVecs, bool kAdd, bool kAsk, class B>
 inline void multiply_rows(const float* a, int64_t a_stride, int64_t rows, int64_t inner, const B* const (&b)[kVecs],
                           const B* const (&ahead)[kVecs], int64_t b_stride, float* c, int64_t c_stride) {
   int64_t r = 0;
   for (; r + kBlockRows <= rows; r += kBlockRows) {
-    multiply_block<kBlockRows, kVecs, kAsk>(a + r * a_stride, a_stride, inner, b, ahead, b_stride, c + r * c_stride, c_stride);
+    multiply_block<kBlockRows, kVecs, kAdd, kAsk>(a + r * a_stride, a_stride, inner, b, ahead, b_stride,
+                                                  c + r * c_stride, c_stride);
   }
   a += r * a_stride, c += r * c_stride;
   switch (rows - r) {
-    case 1: return multiply_block<1, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 2: return multiply_block<2, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 3: return multiply_block<3, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 4: return multiply_block<4, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 5: return multiply_block<5, kVecs, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
+    case 1: return multiply_block<1, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
+    case 2: return multiply_block<2, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
+    case 3: return multiply_block<3, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
+    case 4: return multiply_block<4, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
+    case 5: return multiply_block<5, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
   }
 }
 
-// c [rows, columns] += a [rows, inner] * b. `columns` is a multiple of kLanes; columns from `at` on of b's first row
-// start at b(at), those of the next b_stride further. A sum has one order, whatever the number of rows.
-template <bool kAsk, class Columns, class Ahead>
+// c [rows, columns] = a [rows, inner] * b, or is added to with kAdd. `columns` is a multiple of kLanes; columns from
+// `at` on of b's first row start at b(at), those of the next b_stride further. A sum has one order, whatever the number
+// of rows.
+template <bool kAdd, bool kAsk, class Columns, class Ahead>
 inline void multiply(const float* a, int64_t a_stride, int64_t rows, int64_t inner, const Columns& b,
                      const Ahead& ahead, int64_t b_stride, float* c, int64_t c_stride, int64_t columns) {
   using B = std::remove_reference_t<decltype(*b(0))>;
@@ -175,11 +178,11 @@ inline void multiply(const float* a, int64_t a_stride, int64_t rows, int64_t inn
   for (; at + kBlockVecs * kLanes <= columns; at += kBlockVecs * kLanes) {
     B *from[kBlockVecs], *then[kBlockVecs];
     for (int n = 0; n < kBlockVecs; ++n) from[n] = b(at + n * kLanes), then[n] = ahead(at + n * kLanes);
-    multiply_rows<kBlockVecs, kAsk>(a, a_stride, rows, inner, from, then, b_stride, c + at, c_stride);
+    multiply_rows<kBlockVecs, kAdd, kAsk>(a, a_stride, rows, inner, from, then, b_stride, c + at, c_stride);
   }
   for (; at < columns; at += kLanes) {
     B *from[1] = {b(at)}, *then[1] = {ahead(at)};
-    multiply_rows<1, kAsk>(a, a_stride, rows, inner, from, then, b_stride, c + at, c_stride);
+    multiply_rows<1, kAdd, kAsk>(a, a_stride, rows, inner, from, then, b_stride, c + at, c_stride);
   }
 }
 
@@ -229,16 +232,15 @@ inline void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T
                    const Queries& queries, const Mask& mask, float softcap, LaidOut& laid_out) {
   const int64_t dim = cache.dim, rows = queries.count, width = cache.heads * dim;
   const bool many = rows > kBlockRows;
-  std::fill(queries.scores, queries.scores + rows * kTile, 0.0f);
   if (many) {
     laid_out.fill(cache, tile, head);
     const auto keys = [&](int64_t t) { return laid_out.keys + t; };
-    multiply<false>(queries.q, dim, rows, dim, keys, keys, kTile, queries.scores, kTile, kTile);
+    multiply<false, false>(queries.q, dim, rows, dim, keys, keys, kTile, queries.scores, kTile, kTile);
   } else {
     const auto keys = [&](const Tile<T>& of) {
       return [&](int64_t t) { return of.k[t / kPart] + head * dim * cache.page + t % kPart; };
     };
-    multiply<true>(queries.q, dim, rows, dim, keys(tile), keys(next), cache.page, queries.scores, kTile, kTile);
+    multiply<false, true>(queries.q, dim, rows, dim, keys(tile), keys(next), cache.page, queries.scores, kTile, kTile);
   }
   for (int64_t r = 0; r < rows; ++r) {
     float* scores = queries.scores + r * kTile;
@@ -253,12 +255,12 @@ inline void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T
     const float* weights = queries.scores + begin;
     if (many) {
       const auto values = [&](int64_t d) { return laid_out.values + begin * dim + d; };
-      multiply<false>(weights, kTile, rows, end - begin, values, values, dim, queries.acc, dim, dim);
+      multiply<true, false>(weights, kTile, rows, end - begin, values, values, dim, queries.acc, dim, dim);
     } else {
       const auto values = [&](const Tile<T>& of) {
         return [&, from = of.v[begin / kPart] + begin % kPart * width + head * dim](int64_t d) { return from + d; };
       };
-      multiply<true>(weights, kTile, rows, end - begin, values(tile), values(next), width, queries.acc, dim, dim);
+      multiply<true, true>(weights, kTile, rows, end - begin, values(tile), values(next), width, queries.acc, dim, dim);
     }
   }
   if (many) {
