@@ -6,11 +6,12 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from clients.client.credentials import NO_CREDENTIALS, Credentials
 from scalellm.v1 import executor_pb2, executor_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc, tokenizer_pb2
 from scalellm.v1 import tokenizer_pb2_grpc as tokenizer_grpc
-from services.common.health_check import read_health
+from services.common.health_check import SERVING
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
@@ -44,7 +45,12 @@ class Probe:
 
     def health(self) -> str:
         """`serving`, `not serving`, or why there is no answer."""
-        return read_health(self._channel, self._timeout)
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        try:
+            status = stub.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout).status
+        except grpc.RpcError as error:
+            return "no answer" if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else "unreachable"
+        return SERVING if status == health_pb2.HealthCheckResponse.SERVING else "not serving"
 
     def executor(self) -> executor_pb2.GetExecutorInfoResponse | None:
         """What an executor says of itself; None when it does not answer."""

@@ -46,6 +46,6 @@ STOPSIGNAL SIGTERM
 ENV SCALELLM_EXECUTOR_HOME=/var/lib/scalellm \
     SCALELLM_EXECUTOR_HOST=0.0.0.0 SCALELLM_EXECUTOR_PORT=50061 SCALELLM_EXECUTOR_METRICS_PORT=9161
 EXPOSE 50061 9161
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["python", "-m", "services.common.health_check", "127.0.0.1:50061"]
+HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python", "-IS", "/opt/scalellm/services/common/health_check.py", "127.0.0.1:50061"]
 CMD ["python", "-m", "services.executor"]

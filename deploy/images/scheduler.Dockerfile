@@ -34,6 +34,6 @@ USER scalellm
 STOPSIGNAL SIGTERM
 ENV SCALELLM_SCHEDULER_HOST=0.0.0.0 SCALELLM_SCHEDULER_PORT=50052 SCALELLM_SCHEDULER_METRICS_PORT=9152
 EXPOSE 50052 9152
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["python", "-m", "services.common.health_check", "127.0.0.1:50052"]
+HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python", "-IS", "/opt/scalellm/services/common/health_check.py", "127.0.0.1:50052"]
 CMD ["python", "-m", "services.scheduler"]

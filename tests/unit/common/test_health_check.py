@@ -1,0 +1,38 @@
+"""What a container's health check runs: nothing but Python's own library, and still grpc.health.v1 is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from services.common import health_check
+from services.common.lifecycle import GrpcService
+
+
+async def run_check(address: str) -> tuple[int | None, str]:
+    """As in the images: -I and -S leave it neither packages nor the environment."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-IS", Path(health_check.__file__), address), stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 30)
+    return process.returncode, out.decode()
+
+
+async def test_it_says_what_the_service_says():
+    ready = False
+    service = GrpcService("127.0.0.1", 0, services=[], is_ready=lambda: ready)
+    await service.start()
+    address = service.address
+    assert await run_check(address) == (1, f"{address}: not serving\n")
+    ready = True
+    assert await run_check(address) == (0, f"{address}: serving\n")
+    await service.stop(0)
+    assert await run_check(address) == (1, f"{address}: unreachable\n")
+
+
+async def test_who_takes_the_call_and_says_nothing_gives_no_answer():
+    stuck = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    async with stuck:
+        address = f"127.0.0.1:{stuck.sockets[0].getsockname()[1]}"
+        assert await run_check(address) == (1, f"{address}: no answer\n")
