@@ -127,7 +127,7 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
   const float* input_scales = p.input_scales + row * groups;
   const int32_t* starts = p.starts + row * groups;
   const float* input_sums = p.input_sums + row * groups;
-  Vec result[M][V] = {};
+  Vec result[M][V];
   for (int64_t g = 0; g < groups; ++g) {
     Int sum[M][V];
     for (int m = 0; m < M; ++m) {
@@ -173,12 +173,20 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
     if constexpr (HasZeros) {
       for (int v = 0; v < V; ++v) zero[v] = load(zeros + v * kLanes);
     }
-    for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < V; ++v) {
-        Vec value = __builtin_convertvector(sum[m][v], Vec);
-        if constexpr (HasZeros) value -= zero[v] * input_sums[m];
-        result[m][v] += value * (scale[v] * input_scales[m]);
+    const auto add_group = [&](auto is_first) __attribute__((always_inline)) {
+      for (int m = 0; m < M; ++m) {
+        for (int v = 0; v < V; ++v) {
+          Vec value = __builtin_convertvector(sum[m][v], Vec);
+          if constexpr (HasZeros) value -= zero[v] * input_sums[m];
+          const Vec factor = scale[v] * input_scales[m];
+          result[m][v] = is_first ? value * factor : result[m][v] + value * factor;
+        }
       }
+    };
+    if (g == 0) {  // there are no registers left for results: zeros would be written to memory, and read
+      add_group(std::true_type());
+    } else {
+      add_group(std::false_type());
     }
     scales += kTile;
     if constexpr (HasZeros) zeros += kTile;
