@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kTile = 32;  // `TILE` in gemm_wna16.py
 constexpr int kBlockRows = kLanes == 16 ? 8 : 4;  // as many sums as there are registers for
-constexpr int kAhead = 8192;                      // bytes of words that are asked for ahead
+constexpr int kAhead = 8192;                      // bytes of words that are asked for ahead, into the second-level cache
 constexpr double kItemNs = 6000;                  // work worth another thread's taking
 
 // Rows are in as few blocks as can be, of even sizes.
@@ -138,7 +138,7 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
       for (int v = 0; v < V; ++v) {
         const int32_t* at = words + v * kLanes;
         w[v] = load_words(at);
-        if (kAsksAhead && v * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
+        if (kAsksAhead && v * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead, 0, 2);
       }
       const auto add = [&](auto weights) __attribute__((always_inline)) {
         for (int m = 0; m < M; ++m) {
