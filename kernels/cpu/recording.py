@@ -78,6 +78,11 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._unused: dict[int, list[Tensor]] = defaultdict(list)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: for its compiler to skip this, torch imports it, which takes 1.7 s of the first answer."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let views pass, give memory to new tensors, refuse everything else."""
         if not func.is_view and func._schema.name not in _NEW:
