@@ -37,6 +37,9 @@ class PrefillBudget:
         if num_prefill_tokens == 0:
             self._decode_step = _average(self._decode_step, seconds)
             return
+        if num_decodes and self._decode_step is not None:
+            # Decodes alone take no longer. Where no step is without prefill, one slow decode would rule for ever.
+            self._decode_step = min(self._decode_step, seconds)
         decode = (self._decode_step or 0.0) if num_decodes else 0.0
         # A few tokens say little: all that decodes vary by is put down to them.
         weight = min(1.0, num_prefill_tokens / self._min_chunk)

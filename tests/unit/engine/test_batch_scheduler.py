@@ -180,6 +180,15 @@ def test_prefill_budget_leaves_a_minimum(decode_step: float, expected: int) -> N
     assert PrefillBudget(None, 8).limit(3, 100) == 100
 
 
+def test_prefill_budget_forgets_a_slow_step_even_if_every_step_has_prefill() -> None:
+    budget = PrefillBudget(target_itl=1.0, min_chunk=8)
+    budget.observe(num_decodes=0, num_prefill_tokens=100, seconds=0.5)
+    budget.observe(num_decodes=3, num_prefill_tokens=0, seconds=5.0)
+    assert budget.limit(3, 200) == 8
+    budget.observe(num_decodes=3, num_prefill_tokens=8, seconds=0.2)
+    assert budget.limit(3, 200) > 150
+
+
 def test_prefill_budget_learns_little_from_a_single_token() -> None:
     budget = PrefillBudget(None, min_chunk=8)
     assert budget.seconds_per_token is None
