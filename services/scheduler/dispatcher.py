@@ -272,7 +272,7 @@ class Dispatcher:
         is_first = request.dispatches == 0
         if request.trace is not None:
             request.trace.dispatch(replica.address)
-        replica.dispatch(request, now)
+        replica.dispatch(request, now, self._prefixes.matched_tokens(request.hashes, replica.instance_id))
         self.books.dispatched += 1
         if is_first:
             self.books.queue_time.observe(request.admission_seconds)

@@ -93,18 +93,19 @@ class ReplicaLink:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def dispatch(self, request: Request, now: float) -> None:
-        """Send a request; uses up credit."""
+    def dispatch(self, request: Request, now: float, cached_tokens: int) -> None:
+        """Send a request, of whose prompt so much is probably cached there; uses up credit for the rest."""
         while self._next_handle in self.running:
             self._next_handle = (self._next_handle + 1) % 2**32
         handle = self._next_handle
         self._next_handle = (handle + 1) % 2**32
         self._submitted_requests += 1
-        self._submitted_tokens += request.num_prompt_tokens
-        self._tokens_since_load += request.num_prompt_tokens
+        charged_tokens = max(1, request.num_prompt_tokens - cached_tokens)
+        self._submitted_tokens += charged_tokens
+        self._tokens_since_load += charged_tokens
         self.running[handle] = request
         request.start(self, handle, now)
-        self._client.submit(request.make_submit(handle, now))
+        self._client.submit(request.make_submit(handle, now, charged_tokens))
 
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
         """Ask the executor to end a request, or one sample of it."""

@@ -215,10 +215,11 @@ class Request:
             self.link.add_sample_finish(link_pb2.LinkSampleFinish(handle=self.handle, index=index, reason=reason))
         self.stopping_samples.clear()
 
-    def make_submit(self, handle: int, now: float) -> link_pb2.Submit:
+    def make_submit(self, handle: int, now: float, charged_tokens: int) -> link_pb2.Submit:
         """The Submit for an executor, with what was emitted so far and the time that is left."""
         submit = self.submit
         submit.handle = handle
+        submit.charged_tokens = charged_tokens
         if self.deadline is not None:
             submit.time_remaining_ns = max(0, int((self.deadline - now) * 1e9))
         del submit.resumed[:]

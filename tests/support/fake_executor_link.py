@@ -133,7 +133,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
         self.submits.append(submit)
         if link.submitted_tokens >= link.granted_tokens or link.submitted_requests >= link.granted_requests:
             self.credit_violations += 1
-        link.submitted_tokens += len(submit.token_ids)
+        link.submitted_tokens += submit.charged_tokens
         link.submitted_requests += 1
         assert submit.handle not in link.running
         assert submit.sampling.HasField("seed")
@@ -223,7 +223,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
         running.open.discard(index)
 
     def _load(self, link: _Link) -> link_pb2.Load:
-        waiting = sum(len(r.submit.token_ids) for r in link.running.values() if not r.prefilled)
+        waiting = sum(r.submit.charged_tokens for r in link.running.values() if not r.prefilled)
         link.granted_tokens = max(link.granted_tokens, link.submitted_tokens + self.credit_tokens - waiting)
         link.granted_requests = max(
             link.granted_requests, link.submitted_requests + self.max_running - len(link.running)

@@ -13,7 +13,7 @@ from services.executor.engine.sequence import SequenceGroup
 class LinkCredits:
     """Cumulative counts of one link, from which the link layer grants credits.
 
-    `admitted_prefill_tokens`: prompt tokens of its requests that have left waiting, by running or by ending.
+    `admitted_prefill_tokens`: what its requests took that have left waiting, by running or by ending.
     """
 
     admitted_prefill_tokens: int
@@ -127,7 +127,8 @@ class Ledger:
     def started(self, group: SequenceGroup) -> None:
         """Note that a request was scheduled for the first time."""
         self.waiting -= 1
-        self._links[group.key[0]].admitted_prefill_tokens += group.num_prompt_tokens
+        charged = group.request.charged_tokens
+        self._links[group.key[0]].admitted_prefill_tokens += group.num_prompt_tokens if charged is None else charged
 
     def leave(self, group: SequenceGroup, status: RequestStatus, message: str, now: float) -> RequestFinish:
         """End a request and return its one RequestFinish."""

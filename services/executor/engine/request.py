@@ -52,7 +52,7 @@ class EngineRequest:
     """A request. `deadline` is absolute on the engine's clock; requests with a lower `priority` run first.
 
     Cached prefixes are shared between requests of one `cache_salt` only. `resumed` may leave samples out: they start
-    from the prompt.
+    from the prompt. `charged_tokens` is what it took of its link's credits, None for all of its prompt.
     """
 
     key: RequestKey
@@ -63,6 +63,7 @@ class EngineRequest:
     deadline: float | None = None
     cache_salt: bytes = b""
     resumed: tuple[ResumedSample, ...] = ()
+    charged_tokens: int | None = None
 
 
 TopLogprobs = list[tuple[int, float]]

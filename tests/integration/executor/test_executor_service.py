@@ -54,7 +54,10 @@ async def test_runs_requests_and_returns_every_block(executor: ServiceProcess) -
         assert (peer.welcome.max_model_len, peer.welcome.vocab_size) == (512, 49152)
         assert len(peer.welcome.tokenizer_sha256) == 32
         for handle in range(40):
-            await peer.submit(handle, list(range(5, 25 + handle)), sampling=sampling(max_tokens=7, n=1 + handle % 3))
+            # A prompt of which the scheduler expects a part to be cached takes the rest of the credits.
+            charge = {"charged_tokens": 3} if handle % 2 else {}
+            options = {"sampling": sampling(max_tokens=7, n=1 + handle % 3)} | charge
+            await peer.submit(handle, list(range(5, 25 + handle)), **options)
         for handle in range(40):
             finish = await peer.finish(handle)
             assert finish.status.code == 0
@@ -66,7 +69,10 @@ async def test_runs_requests_and_returns_every_block(executor: ServiceProcess) -
         await peer.until(lambda: peer.load.free_blocks == peer.load.total_blocks)
         assert (peer.load.running, peer.load.waiting) == (0, 0)
         assert peer.load.granted_requests >= 40 + peer.welcome.load.granted_requests
-        assert peer.load.granted_prefill_tokens == peer.welcome.load.granted_prefill_tokens + sum(range(20, 60))
+        assert (
+            peer.load.granted_prefill_tokens
+            == peer.welcome.load.granted_prefill_tokens + sum(range(20, 60, 2)) + 20 * 3
+        )
 
 
 async def test_refusals_name_the_field_and_give_credits_back(executor: ServiceProcess) -> None:

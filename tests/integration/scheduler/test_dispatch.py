@@ -59,6 +59,21 @@ async def test_credits_are_never_exceeded(make_line):
     assert min(len(executor.submits) for executor in line.executors) > 10
 
 
+async def test_what_is_cached_takes_no_credit(make_line, eventually):
+    """Behind a prompt in common, requests come together as far as what is left of each to compute goes."""
+    line = await make_line(executor={"credit_tokens": 130})
+    (executor,) = line.executors
+    common = [1 + i % 100 for i in range(640)]
+    await line.edge.finish(await line.edge.submit(common, 1))
+    executor.hold()
+    streams = [await line.edge.submit([*common, *[number + 1] * 20], 1) for number in range(10)]
+    await eventually(lambda: len(executor.submits) == 1 + 7)  # 20 tokens of each are new, and 130 were granted
+    executor.release()
+    await line.edge.finish(*streams)
+    assert [submit.charged_tokens for submit in executor.submits] == [640] + 10 * [20]
+    assert executor.credit_violations == 0
+
+
 async def test_a_request_larger_than_all_credit_still_runs(make_line):
     line = await make_line(executor={"credit_tokens": 8})
     stream = await line.edge.submit(100, 3)

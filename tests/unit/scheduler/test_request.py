@@ -61,9 +61,9 @@ def test_states():
 def test_a_submit_forwards_the_time_that_is_left():
     request = make_request(now=100.0, time_remaining_ns=5_000_000_000)
     assert request.deadline == 105.0
-    assert request.make_submit(3, 103.5).time_remaining_ns == 1_500_000_000
-    assert request.make_submit(4, 109.0).time_remaining_ns == 0
-    assert not make_request().make_submit(3, 5.0).HasField("time_remaining_ns")
+    assert request.make_submit(3, 103.5, 3).time_remaining_ns == 1_500_000_000
+    assert request.make_submit(4, 109.0, 3).time_remaining_ns == 0
+    assert not make_request().make_submit(3, 5.0, 3).HasField("time_remaining_ns")
 
 
 def test_a_resubmission_carries_each_sample():
@@ -71,14 +71,14 @@ def test_a_resubmission_carries_each_sample():
     request.emitted[0] += [11, 12]
     request.emitted[2] += [31]
     request.ended_samples[2] = common_pb2.FINISH_REASON_LENGTH
-    submit = request.make_submit(9, 0.0)
+    submit = request.make_submit(9, 0.0, 3)
     assert submit.handle == 9
     assert [(s.index, list(s.token_ids), s.finished) for s in submit.resumed] == [
         (0, [11, 12], common_pb2.FINISH_REASON_UNSPECIFIED),
         (2, [31], common_pb2.FINISH_REASON_LENGTH),
     ]
     assert request.num_resumed == 3
-    assert len(request.make_submit(10, 0.0).resumed) == 2
+    assert len(request.make_submit(10, 0.0, 3).resumed) == 2
 
 
 def test_a_request_that_ran_before_goes_on():
