@@ -15,6 +15,18 @@ struct QueryTile {
   int64_t sequence, head, begin, count, position;  // rows of q from `begin`; position of the first
 };
 
+// Hides what comes after a query, and what has left its window. `position` is the first query's in the tile of keys.
+struct CausalMask {
+  int64_t position, group, window, size;
+
+  void operator()(int64_t r, float* row) const {
+    const int64_t at = position + r / group, live = std::clamp<int64_t>(at + 1, 0, size);
+    const int64_t left = window > 0 ? std::clamp<int64_t>(at - window + 1, 0, live) : 0;
+    std::fill(row, row + left, kMasked);
+    std::fill(row + live, row + kTile, kMasked);
+  }
+};
+
 template <class Q, class T>
 bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile& tile_of_q, const float* sinks,
                  int64_t group, int64_t q_stride, int64_t out_stride, int64_t window, float scale, float softcap,
@@ -40,13 +52,7 @@ bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile
     const int64_t then = end_of_tile(at);
     next = tile;
     if (then < end && !next.find(cache, tile_of_q.sequence, then, end_of_tile(then))) return false;
-    const auto mask = [&](int64_t r, float* row) {
-      const int64_t position = tile_of_q.position + r / group;
-      const int64_t live = std::clamp<int64_t>(position + 1 - at, 0, tile.size);
-      const int64_t left = window > 0 ? std::clamp<int64_t>(position - window + 1 - at, 0, live) : 0;
-      std::fill(row, row + left, kMasked);
-      std::fill(row + live, row + kTile, kMasked);
-    };
+    const CausalMask mask{tile_of_q.position - at, group, window, tile.size};
     attend(cache, tile, next, tile_of_q.head, std::max<int64_t>(0, begin - at), queries, mask, softcap, laid_out);
     if (then % kShare == 0 || then == end) {
       for (int64_t r = 0; r < rows; ++r) merge(totals[r], total + r * dim, softmax[r], acc + r * dim, dim);

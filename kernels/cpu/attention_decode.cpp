@@ -25,6 +25,11 @@ struct Item {
   int64_t first, count;
 };
 
+// A query that is decoded sees all keys.
+struct NoMask {
+  void operator()(int64_t, float*) const {}
+};
+
 template <class Q, class T>
 class Decode {
  public:
@@ -148,8 +153,9 @@ class Decode {
           if (!find(next, then, then.begin / kPart * kPart)) return then.sequence;
         }
         for (int64_t head = 0; head < cache_.heads; ++head) {
-          const Queries queries{scaled + head * rows * dim, scores, &softmax[head * rows], acc + head * rows * dim, rows};
-          attend(cache_, tile, next, head, std::max<int64_t>(0, share.begin - at), queries, [](int64_t, float*) {},
+          const int64_t row = head * rows;
+          const Queries queries{scaled + row * dim, scores, &softmax[row], acc + row * dim, rows};
+          attend(cache_, tile, next, head, std::max<int64_t>(0, share.begin - at), queries, NoMask(),
                  softcap_, laid_out);
         }
         tile = next;

@@ -149,9 +149,11 @@ inline void multiply_block(const float* a, int64_t a_stride, int64_t inner, cons
 constexpr int kBlockRows = kLanes == 16 ? 6 : 4;
 constexpr int kBlockVecs = kLanes == 16 ? 4 : 2;
 
+// Not inline: it is large, and who uses it is many.
 template <int kVecs, bool kAdd, bool kAsk, class B>
-inline void multiply_rows(const float* a, int64_t a_stride, int64_t rows, int64_t inner, const B* const (&b)[kVecs],
-                          const B* const (&ahead)[kVecs], int64_t b_stride, float* c, int64_t c_stride) {
+__attribute__((noinline)) void multiply_rows(const float* a, int64_t a_stride, int64_t rows, int64_t inner,
+                                             const B* const (&b)[kVecs], const B* const (&ahead)[kVecs],
+                                             int64_t b_stride, float* c, int64_t c_stride) {
   int64_t r = 0;
   for (; r + kBlockRows <= rows; r += kBlockRows) {
     multiply_block<kBlockRows, kVecs, kAdd, kAsk>(a + r * a_stride, a_stride, inner, b, ahead, b_stride,
@@ -228,8 +230,9 @@ struct Queries {
 // tokens are not read, as they may hold what is not a number. A row's result does not depend on the others. `next` is
 // the tile that memory is asked for meanwhile.
 template <class T, class Mask>
-inline void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next, int64_t head, int64_t first,
-                   const Queries& queries, const Mask& mask, float softcap, LaidOut& laid_out) {
+__attribute__((noinline)) void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next,
+                                      int64_t head, int64_t first, const Queries& queries, const Mask& mask,
+                                      float softcap, LaidOut& laid_out) {
   const int64_t dim = cache.dim, rows = queries.count, width = cache.heads * dim;
   const bool many = rows > kBlockRows;
   if (many) {
