@@ -8,9 +8,6 @@
 
 namespace {
 
-// Rows of a tile, a row being a query of one head: enough to pay for laying out the keys.
-constexpr int64_t kRows = 96;
-
 struct QueryTile {
   int64_t sequence, head, begin, count, position;  // rows of q from `begin`; position of the first
 };

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.cache import has_layout
-from kernels.cpu.library import CODES, LANES, CpuLibrary
+from kernels.cpu.library import CODES, CpuLibrary
 from kernels.reference import attention as reference
 
 
@@ -109,10 +109,8 @@ def paged_attention_decode(
 
 
 def _takes(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, out: Tensor | None) -> bool:
-    head_dim = q.shape[2]
     return (
-        head_dim % LANES == 0
-        and q.dtype in (torch.float32, torch.bfloat16)
+        q.dtype in (torch.float32, torch.bfloat16)
         and k_cache.dtype in CODES
         and has_layout(k_cache, v_cache)
         and _has_whole_rows(q)

@@ -11,9 +11,6 @@
 
 namespace {
 
-// Rows, a row being a query of one head, that are computed together where they have the keys in common.
-constexpr int64_t kRowsTogether = 96;
-
 // Consecutive keys of a sequence, of all heads.
 struct Share {
   int64_t sequence, begin, end;
@@ -79,7 +76,7 @@ class Decode {
 
  private:
   // Of items that are shared by more there are several.
-  int64_t most_together() const { return std::max<int64_t>(1, kRowsTogether / group_); }
+  int64_t most_together() const { return std::max<int64_t>(1, kRows / group_); }
 
   bool are_the_same(const Share& a, const Share& b) const {
     if (a.begin != b.begin || a.end != b.end || a.end - a.begin != kShare || kShare % cache_.page != 0) return false;

@@ -14,24 +14,8 @@
 // Where that takes several instructions, weights of 4 bits have a shorter way: `narrow_dot` adds up in 16 bits, which
 // have room for kNarrowDots times 2 * 15 * 127, and `widened` adds them to a sum of 32 bits.
 
-#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
-
-template <int Bits>
-constexpr int32_t kCentre = 0;
-constexpr int kNarrowDots = 0;
-Int narrow_dot(Int narrow, Int w, Int x);
-Int widened(Int sum, Int narrow);
-
-template <int Bits>
-inline Int dot(Int sum, Int w, Int x) {
-#if defined(__AVX512VNNI__)
-  return bit_cast<Int>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
-#else
-  return bit_cast<Int>(_mm256_dpbusd_avx_epi32(bit_cast<__m256i>(sum), bit_cast<__m256i>(w), bit_cast<__m256i>(x)));
-#endif
-}
-
-#elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#if (defined(__AVX512BW__) && !defined(__AVX512VNNI__)) || \
+    (defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__))
 
 template <int Bits>
 constexpr int32_t kCentre = Bits == 8 ? 128 : 0;
@@ -85,8 +69,14 @@ Int widened(Int sum, Int narrow);
 
 template <int Bits>
 inline Int dot(Int sum, Int w, Int x) {
+#if defined(__AVX512VNNI__)
+  return bit_cast<Int>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return bit_cast<Int>(_mm256_dpbusd_avx_epi32(bit_cast<__m256i>(sum), bit_cast<__m256i>(w), bit_cast<__m256i>(x)));
+#else
   for (int byte = 0; byte < 4; ++byte) sum += (w >> 8 * byte & 255) * (x << (24 - 8 * byte) >> 24);
   return sum;
+#endif
 }
 
 #endif

@@ -13,6 +13,8 @@ constexpr int64_t kTile = 64;
 // Tokens that lie side by side: pages are multiples of it, and no vector is longer.
 constexpr int64_t kPart = 16;
 constexpr int64_t kParts = kTile / kPart;
+// Rows, a row being a query of one head, that meet a tile together: enough to pay for laying out its keys.
+constexpr int64_t kRows = 96;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 // Keys [num_blocks, heads, dim, page], so that what one number of a query is multiplied by are vectors, values
@@ -212,10 +214,6 @@ struct LaidOut {
   }
 };
 
-inline void scale_row(float* row, float factor, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += kLanes) store(row + d, load(row + d) * factor);
-}
-
 // Queries of one head on their way through the keys: scaled queries [count, dim], scores [count, kTile], and what they
 // have come to, a softmax and the values [count, dim] that are not yet divided by its total.
 struct Queries {
@@ -251,7 +249,8 @@ __attribute__((noinline)) void attend(const PagedCache<T>& cache, const Tile<T>&
     std::fill(scores + tile.size, scores + kTile, kMasked);
     mask(r, scores);
     const float shrunk = queries.softmax[r].add(scores, softcap);
-    if (shrunk != 1) scale_row(queries.acc + r * dim, shrunk, dim);
+    float* acc = queries.acc + r * dim;
+    if (shrunk != 1) copy_scaled(acc, acc, shrunk, dim);
   }
   for (int64_t begin = first, end; begin < tile.size; begin = end) {
     end = many ? tile.size : std::min(tile.size, (begin / kPart + 1) * kPart);
@@ -272,12 +271,6 @@ __attribute__((noinline)) void attend(const PagedCache<T>& cache, const Tile<T>&
   } else {
     next.prefetch_values(cache, head, tile.size);
   }
-}
-
-// to [dim] = from * factor, in the type of `to`.
-template <class From, class To>
-inline void copy_scaled(const From* from, To* to, float factor, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += kLanes) store(to + d, load(from + d) * factor);
 }
 
 template <class T>

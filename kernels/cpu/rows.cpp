@@ -21,13 +21,6 @@ bool is_finite(const T* x, int64_t size) {
   return sum(differences) == 0.0f;
 }
 
-template <class T>
-void scale_row(const T* x, T* out, int64_t size, float scale) {
-  int64_t at = 0;
-  for (; at + kLanes <= size; at += kLanes) store(out + at, load(x + at) * scale);
-  if (at < size) store(out + at, load(x + at, size - at) * scale, size - at);
-}
-
 // One column of a tile, which is a row of the weight; every step is rounded to T, as torch does.
 template <class T>
 void unpack_row(int64_t bits, const uint32_t* words, const T* scales, const T* zeros, T* out, int64_t size,
@@ -90,7 +83,7 @@ EXPORT int64_t gather_rows(int64_t dtype, const void* matrix, const int64_t* ids
     return for_ids(ids, rows, num_ids, size, threads, [&](int64_t row, int64_t id) {
       const T* from = static_cast<const T*>(matrix) + id * size;
       T* to = static_cast<T*>(out) + row * size;
-      scale == 1.0 ? void(std::memcpy(to, from, size * sizeof(T))) : scale_row(from, to, size, float(scale));
+      scale == 1.0 ? void(std::memcpy(to, from, size * sizeof(T))) : copy_scaled(from, to, float(scale), size);
     });
   };
   return dtype == kFloat32 ? run(float{}) : run(BFloat16{});

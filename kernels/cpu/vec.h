@@ -147,6 +147,14 @@ inline void store(T* p, Vec v, int64_t count) {
   std::memcpy(p, buffer, count * sizeof(T));
 }
 
+// to [size] = from * factor, in the type of `to`; they may be the same.
+template <class From, class To>
+inline void copy_scaled(const From* from, To* to, float factor, int64_t size) {
+  int64_t at = 0;
+  for (; at + kLanes <= size; at += kLanes) store(to + at, load(from + at) * factor);
+  if (at < size) store(to + at, load(from + at, size - at) * factor, size - at);
+}
+
 // `v` as it comes back from memory of type T.
 template <class T>
 inline Vec rounded_to(Vec v) {
@@ -174,21 +182,6 @@ inline Vec4 quarter(Vec v) {
 inline float sum(Vec v) {
   const Vec4 q = quarter(v);
   return (q[0] + q[2]) + (q[1] + q[3]);
-}
-
-// The sums of the lanes of four vectors.
-inline Vec4 sums(Vec a, Vec b, Vec c, Vec d) {
-  const Vec4 w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
-#if __has_builtin(__builtin_shufflevector)
-  const Vec4 wx = __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
-  const Vec4 yz = __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
-  return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
-#else
-  const Vec4 parts[4] = {w, x, y, z};
-  Vec4 total;
-  for (int i = 0; i < 4; ++i) total[i] = (parts[i][0] + parts[i][2]) + (parts[i][1] + parts[i][3]);
-  return total;
-#endif
 }
 
 inline float maximum(Vec v) {

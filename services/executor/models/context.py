@@ -76,14 +76,15 @@ def allocate_kv_caches(
     Keys lie as the C++ forms read them where `ops` has these (`kernels.cpu.cache`), else token by token.
     """
     heads, head_dim = config.num_kv_heads, config.head_dim
-    by_token = (num_blocks, page_size, heads, head_dim)
-    if ops is None or ops.library is None or not can_have_layout(page_size, head_dim):
-        return [KVCache(*(_zeros(by_token, dtype, device) for _ in "kv")) for _ in range(config.num_layers)]
-    by_dim = (num_blocks, heads, head_dim, page_size)
-    return [
-        KVCache(keys_by_token(_zeros(by_dim, dtype, device)), _zeros(by_token, dtype, device))
-        for _ in range(config.num_layers)
-    ]
+    for_cpp = ops is not None and ops.library is not None and can_have_layout(page_size, head_dim)
+
+    def values() -> Tensor:
+        return _zeros((num_blocks, page_size, heads, head_dim), dtype, device)
+
+    def keys() -> Tensor:
+        return keys_by_token(_zeros((num_blocks, heads, head_dim, page_size), dtype, device)) if for_cpp else values()
+
+    return [KVCache(keys(), values()) for _ in range(config.num_layers)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
