@@ -144,6 +144,7 @@ class EngineLink:
             raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
         if self.traced is not None:
             self.traced.on_submit(submit, now)
+        charged_tokens = submit.charged_tokens if submit.HasField("charged_tokens") else len(submit.token_ids)
         try:
             if draining:
                 raise StatusError.unavailable("the executor is draining and takes no new requests")
@@ -156,7 +157,7 @@ class EngineLink:
                     priority=submit.priority,
                     deadline=now + submit.time_remaining_ns / 1e9 if submit.HasField("time_remaining_ns") else None,
                     cache_salt=submit.cache_salt,
-                    charged_tokens=submit.charged_tokens if submit.HasField("charged_tokens") else None,
+                    charged_tokens=charged_tokens,
                     resumed=tuple(
                         ResumedSample(sample.index, tuple(sample.token_ids), _FROM_WIRE_REASON.get(sample.finished))
                         for sample in submit.resumed
@@ -171,7 +172,7 @@ class EngineLink:
             self._num_accepted += 1
             return None
         # What was refused never waits, so it gives its credits back at once.
-        self._refused_tokens += submit.charged_tokens if submit.HasField("charged_tokens") else len(submit.token_ids)
+        self._refused_tokens += charged_tokens
         self._num_refused += 1
         finish = link_pb2.Finish(handle=submit.handle, status=status)
         if self.traced is not None:
