@@ -141,12 +141,15 @@ async def test_one_trace_through_all_services(line: Line, folder: Path) -> None:
 
 async def test_who_decides_what_is_traced(line: Line, folder: Path) -> None:
     unsampled, later = "1" * 32, "2" * 32
-    answers = [
-        await ask(line, request(), metadata=traceparent(unsampled, sampled=False)),
-        await ask(line, request(request_id="fresh")),
-        await ask(line, request(), metadata=(("traceparent", "00-" + "0" * 32 + f"-{PARENT_ID}-01"),)),
-        await ask(line, request(), metadata=traceparent(later)),
-    ]
+    # On one connection all meet the same worker. Each process exports in order: what it has of a request that came
+    # before `later` is there once its part of `later` is.
+    async with line.channel() as channel:
+        answers = [
+            await generate(channel, request(), metadata=traceparent(unsampled, sampled=False)),
+            await generate(channel, request(request_id="fresh")),
+            await generate(channel, request(), metadata=(("traceparent", "00-" + "0" * 32 + f"-{PARENT_ID}-01"),)),
+            await generate(channel, request(), metadata=traceparent(later)),
+        ]
     assert {answer.code for answer in answers} == {grpc.StatusCode.OK}
     await exported(folder, later, GENERATE, "schedule", "execute")
     traces = by_trace(read_trace_file(folder / "traces.jsonl"))
@@ -155,6 +158,7 @@ async def test_who_decides_what_is_traced(line: Line, folder: Path) -> None:
     (fresh,) = (
         spans for spans in traces.values() if "fresh" in (s.attributes.get("gen_ai.response.id") for s in spans)
     )
+    assert {GENERATE, "schedule", "execute"} <= {span.name for span in fresh}
     assert [span.name for span in fresh if not span.parent_id] == [GENERATE]
     check_nesting(fresh)
 
