@@ -10,14 +10,14 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc
 import pytest
 
 from clients.client import Client, ClientError
-from compose_stack import SERVICES, ComposeStack, crash, inspect
+from compose_stack import SERVICES, ComposeStack, crash, inspect, store_figures
 from line import Answer, generate
 from scalellm.v1 import common_pb2, generation_pb2
 
@@ -37,6 +37,7 @@ print(sum(executor.phase == pb.EXECUTOR_PHASE_READY for executor in state.execut
 def stack(figures: list[str]) -> Iterator[ComposeStack]:
     """Everything up, from no image of the project."""
     stack = ComposeStack()
+    figures.append(store_figures())
     try:
         started = time.monotonic()
         stack.compose("build", timeout=1500)
@@ -175,13 +176,7 @@ def test_the_executor_runs_kernels_compiled_for_its_cpu(stack: ComposeStack) -> 
 
 
 async def wait_scraped(stack: ComposeStack, executors: int) -> None:
-    goal = {"tokenizer": 1, "scheduler": 1, "executor": executors}
-    async with asyncio.timeout(60):
-        while True:
-            with suppress(OSError):  # it is starting
-                if await asyncio.to_thread(stack.scraped) == goal:
-                    return
-            await asyncio.sleep(0.5)
+    await asyncio.to_thread(stack.wait_scraped, tokenizer=1, scheduler=1, executor=executors)
 
 
 async def test_prometheus_finds_all_services(stack: ComposeStack) -> None:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from urllib.request import urlopen
@@ -42,9 +43,13 @@ def docker(*arguments: str, timeout: float = 120, env: Mapping[str, str] | None 
 
 
 class ComposeStack:
-    """One project. `down` leaves nothing of it but the images, `remove_images` not even those."""
+    """One project. `down` leaves nothing of it but the images, `remove_images` not even those.
 
-    def __init__(self) -> None:
+    Args:
+        variables: What compose is told by the environment, beside tags and ports.
+    """
+
+    def __init__(self, **variables: str) -> None:
         self.project = f"scalellm-test-{uuid.uuid4().hex[:8]}"
         self._release = 1
         self.address = f"127.0.0.1:{_free_port()}"
@@ -55,6 +60,7 @@ class ComposeStack:
             "SCALELLM_LISTEN": self.address,
             "SCALELLM_PROMETHEUS_LISTEN": self.prometheus_address,
             "SCALELLM_PROMETHEUS_IMAGE": self.image("prometheus"),
+            **variables,
         }
 
     @property
@@ -62,10 +68,14 @@ class ComposeStack:
         """The tag of the images in use."""
         return f"{self.project}.{self._release}"
 
+    def set(self, name: str, value: str) -> None:
+        """From now on compose is told something else."""
+        self._environment[name] = value
+
     def new_release(self) -> None:
         """From now on images have another tag; those of the former release stay."""
         self._release += 1
-        self._environment["SCALELLM_TAG"] = self.tag
+        self.set("SCALELLM_TAG", self.tag)
 
     def compose(self, *arguments: str, timeout: float = 300) -> str:
         """Run docker compose on the project; its output."""
@@ -111,6 +121,16 @@ class ComposeStack:
             targets = json.load(answer)["data"]["activeTargets"]
         return Counter(target["labels"]["job"] for target in targets if target["health"] == "up")
 
+    def wait_scraped(self, limit: float = 60, **counts: int) -> None:
+        """Wait until Prometheus reaches exactly so many containers of each service."""
+        deadline = time.monotonic() + limit
+        while True:
+            with suppress(OSError):  # it is starting
+                if (found := self.scraped()) == counts:
+                    return
+                assert time.monotonic() < deadline, found
+            time.sleep(0.5)
+
     def down(self) -> None:
         """End everything and remove containers, networks and volumes."""
         self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "45")
@@ -128,6 +148,13 @@ class ComposeStack:
         images = docker("image", "ls", "-q", "--filter", f"reference=scalellm/*:{self.project}.*").split()
         if images:
             docker("image", "rm", "--force", *sorted(set(images)))
+
+
+def store_figures() -> str:
+    """What a build starts from: the images that are there, and the builder's cache."""
+    kinds = [json.loads(line) for line in docker("system", "df", "--format", "{{json .}}").splitlines()]
+    found = {kind["Type"]: f"{kind['TotalCount']} ({kind['Size']})" for kind in kinds}
+    return f"before: images {found['Images']}, build cache {found['Build Cache']}"
 
 
 def inspect(container: str) -> dict:
