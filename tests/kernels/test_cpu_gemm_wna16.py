@@ -37,7 +37,7 @@ def rounded(x: torch.Tensor, group_size: int) -> torch.Tensor:
     return torch.where(scales == 0, 0, (groups / scales).round() * scales).flatten(1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     bits=st.sampled_from([4, 8]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

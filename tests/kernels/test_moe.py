@@ -27,7 +27,7 @@ def test_topk_softmax(renormalize):
     assert torch.equal(ids[others].long(), expected_ids[others])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     experts=st.integers(1, 6),
     k=st.integers(1, 3),

@@ -7,6 +7,7 @@ import grpc
 
 from fake_executor_link import VOCAB, expected_tokens
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2_grpc
+from service_processes import PATIENCE
 
 
 @dataclass
@@ -105,7 +106,7 @@ class LinkEdge:
         async with self._writing:  # gRPC takes one write at a time
             await self.call.write(frame)
 
-    async def finish(self, *streams: Stream, limit: float = 20.0) -> None:
+    async def finish(self, *streams: Stream, limit: float = PATIENCE) -> None:
         async with asyncio.timeout(limit):
             for stream in streams:
                 await stream.done.wait()

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from scalellm.v1 import common_pb2, link_pb2
+from service_processes import PATIENCE
 
 
 class LinkPeer:
@@ -42,18 +43,18 @@ class LinkPeer:
     async def write(self, frame: link_pb2.ClientFrame) -> None:
         await self._call.write(frame)
 
-    async def until(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
         async with asyncio.timeout(timeout), self._news:
             await self._news.wait_for(lambda: condition() or self._reader.done())
         assert condition(), f"the link ended first: {self._reader}"
 
-    async def finish(self, handle: int, timeout: float = 20.0) -> link_pb2.Finish:
+    async def finish(self, handle: int, timeout: float = PATIENCE) -> link_pb2.Finish:
         await self.until(lambda: handle in self.finished, timeout)
         return self.finished[handle]
 
     async def status(self) -> grpc.StatusCode:
         """The status with which the link ends."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await asyncio.gather(self._reader, return_exceptions=True)
             code: grpc.StatusCode = await self._call.code()
             return code

@@ -40,6 +40,7 @@ class Script:
         repeat: Send every chunk again with the next one, as a replay would.
         cached_tokens: For the usage.
         merged: Steps that leave as one frame.
+        go: Waited for before the first step.
     """
 
     samples: list[list[int]] | None = None
@@ -55,6 +56,7 @@ class Script:
     repeat: bool = False
     cached_tokens: int = 0
     merged: int = 1
+    go: asyncio.Event | None = None
 
 
 @dataclass
@@ -187,6 +189,8 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
                 half = len(submit.token_ids) // 2
                 for start, end in ((0, half), (half, len(submit.token_ids))):
                     send(prompt_logprobs=[_logprobs(handle, 0, start, end - start, sampling.prompt_logprobs)])
+            if script.go is not None:
+                await script.go.wait()
             samples = script.samples or [default_tokens(submit, index) for index in range(sampling.n)]
             done = [0] * len(samples)
             ended = [False] * len(samples)

@@ -19,6 +19,10 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 
+PATIENCE = 120.0
+"""Seconds for what takes a moment. It ends a test that hangs, and says nothing of how fast anything is: on a machine
+that does other work, too, a moment may be half a minute."""
+
 
 @dataclass
 class ServiceProcess:
@@ -48,7 +52,7 @@ class ServiceProcess:
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.pid).children(recursive=True)
 
-    def wait_ready(self, timeout: float = 60.0) -> ServiceProcess:
+    def wait_ready(self, timeout: float = 240.0) -> ServiceProcess:
         deadline = time.monotonic() + timeout
         while not self.announce.exists() or self.ready_text not in self.log.read_text():
             if self.process.poll() is not None:
@@ -58,7 +62,7 @@ class ServiceProcess:
             time.sleep(0.02)
         return self
 
-    def terminate(self, timeout: float = 40.0) -> int:
+    def terminate(self, timeout: float = PATIENCE) -> int:
         if self.process.poll() is None:
             self.process.terminate()
         return self.process.wait(timeout)
@@ -70,8 +74,8 @@ class ServiceProcess:
             for member in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
-            self.process.wait(10)
-            psutil.wait_procs(family, 10)
+            self.process.wait(PATIENCE)
+            psutil.wait_procs(family, PATIENCE)
 
 
 Spawn = Callable[..., ServiceProcess]
@@ -130,14 +134,14 @@ class RedisProcess:
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(PATIENCE)
 
 
 def start_redis(folder: Path) -> RedisProcess:
     path = Path(f"/tmp/scalellm-test-{uuid.uuid4().hex[:12]}.sock")  # a socket's path may have 108 bytes at most
     flags = ["--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no", "--dir", str(folder)]
     process = subprocess.Popen([redis_server(), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:
             raise AssertionError("redis-server did not start")
@@ -145,7 +149,7 @@ def start_redis(folder: Path) -> RedisProcess:
     return RedisProcess(process, f"unix://{path}")
 
 
-async def eventually(condition: Callable[[], bool], timeout: float = 15.0) -> None:
+async def eventually(condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
     """Wait until the condition holds; fail when it does not in time."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from scalellm.v1 import generation_pb2, generation_pb2_grpc, sessions_pb2_grpc, tokenizer_pb2_grpc
 from scripted_scheduler import ScriptedScheduler
-from service_processes import RedisProcess, ServiceProcess, Spawn
+from service_processes import PATIENCE, RedisProcess, ServiceProcess, Spawn
 from services.tokenizer.text.loading import load_model_tokenizer
 
 
@@ -35,12 +35,12 @@ class EdgeClient:
     async def wait_serving(self) -> None:
         """Wait until the service calls itself healthy: its link to the scheduler is up."""
         request = health_pb2.HealthCheckRequest()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             async for answer in self.health.Watch(request):
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
 
-    async def generate(self, request: generation_pb2.GenerateRequest, timeout: float = 30.0) -> Answer:
+    async def generate(self, request: generation_pb2.GenerateRequest, timeout: float = PATIENCE) -> Answer:
         call = self.generation.Generate(request, timeout=timeout)
         answer = Answer([event async for event in call])
         answer.trailers = {str(key): value for key, value in await call.trailing_metadata()}

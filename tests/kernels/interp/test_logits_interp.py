@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import apply_logits_processors_
@@ -68,7 +68,7 @@ GROUPS = (
 )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(chosen=st.sets(st.sampled_from(GROUPS)))
 def test_any_of_them(ops, chosen):
     names = [name for group in chosen for name in group]

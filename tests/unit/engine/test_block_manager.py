@@ -117,7 +117,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         return seq.group.request.cache_salt, tuple(seq.token_ids[: position + 1])
 
 
-BlockManagerMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+BlockManagerMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
 TestBlockManager = BlockManagerMachine.TestCase
 
 

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import engine_kit
@@ -101,7 +101,7 @@ def check_against_oracle(
 
 
 @pytest.mark.parametrize("overlap", engine_kit.Overlap)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     policy=st.sampled_from(CapacityPolicy),

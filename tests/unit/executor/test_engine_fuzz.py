@@ -26,7 +26,7 @@ from_front = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(from_front, max_size=8))
 def test_no_frame_ends_the_engine(sent: list[Message]) -> None:
     config = engine_kit.make_config(max_model_len=64, num_blocks=32, max_num_batched_tokens=16)

@@ -73,7 +73,7 @@ def test_four_bits_find_the_numbers_that_blocks_had() -> None:
     torch.testing.assert_close(layer(torch.eye(256)).T, weight.flatten(1), rtol=0, atol=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(bits=st.sampled_from([4, 8]), words=st.integers(1, 5), columns=st.integers(1, 7), seed=st.integers(0, 99))
 def test_packing(bits: int, words: int, columns: int, seed: int) -> None:
     numbers = torch.randint(1 << bits, (words * 32 // bits, columns), generator=torch.Generator().manual_seed(seed))

@@ -85,7 +85,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueueMachine = QueueMachine.TestCase
-TestQueueMachine.settings = settings(max_examples=50, deadline=None)
+TestQueueMachine.settings = settings(max_examples=50)
 
 
 def test_one_request_larger_than_the_limit_may_wait_alone():

@@ -4,7 +4,7 @@ import random
 from collections.abc import Awaitable, Callable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -30,7 +30,7 @@ def template(smollm2: ModelTokenizer) -> ChatTemplate:
     return ChatTemplate(smollm2.chat_template, smollm2.special_tokens, max_chars=100_000)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), data=st.data())
 async def test_generated_tokens_are_never_encoded_again(
     seed: int, data: st.DataObject, smollm2: ModelTokenizer, template: ChatTemplate, token_texts: dict[str, TokenTexts]

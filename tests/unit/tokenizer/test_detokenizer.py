@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
@@ -11,9 +11,7 @@ from services.tokenizer.text.detokenizer import TokenTexts
 from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 NAMES = ["smollm2", "gemma3", "byte_level", "byte_fallback", "unigram"]
-FIXTURES_ARE_CONSTANT = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+FIXTURES_ARE_CONSTANT = settings(max_examples=150)
 TEXTS = st.lists(
     st.one_of(
         st.text(max_size=8),

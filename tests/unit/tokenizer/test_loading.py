@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import GemmaTokenizerFast, GPT2TokenizerFast, LlamaTokenizerFast, Qwen2TokenizerFast
@@ -53,13 +53,11 @@ def gemma3_oracle(model_dir: Callable[[str], Path]) -> Any:
     return GemmaTokenizerFast.from_pretrained(model_dir("gemma3-270m"), gguf_file="model.gguf")
 
 
-FIXTURES_ARE_CONSTANT = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MANY_EXAMPLES = settings(max_examples=200)
 TEXTS = st.one_of(st.text(max_size=30), st.text(st.sampled_from("ab 12\n\t'é数😀▁<>|"), max_size=30))
 
 
-@FIXTURES_ARE_CONSTANT
+@MANY_EXAMPLES
 @given(text=st.one_of(st.sampled_from(SAMPLES), TEXTS))
 def test_gemma3_encodes_like_transformers(text: str, gemma3: ModelTokenizer, gemma3_oracle: Any) -> None:
     # Gemma's own tokenizer.json has "▁▁" and longer as added tokens, as here; `transformers` leaves these out.
@@ -67,7 +65,7 @@ def test_gemma3_encodes_like_transformers(text: str, gemma3: ModelTokenizer, gem
     assert gemma3.tokenizer.encode(text).ids == gemma3_oracle(text)["input_ids"]
 
 
-@FIXTURES_ARE_CONSTANT
+@MANY_EXAMPLES
 @given(text=st.one_of(st.sampled_from(SAMPLES), TEXTS))
 def test_smollm2_encodes_like_transformers_with_the_right_rule(
     text: str, smollm2: ModelTokenizer, smollm2_oracle: Any, smollm2_true: Tokenizer

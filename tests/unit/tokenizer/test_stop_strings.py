@@ -38,7 +38,7 @@ def stream(text: str, stops: list[str], include_stop: bool, sizes: list[int]) ->
     return shown + matcher.flush(), None
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     text=st.text(LETTERS, max_size=20),
     stops=st.lists(st.text(LETTERS, min_size=1, max_size=5), max_size=4),

@@ -1,6 +1,6 @@
 """Detokeniser and stop matcher together: text, stop string and token count do not depend on batching."""
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -25,7 +25,7 @@ def run(texts: TokenTexts, ids: list[int], stops: list[str], include_stop: bool,
     return shown + rest.text, num_tokens, rest.stop
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(
     text=st.text(st.sampled_from("ab \n😀é"), max_size=20),
     stops=st.lists(st.text(st.sampled_from("ab \n😀\ufffd"), min_size=1, max_size=3), max_size=3),

@@ -54,7 +54,7 @@ def play(texts, samples, data, *, options=EVERYTHING, stops=(), reason=common_pb
     return streams, deltas
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     data=st.data(),
     samples=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30), min_size=1, max_size=3),
@@ -76,7 +76,7 @@ def test_any_batching_gives_what_decoding_at_once_gives(texts, smollm, data, sam
     assert {stream.ended.reason for stream in streams} == {common_pb2.FINISH_REASON_LENGTH}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     data=st.data(),
     text=st.text(alphabet="ab é🦊\n", min_size=1, max_size=40),
@@ -105,7 +105,7 @@ def test_stop_strings_do_not_depend_on_batching(texts, smollm, data, text, stops
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_final_stop_token_is_not_text(texts, smollm, data, skip_special_tokens):
     tokens = [*smollm.tokenizer.encode("Fine <|im_start|> then.").ids, EOS]
     options = OutputOptions(token_ids=True, skip_special_tokens=skip_special_tokens)
