@@ -76,7 +76,6 @@ class LinkClient:
         self._outbox: deque[link_pb2.ClientFrame] = deque()
         self._wake = asyncio.Event()
         self._up = False
-        self._last_frame = 0.0
         self._last_reason = ""
         self.traffic = LinkTraffic()
 
@@ -154,7 +153,6 @@ class LinkClient:
                 call.cancel()
 
     async def _serve(self, call: Any) -> None:
-        self._last_frame = asyncio.get_running_loop().time()
         tasks = [asyncio.create_task(step(call)) for step in (self._read, self._write, self._watch)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -166,9 +164,7 @@ class LinkClient:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, call: Any) -> None:
-        now = asyncio.get_running_loop().time
         while (message := await call.read()) is not grpc.aio.EOF:
-            self._last_frame = now()
             frame = self._parse(message)
             if frame.WhichOneof("frame") == "step":
                 self._handler.on_step(frame.step)
@@ -205,13 +201,14 @@ class LinkClient:
             await self._wake.wait()
 
     async def _watch(self, call: Any) -> None:
-        now = asyncio.get_running_loop().time
-        busy_since = None
+        # Counted in turns of this loop, not by the clock: when this process stood still itself, its peer did not hang,
+        # and what it said meanwhile is yet to be read.
+        pause = min(1.0, self._silence_limit / 4)
+        silent, heard = 0.0, self.traffic.frames_received
         while True:
-            await asyncio.sleep(min(1.0, self._silence_limit / 4))
-            if not self._is_busy():
-                busy_since = None
-                continue
-            busy_since = busy_since if busy_since is not None else now()
-            if now() - max(busy_since, self._last_frame) > self._silence_limit:
+            await asyncio.sleep(pause)
+            is_silent = self._is_busy() and self.traffic.frames_received == heard
+            silent = silent + pause if is_silent else 0.0
+            heard = self.traffic.frames_received
+            if silent > self._silence_limit:
                 raise StatusError.unavailable(f"{self.address} has been silent for {self._silence_limit:g} s")

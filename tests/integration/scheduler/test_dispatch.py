@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2
+from service_processes import PATIENCE
 
 RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
@@ -144,8 +145,9 @@ async def test_deadline_in_the_queue(make_line):
 
 
 async def test_deadline_while_running_is_the_executors_and_travels_as_a_duration(make_line):
-    line = await make_line()
-    stream = await line.edge.submit(10, 100_000, time_remaining=0.1)
+    # The executor goes by its steps, which take longer than they should: it is only just not given up.
+    line = await make_line(executor={"step_time": 0.01}, deadline_backstop_s=PATIENCE)
+    stream = await line.edge.submit(10, 100_000, time_remaining=0.5)
     await line.edge.finish(stream)
     assert stream.code == DEADLINE_EXCEEDED
     assert stream.finish.status.message == "deadline"
@@ -157,7 +159,7 @@ async def test_deadline_backstop_when_the_executor_hangs(make_line, eventually):
     line = await make_line(deadline_backstop_s=0.05)
     (executor,) = line.executors
     executor.honours_deadlines = False
-    stream = await line.edge.submit(10, 100_000, time_remaining=0.1)
+    stream = await line.edge.submit(10, 100_000, time_remaining=1.0)
     await line.edge.finish(stream)
     assert stream.code == DEADLINE_EXCEEDED
     assert stream.finish.usage.completion_tokens == len(stream.samples[0])
@@ -175,8 +177,8 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(make_line, event
     streams = [await line.edge.submit(20, 1) for _ in range(200)]
     await eventually(lambda: line.state().queued == 199)
     hopeless = await line.edge.submit(20, 1, time_remaining=0.08)
-    hopeful = await line.edge.submit(20, 1, time_remaining=60.0)
-    urgent = await line.edge.submit(20, 1, time_remaining=5.0, priority=-1)
+    hopeful = await line.edge.submit(20, 1, time_remaining=3600.0)
+    urgent = await line.edge.submit(20, 1, time_remaining=600.0, priority=-1)
     await line.edge.finish(hopeless)
     assert hopeless.code == DEADLINE_EXCEEDED
     assert "prompt tokens wait before" in hopeless.finish.status.message
@@ -258,7 +260,7 @@ async def test_bad_submits_end_alone(make_line, prompt, n, field):
 
 
 async def _status_of(call) -> tuple[grpc.StatusCode, str]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         with contextlib.suppress(grpc.aio.AioRpcError):
             while await call.read() is not grpc.aio.EOF:
                 pass
@@ -327,7 +329,8 @@ async def test_a_message_that_is_no_frame_is_named_as_such(make_scheduler, make_
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("scalellm.v1.Executor", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    scheduler = await make_scheduler(SimpleNamespace(address=f"127.0.0.1:{port}"), max_executor_deaths=1)
+    broken = SimpleNamespace(address=f"127.0.0.1:{port}")
+    scheduler = await make_scheduler(broken, max_executor_deaths=1, executor_grace_s=PATIENCE)
     edge = await make_edge(scheduler.address).open()
     stream = await edge.submit()
     await edge.finish(stream)

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2
+from service_processes import PATIENCE
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 
@@ -61,7 +62,7 @@ async def test_a_session_moves_when_its_executor_stays_out_of_credits(make_line,
 
 
 async def test_a_session_waits_for_its_executor_a_moment(make_line, eventually):
-    line = await make_line(2, executor={"max_running": 1}, session_wait_s=10.0)
+    line = await make_line(2, executor={"max_running": 1}, session_wait_s=PATIENCE)
     home = await run_session(line.edge, "s")
     (busy,) = [executor for executor in line.executors if executor.address == home]
     blocker = await line.edge.submit(10, 100_000, session_id="s")
@@ -77,8 +78,10 @@ async def test_a_session_waits_for_its_executor_a_moment(make_line, eventually):
 
 
 async def test_affinity_survives_a_restart_of_the_scheduler(
-    make_line, make_scheduler, make_edge, redis_server, eventually
+    make_line, make_scheduler, make_edge, redis_server, eventually, monkeypatch
 ):
+    # A hint that comes late is done without.
+    monkeypatch.setattr("services.scheduler.affinity_store._LOOK_UP_LIMIT", PATIENCE)
     _, url = redis_server
     line = await make_line(3, redis_url=url, session_ttl_s=100)
     await eventually(lambda: line.state().redis_ok)
@@ -123,7 +126,7 @@ async def test_drain(make_line, make_edge, eventually):
     line = await make_line()
     stream = await line.edge.submit(10, 300)
     await eventually(lambda: stream.samples)
-    draining = asyncio.ensure_future(line.edge.stub.Drain(scheduler_pb2.DrainRequest(timeout_s=20)))
+    draining = asyncio.ensure_future(line.edge.stub.Drain(scheduler_pb2.DrainRequest(timeout_s=120)))
     await eventually(lambda: line.edge.draining)
     refused = await line.edge.submit()
     await line.edge.finish(refused)
@@ -181,7 +184,7 @@ async def test_reflection_lists_the_service(make_scheduler):
 
 async def scrape(address: str) -> dict[str, float]:
     def read() -> str:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=PATIENCE) as answer:
             return answer.read().decode()
 
     text = await asyncio.to_thread(read)
@@ -224,10 +227,15 @@ async def test_names_stand_for_addresses(make_executor, make_scheduler, eventual
         )
         await add(scheduler_pb2.AddExecutorRequest(address=f"localhost:{port}"))
         await add(scheduler_pb2.AddExecutorRequest(address="no..host:1"))
-    await eventually(lambda: any(state.instance_id for state in server.service.get_state().executors))
-    states = {state.address: state for state in server.service.get_state().executors}
-    assert states[executor.address].phase == scheduler_pb2.EXECUTOR_PHASE_READY
-    assert "cannot look up" in states["no..host:1"].last_error
+
+    def state_of(address):
+        return next(
+            (state for state in server.service.get_state().executors if state.address == address),
+            scheduler_pb2.ExecutorState(),
+        )
+
+    await eventually(lambda: state_of(executor.address).phase == scheduler_pb2.EXECUTOR_PHASE_READY)
+    await eventually(lambda: "cannot look up" in state_of("no..host:1").last_error)
 
 
 async def test_the_process_drains_on_sigterm_and_exits_0(make_executor, make_edge, tmp_path, eventually):
@@ -236,10 +244,10 @@ async def test_the_process_drains_on_sigterm_and_exits_0(make_executor, make_edg
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "services.scheduler", "--port", "0", "--metrics-port", "0", "--announce", str(announced)),
-        *("--executors", executor.address, "--drain-limit-s", "20"),
+        *("--executors", executor.address, "--drain-limit-s", str(PATIENCE)),
     )
     try:
-        await eventually(announced.exists, 30)
+        await eventually(announced.exists)
         address, metrics = announced.read_text().split()
         edge = await make_edge(address).open()
         stream = await edge.submit(10, 300)
@@ -249,7 +257,7 @@ async def test_the_process_drains_on_sigterm_and_exits_0(make_executor, make_edg
         await eventually(lambda: edge.draining)
         await edge.finish(stream)
         stream.check_tokens(300)
-        assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
         assert not announced.exists()
     finally:
         if process.returncode is None:
@@ -271,7 +279,7 @@ async def test_what_keeps_it_from_starting_is_one_clear_line(make_scheduler, fla
         *(sys.executable, "-m", "services.scheduler", *(flag.format(port=port) for flag in flags)),
         stderr=asyncio.subprocess.PIPE,
     )
-    _, stderr = await asyncio.wait_for(process.communicate(), 30)
+    _, stderr = await asyncio.wait_for(process.communicate(), PATIENCE)
     assert process.returncode == 1
     lines = [line for line in stderr.decode().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -284,7 +292,12 @@ async def test_books_balance_after_a_random_run(make_line, make_edge, make_execu
     rng = random.Random(seed)
     options = {"max_running": 4, "credit_tokens": 60, "step_time": 0.002}
     line = await make_line(
-        3, executor=options, max_queued_requests=30, executor_grace_s=5.0, stall_limit_s=5.0, max_executor_deaths=50
+        3,
+        executor=options,
+        max_queued_requests=30,
+        executor_grace_s=PATIENCE,
+        stall_limit_s=PATIENCE,
+        max_executor_deaths=50,
     )
     edges = [line.edge, await make_edge(line.server.address).open(), await make_edge(line.server.address).open()]
     aborting: set[asyncio.Task[None]] = set()
