@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
@@ -20,6 +20,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from services.common.lifecycle import StartError
+
+if TYPE_CHECKING:
+    from services.common.tracing.tracer import Tracer
 
 _LAG_INTERVAL = 0.1
 
@@ -104,6 +107,30 @@ def histogram_metric(
     family = HistogramMetricFamily(name, text)
     family.add_metric((), buckets, total)
     return family
+
+
+DROPPED_SPANS = ("scalellm_trace_spans_dropped", "Spans of traces that were lost.", ("reason",))
+"""Name, text and labels of the counter; there while traces are on."""
+
+QUEUE_FULL, EXPORT_FAILED = "queue_full", "export_failed"
+"""Why spans are lost: more waited than there is room for, or nobody took them."""
+
+
+class DroppedSpansCollector(Collector):
+    """Spans that a process lost.
+
+    Args:
+        tracer: Made them.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter."""
+        name, text, labels = DROPPED_SPANS
+        values = [((QUEUE_FULL,), self._tracer.num_refused), ((EXPORT_FAILED,), self._tracer.num_failed)]
+        yield filled(CounterMetricFamily(name, text, labels=labels), values)
 
 
 class _PoliteRegistry(CollectorRegistry):

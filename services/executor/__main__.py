@@ -14,7 +14,7 @@ from services.common.entry import run_service
 from services.common.histogram import LAG_SECONDS, Histogram
 from services.common.lifecycle import LAST_WORDS, GrpcService, announce, stop_event
 from services.common.link import link_service_handler
-from services.common.metrics import LoopLag, MetricsEndpoint
+from services.common.metrics import DroppedSpansCollector, LoopLag, MetricsEndpoint
 from services.common.tls import server_credentials
 from services.common.tracing import open_tracer
 from services.common.vllm_metrics import WithVllmNames
@@ -52,7 +52,7 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
     service.server.add_generic_rpc_handlers((handler,))
     metrics, loop_lag = None, Histogram(LAG_SECONDS)
     if settings.metrics_port is not None:
-        metrics = _metrics_endpoint(settings, settings.metrics_port, supervisor, loop_lag)
+        metrics = _metrics_endpoint(settings, settings.metrics_port, supervisor, loop_lag, tracer)
     await service.start()
     lines = [service.address]
     if metrics is not None:
@@ -86,16 +86,23 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
 
 
 def _metrics_endpoint(
-    settings: ExecutorSettings, port: int, supervisor: EngineSupervisor, loop_lag: Histogram
+    settings: ExecutorSettings,
+    port: int,
+    supervisor: EngineSupervisor,
+    loop_lag: Histogram,
+    tracer: Tracer | None,
 ) -> MetricsEndpoint:
     collector: Collector = ExecutorCollector(supervisor, loop_lag)
     if settings.vllm_metrics:
         collector = WithVllmNames(collector, "0", lambda: supervisor.info.model)
+    collectors = [collector]
+    if tracer is not None:
+        collectors.append(DroppedSpansCollector(tracer))
 
     def processes() -> dict[str, int]:
         return {"engine": supervisor.engine_pid} if supervisor.engine_pid is not None else {}
 
-    return MetricsEndpoint(settings.host, port, "executor", [collector], processes)
+    return MetricsEndpoint(settings.host, port, "executor", collectors, processes)
 
 
 if __name__ == "__main__":

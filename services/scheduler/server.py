@@ -14,7 +14,7 @@ from services.common.health import Heartbeat
 from services.common.histogram import LAG_SECONDS, Histogram
 from services.common.lifecycle import LAST_WORDS, GrpcService
 from services.common.link import link_service_handler
-from services.common.metrics import LoopLag, MetricsEndpoint
+from services.common.metrics import DroppedSpansCollector, LoopLag, MetricsEndpoint
 from services.common.tls import server_credentials
 from services.common.vllm_metrics import WithVllmNames
 from services.scheduler.affinity_store import AffinityStore
@@ -39,6 +39,7 @@ class SchedulerServer:
 
     def __init__(self, settings: SchedulerSettings, tracer: Tracer | None = None) -> None:
         self._settings = settings
+        self._tracer = tracer
         self._instance_id = uuid.uuid4().hex
         self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._affinity = AffinityStore(settings.redis_url, settings.session_ttl_s)
@@ -117,7 +118,10 @@ class SchedulerServer:
         if self._settings.vllm_metrics:
             # Of no engine: what waits here is not yet given to one.
             collector = WithVllmNames(collector, "scheduler", self._model_name)
-        return MetricsEndpoint(self._settings.host, port, "scheduler", [collector])
+        collectors = [collector]
+        if self._tracer is not None:
+            collectors.append(DroppedSpansCollector(self._tracer))
+        return MetricsEndpoint(self._settings.host, port, "scheduler", collectors)
 
     def _model_name(self) -> str:
         identity = self._fleet.identity

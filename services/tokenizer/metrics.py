@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -19,6 +20,10 @@ from prometheus_client.registry import Collector
 from scalellm.v1 import common_pb2
 from services.common.api_keys import TenantLimits
 from services.common.histogram import LAG_SECONDS
+from services.common.metrics import DROPPED_SPANS, EXPORT_FAILED, QUEUE_FULL
+
+if TYPE_CHECKING:
+    from services.common.tracing.tracer import Tracer
 
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
@@ -113,11 +118,14 @@ class EdgeMetrics:
         self.redis_failures = counter("scalellm_tokenizer_redis_failures", "Operations that Redis did not do.")
         limited = counter("scalellm_tokenizer_requests_limited", "Refused for a limit of their tenant.", ("limit",))
         self._limited = {name: limited.labels(name) for name in TenantLimits.model_fields}
-        self.limits_shared = gauge("shared_limits", "Workers whose tenants' limits hold over all of them, by Redis.")
+        self.limits_unshared = gauge(
+            "unshared_limits", "Workers that keep to the tenants' limits on their own, as Redis is away."
+        )
         self.link_up = gauge("scheduler_links", "Workers whose link to the scheduler is up.")
         self.tasks = gauge(
             "asyncio_tasks", "Tasks of the workers' event loops: a leak of requests would show here first."
         )
+        self._registry = registry
         self._gaps: list[float] = []
         self._notes: list[tuple[Histogram, float]] = []
         self._followed: dict[Counter, tuple[Callable[[], int], int]] = {}
@@ -161,6 +169,13 @@ class EdgeMetrics:
     def follow(self, counter: Counter, read: Callable[[], int]) -> None:
         """Let `counter` have the value that `read` gives, at every flush."""
         self._followed[counter] = (read, 0)
+
+    def follow_tracer(self, tracer: Tracer) -> None:
+        """Count the spans that are lost."""
+        name, text, labels = DROPPED_SPANS
+        dropped = Counter(name, text, labelnames=labels, registry=self._registry)
+        self.follow(dropped.labels(QUEUE_FULL), lambda: tracer.num_refused)
+        self.follow(dropped.labels(EXPORT_FAILED), lambda: tracer.num_failed)
 
     def flush(self) -> None:
         """Count what was noted: in one go it costs a third of what it costs between messages."""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -85,6 +85,7 @@ class TenantQuotas:
         lease: See _LEASE.
         clock: Monotonic seconds.
         is_shared: Whether the limits hold over all processes now.
+        num_failures: Operations that Redis did not do.
         refused: Called with the name of a limit that a request was refused for.
     """
 
@@ -94,6 +95,7 @@ class TenantQuotas:
     clock: Callable[[], float] = time.monotonic
     refused: Callable[[str], None] = lambda limit: None
     is_shared: bool = field(init=False)
+    num_failures: int = field(init=False, default=0)
     _accounts: dict[str, _Account] = field(default_factory=dict)
     _dirty: set[_Account] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -102,6 +104,11 @@ class TenantQuotas:
 
     def __post_init__(self) -> None:
         self.is_shared = self.redis is not None
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether the limits should hold over all processes, and do not."""
+        return self.redis is not None and not self.is_shared
 
     async def admit(self, tenant: Tenant) -> Lease | None:
         """Let a request in; None where nothing is limited. Raises StatusError RESOURCE_EXHAUSTED."""
@@ -117,6 +124,16 @@ class TenantQuotas:
             self._report(account)  # Redis may have admitted it before we were cancelled
             raise
         return Lease(self, account)
+
+    @contextlib.asynccontextmanager
+    async def admitted(self, tenant: Tenant) -> AsyncIterator[None]:
+        """Around a request that uses no tokens. Raises StatusError RESOURCE_EXHAUSTED."""
+        lease = await self.admit(tenant)
+        try:
+            yield
+        finally:
+            if lease is not None:
+                lease.end(0)
 
     async def run(self) -> None:
         """Report what ended, and renew what runs, until cancelled."""
@@ -212,6 +229,7 @@ class TenantQuotas:
             if self.is_shared:
                 _log.warning("Redis does not answer, each process keeps to the tenants' limits on its own: %r", error)
             self.is_shared = False
+            self.num_failures += 1
             return None
         if not self.is_shared:
             _log.info("Redis answers, the tenants' limits are shared again")

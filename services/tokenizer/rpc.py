@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import grpc
@@ -17,6 +18,8 @@ from services.common.lifecycle import MAX_MESSAGE_BYTES
 from services.common.logs import LineLimit
 
 _log = logging.getLogger(__name__)
+
+_Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message | None]]
 
 
 class CallGate:
@@ -57,12 +60,18 @@ class CallGate:
         return self._running
 
 
+Admit = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[None]]
+"""Around a call that counts as a request of its tenant; raises StatusError when that is over a limit."""
+
+_NOT_ADMITTED_HERE = frozenset({"Generate", "GetInfo"})
+"""Generate sees to it itself, as its tokens count; GetInfo, which costs next to nothing, is free."""
+
 OnEnd = Callable[[str, grpc.StatusCode], None]
 """Told of each call that ended: the method's full name, and the status."""
 
 
 def add_service(
-    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, gate: CallGate, on_end: OnEnd
+    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, gate: CallGate, admit: Admit, on_end: OnEnd
 ) -> None:
     """Serve `service` with the methods of `servicer`, which raise StatusError for every outcome but OK.
 
@@ -72,6 +81,8 @@ def add_service(
     handlers = {}
     for method in service.methods:
         behaviour = getattr(servicer, method.name)
+        if method.name not in _NOT_ADMITTED_HERE:
+            behaviour = _admitted(behaviour, admit)
         make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         handlers[method.name] = make(
             _guarded(behaviour, method, gate, on_end),
@@ -93,8 +104,16 @@ def _lenient_parser(method: MethodDescriptor) -> Callable[[bytes], Message | Non
     return parse
 
 
+def _admitted(behaviour: _Behaviour, admit: Admit) -> _Behaviour:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Message | None:
+        async with admit(context):
+            return await behaviour(request, context)
+
+    return call
+
+
 def _guarded(
-    behaviour: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message | None]],
+    behaviour: _Behaviour,
     method: MethodDescriptor,
     gate: CallGate,
     on_end: OnEnd,

@@ -13,8 +13,10 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import uvloop
 from prometheus_client import CollectorRegistry
 
@@ -124,9 +126,13 @@ class Worker:
                 TokenizerServicer(edge),
                 SessionsServicer(sessions, access, settings.session_ttl_s, edge.limits),
             )
+
+            def admit(context: grpc.aio.ServicerContext) -> AbstractAsyncContextManager[None]:
+                return quotas.admitted(access.tenant(context.invocation_metadata()))
+
             for descriptor, servicer in zip(_SERVICES, servicers, strict=True):
-                add_service(service.server, descriptor, servicer, self._gate, self._metrics.count_call)
-            self._follow(link, sessions, access)
+                add_service(service.server, descriptor, servicer, self._gate, admit, self._metrics.count_call)
+            self._follow(link, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
             waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
             tasks = [asyncio.create_task(step) for step in waits]
@@ -152,7 +158,7 @@ class Worker:
                 await quotas.close()
                 self._metrics.flush()
 
-    def _follow(self, link: SchedulerLink, sessions: SessionStore, access: Access) -> None:
+    def _follow(self, link: SchedulerLink, sessions: SessionStore, access: Access, quotas: TenantQuotas) -> None:
         metrics, traffic = self._metrics, link.traffic
         metrics.follow(metrics.generation_tokens, lambda: link.num_tokens)
         metrics.follow(metrics.discarded_tokens, lambda: link.num_discarded_tokens)
@@ -161,12 +167,14 @@ class Worker:
         metrics.follow(metrics.bytes_sent, lambda: traffic.bytes_sent)
         metrics.follow(metrics.bytes_received, lambda: traffic.bytes_received)
         metrics.follow(metrics.refused_calls, lambda: access.num_refused)
-        metrics.follow(metrics.redis_failures, lambda: sessions.num_failures)
+        metrics.follow(metrics.redis_failures, lambda: sessions.num_failures + quotas.num_failures)
+        if self._tracer is not None:
+            metrics.follow_tracer(self._tracer)
 
     def _is_ready(self, link: SchedulerLink, quotas: TenantQuotas) -> bool:
         """Asked twice a second."""
         self._metrics.flush()
-        self._metrics.limits_shared.set(quotas.is_shared)
+        self._metrics.limits_unshared.set(quotas.is_degraded)
         self._metrics.link_up.set(link.welcome is not None)
         self._metrics.tasks.set(len(asyncio.all_tasks()))
         return link.welcome is not None and not self._gate.is_closed

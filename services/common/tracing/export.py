@@ -14,7 +14,7 @@ from google.protobuf.json_format import MessageToDict
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from services.common.lifecycle import StartError
 
@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 
 _EXPORT_LIMIT = 5.0
 """Seconds that one batch may take, attempts and pauses between them included."""
+
+_QUEUE_SPANS = 8192
+_EXPORT_DELAY_MS = 1000.0
 
 _IDS = ("traceId", "spanId", "parentSpanId")
 
@@ -69,6 +72,10 @@ class ReportingExporter(SpanExporter):
     Args:
         exporter: What exports.
         target: Where to.
+
+    Attributes:
+        num_taken: Spans that came to be exported.
+        num_failed: Of these, those that were lost.
     """
 
     def __init__(self, exporter: SpanExporter, target: str) -> None:
@@ -76,9 +83,12 @@ class ReportingExporter(SpanExporter):
         self._target = target
         self._lost = 0
         self._closed = False
+        self.num_taken = 0
+        self.num_failed = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Pass a batch on; what fails is lost."""
+        self.num_taken += len(spans)
         try:
             result, why = self._exporter.export(spans), "no collector takes them there"
         except OSError as error:
@@ -91,6 +101,7 @@ class ReportingExporter(SpanExporter):
             if not self._lost:
                 _log.warning("traces cannot be exported to %s and are lost: %s", self._target, why)
             self._lost += len(spans)
+            self.num_failed += len(spans)
         return result
 
     def shutdown(self) -> None:
@@ -100,13 +111,40 @@ class ReportingExporter(SpanExporter):
             self._exporter.shutdown()
 
 
-def otlp_exporter(endpoint: str) -> SpanExporter:
+class BoundedProcessor(BatchSpanProcessor):
+    """Keeps spans until they are exported; counts those that find no room, which OpenTelemetry only logs.
+
+    Args:
+        exporter: Takes them, on a thread of its own.
+
+    Attributes:
+        num_refused: Spans that found no room. Changed by one thread, that of the event loop.
+    """
+
+    def __init__(self, exporter: ReportingExporter) -> None:
+        super().__init__(exporter, max_queue_size=_QUEUE_SPANS, schedule_delay_millis=_EXPORT_DELAY_MS)
+        self.exporter = exporter
+        self.num_refused = 0
+        self._num_kept = 0
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """A span ended."""
+        if self._num_kept - self.exporter.num_taken >= _QUEUE_SPANS:
+            if not self.num_refused:
+                _log.warning("traces come faster than they are exported; spans that find no room are lost")
+            self.num_refused += 1
+            return
+        self._num_kept += 1
+        super().on_end(span)
+
+
+def otlp_exporter(endpoint: str) -> ReportingExporter:
     """To a collector, by OTLP/gRPC. Headers, certificates and compression come from OTEL_EXPORTER_OTLP_*."""
     # It would tell of every attempt; see ReportingExporter.
     logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").setLevel(logging.CRITICAL)
     return ReportingExporter(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_LIMIT), endpoint)
 
 
-def file_exporter(path: Path) -> SpanExporter:
+def file_exporter(path: Path) -> ReportingExporter:
     """To a file. Raises StartError."""
     return ReportingExporter(FileExporter(path), str(path))

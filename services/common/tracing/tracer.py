@@ -13,13 +13,12 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
 from services.common.tracing.clock import WallClock
-from services.common.tracing.export import file_exporter, otlp_exporter
+from services.common.tracing.export import BoundedProcessor, file_exporter, otlp_exporter
 from services.common.tracing.headers import TraceHeaders
 
 if TYPE_CHECKING:
@@ -33,8 +32,6 @@ _KINDS = {
     "client": trace.SpanKind.CLIENT,
     "internal": trace.SpanKind.INTERNAL,
 }
-_QUEUE_SPANS = 8192
-_EXPORT_DELAY_MS = 1000.0
 _FLUSH_LIMIT = 2.0
 """Seconds that the last spans get at the end of the process."""
 
@@ -69,20 +66,18 @@ class Tracer:
             "service.version": version("scalellm"),
             "process.pid": os.getpid(),
         }
-        self._exporters: list[SpanExporter] = []
+        exporters = []
         if settings.trace_file is not None:
-            self._exporters.append(file_exporter(settings.trace_file))
+            exporters.append(file_exporter(settings.trace_file))
         if settings.otlp_endpoint is not None:
-            self._exporters.append(otlp_exporter(settings.otlp_endpoint))
+            exporters.append(otlp_exporter(settings.otlp_endpoint))
+        self._processors = tuple(map(BoundedProcessor, exporters))
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
             resource=Resource.create(dict(resource)),
             shutdown_on_exit=False,
         )
-        for exporter in self._exporters:
-            processor = BatchSpanProcessor(
-                exporter, max_queue_size=_QUEUE_SPANS, schedule_delay_millis=_EXPORT_DELAY_MS
-            )
+        for processor in self._processors:
             self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("scalellm", version("scalellm"))
         self._clock = WallClock()
@@ -117,14 +112,24 @@ class Tracer:
         self._propagator.inject(carrier, trace.set_span_in_context(span.span, Context()))
         return TraceHeaders(**carrier)
 
+    @property
+    def num_refused(self) -> int:
+        """Spans that were lost because too many waited to be exported."""
+        return sum(processor.num_refused for processor in self._processors)
+
+    @property
+    def num_failed(self) -> int:
+        """Spans that were lost because exporting them failed."""
+        return sum(processor.exporter.num_failed for processor in self._processors)
+
     def close(self) -> None:
         """Export what is left, for a few seconds at most."""
         flushing = threading.Thread(target=self._provider.shutdown, daemon=True)
         flushing.start()
         flushing.join(_FLUSH_LIMIT)
         if flushing.is_alive():
-            for exporter in self._exporters:
-                exporter.shutdown()
+            for processor in self._processors:
+                processor.exporter.shutdown()
 
 
 class Span:

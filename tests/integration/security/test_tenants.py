@@ -10,12 +10,23 @@ import grpc
 import pytest
 
 from line import Line, generate, scrape, start_line
-from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, sessions_pb2_grpc
+from scalellm.v1 import (
+    common_pb2,
+    generation_pb2,
+    sessions_pb2,
+    sessions_pb2_grpc,
+    tokenizer_pb2,
+    tokenizer_pb2_grpc,
+)
 from service_processes import RedisProcess, Spawn
 from services.common.api_keys import Role, key_entry, new_key
 
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "512", "--fake-preset", "h200-llama-8b")
 PROMPT = "What one tenant has asked is nobody else's business. " * 8
+COUNTED = {
+    *(f"Tokenizer/{method}" for method in ("Encode", "Decode", "ApplyChatTemplate")),
+    *(f"Sessions/{method}" for method in ("Get", "List", "Fork", "Delete")),
+}
 LIMITS = "[tenants.small]\nconcurrent_requests = 1\n[tenants.brief]\ntokens_per_minute = 40\n"
 
 
@@ -98,6 +109,29 @@ async def test_equal_request_ids_do_not_meet(line, keys) -> None:
         assert (answer.code, answer.finished.usage.completion_tokens) == (grpc.StatusCode.OK, 400)
 
 
+async def limited_methods(channel: grpc.aio.Channel, **call) -> set[str]:
+    """The methods, beside Generate, that are refused for the limit on requests at once."""
+    tokenizer, sessions = tokenizer_pb2_grpc.TokenizerStub(channel), sessions_pb2_grpc.SessionsStub(channel)
+    requests = {
+        tokenizer.Encode: tokenizer_pb2.EncodeRequest(text="Hi"),
+        tokenizer.Decode: tokenizer_pb2.DecodeRequest(token_ids=[1]),
+        tokenizer.ApplyChatTemplate: tokenizer_pb2.ApplyChatTemplateRequest(chat=request(session_id="s").chat),
+        tokenizer.GetInfo: tokenizer_pb2.GetInfoRequest(),
+        sessions.Get: sessions_pb2.GetSessionRequest(session_id="s"),
+        sessions.List: sessions_pb2.ListSessionsRequest(),
+        sessions.Fork: sessions_pb2.ForkSessionRequest(session_id="s", new_session_id="copy"),
+        sessions.Delete: sessions_pb2.DeleteSessionRequest(session_id="s"),
+    }
+    limited = set()
+    for method, message in requests.items():
+        try:
+            await method(message, **call)
+        except grpc.aio.AioRpcError as error:
+            if error.details().startswith("concurrent_requests: tenant 'small'"):
+                limited.add(method._method.decode().rpartition(".")[2])
+    return limited
+
+
 async def test_limits_hold_for_their_tenant_and_name_themselves(line, keys) -> None:
     async with line.channel() as one, line.channel() as two:
         running = asyncio.create_task(generate(one, request(1500, prompt="Hi"), **as_tenant(keys, "small")))
@@ -108,6 +142,7 @@ async def test_limits_hold_for_their_tenant_and_name_themselves(line, keys) -> N
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.details.startswith("concurrent_requests: tenant 'small' may use 1 at once; retry in 1.0 s")
         assert (await generate(two, request(), **as_tenant(keys, "acme"))).code is grpc.StatusCode.OK
+        assert await limited_methods(two, **as_tenant(keys, "small")) == COUNTED
         assert (await running).code is grpc.StatusCode.OK
         assert (await generate(two, request(60, prompt="Hi"), **as_tenant(keys, "brief"))).code is grpc.StatusCode.OK
         await asyncio.sleep(0.2)
@@ -116,9 +151,9 @@ async def test_limits_hold_for_their_tenant_and_name_themselves(line, keys) -> N
         assert refused.details.startswith("tokens_per_minute: tenant 'brief' may use 40 per minute")
     await asyncio.sleep(1.5)  # workers write their metrics twice a second
     samples = scrape(line.tokenizer)
-    assert samples['scalellm_tokenizer_requests_limited_total{limit="concurrent_requests"}'] == 1
+    assert samples['scalellm_tokenizer_requests_limited_total{limit="concurrent_requests"}'] == 1 + len(COUNTED)
     assert samples['scalellm_tokenizer_requests_limited_total{limit="tokens_per_minute"}'] == 1
-    assert samples["scalellm_tokenizer_shared_limits"] == 2
+    assert samples["scalellm_tokenizer_unshared_limits"] == 0
 
 
 async def test_no_key_no_service(line, keys, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import grpc
@@ -11,6 +13,7 @@ import pytest
 
 from otlp import read_trace_file
 from services.common.lifecycle import StartError
+from services.common.metrics import DroppedSpansCollector
 from services.common.settings import ServiceSettings, load_settings
 from services.common.tracing import TraceHeaders, open_tracer
 from services.common.tracing.clock import WallClock
@@ -60,6 +63,34 @@ def test_spans_reach_the_file_by_the_end(tmp_path: Path) -> None:
     assert queue.parent_id == call.parent_id == whole.span_id
     # A cancelled call failed for its caller, and is no failure of the server's.
     assert (call.status, whole.status) == (2, 0)
+
+
+def dropped(collector: DroppedSpansCollector) -> dict[str, float]:
+    return {sample.labels["reason"]: sample.value for metric in collector.collect() for sample in metric.samples}
+
+
+def test_spans_that_are_lost_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that takes nothing: what waits finds no room after a while, and what was taken is lost."""
+    monkeypatch.setattr("services.common.tracing.export._QUEUE_SPANS", 1024)
+    taking = threading.Event()
+
+    def write(file: int, line: bytes) -> int:
+        taking.wait(20)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open_tracer("scheduler", ServiceSettings(trace_file=tmp_path / "traces.jsonl")) as tracer:
+        assert tracer is not None
+        collector = DroppedSpansCollector(tracer)
+        assert dropped(collector) == {"queue_full": 0, "export_failed": 0}
+        monkeypatch.setattr("services.common.tracing.export.os.write", write)
+        for _ in range(3000):
+            span = tracer.begin("schedule", TraceHeaders(TRACEPARENT), 1_000)
+            assert span is not None
+            span.end(2_000, grpc.StatusCode.OK, "")
+        lost = dropped(collector)["queue_full"]
+        assert lost >= 3000 - 2 * 1024  # at most one batch was taken meanwhile
+        taking.set()
+    assert dropped(collector) == {"queue_full": lost, "export_failed": 3000 - lost}
 
 
 def test_off_and_refused() -> None:

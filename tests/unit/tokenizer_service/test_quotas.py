@@ -133,7 +133,7 @@ async def test_without_redis_each_process_keeps_to_the_limits():
     clock = Clock()
     refused = []
     worker = TenantQuotas(None, "w", clock=clock, refused=refused.append)
-    assert not worker.is_shared
+    assert (worker.is_shared, worker.is_degraded) == (False, False)
     requests = Tenant("a", TenantLimits(requests_per_minute=2))
     for _ in range(2):
         (await worker.admit(requests)).end(0)
@@ -163,7 +163,7 @@ async def test_a_stalled_redis_is_waited_for_once_and_nothing_is_forgotten(worke
         redis_process.pause()
         try:
             second = await hasty.admit(tenant)
-            assert not hasty.is_shared
+            assert (hasty.is_degraded, hasty.num_failures) == (True, 1)
             with monkeypatch.context() as nobody_asks:
                 nobody_asks.setattr(redis, "eval", None, raising=False)
                 await refusal(hasty, tenant)
@@ -175,4 +175,5 @@ async def test_a_stalled_redis_is_waited_for_once_and_nothing_is_forgotten(worke
             while not hasty.is_shared or hasty._accounts["acme"].unreported_tokens:
                 clock.now += 1  # it tries again every second
                 await asyncio.sleep(0.1)
+        assert not hasty.is_degraded
         assert 400 < (await refusal(patient, tenant)).retry_after <= 600
