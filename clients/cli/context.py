@@ -195,6 +195,8 @@ def explain(error: ClientError) -> tuple[str, ExitCode]:
     """One line that says what to do about a failed call, and the exit code for it."""
     if error.unreachable:
         return f"no ScaleLLM server answers at {error.unreachable}; start it with: scalellm up", ExitCode.NOT_RUNNING
+    if error.misconfigured:
+        return error.message, ExitCode.USAGE
     code = _EXIT_CODES.get(error.code, ExitCode.FAILED)
     message = " ".join(error.message.split())
     if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):

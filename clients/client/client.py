@@ -41,6 +41,7 @@ class Client:
     def __init__(self, address: str, *, timeout: float = 10.0, credentials: Credentials = NO_CREDENTIALS) -> None:
         self.address = address
         self._timeout = timeout
+        self._credentials = credentials
         self._metadata = credentials.metadata
         self._channel = credentials.open_channel(address, _CHANNEL_OPTIONS)
         self._generation = generation_pb2_grpc.GenerationStub(self._channel)  # type: ignore[no-untyped-call]
@@ -62,7 +63,7 @@ class Client:
             metadata: Sent along, such as `traceparent` and `tracestate` of the trace that the call belongs to.
         """
         call = self._generation.Generate(request, timeout=timeout, metadata=(*self._metadata, *metadata))
-        return GenerationStream(call, self.address)
+        return GenerationStream(call, self.address, self._credentials)
 
     def chat(
         self, messages: Sequence[tuple[str, str]], *, session_id: str | None = None, timeout: float | None = None
@@ -141,4 +142,4 @@ class Client:
         try:
             return method(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise ClientError.from_rpc(error, self.address) from None
+            raise ClientError.from_rpc(error, self.address, self._credentials) from None

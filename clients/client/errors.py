@@ -8,18 +8,19 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from clients.client.credentials import NO_CREDENTIALS, Credentials
+
 # HTTP/2's REFUSED_STREAM, in gRPC's words: the server closed the stream without having looked at it.
 _REFUSED = "RST_STREAM with error code 7"
 
 # What gRPC itself says when nobody answers at the address; a server's own UNAVAILABLE reads otherwise.
 _UNREACHABLE = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
 
-# Somebody listens there: the connection was made, and then closed again by either side.
-_NO_HANDSHAKE = re.compile(
-    "^failed to connect to all addresses.*?("
+# Somebody listens there: the connection was made, and then closed again, by us or by them.
+_REJECTED_BY_US = re.compile(
     "WRONG_VERSION_NUMBER|CERTIFICATE_VERIFY_FAILED|Hostname Verification Check failed|handshake failed"
-    "|Socket closed|Connection reset by peer)"
 )
+_REJECTED_BY_THEM = re.compile("Socket closed|Connection reset by peer")
 
 
 class ClientError(Exception):
@@ -31,6 +32,7 @@ class ClientError(Exception):
         field: The request's field at fault, where the server names one.
         retry_after: Seconds after which a retry may succeed, where the server says so.
         unreachable: The address at which nothing answers, where that is why: the request never reached a server.
+        misconfigured: Whether client and server do not agree on TLS, so that trying again will not help.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ClientError(Exception):
         field: str = "",
         retry_after: float | None = None,
         unreachable: str = "",
+        misconfigured: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -48,10 +51,17 @@ class ClientError(Exception):
         self.field = field
         self.retry_after = retry_after
         self.unreachable = unreachable
+        self.misconfigured = misconfigured
 
     @classmethod
-    def from_rpc(cls, error: grpc.RpcError, address: str) -> ClientError:
-        """The same from what gRPC raises on a call to `address`, with the google.rpc details that came along."""
+    def from_rpc(cls, error: grpc.RpcError, address: str, shown: Credentials = NO_CREDENTIALS) -> ClientError:
+        """The same from what gRPC raises on a call to `address`, with the google.rpc details that came along.
+
+        Args:
+            error: What was raised.
+            address: Whom the call was for.
+            shown: What the connection was made with.
+        """
         code: grpc.StatusCode = error.code()
         message = error.details() or code.name.lower().replace("_", " ")
         field = ""
@@ -67,12 +77,9 @@ class ClientError(Exception):
             return cls(code, message, field=field, retry_after=retry_after)
         # A server says UNAVAILABLE with details, also where it quotes what happened on a connection of its own. Without
         # them it was this connection.
-        if refusal := _NO_HANDSHAKE.search(message):
-            return cls(
-                code,
-                f"{address} is there, but no connection came about ({refusal[1]}): does it expect TLS (--tls-ca), and "
-                "a certificate (--tls-cert, --tls-key)?",
-            )
+        if advice := _tls_advice(message, shown):
+            said = f"{address} is there, but no connection came about: {advice}"
+            return cls(code, said, misconfigured=shown.tls_ca is not None)
         if message.startswith(_UNREACHABLE):
             return cls(code, message, unreachable=address)
         if _REFUSED in message:
@@ -82,6 +89,27 @@ class ClientError(Exception):
                 "not begun, try again",
             )
         return cls(code, f"the connection to {address} broke ({message}); see scalellm status, then try again")
+
+
+def _tls_advice(message: str, shown: Credentials) -> str:
+    """What may be wrong between two that were connected and could not talk; empty if it was something else."""
+    if not message.startswith(_UNREACHABLE):
+        return ""
+    if why := _REJECTED_BY_US.search(message):
+        if why[0] == "Hostname Verification Check failed":
+            return "its certificate is for another name"
+        return (
+            f"its certificate is not of an authority in {shown.tls_ca} (--tls-ca, SCALELLM_TLS_CA), or it speaks no TLS"
+        )
+    if _REJECTED_BY_THEM.search(message) is None:
+        return ""
+    if shown.tls_ca is None:
+        return "does it expect TLS? Give --tls-ca (SCALELLM_TLS_CA)"
+    if shown.tls_cert is None:
+        return (
+            "does it ask clients for a certificate? Give --tls-cert and --tls-key (SCALELLM_TLS_CERT, SCALELLM_TLS_KEY)"
+        )
+    return f"does it trust the authority of {shown.tls_cert} (--tls-cert, SCALELLM_TLS_CERT)?"
 
 
 def _status_of(error: grpc.RpcError) -> rpc_status.status_pb2.Status | None:

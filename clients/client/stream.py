@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from clients.client.credentials import Credentials
 from clients.client.errors import ClientError
 from scalellm.v1.generation_pb2 import GenerateResponse
 
@@ -18,19 +19,21 @@ class GenerationStream(Iterator[GenerateResponse]):
     Args:
         call: The server-streaming gRPC call.
         address: Whom it calls, for errors.
+        credentials: What it was shown, for errors.
 
     Raises ClientError while iterating when the call ends with a status other than OK.
     """
 
-    def __init__(self, call: Any, address: str) -> None:
+    def __init__(self, call: Any, address: str, credentials: Credentials) -> None:
         self._call = call
         self._address = address
+        self._credentials = credentials
 
     def __next__(self) -> GenerateResponse:
         try:
             response: GenerateResponse = next(self._call)
         except grpc.RpcError as error:
-            raise ClientError.from_rpc(error, self._address) from None
+            raise ClientError.from_rpc(error, self._address, self._credentials) from None
         return response
 
     def cancel(self) -> None:

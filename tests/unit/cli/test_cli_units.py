@@ -16,7 +16,7 @@ from clients.cli.generation import logprob_entries
 from clients.cli.latency import rows
 from clients.cli.main import app
 from clients.cli.services import _fitting_status_table, _status_table
-from clients.client import ClientError
+from clients.client import ClientError, Credentials
 from clients.launcher import Instance, LauncherError, NotRunningError, ServiceStatus, State, UpOptions
 from clients.launcher.instance import ServiceRecord
 from clients.launcher.plan import check_ports, listeners, service_command, service_environment
@@ -191,6 +191,9 @@ def test_last_error_prefers_what_the_service_said_itself(tmp_path: Path) -> None
     assert last_error(str(tmp_path / "none")) == ""
 
 
+TLS = Credentials("", Path("ca.pem"))
+
+
 class Failure(grpc.RpcError):
     """A call that failed, with or without a status of the server's own."""
 
@@ -217,14 +220,6 @@ def test_who_is_not_there() -> None:
     assert explained("errors resolving h:1: [field:hostname lookup error:address lookup failed for h:1]") == nobody
     broke = "the connection to h:1 broke (Socket closed); see scalellm status, then try again"
     assert explained("Socket closed") == (broke, ExitCode.BUSY)
-    for happened, why in (
-        ("Tls handshake failed (TSI_PROTOCOL_FAILURE): error:100000f7:SSL:WRONG_VERSION_NUMBER: x", "handshake failed"),
-        ("UNAVAILABLE: ipv4:127.0.0.1:1: Socket closed", "Socket closed"),
-        ("UNKNOWN: Hostname Verification Check failed.", "Hostname Verification Check failed"),
-    ):
-        text, code = explained(f"failed to connect to all addresses; last error: {happened}")
-        assert text.startswith(f"h:1 is there, but no connection came about ({why}): does it expect TLS (--tls-ca)")
-        assert code is ExitCode.BUSY
     refused = explained("Stream removed (RST_STREAM (Received RST_STREAM with error code 7))")
     full = "h:1 keeps no more calls of one connection open (--max-streams-per-connection); this one was not begun"
     assert refused == (f"{full}, try again", ExitCode.BUSY)
@@ -233,6 +228,38 @@ def test_who_is_not_there() -> None:
     status = StatusError.unavailable(relayed, retry_after=1.0).to_rpc_status()
     expected = (f"{relayed}; try again in 1.0 s", ExitCode.BUSY)
     assert explained(relayed, ("grpc-status-details-bin", status.SerializeToString())) == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "happened", "advice", "code"),
+    [
+        (Credentials(), "Socket closed", "does it expect TLS? Give --tls-ca (SCALELLM_TLS_CA)", ExitCode.BUSY),
+        (
+            TLS,
+            "Tls handshake failed (TSI_PROTOCOL_FAILURE): error:100000f7:SSL:WRONG_VERSION_NUMBER: x",
+            "its certificate is not of an authority in ca.pem (--tls-ca, SCALELLM_TLS_CA), or it speaks no TLS",
+            ExitCode.USAGE,
+        ),
+        (TLS, "Hostname Verification Check failed.", "its certificate is for another name", ExitCode.USAGE),
+        (
+            TLS,
+            "Socket closed",
+            "does it ask clients for a certificate? Give --tls-cert and --tls-key (SCALELLM_TLS_CERT, "
+            "SCALELLM_TLS_KEY)",
+            ExitCode.USAGE,
+        ),
+        (
+            replace(TLS, tls_cert=Path("me.pem"), tls_key=Path("me.key")),
+            "Connection reset by peer",
+            "does it trust the authority of me.pem (--tls-cert, SCALELLM_TLS_CERT)?",
+            ExitCode.USAGE,
+        ),
+    ],
+)
+def test_who_is_there_and_does_not_talk(shown: Credentials, happened: str, advice: str, code: ExitCode) -> None:
+    failure = Failure(f"failed to connect to all addresses; last error: UNAVAILABLE: ipv4:127.0.0.1:1: {happened}", ())
+    text = f"h:1 is there, but no connection came about: {advice}"
+    assert explain(ClientError.from_rpc(failure, "h:1", shown)) == (text, code)
 
 
 @pytest.mark.parametrize(
