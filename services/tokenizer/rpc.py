@@ -83,7 +83,10 @@ def add_service(
         behaviour = getattr(servicer, method.name)
         if method.name not in _NOT_ADMITTED_HERE:
             behaviour = _admitted(behaviour, admit)
-        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        # As if the client streamed, too: gRPC would leave a call whose client closes its side without a message alone.
+        make = (
+            grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
+        )
         handlers[method.name] = make(
             _guarded(behaviour, method, gate, on_end),
             request_deserializer=_lenient_parser(method),
@@ -117,14 +120,17 @@ def _guarded(
     method: MethodDescriptor,
     gate: CallGate,
     on_end: OnEnd,
-) -> Callable[[Message | None, grpc.aio.ServicerContext], Awaitable[Message | None]]:
+) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[Message | None]]:
     limit = LineLimit()
 
-    async def call(request: Message | None, context: grpc.aio.ServicerContext) -> Message | None:
+    async def call(_: object, context: grpc.aio.ServicerContext) -> Message | None:
         code = grpc.StatusCode.CANCELLED  # which is all that ends a call without passing one of the lines below
         try:
+            request = await context.read()
             gate.enter()
             try:
+                if request is grpc.aio.EOF:
+                    raise StatusError.invalid("request", f"is missing: the call has no {method.input_type.full_name}")
                 if request is None:
                     raise StatusError.invalid(
                         "request",
