@@ -29,16 +29,18 @@ bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile
                  int64_t group, int64_t q_stride, int64_t out_stride, int64_t window, float scale, float softcap,
                  float v_scale) {
   const int64_t dim = cache.dim, rows = tile_of_q.count * group;
-  std::vector<float> scratch(3 * rows * dim + rows * kTile + LaidOut::size(dim));
-  float *scaled = &scratch[0], *total = scaled + rows * dim, *acc = total + rows * dim, *scores = acc + rows * dim;
-  LaidOut laid_out(scores + rows * kTile, dim);
+  using Term = TermOf<T>;
+  std::vector<float> scratch(3 * rows * dim + rows * kTile + LaidOut<Term>::size(dim));
+  float *total = &scratch[0], *acc = total + rows * dim, *scores = acc + rows * dim, *scaled = scores + rows * kTile;
+  auto* elements = reinterpret_cast<Element<Term>*>(scaled);
+  LaidOut<Term> laid_out(scaled + rows * dim, dim);
   std::vector<Softmax> totals(rows), softmax(rows);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t head = tile_of_q.head * group + r % group;
-    copy_scaled(q + (tile_of_q.begin + r / group) * q_stride + head * dim, scaled + r * dim, scale, dim);
+    copy_scaled(q + (tile_of_q.begin + r / group) * q_stride + head * dim, elements + r * dim, scale, dim);
     if (sinks != nullptr) softmax[r] = {sinks[head], 1};
   }
-  const Queries queries{scaled, scores, softmax.data(), acc, rows};
+  const Queries<Term> queries{reinterpret_cast<const Term*>(scaled), scores, softmax.data(), acc, rows};
   const int64_t end = tile_of_q.position + tile_of_q.count;
   const int64_t begin = window > 0 ? std::max<int64_t>(0, tile_of_q.position - window + 1) : 0;
   const int64_t start = begin / kPart * kPart;

@@ -75,6 +75,8 @@ class Decode {
   }
 
  private:
+  using Term = TermOf<T>;
+
   // Of items that are shared by more there are several.
   int64_t most_together() const { return std::max<int64_t>(1, kRows / group_); }
 
@@ -125,10 +127,11 @@ class Decode {
     const int64_t dim = cache_.dim;
     int64_t most = 1;
     for (int64_t item = begin; item < end; ++item) most = std::max(most, items_[item].count);
-    std::vector<float> scratch(most * (heads_ * 2 * dim + group_ * kTile) + LaidOut::size(dim));
+    std::vector<float> scratch(most * (heads_ * 2 * dim + group_ * kTile) + LaidOut<Term>::size(dim));
     std::vector<Softmax> softmax(most * heads_);
     float *scaled = &scratch[0], *acc = scaled + most * heads_ * dim, *scores = acc + most * heads_ * dim;
-    LaidOut laid_out(scores + most * group_ * kTile, dim);
+    const auto* terms = reinterpret_cast<const Term*>(scaled);
+    LaidOut<Term> laid_out(scores + most * group_ * kTile, dim);
     Tile<T> tile, next;
     const auto first_of = [&](int64_t item) -> const Share& { return shares_[order_[items_[item].first]]; };
     const auto find = [&](Tile<T>& to, const Share& share, int64_t at) {
@@ -139,7 +142,7 @@ class Decode {
     for (int64_t item = begin; item < end; ++item) {
       const Share& share = first_of(item);
       const int64_t together = items_[item].count, rows = together * group_;
-      load_queries(items_[item], scaled);
+      load_queries(items_[item], reinterpret_cast<Element<Term>*>(scaled));
       std::fill(acc, acc + together * heads_ * dim, 0.0f);
       std::fill(softmax.begin(), softmax.begin() + together * heads_, Softmax());
       for (int64_t at = share.begin / kPart * kPart; at < share.end; at += kTile) {
@@ -151,7 +154,7 @@ class Decode {
         }
         for (int64_t head = 0; head < cache_.heads; ++head) {
           const int64_t row = head * rows;
-          const Queries queries{scaled + row * dim, scores, &softmax[row], acc + row * dim, rows};
+          const Queries<Term> queries{terms + row * dim / kNumbers<Term>, scores, &softmax[row], acc + row * dim, rows};
           attend(cache_, tile, next, head, std::max<int64_t>(0, share.begin - at), queries, NoMask(),
                  softcap_, laid_out);
         }
@@ -163,7 +166,7 @@ class Decode {
   }
 
   // Rows of queries and what becomes of them are [kv heads, shares of an item, group].
-  void load_queries(const Item& item, float* scaled) const {
+  void load_queries(const Item& item, Element<Term>* scaled) const {
     for (int64_t head = 0; head < cache_.heads; ++head) {
       for (int64_t i = 0; i < item.count; ++i, scaled += group_ * cache_.dim) {
         const int64_t sequence = shares_[order_[item.first + i]].sequence;

@@ -6,7 +6,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "vec.h"
+#include "terms.h"
 
 // Tokens that are attended to before the running maximum is renewed. Their keys and values stay in the core's cache.
 constexpr int64_t kTile = 64;
@@ -73,34 +73,47 @@ struct Tile {
 struct Softmax {
   float largest = kMasked;
   float total = 0;
+};
 
-  // Turns scores [kTile] into weights relative to the largest one and returns what weights so far are multiplied by.
-  float add(float* scores, float softcap) {
-    if (softcap != 0) {
-      for (int64_t i = 0; i < kTile; i += kLanes) {
-        const Vec s = load(scores + i);
-        store(scores + i, s == kMasked ? s : tanh(s / softcap) * softcap);
+// Turns scores [count, kTile] into weights relative to the largest one of a row, which take their place as elements of
+// terms, and adds them to the rows' softmaxes; shrunk [count] is what weights before are multiplied by. `count` is at most
+// kLanes: what takes long for one row, the next ones do meanwhile.
+template <class Term>
+inline void add_scores(Softmax* rows, int64_t count, float* scores, float softcap, float* shrunk) {
+  float before[kLanes] = {}, largest[kLanes] = {}, factors[kLanes];
+  for (int64_t r = 0; r < count; ++r) {
+    float* row = scores + r * kTile;
+    Vec most = splat(rows[r].largest);
+    for (int64_t i = 0; i < kTile; i += kLanes) {
+      Vec score = load(row + i);
+      if (softcap != 0) {
+        score = score == kMasked ? score : tanh(score / softcap) * softcap;
+        store(row + i, score);
       }
+      most = max(score, most);
     }
-    Vec most = load(scores);
-    for (int64_t i = kLanes; i < kTile; i += kLanes) most = max(load(scores + i), most);
-    const float before = largest;
-    largest = std::max(before, maximum(most));
-    if (largest == kMasked) {  // nothing was seen yet
-      std::fill(scores, scores + kTile, 0.0f);
-      return 1;
+    before[r] = rows[r].largest;
+    largest[r] = maximum(most);
+  }
+  const Vec was = load(before), is = load(largest);
+  store(factors, was == is ? splat(1) : exp(was - is));
+  for (int64_t r = 0; r < count; ++r) {
+    float* row = scores + r * kTile;
+    shrunk[r] = factors[r];
+    if (largest[r] == kMasked) {  // nothing was seen yet
+      std::fill(row, row + kTile, 0.0f);
+      continue;
     }
     Vec weights = {};
+    auto* elements = reinterpret_cast<Element<Term>*>(row);  // never ahead of the scores that are read
     for (int64_t i = 0; i < kTile; i += kLanes) {
-      const Vec weight = exp(load(scores + i) - largest);
+      const Vec weight = exp(load(row + i) - largest[r]);
       weights += weight;
-      store(scores + i, weight);
+      store_element(elements + i, weight);
     }
-    const float shrunk = before == largest ? 1.0f : std::exp(before - largest);
-    total = total * shrunk + sum(weights);
-    return shrunk;
+    rows[r] = {largest[r], rows[r].total * factors[r] + sum(weights)};
   }
-};
+}
 
 // Keys that are added up by themselves: a long sequence is shared by threads, a beginning in common is computed once.
 // What a row comes to depends on nothing but its sequence, so that a prompt gives what decoding gave.
@@ -115,31 +128,37 @@ inline void merge(Softmax& into, float* acc, const Softmax& share, const float* 
   into = {largest, into.total * shrunk + share.total * weight};
 }
 
-// c [kRows, kVecs vectors] = a [kRows, inner] * b, whose row i has its vectors at b[n] + i * b_stride; with kAdd it is
-// added to c. With kAsk, what lies as far from `ahead` is asked for on the way: a burst of requests would hold up the
-// products.
-template <int kRows, int kVecs, bool kAdd, bool kAsk, class B>
-inline void multiply_block(const float* a, int64_t a_stride, int64_t inner, const B* const (&b)[kVecs],
+// c [kRows, kVecs vectors] = a [kRows, inner] * b, `inner` counting terms: b has rows of terms, or as many rows of numbers
+// for each, whose vectors are at b[n] + i * b_stride; with kAdd it is added to c. With kAsk, what lies as far from `ahead`
+// is asked for on the way: a burst of requests would hold up the products.
+template <int kRows, int kVecs, bool kAdd, bool kAsk, class Term, class B>
+inline void multiply_block(const Term* a, int64_t a_stride, int64_t inner, const B* const (&b)[kVecs],
                            const B* const (&ahead)[kVecs], int64_t b_stride, float* c, int64_t c_stride) {
+  constexpr int kRowsOfTerm = std::is_same_v<B, Term> ? 1 : kNumbers<Term>;
   constexpr int kPerLine = std::min<int>(kVecs, 64 / (kLanes * sizeof(B)));  // vectors
+  constexpr int kPhases = std::max(1, kPerLine / kRowsOfTerm);
   Vec acc[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
     for (int n = 0; n < kVecs; ++n) acc[r][n] = kAdd ? load(c + r * c_stride + n * kLanes) : Vec{};
   }
   const auto step = [&](int64_t i, int phase) __attribute__((always_inline)) {
-    Vec columns[kVecs];
+    const int64_t row = i * kRowsOfTerm * b_stride;
+    decltype(load_terms<Term>(b[0], b_stride)) columns[kVecs];
     for (int n = 0; n < kVecs; ++n) {
-      columns[n] = load(b[n] + i * b_stride);
-      if (kAsk && (n + phase) % kPerLine == 0) __builtin_prefetch(ahead[n] + i * b_stride, 0, 2);
+      columns[n] = load_terms<Term>(b[n] + row, b_stride);
+      for (int part = 0; kAsk && part < kRowsOfTerm; ++part) {
+        if ((n + phase * kRowsOfTerm + part) % kPerLine == 0) {
+          __builtin_prefetch(ahead[n] + row + part * b_stride, 0, 2);
+        }
+      }
     }
     for (int r = 0; r < kRows; ++r) {
-      const float factor = a[r * a_stride + i];
-      for (int n = 0; n < kVecs; ++n) acc[r][n] += columns[n] * factor;
+      for (int n = 0; n < kVecs; ++n) acc[r][n] = add_product(acc[r][n], columns[n], a + r * a_stride + i);
     }
   };
   int64_t i = 0;
-  for (; i + kPerLine <= inner; i += kPerLine) {
-    for (int phase = 0; phase < kPerLine; ++phase) step(i + phase, phase);
+  for (; i + kPhases <= inner; i += kPhases) {
+    for (int phase = 0; phase < kPhases; ++phase) step(i + phase, phase);
   }
   for (; i < inner; ++i) step(i, 0);
   for (int r = 0; r < kRows; ++r) {
@@ -152,8 +171,8 @@ constexpr int kBlockRows = kLanes == 16 ? 6 : 4;
 constexpr int kBlockVecs = kLanes == 16 ? 4 : 2;
 
 // Not inline: it is large, and who uses it is many.
-template <int kVecs, bool kAdd, bool kAsk, class B>
-__attribute__((noinline)) void multiply_rows(const float* a, int64_t a_stride, int64_t rows, int64_t inner,
+template <int kVecs, bool kAdd, bool kAsk, class Term, class B>
+__attribute__((noinline)) void multiply_rows(const Term* a, int64_t a_stride, int64_t rows, int64_t inner,
                                              const B* const (&b)[kVecs], const B* const (&ahead)[kVecs],
                                              int64_t b_stride, float* c, int64_t c_stride) {
   int64_t r = 0;
@@ -174,8 +193,8 @@ __attribute__((noinline)) void multiply_rows(const float* a, int64_t a_stride, i
 // c [rows, columns] = a [rows, inner] * b, or is added to with kAdd. `columns` is a multiple of kLanes; columns from
 // `at` on of b's first row start at b(at), those of the next b_stride further. A sum has one order, whatever the number
 // of rows.
-template <bool kAdd, bool kAsk, class Columns, class Ahead>
-inline void multiply(const float* a, int64_t a_stride, int64_t rows, int64_t inner, const Columns& b,
+template <bool kAdd, bool kAsk, class Term, class Columns, class Ahead>
+inline void multiply(const Term* a, int64_t a_stride, int64_t rows, int64_t inner, const Columns& b,
                      const Ahead& ahead, int64_t b_stride, float* c, int64_t c_stride, int64_t columns) {
   using B = std::remove_reference_t<decltype(*b(0))>;
   int64_t at = 0;
@@ -190,34 +209,50 @@ inline void multiply(const float* a, int64_t a_stride, int64_t rows, int64_t inn
   }
 }
 
-// Keys and values of a head of a tile as floats, [dim, kTile] and [kTile, dim]: for many rows it pays to convert them
-// once, and to have the values of all parts in one place.
+// Keys and values of a head of a tile as terms, [dim, kTile] and [kTile, dim] numbers: for many rows it pays to convert
+// them once, and to have the values of all parts in one place.
+template <class Term>
 struct LaidOut {
-  float *keys, *values;
+  Term *keys, *values;
 
-  static int64_t size(int64_t dim) { return 2 * dim * kTile; }
+  static int64_t size(int64_t dim) { return 2 * dim * kTile / kNumbers<Term>; }
 
-  LaidOut(float* memory, int64_t dim) : keys(memory), values(memory + dim * kTile) {}
+  LaidOut(float* memory, int64_t dim)
+      : keys(reinterpret_cast<Term*>(memory)), values(keys + dim * kTile / kNumbers<Term>) {}
 
   template <class T>
-  void fill(const PagedCache<T>& cache, const Tile<T>& tile, int64_t head) {
-    const int64_t dim = cache.dim, width = cache.heads * dim;
-    for (int64_t d = 0; d < dim; ++d) {
+  void fill_keys(const PagedCache<T>& cache, const Tile<T>& tile, int64_t head) {
+    for (int64_t d = 0; d < cache.dim; d += kNumbers<Term>) {
       for (int64_t t = 0; t < kTile; t += kLanes) {
-        store(keys + d * kTile + t, load(tile.k[t / kPart] + (head * dim + d) * cache.page + t % kPart));
+        const T* from = tile.k[t / kPart] + (head * cache.dim + d) * cache.page + t % kPart;
+        store(keys + d / kNumbers<Term> * kTile + t, load_terms<Term>(from, cache.page));
       }
     }
-    for (int64_t t = 0; t < tile.size; ++t) {
+  }
+
+  // Of tokens begin .. end - 1. Others that share a term with them count as 0 and are not read.
+  template <class T>
+  void fill_values(const PagedCache<T>& cache, const Tile<T>& tile, int64_t head, int64_t begin, int64_t end) {
+    const int64_t dim = cache.dim, width = cache.heads * dim;
+    for (int64_t t = begin / kNumbers<Term> * kNumbers<Term>; t < end; t += kNumbers<Term>) {
       const T* row = tile.v[t / kPart] + t % kPart * width + head * dim;
-      for (int64_t d = 0; d < dim; d += kLanes) store(values + t * dim + d, load(row + d));
+      Term* to = values + t / kNumbers<Term> * dim;
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        if constexpr (kNumbers<Term> == 2) {
+          store(to + d, pairs_of(t < begin ? Vec{} : load(row + d), t + 1 < end ? load(row + width + d) : Vec{}));
+        } else {
+          store(to + d, load(row + d));
+        }
+      }
     }
   }
 };
 
-// Queries of one head on their way through the keys: scaled queries [count, dim], scores [count, kTile], and what they
-// have come to, a softmax and the values [count, dim] that are not yet divided by its total.
+// Queries of one head on their way through the keys: scaled queries [count, dim] as terms, scores [count, kTile], and what
+// they have come to, a softmax and the values [count, dim] that are not yet divided by its total.
+template <class Term>
 struct Queries {
-  const float* q;
+  const Term* q;
   float* scores;
   Softmax* softmax;
   float* acc;
@@ -227,50 +262,66 @@ struct Queries {
 // Attend to tokens first .. tile.size - 1 of a tile, of which `mask(row, scores)` hides what a row must not see. Other
 // tokens are not read, as they may hold what is not a number. A row's result does not depend on the others. `next` is
 // the tile that memory is asked for meanwhile.
-template <class T, class Mask>
+template <class T, class Mask, class Term = TermOf<T>>
 __attribute__((noinline)) void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next,
-                                      int64_t head, int64_t first, const Queries& queries, const Mask& mask,
-                                      float softcap, LaidOut& laid_out) {
+                                      int64_t head, int64_t first, const Queries<Term>& queries, const Mask& mask,
+                                      float softcap, LaidOut<Term>& laid_out) {
+  constexpr int64_t kSize = kNumbers<Term>;
   const int64_t dim = cache.dim, rows = queries.count, width = cache.heads * dim;
   const bool many = rows > kBlockRows;
   if (many) {
-    laid_out.fill(cache, tile, head);
+    laid_out.fill_keys(cache, tile, head);
+    laid_out.fill_values(cache, tile, head, first, tile.size);
     const auto keys = [&](int64_t t) { return laid_out.keys + t; };
-    multiply<false, false>(queries.q, dim, rows, dim, keys, keys, kTile, queries.scores, kTile, kTile);
+    multiply<false, false>(queries.q, dim / kSize, rows, dim / kSize, keys, keys, kTile, queries.scores, kTile, kTile);
   } else {
     const auto keys = [&](const Tile<T>& of) {
       return [&](int64_t t) { return of.k[t / kPart] + head * dim * cache.page + t % kPart; };
     };
-    multiply<false, true>(queries.q, dim, rows, dim, keys(tile), keys(next), cache.page, queries.scores, kTile, kTile);
+    multiply<false, true>(queries.q, dim / kSize, rows, dim / kSize, keys(tile), keys(next), cache.page, queries.scores,
+                          kTile, kTile);
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* scores = queries.scores + r * kTile;
-    std::fill(scores, scores + first, kMasked);
-    std::fill(scores + tile.size, scores + kTile, kMasked);
-    mask(r, scores);
-    const float shrunk = queries.softmax[r].add(scores, softcap);
-    float* acc = queries.acc + r * dim;
-    if (shrunk != 1) copy_scaled(acc, acc, shrunk, dim);
-  }
-  for (int64_t begin = first, end; begin < tile.size; begin = end) {
-    end = many ? tile.size : std::min(tile.size, (begin / kPart + 1) * kPart);
-    const float* weights = queries.scores + begin;
-    if (many) {
-      const auto values = [&](int64_t d) { return laid_out.values + begin * dim + d; };
-      multiply<true, false>(weights, kTile, rows, end - begin, values, values, dim, queries.acc, dim, dim);
-    } else {
-      const auto values = [&](const Tile<T>& of) {
-        return [&, from = of.v[begin / kPart] + begin % kPart * width + head * dim](int64_t d) { return from + d; };
-      };
-      multiply<true, true>(weights, kTile, rows, end - begin, values(tile), values(next), width, queries.acc, dim, dim);
+  for (int64_t begin = 0, end; begin < rows; begin = end) {
+    end = std::min(begin + kLanes, rows);
+    for (int64_t r = begin; r < end; ++r) {
+      float* scores = queries.scores + r * kTile;
+      std::fill(scores, scores + first, kMasked);
+      std::fill(scores + tile.size, scores + kTile, kMasked);
+      mask(r, scores);
+    }
+    float shrunk[kLanes];
+    add_scores<Term>(queries.softmax + begin, end - begin, queries.scores + begin * kTile, softcap, shrunk);
+    for (int64_t r = begin; r < end; ++r) {
+      float* acc = queries.acc + r * dim;
+      if (shrunk[r - begin] != 1) copy_scaled(acc, acc, shrunk[r - begin], dim);
     }
   }
+  const Term* weights = reinterpret_cast<const Term*>(queries.scores);
+  const auto add_laid_out = [&](int64_t begin, int64_t end) {  // terms
+    const auto values = [&](int64_t d) { return laid_out.values + begin * dim + d; };
+    multiply<true, false>(weights + begin, kTile, rows, end - begin, values, values, dim, queries.acc, dim, dim);
+  };
   if (many) {
+    add_laid_out(first / kSize, (tile.size + kSize - 1) / kSize);
     next.prefetch_keys(cache, head);
     next.prefetch_values(cache, head, 0);
-  } else {
-    next.prefetch_values(cache, head, tile.size);
+    return;
   }
+  for (int64_t begin = first, end; begin < tile.size; begin = end) {
+    if (begin % kSize != 0 || begin + kSize > tile.size) {  // a term of which not all may be read
+      end = std::min((begin / kSize + 1) * kSize, tile.size);
+      laid_out.fill_values(cache, tile, head, begin, end);
+      add_laid_out(begin / kSize, begin / kSize + 1);
+      continue;
+    }
+    end = std::min(tile.size / kSize * kSize, (begin / kPart + 1) * kPart);
+    const auto values = [&](const Tile<T>& of) {
+      return [&, from = of.v[begin / kPart] + begin % kPart * width + head * dim](int64_t d) { return from + d; };
+    };
+    multiply<true, true>(weights + begin / kSize, kTile, rows, (end - begin) / kSize, values(tile), values(next), width,
+                         queries.acc, dim, dim);
+  }
+  next.prefetch_values(cache, head, tile.size);
 }
 
 template <class T>

@@ -193,11 +193,17 @@ inline float maximum(Vec v) {
   return left > right ? left : right;
 }
 
-// e^x to 2 units in the last place; 0 below the normal numbers, finite above 88, NaN for NaN.
+// e^x to 2 units in the last place; near 0 below the normal numbers, 0 below -104, finite above 88, NaN for NaN.
 inline Vec exp(Vec x) {
+#if defined(__AVX512F__)
+  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-110.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), bit_cast<__m512>(x)));
+  const Vec bounded = bit_cast<Vec>(v);
+  const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(v * 1.44269504f, _MM_FROUND_TO_NEAREST_INT));
+#else
   const Vec bounded = x > 88.0f ? splat(88.0f) : (x < -87.0f ? splat(-87.0f) : x);
   const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // the integer lands in the low bits
   const Vec n = shifted - 12582912.0f;
+#endif
   const Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
   Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -205,8 +211,12 @@ inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+#else
   const Vec scaled = bit_cast<Vec>(bit_cast<UInt>(p) + (bit_cast<UInt>(shifted) << 23));
   return x < -87.0f ? Vec{} : scaled;
+#endif
 }
 
 inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }

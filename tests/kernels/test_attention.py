@@ -90,14 +90,22 @@ def test_half_precision(ops, paged_case, attention_oracle, dtype):
     check(run(ops, case), attention_oracle(case, scale=0.125), dtype)
 
 
+def precision_of(ops) -> torch.dtype:
+    """What products with keys and values of less than four bytes are rounded to: C++ may multiply pairs of bfloat16."""
+    return torch.float32 if ops.library is None else torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_cache_of_half_precision(ops, paged_case, attention_oracle, dtype):
-    case = paged_case([0, 1, 17, 33, 300], [1, 1, 1, 20, 1], dtype=dtype, q_heads=9, kv_heads=3)
+@pytest.mark.parametrize("window", [0, 7, 30])  # lengths and windows, so that keys begin and end at any place
+def test_a_cache_of_half_precision(ops, paged_case, attention_oracle, dtype, window):
+    lens = [0, 1, 17, 33, 300, 298]
+    case = paged_case(lens, [1, 1, 1, 20, 1, 31], dtype=dtype, q_heads=9, kv_heads=3)
     case = dataclasses.replace(case, q=case.q.float())
-    check(run(ops, case), attention_oracle(case, scale=0.125))
-    decodes = paged_case([1, 17, 300], [1, 1, 1], dtype=dtype, q_heads=9, kv_heads=3)
+    check(run(ops, case, window=window), attention_oracle(case, scale=0.125, window=window), precision_of(ops))
+    decodes = paged_case(lens, [1] * len(lens), dtype=dtype, q_heads=9, kv_heads=3)
     decodes = dataclasses.replace(decodes, q=decodes.q.float())
-    check(decode(ops, decodes), attention_oracle(decodes, scale=0.125))
+    expected = attention_oracle(decodes, scale=0.125, window=window)
+    check(decode(ops, decodes, window=window), expected, precision_of(ops))
 
 
 def test_e4m3_cache_with_scales(ops, paged_case, attention_oracle):
@@ -114,7 +122,7 @@ def test_e4m3_cache_with_scales(ops, paged_case, attention_oracle):
         [(v / 0.25).to(torch.float8_e4m3fn).double() * 0.25 for v in case.v],
     )
     expected = attention_oracle(rounded, scale=0.125)
-    check(run(ops, rounded, k_scale=0.5, v_scale=torch.tensor(0.25)), expected)
+    check(run(ops, rounded, k_scale=0.5, v_scale=torch.tensor(0.25)), expected, precision_of(ops))
 
 
 def decode(ops, case, **options):
@@ -193,11 +201,12 @@ def test_a_row_does_not_depend_on_its_neighbours(ops, paged_case):
         torch.testing.assert_close(alone[0], together[s], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("page", [16, 64])
-def test_beginnings_in_common(ops, paged_case, attention_oracle, page):
+@pytest.mark.parametrize(("page", "dtype"), [(16, torch.float32), (64, torch.float32), (16, torch.float16)])
+def test_beginnings_in_common(ops, paged_case, attention_oracle, page, dtype):
     """Rows whose first blocks are the same ones are computed together, and come out as each does alone."""
     lens = [700, 40, 513, 700, 600, 256, 700, 530, 300, 257, 512, 700] + [520 + i for i in range(30)]
-    case = paged_case(lens, [1] * len(lens), q_heads=9, kv_heads=3, page=page)
+    case = paged_case(lens, [1] * len(lens), q_heads=9, kv_heads=3, page=page, dtype=dtype)
+    case = dataclasses.replace(case, q=case.q.float())
     first = {0: lens, 4: lens[4:8], 20: lens[20:]}  # three families, of which one is larger than is computed at once
     leader = 0
     for s, length in enumerate(lens):
@@ -206,7 +215,7 @@ def test_beginnings_in_common(ops, paged_case, attention_oracle, page):
         case.block_table[s, : common // page] = case.block_table[leader, : common // page]
         case.k[s][:common], case.v[s][:common] = case.k[leader][:common], case.v[leader][:common]
     together = decode(ops, case)
-    check(together, attention_oracle(case, scale=0.125))
+    check(together, attention_oracle(case, scale=0.125), precision_of(ops) if dtype != torch.float32 else dtype)
     rows = (case.block_table, case.seq_lens)
     for s in range(len(lens)):
         table, length = (tensor[s : s + 1] for tensor in rows)
@@ -217,11 +226,13 @@ def test_beginnings_in_common(ops, paged_case, attention_oracle, page):
             assert torch.equal(alone[0], together[s])
 
 
-def test_a_row_of_a_prompt_is_that_of_its_decode(ops, paged_case):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_of_a_prompt_is_that_of_its_decode(ops, paged_case, dtype):
     """All sums have one order, so that a preempted sequence that is computed again comes out the same."""
     if ops.library is None:
         pytest.skip("torch multiplies matrices of other shapes in another order")
-    case = paged_case([600], [600], q_heads=9, kv_heads=3)
+    case = paged_case([600], [600], q_heads=9, kv_heads=3, dtype=dtype)
+    case = dataclasses.replace(case, q=case.q.float())
     prompt = run(ops, case)
     for length in (1, 64, 65, 130, 256, 257, 400, 600):
         row = case.q[length - 1 : length]
