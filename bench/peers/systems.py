@@ -233,6 +233,32 @@ def vllm(environments: Environments, weights: Weights, threads: int) -> HttpPeer
     )
 
 
+def onnxruntime_genai(environments: Environments, weights: Weights, threads: int) -> HttpPeer:
+    """ONNX Runtime GenAI's batches behind a server of ours (`servers/onnx_server.py`)."""
+    recipe = Recipe(
+        "onnxruntime-genai",
+        # Behind its version what its model builder needs.
+        (
+            _TORCH,
+            ("install", "onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx-ir==1.1.0", "transformers==5.23.0"),
+        ),
+        module="onnxruntime_genai",
+    )
+
+    def setup(environment: Environment, form: Form, need: Need) -> Setup:
+        python = environment.program("python")
+        model = weights.onnx_folder(form.name, python, environment.versions["onnxruntime-genai"])
+        command = (
+            *(python, "-m", "bench.peers.servers.onnx_server", "--model", str(model)),
+            *("--tokenizer", str(weights.tokenizer_folder()), "--port", "{port}", "--threads", str(threads)),
+        )
+        return Setup(command, {"PYTHONPATH": str(ROOT)})
+
+    forms = (Form("float32", 32), Form("int8", 8), Form("int4", 4))
+    packages = ("onnxruntime-genai", "onnxruntime")
+    return HttpPeer(environments, recipe, packages, forms, setup, health="/v1/models")
+
+
 def transformers(environments: Environments, weights: Weights, threads: int) -> HttpPeer:
     """`transformers serve` with continuous batching."""
     recipe = Recipe(
@@ -262,5 +288,6 @@ PEERS: Mapping[str, Callable[[Environments, Weights, int], System]] = {
     "openvino": openvino,
     "llama.cpp": llama_cpp,
     "vllm": vllm,
+    "onnxruntime-genai": onnxruntime_genai,
     "transformers": transformers,
 }

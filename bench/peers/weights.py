@@ -21,6 +21,7 @@ _CONVERTED = {
 }
 _DIGEST_LEN = 12
 _CHUNK = 2**22
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Weights:
@@ -66,6 +67,11 @@ class Weights:
         """A folder as `transformers` reads it: float32 safetensors, the source's values dequantised."""
         command = (sys.executable, "-m", "bench.peers.export_hf", str(self.source))
         return self._made("float32", lambda path: _run([*command, str(path)]))
+
+    def onnx_folder(self, form: str, python: str, version: str) -> Path:
+        """A folder as ONNX Runtime GenAI reads it: made by `python` of its environment, where it has this version."""
+        command = (python, "-m", "bench.peers.servers.onnx_export", str(self.hf_folder()), form)
+        return self._made(f"onnx-{form}-{version}", lambda path: _run([*command, str(path)]))
 
     def tokenizer_folder(self) -> Path:
         """`tokenizer.json`, and `chat.json` with the chat template, the special tokens and the ids that end answers."""
@@ -116,6 +122,6 @@ def _convert(source: Path, target: Path, tensor_type: gguf.GGMLQuantizationType,
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from bench.load.http_server import Reply
-from bench.peers.servers.stepping import Stepping
+from bench.load.http_server import Reply, serve_http
+from bench.peers.servers.stepping import Engine, Stepping
 
 _DEFAULT_MAX_TOKENS = 16
 
@@ -35,6 +35,13 @@ class TextFormat:
         self._special_tokens = chat["special_tokens"]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         self._template = environment.from_string(chat["template"] or "")
+
+    @property
+    def filler(self) -> int:
+        """An id that ends neither prompts nor answers: the last special token, or the last of all."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {token_id for token_id, token in added.items() if token.special}
+        return int(max(special - self.eos_token_ids, default=self.tokenizer.get_vocab_size() - 1))
 
     def encode(self, text: str) -> list[int]:
         """A raw prompt."""
@@ -120,6 +127,14 @@ class Front:
         usage = _usage(asked, sum(num_tokens for num_tokens, _ in pieces))
         choices = [{"index": 0, **part, "finish_reason": "stop"}]
         yield json.dumps({"id": "0", "model": self._model, "choices": choices, "usage": usage}).encode()
+
+
+async def serve_engine(model: str, text: TextFormat, make_engine: Callable[[], Engine], port: int) -> None:
+    """Serve until killed, or until the engine's process ends."""
+    engine = Stepping(make_engine)
+    await engine.ready
+    await serve_http(Front(model, text, engine), port)
+    await engine.ended
 
 
 def _usage(asked: _Asked, count: int) -> dict[str, int]:
