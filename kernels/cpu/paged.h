@@ -4,9 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
 
-#include "terms.h"
+#include "multiply.h"
 
 // Tokens that are attended to before the running maximum is renewed. Their keys and values stay in the core's cache.
 constexpr int64_t kTile = 64;
@@ -76,8 +75,8 @@ struct Softmax {
 };
 
 // Turns scores [count, kTile] into weights relative to the largest one of a row, which take their place as elements of
-// terms, and adds them to the rows' softmaxes; shrunk [count] is what weights before are multiplied by. `count` is at most
-// kLanes: what takes long for one row, the next ones do meanwhile.
+// terms, and adds them to the rows' softmaxes; shrunk [count] is what weights before are multiplied by. `count` is at
+// most kLanes: what takes long for one row, the next ones do meanwhile.
 template <class Term>
 inline void add_scores(Softmax* rows, int64_t count, float* scores, float softcap, float* shrunk) {
   float before[kLanes] = {}, largest[kLanes] = {}, factors[kLanes];
@@ -128,87 +127,6 @@ inline void merge(Softmax& into, float* acc, const Softmax& share, const float* 
   into = {largest, into.total * shrunk + share.total * weight};
 }
 
-// c [kRows, kVecs vectors] = a [kRows, inner] * b, `inner` counting terms: b has rows of terms, or as many rows of numbers
-// for each, whose vectors are at b[n] + i * b_stride; with kAdd it is added to c. With kAsk, what lies as far from `ahead`
-// is asked for on the way: a burst of requests would hold up the products.
-template <int kRows, int kVecs, bool kAdd, bool kAsk, class Term, class B>
-inline void multiply_block(const Term* a, int64_t a_stride, int64_t inner, const B* const (&b)[kVecs],
-                           const B* const (&ahead)[kVecs], int64_t b_stride, float* c, int64_t c_stride) {
-  constexpr int kRowsOfTerm = std::is_same_v<B, Term> ? 1 : kNumbers<Term>;
-  constexpr int kPerLine = std::min<int>(kVecs, 64 / (kLanes * sizeof(B)));  // vectors
-  constexpr int kPhases = std::max(1, kPerLine / kRowsOfTerm);
-  Vec acc[kRows][kVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kVecs; ++n) acc[r][n] = kAdd ? load(c + r * c_stride + n * kLanes) : Vec{};
-  }
-  const auto step = [&](int64_t i, int phase) __attribute__((always_inline)) {
-    const int64_t row = i * kRowsOfTerm * b_stride;
-    decltype(load_terms<Term>(b[0], b_stride)) columns[kVecs];
-    for (int n = 0; n < kVecs; ++n) {
-      columns[n] = load_terms<Term>(b[n] + row, b_stride);
-      for (int part = 0; kAsk && part < kRowsOfTerm; ++part) {
-        if ((n + phase * kRowsOfTerm + part) % kPerLine == 0) {
-          __builtin_prefetch(ahead[n] + row + part * b_stride, 0, 2);
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int n = 0; n < kVecs; ++n) acc[r][n] = add_product(acc[r][n], columns[n], a + r * a_stride + i);
-    }
-  };
-  int64_t i = 0;
-  for (; i + kPhases <= inner; i += kPhases) {
-    for (int phase = 0; phase < kPhases; ++phase) step(i + phase, phase);
-  }
-  for (; i < inner; ++i) step(i, 0);
-  for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kVecs; ++n) store(c + r * c_stride + n * kLanes, acc[r][n]);
-  }
-}
-
-// As many accumulators as the registers hold.
-constexpr int kBlockRows = kLanes == 16 ? 6 : 4;
-constexpr int kBlockVecs = kLanes == 16 ? 4 : 2;
-
-// Not inline: it is large, and who uses it is many.
-template <int kVecs, bool kAdd, bool kAsk, class Term, class B>
-__attribute__((noinline)) void multiply_rows(const Term* a, int64_t a_stride, int64_t rows, int64_t inner,
-                                             const B* const (&b)[kVecs], const B* const (&ahead)[kVecs],
-                                             int64_t b_stride, float* c, int64_t c_stride) {
-  int64_t r = 0;
-  for (; r + kBlockRows <= rows; r += kBlockRows) {
-    multiply_block<kBlockRows, kVecs, kAdd, kAsk>(a + r * a_stride, a_stride, inner, b, ahead, b_stride,
-                                                  c + r * c_stride, c_stride);
-  }
-  a += r * a_stride, c += r * c_stride;
-  switch (rows - r) {
-    case 1: return multiply_block<1, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 2: return multiply_block<2, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 3: return multiply_block<3, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 4: return multiply_block<4, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 5: return multiply_block<5, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-  }
-}
-
-// c [rows, columns] = a [rows, inner] * b, or is added to with kAdd. `columns` is a multiple of kLanes; columns from
-// `at` on of b's first row start at b(at), those of the next b_stride further. A sum has one order, whatever the number
-// of rows.
-template <bool kAdd, bool kAsk, class Term, class Columns, class Ahead>
-inline void multiply(const Term* a, int64_t a_stride, int64_t rows, int64_t inner, const Columns& b,
-                     const Ahead& ahead, int64_t b_stride, float* c, int64_t c_stride, int64_t columns) {
-  using B = std::remove_reference_t<decltype(*b(0))>;
-  int64_t at = 0;
-  for (; at + kBlockVecs * kLanes <= columns; at += kBlockVecs * kLanes) {
-    B *from[kBlockVecs], *then[kBlockVecs];
-    for (int n = 0; n < kBlockVecs; ++n) from[n] = b(at + n * kLanes), then[n] = ahead(at + n * kLanes);
-    multiply_rows<kBlockVecs, kAdd, kAsk>(a, a_stride, rows, inner, from, then, b_stride, c + at, c_stride);
-  }
-  for (; at < columns; at += kLanes) {
-    B *from[1] = {b(at)}, *then[1] = {ahead(at)};
-    multiply_rows<1, kAdd, kAsk>(a, a_stride, rows, inner, from, then, b_stride, c + at, c_stride);
-  }
-}
-
 // Keys and values of a head of a tile as terms, [dim, kTile] and [kTile, dim] numbers: for many rows it pays to convert
 // them once, and to have the values of all parts in one place.
 template <class Term>
@@ -248,8 +166,8 @@ struct LaidOut {
   }
 };
 
-// Queries of one head on their way through the keys: scaled queries [count, dim] as terms, scores [count, kTile], and what
-// they have come to, a softmax and the values [count, dim] that are not yet divided by its total.
+// Queries of one head on their way through the keys: scaled queries [count, dim] as terms, scores [count, kTile], and
+// what they have come to, a softmax and the values [count, dim] that are not yet divided by its total.
 template <class Term>
 struct Queries {
   const Term* q;

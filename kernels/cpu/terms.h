@@ -1,5 +1,5 @@
-// What sums of products are made of: floats, or pairs of bfloat16 numbers, of which AVX-512 BF16 multiplies and adds two
-// in the time of one float. Keys and values that are stored in two bytes or less lose little by it.
+// What sums of products are made of: floats, or pairs of bfloat16 numbers, which AVX-512 BF16 multiplies and adds in
+// the time of one float. Keys and values that are stored in two bytes or less lose little by it.
 #pragma once
 
 #include <type_traits>
