@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from bench.services.measure import QUICK, Bench, Measurement, Timing
 from bench.services.processes import Workplace
 from bench.services.report import Section
 
 _MAX_TOKENS = 256
-FAKE_LIMITS = (
-    "--max-model-len",
-    "32768",
-    "--max-num-seqs",
-    "1024",
-    "--num-blocks",
-    "65536",
-    "--max-num-batched-tokens",
-    "8192",
+FAKE_LIMITS = MappingProxyType(
+    {"max_model_len": 32768, "max_num_seqs": 1024, "num_blocks": 65536, "max_num_batched_tokens": 8192}
 )
 """A cache that holds 1,024 long streams, and steps as on a GPU."""
+
+
+def fake_flags(model: Path, preset: str = "instant") -> list[str]:
+    """Flags of an executor with the fake engine and its limits."""
+    limits = [part for name, value in FAKE_LIMITS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return ["--model", str(model), "--engine", "fake", "--fake-preset", preset, *limits]
+
 
 _MODEL = Timing(15.0, 20.0)
 
@@ -30,11 +31,10 @@ def run(timing: Timing, model: Path) -> list[Section]:
     """Measure the front with the fake engine, then the engine with the real model."""
     quick = timing is QUICK
     counts = (64,) if quick else (1, 64, 256, 1024)
-    fake = ("--model", str(model), "--engine", "fake", *FAKE_LIMITS)
     with Workplace() as place:
-        with _executor(place, timing, *fake, "--fake-preset", "h200-llama-8b") as bench:
+        with _executor(place, timing, *fake_flags(model, "h200-llama-8b")) as bench:
             paced = [_decode(bench, count) for count in counts]
-        with _executor(place, timing, *fake) as bench:
+        with _executor(place, timing, *fake_flags(model)) as bench:
             instant = [_decode(bench, count) for count in counts]
             prompts = [
                 bench.measure({"streams": 16, "prompt_len": length, "max_tokens": 1})
