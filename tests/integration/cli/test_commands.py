@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from scalellm.v1.generation_pb2 import ChatMessage
+from service_processes import PATIENCE
 
 StartCli = Callable[..., subprocess.Popen[str]]
 RunCli = Callable[..., tuple[int, str, str]]
@@ -21,7 +22,7 @@ ESCAPE = "\x1b"
 
 
 def finish(process: subprocess.Popen[str], text: str | None = None) -> tuple[int, str, str]:
-    out, err = process.communicate(text, timeout=30)
+    out, err = process.communicate(text, timeout=PATIENCE)
     return process.returncode, out, err
 
 
@@ -138,7 +139,7 @@ def test_closed_streams(cli: StartCli, fake_server: Any) -> None:
             "SCALELLM_ADDRESS": fake_server.address,
             "CLI": f"{sys.executable} -m clients.cli.main",
         }
-        process = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, timeout=60)
+        process = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         return process.returncode, process.stdout, process.stderr
 
     assert shell("$CLI generate hello >&-") == (0, "", "")
@@ -191,7 +192,7 @@ def test_interrupt_cancels_the_request(cli: StartCli, fake_server: Any) -> None:
     assert process.stdout is not None
     process.stdout.read(3)
     process.send_signal(signal.SIGINT)
-    assert fake_server.cancelled.wait(10)
+    assert fake_server.cancelled.wait(PATIENCE)
     code, _, err = finish(process)
     assert (code, err) == (130, "")
 
@@ -201,7 +202,7 @@ def test_termination_cancels_the_request(cli: StartCli, fake_server: Any) -> Non
     assert process.stdout is not None
     process.stdout.read(3)
     process.terminate()
-    assert fake_server.cancelled.wait(10)
+    assert fake_server.cancelled.wait(PATIENCE)
     assert finish(process)[0] == 143
 
 
@@ -211,8 +212,8 @@ def test_closed_pipe_is_quiet_and_cancels(cli: StartCli, fake_server: Any) -> No
     assert process.stderr is not None
     process.stdout.read(3)
     process.stdout.close()
-    assert fake_server.cancelled.wait(10)
-    assert process.wait(30) == 141
+    assert fake_server.cancelled.wait(PATIENCE)
+    assert process.wait(PATIENCE) == 141
     assert process.stderr.read() == ""
 
 
@@ -235,7 +236,7 @@ def on_terminal(cli: StartCli, *arguments: str, **options: Any) -> str:
     process = cli(*arguments, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, **options)
     os.close(slave)
     received = read_to_end(master)
-    process.wait(30)
+    process.wait(PATIENCE)
     return received.decode()
 
 
@@ -264,7 +265,7 @@ def test_history_without_control_characters(cli: StartCli, fake_server: Any) -> 
     os.close(slave)
     os.write(master, b"/history\n/exit\n")
     received = read_to_end(master)
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE) == 0
     assert b"user: a [2Jb" in received
 
 
@@ -283,7 +284,7 @@ def test_chat_on_a_terminal(cli: StartCli, fake_server: Any) -> None:
     os.close(slave)
     os.write(master, b"hello there\n/history\n/nonsense\n/new\n/help\n/exit\n")
     received = read_to_end(master)
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE) == 0
     text = received.decode()
     assert "fake, session s1" in text
     assert "user: " in text
@@ -311,7 +312,7 @@ def test_interrupt_at_the_prompt_leaves_a_clean_line_and_the_session(cli: StartC
     except OSError:
         pass
     os.close(master)
-    assert process.wait(30) == 130
+    assert process.wait(PATIENCE) == 130
     assert received.decode().splitlines()[-1].endswith("continue with: scalellm chat --session s1\x1b[0m")
     assert received.decode().splitlines()[-2].startswith("> ")
 
@@ -325,12 +326,12 @@ def test_interrupt_in_chat_stops_the_answer_and_stays(cli: StartCli, fake_server
     while b"on and" not in received:
         received += os.read(master, 4096)
     process.send_signal(signal.SIGINT)
-    assert fake_server.cancelled.wait(10)
+    assert fake_server.cancelled.wait(PATIENCE)
     while b"this turn is not kept" not in received:
         received += os.read(master, 4096)
     os.write(master, b"/exit\n")
     read_to_end(master)
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE) == 0
 
 
 def test_tokenize(run_cli: RunCli, fake_server: Any) -> None:

@@ -16,6 +16,7 @@ import redis
 
 from clients.launcher import Instance, LauncherError, NotRunningError, UpOptions, bring_down, bring_up, read_status
 from clients.launcher.processes import session_of
+from service_processes import PATIENCE
 
 MakeOptions = Callable[..., UpOptions]
 
@@ -158,7 +159,7 @@ def test_recycled_session_is_left_alone(instance: Instance, up_options: MakeOpti
     state = bring_up(instance, up_options(), Recorder())
     daemon = "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)"
     first = subprocess.Popen([sys.executable, "-c", daemon], start_new_session=True, stdout=subprocess.PIPE, text=True)
-    stranger = psutil.Process(int(first.communicate(timeout=30)[0]))
+    stranger = psutil.Process(int(first.communicate(timeout=PATIENCE)[0]))
     try:
         tokenizer = state.of_kind("tokenizer")[0]
         os.kill(tokenizer.pid, signal.SIGKILL)
@@ -230,7 +231,7 @@ def test_long_home_still_gets_a_socket(up_options: MakeOptions, tmp_path: Path) 
     assert not Path(state.scratch).exists()
 
 
-def _until(condition: Callable[[], bool], limit: float = 10.0) -> None:
+def _until(condition: Callable[[], bool], limit: float = PATIENCE) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from service_processes import PATIENCE
+
 StartNode = Callable[..., subprocess.Popen[str]]
 NODE_CLIENT = Path(__file__).parents[3] / "clients" / "node"
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, out, err
 
 
@@ -34,7 +36,7 @@ def test_interrupt_cancels_the_request(node: StartNode, fake_server: Any) -> Non
     assert process.stdout is not None
     process.stdout.read(3)
     process.send_signal(signal.SIGINT)
-    assert fake_server.cancelled.wait(10)
+    assert fake_server.cancelled.wait(PATIENCE)
     assert finish(process)[0] == 130
 
 
@@ -49,8 +51,8 @@ def test_closed_pipe_is_quiet_and_cancels(node: StartNode, fake_server: Any) -> 
     assert process.stderr is not None
     process.stdout.read(3)
     process.stdout.close()
-    assert fake_server.cancelled.wait(10)
-    assert process.wait(30) == 141
+    assert fake_server.cancelled.wait(PATIENCE)
+    assert process.wait(PATIENCE) == 141
     assert process.stderr.read() == ""
 
 

@@ -18,6 +18,7 @@ import pytest
 from clients.client import Client
 from clients.launcher import Instance, read_status
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
+from service_processes import PATIENCE
 
 PARTS = ("session", "tokenize", "admission", "queue", "prefill", "decode", "failover", "detokenize", "network")
 
@@ -34,7 +35,7 @@ class Line:
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
         return process.returncode, out, err
 
 
@@ -57,7 +58,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[[str], Pa
     home = tmp_path_factory.mktemp("home")
     model = model_dir("smollm2-135m-instruct")
     process = start_cli(home, "up", "--port", "0", "--model", str(model))
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=4 * PATIENCE)
     assert process.returncode == 0, err
     line = Line(home, out.split()[-1])
     pids = [service.pid for service in read_status(Instance(home)).services]
@@ -94,7 +95,7 @@ def test_generate_reports_a_breakdown_that_adds_up(line: Line) -> None:
 
 def test_node_streams_the_same_completion(line: Line, node: Callable[..., subprocess.Popen[str]]) -> None:
     process = node("generate.mjs", "The capital of France is", line.address, "6")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     _, same, _ = line.run("generate", "The capital of France is", "--temperature", "0", "--max-tokens", "6")
     assert out == same
@@ -112,7 +113,7 @@ def test_a_deadline_in_the_far_future_is_none(line: Line, node: Callable[..., su
         for await (const { event } of call) console.log(event.case);
         client.close();
     """
-    out, err = node("--input-type=module", "-e", script, line.address).communicate(timeout=60)
+    out, err = node("--input-type=module", "-e", script, line.address).communicate(timeout=PATIENCE)
     assert out.split()[-1:] == ["finished"], err
 
 
@@ -122,7 +123,7 @@ def test_python_client_session(line: Line) -> None:
             request = GenerateRequest(chat=Chat(messages=[ChatMessage(role="user", content=text)]), session_id="s1")
             request.sampling.max_tokens = 4
             request.sampling.temperature = 0
-            with client.generate(request, timeout=60) as stream:
+            with client.generate(request, timeout=PATIENCE) as stream:
                 last = list(stream)[-1].finished
         assert last.usage.cached_tokens > 0
         assert [message.role for message in client.get_session("s1").messages][-4:] == ["user", "assistant"] * 2
@@ -139,8 +140,8 @@ def test_interrupt_frees_the_executor(line: Line) -> None:
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
-    deadline = time.monotonic() + 20
+    assert process.wait(PATIENCE) == 130
+    deadline = time.monotonic() + PATIENCE
     while any(service.load.get("running") for service in read_status(Instance(line.home)).services):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -167,7 +168,7 @@ def test_interrupted_up_leaves_nothing(line: Line, model_dir: Callable[[str], Pa
         pass
     pids = [service.pid for service in read_status(Instance(line.home, "second")).services]
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(PATIENCE) == 130
     assert len(pids) == 2
     assert not [pid for pid in pids if is_running(pid)]
     assert Instance(line.home, "second").load() is None

@@ -11,7 +11,7 @@ import redis as redis_client
 
 from line import Line, generate, scrape, start_line
 from scalellm.v1 import common_pb2, generation_pb2
-from service_processes import Spawn
+from service_processes import PATIENCE, Spawn
 
 NUM_REQUESTS = 500
 IN_FLIGHT = 48
@@ -45,6 +45,16 @@ def assert_books(line: Line) -> None:
     assert executor["scalellm_executor_requests_accepted_total"] == ended + held, executor
 
 
+def edge_has_counted(line: Line) -> bool:
+    """Whether the workers have counted every token that the scheduler sent, and all of them are linked."""
+    edge, core = scrape(line.tokenizer), scrape(line.scheduler)
+    received = edge["scalellm_generation_tokens_total"] + edge["scalellm_tokenizer_tokens_discarded_total"]
+    return (
+        edge["scalellm_tokenizer_scheduler_links"] == core['scalellm_scheduler_links{peer="tokenizer"}']
+        and received == core["scalellm_scheduler_tokens_sent_total"]
+    )
+
+
 async def test_everything_returns_to_its_baseline(spawn: Spawn, redis, model_dir) -> None:
     flags = ("--engine", "fake", "--fake-preset", "h200-llama-8b", "--max-model-len", "512")
     line = start_line(
@@ -64,12 +74,17 @@ async def test_everything_returns_to_its_baseline(spawn: Spawn, redis, model_dir
         answer = await generate(one, crowd)
         assert answer.finished.usage.completion_tokens == 16 * 60
         assert answer.finished.usage.num_preemptions > 0
-        await asyncio.sleep(1.5)  # the edge's gauge is refreshed twice a second
 
         def tasks() -> float:
             edge, core = scrape(line.tokenizer), scrape(line.scheduler)
             return edge["scalellm_tokenizer_asyncio_tasks"] + core["scalellm_scheduler_asyncio_tasks"]
 
+        # A worker counts its tasks together with its tokens, twice a second.
+        await generate(one, random_request(rng, 1_000_001))
+        await generate(other, random_request(rng, 1_000_002))
+        async with asyncio.timeout(PATIENCE):
+            while not await asyncio.to_thread(edge_has_counted, line):
+                await asyncio.sleep(0.1)
         baseline = tasks()
 
         async def client(number: int) -> None:
@@ -100,7 +115,10 @@ async def test_everything_returns_to_its_baseline(spawn: Spawn, redis, model_dir
         assert sum(outcomes.values()) == NUM_REQUESTS
         assert set(outcomes) <= {"OK", "cancelled", "DEADLINE_EXCEEDED"}
         assert outcomes["cancelled"] > NUM_REQUESTS / 10
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
+            # One that was cancelled at once may still be on its way.
+            while (state := await line.scheduler_state()).queued + state.running:
+                await asyncio.sleep(0.05)
             while (info := await line.executor_info()).load.running + info.load.waiting:
                 await asyncio.sleep(0.05)
         assert info.load.free_blocks == info.load.total_blocks
@@ -108,7 +126,7 @@ async def test_everything_returns_to_its_baseline(spawn: Spawn, redis, model_dir
         state = await line.scheduler_state()
         assert (state.queued, state.queued_tokens, state.running) == (0, 0, 0)
         assert_books(line)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while await asyncio.to_thread(tasks) > baseline:
                 await asyncio.sleep(0.1)
         with redis_client.Redis.from_url(redis.url) as client_of_redis:

@@ -9,10 +9,10 @@ import signal
 import grpc
 import pytest
 
-from line import Line, generate, start_line
+from line import Answer, Line, generate, start_line
 from prompts import PROMPTS
 from scalellm.v1 import common_pb2, generation_pb2
-from service_processes import Spawn
+from service_processes import PATIENCE, Spawn, eventually
 
 NUM_REQUESTS = 8
 
@@ -42,10 +42,12 @@ async def test_kill_9_of_an_executor_loses_and_repeats_nothing(line: Line) -> No
         undisturbed = [await generate(channel, request(number)) for number in range(NUM_REQUESTS)]
         assert all(answer.code is grpc.StatusCode.OK for answer in undisturbed)
 
-        running = [asyncio.create_task(generate(channel, request(number))) for number in range(NUM_REQUESTS)]
-        async with asyncio.timeout(30):
-            while not all([(await line.executor_info(number)).load.running >= 2 for number in (0, 1)]):
-                await asyncio.sleep(0.05)
+        seen = [Answer() for _ in range(NUM_REQUESTS)]
+        running = [
+            asyncio.create_task(generate(channel, request(number), answer=answer)) for number, answer in enumerate(seen)
+        ]
+        # Half of them run on the victim, and each has some of its tokens.
+        await eventually(lambda: all(answer.token_ids for answer in seen))
         victim = line.executors[0]
         family = [*[child.pid for child in victim.children()], victim.pid]
         for pid in reversed(family):
@@ -63,7 +65,9 @@ async def test_kill_9_of_an_executor_loses_and_repeats_nothing(line: Line) -> No
     assert state.resubmitted == len(moved)
     assert state.running == state.queued == 0
     assert state.accepted == state.finished == 2 * NUM_REQUESTS
-    info = await line.executor_info(1)
+    async with asyncio.timeout(PATIENCE):
+        while (info := await line.executor_info(1)).load.running:
+            await asyncio.sleep(0.05)
     assert info.load.free_blocks == info.load.total_blocks
 
 
@@ -71,12 +75,12 @@ async def test_without_any_executor_requests_end_promptly(line: Line) -> None:
     async with line.channel() as channel:
         # Long enough to be running still when the last executor is gone, however fast they are.
         running = asyncio.create_task(generate(channel, request(1, max_tokens=900)))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while (await line.scheduler_state()).running == 0:
                 await asyncio.sleep(0.02)
         for executor in line.executors:
             executor.kill_tree()
-        answer = await asyncio.wait_for(running, 15)
+        answer = await asyncio.wait_for(running, PATIENCE)
         assert answer.code is grpc.StatusCode.UNAVAILABLE
-        later = await asyncio.wait_for(generate(channel, request(2)), 15)
+        later = await asyncio.wait_for(generate(channel, request(2)), PATIENCE)
         assert later.code is grpc.StatusCode.UNAVAILABLE

@@ -16,7 +16,7 @@ from clients.client import Client
 from line import Answer, Line, generate, start_line
 from otlp import CLIENT, SERVER, Collector, SpanRecord, by_trace, read_trace_file
 from scalellm.v1 import common_pb2, generation_pb2
-from service_processes import Spawn, eventually
+from service_processes import PATIENCE, Spawn, eventually
 
 FAKE = ("--engine", "fake", "--fake-preset", "h200-llama-8b")
 MARKER = "xylophone quicksand marmalade"
@@ -175,19 +175,35 @@ async def test_the_python_client_passes_a_trace_on(line: Line, folder: Path) -> 
     assert root.parent_id == PARENT_ID
 
 
+async def be_late(line: Line, folder: Path) -> str:
+    """The trace of a request that came as far as the executor before its deadline, which the edge was first to see.
+
+    The client's own timer may be first, and what is heard of is that it left; or all of it takes longer than that.
+    """
+    for attempt in range(40):
+        trace_id, timeout = f"5{attempt:031x}", (0.5, 1.0, 2.0, 4.0)[attempt % 4]
+        accepted = (await line.executor_info()).accepted
+        answer = await ask(line, request(1500), metadata=traceparent(trace_id), timeout=timeout)
+        assert answer.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        (root,) = [span for span in await exported(folder, trace_id, GENERATE) if span.name == GENERATE]
+        has_come = (await line.executor_info()).accepted > accepted
+        if has_come and root.attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED":
+            return trace_id
+    raise AssertionError("no deadline passed at the edge first")
+
+
 async def test_every_end_has_its_status(line: Line, folder: Path) -> None:
-    samples, cancelled, late, refused = ("3" * 32, "4" * 32, "5" * 32, "6" * 32)
+    samples, cancelled, refused = ("3" * 32, "4" * 32, "6" * 32)
     answer = await ask(line, request(sampling={"n": 3, "seed": 1}), metadata=traceparent(samples))
     assert answer.code is grpc.StatusCode.OK
     task = asyncio.create_task(ask(line, request(1500), metadata=traceparent(cancelled)))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while (await line.executor_info()).load.running == 0:
             await asyncio.sleep(0.02)
         task.cancel()
         while (await line.executor_info()).load.running:
             await asyncio.sleep(0.02)
-    answer = await ask(line, request(1500), metadata=traceparent(late), timeout=0.5)
-    assert answer.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    late = await be_late(line, folder)
     answer = await ask(line, request(sampling={"top_p": 7}), metadata=traceparent(refused))
     assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
     everywhere = (GENERATE, "schedule", "execute")
@@ -252,7 +268,7 @@ async def test_a_collector_gets_spans_and_a_dead_one_costs_nothing(
         tokenizer=("--workers", "1", "--otlp-endpoint", "http://127.0.0.1:9"),  # where nobody listens
     )
     moved = asyncio.create_task(ask(line, request(400, request_id="moved")))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while not any(executor.running for executor in (await line.scheduler_state()).executors):
             await asyncio.sleep(0.02)
     (address,) = (executor.address for executor in (await line.scheduler_state()).executors if executor.running)
@@ -274,10 +290,10 @@ async def test_a_collector_gets_spans_and_a_dead_one_costs_nothing(
     assert (second.attributes["rpc.response.status_code"], second.status) == ("OK", 0)
     assert spans[0].attributes["scalellm.executors_tried"] == 2
 
-    await eventually(lambda: "traces cannot be exported" in line.tokenizer.log.read_text(), timeout=30)
+    await eventually(lambda: "traces cannot be exported" in line.tokenizer.log.read_text())
     answers = await asyncio.gather(*(ask(line, request()) for _ in range(20)))
     assert {answer.code for answer in answers} == {grpc.StatusCode.OK}
-    assert line.tokenizer.terminate(timeout=20) == 0  # what cannot be exported is given up within seconds
+    assert line.tokenizer.terminate() == 0  # what cannot be exported is given up within seconds
     log = line.tokenizer.log.read_text()
     assert log.count("traces cannot be exported") == 1
     assert "Traceback" not in log

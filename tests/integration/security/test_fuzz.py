@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from line import Line, generate, start_line
 from mutated_messages import FRAMES, SAMPLING, mutations
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
-from service_processes import Spawn
+from service_processes import PATIENCE, Spawn
 from services.common.access import METHODS
 
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "512")
@@ -43,7 +43,7 @@ async def everything_works_afterwards(line) -> Iterator[None]:
     yield
     async with line.channel() as channel:
         request = generation_pb2.GenerateRequest(prompt="Hi", sampling=common_pb2.SamplingParams(max_tokens=3))
-        answer = await generate(channel, request, timeout=30)
+        answer = await generate(channel, request, timeout=PATIENCE)
         assert answer.code is grpc.StatusCode.OK, answer.details
     assert [child.pid for service in (line.tokenizer, *line.executors) for child in service.children()] == children
     for service in (line.tokenizer, line.scheduler, *line.executors):

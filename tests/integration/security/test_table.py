@@ -13,6 +13,7 @@ import pytest
 import trustme
 
 from certificates import issue
+from service_processes import PATIENCE
 from services.common.access import METHODS, Access
 from services.common.api_keys import Role, key_entry, new_key
 from services.common.lifecycle import GrpcService
@@ -74,7 +75,7 @@ async def serving(access: Access, tls: TlsFiles):
 
 async def code_of(channel: grpc.aio.Channel, method: str, secret: str) -> grpc.StatusCode:
     metadata = (("authorization", f"Bearer {secret}"),) if secret else ()
-    call = channel.stream_stream(method)(iter((b"",)), metadata=metadata, timeout=20)
+    call = channel.stream_stream(method)(iter((b"",)), metadata=metadata, timeout=PATIENCE)
     try:
         if await call.read() is grpc.aio.EOF:
             return await call.code()

@@ -8,7 +8,7 @@ import trustme
 from certificates import issue
 from line import generate
 from scalellm.v1 import common_pb2, generation_pb2
-from service_processes import Spawn
+from service_processes import PATIENCE, Spawn
 
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "256")
 LOCAL = [("grpc.use_local_subchannel_pool", 1)]
@@ -20,7 +20,7 @@ def request() -> generation_pb2.GenerateRequest:
 
 async def ask(address: str, credentials: grpc.ChannelCredentials) -> grpc.StatusCode | None:
     async with grpc.aio.secure_channel(address, credentials, options=LOCAL) as channel:
-        return (await generate(channel, request(), timeout=20)).code
+        return (await generate(channel, request(), timeout=PATIENCE)).code
 
 
 async def test_the_whole_line_on_mutual_tls_and_a_new_authority_without_a_restart(
@@ -43,18 +43,18 @@ async def test_the_whole_line_on_mutual_tls_and_a_new_authority_without_a_restar
     assert await ask(tokenizer.address, edge.channel_credentials(shows_certificate=False)) is ok
     assert await ask(tokenizer.address, outsider.channel_credentials(shows_certificate=False)) is unavailable
     async with grpc.aio.insecure_channel(tokenizer.address, options=LOCAL) as plaintext:
-        assert (await generate(plaintext, request(), timeout=20)).code is unavailable
+        assert (await generate(plaintext, request(), timeout=PATIENCE)).code is unavailable
     for credentials in (outsider.channel_credentials(), core.channel_credentials(shows_certificate=False)):
         name = [*LOCAL, ("grpc.ssl_target_name_override", "line.internal")]
         async with grpc.aio.secure_channel(scheduler.address, credentials, options=name) as channel:
-            call = channel.unary_unary("/scalellm.v1.Scheduler/GetState")(b"", timeout=20)
+            call = channel.unary_unary("/scalellm.v1.Scheduler/GetState")(b"", timeout=PATIENCE)
             assert await call.code() is unavailable
 
     # A connection that stands goes on with the old certificate; a new one gets the new one, from every worker.
     async with grpc.aio.secure_channel(
         tokenizer.address, edge.channel_credentials(shows_certificate=False), options=LOCAL
     ) as standing:
-        assert (await generate(standing, request(), timeout=20)).code is ok
+        assert (await generate(standing, request(), timeout=PATIENCE)).code is ok
         old = edge.channel_credentials(shows_certificate=False)
         renewed = issue(tmp_path / "edge", trustme.CA())
         for _ in range(4):
@@ -62,7 +62,7 @@ async def test_the_whole_line_on_mutual_tls_and_a_new_authority_without_a_restar
         assert await ask(tokenizer.address, old) is unavailable
         renewed.key.write_text("half copied")
         assert await ask(tokenizer.address, renewed.channel_credentials(shows_certificate=False)) is ok
-        assert (await generate(standing, request(), timeout=20)).code is ok
+        assert (await generate(standing, request(), timeout=PATIENCE)).code is ok
 
 
 def test_a_service_says_what_is_wrong_with_its_files_and_ends(spawn: Spawn, model_dir, tmp_path) -> None:
@@ -76,6 +76,6 @@ def test_a_service_says_what_is_wrong_with_its_files_and_ends(spawn: Spawn, mode
         spawn("tokenizer", "--model", model, "--workers", "1", *mixed, wait=False),
         spawn("tokenizer", "--model", model, "--workers", "1", *broken_links, wait=False),
     ):
-        assert service.process.wait(60) == 1
+        assert service.process.wait(PATIENCE) == 1
         last = service.log.read_text().splitlines()[-1]
         assert last.startswith(("error: --tls-cert, --tls-key: ", "error: --link-token-file: cannot read ")), last

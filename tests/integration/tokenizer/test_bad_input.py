@@ -7,6 +7,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
+from service_processes import PATIENCE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -233,16 +234,16 @@ RAW = {
 
 async def check_healthy(client) -> None:
     stub = health_pb2_grpc.HealthStub(client.channel)
-    response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5.0)
+    response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
     assert response.status == health_pb2.HealthCheckResponse.SERVING
-    await client.generate(generate(sampling={"max_tokens": 1}), timeout=5.0)
+    await client.generate(generate(sampling={"max_tokens": 1}), timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("name", GENERATE)
 async def test_generate(client, scheduler, error_details, name):
     bad, field, message = GENERATE[name]
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await client.generate(bad, timeout=5.0)
+        await client.generate(bad, timeout=PATIENCE)
     assert error.value.code() is INVALID
     assert error.value.details().startswith(f"{field}: ")
     assert message in error.value.details()
@@ -255,7 +256,7 @@ async def test_generate(client, scheduler, error_details, name):
 async def test_unary(client, scheduler, name):
     service, method, bad, code, message = UNARY[name]
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await getattr(getattr(client, service), method)(bad, timeout=5.0)
+        await getattr(getattr(client, service), method)(bad, timeout=PATIENCE)
     assert error.value.code() is code
     assert message in error.value.details()
     await check_healthy(client)
@@ -265,7 +266,7 @@ async def test_unary(client, scheduler, name):
 async def test_what_is_no_message(client, scheduler, name):
     method, data, code = RAW[name]
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        async for _ in client.channel.unary_stream(f"/scalellm.v1.{method}")(data, timeout=5.0):
+        async for _ in client.channel.unary_stream(f"/scalellm.v1.{method}")(data, timeout=PATIENCE):
             pass
     assert error.value.code() is code
     if code is INVALID:

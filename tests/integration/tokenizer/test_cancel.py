@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 
-from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc, link_pb2
 from scripted_scheduler import Script, default_tokens
 from service_processes import eventually
 
@@ -57,11 +57,14 @@ async def test_dropped_connection_cancels(client, scheduler, service, connect):
 
 async def test_deadline_ends_the_request_everywhere(client, scheduler):
     scheduler.play = lambda submit: Script(hold_after=2)
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await client.generate(request(), timeout=0.3)
-    assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    for timeout in (0.3, 3.0, 30.0):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await client.generate(request(), timeout=timeout)
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if scheduler.submits:  # else it passed before the request came so far
+            break
     await eventually(lambda: len(scheduler.aborts) == 1)
-    assert 0 < scheduler.submits[0].time_remaining_ns < 400_000_000  # gRPC rounds a timeout up
+    assert 0 < scheduler.submits[0].time_remaining_ns < 1.1e9 * timeout + 1e8  # gRPC rounds a timeout up
     await check_nothing_is_left(scheduler, client)
 
 
@@ -95,7 +98,12 @@ async def test_many_cancelled_at_random_moments(client, scheduler):
 
 async def test_slow_reader_gets_merged_deltas(service, client, scheduler, tokenizer):
     scheduler.play = lambda submit: Script(chunk=1)
-    call = client.generation.Generate(request(2000, output=generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS))
+    # So much and no more is on its way to a client that does not read: a window of gRPC's, which does not grow here.
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+    message = request(2000, output=generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS)
+    message.sampling.logprobs = 20
+    channel = grpc.aio.insecure_channel(service.address, options=options)
+    call = generation_pb2_grpc.GenerationStub(channel).Generate(message)
     assert (await call.read()).HasField("started")
     await eventually(lambda: scheduler.num_running == 0)
     deltas = []
@@ -106,3 +114,4 @@ async def test_slow_reader_gets_merged_deltas(service, client, scheduler, tokeni
     assert [token for delta in deltas for token in delta.token_ids] == tokens
     assert "".join(delta.text for delta in deltas) == tokenizer.decode(tokens)
     assert len(deltas) < 1000
+    await channel.close()

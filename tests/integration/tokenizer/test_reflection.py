@@ -6,6 +6,8 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from service_processes import PATIENCE
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PUBLIC = ("scalellm.v1.Generation", "scalellm.v1.Tokenizer", "scalellm.v1.Sessions")
@@ -58,7 +60,7 @@ class ReflectionClient:
         path = f"/{method.containing_service.full_name}/{method.name}"
         output = message_factory.GetMessageClass(method.output_type)
         make = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
-        call = make(path, type(message).SerializeToString, output.FromString)(message, timeout=10)
+        call = make(path, type(message).SerializeToString, output.FromString)(message, timeout=PATIENCE)
         answers = [answer async for answer in call] if method.server_streaming else [await call]
         return [json_format.MessageToDict(answer) for answer in answers]
 

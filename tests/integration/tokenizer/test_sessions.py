@@ -103,7 +103,7 @@ async def test_cancelled_turn_is_not_stored(client, scheduler, speak):
     )
     await call.read()
     call.cancel()
-    await eventually(lambda: scheduler.num_running == 0)
+    await eventually(lambda: len(scheduler.aborts) == 1)
     assert (await get(client, "cancelled")).num_turns == 1
 
 
@@ -111,7 +111,8 @@ async def test_cancelled_turn_is_not_stored(client, scheduler, speak):
 async def test_conflicting_turn_is_not_stored(client, scheduler, speak, rival):
     name = f"conflict-{rival}"
     await speak(name, "Hi", "Hello!")
-    scheduler.play = lambda submit: Script(delay=0.05, samples=[[1001] * 8])
+    rival_is_done = asyncio.Event()
+    scheduler.play = lambda submit: Script(go=rival_is_done, samples=[[1001] * 8])
     request = generation_pb2.GenerateRequest(
         chat=generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Slow")]), session_id=name
     )
@@ -121,6 +122,7 @@ async def test_conflicting_turn_is_not_stored(client, scheduler, speak, rival):
         assert (await speak(name, "Fast", "Done.")).finished.session == SAVED
     else:
         await client.sessions.Delete(sessions_pb2.DeleteSessionRequest(session_id=name))
+    rival_is_done.set()
     answer = await slow
     assert answer.finished.session == generation_pb2.SESSION_OUTCOME_CONFLICT
     assert len(answer.text()) > 0
@@ -198,10 +200,12 @@ async def test_stalled_redis_hurts_sessions_only(client, scheduler, speak, modul
 async def test_dead_redis_hurts_sessions_only(client, scheduler, speak, module_redis):
     """Last: it takes this module's Redis down."""
     chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Hi")])
-    scheduler.play = lambda submit: Script(samples=[[1001] * 5], delay=0.05)
+    redis_is_dead = asyncio.Event()
+    scheduler.play = lambda submit: Script(samples=[[1001] * 5], go=redis_is_dead)
     running = asyncio.create_task(client.generate(generation_pb2.GenerateRequest(chat=chat, session_id="dying")))
     await eventually(lambda: len(scheduler.submits) == 1)
     module_redis.stop()
+    redis_is_dead.set()
     answer = await running
     assert answer.finished.session == generation_pb2.SESSION_OUTCOME_UNAVAILABLE
     assert answer.finished.usage.completion_tokens == 5

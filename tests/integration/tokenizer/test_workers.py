@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2
 
 from scalellm.v1 import common_pb2, generation_pb2
 from scripted_scheduler import Script, ScriptedScheduler
-from service_processes import eventually
+from service_processes import PATIENCE, eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -28,7 +28,7 @@ def request(max_tokens=5):
 
 
 def scrape(service) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{service.metrics_address}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{service.metrics_address}/metrics", timeout=PATIENCE) as response:
         lines = response.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
@@ -104,7 +104,7 @@ async def test_workers_share_the_port_and_survive_a_crash(start, own_scheduler, 
 
     family = [psutil.Process(service.pid), *service.children()]
     assert service.terminate() == 0
-    assert [process for process in family if process.is_running()] == []
+    await eventually(lambda: not any(process.is_running() for process in family))
     assert not service.announce.exists()
     assert metrics_files(family) == []
     for client in (*clients, *fresh):
@@ -122,20 +122,21 @@ async def test_worker_that_keeps_crashing_ends_the_service(start, own_scheduler)
         await eventually(lambda: len(own_scheduler.links) == 1)
         workers_of(service)[0].send_signal(signal.SIGSEGV)
         await eventually(lambda: not own_scheduler.links)
-    assert await asyncio.to_thread(service.process.wait, 20) == 1
+    assert await asyncio.to_thread(service.process.wait, PATIENCE) == 1
     last_line = service.log.read_text().splitlines()[-1]
     assert last_line.startswith("error: worker 0 ended 2 times within a minute, the last time with signal SIGSEGV")
 
 
 async def test_drain_finishes_what_runs_and_refuses_the_rest(start, own_scheduler, connect):
-    service = start("--workers", "1")
+    service = start("--workers", "1", "--drain-limit-s", str(PATIENCE))
     client = connect(service.address)
     await client.wait_serving()
-    own_scheduler.play = lambda submit: Script(delay=0.05)
+    go = asyncio.Event()
+    own_scheduler.play = lambda submit: Script(go=go)
     running = asyncio.create_task(client.generate(request(30)))
     await eventually(lambda: own_scheduler.num_running == 1)
     service.process.terminate()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         async for answer in client.health.Watch(health_pb2.HealthCheckRequest()):
             if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
                 break
@@ -143,8 +144,9 @@ async def test_drain_finishes_what_runs_and_refuses_the_rest(start, own_schedule
         await client.generate(request())
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     assert error.value.details() == "the service is shutting down"
+    go.set()
     assert (await running).finished.usage.completion_tokens == 30
-    assert await asyncio.to_thread(service.process.wait, 20) == 0
+    assert await asyncio.to_thread(service.process.wait, PATIENCE) == 0
     await client.channel.close()
 
 
@@ -161,7 +163,7 @@ async def test_drain_has_a_limit(start, own_scheduler, connect):
             pass
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     assert error.value.details() == "the server is shutting down"
-    assert await asyncio.to_thread(service.process.wait, 20) == 0
+    assert await asyncio.to_thread(service.process.wait, PATIENCE) == 0
     await eventually(lambda: own_scheduler.num_running == 0)
     await client.channel.close()
 
@@ -182,7 +184,7 @@ async def test_taken_port_is_refused(start, own_scheduler, connect):
         other.listen()
         port = other.getsockname()[1]
         service = start("--port", str(port), wait=False)
-        assert await asyncio.to_thread(service.process.wait, 30) == 1
+        assert await asyncio.to_thread(service.process.wait, PATIENCE) == 1
     assert service.log.read_text().startswith(f"error: cannot listen on 127.0.0.1:{port}: the port is in use")
     assert len(service.log.read_text().splitlines()) == 1
 
@@ -207,7 +209,7 @@ async def test_bad_settings_are_one_line(start, own_scheduler, flags, message):
         flags = ("--metrics-port", str(taken.getsockname()[1]))
         message = message.replace(":1 ", f":{flags[1]} ")
     service = start(*flags, wait=False)
-    assert await asyncio.to_thread(service.process.wait, 30) in (1, 2)
+    assert await asyncio.to_thread(service.process.wait, PATIENCE) in (1, 2)
     assert service.log.read_text().startswith(message)
     assert len(service.log.read_text().splitlines()) == 1
 
@@ -215,5 +217,5 @@ async def test_bad_settings_are_one_line(start, own_scheduler, flags, message):
 async def test_model_without_tokenizer_is_one_line(start, own_scheduler, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     service = start("--model", str(tmp_path), wait=False)
-    assert await asyncio.to_thread(service.process.wait, 30) == 1
+    assert await asyncio.to_thread(service.process.wait, PATIENCE) == 1
     assert service.log.read_text() == f"error: --model: {tmp_path} holds neither a tokenizer.json nor a .gguf file\n"
