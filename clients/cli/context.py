@@ -79,6 +79,7 @@ class Environment:
         redis_url: REDIS_URL: the Redis to use; empty: an embedded one.
         variables: All of them, for the services.
         credentials: SCALELLM_API_KEY, SCALELLM_TLS_CA, SCALELLM_TLS_CERT, SCALELLM_TLS_KEY: for a secured server.
+        metrics_credentials: SCALELLM_METRICS_TLS_CA, _CERT, _KEY: for metrics endpoints that speak TLS.
     """
 
     home: Path
@@ -87,6 +88,7 @@ class Environment:
     redis_url: str
     variables: Mapping[str, str]
     credentials: Credentials = NO_CREDENTIALS
+    metrics_credentials: Credentials = NO_CREDENTIALS
 
     @classmethod
     def read(cls, variables: Mapping[str, str]) -> Environment:
@@ -101,6 +103,12 @@ class Environment:
                 _path(variables, "SCALELLM_TLS_CA"),
                 _path(variables, "SCALELLM_TLS_CERT"),
                 _path(variables, "SCALELLM_TLS_KEY"),
+            ),
+            metrics_credentials=Credentials(
+                "",
+                _path(variables, "SCALELLM_METRICS_TLS_CA"),
+                _path(variables, "SCALELLM_METRICS_TLS_CERT"),
+                _path(variables, "SCALELLM_METRICS_TLS_KEY"),
             ),
             redis_url=variables.get("REDIS_URL", ""),
             variables=dict(variables),

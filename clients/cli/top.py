@@ -34,6 +34,9 @@ Examples:
   scalellm top
   scalellm top --once                                    one frame, for a pipe or a log
   scalellm top --metrics host:9151 --metrics host:9152   services of another machine
+
+Metrics endpoints that speak TLS: set SCALELLM_METRICS_TLS_CA, and SCALELLM_METRICS_TLS_CERT and _KEY where they ask
+for a certificate.
 """
 
 _WINDOW = 10.0
@@ -55,21 +58,22 @@ def top(
     """Show figures until told to stop."""
     context = CliContext.of(ctx)
     addresses = metrics or _addresses(context)
+    tls = context.environment.metrics_credentials.tls_context()
     if once:
-        first = scrape(addresses)
+        first = scrape(addresses, tls)
         time.sleep(interval)
-        window = Window(first, scrape(addresses))
+        window = Window(first, scrape(addresses, tls))
         context.table(frame(window))
         if any(not new.samples for _, new in window.pairs):
             raise typer.Exit(ExitCode.FAILED)
         return
     if not context.out.is_terminal:
         raise CliError("standard output is not a terminal: use --once", ExitCode.USAGE)
-    history = deque([scrape(addresses)])
+    history = deque([scrape(addresses, tls)])
     try:
         with _keys() as keyboard, Live(Text("..."), console=context.out, screen=True, auto_refresh=False) as live:
             while not _quits(keyboard, interval):
-                history.append(scrape(addresses))
+                history.append(scrape(addresses, tls))
                 while len(history) > 2 and history[1][0].at < history[-1][0].at - _WINDOW:
                     history.popleft()
                 live.update(frame(Window(history[0], history[-1])), refresh=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
-from urllib.request import ProxyHandler, build_opener
+from itertools import repeat
+from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -37,18 +39,19 @@ class Scrape:
         return sum(value for key, value in self.samples.get(name, {}).items() if wanted <= set(key))
 
 
-def scrape(addresses: Sequence[str]) -> list[Scrape]:
-    """Ask all endpoints (host:port) at once."""
+def scrape(addresses: Sequence[str], tls: ssl.SSLContext | None = None) -> list[Scrape]:
+    """Ask all endpoints (host:port) at once, over TLS if that is given."""
     with ThreadPoolExecutor(max_workers=len(addresses)) as pool:
-        return list(pool.map(_scrape, addresses))
+        return list(pool.map(_scrape, addresses, repeat(tls)))
 
 
-def _scrape(address: str) -> Scrape:
+def _scrape(address: str, tls: ssl.SSLContext | None) -> Scrape:
     # Services are asked as they stand: a web proxy does not reach them.
-    opener = build_opener(ProxyHandler({}))
+    opener = build_opener(ProxyHandler({}), HTTPSHandler(context=tls))
+    scheme = "http" if tls is None else "https"
     at = time.monotonic()
     try:
-        with opener.open(f"http://{address}/metrics", timeout=_TIMEOUT) as answer:
+        with opener.open(f"{scheme}://{address}/metrics", timeout=_TIMEOUT) as answer:
             text = answer.read().decode(_CHARSET)
         samples: dict[str, dict[Labels, float]] = {}
         for family in text_string_to_metric_families(text):

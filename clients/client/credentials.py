@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,19 @@ class Credentials:
         ca, key, cert = (_read(path) for path in (self.tls_ca, self.tls_key, self.tls_cert))
         name = [("grpc.ssl_target_name_override", self.tls_name)] if self.tls_name else []
         return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options=[*options, *name])
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """The same for a connection that is not gRPC's; None without TLS. Raises CredentialsError."""
+        if self.tls_ca is None:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.tls_ca)
+            if self.tls_cert is not None:
+                context.load_cert_chain(self.tls_cert, self.tls_key)
+        except OSError as error:
+            files = ", ".join(str(path) for path in (self.tls_ca, self.tls_cert, self.tls_key) if path is not None)
+            raise CredentialsError(f"cannot use {files}: {error.strerror or error}") from None
+        return context
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

@@ -15,11 +15,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, TypeVar
 
 import psutil
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from services.common.lifecycle import StartError
+from services.common.metrics_server import MetricsServer
+from services.common.tls import PLAINTEXT, TlsFiles
 
 if TYPE_CHECKING:
     from services.common.tracing.tracer import Tracer
@@ -36,6 +38,9 @@ class MetricsEndpoint:
         service: Name of the service.
         collectors: What it has to say.
         processes: Pids of the service's other processes, by what they are; called at each scrape.
+        tls: What the endpoint shows, and whom it answers.
+
+    Raises StartError.
     """
 
     def __init__(
@@ -45,24 +50,23 @@ class MetricsEndpoint:
         service: str,
         collectors: Iterable[Collector],
         processes: Callable[[], Mapping[str, int]] = dict,
+        tls: TlsFiles = PLAINTEXT,
     ) -> None:
         registry = _PoliteRegistry()
         ProcessCollector(registry=registry)
         for collector in (_BuildCollector(service), _ProcessesCollector(processes), *collectors):
             registry.register(collector)
         try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+            self._server = MetricsServer(host, port, registry, tls)
         except OSError as error:
             raise StartError(
                 f"cannot listen on {host}:{port} for metrics: {error.strerror}; choose another --metrics-port"
             ) from None
-        self.address = f"{host}:{self._server.server_port}"
+        self.address = self._server.address
 
     def stop(self) -> None:
         """Close the port."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._server.stop()
 
 
 class LoopLag:

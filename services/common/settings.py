@@ -47,6 +47,14 @@ class ServiceSettings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     metrics_port: Port | None = None
     """Port of the Prometheus endpoint; 0 takes a free one; unset: no endpoint."""
+    metrics_tls_cert: Path | None = None
+    """PEM file with the certificate that the Prometheus endpoint shows; unset: plain HTTP. These files are read again
+    when they change."""
+    metrics_tls_key: Path | None = None
+    """PEM file with the private key of --metrics-tls-cert."""
+    metrics_tls_ca: Path | None = None
+    """PEM file with the authorities of whoever may ask the Prometheus endpoint: a certificate of theirs must be
+    shown."""
     vllm_metrics: bool = False
     """Metrics also under vLLM's names, for the dashboards, autoscalers and gateways that read those."""
     tls_cert: Path | None = None
@@ -110,6 +118,11 @@ class ServiceSettings(BaseSettings):
     def tls_files(self) -> TlsFiles:
         """What the listener shows and trusts."""
         return TlsFiles(self.tls_cert, self.tls_key, self.tls_ca)
+
+    @property
+    def metrics_tls_files(self) -> TlsFiles:
+        """What the Prometheus endpoint shows and trusts."""
+        return TlsFiles(self.metrics_tls_cert, self.metrics_tls_key, self.metrics_tls_ca, option="--metrics-tls")
 
 
 class LinkingSettings(ServiceSettings):

@@ -45,6 +45,12 @@ class TlsFiles:
         self._check(material)
         return material
 
+    def read_for_listener(self) -> TlsMaterial:
+        """The same for an end that others connect to. Raises ConfigFileError."""
+        if self.cert is None and self.key is None:
+            raise ConfigFileError(f"{self.option}-cert: is missing: a listener has to show a certificate")
+        return self.read()
+
     def _check(self, material: TlsMaterial) -> None:
         """What gRPC would say about wrong files names neither the file nor the reason."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -65,6 +71,10 @@ class TlsFiles:
                 raise ConfigFileError(f"{self.option}-ca: {self.ca} holds no PEM certificate") from None
 
 
+PLAINTEXT = TlsFiles()
+"""No files."""
+
+
 @dataclass(frozen=True, slots=True)
 class TlsMaterial:
     """The contents of TlsFiles."""
@@ -82,9 +92,7 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials | None:
     """
     if not files.paths:
         return None
-    if files.cert is None:
-        raise ConfigFileError(f"{files.option}-cert: is missing: a listener has to show a certificate")
-    material = Reloaded(files.paths, files.read)
+    material = Reloaded(files.paths, files.read_for_listener)
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
         return _configuration(material.value) if material.refresh() else None
@@ -92,6 +100,24 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials | None:
     return grpc.dynamic_ssl_server_credentials(
         _configuration(material.value), fetch, require_client_authentication=files.ca is not None
     )
+
+
+def server_context(files: TlsFiles) -> Reloaded[ssl.SSLContext] | None:
+    """The same for a listener that is not gRPC's, to `refresh` before each handshake. Raises ConfigFileError."""
+    if not files.paths:
+        return None
+
+    def load() -> ssl.SSLContext:
+        files.read_for_listener()
+        assert files.cert is not None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(files.cert, files.key, password=_refuse_password)
+        if files.ca is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(files.ca)
+        return context
+
+    return Reloaded(files.paths, load)
 
 
 def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials | None:

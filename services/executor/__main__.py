@@ -102,7 +102,8 @@ def _metrics_endpoint(
     def processes() -> dict[str, int]:
         return {"engine": supervisor.engine_pid} if supervisor.engine_pid is not None else {}
 
-    return MetricsEndpoint(settings.host, port, "executor", collectors, processes)
+    tls = settings.metrics_tls_files
+    return MetricsEndpoint(settings.host, port, "executor", collectors, processes, tls)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ class SchedulerServer:
         collectors = [collector]
         if self._tracer is not None:
             collectors.append(DroppedSpansCollector(self._tracer))
-        return MetricsEndpoint(self._settings.host, port, "scheduler", collectors)
+        settings = self._settings
+        return MetricsEndpoint(settings.host, port, "scheduler", collectors, tls=settings.metrics_tls_files)
 
     def _model_name(self) -> str:
         identity = self._fleet.identity

@@ -42,6 +42,7 @@ def promtool(*arguments: str) -> None:
 
 def test_config_and_rules_are_valid() -> None:
     promtool("check", "config", "prometheus.yml")
+    promtool("check", "config", "--syntax-only", "prometheus-tls.yml")
     promtool("check", "rules", "--lint=all", "--lint-fatal", "rules.yml")
 
 

@@ -1,0 +1,71 @@
+"""The HTTP server under a metrics endpoint: a thread per question, plaintext or TLS."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from services.common.reload import Reloaded
+from services.common.tls import TlsFiles, server_context
+
+
+class MetricsServer:
+    """Answers from a thread of its own, until `stop`.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        registry: What is told.
+        tls: What is shown, and whom is answered.
+
+    Attributes:
+        address: host:port.
+
+    Raises ConfigFileError, and OSError when it cannot listen there.
+    """
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, tls: TlsFiles) -> None:
+        context = server_context(tls)
+
+        class Server(_Server):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            tls = context
+
+        self._server = make_server(host, port, make_wsgi_app(registry), Server, handler_class=_Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+        self.address = f"{host}:{self._server.server_port}"
+
+    def stop(self) -> None:
+        """Close the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingWSGIServer):
+    tls: Reloaded[ssl.SSLContext] | None
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        if self.tls is not None:
+            self.tls.refresh()
+            # The handshake comes with the first read, on the question's own thread.
+            connection = self.tls.value.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever breaks a connection off, or shows no certificate, is not worth a traceback."""
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10.0  # for the handshake, and between bytes
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are not logged."""

@@ -1,0 +1,67 @@
+"""Metrics over TLS: who shows no certificate of the right authority is told nothing; files are read again."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from pathlib import Path
+
+import pytest
+import trustme
+
+from certificates import Identity, issue
+from clients.cli.top_figures import scrape
+from clients.client import Credentials
+from services.common.lifecycle import StartError
+from services.common.metrics import MetricsEndpoint
+from services.common.tls import TlsFiles
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def own(tmp_path: Path, authority: trustme.CA) -> Identity:
+    return issue(tmp_path / "own", authority)
+
+
+@pytest.fixture
+def endpoint(own: Identity):
+    files = TlsFiles(own.cert, own.key, own.ca, option="--metrics-tls")
+    endpoint = MetricsEndpoint("127.0.0.1", 0, "executor", [], tls=files)
+    yield endpoint
+    endpoint.stop()
+
+
+def test_only_who_shows_a_certificate_is_answered(endpoint: MetricsEndpoint, own: Identity, tmp_path: Path) -> None:
+    mine = Credentials(tls_ca=own.ca, tls_cert=own.cert, tls_key=own.key).tls_context()
+    assert [answer.service for answer in scrape([endpoint.address], mine)] == ["executor"]
+    other = issue(tmp_path / "other", trustme.CA())
+    strangers = (
+        None,
+        Credentials(tls_ca=own.ca).tls_context(),
+        Credentials(tls_ca=own.ca, tls_cert=other.cert, tls_key=other.key).tls_context(),
+    )
+    for stranger in strangers:
+        assert [dict(answer.samples) for answer in scrape([endpoint.address], stranger)] == [{}]
+
+
+def test_new_certificates_are_shown(endpoint: MetricsEndpoint, own: Identity, authority: trustme.CA) -> None:
+    issue(own.cert.parent, authority)
+    context = Credentials(tls_ca=own.ca, tls_cert=own.cert, tls_key=own.key).tls_context()
+    assert context is not None
+    host, port = endpoint.address.split(":")
+    with (
+        socket.create_connection((host, int(port))) as plain,
+        context.wrap_socket(plain, server_hostname=host) as secured,
+    ):
+        shown = secured.getpeercert(binary_form=True)
+    assert ssl.DER_cert_to_PEM_cert(shown) in own.cert.read_text()
+
+
+def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
+    files = TlsFiles(tmp_path / "none.pem", tmp_path / "none.key", option="--metrics-tls")
+    with pytest.raises(StartError, match="--metrics-tls-cert: cannot read"):
+        MetricsEndpoint("127.0.0.1", 0, "executor", [], tls=files)
