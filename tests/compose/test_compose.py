@@ -6,6 +6,7 @@ The tests share one project and run in this order.
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ import grpc
 import pytest
 
 from clients.client import Client, ClientError
-from compose_stack import SERVICES, ComposeStack, crash, inspect, store_figures
+from compose_stack import ROOT, SERVICES, ComposeStack, crash, inspect, store_figures
 from line import Answer, generate
 from scalellm.v1 import common_pb2, generation_pb2
 
@@ -280,5 +281,12 @@ def test_down_leaves_nothing(stack: ComposeStack, figures: list[str]) -> None:
 
 
 def test_profiles_are_valid() -> None:
-    command = ["docker", "compose", "--profile", "gpu", "--profile", "monitoring", "config", "--quiet"]
-    assert subprocess.run(command, check=False, capture_output=True, text=True).stderr == ""
+    command = ["docker", "compose", "--profile", "gpu", "--profile", "monitoring", "config", "--format", "json"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    gpu = json.loads(done.stdout)["services"]["executor-gpu"]
+    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["device_ids"], device["capabilities"]) == ("nvidia", ["0"], ["gpu"])
+    assert gpu["networks"]["line"]["aliases"] == ["executor"]  # the scheduler finds it under the other one's name
+    assert gpu["build"]["args"] == {"TORCH_INDEX": ""}
+    assert gpu["environment"]["SCALELLM_EXECUTOR_DEVICE"] == "cuda"
