@@ -1,4 +1,4 @@
-"""Requests that wait for an executor: bounded, by priority, aware of deadlines."""
+"""Requests that wait for an executor: bounded, by priority, fair to tenants, aware of deadlines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Generic, Protocol, TypeVar
 import grpc
 
 from services.common.errors import StatusError
+
+_REQUEST_COST = 256
+"""What a request takes beside its prompt, in tokens: a place in the batch, however short the prompt is."""
 
 _RETRY_AFTER_UNKNOWN = 1.0
 _RETRY_AFTER_RANGE = (0.1, 60.0)
@@ -21,12 +24,19 @@ class QueueEntry(Protocol):
         """Lower leaves first."""
 
     @property
+    def tenant(self) -> bytes:
+        """Whose it is; among equal priorities, tenants take turns."""
+
+    @property
     def arrival(self) -> int:
-        """Unique and rising; among equal priorities, lower leaves first."""
+        """Unique and rising; among requests of one tenant and priority, lower leaves first."""
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens to prefill."""
+
+    turn: int
+    """Given by the queue when it takes the request: how much its tenant had been given by then."""
 
 
 EntryT = TypeVar("EntryT", bound=QueueEntry)
@@ -34,6 +44,10 @@ EntryT = TypeVar("EntryT", bound=QueueEntry)
 
 class AdmissionQueue(Generic[EntryT]):
     """Waiting requests in the order in which they shall leave.
+
+    Tenants share alike, by start-time fair queueing (Goyal, Vin and Cheng 1996): a request's turn is where its tenant's
+    last one ends, in tokens, and a tenant that was away begins where the queue is now. A tenant alone is served in the
+    order of arrival.
 
     A sorted list: with a few thousand entries an insertion or removal moves some kilobytes, which is cheaper than what
     any tree does in Python, and the order can be walked without disturbing it.
@@ -46,8 +60,10 @@ class AdmissionQueue(Generic[EntryT]):
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._entries: list[tuple[int, int, EntryT]] = []
-        self._tokens_by_priority: dict[int, int] = {}
+        self._entries: list[tuple[int, int, int, EntryT]] = []
+        self._tokens: dict[int, dict[bytes, int]] = {}  # that wait, by priority and tenant
+        self._next_turns: dict[int, dict[bytes, int]] = {}  # likewise
+        self._newest_turn = 0  # of priorities of which none waits any more
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -55,11 +71,11 @@ class AdmissionQueue(Generic[EntryT]):
 
     def __contains__(self, entry: EntryT) -> bool:
         place = self._place(entry)
-        return place < len(self._entries) and self._entries[place][2] is entry
+        return place < len(self._entries) and self._entries[place][3] is entry
 
     def in_order(self) -> list[EntryT]:
         """All entries, the next one first; a copy."""
-        return [entry for _, _, entry in self._entries]
+        return [entry for _, _, _, entry in self._entries]
 
     def admit(self, entry: EntryT, remaining: float | None, tokens_per_second: float | None) -> None:
         """Take a new request, or refuse it at once rather than let it wait in vain.
@@ -74,7 +90,7 @@ class AdmissionQueue(Generic[EntryT]):
         """
         self._check_room(entry, tokens_per_second)
         if remaining is not None:
-            ahead = self.tokens_ahead(entry.priority)
+            ahead = self.tokens_ahead(entry)
             predicted = ahead / tokens_per_second if tokens_per_second else 0.0
             if predicted > remaining or remaining <= 0.0:
                 raise StatusError(
@@ -82,36 +98,52 @@ class AdmissionQueue(Generic[EntryT]):
                     f"the deadline is in {remaining:.3f} s, and {ahead} prompt tokens wait before this request: "
                     f"its first token is not expected before {predicted:.3f} s",
                 )
+        next_turns = self._next_turns.setdefault(entry.priority, {})
+        entry.turn = max(next_turns.get(entry.tenant, 0), self._present_turn(entry.priority))
+        next_turns[entry.tenant] = entry.turn + entry.num_prompt_tokens + _REQUEST_COST
         self.put_back(entry)
 
     def put_back(self, entry: EntryT) -> None:
         """Return a request that had left. It takes its old place; it was admitted once and is not refused now."""
-        insort(self._entries, (entry.priority, entry.arrival, entry))
+        insort(self._entries, (entry.priority, entry.turn, entry.arrival, entry))
         self._count(entry, entry.num_prompt_tokens)
 
     def remove(self, entry: EntryT) -> None:
         """Take a request out."""
         place = self._place(entry)
-        if place == len(self._entries) or self._entries[place][2] is not entry:
+        if place == len(self._entries) or self._entries[place][3] is not entry:
             raise KeyError(f"request {entry.arrival} is not queued")
         del self._entries[place]
         self._count(entry, -entry.num_prompt_tokens)
 
-    def tokens_ahead(self, priority: int) -> int:
-        """Prompt tokens that leave before a request of this priority that comes now."""
-        return sum(tokens for other, tokens in self._tokens_by_priority.items() if other <= priority)
+    def tokens_ahead(self, entry: EntryT) -> int:
+        """Prompt tokens that leave before a request that comes now, about: other tenants get as much as its own."""
+        ahead = sum(sum(tenants.values()) for other, tenants in self._tokens.items() if other < entry.priority)
+        tenants = self._tokens.get(entry.priority, {})
+        own = tenants.get(entry.tenant, 0)
+        share = own + entry.num_prompt_tokens
+        return ahead + own + sum(min(share, tokens) for other, tokens in tenants.items() if other != entry.tenant)
 
     def _place(self, entry: EntryT) -> int:
-        # A pair sorts before the triple it begins, and arrivals are unique: entries themselves are never compared.
-        return bisect_left(self._entries, (entry.priority, entry.arrival))
+        # Shorter tuples sort before the longer ones they begin, and arrivals are unique: entries are never compared.
+        return bisect_left(self._entries, (entry.priority, entry.turn, entry.arrival))
+
+    def _present_turn(self, priority: int) -> int:
+        """The turn of the next request of a priority; where none waits, one after all that there were."""
+        if priority not in self._tokens:
+            return self._newest_turn
+        return self._entries[bisect_left(self._entries, (priority,))][1]
 
     def _count(self, entry: EntryT, tokens: int) -> None:
         self.num_tokens += tokens
-        total = self._tokens_by_priority.get(entry.priority, 0) + tokens
-        if total:
-            self._tokens_by_priority[entry.priority] = total
-        else:
-            self._tokens_by_priority.pop(entry.priority, None)
+        tenants = self._tokens.setdefault(entry.priority, {})
+        tenants[entry.tenant] = tenants.get(entry.tenant, 0) + tokens
+        if not tenants[entry.tenant]:
+            del tenants[entry.tenant]
+            if not tenants:
+                del self._tokens[entry.priority]
+                # Nobody is owed anything, and what comes back is still before what is new.
+                self._newest_turn = max(self._newest_turn, *self._next_turns.pop(entry.priority, {0: 0}).values())
 
     def _check_room(self, entry: EntryT, tokens_per_second: float | None) -> None:
         excess = self.num_tokens + entry.num_prompt_tokens - self._max_tokens

@@ -76,8 +76,10 @@ class Request:
         "state",
         "stopping_samples",
         "submit",
+        "tenant",
         "timer",
         "trace",
+        "turn",
     )
 
     def __init__(self, link: ClientLink, submit: link_pb2.Submit, arrival: int, now: float) -> None:
@@ -86,6 +88,8 @@ class Request:
         self.submit = submit
         self.arrival = arrival
         self.priority: int = submit.priority
+        self.tenant: bytes = submit.cache_salt  # each tenant's own
+        self.turn = 0
         self.num_prompt_tokens = len(submit.token_ids)
         self.session_id: str = submit.session_id
         self.deadline = now + submit.time_remaining_ns / 1e9 if submit.HasField("time_remaining_ns") else None

@@ -75,6 +75,7 @@ class LinkEdge:
         time_remaining: float | None = None,
         priority: int = 0,
         session_id: str = "",
+        cache_salt: bytes = b"",
         resumed: dict[int, list[int]] | None = None,
         handle: int | None = None,
         **sampling: int,
@@ -89,6 +90,7 @@ class LinkEdge:
             sampling=common_pb2.SamplingParams(max_tokens=max_tokens, **sampling),
             priority=priority,
             session_id=session_id,
+            cache_salt=cache_salt,
         )
         if time_remaining is not None:
             submit.time_remaining_ns = int(time_remaining * 1e9)

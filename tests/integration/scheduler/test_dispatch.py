@@ -97,6 +97,21 @@ async def test_priority_then_arrival(make_line, eventually):
     assert order == [2, 5, 1, 3, 0, 4]
 
 
+async def test_a_tenants_burst_does_not_delay_another(make_line, eventually):
+    line = await make_line(executor={"max_running": 1})
+    (executor,) = line.executors
+    executor.hold()
+    first = await line.edge.submit(10, 1, cache_salt=b"burst")
+    await eventually(lambda: executor.submits)
+    streams = [await line.edge.submit(10, 1, cache_salt=b"burst") for _ in range(20)]
+    streams += [await line.edge.submit(10, 1, cache_salt=b"late") for _ in range(2)]
+    await eventually(lambda: line.state().queued == len(streams))
+    executor.release()
+    await line.edge.finish(first, *streams)
+    salts = [submit.cache_salt for submit in executor.submits[1:]]
+    assert salts[:5] == [b"burst", b"late", b"burst", b"late", b"burst"]
+
+
 async def test_full_queue_says_when_to_retry(make_line, eventually):
     line = await make_line(executor={"max_running": 1}, max_queued_requests=2)
     (executor,) = line.executors

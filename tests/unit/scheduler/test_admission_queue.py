@@ -17,6 +17,8 @@ class Entry:
     priority: int
     arrival: int
     num_prompt_tokens: int
+    tenant: bytes = b""
+    turn: int = 0
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -33,15 +35,16 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(
         priority=st.integers(-2, 2),
+        tenant=st.sampled_from((b"a", b"b", b"c")),
         tokens=st.integers(1, 120),
         remaining=st.none() | st.floats(0.001, 20),
         rate=st.none() | st.floats(0.5, 1000),
     )
-    def admit(self, priority, tokens, remaining, rate):
+    def admit(self, priority, tenant, tokens, remaining, rate):
         self.arrivals += 1
-        entry = Entry(priority, self.arrivals, tokens)
+        entry = Entry(priority, self.arrivals, tokens, tenant)
         queued = sum(other.num_prompt_tokens for other in self.waiting)
-        ahead = sum(other.num_prompt_tokens for other in self.waiting if other.priority <= priority)
+        ahead = self.expected_ahead(entry)
         full = len(self.waiting) >= self.max_requests or bool(self.waiting and queued + tokens > self.max_tokens)
         hopeless = remaining is not None and rate is not None and ahead / rate > remaining
         if full or hopeless:
@@ -53,6 +56,17 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             self.queue.admit(entry, remaining, rate)
             self.waiting.append(entry)
+
+    def expected_ahead(self, entry):
+        own = self.tokens(entry.priority, entry.tenant)
+        share = own + entry.num_prompt_tokens
+        others = {b"a", b"b", b"c"} - {entry.tenant}
+        urgent = sum(other.num_prompt_tokens for other in self.waiting if other.priority < entry.priority)
+        return urgent + own + sum(min(share, self.tokens(entry.priority, other)) for other in others)
+
+    def tokens(self, priority, tenant):
+        wanted = (priority, tenant)
+        return sum(other.num_prompt_tokens for other in self.waiting if (other.priority, other.tenant) == wanted)
 
     @precondition(lambda self: self.waiting)
     @rule(choice=st.randoms(use_true_random=False))
@@ -74,18 +88,65 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def matches_the_model(self):
-        assert self.queue.in_order() == sorted(self.waiting, key=lambda entry: (entry.priority, entry.arrival))
+        in_order = self.queue.in_order()
+        assert in_order == sorted(self.waiting, key=lambda entry: (entry.priority, entry.turn, entry.arrival))
+        for tenant in (b"a", b"b", b"c"):
+            own = [(entry.priority, entry.arrival) for entry in in_order if entry.tenant == tenant]
+            assert own == sorted(own)
         assert len(self.queue) == len(self.waiting)
         assert self.queue.num_tokens == sum(entry.num_prompt_tokens for entry in self.waiting)
         for priority in range(-3, 4):
-            ahead = sum(entry.num_prompt_tokens for entry in self.waiting if entry.priority <= priority)
-            assert self.queue.tokens_ahead(priority) == ahead
+            entry = Entry(priority, 0, 30, b"b")
+            assert self.queue.tokens_ahead(entry) == self.expected_ahead(entry)
         assert all(entry in self.queue for entry in self.waiting)
         assert not any(entry in self.queue for entry in self.dispatched)
 
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=50)
+
+
+def served(queue: AdmissionQueue[Entry], count: int) -> list[tuple[bytes, int]]:
+    """Tenants and arrivals in the order in which they leave."""
+    left = []
+    for _ in range(count):
+        entry = queue.in_order()[0]
+        queue.remove(entry)
+        left.append((entry.tenant, entry.arrival))
+    return left
+
+
+def test_a_burst_of_one_tenant_does_not_delay_another():
+    queue = AdmissionQueue(1000, 10**6)
+    for arrival in range(1, 101):
+        queue.admit(Entry(0, arrival, 100, b"burst"), None, None)
+    assert served(queue, 10) == [(b"burst", arrival) for arrival in range(1, 11)]
+    late = Entry(0, 200, 100, b"late")
+    assert queue.tokens_ahead(late) == 100  # one turn of the other's, and not 90
+    for arrival in (200, 201):
+        queue.admit(Entry(0, arrival, 100, b"late"), None, None)
+    assert served(queue, 5) == [(b"burst", 11), (b"late", 200), (b"burst", 12), (b"late", 201), (b"burst", 13)]
+    queue.admit(Entry(-1, 300, 100, b"burst"), None, None)
+    assert served(queue, 1) == [(b"burst", 300)], "a priority goes before any turn"
+    assert served(queue, len(queue)) == [(b"burst", arrival) for arrival in range(14, 101)]
+
+
+def test_turns_are_shares_of_tokens():
+    queue = AdmissionQueue(1000, 10**6)
+    for arrival in range(1, 81):
+        queue.admit(Entry(0, arrival, 744 if arrival % 2 else 244, b"long" if arrival % 2 else b"short"), None, None)
+    tenants = [tenant for tenant, _ in served(queue, 30)]
+    assert (tenants.count(b"long"), tenants.count(b"short")) == (10, 20)
+
+
+def test_what_comes_back_goes_before_what_is_new():
+    queue = AdmissionQueue(1000, 10**6)
+    first, new = Entry(0, 1, 100, b"a"), Entry(0, 2, 100, b"b")
+    queue.admit(first, None, None)
+    queue.remove(first)
+    queue.admit(new, None, None)
+    queue.put_back(first)
+    assert served(queue, 2) == [(b"a", 1), (b"b", 2)]
 
 
 def test_one_request_larger_than_the_limit_may_wait_alone():
