@@ -17,7 +17,7 @@ from typing import Any
 from bench.gpu.part import DEVICE_LOST, PartResult, PartSpec
 
 _ROOT = Path(__file__).resolve().parents[2]
-_START = 60.0  # seconds for a worker to import torch and open the device
+_START = 240.0  # seconds for a worker to import torch and open the device
 _GRACE = 15.0  # seconds past the end of the budget for the part in progress
 
 

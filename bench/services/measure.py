@@ -13,6 +13,8 @@ from bench.services.processes import Neighbour, RedisServer, Service, cpu_second
 
 _BUSY = 0.85
 _SETTLE = 0.3
+_PATIENCE = 120.0
+"""Seconds in which the first token has to come."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,11 @@ class Bench:
         if self._far is not None:
             self._far.start(steps_per_s=steps_per_s)
         self._source.start(**load)
-        time.sleep(self._timing.warm_up)
-        early = [neighbour.take() for neighbour in neighbours]
+        early = self._take(neighbours, self._timing.warm_up)
         psutil.cpu_times_percent()
         redis_before = self._redis.totals() if self._redis is not None else {}
         began, before, theirs_before = time.perf_counter(), self._cpu(), [cpu_seconds(n.process) for n in neighbours]
-        time.sleep(self._timing.window)
-        reports = [neighbour.take() for neighbour in neighbours]
+        reports = self._take(neighbours, self._timing.window)
         seconds = time.perf_counter() - began
         redis_after = self._redis.totals() if self._redis is not None else {}
         after, theirs_after = self._cpu(), [cpu_seconds(n.process) for n in neighbours]
@@ -155,6 +155,21 @@ class Bench:
                 for name in redis_after
             },
         )
+
+    @staticmethod
+    def _take(neighbours: Sequence[Neighbour], seconds: float) -> list[dict[str, Any]]:
+        """What they counted in so many seconds, or in more where not one token came in these."""
+        deadline = time.monotonic() + _PATIENCE
+        totals: list[dict[str, Any]] = [{} for _ in neighbours]
+        while True:
+            time.sleep(seconds)
+            for total, report in zip(totals, [neighbour.take() for neighbour in neighbours], strict=True):
+                total |= {
+                    name: value + total.get(name, 0) if isinstance(value, int) else value
+                    for name, value in report.items()
+                }
+            if totals[0].get("tokens") or totals[0].get("errors") or time.monotonic() > deadline:
+                return totals
 
     def _cpu(self) -> dict[str, float]:
         return {role: sum(map(cpu_seconds, processes)) for role, processes in self._processes.items()}

@@ -144,7 +144,7 @@ class Neighbour:
         if self._popen.stdin is not None:
             self._popen.stdin.close()
         try:
-            self._popen.wait(5)
+            self._popen.wait(60)
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
@@ -212,7 +212,7 @@ def _redis(folder: Path) -> Iterator[RedisServer]:
         redis_command(find_redis_server(), socket, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + _START_LIMIT
         while not socket.exists():
             if popen.poll() is not None or time.monotonic() > deadline:
                 raise BenchError("redis-server did not start")

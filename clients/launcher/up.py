@@ -31,7 +31,7 @@ from clients.launcher.redis_server import (
 from services.common.health_check import SERVING
 
 _POLL = 0.05
-_REDIS_START_LIMIT = 10.0
+_REDIS_START_LIMIT = 60.0
 
 # A start that failed has served nobody: nothing to drain.
 _UNDO_LIMIT = 5.0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kernels.cpu import library
+from service_processes import PATIENCE
 
 SOURCES = list(Path(library.__file__).parent.glob("*.cpp"))
 
@@ -37,7 +38,7 @@ def test_two_processes_that_start_at_once_build_once(compiler, tmp_path):
         f"import pathlib; from kernels.cpu import library; assert library.load_library(pathlib.Path({str(tmp_path)!r}))"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    assert [process.wait(PATIENCE) for process in processes] == [0, 0]
     assert len((tmp_path / "calls").read_text().splitlines()) == len(SOURCES) + 1
     assert len(list(tmp_path.glob("cpu-*.so"))) == 1
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "bin"]

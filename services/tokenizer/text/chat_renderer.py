@@ -15,7 +15,7 @@ from typing import Any, Self
 from services.tokenizer.text.chat_render_process import LENGTH
 from services.tokenizer.text.chat_template import ChatTemplateError
 
-_START_SECONDS = 30.0
+_START_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)

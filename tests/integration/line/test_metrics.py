@@ -74,7 +74,10 @@ def test_what_is_promised_is_there_and_what_is_there_is_documented(line: Line) -
 def test_top_shows_what_the_line_does(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
     services = (line.tokenizer, line.scheduler, *line.executors)
     addresses = [argument for service in services for argument in ("--metrics", service.metrics_address)]
-    assert run(["top", "--once", "--interval", "0.2", *addresses], {}) == 0
+    deadline = time.monotonic() + PATIENCE
+    while run(["top", "--once", "--interval", "0.2", *addresses], {}) != 0:  # each is given a second and a half
+        assert time.monotonic() < deadline, capsys.readouterr().out
+        capsys.readouterr()
     frame = capsys.readouterr().out
     for service in services:
         assert re.search(rf"^(tokenizer|scheduler|executor) +{service.metrics_address} +ok ", frame, re.MULTILINE), (

@@ -16,6 +16,7 @@ from bench.load.workload import Load, Shape, arrival_times
 from scalellm.v1 import generation_pb2
 from scripted_generation import BREAKDOWN, Play
 from scripted_openai import HttpPlay
+from service_processes import PATIENCE
 
 SHAPE = Shape(input_len=6, output_len=5)
 
@@ -76,7 +77,7 @@ async def test_both_targets_are_sent_the_same(grpc_target, openai_target, grpc_s
 async def test_the_closed_loop_keeps_its_number_in_flight(grpc_target, grpc_server, tokenizer_file):
     barrier = asyncio.Barrier(4)
     grpc_server.play = lambda request: Play(barrier=barrier)
-    step = await drive(grpc_target, tokenizer_file, load="4", count=20, deadline_s=30)
+    step = await drive(grpc_target, tokenizer_file, load="4", count=20, deadline_s=PATIENCE)
     assert (step.figures["ok"], grpc_server.most_running) == (20, 4)
 
 
@@ -90,7 +91,7 @@ async def test_the_open_loop_sends_at_the_seeds_times(target, tokenizer_file):
 async def test_the_open_loop_does_not_wait_for_answers(grpc_target, grpc_server, tokenizer_file):
     barrier = asyncio.Barrier(20)
     grpc_server.play = lambda request: Play(barrier=barrier)
-    step = await drive(grpc_target, tokenizer_file, load="500/s", count=20, deadline_s=30)
+    step = await drive(grpc_target, tokenizer_file, load="500/s", count=20, deadline_s=PATIENCE)
     assert (step.figures["ok"], grpc_server.most_running) == (20, 20)
 
 
@@ -99,7 +100,7 @@ async def test_cancelled_requests_end_at_their_token_and_at_the_server(grpc_targ
     step = await drive(grpc_target, tokenizer_file, Shape(input_len=6, output_len=50, cancel_share=1.0), count=6)
     assert step.figures["cancelled"] == 6
     assert step.figures["tokens_lost"] == sum(len(record.arrivals) for record in step.records)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while grpc_server.running:
             await asyncio.sleep(0.01)
     assert grpc_server.num_cut_short == 6

@@ -28,6 +28,7 @@ from bench.peers.serving import free_port, server
 from bench.peers.systems import Form, Served, Setup
 from bench.peers.targets import targets
 from bench.peers.workloads import workloads
+from service_processes import PATIENCE
 from word_tokenizer import write_word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,7 +70,8 @@ class FakeSystem:
             echo.wait()
 
 
-def test_a_run_from_installing_to_the_table(tmp_path):
+def test_a_run_from_installing_to_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.peers.__main__._TOO_SLOW", float("inf"))  # by chance, one of these echoes would be
     plan = Plan(2, 60.0, 0, Vocabulary.of_words(write_word_tokenizer(tmp_path)))
     loads = workloads(["fixed", "shared", "sessions"], [1, 8], 4, 4, quick=True)
     report = Report({"model": "fake"})
@@ -200,7 +202,7 @@ def test_a_server_that_ends_is_quoted(tmp_path):
     command = (sys.executable, "-c", "print('no such model'); raise SystemExit(2)")
     with (
         pytest.raises(PeerError, match=r"ended with 2 while starting .*\nno such model"),
-        server(command, os.environ, tmp_path / "log", f"http://127.0.0.1:{free_port()}/", 30.0),
+        server(command, os.environ, tmp_path / "log", f"http://127.0.0.1:{free_port()}/", PATIENCE),
     ):
         pass
 

@@ -15,6 +15,7 @@ from bench.load.records import Ended, Request, Tokens
 from bench.peers.servers.front import Front, TextFormat
 from bench.peers.servers.stepping import Stepping
 from fake_peer_engine import COUNT_JOBS, FAIL, FakePeerEngine
+from service_processes import PATIENCE
 from word_tokenizer import WORDS, write_chat, write_word_tokenizer
 
 
@@ -28,7 +29,7 @@ async def base_url(tmp_path):
     yield f"http://127.0.0.1:{port_of(server)}/v1"
     server.close()
     engine.close()
-    await asyncio.wait_for(engine.ended, 30)
+    await asyncio.wait_for(engine.ended, PATIENCE)
 
 
 async def answer(base_url: str, request: Request) -> tuple[list[str], Ended]:
@@ -77,12 +78,12 @@ async def test_a_job_that_nobody_reads_is_dropped():
         assert [list(token_ids) async for token_ids in engine.generate([COUNT_JOBS], 1, True)] == [[2]]
     assert [list(token_ids) async for token_ids in engine.generate([COUNT_JOBS], 1, True)] == [[1]]
     engine.close()
-    await asyncio.wait_for(engine.ended, 30)
+    await asyncio.wait_for(engine.ended, PATIENCE)
 
 
 async def test_the_end_of_the_engine_is_seen():
     engine = Stepping(FakePeerEngine)
     await engine.ready
     waiting = asyncio.ensure_future(anext(engine.generate([FAIL], 9, True)))
-    await asyncio.wait_for(engine.ended, 30)
+    await asyncio.wait_for(engine.ended, PATIENCE)
     waiting.cancel()

@@ -26,7 +26,7 @@ def test_quick(target: str, num_sections: int, tmp_path: Path, model_dir: Callab
     output = tmp_path / "figures.json"
     command = [sys.executable, "-m", "bench.services", target, "--quick", "--output", str(output)]
     model = str(model_dir("smollm2-135m-instruct"))
-    done = subprocess.run([*command, "--model", model], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, "--model", model], cwd=ROOT, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
     figures = json.loads(output.read_text())
     assert len(figures["sections"]) == num_sections

@@ -11,6 +11,7 @@ import pytest
 from bench.services.neighbours.h2 import Stream, connect, listen
 from bench.services.neighbours.wire import GenerateRequests, SubmitFrames, age, stamp_now
 from scalellm.v1 import generation_pb2, link_pb2
+from service_processes import PATIENCE
 
 METHOD = "/test.Echo/Stream"
 
@@ -32,7 +33,7 @@ async def test_client_against_grpc(size: int) -> None:
     stream, got, ended = connection.call(METHOD), asyncio.Queue[bytes](), asyncio.Event()
     stream.on_message, stream.on_end = got.put_nowait, ended.set
     message = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         for _ in range(3):
             stream.send(message)
             assert await got.get() == message
@@ -48,7 +49,7 @@ async def test_server_against_grpc(size: int) -> None:
     message = bytes(size)
     async with grpc.aio.insecure_channel(await listen(on_call), options=[("grpc.max_receive_message_length", -1)]) as c:
         calls = [c.stream_stream(METHOD)() for _ in range(2)]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             for _ in range(3):
                 for call in calls:
                     await call.write(message)
@@ -85,4 +86,4 @@ async def test_stamps_tell_their_age() -> None:
     stamp = stamp_now()
     assert 1_000 <= stamp < 41_000
     await asyncio.sleep(0.01)
-    assert 0.0099 < age(stamp) < 1.0
+    assert 0.0099 < age(stamp) < 30

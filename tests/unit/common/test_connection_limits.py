@@ -10,6 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service_processes import PATIENCE
 from services.common.lifecycle import MAX_METADATA_BYTES, GrpcService
 from services.common.settings import ServiceSettings
 
@@ -33,7 +34,7 @@ async def test_connections_beyond_the_limit_are_closed():
         channels = [grpc.aio.insecure_channel(address, options=OWN) for _ in range(3)]
         codes = []
         for channel in channels:
-            call = health_pb2_grpc.HealthStub(channel).Check(HEALTH, timeout=5)
+            call = health_pb2_grpc.HealthStub(channel).Check(HEALTH, timeout=PATIENCE)
             codes.append(await call.code())
         assert codes == [grpc.StatusCode.OK, grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE]
         for channel in channels:
@@ -56,7 +57,7 @@ async def test_calls_beyond_the_limit_of_a_connection_wait():
 def start_calls(channels):
     """Not of asyncio: they are on their way before the server's loop, which is the test's, turns again."""
     stubs = [health_pb2_grpc.HealthStub(channel) for channel in channels]
-    calls = [stub.Check.future(HEALTH, timeout=60) for stub in stubs for _ in range(700)]
+    calls = [stub.Check.future(HEALTH, timeout=PATIENCE) for stub in stubs for _ in range(700)]
     time.sleep(0.5)
     return calls
 
@@ -88,7 +89,7 @@ async def test_who_pings_all_the_time_is_cut_off():
         reader, writer = await asyncio.open_connection(*address.split(":"))
         writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
         received = b""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while b"too_many_pings" not in received:
                 try:
                     writer.write(bytes((0, 0, 8, 6, 0, 0, 0, 0, 0)) + b"12345678")

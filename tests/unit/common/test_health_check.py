@@ -6,6 +6,7 @@ import asyncio
 import sys
 from pathlib import Path
 
+from service_processes import PATIENCE
 from services.common import health_check
 from services.common.lifecycle import GrpcService
 
@@ -15,7 +16,7 @@ async def run_check(address: str) -> tuple[int | None, str]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-IS", Path(health_check.__file__), address), stdout=asyncio.subprocess.PIPE
     )
-    out, _ = await asyncio.wait_for(process.communicate(), 30)
+    out, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
     return process.returncode, out.decode()
 
 

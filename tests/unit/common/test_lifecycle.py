@@ -8,6 +8,7 @@ from collections import Counter
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service_processes import PATIENCE
 from services.common.lifecycle import GrpcService
 
 
@@ -31,7 +32,7 @@ async def test_whoever_calls_while_a_service_ends_is_told_that_it_is_unavailable
     calling = [asyncio.create_task(call_on(channel)) for channel in channels for _ in range(8)]
     calling += [asyncio.create_task(watch(channel)) for channel in channels]
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while codes[grpc.StatusCode.OK] < 100:
                 await asyncio.sleep(0.01)
             await service.stop(0.1)

@@ -15,6 +15,7 @@ from typing import Literal
 import pytest
 
 from clients.launcher.processes import last_error, last_message
+from service_processes import PATIENCE
 from services.common.logs import LineLimit, RequestFields, log_handler, request_fields
 
 
@@ -123,7 +124,7 @@ run_service("test", Settings, serve)
 )
 def test_in_json_mode_all_of_standard_error_is_json(arguments: list[str], messages: list[str]) -> None:
     command = [sys.executable, "-c", PROGRAM, "--log-format", "json", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert result.returncode != 0
     entries = [json.loads(line) for line in result.stderr.splitlines()]
     said = [entry["message"] + entry.get("exc_info", "") for entry in entries]

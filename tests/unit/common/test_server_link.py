@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from scalellm.v1 import link_pb2
+from service_processes import PATIENCE
 from services.common.lifecycle import MAX_MESSAGE_BYTES
 from services.common.link import ServerLink
 
@@ -40,7 +41,7 @@ async def test_what_waited_for_a_slow_reader_leaves_merged_and_never_too_large_f
         await asyncio.sleep(0)
     reader.goes_on.set()
     link.close()
-    await asyncio.wait_for(serving, 10)
+    await asyncio.wait_for(serving, PATIENCE)
     welcome, *messages = reader.messages
     assert welcome == b"welcome"
     assert len(messages) < len(sent)

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from otlp import read_trace_file
+from service_processes import PATIENCE
 from services.common.lifecycle import StartError
 from services.common.metrics import DroppedSpansCollector
 from services.common.settings import ServiceSettings, load_settings
@@ -72,10 +73,11 @@ def dropped(collector: DroppedSpansCollector) -> dict[str, float]:
 def test_spans_that_are_lost_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that takes nothing: what waits finds no room after a while, and what was taken is lost."""
     monkeypatch.setattr("services.common.tracing.export._QUEUE_SPANS", 1024)
+    monkeypatch.setattr("services.common.tracing.tracer._FLUSH_LIMIT", PATIENCE)
     taking = threading.Event()
 
     def write(file: int, line: bytes) -> int:
-        taking.wait(20)
+        taking.wait(PATIENCE)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with open_tracer("scheduler", ServiceSettings(trace_file=tmp_path / "traces.jsonl")) as tracer:
@@ -116,4 +118,4 @@ def test_services_without_traces_do_not_load_an_exporter() -> None:
         f"found = [name for name in sys.modules if name.startswith({heavy})]\n"
         "assert not found, found"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service_processes import PATIENCE
 from services.executor.ipc import EngineChannel, FrontChannel, Kind, Message
 
 messages = st.lists(
@@ -45,7 +46,7 @@ async def test_front_reads_what_the_engine_wrote() -> None:
     sent = [Message(Kind.STATS, payload=b"x" * 100_000), Message(Kind.FRAME, 7, b"")]
     await asyncio.to_thread(EngineChannel(theirs).send, *sent)
     theirs.close()
-    await asyncio.wait_for(front.wait_ended(), 5)
+    await asyncio.wait_for(front.wait_ended(), PATIENCE)
     assert received == sent
     front.close()
 
@@ -62,7 +63,7 @@ async def test_what_a_message_makes_the_front_raise_ends_the_connection() -> Non
         engine = EngineChannel(theirs)
         engine.send(Message(Kind.FATAL, payload=b"no"))
         with pytest.raises(ValueError, match="no"):
-            await asyncio.wait_for(front.wait_ended(), 5)
+            await asyncio.wait_for(front.wait_ended(), PATIENCE)
         with pytest.raises(EOFError):
             list(engine.receive(5.0))
 

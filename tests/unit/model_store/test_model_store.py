@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from service_processes import PATIENCE
 from services.common.model_store import (
     CATALOGUE,
     CatalogueModel,
@@ -100,7 +101,7 @@ def test_concurrent_pulls_fetch_once(tmp_path: Path) -> None:
     release = threading.Event()
 
     def slow_fetch(requirement: str, folder: Path, on_bytes: Callable[[int], None]) -> Path:
-        assert release.wait(30)
+        assert release.wait(PATIENCE)
         return registry.fetch(requirement, folder, on_bytes)
 
     def on_progress(progress: PullProgress) -> None:
@@ -119,7 +120,7 @@ def test_concurrent_pulls_fetch_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert waiting.is_set()
     assert len(registry.fetched) == 2
     assert (tmp_path / "models" / "tiny" / "model.gguf").read_bytes() == CONTENT

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from service_processes import PATIENCE
 from services.scheduler import affinity_store
 from services.scheduler.affinity_store import AffinityStore
 
@@ -54,7 +55,7 @@ async def test_a_cancellation_that_redis_loses_ends_all_loops(monkeypatch: pytes
     monkeypatch.setattr(affinity_store, "open_redis", lambda url, timeout: redis)
     store = AffinityStore("redis://fake", ttl=60.0)
     running = asyncio.create_task(store.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         assert await redis.stuck.get() == "ping"
         store.redis_ok = True
         store.record("written", "h:1")
@@ -62,6 +63,6 @@ async def test_a_cancellation_that_redis_loses_ends_all_loops(monkeypatch: pytes
         assert {await redis.stuck.get(), await redis.stuck.get()} == {"mget", "execute"}
         store.redis_ok = False  # nothing is written at the end
     running.cancel()
-    await asyncio.wait([running], timeout=10)
+    await asyncio.wait([running], timeout=PATIENCE)
     assert running.cancelled()
     assert looked_up.result() is None

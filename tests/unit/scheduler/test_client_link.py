@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from scalellm.v1 import link_pb2
+from service_processes import PATIENCE
 from services.scheduler.books import Books
 from services.scheduler.client_link import ClientLink
 from services.scheduler.request import Request
@@ -19,7 +20,7 @@ async def test_beats_only_while_requests_run(monkeypatch: pytest.MonkeyPatch) ->
     await asyncio.sleep(4 * BEAT)
     assert frames == []
     link.requests[1] = Request(link, link_pb2.Submit(handle=1, token_ids=[1]), 0, 0.0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while len(frames) < 3:
             await asyncio.sleep(BEAT)
     assert all(link_pb2.ServerFrame.FromString(frame).HasField("step") for frame in frames)

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from service_processes import PATIENCE
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.executor_discovery import ExecutorDiscovery, join_address, split_address
 
@@ -74,7 +75,7 @@ async def test_changes_are_followed_and_failures_are_not(names):
     await discovery.add(["pool:5"])
     running = asyncio.create_task(discovery.run())
     names["pool"] = ["10.0.0.2", "10.0.0.3"]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while fleet.dropped != {"10.0.0.1:5"}:
             await asyncio.sleep(0.001)
         assert fleet.present == {"10.0.0.1:5", "10.0.0.2:5", "10.0.0.3:5"}

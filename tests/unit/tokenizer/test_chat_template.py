@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from service_processes import PATIENCE
 from services.tokenizer.text.chat_renderer import ChatRenderer, RenderLimits
 from services.tokenizer.text.chat_template import ChatTemplate, ChatTemplateError
 from services.tokenizer.text.model_tokenizer import ModelTokenizer
@@ -152,7 +153,8 @@ async def test_renders_in_the_child_process(smollm2: ModelTokenizer) -> None:
 )
 async def test_a_bad_template_is_an_error_and_the_next_render_works(source: str, reason: str) -> None:
     source = "{% if messages[0].content == 'bad' %}" + source + "{% else %}fine{% endif %}"
-    limits = RenderLimits(time_limit=0.5, max_chars=5000, memory_bytes=300 << 20)
+    seconds = 1.0 if reason == "longer than the limit" else PATIENCE
+    limits = RenderLimits(time_limit=seconds, max_chars=5000, memory_bytes=300 << 20)
     async with ChatRenderer(source, {}, limits) as renderer:
         with pytest.raises(ChatTemplateError, match=reason):
             await renderer.render([{"role": "user", "content": "bad"}])

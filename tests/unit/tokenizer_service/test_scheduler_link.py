@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2
+from service_processes import PATIENCE
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.common.link import LinkClient
@@ -85,7 +86,7 @@ async def test_a_lost_link_ends_its_requests():
 
 async def test_requests_wait_for_the_link():
     link = make_link(up=False)
-    waiting = asyncio.create_task(link.wait_up(5.0))
+    waiting = asyncio.create_task(link.wait_up(PATIENCE))
     await asyncio.sleep(0)
     link.on_up(WELCOME)
     assert (await waiting).model == "m"
