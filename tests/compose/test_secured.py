@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
+from certificates import issue
 from clients.client import Client, ClientError, Credentials
 from compose_stack import ROOT, ComposeStack
 from scalellm.v1 import generation_pb2
@@ -130,13 +132,31 @@ def test_renewed_certificates_are_taken_over(stack: ComposeStack, secrets: Path,
 
 
 def test_clients_may_have_to_show_a_certificate(stack: ComposeStack, secrets: Path, credentials: Credentials) -> None:
-    stack.set("SCALELLM_TOKENIZER_TLS_CA", "/run/secrets/ca.pem")
+    stack.set("SCALELLM_TOKENIZER_TLS_CA", "/run/secrets/clients-ca.pem")
     stack.compose("up", "-d", "--no-deps", "--wait", "tokenizer")  # whose health is asked for with one
     own = Credentials(
         credentials.api_key, credentials.tls_ca, secrets / "client" / "client.pem", secrets / "client" / "client.key"
     )
     assert say_yes(stack, own, "mutual").HasField("finished")
     assert refusal(stack, credentials) == "UNAVAILABLE"
+
+
+def test_a_certificate_of_another_authority(stack: ComposeStack, secrets: Path, credentials: Credentials) -> None:
+    bought = issue(secrets / "bought", trustme.CA(), "api.example.com")
+    for source, name in ((bought.cert, "edge.pem"), (bought.key, "edge.key"), (bought.ca, "ca.pem")):
+        (secrets / "tokenizer" / name).write_bytes(source.read_bytes())
+    stack.set("SCALELLM_EDGE_NAME", "api.example.com")
+    stack.compose("up", "-d", "--no-deps", "--wait", "tokenizer")
+    make_secrets(secrets)  # which leaves it alone
+    assert (secrets / "tokenizer" / "edge.pem").read_bytes() == bought.cert.read_bytes()
+    own = Credentials(
+        credentials.api_key,
+        secrets / "client" / "ca.pem",
+        secrets / "client" / "client.pem",
+        secrets / "client" / "client.key",
+        tls_name="api.example.com",
+    )
+    assert say_yes(stack, own, "bought").HasField("finished")
 
 
 def test_down_leaves_nothing(stack: ComposeStack) -> None:

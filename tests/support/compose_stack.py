@@ -56,6 +56,7 @@ class ComposeStack:
         self.prometheus_address = f"127.0.0.1:{_free_port()}"
         self._environment = {
             **os.environ,
+            "COMPOSE_FILE": "compose.yaml",
             "SCALELLM_TAG": self.tag,
             "SCALELLM_LISTEN": self.address,
             "SCALELLM_PROMETHEUS_LISTEN": self.prometheus_address,
