@@ -40,13 +40,23 @@ class Role(StrEnum):
 
 
 class TenantLimits(BaseModel):
-    """What a tenant may use, over all processes that serve it. None: any amount."""
+    """What a tenant may use, over all processes that serve it. None: any amount.
+
+    Attributes:
+        min_priority: The most urgent priority that its requests may have: lower ones run before those of others.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     concurrent_requests: _Count | None = None
     requests_per_minute: _Count | None = None
     tokens_per_minute: _Count | None = None
+    min_priority: Annotated[int, Field(ge=-100, le=0)] | None = None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether its use has to be known."""
+        return not (self.concurrent_requests is self.requests_per_minute is self.tokens_per_minute is None)
 
 
 NO_LIMITS = TenantLimits()

@@ -141,7 +141,7 @@ class _GenerateCall:
             self._fields.tenant = self._tenant.name
         validate_generate(request, edge.limits, edge.vocab_size)
         self._fields.request_id = request.request_id or f"req-{secrets.token_hex(8)}"
-        lease = await edge.quotas.admit(self._tenant)
+        lease = await edge.quotas.admit(self._tenant, request.priority)
         try:
             await self._generate()
         finally:

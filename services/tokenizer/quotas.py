@@ -17,7 +17,7 @@ import grpc
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from services.common.api_keys import NO_LIMITS, Tenant
+from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.common.redis_client import KEY_PREFIX, cancellable
 from services.tokenizer.quota_script import QUOTA_SCRIPT
@@ -110,9 +110,15 @@ class TenantQuotas:
         """Whether the limits should hold over all processes, and do not."""
         return self.redis is not None and not self.is_shared
 
-    async def admit(self, tenant: Tenant) -> Lease | None:
-        """Let a request in; None where nothing is limited. Raises StatusError RESOURCE_EXHAUSTED."""
-        if tenant.limits == NO_LIMITS:
+    async def admit(self, tenant: Tenant, priority: int = 0) -> Lease | None:
+        """Let a request in; None where nothing is counted. Raises StatusError RESOURCE_EXHAUSTED, INVALID_ARGUMENT."""
+        limits = tenant.limits
+        if limits.min_priority is not None and priority < limits.min_priority:
+            self.refused("min_priority")
+            raise StatusError.invalid(
+                "priority", f"must be at least {limits.min_priority} for tenant {tenant.name!r}, got {priority}"
+            )
+        if not limits.is_counted:
             return None
         account = self._accounts.setdefault(tenant.name, _Account(tenant))
         account.tenant = tenant  # its limits may have changed

@@ -27,7 +27,7 @@ COUNTED = {
     *(f"Tokenizer/{method}" for method in ("Encode", "Decode", "ApplyChatTemplate")),
     *(f"Sessions/{method}" for method in ("Get", "List", "Fork", "Delete")),
 }
-LIMITS = "[tenants.small]\nconcurrent_requests = 1\n[tenants.brief]\ntokens_per_minute = 40\n"
+LIMITS = "[tenants.small]\nconcurrent_requests = 1\n[tenants.brief]\ntokens_per_minute = 40\nmin_priority = 0\n"
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,9 @@ async def test_limits_hold_for_their_tenant_and_name_themselves(line, keys) -> N
                 pass
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.details.startswith("tokens_per_minute: tenant 'brief' may use 40 per minute")
+        refused = await generate(one, request(priority=-1), **as_tenant(keys, "brief"))
+        assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert refused.details == "priority: must be at least 0 for tenant 'brief', got -1"
     samples = scrape(line.tokenizer)
     assert samples['scalellm_tokenizer_requests_limited_total{limit="concurrent_requests"}'] == num_limited
     assert samples['scalellm_tokenizer_requests_limited_total{limit="tokens_per_minute"}'] == 1

@@ -55,6 +55,19 @@ async def test_no_limits_cost_nothing():
     assert await TenantQuotas(None, "w").admit(Tenant("acme")) is None
 
 
+async def test_a_tenant_cannot_go_before_others_where_it_may_not():
+    refused = []
+    worker = TenantQuotas(None, "w", refused=refused.append)
+    tenant = Tenant("acme", TenantLimits(min_priority=-1))
+    assert await worker.admit(tenant) is None
+    assert await worker.admit(tenant, -1) is None
+    with pytest.raises(StatusError) as error:
+        await worker.admit(tenant, -2)
+    assert error.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.value.message == "priority: must be at least -1 for tenant 'acme', got -2"
+    assert refused == ["min_priority"]
+
+
 async def test_requests_at_once_are_counted_over_workers(workers, redis_process):
     one, two = workers
     tenant, other = (Tenant(name, TenantLimits(concurrent_requests=3)) for name in ("acme", "other"))
