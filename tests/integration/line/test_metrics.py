@@ -24,14 +24,15 @@ VLLM = {
 
 
 @pytest.fixture(scope="module")
-def line(module_spawn: Spawn, module_redis, model_dir) -> Line:
+def line(module_spawn: Spawn, module_redis, model_dir, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    traces = tmp_path_factory.mktemp("traces") / "none.jsonl"  # they are on, for their metric, and none is made
     return start_line(
         module_spawn,
         module_redis,
         model_dir("smollm2-135m-instruct"),
         executors=((*PRESSED, "--vllm-metrics"), (*PRESSED, "--vllm-metrics")),
         scheduler=("--vllm-metrics",),
-        tokenizer=("--workers", "2", "--vllm-metrics"),
+        tokenizer=("--workers", "2", "--vllm-metrics", "--trace-file", str(traces), "--trace-sample-ratio", "0"),
     )
 
 
