@@ -168,10 +168,12 @@ def test_interrupted_up_leaves_nothing(line: Line, model_dir: Callable[[str], Pa
     assert process.stderr is not None
     while not process.stderr.readline().startswith("executor-0"):
         pass
-    pids = [service.pid for service in read_status(Instance(line.home, "second")).services]
+    state = Instance(line.home, "second").load()  # its status would take longer to tell than others take to start
     process.send_signal(signal.SIGINT)
+    assert state is not None
+    pids = [service.pid for service in state.services]
     assert process.wait(PATIENCE) == 130
-    assert len(pids) == 2
+    assert len(pids) >= 2
     assert not [pid for pid in pids if is_running(pid)]
     assert Instance(line.home, "second").load() is None
     shutil.rmtree(line.home / "run" / "second")  # its logs
