@@ -276,7 +276,7 @@ async def test_what_is_no_message(client, scheduler, name):
 
 @pytest.mark.parametrize("method", ["Generation/Generate", "Tokenizer/Encode"])
 async def test_no_message_at_all(client, scheduler, method):
-    call = client.channel.stream_stream(f"/scalellm.v1.{method}")(timeout=20.0)
+    call = client.channel.stream_stream(f"/scalellm.v1.{method}")(timeout=PATIENCE)
     await call.done_writing()
     assert await call.code() is INVALID  # at once, and not when the deadline passes
     assert (await call.details()).startswith("request: is missing: the call has no scalellm.v1.")

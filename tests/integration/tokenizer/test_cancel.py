@@ -9,7 +9,7 @@ import pytest
 
 from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc, link_pb2
 from scripted_scheduler import Script, default_tokens
-from service_processes import eventually
+from service_processes import PATIENCE, eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -72,7 +72,7 @@ async def test_deadline_found_by_the_executor(client, scheduler):
     status = link_pb2.LinkStatus(code=4, message="the deadline passed after 2 tokens")
     scheduler.play = lambda submit: Script(fail_after=2, status=status)
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await client.generate(request(), timeout=20)
+        await client.generate(request(), timeout=PATIENCE)
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert error.value.details() == "the deadline passed after 2 tokens"
     assert scheduler.aborts == []
