@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from concurrent import futures
 from pathlib import Path
 
@@ -27,11 +26,10 @@ def main() -> None:
     if behaviour == "crash":
         print("error: no room for the weights; give it more memory", file=sys.stderr)
         sys.exit(1)
-    stop = threading.Event()
-    handler = signal.SIG_IGN if behaviour == "stubborn" else lambda number, frame: stop.set()
-    signal.signal(signal.SIGTERM, handler)
     if behaviour == "orphan":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    # Waited for, not handled: a handler that interrupts whoever waits for its event may wait for that one for ever.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
 
     server = grpc.server(futures.ThreadPoolExecutor(2))
     servicer = health.HealthServicer()
@@ -43,7 +41,7 @@ def main() -> None:
     partial = options.announce.with_suffix(".partial")
     partial.write_text(f"{options.host}:{port}\n")
     partial.replace(options.announce)
-    stop.wait()
+    signal.sigwait({signal.SIGUSR1 if behaviour == "stubborn" else signal.SIGTERM})
     server.stop(0)
 
 
