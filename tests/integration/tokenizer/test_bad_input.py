@@ -255,8 +255,11 @@ async def test_generate(client, scheduler, error_details, name):
 @pytest.mark.parametrize("name", UNARY)
 async def test_unary(client, scheduler, name):
     service, method, bad, code, message = UNARY[name]
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await getattr(getattr(client, service), method)(bad, timeout=PATIENCE)
+    details = "does not answer within"
+    while "does not answer within" in details:  # the session store has a second, which a busy machine may exceed
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await getattr(getattr(client, service), method)(bad, timeout=PATIENCE)
+        details = error.value.details()
     assert error.value.code() is code
     assert message in error.value.details()
     await check_healthy(client)
