@@ -6,10 +6,12 @@ takes seconds, during which the others start.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -213,10 +215,11 @@ class _Launch:
     def _spawn(self, name: str, kind: str, command: Sequence[str], environment: dict[str, str]) -> None:
         log = self._instance.log_file(name)
         log.unlink(missing_ok=True)
-        record, process = spawn(name, kind, command, log, environment)
-        self._processes[name] = process
-        self._spawned_at[name] = time.monotonic()
-        self._set(self.state.with_service(record))
+        with _uninterrupted():  # or nobody would know of the process, and end it
+            record, process = spawn(name, kind, command, log, environment)
+            self._processes[name] = process
+            self._spawned_at[name] = time.monotonic()
+            self._set(self.state.with_service(record))
 
     def _age(self, name: str) -> str:
         return f"{time.monotonic() - self._spawned_at[name]:.1f} s"
@@ -227,6 +230,24 @@ class _Launch:
     def _set(self, state: State) -> None:
         self.state = state
         self._instance.save(state)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Take SIGINT and SIGTERM only afterwards. They are not blocked: what is started meanwhile would inherit that."""
+    if threading.current_thread() is not threading.main_thread():  # which is the one that signals interrupt
+        yield
+        return
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, frame: held.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        for caught in held:
+            signal.raise_signal(caught)
 
 
 def _read_announced(path: Path) -> tuple[str, str]:

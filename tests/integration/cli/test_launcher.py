@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from clients.launcher import (
     UpOptions,
     bring_down,
     bring_up,
+    processes,
     read_status,
 )
 from clients.launcher.processes import session_of
@@ -116,6 +118,25 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def test_interrupted_while_it_starts_a_process(
+    instance: Instance, up_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def spawn_and_interrupt(*arguments: Any) -> Any:
+        record, process = processes.spawn(*arguments)
+        started.append(record.pid)
+        signal.raise_signal(signal.SIGINT)
+        return record, process
+
+    monkeypatch.setattr("clients.launcher.up.spawn", spawn_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bring_up(instance, up_options(), Recorder())
+    assert len(started) == 1
+    assert gone(started[0])
+    assert instance.load() is None
 
 
 def test_never_healthy_is_given_up(instance: Instance, up_options: MakeOptions) -> None:
