@@ -32,6 +32,7 @@ from services.executor.weights import load_model, weight_bytes
 
 _LEAST_MODEL_LEN = 256
 _GIB = 1024**3
+_CPU_RUN = 64  # tokens that attention reads together, and the CPU itself ahead where their blocks are neighbours
 _WAITING_IN_TORCH = ("fused_moe", "fused_moe_wna16", "paged_attention_decode", "qk_norm_rope_and_cache")
 """Ops of a decode step whose torch forms read values of the device on the host: no graph can be captured of them."""
 
@@ -126,6 +127,7 @@ def engine_config(
         capacity_policy=CapacityPolicy(settings.capacity_policy),
         enable_prefix_cache=settings.prefix_cache,
         num_host_blocks=placement.swap_space // placement.block_bytes(model),
+        block_run=max(1, _CPU_RUN // placement.block_size) if placement.device.torch_device.type == "cpu" else 1,
         target_itl=settings.target_itl_ms / 1e3 if settings.target_itl_ms is not None else None,
     )
 

@@ -12,13 +12,14 @@ class BlockManager:
     """Gives sequences their blocks. Every operation either succeeds as a whole or changes nothing.
 
     Block tables are append-only, so the runner copies only what is new; the one exception is copy-on-write, which
-    replaces the block that a sequence is about to write while others can still see it.
+    replaces the block that a sequence is about to write while others can still see it. Blocks come in runs of
+    `block_run` neighbours where that can be (`BlockPool`).
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool, block_run: int = 1) -> None:
         self.block_size = block_size
-        self._pool = BlockPool(num_blocks)
         self._cache = PrefixCache(num_blocks, block_size)
+        self._pool = BlockPool(num_blocks, block_run, self._cache.evict)
         self._enable_prefix_cache = enable_prefix_cache
         self._copies: list[tuple[int, int]] = []
 
@@ -74,7 +75,7 @@ class BlockManager:
         if needed + copy > self._pool.num_free:
             return False
         if copy:
-            source, target = table[first], self._take()
+            source, target = table[first], self._pool.take()
             # The source keeps this reference until the copy ran, lest it is reused within the step that reads it.
             self._copies.append((source, target))
             table[first] = target
@@ -165,12 +166,7 @@ class BlockManager:
 
     def _append(self, seq: Sequence, count: int) -> None:
         for _ in range(count):
-            seq.block_table.append(self._take())
-
-    def _take(self) -> int:
-        block = self._pool.take()
-        self._cache.evict(block)
-        return block
+            seq.block_table.append(self._pool.take(seq.block_table[-1] if seq.block_table else None))
 
     def _release(self, block: int) -> None:
         self._pool.release(block, keep=self._cache.is_registered(block))

@@ -1,61 +1,121 @@
-"""Reference-counted cache blocks with an O(1) free list in eviction order."""
+"""Reference-counted cache blocks with O(1) free lists, in the order in which they are reused."""
+
+from collections.abc import Callable
 
 
 class BlockPool:
-    """Blocks `0 .. num_blocks - 1`; those without references form a doubly linked list, next to be reused first.
+    """Blocks `0 .. num_blocks - 1`. Those without references are in one of three lists: empty ones are reused first,
+    then those whose content may serve again, the least recently used first, and last those that are set aside.
 
-    The list is intrusive (two integer arrays and a sentinel), so that a block found by the prefix cache leaves the
-    middle of it in O(1), as in vLLM's free-block queue.
+    The lists are intrusive (two integer arrays and a sentinel each), so that a block found by the prefix cache leaves
+    the middle of one in O(1), as in vLLM's free-block queue.
+
+    Args:
+        num_blocks: Blocks in all.
+        run: A sequence gets its blocks in runs of so many neighbours where that can be, each beginning at a multiple:
+            memory is read faster in its order. The rest of a run is set aside for whoever has the block before it, and
+            content is given up a run at a time.
+        evict: Called with each block whose content is given up.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, run: int = 1, evict: Callable[[int], None] = lambda _: None) -> None:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
         self.ref_counts = [0] * num_blocks
-        self._sentinel = num_blocks
-        self._next: list[int] = [*range(1, num_blocks + 1), 0]
-        self._prev: list[int] = [num_blocks, *range(num_blocks)]
+        self._run = run
+        self._evict = evict
+        self._empty, self._kept, self._aside = range(num_blocks, num_blocks + 3)  # sentinels
+        self._list_of = [self._empty] * num_blocks  # of those without references
+        self._next: list[int] = [*range(1, num_blocks + 1), 0, self._kept, self._aside]
+        self._prev: list[int] = [self._empty, *range(num_blocks), self._kept, self._aside]
 
-    def take(self) -> int:
-        """Return the first free block, now with one reference. The caller has checked `num_free`."""
-        block = self._next[self._sentinel]
-        if block == self._sentinel:
+    def take(self, after: int | None = None) -> int:
+        """Return a free block, now with one reference. The caller has checked `num_free`.
+
+        Args:
+            after: The block before it in the sequence, whose neighbour is best.
+        """
+        if after is not None and self._is_aside(after + 1):
+            block = after + 1
+        elif (block := self._next[self._empty]) != self._empty:
+            self._set_aside(block + 1)
+        elif (block := self._next[self._kept]) != self._kept:
+            block = self._give_up(block)
+        elif (block := self._next[self._aside]) == self._aside:
             raise RuntimeError("no free block")
         self._unlink(block)
         self.ref_counts[block] = 1
         return block
 
     def share(self, block: int) -> None:
-        """Add a reference, taking the block out of the free list where it had none."""
+        """Add a reference, taking the block out of its free list where it had none."""
         if self.ref_counts[block] == 0:
             self._unlink(block)
         self.ref_counts[block] += 1
 
     def release(self, block: int, *, keep: bool) -> None:
-        """Drop a reference. A block without any is free: reused last with `keep` (its content may serve again)."""
+        """Drop a reference. A block without any is free: reused late with `keep` (its content may serve again)."""
         self.ref_counts[block] -= 1
         if self.ref_counts[block] == 0:
-            before = self._prev[self._sentinel] if keep else self._sentinel
-            self._link_after(before, block)
+            if keep:
+                self._append(self._kept, block)
+            else:
+                self._link(self._empty, block, before=self._empty)
+            while self._is_aside(block + 1):  # nobody has the block before it any more
+                block += 1
+                self._unlink(block)
+                self._append(self._empty, block)
         elif self.ref_counts[block] < 0:
             raise RuntimeError(f"block {block} released more often than taken")
 
     def free_blocks(self) -> list[int]:
-        """Return the free list, next to be reused first; O(free blocks), for checks."""
+        """Return all free blocks, next to be reused first; O(free blocks), for checks."""
         blocks: list[int] = []
-        block = self._next[self._sentinel]
-        while block != self._sentinel and len(blocks) <= self.num_blocks:
-            blocks.append(block)
-            block = self._next[block]
+        for sentinel in (self._empty, self._kept, self._aside):
+            block = self._next[sentinel]
+            while block != sentinel and len(blocks) <= self.num_blocks:
+                blocks.append(block)
+                block = self._next[block]
         return blocks
+
+    def _run_from(self, block: int) -> range:
+        """A block and what follows it in its run; nothing where a run begins."""
+        return range(block, min(-(-block // self._run) * self._run, self.num_blocks))
+
+    def _is_aside(self, block: int) -> bool:
+        return block < self.num_blocks and block % self._run != 0 and self._list_of[block] == self._aside
+
+    def _set_aside(self, begin: int) -> None:
+        for block in self._run_from(begin):
+            if self._list_of[block] == self._empty:
+                self._unlink(block)
+                self._append(self._aside, block)
+
+    def _give_up(self, block: int) -> int:
+        """Give up the content of a block, and of its whole run if that is free; return the block to take."""
+        first = block - block % self._run
+        run = range(first, min(first + self._run, self.num_blocks))
+        if any(self.ref_counts[mate] for mate in run):
+            self._evict(block)
+            return block
+        for mate in run:
+            self._evict(mate)
+            self._unlink(mate)
+            self._append(self._aside, mate)
+        return first
+
+    def _append(self, sentinel: int, block: int) -> None:
+        self._link(sentinel, block, before=self._prev[sentinel])
+
+    def _link(self, sentinel: int, block: int, *, before: int) -> None:
+        after = self._next[before]
+        self._prev[block], self._next[block] = before, after
+        self._next[before] = self._prev[after] = block
+        self._list_of[block] = sentinel
+        self.num_free += 1
 
     def _unlink(self, block: int) -> None:
         before, after = self._prev[block], self._next[block]
         self._next[before], self._prev[after] = after, before
+        self._list_of[block] = -1
         self.num_free -= 1
-
-    def _link_after(self, before: int, block: int) -> None:
-        after = self._next[before]
-        self._prev[block], self._next[block] = before, after
-        self._next[before] = self._prev[after] = block
-        self.num_free += 1

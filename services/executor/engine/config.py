@@ -24,7 +24,8 @@ class EngineConfig:
     `max_model_len` is the longest prompt plus output; `target_itl` is the inter-token latency that prefill chunks
     must leave to running decodes (None: chunks take the whole token budget), `min_prefill_chunk` the least progress
     prefill makes even so. `num_host_blocks` are blocks of host memory that the cache content of preempted sequences may
-    be swapped to; 0 lets all be computed again. `vocab_size` and `eos_token_ids` come with the model.
+    be swapped to; 0 lets all be computed again. `block_run` neighbours in the cache are neighbours in a sequence where
+    that can be, for memory that is read faster in its order. `vocab_size` and `eos_token_ids` come with the model.
     """
 
     num_blocks: int
@@ -40,9 +41,10 @@ class EngineConfig:
     target_itl: float | None = None
     min_prefill_chunk: int = 32
     num_host_blocks: int = 0
+    block_run: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "vocab_size", "block_size", "max_num_seqs", "min_prefill_chunk"):
+        for name in ("num_blocks", "vocab_size", "block_size", "max_num_seqs", "min_prefill_chunk", "block_run"):
             if getattr(self, name) < 1:
                 raise EngineConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_host_blocks < 0:

@@ -59,7 +59,10 @@ class Engine:
         self.histograms = EngineHistograms()
         self._clock = clock
         self._blocks = BlockManager(
-            config.num_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache
+            config.num_blocks,
+            config.block_size,
+            enable_prefix_cache=config.enable_prefix_cache,
+            block_run=config.block_run,
         )
         self._capacity = make_capacity(config)
         self._prefill_budget = PrefillBudget(config.target_itl, config.min_prefill_chunk)

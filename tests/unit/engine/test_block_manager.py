@@ -1,5 +1,7 @@
 """BlockManager, PrefixCache, BlockPool: a stateful test that models every block's content, and the order of reuse."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -28,9 +30,11 @@ def compute(blocks: BlockManager, seq: Sequence) -> None:
 class BlockManagerMachine(RuleBasedStateMachine):
     """Sequences come, grow, fork and go; each cell of the model cache holds the salt and tokens it was written for."""
 
+    block_run = 1
+
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = BlockManager(NUM_BLOCKS, SIZE, enable_prefix_cache=True)
+        self.blocks = BlockManager(NUM_BLOCKS, SIZE, enable_prefix_cache=True, block_run=self.block_run)
         self.cells: dict[tuple[int, int], tuple[bytes, tuple[int, ...]]] = {}
         self.sequences: list[Sequence] = []
         self.num_tokens = 0
@@ -117,8 +121,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
         return seq.group.request.cache_salt, tuple(seq.token_ids[: position + 1])
 
 
+class RunsMachine(BlockManagerMachine):
+    """The same with runs of neighbours, of which the last one is shorter."""
+
+    block_run = 4
+
+
 BlockManagerMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
+RunsMachine.TestCase.settings = BlockManagerMachine.TestCase.settings
 TestBlockManager = BlockManagerMachine.TestCase
+TestRuns = RunsMachine.TestCase
 
 
 @pytest.fixture
@@ -182,6 +194,51 @@ def test_spare_blocks_are_left_free(blocks: BlockManager) -> None:
     assert not blocks.admit(make_sequence([1] * 29), max_cached_tokens=29, spare=1)
     assert blocks.num_free == 8
     assert blocks.admit(make_sequence([1] * 28), max_cached_tokens=28, spare=1)
+
+
+@pytest.mark.parametrize("is_full_of_content", [False, True])
+def test_sequences_that_grow_in_turns_have_neighbours(is_full_of_content: bool) -> None:
+    blocks = BlockManager(64, 4, enable_prefix_cache=True, block_run=4)
+    if is_full_of_content:  # of sequences that came, grew in turns and went
+        old = [admit(blocks, [place] * 5) for place in range(5)]
+        for _ in range(10):
+            for seq in old:
+                seq.token_ids.extend([7] * 4)
+                assert blocks.extend(seq)
+        for seq in old:
+            compute(blocks, seq)
+            blocks.free(seq)
+        assert blocks.num_cached > 50
+    sequences = [admit(blocks, [100 + place] * 9) for place in range(5)]
+    for _ in range(9):
+        for seq in sequences:
+            seq.token_ids.extend([8] * 4)
+            assert blocks.extend(seq)
+    blocks.check_integrity(sequences)
+    pairs = [pair for seq in sequences for pair in pairwise(seq.block_table)]
+    neighbours = sum(left + 1 == right for left, right in pairs)
+    # Eleven pairs each, of which two are between runs. What lies alone between contents is given away first, and breaks
+    # its run; without runs, sequences that grow in turns have hardly any neighbours.
+    assert neighbours >= (25 if is_full_of_content else 5 * 9)
+
+
+def test_runs_cost_no_block() -> None:
+    """The rests of runs are free for others once all else is given away."""
+    blocks = BlockManager(8, 4, enable_prefix_cache=True, block_run=4)
+    sequences = [admit(blocks, [place] * 4) for place in range(8)]
+    assert sorted(block for seq in sequences for block in seq.block_table) == list(range(8))
+    assert [seq.block_table[0] for seq in sequences[:2]] == [0, 4]
+
+
+def test_a_run_of_which_a_block_is_in_use_is_given_up_block_by_block() -> None:
+    blocks = BlockManager(8, 4, enable_prefix_cache=True, block_run=4)
+    old, other = admit(blocks, [1] * 16), admit(blocks, [2] * 16)
+    for seq in (old, other):
+        compute(blocks, seq)
+        blocks.free(seq)
+    user = admit(blocks, [1] * 5)  # shares the first block of the old run
+    assert (user.block_table, user.num_computed_tokens) == ([0, 3], 4)
+    assert admit(blocks, [3] * 24).block_table == [2, 1, 4, 5, 6, 7]
 
 
 def test_pool_refuses_what_would_corrupt_it() -> None:
