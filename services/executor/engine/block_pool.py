@@ -38,7 +38,7 @@ class BlockPool:
         if after is not None and self._is_aside(after + 1):
             block = after + 1
         elif (block := self._next[self._empty]) != self._empty:
-            self._set_aside(block + 1)
+            self._set_aside(block)
         elif (block := self._next[self._kept]) != self._kept:
             block = self._give_up(block)
         elif (block := self._next[self._aside]) == self._aside:
@@ -63,8 +63,7 @@ class BlockPool:
                 self._link(self._empty, block, before=self._empty)
             while self._is_aside(block + 1):  # nobody has the block before it any more
                 block += 1
-                self._unlink(block)
-                self._append(self._empty, block)
+                self._move(self._empty, block)
         elif self.ref_counts[block] < 0:
             raise RuntimeError(f"block {block} released more often than taken")
 
@@ -78,31 +77,32 @@ class BlockPool:
                 block = self._next[block]
         return blocks
 
-    def _run_from(self, block: int) -> range:
-        """A block and what follows it in its run; nothing where a run begins."""
-        return range(block, min(-(-block // self._run) * self._run, self.num_blocks))
+    def _run_of(self, block: int) -> range:
+        first = block - block % self._run
+        return range(first, min(first + self._run, self.num_blocks))
 
     def _is_aside(self, block: int) -> bool:
         return block < self.num_blocks and block % self._run != 0 and self._list_of[block] == self._aside
 
-    def _set_aside(self, begin: int) -> None:
-        for block in self._run_from(begin):
+    def _set_aside(self, taken: int) -> None:
+        for block in range(taken + 1, self._run_of(taken).stop):
             if self._list_of[block] == self._empty:
-                self._unlink(block)
-                self._append(self._aside, block)
+                self._move(self._aside, block)
 
     def _give_up(self, block: int) -> int:
         """Give up the content of a block, and of its whole run if that is free; return the block to take."""
-        first = block - block % self._run
-        run = range(first, min(first + self._run, self.num_blocks))
+        run = self._run_of(block)
         if any(self.ref_counts[mate] for mate in run):
             self._evict(block)
             return block
         for mate in run:
             self._evict(mate)
-            self._unlink(mate)
-            self._append(self._aside, mate)
-        return first
+            self._move(self._aside, mate)
+        return run[0]
+
+    def _move(self, sentinel: int, block: int) -> None:
+        self._unlink(block)
+        self._append(sentinel, block)
 
     def _append(self, sentinel: int, block: int) -> None:
         self._link(sentinel, block, before=self._prev[sentinel])
