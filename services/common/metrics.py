@@ -39,6 +39,7 @@ class MetricsEndpoint:
         collectors: What it has to say.
         processes: Pids of the service's other processes, by what they are; called at each scrape.
         tls: What the endpoint shows, and whom it answers.
+        tracer: The process's own, if traces are on: the spans that it loses are told.
 
     Raises StartError.
     """
@@ -51,10 +52,12 @@ class MetricsEndpoint:
         collectors: Iterable[Collector],
         processes: Callable[[], Mapping[str, int]] = dict,
         tls: TlsFiles = PLAINTEXT,
+        tracer: Tracer | None = None,
     ) -> None:
         registry = _PoliteRegistry()
         ProcessCollector(registry=registry)
-        for collector in (_BuildCollector(service), _ProcessesCollector(processes), *collectors):
+        lost = () if tracer is None else (DroppedSpansCollector(tracer),)
+        for collector in (_BuildCollector(service), _ProcessesCollector(processes), *collectors, *lost):
             registry.register(collector)
         try:
             self._server = MetricsServer(host, port, registry, tls)
@@ -120,23 +123,6 @@ QUEUE_FULL, EXPORT_FAILED = "queue_full", "export_failed"
 """Why spans are lost: more waited than there is room for, or nobody took them."""
 
 
-class DroppedSpansCollector(Collector):
-    """Spans that a process lost.
-
-    Args:
-        tracer: Made them.
-    """
-
-    def __init__(self, tracer: Tracer) -> None:
-        self._tracer = tracer
-
-    def collect(self) -> Iterator[Metric]:
-        """One counter."""
-        name, text, labels = DROPPED_SPANS
-        values = [((QUEUE_FULL,), self._tracer.num_refused), ((EXPORT_FAILED,), self._tracer.num_failed)]
-        yield filled(CounterMetricFamily(name, text, labels=labels), values)
-
-
 class _PoliteRegistry(CollectorRegistry):
     def collect(self) -> Iterator[Metric]:
         """All metrics; whoever waits for the interpreter gets it in between."""
@@ -179,3 +165,16 @@ class _ProcessesCollector(Collector):
         yield filled(CounterMetricFamily(f"{prefix}_cpu_seconds", "User and system time.", labels=labels), cpu)
         yield filled(GaugeMetricFamily(f"{prefix}_resident_memory_bytes", "Memory in RAM.", labels=labels), memory)
         yield filled(GaugeMetricFamily(f"{prefix}_open_fds", "Open files and sockets.", labels=labels), files)
+
+
+class DroppedSpansCollector(Collector):
+    """Spans that a process lost."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter."""
+        name, text, labels = DROPPED_SPANS
+        values = [((QUEUE_FULL,), self._tracer.num_refused), ((EXPORT_FAILED,), self._tracer.num_failed)]
+        yield filled(CounterMetricFamily(name, text, labels=labels), values)

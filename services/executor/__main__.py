@@ -14,7 +14,7 @@ from services.common.entry import run_service
 from services.common.histogram import LAG_SECONDS, Histogram
 from services.common.lifecycle import LAST_WORDS, GrpcService, announce, stop_event
 from services.common.link import link_service_handler
-from services.common.metrics import DroppedSpansCollector, LoopLag, MetricsEndpoint
+from services.common.metrics import LoopLag, MetricsEndpoint
 from services.common.tls import server_credentials
 from services.common.tracing import open_tracer
 from services.common.vllm_metrics import WithVllmNames
@@ -95,15 +95,12 @@ def _metrics_endpoint(
     collector: Collector = ExecutorCollector(supervisor, loop_lag)
     if settings.vllm_metrics:
         collector = WithVllmNames(collector, "0", lambda: supervisor.info.model)
-    collectors = [collector]
-    if tracer is not None:
-        collectors.append(DroppedSpansCollector(tracer))
 
     def processes() -> dict[str, int]:
         return {"engine": supervisor.engine_pid} if supervisor.engine_pid is not None else {}
 
     tls = settings.metrics_tls_files
-    return MetricsEndpoint(settings.host, port, "executor", collectors, processes, tls)
+    return MetricsEndpoint(settings.host, port, "executor", [collector], processes, tls, tracer)
 
 
 if __name__ == "__main__":

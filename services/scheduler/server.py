@@ -14,7 +14,7 @@ from services.common.health import Heartbeat
 from services.common.histogram import LAG_SECONDS, Histogram
 from services.common.lifecycle import LAST_WORDS, GrpcService
 from services.common.link import link_service_handler
-from services.common.metrics import DroppedSpansCollector, LoopLag, MetricsEndpoint
+from services.common.metrics import LoopLag, MetricsEndpoint
 from services.common.tls import server_credentials
 from services.common.vllm_metrics import WithVllmNames
 from services.scheduler.affinity_store import AffinityStore
@@ -118,11 +118,10 @@ class SchedulerServer:
         if self._settings.vllm_metrics:
             # Of no engine: what waits here is not yet given to one.
             collector = WithVllmNames(collector, "scheduler", self._model_name)
-        collectors = [collector]
-        if self._tracer is not None:
-            collectors.append(DroppedSpansCollector(self._tracer))
-        settings = self._settings
-        return MetricsEndpoint(settings.host, port, "scheduler", collectors, tls=settings.metrics_tls_files)
+        settings, tracer = self._settings, self._tracer
+        return MetricsEndpoint(
+            settings.host, port, "scheduler", [collector], tls=settings.metrics_tls_files, tracer=tracer
+        )
 
     def _model_name(self) -> str:
         identity = self._fleet.identity
