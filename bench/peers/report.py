@@ -16,12 +16,12 @@ from rich.table import Table
 
 from bench.peers.measure import Measurement
 from bench.peers.targets import targets
+from bench.peers.weights import ROOT
 
 SCHEMA = 1
 # What tells how fast a processor multiplies small numbers.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
 _WIDTH = 200
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Report:
         """Write the JSON file, for others to read: without the names of this machine's folders."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.as_json(), indent=2) + "\n"
-        path.write_text(text.replace(str(_ROOT), ".").replace(str(Path.home()), "~"))
+        path.write_text(text.replace(str(ROOT), ".").replace(str(Path.home()), "~"))
 
     def print(self, console: Console) -> None:
         """Tables of figures, ratios and targets; what could not be measured."""

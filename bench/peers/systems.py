@@ -14,9 +14,8 @@ from bench.load.openai_target import OpenAiTarget
 from bench.load.target import Target
 from bench.peers.environments import Environment, Environments, Recipe
 from bench.peers.serving import free_port, server
-from bench.peers.weights import Weights
+from bench.peers.weights import ROOT, Weights
 
-ROOT = Path(__file__).resolve().parents[2]
 _START_S = 600.0
 
 

@@ -19,9 +19,11 @@ _CONVERTED = {
     "F16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "Q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+ROOT = Path(__file__).resolve().parents[2]
+"""Where `python -m bench...` is run."""
+
 _DIGEST_LEN = 12
 _CHUNK = 2**22
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Weights:
@@ -122,6 +124,6 @@ def _convert(source: Path, target: Path, tensor_type: gguf.GGMLQuantizationType,
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.services.neighbours.tally import Tally
+from bench.services.neighbours.wire import unique_ids
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
@@ -52,14 +52,14 @@ def modelled(config: EngineConfig, preset: str, streams: int, prompt_len: int, m
     model = STEP_TIME_PRESETS[preset]
     runner = FakeModelRunner(config.vocab_size, config.eos_token_ids, model, clock.sleep, clock, overlaps=True)
     engine = Engine(config, runner, clock)
-    number = 0
+    number, rest = 0, range(2, prompt_len)
     last: dict[int, float] = {}
 
     def send(length: int) -> None:
         nonlocal number
         number += 1
         sampling = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
-        engine.add(EngineRequest((0, number), str(number), _prompt(number, prompt_len, config.vocab_size), sampling))
+        engine.add(EngineRequest((0, number), str(number), (*unique_ids(number), *rest), sampling))
 
     rng = random.Random(streams)
     for _ in range(streams):
@@ -81,7 +81,3 @@ def modelled(config: EngineConfig, preset: str, streams: int, prompt_len: int, m
             send(max_tokens)
     report = tally.take()
     return Modelled(report["itl_ms"]["p50"], report["itl_ms"]["p99"], report["tokens"] / (clock.now - began))
-
-
-def _prompt(number: int, length: int, vocab_size: int) -> Sequence[int]:
-    return (number % vocab_size, number // vocab_size, *range(2, length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import time
@@ -127,6 +128,16 @@ class Front:
         usage = _usage(asked, sum(num_tokens for num_tokens, _ in pieces))
         choices = [{"index": 0, **part, "finish_reason": "stop"}]
         yield json.dumps({"id": "0", "model": self._model, "choices": choices, "usage": usage}).encode()
+
+
+def server_parser(description: str | None, model: str) -> argparse.ArgumentParser:
+    """What every server is told; `model` says what its model is."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, required=True, help=model)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="See bench.peers.weights.write_tokenizer.")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    return parser
 
 
 async def serve_engine(model: str, text: TextFormat, make_engine: Callable[[], Engine], port: int) -> None:

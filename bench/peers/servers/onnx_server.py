@@ -5,14 +5,12 @@ The library's own engine takes no more than 4 sequences at once where it has no 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from bench.peers.servers.closed_batches import ClosedBatches
-from bench.peers.servers.front import TextFormat, serve_engine
+from bench.peers.servers.front import TextFormat, serve_engine, server_parser
 from bench.peers.servers.stepping import Engine
 
 
@@ -25,11 +23,7 @@ def _engine(max_rows: int, eos_token_ids: frozenset[int], **options: Any) -> Eng
 
 def main() -> None:
     """Serve until killed, or until the engine ends."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="A folder of bench.peers.servers.onnx_export.")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="See bench.peers.weights.write_tokenizer.")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
+    parser = server_parser(__doc__, model="A folder of bench.peers.servers.onnx_export.")
     parser.add_argument("--max-batch", type=int, default=32)
     arguments = parser.parse_args()
     text = TextFormat(arguments.tokenizer)

@@ -56,7 +56,7 @@ def text_of(num_words: int) -> str:
     return " ".join(rng.choice(words) for _ in range(num_words))
 
 
-def _unique_ids(number: int) -> list[int]:
+def unique_ids(number: int) -> list[int]:
     """Two token ids that no other request begins with: no prefix is shared."""
     return [1_000 + number % 40_000, 1_000 + number // 40_000]
 
@@ -77,7 +77,7 @@ class SubmitFrames:
     def make(self, handle: int, number: int, max_tokens: int, session_id: str = "") -> bytes:
         """Request `number`, as a serialised ClientFrame."""
         head = link_pb2.Submit(
-            handle=handle, token_ids=_unique_ids(number), sampling=_sampling(max_tokens), session_id=session_id
+            handle=handle, token_ids=unique_ids(number), sampling=_sampling(max_tokens), session_id=session_id
         )
         return _field(_SUBMIT, head.SerializeToString() + self._prompt + self._rest)
 
@@ -96,7 +96,7 @@ class GenerateRequests:
         if self._text is not None:
             request.prompt = f"{number} {self._text}"
             return request.SerializeToString()
-        head = generation_pb2.TokenIds(ids=_unique_ids(number)).SerializeToString()
+        head = generation_pb2.TokenIds(ids=unique_ids(number)).SerializeToString()
         tokens = _field(generation_pb2.GenerateRequest.TOKENS_FIELD_NUMBER, head + self._prompt)
         return request.SerializeToString() + tokens
 

@@ -9,7 +9,7 @@ from services.executor.engine.config import EngineConfig
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
 
 PRESET = "h200-llama-8b"
-CONFIG = EngineConfig(num_blocks=512, max_model_len=512, vocab_size=1000, eos_token_ids=frozenset(), max_num_seqs=16)
+CONFIG = EngineConfig(num_blocks=512, max_model_len=512, vocab_size=50_000, eos_token_ids=frozenset(), max_num_seqs=16)
 
 
 def test_one_stream_is_paced_by_steps_of_one() -> None:
