@@ -1,4 +1,4 @@
-"""`make bench-peers`: every peer that can be installed here and ScaleLLM, one after the other, in one run."""
+"""`make bench-peers`: every peer that can be installed here and ScaleLLM, in turns, in one run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench.load.vocabulary import Vocabulary
 from bench.peers.environments import Environments, PeerError
-from bench.peers.measure import Measurement, Plan, measure_form
+from bench.peers.measure import Plan, Round, measure_round, summarise
 from bench.peers.ours import Ours
 from bench.peers.report import Report, console, machine
 from bench.peers.systems import PEERS, Form, System
@@ -32,7 +32,11 @@ _TOO_SLOW = 4.0
 
 
 class Comparison:
-    """The run: systems in order, forms of each in order.
+    """The run: in each round systems in order, forms of each in order.
+
+    A machine that is faster for some minutes is so for all of them then, if one has a round after the other rather
+    than all of its rounds at once. Each round has a server of its own, and none runs beside it: one that waits may
+    still compute, and keeps memory and caches.
 
     Args:
         plan: How often and how long.
@@ -61,45 +65,77 @@ class Comparison:
         self._report = report
         self._save = save
         self._screen = screen
+        self._rounds: dict[tuple[str, str, str], list[Round]] = {}
 
-    def run(self, system: System, folder: Path) -> None:
-        """Everything about one system. What cannot be measured is in the report, with the reason."""
+    def run(self, systems: Iterable[System], folder: Path) -> None:
+        """All rounds of all systems. What cannot be measured is in the report, with the reason."""
+        entrants = [
+            (system, form)
+            for system in systems
+            if self._is_prepared(system)
+            for form in system.forms
+            if not self._forms or form.name in self._forms
+        ]
+        fixed = [load for load in self._loads if not load.is_prefix]
+        if self._everything or not fixed:
+            self._run_rounds(entrants, self._loads, folder)
+            return
+        self._run_rounds(entrants, fixed, folder)
+        fastest = [entrant for entrant in entrants if self._is_fastest(*entrant, fixed[-1])]
+        self._run_rounds(fastest, [load for load in self._loads if load.is_prefix], folder)
+
+    def _is_prepared(self, system: System) -> bool:
         self._say(f"{system.name}: preparing")
         try:
             self._report.versions[system.name] = system.prepare()
         except PeerError as error:
             self._fail(system.name, str(error))
-            return
-        forms = [form for form in system.forms if not self._forms or form.name in self._forms]
-        fixed = [load for load in self._loads if not load.is_prefix]
-        about_prefixes = [load for load in self._loads if load.is_prefix]
-        all_at_once = self._everything or not fixed
-        for form in forms:
-            self._run_form(system, form, self._loads if all_at_once else fixed, folder)
-        if about_prefixes and not all_at_once:
-            fastest = self._fastest_form(system, fixed[-1].name)
-            for form in forms:
-                if form.name == fastest:
-                    self._run_form(system, form, about_prefixes, folder)
+            return False
+        return True
 
-    def _run_form(self, system: System, form: Form, loads: Sequence[Workload], folder: Path) -> None:
-        self._say(f"{system.name} {form.name}: starting")
+    def _run_rounds(self, entrants: Sequence[tuple[System, Form]], loads: Sequence[Workload], folder: Path) -> None:
+        for number in range(self._plan.rounds):
+            for system, form in entrants:
+                if number == 0:
+                    self._run_form(system, form, loads, number, folder, partial(self._is_wanted, system))
+                # What failed or was not waited for in the first round is not tried again.
+                elif again := [load for load in loads if (system.name, form.name, load.name) in self._rounds]:
+                    self._run_form(system, form, again, number, folder, lambda load: True)
+
+    def _run_form(
+        self,
+        system: System,
+        form: Form,
+        loads: Sequence[Workload],
+        number: int,
+        folder: Path,
+        is_wanted: Callable[[Workload], bool],
+    ) -> None:
+        if not loads:
+            return
+        self._say(f"{system.name} {form.name}: starting, round {number + 1} of {self._plan.rounds}")
+        take = partial(self._take, system, form)
         try:
-            measure_form(system, form, loads, self._plan, folder, self._take, partial(self._is_wanted, system))
+            measure_round(system, form, loads, number, self._plan, folder, take, is_wanted)
         except (PeerError, RuntimeError, OSError) as error:
             self._fail(f"{system.name} {form.name}", str(error))
 
-    def _take(self, found: Measurement) -> None:
-        self._report.measurements.append(found)
+    def _take(self, system: System, form: Form, load: Workload, found: Round) -> None:
+        rounds = self._rounds.setdefault((system.name, form.name, load.name), [])
+        rounds.append(found)
+        self._report.put(summarise(system, form, load, rounds))
         self._save()
+        one = summarise(system, form, load, [found])
         self._say(
-            f"{found.system} {found.form}, {found.workload}: {found.rate:.1f} tok/s, decode {found.decode_rate:.1f}, "
-            f"TTFT {found.ttft_p50_s:.2f} / {found.ttft_p99_s:.2f} s, {found.peak_mb:,.0f} MB"
+            f"{one.system} {one.form}, {one.workload}: {one.rate:.1f} tok/s, decode {one.decode_rate:.1f}, "
+            f"TTFT {one.ttft_p50_s:.2f} / {one.ttft_p99_s:.2f} s, {one.peak_mb:,.0f} MB"
         )
 
-    def _fastest_form(self, system: System, load: str) -> str | None:
-        done = [entry for entry in self._report.measurements if (entry.system, entry.workload) == (system.name, load)]
-        return max(done, key=lambda entry: entry.rate).form if done else None
+    def _is_fastest(self, system: System, form: Form, load: Workload) -> bool:
+        done = [
+            entry for entry in self._report.measurements if (entry.system, entry.workload) == (system.name, load.name)
+        ]
+        return bool(done) and max(done, key=lambda entry: entry.rate).form == form.name
 
     def _is_wanted(self, system: System, load: Workload) -> bool:
         if self._everything or load.concurrency == 1:
@@ -136,7 +172,7 @@ def main(
     concurrency: Annotated[str, typer.Option(help="fixed: requests at once, one load each.")] = "1,8,64",
     input_len: Annotated[int, typer.Option(min=1, help="fixed: prompt tokens.")] = 128,
     output_len: Annotated[int, typer.Option(min=2, help="fixed: generated tokens.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each load is run; the median counts.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each load is run, in turns; the median counts.")] = 1,
     everything: Annotated[
         bool, typer.Option("--everything", help="Prefixes on all forms, not the fastest; all loads on slow systems.")
     ] = False,
@@ -191,8 +227,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with tempfile.TemporaryDirectory(prefix="scalellm-peers-", ignore_cleanup_errors=True) as folder:
-            for name in wanted:
-                comparison.run(makers[name](), Path(folder))
+            comparison.run([makers[name]() for name in wanted], Path(folder))
     finally:
         report.print(screen)
         if output is not None:

@@ -18,7 +18,7 @@ from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Load
 from bench.peers.environments import PeerError
 from bench.peers.serving import Resources
-from bench.peers.systems import Form, Served, System
+from bench.peers.systems import Form, Served, Setup, System
 from bench.peers.workloads import Workload
 
 _WARM_UP_STREAMS, _WARM_UP_OUTPUT = 8, 8
@@ -96,19 +96,37 @@ class Plan:
     vocabulary: Vocabulary
 
 
-def measure_form(
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of a load.
+
+    Attributes:
+        step: What came.
+        peak_bytes: Resident memory of the system's processes at the most.
+        others_cores: Cores that somebody else kept busy meanwhile.
+        setup: How the server was started.
+    """
+
+    step: Step
+    peak_bytes: int
+    others_cores: float
+    setup: Setup
+
+
+def measure_round(
     system: System,
     form: Form,
     loads: Iterable[Workload],
+    number: int,
     plan: Plan,
     folder: Path,
-    on_measured: Callable[[Measurement], None],
+    on_measured: Callable[[Workload, Round], None],
     is_wanted: Callable[[Workload], bool] = lambda load: True,
 ) -> None:
-    """Run the loads, with one server for all that want the same. Raises PeerError when a server does not start.
+    """Run each load once, with one server for all that want the same. Raises PeerError when a server does not start.
 
-    A load whose requests fail is handed over with what came and a note. Before each load `is_wanted` is asked: what
-    the loads before it have shown may be enough.
+    A load whose requests fail is handed over with what came. Before each load `is_wanted` is asked: what the loads
+    before it have shown may be enough. `number` is that of the round; prompts follow from it.
     """
     waiting = [(system.setup(form, load.need), load) for load in loads]
     while waiting:
@@ -117,21 +135,19 @@ def measure_form(
         waiting = [(other, load) for other, load in waiting if other != setup]
         with system.serve(setup, folder) as served:
             for load in filter(is_wanted, together):
-                steps, peak, others = _measure(served, load, plan)
-                found = summarise(system, form, load, steps, peak, others)
-                on_measured(replace(found, command=setup.command, environment=dict(setup.environment)))
+                on_measured(load, _measure(served, setup, load, number, plan))
 
 
-def _measure(served: Served, load: Workload, plan: Plan) -> tuple[list[Step], int, float]:
+def _measure(served: Served, setup: Setup, load: Workload, number: int, plan: Plan) -> Round:
     with Resources(lambda: served.pids) as resources:
         try:
-            steps = asyncio.run(_steps(served.make_target, load, plan))
+            step = asyncio.run(_step(served.make_target, load, number, plan))
         except RequestError as error:
             raise PeerError(f"{load.name}: {error.kind}: {error}") from None
-    return steps, resources.peak_bytes, resources.others_cores
+    return Round(step, resources.peak_bytes, resources.others_cores, setup)
 
 
-async def _steps(make_target: Callable[[], Target], load: Workload, plan: Plan) -> list[Step]:
+async def _step(make_target: Callable[[], Target], load: Workload, number: int, plan: Plan) -> Step:
     target = make_target()
     # Another one each time: servers keep sessions for a while.
     prefix = f"peers-{uuid.uuid4().hex[:8]}"
@@ -149,25 +165,21 @@ async def _steps(make_target: Callable[[], Target], load: Workload, plan: Plan) 
         if failed is not None:
             raise RequestError(failed.kind, f"the warm-up failed: {failed.message}")
         driver = Driver(target, plan.vocabulary, session_prefix=prefix, deadline_s=plan.limit_s)
-        return [
-            await run_step(
-                driver,
-                load.shape,
-                Load(load.concurrency),
-                alphabet=alphabet,
-                num_requests=load.num_requests,
-                seed=f"{plan.seed}/{load.name}/{number}",
-            )
-            for number in range(plan.rounds)
-        ]
+        return await run_step(
+            driver,
+            load.shape,
+            Load(load.concurrency),
+            alphabet=alphabet,
+            num_requests=load.num_requests,
+            seed=f"{plan.seed}/{load.name}/{number}",
+        )
     finally:
         await target.close()
 
 
-def summarise(
-    system: System, form: Form, load: Workload, steps: Sequence[Step], peak_bytes: int, others_cores: float
-) -> Measurement:
+def summarise(system: System, form: Form, load: Workload, rounds: Sequence[Round]) -> Measurement:
     """Medians over the rounds, and what is odd about them."""
+    steps = [entry.step for entry in rounds]
 
     def median(name: str, key: str) -> float:
         spreads = [step.figures[name] for step in steps]
@@ -179,6 +191,7 @@ def summarise(
         figures = step.figures
         if figures["output_tokens"] != figures["planned_output_tokens"]:
             notes.append(f"{figures['output_tokens']} tokens came, {figures['planned_output_tokens']} were asked for")
+    others_cores = max(entry.others_cores for entry in rounds)
     if others_cores > _OTHERS_CORES:
         notes.append(f"others kept {others_cores:.1f} of the machine's cores busy: the figures are worth little")
     return Measurement(
@@ -191,11 +204,13 @@ def summarise(
         ttft_p50_s=1e-3 * median("ttft_ms", "p50"),
         ttft_p99_s=1e-3 * median("ttft_ms", "p99"),
         decode_rate=decode_rate([record for step in steps for record in step.records]),
-        peak_mb=1e-6 * peak_bytes,
+        peak_mb=1e-6 * max(entry.peak_bytes for entry in rounds),
         prompts=tuple(step.prompts for step in steps),
         input_tokens=sum(step.figures["input_tokens"] for step in steps),
         output_tokens=sum(step.figures["output_tokens"] for step in steps),
         notes=tuple(dict.fromkeys(notes)),
+        command=rounds[-1].setup.command,
+        environment=dict(rounds[-1].setup.environment),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -79,12 +80,8 @@ def test_a_run_from_installing_to_the_table(tmp_path, monkeypatch):
     screen = Console(file=io.StringIO(), width=240)
     comparison = Comparison(plan, loads, [], False, report, partial(report.write, output), screen)
     ours = FakeSystem("scalellm", is_ours=True, forms=("keep", "int8"))
-    for system in (
-        ours,
-        FakeSystem("peer", forms=("F16", "Q8_0"), broken="Q8_0"),
-        FakeSystem("other", broken="install"),
-    ):
-        comparison.run(system, tmp_path)
+    peer = FakeSystem("peer", forms=("F16", "Q8_0"), broken="Q8_0")
+    comparison.run([ours, peer, FakeSystem("other", broken="install")], tmp_path)
     report.print(screen)
 
     found = json.loads(output.read_text())
@@ -94,7 +91,7 @@ def test_a_run_from_installing_to_the_table(tmp_path, monkeypatch):
         assert ("scalellm", form, "8") in measured
     # Prefixes: only the form that was the fastest; loads share a server where they want the same of it.
     assert [load for system, _, load in measured if system == "scalellm"].count("sessions") == 1
-    assert len(ours.served) == 4
+    assert len(ours.served) == 2 * 4
     assert ("peer", "F16", "shared") in measured
     assert found["failures"] == {"peer Q8_0": "it does not start", "other": "it does not build"}
     assert {len(entry["rates"]) for entry in found["measurements"]} == {2}
@@ -107,6 +104,12 @@ def test_a_run_from_installing_to_the_table(tmp_path, monkeypatch):
     told = screen.file.getvalue()
     assert "8 at once, tok/s" in told
     assert "not measured: other: it does not build" in told
+    # In turns: the second round begins when all had the first. What did not start is not tried again.
+    starts = [(form, int(number)) for form, number in re.findall(r"(\w+): starting, round (\d)", told)]
+    every_form = [("keep", 1), ("int8", 1), ("F16", 1), ("Q8_0", 1), ("keep", 2), ("int8", 2), ("F16", 2)]
+    assert starts[:7] == every_form
+    (fastest, _), *_ = about_prefixes = starts[7:]
+    assert about_prefixes == [(fastest, 1), ("F16", 1), (fastest, 2), ("F16", 2)]
 
 
 def entry(system: str, load: str, rate: float, **others) -> Measurement:
