@@ -63,17 +63,23 @@ class CallGate:
 Admit = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[None]]
 """Around a call that counts as a request of its tenant; raises StatusError when that is over a limit."""
 
-_NOT_ADMITTED_HERE = frozenset({"Generate", "GetInfo"})
-"""Generate sees to it itself, as its tokens count; GetInfo, which costs next to nothing, is free."""
+_FREE = frozenset({"GetInfo"})
+"""Costs next to nothing."""
 
 OnEnd = Callable[[str, grpc.StatusCode], None]
 """Told of each call that ended: the method's full name, and the status."""
 
 
 def add_service(
-    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, gate: CallGate, admit: Admit, on_end: OnEnd
+    server: grpc.aio.Server,
+    service: ServiceDescriptor,
+    servicer: object,
+    gate: CallGate,
+    on_end: OnEnd,
+    admit: Admit | None = None,
 ) -> None:
-    """Serve `service` with the methods of `servicer`, which raise StatusError for every outcome but OK.
+    """Serve `service` with the methods of `servicer`, which raise StatusError for every outcome but OK, and see to
+    their callers' limits themselves where `admit` is None.
 
     The generated `add_..._to_server` functions would leave a message that does not parse to gRPC, which answers
     INTERNAL; it is the client's mistake and is answered INVALID_ARGUMENT here.
@@ -81,7 +87,7 @@ def add_service(
     handlers = {}
     for method in service.methods:
         behaviour = getattr(servicer, method.name)
-        if method.name not in _NOT_ADMITTED_HERE:
+        if admit is not None and method.name not in _FREE:
             behaviour = _admitted(behaviour, admit)
         # As if the client streamed, too: gRPC would leave a call whose client closes its side without a message alone.
         make = (

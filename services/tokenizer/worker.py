@@ -124,14 +124,15 @@ class Worker:
             servicers = (
                 GenerationServicer(edge),
                 TokenizerServicer(edge),
-                SessionsServicer(sessions, access, settings.session_ttl_s, edge.limits),
+                SessionsServicer(sessions, access, quotas, settings.session_ttl_s, edge.limits),
             )
 
             def admit(context: grpc.aio.ServicerContext) -> AbstractAsyncContextManager[None]:
                 return quotas.admitted(access.tenant(context.invocation_metadata()))
 
-            for descriptor, servicer in zip(_SERVICES, servicers, strict=True):
-                add_service(service.server, descriptor, servicer, self._gate, admit, self._metrics.count_call)
+            # Tokens count in the first, and the last has to know whose sessions they are: they admit calls themselves.
+            for descriptor, servicer, who in zip(_SERVICES, servicers, (None, admit, None), strict=True):
+                add_service(service.server, descriptor, servicer, self._gate, self._metrics.count_call, who)
             self._follow(link, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
             waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
