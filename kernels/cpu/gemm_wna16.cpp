@@ -19,15 +19,17 @@
 namespace {
 
 constexpr int kTile = 32;  // `TILE` in gemm_wna16.py
-constexpr int kBlockRows = kLanes == 16 ? 8 : 4;  // as many sums as there are registers for
+constexpr int kFewRows = kLanes == 16 ? 8 : 4;    // in a block: as many sums as there are registers for
+constexpr int kManyRows = kLanes == 16 ? 6 : 4;   // the same, of calls with kMany: results have registers, too
+constexpr int64_t kMany = 64;                     // rows: what is done once per tile counts for little
 constexpr int kAhead = 8192;                      // bytes of words that are asked for ahead, into the second-level cache
 constexpr double kItemNs = 6000;                  // work worth another thread's taking
 
 // Rows are in as few blocks as can be, of even sizes.
 struct Blocks {
-  int64_t rows, count;
+  int64_t rows, most, count;
 
-  explicit Blocks(int64_t m) : rows(m), count((m + kBlockRows - 1) / kBlockRows) {}
+  explicit Blocks(int64_t m) : rows(m), most(m < kMany ? kFewRows : kManyRows), count((m + most - 1) / most) {}
   int64_t start(int64_t block) const { return rows * block / count; }
 };
 
@@ -37,7 +39,7 @@ struct Problem {
   const T* scales;
   const T* zeros;  // or null: the middle of the range is zero
   T* out;          // [m, n]
-  int64_t m, n, k, group;
+  int64_t m, n, k, group, groups;
   const int8_t* codes;        // for 4 bits, of every eight the four at even places come first
   const float* input_scales;  // [k / group, rows of the block] of each block
   const int32_t* starts;      // the same: where the sums of a group start
@@ -115,11 +117,12 @@ inline Int four(const int8_t* codes) {
   return Int{} + v;
 }
 
-// M rows, which are a block, of V vectors of a tile's columns from `first` on.
-template <class T, int Bits, int M, int V, bool HasZeros>
+// M rows, which are a block, of V vectors of a tile's columns from `first` on. With FromMemory words are asked for
+// ahead: they are in a cache where other rows of a call have been before.
+template <class T, int Bits, int M, int V, bool HasZeros, bool FromMemory>
 void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
-  constexpr bool kAsksAhead = Bits == 4 || M > 2;  // what only loads, the CPU itself follows better
-  const int64_t groups = p.k / p.group, num_words = p.group * Bits / 32;
+  constexpr bool kAsksAhead = FromMemory && (Bits == 4 || M > 2);  // what only loads, the CPU itself follows better
+  const int64_t groups = p.groups, num_words = p.group * Bits / 32;
   const int32_t* words = p.words + tile * groups * num_words * kTile + first;
   const T* scales = p.scales + tile * groups * kTile + first;
   const T* zeros = HasZeros ? p.zeros + tile * groups * kTile + first : nullptr;
@@ -127,8 +130,15 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
   const float* input_scales = p.input_scales + row * groups;
   const int32_t* starts = p.starts + row * groups;
   const float* input_sums = p.input_sums + row * groups;
-  Vec result[M][V];
-  for (int64_t g = 0; g < groups; ++g) {
+  const int64_t column = tile * kTile + first;
+  const int64_t width = std::min<int64_t>(V * kLanes, p.n - column);
+  T* const out = p.out + row * p.n + column;
+  for (int m = 0; m < M; ++m) {  // or stores would wait for one line after the other, and later ones for them
+    for (int at = 0; at < V * kLanes; at += 64 / sizeof(T)) __builtin_prefetch(out + m * p.n + at, 1);
+  }
+  Vec result[M][V] = {};
+  int64_t groups_left = p.groups;
+  do {  // there is one, as compilers cannot know: else they would write the zeros to memory
     Int sum[M][V];
     for (int m = 0; m < M; ++m) {
       for (int v = 0; v < V; ++v) sum[m][v] = Int{} + starts[m];
@@ -173,54 +183,49 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
     if constexpr (HasZeros) {
       for (int v = 0; v < V; ++v) zero[v] = load(zeros + v * kLanes);
     }
-    const auto add_group = [&](auto is_first) __attribute__((always_inline)) {
-      for (int m = 0; m < M; ++m) {
-        for (int v = 0; v < V; ++v) {
-          Vec value = __builtin_convertvector(sum[m][v], Vec);
-          if constexpr (HasZeros) value -= zero[v] * input_sums[m];
-          const Vec factor = scale[v] * input_scales[m];
-          result[m][v] = is_first ? value * factor : result[m][v] + value * factor;
-        }
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) {
+        Vec value = __builtin_convertvector(sum[m][v], Vec);
+        if constexpr (HasZeros) value -= zero[v] * input_sums[m];
+        result[m][v] += value * (scale[v] * input_scales[m]);
       }
-    };
-    if (g == 0) {  // there are no registers left for results: zeros would be written to memory, and read
-      add_group(std::true_type());
-    } else {
-      add_group(std::false_type());
     }
     scales += kTile;
     if constexpr (HasZeros) zeros += kTile;
     starts += M;
     input_scales += M;
     input_sums += M;
-  }
-  const int64_t column = tile * kTile + first;
-  const int64_t width = std::min<int64_t>(V * kLanes, p.n - column);
-  for (int m = 0; m < M; ++m) {
-    T* to = p.out + (row + m) * p.n + column;
-    T all[V * kLanes];
-    for (int v = 0; v < V; ++v) store((width == V * kLanes ? to : all) + v * kLanes, result[m][v]);
-    if (width < V * kLanes) std::memcpy(to, all, width * sizeof(T));
+  } while (--groups_left > 0);
+  if (width == V * kLanes) {
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) store(out + m * p.n + v * kLanes, result[m][v]);
+    }
+  } else {
+    T all[M][V * kLanes];
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) store(all[m] + v * kLanes, result[m][v]);
+    }
+    for (int m = 0; m < M; ++m) std::memcpy(out + m * p.n, all[m], width * sizeof(T));
   }
 }
 
-template <class T, int Bits, bool HasZeros, int M>
+template <class T, int Bits, bool HasZeros, bool FromMemory, int M>
 void block_of_tile(const Problem<T>& p, int64_t tile, int64_t row) {
   constexpr int kVectors = M <= 2 ? std::min(kTile / kLanes, 4) : 2;  // one row alone waits for each of its sums
   for (int first = 0; first < kTile && tile * kTile + first < p.n; first += kVectors * kLanes) {
-    part_of_tile<T, Bits, M, kVectors, HasZeros>(p, tile, row, first);
+    part_of_tile<T, Bits, M, kVectors, HasZeros, FromMemory>(p, tile, row, first);
   }
 }
 
-template <class T, int Bits, bool HasZeros, int... M>
-void tiles(const Problem<T>& p, int64_t from, int64_t to, std::integer_sequence<int, M...>) {
+// Blocks have `Least` rows or some more.
+template <class T, int Bits, bool HasZeros, bool FromMemory, int Least, int... More>
+void tiles(const Problem<T>& p, const Blocks& blocks, int64_t from, int64_t to, std::integer_sequence<int, More...>) {
   static constexpr void (*kBlock[])(const Problem<T>&, int64_t, int64_t) = {
-      block_of_tile<T, Bits, HasZeros, M + 1>...};
-  const Blocks blocks(p.m);
+      block_of_tile<T, Bits, HasZeros, FromMemory, Least + More>...};
   for (int64_t tile = from; tile < to; ++tile) {
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t row = blocks.start(block);
-      kBlock[blocks.start(block + 1) - row - 1](p, tile, row);
+      kBlock[blocks.start(block + 1) - row - Least](p, tile, row);
     }
   }
 }
@@ -265,7 +270,7 @@ void gemm(const void* x, const void* words, const void* scales, const void* zero
   // So that no zero point is left to subtract except those of `zeros`.
   const int32_t start = zeros != nullptr ? kCentre<Bits> : kCentre<Bits> - (1 << (Bits - 1));
   const Blocks blocks(m);
-  parallel_ranges(blocks.count, 65536 / (k * kBlockRows) + 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_ranges(blocks.count, 65536 / (k * blocks.most) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = blocks.start(block), rows = blocks.start(block + 1) - row;
       for (int64_t i = 0; i < rows; ++i) {
@@ -275,14 +280,21 @@ void gemm(const void* x, const void* words, const void* scales, const void* zero
     }
   });
   const Problem<T> p{static_cast<const int32_t*>(words), static_cast<const T*>(scales), static_cast<const T*>(zeros),
-                     static_cast<T*>(out), m, n, k, group, codes, input_scales, starts, input_sums};
+                     static_cast<T*>(out), m, n, k, group, groups, codes, input_scales, starts, input_sums};
   const int64_t num_tiles = (n + kTile - 1) / kTile;
   // Bytes at the speed of memory and products at that of the widest vectors: a guess of what a tile takes.
   const double tile_ns = kTile * double(k) * (Bits / 200.0 + m / 130.0);
   const int64_t worth = int64_t(kItemNs / tile_ns) + 1, even = num_tiles / (8 * threads);
   parallel_ranges(num_tiles, std::max({worth, even, int64_t(1)}), threads, [&](int64_t begin, int64_t end) {
-    const std::make_integer_sequence<int, kBlockRows> sizes;
-    zeros == nullptr ? tiles<T, Bits, false>(p, begin, end, sizes) : tiles<T, Bits, true>(p, begin, end, sizes);
+    const std::make_integer_sequence<int, kFewRows> few;
+    const std::make_integer_sequence<int, 2> even_sizes;  // of many blocks
+    if (m < kMany) {
+      zeros == nullptr ? tiles<T, Bits, false, true, 1>(p, blocks, begin, end, few)
+                       : tiles<T, Bits, true, true, 1>(p, blocks, begin, end, few);
+    } else {
+      zeros == nullptr ? tiles<T, Bits, false, false, kManyRows - 1>(p, blocks, begin, end, even_sizes)
+                       : tiles<T, Bits, true, false, kManyRows - 1>(p, blocks, begin, end, even_sizes);
+    }
   });
 }
 
