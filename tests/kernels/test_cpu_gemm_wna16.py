@@ -66,11 +66,12 @@ def test_equals_float64_and_rows_do_not_depend_on_each_other(
         assert torch.equal(gemm(x[row : row + 1], words, scales, zeros, group_size=group_size)[0], got[row])
 
 
+@pytest.mark.parametrize("rows", [33, 101])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_threads_change_nothing_and_out_is_filled(bits):
+def test_threads_and_rows_beside_change_nothing_and_out_is_filled(bits, rows):
     ops = ops_for(torch.float32)
-    words, scales, zeros = weight(bits, 256, 3000, 64, torch.float32, True, 0)
-    x, out = torch.randn(33, 256, generator=torch.Generator().manual_seed(1)), torch.full((33, 3000), torch.nan)
+    words, scales, zeros = weight(bits, 256, 3001, 64, torch.float32, True, 0)
+    x, out = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)), torch.full((rows, 3001), torch.nan)
     gemm = ops.w4a16_gemm if bits == 4 else ops.w8a16_gemm
     before = torch.get_num_threads()
     try:
@@ -81,6 +82,8 @@ def test_threads_change_nothing_and_out_is_filled(bits):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(out, alone)
+    for row in range(0, rows, 16):
+        assert torch.equal(gemm(x[row : row + 1], words, scales, zeros, group_size=64)[0], out[row])
 
 
 @pytest.mark.parametrize("n", [33, 64, 5])
