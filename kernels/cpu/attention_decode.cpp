@@ -55,15 +55,18 @@ class Decode {
 
   // Returns kDone or the sequence that is at fault.
   int64_t run(int64_t threads) {
-    // A task has several items, so that the next one's keys can be asked for; a thread has several tasks, as it may be
-    // kept from its core. Little work is done before another thread would be awake.
-    const bool little = keys_ * heads_ * cache_.dim < (1 << 17);
-    const int64_t most = little ? keys_ : keys_ / (4 * threads) + 1;
+    // A task has several items, so that the next one's keys can be asked for; each is half of a thread's part of what
+    // is left, so that the last ones are short, and wherever a thread is kept from its core, others have little to wait
+    // for. Little work is done before another thread would be awake.
+    const int64_t parts = keys_ * heads_ * cache_.dim < (1 << 17) ? 1 : 2 * threads;
     std::vector<int64_t> tasks{0};
-    for (int64_t item = 0, keys = 0; item < int64_t(items_.size()); ++item) {
+    for (int64_t item = 0, keys = 0, left = keys_; item < int64_t(items_.size()); ++item) {
       const Share& share = shares_[order_[items_[item].first]];
       keys += (share.end - share.begin) * items_[item].count;
-      if (keys >= most || item + 1 == int64_t(items_.size())) tasks.push_back(item + 1), keys = 0;
+      if (keys * parts < left && item + 1 < int64_t(items_.size())) continue;
+      tasks.push_back(item + 1);
+      left -= keys;
+      keys = 0;
     }
     std::atomic<int64_t> fault{kDone};
     parallel_for(tasks.size() - 1, threads, [&](int64_t task) {

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements; fewer are done before another thread would be awake
+constexpr int64_t kGrain = 3072;  // elements: some, as every number of a key is written to a line of its own
 constexpr int64_t kMaxDim = 256;
 
 // What every head of a call has in common.
