@@ -15,13 +15,14 @@ from bench.load.records import RequestError, RequestRecord
 from bench.load.run import Step, run_step
 from bench.load.target import Target
 from bench.load.vocabulary import Vocabulary
-from bench.load.workload import Load
+from bench.load.workload import Conversation, Load, conversations
 from bench.peers.environments import PeerError
 from bench.peers.serving import Resources
 from bench.peers.systems import Form, Served, Setup, System
 from bench.peers.workloads import Workload
 
-_WARM_UP_STREAMS, _WARM_UP_OUTPUT = 8, 8
+# Tokens of the longest answer of a warm-up with few requests, and of the shortest one.
+_WARM_UP_OUTPUT, _FEWEST = 8, 2
 # A server may compile on its first requests.
 _WARM_UP_S = 600.0
 _OTHERS_CORES = 0.2
@@ -155,12 +156,8 @@ async def _step(make_target: Callable[[], Target], load: Workload, number: int, 
     try:
         await target.info()
         patient = Driver(target, plan.vocabulary, session_prefix=f"{prefix}-warm-up", deadline_s=_WARM_UP_S)
-        streams = min(load.concurrency, _WARM_UP_STREAMS)
-        output_len = min(_WARM_UP_OUTPUT, load.shape.output_len)
-        shape = replace(load.shape, output_len=output_len, prefix_len=load.shape.input_len, turns=1)
-        warm = await run_step(
-            patient, shape, Load(streams), alphabet=alphabet, num_requests=streams, seed=f"{plan.seed}/warm-up"
-        )
+        planned = warm_up(load, alphabet, f"{plan.seed}/warm-up")
+        warm = await patient.run(planned, Load(load.concurrency), "warm-up")
         failed = next((record for record in warm.records if record.status != "ok"), None)
         if failed is not None:
             raise RequestError(failed.kind, f"the warm-up failed: {failed.message}")
@@ -175,6 +172,20 @@ async def _step(make_target: Callable[[], Target], load: Workload, number: int, 
         )
     finally:
         await target.close()
+
+
+def warm_up(load: Workload, alphabet: Sequence[int], seed: str) -> list[Conversation]:
+    """What is sent before a load: as many requests as it has at once, whose answers end one after the other.
+
+    So batches of all sizes occur: systems compile, record or choose something for each when it first does.
+    """
+    streams = load.concurrency
+    shape = replace(load.shape, prefix_len=load.shape.input_len, turns=1)
+    longest = min(load.shape.output_len, max(streams, _WARM_UP_OUTPUT))
+    return [
+        replace(planned, turns=(replace(planned.turns[0], output_len=max(_FEWEST, longest - place)),))
+        for place, planned in enumerate(conversations(shape, alphabet, streams, seed))
+    ]
 
 
 def summarise(system: System, form: Form, load: Workload, rounds: Sequence[Round]) -> Measurement:

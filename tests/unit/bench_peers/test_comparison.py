@@ -23,7 +23,7 @@ from bench.load.records import Ended, RequestRecord, Status
 from bench.load.vocabulary import Vocabulary
 from bench.peers.__main__ import Comparison, main
 from bench.peers.environments import PeerError
-from bench.peers.measure import Measurement, Plan, decode_rate
+from bench.peers.measure import Measurement, Plan, decode_rate, warm_up
 from bench.peers.report import Report
 from bench.peers.serving import free_port, server
 from bench.peers.systems import Form, Served, Setup
@@ -185,6 +185,17 @@ def answer(*arrivals: float, output_tokens: int, status: Status = "ok") -> Reque
         status=status,
         server=Ended(output_tokens=output_tokens),
     )
+
+
+@pytest.mark.parametrize(
+    ("load", "answers"), [("1", [8]), ("8", [8, 7, 6, 5, 4, 3, 2, 2]), ("64", [*range(64, 1, -1), 2])]
+)
+def test_a_warm_up_has_batches_of_all_sizes(load, answers):
+    (found,) = workloads(["fixed"], [int(load)], 4, 128, quick=False)
+    planned = warm_up(found, [1, 2], "seed")
+    assert [turn.output_len for conversation in planned for turn in conversation.turns] == answers
+    (shared,) = workloads(["shared"], [], 4, 128, quick=False)
+    assert max(conversation.turns[0].output_len for conversation in warm_up(shared, [1], "seed")) == 64
 
 
 def test_decode_rate_is_of_answers_that_came_in_many_messages():
