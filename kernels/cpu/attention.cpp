@@ -2,6 +2,7 @@
 #include <atomic>
 #include <vector>
 
+#include "attend8.h"
 #include "paged.h"
 #include "parallel.h"
 #include "recording.h"
@@ -32,25 +33,25 @@ bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile
   using Term = TermOf<T>;
   std::vector<float> scratch(3 * rows * dim + rows * kTile + LaidOut<Term>::size(dim));
   float *total = &scratch[0], *acc = total + rows * dim, *scores = acc + rows * dim, *scaled = scores + rows * kTile;
-  auto* elements = reinterpret_cast<Element<Term>*>(scaled);
+  auto* terms = reinterpret_cast<Term*>(scaled);
   LaidOut<Term> laid_out(scaled + rows * dim, dim);
   std::vector<Softmax> totals(rows), softmax(rows);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t head = tile_of_q.head * group + r % group;
-    copy_scaled(q + (tile_of_q.begin + r / group) * q_stride + head * dim, elements + r * dim, scale, dim);
+    load_query(q + (tile_of_q.begin + r / group) * q_stride + head * dim, terms + r * query_size<Term>(dim), scale, dim);
     if (sinks != nullptr) softmax[r] = {sinks[head], 1};
   }
-  const Queries<Term> queries{reinterpret_cast<const Term*>(scaled), scores, softmax.data(), acc, rows};
+  const Queries<Term> queries{terms, scores, softmax.data(), acc, rows};
   const int64_t end = tile_of_q.position + tile_of_q.count;
   const int64_t begin = window > 0 ? std::max<int64_t>(0, tile_of_q.position - window + 1) : 0;
-  const int64_t start = begin / kPart * kPart;
+  const int64_t start = begin / kTile * kTile;
   const auto end_of_tile = [&](int64_t at) { return std::min({at + kTile, (at / kShare + 1) * kShare, end}); };
   Tile<T> tile, next;
-  if (!tile.find(cache, tile_of_q.sequence, start, end_of_tile(start))) return false;
+  if (!tile.find(cache, tile_of_q.sequence, start, begin, end_of_tile(start))) return false;
   for (int64_t at = start; at < end; at = end_of_tile(at), tile = next) {
     const int64_t then = end_of_tile(at);
     next = tile;
-    if (then < end && !next.find(cache, tile_of_q.sequence, then, end_of_tile(then))) return false;
+    if (then < end && !next.find(cache, tile_of_q.sequence, then, begin, end_of_tile(then))) return false;
     const CausalMask mask{tile_of_q.position - at, group, window, tile.size};
     attend(cache, tile, next, tile_of_q.head, std::max<int64_t>(0, begin - at), queries, mask, softcap, laid_out);
     if (then % kShare == 0 || then == end) {

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.cache import has_layout
+from kernels.cpu.cache import cache_sizes, has_layout, require_rows
 from kernels.cpu.library import CODES, CpuLibrary
 from kernels.reference import attention as reference
 
@@ -28,6 +28,7 @@ def unified_attention(
 ) -> Tensor:
     """C++ form of `kernels.unified_attention`; a block that the cache does not have is a ValueError."""
     if not _takes(q, k_cache, v_cache, block_table, out):
+        require_rows(k_cache, v_cache)
         return reference.unified_attention(
             q,
             k_cache,
@@ -83,6 +84,7 @@ def paged_attention_decode(
 ) -> Tensor:
     """C++ form of `kernels.paged_attention_decode`; a block that the cache does not have is a ValueError."""
     if not _takes(q, k_cache, v_cache, block_table, out):
+        require_rows(k_cache, v_cache)
         return reference.paged_attention_decode(
             q,
             k_cache,
@@ -138,7 +140,7 @@ def _arguments(
     out: Tensor,
 ) -> tuple[int | float, ...]:
     """Return what both functions begin with."""
-    num_blocks, page, kv_heads, head_dim = k_cache.shape
+    num_blocks, page, kv_heads, head_dim = cache_sizes(k_cache)
     return (
         CODES[q.dtype],
         CODES[k_cache.dtype],

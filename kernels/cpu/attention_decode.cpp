@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "attend8.h"
 #include "paged.h"
 #include "parallel.h"
 #include "recording.h"
@@ -133,31 +134,31 @@ class Decode {
     std::vector<float> scratch(most * (heads_ * 2 * dim + group_ * kTile) + LaidOut<Term>::size(dim));
     std::vector<Softmax> softmax(most * heads_);
     float *scaled = &scratch[0], *acc = scaled + most * heads_ * dim, *scores = acc + most * heads_ * dim;
-    const auto* terms = reinterpret_cast<const Term*>(scaled);
+    auto* terms = reinterpret_cast<Term*>(scaled);
     LaidOut<Term> laid_out(scores + most * group_ * kTile, dim);
     Tile<T> tile, next;
     const auto first_of = [&](int64_t item) -> const Share& { return shares_[order_[items_[item].first]]; };
     const auto find = [&](Tile<T>& to, const Share& share, int64_t at) {
-      return to.find(cache_, share.sequence, at, share.end);
+      return to.find(cache_, share.sequence, at, share.begin, share.end);
     };
-    if (!find(tile, first_of(begin), first_of(begin).begin / kPart * kPart)) return first_of(begin).sequence;
+    if (!find(tile, first_of(begin), first_of(begin).begin / kTile * kTile)) return first_of(begin).sequence;
     next = tile;
     for (int64_t item = begin; item < end; ++item) {
       const Share& share = first_of(item);
       const int64_t together = items_[item].count, rows = together * group_;
-      load_queries(items_[item], reinterpret_cast<Element<Term>*>(scaled));
+      load_queries(items_[item], terms);
       std::fill(acc, acc + together * heads_ * dim, 0.0f);
       std::fill(softmax.begin(), softmax.begin() + together * heads_, Softmax());
-      for (int64_t at = share.begin / kPart * kPart; at < share.end; at += kTile) {
+      for (int64_t at = share.begin / kTile * kTile; at < share.end; at += kTile) {
         if (at + kTile < share.end) {
           if (!find(next, share, at + kTile)) return share.sequence;
         } else if (item + 1 < end) {
           const Share& then = first_of(item + 1);
-          if (!find(next, then, then.begin / kPart * kPart)) return then.sequence;
+          if (!find(next, then, then.begin / kTile * kTile)) return then.sequence;
         }
         for (int64_t head = 0; head < cache_.heads; ++head) {
           const int64_t row = head * rows;
-          const Queries<Term> queries{terms + row * dim / kNumbers<Term>, scores, &softmax[row], acc + row * dim, rows};
+          const Queries<Term> queries{terms + row * query_size<Term>(dim), scores, &softmax[row], acc + row * dim, rows};
           attend(cache_, tile, next, head, std::max<int64_t>(0, share.begin - at), queries, NoMask(),
                  softcap_, laid_out);
         }
@@ -169,11 +170,13 @@ class Decode {
   }
 
   // Rows of queries and what becomes of them are [kv heads, shares of an item, group].
-  void load_queries(const Item& item, Element<Term>* scaled) const {
+  void load_queries(const Item& item, Term* terms) const {
     for (int64_t head = 0; head < cache_.heads; ++head) {
-      for (int64_t i = 0; i < item.count; ++i, scaled += group_ * cache_.dim) {
-        const int64_t sequence = shares_[order_[item.first + i]].sequence;
-        copy_scaled(q_ + sequence * q_stride_ + head * group_ * cache_.dim, scaled, scale_, group_ * cache_.dim);
+      for (int64_t i = 0; i < item.count; ++i) {
+        const Q* q = q_ + shares_[order_[item.first + i]].sequence * q_stride_ + head * group_ * cache_.dim;
+        for (int64_t h = 0; h < group_; ++h, terms += query_size<Term>(cache_.dim)) {
+          load_query(q + h * cache_.dim, terms, scale_, cache_.dim);
+        }
       }
     }
   }

@@ -2,16 +2,61 @@
 
 Its tensors have the shape that all forms know, `[num_blocks, page_size, Hkv, D]`. Keys are strided: the tokens of a
 page lie side by side, `[num_blocks, Hkv, D, page_size]`, so that scores of many tokens are vectors without shuffles.
+
+Caches of 8 bits are bytes that only the C++ forms read, in the order of `round8.h`: `[num_blocks, page_size / 16, Hkv,
+D + 4, 16]`, parts of 16 tokens with their scales.
 """
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from kernels.cpu.library import LANES
+from kernels.reference.cache import SCALE_BYTES, head_dim_of
+
+CACHE_OPS = ("paged_attention_decode", "qk_norm_rope_and_cache", "unified_attention")
+_PART = 16  # `kPart` in round8.h
+MAX_HEAD_DIM = 256  # for which there is room in C++ where a head is rotated and written
+
+
+class CacheSizes(NamedTuple):
+    """What a cache has room for."""
+
+    num_blocks: int
+    page_size: int
+    kv_heads: int
+    head_dim: int
+
+
+def cache_sizes(cache: Tensor) -> CacheSizes:
+    """Return the sizes of a cache in either layout."""
+    if cache.dim() == 5:
+        num_blocks, parts, kv_heads, row, _ = cache.shape
+        return CacheSizes(num_blocks, parts * _PART, kv_heads, row - SCALE_BYTES)
+    num_blocks, page_size, kv_heads, _ = cache.shape
+    return CacheSizes(num_blocks, page_size, kv_heads, head_dim_of(cache))
+
+
+def bytes_shape(num_blocks: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
+    """Return the shape of a cache of 8 bits as the C++ forms read it."""
+    return num_blocks, page_size // _PART, kv_heads, head_dim + SCALE_BYTES, _PART
 
 
 def keys_by_token(memory: Tensor) -> Tensor:
     """Return memory `[num_blocks, Hkv, D, page_size]` as a key cache `[num_blocks, page_size, Hkv, D]`."""
     return memory.permute(0, 3, 1, 2)
+
+
+def can_have_bytes(page_size: int, head_dim: int) -> bool:
+    """Whether the C++ forms read, and write, pages and heads of these sizes in 8 bits."""
+    return page_size % _PART == 0 and head_dim % (2 * LANES) == 0 and head_dim <= MAX_HEAD_DIM
+
+
+def require_rows(*caches: Tensor) -> None:
+    """Raise ValueError for a cache of bytes that only the C++ forms know how to read."""
+    if any(cache.dim() == 5 for cache in caches):
+        raise ValueError("the cache lies in bytes for the C++ forms, which do not take these arguments")
 
 
 def can_have_layout(page_size: int, head_dim: int) -> bool:
@@ -21,10 +66,14 @@ def can_have_layout(page_size: int, head_dim: int) -> bool:
 
 def has_layout(k_cache: Tensor, v_cache: Tensor) -> bool:
     """Whether a cache lies in memory as the C++ forms read it."""
-    return (
-        can_have_layout(k_cache.shape[1], k_cache.shape[3])
+    sizes = cache_sizes(k_cache)
+    if not (
+        can_have_layout(sizes.page_size, sizes.head_dim)
         and v_cache.dtype == k_cache.dtype
         and v_cache.shape == k_cache.shape
-        and k_cache.permute(0, 2, 3, 1).is_contiguous()
         and v_cache.is_contiguous()
-    )
+    ):
+        return False
+    if k_cache.dtype == torch.int8:
+        return k_cache.dim() == 5 and k_cache.is_contiguous()
+    return k_cache.permute(0, 2, 3, 1).is_contiguous()

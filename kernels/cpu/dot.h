@@ -13,6 +13,8 @@
 //
 // Where that takes several instructions, weights of 4 bits have a shorter way: `narrow_dot` adds up in 16 bits, which
 // have room for kNarrowDots times 2 * 15 * 127, and `widened` adds them to a sum of 32 bits.
+//
+// `dot_plain` is the same for weights of 0 .. kMostPlain that are taken as they are.
 
 #if (defined(__AVX512BW__) && !defined(__AVX512VNNI__)) || \
     (defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__))
@@ -55,6 +57,8 @@ inline Int dot(Int sum, Int w, Int x) {
   w ^= int32_t(0x80808080);
   return widened(sum, pairs(magnitude(w), signed_as(x, w)));
 }
+constexpr int32_t kMostPlain = 127;  // as two products fit 16 bits
+inline Int dot_plain(Int sum, Int w, Int x) { return widened(sum, pairs(w, x)); }
 inline Int narrow_dot(Int narrow, Int w, Int x) {
   return bit_cast<Int>(bit_cast<Short>(narrow) + bit_cast<Short>(pairs(w, x)));
 }
@@ -78,5 +82,8 @@ inline Int dot(Int sum, Int w, Int x) {
   return sum;
 #endif
 }
+
+constexpr int32_t kMostPlain = 255;
+inline Int dot_plain(Int sum, Int w, Int x) { return dot<8>(sum, w, x); }
 
 #endif

@@ -31,7 +31,7 @@ _BUILD_LIMIT_S = 120
 
 # Numbers of element types in C++, `Code` in vec.h.
 CODES: Mapping[torch.dtype, int] = MappingProxyType(
-    {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float16: 3}
+    {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float16: 3, torch.int8: 4}
 )
 
 LANES = 16  # of the widest vectors: rows whose length is a multiple need no special case on any machine

@@ -48,24 +48,29 @@ inline void multiply_block(const Term* a, int64_t a_stride, int64_t inner, const
 constexpr int kBlockRows = kLanes == 16 ? 6 : 4;
 constexpr int kBlockVecs = kLanes == 16 ? 4 : 2;
 
+// Calls block(count, row) for blocks of rows 0 .. rows - 1, `count` being a constant.
+template <class Block>
+inline void by_blocks(int64_t rows, const Block& block) {
+  int64_t r = 0;
+  for (; r + kBlockRows <= rows; r += kBlockRows) block(std::integral_constant<int, kBlockRows>(), r);
+  switch (rows - r) {
+    case 1: return block(std::integral_constant<int, 1>(), r);
+    case 2: return block(std::integral_constant<int, 2>(), r);
+    case 3: return block(std::integral_constant<int, 3>(), r);
+    case 4: return block(std::integral_constant<int, 4>(), r);
+    case 5: return block(std::integral_constant<int, 5>(), r);
+  }
+}
+
 // Not inline: it is large, and who uses it is many.
 template <int kVecs, bool kAdd, bool kAsk, class Term, class B>
 __attribute__((noinline)) void multiply_rows(const Term* a, int64_t a_stride, int64_t rows, int64_t inner,
                                              const B* const (&b)[kVecs], const B* const (&ahead)[kVecs],
                                              int64_t b_stride, float* c, int64_t c_stride) {
-  int64_t r = 0;
-  for (; r + kBlockRows <= rows; r += kBlockRows) {
-    multiply_block<kBlockRows, kVecs, kAdd, kAsk>(a + r * a_stride, a_stride, inner, b, ahead, b_stride,
-                                                  c + r * c_stride, c_stride);
-  }
-  a += r * a_stride, c += r * c_stride;
-  switch (rows - r) {
-    case 1: return multiply_block<1, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 2: return multiply_block<2, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 3: return multiply_block<3, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 4: return multiply_block<4, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-    case 5: return multiply_block<5, kVecs, kAdd, kAsk>(a, a_stride, inner, b, ahead, b_stride, c, c_stride);
-  }
+  by_blocks(rows, [&](auto count, int64_t r) __attribute__((always_inline)) {
+    multiply_block<count, kVecs, kAdd, kAsk>(a + r * a_stride, a_stride, inner, b, ahead, b_stride, c + r * c_stride,
+                                             c_stride);
+  });
 }
 
 // c [rows, columns] = a [rows, inner] * b, or is added to with kAdd. `columns` is a multiple of kLanes; columns from

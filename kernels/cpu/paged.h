@@ -5,52 +5,60 @@
 #include <cmath>
 #include <limits>
 
+#include "dot.h"
 #include "multiply.h"
+#include "round8.h"
 
 // Tokens that are attended to before the running maximum is renewed. Their keys and values stay in the core's cache.
 constexpr int64_t kTile = 64;
-// Tokens that lie side by side: pages are multiples of it, and no vector is longer.
-constexpr int64_t kPart = 16;
 constexpr int64_t kParts = kTile / kPart;
 // Rows, a row being a query of one head, that meet a tile together: enough to pay for laying out its keys.
 constexpr int64_t kRows = 96;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 // Keys [num_blocks, heads, dim, page], so that what one number of a query is multiplied by are vectors, values
-// [num_blocks, page, heads, dim], and which blocks sequences have: [S, max_blocks], rows apart.
+// [num_blocks, page, heads, dim], and which blocks sequences have: [S, max_blocks], rows apart. Keys and values of 8 bits
+// lie as round8.h says.
 template <class T>
 struct PagedCache {
   const T *k, *v;
   const int32_t* block_table;
   int64_t max_blocks, table_stride, num_blocks, page, heads, dim;
+
+  // Elements of all heads of a token.
+  int64_t width() const { return heads * (std::is_same_v<T, Int8> ? row_size8(dim) : dim); }
 };
 
 // Where the keys and values of up to kTile consecutive tokens of all heads are. Parts of which no token was asked for
-// are those of the first part: what may stand in other blocks is never read.
+// are those of one that was: what may stand in other blocks is never read.
 template <class T>
 struct Tile {
   const T* k[kParts];
   const T* v[kParts];
   int64_t size;  // tokens
 
-  // `begin` is a multiple of kPart. False when the table names a block that is not there.
-  bool find(const PagedCache<T>& cache, int64_t sequence, int64_t begin, int64_t end) {
+  // Tokens first .. end - 1 of those from `begin` on, a multiple of kTile: so a row meets the same tiles whatever is
+  // beside it. False when the table names a block that is not there.
+  bool find(const PagedCache<T>& cache, int64_t sequence, int64_t begin, int64_t first, int64_t end) {
     size = std::min(end - begin, kTile);
     const int32_t* blocks = cache.block_table + sequence * cache.table_stride;
-    const int64_t width = cache.heads * cache.dim;
+    const int64_t width = cache.width();
     for (int64_t part = 0; part < kParts; ++part) {
-      const int64_t position = part * kPart < size ? begin + part * kPart : begin;
+      const int64_t at = begin + part * kPart;
+      const bool is_asked_for = at < end && at + kPart > first;
+      const int64_t position = is_asked_for ? at : std::max(begin, first / kPart * kPart);
       const int64_t block = position / cache.page, offset = position % cache.page;
       if (block >= cache.max_blocks || blocks[block] < 0 || blocks[block] >= cache.num_blocks) return false;
-      const int64_t first = int64_t(blocks[block]) * cache.page;
-      k[part] = cache.k + first * width + offset;
-      v[part] = cache.v + (first + offset) * width;
+      const int64_t slot = int64_t(blocks[block]) * cache.page;
+      k[part] = cache.k + (std::is_same_v<T, Int8> ? (slot + offset) * width : slot * width + offset);
+      v[part] = cache.v + (slot + offset) * width;
     }
     return true;
   }
 
   // Ask for keys of a head, and for values of tokens from `begin` on.
   void prefetch_keys(const PagedCache<T>& cache, int64_t head) const {
+    if constexpr (std::is_same_v<T, Int8>) return prefetch_parts(k, cache, head, 0);
     const int64_t step = std::max<int64_t>(1, 64 / (cache.page * sizeof(T)));
     for (int64_t t = 0; t < size; t += kPart) {
       for (int64_t d = head * cache.dim; d < (head + 1) * cache.dim; d += step) ask_for(k[t / kPart] + d * cache.page);
@@ -58,6 +66,7 @@ struct Tile {
   }
 
   void prefetch_values(const PagedCache<T>& cache, int64_t head, int64_t begin) const {
+    if constexpr (std::is_same_v<T, Int8>) return prefetch_parts(v, cache, head, begin);
     for (int64_t t = begin; t < size; ++t) {
       const T* row = v[t / kPart] + (t % kPart * cache.heads + head) * cache.dim;
       for (int64_t d = 0; d < cache.dim; d += 64 / int64_t(sizeof(T))) ask_for(row + d);
@@ -65,6 +74,13 @@ struct Tile {
   }
 
  private:
+  void prefetch_parts(const T* const* parts, const PagedCache<T>& cache, int64_t head, int64_t begin) const {
+    const int64_t bytes = row_size8(cache.dim) * kPart;
+    for (int64_t part = (begin + kPart - 1) / kPart; part * kPart < size; ++part) {
+      for (int64_t at = 0; at < bytes; at += 64) ask_for(parts[part] + head * bytes + at);
+    }
+  }
+
   static void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 
@@ -74,11 +90,11 @@ struct Softmax {
   float total = 0;
 };
 
-// Turns scores [count, kTile] into weights relative to the largest one of a row, which take their place as elements of
-// terms, and adds them to the rows' softmaxes; shrunk [count] is what weights before are multiplied by. `count` is at
-// most kLanes: what takes long for one row, the next ones do meanwhile.
-template <class Term>
-inline void add_scores(Softmax* rows, int64_t count, float* scores, float softcap, float* shrunk) {
+// Turns scores [count, kTile] into weights relative to the largest one of a row, by `weigh(row, largest)`, which returns
+// their sum, and adds them to the rows' softmaxes; shrunk [count] is what weights before are multiplied by. `count` is
+// at most kLanes: what takes long for one row, the next ones do meanwhile.
+template <class Weigh>
+inline void add_scores(Softmax* rows, int64_t count, float* scores, float softcap, float* shrunk, const Weigh& weigh) {
   float before[kLanes] = {}, largest[kLanes] = {}, factors[kLanes];
   for (int64_t r = 0; r < count; ++r) {
     float* row = scores + r * kTile;
@@ -103,15 +119,21 @@ inline void add_scores(Softmax* rows, int64_t count, float* scores, float softca
       std::fill(row, row + kTile, 0.0f);
       continue;
     }
-    Vec weights = {};
-    auto* elements = reinterpret_cast<Element<Term>*>(row);  // never ahead of the scores that are read
-    for (int64_t i = 0; i < kTile; i += kLanes) {
-      const Vec weight = exp(load(row + i) - largest[r]);
-      weights += weight;
-      store_element(elements + i, weight);
-    }
-    rows[r] = {largest[r], rows[r].total * factors[r] + sum(weights)};
+    rows[r] = {largest[r], rows[r].total * factors[r] + weigh(row, largest[r])};
   }
+}
+
+// Weights take the place of the scores of a row, as elements of terms. Returns their sum.
+template <class Term>
+inline float weigh_row(float* row, float largest) {
+  Vec weights = {};
+  auto* elements = reinterpret_cast<Element<Term>*>(row);  // never ahead of the scores that are read
+  for (int64_t i = 0; i < kTile; i += kLanes) {
+    const Vec weight = exp(load(row + i) - largest);
+    weights += weight;
+    store_element(elements + i, weight);
+  }
+  return sum(weights);
 }
 
 // Keys that are added up by themselves: a long sequence is shared by threads, a beginning in common is computed once.
@@ -166,7 +188,26 @@ struct LaidOut {
   }
 };
 
-// Queries of one head on their way through the keys: scaled queries [count, dim] as terms, scores [count, kTile], and
+// Terms of a scaled query: its numbers, and behind bytes what their products are multiplied by and where sums start.
+template <class Term>
+inline int64_t query_size(int64_t dim) {
+  return dim / kNumbers<Term> + (std::is_same_v<Term, Quad> ? 2 : 0);
+}
+
+template <class Q, class Term>
+inline void load_query(const Q* q, Term* to, float scale, int64_t dim) {
+  if constexpr (std::is_same_v<Term, Quad>) {
+    const RoundedRow rounded = round_row8(q, dim, to->codes);
+    const float factor = rounded.scale * scale;
+    const int32_t start = (kCentre<8> - 128) * rounded.sum;
+    std::memcpy(to + dim / 4, &factor, sizeof factor);
+    std::memcpy(to + dim / 4 + 1, &start, sizeof start);
+  } else {
+    copy_scaled(q, reinterpret_cast<Element<Term>*>(to), scale, dim);
+  }
+}
+
+// Queries of one head on their way through the keys: scaled queries [count, query_size], scores [count, kTile], and
 // what they have come to, a softmax and the values [count, dim] that are not yet divided by its total.
 template <class Term>
 struct Queries {
@@ -175,6 +216,27 @@ struct Queries {
   Softmax* softmax;
   float* acc;
   int64_t count;
+
+  // Turns scores of tokens first .. end_of_tile - 1 that `mask(row, scores)` does not hide into weights, by `weigh`, and
+  // what was added up before into what it is beside them.
+  template <class Mask, class Weigh>
+  void take_weights(int64_t first, int64_t end_of_tile, int64_t dim, const Mask& mask, float softcap,
+                    const Weigh& weigh) const {
+    for (int64_t begin = 0, end; begin < count; begin = end) {
+      end = std::min(begin + kLanes, count);
+      for (int64_t r = begin; r < end; ++r) {
+        float* row = scores + r * kTile;
+        std::fill(row, row + first, kMasked);
+        std::fill(row + end_of_tile, row + kTile, kMasked);
+        mask(r, row);
+      }
+      float shrunk[kLanes];
+      add_scores(softmax + begin, end - begin, scores + begin * kTile, softcap, shrunk, weigh);
+      for (int64_t r = begin; r < end; ++r) {
+        if (shrunk[r - begin] != 1) copy_scaled(acc + r * dim, acc + r * dim, shrunk[r - begin], dim);
+      }
+    }
+  }
 };
 
 // Attend to tokens first .. tile.size - 1 of a tile, of which `mask(row, scores)` hides what a row must not see. Other
@@ -199,21 +261,7 @@ __attribute__((noinline)) void attend(const PagedCache<T>& cache, const Tile<T>&
     multiply<false, true>(queries.q, dim / kSize, rows, dim / kSize, keys(tile), keys(next), cache.page, queries.scores,
                           kTile, kTile);
   }
-  for (int64_t begin = 0, end; begin < rows; begin = end) {
-    end = std::min(begin + kLanes, rows);
-    for (int64_t r = begin; r < end; ++r) {
-      float* scores = queries.scores + r * kTile;
-      std::fill(scores, scores + first, kMasked);
-      std::fill(scores + tile.size, scores + kTile, kMasked);
-      mask(r, scores);
-    }
-    float shrunk[kLanes];
-    add_scores<Term>(queries.softmax + begin, end - begin, queries.scores + begin * kTile, softcap, shrunk);
-    for (int64_t r = begin; r < end; ++r) {
-      float* acc = queries.acc + r * dim;
-      if (shrunk[r - begin] != 1) copy_scaled(acc, acc, shrunk[r - begin], dim);
-    }
-  }
+  queries.take_weights(first, tile.size, dim, mask, softcap, weigh_row<Term>);
   const Term* weights = reinterpret_cast<const Term*>(queries.scores);
   const auto add_laid_out = [&](int64_t begin, int64_t end) {  // terms
     const auto values = [&](int64_t d) { return laid_out.values + begin * dim + d; };

@@ -4,6 +4,7 @@
 #include "norm.h"
 #include "parallel.h"
 #include "recording.h"
+#include "round8.h"
 
 namespace {
 
@@ -68,15 +69,24 @@ int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_
         rotate(row + at, heads.q_norm, angles, out_q + t * out_stride + at, heads);
       }
       if (slots[t] < 0) continue;
-      const int64_t slot = slots[t] % page;
-      C* keys = k_cache + (slots[t] - slot) * kv_width + slot;  // [kv_heads, dim, page]
       for (int64_t at = 0; at < kv_width; at += dim) {
         T key[kMaxDim];
-        C stored[kMaxDim];
+        const T* value = row + q_width + kv_width + at;
         rotate(row + q_width + at, heads.k_norm, angles, key, heads);
-        encode(key, stored, dim, k_scale);
-        for (int64_t i = 0; i < dim; ++i) keys[(at + i) * page] = stored[i];
-        encode(row + q_width + kv_width + at, v_cache + slots[t] * kv_width + at, dim, v_scale);
+        if constexpr (std::is_same_v<C, Int8>) {
+          const int64_t place = slots[t] % kPart, first = slots[t] - place;  // of the token's part
+          const int64_t part = (first * heads.kv_heads + at / dim * kPart) * row_size8(dim);
+          int8_t codes[kMaxDim];
+          write_key8(key, dim, place, k_cache + part, codes);
+          write_value8(value, dim, place, v_cache + part, codes);
+        } else {
+          const int64_t slot = slots[t] % page;
+          C stored[kMaxDim];
+          C* keys = k_cache + (slots[t] - slot) * kv_width + slot;  // [kv_heads, dim, page]
+          encode(key, stored, dim, k_scale);
+          for (int64_t i = 0; i < dim; ++i) keys[(at + i) * page] = stored[i];
+          encode(value, v_cache + slots[t] * kv_width + at, dim, v_scale);
+        }
       }
     }
   });
@@ -85,7 +95,7 @@ int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_
 
 }  // namespace
 
-// Keys [num_blocks, kv_heads, dim, page], values [num_blocks, page, kv_heads, dim];
+// Keys [num_blocks, kv_heads, dim, page], values [num_blocks, page, kv_heads, dim], or both as round8.h says;
 // qkv [tokens, (q_heads + 2 kv_heads) * dim] and out_q [tokens, q_heads * dim], strides of their rows in elements.
 EXPORT int64_t qk_norm_rope_and_cache(int64_t dtype, int64_t cache_dtype, const void* qkv, void* out_q,
                                       const int64_t* positions, const float* cos_sin, const int64_t* slots,

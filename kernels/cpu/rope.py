@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.cache import has_layout
+from kernels.cpu.cache import MAX_HEAD_DIM, cache_sizes, has_layout, require_rows
 from kernels.cpu.library import CODES, LANES, CpuLibrary
 from kernels.reference import rope as reference
-
-_MAX_DIM = 256  # room for one head in C++
 
 
 def qk_norm_rope_and_cache(
@@ -30,6 +28,7 @@ def qk_norm_rope_and_cache(
     """C++ form of `kernels.qk_norm_rope_and_cache`; positions and slots out of range are a ValueError."""
     indices, norms = (positions, slot_mapping), (q_norm, k_norm)
     if not _takes(qkv, cos_sin_cache, k_cache, v_cache, out_q, indices, norms):
+        require_rows(k_cache, v_cache)
         return reference.qk_norm_rope_and_cache(
             qkv,
             positions,
@@ -45,7 +44,7 @@ def qk_norm_rope_and_cache(
             v_scale=v_scale,
             out_q=out_q,
         )
-    num_blocks, page, kv_heads, head_dim = k_cache.shape
+    num_blocks, page, kv_heads, head_dim = cache_sizes(k_cache)
     tokens, columns = qkv.shape
     q_heads = columns // head_dim - 2 * kv_heads
     if out_q is None:
@@ -94,10 +93,10 @@ def _takes(
     indices: tuple[Tensor, ...],
     norms: tuple[Tensor | None, ...],
 ) -> bool:
-    head_dim = k_cache.shape[3]
+    head_dim = cache_sizes(k_cache).head_dim
     return (
         head_dim % (2 * LANES) == 0
-        and head_dim <= _MAX_DIM
+        and head_dim <= MAX_HEAD_DIM
         and qkv.dtype in (torch.float32, torch.bfloat16)
         and qkv.stride(1) == 1
         and cos_sin_cache.dtype == torch.float32

@@ -1,5 +1,5 @@
 // What sums of products are made of: floats, or pairs of bfloat16 numbers, which AVX-512 BF16 multiplies and adds in
-// the time of one float. Keys and values that are stored in two bytes or less lose little by it.
+// the time of one float, or four bytes. Keys and values that are stored in two bytes or less lose little by pairs.
 #pragma once
 
 #include <type_traits>
@@ -11,6 +11,11 @@ struct Pair {
   BFloat16 low, high;
 };
 
+// Four bytes of a row that has a scale.
+struct Quad {
+  int8_t codes[4];
+};
+
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
 #else
@@ -19,9 +24,11 @@ constexpr bool kHasPairs = false;
 
 // A term of sums with numbers of type T, and how many numbers and of which type it has.
 template <class T>
-using TermOf = std::conditional_t<kHasPairs && sizeof(T) <= 2, Pair, float>;
+using TermOf = std::conditional_t<std::is_same_v<T, Int8>, Quad,
+                                  std::conditional_t<kHasPairs && sizeof(T) <= 2, Pair, float>>;
 template <class Term>
-using Element = std::conditional_t<std::is_same_v<Term, Pair>, BFloat16, float>;
+using Element = std::conditional_t<std::is_same_v<Term, Pair>, BFloat16,
+                                   std::conditional_t<std::is_same_v<Term, Quad>, int8_t, float>>;
 template <class Term>
 constexpr int64_t kNumbers = sizeof(Term) / sizeof(Element<Term>);
 

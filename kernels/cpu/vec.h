@@ -36,9 +36,13 @@ struct Float16 {
 struct E4M3 {
   uint8_t bits;
 };
+// Bytes that say nothing without the scale of their row, see round8.h.
+struct Int8 {
+  int8_t code;
+};
 
 // Element types as the Python side numbers them (`library.CODES`).
-enum Code : int64_t { kFloat32 = 0, kBFloat16 = 1, kE4M3 = 2, kFloat16 = 3 };
+enum Code : int64_t { kFloat32 = 0, kBFloat16 = 1, kE4M3 = 2, kFloat16 = 3, kInt8 = 4 };
 
 template <class To, class From>
 inline To bit_cast(const From& from) {
@@ -228,6 +232,7 @@ int64_t with_types(int64_t dtype, int64_t cache_dtype, const Run& run) {
     if (cache_dtype == kFloat32) return run(type, float{});
     if (cache_dtype == kBFloat16) return run(type, BFloat16{});
     if (cache_dtype == kFloat16) return run(type, Float16{});
+    if (cache_dtype == kInt8) return run(type, Int8{});
     return run(type, E4M3{});
   };
   return dtype == kFloat32 ? with_cache(float{}) : with_cache(BFloat16{});

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference.cache import from_int8_rows, head_dim_of
 from kernels.reference.quant import E4M3
 
 # Decode rows are gathered in groups of about this many K elements: large enough to hide the cost of a torch call,
@@ -41,7 +42,8 @@ def unified_attention(
 
     Args:
         q: [T, Hq, D] float32, bfloat16 or float16. Computed in float32.
-        k_cache: [num_blocks, page_size, Hkv, D], of any of these dtypes or e4m3; `v_cache` alike.
+        k_cache: [num_blocks, page_size, Hkv, D], of any of these dtypes or e4m3, or [..., D + 4] int8 as
+            `qk_norm_rope_and_cache` writes it; `v_cache` alike.
         v_cache: see `k_cache`.
         cu_seqlens_q: [S + 1] i32, prefix sums of the numbers of query tokens.
         seq_lens: [S] i32, tokens in the cache including this step's.
@@ -146,7 +148,7 @@ class _PagedAttention:
 
     def decode(self, q: Tensor, rows: Tensor, block_table: Tensor, lens: Sequence[int], out: Tensor) -> None:
         """Attend rows `rows` of q, row i being the last token of a sequence of `lens[i]` > 0 tokens, into `out`."""
-        _, page, kv_heads, head_dim = self.k_cache.shape
+        page, kv_heads, head_dim = *self.k_cache.shape[1:3], head_dim_of(self.k_cache)
         sinks = None if self.sinks is None else self.sinks.view(kv_heads, -1, 1)
         widths = [min(n, self.window) if self.window else n for n in lens]
         # Neighbours in this order are about equally long, so little of a group is padding.
@@ -212,5 +214,5 @@ def _readable(cache: Tensor) -> Tensor:
 
 
 def _dequantise(gathered: Tensor, dtype: torch.dtype, scale: float | Tensor | None) -> Tensor:
-    values = gathered.view(dtype).float()
+    values = from_int8_rows(gathered) if dtype == torch.int8 else gathered.view(dtype).float()
     return values if scale is None else values * scale

@@ -1,7 +1,28 @@
-"""Copies of whole cache blocks."""
+"""What a cache of 8 bits holds, and copies of whole cache blocks."""
 
 import torch
 from torch import Tensor
+
+SCALE_BYTES = 4  # of the scale behind a row of 8-bit codes
+
+
+def head_dim_of(cache: Tensor) -> int:
+    """Return D of a cache `[num_blocks, page_size, Hkv, D]`; rows of an int8 one are D codes and a float32 scale."""
+    return cache.shape[-1] - (SCALE_BYTES if cache.dtype == torch.int8 else 0)
+
+
+def to_int8_rows(values: Tensor) -> Tensor:
+    """Return rows `[..., D]` as `[..., D + 4]` int8: codes of -127 .. 127, and the bytes of their scale."""
+    values = values.float()
+    scale = values.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scale > 0, values / scale, 0.0).round().to(torch.int8)
+    return torch.cat((codes, scale.view(torch.int8)), dim=-1)
+
+
+def from_int8_rows(rows: Tensor) -> Tensor:
+    """Return what `to_int8_rows` made its rows of, `[..., D]` float32."""
+    codes, scale = rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return codes.float() * scale
 
 
 def copy_blocks_(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:

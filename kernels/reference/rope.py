@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.reference.cache import head_dim_of, to_int8_rows
 from kernels.reference.norm import rms_norm
 from kernels.reference.quant import E4M3, to_e4m3
 
@@ -32,7 +33,8 @@ def qk_norm_rope_and_cache(
         positions: [T] i64, row of `cos_sin_cache` for each token.
         cos_sin_cache: [P, D] f32; the first half of a row is the cosines, the second half the sines.
         slot_mapping: [T] i64, `block_id * page_size + offset` of each token; -1 writes nothing.
-        k_cache: [num_blocks, page_size, Hkv, D], written in place; `v_cache` alike.
+        k_cache: [num_blocks, page_size, Hkv, D], written in place; `v_cache` alike. Of int8, [..., D + 4]: each row of
+            a token and head has a scale of its own behind it.
         v_cache: see `k_cache`.
         q_norm: [D] weight of the RMSNorm over each q head (Qwen3, Gemma 3), or None; `k_norm` alike.
         k_norm: see `q_norm`.
@@ -43,7 +45,7 @@ def qk_norm_rope_and_cache(
         v_scale: see `k_scale`.
         out_q: [T, Hq, D], receives q.
     """
-    kv_heads, head_dim = k_cache.shape[-2:]
+    kv_heads, head_dim = k_cache.shape[-2], head_dim_of(k_cache)
     heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_dim, head_dim)
     q_heads = heads.shape[1] - 2 * kv_heads
     q, k, v = heads[:, :q_heads], heads[:, q_heads:-kv_heads], heads[:, -kv_heads:]
@@ -70,6 +72,8 @@ def _write(cache: Tensor, slots: Tensor, values: Tensor, scale: float | Tensor |
     page = cache.shape[1]
     if cache.dtype == E4M3:  # scattered as bytes: index_put_ does not know the type
         cache, values = cache.view(torch.uint8), to_e4m3(values, 1.0 if scale is None else scale).view(torch.uint8)
+    elif cache.dtype == torch.int8:
+        values = to_int8_rows(values)
     elif cache.dtype == torch.float16:
         values = values.float().clamp(-65504, 65504)
     cache.index_put_((slots // page, slots % page), values.to(cache.dtype))

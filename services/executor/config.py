@@ -44,9 +44,9 @@ class ExecutorSettings(ServiceSettings):
     """What becomes of the weights of linear layers when they are loaded: keep leaves them as a quantised checkpoint or
     GGUF file has them; fp8 has a scale per row, fp8-tensor one per matrix; int8 one per 128 inputs; int4 a scale and a
     zero point per 128 inputs, on a CPU per 32."""
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
-    """Type of cached keys and values. auto: that of activations, or float16 on a CPU with --quantization, as products
-    round inputs to less there; fp8: e4m3. A GPU takes auto and fp8."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = "auto"
+    """Type of cached keys and values. auto: that of activations, or int8 on a CPU with --quantization, as products
+    round inputs to 8 bits there; int8: a scale for each token and head; fp8: e4m3. A GPU takes auto and fp8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU where torch finds one."""
     kernels: Annotated[dict[str, Literal["torch", "triton", "cpp"]], NoDecode, BeforeValidator(_parse_kernels)] = Field(

@@ -13,6 +13,7 @@ from services.executor.models import ModelConfig
 from services.executor.runner import CpuDevice, CudaDevice, Device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_CACHE_DTYPES = {**_DTYPES, "int8": torch.int8}
 _PAGE_SIZES = (16, 32, 64)
 _GIB = 1024**3
 
@@ -61,10 +62,10 @@ def _kv_cache_dtype(settings: ExecutorSettings, dtype: torch.dtype, on_gpu: bool
     if settings.kv_cache_dtype == "fp8":
         return torch.float8_e4m3fn
     if settings.kv_cache_dtype == "auto":
-        return dtype if on_gpu or settings.quantization == "none" else torch.float16
+        return dtype if on_gpu or settings.quantization == "none" else torch.int8
     if on_gpu:
         raise StartError(f"--kv-cache-dtype {settings.kv_cache_dtype}: a GPU's kernels take auto and fp8")
-    return _DTYPES[settings.kv_cache_dtype]
+    return _KV_CACHE_DTYPES[settings.kv_cache_dtype]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

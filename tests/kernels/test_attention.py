@@ -227,18 +227,20 @@ def test_beginnings_in_common(ops, paged_case, attention_oracle, page, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_of_a_prompt_is_that_of_its_decode(ops, paged_case, dtype):
+@pytest.mark.parametrize("window", [0, 30, 100])
+def test_a_row_of_a_prompt_is_that_of_its_decode(ops, paged_case, dtype, window):
     """All sums have one order, so that a preempted sequence that is computed again comes out the same."""
     if ops.library is None:
         pytest.skip("torch multiplies matrices of other shapes in another order")
     case = paged_case([600], [600], q_heads=9, kv_heads=3, dtype=dtype)
     case = dataclasses.replace(case, q=case.q.float())
-    prompt = run(ops, case)
+    prompt = run(ops, case, window=window)
     for length in (1, 64, 65, 130, 256, 257, 400, 600):
         row = case.q[length - 1 : length]
         lens = torch.tensor([length], dtype=torch.int32)
         cache = (case.k_cache, case.v_cache, case.block_table)
-        assert torch.equal(ops.paged_attention_decode(row, *cache, lens, scale=0.125)[0], prompt[length - 1])
+        alone = ops.paged_attention_decode(row, *cache, lens, scale=0.125, window=window)
+        assert torch.equal(alone[0], prompt[length - 1])
 
 
 def test_chunks_add_up_to_the_whole_prompt(ops, paged_case, attention_oracle):

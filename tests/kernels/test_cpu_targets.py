@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from int8_case import Q_HEADS, Int8Case
 from kernels import Capability, Ops, select_ops
 from kernels.cpu import library
 from kernels.reference.w4a16 import dequantise_packed
@@ -69,6 +70,17 @@ def test_attention(ops, paged_case, head_dim):
     decode = (case.q[case.cu_seqlens_q[:5].long()], *caches, case.block_table, case.seq_lens)
     got = ops.paged_attention_decode(*decode, scale=0.1)
     torch.testing.assert_close(got, Ops().paged_attention_decode(*decode, scale=0.1))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_attention_over_8_bits(ops, head_dim):
+    case = Int8Case(ops, [1, 17, 64, 300], head_dim=head_dim)
+    for options in ({}, {"softcap": 3.0, "window": 30, "sinks": torch.linspace(-1, 1, Q_HEADS)}):
+        prompt = case.prompt(ops, **options)
+        # Weights have 7 bits where products of bytes take several instructions.
+        torch.testing.assert_close(prompt.double(), case.expected(**options), atol=0.1, rtol=0.1)
+    last = case.starts[1:].long() - 1
+    assert torch.equal(case.decode(ops, last, case.lens, case.table), case.prompt(ops)[last])
 
 
 @pytest.mark.parametrize("width", [64, 90])

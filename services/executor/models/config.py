@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from kernels.reference.cache import SCALE_BYTES
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.linear import CheckpointFormat
 from services.executor.models.rope import FrequencyFactors, RopeConfig
@@ -122,4 +123,5 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Return the bytes of KV cache one token takes over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+        row = self.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
+        return 2 * self.num_layers * self.num_kv_heads * row

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from kernels import Ops
-from kernels.cpu.cache import can_have_layout, keys_by_token
+from kernels.cpu.cache import CACHE_OPS, bytes_shape, can_have_bytes, can_have_layout, keys_by_token
+from kernels.reference.cache import SCALE_BYTES
 from services.executor.models.config import ModelConfig
 from services.executor.models.weight_memory import zero_pages
 
 
 class KVCache(NamedTuple):
-    """Paged keys and values of one layer, each `[num_blocks, page_size, num_kv_heads, head_dim]`."""
+    """Paged keys and values of one layer, each `[num_blocks, page_size, num_kv_heads, head_dim]`.
+
+    Of int8 with a scale behind each row, `head_dim + 4`, or as the C++ forms read them (`kernels.cpu.cache`).
+    """
 
     k: Tensor
     v: Tensor
@@ -76,15 +80,29 @@ def allocate_kv_caches(
     Keys lie as the C++ forms read them where `ops` has these (`kernels.cpu.cache`), else token by token.
     """
     heads, head_dim = config.num_kv_heads, config.head_dim
-    for_cpp = ops is not None and ops.library is not None and can_have_layout(page_size, head_dim)
+    shape: tuple[int, ...] = (num_blocks, page_size, heads, head_dim)
+    strided = dtype != torch.int8 and ops is not None and ops.library is not None
+    strided = strided and can_have_layout(page_size, head_dim)
+    if dtype == torch.int8:
+        shape = _shape_of_bytes((num_blocks, page_size, heads, head_dim), ops)
 
     def values() -> Tensor:
-        return _zeros((num_blocks, page_size, heads, head_dim), dtype, device)
+        return _zeros(shape, dtype, device)
 
     def keys() -> Tensor:
-        return keys_by_token(_zeros((num_blocks, heads, head_dim, page_size), dtype, device)) if for_cpp else values()
+        return keys_by_token(_zeros((num_blocks, heads, head_dim, page_size), dtype, device)) if strided else values()
 
     return [KVCache(keys(), values()) for _ in range(config.num_layers)]
+
+
+def _shape_of_bytes(rows: tuple[int, int, int, int], ops: Ops | None) -> tuple[int, ...]:
+    """Return the shape in which rows `[num_blocks, page_size, num_kv_heads, head_dim]` have 8 bits and a scale."""
+    num_blocks, page_size, heads, head_dim = rows
+    # Forms of torch cannot read what those in C++ do, so it is all of them or none.
+    is_for_cpp = ops is not None and all(ops.backends[name] == "cpp" for name in CACHE_OPS)
+    if is_for_cpp and can_have_bytes(page_size, head_dim):
+        return bytes_shape(*rows)
+    return num_blocks, page_size, heads, head_dim + SCALE_BYTES
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

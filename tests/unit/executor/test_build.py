@@ -32,7 +32,8 @@ def test_a_gpu_that_is_not_there(model_dir: Callable[[str], Path]) -> None:
     ("settings", "dtype"),
     [
         ({}, torch.float32),
-        ({"quantization": "int8"}, torch.float16),
+        ({"quantization": "int8"}, torch.int8),
+        ({"quantization": "int8", "kv_cache_dtype": "float16"}, torch.float16),
         ({"quantization": "int8", "kv_cache_dtype": "float32"}, torch.float32),
         ({"quantization": "keep", "kv_cache_dtype": "fp8"}, torch.float8_e4m3fn),
         ({"dtype": "bfloat16"}, torch.bfloat16),

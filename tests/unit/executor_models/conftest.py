@@ -43,9 +43,8 @@ class PagedModel:
         self._caches = allocate_kv_caches(
             config, num_blocks, PAGE_SIZE, dtype=kv_dtype, device=torch.device("cpu"), ops=model.runtime.ops
         )
-        for cache in self._caches:  # whatever is read without having been written shows
-            cache.k.fill_(torch.nan)
-            cache.v.fill_(torch.nan)
+        for tensor in (tensor for cache in self._caches for tensor in cache):
+            tensor.fill_(-1 if kv_dtype == torch.int8 else torch.nan)  # what is read without having been written shows
         self._lengths = [0] * num_sequences
 
     def step(self, batch: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:

@@ -1,4 +1,4 @@
-"""A KV cache of e4m3 numbers: close to one of float32, and scaled as the checkpoint says."""
+"""A KV cache of 8 bits: close to one of float32, and, of e4m3 numbers, scaled as the checkpoint says."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from services.executor.models import ModelRuntime
+from kernels import Capability, select_ops
+from services.executor.models import ModelRuntime, allocate_kv_caches
 from services.executor.weights import UnsupportedModelError, load_model
 
 E4M3 = torch.float8_e4m3fn
@@ -33,16 +34,32 @@ def with_scales(directory: Path, **scales: float) -> None:
     save_file(tensors, file)
 
 
+@pytest.mark.parametrize(("kv_dtype", "error"), [(E4M3, 0.1), (torch.int8, 0.02)])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_close_to_full_precision(
-    family: str, hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path
+    family: str,
+    kv_dtype: torch.dtype,
+    error: float,
+    hf_model: Callable[..., Any],
+    paged: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     hf_model(family).save_pretrained(tmp_path)
     model, config = load_model(tmp_path, ModelRuntime())
     expected = logits(paged(model, config))
-    got = logits(paged(model, config, kv_dtype=E4M3))
-    assert 0 < (got - expected).norm() / expected.norm() < 0.1
-    assert config.kv_bytes_per_token(E4M3) * 4 == config.kv_bytes_per_token(torch.float32)
+    got = logits(paged(model, config, kv_dtype=kv_dtype))
+    assert 0 < (got - expected).norm() / expected.norm() < error
+
+
+@pytest.mark.parametrize("kernels", ["torch", "cpp"])
+def test_memory_is_what_a_token_is_said_to_take(kernels: str, hf_model: Callable[..., Any], tmp_path: Path) -> None:
+    hf_model("llama").save_pretrained(tmp_path)
+    config = load_model(tmp_path, ModelRuntime())[1]
+    ops = select_ops(Capability.of(torch.device("cpu")), dtype=torch.float32, overrides={"all": kernels})
+    for dtype in (torch.float32, torch.float16, E4M3, torch.int8):
+        caches = allocate_kv_caches(config, 3, 16, dtype=dtype, device=torch.device("cpu"), ops=ops)
+        taken = sum(part.numel() * part.element_size() for cache in caches for part in cache)
+        assert taken == 3 * 16 * config.kv_bytes_per_token(dtype)
 
 
 @pytest.mark.parametrize(

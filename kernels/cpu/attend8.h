@@ -1,0 +1,187 @@
+// Attention over keys and values of 8 bits: queries and weights are rounded to 8 bits as well, and sums are exact.
+#pragma once
+
+#include "dot.h"
+#include "paged.h"
+
+// The cache's bytes are multiplied as they lie.
+template <>
+struct LaidOut<Quad> {
+  static int64_t size(int64_t) { return 0; }
+  LaidOut(float*, int64_t) {}
+};
+
+// Four codes for every lane.
+inline Int splat_four(const void* codes) {
+  int32_t four;
+  std::memcpy(&four, codes, sizeof four);
+  return Int{} + four;
+}
+
+inline Int load_codes(const Int8* p) {
+  Int v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline float float_at(const void* p) {
+  float value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+// Scores [kCount, kTile] of vectors of tokens, whose keys begin at keys[n].
+template <int kCount, bool kAsk>
+inline void score_block(const Quad* q, int64_t dim, const Int8* const (&keys)[kBlockVecs],
+                        const Int8* const (&ahead)[kBlockVecs], float* scores) {
+  const int64_t fours = dim / 4, size = query_size<Quad>(dim);
+  Int sum[kCount][kBlockVecs];
+  for (int r = 0; r < kCount; ++r) {
+    for (int n = 0; n < kBlockVecs; ++n) sum[r][n] = splat_four(q + r * size + fours + 1);
+  }
+  const auto ask = [&](int64_t i) {
+    for (int n = 0; kAsk && n < kBlockVecs; n += 16 / kLanes) __builtin_prefetch(ahead[n] + i * 4 * kPart, 0, 2);
+  };
+  for (int64_t i = 0; i < fours; ++i) {
+    Int codes[kBlockVecs];
+    for (int n = 0; n < kBlockVecs; ++n) codes[n] = load_codes(keys[n] + i * 4 * kPart);
+    ask(i);
+    for (int r = 0; r < kCount; ++r) {
+      const Int four = splat_four(q + r * size + i);
+      for (int n = 0; n < kBlockVecs; ++n) sum[r][n] = dot<8>(sum[r][n], codes[n], four);
+    }
+  }
+  ask(fours);
+  for (int n = 0; n < kBlockVecs; ++n) {
+    const Vec scale = bit_cast<Vec>(load_codes(keys[n] + dim * kPart));
+    for (int r = 0; r < kCount; ++r) {
+      const Vec product = __builtin_convertvector(sum[r][n], Vec);
+      store(scores + r * kTile + n * kLanes, product * (scale * float_at(q + r * size + fours)));
+    }
+  }
+}
+
+// e^x for x of at most 0, to 1e-4 of it: more than 8 bits can say.
+inline Vec rough_exp(Vec x) {
+#if defined(__AVX512F__)
+  const Vec bounded = max(splat(-110.0f), x), scaled = bounded * 1.44269504f;
+  const Vec n = bit_cast<Vec>(_mm512_roundscale_ps(bit_cast<__m512>(scaled), _MM_FROUND_TO_NEAREST_INT));
+  const Vec r = scaled - n;  // of 2^r
+  const Vec p = ((r * 5.500857e-2f + 2.4221096e-1f) * r + 6.9328297e-1f) * r + 1.0f;
+  return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+#else
+  return exp(x);
+#endif
+}
+
+// Weights of 8 bits take the place of a row's scores, each times the scale of its value; behind them is their scale.
+// Returns the sum of the weights. `scales` are those of the tile's parts.
+inline float weigh_row8(float* row, float largest, const Int8* const (&scales)[kParts]) {
+  Vec weights[kTile / kLanes], total = {};
+  Int bound = {};
+  for (int64_t t = 0; t < kTile; t += kLanes) {
+    const Vec weight = rough_exp(load(row + t) - largest);
+    const Vec scale = bit_cast<Vec>(load_codes(scales[t / kPart] + t % kPart * 4));
+    const Vec product = weight == 0.0f ? Vec{} : weight * scale;  // nobody knows what stands where nothing was written
+    weights[t / kLanes] = product;
+    bound = larger(bound, magnitude_bits(product));
+    total += weight;
+  }
+  const float most = largest_of(bound), inverse = most > 1e-30f ? kMostPlain / most : 0.0f;
+  auto* codes = reinterpret_cast<uint8_t*>(row);
+  for (int64_t t = 0; t < kTile; t += kLanes) {
+    const auto narrow = __builtin_convertvector(round_to_codes(weights[t / kLanes], inverse), Byte);
+    std::memcpy(codes + t, &narrow, sizeof narrow);
+  }
+  row[kTile / 4] = most * (1.0f / kMostPlain);
+  return sum(total);
+}
+
+// Adds to acc [kCount, dim], of kVecs vectors, the values of a tile times their weights. `values` and `ahead` are where
+// those vectors begin in each part.
+template <int kCount, int kVecs, bool kAsk>
+inline void add_values_block(const float* weights, int64_t size, int64_t dim, const Int8* const (&values)[kParts],
+                             const Int8* const (&ahead)[kParts], float* acc) {
+  Int sum[kCount][kVecs] = {};
+  for (int64_t t = 0; t < size; t += 4) {
+    const int64_t at = t % kPart * dim;
+    Int codes[kVecs];
+    for (int n = 0; n < kVecs; ++n) {
+      codes[n] = load_codes(values[t / kPart] + at + n * 4 * kLanes);
+      if (kAsk && n * kLanes % 16 == 0) __builtin_prefetch(ahead[t / kPart] + at + n * 4 * kLanes, 0, 2);
+    }
+    for (int r = 0; r < kCount; ++r) {
+      const Int four = splat_four(reinterpret_cast<const uint8_t*>(weights + r * kTile) + t);
+      for (int n = 0; n < kVecs; ++n) sum[r][n] = dot_plain(sum[r][n], four, codes[n]);
+    }
+  }
+  for (int r = 0; r < kCount; ++r) {
+    const float factor = weights[r * kTile + kTile / 4];
+    for (int n = 0; n < kVecs; ++n) {
+      float* to = acc + r * dim + n * kLanes;
+      store(to, load(to) + __builtin_convertvector(sum[r][n], Vec) * factor);
+    }
+  }
+}
+
+template <bool kAsk>
+inline void score8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head_at,
+                   const Queries<Quad>& queries) {
+  for (int64_t t = 0; t < kTile; t += kBlockVecs * kLanes) {
+    const Int8 *keys[kBlockVecs], *ahead[kBlockVecs];
+    for (int n = 0; n < kBlockVecs; ++n) {
+      const int64_t token = t + n * kLanes, at = head_at + token % kPart * 4;
+      keys[n] = tile.k[token / kPart] + at;
+      ahead[n] = next.k[token / kPart] + at;
+    }
+    by_blocks(queries.count, [&](auto count, int64_t r) __attribute__((always_inline)) {
+      score_block<count, kAsk>(queries.q + r * query_size<Quad>(cache.dim), cache.dim, keys, ahead,
+                               queries.scores + r * kTile + t);
+    });
+  }
+}
+
+template <int kVecs, bool kAsk>
+inline void add_values8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head_at,
+                        int64_t d, const Queries<Quad>& queries) {
+  const Int8 *values[kParts], *ahead[kParts];
+  for (int64_t part = 0; part < kParts; ++part) {
+    values[part] = tile.v[part] + head_at + d * 4;
+    ahead[part] = next.v[part] + head_at + d * 4;
+  }
+  by_blocks(queries.count, [&](auto count, int64_t r) __attribute__((always_inline)) {
+    add_values_block<count, kVecs, kAsk>(queries.scores + r * kTile, tile.size, cache.dim, values, ahead,
+                                         queries.acc + r * cache.dim + d);
+  });
+}
+
+// As for other caches. What stands in tokens that are not asked for is multiplied by 0, which is 0 among integers.
+template <bool kAsk, class Mask>
+__attribute__((noinline)) void attend8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next,
+                                       int64_t head, int64_t first, const Queries<Quad>& queries, const Mask& mask,
+                                       float softcap) {
+  const int64_t dim = cache.dim, head_at = head * row_size8(dim) * kPart;
+  score8<kAsk>(cache, tile, next, head_at, queries);
+  const Int8* scales[kParts];
+  for (int64_t part = 0; part < kParts; ++part) scales[part] = tile.v[part] + head_at + dim * kPart;
+  queries.take_weights(first, tile.size, dim, mask, softcap,
+                       [&](float* row, float largest) { return weigh_row8(row, largest, scales); });
+  int64_t d = 0;
+  for (; d + kBlockVecs * kLanes <= dim; d += kBlockVecs * kLanes) {
+    add_values8<kBlockVecs, kAsk>(cache, tile, next, head_at, d, queries);
+  }
+  for (; d < dim; d += kLanes) add_values8<1, kAsk>(cache, tile, next, head_at, d, queries);
+}
+
+template <class Mask>
+inline void attend(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head,
+                   int64_t first, const Queries<Quad>& queries, const Mask& mask, float softcap, LaidOut<Quad>&) {
+  if (queries.count > kBlockRows) {
+    attend8<false>(cache, tile, next, head, first, queries, mask, softcap);
+    next.prefetch_keys(cache, head);
+    next.prefetch_values(cache, head, 0);
+  } else {
+    attend8<true>(cache, tile, next, head, first, queries, mask, softcap);
+    next.prefetch_values(cache, head, tile.size);
+  }
+}
