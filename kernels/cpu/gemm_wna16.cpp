@@ -52,8 +52,10 @@ inline int32_t joined(Int v, Join join) {
   using Int4 = int32_t __attribute__((vector_size(16)));
   Int4 parts[kLanes / 4];
   std::memcpy(parts, &v, sizeof v);
-  for (int i = 1; i < kLanes / 4; ++i) parts[0] = join(parts[0], parts[i]);
-  return join(join(parts[0][0], parts[0][1]), join(parts[0][2], parts[0][3]));
+  Int4 all = parts[0];
+  for (int i = 1; i < kLanes / 4; ++i) all = join(all, parts[i]);
+  all = join(all, Int4{all[2], all[3], all[0], all[1]});
+  return join(all, Int4{all[1], all[0], all[3], all[2]})[0];
 }
 
 // One row of a block of `rows`; codes, scales and sums are where the row's first are.
