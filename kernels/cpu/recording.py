@@ -59,10 +59,11 @@ class Recording(Generic[_Result]):
         self._arguments = torch.frombuffer(bytearray(b"".join(arguments)), dtype=torch.int64)
         starts = itertools.accumulate(map(len, arguments), initial=self._arguments.data_ptr())
         self._calls = torch.tensor([[library.recorded(n), at] for n, at in zip(self._names, starts, strict=False)])
+        self._place = self._calls.data_ptr(), len(self._calls)
 
     def replay(self) -> _Result:
         """Make the calls, and return the result."""
-        at = self._library.replay(self._calls.data_ptr(), len(self._calls))
+        at = self._library.replay(*self._place)
         if at >= 0:
             raise ValueError(f"{self._names[at]}: a recorded call found fault with its inputs")
         return self.result

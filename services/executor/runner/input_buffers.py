@@ -67,8 +67,10 @@ class InputBuffers:
         rows["input_ids"][:D] = [_PENDING if s.token_pending else s.seq.token_ids[s.start] for s in decodes]
         rows["positions"][:D] = starts
         rows["slot_mapping"][:D] = self._tables.slots(of_decode, starts, self._block_size)
-        for name, nothing in (("rows", 0), ("seq_lens", 0), ("input_ids", 0), ("positions", 0), ("slot_mapping", -1)):
-            rows[name][D:num_rows] = nothing
+        if num_rows > D:
+            nothing = {"rows": 0, "seq_lens": 0, "input_ids": 0, "positions": 0, "slot_mapping": -1}
+            for name, value in nothing.items():
+                rows[name][D:num_rows] = value
         if len(batch.sequences) > D:
             self._fill_chunks(batch, rows)
         self._rows.send()

@@ -38,34 +38,31 @@ class RecordedDecode:
         self._library = library
         self._recorder = None if library is None else Recorder(library)
         self._logits = torch.empty((_MAX_ROWS, model.config.vocab_size), dtype=torch.float32)
-        self._recordings: dict[int, tuple[Recording[tuple[Tensor, Tensor]], Recording[Tensor] | None]] = {}
+        self._has_head = True
+        self._recordings: dict[int, Recording[DecodeStep]] = {}
 
     def run(self, num_rows: int, inputs: Callable[[int], tuple[Tensor, ForwardContext]]) -> DecodeStep | None:
         """Run a step; None, and it is still to run, where steps of so many rows or of this model are not recorded.
 
         `inputs` returns input ids `[num_rows]` and context, and is called, and recorded, when the step first occurs.
         """
-        if num_rows in self._recordings:
-            layers, head = self._recordings[num_rows]
-            return DecodeStep(*layers.replay(), None if head is None else head.replay())
-        if self._recorder is None or num_rows > _MAX_ROWS:
-            return None
-        try:
-            layers = self._recorder.record(lambda: self._run_layers(*inputs(num_rows)))
-        except NotRecordableError:
-            self._recorder = None
-            return None
-        try:
-            head = self._recorder.record(lambda: self._compute_logits(layers.result[0]))
-        except NotRecordableError:
-            head = None
-        self._recordings[num_rows] = layers, head
-        return DecodeStep(*layers.result, None if head is None else head.result)
+        if (recording := self._recordings.get(num_rows)) is not None:
+            return recording.replay()
+        while self._recorder is not None and num_rows <= _MAX_ROWS:
+            try:
+                self._recordings[num_rows] = self._recorder.record(lambda: self._run(*inputs(num_rows)))
+            except NotRecordableError:
+                if self._has_head:
+                    self._has_head = False  # it may be the one that torch computes: then all but that is recorded
+                else:
+                    self._recorder = None
+            else:
+                return self._recordings[num_rows].result
+        return None
 
-    def _run_layers(self, input_ids: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+    def _run(self, input_ids: Tensor, context: ForwardContext) -> DecodeStep:
         assert self._library is not None
         hidden = self._model.forward(input_ids, context, self._kv_caches)
-        return hidden, finite_rows(self._library, hidden)
-
-    def _compute_logits(self, hidden: Tensor) -> Tensor:
-        return self._model.compute_logits(hidden, out=self._logits[: hidden.shape[0]])
+        finite = finite_rows(self._library, hidden)
+        logits = self._model.compute_logits(hidden, out=self._logits[: hidden.shape[0]]) if self._has_head else None
+        return DecodeStep(hidden, finite, logits)
