@@ -107,12 +107,11 @@ class ModelRunner:
                 self._sampler.fill(drawn, first_row[1:][sampling] - 1)
         scores: dict[int, PromptScores] = {}
         logits: Tensor | None = None
-        is_recorded = False
+        output: kernels.SampleOutput | None = None
         if self._is_padded(batch):
             logits, finite = self.decode(batch)
         else:
-            hidden, finite, logits = self._forward(batch)
-            is_recorded = logits is not None
+            hidden, finite, logits, output = self._forward(batch)
             for place, scheduled in enumerate(batch.sequences):
                 if scheduled.prompt_logprobs:
                     first = int(first_row[place]) - scheduled.start
@@ -121,7 +120,7 @@ class ModelRunner:
                 logits = self._model.compute_logits(hidden[self._sampler.places(len(drawn))[0]])
         draw = None
         if logits is not None:
-            token_ids, draw = self._sampler.sample(logits, drawn, is_recorded=is_recorded)
+            token_ids, draw = self._sampler.sample(logits, drawn, output)
             if self._device.overlaps:
                 self._inputs.remember(self._sampler.places(len(drawn))[1], token_ids)
         return InFlightStep(draw, scores, self._device.to_host(finite), first_row, self._device.record())
@@ -145,14 +144,14 @@ class ModelRunner:
     def _forward(self, batch: ScheduledBatch) -> DecodeStep:
         self._inputs.fill(batch, batch.num_decodes)
         if batch.num_decodes == len(batch.sequences):
-            step = self._recorded.run(batch.num_decodes, self._inputs.decode)
+            step = self._recorded.run(batch.num_decodes, self._inputs.decode, self._sampler.plain_draw)
             if step is not None:
                 return step
             inputs = self._inputs.decode(batch.num_decodes)
         else:
             inputs = self._inputs.mixed(batch)
         hidden = self._model.forward(*inputs, self._kv_caches)
-        return DecodeStep(hidden, _finite_rows(hidden), logits=None)
+        return DecodeStep(hidden, _finite_rows(hidden), logits=None, drawn=None)
 
     def _decode(self, num_rows: int) -> None:
         """Queue a padded decode step from and to fixed places."""

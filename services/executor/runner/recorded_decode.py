@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import SampleOutput
 from kernels.cpu.library import CpuLibrary
 from kernels.cpu.recording import NotRecordableError, Recorder, Recording
 from kernels.cpu.rows import finite_rows
@@ -15,21 +16,22 @@ _MAX_ROWS = 64  # a step of more takes so long that its calls do not count
 
 
 class DecodeStep(NamedTuple):
-    """What a recorded step computes, good until the next: hidden states `[D, H]`, whether each is finite, logits.
+    """What a step computes, good until the next: hidden states `[D, H]`, whether each is finite, logits, tokens.
 
-    The logits `[D, V]` f32 are at the same address whenever there are as many rows; None: torch has to compute them.
+    The logits `[D, V]` f32, and what was drawn from them, are None where they are not recorded.
     """
 
     hidden: Tensor
     finite: Tensor
     logits: Tensor | None
+    drawn: SampleOutput | None
 
 
 class RecordedDecode:
-    """Runs decode steps of a model, with a recording per number of rows.
+    """Runs decode steps of a model, with a recording per number of rows: layers, output projection and draws.
 
     The tensors of a step's inputs are at the same addresses whenever it has as many rows. Where a layer computes with
-    torch, as dense weights are multiplied, nothing is recorded; where only the output projection does, all but that.
+    torch, as dense weights are multiplied, nothing is recorded; where the output projection does, no more than layers.
     """
 
     def __init__(self, model: CausalLM, kv_caches: list[KVCache], library: CpuLibrary | None) -> None:
@@ -38,31 +40,42 @@ class RecordedDecode:
         self._library = library
         self._recorder = None if library is None else Recorder(library)
         self._logits = torch.empty((_MAX_ROWS, model.config.vocab_size), dtype=torch.float32)
-        self._has_head = True
-        self._recordings: dict[int, Recording[DecodeStep]] = {}
+        self._num_parts = 3  # of a step that are recorded, from the layers on
+        self._recordings: dict[tuple[int, bool], Recording[DecodeStep]] = {}
 
-    def run(self, num_rows: int, inputs: Callable[[int], tuple[Tensor, ForwardContext]]) -> DecodeStep | None:
+    def run(
+        self,
+        num_rows: int,
+        inputs: Callable[[int], tuple[Tensor, ForwardContext]],
+        draw: Callable[[Tensor], SampleOutput] | None = None,
+    ) -> DecodeStep | None:
         """Run a step; None, and it is still to run, where steps of so many rows or of this model are not recorded.
 
-        `inputs` returns input ids `[num_rows]` and context, and is called, and recorded, when the step first occurs.
+        `inputs` returns input ids `[num_rows]` and context, `draw` draws from logits that are at the same address
+        whenever there are as many rows. Both are called, and recorded, when the step first occurs.
         """
-        if (recording := self._recordings.get(num_rows)) is not None:
+        key = num_rows, draw is not None
+        if (recording := self._recordings.get(key)) is not None:
             return recording.replay()
         while self._recorder is not None and num_rows <= _MAX_ROWS:
             try:
-                self._recordings[num_rows] = self._recorder.record(lambda: self._run(*inputs(num_rows)))
+                self._recordings[key] = self._recorder.record(lambda: self._run(*inputs(num_rows), draw))
             except NotRecordableError:
-                if self._has_head:
-                    self._has_head = False  # it may be the one that torch computes: then all but that is recorded
-                else:
+                self._num_parts -= 1  # the last one may be all that torch computes
+                if self._num_parts == 0:
                     self._recorder = None
             else:
-                return self._recordings[num_rows].result
+                return self._recordings[key].result
         return None
 
-    def _run(self, input_ids: Tensor, context: ForwardContext) -> DecodeStep:
+    def _run(
+        self, input_ids: Tensor, context: ForwardContext, draw: Callable[[Tensor], SampleOutput] | None
+    ) -> DecodeStep:
         assert self._library is not None
         hidden = self._model.forward(input_ids, context, self._kv_caches)
         finite = finite_rows(self._library, hidden)
-        logits = self._model.compute_logits(hidden, out=self._logits[: hidden.shape[0]]) if self._has_head else None
-        return DecodeStep(hidden, finite, logits)
+        if self._num_parts < 2:
+            return DecodeStep(hidden, finite, logits=None, drawn=None)
+        logits = self._model.compute_logits(hidden, out=self._logits[: input_ids.shape[0]])
+        drawn = None if draw is None or self._num_parts < 3 else draw(logits)
+        return DecodeStep(hidden, finite, logits, drawn)

@@ -1,5 +1,6 @@
 """Draws the step's tokens: per-row sampling state around the ops `apply_logits_processors_` and `sample`."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.cpu.recording import NotRecordableError, Recorder, Recording
 from services.executor.engine.batch import Logprobs, ScheduledSequence
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.sequence import Sequence
@@ -76,8 +76,6 @@ class Sampler:
         # Rows that neither change their logits nor want log-probabilities, and whether all rows of a step are such.
         self._is_plain_row = np.ones(num_rows, np.bool_)
         self._is_plain = True
-        self._recorder = None if ops.library is None else Recorder(ops.library)
-        self._draws: dict[int, Recording[kernels.SampleOutput]] = {}
 
     def set_row(self, seq: Sequence) -> None:
         """Take over the sequence's parameters for its row, whatever the row held before."""
@@ -119,16 +117,21 @@ class Sampler:
         """Return the rows `[R]` of hidden states to compute logits of, and the rows `[R]` of the sequences."""
         return self._staged.tensors["logit_rows"][:count], self._staged.tensors["rows"][:count]
 
+    @property
+    def plain_draw(self) -> Callable[[Tensor], kernels.SampleOutput] | None:
+        """What draws the tokens of `fill` from logits `[R, V]` f32; None where a row wants more than a token."""
+        return self._draw if self._is_plain else None
+
     def sample(
-        self, logits: Tensor, scheduled: list[ScheduledSequence], *, is_recorded: bool = False
+        self, logits: Tensor, scheduled: list[ScheduledSequence], drawn: kernels.SampleOutput | None = None
     ) -> tuple[Tensor, Draw]:
         """Draw the next token of each sequence of `fill` from logits `[R, V]` f32, which may be changed.
 
-        `is_recorded` says that logits are at this address whenever there are as many rows of them, and that the results
-        are read before the next step. Returns the token ids `[R]` on the device, and what is on its way to the host.
+        `drawn` is what `plain_draw` returned for them, if it was called. Returns the token ids `[R]` on the device, and
+        what is on its way to the host.
         """
         if self._is_plain:
-            drawn = self._draw_recorded(logits) if is_recorded else self._draw(logits)
+            drawn = self._draw(logits) if drawn is None else drawn
             return drawn.token_ids, Draw(self._device.to_host(drawn.token_ids), None, {})
         wanted = {
             place: count
@@ -156,19 +159,6 @@ class Sampler:
             logprob_logits=logprob_logits,
             workspace=self._workspace,
         )
-
-    def _draw_recorded(self, logits: Tensor) -> kernels.SampleOutput:
-        recording = self._draws.get(logits.shape[0])
-        if recording is not None:
-            return recording.replay()
-        if self._recorder is not None:
-            try:
-                recording = self._draws[logits.shape[0]] = self._recorder.record(lambda: self._draw(logits))
-            except NotRecordableError:
-                self._recorder = None
-            else:
-                return recording.result
-        return self._draw(logits)
 
     def _bias_arguments(self, scheduled: list[ScheduledSequence]) -> dict[str, Tensor]:
         biased = [place for place, s in enumerate(scheduled) if s.seq.row in self._bias]
