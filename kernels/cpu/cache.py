@@ -3,7 +3,7 @@
 Its tensors have the shape that all forms know, `[num_blocks, page_size, Hkv, D]`. Keys are strided: the tokens of a
 page lie side by side, `[num_blocks, Hkv, D, page_size]`, so that scores of many tokens are vectors without shuffles.
 
-Caches of 8 bits are bytes that only the C++ forms read, in the order of `round8.h`: `[num_blocks, page_size / 16, Hkv,
+Caches of 8 bits are bytes that only the C++ forms read, in the order of `cache8.h`: `[num_blocks, page_size / 16, Hkv,
 D + 4, 16]`, parts of 16 tokens with their scales.
 """
 
@@ -16,7 +16,7 @@ from kernels.cpu.library import LANES
 from kernels.reference.cache import SCALE_BYTES, head_dim_of
 
 CACHE_OPS = ("paged_attention_decode", "qk_norm_rope_and_cache", "unified_attention")
-_PART = 16  # `kPart` in round8.h
+_PART = 16  # `kPart` in cache8.h
 MAX_HEAD_DIM = 256  # for which there is room in C++ where a head is rotated and written
 
 

@@ -15,6 +15,7 @@
 #include "dot.h"
 #include "parallel.h"
 #include "recording.h"
+#include "round8.h"
 
 namespace {
 
@@ -46,38 +47,23 @@ struct Problem {
   const float* input_sums;    // the same, of codes
 };
 
-// The lanes of a vector put together.
-template <class Join>
-inline int32_t joined(Int v, Join join) {
-  using Int4 = int32_t __attribute__((vector_size(16)));
-  Int4 parts[kLanes / 4];
-  std::memcpy(parts, &v, sizeof v);
-  Int4 all = parts[0];
-  for (int i = 1; i < kLanes / 4; ++i) all = join(all, parts[i]);
-  all = join(all, Int4{all[2], all[3], all[0], all[1]});
-  return join(all, Int4{all[1], all[0], all[3], all[2]})[0];
-}
-
 // One row of a block of `rows`; codes, scales and sums are where the row's first are.
 template <class T, int Bits>
 void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start_per_code, int8_t* codes, float* scales,
                int32_t* starts, float* sums) {
   constexpr int kAtOnce = 16;
   for (int64_t start = 0; start < k; start += group, x += group, scales += rows, starts += rows, sums += rows) {
-    // As integers, magnitudes have the order of the numbers, and one that is not finite is above all that are.
     Int largest = {};
-    const auto larger = [](auto a, auto b) { return a > b ? a : b; };
-    const auto look = [&](Vec v) { largest = larger(largest, bit_cast<Int>(v) & 0x7fffffff); };
+    const auto look = [&](Vec v) { largest = larger(largest, magnitude_bits(v)); };
     int64_t i = 0;
     for (; i + kLanes <= group; i += kLanes) look(load(x + i));
     if (i < group) look(load(x + i, group - i));
-    const float bound = bit_cast<float>(joined(largest, larger));
-    const float inverse = bound > 1e-30f ? 127.0f / bound : 0.0f;
+    const Rounding rounding(largest_of(largest));
     Int total = {};
     const auto round = [&](const T* from, int64_t count) __attribute__((always_inline)) {
       uint8_t bytes[kAtOnce];
       for (int lane = 0; lane < kAtOnce; lane += kLanes) {
-        const Int code = bit_cast<Int>(load(from + lane) * inverse + 12582912.0f) - 0x4B400000;  // in the low bits now
+        const Int code = round_to_codes(load(from + lane), rounding.inverse);
         const auto narrow = __builtin_convertvector(code, Byte);
         std::memcpy(bytes + lane, &narrow, sizeof narrow);
         total += code;
@@ -100,8 +86,8 @@ void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start
       std::memcpy(rest, x + i, (group - i) * sizeof(T));
       round(rest, group - i);
     }
-    *scales = bound / 127.0f + bound * 0.0f;
-    const int32_t sum = joined(total, [](auto a, auto b) { return a + b; });
+    *scales = rounding.scale;
+    const int32_t sum = joined(total, added);
     *starts = start_per_code * sum;
     *sums = float(sum);
   }

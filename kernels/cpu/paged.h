@@ -7,7 +7,7 @@
 
 #include "dot.h"
 #include "multiply.h"
-#include "round8.h"
+#include "cache8.h"
 
 // Tokens that are attended to before the running maximum is renewed. Their keys and values stay in the core's cache.
 constexpr int64_t kTile = 64;
@@ -18,7 +18,7 @@ constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 // Keys [num_blocks, heads, dim, page], so that what one number of a query is multiplied by are vectors, values
 // [num_blocks, page, heads, dim], and which blocks sequences have: [S, max_blocks], rows apart. Keys and values of 8 bits
-// lie as round8.h says.
+// lie as cache8.h says.
 template <class T>
 struct PagedCache {
   const T *k, *v;

@@ -4,7 +4,7 @@
 #include "norm.h"
 #include "parallel.h"
 #include "recording.h"
-#include "round8.h"
+#include "cache8.h"
 
 namespace {
 
@@ -95,7 +95,7 @@ int64_t rope(const T* qkv, T* out_q, const int64_t* positions, const float* cos_
 
 }  // namespace
 
-// Keys [num_blocks, kv_heads, dim, page], values [num_blocks, page, kv_heads, dim], or both as round8.h says;
+// Keys [num_blocks, kv_heads, dim, page], values [num_blocks, page, kv_heads, dim], or both as cache8.h says;
 // qkv [tokens, (q_heads + 2 kv_heads) * dim] and out_q [tokens, q_heads * dim], strides of their rows in elements.
 EXPORT int64_t qk_norm_rope_and_cache(int64_t dtype, int64_t cache_dtype, const void* qkv, void* out_q,
                                       const int64_t* positions, const float* cos_sin, const int64_t* slots,

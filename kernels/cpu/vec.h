@@ -36,7 +36,7 @@ struct Float16 {
 struct E4M3 {
   uint8_t bits;
 };
-// Bytes that say nothing without the scale of their row, see round8.h.
+// Bytes that say nothing without the scale of their row, see cache8.h.
 struct Int8 {
   int8_t code;
 };
