@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_INTERVAL = 0.02
+_INTERVAL = 0.1
 BUSY_CPU = 0.8
 BUSY_LAG_MS = 20.0
 

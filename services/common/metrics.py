@@ -26,7 +26,7 @@ from services.common.tls import PLAINTEXT, TlsFiles
 if TYPE_CHECKING:
     from services.common.tracing.tracer import Tracer
 
-_LAG_INTERVAL = 0.1
+_LAG_INTERVAL = 0.5
 
 
 class MetricsEndpoint:
