@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -38,18 +34,3 @@ def open_redis(url: str, *, timeout: float = 1.0) -> Redis:
         )
     except ValueError as error:
         raise StartError(f"--redis-url: {error}") from None
-
-
-@contextmanager
-def cancellable() -> Iterator[None]:
-    """Around awaits of a client: ends with CancelledError if the task was cancelled meanwhile, whatever came of them.
-
-    The client uses asyncio.wait_for, which in Python 3.11 loses a cancellation that comes with the answer. A loop that
-    does not look would never end.
-    """
-    try:
-        yield
-    finally:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise asyncio.CancelledError

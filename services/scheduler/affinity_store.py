@@ -9,7 +9,8 @@ from collections import OrderedDict
 from redis import RedisError
 from redis.asyncio import Redis
 
-from services.common.redis_client import KEY_PREFIX, cancellable, open_redis
+from services.common.cancellation import cancellable
+from services.common.redis_client import KEY_PREFIX, open_redis
 
 _log = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.common.api_keys import Tenant
+from services.common.cancellation import cancellable
 from services.common.errors import StatusError
-from services.common.redis_client import KEY_PREFIX, cancellable
+from services.common.redis_client import KEY_PREFIX
 from services.tokenizer.quota_script import QUOTA_SCRIPT
 
 _log = logging.getLogger(__name__)

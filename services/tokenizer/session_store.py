@@ -21,9 +21,10 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from services.common.api_keys import DEFAULT_TENANT, Tenant
+from services.common.cancellation import cancellable
 from services.common.errors import StatusError
 from services.common.logs import LineLimit
-from services.common.redis_client import KEY_PREFIX, cancellable
+from services.common.redis_client import KEY_PREFIX
 from services.tokenizer.session import (
     INFO_FIELDS,
     Session,

@@ -14,6 +14,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 
 from scalellm.v1 import link_pb2
+from services.common.cancellation import cancellable
 from services.common.errors import StatusError
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.traffic import LinkTraffic
@@ -104,7 +105,8 @@ class LinkClient:
         while True:
             began = now()
             try:
-                await self._connect_once()
+                with cancellable():
+                    await self._connect_once()
                 error = StatusError.unavailable(f"{self.address} closed the link")
             except StatusError as status_error:
                 error = status_error
