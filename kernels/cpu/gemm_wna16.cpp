@@ -93,18 +93,6 @@ void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start
   }
 }
 
-inline Int load_words(const int32_t* p) {
-  Int v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline Int four(const int8_t* codes) {
-  int32_t v;
-  std::memcpy(&v, codes, 4);
-  return Int{} + v;
-}
-
 // M rows, which are a block, of V vectors of a tile's columns from `first` on. With FromMemory words are asked for
 // ahead: they are in a cache where other rows of a call have been before.
 template <class T, int Bits, int M, int V, bool HasZeros, bool FromMemory>
@@ -135,12 +123,12 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
       Int w[V];
       for (int v = 0; v < V; ++v) {
         const int32_t* at = words + v * kLanes;
-        w[v] = load_words(at);
+        w[v] = load_fours(at);
         if (kAsksAhead && v * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead, 0, 2);
       }
       const auto add = [&](auto weights) __attribute__((always_inline)) {
         for (int m = 0; m < M; ++m) {
-          const Int x = four(codes + 4 * m);
+          const Int x = splat_four(codes + 4 * m);
           for (int v = 0; v < V; ++v) to[m][v] = product(to[m][v], weights(w[v]), x);
         }
         codes += 4 * M;
