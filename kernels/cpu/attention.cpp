@@ -2,8 +2,7 @@
 #include <atomic>
 #include <vector>
 
-#include "attend8.h"
-#include "paged.h"
+#include "attend.h"
 #include "parallel.h"
 #include "recording.h"
 
@@ -13,28 +12,16 @@ struct QueryTile {
   int64_t sequence, head, begin, count, position;  // rows of q from `begin`; position of the first
 };
 
-// Hides what comes after a query, and what has left its window. `position` is the first query's in the tile of keys.
-struct CausalMask {
-  int64_t position, group, window, size;
-
-  void operator()(int64_t r, float* row) const {
-    const int64_t at = position + r / group, live = std::clamp<int64_t>(at + 1, 0, size);
-    const int64_t left = window > 0 ? std::clamp<int64_t>(at - window + 1, 0, live) : 0;
-    std::fill(row, row + left, kMasked);
-    std::fill(row + live, row + kTile, kMasked);
-  }
-};
-
 template <class Q, class T>
 bool attend_tile(const Q* q, Q* out, const PagedCache<T>& cache, const QueryTile& tile_of_q, const float* sinks,
                  int64_t group, int64_t q_stride, int64_t out_stride, int64_t window, float scale, float softcap,
                  float v_scale) {
   const int64_t dim = cache.dim, rows = tile_of_q.count * group;
   using Term = TermOf<T>;
-  std::vector<float> scratch(3 * rows * dim + rows * kTile + LaidOut<Term>::size(dim));
+  std::vector<float> scratch(3 * rows * dim + rows * kTile + attend_scratch<T>(dim));
   float *total = &scratch[0], *acc = total + rows * dim, *scores = acc + rows * dim, *scaled = scores + rows * kTile;
   auto* terms = reinterpret_cast<Term*>(scaled);
-  LaidOut<Term> laid_out(scaled + rows * dim, dim);
+  float* laid_out = scaled + rows * dim;
   std::vector<Softmax> totals(rows), softmax(rows);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t head = tile_of_q.head * group + r % group;

@@ -5,8 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "attend8.h"
-#include "paged.h"
+#include "attend.h"
 #include "parallel.h"
 #include "recording.h"
 
@@ -21,11 +20,6 @@ struct Share {
 // batch has: the beginning that prompts have in common is read, and laid out, once for many queries.
 struct Item {
   int64_t first, count;
-};
-
-// A query that is decoded sees all keys.
-struct NoMask {
-  void operator()(int64_t, float*) const {}
 };
 
 template <class Q, class T>
@@ -131,11 +125,11 @@ class Decode {
     const int64_t dim = cache_.dim;
     int64_t most = 1;
     for (int64_t item = begin; item < end; ++item) most = std::max(most, items_[item].count);
-    std::vector<float> scratch(most * (heads_ * 2 * dim + group_ * kTile) + LaidOut<Term>::size(dim));
+    std::vector<float> scratch(most * (heads_ * 2 * dim + group_ * kTile) + attend_scratch<T>(dim));
     std::vector<Softmax> softmax(most * heads_);
     float *scaled = &scratch[0], *acc = scaled + most * heads_ * dim, *scores = acc + most * heads_ * dim;
     auto* terms = reinterpret_cast<Term*>(scaled);
-    LaidOut<Term> laid_out(scores + most * group_ * kTile, dim);
+    float* laid_out = scores + most * group_ * kTile;
     Tile<T> tile, next;
     const auto first_of = [&](int64_t item) -> const Share& { return shares_[order_[items_[item].first]]; };
     const auto find = [&](Tile<T>& to, const Share& share, int64_t at) {
@@ -159,7 +153,7 @@ class Decode {
         for (int64_t head = 0; head < cache_.heads; ++head) {
           const int64_t row = head * rows;
           const Queries<Term> queries{terms + row * query_size<Term>(dim), scores, &softmax[row], acc + row * dim, rows};
-          attend(cache_, tile, next, head, std::max<int64_t>(0, share.begin - at), queries, NoMask(),
+          attend(cache_, tile, next, head, std::max<int64_t>(0, share.begin - at), queries, CausalMask{},
                  softcap_, laid_out);
         }
         tile = next;

@@ -149,45 +149,6 @@ inline void merge(Softmax& into, float* acc, const Softmax& share, const float* 
   into = {largest, into.total * shrunk + share.total * weight};
 }
 
-// Keys and values of a head of a tile as terms, [dim, kTile] and [kTile, dim] numbers: for many rows it pays to convert
-// them once, and to have the values of all parts in one place.
-template <class Term>
-struct LaidOut {
-  Term *keys, *values;
-
-  static int64_t size(int64_t dim) { return 2 * dim * kTile / kNumbers<Term>; }
-
-  LaidOut(float* memory, int64_t dim)
-      : keys(reinterpret_cast<Term*>(memory)), values(keys + dim * kTile / kNumbers<Term>) {}
-
-  template <class T>
-  void fill_keys(const PagedCache<T>& cache, const Tile<T>& tile, int64_t head) {
-    for (int64_t d = 0; d < cache.dim; d += kNumbers<Term>) {
-      for (int64_t t = 0; t < kTile; t += kLanes) {
-        const T* from = tile.k[t / kPart] + (head * cache.dim + d) * cache.page + t % kPart;
-        store(keys + d / kNumbers<Term> * kTile + t, load_terms<Term>(from, cache.page));
-      }
-    }
-  }
-
-  // Of tokens begin .. end - 1. Others that share a term with them count as 0 and are not read.
-  template <class T>
-  void fill_values(const PagedCache<T>& cache, const Tile<T>& tile, int64_t head, int64_t begin, int64_t end) {
-    const int64_t dim = cache.dim, width = cache.heads * dim;
-    for (int64_t t = begin / kNumbers<Term> * kNumbers<Term>; t < end; t += kNumbers<Term>) {
-      const T* row = tile.v[t / kPart] + t % kPart * width + head * dim;
-      Term* to = values + t / kNumbers<Term> * dim;
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        if constexpr (kNumbers<Term> == 2) {
-          store(to + d, pairs_of(t < begin ? Vec{} : load(row + d), t + 1 < end ? load(row + width + d) : Vec{}));
-        } else {
-          store(to + d, load(row + d));
-        }
-      }
-    }
-  }
-};
-
 // Terms of a scaled query: its numbers, and behind bytes what their products are multiplied by and where sums start.
 template <class Term>
 inline int64_t query_size(int64_t dim) {
@@ -207,6 +168,20 @@ inline void load_query(const Q* q, Term* to, float scale, int64_t dim) {
   }
 }
 
+// Hides what comes after a query, and what has left its window. `position` is the first query's in a tile of `size` keys,
+// of which every `group` rows have one. A group of 0 hides nothing, as from queries that are decoded.
+struct CausalMask {
+  int64_t position, group, window, size;
+
+  void operator()(int64_t r, float* row) const {
+    if (group == 0) return;
+    const int64_t at = position + r / group, live = std::clamp<int64_t>(at + 1, 0, size);
+    const int64_t left = window > 0 ? std::clamp<int64_t>(at - window + 1, 0, live) : 0;
+    std::fill(row, row + left, kMasked);
+    std::fill(row + live, row + kTile, kMasked);
+  }
+};
+
 // Queries of one head on their way through the keys: scaled queries [count, query_size], scores [count, kTile], and
 // what they have come to, a softmax and the values [count, dim] that are not yet divided by its total.
 template <class Term>
@@ -217,10 +192,10 @@ struct Queries {
   float* acc;
   int64_t count;
 
-  // Turns scores of tokens first .. end_of_tile - 1 that `mask(row, scores)` does not hide into weights, by `weigh`, and
-  // what was added up before into what it is beside them.
-  template <class Mask, class Weigh>
-  void take_weights(int64_t first, int64_t end_of_tile, int64_t dim, const Mask& mask, float softcap,
+  // Turns scores of tokens first .. end_of_tile - 1 that the mask does not hide into weights, by `weigh`, and what was
+  // added up before into what it is beside them.
+  template <class Weigh>
+  void take_weights(int64_t first, int64_t end_of_tile, int64_t dim, const CausalMask& mask, float softcap,
                     const Weigh& weigh) const {
     for (int64_t begin = 0, end; begin < count; begin = end) {
       end = std::min(begin + kLanes, count);
@@ -238,57 +213,6 @@ struct Queries {
     }
   }
 };
-
-// Attend to tokens first .. tile.size - 1 of a tile, of which `mask(row, scores)` hides what a row must not see. Other
-// tokens are not read, as they may hold what is not a number. A row's result does not depend on the others. `next` is
-// the tile that memory is asked for meanwhile.
-template <class T, class Mask, class Term = TermOf<T>>
-__attribute__((noinline)) void attend(const PagedCache<T>& cache, const Tile<T>& tile, const Tile<T>& next,
-                                      int64_t head, int64_t first, const Queries<Term>& queries, const Mask& mask,
-                                      float softcap, LaidOut<Term>& laid_out) {
-  constexpr int64_t kSize = kNumbers<Term>;
-  const int64_t dim = cache.dim, rows = queries.count, width = cache.heads * dim;
-  const bool many = rows > kBlockRows;
-  if (many) {
-    laid_out.fill_keys(cache, tile, head);
-    laid_out.fill_values(cache, tile, head, first, tile.size);
-    const auto keys = [&](int64_t t) { return laid_out.keys + t; };
-    multiply<false, false>(queries.q, dim / kSize, rows, dim / kSize, keys, keys, kTile, queries.scores, kTile, kTile);
-  } else {
-    const auto keys = [&](const Tile<T>& of) {
-      return [&](int64_t t) { return of.k[t / kPart] + head * dim * cache.page + t % kPart; };
-    };
-    multiply<false, true>(queries.q, dim / kSize, rows, dim / kSize, keys(tile), keys(next), cache.page, queries.scores,
-                          kTile, kTile);
-  }
-  queries.take_weights(first, tile.size, dim, mask, softcap, weigh_row<Term>);
-  const Term* weights = reinterpret_cast<const Term*>(queries.scores);
-  const auto add_laid_out = [&](int64_t begin, int64_t end) {  // terms
-    const auto values = [&](int64_t d) { return laid_out.values + begin * dim + d; };
-    multiply<true, false>(weights + begin, kTile, rows, end - begin, values, values, dim, queries.acc, dim, dim);
-  };
-  if (many) {
-    add_laid_out(first / kSize, (tile.size + kSize - 1) / kSize);
-    next.prefetch_keys(cache, head);
-    next.prefetch_values(cache, head, 0);
-    return;
-  }
-  for (int64_t begin = first, end; begin < tile.size; begin = end) {
-    if (begin % kSize != 0 || begin + kSize > tile.size) {  // a term of which not all may be read
-      end = std::min((begin / kSize + 1) * kSize, tile.size);
-      laid_out.fill_values(cache, tile, head, begin, end);
-      add_laid_out(begin / kSize, begin / kSize + 1);
-      continue;
-    }
-    end = std::min(tile.size / kSize * kSize, (begin / kPart + 1) * kPart);
-    const auto values = [&](const Tile<T>& of) {
-      return [&, from = of.v[begin / kPart] + begin % kPart * width + head * dim](int64_t d) { return from + d; };
-    };
-    multiply<true, true>(weights + begin / kSize, kTile, rows, (end - begin) / kSize, values(tile), values(next), width,
-                         queries.acc, dim, dim);
-  }
-  next.prefetch_values(cache, head, tile.size);
-}
 
 template <class T>
 inline void zero_rows(T* out, int64_t count) {

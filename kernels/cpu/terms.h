@@ -16,10 +16,11 @@ struct Quad {
   int8_t codes[4];
 };
 
+// Inline, as functions that several sources use have it in their types.
 #if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
+inline constexpr bool kHasPairs = true;
 #else
-constexpr bool kHasPairs = false;
+inline constexpr bool kHasPairs = false;
 #endif
 
 // A term of sums with numbers of type T, and how many numbers and of which type it has.

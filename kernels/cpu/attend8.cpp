@@ -1,15 +1,8 @@
 // Attention over keys and values of 8 bits: queries and weights are rounded to 8 bits as well, and sums are exact.
-#pragma once
-
+#include "attend.h"
 #include "dot.h"
-#include "paged.h"
 
-// The cache's bytes are multiplied as they lie.
-template <>
-struct LaidOut<Quad> {
-  static int64_t size(int64_t) { return 0; }
-  LaidOut(float*, int64_t) {}
-};
+namespace {
 
 inline float float_at(const void* p) {
   float value;
@@ -142,11 +135,9 @@ inline void add_values8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, c
   });
 }
 
-// As for other caches. What stands in tokens that are not asked for is multiplied by 0, which is 0 among integers.
-template <bool kAsk, class Mask>
-__attribute__((noinline)) void attend8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next,
-                                       int64_t head, int64_t first, const Queries<Quad>& queries, const Mask& mask,
-                                       float softcap) {
+template <bool kAsk>
+inline void attend8(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head,
+                    int64_t first, const Queries<Quad>& queries, const CausalMask& mask, float softcap) {
   const int64_t dim = cache.dim, head_at = head * row_size8(dim) * kPart;
   score8<kAsk>(cache, tile, next, head_at, queries);
   const Int8* scales[kParts];
@@ -160,9 +151,13 @@ __attribute__((noinline)) void attend8(const PagedCache<Int8>& cache, const Tile
   for (; d < dim; d += kLanes) add_values8<1, kAsk>(cache, tile, next, head_at, d, queries);
 }
 
-template <class Mask>
-inline void attend(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head,
-                   int64_t first, const Queries<Quad>& queries, const Mask& mask, float softcap, LaidOut<Quad>&) {
+}  // namespace
+
+// The cache's bytes are multiplied as they lie. What stands in tokens that are not asked for is multiplied by 0, which
+// is 0 among integers.
+template <>
+void attend(const PagedCache<Int8>& cache, const Tile<Int8>& tile, const Tile<Int8>& next, int64_t head, int64_t first,
+            const Queries<Quad>& queries, const CausalMask& mask, float softcap, float*) {
   if (queries.count > kBlockRows) {
     attend8<false>(cache, tile, next, head, first, queries, mask, softcap);
     next.prefetch_keys(cache, head);
