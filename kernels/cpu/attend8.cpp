@@ -4,12 +4,6 @@
 
 namespace {
 
-inline float float_at(const void* p) {
-  float value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-
 // Scores [kCount, kTile] of vectors of tokens, whose keys begin at keys[n].
 template <int kCount, bool kAsk>
 inline void score_block(const Quad* q, int64_t dim, const Int8* const (&keys)[kBlockVecs],
@@ -24,7 +18,7 @@ inline void score_block(const Quad* q, int64_t dim, const Int8* const (&keys)[kB
   };
   for (int64_t i = 0; i < fours; ++i) {
     Int codes[kBlockVecs];
-    for (int n = 0; n < kBlockVecs; ++n) codes[n] = load_fours(keys[n] + i * 4 * kPart);
+    for (int n = 0; n < kBlockVecs; ++n) codes[n] = read<Int>(keys[n] + i * 4 * kPart);
     ask(i);
     for (int r = 0; r < kCount; ++r) {
       const Int four = splat_four(q + r * size + i);
@@ -33,10 +27,10 @@ inline void score_block(const Quad* q, int64_t dim, const Int8* const (&keys)[kB
   }
   ask(fours);
   for (int n = 0; n < kBlockVecs; ++n) {
-    const Vec scale = bit_cast<Vec>(load_fours(keys[n] + dim * kPart));
+    const Vec scale = read<Vec>(keys[n] + dim * kPart);
     for (int r = 0; r < kCount; ++r) {
       const Vec product = __builtin_convertvector(sum[r][n], Vec);
-      store(scores + r * kTile + n * kLanes, product * (scale * float_at(q + r * size + fours)));
+      store(scores + r * kTile + n * kLanes, product * (scale * read<float>(q + r * size + fours)));
     }
   }
 }
@@ -61,7 +55,7 @@ inline float weigh_row8(float* row, float largest, const Int8* const (&scales)[k
   Int bound = {};
   for (int64_t t = 0; t < kTile; t += kLanes) {
     const Vec weight = rough_exp(load(row + t) - largest);
-    const Vec scale = bit_cast<Vec>(load_fours(scales[t / kPart] + t % kPart * 4));
+    const Vec scale = read<Vec>(scales[t / kPart] + t % kPart * 4);
     const Vec product = weight == 0.0f ? Vec{} : weight * scale;  // nobody knows what stands where nothing was written
     weights[t / kLanes] = product;
     bound = larger(bound, magnitude_bits(product));
@@ -87,7 +81,7 @@ inline void add_values_block(const float* weights, int64_t size, int64_t dim, co
     const int64_t at = t % kPart * dim;
     Int codes[kVecs];
     for (int n = 0; n < kVecs; ++n) {
-      codes[n] = load_fours(values[t / kPart] + at + n * 4 * kLanes);
+      codes[n] = read<Int>(values[t / kPart] + at + n * 4 * kLanes);
       if (kAsk && n * kLanes % 16 == 0) __builtin_prefetch(ahead[t / kPart] + at + n * 4 * kLanes, 0, 2);
     }
     for (int r = 0; r < kCount; ++r) {

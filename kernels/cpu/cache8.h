@@ -18,9 +18,7 @@ template <class T>
 inline void write_key8(const T* key, int64_t dim, int64_t at, Int8* part, int8_t* codes) {
   const float scale = round_row8(key, dim, codes).scale;
   for (int64_t i = 0; i < dim; i += 4) {
-    uint32_t four;
-    std::memcpy(&four, codes + i, sizeof four);
-    four ^= 0x80808080;
+    const uint32_t four = read<uint32_t>(codes + i) ^ 0x80808080;
     std::memcpy(part + i * kPart + at * 4, &four, sizeof four);
   }
   std::memcpy(part + dim * kPart + at * sizeof scale, &scale, sizeof scale);

@@ -16,18 +16,8 @@
 //
 // `dot_plain` is the same for weights of 0 .. kMostPlain that are taken as they are.
 
-inline Int load_fours(const void* p) {
-  Int v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// The same four bytes in every lane.
-inline Int splat_four(const void* p) {
-  int32_t v;
-  std::memcpy(&v, p, sizeof v);
-  return Int{} + v;
-}
+// The four bytes at `p` in every lane.
+inline Int splat_four(const void* p) { return Int{} + read<int32_t>(p); }
 
 #if (defined(__AVX512BW__) && !defined(__AVX512VNNI__)) || \
     (defined(__AVX2__) && !defined(__AVXVNNI__) && !defined(__AVX512F__))

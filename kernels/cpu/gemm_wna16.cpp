@@ -123,7 +123,7 @@ void part_of_tile(const Problem<T>& p, int64_t tile, int64_t row, int first) {
       Int w[V];
       for (int v = 0; v < V; ++v) {
         const int32_t* at = words + v * kLanes;
-        w[v] = load_fours(at);
+        w[v] = read<Int>(at);
         if (kAsksAhead && v * kLanes % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead, 0, 2);
       }
       const auto add = [&](auto weights) __attribute__((always_inline)) {

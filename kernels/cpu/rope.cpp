@@ -1,10 +1,10 @@
 // Per-head norm, rotation of queries and keys, and the write of keys and values into the paged cache.
 #include <atomic>
 
+#include "cache8.h"
 #include "norm.h"
 #include "parallel.h"
 #include "recording.h"
-#include "cache8.h"
 
 namespace {
 

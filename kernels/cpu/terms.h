@@ -40,10 +40,8 @@ inline void store_element(float* p, Vec v) { store(p, v); }
 #if defined(__AVX512BF16__)
 
 inline Vec add_product(Vec sum, Int column, const Pair* factor) {
-  int32_t both;
-  std::memcpy(&both, factor, sizeof both);
   return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(column),
-                                        bit_cast<__m512bh>(_mm512_set1_epi32(both))));
+                                        bit_cast<__m512bh>(_mm512_set1_epi32(read<int32_t>(factor)))));
 }
 
 // Subnormal numbers become 0, as they are to products of pairs.
@@ -52,11 +50,7 @@ inline void store_element(BFloat16* p, Vec v) {
   std::memcpy(p, &rounded, sizeof rounded);
 }
 
-inline Int load(const Pair* p) {
-  Int v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+inline Int load(const Pair* p) { return read<Int>(p); }
 
 inline void store(Pair* p, Int v) { std::memcpy(p, &v, sizeof v); }
 

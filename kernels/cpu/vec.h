@@ -52,18 +52,21 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
-inline Vec splat(float value) { return Vec{} + value; }
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-
-inline Vec load(const float* p) {
-  Vec v;
+// What the bytes at `p`, which may begin anywhere, are as a V.
+template <class V>
+inline V read(const void* p) {
+  V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
+inline Vec splat(float value) { return Vec{} + value; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline Vec load(const float* p) { return read<Vec>(p); }
+
 inline Vec load(const BFloat16* p) {
-  Half h;
-  std::memcpy(&h, p, sizeof h);
+  const Half h = read<Half>(p);
 #if defined(__AVX512F__)
   // The one conversion that compilers make of pieces, at five times the instructions.
   return bit_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h)), 16));
@@ -73,8 +76,7 @@ inline Vec load(const BFloat16* p) {
 }
 
 inline Vec load(const Float16* p) {
-  Half h;
-  std::memcpy(&h, p, sizeof h);
+  const Half h = read<Half>(p);
 #if defined(__AVX512F__)
   return bit_cast<Vec>(_mm512_cvtph_ps(bit_cast<__m256i>(h)));
 #elif defined(__AVX__) && defined(__F16C__)
@@ -89,8 +91,7 @@ inline Vec load(const Float16* p) {
 }
 
 inline Vec load(const E4M3* p) {
-  Byte b;
-  std::memcpy(&b, p, sizeof b);
+  const Byte b = read<Byte>(p);
   const UInt u = __builtin_convertvector(b, UInt), magnitude = u & 0x7f;
   // Exponent and mantissa are moved to those of a float; the product mends the bias, of subnormal numbers, too.
   const Vec value = bit_cast<Vec>(magnitude << 20) * 0x1p120f;
