@@ -80,17 +80,16 @@ def allocate_kv_caches(
     Keys lie as the C++ forms read them where `ops` has these (`kernels.cpu.cache`), else token by token.
     """
     heads, head_dim = config.num_kv_heads, config.head_dim
-    shape: tuple[int, ...] = (num_blocks, page_size, heads, head_dim)
-    strided = dtype != torch.int8 and ops is not None and ops.library is not None
-    strided = strided and can_have_layout(page_size, head_dim)
     if dtype == torch.int8:
         shape = _shape_of_bytes((num_blocks, page_size, heads, head_dim), ops)
+        return [KVCache(*(_zeros(shape, dtype, device) for _ in range(2))) for _ in range(config.num_layers)]
+    for_cpp = ops is not None and ops.library is not None and can_have_layout(page_size, head_dim)
 
     def values() -> Tensor:
-        return _zeros(shape, dtype, device)
+        return _zeros((num_blocks, page_size, heads, head_dim), dtype, device)
 
     def keys() -> Tensor:
-        return keys_by_token(_zeros((num_blocks, heads, head_dim, page_size), dtype, device)) if strided else values()
+        return keys_by_token(_zeros((num_blocks, heads, head_dim, page_size), dtype, device)) if for_cpp else values()
 
     return [KVCache(keys(), values()) for _ in range(config.num_layers)]
 
