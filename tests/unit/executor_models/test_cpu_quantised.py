@@ -58,16 +58,16 @@ def test_models(
     assert 0 < (got - expected).norm() / expected.norm() < high
 
 
-def test_int8_and_kept_blocks_cost_little_perplexity(ops: Ops, model_dir: Callable[[str], Path]) -> None:
-    """Within a percent on the whole text, as `bench.quality` shows; among so few tokens chance alone is half of one."""
+def test_int8_and_kept_blocks_are_within_a_percent(ops: Ops, model_dir: Callable[[str], Path]) -> None:
+    """Among a quarter as many tokens, chance alone is more than that."""
     path = model_dir("smollm2-135m-instruct")
-    tokens = load_model_tokenizer(path).tokenizer.encode(TEXT.read_text()[:8000]).ids
+    tokens = load_model_tokenizer(path).tokenizer.encode(TEXT.read_text()[:16000]).ids
     losses = {
         form: mean_negative_logprob(build_engine(form_settings(str(path), form), lambda _: None).engine, tokens, 500)
         for form in ("float32", "int8", "keep")
     }
-    assert abs(math.expm1(losses["int8"] - losses["float32"])) < 0.015
-    assert abs(math.expm1(losses["keep"] - losses["float32"])) < 0.015
+    assert abs(math.expm1(losses["int8"] - losses["float32"])) < 0.01
+    assert abs(math.expm1(losses["keep"] - losses["float32"])) < 0.01
 
 
 def test_answers_do_not_depend_on_neighbours_or_preemption(ops: Ops, model_dir: Callable[[str], Path]) -> None:
@@ -75,7 +75,7 @@ def test_answers_do_not_depend_on_neighbours_or_preemption(ops: Ops, model_dir: 
     anew, as a prompt: products and attention add up in one order.
     """
     path = model_dir("smollm2-135m-instruct")
-    tokens = load_model_tokenizer(path).tokenizer.encode(TEXT.read_text()[:8000]).ids
+    tokens = load_model_tokenizer(path).tokenizer.encode(TEXT.read_text()[:16000]).ids
     prompts = [tuple(tokens[start : start + 20 + start % 7]) for start in range(0, 480, 60)]
     settings = form_settings(str(path), "int8")
     crowded = settings.model_copy(update={"kv_cache_memory": None, "num_blocks": 12, "max_model_len": 64})
