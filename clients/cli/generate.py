@@ -162,7 +162,7 @@ def _fill(message: Any, values: Mapping[str, Any]) -> None:
 def _add_logit_bias(sampling: SamplingParams, text: str) -> None:
     id_, _, value = text.partition("=")
     try:
-        sampling.logit_bias[int(id_)] = float(value)
+        sampling.logit_bias.add(token_id=int(id_), bias=float(value))
     except ValueError:
         raise CliError(f"--logit-bias: {text!r} is not ID=VALUE, such as 42=-5", ExitCode.USAGE) from None
 

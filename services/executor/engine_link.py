@@ -26,7 +26,7 @@ from services.executor.engine.request import (
     StepResult,
     TopLogprobs,
 )
-from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams
+from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams, check_num_logit_bias
 from services.executor.request_trace import TracedRequests
 
 _REASONS = MappingProxyType(
@@ -55,13 +55,14 @@ _CODES = MappingProxyType(
 
 
 def sampling_from_wire(wire: common_pb2.SamplingParams) -> SamplingParams:
-    """The engine's parameters; a field that is not set takes the engine's default."""
+    """The engine's parameters; a field that is not set takes the engine's default. Raises InvalidRequestError."""
+    check_num_logit_bias(len(wire.logit_bias))
     values: dict[str, object] = {
         field.name: value for field, value in wire.ListFields() if field.name not in ("logit_bias", "stop_token_ids")
     }
     return SamplingParams(
         **values,  # type: ignore[arg-type]
-        logit_bias=dict(wire.logit_bias),
+        logit_bias={entry.token_id: entry.bias for entry in wire.logit_bias},
         stop_token_ids=frozenset(wire.stop_token_ids),
     )
 

@@ -68,13 +68,18 @@ def validate_sampling(sampling: common_pb2.SamplingParams, limits: RequestLimits
         raise StatusError.invalid(
             "sampling.logit_bias", f"must have at most {limits.max_logit_bias} entries, got {len(sampling.logit_bias)}"
         )
-    for token_id, bias in sampling.logit_bias.items():
-        if token_id >= vocab_size:
+    biased: set[int] = set()
+    for index, entry in enumerate(sampling.logit_bias):
+        field = f"sampling.logit_bias[{index}]"
+        if entry.token_id >= vocab_size:
             raise StatusError.invalid(
-                "sampling.logit_bias", f"token ids must be below the vocabulary size {vocab_size}, got {token_id}"
+                f"{field}.token_id", f"must be below the vocabulary size {vocab_size}, got {entry.token_id}"
             )
-        if not -100.0 <= bias <= 100.0:
-            raise StatusError.invalid(f"sampling.logit_bias[{token_id}]", f"must be in [-100, 100], got {bias:g}")
+        if entry.token_id in biased:
+            raise StatusError.invalid(f"{field}.token_id", f"must be named once, got {entry.token_id} again")
+        biased.add(entry.token_id)
+        if not -100.0 <= entry.bias <= 100.0:
+            raise StatusError.invalid(f"{field}.bias", f"must be in [-100, 100], got {entry.bias:g}")
     if len(sampling.stop_token_ids) > limits.max_stop_token_ids:
         raise StatusError.invalid(
             "sampling.stop_token_ids",

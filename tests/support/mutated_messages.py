@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.link import API_MINOR
 
-SAMPLING = common_pb2.SamplingParams(max_tokens=3, n=2, temperature=0.5, logit_bias={5: 1.5}, stop_token_ids=[7])
+SAMPLING = common_pb2.SamplingParams(
+    max_tokens=3, n=2, temperature=0.5, logit_bias=[{"token_id": 5, "bias": 1.5}], stop_token_ids=[7]
+)
 FRAMES = (
     link_pb2.ClientFrame(hello=link_pb2.Hello(client_id="fuzz", api_minor=API_MINOR)),
     link_pb2.ClientFrame(submit=link_pb2.Submit(handle=1, token_ids=[1, 2], sampling=SAMPLING, cache_salt=b"s")),

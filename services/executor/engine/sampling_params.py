@@ -72,10 +72,7 @@ class SamplingParams:
                 raise InvalidRequestError(name, f"must be between 0 and {max_logprobs}, got {count}")
 
     def _validate_token_ids(self, vocab_size: int) -> None:
-        if len(self.logit_bias) > MAX_LOGIT_BIAS_ENTRIES:
-            raise InvalidRequestError(
-                "logit_bias", f"must have at most {MAX_LOGIT_BIAS_ENTRIES} entries, got {len(self.logit_bias)}"
-            )
+        check_num_logit_bias(len(self.logit_bias))
         for token_id, bias in self.logit_bias.items():
             _check_token_id("logit_bias", token_id, vocab_size)
             _check_range("logit_bias", bias, -100.0, 100.0)
@@ -85,6 +82,14 @@ class SamplingParams:
             )
         for token_id in self.stop_token_ids:
             _check_token_id("stop_token_ids", token_id, vocab_size)
+
+
+def check_num_logit_bias(num_entries: int) -> None:
+    """Raise InvalidRequestError when `logit_bias` has more than 1024 entries; before a mapping is made of them."""
+    if num_entries > MAX_LOGIT_BIAS_ENTRIES:
+        raise InvalidRequestError(
+            "logit_bias", f"must have at most {MAX_LOGIT_BIAS_ENTRIES} entries, got {num_entries}"
+        )
 
 
 def _check_int(name: str, value: int, low: int) -> None:

@@ -53,7 +53,7 @@ def test_every_option_reaches_the_server(run_cli: RunCli, fake_server: Any) -> N
     assert sampling.temperature == 0
     assert (sampling.top_p, sampling.min_p, sampling.repetition_penalty) == (0.5, 0.25, 1.5)
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1, 1)
-    assert dict(sampling.logit_bias) == {4: -2.5, 5: 1.0}
+    assert [(entry.token_id, entry.bias) for entry in sampling.logit_bias] == [(4, -2.5), (5, 1.0)]
     assert (list(sampling.stop_token_ids), sampling.ignore_eos) == ([6], True)
     assert (sampling.HasField("logprobs"), sampling.logprobs, sampling.prompt_logprobs) == (True, 0, 1)
     assert (list(request.stop), request.include_stop) == (["a", "\n"], True)

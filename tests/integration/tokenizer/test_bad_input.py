@@ -30,6 +30,10 @@ def generate(**fields):
     return generation_pb2.GenerateRequest(sampling=sampling, **fields)
 
 
+def bias(values):
+    return [common_pb2.LogitBias(token_id=token_id, bias=value) for token_id, value in values.items()]
+
+
 HI = ("user", "Hi")
 
 GENERATE = {
@@ -88,19 +92,24 @@ GENERATE = {
     ),
     "repetition_penalty nan": (generate(sampling={"repetition_penalty": NAN}), "sampling.repetition_penalty", "nan"),
     "logit_bias id": (
-        generate(sampling={"logit_bias": {49152: 1.0}}),
-        "sampling.logit_bias",
+        generate(sampling={"logit_bias": bias({5: 1.0, 49152: 1.0})}),
+        "sampling.logit_bias[1].token_id",
         "below the vocabulary size 49152, got 49152",
     ),
     "logit_bias value": (
-        generate(sampling={"logit_bias": {5: NAN}}),
-        "sampling.logit_bias[5]",
+        generate(sampling={"logit_bias": bias({5: NAN})}),
+        "sampling.logit_bias[0].bias",
         "[-100, 100], got nan",
     ),
     "logit_bias number": (
-        generate(sampling={"logit_bias": dict.fromkeys(range(1025), 1.0)}),
+        generate(sampling={"logit_bias": bias(dict.fromkeys(range(1025), 1.0))}),
         "sampling.logit_bias",
         "at most 1024 entries, got 1025",
+    ),
+    "logit_bias twice": (
+        generate(sampling={"logit_bias": [*bias({5: 1.0, 6: 1.0}), *bias({5: 2.0})]}),
+        "sampling.logit_bias[2].token_id",
+        "named once, got 5 again",
     ),
     "stop_token_ids range": (
         generate(sampling={"stop_token_ids": [2**32 - 1]}),

@@ -47,7 +47,13 @@ async def test_text_is_what_the_tokens_decode_to(client, scheduler, tokenizer):
 
 async def test_submit_says_what_the_executor_needs(client, scheduler):
     metadata = (("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),)
-    sampling = {"max_tokens": 3, "temperature": 0.5, "top_k": 7, "logit_bias": {5: 1.5}, "stop_token_ids": [9]}
+    sampling = {
+        "max_tokens": 3,
+        "temperature": 0.5,
+        "top_k": 7,
+        "logit_bias": [{"token_id": 5, "bias": 1.5}],
+        "stop_token_ids": [9],
+    }
     call = client.generation.Generate(request(priority=-3, sampling=sampling), timeout=200.0, metadata=metadata)
     async for _ in call:
         pass
@@ -59,7 +65,7 @@ async def test_submit_says_what_the_executor_needs(client, scheduler):
     assert len(first.cache_salt) == 16
     assert first.cache_salt == second.cache_salt
     assert (first.sampling.n, first.sampling.max_tokens) == (1, 3)
-    assert first.sampling.logit_bias == {5: 1.5}
+    assert first.sampling.logit_bias == [common_pb2.LogitBias(token_id=5, bias=1.5)]
     assert first.handle != second.handle
 
 

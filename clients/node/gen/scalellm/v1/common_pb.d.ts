@@ -90,11 +90,11 @@ export declare type SamplingParams = Message<"scalellm.v1.SamplingParams"> & {
   repetitionPenalty?: number | undefined;
 
   /**
-   * Added to the logits of these token ids. Ids below the vocabulary size, values in [-100, 100], at most 1024 entries.
+   * Added to the logits of these token ids. At most 1024 entries, each token id once.
    *
-   * @generated from field: map<uint32, float> logit_bias = 11;
+   * @generated from field: repeated scalellm.v1.LogitBias logit_bias = 11;
    */
-  logitBias: { [key: number]: number };
+  logitBias: LogitBias[];
 
   /**
    * With the same seed, prompt and parameters the same tokens come out, wherever and beside whatever they are computed.
@@ -139,6 +139,34 @@ export declare type SamplingParams = Message<"scalellm.v1.SamplingParams"> & {
  * Use `create(SamplingParamsSchema)` to create a new message.
  */
 export declare const SamplingParamsSchema: GenMessage<SamplingParams>;
+
+/**
+ * What is added to the logit of one token id. On the wire the same as an entry of a map<uint32, float>, but protobuf hashes
+ * integer keys without a secret, and a caller who chooses keys that collide makes reading a map take quadratic time.
+ *
+ * @generated from message scalellm.v1.LogitBias
+ */
+export declare type LogitBias = Message<"scalellm.v1.LogitBias"> & {
+  /**
+   * Below the vocabulary size.
+   *
+   * @generated from field: uint32 token_id = 1;
+   */
+  tokenId: number;
+
+  /**
+   * -100..100.
+   *
+   * @generated from field: float bias = 2;
+   */
+  bias: number;
+};
+
+/**
+ * Describes the message scalellm.v1.LogitBias.
+ * Use `create(LogitBiasSchema)` to create a new message.
+ */
+export declare const LogitBiasSchema: GenMessage<LogitBias>;
 
 /**
  * What a request consumed. Counted by the executor.
