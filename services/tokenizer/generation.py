@@ -162,7 +162,8 @@ class _GenerateCall:
         submit = self._make_submit(prompt, fit_context(request, len(prompt.token_ids), welcome.max_model_len))
         options = OutputOptions.from_request(request)
         stops = StopStrings(request.stop) if request.stop else None
-        samples = [SampleStream(index, options, edge.prompts.texts, stops) for index in range(submit.sampling.n)]
+        texts = edge.prompts.texts.after(prompt.token_ids)
+        samples = [SampleStream(index, options, texts, stops) for index in range(submit.sampling.n)]
         trace.submitted_at = trace.now()
         edge.metrics.submitted.inc()
         receiver = edge.link.submit(submit, min_tokens=request.stream_interval or 1)
@@ -289,7 +290,8 @@ class _GenerateCall:
         request, edge = self._request, self._edge
         assert prompt.continuation is not None
         content = "".join(sample.answer_text)
-        answer = answer_segment(edge.prompts.texts, sample.answer_ids, content)
+        texts = edge.prompts.texts.after(prompt.token_ids)
+        answer = answer_segment(texts, sample.answer_ids, content)
         new_messages = [(message.role, message.content) for message in request.chat.messages]
         extended = session.add_turn(new_messages, prompt.continuation, answer, content)
         return await edge.sessions.of(self._tenant).save(request.session_id, extended)

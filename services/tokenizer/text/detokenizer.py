@@ -12,6 +12,7 @@ Two kinds of decoder cover language models:
 """
 
 import codecs
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
+_LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
 class Detokenizer(Protocol):
@@ -42,12 +44,15 @@ class Detokenizer(Protocol):
 class TokenTexts:
     """What each token of a vocabulary contributes to a text. Built once per tokenizer; immutable.
 
+    A text may begin with token 0, or go on `after` others.
+
     Raises UnsupportedTokenizerError for a decoder of another kind than the two above.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         state = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b"{}"
         spec: dict[str, Any] = json.loads(state)
+        self._preceding: Sequence[int] = ()
         size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         tokens: list[str | None] = [tokenizer.id_to_token(token_id) for token_id in range(size)]
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
@@ -63,17 +68,59 @@ class TokenTexts:
             rule = _piece_rule(spec)
             self._pieces = (_PieceTable(tokens, rule), _PieceTable(visible, rule))
 
+    def after(self, token_ids: Sequence[int]) -> "TokenTexts":
+        """Return the same for texts that go on after a prompt: its last word does not begin a text.
+
+        An answer is `decode(prompt + answer)[len(decode(prompt)):]`: decoders that take a space off the start of a text
+        leave it where the answer begins. Of a character that the prompt begins and the answer completes, which that
+        formula would cut, the answer shows all.
+        """
+        continued = copy.copy(self)
+        continued._preceding = token_ids
+        return continued
+
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """Return a detokenizer for a new text."""
+        """Return a detokenizer for a new text. Its cost does not depend on the length of what precedes it."""
+        detokenizer: Detokenizer
         if self._bytes is not None:
-            return _ByteLevelDetokenizer(self._bytes[skip_special_tokens])
-        return _PieceDetokenizer(self._pieces[skip_special_tokens])
+            detokenizer = _ByteLevelDetokenizer(self._bytes[skip_special_tokens], self._preceding)
+        else:
+            detokenizer = _PieceDetokenizer(self._pieces[skip_special_tokens], self._preceding)
+        if self._preceding and (shown := detokenizer.copy().flush()):
+            return _AfterIncompleteCharacter(detokenizer, shown)
+        return detokenizer
+
+
+class _AfterIncompleteCharacter:
+    """A text that goes on after bytes that may be an incomplete character. The text before them ends in `shown`."""
+
+    def __init__(self, detokenizer: Detokenizer, shown: str) -> None:
+        self._detokenizer = detokenizer
+        self._shown = shown
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return self._cut(self._detokenizer.push(token_ids))
+
+    def flush(self) -> str:
+        return self._cut(self._detokenizer.flush())
+
+    def copy(self) -> "_AfterIncompleteCharacter":
+        return _AfterIncompleteCharacter(self._detokenizer.copy(), self._shown)
+
+    def _cut(self, text: str) -> str:
+        # The first text that comes has all of the character; where that is complete now, none of it was shown.
+        if text and self._shown:
+            is_complete = self._shown.startswith("\ufffd") and not text.startswith(self._shown)
+            text, self._shown = text if is_complete else text[len(self._shown) :], ""
+        return text
 
 
 class _ByteLevelDetokenizer:
-    def __init__(self, table: list[bytes]) -> None:
+    def __init__(self, table: list[bytes], preceding: Sequence[int] = ()) -> None:
         self._table = table
         self._utf8 = _UTF8_DECODER("replace")
+        if preceding:
+            self._utf8.decode(self._last_bytes(preceding))
 
     def push(self, token_ids: Sequence[int]) -> str:
         table = self._table
@@ -90,6 +137,15 @@ class _ByteLevelDetokenizer:
         twin = _ByteLevelDetokenizer(self._table)
         twin._utf8.setstate(self._utf8.getstate())
         return twin
+
+    def _last_bytes(self, token_ids: Sequence[int]) -> bytes:
+        """At least as many of the last bytes as a character has, so that its first one is among them."""
+        table, last = self._table, b""
+        for token_id in reversed(token_ids):
+            last = (table[token_id] if token_id < len(table) else b"") + last
+            if len(last) >= _LONGEST_CHARACTER:
+                break
+        return last
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +183,13 @@ class _PieceTable:
 
 
 class _PieceDetokenizer:
-    def __init__(self, table: _PieceTable) -> None:
+    def __init__(self, table: _PieceTable, preceding: Sequence[int] = ()) -> None:
         self._table = table
         self._run = bytearray()
         self._first = bool(table.first)
         self._to_strip = table.rule.strip_count
+        if preceding:
+            self._go_on_after(preceding)
 
     def push(self, token_ids: Sequence[int]) -> str:
         entries, run = self._table.entries, self._run
@@ -159,6 +217,24 @@ class _PieceDetokenizer:
         twin._run = bytearray(self._run)
         twin._first, twin._to_strip = self._first, self._to_strip
         return twin
+
+    def _go_on_after(self, token_ids: Sequence[int]) -> None:
+        """Take the state after these tokens: of the first ones as far as they change how texts begin, and of a last run
+        of bytes."""
+        entries = self._table.entries
+        count = 0
+        while count < len(token_ids) and (self._first or self._to_strip):
+            self.push((token_ids[count],))
+            count += 1
+        last: list[int] = []
+        for index in range(len(token_ids) - 1, count - 1, -1):
+            token_id = token_ids[index]
+            entry = entries[token_id] if token_id < len(entries) else None
+            if isinstance(entry, str):
+                break
+            if entry is not None:
+                last.append(entry)
+        self._run += bytes(reversed(last))
 
     def _end_run(self) -> str:
         # One bad byte turns every byte of the run into U+FFFD, so nothing of a run is certain before its end.

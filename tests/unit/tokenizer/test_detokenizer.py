@@ -1,5 +1,6 @@
 """The sum of all deltas is what decoding at once gives: for any tokens, any batching, any decoder."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -105,6 +106,82 @@ def test_any_bytes(
     else:
         ids = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in data]
     assert in_batches(token_texts[name], ids, sizes, True) == tokenizer.decode(ids)
+
+
+def pieces_of(name: str, tokenizer: Tokenizer, draw: Callable[[st.SearchStrategy], Any]) -> list[int]:
+    """Tokens of a text, any tokens, and bytes of characters that need not be complete."""
+    parts = st.one_of(
+        TEXTS.map(lambda text: tokenizer.encode(text, add_special_tokens=False).ids),
+        st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=4),
+        st.lists(st.sampled_from(byte_tokens(name, tokenizer)), max_size=3),
+    )
+    return [token_id for part in draw(st.lists(parts, max_size=3)) for token_id in part]
+
+
+def byte_tokens(name: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that are one byte of a character, or what comes nearest."""
+    spellings = [f"<0x{byte:02X}>" for byte in (0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x41)] + list("âĤ¬ðŁA▁")
+    known = [tokenizer.token_to_id(spelling) for spelling in spellings]
+    return [token_id for token_id in known if token_id is not None]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@FIXTURES_ARE_CONSTANT
+@given(data=st.data(), sizes=SIZES, skip=st.booleans())
+def test_an_answer_goes_on_where_its_prompt_ends(
+    name: str,
+    tokenizers: dict[str, Tokenizer],
+    token_texts: dict[str, TokenTexts],
+    data: st.DataObject,
+    sizes: list[int],
+    skip: bool,
+) -> None:
+    tokenizer = tokenizers[name]
+    prompt, answer = pieces_of(name, tokenizer, data.draw), pieces_of(name, tokenizer, data.draw)
+    shown = in_batches(token_texts[name].after(prompt), answer, sizes, skip)
+    before = tokenizer.decode(prompt, skip_special_tokens=skip)
+    whole = tokenizer.decode(prompt + answer, skip_special_tokens=skip)
+    if shown != whole[len(before) :]:  # the answer completed a character, and shows all of it
+        assert not whole.startswith(before)
+        assert whole.endswith(shown)
+        assert before.startswith(whole.removesuffix(shown))
+        assert set(before[len(whole) - len(shown) :]) == {"\ufffd"}
+
+
+@pytest.mark.parametrize("name", ["byte_fallback", "unigram"])
+def test_the_space_before_an_answers_first_word_is_kept(
+    name: str, tokenizers: dict[str, Tokenizer], token_texts: dict[str, TokenTexts]
+) -> None:
+    prompt, whole = (tokenizers[name].encode(text, add_special_tokens=False).ids for text in ("The", "The committee"))
+    assert in_batches(token_texts[name], whole[len(prompt) :], [], True) == "committee"
+    assert in_batches(token_texts[name].after(prompt), whole[len(prompt) :], [], True) == " committee"
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_a_long_prompt_costs_no_more_than_a_short_one(
+    name: str, tokenizers: dict[str, Tokenizer], token_texts: dict[str, TokenTexts]
+) -> None:
+    class Counted(list):
+        num_reads = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            if isinstance(index, int):
+                Counted.num_reads += 1
+            return super().__getitem__(index)
+
+        def __iter__(self) -> Iterator[int]:
+            return (self[index] for index in range(len(self)))
+
+        def __reversed__(self) -> Iterator[int]:
+            return (self[index] for index in reversed(range(len(self))))
+
+    ids = tokenizers[name].encode("the committee met", add_special_tokens=False).ids
+    reads = []
+    for repeats in (10, 1000):
+        Counted.num_reads = 0
+        token_texts[name].after(Counted(ids * repeats)).detokenizer()
+        reads.append(Counted.num_reads)
+    assert reads[0] == reads[1] > 0
 
 
 def test_characters_are_shown_once_they_are_complete(
