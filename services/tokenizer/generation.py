@@ -32,7 +32,7 @@ from services.tokenizer.session_store import SaveOutcome, SessionStore
 from services.tokenizer.text.conversation import answer_segment
 from services.tokenizer.text.stop_strings import StopStrings
 from services.tokenizer.token_receiver import TokenReceiver
-from services.tokenizer.validation import fit_context, validate_generate
+from services.tokenizer.validation import check_prompt_tokens, fit_context, validate_generate
 
 if TYPE_CHECKING:
     from services.common.tracing.tracer import Tracer
@@ -66,11 +66,16 @@ def cache_salt(secret: str, tenant: Tenant = DEFAULT_TENANT) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """What the servicers of one worker share."""
+    """What the servicers of one worker share.
+
+    Attributes:
+        tokenizer_size: Ids of the tokenizer's tokens are below it. The model may have more, its matrices being padded,
+            or fewer, where text of a special token is none for it.
+    """
 
     model_name: str
     prompts: PromptBuilder
-    vocab_size: int
+    tokenizer_size: int
     link: SchedulerLink
     sessions: SessionStore
     limits: RequestLimits
@@ -80,6 +85,11 @@ class Edge:
     quotas: TenantQuotas
     request_log: RequestLog
     tracer: Tracer | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model knows are below it: all that it reads or writes."""
+        return self.link.vocab_size or self.tokenizer_size
 
 
 class GenerationServicer:
@@ -159,6 +169,8 @@ class _GenerateCall:
         trace.tokenize_at = trace.now()
         prompt = await edge.prompts.build(request, session)
         trace.tokenize_ns = trace.now() - trace.tokenize_at
+        if edge.tokenizer_size > edge.vocab_size:
+            check_prompt_tokens(request, prompt.token_ids, edge.vocab_size, edge.prompts.model.tokenizer.id_to_token)
         submit = self._make_submit(prompt, fit_context(request, len(prompt.token_ids), welcome.max_model_len))
         options = OutputOptions.from_request(request)
         stops = StopStrings(request.stop) if request.stop else None

@@ -59,6 +59,7 @@ class SchedulerLink:
         )
         self._clock = clock
         self._welcome: link_pb2.Welcome | None = None
+        self._vocab_size = 0
         self._draining = False
         self._changed = asyncio.Event()
         self._why_down = StatusError.unavailable("not connected yet")
@@ -76,6 +77,11 @@ class SchedulerLink:
     def welcome(self) -> link_pb2.Welcome | None:
         """What the scheduler said of the model; None while the link is down or the scheduler is leaving."""
         return None if self._draining else self._welcome
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows, by the last welcome; 0 before the first."""
+        return self._vocab_size
 
     @property
     def traffic(self) -> LinkTraffic:
@@ -131,6 +137,7 @@ class SchedulerLink:
             raise StatusError.unavailable("the scheduler has no executor yet")
         self._draining = False
         self._welcome = welcome
+        self._vocab_size = welcome.vocab_size
         self._changed.set()
 
     def on_step(self, step: link_pb2.StepOutput) -> None:

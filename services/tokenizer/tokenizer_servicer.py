@@ -43,7 +43,8 @@ class TokenizerServicer:
         self, request: tokenizer_pb2.DecodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.DecodeResponse:
         """Token ids to text."""
-        validate_decode(request, self._edge.limits, self._edge.vocab_size)
+        known = max(self._edge.vocab_size, self._edge.tokenizer_size)
+        validate_decode(request, self._edge.limits, known)
         skips_special = not request.HasField("skip_special_tokens") or request.skip_special_tokens
         token_ids = list(request.token_ids)
         if len(token_ids) <= _INLINE_TOKENS:

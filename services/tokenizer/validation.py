@@ -7,7 +7,7 @@ limit. Every comparison is written so that NaN fails it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common.errors import StatusError
@@ -136,6 +136,35 @@ def fit_context(request: generation_pb2.GenerateRequest, prompt_tokens: int, max
                 f"{prompt_tokens}), got {value}",
             )
     return request.sampling.max_tokens or room
+
+
+def check_prompt_tokens(
+    request: generation_pb2.GenerateRequest,
+    token_ids: Sequence[int],
+    vocab_size: int,
+    token_text: Callable[[int], str | None],
+) -> None:
+    """Refuse a text with a token that its tokenizer has and the model has not. Raises StatusError.
+
+    Args:
+        request: The request.
+        token_ids: What became of its text.
+        vocab_size: Ids that the model knows are below it.
+        token_text: The text of a token id.
+    """
+    if not token_ids or max(token_ids) < vocab_size:
+        return
+    token_id = next(token_id for token_id in token_ids if token_id >= vocab_size)
+    text = token_text(token_id) or ""
+    field = request.WhichOneof("input") or "input"
+    if field == "chat":
+        messages = request.chat.messages
+        field = next((f"chat.messages[{i}].content" for i, m in enumerate(messages) if text in m.content), field)
+    raise StatusError.invalid(
+        field,
+        f"must not hold the text {text!r}: it is the special token {token_id}, and this model has only the tokens "
+        f"below {vocab_size}",
+    )
 
 
 def validate_encode(request: tokenizer_pb2.EncodeRequest, limits: RequestLimits) -> None:

@@ -100,7 +100,7 @@ class Worker:
             edge = Edge(
                 model_name=settings.served_name,
                 prompts=prompts,
-                vocab_size=model.vocab_size,  # counting takes 0.1 s, not to be paid by the first request
+                tokenizer_size=model.vocab_size,  # counting takes 0.1 s, not to be paid by the first request
                 link=link,
                 sessions=sessions,
                 limits=RequestLimits(),

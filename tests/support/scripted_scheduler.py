@@ -82,6 +82,7 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
         self.links: list[ScriptedLink] = []
         self.tokenizer_sha256 = b""
         self.model = "scripted"
+        self.vocab_size = 49152
         self.port = 0
         self._server: grpc.aio.Server | None = None
 
@@ -123,7 +124,11 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
         link = ScriptedLink(hello.client_id)
         self.links.append(link)
         welcome = link_pb2.Welcome(
-            instance_id="scripted", api_minor=1, model=self.model, max_model_len=MAX_MODEL_LEN, vocab_size=49152
+            instance_id="scripted",
+            api_minor=1,
+            model=self.model,
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=self.vocab_size,
         )
         serving = asyncio.create_task(
             link.server_link.run(
