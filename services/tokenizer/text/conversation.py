@@ -51,14 +51,15 @@ def answer_segment(texts: TokenTexts, token_ids: Sequence[int], content: str) ->
         whole = texts.detokenizer(skip_special_tokens=False)
         return Segment(whole.push(token_ids) + whole.flush(), tuple(token_ids))
     detokenizer = texts.detokenizer(skip_special_tokens=False)
-    text, best = "", Segment("", ())
+    length = kept_length = kept_tokens = 0
     for count, token_id in enumerate(token_ids, start=1):
-        text += detokenizer.push((token_id,))
-        if not content.startswith(text):
+        piece = detokenizer.push((token_id,))
+        if not content.startswith(piece, length):
             break
-        if not detokenizer.copy().flush():  # only where the tokens so far end with a whole character
-            best = Segment(text, tuple(token_ids[:count]))
-    return best
+        length += len(piece)
+        if detokenizer.is_complete:  # only where the tokens so far end with a whole character
+            kept_length, kept_tokens = length, count
+    return Segment(content[:kept_length], tuple(token_ids[:kept_tokens]))
 
 
 class ConversationEncoder:

@@ -40,6 +40,10 @@ class Detokenizer(Protocol):
     def copy(self) -> Self:
         """Return an independent detokenizer in the same state."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all text is certain so far: `flush` would return nothing."""
+
 
 class TokenTexts:
     """What each token of a vocabulary contributes to a text. Built once per tokenizer; immutable.
@@ -86,7 +90,7 @@ class TokenTexts:
             detokenizer = _ByteLevelDetokenizer(self._bytes[skip_special_tokens], self._preceding)
         else:
             detokenizer = _PieceDetokenizer(self._pieces[skip_special_tokens], self._preceding)
-        if self._preceding and (shown := detokenizer.copy().flush()):
+        if not detokenizer.is_complete and (shown := detokenizer.copy().flush()):
             return _AfterIncompleteCharacter(detokenizer, shown)
         return detokenizer
 
@@ -106,6 +110,10 @@ class _AfterIncompleteCharacter:
 
     def copy(self) -> "_AfterIncompleteCharacter":
         return _AfterIncompleteCharacter(self._detokenizer.copy(), self._shown)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._detokenizer.is_complete
 
     def _cut(self, text: str) -> str:
         # The first text that comes has all of the character; where that is complete now, none of it was shown.
@@ -137,6 +145,10 @@ class _ByteLevelDetokenizer:
         twin = _ByteLevelDetokenizer(self._table)
         twin._utf8.setstate(self._utf8.getstate())
         return twin
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._utf8.getstate()[0]
 
     def _last_bytes(self, token_ids: Sequence[int]) -> bytes:
         """At least as many of the last bytes as a character has, so that its first one is among them."""
@@ -217,6 +229,10 @@ class _PieceDetokenizer:
         twin._run = bytearray(self._run)
         twin._first, twin._to_strip = self._first, self._to_strip
         return twin
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._run
 
     def _go_on_after(self, token_ids: Sequence[int]) -> None:
         """Take the state after these tokens: of the first ones as far as they change how texts begin, and of a last run
