@@ -18,6 +18,7 @@ from rich.text import Text
 
 from clients.client import NO_CREDENTIALS, Client, ClientError, Credentials
 from clients.launcher import PUBLIC_PORT, Instance, NotRunningError
+from services.common.addresses import split_address
 
 
 class ExitCode(IntEnum):
@@ -172,8 +173,13 @@ class CliContext:
         return f"127.0.0.1:{PUBLIC_PORT}"
 
     def connect(self, address: str) -> Client:
-        """A client of the server to call."""
-        return Client(self.address(address), credentials=self.environment.credentials)
+        """A client of the server to call. Raises CliError for what is not host:port."""
+        chosen = self.address(address)
+        try:
+            split_address(chosen)
+        except ValueError as error:
+            raise CliError(f"--address (SCALELLM_ADDRESS): {error}", ExitCode.USAGE) from None
+        return Client(chosen, credentials=self.environment.credentials)
 
     def table(self, table: RenderableType) -> None:
         """A table, or several, as result; in a pipe each row is one line, however long."""

@@ -33,6 +33,7 @@ from clients.launcher import (
 )
 from clients.launcher.instance import TOKENIZER
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
+from services.common.addresses import bare_host
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -87,13 +88,22 @@ def register(app: typer.Typer) -> None:
     app.command("status", help=STATUS_HELP, short_help="Show health, load and last error of every service.")(status)
 
 
+def _check_host(value: str) -> str:
+    try:
+        return bare_host(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def up(
     ctx: typer.Context,
     *,
     model: ModelOption = DEFAULT_MODEL,
     executors: Annotated[int, typer.Option(min=1, max=64, help="How many executors.")] = 1,
     executor: Annotated[EngineKind, typer.Option(help="What they run.")] = EngineKind.MODEL,
-    host: Annotated[str, typer.Option(help="Address on which clients are served.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(callback=_check_host, help="Address on which clients are served; 0.0.0.0 or :: for all.")
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port for clients; 0: free ones for all services.")
     ] = PUBLIC_PORT,

@@ -23,7 +23,7 @@ from rich.text import Text
 from clients.cli.context import CliContext, CliError, ExitCode
 from clients.cli.top_figures import Scrape, Window, increase, quantile, rate, scrape
 from clients.launcher import NotRunningError
-from clients.launcher.health import local_address
+from services.common.addresses import local_address
 
 HELP = """Show live what the services do: requests, tokens, latencies, caches.
 

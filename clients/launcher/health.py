@@ -23,12 +23,6 @@ _OPTIONS = (
 )
 
 
-def local_address(announced: str) -> str:
-    """The address to call from this machine: a service that listens everywhere also listens on the loopback."""
-    host, _, port = announced.rpartition(":")
-    return f"127.0.0.1:{port}" if host == "0.0.0.0" else announced
-
-
 class Probe:
     """A connection to one service for asking about its state. Use it in a `with` block.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import psutil
 
 from clients.launcher.errors import LauncherError
 from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER
+from services.common.addresses import bound_socket, join_address
 
 PUBLIC_PORT = 50051
 SCHEDULER_PORT = 50052
@@ -116,18 +116,14 @@ def check_ports(plan: Mapping[str, Listener]) -> None:
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As servers do; a port whose last connections are still fading out is free. SO_REUSEPORT is not set: it would
-        # let this instance share the port with another one.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except PermissionError:
-            raise LauncherError(f"port {port} needs more rights than this user has; choose one above 1023") from None
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return False
-            raise LauncherError(f"cannot listen on {host}:{port}: {error.strerror}; check --host") from None
+    try:
+        bound_socket(host, port).close()
+    except PermissionError:
+        raise LauncherError(f"port {port} needs more rights than this user has; choose one above 1023") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return False
+        raise LauncherError(f"cannot listen on {join_address(host, port)}: {error.strerror}; check --host") from None
     return True
 
 

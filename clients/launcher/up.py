@@ -18,7 +18,7 @@ from typing import Protocol
 
 from clients.launcher.credentials import service_credentials
 from clients.launcher.errors import LauncherError
-from clients.launcher.health import Probe, local_address
+from clients.launcher.health import Probe
 from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
 from clients.launcher.plan import UpOptions, check_ports, listeners, service_command, service_environment
 from clients.launcher.processes import find, last_error, last_lines, last_message, spawn, terminate
@@ -30,6 +30,7 @@ from clients.launcher.redis_server import (
     remove_scratch,
     shown,
 )
+from services.common.addresses import local_address
 from services.common.health_check import SERVING
 
 _POLL = 0.05

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from services.common.addresses import is_loopback
 from services.common.api_keys import DEFAULT_TENANT, Principal, Role, Tenant, digest, read_api_keys
 from services.common.errors import StatusError
 from services.common.link_token import read_token
@@ -166,11 +166,8 @@ def open_access(settings: ServiceSettings, *, serves_links: bool) -> Access:
 
 def warn_if_exposed(settings: ServiceSettings) -> None:
     """Say so when whoever reaches the port is served, or can read the keys of others."""
-    try:
-        if settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback:
-            return
-    except ValueError:
-        pass  # a name, of any address
+    if is_loopback(settings.host):
+        return
     if settings.tls_cert is None and settings.api_keys is None and settings.link_token_file is None:
         _log.warning("%s is open to everybody who reaches it: no TLS, no keys", settings.host)
     elif settings.tls_cert is None:

@@ -15,6 +15,7 @@ import psutil
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.common.addresses import join_address
 from services.common.health import HealthReporter
 
 MAX_MESSAGE_BYTES = 16 * 2**20
@@ -102,7 +103,7 @@ class GrpcService:
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self.server)
         names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
-        target = f"{self._host}:{self._port}"
+        target = join_address(self._host, self._port)
         try:
             if self._credentials is not None:
                 port = self.server.add_secure_port(target, self._credentials)
@@ -114,7 +115,8 @@ class GrpcService:
                 "stop the other process or choose another --port"
             ) from None
         await self.server.start()
-        self.address = f"{self._host}:{port}"
+        self._port = port
+        self.address = join_address(self._host, port)
         await self.health.publish()
         self._health_task = asyncio.create_task(self.health.run())
 
@@ -128,7 +130,7 @@ class GrpcService:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
             await asyncio.sleep(grace)
-            _cut_connections(int(self.address.rpartition(":")[2]))
+            _cut_connections(self._port)
         await self.server.stop(None)
 
 

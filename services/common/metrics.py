@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.common.addresses import join_address
 from services.common.lifecycle import StartError
 from services.common.metrics_server import MetricsServer
 from services.common.tls import PLAINTEXT, TlsFiles
@@ -62,8 +63,9 @@ class MetricsEndpoint:
         try:
             self._server = MetricsServer(host, port, registry, tls)
         except OSError as error:
+            where = join_address(host, port)
             raise StartError(
-                f"cannot listen on {host}:{port} for metrics: {error.strerror}; choose another --metrics-port"
+                f"cannot listen on {where} for metrics: {error.strerror}; choose another --metrics-port"
             ) from None
         self.address = self._server.address
 

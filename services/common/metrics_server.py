@@ -11,6 +11,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
+from services.common.addresses import bound_socket, join_address
 from services.common.reload import Reloaded
 from services.common.tls import TlsFiles, server_context
 
@@ -34,13 +35,12 @@ class MetricsServer:
         context = server_context(tls)
 
         class Server(_Server):
-            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
             tls = context
 
         self._server = make_server(host, port, make_wsgi_app(registry), Server, handler_class=_Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
-        self.address = f"{host}:{self._server.server_port}"
+        self.address = join_address(host, self._server.server_port)
 
     def stop(self) -> None:
         """Close the port."""
@@ -51,6 +51,15 @@ class MetricsServer:
 
 class _Server(ThreadingWSGIServer):
     tls: Reloaded[ssl.SSLContext] | None
+
+    def server_bind(self) -> None:
+        """Take the address, of either family; the base class knows only one, and looks the host's name up."""
+        self.socket.close()
+        host, port = self.server_address[:2]
+        self.socket = bound_socket(str(host), port)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(host), self.server_address[1]
+        self.setup_environ()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()

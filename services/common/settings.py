@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
+from services.common.addresses import bare_host, split_address
 from services.common.link.dialer import LinkDialer
 from services.common.logs import LogFormat, tell_errors
 from services.common.tls import TlsFiles
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+Host = Annotated[str, AfterValidator(bare_host)]
 
-_ENDPOINT = re.compile(r"https?://[^/\s]+:[0-9]{1,5}/?")
+_ENDPOINT = re.compile(r"https?://([^/\s]+)/?")
 
 
 def settings_config(service: str) -> SettingsConfigDict:
@@ -41,8 +43,8 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(use_attribute_docstrings=True)
 
-    host: str = "127.0.0.1"
-    """Address to listen on."""
+    host: Host = "127.0.0.1"
+    """Address to listen on: a name or an IP address; 0.0.0.0 or :: for all."""
     port: Port = 0
     """Port to listen on; 0 takes a free one."""
     metrics_port: Port | None = None
@@ -95,8 +97,14 @@ class ServiceSettings(BaseSettings):
     @field_validator("otlp_endpoint")
     @classmethod
     def _check_endpoint(cls, value: str | None) -> str | None:
-        if value is not None and not _ENDPOINT.fullmatch(value):
-            raise ValueError("must be http://host:port or https://host:port")
+        if value is not None:
+            must = "must be http://host:port or https://host:port"
+            if (endpoint := _ENDPOINT.fullmatch(value)) is None:
+                raise ValueError(must)
+            try:
+                split_address(endpoint[1])
+            except ValueError as error:
+                raise ValueError(f"{must}: {error}") from None
         return value
 
     @property

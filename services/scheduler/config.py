@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from services.common.addresses import split_address
 from services.common.settings import LinkingSettings, Port, settings_config
-from services.scheduler.executor_discovery import split_address
 
 
 class SchedulerSettings(LinkingSettings):

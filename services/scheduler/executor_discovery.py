@@ -9,6 +9,8 @@ import socket
 from collections.abc import Iterable
 from typing import Protocol
 
+from services.common.addresses import join_address, split_address
+
 _log = logging.getLogger(__name__)
 
 
@@ -23,19 +25,6 @@ class ExecutorSet(Protocol):
 
     def drop_when_down(self, address: str) -> None:
         """An executor's name stands for it no more: it is forgotten once its link is down."""
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Split `host:port` or `[ipv6]:port`. Raises ValueError."""
-    host, separator, port = address.rpartition(":")
-    if not separator or not host.strip("[]") or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"{address!r} is not host:port")
-    return host.strip("[]"), int(port)
-
-
-def join_address(host: str, port: int) -> str:
-    """The opposite of `split_address`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class ExecutorDiscovery:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from services.common import model_store
+from services.common.addresses import join_address
 from services.common.entry import run_service
 from services.common.lifecycle import StartError, announce, stop_event
 from services.common.metrics import MetricsEndpoint
@@ -31,7 +32,7 @@ async def serve(settings: TokenizerSettings) -> None:
     with ExitStack() as stack:
         reservation = PortReservation(settings.host, settings.port)
         stack.callback(reservation.close)
-        lines = [f"{settings.host}:{reservation.port}"]
+        lines = [join_address(settings.host, reservation.port)]
         if settings.metrics_port is None:
             supervisor = Supervisor(settings, reservation.port)
         else:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from services.common.addresses import split_address
 from services.common.settings import LinkingSettings, Port, settings_config
 
 
@@ -61,9 +62,7 @@ class TokenizerSettings(LinkingSettings):
     @field_validator("scheduler")
     @classmethod
     def _check_address(cls, value: str) -> str:
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError("must be host:port")
+        split_address(value)
         return value
 
     @property

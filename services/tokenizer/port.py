@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+from services.common.addresses import bound_socket, join_address
 from services.common.lifecycle import StartError
 
 
@@ -23,24 +24,16 @@ class PortReservation:
 
     def __init__(self, host: str, port: int) -> None:
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            self._socket = socket.socket(family, kind, protocol)
-        except OSError as error:
+            self._socket = bound_socket(host, port)
+        except socket.gaierror as error:
             raise StartError(f"--host: {host!r} is not an address to listen on: {error.strerror}") from None
-        try:
-            # Connections of an earlier run that wait for their time to run out do not count as somebody else.
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind(address)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         except OSError:
-            self._socket.close()
             raise StartError(
-                f"cannot listen on {host}:{port}: the port is in use or the address is not this machine's; "
-                "stop the other process or choose another --port"
+                f"cannot listen on {join_address(host, port)}: the port is in use or the address is not this "
+                "machine's; stop the other process or choose another --port"
             ) from None
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self.port: int = self._socket.getsockname()[1]
 
     def close(self) -> None:

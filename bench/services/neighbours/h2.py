@@ -11,6 +11,8 @@ import asyncio
 import struct
 from collections.abc import Callable
 
+from services.common.addresses import split_address
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _WINDOW_UPDATE = 0x0, 0x1, 0x3, 0x4, 0x6, 0x8
 _END_STREAM, _ACK, _END_HEADERS, _PADDED = 0x1, 0x1, 0x4, 0x8
@@ -252,8 +254,7 @@ class Connection(asyncio.Protocol):
 
 async def connect(address: str) -> Connection:
     """Open a connection to host:port."""
-    host, _, port = address.rpartition(":")
-    _, connection = await asyncio.get_running_loop().create_connection(Connection, host, int(port))
+    _, connection = await asyncio.get_running_loop().create_connection(Connection, *split_address(address))
     return connection
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from services.common.addresses import join_address
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -36,10 +38,10 @@ def main() -> None:
     status = health_pb2.HealthCheckResponse
     servicer.set("", status.NOT_SERVING if behaviour == "hang" else status.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    port = server.add_insecure_port(f"{options.host}:{options.port}")
+    port = server.add_insecure_port(join_address(options.host, options.port))
     server.start()
     partial = options.announce.with_suffix(".partial")
-    partial.write_text(f"{options.host}:{port}\n")
+    partial.write_text(f"{join_address(options.host, port)}\n")
     partial.replace(options.announce)
     signal.sigwait({signal.SIGUSR1 if behaviour == "stubborn" else signal.SIGTERM})
     server.stop(0)

@@ -241,6 +241,21 @@ def test_port_in_use_is_said_before_anything_starts(instance: Instance, up_optio
     assert not instance.folder.exists()
 
 
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_the_public_service_may_listen_on_ipv6(
+    instance: Instance, up_options: MakeOptions, tmp_path: Path, host: str
+) -> None:
+    state = bring_up(instance, up_options(host=host), Recorder())
+    assert state.public_address.startswith("[::1]:")
+    assert healthy_status(instance).address == state.public_address
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LauncherError, match=rf"port {port} \(tokenizer\) is in use"):
+            bring_up(Instance(tmp_path, "other"), up_options(host=host, port=port, scheduler_port=0), Recorder())
+
+
 def test_redis_of_the_user_is_checked_and_left_running(
     instance: Instance, up_options: MakeOptions, tmp_path: Path
 ) -> None:

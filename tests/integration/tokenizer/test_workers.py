@@ -200,7 +200,7 @@ async def test_taken_port_is_refused(start, own_scheduler, connect):
         (("--model", "no-such-model"), "error: --model: no model 'no-such-model'"),
         (
             ("--scheduler", "nowhere"),
-            "error: --scheduler (SCALELLM_TOKENIZER_SCHEDULER): Value error, must be host:port",
+            "error: --scheduler (SCALELLM_TOKENIZER_SCHEDULER): Value error, 'nowhere' is not host:port",
         ),
         (("--metrics-port", "1"), "error: cannot listen on 127.0.0.1:1 for metrics"),
         (("--redis-url", "nowhere"), "error: --redis-url: Redis URL must specify one of the following schemes"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from clients.cli.context import CliContext, Environment, ExitCode, explain
+from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain
 from clients.cli.generation import logprob_entries
 from clients.cli.latency import rows
 from clients.cli.main import app
@@ -57,6 +57,7 @@ def test_help_explains_itself(arguments: list[str]) -> None:
 def test_wrong_usage_exits_with_2() -> None:
     assert CliRunner().invoke(app, ["generate", "--nonsense"]).exit_code == 2
     assert CliRunner().invoke(app, ["up", "--executors", "0"]).exit_code == 2
+    assert CliRunner().invoke(app, ["up", "--host", "[::1"]).exit_code == 2
 
 
 def test_environment_defaults_and_overrides() -> None:
@@ -102,6 +103,13 @@ def test_address_comes_from_the_option_then_the_environment_then_the_instance(tm
     assert context("h:1").address("h:2") == "h:2"
     with pytest.raises(NotRunningError, match="instance 'other'"):
         context("").with_instance("other").address("")
+    context("[::1]:1").connect("").close()
+    for address, said in (
+        ("::1:1", "an IPv6 address stands in brackets"),
+        ("localhost", "'localhost' is not host:port"),
+    ):
+        with pytest.raises(CliError, match=f"SCALELLM_ADDRESS.*{said}"):
+            context(address).connect("")
 
 
 def test_two_launchers_exclude_each_other(tmp_path: Path) -> None:

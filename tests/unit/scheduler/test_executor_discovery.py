@@ -7,7 +7,7 @@ import pytest
 
 from service_processes import PATIENCE
 from services.scheduler.config import SchedulerSettings
-from services.scheduler.executor_discovery import ExecutorDiscovery, join_address, split_address
+from services.scheduler.executor_discovery import ExecutorDiscovery
 
 
 class Fleet:
@@ -41,17 +41,6 @@ def names(monkeypatch):
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
     return known
-
-
-@pytest.mark.parametrize("bad", ["", "host", "host:", ":50", "host:0", "host:65536", "host:x", "[]:50"])
-def test_bad_addresses(bad):
-    with pytest.raises(ValueError, match="is not host:port"):
-        split_address(bad)
-
-
-@pytest.mark.parametrize("good", ["host:50", "10.0.0.1:1", "[::1]:65535"])
-def test_good_addresses(good):
-    assert join_address(*split_address(good)) == good
 
 
 def test_settings_refuse_bad_executors():

@@ -48,6 +48,14 @@ def test_a_port_that_somebody_listens_on_is_refused(share):
         PortReservation("127.0.0.1", other.getsockname()[1])
 
 
+def test_both_families_are_one_port_to_whoever_listens_on_all():
+    with (
+        listen(0, share=False) as other,
+        pytest.raises(StartError, match=r"cannot listen on \[::\]:\d+: the port is in"),
+    ):
+        PortReservation("::", other.getsockname()[1])
+
+
 def test_a_host_that_is_none_is_refused():
     with pytest.raises(StartError, match="--host: 'not a host' is not an address to listen on"):
         PortReservation("not a host", 0)

@@ -1,0 +1,82 @@
+"""Addresses as options, links and announcements write them: host:port, an IPv6 address in brackets."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split `host:port` or `[ipv6]:port`; the host comes without brackets. Raises ValueError."""
+    name, separator, port = address.rpartition(":")
+    if not separator or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{address!r} is not host:port")
+    try:
+        host = bare_host(name)
+    except ValueError:
+        raise ValueError(f"{address!r} is not host:port") from None
+    if ":" in name and name == host:
+        raise ValueError(f"{address!r} is not host:port: an IPv6 address stands in brackets, [{name}]:{port}")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The opposite of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def bare_host(host: str) -> str:
+    """A host's name or IP address as it was given for itself, where an IPv6 address may have brackets.
+
+    Raises ValueError for what is neither.
+    """
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not bare or any(char in "[]/@#?" or not char.isprintable() or char.isspace() for char in bare):
+        raise ValueError(f"{host!r} is neither a host's name nor an IP address")
+    if ":" in bare or bare != host:
+        try:
+            ipaddress.IPv6Address(bare)
+        except ValueError:
+            raise ValueError(f"{host!r} is neither a host's name nor an IP address") from None
+    return bare
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the host; False for a name, which may have any address, but localhost."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def local_address(announced: str) -> str:
+    """The address to call from this machine: a service that listens everywhere also listens on the loopback."""
+    host, port = split_address(announced)
+    return join_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket that has the address and does not listen yet; on `::` it takes IPv4 as well, as gRPC does.
+
+    The last connections of an earlier owner, which wait for their time to run out, do not count as somebody else.
+    SO_REUSEPORT is not set: nobody else's listener shares the port.
+
+    Args:
+        host: Name or IP address.
+        port: Port; 0 takes a free one.
+
+    Raises OSError, socket.gaierror for a name that is not known.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if host == "::":
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
