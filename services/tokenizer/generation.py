@@ -189,6 +189,7 @@ class _GenerateCall:
             self._num_tokens = len(submit.token_ids) + sum(sample.num_tokens for sample in samples)
             self._ended_samples = [sample.ended for sample in samples if sample.ended is not None]
             edge.link.release(receiver, self._abort_reason())
+        self._count_shown(samples)
         outcome = None
         if session is not None and prompt.continuation is not None:
             outcome = await self._save_turn(session, prompt, samples[0])
@@ -291,6 +292,17 @@ class _GenerateCall:
         _raise_failure(receiver.finish)
         if any(sample.ended is None for sample in samples):
             raise StatusError(grpc.StatusCode.INTERNAL, "the scheduler ended the request before all of its samples")
+
+    def _count_shown(self, samples: Sequence[SampleStream]) -> None:
+        """Make the usage that of the samples as they ended here.
+
+        What an executor generates until it hears of a stop text depends on how fast everybody was.
+        """
+        assert self._finish is not None
+        usage = self._finish.usage
+        num_shown = sum(sample.num_tokens for sample in samples)
+        self._edge.metrics.tokens_beyond_stop.inc(max(0, usage.completion_tokens - num_shown))
+        usage.completion_tokens = num_shown
 
     def _observe_first(self, receiver: TokenReceiver) -> None:
         """The first message of a sample; time to first token is counted once per request."""

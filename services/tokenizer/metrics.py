@@ -91,6 +91,9 @@ class EdgeMetrics:
         self.discarded_tokens = counter(
             "scalellm_tokenizer_tokens_discarded", "Tokens received for requests that had ended here."
         )
+        self.tokens_beyond_stop = counter(
+            "scalellm_tokenizer_tokens_beyond_stop", "Tokens that executors generated after a stop text."
+        )
         self.ttft = histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT_BUCKETS
         )

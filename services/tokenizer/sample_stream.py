@@ -24,6 +24,7 @@ class OutputOptions:
         token_ids: Whether deltas carry token ids.
         skip_special_tokens: Whether special tokens are left out of the text.
         include_stop: Whether the stop text stays in the text.
+        min_tokens: Tokens of which none completes a stop text.
         logprobs: Whether deltas carry log-probabilities.
         keep_answer: Whether text and token ids are also kept for a session.
     """
@@ -32,6 +33,7 @@ class OutputOptions:
     token_ids: bool = False
     skip_special_tokens: bool = True
     include_stop: bool = False
+    min_tokens: int = 0
     logprobs: bool = False
     keep_answer: bool = False
 
@@ -43,6 +45,7 @@ class OutputOptions:
             token_ids=request.output in (generation_pb2.OUTPUT_TOKEN_IDS, generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS),
             skip_special_tokens=not request.HasField("skip_special_tokens") or request.skip_special_tokens,
             include_stop=request.include_stop,
+            min_tokens=request.sampling.min_tokens,
             logprobs=request.sampling.HasField("logprobs"),
             keep_answer=request.HasField("session_id"),
         )
@@ -71,7 +74,11 @@ class SampleStream:
         self._detokenizer: Detokenizer | None = None
         if stops is not None:
             self._text = TextStream(
-                texts, stops, skip_special_tokens=options.skip_special_tokens, include_stop=options.include_stop
+                texts,
+                stops,
+                skip_special_tokens=options.skip_special_tokens,
+                include_stop=options.include_stop,
+                min_tokens=options.min_tokens,
             )
         elif options.text or options.keep_answer:
             self._detokenizer = texts.detokenizer(skip_special_tokens=options.skip_special_tokens)
@@ -90,7 +97,10 @@ class SampleStream:
             return self._respond(batch, self._detokenizer.push(token_ids), len(token_ids))
         # The token that ended the sample is a token of the answer, but not text.
         hides_last = (
-            finish is not None and finish.HasField("stop_token_id") and token_ids[-1:] == [finish.stop_token_id]
+            finish is not None
+            and finish.HasField("stop_token_id")
+            and token_ids[-1:] == [finish.stop_token_id]
+            and not (self._text is not None and self._text.is_stop(finish.stop_token_id))
         )
         shown = token_ids[:-1] if hides_last else token_ids
         num_tokens, text, stop = len(token_ids), "", None

@@ -50,6 +50,9 @@ class TokenTexts:
 
     A text may begin with token 0, or go on `after` others.
 
+    Attributes:
+        special_ids: Ids of the special tokens, by their texts.
+
     Raises UnsupportedTokenizerError for a decoder of another kind than the two above.
     """
 
@@ -59,8 +62,9 @@ class TokenTexts:
         self._preceding: Sequence[int] = ()
         size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         tokens: list[str | None] = [tokenizer.id_to_token(token_id) for token_id in range(size)]
-        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-        visible = [None if token in special else token for token in tokens]
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        visible = [None if token in self.special_ids else token for token in tokens]
         if spec.get("type") == "ByteLevel":
             alphabet = _byte_alphabet()
             self._bytes: tuple[list[bytes], list[bytes]] | None = (

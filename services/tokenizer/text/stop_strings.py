@@ -17,14 +17,18 @@ class StopStrings:
 
     Args:
         stops: The stop strings; none may be empty. An empty collection matches nothing.
+
+    Attributes:
+        stops: The stop strings.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
+        self.stops = tuple(stops)
         self._next: list[dict[str, int]] = [{}]
         self._depth = [0]
         self._match = [""]
         firsts = set()
-        for stop in stops:
+        for stop in self.stops:
             if not stop:
                 raise ValueError("a stop string must not be empty")
             firsts.add(stop[0])
@@ -32,8 +36,8 @@ class StopStrings:
         self._fail = self._failure_links()
         self._first = re.compile("[" + re.escape("".join(sorted(firsts))) + "]") if firsts else None
 
-    def scan(self, state: int, text: str) -> tuple[int, int]:
-        """Advance from `state` over `text` to the first completed match, or to the end.
+    def scan(self, state: int, text: str, *, passes_matches: bool = False) -> tuple[int, int]:
+        """Advance from `state` over `text` to the first completed match, or to the end: with `passes_matches` always.
 
         Returns the new state and how many characters were read; `match(state)` tells which of the two it was.
         """
@@ -48,7 +52,7 @@ class StopStrings:
                 position = found.start()
             state = self._step(state, text[position])
             position += 1
-            if self._match[state]:
+            if self._match[state] and not passes_matches:
                 break
         return state, position
 
@@ -121,10 +125,15 @@ class StopMatcher:
         self._state = 0
         self._held = ""
 
-    def push(self, text: str) -> StopResult:
-        """Return what may be shown now that `text` follows. After a match the matcher is used up."""
-        self._state, read = self._stops.scan(self._state, text)
-        stop = self._stops.match(self._state)
+    def push(self, text: str, *, passes_matches: bool = False) -> StopResult:
+        """Return what may be shown now that `text` follows. After a match the matcher is used up.
+
+        With `passes_matches` a stop string that ends in `text` is text like any other; one that only begins there will
+        match.
+        """
+        self._state, read = self._stops.scan(self._state, text, passes_matches=passes_matches)
+        # A state that is a match without any text may be left from one that was passed.
+        stop = self._stops.match(self._state) if read and not passes_matches else ""
         known = self._held + text[:read]
         if stop:
             self._held = ""

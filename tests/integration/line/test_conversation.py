@@ -122,7 +122,8 @@ async def test_stop_strings_end_the_answer_on_the_executor(line: Line) -> None:
     long = common_pb2.SamplingParams(max_tokens=800, temperature=0, ignore_eos=True)
     included = await ask(line, chat("Count from one to twenty.", stop=[stop], include_stop=True, sampling=long))
     assert included.text == answer.text + stop
-    assert included.finished.usage.completion_tokens < 800
+    # Usage is what came, however far the executor got before it heard of the stop text.
+    assert included.finished.usage.completion_tokens == answer.finished.usage.completion_tokens < 20
 
 
 async def test_deadline_and_cancellation_reach_the_executor(line: Line) -> None:

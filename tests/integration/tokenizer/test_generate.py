@@ -9,9 +9,10 @@ from itertools import pairwise
 import grpc
 import pytest
 
+from line import scrape
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2, tokenizer_pb2
 from scripted_scheduler import EXECUTOR, Script, default_tokens
-from service_processes import PATIENCE
+from service_processes import PATIENCE, eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -123,6 +124,50 @@ async def test_stop_strings_cross_token_borders(client, scheduler, tokenizer, ch
         (abort,) = scheduler.aborts
         assert (abort.index, abort.reason) == (0, link_pb2.ABORT_REASON_STOP)
         assert abort.HasField("index")
+
+
+async def test_usage_ends_with_the_stop_text(client, scheduler, tokenizer, service):
+    def num_beyond_stop() -> float:
+        return scrape(service)["scalellm_tokenizer_tokens_beyond_stop_total"]
+
+    tokens = tokenizer.encode(STORY).ids
+    counts, before = [], num_beyond_stop()
+    for chunk in (1, 2000):
+        scheduler.play = lambda submit, chunk=chunk: Script(samples=[tokens + ON_AND_ON[:1000]] * 2, chunk=chunk)
+        answer = await client.generate(
+            request(stop=["lazy d"], stream_interval=1024, sampling={"n": 2, "max_tokens": 1500})
+        )
+        counts.append(answer.finished.usage.completion_tokens)
+        assert counts[-1] == sum(delta.num_tokens for delta in answer.deltas)
+    assert counts[0] == counts[1] < 2 * len(tokens)
+    await eventually(lambda: num_beyond_stop() > before + 2000)  # of the second one, which came as a whole
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("is_eos", [False, True])
+async def test_a_stop_text_may_be_a_special_token(client, scheduler, tokenizer, include_stop, skips, is_eos):
+    tokens, end = tokenizer.encode("That is all").ids, tokenizer.token_to_id("<|im_end|>")
+    script = Script(samples=[[*tokens, end]], reason=common_pb2.FINISH_REASON_STOP, stop_token=True)
+    scheduler.play = lambda submit: script if is_eos else Script(samples=[[*tokens, end, *ON_AND_ON]])
+    answer = await client.generate(
+        request(stop=["<|im_end|>"], include_stop=include_stop, skip_special_tokens=skips, sampling={"max_tokens": 99})
+    )
+    (sample,) = answer.finished.samples
+    assert (sample.reason, sample.stop) == (common_pb2.FINISH_REASON_STOP, "<|im_end|>")
+    assert answer.text() == "That is all" + "<|im_end|>" * include_stop
+    assert answer.finished.usage.completion_tokens == len(tokens) + 1
+
+
+async def test_no_stop_text_ends_a_sample_before_min_tokens(client, scheduler, tokenizer):
+    tokens = tokenizer.encode("one, two, three, four, five").ids
+    scheduler.play = lambda submit: Script(samples=[tokens + ON_AND_ON])
+    first = await client.generate(request(stop=[","], sampling={"max_tokens": 99}))
+    assert first.text() == "one"
+    late = await client.generate(request(stop=[","], sampling={"max_tokens": 99, "min_tokens": 4}))
+    assert late.text() == tokenizer.decode(tokens[: late.finished.usage.completion_tokens]).removesuffix(",")
+    assert late.finished.usage.completion_tokens > 4
+    assert late.finished.samples[0].stop == ","
 
 
 async def test_stop_token_is_a_token_but_not_text(client, scheduler, tokenizer):
