@@ -185,7 +185,7 @@ def _load(
             reported = percent
             progress(f"weights {percent} %")
 
-    return load_model(path, runtime, max_model_len=max_model_len, on_progress=on_progress)[0]
+    return load_model(path, runtime, config=config, max_model_len=max_model_len, on_progress=on_progress)[0]
 
 
 def _size_cache(

@@ -33,7 +33,6 @@ MODEL = ModelConfig(
     attention_softcap=0.0,
     final_softcap=0.0,
     eos_token_ids=(2,),
-    bos_token_id=1,
 )
 
 

@@ -47,6 +47,10 @@ class EngineConfig:
         for name in ("num_blocks", "vocab_size", "block_size", "max_num_seqs", "min_prefill_chunk", "block_run"):
             if getattr(self, name) < 1:
                 raise EngineConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if outside := sorted(token for token in self.eos_token_ids if not 0 <= token < self.vocab_size):
+            raise EngineConfigError(
+                f"eos_token_ids has {outside[0]}; token ids are between 0 and {self.vocab_size - 1}"
+            )
         if self.num_host_blocks < 0:
             raise EngineConfigError(f"num_host_blocks must be at least 0, got {self.num_host_blocks}")
         if self.max_model_len < 2:

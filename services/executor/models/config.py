@@ -38,7 +38,7 @@ class ModelConfig:
     `attention_scale` multiplies the query-key products; `embedding_scale` the token embeddings. A softcap of 0 means
     none. Layer `i` is a sliding-window layer when `sliding_layers[i]`: it sees the last `sliding_window` positions,
     its own included, and uses `local_rope`; every other layer sees everything and uses `rope`.
-    `eos_token_ids` are all the ids that end a generation, the model's own preference first.
+    `eos_token_ids` are all the ids that end an answer (`services.common.end_tokens`).
     Where `sparse_layers[i]`, the MLP of layer `i` is a mixture of `num_experts` experts of `moe_intermediate_size`, of
     which a token takes the `num_experts_per_token` most probable; `norm_topk_prob` makes their weights add up to 1. A
     dense model has no such layers.
@@ -68,8 +68,7 @@ class ModelConfig:
     embedding_scale: float
     attention_softcap: float
     final_softcap: float
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...] = ()
     num_experts: int = 0
     num_experts_per_token: int = 0
     moe_intermediate_size: int = 0

@@ -28,7 +28,7 @@ def config_from_gguf(
     vocab_size: int,
     rope_factors: Sequence[float] | None = None,
 ) -> ModelConfig:
-    """Return the configuration of a GGUF file.
+    """Return the configuration of a GGUF file, all but the tokens that end an answer.
 
     `metadata` maps keys to values, `vocab_size` is the number of rows of the embedding (the truth where the metadata
     is silent), `rope_factors` the tensor `rope_freqs.weight` if there is one. Raises UnsupportedModelError.
@@ -78,8 +78,6 @@ def config_from_gguf(
         embedding_scale=hidden_size**0.5 if gemma else 1.0,
         attention_softcap=get.number("attn_logit_softcapping", 0.0),
         final_softcap=get.number("final_logit_softcapping", 0.0),
-        eos_token_ids=_eos_token_ids(metadata),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         num_experts=num_experts,
         num_experts_per_token=get.integer("expert_used_count") if num_experts else 0,
         moe_intermediate_size=_expert_size(get) if num_experts else 0,
@@ -132,12 +130,6 @@ def _scaling(get: "_Reader", rope_factors: Sequence[float] | None) -> RopeScalin
     if rope_factors is not None:
         return FrequencyFactors(tuple(linear * factor for factor in rope_factors))
     return None if linear == 1.0 else LinearScaling(linear)
-
-
-def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    # eos ends a document, eot a chat turn, eom a tool call: any of them ends the model's answer.
-    ids = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
 class _Reader:

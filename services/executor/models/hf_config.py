@@ -18,8 +18,8 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
-def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Return the configuration described by config.json (`raw`) and, for its stop tokens, generation_config.json.
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """Return the configuration described by config.json (`raw`), all but the tokens that end an answer.
 
     Raises UnsupportedModelError for another architecture, an unknown quantisation, or a setting outside what the
     decoder implements.
@@ -66,8 +66,6 @@ def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
         embedding_scale=hidden_size**0.5 if gemma else 1.0,
         attention_softcap=_number(raw, "attn_logit_softcapping", 0.0) if gemma else 0.0,
         final_softcap=_number(raw, "final_logit_softcapping", 0.0) if gemma else 0.0,
-        eos_token_ids=_eos_token_ids(raw, generation or {}),
-        bos_token_id=raw.get("bos_token_id"),
         **_experts(raw, architecture, num_layers),
         stored_linears=_stored_linears(raw),
     )
@@ -241,14 +239,6 @@ def _layer_indices(raw: Mapping[str, Any], key: str) -> list[int]:
     if not isinstance(value, list) or not all(isinstance(layer, int) for layer in value):
         raise UnsupportedModelError(f"config.json: {key} is {value!r}; it must be a list of layer numbers")
     return value
-
-
-def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    ids: list[int] = []
-    for source in (generation, raw):
-        value = source.get("eos_token_id")
-        ids += [value] if isinstance(value, int) else (value or [])
-    return tuple(dict.fromkeys(ids))
 
 
 def _positive_int(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:

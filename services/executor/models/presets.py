@@ -53,7 +53,6 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
             rope=RopeConfig(500_000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)),
             qk_norm=False,
             eos_token_ids=(128_001, 128_008, 128_009),
-            bos_token_id=128_000,
         ),
         "qwen3-8b": _config(
             architecture="Qwen3ForCausalLM",
@@ -65,7 +64,6 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
             rope=RopeConfig(1_000_000.0),
             qk_norm=True,
             eos_token_ids=(151_645, 151_643),
-            bos_token_id=151_643,
         ),
         "mixtral-8x7b": _config(
             architecture="MixtralForCausalLM",
@@ -77,7 +75,6 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
             rope=RopeConfig(1_000_000.0),
             qk_norm=False,
             eos_token_ids=(2,),
-            bos_token_id=1,
             num_experts=8,
             num_experts_per_token=2,
             moe_intermediate_size=14_336,

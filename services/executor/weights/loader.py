@@ -1,15 +1,15 @@
 """From a path to a model: find the checkpoint, check it, allocate, fill."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from services.common.end_tokens import end_token_ids
 from services.common.gguf_metadata import GgufError
+from services.common.model_files import ModelFileError, read_json_object
 from services.executor.models.causal_lm import CausalLM
 from services.executor.models.config import ModelConfig
 from services.executor.models.errors import UnsupportedModelError
@@ -35,11 +35,11 @@ def read_model_config(path: Path) -> ModelConfig:
 
     Raises UnsupportedModelError.
     """
-    path = _locate(path)
-    if path.is_dir():
-        return _hf_config(path)
-    with GgufFile(path) as file:
-        return _gguf_config(file)
+    located = _locate(path)
+    if located.is_dir():
+        return _with_ends(path, _hf_config(located))
+    with GgufFile(located) as file:
+        return _with_ends(path, _gguf_config(file))
 
 
 def weight_bytes(config: ModelConfig, runtime: ModelRuntime, *, max_model_len: int | None = None) -> int:
@@ -51,22 +51,23 @@ def load_model(
     path: Path,
     runtime: ModelRuntime,
     *,
+    config: ModelConfig | None = None,
     max_model_len: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[CausalLM, ModelConfig]:
     """Load a model directory (`model.gguf`, any one `*.gguf`, or config.json with safetensors) or a `.gguf` file.
 
     Files are mapped and converted tensor by tensor, so the peak is near the final size. Everything is checked before
-    the weights are allocated. `on_progress` gets (bytes done, bytes in total) of the model's own memory. Raises
-    UnsupportedModelError for an unknown architecture or quantisation, and for missing, damaged or surplus tensors.
+    the weights are allocated. `config` is what `read_model_config` returned, for who has it already. `on_progress` gets
+    (bytes done, bytes in total) of the model's own memory. Raises UnsupportedModelError for an unknown architecture or
+    quantisation, and for missing, damaged or surplus tensors.
     """
+    config = config or read_model_config(path)
     path = _locate(path)
     if path.is_dir():
-        config = _hf_config(path)
         with SafetensorsSource(path) as source:
             return _fill(path, config, source, runtime, max_model_len, on_progress), config
     with GgufFile(path) as file:
-        config = _gguf_config(file)
         return _fill(path, config, GgufSource(file, config), runtime, max_model_len, on_progress), config
 
 
@@ -165,22 +166,22 @@ def _locate(path: Path) -> Path:
     raise UnsupportedModelError(f"{path} holds neither a .gguf file nor a config.json with safetensors")
 
 
-def _hf_config(directory: Path) -> ModelConfig:
-    generation, modelopt = directory / "generation_config.json", directory / "hf_quant_config.json"
-    raw = _json(directory / "config.json")
-    if not raw.get("quantization_config") and modelopt.is_file():  # where ModelOpt wrote it before it was in both
-        raw["quantization_config"] = {"quant_method": "modelopt"} | (_json(modelopt).get("quantization") or {})
-    return config_from_hf(raw, _json(generation) if generation.is_file() else None)
-
-
-def _json(path: Path) -> dict[str, Any]:
+def _with_ends(path: Path, config: ModelConfig) -> ModelConfig:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{path}: not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedModelError(f"{path}: a JSON object is expected")
-    return value
+        return replace(config, eos_token_ids=end_token_ids(path, config.vocab_size))
+    except (ModelFileError, GgufError) as error:
+        raise UnsupportedModelError(str(error)) from error
+
+
+def _hf_config(directory: Path) -> ModelConfig:
+    try:
+        raw = read_json_object(directory / "config.json")
+        modelopt = read_json_object(directory / "hf_quant_config.json", missing={})
+    except ModelFileError as error:
+        raise UnsupportedModelError(str(error)) from error
+    if not raw.get("quantization_config") and modelopt:  # where ModelOpt wrote it before it was in both
+        raw["quantization_config"] = {"quant_method": "modelopt"} | (modelopt.get("quantization") or {})
+    return config_from_hf(raw)
 
 
 def _gguf_config(file: GgufFile) -> ModelConfig:

@@ -5,23 +5,33 @@ with scores and byte fallback (Llama 2, Mistral, Gemma). The latter is rebuilt a
 implies, which is how these models' own tokenizer.json files were made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from services.common.end_tokens import GGUF_CONTROL, drawable
 from services.common.gguf_metadata import GgufMetadata
 from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 from services.tokenizer.text.pre_tokenizers import PRE_TOKENIZERS
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_NORMAL, _USER_DEFINED = 1, 4
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 _SPACE = "▁"
 """SentencePiece's visible space, U+2581."""
 
 
-def build_gguf_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
-    """Build the tokenizer that the file `path` describes in `metadata`. Raises UnsupportedTokenizerError."""
+def build_gguf_tokenizer(metadata: GgufMetadata, roles: Mapping[str, int], path: Path) -> Tokenizer:
+    """Build the tokenizer that the file `path` describes in `metadata`, whose tokens with a role are `token_roles`.
+
+    Raises UnsupportedTokenizerError.
+    """
     family = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if family is None or tokens is None:
@@ -30,7 +40,7 @@ def build_gguf_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
         tokenizer, adds_bos = _byte_level(metadata, tokens, path), _pre_tokenizer(metadata, path).adds_bos
     elif family == "llama":
         tokens = _visible_spaces(tokens)
-        tokenizer, adds_bos = _sentence_piece(metadata, tokens, path), True
+        tokenizer, adds_bos = _sentence_piece(metadata, tokens, roles, path), True
     else:
         raise UnsupportedTokenizerError(
             f"{path} has a tokenizer of type {family!r}; "
@@ -38,8 +48,19 @@ def build_gguf_tokenizer(metadata: GgufMetadata, path: Path) -> Tokenizer:
         )
     types = _types(metadata, len(tokens), path)
     _add_special_tokens(tokenizer, tokens, types)
-    _add_boundary_tokens(tokenizer, metadata, tokens, adds_bos)
+    _add_boundary_tokens(tokenizer, metadata, tokens, adds_bos, roles)
     return tokenizer
+
+
+def token_roles(metadata: GgufMetadata, path: Path) -> dict[str, int]:
+    """Return the ids that the file gives to roles, by the names that chat templates use (`bos_token`, ...).
+
+    One that is no token's is left out, with a warning.
+    """
+    num_tokens = len(metadata.get("tokenizer.ggml.tokens", ()))
+    given = {role: f"tokenizer.ggml.{key}" for role, key in _ROLES.items() if f"tokenizer.ggml.{key}" in metadata}
+    ids = {role: drawable(f"{path}: {key}", metadata[key], num_tokens) for role, key in given.items()}
+    return {role: token_id for role, token_id in ids.items() if token_id is not None}
 
 
 def _pre_tokenizer(metadata: GgufMetadata, path: Path) -> Any:
@@ -65,16 +86,15 @@ def _byte_level(metadata: GgufMetadata, tokens: Sequence[str], path: Path) -> To
     return tokenizer
 
 
-def _sentence_piece(metadata: GgufMetadata, tokens: Sequence[str], path: Path) -> Tokenizer:
+def _sentence_piece(metadata: GgufMetadata, tokens: Sequence[str], roles: Mapping[str, int], path: Path) -> Tokenizer:
     scores = metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise UnsupportedTokenizerError(f"{path} has a SentencePiece vocabulary without a score per token")
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     tokenizer = _bpe(
         tokens,
         _implied_merges(tokens, scores, _types(metadata, len(tokens), path)),
         path,
-        unk_token=tokens[unknown] if unknown is not None else None,
+        unk_token=tokens[roles["unk_token"]] if "unk_token" in roles else None,
         fuse_unk=True,
         byte_fallback=True,
     )
@@ -140,13 +160,15 @@ def _types(metadata: GgufMetadata, num_tokens: int, path: Path) -> list[int]:
 
 def _add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
     """Mark control tokens as special, and those the vocabulary's author added by hand as unsplittable text."""
-    marked = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == _CONTROL) for token, kind in marked])
+    marked = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (GGUF_CONTROL, _USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == GGUF_CONTROL) for token, kind in marked])
 
 
-def _add_boundary_tokens(tokenizer: Tokenizer, metadata: GgufMetadata, tokens: Sequence[str], adds_bos: bool) -> None:
+def _add_boundary_tokens(
+    tokenizer: Tokenizer, metadata: GgufMetadata, tokens: Sequence[str], adds_bos: bool, roles: Mapping[str, int]
+) -> None:
     """Put the beginning and end tokens around a text where the model wants them."""
-    bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    bos, eos = roles.get("bos_token"), roles.get("eos_token")
     pieces = ["$A"]
     special: list[tuple[str, int]] = []
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", adds_bos):

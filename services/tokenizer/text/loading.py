@@ -1,12 +1,13 @@
 """Load the tokenizer of a model: Hugging Face directory or GGUF file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from services.common.end_tokens import end_token_ids
 from services.common.gguf_metadata import GgufError, GgufMetadata
+from services.common.model_files import ModelFileError, read_json_object
 from services.common.tokenizer_digest import (
     TOKENIZER_JSON,
     TokenizerSourceError,
@@ -14,17 +15,10 @@ from services.common.tokenizer_digest import (
     tokenizer_sha256,
     tokenizer_source,
 )
-from services.tokenizer.text.gguf_tokenizer import build_gguf_tokenizer
+from services.tokenizer.text.gguf_tokenizer import build_gguf_tokenizer, token_roles
 from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError
 
 _TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_GGUF_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_GGUF_ROLES = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
 
 
 def load_model_tokenizer(model: Path) -> ModelTokenizer:
@@ -36,16 +30,15 @@ def load_model_tokenizer(model: Path) -> ModelTokenizer:
         source = tokenizer_source(model)
         if source.name == TOKENIZER_JSON:
             return _load_directory(model)
-        return _load_gguf(source)
-    except (TokenizerSourceError, GgufError) as error:
+        return _load_gguf(source, end_token_ids(model))
+    except (TokenizerSourceError, ModelFileError, GgufError) as error:
         raise UnsupportedTokenizerError(str(error)) from error
 
 
-def _load_gguf(path: Path) -> ModelTokenizer:
+def _load_gguf(path: Path, eos_token_ids: tuple[int, ...]) -> ModelTokenizer:
     metadata = GgufMetadata(path)
-    tokenizer = build_gguf_tokenizer(metadata, path)
-    prefix = "tokenizer.ggml."
-    roles = {name: tokenizer.id_to_token(metadata.get(prefix + key, -1)) for name, key in _gguf_roles(metadata, prefix)}
+    roles = token_roles(metadata, path)
+    tokenizer = build_gguf_tokenizer(metadata, roles, path)
     templates = {
         key.removeprefix("tokenizer.chat_template").lstrip(".") or "default": metadata[key]
         for key in metadata
@@ -54,14 +47,10 @@ def _load_gguf(path: Path) -> ModelTokenizer:
     return ModelTokenizer(
         tokenizer=tokenizer,
         sha256=gguf_tokenizer_sha256(metadata),
-        eos_token_ids=tuple(sorted({metadata[prefix + key] for key in _GGUF_END_TOKENS if prefix + key in metadata})),
-        special_tokens={name: token for name, token in roles.items() if token is not None},
+        eos_token_ids=eos_token_ids,
+        special_tokens={role: text for role, id_ in roles.items() if (text := tokenizer.id_to_token(id_)) is not None},
         chat_templates=templates,
     )
-
-
-def _gguf_roles(metadata: GgufMetadata, prefix: str) -> list[tuple[str, str]]:
-    return [(name, key) for name, key in _GGUF_ROLES.items() if prefix + key in metadata]
 
 
 def _load_directory(folder: Path) -> ModelTokenizer:
@@ -73,29 +62,15 @@ def _load_directory(folder: Path) -> ModelTokenizer:
     # Both would be part of what encoding returns; lengths are the service's business.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json_object(folder / "tokenizer_config.json", missing={})
     special_tokens = {name: _token_text(config[name]) for name in _TOKEN_ROLES if config.get(name)}
-    eos_token_ids = _eos_token_ids(folder)
-    if not eos_token_ids and "eos_token" in special_tokens:
-        eos_token_id = tokenizer.token_to_id(special_tokens["eos_token"])
-        eos_token_ids = set() if eos_token_id is None else {eos_token_id}
     return ModelTokenizer(
         tokenizer=tokenizer,
         sha256=tokenizer_sha256(folder),
-        eos_token_ids=tuple(sorted(eos_token_ids)),
+        eos_token_ids=end_token_ids(folder),
         special_tokens=special_tokens,
         chat_templates=_chat_templates(folder, config),
     )
-
-
-def _eos_token_ids(folder: Path) -> set[int]:
-    """Return what generation ends at: the generation settings know more than the model's configuration."""
-    for name in ("generation_config.json", "config.json"):
-        config = _read_json(folder / name)
-        value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-        if value is not None:
-            return {value} if isinstance(value, int) else set(value)
-    return set()
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -107,7 +82,7 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         templates = {entry["name"]: entry["template"] for entry in value}
     else:
         templates = dict(value)
-    legacy = _read_json(folder / "chat_template.json").get("chat_template")
+    legacy = read_json_object(folder / "chat_template.json", missing={}).get("chat_template")
     if isinstance(legacy, str):
         templates["default"] = legacy
     if (folder / "chat_template.jinja").is_file():
@@ -119,15 +94,3 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _token_text(value: Any) -> str:
     return str(value["content"]) if isinstance(value, dict) else str(value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UnsupportedTokenizerError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedTokenizerError(f"{path}: not a JSON object")
-    return value

@@ -189,11 +189,11 @@ def test_windows_and_ropes_per_layer() -> None:
     assert config.layer_rope(5).scaling is not None
 
 
-def test_stop_tokens_of_the_generation_config_come_first() -> None:
-    config = config_from_hf(QWEN2_05B, {"eos_token_id": [151645, 151643]})
-    assert config.eos_token_ids == (151645, 151643)
-    assert config_from_hf(LLAMA_32_1B).eos_token_ids == (128001, 128008, 128009)
-    assert config_from_hf({**QWEN2_05B, "eos_token_id": None}).eos_token_ids == ()
+def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_32_1B))
+    assert read_model_config(tmp_path).eos_token_ids == (128001, 128008, 128009)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert read_model_config(tmp_path).eos_token_ids == (7, 128001, 128008, 128009)
 
 
 def test_kv_bytes_per_token() -> None:

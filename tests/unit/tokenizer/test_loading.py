@@ -81,13 +81,13 @@ def test_the_smollm_rule_matters(smollm2: ModelTokenizer) -> None:
 
 def test_what_the_real_files_say(smollm2: ModelTokenizer, gemma3: ModelTokenizer) -> None:
     assert smollm2.vocab_size == 49152
-    assert smollm2.eos_token_ids == (2,)
+    assert smollm2.eos_token_ids == (0, 2)  # <|endoftext|>, <|im_end|>
     assert smollm2.special_tokens["eos_token"] == "<|im_end|>"
     assert smollm2.special_token_ids == frozenset(range(17))
     assert smollm2.chat_template is not None
     assert smollm2.chat_template.startswith("{% for message in messages %}")
     assert gemma3.vocab_size == 262144
-    assert gemma3.eos_token_ids == (1,)
+    assert gemma3.eos_token_ids == (1, 106)  # <eos>, <end_of_turn>
     assert gemma3.chat_template is None
     assert gemma3.tokenizer.encode("x").ids[0] == 2
     assert gemma3.tokenizer.encode("x", add_special_tokens=False).ids[0] != 2
@@ -236,7 +236,8 @@ def test_directory(byte_level: Tokenizer, unigram: Tokenizer, tmp_path: Path) ->
         loaded = load_model_tokenizer(tmp_path)
         for text in SAMPLES:
             assert loaded.tokenizer.encode(text).ids == tokenizer.encode(text).ids
-    assert loaded.eos_token_ids == ()
+    end = unigram.token_to_id("</s>")
+    assert loaded.eos_token_ids == (end,)
     assert loaded.chat_template is None
 
     def write(name: str, value: Any) -> ModelTokenizer:
@@ -245,7 +246,7 @@ def test_directory(byte_level: Tokenizer, unigram: Tokenizer, tmp_path: Path) ->
 
     roles = {"eos_token": {"content": "</s>", "__type": "AddedToken"}, "unk_token": "<unk>", "bos_token": None}
     loaded = write("tokenizer_config.json", {**roles, "chat_template": "one"})
-    assert loaded.eos_token_ids == (unigram.token_to_id("</s>"),)
+    assert loaded.eos_token_ids == (end,)
     assert loaded.special_tokens == {"eos_token": "</s>", "unk_token": "<unk>"}
     assert loaded.chat_template == "one"
     templates = [{"name": "default", "template": "two"}, {"name": "rag", "template": "three"}]
@@ -253,8 +254,8 @@ def test_directory(byte_level: Tokenizer, unigram: Tokenizer, tmp_path: Path) ->
     assert loaded.chat_templates == {"default": "two", "rag": "three"}
     assert write("chat_template.json", {"chat_template": "four"}).chat_template == "four"
     assert write("chat_template.jinja", "five").chat_template == "five"
-    assert write("config.json", {"text_config": {"eos_token_id": 7}}).eos_token_ids == (7,)
-    assert write("generation_config.json", {"eos_token_id": [9, 8]}).eos_token_ids == (8, 9)
+    assert write("config.json", {"text_config": {"eos_token_id": 7}}).eos_token_ids == (end, 7)
+    assert write("generation_config.json", {"eos_token_id": [9, 8]}).eos_token_ids == (end, 7, 8, 9)
     with pytest.raises(UnsupportedTokenizerError, match=r"generation_config\.json"):
         write("generation_config.json", "{")
 
