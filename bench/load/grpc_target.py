@@ -16,8 +16,6 @@ from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc, tokeniz
 _OPTIONS = (
     # A pool of its own: channels to the same address would share one connection otherwise.
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", 16 * 2**20),
-    ("grpc.max_send_message_length", 16 * 2**20),
     ("grpc.enable_http_proxy", 0),
 )
 # What a message is held back for at most: the API's own limit. Answers that nobody watches come in as few as possible.

@@ -14,11 +14,7 @@ from clients.client.stream import GenerationStream
 from scalellm.v1 import generation_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 
-MAX_MESSAGE_BYTES = 16 * 2**20
-
 _CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A server that vanished without closing its connection is noticed while a stream is open.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -182,6 +182,6 @@ def _refuse_with(error: StatusError) -> grpc.RpcMethodHandler:
     """A handler for calls of any shape: what the client sends is neither waited for nor parsed."""
 
     async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
-        await error.abort(context)
+        await error.end(context)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

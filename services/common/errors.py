@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -69,12 +67,15 @@ class StatusError(Exception):
             status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         return status
 
-    async def abort(self, context: grpc.aio.ServicerContext) -> NoReturn:
-        """End a public RPC with this status; trailing metadata that was set before stays."""
+    async def end(self, context: grpc.aio.ServicerContext) -> None:
+        """End a call with this status; its handler returns then. Trailing metadata that was set before stays."""
         status = rpc_status.to_status(self.to_rpc_status())
         metadata = (*(context.trailing_metadata() or ()), *status.trailing_metadata)
-        await context.abort_with_status(status._replace(trailing_metadata=metadata))
-        raise AssertionError("abort returned")
+        try:
+            await context.abort_with_status(status._replace(trailing_metadata=metadata))
+        except grpc.aio.AbortError as error:
+            # The context keeps it, and gRPC raises it again: with the frames of the handler they would be a cycle.
+            error.__traceback__ = None
 
 
 def code_name(code: int) -> str:

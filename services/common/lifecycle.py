@@ -18,7 +18,9 @@ from grpc_reflection.v1alpha import reflection
 from services.common.addresses import join_address
 from services.common.health import HealthReporter
 
-MAX_MESSAGE_BYTES = 16 * 2**20
+MAX_FRAME_BYTES = 16 * 2**20
+"""Of a message between services. Messages of clients are smaller: the tokenizer sets limits of its own."""
+
 MAX_METADATA_BYTES = 16 * 2**10
 
 _UNLIMITED = 2**31 - 1
@@ -30,8 +32,8 @@ LAST_WORDS = 0.2
 KEEPALIVE_OPTIONS = (("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 10_000))
 
 CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     *KEEPALIVE_OPTIONS,
     # Reconnecting is the link's business: gRPC's shared back-off would delay it by up to two minutes.
     ("grpc.use_local_subchannel_pool", 1),
@@ -40,8 +42,10 @@ CHANNEL_OPTIONS = (
 )
 
 SERVER_OPTIONS = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    # Of no compression algorithm but the first, none: a few bytes would stand for a message of any length.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     *KEEPALIVE_OPTIONS,
@@ -70,6 +74,7 @@ class GrpcService:
         services: Full names of the services it serves, for health and reflection.
         is_ready: Whether it can do its work now.
         share_port: Whether other processes may listen on the same port (worker processes).
+        options: gRPC's, in place of those of SERVER_OPTIONS that have the same names.
         credentials: For TLS; None: plaintext.
         interceptors: See every call first.
     """
@@ -88,7 +93,7 @@ class GrpcService:
     ) -> None:
         self.server = grpc.aio.server(
             interceptors=interceptors,
-            options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port)), *options],
+            options=list({**dict(SERVER_OPTIONS), "grpc.so_reuseport": int(share_port), **dict(options)}.items()),
         )
         self.health = HealthReporter(services, is_ready)
         self._host = host

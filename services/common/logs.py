@@ -49,6 +49,9 @@ def configure_logging(service: str, settings: ServiceSettings) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), handlers=[log_handler(service, settings.log_format, sys.stderr)]
     )
+    # It tells, with a traceback and before anybody looked at keys, of each value of metadata that is not UTF-8, such as
+    # a mistyped key. What our handlers raise is told by `guarded`.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     if settings.log_format == "json":
         _log_what_python_prints()
 

@@ -17,7 +17,7 @@ SERVICE = executor_pb2.DESCRIPTOR.services_by_name["Executor"]
 
 
 class ExecutorServicer:
-    """`scalellm.v1.Executor` on an engine process: the engine serialises each step once, for `link_service_handler`."""
+    """`scalellm.v1.Executor` on an engine process, for `link_service_handler`. The engine serialises each step once."""
 
     def __init__(self, supervisor: EngineSupervisor, settings: ExecutorSettings) -> None:
         self._supervisor = supervisor
@@ -37,8 +37,6 @@ class ExecutorServicer:
             await port.link.run(welcome, frames, context, lambda frame: self._supervisor.send_frame(link, frame))
             if port.error is not None:
                 raise port.error
-        except StatusError as error:
-            await error.abort(context)
         finally:
             self._supervisor.close_link(link)
 
@@ -47,7 +45,7 @@ class ExecutorServicer:
     ) -> executor_pb2.GetExecutorInfoResponse:
         """What is loaded, and the books."""
         if not self._supervisor.info.instance_id:
-            await StatusError.unavailable("the engine is starting", retry_after=1.0).abort(context)
+            raise StatusError.unavailable("the engine is starting", retry_after=1.0)
         return self._supervisor.info
 
     async def Drain(
@@ -56,7 +54,7 @@ class ExecutorServicer:
         """Take no new requests and wait for the rest."""
         limit = request.timeout_s if request.HasField("timeout_s") else self._settings.drain_limit_s
         if limit > 3600:
-            await StatusError.invalid("timeout_s", f"must be at most 3600, got {limit}").abort(context)
+            raise StatusError.invalid("timeout_s", f"must be at most 3600, got {limit}")
         return executor_pb2.DrainExecutorResponse(remaining=await self._supervisor.drain(limit))
 
 

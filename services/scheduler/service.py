@@ -62,22 +62,19 @@ class SchedulerService:
 
     async def Connect(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """Serve one tokenizer worker's link."""
+        hello = await _read_hello(frames)
+        welcome = await self._welcome(hello)
+        link = ClientLink(hello.client_id, self._dispatcher.books)
+        self._dispatcher.open_link(link)
         try:
-            hello = await _read_hello(frames)
-            welcome = await self._welcome(hello)
-            link = ClientLink(hello.client_id, self._dispatcher.books)
-            self._dispatcher.open_link(link)
-            try:
-                await link.server_link.run(
-                    link_pb2.ServerFrame(welcome=welcome).SerializeToString(),
-                    frames,
-                    context,
-                    lambda frame: self._on_frame(link, _parse(frame)),
-                )
-            finally:
-                self._dispatcher.close_link(link)
-        except StatusError as error:
-            await error.abort(context)
+            await link.server_link.run(
+                link_pb2.ServerFrame(welcome=welcome).SerializeToString(),
+                frames,
+                context,
+                lambda frame: self._on_frame(link, _parse(frame)),
+            )
+        finally:
+            self._dispatcher.close_link(link)
 
     async def _welcome(self, hello: link_pb2.Hello) -> link_pb2.Welcome:
         """Refuses the link while no executor is ready: a Welcome could not say what the client needs to know."""
@@ -119,7 +116,7 @@ class SchedulerService:
         """Admit nothing more and wait for the rest."""
         limit = request.timeout_s if request.HasField("timeout_s") else self._drain_limit
         if limit > _LONGEST_DRAIN:
-            await StatusError.invalid("timeout_s", f"{limit} is above {_LONGEST_DRAIN}").abort(context)
+            raise StatusError.invalid("timeout_s", f"{limit} is above {_LONGEST_DRAIN}")
         self._dispatcher.begin_drain()
         return scheduler_pb2.DrainResponse(remaining=await self._dispatcher.wait_idle(limit))
 
@@ -130,7 +127,7 @@ class SchedulerService:
         try:
             await self._discovery.add([request.address])
         except ValueError as error:
-            await StatusError.invalid("address", str(error)).abort(context)
+            raise StatusError.invalid("address", str(error)) from None
         return scheduler_pb2.AddExecutorResponse()
 
     async def RemoveExecutor(
@@ -139,7 +136,7 @@ class SchedulerService:
         """An executor leaves."""
         if not self._discovery.remove(request.address):
             message = f"address: {request.address!r} is not a known executor"
-            await StatusError(grpc.StatusCode.NOT_FOUND, message).abort(context)
+            raise StatusError(grpc.StatusCode.NOT_FOUND, message)
         return scheduler_pb2.RemoveExecutorResponse()
 
 

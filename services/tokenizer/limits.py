@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 from scalellm.v1 import tokenizer_pb2
 
+MAX_ANSWER_BYTES = 4 * 2**20
+"""Of one message to a client: what gRPC clients take unless they are told otherwise."""
+
+MAX_ANSWER_TOKENS = 4096
+"""Tokens whose text, ids and log-probabilities one message of a stream holds: below 1 MiB with 20 alternatives each."""
+
+_MAX_TOKEN_ID_BYTES = 4
+_MAX_BESIDE_INPUT_BYTES = 2**16
+
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
@@ -21,8 +30,17 @@ class RequestLimits:
     max_logprobs: int = 20
     max_logit_bias: int = 1024
     max_stream_interval: int = 1024
-    max_decode_tokens: int = 2**20
+    max_token_ids: int = 2**18
     max_page_size: int = 1000
+
+    @property
+    def max_request_bytes(self) -> int:
+        """Of one message from a client: its text or its token ids, and 64 KiB for all that stands beside them.
+
+        It is what a request costs before anything in it is looked at: protobuf makes 28 MiB of objects, in some 40 ms,
+        of a MiB of empty chat messages.
+        """
+        return max(self.max_prompt_bytes, _MAX_TOKEN_ID_BYTES * self.max_token_ids) + _MAX_BESIDE_INPUT_BYTES
 
     def to_wire(self) -> tokenizer_pb2.Limits:
         """The part that GetInfo tells."""
@@ -35,4 +53,6 @@ class RequestLimits:
             max_stop_token_ids=self.max_stop_token_ids,
             max_logprobs=self.max_logprobs,
             max_logit_bias=self.max_logit_bias,
+            max_token_ids=self.max_token_ids,
+            max_request_bytes=self.max_request_bytes,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -14,10 +13,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from services.common.errors import StatusError
-from services.common.lifecycle import MAX_MESSAGE_BYTES
-from services.common.logs import LineLimit
-
-_log = logging.getLogger(__name__)
+from services.common.guarded import OnEnd, guarded
+from services.tokenizer.limits import MAX_ANSWER_BYTES
 
 _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message | None]]
 
@@ -63,11 +60,12 @@ class CallGate:
 Admit = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[None]]
 """Around a call that counts as a request of its tenant; raises StatusError when that is over a limit."""
 
+_VERDICT = 0.05
+"""Seconds given to gRPC, where a call ends before its message, to cancel it: the message was too long, and gRPC says so
+to the client itself."""
+
 _FREE = frozenset({"GetInfo"})
 """Costs next to nothing."""
-
-OnEnd = Callable[[str, grpc.StatusCode], None]
-"""Told of each call that ended: the method's full name, and the status."""
 
 
 def add_service(
@@ -94,11 +92,19 @@ def add_service(
             grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
         )
         handlers[method.name] = make(
-            _guarded(behaviour, method, gate, on_end),
+            guarded(_reading(behaviour, method, gate), method.full_name, on_end),
             request_deserializer=_lenient_parser(method),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+def check_answer(answer: Message) -> None:
+    """Raise StatusError for an answer that a client might not take."""
+    size = answer.ByteSize()
+    if size > MAX_ANSWER_BYTES:
+        message = f"the answer has {size} bytes, a message holds at most {MAX_ANSWER_BYTES}; ask for less at a time"
+        raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
 
 
 def _lenient_parser(method: MethodDescriptor) -> Callable[[bytes], Message | None]:
@@ -121,49 +127,28 @@ def _admitted(behaviour: _Behaviour, admit: Admit) -> _Behaviour:
     return call
 
 
-def _guarded(
-    behaviour: _Behaviour,
-    method: MethodDescriptor,
-    gate: CallGate,
-    on_end: OnEnd,
+def _reading(
+    behaviour: _Behaviour, method: MethodDescriptor, gate: CallGate
 ) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[Message | None]]:
-    limit = LineLimit()
+    """A handler that reads its request itself, unless the gate is closed."""
+    name = method.input_type.full_name
 
     async def call(_: object, context: grpc.aio.ServicerContext) -> Message | None:
-        code = grpc.StatusCode.CANCELLED  # which is all that ends a call without passing one of the lines below
+        request = await context.read()
+        gate.enter()
         try:
-            request = await context.read()
-            gate.enter()
-            try:
-                if request is grpc.aio.EOF:
-                    raise StatusError.invalid("request", f"is missing: the call has no {method.input_type.full_name}")
-                if request is None:
-                    raise StatusError.invalid(
-                        "request",
-                        f"is not a valid {method.input_type.full_name}: malformed, or a string in it is not UTF-8",
-                    )
-                response = await behaviour(request, context)
-                if response is not None and response.ByteSize() > MAX_MESSAGE_BYTES:
-                    raise StatusError(
-                        grpc.StatusCode.RESOURCE_EXHAUSTED,
-                        f"the answer has {response.ByteSize()} bytes, a message holds at most {MAX_MESSAGE_BYTES}; "
-                        "ask for less at a time",
-                    )
-                code = grpc.StatusCode.OK
-                return response
-            finally:
-                gate.leave()
-        except StatusError as error:
-            code = error.code
-            await error.abort(context)
-        except grpc.aio.BaseError:
-            raise
-        except Exception:
-            code = grpc.StatusCode.INTERNAL
-            if limit.admit() is not None:
-                _log.exception("%s failed; its client gets INTERNAL", method.full_name)
-            await StatusError(grpc.StatusCode.INTERNAL, "internal error; the server's log says more").abort(context)
+            if request is grpc.aio.EOF:
+                await asyncio.sleep(_VERDICT)
+                raise StatusError.invalid("request", f"is missing: the call has no {name}")
+            if request is None:
+                raise StatusError.invalid(
+                    "request", f"is not a valid {name}: malformed, or a string in it is not UTF-8"
+                )
+            response = await behaviour(request, context)
+            if response is not None:
+                check_answer(response)
+            return response
         finally:
-            on_end(method.full_name, code)
+            gate.leave()
 
     return call

@@ -15,6 +15,7 @@ from services.common.access import Access
 from services.common.errors import StatusError
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.quotas import TenantQuotas
+from services.tokenizer.rpc import check_answer
 from services.tokenizer.session import Session, SessionInfo
 from services.tokenizer.session_store import SessionStore
 from services.tokenizer.validation import validate_id, validate_page_size
@@ -70,11 +71,13 @@ class SessionsServicer:
                     f"must be in [1, {len(session.turns)}], the turns of {request.session_id!r}, got {num_turns}",
                 )
             copy = session.first_turns(num_turns)
+            answer = sessions_pb2.ForkSessionResponse(session=_to_wire(request.new_session_id, copy, self._ttl))
+            check_answer(answer)  # before there is a copy
             if not await sessions.create(request.new_session_id, copy):
                 raise StatusError(
                     grpc.StatusCode.ALREADY_EXISTS, f"new_session_id: session {request.new_session_id!r} exists"
                 )
-        return sessions_pb2.ForkSessionResponse(session=_to_wire(request.new_session_id, copy, self._ttl))
+        return answer
 
     async def Delete(
         self, request: sessions_pb2.DeleteSessionRequest, context: grpc.aio.ServicerContext

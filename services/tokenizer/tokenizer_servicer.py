@@ -9,7 +9,7 @@ import grpc
 
 from scalellm.v1 import tokenizer_pb2
 from services.tokenizer.generation import Edge
-from services.tokenizer.validation import validate_chat, validate_decode, validate_encode
+from services.tokenizer.validation import validate_chat, validate_decode, validate_encode, validate_encoded
 
 _INLINE_TOKENS = 4096
 """Up to this many tokens are decoded on the event loop, in about a millisecond."""
@@ -34,6 +34,7 @@ class TokenizerServicer:
         validate_encode(request, self._edge.limits)
         adds_special = not request.HasField("add_special_tokens") or request.add_special_tokens
         token_ids = await self._prompts.encode(request.text, add_special_tokens=adds_special)
+        validate_encoded(token_ids, "text", self._edge.limits)
         to_token = self._tokenizer.id_to_token
         return tokenizer_pb2.EncodeResponse(
             token_ids=token_ids, tokens=[to_token(token_id) or "" for token_id in token_ids]
@@ -57,7 +58,9 @@ class TokenizerServicer:
         """Messages to the text and the tokens that Generate would use."""
         validate_chat(request.chat, self._edge.limits)
         text = await self._prompts.render(request.chat)
-        return tokenizer_pb2.ApplyChatTemplateResponse(text=text, token_ids=await self._prompts.encode_rendered(text))
+        token_ids = await self._prompts.encode_rendered(text)
+        validate_encoded(token_ids, "chat", self._edge.limits)
+        return tokenizer_pb2.ApplyChatTemplateResponse(text=text, token_ids=token_ids)
 
     async def GetInfo(
         self, request: tokenizer_pb2.GetInfoRequest, context: grpc.aio.ServicerContext

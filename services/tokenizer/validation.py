@@ -30,6 +30,7 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
         case "tokens":
             if not request.tokens.ids:
                 raise StatusError.invalid("tokens.ids", "must hold at least one token id")
+            _check_num_tokens(len(request.tokens.ids), limits, "tokens.ids")
             _check_token_ids(request.tokens.ids, vocab_size, "tokens.ids")
         case _:
             raise StatusError.invalid("input", "one of prompt, chat and tokens must be set")
@@ -172,12 +173,15 @@ def validate_encode(request: tokenizer_pb2.EncodeRequest, limits: RequestLimits)
     _check_bytes(request.text, limits.max_prompt_bytes, "text")
 
 
+def validate_encoded(token_ids: Sequence[int], field: str, limits: RequestLimits) -> None:
+    """Check how many tokens a text became that stood in `field`, where the answer is to hold them."""
+    if len(token_ids) > limits.max_token_ids:
+        raise StatusError.invalid(field, f"must have at most {limits.max_token_ids} tokens, got {len(token_ids)}")
+
+
 def validate_decode(request: tokenizer_pb2.DecodeRequest, limits: RequestLimits, vocab_size: int) -> None:
     """Check tokens to decode."""
-    if len(request.token_ids) > limits.max_decode_tokens:
-        raise StatusError.invalid(
-            "token_ids", f"must hold at most {limits.max_decode_tokens} token ids, got {len(request.token_ids)}"
-        )
+    _check_num_tokens(len(request.token_ids), limits, "token_ids")
     _check_token_ids(request.token_ids, vocab_size, "token_ids")
 
 
@@ -220,6 +224,11 @@ def _validate_stops(stops: Sequence[str], limits: RequestLimits) -> None:
         size = _num_bytes(stop)
         if not 1 <= size <= limits.max_stop_bytes:
             raise StatusError.invalid(f"stop[{index}]", f"must have 1 to {limits.max_stop_bytes} bytes, got {size}")
+
+
+def _check_num_tokens(num_tokens: int, limits: RequestLimits, field: str) -> None:
+    if num_tokens > limits.max_token_ids:
+        raise StatusError.invalid(field, f"must hold at most {limits.max_token_ids} token ids, got {num_tokens}")
 
 
 def _check_token_ids(token_ids: Sequence[int], vocab_size: int, field: str) -> None:

@@ -31,7 +31,7 @@ from services.common.tls import server_credentials
 from services.common.tracing import open_tracer
 from services.tokenizer.config import TokenizerSettings
 from services.tokenizer.generation import Edge, GenerationServicer
-from services.tokenizer.limits import RequestLimits
+from services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import PromptBuilder
 from services.tokenizer.quotas import TenantQuotas
@@ -117,7 +117,11 @@ class Worker:
                 services=[descriptor.full_name for descriptor in _SERVICES],
                 is_ready=lambda: self._is_ready(link, quotas),
                 share_port=True,
-                options=settings.connection_options,
+                options=(
+                    *settings.connection_options,
+                    ("grpc.max_receive_message_length", edge.limits.max_request_bytes),
+                    ("grpc.max_send_message_length", MAX_ANSWER_BYTES),
+                ),
                 credentials=server_credentials(settings.tls_files),
                 interceptors=access.interceptors,
             )

@@ -6,16 +6,19 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
+from services.common.guarded import guarded
+
 
 def link_service_handler(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
     """Serve `service` with the methods of `servicer`, which carry the RPCs' names.
 
     A bidirectional method is a link and deals in bytes both ways: its frames are serialised once, by whoever makes
-    them, and merged as bytes. The other methods get and return messages.
+    them, and merged as bytes. The other methods get and return messages. All of them raise StatusError for every
+    outcome but OK.
     """
     handlers = {}
     for method in service.methods:
-        behaviour = getattr(servicer, method.name)
+        behaviour = guarded(getattr(servicer, method.name), method.full_name)
         if method.client_streaming and method.server_streaming:
             handlers[method.name] = grpc.stream_stream_rpc_method_handler(behaviour)
         else:

@@ -42,8 +42,13 @@ GENERATE = {
     "request_id long": (generate(request_id="x" * 129), "request_id", "got 129 characters"),
     "request_id characters": (generate(request_id="a b"), "request_id", "got 'a b'"),
     "prompt empty": (generate(prompt=""), "prompt", "must not be empty"),
-    "prompt bytes": (generate(prompt="é" * 600_000), "prompt", "at most 1048576 bytes, got 1200000"),
+    "prompt bytes": (generate(prompt="é" * 530_000), "prompt", "at most 1048576 bytes, got 1060000"),
     "prompt tokens": (generate(prompt="x " * 4000), "prompt", "at most 2047 tokens (the model's context holds 2048"),
+    "tokens ids": (
+        generate(tokens={"ids": [1] * (2**18 + 1)}),
+        "tokens.ids",
+        "must hold at most 262144 token ids, got 262145",
+    ),
     "chat empty": (generate(chat=chat()), "chat.messages", "must hold 1 to 1024 messages, got 0"),
     "chat messages": (generate(chat=chat(*[HI] * 1025)), "chat.messages", "1 to 1024 messages, got 1025"),
     "chat role empty": (generate(chat=chat(HI, ("", "Hi"))), "chat.messages[1].role", "1 to 64 bytes, got 0"),
@@ -155,6 +160,13 @@ UNARY = {
         INVALID,
         "text: must have at most 1048576 bytes, got 1048577",
     ),
+    "Encode tokens": (
+        "tokenizer",
+        "Encode",
+        tokenizer_pb2.EncodeRequest(text="7" * 300_000),
+        INVALID,
+        "text: must have at most 262144 tokens, got 300000",
+    ),
     "Decode range": (
         "tokenizer",
         "Decode",
@@ -165,9 +177,9 @@ UNARY = {
     "Decode number": (
         "tokenizer",
         "Decode",
-        tokenizer_pb2.DecodeRequest(token_ids=[1] * (2**20 + 1)),
+        tokenizer_pb2.DecodeRequest(token_ids=[1] * (2**18 + 1)),
         INVALID,
-        "token_ids: must hold at most 1048576 token ids, got 1048577",
+        "token_ids: must hold at most 262144 token ids, got 262145",
     ),
     "ApplyChatTemplate without chat": (
         "tokenizer",

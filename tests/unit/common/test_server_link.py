@@ -9,7 +9,7 @@ import pytest
 
 from scalellm.v1 import link_pb2
 from service_processes import PATIENCE
-from services.common.lifecycle import MAX_MESSAGE_BYTES
+from services.common.lifecycle import MAX_FRAME_BYTES
 from services.common.link import ServerLink
 
 
@@ -45,7 +45,7 @@ async def test_what_waited_for_a_slow_reader_leaves_merged_and_never_too_large_f
     welcome, *messages = reader.messages
     assert welcome == b"welcome"
     assert len(messages) < len(sent)
-    assert max(map(len, messages)) <= MAX_MESSAGE_BYTES
+    assert max(map(len, messages)) <= MAX_FRAME_BYTES
     steps = [link_pb2.ServerFrame.FromString(message).step for message in messages]
     assert [handle for step in steps for handle in step.handles] == sent
     assert steps[-1].seq == sent[-1]

@@ -136,8 +136,27 @@ def test_texts_are_measured_in_bytes():
         validate_chat(generation_pb2.Chat(messages=[message]), small)
 
 
+def test_the_largest_requests_fit_a_message():
+    sampling = common_pb2.SamplingParams(
+        logit_bias=[bias(2**20 + token_id, 1.5) for token_id in range(LIMITS.max_logit_bias)],
+        stop_token_ids=[2**20] * LIMITS.max_stop_token_ids,
+    )
+    stops = ["x" * LIMITS.max_stop_bytes] * LIMITS.max_stops
+    role, content = "r" * LIMITS.max_role_bytes, "c" * (LIMITS.max_prompt_bytes // LIMITS.max_messages - 64)
+    messages = [generation_pb2.ChatMessage(role=role, content=content)] * LIMITS.max_messages
+    inputs = (
+        {"prompt": "x" * LIMITS.max_prompt_bytes},
+        {"chat": generation_pb2.Chat(messages=messages)},
+        {"tokens": generation_pb2.TokenIds(ids=[2**21 - 1] * LIMITS.max_token_ids)},
+    )
+    for given_input in inputs:
+        request = generation_pb2.GenerateRequest(request_id="r" * 128, sampling=sampling, stop=stops, **given_input)
+        validate_generate(request, LIMITS, 2**21)
+        assert request.ByteSize() <= LIMITS.max_request_bytes
+
+
 def test_decode_limits():
-    small = RequestLimits(max_decode_tokens=3)
+    small = RequestLimits(max_token_ids=3)
     validate_decode(tokenizer_pb2.DecodeRequest(token_ids=[0, VOCAB - 1, 1]), small, VOCAB)
     with pytest.raises(StatusError, match="token_ids: must hold at most 3 token ids, got 4"):
         validate_decode(tokenizer_pb2.DecodeRequest(token_ids=[0] * 4), small, VOCAB)

@@ -1,0 +1,69 @@
+"""Around every handler of a call: what it raises becomes the call's status, and nothing of it stays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+
+from services.common.errors import StatusError
+from services.common.logs import LineLimit
+
+_log = logging.getLogger(__name__)
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+
+OnEnd = Callable[[str, grpc.StatusCode], None]
+"""Told of each call that ended: the method's full name, and the status."""
+
+
+def guarded(
+    behaviour: Callable[[RequestT, grpc.aio.ServicerContext], Awaitable[ResponseT]],
+    method: str,
+    on_end: OnEnd | None = None,
+) -> Callable[[RequestT, grpc.aio.ServicerContext], Awaitable[ResponseT | None]]:
+    """Make a handler for gRPC of one that raises StatusError for every outcome but OK.
+
+    Any other error is a mistake of ours: its traceback is logged and the caller gets INTERNAL. Nothing of an error
+    outlives its call: where a frame has a variable for an error that passed through it, they are a cycle, which would
+    keep the request in memory until the garbage collector comes by.
+    """
+    limit = LineLimit()
+
+    async def call(request: RequestT, context: grpc.aio.ServicerContext) -> ResponseT | None:
+        code = grpc.StatusCode.CANCELLED  # which is all that ends a call without passing one of the lines below
+        try:
+            response = await behaviour(request, context)
+            code = grpc.StatusCode.OK
+            return response
+        except StatusError as error:
+            failure = error
+            code = error.code
+            _drop_tracebacks(error)
+        except grpc.aio.BaseError:
+            raise
+        except Exception as error:
+            code = grpc.StatusCode.INTERNAL
+            failure = StatusError(code, "internal error; the server's log says more")
+            if limit.admit() is not None:
+                _log.exception("%s failed; its client gets INTERNAL", method)
+            _drop_tracebacks(error)
+        finally:
+            if on_end is not None:
+                on_end(method, code)
+        await failure.end(context)
+        return None
+
+    return call
+
+
+def _drop_tracebacks(error: BaseException) -> None:
+    """Of an error and of those that led to it."""
+    link: BaseException | None = error
+    while link is not None:
+        earlier = link.__cause__ or link.__context__
+        link.__traceback__ = link.__cause__ = link.__context__ = None
+        link = earlier
