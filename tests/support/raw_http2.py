@@ -111,6 +111,8 @@ class RawConnection:
         stream, self._next_stream = self._next_stream, self._next_stream + 2
         self.answers[stream] = RawAnswer()
         self._windows[stream] = self._initial_window
+        if self.closed.is_set():
+            self.answers[stream].ended.set()
         return stream
 
     def open(self, path: str, metadata: Sequence[tuple[str, str | bytes]] = ()) -> int:

@@ -1,4 +1,4 @@
-"""What a peer may do with connections: how many, how many calls on each, how much metadata, how often it may ping."""
+"""What a peer may do with connections: how many, how many calls on each, how much metadata, what pings cost."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hyperframe.frame import PingFrame, SettingsFrame
 
+from raw_http2 import connect
 from service_processes import PATIENCE
 from services.common.lifecycle import MAX_METADATA_BYTES, GrpcService
 from services.common.settings import ServiceSettings
 
 HEALTH = health_pb2.HealthCheckRequest()
+PING = PingFrame(0, b"12345678").serialize()
 OWN = [("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -84,18 +87,28 @@ async def test_too_much_metadata_is_refused():
         await check(HEALTH)
 
 
-async def test_who_pings_all_the_time_is_cut_off():
-    async with serving() as address:
-        reader, writer = await asyncio.open_connection(*address.split(":"))
-        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
-        received = b""
-        async with asyncio.timeout(PATIENCE):
-            while b"too_many_pings" not in received:
-                try:
-                    writer.write(bytes((0, 0, 8, 6, 0, 0, 0, 0, 0)) + b"12345678")
-                    await writer.drain()
-                    received += await reader.read(4096)
-                except ConnectionError:
-                    break
-        writer.close()
-        assert b"too_many_pings" in received
+async def test_a_flood_of_pings_is_answered():
+    """gRPC's limit (`max_ping_strikes`) would end the connection, at a cost of the square of the pings read at once."""
+    async with asyncio.timeout(PATIENCE), serving() as address, connect(address) as peer:
+        peer.write(PING * 20_000)
+        while peer.num_pongs < 20_000 and not peer.closed.is_set():
+            await asyncio.sleep(0.01)
+        answer = await peer.answer(await peer.call("/grpc.health.v1.Health/Check", b""))
+        assert (answer.code, peer.goaway) == (grpc.StatusCode.OK, None)
+
+
+@pytest.mark.parametrize("frame", [PING, SettingsFrame(settings={}).serialize()], ids=["pings", "settings"])
+async def test_who_does_not_read_the_answers_to_a_flood_is_not_read(frame):
+    """Answers that cannot be written would otherwise pile up."""
+    async with serving() as address, connect(address, is_reading=False) as peer:
+        for _ in range(1000):
+            peer.write(frame * 10_000)
+            try:
+                async with asyncio.timeout(1):
+                    assert await peer.drain()
+            except TimeoutError:
+                break
+        else:
+            raise AssertionError("all frames were taken")
+        async with grpc.aio.insecure_channel(address, options=OWN) as channel:
+            await health_pb2_grpc.HealthStub(channel).Check(HEALTH, timeout=PATIENCE)
