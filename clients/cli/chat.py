@@ -14,7 +14,8 @@ from clients.cli.context import MAX_UINT32, CliContext, CliError, check_timeout,
 from clients.cli.generate import run_streaming, warn_about_session
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
-from clients.cli.text import printable, require_utf8
+from clients.cli.output import one_line, write_text
+from clients.cli.text import require_utf8
 from clients.client import Client, ClientError
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 
@@ -58,7 +59,7 @@ def chat(
     check_timeout(timeout)
     context = CliContext.of(ctx)
     with context.connect(address) as client:
-        model = client.info().model
+        model = one_line(client.info().model)
         conversation = _Conversation(
             context, client, session, system, max_tokens, temperature, timeout, show_latency=show_latency
         )
@@ -67,7 +68,7 @@ def chat(
             try:
                 _talk(context, conversation)
             except KeyboardInterrupt:
-                print()  # the terminal's next line begins at its start
+                write_text("\n")  # the terminal's next line begins at its start
                 raise
             finally:
                 if conversation.turns:
@@ -87,7 +88,7 @@ def _talk(context: CliContext, conversation: _Conversation) -> None:
         try:
             line = input("> ").strip()
         except EOFError:
-            print()
+            write_text("\n")
             break
         if line in ("/exit", "/quit"):
             break
@@ -183,8 +184,8 @@ class _Conversation:
             self._context.error(explain(error)[0])
             return
         for message in messages:
-            role, content = printable(message.role), printable(message.content)
-            self._context.out.print(Text.assemble((f"{role}: ", "bold"), content), soft_wrap=True)
+            text = Text.assemble((f"{one_line(message.role)}: ", "bold"), message.content)
+            self._context.out.print(text, soft_wrap=True)
 
     def _turns_on_server(self) -> int:
         try:

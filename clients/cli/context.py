@@ -13,9 +13,10 @@ from typing import Any
 
 import grpc
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
+from clients.cli.output import Terminal, one_line
 from clients.client import NO_CREDENTIALS, Client, ClientError, Credentials
 from clients.launcher import PUBLIC_PORT, Instance, NotRunningError
 from services.common.addresses import split_address
@@ -120,21 +121,13 @@ def _path(variables: Mapping[str, str], name: str) -> Path | None:
     return Path(variables[name]) if variables.get(name) else None
 
 
-class Terminal(Console):
-    """A console that leaves a closed pipe to main: rich itself would exit with 1."""
-
-    def on_broken_pipe(self) -> None:
-        """Called by rich while it handles a BrokenPipeError."""
-        raise
-
-
 @dataclass(frozen=True, slots=True)
 class CliContext:
     """One invocation: `out` is for results, `err` for progress and errors."""
 
     environment: Environment
-    out: Console
-    err: Console
+    out: Terminal
+    err: Terminal
 
     @classmethod
     def of(cls, ctx: typer.Context) -> CliContext:
@@ -210,9 +203,9 @@ def explain(error: ClientError) -> tuple[str, ExitCode]:
     if error.unreachable:
         return f"no ScaleLLM server answers at {error.unreachable}; start it with: scalellm up", ExitCode.NOT_RUNNING
     if error.misconfigured:
-        return error.message, ExitCode.USAGE
+        return one_line(error.message), ExitCode.USAGE
     code = _EXIT_CODES.get(error.code, ExitCode.FAILED)
-    message = " ".join(error.message.split())
+    message = one_line(error.message)
     if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
         return f"the request is too large: {sizes[1]} bytes, at most {sizes[2]}", ExitCode.USAGE
     if error.code is grpc.StatusCode.UNAUTHENTICATED:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -11,7 +10,8 @@ import typer
 from clients.cli.context import CliContext, CliError, ExitCode, check_timeout
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
-from clients.cli.text import read_text, write_text
+from clients.cli.output import write_json, write_text
+from clients.cli.text import read_text
 from scalellm.v1.common_pb2 import SamplingParams
 from scalellm.v1.generation_pb2 import OUTPUT_TEXT_AND_TOKEN_IDS, Chat, ChatMessage, GenerateRequest, SessionOutcome
 
@@ -113,7 +113,11 @@ def generate(
     with context.connect(address) as client:
         run_streaming(client, request, generation, is_streamed=is_streamed, timeout=timeout)
     if as_json:
-        typer.echo(json.dumps(generation.to_json(), ensure_ascii=False))
+        try:
+            document = generation.to_json()
+        except ValueError as error:
+            raise CliError(f"the server's answer contradicts itself: {error}") from None
+        write_json(document)
     elif not is_streamed:
         for index, sample in sorted(generation.samples.items()):
             write_text(f"--- sample {index}\n{sample.text}\n")

@@ -81,7 +81,7 @@ class Generation:
             "latency": {**_numbers(self.finished.latency), "client_total_ns": self.measured_ns},
         }
         if self.finished.session:
-            document["session"] = _short(SessionOutcome.Name(self.finished.session), "SESSION_OUTCOME_")
+            document["session"] = _short(SessionOutcome, self.finished.session, "SESSION_OUTCOME_")
         if self.prompt_logprobs is not None:
             entries = logprob_entries(self.prompt_logprobs.logprobs)
             pairs = zip(self.prompt_logprobs.token_ids, entries, strict=True)
@@ -94,7 +94,7 @@ class Generation:
         document: dict[str, Any] = {
             "index": index,
             "text": sample.text,
-            "finish_reason": _short(FinishReason.Name(finish.reason), "FINISH_REASON_"),
+            "finish_reason": _short(FinishReason, finish.reason, "FINISH_REASON_"),
         }
         if (matched := finish.WhichOneof("matched")) is not None:
             document[matched] = getattr(finish, matched)
@@ -122,5 +122,9 @@ def _numbers(message: Message) -> dict[str, Any]:
     return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
 
 
-def _short(name: str, prefix: str) -> str:
+def _short(enum: Any, value: int, prefix: str) -> str:
+    """The name of an enum's value; its number where a newer server has values that are not known here."""
+    if value not in enum.values():
+        return str(value)
+    name: str = enum.Name(value)
     return name.removeprefix(prefix).lower()

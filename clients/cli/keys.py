@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from clients.cli.context import CliContext, CliError, ExitCode
+from clients.cli.output import write_line
 from services.common.api_keys import Role, key_entry, new_key
 
 app = typer.Typer(help="API keys for a secured server.", no_args_is_help=True, rich_markup_mode=None)
@@ -43,7 +44,7 @@ def create(
         context.note(f"add this to the services' --api-keys file:\n\n{entry}")
     else:
         _append(file, entry)
-    typer.echo(key)
+    write_line(key)
 
 
 def _append(file: Path, entry: str) -> None:

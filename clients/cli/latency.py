@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
-from rich.console import Console
 from rich.table import Table
 
+from clients.cli.output import Terminal, one_line
 from scalellm.v1.common_pb2 import LatencyBreakdown
 from scalellm.v1.generation_pb2 import Finished
 
@@ -42,7 +42,7 @@ def rows(latency: LatencyBreakdown, measured_ns: int) -> list[tuple[str, str, fl
     ]
 
 
-def print_breakdown(console: Console, finished: Finished, measured_ns: int) -> None:
+def print_breakdown(console: Terminal, finished: Finished, measured_ns: int) -> None:
     """Print the table, and below it what else is worth knowing about the request."""
     latency, usage = finished.latency, finished.usage
     parts = rows(latency, measured_ns)
@@ -71,5 +71,5 @@ def print_breakdown(console: Console, finished: Finished, measured_ns: int) -> N
     if usage.num_resumed:
         facts.append(f"{usage.num_resumed} tokens carried over from an executor that died")
     if latency.executor_id:
-        facts.append(f"executor {latency.executor_id}")
-    console.print("; ".join(facts), soft_wrap=True, markup=False)
+        facts.append(f"executor {one_line(latency.executor_id)}")
+    console.print("; ".join(facts), soft_wrap=True)

@@ -16,7 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from clients.cli import chat, generate, keys, models, services, tokenize, top
-from clients.cli.context import CliContext, CliError, Environment, ExitCode, Terminal, explain
+from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain
+from clients.cli.output import Terminal, write_line
 from clients.cli.text import require_utf8
 from clients.client import ClientError, CredentialsError
 from clients.launcher import LauncherError, NotRunningError
@@ -141,15 +142,15 @@ def root(
 @app.command("version", help="Print the version.")
 def version() -> None:
     """The installed version."""
-    typer.echo(f"scalellm {package_version('scalellm')}")
+    write_line(f"scalellm {package_version('scalellm')}")
 
 
 def run(arguments: Sequence[str], variables: Mapping[str, str]) -> int:
     """Run one command and return its exit code."""
     context = CliContext(
         environment=Environment.read(variables),
-        out=Terminal(highlight=False),
-        err=Terminal(stderr=True, highlight=False),
+        out=Terminal(),
+        err=Terminal(stderr=True),
     )
     try:
         for argument in arguments:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.table import Table
 
 from clients.cli.context import CliContext
+from clients.cli.output import write_json, write_line
 from clients.cli.progress import pull_progress
 from services.common import model_store
 
@@ -35,7 +35,7 @@ def list_models(
             }
             for entry in entries
         ]
-        typer.echo(json.dumps(documents))
+        write_json(documents)
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("name", "size", "licence", "here", "description"):
@@ -61,7 +61,7 @@ def pull(
         _, path = fetch_model(context, name)
         if name in model_store.CATALOGUE:
             context.note(f"{name}: {model_store.CATALOGUE[name].licence_note}")
-        typer.echo(path)
+        write_line(path)
 
 
 def fetch_model(context: CliContext, name_or_path: str) -> tuple[str, Path]:

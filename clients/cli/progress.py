@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.status import Status
 from rich.text import Text
 
+from clients.cli.output import Terminal
 from services.common.model_store import ProgressCallback, PullProgress
 
 _PLAIN_INTERVAL = 10.0
@@ -24,7 +24,7 @@ class StageReport:
         console: Where to.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._console = console
         self._stage = self._detail = ""
         self._status: Status | None = None
@@ -73,7 +73,7 @@ class StageReport:
 
 
 @contextmanager
-def pull_progress(console: Console, name: str) -> Iterator[ProgressCallback]:
+def pull_progress(console: Terminal, name: str) -> Iterator[ProgressCallback]:
     """A callback for a model's pull that shows how far it is; silent when the model is here already."""
     if console.is_terminal:
         with _PullBar(console, name) as bar:
@@ -83,8 +83,8 @@ def pull_progress(console: Console, name: str) -> Iterator[ProgressCallback]:
 
 
 class _PullBar:
-    def __init__(self, console: Console, name: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    def __init__(self, console: Terminal, name: str) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self._progress = Progress(*columns, TimeRemainingColumn(), console=console)
         self._name = name
         self._task = self._progress.add_task(f"model {name}", visible=False)
@@ -110,7 +110,7 @@ class _PullBar:
 
 
 class _PullLines:
-    def __init__(self, console: Console, name: str) -> None:
+    def __init__(self, console: Terminal, name: str) -> None:
         self._console = console
         self._name = name
         self._shown = -1
@@ -127,4 +127,4 @@ class _PullLines:
             self._print(f"downloading, {10 * tenth} % of {mebibytes:.0f} MiB")
 
     def _print(self, text: str) -> None:
-        self._console.print(f"model {self._name}: {text}", soft_wrap=True, markup=False)
+        self._console.print(f"model {self._name}: {text}", soft_wrap=True)

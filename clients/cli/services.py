@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from clients.cli.generate import run_streaming
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
 from clients.cli.models import fetch_model
+from clients.cli.output import Terminal, write_json, write_line
 from clients.cli.progress import StageReport
 from clients.launcher import (
     PUBLIC_PORT,
@@ -136,7 +136,7 @@ def up(
         start_limit=start_limit,
     )
     state = _bring_up(context, options)
-    typer.echo(f"ScaleLLM serves {state.model} at {state.public_address}")
+    write_line(f"ScaleLLM serves {state.model} at {state.public_address}")
     if context.instance.name == DEFAULT_INSTANCE:
         context.note("try: scalellm chat (make chat)    stop: scalellm down (make down)")
     else:
@@ -158,7 +158,7 @@ def down(
     except NotRunningError as error:
         context.note(f"{error}: nothing to stop")
         return
-    typer.echo("stopped")
+    write_line("stopped")
     raise typer.Exit(code)
 
 
@@ -170,9 +170,9 @@ def status(
     context = CliContext.of(ctx)
     found = read_status(context.instance, context.environment.variables)
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        write_json(asdict(found))
     else:
-        context.out.print(f"{found.model} at {found.address or '(not serving)'}", soft_wrap=True, markup=False)
+        context.out.print(f"{found.model} at {found.address or '(not serving)'}", soft_wrap=True)
         context.table(_fitting_status_table(context.out, found.services))
         for service in found.services:
             if service.last_error:
@@ -262,7 +262,7 @@ def _bring_down(context: CliContext, limit: float | None) -> ExitCode:
     return ExitCode.FAILED if result.killed else ExitCode.OK
 
 
-def _fitting_status_table(console: Console, services: tuple[ServiceStatus, ...]) -> Table:
+def _fitting_status_table(console: Terminal, services: tuple[ServiceStatus, ...]) -> Table:
     """The table with the columns that leave each service its one line, where that can be had."""
     for number in range(len(_OPTIONAL_COLUMNS) + 1):
         table = _status_table(services, _OPTIONAL_COLUMNS[:number])

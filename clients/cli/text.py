@@ -1,13 +1,10 @@
-"""Text in and out: prompts from arguments or standard input, answers onto a terminal or into a pipe."""
+"""Text that the user gives: as an argument or on standard input."""
 
 from __future__ import annotations
 
 import sys
 
 from clients.cli.context import CliError, ExitCode
-
-# On a terminal, control characters in a model's answer could move the cursor or recolour the screen.
-_UNSAFE = {code: None for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def read_text(argument: str | None, what: str) -> str:
@@ -33,14 +30,3 @@ def require_utf8(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise CliError(f"{what} is not UTF-8", ExitCode.USAGE) from None
-
-
-def printable(text: str) -> str:
-    """The text without control characters where it goes to a terminal; else as it is."""
-    return text.translate(_UNSAFE) if sys.stdout.isatty() else text
-
-
-def write_text(text: str) -> None:
-    """Write part of an answer at once."""
-    sys.stdout.write(printable(text))
-    sys.stdout.flush()

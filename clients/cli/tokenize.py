@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from clients.cli.context import CliContext, CliError, ExitCode
-from clients.cli.text import read_text, write_text
+from clients.cli.output import write_json, write_text
+from clients.cli.text import read_text
 from scalellm.v1.generation_pb2 import Chat, ChatMessage
 
 HELP = """Show the tokens of a text, or the text of tokens.
@@ -43,7 +43,10 @@ def tokenize(
         if decode:
             token_ids = _parse_ids(given)
             result = client.decode(token_ids, skip_special_tokens=no_special)
-            write_text(f"{json.dumps({'text': result}, ensure_ascii=False) if as_json else result}\n")
+            if as_json:
+                write_json({"text": result})
+            else:
+                write_text(f"{result}\n")
             return
         if chat:
             message = ChatMessage(role="user", content=given)
@@ -52,7 +55,7 @@ def tokenize(
         response = client.encode(given, add_special_tokens=not (no_special or chat))
     token_ids, tokens = list(response.token_ids), list(response.tokens)
     if as_json:
-        write_text(f"{json.dumps({'token_ids': token_ids, 'tokens': tokens}, ensure_ascii=False)}\n")
+        write_json({"token_ids": token_ids, "tokens": tokens})
     elif ids:
         write_text(f"{' '.join(map(str, token_ids))}\n")
     else:

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clients.cli.context import CliContext, CliError, ExitCode
+from clients.cli.output import one_line
 from clients.cli.top_figures import Scrape, Window, increase, quantile, rate, scrape
 from clients.launcher import NotRunningError
 from services.common.addresses import local_address
@@ -41,7 +42,8 @@ for a certificate.
 
 _WINDOW = 10.0
 _BAR = 10
-_ORDER = ("tokenizer", "scheduler", "executor", "")
+_ORDER = {"tokenizer": 0, "scheduler": 1, "executor": 2}
+_HUGE = 1e12
 _REQUESTS = "scalellm_tokenizer_requests"
 
 
@@ -100,14 +102,14 @@ def frame(window: Window) -> RenderableType:
 
 def _services(window: Window) -> Table:
     table = _table("service", "metrics", "health", "cpu", "memory")
-    for old, new in sorted(window.pairs, key=lambda pair: (_ORDER.index(pair[1].service), pair[1].address)):
+    for old, new in sorted(window.pairs, key=lambda pair: (_ORDER.get(pair[1].service, len(_ORDER)), pair[1].address)):
         health = _health(new)
         table.add_row(
-            new.service or "?",
+            one_line(new.service) or "?",
             new.address,
             Text(health, style="green" if health == "ok" else "bold red"),
-            f"{100 * rate(old, new, 'scalellm_process_cpu_seconds_total'):.0f} %",
-            f"{new.total('scalellm_process_resident_memory_bytes') / 2**20:.0f} MiB",
+            _shown(100 * rate(old, new, "scalellm_process_cpu_seconds_total"), " %"),
+            _shown(new.total("scalellm_process_resident_memory_bytes") / 2**20, " MiB"),
         )
     return table
 
@@ -115,22 +117,23 @@ def _services(window: Window) -> Table:
 def _health(service: Scrape) -> str:
     match service.service:
         case "tokenizer":
-            return "ok" if service.total("scalellm_tokenizer_scheduler_links") else "no link to the scheduler"
+            return "ok" if service.total("scalellm_tokenizer_scheduler_links") > 0 else "no link to the scheduler"
         case "scheduler":
-            if not service.total("scalellm_scheduler_executors", phase="ready"):
+            if not service.total("scalellm_scheduler_executors", phase="ready") > 0:
                 return "no executor is ready"
-            redis = service.samples.get("scalellm_scheduler_redis_up")
-            return "Redis does not answer" if redis and not sum(redis.values()) else "ok"
+            redis = "scalellm_scheduler_redis_up"
+            return "Redis does not answer" if service.samples.get(redis) and not service.total(redis) > 0 else "ok"
         case "executor":
-            if not service.total("scalellm_executor_engine_up"):
+            if not service.total("scalellm_executor_engine_up") > 0:
                 return "no engine"
-            return "stuck" if service.total("scalellm_executor_engine_stalled") else "ok"
-    return "does not answer"
+            return "stuck" if service.total("scalellm_executor_engine_stalled") > 0 else "ok"
+    return "is no service of ScaleLLM" if service.samples else "does not answer"
 
 
 def _figures(window: Window) -> Table:
     queries = window.rate("scalellm_executor_prefix_cache_queries_total")
     hits = window.rate("scalellm_executor_prefix_cache_hits_total")
+    running = window.gauge(f"{_REQUESTS}_running")
     waiting = window.gauge("scalellm_scheduler_num_requests_waiting")
     waiting += window.gauge("scalellm_executor_num_requests_waiting")
     ended = {
@@ -138,18 +141,18 @@ def _figures(window: Window) -> Table:
         for outcome in ("finished", "cancelled", "rejected")
     }
     lines = (
-        ("requests", f"{window.gauge(f'{_REQUESTS}_running'):.0f} running, {waiting:.0f} waiting"),
-        ("per second", ", ".join(f"{value:.1f} {outcome}" for outcome, value in ended.items())),
+        ("requests", f"{_shown(running)} running, {_shown(waiting)} waiting"),
+        ("per second", ", ".join(f"{_shown(value, digits=1)} {outcome}" for outcome, value in ended.items())),
         (
             "tokens per second",
-            f"{window.rate('scalellm_scheduler_prompt_tokens_total'):.0f} in, "
-            f"{window.rate('scalellm_generation_tokens_total'):.0f} out",
+            f"{_shown(window.rate('scalellm_scheduler_prompt_tokens_total'))} in, "
+            f"{_shown(window.rate('scalellm_generation_tokens_total'))} out",
         ),
         ("time to first token", _quantiles(window, "scalellm_time_to_first_token_seconds")),
         ("inter-token latency", _quantiles(window, "scalellm_inter_token_latency_seconds")),
         ("end to end", _quantiles(window, "scalellm_e2e_request_latency_seconds")),
         ("prefix cache hits", _share(hits, queries)),
-        ("preemptions", f"{window.rate('scalellm_executor_preemptions_total'):.1f} per second"),
+        ("preemptions", f"{_shown(window.rate('scalellm_executor_preemptions_total'), digits=1)} per second"),
     )
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for name, text in lines:
@@ -164,16 +167,16 @@ def _executors(window: Window) -> Table:
         sequences = increase(old, new, "scalellm_executor_step_sequences_sum")
         table.add_row(
             new.address,
-            f"{new.total('scalellm_executor_num_requests_running'):.0f}",
-            f"{new.total('scalellm_executor_num_requests_waiting'):.0f}",
+            _shown(new.total("scalellm_executor_num_requests_running")),
+            _shown(new.total("scalellm_executor_num_requests_waiting")),
             _bar(new.total("scalellm_executor_kv_cache_usage_perc")),
             _share(
                 increase(old, new, "scalellm_executor_prefix_cache_hits_total"),
                 increase(old, new, "scalellm_executor_prefix_cache_queries_total"),
             ),
-            f"{new.total('scalellm_executor_preemptions_total'):.0f}",
-            f"{rate(old, new, 'scalellm_executor_generation_tokens_total'):.0f}",
-            f"{sequences / steps:.1f}" if steps else "-",
+            _shown(new.total("scalellm_executor_preemptions_total")),
+            _shown(rate(old, new, "scalellm_executor_generation_tokens_total")),
+            _shown(sequences / steps if steps else math.nan, digits=1),
             _seconds(quantile([(old, new)], "scalellm_executor_step_seconds", 0.5)),
         )
     return table
@@ -191,17 +194,24 @@ def _quantiles(window: Window, histogram: str) -> str:
     return f"p50 {_seconds(window.quantile(histogram, 0.5))}   p99 {_seconds(window.quantile(histogram, 0.99))}"
 
 
-def _seconds(value: float) -> str:
-    if math.isnan(value):
+def _shown(value: float, unit: str = "", digits: int = 0) -> str:
+    if not math.isfinite(value):
         return "-"
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+    return f"{value:.{digits}f}{unit}" if abs(value) < _HUGE else f"{value:.0e}{unit}"
+
+
+def _seconds(value: float) -> str:
+    return _shown(value * 1e3, " ms", digits=1) if value < 1 else _shown(value, " s", digits=2)
 
 
 def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "-"
+    return _shown(100 * part / whole if whole else math.nan, " %")
 
 
 def _bar(share: float) -> Text:
+    if math.isnan(share):
+        return Text("-")
+    share = min(max(share, 0.0), 1.0)
     filled = round(share * _BAR)
     style = "red" if share > 0.95 else "yellow" if share > 0.8 else "green"
     return Text.assemble(("█" * filled, style), ("░" * (_BAR - filled), "dim"), f" {100 * share:3.0f} %")

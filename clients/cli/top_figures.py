@@ -1,21 +1,29 @@
-"""What `scalellm top` shows, computed from two scrapes of each service's metrics."""
+"""What `scalellm top` shows, computed from two scrapes of each service's metrics.
+
+A figure that cannot be told (its family is missing, or what was sent is no finite number) is NaN.
+"""
 
 from __future__ import annotations
 
 import math
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import repeat
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 _TIMEOUT = 1.5
 _CHARSET = "utf-8"
+_MAX_BYTES = 4 * 2**20
+
+# The names under which the samples of a family stand.
+_SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -30,13 +38,16 @@ class Scrape:
 
     @property
     def service(self) -> str:
-        """tokenizer, scheduler or executor; empty when it does not answer."""
-        return next((dict(labels)["service"] for labels in self.samples.get("scalellm_build_info", {})), "")
+        """tokenizer, scheduler or executor; empty when it does not answer, or does not say."""
+        return next((dict(labels).get("service", "") for labels in self.samples.get("scalellm_build_info", {})), "")
 
     def total(self, name: str, **labels: str) -> float:
         """The sum of a metric over its series with these labels."""
+        if name not in self.samples:
+            return math.nan
         wanted = set(labels.items())
-        return sum(value for key, value in self.samples.get(name, {}).items() if wanted <= set(key))
+        found = sum(value for key, value in self.samples[name].items() if wanted <= set(key))
+        return found if math.isfinite(found) else math.nan
 
 
 def scrape(addresses: Sequence[str], tls: ssl.SSLContext | None = None) -> list[Scrape]:
@@ -52,14 +63,27 @@ def _scrape(address: str, tls: ssl.SSLContext | None) -> Scrape:
     at = time.monotonic()
     try:
         with opener.open(f"{scheme}://{address}/metrics", timeout=_TIMEOUT) as answer:
-            text = answer.read().decode(_CHARSET)
-        samples: dict[str, dict[Labels, float]] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                samples.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+            body = answer.read(_MAX_BYTES + 1)
+        if len(body) > _MAX_BYTES:
+            return Scrape(address, at)
+        return Scrape(address, at, read_samples(body.decode(_CHARSET)))
     except (OSError, HTTPException, ValueError):
         return Scrape(address, at)
-    return Scrape(address, at, samples)
+
+
+def read_samples(exposition: str) -> dict[str, dict[Labels, float]]:
+    """The samples by name and labels; an empty family is there, too. Raises ValueError for what is no exposition."""
+    samples: dict[str, dict[Labels, float]] = {}
+    try:
+        family: Metric
+        for family in text_string_to_metric_families(exposition):
+            for suffix in _SUFFIXES.get(family.type, ("",)):
+                samples.setdefault(f"{family.name}{suffix}", {})
+            for sample in family.samples:
+                samples.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    except Exception as error:  # whatever the parser stumbles over
+        raise ValueError("not a metrics exposition") from error
+    return samples
 
 
 class Window:
@@ -80,11 +104,11 @@ class Window:
 
     def gauge(self, name: str, **labels: str) -> float:
         """A gauge now, summed over all services."""
-        return sum(new.total(name, **labels) for _, new in self.pairs)
+        return _sum(new.total(name, **labels) for _, new in self.pairs)
 
     def rate(self, name: str, **labels: str) -> float:
         """A counter's increase per second, summed over all services."""
-        return sum(rate(old, new, name, **labels) for old, new in self.pairs)
+        return _sum(rate(old, new, name, **labels) for old, new in self.pairs)
 
     def quantile(self, histogram: str, q: float) -> float:
         """A quantile of what was observed meanwhile; NaN when nothing was."""
@@ -94,7 +118,9 @@ class Window:
 def increase(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
     """A counter's increase; one that began anew counts from 0."""
     before, now = old.total(name, **labels), new.total(name, **labels)
-    return now - before if now >= before and old.samples else now if old.samples else 0.0
+    if not old.samples:
+        return 0.0 if name in new.samples else math.nan
+    return now - before if now >= before else now
 
 
 def rate(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
@@ -105,9 +131,13 @@ def rate(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
 def quantile(pairs: Sequence[tuple[Scrape, Scrape]], histogram: str, q: float) -> float:
     """A quantile of the observations between the scrapes of each pair, linear within its bucket as in Prometheus."""
     name = f"{histogram}_bucket"
-    bounds = {dict(labels)["le"] for _, new in pairs for labels in new.samples.get(name, {})}
-    counts = sorted((float(le), sum(increase(old, new, name, le=le) for old, new in pairs)) for le in bounds)
-    if not counts or counts[-1][1] <= 0:
+    bounds = {dict(labels).get("le", "") for _, new in pairs for labels in new.samples.get(name, {})}
+    counts = sorted(
+        (bound, _sum(increase(old, new, name, le=le) for old, new in pairs))
+        for le in bounds
+        if not math.isnan(bound := _number(le))
+    )
+    if not counts or not counts[-1][1] > 0:
         return math.nan
     rank = q * counts[-1][1]
     lower, below = 0.0, 0.0
@@ -116,3 +146,16 @@ def quantile(pairs: Sequence[tuple[Scrape, Scrape]], histogram: str, q: float) -
             return lower if math.isinf(bound) else lower + (bound - lower) * (rank - below) / max(count - below, 1e-9)
         lower, below = bound, count
     return lower
+
+
+def _sum(figures: Iterable[float]) -> float:
+    """The sum of those that are known; NaN when none is."""
+    known = [figure for figure in figures if not math.isnan(figure)]
+    return sum(known) if known else math.nan
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

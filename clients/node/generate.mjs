@@ -12,6 +12,9 @@ if (prompt === undefined || !Number.isInteger(Number(maxTokens))) {
 
 process.stdout.on("error", () => process.exit(141)); // whoever read the answer has gone; so does the connection
 
+// What a terminal obeys, or what reorders the text beside it, never reaches one; a pipe gets exactly what was sent.
+const printable = (text) => text.replace(/(?![\n\t])[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\p{Bidi_Control}]/gu, "");
+
 const client = connect(Generation, address);
 const request = {
   input: { case: "prompt", value: prompt },
@@ -23,7 +26,8 @@ process.on("SIGINT", () => call.cancel()); // the executor stops, too
 try {
   for await (const { event } of call) {
     if (event.case === "delta") {
-      process.stdout.write(event.value.text);
+      const { text } = event.value;
+      process.stdout.write(process.stdout.isTTY ? printable(text) : text);
     } else if (event.case === "finished") {
       const { samples, usage, latency } = event.value;
       const ms = (nanoseconds) => (Number(nanoseconds) / 1e6).toFixed(1);
@@ -35,7 +39,7 @@ try {
     }
   }
 } catch (error) {
-  console.error(`error: ${status[error.code] ?? error.code}: ${error.details ?? error.message}`);
+  console.error(printable(`error: ${status[error.code] ?? error.code}: ${error.details ?? error.message}`));
   process.exitCode = error.code === status.CANCELLED ? 130 : 1;
 } finally {
   client.close();

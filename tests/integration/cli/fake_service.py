@@ -1,6 +1,8 @@
 """FakeService: a process with the start-up behaviour of a service (port, announce file, health, SIGTERM) and no work.
 
-usage: fake_service.py KIND <the options of a real service>; told what to do by FAKE_<KIND>=crash|hang|stubborn|orphan.
+usage: fake_service.py KIND <the options of a real service>; told what to do by
+FAKE_<KIND>=crash|hang|stubborn|orphan|hostile. What a hostile one says of itself,
+and its log, would drive a terminal.
 """
 
 import argparse
@@ -14,6 +16,15 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from hostile_text import HOSTILE, fill
+from scalellm.v1 import (
+    executor_pb2,
+    executor_pb2_grpc,
+    scheduler_pb2,
+    scheduler_pb2_grpc,
+    tokenizer_pb2,
+    tokenizer_pb2_grpc,
+)
 from services.common.addresses import join_address
 
 
@@ -38,6 +49,8 @@ def main() -> None:
     status = health_pb2.HealthCheckResponse
     servicer.set("", status.NOT_SERVING if behaviour == "hang" else status.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    if behaviour == "hostile":
+        be_hostile(server)
     port = server.add_insecure_port(join_address(options.host, options.port))
     server.start()
     partial = options.announce.with_suffix(".partial")
@@ -45,6 +58,29 @@ def main() -> None:
     partial.replace(options.announce)
     signal.sigwait({signal.SIGUSR1 if behaviour == "stubborn" else signal.SIGTERM})
     server.stop(0)
+
+
+class Hostile(
+    executor_pb2_grpc.ExecutorServicer, scheduler_pb2_grpc.SchedulerServicer, tokenizer_pb2_grpc.TokenizerServicer
+):
+    """Answers questions for any kind of service."""
+
+    def GetInfo(self, request: object, context: object) -> object:
+        if isinstance(request, tokenizer_pb2.GetInfoRequest):
+            return fill(tokenizer_pb2.GetInfoResponse())
+        return fill(executor_pb2.GetExecutorInfoResponse())
+
+    def GetState(self, request: object, context: object) -> scheduler_pb2.GetStateResponse:
+        executors = [scheduler_pb2.ExecutorState(phase=99)]
+        return fill(scheduler_pb2.GetStateResponse(executors=executors))
+
+
+def be_hostile(server: grpc.Server) -> None:
+    executor_pb2_grpc.add_ExecutorServicer_to_server(Hostile(), server)
+    scheduler_pb2_grpc.add_SchedulerServicer_to_server(Hostile(), server)
+    tokenizer_pb2_grpc.add_TokenizerServicer_to_server(Hostile(), server)
+    print(f"12:00:00 INFO fake[1] fake: {HOSTILE}", file=sys.stderr)
+    print(f"12:00:00 ERROR fake[1] fake: {HOSTILE}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

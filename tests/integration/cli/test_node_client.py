@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hostile_text import harmful_in
 from service_processes import PATIENCE
 
 StartNode = Callable[..., subprocess.Popen[str]]
@@ -29,6 +30,13 @@ def test_example_streams(node: StartNode, fake_server: Any) -> None:
 def test_example_says_what_went_wrong(node: StartNode, fake_server: Any) -> None:
     code, _, err = finish(node("generate.mjs", "bad", fake_server.address))
     assert (code, err) == (1, "error: INVALID_ARGUMENT: sampling.top_p: must be in (0, 1], got 7\n")
+
+
+def test_example_shows_nothing_that_a_terminal_obeys(node: StartNode, hostile_server: Any) -> None:
+    code, out, err = finish(node("generate.mjs", "bad", hostile_server.address))
+    assert (code, out) == (1, "")
+    assert "31mB" in err
+    assert harmful_in(err.replace("\ufeff", "").replace("\U000e0041", "")) == []
 
 
 def test_interrupt_cancels_the_request(node: StartNode, fake_server: Any) -> None:
