@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from clients.launcher.errors import LauncherError
 
@@ -21,37 +21,54 @@ _MAX_SOCKET_PATH = 107
 
 @dataclass(frozen=True, slots=True)
 class RedisHealth:
-    """What a Redis says of itself. `error` is empty when it answers."""
+    """What a Redis says of itself, where it may. `error` is empty when it does what the services need.
+
+    Attributes:
+        error: Why not, in one line that says what to do.
+        answers: Whether somebody is there who refuses, so that waiting does not help.
+    """
 
     error: str
+    answers: bool = True
     version: str = ""
     used_memory: int = 0
     keys: int = 0
 
 
 def check_redis(url: str, timeout: float = 2.0) -> RedisHealth:
-    """Ask the Redis at `url` how it is; answers within about `timeout` seconds."""
-    import redis  # not at the top: a third of what the command line would import, and most commands need none
+    """Try what the services do with the Redis at `url`; answers within about `timeout` seconds."""
+    return asyncio.run(_check_redis(url, timeout))
+
+
+async def _check_redis(url: str, timeout: float) -> RedisHealth:
+    # Not at the top: a third of what the command line would import, and most commands need none.
+    from redis import exceptions
+
+    from services.common.lifecycle import StartError
+    from services.common.redis_client import open_redis
+    from services.common.redis_health import REDIS_ERRORS, RedisFault, probe_redis
 
     try:
-        with redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout) as client:
-            info = client.info()
+        async with asyncio.timeout(timeout), open_redis(url, timeout=timeout) as client:
+            await probe_redis(client, sessions=True)
+            try:
+                info = await client.info()
+            except exceptions.NoPermissionError:  # which the services do without
+                return RedisHealth("")
             keys = sum(int(part["keys"]) for name, part in info.items() if name.startswith("db"))
-            return RedisHealth("", str(info["redis_version"]), int(info["used_memory"]), keys)
-    except (redis.RedisError, ValueError, OSError) as error:
-        return RedisHealth(str(error) or type(error).__name__)
+            return RedisHealth("", True, str(info["redis_version"]), int(info["used_memory"]), keys)
+    except StartError as error:
+        return RedisHealth(str(error).removeprefix("--redis-url: "))
+    except REDIS_ERRORS as error:
+        fault = RedisFault.of(error)
+        return RedisHealth(fault.explain(error), fault.answers)
 
 
 def shown(url: str) -> str:
     """The URL without its password."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # what cannot be taken apart may hold a password anywhere
-        return "REDIS_URL"
-    if not parts.password:
-        return url
-    user = parts.username or ""
-    return urlunsplit(parts._replace(netloc=f"{user}:***@{parts.netloc.rpartition('@')[2]}"))
+    from services.common.redis_client import shown_url
+
+    return shown_url(url)
 
 
 def find_redis_server() -> str:

@@ -112,7 +112,7 @@ def _read_service(record: ServiceRecord, state: State, environment: Mapping[str,
 def _read_redis(status: ServiceStatus, state: State) -> ServiceStatus:
     health = check_redis(state.redis_url)
     if health.error:
-        return replace(status, health="unreachable", last_error=health.error)
+        return replace(status, health="not usable" if health.answers else "unreachable", last_error=health.error)
     return replace(status, load={"keys": health.keys, "used_memory_bytes": health.used_memory})
 
 

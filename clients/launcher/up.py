@@ -162,10 +162,10 @@ class _Launch:
         health = check_redis(self._options.redis_url)
         if health.error:
             raise LauncherError(
-                f"Redis does not answer at {where}: {health.error}; start it, correct REDIS_URL, "
-                "or unset REDIS_URL to use an embedded one"
+                f"REDIS_URL: {where} cannot be used: {health.error}; correct REDIS_URL, "
+                "or unset it to use an embedded one"
             )
-        self._report.done(f"{where}, version {health.version}")
+        self._report.done(f"{where}, version {health.version or 'unknown'}")
 
     def _start_redis(self) -> None:
         self._report.begin(REDIS, "starting the embedded server")

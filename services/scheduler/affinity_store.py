@@ -6,18 +6,16 @@ import asyncio
 import logging
 from collections import OrderedDict
 
-from redis import RedisError
 from redis.asyncio import Redis
 
 from services.common.cancellation import cancellable
 from services.common.redis_client import KEY_PREFIX, open_redis
+from services.common.redis_health import REDIS_ERRORS, RedisWatch
 
 _log = logging.getLogger(__name__)
 
 _TICK = 0.05
 _LOOK_UP_LIMIT = 0.05
-_PING_INTERVAL = 1.0
-_FAILURES = (RedisError, OSError, TimeoutError)
 
 
 class AffinityStore:
@@ -44,8 +42,20 @@ class AffinityStore:
         self._wanted: dict[str, asyncio.Future[str | None]] = {}
         self._write_due = asyncio.Event()
         self._read_due = asyncio.Event()
-        self.redis_ok = False
-        self.num_failures = 0
+        self._watch: RedisWatch | None = None
+        if self._redis is not None:
+            self._watch = RedisWatch(self._redis, sessions=False, without="sessions lose their executor on a restart")
+        self._num_failed_reads = 0
+
+    @property
+    def redis_ok(self) -> bool:
+        """Whether Redis does what it is there for."""
+        return self._watch is not None and self._watch.is_up
+
+    @property
+    def num_failures(self) -> int:
+        """Operations that Redis did not do."""
+        return self._num_failed_reads + (self._watch.num_failures if self._watch is not None else 0)
 
     @property
     def has_redis(self) -> bool:
@@ -90,33 +100,23 @@ class AffinityStore:
 
     async def run(self) -> None:
         """Watch Redis and write to it until cancelled; then write what is left."""
-        if self._redis is None:
+        if self._redis is None or self._watch is None:
             return
+        redis, watch = self._redis, self._watch
         try:
-            await asyncio.gather(self._watch(self._redis), self._write(self._redis), self._read(self._redis))
+            await asyncio.gather(watch.run(), self._write(redis, watch), self._read(redis))
         finally:
-            if self.redis_ok:
-                await self._flush(self._redis)
-            await self._redis.aclose()
+            if watch.is_up:
+                await self._flush(redis, watch)
+            await redis.aclose()
 
-    async def _watch(self, redis: Redis) -> None:
-        while True:
-            try:
-                with cancellable():
-                    await redis.ping()
-            except _FAILURES as error:
-                self._report(False, repr(error))
-            else:
-                self._report(True, "")
-            await asyncio.sleep(_PING_INTERVAL)
-
-    async def _write(self, redis: Redis) -> None:
+    async def _write(self, redis: Redis, watch: RedisWatch) -> None:
         while True:
             await self._write_due.wait()
             await asyncio.sleep(_TICK)
             self._write_due.clear()
             with cancellable():
-                await self._flush(redis)
+                await self._flush(redis, watch)
 
     async def _read(self, redis: Redis) -> None:
         while True:
@@ -127,16 +127,19 @@ class AffinityStore:
                 continue
             try:
                 with cancellable():
-                    values = await redis.mget([_key(session_id) for session_id in wanted])
-            except _FAILURES as error:
-                self.num_failures += 1
+                    pipeline = redis.pipeline(transaction=False)  # not MGET: keys of a cluster lie apart
+                    for session_id in wanted:
+                        pipeline.get(_key(session_id))
+                    values = await pipeline.execute()
+            except REDIS_ERRORS as error:
+                self._num_failed_reads += 1
                 _log.debug("no affinity from Redis: %r", error)
                 values = [None] * len(wanted)
             for future, value in zip(wanted.values(), values, strict=True):
                 if not future.done():
                     future.set_result(value.decode(errors="replace") if isinstance(value, bytes) else value)
 
-    async def _flush(self, redis: Redis) -> None:
+    async def _flush(self, redis: Redis, watch: RedisWatch) -> None:
         pending, self._pending = self._pending, {}
         if not pending:
             return
@@ -145,18 +148,9 @@ class AffinityStore:
                 for session_id, address in pending.items():
                     pipeline.set(_key(session_id), address, ex=self._ttl)
                 await pipeline.execute()
-        except _FAILURES as error:
-            self._report(False, repr(error))
-
-    def _report(self, ok: bool, why: str) -> None:
-        self.num_failures += not ok
-        if ok != self.redis_ok:
-            self.redis_ok = ok
-            if ok:
-                _log.info("Redis answers")
-            else:
-                _log.warning("Redis does not answer, sessions lose their executor on a restart: %s", why)
-                self._pending.clear()
+        except REDIS_ERRORS as error:
+            watch.report(error)
+            self._pending.clear()
 
 
 def _key(session_id: str) -> str:

@@ -19,7 +19,7 @@ class SchedulerSettings(LinkingSettings):
     """Port to listen on; 0 takes a free one."""
     executors: str = ""
     """Executors, host:port,host:port,...; a name with several addresses stands for all. More join by AddExecutor."""
-    redis_url: str | None = None
+    redis_url: str | None = Field(default=None, repr=False)
     """Where session affinity survives a restart: redis://... or unix://...; unset: in memory only."""
     session_ttl_s: Annotated[float, Field(ge=1)] = 3600.0
     """Seconds after its last request for which a session's executor is remembered in Redis."""

@@ -88,7 +88,7 @@ class SchedulerCollector(Collector):
         yield from _links(snapshot)
         if snapshot.redis_failures is not None:
             up = float(snapshot.state.redis_ok)
-            yield GaugeMetricFamily(f"{_PREFIX}_redis_up", "Whether Redis answers.", value=up)
+            yield GaugeMetricFamily(f"{_PREFIX}_redis_up", "Whether Redis does what it is asked.", value=up)
             failures = snapshot.redis_failures
             yield CounterMetricFamily(f"{_PREFIX}_redis_failures", "Operations that Redis did not do.", failures)
         draining = float(snapshot.state.draining)

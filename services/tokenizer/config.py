@@ -36,7 +36,7 @@ class TokenizerSettings(LinkingSettings):
     """Processes that share the port; default: half the cores, at most 8."""
     max_worker_restarts: Annotated[int, Field(ge=0)] = 3
     """Crashes of one worker within a minute after which the service gives up."""
-    redis_url: str | None = None
+    redis_url: str | None = Field(default=None, repr=False)
     """Where sessions are kept: redis://host:port/db or unix://path; unset: no sessions."""
     session_ttl_s: Annotated[float, Field(ge=1, le=1e9)] = 3600.0
     """Seconds after its last turn for which a session is kept."""

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 
 import grpc
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from services.common.api_keys import Tenant
 from services.common.cancellation import cancellable
 from services.common.errors import StatusError
 from services.common.redis_client import KEY_PREFIX
+from services.common.redis_health import REDIS_ERRORS, RedisFault
 from services.tokenizer.quota_script import QUOTA_SCRIPT
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ _LEASE = 30.0
 
 _RETRY_REDIS = 1.0
 _RETRY_CONCURRENT = 1.0
-_FAILURES = (RedisError, OSError)
 
 
 @dataclass(slots=True, eq=False)
@@ -229,12 +228,13 @@ class TenantQuotas:
                     str(limits.requests_per_minute or 0),
                     str(limits.tokens_per_minute or 0),
                 )
-        except _FAILURES as error:
+        except REDIS_ERRORS as error:
             account.unreported_tokens += tokens
             self._report(account)
             self._retry_redis_at = self.clock() + _RETRY_REDIS
             if self.is_shared:
-                _log.warning("Redis does not answer, each process keeps to the tenants' limits on its own: %r", error)
+                why = RedisFault.of(error).explain(error)
+                _log.warning("%s, each process keeps to the tenants' limits on its own", why)
             self.is_shared = False
             self.num_failures += 1
             return None

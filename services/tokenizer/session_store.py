@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
 
 from services.common.api_keys import DEFAULT_TENANT, Tenant
 from services.common.cancellation import cancellable
 from services.common.errors import StatusError
 from services.common.logs import LineLimit
 from services.common.redis_client import KEY_PREFIX
+from services.common.redis_health import REDIS_ERRORS, RedisFault
 from services.tokenizer.session import (
     INFO_FIELDS,
     Session,
@@ -204,19 +204,15 @@ class SessionStore:
             with cancellable():
                 async with asyncio.timeout(self._timeout):
                     yield self._redis
-        except TimeoutError:
+        except REDIS_ERRORS as error:
             self._failures.count += 1
-            raise StatusError.unavailable(
-                f"the session store does not answer within {self._timeout:g} s; requests without session_id are served",
-                retry_after=self._timeout,
-            ) from None
-        except (RedisError, OSError) as error:
+            fault = RedisFault.of(error)
             # An answer that is an error (read-only replica, out of memory, wrong type) is for the operator to read.
-            self._failures.count += 1
-            if isinstance(error, ResponseError) and self._log_limit.admit() is not None:
-                _log.error("Redis refuses what sessions need, they cannot be used: %s", error)
+            if fault.answers and self._log_limit.admit() is not None:
+                _log.error("%s: sessions cannot be used", fault.explain(error))
+            cause = f"does not answer within {self._timeout:g} s" if fault is RedisFault.SLOW else fault.cause
             raise StatusError.unavailable(
-                "the session store cannot be reached; requests without session_id are served", retry_after=self._timeout
+                f"the session store {cause}; requests without session_id are served", retry_after=self._timeout
             ) from None
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import uvloop
 from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 
 from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
@@ -27,6 +28,7 @@ from services.common.lifecycle import LAST_WORDS, GrpcService, StartError, stop_
 from services.common.logs import configure_logging
 from services.common.metrics import LoopLag
 from services.common.redis_client import open_redis
+from services.common.redis_health import RedisWatch
 from services.common.tls import server_credentials
 from services.common.tracing import open_tracer
 from services.tokenizer.config import TokenizerSettings
@@ -57,6 +59,7 @@ _SERVICES = (
 
 
 _QUOTA_TIMEOUT = 0.25
+_REDIS_INTERVAL = 2.0
 
 
 class Worker:
@@ -85,6 +88,7 @@ class Worker:
         model = _load_tokenizer(settings)
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(redis, settings.session_ttl_s)
+        watch = _watch_redis(redis) if redis is not None else None
         worker_id = f"tokenizer-{os.getpid()}-{os.urandom(4).hex()}"
         # Connections of their own: their waits are shorter, because every limited request waits for them.
         quota_redis = open_redis(settings.redis_url, timeout=_QUOTA_TIMEOUT) if settings.redis_url else None
@@ -115,7 +119,7 @@ class Worker:
                 settings.host,
                 self._port,
                 services=[descriptor.full_name for descriptor in _SERVICES],
-                is_ready=lambda: self._is_ready(link, quotas),
+                is_ready=lambda: self._is_ready(link, quotas, watch),
                 share_port=True,
                 options=(
                     *settings.connection_options,
@@ -141,6 +145,8 @@ class Worker:
             lag = LoopLag(self._metrics.loop_lag.observe)
             waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
             tasks = [asyncio.create_task(step) for step in waits]
+            if watch is not None:
+                tasks.append(asyncio.create_task(watch.run()))
             try:
                 # The vocabulary lives as long as the process: a full collection need not look at it every time. And
                 # messages come and go without cycles: looking for some after every 700 is too often.
@@ -176,10 +182,11 @@ class Worker:
         if self._tracer is not None:
             metrics.follow_tracer(self._tracer)
 
-    def _is_ready(self, link: SchedulerLink, quotas: TenantQuotas) -> bool:
+    def _is_ready(self, link: SchedulerLink, quotas: TenantQuotas, watch: RedisWatch | None) -> bool:
         """Asked twice a second."""
         self._metrics.flush()
         self._metrics.limits_unshared.set(quotas.is_degraded)
+        self._metrics.redis_unusable.set(watch is not None and not watch.is_up)
         self._metrics.link_up.set(link.welcome is not None)
         self._metrics.tasks.set(len(asyncio.all_tasks()))
         return link.welcome is not None and not self._gate.is_closed
@@ -193,6 +200,10 @@ class Worker:
         if remaining := await draining:
             _log.warning("%d calls did not finish in time and end with UNAVAILABLE", remaining)
             link.fail_all("the server is shutting down")  # a status that says so, rather than a cut connection
+
+
+def _watch_redis(redis: Redis) -> RedisWatch:
+    return RedisWatch(redis, sessions=True, without="sessions cannot be used", interval=_REDIS_INTERVAL)
 
 
 def _load_tokenizer(settings: TokenizerSettings) -> ModelTokenizer:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,16 +138,22 @@ class RedisProcess:
             self.process.wait(PATIENCE)
 
 
-def start_redis(folder: Path) -> RedisProcess:
+def start_redis(folder: Path, *more: str) -> RedisProcess:
+    """Start one, with more options if wanted."""
     path = Path(f"/tmp/scalellm-test-{uuid.uuid4().hex[:12]}.sock")  # a socket's path may have 108 bytes at most
     flags = ["--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no", "--dir", str(folder)]
-    process = subprocess.Popen([redis_server(), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([redis_server(), *flags, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + PATIENCE
-    while not path.exists():
+    while not _is_listening(path):
         if process.poll() is not None or time.monotonic() > deadline:
             raise AssertionError("redis-server did not start")
         time.sleep(0.01)
     return RedisProcess(process, f"unix://{path}")
+
+
+def _is_listening(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
 
 
 async def eventually(condition: Callable[[], bool], timeout: float = PATIENCE) -> None:

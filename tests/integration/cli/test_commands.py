@@ -183,8 +183,8 @@ def test_redis_that_does_not_answer(run_cli: RunCli, tmp_path: Path) -> None:
     model = str(tmp_path / "weights.gguf")
     code, _, err = run_cli("up", "--port", "0", "--model", model, REDIS_URL="redis://127.0.0.1:1")
     assert code == 1
-    assert "error: Redis does not answer at redis://127.0.0.1:1: " in err
-    assert "unset REDIS_URL to use an embedded one" in err
+    assert "error: REDIS_URL: redis://127.0.0.1:1 cannot be used: Redis cannot be reached: " in err
+    assert "unset it to use an embedded one" in err
 
 
 def test_interrupt_cancels_the_request(cli: StartCli, fake_server: Any) -> None:

@@ -259,7 +259,8 @@ def test_the_public_service_may_listen_on_ipv6(
 def test_redis_of_the_user_is_checked_and_left_running(
     instance: Instance, up_options: MakeOptions, tmp_path: Path
 ) -> None:
-    with pytest.raises(LauncherError, match=r"Redis does not answer at redis://:\*\*\*@127\.0\.0\.1:1/0: .*REDIS_URL"):
+    said = r"REDIS_URL: redis://\*\*\*@127\.0\.0\.1:1/0 cannot be used: Redis cannot be reached: .* REDIS_URL"
+    with pytest.raises(LauncherError, match=said):
         bring_up(instance, up_options(redis_url="redis://:secret@127.0.0.1:1/0"), Recorder())
 
     owner = Instance(tmp_path, "owner")

