@@ -43,7 +43,8 @@ class TenantLimits(BaseModel):
     """What a tenant may use, over all processes that serve it. None: any amount.
 
     Attributes:
-        min_priority: The most urgent priority that its requests may have: lower ones run before those of others.
+        min_priority: The most urgent priority that its requests may have: lower ones run before those of others, so
+            that going before all others has to be granted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,7 +52,7 @@ class TenantLimits(BaseModel):
     concurrent_requests: _Count | None = None
     requests_per_minute: _Count | None = None
     tokens_per_minute: _Count | None = None
-    min_priority: Annotated[int, Field(ge=-100, le=0)] | None = None
+    min_priority: Annotated[int, Field(ge=-100, le=0)] = 0
 
     @property
     def is_counted(self) -> bool:
@@ -70,7 +71,7 @@ class Tenant:
     limits: TenantLimits = NO_LIMITS
 
 
-DEFAULT_TENANT = Tenant("default")
+DEFAULT_TENANT = Tenant("default", TenantLimits(min_priority=-100))
 """Everybody's, where no API keys are configured."""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 import grpc
 
 from services.common.errors import StatusError
+from services.scheduler.tenant_shares import EntryT, QueueEntry, TenantShares
 
 _REQUEST_COST = 256
 """What a request takes beside its prompt, in tokens: a place in the batch, however short the prompt is."""
@@ -16,38 +17,12 @@ _RETRY_AFTER_UNKNOWN = 1.0
 _RETRY_AFTER_RANGE = (0.1, 60.0)
 
 
-class QueueEntry(Protocol):
-    """What the queue must know of a request."""
-
-    @property
-    def priority(self) -> int:
-        """Lower leaves first."""
-
-    @property
-    def tenant(self) -> bytes:
-        """Whose it is; among equal priorities, tenants take turns."""
-
-    @property
-    def arrival(self) -> int:
-        """Unique and rising; among requests of one tenant and priority, lower leaves first."""
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens to prefill."""
-
-    turn: int
-    """Given by the queue when it takes the request: how much its tenant had been given by then."""
-
-
-EntryT = TypeVar("EntryT", bound=QueueEntry)
-
-
 class AdmissionQueue(Generic[EntryT]):
     """Waiting requests in the order in which they shall leave.
 
     Tenants share alike, by start-time fair queueing (Goyal, Vin and Cheng 1996): a request's turn is where its tenant's
     last one ends, in tokens, and a tenant that was away begins where the queue is now. A tenant alone is served in the
-    order of arrival.
+    order of arrival. When the queue is full, the tenant that holds most makes room for those that hold less.
 
     A sorted list: with a few thousand entries an insertion or removal moves some kilobytes, which is cheaper than what
     any tree does in Python, and the order can be walked without disturbing it.
@@ -64,6 +39,7 @@ class AdmissionQueue(Generic[EntryT]):
         self._tokens: dict[int, dict[bytes, int]] = {}  # that wait, by priority and tenant
         self._next_turns: dict[int, dict[bytes, int]] = {}  # likewise
         self._newest_turn = 0  # of priorities of which none waits any more
+        self._shares: TenantShares[EntryT] = TenantShares()
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -77,7 +53,7 @@ class AdmissionQueue(Generic[EntryT]):
         """All entries, the next one first; a copy."""
         return [entry for _, _, _, entry in self._entries]
 
-    def admit(self, entry: EntryT, remaining: float | None, tokens_per_second: float | None) -> None:
+    def admit(self, entry: EntryT, remaining: float | None, tokens_per_second: float | None) -> list[EntryT]:
         """Take a new request, or refuse it at once rather than let it wait in vain.
 
         Args:
@@ -85,10 +61,13 @@ class AdmissionQueue(Generic[EntryT]):
             remaining: Seconds until its deadline; None = no deadline.
             tokens_per_second: Measured rate at which the queue drains; None = not measured, nothing is predicted.
 
+        Returns:
+            The requests of other tenants that were taken out to make room: the caller ends them, with `crowded_out`.
+
         Raises:
             StatusError: RESOURCE_EXHAUSTED when full, DEADLINE_EXCEEDED when its first token would come too late.
         """
-        self._check_room(entry, tokens_per_second)
+        dropped = self._make_room(entry, tokens_per_second)
         if remaining is not None:
             ahead = self.tokens_ahead(entry)
             predicted = ahead / tokens_per_second if tokens_per_second else 0.0
@@ -98,15 +77,25 @@ class AdmissionQueue(Generic[EntryT]):
                     f"the deadline is in {remaining:.3f} s, and {ahead} prompt tokens wait before this request: "
                     f"its first token is not expected before {predicted:.3f} s",
                 )
-        next_turns = self._next_turns.setdefault(entry.priority, {})
-        entry.turn = max(next_turns.get(entry.tenant, 0), self._present_turn(entry.priority))
-        next_turns[entry.tenant] = entry.turn + entry.num_prompt_tokens + _REQUEST_COST
-        self.put_back(entry)
+        own_turn = self._next_turns.get(entry.priority, {}).get(entry.tenant, 0)
+        entry.turn = max(own_turn, self._present_turn(entry.priority))
+        self._insert(entry, may_be_dropped=True)
+        for other in dropped:
+            self._next_turns[other.priority][other.tenant] -= _cost(other)  # of what it is not given
+            self.remove(other)
+        return dropped
+
+    def crowded_out(self, tokens_per_second: float | None) -> StatusError:
+        """How a request ends that made room for another tenant's."""
+        return self._full(
+            "the tenant of this request holds most of it and made room for another's", 0, tokens_per_second
+        )
 
     def put_back(self, entry: EntryT) -> None:
-        """Return a request that had left. It takes its old place; it was admitted once and is not refused now."""
-        insort(self._entries, (entry.priority, entry.turn, entry.arrival, entry))
-        self._count(entry, entry.num_prompt_tokens)
+        """Return a request that had left. It takes its old place; it was admitted once, and is not refused or dropped
+        now.
+        """
+        self._insert(entry, may_be_dropped=False)
 
     def remove(self, entry: EntryT) -> None:
         """Take a request out."""
@@ -114,6 +103,7 @@ class AdmissionQueue(Generic[EntryT]):
         if place == len(self._entries) or self._entries[place][3] is not entry:
             raise KeyError(f"request {entry.arrival} is not queued")
         del self._entries[place]
+        self._shares.remove(entry)
         self._count(entry, -entry.num_prompt_tokens)
 
     def tokens_ahead(self, entry: EntryT) -> int:
@@ -123,6 +113,13 @@ class AdmissionQueue(Generic[EntryT]):
         own = tenants.get(entry.tenant, 0)
         share = own + entry.num_prompt_tokens
         return ahead + own + sum(min(share, tokens) for other, tokens in tenants.items() if other != entry.tenant)
+
+    def _insert(self, entry: EntryT, *, may_be_dropped: bool) -> None:
+        insort(self._entries, (entry.priority, entry.turn, entry.arrival, entry))
+        next_turns = self._next_turns.setdefault(entry.priority, {})
+        next_turns[entry.tenant] = max(next_turns.get(entry.tenant, 0), entry.turn + _cost(entry))
+        self._shares.add(entry, may_be_dropped=may_be_dropped)
+        self._count(entry, entry.num_prompt_tokens)
 
     def _place(self, entry: EntryT) -> int:
         # Shorter tuples sort before the longer ones they begin, and arrivals are unique: entries are never compared.
@@ -145,22 +142,34 @@ class AdmissionQueue(Generic[EntryT]):
                 # Nobody is owed anything, and what comes back is still before what is new.
                 self._newest_turn = max(self._newest_turn, *self._next_turns.pop(entry.priority, {0: 0}).values())
 
-    def _check_room(self, entry: EntryT, tokens_per_second: float | None) -> None:
-        excess = self.num_tokens + entry.num_prompt_tokens - self._max_tokens
-        if len(self._entries) >= self._max_requests:
+    def _make_room(self, entry: EntryT, tokens_per_second: float | None) -> list[EntryT]:
+        """Choose what has to leave for a new request. Raises StatusError RESOURCE_EXHAUSTED."""
+        num_excess = len(self._entries) + 1 - self._max_requests
+        excess = self.num_tokens + entry.num_prompt_tokens - self._max_tokens if self._entries else 0
+        if num_excess <= 0 and excess <= 0:
+            return []
+        dropped = self._shares.make_room(entry, (num_excess, excess))
+        if dropped is not None:
+            return dropped
+        if num_excess > 0:
             limit = f"{self._max_requests} requests wait"
-        elif self._entries and excess > 0:
+        else:
             limit = f"{self.num_tokens} prompt tokens wait, and {entry.num_prompt_tokens} more exceed the limit of "
             limit += str(self._max_tokens)
-        else:
-            return
+        raise self._full(limit, excess, tokens_per_second)
+
+    def _full(self, why: str, excess: int, tokens_per_second: float | None) -> StatusError:
         retry_after = _RETRY_AFTER_UNKNOWN
         if tokens_per_second:
             # Until there is room for this request and for some of the others that were sent away as well.
             shortest, longest = _RETRY_AFTER_RANGE
             retry_after = min(max(max(excess, self.num_tokens / 10) / tokens_per_second, shortest), longest)
-        raise StatusError(
+        return StatusError(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"the admission queue is full: {limit}; retry in {retry_after:.1f} s",
+            f"the admission queue is full: {why}; retry in {retry_after:.1f} s",
             retry_after=retry_after,
         )
+
+
+def _cost(entry: QueueEntry) -> int:
+    return entry.num_prompt_tokens + _REQUEST_COST

@@ -112,10 +112,12 @@ class Dispatcher:
             if self._fleet.outage is not None:
                 raise self._fleet.outage
             remaining = request.deadline - now if request.deadline is not None else None
-            self.queue.admit(request, remaining, self._rate.tokens_per_second)
+            crowded_out = self.queue.admit(request, remaining, self._rate.tokens_per_second)
         except StatusError as error:
             self._end(request, request.make_finish(error))
             return
+        for other in crowded_out:
+            self._end(other, other.make_finish(self.queue.crowded_out(self._rate.tokens_per_second)))
         if not submit.sampling.HasField("seed"):
             # Drawn here and not on the executor, so that another executor repeats it.
             submit.sampling.seed = self._random.getrandbits(64)

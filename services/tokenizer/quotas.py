@@ -113,7 +113,7 @@ class TenantQuotas:
     async def admit(self, tenant: Tenant, priority: int = 0) -> Lease | None:
         """Let a request in; None where nothing is counted. Raises StatusError RESOURCE_EXHAUSTED, INVALID_ARGUMENT."""
         limits = tenant.limits
-        if limits.min_priority is not None and priority < limits.min_priority:
+        if priority < limits.min_priority:
             self.refused("min_priority")
             raise StatusError.invalid(
                 "priority", f"must be at least {limits.min_priority} for tenant {tenant.name!r}, got {priority}"

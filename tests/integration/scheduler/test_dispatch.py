@@ -129,6 +129,27 @@ async def test_full_queue_says_when_to_retry(make_line, eventually):
     assert line.check_books().rejected == 1
 
 
+async def test_a_tenant_that_fills_the_queue_makes_room_for_another(make_line, eventually):
+    """Each request that made room ends once, with a time to try again; no one of the other tenant is refused."""
+    line = await make_line(executor={"max_running": 1}, max_queued_requests=40)
+    (executor,) = line.executors
+    executor.hold()
+    burst = [await line.edge.submit(10, 1, cache_salt=b"burst")]
+    await eventually(lambda: executor.submits)
+    burst += [await line.edge.submit(10, 1, cache_salt=b"burst") for _ in range(50)]
+    late = [await line.edge.submit(10, 1, cache_salt=b"late") for _ in range(10)]
+    await line.edge.finish(*burst[31:])  # ten found no room, ten made room
+    for stream in burst[31:]:
+        assert stream.code == RESOURCE_EXHAUSTED
+        assert stream.finish.status.retry_after_ns > 0
+        assert stream.finish.status.message.startswith("the admission queue is full: ")
+    assert line.check_books().queued == 40
+    executor.release()
+    await line.edge.finish(*burst[:31], *late)
+    assert [stream.code for stream in (*burst[:31], *late)] == [0] * 41
+    assert (line.check_books().rejected, line.state().finished) == (20, 41)
+
+
 async def test_full_queue_of_tokens(make_line, eventually):
     line = await make_line(executor={"max_running": 1}, max_queued_tokens=100)
     (executor,) = line.executors

@@ -1,5 +1,6 @@
 """AdmissionQueue against a plain list that is sorted anew for each question."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import grpc
@@ -21,6 +22,9 @@ class Entry:
     turn: int = 0
 
 
+SIZES = (lambda entry: 1, lambda entry: entry.num_prompt_tokens)
+
+
 class QueueMachine(RuleBasedStateMachine):
     """Random admissions, removals and returns."""
 
@@ -31,6 +35,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue = AdmissionQueue(self.max_requests, self.max_tokens)
         self.waiting: list[Entry] = []
         self.dispatched: list[Entry] = []
+        self.returned: list[Entry] = []
         self.arrivals = 0
 
     @rule(
@@ -46,6 +51,8 @@ class QueueMachine(RuleBasedStateMachine):
         queued = sum(other.num_prompt_tokens for other in self.waiting)
         ahead = self.expected_ahead(entry)
         full = len(self.waiting) >= self.max_requests or bool(self.waiting and queued + tokens > self.max_tokens)
+        dropped = self.expected_drops(entry) if full else []
+        full = dropped is None
         hopeless = remaining is not None and rate is not None and ahead / rate > remaining
         if full or hopeless:
             with pytest.raises(StatusError) as refusal:
@@ -54,8 +61,34 @@ class QueueMachine(RuleBasedStateMachine):
             assert refusal.value.code is code
             assert entry not in self.queue
         else:
-            self.queue.admit(entry, remaining, rate)
-            self.waiting.append(entry)
+            left = self.queue.admit(entry, remaining, rate)
+            assert len(left) == len(dropped)
+            assert set(left) == set(dropped)
+            self.waiting = [other for other in self.waiting if other not in dropped] + [entry]
+
+    def expected_drops(self, entry):
+        """By the rule, one at a time: of the tenants that may give, the one that holds most drops its last request."""
+        waiting, dropped = list(self.waiting), []
+
+        def held(tenant, size):
+            return sum(size(other) for other in waiting if other.tenant == tenant)
+
+        limits = ((SIZES[0], self.max_requests), (SIZES[1], self.max_tokens))
+        for size, limit in limits:
+            while sum(map(size, waiting)) + size(entry) > limit:
+                lasts = {}
+                for other in sorted(waiting, key=lambda other: (other.priority, other.turn, other.arrival)):
+                    if other not in self.returned:
+                        lasts[other.tenant] = other
+                lasts.pop(entry.tenant, None)
+                share = held(entry.tenant, size) + size(entry)
+                giving = [last for tenant, last in lasts.items() if held(tenant, size) - size(last) >= share]
+                if not giving:
+                    return None
+                giver = min(giving, key=lambda last: (-held(last.tenant, size), last.tenant))
+                waiting.remove(giver)
+                dropped.append(giver)
+        return dropped
 
     def expected_ahead(self, entry):
         own = self.tokens(entry.priority, entry.tenant)
@@ -85,6 +118,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.dispatched.remove(entry)
         self.queue.put_back(entry)
         self.waiting.append(entry)
+        self.returned.append(entry)
 
     @invariant()
     def matches_the_model(self):
@@ -103,7 +137,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueueMachine = QueueMachine.TestCase
-TestQueueMachine.settings = settings(max_examples=50)
+TestQueueMachine.settings = settings(max_examples=60)
 
 
 def served(queue: AdmissionQueue[Entry], count: int) -> list[tuple[bytes, int]]:
@@ -129,6 +163,64 @@ def test_a_burst_of_one_tenant_does_not_delay_another():
     queue.admit(Entry(-1, 300, 100, b"burst"), None, None)
     assert served(queue, 1) == [(b"burst", 300)], "a priority goes before any turn"
     assert served(queue, len(queue)) == [(b"burst", arrival) for arrival in range(14, 101)]
+
+
+def tenants_of(queue: AdmissionQueue[Entry]) -> dict[bytes, int]:
+    return dict(Counter(entry.tenant for entry in queue.in_order()))
+
+
+def test_a_full_queue_is_shared_by_its_tenants():
+    queue = AdmissionQueue(1000, 10**6)
+    for arrival in range(1000):
+        assert queue.admit(Entry(0, arrival, 10, b"burst"), None, None) == []
+    with pytest.raises(StatusError, match="1000 requests wait"):
+        queue.admit(Entry(0, 1000, 10, b"burst"), None, None)
+    for number in range(500):
+        (dropped,) = queue.admit(Entry(0, 2000 + number, 10, b"late"), None, None)
+        assert (dropped.tenant, dropped.arrival) == (b"burst", 999 - number), "the newest goes"
+    for tenant in (b"burst", b"late"):  # each has its share: from here on nobody drops the other's
+        with pytest.raises(StatusError) as refusal:
+            queue.admit(Entry(0, 3000, 10, tenant), None, None)
+        assert refusal.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for number in range(10):
+        assert len(queue.admit(Entry(0, 4000 + number, 10, b"third"), None, None)) == 1
+    assert tenants_of(queue) == {b"burst": 495, b"late": 495, b"third": 10}
+
+
+def test_tokens_are_shared_as_well():
+    queue = AdmissionQueue(1000, 1000)
+    for arrival in range(10):
+        queue.admit(Entry(0, arrival, 100, b"burst"), None, None)
+    dropped = queue.admit(Entry(0, 20, 250, b"late"), None, None)
+    assert [entry.arrival for entry in dropped] == [9, 8, 7]
+    with pytest.raises(StatusError, match="950 prompt tokens wait, and 500 more exceed"):
+        queue.admit(Entry(0, 21, 500, b"late"), None, None)
+    assert tenants_of(queue) == {b"burst": 7, b"late": 1}, "a refusal drops nothing"
+
+
+def test_what_came_back_from_an_executor_is_not_dropped():
+    queue = AdmissionQueue(3, 1000)
+    running = [Entry(0, arrival, 10, b"burst") for arrival in range(3)]
+    for entry in running:
+        queue.admit(entry, None, None)
+        queue.remove(entry)
+    for entry in running:
+        queue.put_back(entry)
+    with pytest.raises(StatusError, match="3 requests wait"):
+        queue.admit(Entry(0, 3, 10, b"late"), None, None)
+    assert queue.in_order() == running
+
+
+def test_a_tenant_is_not_charged_for_what_was_dropped():
+    queue = AdmissionQueue(4, 10**6)
+    for arrival in range(4):
+        queue.admit(Entry(0, arrival, 100, b"burst"), None, None)
+    for arrival in (4, 5):
+        queue.admit(Entry(0, arrival, 100, b"late"), None, None)
+    assert served(queue, 4) == [(b"burst", 0), (b"late", 4), (b"burst", 1), (b"late", 5)]
+    for arrival in (6, 7, 8, 9):
+        queue.admit(Entry(0, arrival, 100, (b"late", b"burst")[arrival % 2]), None, None)
+    assert served(queue, 4) == [(b"late", 6), (b"burst", 7), (b"late", 8), (b"burst", 9)]
 
 
 def test_turns_are_shares_of_tokens():

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from service_processes import PATIENCE, eventually
-from services.common.api_keys import Tenant, TenantLimits
+from services.common.api_keys import DEFAULT_TENANT, Tenant, TenantLimits
 from services.common.errors import StatusError
 from services.common.redis_client import open_redis
 from services.tokenizer.quotas import TenantQuotas
@@ -65,7 +65,10 @@ async def test_a_tenant_cannot_go_before_others_where_it_may_not():
         await worker.admit(tenant, -2)
     assert error.value.code is grpc.StatusCode.INVALID_ARGUMENT
     assert error.value.message == "priority: must be at least -1 for tenant 'acme', got -2"
-    assert refused == ["min_priority"]
+    with pytest.raises(StatusError, match="priority: must be at least 0 for tenant 'other', got -1"):
+        await worker.admit(Tenant("other"), -1)  # nothing was granted
+    assert await worker.admit(DEFAULT_TENANT, -100) is None, "without keys there is nobody to go before"
+    assert refused == ["min_priority"] * 2
 
 
 async def test_requests_at_once_are_counted_over_workers(workers, redis_process):

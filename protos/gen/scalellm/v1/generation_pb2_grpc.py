@@ -27,7 +27,9 @@ if _version_not_supported:
 
 class GenerationStub:
     """Generates text. Errors are gRPC status codes with google.rpc details: INVALID_ARGUMENT with BadRequest names the field
-    and the limit, RESOURCE_EXHAUSTED and UNAVAILABLE carry RetryInfo where a retry can help.
+    and the limit, RESOURCE_EXHAUSTED and UNAVAILABLE carry RetryInfo where a retry can help. A request that waits for an
+    executor may still end RESOURCE_EXHAUSTED, before its first token: when the queue is full, the tenant that holds most of
+    it makes room for one that holds less.
     """
 
     def __init__(self, channel):
@@ -45,7 +47,9 @@ class GenerationStub:
 
 class GenerationServicer:
     """Generates text. Errors are gRPC status codes with google.rpc details: INVALID_ARGUMENT with BadRequest names the field
-    and the limit, RESOURCE_EXHAUSTED and UNAVAILABLE carry RetryInfo where a retry can help.
+    and the limit, RESOURCE_EXHAUSTED and UNAVAILABLE carry RetryInfo where a retry can help. A request that waits for an
+    executor may still end RESOURCE_EXHAUSTED, before its first token: when the queue is full, the tenant that holds most of
+    it makes room for one that holds less.
     """
 
     def Generate(self, request, context):
@@ -75,7 +79,9 @@ def add_GenerationServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Generation:
     """Generates text. Errors are gRPC status codes with google.rpc details: INVALID_ARGUMENT with BadRequest names the field
-    and the limit, RESOURCE_EXHAUSTED and UNAVAILABLE carry RetryInfo where a retry can help.
+    and the limit, RESOURCE_EXHAUSTED and UNAVAILABLE carry RetryInfo where a retry can help. A request that waits for an
+    executor may still end RESOURCE_EXHAUSTED, before its first token: when the queue is full, the tenant that holds most of
+    it makes room for one that holds less.
     """
 
     @staticmethod

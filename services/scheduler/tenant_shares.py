@@ -1,0 +1,128 @@
+"""What each tenant holds of a bounded queue, and whose requests make room when it is full."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
+from typing import Generic, Protocol, TypeVar
+
+
+class QueueEntry(Protocol):
+    """What the queue must know of a request."""
+
+    @property
+    def priority(self) -> int:
+        """Lower leaves first."""
+
+    @property
+    def tenant(self) -> bytes:
+        """Whose it is; among equal priorities, tenants take turns."""
+
+    @property
+    def arrival(self) -> int:
+        """Unique and rising; among requests of one tenant and priority, lower leaves first."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens to prefill."""
+
+    turn: int
+    """Given by the queue when it takes the request: how much its tenant had been given by then."""
+
+
+EntryT = TypeVar("EntryT", bound=QueueEntry)
+_Place = tuple[int, int, int, EntryT]
+
+
+@dataclass(slots=True)
+class _Holding(Generic[EntryT]):
+    """One tenant's part of the queue.
+
+    Attributes:
+        amounts: Requests and prompt tokens that wait.
+        droppable: Those that may be dropped, in the order in which they leave.
+    """
+
+    amounts: list[int] = field(default_factory=lambda: [0, 0])
+    droppable: list[_Place[EntryT]] = field(default_factory=list)
+
+    def count(self, entry: EntryT, sign: int) -> None:
+        for resource, amount in enumerate(_amounts(entry)):
+            self.amounts[resource] += sign * amount
+
+
+class TenantShares(Generic[EntryT]):
+    """Who holds how much of a queue."""
+
+    def __init__(self) -> None:
+        self._holdings: dict[bytes, _Holding[EntryT]] = {}
+
+    def add(self, entry: EntryT, *, may_be_dropped: bool) -> None:
+        """A request waits."""
+        holding = self._holdings.setdefault(entry.tenant, _Holding())
+        holding.count(entry, 1)
+        if may_be_dropped:
+            insort(holding.droppable, _place(entry))
+
+    def remove(self, entry: EntryT) -> None:
+        """A request waits no more."""
+        holding = self._holdings[entry.tenant]
+        holding.count(entry, -1)
+        index = bisect_left(holding.droppable, _place(entry)[:3])
+        if index < len(holding.droppable) and holding.droppable[index][3] is entry:
+            del holding.droppable[index]
+        if not holding.amounts[0]:
+            del self._holdings[entry.tenant]
+
+    def make_room(self, entry: EntryT, excess: Sequence[int]) -> list[EntryT] | None:
+        """Choose what is dropped for a request that comes now; changes nothing.
+
+        Of the tenant that holds most, that request goes which would be the last of its own to leave, as long as this
+        tenant still holds no less than the newcomer's will. So a tenant that holds nothing finds room unless all others
+        hold a single request, and two tenants never drop each other's requests in turns.
+
+        Args:
+            entry: The newcomer.
+            excess: Requests and prompt tokens beyond the queue's limits, with the newcomer.
+
+        Returns:
+            The requests to drop, or None where too few may be.
+        """
+        held = {tenant: list(holding.amounts) for tenant, holding in self._holdings.items()}
+        num_left = {tenant: len(holding.droppable) for tenant, holding in self._holdings.items()}
+        own = held.pop(entry.tenant, [0, 0])
+        missing = list(excess)
+        dropped: list[EntryT] = []
+        for resource, wanted in enumerate(_amounts(entry)):
+            largest = [(-amounts[resource], tenant) for tenant, amounts in held.items()]
+            heapify(largest)
+            while missing[resource] > 0:
+                if not largest:
+                    return None
+                _, tenant = largest[0]
+                if not num_left[tenant]:
+                    heappop(largest)
+                    continue
+                last = self._holdings[tenant].droppable[num_left[tenant] - 1][3]
+                amounts = _amounts(last)
+                if held[tenant][resource] - amounts[resource] < own[resource] + wanted:
+                    heappop(largest)
+                    continue
+                dropped.append(last)
+                num_left[tenant] -= 1
+                for index, amount in enumerate(amounts):
+                    held[tenant][index] -= amount
+                    missing[index] -= amount
+                heapreplace(largest, (-held[tenant][resource], tenant))
+        return dropped
+
+
+def _amounts(entry: QueueEntry) -> tuple[int, int]:
+    return 1, entry.num_prompt_tokens
+
+
+def _place(entry: EntryT) -> _Place[EntryT]:
+    # Arrivals are unique: entries are never compared.
+    return entry.priority, entry.turn, entry.arrival, entry
