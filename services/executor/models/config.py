@@ -21,14 +21,7 @@ Architecture = Literal[
 ]
 Activation = Literal["silu", "gelu_tanh"]
 
-_MAX_LAYERS = 1024
-
-
-def check_num_layers(num_layers: int) -> int:
-    """Return `num_layers`; raise UnsupportedModelError where only a damaged file can say so, before it costs memory."""
-    if num_layers > _MAX_LAYERS:
-        raise UnsupportedModelError(f"the model says it has {num_layers} layers; at most {_MAX_LAYERS} are supported")
-    return num_layers
+_MAX_EXPERTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -92,6 +85,11 @@ class ModelConfig:
         if self.num_experts_per_token > self.num_experts:
             raise UnsupportedModelError(
                 f"num_experts_per_tok ({self.num_experts_per_token}) is more than num_experts ({self.num_experts})"
+            )
+        if self.num_experts * self.num_layers > _MAX_EXPERTS:
+            raise UnsupportedModelError(
+                f"the model says it has {self.num_experts} experts in {self.num_layers} layers; "
+                f"at most {_MAX_EXPERTS} in all are supported"
             )
         if any(self.sparse_layers) and self.activation != "silu":
             raise UnsupportedModelError(

@@ -3,15 +3,34 @@
 Where a key is absent the default is that of the transformers class, so that the same file means the same model.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, cast, get_args
+from collections.abc import Mapping
+from typing import Any, TypedDict, cast
 
-from services.executor.models.config import Activation, Architecture, ModelConfig, check_num_layers
+from services.common.model_files import shown
+from services.executor.models.config import Activation, Architecture, ModelConfig
+from services.executor.models.config_keys import (
+    ACCEPTED_VALUES,
+    IRRELEVANT_KEYS,
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    ConfigKeys,
+)
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.hf_quantization import stored_linears
 from services.executor.models.linear import CheckpointFormat
 from services.executor.models.rope import LinearScaling, Llama3Scaling, RopeConfig, RopeScaling
 
+_MODEL_TYPES: Mapping[Architecture, str] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Gemma3ForCausalLM": "gemma3_text",
+}
+_WITH_ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -21,38 +40,40 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """Return the configuration described by config.json (`raw`), all but the tokens that end an answer.
 
-    Raises UnsupportedModelError for another architecture, an unknown quantisation, or a setting outside what the
-    decoder implements.
+    Raises UnsupportedModelError for another architecture, an unknown quantisation, a setting outside what the decoder
+    implements, and a key that is not known.
     """
-    architecture = _architecture(raw)
-    if raw.get("mlp_bias"):
-        raise UnsupportedModelError("config.json: mlp_bias is not supported; the MLP must have no bias")
-    if raw.get("use_bidirectional_attention"):
-        raise UnsupportedModelError("config.json: use_bidirectional_attention is not supported; attention is causal")
+    keys = ConfigKeys(raw, "config.json")
+    config = _config(keys)
+    keys.refuse_unread(IRRELEVANT_KEYS, ACCEPTED_VALUES)
+    return config
 
+
+def _config(keys: ConfigKeys) -> ModelConfig:
+    architecture = _architecture(keys)
     gemma = architecture == "Gemma3ForCausalLM"
     mixtral = architecture == "MixtralForCausalLM"
-    hidden_size = _positive_int(raw, "hidden_size")
-    num_heads = _positive_int(raw, "num_attention_heads")
-    num_layers = check_num_layers(_positive_int(raw, "num_hidden_layers"))
-    head_dim = _positive_int(raw, "head_dim", _default_head_dim(architecture, hidden_size, num_heads))
-    max_positions = _positive_int(raw, "max_position_embeddings", 131072 if gemma else None)
-    window, sliding_layers = _sliding(raw, architecture, num_layers)
-    theta = 1_000_000.0 if gemma or mixtral else 10_000.0
-    rope, local_rope = _ropes(raw, gemma, theta, max_positions)
-    attention_bias = bool(raw.get("attention_bias", False))
-    query_scalar = float(raw.get("query_pre_attn_scalar") or 256) if gemma else float(head_dim)
+    hidden_size = keys.integer("hidden_size")
+    num_heads = keys.integer("num_attention_heads", most=MOST_HEADS)
+    num_layers = keys.integer("num_hidden_layers", most=MOST_LAYERS)
+    head_dim = keys.integer("head_dim", _default_head_dim(architecture, hidden_size, num_heads), most=MOST_HEADS)
+    max_positions = keys.integer("max_position_embeddings", 131072 if gemma else None, most=MOST_POSITIONS)
+    window, sliding_layers = _sliding(keys, architecture, num_layers)
+    rope, local_rope = _ropes(keys, gemma, 1_000_000.0 if gemma or mixtral else 10_000.0, max_positions)
+    # In Qwen2 the projections of queries, keys and values have biases whatever the file says; in the Mistrals none has.
+    attention_bias = architecture in _WITH_ATTENTION_BIAS and keys.flag("attention_bias")
+    query_scalar = keys.number("query_pre_attn_scalar", 256.0, positive=True) if gemma else float(head_dim)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=_positive_int(raw, "vocab_size"),
+        vocab_size=keys.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=_positive_int(raw, "intermediate_size"),
+        intermediate_size=keys.integer("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=_positive_int(raw, "num_key_value_heads", num_heads),
+        num_kv_heads=keys.integer("num_key_value_heads", num_heads, most=MOST_HEADS),
         head_dim=head_dim,
         max_position_embeddings=max_positions,
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-5 if mixtral else 1e-6),
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-5 if mixtral else 1e-6, positive=True),
         rope=rope,
         local_rope=local_rope,
         sliding_window=window,
@@ -60,33 +81,39 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         attention_scale=query_scalar**-0.5,
         qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM"),
         qkv_bias=architecture == "Qwen2ForCausalLM" or attention_bias,
-        o_bias=architecture != "Qwen2ForCausalLM" and attention_bias,
-        activation=_activation(raw, gemma),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
+        o_bias=attention_bias,
+        activation=_activation(keys, gemma),
+        tie_word_embeddings=keys.flag("tie_word_embeddings", gemma),
         embedding_scale=hidden_size**0.5 if gemma else 1.0,
-        attention_softcap=_number(raw, "attn_logit_softcapping", 0.0) if gemma else 0.0,
-        final_softcap=_number(raw, "final_logit_softcapping", 0.0) if gemma else 0.0,
-        **_experts(raw, architecture, num_layers),
-        stored_linears=_stored_linears(raw),
+        attention_softcap=keys.number("attn_logit_softcapping", 0.0) if gemma else 0.0,
+        final_softcap=keys.number("final_logit_softcapping", 0.0) if gemma else 0.0,
+        **_experts(keys, architecture, num_layers),
+        stored_linears=_stored_linears(keys),
     )
 
 
-def _stored_linears(raw: Mapping[str, Any]) -> CheckpointFormat | None:
-    key = "quantization_config" if raw.get("quantization_config") else "compression_config"  # llm-compressor's, of 2024
-    config = raw.get(key)
-    if config is not None and not isinstance(config, Mapping):
-        raise UnsupportedModelError(f"config.json: {key} is {config!r}; it must be an object")
-    return stored_linears(config) if config else None
+def _stored_linears(keys: ConfigKeys) -> CheckpointFormat | None:
+    for key in ("quantization_config", "compression_config"):  # the second is llm-compressor's, of 2024
+        config = keys.get(key)
+        if config is not None and not isinstance(config, Mapping):
+            raise keys.refusal(key, "it must be an object")
+        if config:
+            return stored_linears(config)
+    return None
 
 
-def _architecture(raw: Mapping[str, Any]) -> Architecture:
-    supported = get_args(Architecture)
-    names = raw.get("architectures") or []
-    if len(names) != 1 or names[0] not in supported:
+def _architecture(keys: ConfigKeys) -> Architecture:
+    names = keys.get("architectures") or []
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if not isinstance(name, str) or name not in _MODEL_TYPES:
         raise UnsupportedModelError(
-            f"config.json: architectures {names!r} is not supported; supported: {', '.join(supported)}"
+            f"config.json: architectures {shown(names)} is not supported; supported: {', '.join(_MODEL_TYPES)}"
         )
-    return cast(Architecture, names[0])
+    architecture = cast(Architecture, name)
+    # transformers chooses the model's class by this key.
+    if keys.text("model_type", _MODEL_TYPES[architecture]) != _MODEL_TYPES[architecture]:
+        raise keys.refusal("model_type", f"that of {architecture} is {_MODEL_TYPES[architecture]}")
+    return architecture
 
 
 def _default_head_dim(architecture: Architecture, hidden_size: int, num_heads: int) -> int:
@@ -99,103 +126,112 @@ def _default_head_dim(architecture: Architecture, hidden_size: int, num_heads: i
             return hidden_size // num_heads
 
 
-def _activation(raw: Mapping[str, Any], gemma: bool) -> Activation:
+def _activation(keys: ConfigKeys, gemma: bool) -> Activation:
     key = "hidden_activation" if gemma else "hidden_act"
-    name = raw.get(key) or ("gelu_pytorch_tanh" if gemma else "silu")
+    name = keys.text(key, "gelu_pytorch_tanh" if gemma else "silu")
     if name not in _ACTIVATIONS:
         raise UnsupportedModelError(
-            f"config.json: {key} {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+            f"config.json: {key} {shown(name)} is not supported; supported: {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[name]
 
 
-def _sliding(
-    raw: Mapping[str, Any], architecture: Architecture, num_layers: int
-) -> tuple[int | None, tuple[bool, ...]]:
-    everywhere_full = (None, (False,) * num_layers)
+def _sliding(keys: ConfigKeys, architecture: Architecture, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Return the window and the layers that have it."""
+    window: int | None = None
+    default = (False,) * num_layers
+    has_types = False
     match architecture:
-        case "LlamaForCausalLM":
-            return everywhere_full
-        case "MistralForCausalLM":
-            window = _optional_window(raw)
-            return window, (window is not None,) * num_layers
-        case "MixtralForCausalLM":
-            window = _optional_window(raw, None)
-            return window, (window is not None,) * num_layers
-        case "Qwen3MoeForCausalLM":
-            window = _optional_window(raw) if raw.get("use_sliding_window") else None
-            return window, (window is not None,) * num_layers
-        case "Qwen2ForCausalLM" | "Qwen3ForCausalLM":
-            window = _optional_window(raw) if raw.get("use_sliding_window") else None
-            if window is None:
-                return everywhere_full
-            first = int(raw.get("max_window_layers", 28))
-            default = tuple(layer >= first for layer in range(num_layers))
+        case "MistralForCausalLM" | "MixtralForCausalLM":
+            window = _window(keys, 4096 if architecture == "MistralForCausalLM" else None)
+            default = (window is not None,) * num_layers
+        case "Qwen2ForCausalLM" | "Qwen3ForCausalLM" | "Qwen3MoeForCausalLM":
+            window = _window(keys, 4096)
+            window = window if keys.flag("use_sliding_window") else None
+            first = keys.integer("max_window_layers", 28, least=0)
+            has_types = architecture != "Qwen3MoeForCausalLM"
+            default = tuple(window is not None and (layer >= first or not has_types) for layer in range(num_layers))
         case "Gemma3ForCausalLM":
-            window = _optional_window(raw)
-            pattern = int(raw.get("sliding_window_pattern") or 6)
-            default = tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
-    return window, _layer_types(raw["layer_types"]) if raw.get("layer_types") else default
+            window = _window(keys, 4096)
+            period = keys.integer("sliding_window_pattern", keys.integer("_sliding_window_pattern", 6))
+            default = tuple((layer + 1) % period != 0 for layer in range(num_layers))
+            has_types = True
+    named = _layer_types(keys)
+    if named is not None and named != default and not has_types:
+        # transformers ignores the list in these families.
+        raise keys.refusal("layer_types", f"in {architecture} all layers are alike")
+    return window, default if named is None else named
 
 
-def _optional_window(raw: Mapping[str, Any], default: int | None = 4096) -> int | None:
-    return None if raw.get("sliding_window", default) is None else _positive_int(raw, "sliding_window", default)
+def _window(keys: ConfigKeys, default: int | None) -> int | None:
+    """Return `sliding_window`, for which a null is a value: no window."""
+    if keys.get("sliding_window") is None and (default is None or keys.has("sliding_window")):
+        return None
+    return keys.integer("sliding_window", default, most=MOST_POSITIONS)
 
 
-def _layer_types(names: Sequence[str]) -> tuple[bool, ...]:
+def _layer_types(keys: ConfigKeys) -> tuple[bool, ...] | None:
+    names = keys.items("layer_types", str)
     unknown = sorted(set(names) - {"sliding_attention", "full_attention"})
     if unknown:
         raise UnsupportedModelError(
-            f"config.json: layer_types has {', '.join(unknown)}; supported: full_attention, sliding_attention"
+            f"config.json: layer_types has {', '.join(unknown)[:100]}; supported: full_attention, sliding_attention"
         )
-    return tuple(name == "sliding_attention" for name in names)
+    return tuple(name == "sliding_attention" for name in names) or None
 
 
-def _ropes(
-    raw: Mapping[str, Any], gemma: bool, default_theta: float, max_positions: int
-) -> tuple[RopeConfig, RopeConfig]:
+def _ropes(keys: ConfigKeys, gemma: bool, default_theta: float, max_positions: int) -> tuple[RopeConfig, RopeConfig]:
     """Return the rotary settings of the full and of the sliding layers.
 
     transformers 5 writes `rope_parameters`, for Gemma 3 one dictionary per layer type; transformers 4 wrote
     `rope_theta`, `rope_local_base_freq` and a `rope_scaling` that never applied to Gemma's sliding layers.
     """
-    if raw.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise UnsupportedModelError("config.json: partial_rotary_factor is not supported; it must be 1")
-    theta = _number(raw, "rope_theta", default_theta)
-    local_theta = _number(raw, "rope_local_base_freq", 10_000.0)
-    parameters = raw.get("rope_parameters") or {}
+    theta = keys.number("rope_theta", default_theta, positive=True)
+    scaling, parameters = keys.part("rope_scaling"), keys.part("rope_parameters")
     if not gemma:
-        rope = _rope(raw.get("rope_scaling") or parameters, theta, max_positions)
+        if scaling is not None and parameters is not None:
+            raise keys.refusal("rope_scaling", "rope_parameters is given as well")
+        # Beside the rotary settings this key counts before one among them, as in transformers.
+        outer = keys if keys.get("original_max_position_embeddings") is not None else None
+        rope = _rope(scaling or parameters, theta, max_positions, outer)
         return rope, rope
-    full = {**(parameters.get("full_attention") or {}), **(raw.get("rope_scaling") or {})}
-    local = parameters.get("sliding_attention") or {}
-    return _rope(full, theta, max_positions), _rope(local, local_theta, max_positions)
+    full = None if parameters is None else parameters.part("full_attention")
+    local = None if parameters is None else parameters.part("sliding_attention")
+    if scaling is not None and full is not None:
+        raise keys.refusal("rope_scaling", "rope_parameters is given as well")
+    local_theta = keys.number("rope_local_base_freq", 10_000.0, positive=True)
+    return _rope(scaling or full, theta, max_positions), _rope(local, local_theta, max_positions)
 
 
-def _rope(parameters: Mapping[str, Any], default_theta: float, max_positions: int) -> RopeConfig:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError("config.json: partial_rotary_factor is not supported; it must be 1")
+def _rope(
+    keys: ConfigKeys | None, default_theta: float, max_positions: int, outer: ConfigKeys | None = None
+) -> RopeConfig:
+    if keys is None:
+        return RopeConfig(default_theta)
+    kind = keys.text("rope_type", keys.text("type", "default"))
+    original = keys.integer("original_max_position_embeddings", max_positions, most=MOST_POSITIONS)
+    if outer is not None:
+        original = outer.integer("original_max_position_embeddings", most=MOST_POSITIONS)
     scaling: RopeScaling | None
     match kind:
         case "default":
             scaling = None
         case "linear":
-            scaling = LinearScaling(_number(parameters, "factor"))
+            scaling = LinearScaling(keys.number("factor", positive=True))
         case "llama3":
             scaling = Llama3Scaling(
-                factor=_number(parameters, "factor"),
-                low_freq_factor=_number(parameters, "low_freq_factor"),
-                high_freq_factor=_number(parameters, "high_freq_factor"),
-                original_max_position_embeddings=_positive_int(
-                    parameters, "original_max_position_embeddings", max_positions
-                ),
+                factor=keys.number("factor", positive=True),
+                low_freq_factor=keys.number("low_freq_factor", positive=True),
+                high_freq_factor=keys.number("high_freq_factor", positive=True),
+                original_max_position_embeddings=original,
             )
+            if scaling.low_freq_factor == scaling.high_freq_factor:
+                raise keys.refusal("high_freq_factor", "it must differ from low_freq_factor")
         case _:
             raise UnsupportedModelError(
-                f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3"
+                f"config.json: rope type {shown(kind)} is not supported; supported: default, linear, llama3"
             )
-    return RopeConfig(_number(parameters, "rope_theta", default_theta), scaling)
+    return RopeConfig(keys.number("rope_theta", default_theta, positive=True), scaling)
 
 
 class _Experts(TypedDict, total=False):
@@ -208,50 +244,26 @@ class _Experts(TypedDict, total=False):
     sparse_layers: tuple[bool, ...]
 
 
-def _experts(raw: Mapping[str, Any], architecture: Architecture, num_layers: int) -> _Experts:
+def _experts(keys: ConfigKeys, architecture: Architecture, num_layers: int) -> _Experts:
     """Return the experts; transformers 5 writes Qwen3-MoE's `num_experts` as Mixtral's `num_local_experts`."""
     match architecture:
         case "MixtralForCausalLM":
             return {
-                "num_experts": _positive_int(raw, "num_local_experts", 8),
-                "num_experts_per_token": _positive_int(raw, "num_experts_per_tok", 2),
-                "moe_intermediate_size": _positive_int(raw, "intermediate_size"),
+                "num_experts": keys.integer("num_local_experts", 8),
+                "num_experts_per_token": keys.integer("num_experts_per_tok", 2),
+                "moe_intermediate_size": keys.integer("intermediate_size"),
                 "norm_topk_prob": True,
                 "sparse_layers": (True,) * num_layers,
             }
         case "Qwen3MoeForCausalLM":
-            key = "num_local_experts" if "num_local_experts" in raw else "num_experts"
-            step = _positive_int(raw, "decoder_sparse_step", 1)
-            dense = _layer_indices(raw, "mlp_only_layers")
+            step = keys.integer("decoder_sparse_step", 1)
+            dense = keys.items("mlp_only_layers", int)
             return {
-                "num_experts": _positive_int(raw, key, 128),
-                "num_experts_per_token": _positive_int(raw, "num_experts_per_tok", 8),
-                "moe_intermediate_size": _positive_int(raw, "moe_intermediate_size", 768),
-                "norm_topk_prob": bool(raw.get("norm_topk_prob", False)),
+                "num_experts": keys.integer("num_local_experts", keys.integer("num_experts", 128)),
+                "num_experts_per_token": keys.integer("num_experts_per_tok", 8),
+                "moe_intermediate_size": keys.integer("moe_intermediate_size", 768),
+                "norm_topk_prob": keys.flag("norm_topk_prob"),
                 "sparse_layers": tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers)),
             }
         case _:
             return {}
-
-
-def _layer_indices(raw: Mapping[str, Any], key: str) -> list[int]:
-    value = raw.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(layer, int) for layer in value):
-        raise UnsupportedModelError(f"config.json: {key} is {value!r}; it must be a list of layer numbers")
-    return value
-
-
-def _positive_int(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedModelError(f"config.json: {key} is {value!r}; it must be a positive integer")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise UnsupportedModelError(f"config.json: {key} is {value!r}; it must be a number")
-    return float(value)

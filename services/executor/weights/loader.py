@@ -66,6 +66,7 @@ def load_model(
     path = _locate(path)
     if path.is_dir():
         with SafetensorsSource(path) as source:
+            _check_tied(path, config, source)
             return _fill(path, config, source, runtime, max_model_len, on_progress), config
     with GgufFile(path) as file:
         return _fill(path, config, GgufSource(file, config), runtime, max_model_len, on_progress), config
@@ -141,6 +142,17 @@ def _check(path: Path, config: ModelConfig, slots: Sequence[WeightSlot], source:
         raise UnsupportedModelError(
             f"{path}: {len(surplus)} tensors are not part of {config.architecture}, "
             f"the first is {source.native_name(surplus[0])}"
+        )
+
+
+def _check_tied(path: Path, config: ModelConfig, source: SafetensorsSource) -> None:
+    """Refuse two matrices of which the configuration says that they are one: some readers take one, some both."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    is_there = head in source.shapes and embedding in source.shapes
+    if config.tie_word_embeddings and is_there and not source.are_equal(head, embedding):
+        raise UnsupportedModelError(
+            f"{path}: config.json: tie_word_embeddings is true, but {head} differs from {embedding}; "
+            f"set it to false, or leave {head} out"
         )
 
 

@@ -71,6 +71,12 @@ class SafetensorsSource:
         slot.load(self._files[name].get_tensor(name), device)
         on_bytes(slot.num_bytes)
 
+    def are_equal(self, first: str, second: str) -> bool:
+        """Return whether two tensors have the same dtype, shape and numbers."""
+        if self._dtypes[first] != self._dtypes[second] or self._shapes[first] != self._shapes[second]:
+            return False
+        return torch.equal(*(self._files[name].get_tensor(name) for name in (first, second)))
+
     def _open(self, path: Path, expected: set[str] | None) -> None:
         if not path.is_file():
             raise UnsupportedModelError(f"{path} is missing")

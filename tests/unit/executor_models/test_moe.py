@@ -181,7 +181,7 @@ def test_both_styles_mean_the_same(raw: dict[str, Any], tmp_path: Path) -> None:
         (QWEN3_30B_A3B, {"num_experts": "many"}, "num_experts is 'many'; it must be a positive integer"),
         (QWEN3_30B_A3B, {"moe_intermediate_size": -1}, "moe_intermediate_size is -1; it must be a positive integer"),
         (QWEN3_30B_A3B, {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be a positive integer"),
-        (QWEN3_30B_A3B, {"mlp_only_layers": "0"}, "mlp_only_layers is '0'; it must be a list of layer numbers"),
+        (QWEN3_30B_A3B, {"mlp_only_layers": "0"}, "mlp_only_layers is '0'; it must be a list of int"),
     ],
 )
 def test_refused_settings(raw: dict[str, Any], change: dict[str, Any], message: str) -> None:

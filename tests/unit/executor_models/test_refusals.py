@@ -48,7 +48,7 @@ def checkpoint(hf_model: Callable[..., Any], tmp_path: Path) -> Path:
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is None; it must be a number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported: silu"),
-        ({"mlp_bias": True}, "mlp_bias is not supported"),
+        ({"mlp_bias": True}, "mlp_bias is True; supported: False"),
         ({"hidden_size": None}, "hidden_size is None; it must be a positive integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a positive integer"),
         ({"num_attention_heads": "six"}, "num_attention_heads is 'six'; it must be a positive integer"),
@@ -73,7 +73,7 @@ def test_config(checkpoint: Path, change: dict[str, Any], message: str) -> None:
         ({"layer_types": ["full_attention", "chunked_attention"] * 2}, "layer_types has chunked_attention; supported"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types names 3 layers, num_hidden_layers is 4"),
         ({"sliding_window": None}, "layer_types has sliding_attention layers but sliding_window is not set"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True; supported: False"),
     ],
 )
 def test_gemma_config(hf_model: Callable[..., Any], tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -191,7 +191,7 @@ def write_gguf(path: Path, *, arch: str = "llama", drop: str = "", kind: Any = N
         ({"expert_count": 8}, "llama.expert_used_count is None; it must be a positive integer"),
         ({"drop": "embedding_length"}, "llama.embedding_length is None; it must be a positive integer"),
         ({"attention.head_count": 33}, "llama.attention.key_length is None; it must be a positive integer"),
-        ({"block_count": 1 << 30}, "the model says it has 1073741824 layers; at most 1024 are supported"),
+        ({"block_count": 1 << 30}, "GGUF: llama.block_count is 1073741824; at most 1024 is supported"),
         ({"drop": "context_length"}, "llama.context_length is None"),
         ({"attention.value_length": 8}, "llama.attention.value_length differs from key_length (16)"),
         ({"rope.dimension_count": 8}, "llama.rope.dimension_count must equal the head dimension (16)"),
