@@ -16,6 +16,7 @@ import psutil
 from clients.launcher.errors import LauncherError
 from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER
 from services.common.addresses import bound_socket, join_address
+from services.common.child_environment import child_environment
 
 PUBLIC_PORT = 50051
 SCHEDULER_PORT = 50052
@@ -160,8 +161,11 @@ def service_command(
 
 
 def service_environment(options: UpOptions, kind: str, redis_url: str) -> dict[str, str]:
-    """The environment of one service. Secrets travel here: commands can be read by every user of the machine."""
-    environment = dict(options.environment)
+    """The environment of one service, with its own settings and not those of the others.
+
+    Secrets travel here: commands can be read by every user of the machine.
+    """
+    environment = child_environment(options.environment, f"SCALELLM_{kind.upper()}_*")
     if kind == TOKENIZER:  # nobody outside this instance can tell from timings what others have asked
         environment.setdefault("SCALELLM_TOKENIZER_SALT_SECRET", secrets.token_hex(32))
     if kind in (SCHEDULER, TOKENIZER):

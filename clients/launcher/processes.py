@@ -14,6 +14,7 @@ import psutil
 
 from clients.launcher.errors import LauncherError
 from clients.launcher.instance import ServiceRecord
+from services.common.child_environment import SERVICE_LOG
 
 # psutil derives a process's creation time from the wall clock at boot, which time synchronisation may move a little.
 _CLOCK_SLACK = 5.0
@@ -22,10 +23,6 @@ _CLOCK_SLACK = 5.0
 _KILL_LIMIT = 5.0
 
 _LAST_LINES = 40
-
-# In the environment of everything that a service starts: the service's log. After a reboot, and in a container that was
-# started again, pids and sessions are given out afresh: the number of a session is not enough to kill by.
-_MARK = "SCALELLM_SERVICE_LOG"
 
 
 def spawn(
@@ -39,7 +36,7 @@ def spawn(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**environment, _MARK: str(log)},
+                env={**environment, SERVICE_LOG: str(log)},
                 start_new_session=True,
             )
         except OSError as error:
@@ -79,7 +76,9 @@ def _belongs(process: psutil.Process, record: ServiceRecord) -> bool:
             os.getsid(process.pid) == record.pid
             and process.create_time() > record.create_time - _CLOCK_SLACK
             and process.status() != psutil.STATUS_ZOMBIE
-            and (process.pid == record.pid or process.environ().get(_MARK) == record.log)
+            # After a reboot, and in a container that was started again, pids and sessions are given out afresh: the
+            # number of a session is not enough to kill by.
+            and (process.pid == record.pid or process.environ().get(SERVICE_LOG) == record.log)
         )
     except (psutil.Error, OSError):
         return False

@@ -31,6 +31,7 @@ from clients.launcher.redis_server import (
     shown,
 )
 from services.common.addresses import local_address
+from services.common.child_environment import child_environment
 from services.common.health_check import SERVING
 
 _POLL = 0.05
@@ -174,7 +175,10 @@ class _Launch:
         url = f"unix://{socket}"
         self._set(replace(self.state, redis_url=url, scratch=scratch))
         self._spawn(
-            REDIS, REDIS, redis_command(executable, socket, self._instance.folder), dict(self._options.environment)
+            REDIS,
+            REDIS,
+            redis_command(executable, socket, self._instance.folder),
+            child_environment(self._options.environment),
         )
         self._set(self.state.with_service(replace(self._service(REDIS), address=str(socket))))
         self._wait(REDIS, lambda: socket.exists() and not check_redis(url).error, _REDIS_START_LIMIT)

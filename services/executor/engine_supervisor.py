@@ -8,10 +8,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from scalellm.v1 import executor_pb2, link_pb2
+from services.common.child_environment import child_environment
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.lifecycle import StartError
@@ -238,13 +239,14 @@ class EngineSupervisor:
         self._process = None
 
 
-def engine_environment(environment: os._Environ[str]) -> dict[str, str]:
-    """The engine's environment: OpenMP threads must sleep, not spin, while they wait.
+def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The engine's environment: no secrets, and OpenMP threads must sleep, not spin, while they wait.
 
     The other services are the engine's neighbours on a CPU, and a product on spinning threads collapses beside any
     busy process: each waits for a thread that is not running. torch reads these at import, hence an environment.
     """
-    return {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false", **environment}
+    defaults = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+    return defaults | child_environment(environment)
 
 
 def _describe_exit(code: int) -> str:

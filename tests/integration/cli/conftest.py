@@ -216,7 +216,7 @@ def up_options(tmp_path: Path) -> Callable[..., UpOptions]:
     """Options that start fakes on free ports; `behaviour` maps a kind of service to what its fake does."""
 
     def make(behaviour: dict[str, str] | None = None, **changes: Any) -> UpOptions:
-        told = {f"FAKE_{kind.upper()}": what for kind, what in (behaviour or {}).items()}
+        told = {f"SCALELLM_{kind.upper()}_FAKE": what for kind, what in (behaviour or {}).items()}
         kinds = ("executor", "scheduler", "tokenizer")
         options: dict[str, Any] = {
             "model": "fake",

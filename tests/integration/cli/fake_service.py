@@ -1,7 +1,7 @@
 """FakeService: a process with the start-up behaviour of a service (port, announce file, health, SIGTERM) and no work.
 
 usage: fake_service.py KIND <the options of a real service>; told what to do by
-FAKE_<KIND>=crash|hang|stubborn|orphan|hostile. What a hostile one says of itself,
+SCALELLM_<KIND>_FAKE=crash|hang|stubborn|orphan|hostile. What a hostile one says of itself,
 and its log, would drive a terminal.
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--port")
     parser.add_argument("--announce", type=Path)
     options, _ = parser.parse_known_args()
-    behaviour = os.environ.get(f"FAKE_{options.kind.upper()}", "")
+    behaviour = os.environ.get(f"SCALELLM_{options.kind.upper()}_FAKE", "")
     if behaviour == "crash":
         print("error: no room for the weights; give it more memory", file=sys.stderr)
         sys.exit(1)

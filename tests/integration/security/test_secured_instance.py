@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import trustme
 
 from certificates import issue
-
-
-class Cli:
-    def __init__(self, home: Path, **variables: str) -> None:
-        self.environment = {**os.environ, "SCALELLM_HOME": str(home), "SCALELLM_ADDRESS": "", "REDIS_URL": ""}
-        self.environment |= {"OMP_NUM_THREADS": "1", "SCALELLM_TOKENIZER_WORKERS": "1", **variables}
-
-    def run(self, *arguments: str, **variables: str) -> tuple[int, str, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "clients.cli.main", *arguments],
-            env={**self.environment, **variables},
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=120,
-        )
-        return done.returncode, done.stdout, done.stderr
+from installed_cli import Cli
 
 
 @pytest.mark.slow
