@@ -22,6 +22,7 @@ PUBLIC_PORT = 50051
 SCHEDULER_PORT = 50052
 EXECUTOR_PORT = 50061
 _LAST_PORT = 65535
+_METRICS_HOST = "127.0.0.1"  # the services' default
 _METRICS_OFFSET = -40900  # 50051 -> 9151, 50052 -> 9152, 50061 -> 9161
 
 
@@ -105,10 +106,11 @@ def listeners(options: UpOptions) -> dict[str, Listener]:
 def check_ports(plan: Mapping[str, Listener]) -> None:
     """Raise LauncherError for the first port that is taken, before anything is started."""
     for name, listener in plan.items():
-        for port, option in ((listener.port, listener.option), (listener.metrics_port, "--port")):
+        metrics = (_METRICS_HOST, listener.metrics_port, "--port")
+        for host, port, option in ((listener.host, listener.port, listener.option), metrics):
             if port > _LAST_PORT:
                 raise LauncherError(f"port {port} ({name}) is above {_LAST_PORT}; choose a lower {option}")
-            if port and not _is_free(listener.host, port):
+            if port and not _is_free(host, port):
                 what = name if port == listener.port else f"metrics of {name}"
                 raise LauncherError(
                     f"port {port} ({what}) is in use{_user_of(port)}; stop what uses it, or choose other ports "

@@ -5,7 +5,9 @@
 #
 # The image has a compiler: the kernels for the CPU are compiled at the first start, in seconds, for the very CPU that
 # they run on (a build for all CPUs would lack its vector instructions), and those for a GPU by Triton, which needs one.
-FROM python:3.11-slim-bookworm AS build
+# With a digest, python:3.11-slim-bookworm@sha256:..., builds begin with the very same bytes.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/build/constraints.txt
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
@@ -27,7 +29,7 @@ COPY services services
 COPY clients clients
 RUN pip install --no-deps --target /opt/scalellm .
 
-FROM python:3.11-slim-bookworm
+FROM ${PYTHON_IMAGE}
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ \
     && apt-get clean && rm -rf /var/lib/apt/lists/*
@@ -44,7 +46,8 @@ WORKDIR /var/lib/scalellm
 USER scalellm
 STOPSIGNAL SIGTERM
 ENV SCALELLM_EXECUTOR_HOME=/var/lib/scalellm \
-    SCALELLM_EXECUTOR_HOST=0.0.0.0 SCALELLM_EXECUTOR_PORT=50061 SCALELLM_EXECUTOR_METRICS_PORT=9161
+    SCALELLM_EXECUTOR_HOST=0.0.0.0 SCALELLM_EXECUTOR_PORT=50061 \
+    SCALELLM_EXECUTOR_METRICS_HOST=0.0.0.0 SCALELLM_EXECUTOR_METRICS_PORT=9161
 EXPOSE 50061 9161
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
     CMD ["python", "-IS", "/opt/scalellm/services/common/health_check.py", "127.0.0.1:50061"]

@@ -1,5 +1,6 @@
 # Redis with its configuration, run by a user of its own from the start: no process in it is ever root.
-FROM redis:7-bookworm
+ARG REDIS_IMAGE=redis:7-bookworm
+FROM ${REDIS_IMAGE}
 COPY deploy/images/redis.conf /etc/redis/scalellm.conf
 RUN install -d -o redis -g redis /data
 USER redis

@@ -3,7 +3,9 @@
 #   docker build -f deploy/images/tokenizer.Dockerfile -t scalellm/tokenizer .
 #
 # The images of the tokenizer and the scheduler have all steps up to the last few in common, and so their layers.
-FROM python:3.11-slim-bookworm AS build
+# With a digest, python:3.11-slim-bookworm@sha256:..., builds begin with the very same bytes.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/build/constraints.txt
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
@@ -20,7 +22,7 @@ COPY services services
 COPY clients clients
 RUN pip install --no-deps --target /opt/scalellm .
 
-FROM python:3.11-slim-bookworm
+FROM ${PYTHON_IMAGE}
 # Volumes take over the owner of the folders that they are mounted on.
 RUN useradd --system --uid 10001 --home-dir /var/lib/scalellm --shell /usr/sbin/nologin scalellm \
     && install -d -o scalellm -g scalellm /var/lib/scalellm /var/lib/scalellm/models
@@ -33,7 +35,8 @@ WORKDIR /var/lib/scalellm
 USER scalellm
 STOPSIGNAL SIGTERM
 ENV SCALELLM_HOME=/var/lib/scalellm SCALELLM_TOKENIZER_HOME=/var/lib/scalellm \
-    SCALELLM_TOKENIZER_HOST=0.0.0.0 SCALELLM_TOKENIZER_PORT=50051 SCALELLM_TOKENIZER_METRICS_PORT=9151
+    SCALELLM_TOKENIZER_HOST=0.0.0.0 SCALELLM_TOKENIZER_PORT=50051 \
+    SCALELLM_TOKENIZER_METRICS_HOST=0.0.0.0 SCALELLM_TOKENIZER_METRICS_PORT=9151
 EXPOSE 50051 9151
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
     CMD ["python", "-IS", "/opt/scalellm/services/common/health_check.py", "127.0.0.1:50051"]

@@ -165,7 +165,9 @@ def open_access(settings: ServiceSettings, *, serves_links: bool) -> Access:
 
 
 def warn_if_exposed(settings: ServiceSettings) -> None:
-    """Say so when whoever reaches the port is served, or can read the keys of others."""
+    """Say so when whoever reaches a port is served, or can read the keys of others."""
+    if settings.metrics_port is not None and not is_loopback(settings.metrics_host) and settings.metrics_tls_ca is None:
+        _log.warning("metrics on %s are open to everybody who reaches it", settings.metrics_host)
     if is_loopback(settings.host):
         return
     if settings.tls_cert is None and settings.api_keys is None and settings.link_token_file is None:

@@ -49,6 +49,8 @@ class ServiceSettings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     metrics_port: Port | None = None
     """Port of the Prometheus endpoint; 0 takes a free one; unset: no endpoint."""
+    metrics_host: Host = "127.0.0.1"
+    """Address on which the Prometheus endpoint listens, whatever --host says; 0.0.0.0 or :: for all."""
     metrics_tls_cert: Path | None = None
     """PEM file with the certificate that the Prometheus endpoint shows; unset: plain HTTP. These files are read again
     when they change."""

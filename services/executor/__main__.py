@@ -100,7 +100,7 @@ def _metrics_endpoint(
         return {"engine": supervisor.engine_pid} if supervisor.engine_pid is not None else {}
 
     tls = settings.metrics_tls_files
-    return MetricsEndpoint(settings.host, port, "executor", [collector], processes, tls, tracer)
+    return MetricsEndpoint(settings.metrics_host, port, "executor", [collector], processes, tls, tracer)
 
 
 if __name__ == "__main__":

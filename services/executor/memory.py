@@ -9,17 +9,25 @@ import psutil
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+# Files of a cgroup, version 2 and 1: limit, use, statistics, and what those call the page cache of files.
+_VERSIONS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
 def free_memory(cgroup: Path = _CGROUP) -> int:
     """Bytes that can be allocated: what the machine has available, or less where a container's limit is lower.
 
     Args:
-        cgroup: The cgroup v2 directory of this process, as a container sees it.
+        cgroup: The cgroup directory of this process, as a container sees it.
     """
     available: int = psutil.virtual_memory().available
-    limit, used = _read(cgroup / "memory.max"), _read(cgroup / "memory.current")
-    if limit is None or used is None:
-        return available
-    return max(0, min(available, limit - used + _reclaimable(cgroup)))
+    for limit_file, used_file, statistics, reclaimable in _VERSIONS:
+        limit, used = _read(cgroup / limit_file), _read(cgroup / used_file)
+        if limit is not None and used is not None:
+            return max(0, min(available, limit - used + _reclaimable(cgroup / statistics, reclaimable)))
+    return available
 
 
 def _read(path: Path) -> int | None:
@@ -30,10 +38,10 @@ def _read(path: Path) -> int | None:
     return int(text) if text.isdigit() else None  # "max" means no limit
 
 
-def _reclaimable(cgroup: Path) -> int:
+def _reclaimable(statistics: Path, name: str) -> int:
     """Page cache of files, such as mapped weights: counted as used, given back under pressure."""
     try:
-        fields = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        fields = dict(line.split() for line in statistics.read_text().splitlines())
     except OSError:
         return 0
-    return int(fields.get("inactive_file", 0))
+    return int(fields.get(name, 0))

@@ -120,7 +120,7 @@ class SchedulerServer:
             collector = WithVllmNames(collector, "scheduler", self._model_name)
         settings, tracer = self._settings, self._tracer
         return MetricsEndpoint(
-            settings.host, port, "scheduler", [collector], tls=settings.metrics_tls_files, tracer=tracer
+            settings.metrics_host, port, "scheduler", [collector], tls=settings.metrics_tls_files, tracer=tracer
         )
 
     def _model_name(self) -> str:

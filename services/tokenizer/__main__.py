@@ -41,7 +41,7 @@ async def serve(settings: TokenizerSettings) -> None:
             supervisor = Supervisor(settings, reservation.port, folder, workers.on_worker_crash)
             collector = WithVllmNames(workers, "0", lambda: settings.served_name) if settings.vllm_metrics else workers
             endpoint = MetricsEndpoint(
-                settings.host,
+                settings.metrics_host,
                 settings.metrics_port,
                 "tokenizer",
                 [collector],

@@ -158,6 +158,9 @@ def test_containers_can_do_little(stack: ComposeStack, service: str) -> None:
     (container,) = stack.containers(service)
     found = inspect(container)
     assert found["HostConfig"]["ReadonlyRootfs"]
+    assert found["HostConfig"]["Memory"] > 0
+    assert found["HostConfig"]["PidsLimit"] > 0
+    assert found["HostConfig"]["LogConfig"] == {"Type": "json-file", "Config": {"max-file": "3", "max-size": "10m"}}
     assert found["HostConfig"]["CapDrop"] == ["ALL"]
     assert "no-new-privileges:true" in found["HostConfig"]["SecurityOpt"]
     assert stack.compose("exec", "-T", service, "id", "-u").strip() != "0"

@@ -39,6 +39,19 @@ for channel in (
     channel.close()
 """
 
+AT_REDIS_WITHOUT_A_PASSWORD = """
+import redis
+files = {f"ssl_{name}": f"/run/secrets/inner{end}" for name, end in
+    (("ca_certs", "-ca.pem"), ("certfile", ".pem"), ("keyfile", ".key"))}
+client = redis.Redis(host="redis", ssl=True, **files)
+print(client.ping())
+for command in (("GET", "scalellm:affinity:kept"), ("KEYS", "*"), ("EVAL", "return 1", "0"), ("CONFIG", "GET", "*")):
+    try:
+        print(client.execute_command(*command))
+    except redis.exceptions.NoPermissionError:
+        print("NOPERM")
+"""
+
 
 def make_secrets(folder: Path) -> None:
     subprocess.run([ROOT / "scripts" / "secrets"], env={**os.environ, "SCALELLM_SECRETS": str(folder)}, check=True)
@@ -106,9 +119,14 @@ def test_within_the_network_nobody_gets_in_without_certificate_and_token(stack: 
             stack.compose("exec", "-T", "redis", "redis-cli", *options, "ping")
 
 
+def test_a_certificate_alone_gives_no_access_to_redis(stack: ComposeStack) -> None:
+    said = stack.compose("exec", "-T", "executor", "python", "-c", AT_REDIS_WITHOUT_A_PASSWORD)
+    assert said.split() == ["True", *["NOPERM"] * 4]
+
+
 def test_no_container_sees_the_secrets_of_another(stack: ComposeStack) -> None:
     inner = ["inner-ca.pem", "inner.key", "inner.pem"]
-    assert stack.compose("exec", "-T", "redis", "ls", "/run/secrets").split() == inner
+    assert stack.compose("exec", "-T", "redis", "ls", "/run/secrets").split() == [*inner, "users.acl"]
     for service in ("scheduler", "executor"):
         assert stack.compose("exec", "-T", service, "ls", "/run/secrets").split() == [*inner, "link.token"]
 

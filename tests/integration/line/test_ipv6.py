@@ -21,6 +21,7 @@ from service_processes import PATIENCE, Spawn
 from services.common.health_check import main as health_check
 
 FAKE = ("--engine", "fake", "--fake-preset", "h200-llama-8b")
+METRICS = ("--metrics-host", "::1")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,9 @@ def line(module_spawn: Spawn, module_redis, model_dir) -> Iterator[Line]:
         module_spawn,
         module_redis,
         model_dir("smollm2-135m-instruct"),
-        executors=((*FAKE, "--host", "::1"), (*FAKE, "--host", "[::1]")),
-        scheduler=("--host", "::1"),
-        tokenizer=("--host", "::", "--workers", "2"),
+        executors=((*FAKE, "--host", "::1", *METRICS), (*FAKE, "--host", "[::1]", *METRICS)),
+        scheduler=("--host", "::1", *METRICS),
+        tokenizer=("--host", "::", "--metrics-host", "::", "--workers", "2"),
     )
 
 

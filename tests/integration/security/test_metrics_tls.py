@@ -12,6 +12,7 @@ import trustme
 from certificates import Identity, issue
 from clients.cli.top_figures import scrape
 from clients.client import Credentials
+from service_processes import PATIENCE, Spawn
 from services.common.lifecycle import StartError
 from services.common.metrics import MetricsEndpoint
 from services.common.tls import TlsFiles
@@ -65,3 +66,20 @@ def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
     files = TlsFiles(tmp_path / "none.pem", tmp_path / "none.key", option="--metrics-tls")
     with pytest.raises(StartError, match="--metrics-tls-cert: cannot read"):
         MetricsEndpoint("127.0.0.1", 0, "executor", [], tls=files)
+
+
+def test_metrics_stay_on_the_loopback_interface_until_told_otherwise(spawn: Spawn) -> None:
+    """127.0.0.2 stands for an address that others reach."""
+
+    def open_elsewhere(*flags: str) -> tuple[bool, bool]:
+        service = spawn("scheduler", "--host", "0.0.0.0", "--metrics-port", "0", *flags)
+        port = int(service.metrics_address.rpartition(":")[2])
+        socket.create_connection(("127.0.0.1", port), PATIENCE).close()
+        with socket.socket() as client:
+            is_open = client.connect_ex(("127.0.0.2", port)) == 0
+        warned = "metrics on 0.0.0.0 are open to everybody who reaches it" in service.log.read_text()
+        service.terminate()
+        return is_open, warned
+
+    assert open_elsewhere() == (False, False)
+    assert open_elsewhere("--metrics-host", "0.0.0.0") == (True, True)

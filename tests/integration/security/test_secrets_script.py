@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import trustme
+from redis import Redis
+from redis.exceptions import AuthenticationError, NoPermissionError
 
 from certificates import issue
-from service_processes import ROOT
+from service_processes import PATIENCE, ROOT, start_redis
 from services.common.link_token import read_token
+from services.common.redis_client import open_redis
+from services.common.redis_health import probe_redis
 from services.common.tls import TlsFiles
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -83,3 +88,66 @@ def test_what_is_no_name_is_refused(tmp_path: Path) -> None:
     done = make(tmp_path, "https://api.example.com")
     assert done.returncode == 1
     assert done.stderr == "error: https://api.example.com is neither a host's name nor an IP address\n"
+
+
+def redis_user(folder: Path, service: str) -> tuple[str, str]:
+    """Name and password in a service's address of Redis."""
+    text = (folder / f"{service}.env").read_text()
+    found = re.search(
+        rf"^SCALELLM_{service.upper()}_REDIS_URL=rediss://(\w+):(\w{{64}})@redis:6379/0\?ssl_", text, re.M
+    )
+    assert found is not None
+    return found[1], found[2]
+
+
+async def test_redis_knows_each_service_by_its_password_and_lets_it_do_what_it_needs(tmp_path: Path) -> None:
+    assert make(tmp_path / "secrets").returncode == 0
+    redis = start_redis(tmp_path, "--aclfile", str(tmp_path / "secrets" / "redis" / "users.acl"))
+    try:
+        urls = {}
+        for service in ("tokenizer", "scheduler"):
+            user, password = redis_user(tmp_path / "secrets", service)
+            urls[service] = redis.url.replace("unix://", f"unix://{user}:{password}@")
+            async with open_redis(urls[service], timeout=PATIENCE) as client:
+                await probe_redis(client, sessions=service == "tokenizer")
+        with Redis.from_url(urls["tokenizer"]) as tokenizer, Redis.from_url(urls["scheduler"]) as scheduler:
+            tokenizer.set("scalellm:session:acme:s", "private")
+            scheduler.set("scalellm:affinity:s", "h:1", ex=10)
+            for refused in (
+                lambda: scheduler.get("scalellm:session:acme:s"),
+                lambda: scheduler.eval("return 1", 0),
+                lambda: tokenizer.set("other", "1"),
+                lambda: tokenizer.flushall(),
+                lambda: tokenizer.config_get("*"),
+            ):
+                with pytest.raises(NoPermissionError):
+                    refused()
+        # Whoever has no password, such as an executor with its certificate, may ask whether it lives.
+        with Redis.from_url(redis.url) as stranger:
+            assert stranger.ping()
+            for command in (("GET", "scalellm:affinity:s"), ("INFO",), ("ACL", "LIST"), ("EVAL", "return 1", "0")):
+                with pytest.raises(NoPermissionError):
+                    stranger.execute_command(*command)
+            with pytest.raises(AuthenticationError):
+                stranger.execute_command("AUTH", "tokenizer", "wrong")
+    finally:
+        redis.stop()
+
+
+def test_a_folder_of_an_earlier_release_gets_what_it_lacks(tmp_path: Path) -> None:
+    assert make(tmp_path).returncode == 0
+    salt = (tmp_path / "tokenizer.env").read_text().splitlines(keepends=True)[0]
+    assert salt.startswith("SCALELLM_TOKENIZER_SALT_SECRET=")
+    (tmp_path / "tokenizer.env").write_text(salt)
+    (tmp_path / "scheduler.env").unlink()
+    assert make(tmp_path).returncode == 0
+    assert (tmp_path / "tokenizer.env").read_text().startswith(salt)
+    users = (tmp_path / "redis" / "users.acl").read_text()
+    for service in ("tokenizer", "scheduler"):
+        name, password = redis_user(tmp_path, service)
+        assert f"user {name} on #" in users
+        assert password not in users
+    (tmp_path / "scheduler.env").write_text("SCALELLM_SCHEDULER_REDIS_URL=redis://mine\n")
+    refused = make(tmp_path)
+    assert refused.returncode == 1
+    assert "scheduler.env: SCALELLM_SCHEDULER_REDIS_URL has not the form" in refused.stderr

@@ -1,5 +1,7 @@
 """SamplingParams, cache sizing and the FakeModelRunner."""
 
+from pathlib import Path
+
 import pytest
 
 import engine_kit
@@ -12,6 +14,7 @@ from services.executor.engine import (
     SamplingParams,
     num_kv_blocks,
 )
+from services.executor.memory import free_memory
 
 NAN, INF = float("nan"), float("inf")
 
@@ -91,6 +94,26 @@ def blocks(**changes: object) -> int:
         "memory_fraction": 0.5,
     }
     return num_kv_blocks(**(values | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "statistics", "cache"),
+    [
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ],
+)
+def test_a_container_s_limit_counts(tmp_path: Path, limit: str, used: str, statistics: str, cache: str) -> None:
+    unlimited = free_memory(tmp_path)
+    assert unlimited > 2**20
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text(f"{2**20}\n")
+    (tmp_path / used).write_text("700000\n")
+    assert free_memory(tmp_path) == 2**20 - 700000
+    (tmp_path / statistics).write_text(f"anon 1\n{cache} 200000\n")
+    assert free_memory(tmp_path) == 2**20 - 500000
+    (tmp_path / used).write_text(f"{2**21}\n")
+    assert free_memory(tmp_path) == 0
 
 
 def test_blocks_come_from_free_memory_or_are_set() -> None:

@@ -1,0 +1,63 @@
+"""What compose.yaml gives every container: bounds on memory, processes and logs, and images that can be pinned."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+VARIABLE = re.compile(r"\$\{(SCALELLM_[A-Z_]+):-")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_container_is_bounded(name: str) -> None:
+    service = SERVICES[name]
+    assert re.fullmatch(r"\$\{SCALELLM_MEMORY_[A-Z]+:-\d+g\}", service["mem_limit"])
+    assert re.fullmatch(r"\$\{SCALELLM_PIDS:-\d+\}", service["pids_limit"])
+    assert service["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "3"}}
+
+
+def test_the_memory_of_redis_is_bounded_below_its_container() -> None:
+    settings = dict(
+        line.split(maxsplit=1)
+        for line in (ROOT / "deploy" / "images" / "redis.conf").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    assert (settings["maxmemory"], settings["maxmemory-policy"]) == ("256mb", "volatile-ttl")
+    assert SERVICES["redis"]["mem_limit"].endswith(":-1g}")
+
+
+def test_every_image_that_is_not_built_here_can_be_named_with_its_digest() -> None:
+    for name, service in SERVICES.items():
+        if service["image"].startswith("scalellm/") and "build" not in service:
+            continue  # built for another service
+        if "build" not in service:
+            assert VARIABLE.match(service["image"]), name
+            continue
+        text = (ROOT / service["build"]["dockerfile"]).read_text()
+        bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+        (argument,) = {base.strip("${}") for base in bases}
+        assert VARIABLE.match(service["build"]["args"][argument]), name
+        # Built by hand, it begins with the same image.
+        default = service["build"]["args"][argument].partition(":-")[2].rstrip("}")
+        assert f"ARG {argument}={default}\n" in text
+
+
+def test_nobody_knows_the_password_of_grafana() -> None:
+    grafana = SERVICES["grafana"]
+    assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "${SCALELLM_GRAFANA_PASSWORD:-}"
+    assert grafana["environment"]["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert "exit 1" in grafana["entrypoint"][-1]
+
+
+def test_every_variable_is_in_the_manual() -> None:
+    named = set(VARIABLE.findall((ROOT / "compose.yaml").read_text()))
+    manual = (ROOT / "docs" / "operations.md").read_text()
+    # A list of several goes on with their ends: `SCALELLM_MEMORY_TOKENIZER`, `_SCHEDULER`.
+    assert {name for name in named if not re.search(rf"`{name}`|`_{name.rpartition('_')[2]}`", manual)} == set()
