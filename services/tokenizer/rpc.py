@@ -14,9 +14,11 @@ from google.protobuf.message_factory import GetMessageClass
 
 from services.common.errors import StatusError
 from services.common.guarded import OnEnd, guarded
+from services.tokenizer.call_bytes import CallAccount, CallBytes
 from services.tokenizer.limits import MAX_ANSWER_BYTES
 
 _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message | None]]
+_Answering = Callable[[Any, grpc.aio.ServicerContext, CallAccount], Awaitable[None]]
 
 
 class CallGate:
@@ -74,25 +76,24 @@ def add_service(
     servicer: object,
     gate: CallGate,
     on_end: OnEnd,
+    held: CallBytes,
     admit: Admit | None = None,
 ) -> None:
     """Serve `service` with the methods of `servicer`, which raise StatusError for every outcome but OK, and see to
     their callers' limits themselves where `admit` is None.
 
     The generated `add_..._to_server` functions would leave a message that does not parse to gRPC, which answers
-    INTERNAL; it is the client's mistake and is answered INVALID_ARGUMENT here.
+    INTERNAL; it is the client's mistake and is answered INVALID_ARGUMENT here. And they would leave answers to gRPC,
+    which keeps them until the client takes them: here a call runs, and counts, until its answer was taken.
     """
     handlers = {}
     for method in service.methods:
-        behaviour = getattr(servicer, method.name)
+        answering = _answering(getattr(servicer, method.name))
         if admit is not None and method.name not in _FREE:
-            behaviour = _admitted(behaviour, admit)
-        # As if the client streamed, too: gRPC would leave a call whose client closes its side without a message alone.
-        make = (
-            grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
-        )
-        handlers[method.name] = make(
-            guarded(_reading(behaviour, method, gate), method.full_name, on_end),
+            answering = _admitted(answering, admit)
+        # As if both sides streamed: gRPC would leave a call whose client closes its side without a message alone.
+        handlers[method.name] = grpc.stream_stream_rpc_method_handler(
+            guarded(_reading(answering, method, gate, held), method.full_name, on_end),
             request_deserializer=_lenient_parser(method),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
@@ -119,36 +120,49 @@ def _lenient_parser(method: MethodDescriptor) -> Callable[[bytes], Message | Non
     return parse
 
 
-def _admitted(behaviour: _Behaviour, admit: Admit) -> _Behaviour:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> Message | None:
+def _answering(behaviour: _Behaviour) -> _Answering:
+    """Writes what `behaviour` returns; streams write themselves."""
+
+    async def call(request: Any, context: grpc.aio.ServicerContext, account: CallAccount) -> None:
+        response = await behaviour(request, context)
+        if response is not None:
+            check_answer(response)
+            account.hold(response.ByteSize())
+            await context.write(response)  # returns when flow control let it go
+
+    return call
+
+
+def _admitted(answering: _Answering, admit: Admit) -> _Answering:
+    async def call(request: Any, context: grpc.aio.ServicerContext, account: CallAccount) -> None:
         async with admit(context):
-            return await behaviour(request, context)
+            await answering(request, context, account)
 
     return call
 
 
 def _reading(
-    behaviour: _Behaviour, method: MethodDescriptor, gate: CallGate
-) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[Message | None]]:
+    answering: _Answering, method: MethodDescriptor, gate: CallGate, held: CallBytes
+) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]:
     """A handler that reads its request itself, unless the gate is closed."""
     name = method.input_type.full_name
 
-    async def call(_: object, context: grpc.aio.ServicerContext) -> Message | None:
-        request = await context.read()
-        gate.enter()
-        try:
-            if request is grpc.aio.EOF:
-                await asyncio.sleep(_VERDICT)
-                raise StatusError.invalid("request", f"is missing: the call has no {name}")
-            if request is None:
-                raise StatusError.invalid(
-                    "request", f"is not a valid {name}: malformed, or a string in it is not UTF-8"
-                )
-            response = await behaviour(request, context)
-            if response is not None:
-                check_answer(response)
-            return response
-        finally:
-            gate.leave()
+    async def call(_: object, context: grpc.aio.ServicerContext) -> None:
+        async with held.call(context) as account:
+            async with account.reading():
+                request = await context.read()
+            gate.enter()
+            try:
+                if request is grpc.aio.EOF:
+                    await asyncio.sleep(_VERDICT)
+                    raise StatusError.invalid("request", f"is missing: the call has no {name}")
+                if request is None:
+                    raise StatusError.invalid(
+                        "request", f"is not a valid {name}: malformed, or a string in it is not UTF-8"
+                    )
+                account.hold(request.ByteSize())
+                await answering(request, context, account)
+            finally:
+                gate.leave()
 
     return call

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import NoReturn
 
 import grpc
@@ -14,7 +12,6 @@ from scalellm.v1 import generation_pb2, sessions_pb2
 from services.common.access import Access
 from services.common.errors import StatusError
 from services.tokenizer.limits import RequestLimits
-from services.tokenizer.quotas import TenantQuotas
 from services.tokenizer.rpc import check_answer
 from services.tokenizer.session import Session, SessionInfo
 from services.tokenizer.session_store import SessionStore
@@ -27,17 +24,13 @@ class SessionsServicer:
     Args:
         store: Where sessions are.
         access: Whose they are.
-        quotas: Limits of who asks.
         ttl: Seconds that a new copy lives.
         limits: Limits on requests.
     """
 
-    def __init__(
-        self, store: SessionStore, access: Access, quotas: TenantQuotas, ttl: float, limits: RequestLimits
-    ) -> None:
+    def __init__(self, store: SessionStore, access: Access, ttl: float, limits: RequestLimits) -> None:
         self._store = store
         self._access = access
-        self._quotas = quotas
         self._ttl = ttl
         self._limits = limits
 
@@ -45,56 +38,52 @@ class SessionsServicer:
         self, request: sessions_pb2.GetSessionRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.GetSessionResponse:
         """One session with its messages."""
-        async with self._admitted(context) as sessions:
-            session, remaining = await _load(sessions, request.session_id)
+        sessions = self._sessions(context)
+        session, remaining = await _load(sessions, request.session_id)
         return sessions_pb2.GetSessionResponse(session=_to_wire(request.session_id, session, remaining))
 
     async def List(
         self, request: sessions_pb2.ListSessionsRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.ListSessionsResponse:
         """A page of sessions, without their messages."""
-        async with self._admitted(context) as sessions:
-            infos, token = await sessions.list(validate_page_size(request, self._limits), request.page_token)
+        sessions = self._sessions(context)
+        infos, token = await sessions.list(validate_page_size(request, self._limits), request.page_token)
         return sessions_pb2.ListSessionsResponse(sessions=map(_info_to_wire, infos), next_page_token=token)
 
     async def Fork(
         self, request: sessions_pb2.ForkSessionRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.ForkSessionResponse:
         """A copy that goes on separately."""
-        async with self._admitted(context) as sessions:
-            validate_id(request.new_session_id, "new_session_id")
-            session, _ = await _load(sessions, request.session_id)
-            num_turns = request.num_turns if request.HasField("num_turns") else len(session.turns)
-            if not 1 <= num_turns <= len(session.turns):
-                raise StatusError.invalid(
-                    "num_turns",
-                    f"must be in [1, {len(session.turns)}], the turns of {request.session_id!r}, got {num_turns}",
-                )
-            copy = session.first_turns(num_turns)
-            answer = sessions_pb2.ForkSessionResponse(session=_to_wire(request.new_session_id, copy, self._ttl))
-            check_answer(answer)  # before there is a copy
-            if not await sessions.create(request.new_session_id, copy):
-                raise StatusError(
-                    grpc.StatusCode.ALREADY_EXISTS, f"new_session_id: session {request.new_session_id!r} exists"
-                )
+        sessions = self._sessions(context)
+        validate_id(request.new_session_id, "new_session_id")
+        session, _ = await _load(sessions, request.session_id)
+        num_turns = request.num_turns if request.HasField("num_turns") else len(session.turns)
+        if not 1 <= num_turns <= len(session.turns):
+            raise StatusError.invalid(
+                "num_turns",
+                f"must be in [1, {len(session.turns)}], the turns of {request.session_id!r}, got {num_turns}",
+            )
+        copy = session.first_turns(num_turns)
+        answer = sessions_pb2.ForkSessionResponse(session=_to_wire(request.new_session_id, copy, self._ttl))
+        check_answer(answer)  # before there is a copy
+        if not await sessions.create(request.new_session_id, copy):
+            raise StatusError(
+                grpc.StatusCode.ALREADY_EXISTS, f"new_session_id: session {request.new_session_id!r} exists"
+            )
         return answer
 
     async def Delete(
         self, request: sessions_pb2.DeleteSessionRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.DeleteSessionResponse:
         """End a session."""
-        async with self._admitted(context) as sessions:
-            validate_id(request.session_id, "session_id")
-            if not await sessions.delete(request.session_id):
-                _raise_unknown(request.session_id)
+        sessions = self._sessions(context)
+        validate_id(request.session_id, "session_id")
+        if not await sessions.delete(request.session_id):
+            _raise_unknown(request.session_id)
         return sessions_pb2.DeleteSessionResponse()
 
-    @asynccontextmanager
-    async def _admitted(self, context: grpc.aio.ServicerContext) -> AsyncIterator[SessionStore]:
-        """Around a call, which counts as a request of its tenant: that one's sessions."""
-        tenant = self._access.tenant(context.invocation_metadata())
-        async with self._quotas.admitted(tenant):
-            yield self._store.of(tenant)
+    def _sessions(self, context: grpc.aio.ServicerContext) -> SessionStore:
+        return self._store.of(self._access.tenant(context.invocation_metadata()))
 
 
 async def _load(sessions: SessionStore, session_id: str) -> tuple[Session, float]:

@@ -31,6 +31,7 @@ from services.common.redis_client import open_redis
 from services.common.redis_health import RedisWatch
 from services.common.tls import server_credentials
 from services.common.tracing import open_tracer
+from services.tokenizer.call_bytes import CallBytes
 from services.tokenizer.config import TokenizerSettings
 from services.tokenizer.generation import Edge, GenerationServicer
 from services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
@@ -132,15 +133,16 @@ class Worker:
             servicers = (
                 GenerationServicer(edge),
                 TokenizerServicer(edge),
-                SessionsServicer(sessions, access, quotas, settings.session_ttl_s, edge.limits),
+                SessionsServicer(sessions, access, settings.session_ttl_s, edge.limits),
             )
 
             def admit(context: grpc.aio.ServicerContext) -> AbstractAsyncContextManager[None]:
                 return quotas.admitted(access.tenant(context.invocation_metadata()))
 
-            # Tokens count in the first, and the last has to know whose sessions they are: they admit calls themselves.
-            for descriptor, servicer, who in zip(_SERVICES, servicers, (None, admit, None), strict=True):
-                add_service(service.server, descriptor, servicer, self._gate, self._metrics.count_call, who)
+            held = CallBytes(lambda context: access.tenant(context.invocation_metadata()).name)
+            # Tokens count in the first, which admits calls itself.
+            for descriptor, servicer, who in zip(_SERVICES, servicers, (None, admit, admit), strict=True):
+                add_service(service.server, descriptor, servicer, self._gate, self._metrics.count_call, held, who)
             self._follow(link, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
             waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())

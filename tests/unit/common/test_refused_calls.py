@@ -25,6 +25,7 @@ from services.executor.front import SERVICE as EXECUTOR
 from services.executor.front import ExecutorServicer
 from services.scheduler.service import SERVICE as SCHEDULER
 from services.scheduler.service import SchedulerService
+from services.tokenizer.call_bytes import CallBytes
 from services.tokenizer.rpc import CallGate, add_service
 
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["Generation"]
@@ -122,7 +123,9 @@ def errors_in_memory() -> int:
 async def test_requests(how: str, code: grpc.StatusCode) -> None:
     servicer, request = Servicer(), generation_pb2.GenerateRequest(prompt=how).SerializeToString()
     async with serving() as (service, channel):
-        add_service(service.server, GENERATION, servicer, CallGate(), lambda method, code: None)
+        add_service(
+            service.server, GENERATION, servicer, CallGate(), lambda method, code: None, CallBytes(lambda _: "acme")
+        )
         timeout = 0.2 if how == "cancelled" else PATIENCE
         assert await call_often(channel, "/scalellm.v1.Generation/Generate", request, timeout) == {code}
         assert servicer.num_calls == CALLS

@@ -1,0 +1,114 @@
+"""What callers make a worker hold: requests that were read, answers that they do not take, and messages under way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc
+
+from services.common.errors import StatusError
+
+_MAX_READING = 64
+"""Calls of one tenant and connection whose requests are read at once; the others' are bounded by flow control."""
+
+_READ_LIMIT = 60.0
+"""Seconds within which a request has to be complete: 1 MiB comes in that time at 140 kbit/s."""
+
+_RETRY_AFTER = 1.0
+
+
+@dataclass(slots=True)
+class _Holder:
+    """A tenant, or its part of a connection."""
+
+    max_bytes: int
+    bytes: int = 0
+    num_calls: int = 0
+    reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_READING))
+
+
+@dataclass(slots=True)
+class CallAccount:
+    """One call's part."""
+
+    _holders: tuple[tuple[str, _Holder], ...]
+    _read_limit: float
+    bytes: int = 0
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Around the wait for a request. Raises StatusError DEADLINE_EXCEEDED."""
+        try:
+            async with asyncio.timeout(self._read_limit), self._holders[-1][1].reading:
+                yield
+        except TimeoutError:
+            raise StatusError(
+                grpc.StatusCode.DEADLINE_EXCEEDED, f"request: was not complete within {self._read_limit:g} s"
+            ) from None
+
+    def hold(self, num_bytes: int) -> None:
+        """So many bytes more are held until the call is done. Raises StatusError RESOURCE_EXHAUSTED."""
+        for whose, holder in self._holders:
+            if holder.bytes and holder.bytes + num_bytes > holder.max_bytes:
+                raise StatusError(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"requests and unread answers of {whose} hold {holder.bytes} bytes here, {num_bytes} more exceed "
+                    f"the limit of {holder.max_bytes}; take the answers, and retry in {_RETRY_AFTER} s",
+                    retry_after=_RETRY_AFTER,
+                )
+        self.bytes += num_bytes
+        for _, holder in self._holders:
+            holder.bytes += num_bytes
+
+
+class CallBytes:
+    """Bounds what calls hold in this process, per tenant and, within it, per connection.
+
+    Args:
+        tenant_of: Name of the tenant on whose behalf a call runs; raises StatusError.
+        max_tenant_bytes: Most bytes of one tenant. A single message is always taken.
+        max_connection_bytes: Most bytes of one tenant on one connection.
+        read_limit: Seconds within which a request has to be complete.
+    """
+
+    def __init__(
+        self,
+        tenant_of: Callable[[grpc.aio.ServicerContext], str],
+        max_tenant_bytes: int = 128 * 2**20,
+        max_connection_bytes: int = 32 * 2**20,
+        read_limit: float = _READ_LIMIT,
+    ) -> None:
+        self._tenant_of = tenant_of
+        self._max_tenant_bytes = max_tenant_bytes
+        self._max_connection_bytes = max_connection_bytes
+        self._read_limit = read_limit
+        self._holders: dict[tuple[str, str], _Holder] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Held now, for all callers."""
+        return sum(holder.bytes for (_, peer), holder in self._holders.items() if not peer)
+
+    @asynccontextmanager
+    async def call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[CallAccount]:
+        """Around a call: what it held is given back at the end."""
+        tenant = self._tenant_of(context)
+        keys = {(tenant, ""): self._max_tenant_bytes, (tenant, context.peer()): self._max_connection_bytes}
+        holders = []
+        for key, limit in keys.items():
+            holder = self._holders.setdefault(key, _Holder(limit))
+            holder.num_calls += 1
+            holders.append((f"tenant {tenant!r}" + (" on this connection" if key[1] else ""), holder))
+        account = CallAccount(tuple(holders), self._read_limit)
+        try:
+            yield account
+        finally:
+            for key in keys:
+                holder = self._holders[key]
+                holder.bytes -= account.bytes
+                holder.num_calls -= 1
+                if not holder.num_calls:
+                    del self._holders[key]
