@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 from clients.client.credentials import Credentials
 from clients.launcher.errors import LauncherError
-from clients.launcher.instance import TOKENIZER
+from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER, Instance
 from services.common.link_token import read_token
+from services.common.new_file import write_new
 from services.common.reload import ConfigFileError
+
+_LINK_TOKEN_FILES = tuple(f"SCALELLM_{kind.upper()}_LINK_TOKEN_FILE" for kind in (TOKENIZER, SCHEDULER, EXECUTOR))
 
 
 def service_credentials(kind: str, variables: Mapping[str, str]) -> Credentials:
@@ -31,6 +35,21 @@ def service_credentials(kind: str, variables: Mapping[str, str]) -> Credentials:
     if ca is None:
         raise LauncherError(f"SCALELLM_{kind.upper()}_TLS_CERT is set: set {prefix}_CA as well, to be able to ask it")
     return Credentials(secret, ca, cert, key, name)
+
+
+def make_link_token(instance: Instance, variables: Mapping[str, str]) -> None:
+    """Make a link token for the services of an instance, unless `variables` name one for any of them."""
+    if any(variables.get(name) for name in _LINK_TOKEN_FILES):
+        instance.link_token.unlink(missing_ok=True)
+    else:
+        write_new(instance.link_token, f"{secrets.token_hex(32)}\n")
+
+
+def with_link_token(instance: Instance, variables: Mapping[str, str]) -> Mapping[str, str]:
+    """The variables with those that name the instance's own link token, if it has one."""
+    if not instance.link_token.exists():
+        return variables
+    return {**variables, **dict.fromkeys(_LINK_TOKEN_FILES, str(instance.link_token))}
 
 
 def _link_token(variables: Mapping[str, str]) -> str:

@@ -2,22 +2,28 @@
 
 The folder holds the state file, the services' logs and announced addresses, and the embedded Redis's socket. It is also
 the lock: one `up` or `down` at a time holds an flock on it, which the kernel releases whatever happens to its holder.
+
+What is in there names processes to end and a Redis with its password, so `run` and all below it is this user's alone:
+links are not followed, and what belongs to somebody else is refused. `<home>` itself may be a link.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from clients.launcher.errors import LauncherError
+from services.common.new_file import write_new
 
 REDIS, EXECUTOR, SCHEDULER, TOKENIZER = "redis", "executor", "scheduler", "tokenizer"
 _KINDS = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
@@ -87,6 +93,7 @@ class Instance:
         self.name = name
         self.folder = home.absolute() / "run" / name
         self.logs = self.folder / "logs"
+        self.link_token = self.folder / "link.token"
         self._state_file = self.folder / "state.json"
 
     @contextmanager
@@ -94,9 +101,10 @@ class Instance:
         """Keep other launchers away from this instance; LauncherError when one is at work. Makes the folder."""
         for attempt in itertools.count(1):
             try:
-                self.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self.folder.chmod(0o700)
-                folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
+                for part in (self.folder.parent, self.folder, self.logs):
+                    _make_private(part)
+                folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS:  # another launcher is removing it
                     continue
@@ -104,7 +112,7 @@ class Instance:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The folder that was locked may have been removed meanwhile: then it guards nothing.
-                if self.folder.exists() and os.path.samestat(os.fstat(folder), self.folder.stat()):
+                if self.folder.exists() and os.path.samestat(os.fstat(folder), self.folder.lstat()):
                     yield
                     return
             except BlockingIOError:
@@ -117,7 +125,7 @@ class Instance:
     def load(self) -> State | None:
         """The state as last written; None when nothing was started."""
         try:
-            raw = json.loads(self._state_file.read_text(encoding="utf-8"))
+            raw = json.loads(self._read_own(self._state_file))
             return State(**{**raw, "services": tuple(ServiceRecord(**service) for service in raw["services"])})
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -129,8 +137,27 @@ class Instance:
     def save(self, state: State) -> None:
         """Write the state; a reader sees the old one or the new one, whole."""
         partial = self._state_file.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+        write_new(partial, json.dumps(asdict(state), indent=2) + "\n")
         partial.replace(self._state_file)
+
+    def read_announced(self, service: str) -> list[str]:
+        """The lines in which a service says where it listens. Raises LauncherError."""
+        return self._read_own(self.announce_file(service)).splitlines()
+
+    def _read_own(self, path: Path) -> str:
+        """The text of a file of this user's. Raises LauncherError for a link, and for somebody else's."""
+        for part in (self.folder.parent, self.folder):
+            _check_own(part)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise LauncherError(f"{path} is a link, which is not followed; remove it") from None
+            raise
+        with open(descriptor, encoding="utf-8") as stream:
+            if os.fstat(descriptor).st_uid != os.geteuid():
+                raise LauncherError(f"{path} belongs to another user; set SCALELLM_HOME to a folder of your own")
+            return stream.read()
 
     def log_file(self, service: str) -> Path:
         """Where a service's output goes."""
@@ -148,3 +175,22 @@ class Instance:
         for path in self.folder.iterdir():
             if path != self.logs:
                 path.unlink(missing_ok=True)
+
+
+def _check_own(folder: Path) -> os.stat_result:
+    """What a folder is; LauncherError unless it is a folder of this user's, and no link to one. Raises OSError."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        what = "a link, which is not followed" if stat.S_ISLNK(status.st_mode) else "no folder"
+        raise LauncherError(f"{folder} is {what}; remove it, or set SCALELLM_HOME")
+    if status.st_uid != os.geteuid():
+        raise LauncherError(f"{folder} belongs to another user; set SCALELLM_HOME to a folder of your own")
+    return status
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that only this user can enter, or make one that is there such a folder. Raises LauncherError."""
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if stat.S_IMODE(_check_own(folder).st_mode) != 0o700:
+        folder.chmod(0o700)

@@ -15,6 +15,7 @@ import psutil
 from clients.launcher.errors import LauncherError
 from clients.launcher.instance import ServiceRecord
 from services.common.child_environment import SERVICE_LOG
+from services.common.new_file import create_file
 
 # psutil derives a process's creation time from the wall clock at boot, which time synchronisation may move a little.
 _CLOCK_SLACK = 5.0
@@ -28,8 +29,8 @@ _LAST_LINES = 40
 def spawn(
     name: str, kind: str, command: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> tuple[ServiceRecord, subprocess.Popen[bytes]]:
-    """Start `command` as the leader of a new session, without input, with its output appended to `log`."""
-    with log.open("ab") as output:
+    """Start `command` as the leader of a new session, without input, with its output in the new file `log`."""
+    with open(create_file(log, flags=os.O_APPEND), "ab") as output:
         try:
             process = subprocess.Popen(
                 command,

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import psutil
 
 from clients.client import Credentials
-from clients.launcher.credentials import service_credentials
+from clients.launcher.credentials import service_credentials, with_link_token
 from clients.launcher.errors import NotRunningError
 from clients.launcher.health import Probe
 from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
@@ -69,6 +69,7 @@ def read_status(instance: Instance, environment: Mapping[str, str] = _NOTHING) -
     state = instance.load()
     if state is None:
         raise NotRunningError(f"not running (instance {instance.name!r})")
+    environment = with_link_token(instance, environment)
     records = [record for kind in _EXPECTED for record in state.of_kind(kind)]
     with ThreadPoolExecutor(max_workers=len(records) + 1) as pool:
         services = list(pool.map(lambda record: _read_service(record, state, environment), records))

@@ -13,10 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
-from clients.launcher.credentials import service_credentials
+from clients.launcher.credentials import make_link_token, service_credentials, with_link_token
 from clients.launcher.errors import LauncherError
 from clients.launcher.health import Probe
 from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
@@ -126,6 +125,9 @@ class _Launch:
         check_ports(self._plan)
         if self._options.redis_url:
             self._check_redis()
+        make_link_token(self._instance, self._options.environment)
+        environment = with_link_token(self._instance, self._options.environment)
+        self._options = replace(self._options, environment=environment)
         executors = [name for name in self._plan if name.startswith(EXECUTOR)]
         for name in executors:
             self._spawn_service(name, EXECUTOR, "")
@@ -193,7 +195,7 @@ class _Launch:
         """Return once the service listens."""
         announce = self._instance.announce_file(name)
         self._wait(name, announce.exists, self._options.start_limit)
-        address, metrics = _read_announced(announce)
+        address, metrics = _read_announced(self._instance.read_announced(name))
         self._set(self.state.with_service(replace(self._service(name), address=address, metrics_address=metrics)))
 
     def _await_healthy(self, name: str) -> None:
@@ -219,7 +221,6 @@ class _Launch:
 
     def _spawn(self, name: str, kind: str, command: Sequence[str], environment: dict[str, str]) -> None:
         log = self._instance.log_file(name)
-        log.unlink(missing_ok=True)
         with _uninterrupted():  # or nobody would know of the process, and end it
             record, process = spawn(name, kind, command, log, environment)
             self._processes[name] = process
@@ -255,9 +256,8 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(caught)
 
 
-def _read_announced(path: Path) -> tuple[str, str]:
+def _read_announced(lines: Sequence[str]) -> tuple[str, str]:
     """The service's address as seen from this machine, and that of its metrics."""
-    lines = path.read_text(encoding="utf-8").splitlines()
     metrics = next((line.removeprefix("metrics=") for line in lines if line.startswith("metrics=")), "")
     return local_address(lines[0]), metrics
 

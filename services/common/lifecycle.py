@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.common.addresses import join_address
 from services.common.health import HealthReporter
+from services.common.new_file import write_new
 
 MAX_FRAME_BYTES = 16 * 2**20
 """Of a message between services. Messages of clients are smaller: the tokenizer sets limits of its own."""
@@ -153,7 +154,7 @@ def announce(path: Path | None, *lines: str) -> None:
         return
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        partial.write_text("".join(f"{line}\n" for line in lines))
+        write_new(partial, "".join(f"{line}\n" for line in lines), 0o644)
         partial.replace(path)
     except OSError as error:
         raise StartError(f"cannot write {path}: {error.strerror}; choose another --announce") from error
