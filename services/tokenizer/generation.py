@@ -167,8 +167,12 @@ class _GenerateCall:
             trace.session_ns = trace.now() - trace.session_at
         welcome = await edge.link.wait_up(_LINK_WAIT)
         trace.tokenize_at = trace.now()
-        prompt = await edge.prompts.build(request, session)
+        prompt = await edge.prompts.build(
+            request, session, caller=self._tenant.name, max_model_len=welcome.max_model_len
+        )
         trace.tokenize_ns = trace.now() - trace.tokenize_at
+        if request.WhichOneof("input") != "tokens":
+            self._num_tokens = len(prompt.token_ids)  # encoding is work that counts, also where the request is refused
         if edge.tokenizer_size > edge.vocab_size:
             check_prompt_tokens(request, prompt.token_ids, edge.vocab_size, edge.prompts.model.tokenizer.id_to_token)
         submit = self._make_submit(prompt, fit_context(request, len(prompt.token_ids), welcome.max_model_len))

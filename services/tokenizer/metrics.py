@@ -91,6 +91,9 @@ class EdgeMetrics:
         self.discarded_tokens = counter(
             "scalellm_tokenizer_tokens_discarded", "Tokens received for requests that had ended here."
         )
+        self.tokenizer_panics = counter(
+            "scalellm_tokenizer_panics", "Texts over which the tokenizers library panicked."
+        )
         self.tokens_beyond_stop = counter(
             "scalellm_tokenizer_tokens_beyond_stop", "Tokens that executors generated after a stop text."
         )

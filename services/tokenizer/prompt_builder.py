@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import grpc
 
@@ -17,10 +17,13 @@ from services.tokenizer.text.chat_renderer import ChatRenderer
 from services.tokenizer.text.chat_template import ChatTemplateError
 from services.tokenizer.text.conversation import Continuation, ConversationEncoder
 from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.encoder import EncodeBatcher
+from services.tokenizer.text.encoder import EncodeBatcher, TooManyTokensError
 from services.tokenizer.text.model_tokenizer import ModelTokenizer
+from services.tokenizer.validation import context_exceeded, too_many_tokens
 
 _log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,7 @@ class PromptBuilder:
         self.model = model
         self.texts = TokenTexts(model.tokenizer)
         self._encoder = EncodeBatcher(model.tokenizer)
-        self._conversations = ConversationEncoder(
-            model.tokenizer, lambda text: self._encoder.encode(text, add_special_tokens=False)
-        )
+        self._conversations = ConversationEncoder(model.tokenizer)
         self._renderer: ChatRenderer | None = None
         self._no_renderer = "the model has no chat template; use prompt or tokens"
         self._stack = AsyncExitStack()
@@ -74,20 +75,47 @@ class PromptBuilder:
         """Whether chats can be rendered."""
         return self._renderer is not None
 
-    async def build(self, request: generation_pb2.GenerateRequest, session: Session | None) -> Prompt:
-        """Return the prompt of a request that passed validation. Raises StatusError."""
-        match request.WhichOneof("input"):
-            case "prompt":
-                return Prompt(await self._encoder.encode(request.prompt))
-            case "tokens":
-                return Prompt(request.tokens.ids)
-        if session is None:
-            return Prompt(await self.encode_rendered(await self.render(request.chat)))
-        rendered = await self.render(request.chat, session.messages)
-        continuation = await self._conversations.extend(session.segments, rendered)
+    @property
+    def is_working(self) -> bool:
+        """Whether texts are encoded and chats rendered: false once that has failed for good."""
+        return self._encoder.is_working and (self._renderer is None or self._renderer.is_working)
+
+    @property
+    def num_panics(self) -> int:
+        """Texts that the tokenizers library panicked over."""
+        return self._encoder.num_panics
+
+    async def build(
+        self, request: generation_pb2.GenerateRequest, session: Session | None, *, caller: str, max_model_len: int
+    ) -> Prompt:
+        """Return the prompt of a request that passed validation. Raises StatusError.
+
+        Args:
+            request: The request.
+            session: The conversation that it continues, if any.
+            caller: Whose turn a long text takes: a tenant's name.
+            max_model_len: The model's context; a text that certainly does not fit is refused before it is encoded.
+        """
+        if request.WhichOneof("input") == "tokens":
+            return Prompt(request.tokens.ids)
+
+        async def encode(text: str, *, add_special_tokens: bool = False) -> list[int]:
+            return await self._encoder.encode(
+                text, caller=caller, add_special_tokens=add_special_tokens, max_tokens=max_model_len - 1
+            )
+
+        try:
+            if request.WhichOneof("input") == "prompt":
+                return Prompt(await encode(request.prompt, add_special_tokens=True))
+            if session is None:
+                return Prompt(await encode(await self.render(request.chat, caller=caller)))
+            rendered = await self.render(request.chat, session.messages, caller=caller)
+            continuation = await self._conversations.extend(session.segments, rendered, encode)
+        except TooManyTokensError as error:
+            raise context_exceeded(request, max_model_len, f"at least {error.at_least}") from None
         return Prompt(continuation.token_ids, continuation)
 
-    async def render(self, chat: generation_pb2.Chat, history: Sequence[tuple[str, str]] = ()) -> str:
+    async def render(self, chat: generation_pb2.Chat, history: Sequence[tuple[str, str]] = (), *, caller: str) -> str:
         """Return the text of a conversation: `history`, then `chat`. Raises StatusError."""
         if self._renderer is None:
             raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, f"chat: {self._no_renderer}", field="chat")
@@ -95,14 +123,24 @@ class PromptBuilder:
         messages += [{"role": message.role, "content": message.content} for message in chat.messages]
         adds_header = not chat.HasField("add_generation_prompt") or chat.add_generation_prompt
         try:
-            return await self._renderer.render(messages, add_generation_prompt=adds_header)
+            return await self._renderer.render(messages, caller=caller, add_generation_prompt=adds_header)
         except ChatTemplateError as error:
             raise StatusError.invalid("chat", str(error)) from None
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of a text."""
-        return await self._encoder.encode(text, add_special_tokens=add_special_tokens)
+    async def encode(
+        self, text: str, field: str, *, caller: str, max_tokens: int, add_special_tokens: bool = False
+    ) -> list[int]:
+        """Return the token ids of a text, `max_tokens` at most. Raises StatusError that names `field`."""
+        try:
+            ids = await self._encoder.encode(
+                text, caller=caller, add_special_tokens=add_special_tokens, max_tokens=max_tokens
+            )
+        except TooManyTokensError as error:
+            raise too_many_tokens(field, max_tokens, f"at least {error.at_least}") from None
+        if len(ids) > max_tokens:
+            raise too_many_tokens(field, max_tokens, str(len(ids)))
+        return ids
 
-    async def encode_rendered(self, text: str) -> list[int]:
-        """Return the token ids of a rendered conversation, which brings its own special tokens."""
-        return await self._encoder.encode(text, add_special_tokens=False)
+    async def run(self, caller: str, work: Callable[[], ResultT]) -> ResultT:
+        """Return the result of long work on text, done in the encoder's thread when it is the caller's turn."""
+        return await self._encoder.run(caller, work)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from importlib.metadata import version
 
 import grpc
 
 from scalellm.v1 import tokenizer_pb2
 from services.tokenizer.generation import Edge
-from services.tokenizer.validation import validate_chat, validate_decode, validate_encode, validate_encoded
+from services.tokenizer.validation import validate_chat, validate_decode, validate_encode
 
 _INLINE_TOKENS = 4096
-"""Up to this many tokens are decoded on the event loop, in about a millisecond."""
+"""Up to this many tokens are turned into text on the event loop, in about a millisecond."""
 
 
 class TokenizerServicer:
@@ -25,7 +24,6 @@ class TokenizerServicer:
     def __init__(self, edge: Edge) -> None:
         self._edge = edge
         self._prompts = edge.prompts
-        self._tokenizer = edge.prompts.model.tokenizer
 
     async def Encode(
         self, request: tokenizer_pb2.EncodeRequest, context: grpc.aio.ServicerContext
@@ -33,12 +31,13 @@ class TokenizerServicer:
         """Text to token ids."""
         validate_encode(request, self._edge.limits)
         adds_special = not request.HasField("add_special_tokens") or request.add_special_tokens
-        token_ids = await self._prompts.encode(request.text, add_special_tokens=adds_special)
-        validate_encoded(token_ids, "text", self._edge.limits)
-        to_token = self._tokenizer.id_to_token
-        return tokenizer_pb2.EncodeResponse(
-            token_ids=token_ids, tokens=[to_token(token_id) or "" for token_id in token_ids]
+        caller, most = self._caller(context), self._edge.limits.max_token_ids
+        token_ids = await self._prompts.encode(
+            request.text, "text", caller=caller, max_tokens=most, add_special_tokens=adds_special
         )
+        if len(token_ids) <= _INLINE_TOKENS:
+            return self._encoded(token_ids)
+        return await self._prompts.run(caller, lambda: self._encoded(token_ids))
 
     async def Decode(
         self, request: tokenizer_pb2.DecodeRequest, context: grpc.aio.ServicerContext
@@ -50,16 +49,17 @@ class TokenizerServicer:
         token_ids = list(request.token_ids)
         if len(token_ids) <= _INLINE_TOKENS:
             return tokenizer_pb2.DecodeResponse(text=self._decode(token_ids, skips_special))
-        return tokenizer_pb2.DecodeResponse(text=await asyncio.to_thread(self._decode, token_ids, skips_special))
+        text = await self._prompts.run(self._caller(context), lambda: self._decode(token_ids, skips_special))
+        return tokenizer_pb2.DecodeResponse(text=text)
 
     async def ApplyChatTemplate(
         self, request: tokenizer_pb2.ApplyChatTemplateRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.ApplyChatTemplateResponse:
         """Messages to the text and the tokens that Generate would use."""
         validate_chat(request.chat, self._edge.limits)
-        text = await self._prompts.render(request.chat)
-        token_ids = await self._prompts.encode_rendered(text)
-        validate_encoded(token_ids, "chat", self._edge.limits)
+        caller, most = self._caller(context), self._edge.limits.max_token_ids
+        text = await self._prompts.render(request.chat, caller=caller)
+        token_ids = await self._prompts.encode(text, "chat", caller=caller, max_tokens=most)
         return tokenizer_pb2.ApplyChatTemplateResponse(text=text, token_ids=token_ids)
 
     async def GetInfo(
@@ -77,6 +77,13 @@ class TokenizerServicer:
             version=version("scalellm"),
             limits=self._edge.limits.to_wire(),
         )
+
+    def _caller(self, context: grpc.aio.ServicerContext) -> str:
+        return self._edge.access.tenant(context.invocation_metadata()).name
+
+    def _encoded(self, token_ids: list[int]) -> tokenizer_pb2.EncodeResponse:
+        tokens = self._prompts.texts.tokens
+        return tokenizer_pb2.EncodeResponse(token_ids=token_ids, tokens=[tokens[token_id] for token_id in token_ids])
 
     def _decode(self, token_ids: list[int], skips_special: bool) -> str:
         detokenizer = self._prompts.texts.detokenizer(skip_special_tokens=skips_special)

@@ -123,11 +123,7 @@ def fit_context(request: generation_pb2.GenerateRequest, prompt_tokens: int, max
         raise StatusError.invalid(field, "must not be empty: it has no tokens")
     room = max_model_len - prompt_tokens
     if room < 1:
-        raise StatusError.invalid(
-            field,
-            f"must have at most {max_model_len - 1} tokens (the model's context holds {max_model_len}, "
-            f"prompt and output together), got {prompt_tokens}",
-        )
+        raise context_exceeded(request, max_model_len, str(prompt_tokens))
     for name in ("max_tokens", "min_tokens"):
         value = getattr(request.sampling, name)
         if value > room:
@@ -137,6 +133,15 @@ def fit_context(request: generation_pb2.GenerateRequest, prompt_tokens: int, max
                 f"{prompt_tokens}), got {value}",
             )
     return request.sampling.max_tokens or room
+
+
+def context_exceeded(request: generation_pb2.GenerateRequest, max_model_len: int, got: str) -> StatusError:
+    """The refusal of a prompt that leaves no room for output in a context of `max_model_len` tokens."""
+    return StatusError.invalid(
+        request.WhichOneof("input") or "input",
+        f"must have at most {max_model_len - 1} tokens (the model's context holds {max_model_len}, "
+        f"prompt and output together), got {got}",
+    )
 
 
 def check_prompt_tokens(
@@ -173,10 +178,9 @@ def validate_encode(request: tokenizer_pb2.EncodeRequest, limits: RequestLimits)
     _check_bytes(request.text, limits.max_prompt_bytes, "text")
 
 
-def validate_encoded(token_ids: Sequence[int], field: str, limits: RequestLimits) -> None:
-    """Check how many tokens a text became that stood in `field`, where the answer is to hold them."""
-    if len(token_ids) > limits.max_token_ids:
-        raise StatusError.invalid(field, f"must have at most {limits.max_token_ids} tokens, got {len(token_ids)}")
+def too_many_tokens(field: str, max_tokens: int, got: str) -> StatusError:
+    """The refusal of a text in `field` that becomes more tokens than an answer may hold."""
+    return StatusError.invalid(field, f"must have at most {max_tokens} tokens, got {got}")
 
 
 def validate_decode(request: tokenizer_pb2.DecodeRequest, limits: RequestLimits, vocab_size: int) -> None:

@@ -120,7 +120,7 @@ class Worker:
                 settings.host,
                 self._port,
                 services=[descriptor.full_name for descriptor in _SERVICES],
-                is_ready=lambda: self._is_ready(link, quotas, watch),
+                is_ready=lambda: self._is_ready(link, prompts, quotas, watch),
                 share_port=True,
                 options=(
                     *settings.connection_options,
@@ -143,7 +143,7 @@ class Worker:
             # Tokens count in the first, which admits calls itself.
             for descriptor, servicer, who in zip(_SERVICES, servicers, (None, admit, admit), strict=True):
                 add_service(service.server, descriptor, servicer, self._gate, self._metrics.count_call, held, who)
-            self._follow(link, sessions, access, quotas)
+            self._follow(link, prompts, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
             waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
             tasks = [asyncio.create_task(step) for step in waits]
@@ -171,7 +171,14 @@ class Worker:
                 await quotas.close()
                 self._metrics.flush()
 
-    def _follow(self, link: SchedulerLink, sessions: SessionStore, access: Access, quotas: TenantQuotas) -> None:
+    def _follow(
+        self,
+        link: SchedulerLink,
+        prompts: PromptBuilder,
+        sessions: SessionStore,
+        access: Access,
+        quotas: TenantQuotas,
+    ) -> None:
         metrics, traffic = self._metrics, link.traffic
         metrics.follow(metrics.generation_tokens, lambda: link.num_tokens)
         metrics.follow(metrics.discarded_tokens, lambda: link.num_discarded_tokens)
@@ -179,19 +186,22 @@ class Worker:
         metrics.follow(metrics.frames_received, lambda: traffic.frames_received)
         metrics.follow(metrics.bytes_sent, lambda: traffic.bytes_sent)
         metrics.follow(metrics.bytes_received, lambda: traffic.bytes_received)
+        metrics.follow(metrics.tokenizer_panics, lambda: prompts.num_panics)
         metrics.follow(metrics.refused_calls, lambda: access.num_refused)
         metrics.follow(metrics.redis_failures, lambda: sessions.num_failures + quotas.num_failures)
         if self._tracer is not None:
             metrics.follow_tracer(self._tracer)
 
-    def _is_ready(self, link: SchedulerLink, quotas: TenantQuotas, watch: RedisWatch | None) -> bool:
+    def _is_ready(
+        self, link: SchedulerLink, prompts: PromptBuilder, quotas: TenantQuotas, watch: RedisWatch | None
+    ) -> bool:
         """Asked twice a second."""
         self._metrics.flush()
         self._metrics.limits_unshared.set(quotas.is_degraded)
         self._metrics.redis_unusable.set(watch is not None and not watch.is_up)
         self._metrics.link_up.set(link.welcome is not None)
         self._metrics.tasks.set(len(asyncio.all_tasks()))
-        return link.welcome is not None and not self._gate.is_closed
+        return link.welcome is not None and prompts.is_working and not self._gate.is_closed
 
     async def _drain(self, service: GrpcService, link: SchedulerLink) -> None:
         limit = self._settings.drain_limit_s

@@ -7,13 +7,16 @@ round trip over a pipe. Data crosses as JSON, so the template sees plain values 
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from services.common.child_environment import child_environment
 from services.tokenizer.text.chat_render_process import LENGTH
 from services.tokenizer.text.chat_template import ChatTemplateError
+from services.tokenizer.text.turns import Job, Turns
 
 _START_SECONDS = 120.0
 
@@ -27,64 +30,91 @@ class RenderLimits:
     memory_bytes: int = 1 << 30
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Render(Job):
+    request: Mapping[str, Any]
+
+
 class ChatRenderer:
     """One model's chat template in a process of its own. Use as an async context manager.
 
-    Renders run one after the other. A render that is cancelled does not disturb the others, and one that hits a limit
-    costs a restart of the child, which the next render pays.
+    Renders run one after the other. Callers take turns; one that goes away before its turn costs nothing, and one that
+    goes away later does not disturb the others. A render that hits a limit costs a restart of the child, which the next
+    render pays.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], limits: RenderLimits | None = None) -> None:
         self._source = source
         self._special_tokens = dict(special_tokens)
         self._limits = limits or RenderLimits()
-        self._lock = asyncio.Lock()
         self._child: asyncio.subprocess.Process | None = None
-        self._renders: set[asyncio.Task[str]] = set()
+        self._renders: Turns[_Render] = Turns()
+        self._worker: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Start the child. Raises ChatTemplateError when the template is not valid."""
-        async with self._lock:
-            await self._running_child()
+        await self._running_child()
+        self._worker = asyncio.create_task(self._work())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for task in self._renders:
-            task.cancel()
-        await asyncio.gather(*self._renders, return_exceptions=True)
+        assert self._worker is not None
+        self._worker.cancel()
+        await asyncio.gather(self._worker, return_exceptions=True)
+        self._renders.cancel_all()
         await self._kill()
 
-    async def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """Return the text that the model reads. Raises ChatTemplateError: refused by the template, or over a limit."""
-        request = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        # A task of its own: a caller that goes away must not leave half an answer in the pipe for the next one.
-        task = asyncio.create_task(self._render(request))
-        self._renders.add(task)
-        task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
+    @property
+    def is_working(self) -> bool:
+        """Whether chats are rendered: false once that has failed for good."""
+        return self._worker is not None and not self._worker.done()
 
-    def _forget(self, task: asyncio.Task[str]) -> None:
-        self._renders.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen: the caller may be gone
+    async def render(
+        self, messages: Sequence[Mapping[str, Any]], *, caller: str = "", add_generation_prompt: bool = True
+    ) -> str:
+        """Return the text that the model reads.
+
+        Args:
+            messages: With `role` and `content` each.
+            caller: Whose turn it takes: a tenant's name.
+            add_generation_prompt: Append the header of the assistant's answer.
+
+        Raises:
+            ChatTemplateError: Refused by the template, or over a limit.
+        """
+        request = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        render = _Render(caller=caller, request=request)
+        text: str = await self._renders.finish(render)
+        return text
+
+    async def _work(self) -> None:
+        while True:
+            render = await self._renders.take()
+            try:
+                text = await self._render(render.request)
+            except asyncio.CancelledError:
+                render.result.cancel()
+                raise
+            except Exception as error:
+                if not render.result.done():  # the caller has not gone
+                    render.result.set_exception(error)
+            else:
+                if not render.result.done():
+                    render.result.set_result(text)
 
     async def _render(self, request: Mapping[str, Any]) -> str:
-        async with self._lock:
-            child = await self._running_child()
-            try:
-                async with asyncio.timeout(self._limits.time_limit):
-                    answer = await _exchange(child, request)
-            except TimeoutError:
-                await self._kill()
-                raise ChatTemplateError(
-                    f"the chat template takes longer than the limit of {self._limits.time_limit:g} s"
-                ) from None
-            except (asyncio.IncompleteReadError, ConnectionError):
-                await self._kill()
-                raise ChatTemplateError("the chat template brought its process down: out of memory or time") from None
-            except asyncio.CancelledError:
-                await self._kill()
-                raise
+        child = await self._running_child()
+        try:
+            async with asyncio.timeout(self._limits.time_limit):
+                answer = await _exchange(child, request)
+        except TimeoutError:
+            await self._kill()
+            raise ChatTemplateError(
+                f"the chat template takes longer than the limit of {self._limits.time_limit:g} s"
+            ) from None
+        except (asyncio.IncompleteReadError, ConnectionError):
+            await self._kill()
+            raise ChatTemplateError("the chat template brought its process down: out of memory or time") from None
         if "error" in answer:
             raise ChatTemplateError(answer["error"])
         text: str = answer["text"]
@@ -95,7 +125,12 @@ class ChatRenderer:
             return self._child
         pipe = asyncio.subprocess.PIPE
         self._child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.tokenizer.text.chat_render_process", stdin=pipe, stdout=pipe
+            sys.executable,
+            "-m",
+            "services.tokenizer.text.chat_render_process",
+            stdin=pipe,
+            stdout=pipe,
+            env=child_environment(os.environ),
         )
         setup = {
             "source": self._source,

@@ -62,21 +62,28 @@ def answer_segment(texts: TokenTexts, token_ids: Sequence[int], content: str) ->
     return Segment(content[:kept_length], tuple(token_ids[:kept_tokens]))
 
 
+Encode = Callable[[str], Awaitable[list[int]]]
+
+
 class ConversationEncoder:
     """Extends conversations of one model. Immutable.
 
     Args:
         tokenizer: The model's tokenizer.
-        encode: Encodes a text without the model's own surrounding tokens: a template writes those itself.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encode: Callable[[str], Awaitable[list[int]]]) -> None:
-        self._encode = encode
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
         self._adds_prefix = _adds_prefix(tokenizer)
 
-    async def extend(self, history: Sequence[Segment], rendered: str) -> Continuation:
-        """Return the next turn, whose text `rendered` is that of the whole conversation."""
+    async def extend(self, history: Sequence[Segment], rendered: str, encode: Encode) -> Continuation:
+        """Return the next turn.
+
+        Args:
+            history: The conversation so far.
+            rendered: The text of the whole conversation.
+            encode: Encodes a text without the model's own surrounding tokens: a template writes those itself.
+        """
         kept: list[Segment] = []
         position = 0
         for segment in history:
@@ -85,12 +92,12 @@ class ConversationEncoder:
             kept.append(segment)
             position += len(segment.text)
         rest = rendered[position:]
-        ids = await self._encode_after(kept, rest)
+        ids = await self._encode_after(kept, rest, encode)
         if ids is None:
-            return Continuation((), Segment(rendered, tuple(await self._encode(rendered))))
+            return Continuation((), Segment(rendered, tuple(await encode(rendered))))
         return Continuation(tuple(kept), Segment(rest, tuple(ids)))
 
-    async def _encode_after(self, kept: Sequence[Segment], rest: str) -> list[int] | None:
+    async def _encode_after(self, kept: Sequence[Segment], rest: str, encode: Encode) -> list[int] | None:
         """Encode what follows the kept segments as it would be in its place, or return None where that is not possible.
 
         Added tokens are cut out of a text before anything else happens to it, so right beside one the cut makes no
@@ -98,12 +105,12 @@ class ConversationEncoder:
         """
         last = next((segment.token_ids[-1] for segment in reversed(kept) if segment.token_ids), None)
         if last is None or not rest:
-            return await self._encode(rest)
+            return await encode(rest)
         if last in self._added:
-            ids = await self._encode(self._added[last] + rest)
+            ids = await encode(self._added[last] + rest)
             if ids[:1] == [last]:
                 return ids[1:]
-        ids = await self._encode(rest)
+        ids = await encode(rest)
         starts_with_added = bool(ids) and ids[0] in self._added and rest.startswith(self._added[ids[0]])
         return ids if starts_with_added or not self._adds_prefix else None
 

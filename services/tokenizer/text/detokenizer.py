@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 
 from tokenizers import Tokenizer
 
+from services.tokenizer.text.byte_alphabet import byte_alphabet
 from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -51,6 +52,7 @@ class TokenTexts:
     A text may begin with token 0, or go on `after` others.
 
     Attributes:
+        tokens: How the vocabulary writes each token, by id.
         special_ids: Ids of the special tokens, by their texts.
 
     Raises UnsupportedTokenizerError for a decoder of another kind than the two above.
@@ -62,11 +64,12 @@ class TokenTexts:
         self._preceding: Sequence[int] = ()
         size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         tokens: list[str | None] = [tokenizer.id_to_token(token_id) for token_id in range(size)]
+        self.tokens = [token or "" for token in tokens]
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         visible = [None if token in self.special_ids else token for token in tokens]
         if spec.get("type") == "ByteLevel":
-            alphabet = _byte_alphabet()
+            alphabet = byte_alphabet()
             self._bytes: tuple[list[bytes], list[bytes]] | None = (
                 [_token_bytes(token, alphabet) for token in tokens],
                 [_token_bytes(token, alphabet) for token in visible],
@@ -274,13 +277,6 @@ class _PieceDetokenizer:
             count += 1
         self._to_strip = self._to_strip - count if count == len(text) else 0
         return text[count:]
-
-
-def _byte_alphabet() -> Mapping[str, int]:
-    """Return GPT-2's spelling of bytes as characters: printable ones as themselves, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
 
 
 def _token_bytes(token: str | None, alphabet: Mapping[str, int]) -> bytes:

@@ -1,13 +1,18 @@
 """Text to token ids without holding up the event loop."""
 
+from __future__ import annotations
+
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from functools import cached_property, partial
+from typing import Any, Self, TypeVar
 
 from tokenizers import Tokenizer
+
+from services.tokenizer.text.token_bound import TokenBound
+from services.tokenizer.text.turns import Job, Turns
 
 INLINE_CHARS = 1024
 """Texts up to this length are encoded on the event loop: about 0.3 us per character, while handing a text to the thread
@@ -17,26 +22,54 @@ BATCH_CHARS = 1 << 16
 """Texts are batched up to this many characters, about 20 ms: a batch is answered as a whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
+ResultT = TypeVar("ResultT")
+
+
+class TooManyTokensError(Exception):
+    """A text is not encoded, as it has more tokens than its caller could use.
+
+    Attributes:
+        at_least: A number of tokens that it has at least.
+    """
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"the text has at least {at_least} tokens")
+        self.at_least = at_least
+
+
+class TokenizerPanicError(Exception):
+    """The tokenizers library panicked over a text: its own fault, which concerns no other text."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Work(Job):
+    work: Callable[[], Any]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Encoding(Job):
     text: str
     add_special_tokens: bool
-    result: asyncio.Future[list[int]]
+    max_tokens: int | None
 
 
 class EncodeBatcher:
     """Encodes the texts of concurrent callers in batches, in one thread. Use as an async context manager.
 
     While a batch is being encoded the next one gathers, so nobody waits for a batch to fill. The tokenizer is only
-    read: no truncation or padding is ever switched. A caller that is cancelled before its batch starts costs nothing.
+    read: no truncation or padding is ever switched. Callers take turns, and one that is cancelled before its batch
+    starts costs nothing.
+
+    Attributes:
+        num_panics: Texts that the tokenizers library panicked over.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._jobs: deque[_Job] = deque()
-        self._arrived = asyncio.Event()
+        self._jobs: Turns[_Encoding | _Work] = Turns()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._worker: asyncio.Task[None] | None = None
+        self.num_panics = 0
 
     async def __aenter__(self) -> Self:
         self._worker = asyncio.create_task(self._work())
@@ -46,67 +79,127 @@ class EncodeBatcher:
         assert self._worker is not None
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
-        for job in self._jobs:
-            job.result.cancel()
+        self._jobs.cancel_all()
         self._thread.shutdown()
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    @property
+    def is_working(self) -> bool:
+        """Whether long texts are encoded: false once that has failed for good."""
+        return self._worker is not None and not self._worker.done()
+
+    async def encode(
+        self, text: str, *, caller: str = "", add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
         """Return the token ids of `text`; special tokens written in it are recognised.
 
-        `add_special_tokens` puts the model's own tokens around it, usually one for the beginning: right for a plain
-        prompt, wrong for a rendered chat template, which writes them itself.
+        Args:
+            text: The text.
+            caller: Whose turn a long text takes: a tenant's name.
+            add_special_tokens: Put the model's own tokens around it, usually one for the beginning: right for a plain
+                prompt, wrong for a rendered chat template, which writes them itself.
+            max_tokens: Do not encode a text that certainly has more tokens.
+
+        Raises:
+            TooManyTokensError: See `max_tokens`; a text with more tokens may also be encoded.
+            TokenizerPanicError: The library failed.
         """
         if len(text) <= INLINE_CHARS:
-            return _encode(self._tokenizer, [text], add_special_tokens)[0]
-        job = _Job(text, add_special_tokens, asyncio.get_running_loop().create_future())
-        self._jobs.append(job)
-        self._arrived.set()
-        return await job.result
+            try:
+                return _encode(self._tokenizer, [text], add_special_tokens)[0]
+            except TokenizerPanicError:
+                self.num_panics += 1
+                raise
+        job = _Encoding(caller=caller, text=text, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
+        ids: list[int] = await self._jobs.finish(job)
+        return ids
+
+    async def run(self, caller: str, work: Callable[[], ResultT]) -> ResultT:
+        """Return the result of other long work on text, done in the same thread when it is the caller's turn."""
+        result: ResultT = await self._jobs.finish(_Work(caller=caller, work=work))
+        return result
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        # Made when the first text comes that may be too long: it takes a second for a large vocabulary.
+        return TokenBound(self._tokenizer)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._arrived.wait()
-            batch = self._take_batch()
-            if not batch:
-                self._arrived.clear()
-                continue
-            texts = [job.text for job in batch]
+            first = await self._jobs.take()
+            batch: Sequence[Job] = [first]
+            if isinstance(first, _Work):
+                do: Callable[[], Sequence[Any]] = partial(_do, first)
+            else:
+                texts = self._take_batch(first)
+                batch, do = texts, partial(self._encode_batch, texts)
             try:
-                ids = await loop.run_in_executor(
-                    self._thread, _encode, self._tokenizer, texts, batch[0].add_special_tokens
-                )
+                results = await loop.run_in_executor(self._thread, do)
             except asyncio.CancelledError:
                 for job in batch:
                     job.result.cancel()
                 raise
             except Exception as error:
-                for job in batch:
-                    if not job.result.done():
-                        job.result.set_exception(error)
-                continue
-            for job, token_ids in zip(batch, ids, strict=True):
-                if not job.result.done():  # the caller may have gone
-                    job.result.set_result(token_ids)
+                results = [error] * len(batch)
+            for job, result in zip(batch, results, strict=True):
+                self.num_panics += isinstance(result, TokenizerPanicError)
+                if job.result.done():  # the caller has gone
+                    continue
+                if isinstance(result, Exception):
+                    job.result.set_exception(result)
+                else:
+                    job.result.set_result(result)
 
-    def _take_batch(self) -> list[_Job]:
-        """Take jobs in order of arrival, as long as they are of one kind and the batch stays small."""
-        batch: list[_Job] = []
-        chars = 0
-        while self._jobs:
-            job = self._jobs[0]
-            if job.result.done():
-                self._jobs.popleft()
-                continue
+    def _take_batch(self, first: _Encoding) -> list[_Encoding]:
+        """Take the texts that come next, as long as they are of one kind and the batch stays small."""
+        batch, chars = [first], len(first.text)
+        while isinstance(job := self._jobs.peek(), _Encoding):
             chars += len(job.text)
-            if batch and (chars > BATCH_CHARS or job.add_special_tokens != batch[0].add_special_tokens):
+            if chars > BATCH_CHARS or job.add_special_tokens != first.add_special_tokens:
                 break
-            batch.append(self._jobs.popleft())
+            batch.append(job)
+            self._jobs.pop()
         return batch
+
+    def _encode_batch(self, batch: Sequence[_Encoding]) -> Sequence[list[int] | Exception]:
+        """In the thread: the token ids of each text, or why there are none."""
+        results: dict[int, list[int] | Exception] = {}
+        for index, job in enumerate(batch):
+            # Every token has a character at least.
+            if job.max_tokens is not None and len(job.text) > job.max_tokens:
+                at_least = self._bound.at_least(job.text)
+                if at_least > job.max_tokens:
+                    results[index] = TooManyTokensError(at_least)
+        rest = [index for index in range(len(batch)) if index not in results]
+        adds_special = batch[0].add_special_tokens
+        try:
+            encoded: Sequence[list[int] | Exception] = _encode(
+                self._tokenizer, [batch[index].text for index in rest], adds_special
+            )
+        except Exception:
+            encoded = [self._encode_alone(batch[index].text, adds_special) for index in rest]
+        results |= dict(zip(rest, encoded, strict=True))
+        return [results[index] for index in range(len(batch))]
+
+    def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int] | Exception:
+        """Of a batch that failed: its other texts are not at fault."""
+        try:
+            return _encode(self._tokenizer, [text], add_special_tokens)[0]
+        except Exception as error:
+            return error
+
+
+def _do(job: _Work) -> Sequence[Any]:
+    return [job.work()]
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
     # The batch call also for one text: it skips the character offsets, about a fifth of the work.
-    return [
-        encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-    ]
+    try:
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+    except BaseException as error:
+        # A panic in Rust is no Exception, so that it would end the task that waits for it.
+        if type(error).__name__ == "PanicException":
+            raise TokenizerPanicError(f"the tokenizers library panicked: {error}") from None
+        raise
+    return [encoding.ids for encoding in encodings]

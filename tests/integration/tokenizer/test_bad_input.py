@@ -165,7 +165,7 @@ UNARY = {
         "Encode",
         tokenizer_pb2.EncodeRequest(text="7" * 300_000),
         INVALID,
-        "text: must have at most 262144 tokens, got 300000",
+        "text: must have at most 262144 tokens, got at least 300000",
     ),
     "Decode range": (
         "tokenizer",

@@ -4,6 +4,7 @@ import asyncio
 import datetime
 from typing import Any
 
+import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -179,9 +180,47 @@ async def test_a_cancelled_render_does_not_disturb_the_next() -> None:
         assert await renderer.render([{"role": "user", "content": "second"}]) == "second"
 
 
+SLOW = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+async def test_callers_take_turns_and_those_that_have_gone_are_not_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    kills = 0  # one for each slow render that was begun
+    kill = ChatRenderer._kill
+
+    async def counted(renderer: ChatRenderer) -> None:
+        nonlocal kills
+        kills += 1
+        await kill(renderer)
+
+    monkeypatch.setattr(ChatRenderer, "_kill", counted)
+    source = "{% if messages[0].content == 'slow' %}" + SLOW + "{% else %}fine{% endif %}"
+    async with ChatRenderer(source, {}, RenderLimits(time_limit=0.5)) as renderer:
+
+        def slow(caller: str) -> asyncio.Task[str]:
+            return asyncio.create_task(renderer.render([{"role": "user", "content": "slow"}], caller=caller))
+
+        hungry, gone = [slow("hungry") for _ in range(4)], [slow("gone") for _ in range(20)]
+        await asyncio.sleep(0)
+        for task in gone:
+            task.cancel()
+        assert await renderer.render([{"role": "user", "content": "good"}], caller="quiet") == "fine"
+        assert kills <= 2
+        await asyncio.wait([*hungry, *gone])
+        assert kills == len(hungry)
+
+
+async def test_the_child_is_told_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://:hunter2@localhost")
+    monkeypatch.setenv("SCALELLM_TOKENIZER_SALT_SECRET", "hunter2")
+    async with ChatRenderer("{{ messages[0].content }}", {}) as renderer:
+        assert renderer._child is not None
+        environment = psutil.Process(renderer._child.pid).environ()
+    assert "PATH" in environment
+    assert not any("hunter2" in value for value in environment.values())
+
+
 async def test_closing_ends_a_running_render() -> None:
-    source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    async with ChatRenderer(source, {}, RenderLimits(time_limit=60)) as renderer:
+    async with ChatRenderer(SLOW, {}, RenderLimits(time_limit=60)) as renderer:
         task = asyncio.create_task(renderer.render([]))
         await asyncio.sleep(0.05)
         child = renderer._child

@@ -37,13 +37,13 @@ async def test_generated_tokens_are_never_encoded_again(
 ) -> None:
     rng = random.Random(seed)
     tokenizer = smollm2.tokenizer
-    encoder = ConversationEncoder(tokenizer, encoding(tokenizer))
+    encoder = ConversationEncoder(tokenizer)
     messages: list[dict[str, str]] = []
     history: tuple[Segment, ...] = ()
     for _ in range(4):
         messages.append({"role": "user", "content": data.draw(st.text(st.sampled_from("ab \n'é😀1"), max_size=12))})
         rendered = template.render(messages, add_generation_prompt=True)
-        turn = await encoder.extend(history, rendered)
+        turn = await encoder.extend(history, rendered, encoding(tokenizer))
         assert turn.kept == history
         assert tokenizer.decode(turn.token_ids, skip_special_tokens=False) == rendered
         if not history:
@@ -64,9 +64,9 @@ async def test_an_answer_cut_by_a_stop_string(
     smollm2: ModelTokenizer, template: ChatTemplate, token_texts: dict[str, TokenTexts]
 ) -> None:
     tokenizer = smollm2.tokenizer
-    encoder = ConversationEncoder(tokenizer, encoding(tokenizer))
+    encoder = ConversationEncoder(tokenizer)
     messages = [{"role": "user", "content": "Count."}]
-    first = await encoder.extend((), template.render(messages, add_generation_prompt=True))
+    first = await encoder.extend((), template.render(messages, add_generation_prompt=True), encoding(tokenizer))
     generated = tokenizer.encode("One, two, three").ids
     for content in ("One, two, th", "One, two", "", "One"):
         segment = answer_segment(token_texts["smollm2"], generated, content)
@@ -77,7 +77,7 @@ async def test_an_answer_cut_by_a_stop_string(
         assert not content.startswith(longer)
         turns = [*messages, {"role": "assistant", "content": content}, {"role": "user", "content": "More."}]
         rendered = template.render(turns, add_generation_prompt=True)
-        second = await encoder.extend((*first.segments, segment), rendered)
+        second = await encoder.extend((*first.segments, segment), rendered, encoding(tokenizer))
         assert len(second.kept) == 2
         assert tokenizer.decode(second.token_ids, skip_special_tokens=False) == rendered
 
@@ -95,27 +95,27 @@ async def test_a_template_that_rewrites_the_past_costs_only_what_it_rewrites(
     smollm2: ModelTokenizer, token_texts: dict[str, TokenTexts]
 ) -> None:
     tokenizer = smollm2.tokenizer
-    encoder = ConversationEncoder(tokenizer, encoding(tokenizer))
+    encoder = ConversationEncoder(tokenizer)
     source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     trimming = ChatTemplate(source, {}, max_chars=10_000)
     messages = [{"role": "user", "content": "Hi"}]
-    first = await encoder.extend((), trimming.render(messages, add_generation_prompt=True))
+    first = await encoder.extend((), trimming.render(messages, add_generation_prompt=True), encoding(tokenizer))
     answer = [*tokenizer.encode(" Hello").ids, IM_END]
     history = (*first.segments, answer_segment(token_texts["smollm2"], answer, " Hello"))
     messages += [{"role": "assistant", "content": " Hello"}, {"role": "user", "content": "Bye"}]
     rendered = trimming.render(messages, add_generation_prompt=True)
-    second = await encoder.extend(history, rendered)
+    second = await encoder.extend(history, rendered, encoding(tokenizer))
     assert second.kept == first.segments
     assert tokenizer.decode(second.token_ids, skip_special_tokens=False) == rendered
 
 
 async def test_a_tokenizer_that_puts_a_space_before_every_text(byte_fallback: Tokenizer) -> None:
-    encoder = ConversationEncoder(byte_fallback, encoding(byte_fallback))
+    encoder = ConversationEncoder(byte_fallback)
 
     async def turn(kept: str, rest: str) -> list[int]:
         ids = byte_fallback.encode(kept, add_special_tokens=False).ids
-        return (await encoder.extend((Segment(kept, tuple(ids)),), kept + rest)).token_ids
+        return (await encoder.extend((Segment(kept, tuple(ids)),), kept + rest, encoding(byte_fallback))).token_ids
 
     # Beside a special token the parts are encoded as the whole is; between words the whole has to be encoded anew.
     for kept, rest in (
