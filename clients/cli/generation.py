@@ -38,7 +38,7 @@ class Generation:
     def __init__(self) -> None:
         self.started = Started()
         self.finished = Finished()
-        self.prompt_logprobs: PromptLogprobs | None = None
+        self.prompt: list[dict[str, Any]] = []
         self.samples: dict[int, Sample] = {}
         self.measured_ns = 0
 
@@ -65,7 +65,7 @@ class Generation:
                         if response.delta.text:
                             on_text(response.delta.text)
                     case "prompt_logprobs":
-                        self.prompt_logprobs = response.prompt_logprobs
+                        self.prompt += prompt_entries(response.prompt_logprobs)
                     case "finished":
                         self.finished = response.finished
                         self.measured_ns = time.monotonic_ns() - begun
@@ -82,10 +82,8 @@ class Generation:
         }
         if self.finished.session:
             document["session"] = _short(SessionOutcome, self.finished.session, "SESSION_OUTCOME_")
-        if self.prompt_logprobs is not None:
-            entries = logprob_entries(self.prompt_logprobs.logprobs)
-            pairs = zip(self.prompt_logprobs.token_ids, entries, strict=True)
-            document["prompt_logprobs"] = [{"token_id": token_id, **entry} for token_id, entry in pairs]
+        if self.prompt:
+            document["prompt_logprobs"] = self.prompt
         return document
 
     def _sample_json(self, index: int) -> dict[str, Any]:
@@ -114,6 +112,18 @@ def logprob_entries(logprobs: TokenLogprobs) -> list[dict[str, Any]]:
         values = logprobs.top_logprobs[position * top : (position + 1) * top]
         alternatives = [{"token_id": id_, "logprob": logprob} for id_, logprob in zip(ids, values, strict=True)]
         entries.append({"logprob": value, **({"top": alternatives} if top else {})})
+    return entries
+
+
+def prompt_entries(part: PromptLogprobs) -> list[dict[str, Any]]:
+    """One entry per token of the prompt; the first one is alone: nothing was likely before it."""
+    entries = [
+        {"token_id": token_id, **entry}
+        for token_id, entry in zip(part.token_ids, logprob_entries(part.logprobs), strict=True)
+    ]
+    if part.offset == 0:
+        for entry in entries[:1]:
+            entry.pop("top", None)
     return entries
 
 

@@ -5,7 +5,7 @@ This is the only part of the engine process that knows the wire format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import grpc
@@ -20,11 +20,12 @@ from services.executor.engine.request import (
     AbortReason,
     EngineRequest,
     FinishReason,
+    PromptLogprobs,
     RequestFinish,
     RequestStatus,
     ResumedSample,
     StepResult,
-    TopLogprobs,
+    TokenOutput,
 )
 from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams, check_num_logit_bias
 from services.executor.request_trace import TracedRequests
@@ -217,15 +218,8 @@ class EngineLink:
                 offsets=[output.offset for output in tokens],
                 counts=[len(output.token_ids) for output in tokens],
                 token_ids=[token for output in tokens for token in output.token_ids],
-                logprobs=[
-                    _logprobs(output.key[1], output.index, output.offset, output.logprobs, output.top_logprobs)
-                    for output in tokens
-                    if output.logprobs is not None
-                ],
-                prompt_logprobs=[
-                    _logprobs(part.key[1], 0, part.offset, part.logprobs, part.top_logprobs)
-                    for part in result.prompt_logprobs
-                ],
+                logprobs=[_logprobs(output.index, output) for output in tokens if output.logprobs is not None],
+                prompt_logprobs=[_logprobs(0, part) for part in result.prompt_logprobs],
                 finished_samples=[
                     link_pb2.LinkSampleFinish(
                         handle=sample.key[1],
@@ -283,22 +277,16 @@ def welcome_frame(link: EngineLink, hello: link_pb2.Hello, *, info: link_pb2.Wel
     return link_pb2.ServerFrame(welcome=welcome).SerializeToString()
 
 
-def _logprobs(
-    handle: int,
-    index: int,
-    offset: int,
-    logprobs: Iterable[float],
-    top: list[TopLogprobs] | None,
-) -> link_pb2.LinkLogprobs:
-    values = common_pb2.TokenLogprobs(logprobs=logprobs)
-    if top:
-        # The first token of a prompt has no alternatives: its places are filled, so that the columns stay aligned.
-        values.num_top = max(len(pairs) for pairs in top)
-        for pairs in top:
-            padded = [*pairs, *[(0, 0.0)] * (values.num_top - len(pairs))]
+def _logprobs(index: int, output: TokenOutput | PromptLogprobs) -> link_pb2.LinkLogprobs:
+    values = common_pb2.TokenLogprobs(logprobs=output.logprobs, num_top=output.num_top)
+    if output.num_top:
+        for pairs in output.top_logprobs or ():
+            # Each token has as many places as were asked for, also the first of a prompt, which has no alternatives:
+            # parts of a prompt are put together column by column.
+            padded = [*pairs, *[(0, 0.0)] * (output.num_top - len(pairs))]
             values.top_token_ids.extend(token for token, _ in padded)
             values.top_logprobs.extend(value for _, value in padded)
-    return link_pb2.LinkLogprobs(handle=handle, index=index, offset=offset, values=values)
+    return link_pb2.LinkLogprobs(handle=output.key[1], index=index, offset=output.offset, values=values)
 
 
 def _finish(finish: RequestFinish) -> link_pb2.Finish:

@@ -266,16 +266,15 @@ class _GenerateCall:
     async def _stream(self, receiver: TokenReceiver, samples: Sequence[SampleStream], submit: link_pb2.Submit) -> None:
         """Write deltas until the request's Finish. Returns only if that is OK."""
         metrics, trace, write = self._edge.metrics, self.trace, self._context.write
-        prompt_logprobs_due = submit.sampling.HasField("prompt_logprobs")
         sent_at = [0] * len(samples)
         while receiver.finish is None or receiver.has_more:
             await receiver.wait()
+            while parts := receiver.take_prompt_logprobs():
+                for offset, logprobs in parts:
+                    token_ids = submit.token_ids[offset : offset + len(logprobs.logprobs)]
+                    part = generation_pb2.PromptLogprobs(token_ids=token_ids, logprobs=logprobs, offset=offset)
+                    await write(generation_pb2.GenerateResponse(prompt_logprobs=part))
             for batch in receiver.take():
-                if prompt_logprobs_due:
-                    prompt_logprobs_due = False
-                    logprobs = receiver.take_prompt_logprobs(len(submit.token_ids))
-                    message = generation_pb2.PromptLogprobs(token_ids=submit.token_ids, logprobs=logprobs)
-                    await write(generation_pb2.GenerateResponse(prompt_logprobs=message))
                 index = batch.index
                 sample = samples[index]
                 had_ended = sample.ended is not None

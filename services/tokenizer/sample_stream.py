@@ -143,6 +143,6 @@ class SampleStream:
         if options.token_ids:
             delta.token_ids.extend(token_ids)
         if options.logprobs and batch.logprobs is not None:
-            delta.logprobs.CopyFrom(slice_logprobs(batch.logprobs, num_tokens))
+            delta.logprobs.CopyFrom(slice_logprobs(batch.logprobs, 0, num_tokens))
         self.num_tokens += num_tokens
         return response

@@ -112,7 +112,13 @@ class SchedulerLink:
             raise self._make_outage()
         handle = self._next_handle()
         sampling = submit.sampling
-        receiver = TokenReceiver(handle, sampling.n, logprobs=sampling.HasField("logprobs"), min_tokens=min_tokens)
+        receiver = TokenReceiver(
+            handle,
+            sampling.n,
+            logprobs=sampling.HasField("logprobs"),
+            num_prompt_logprobs=len(submit.token_ids) if sampling.HasField("prompt_logprobs") else 0,
+            min_tokens=min_tokens,
+        )
         submit.handle = handle
         self._receivers[handle] = receiver
         self._client.submit(submit)

@@ -13,6 +13,7 @@ import grpc
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
+from services.tokenizer.limits import MAX_ANSWER_TOKENS
 
 
 @dataclass(slots=True)
@@ -31,6 +32,19 @@ class TokenBatch:
     logprobs: common_pb2.TokenLogprobs | None = None
     finish: link_pb2.LinkSampleFinish | None = None
 
+    def parts(self) -> list[TokenBatch]:
+        """The same as batches that one message each can hold; the end is told by the last."""
+        count = len(self.token_ids)
+        if count <= MAX_ANSWER_TOKENS:
+            return [self]
+        parts = []
+        for start in range(0, count, MAX_ANSWER_TOKENS):
+            stop = start + MAX_ANSWER_TOKENS
+            logprobs = None if self.logprobs is None else slice_logprobs(self.logprobs, start, stop)
+            finish = self.finish if stop >= count else None
+            parts.append(TokenBatch(self.index, self.token_ids[start:stop], logprobs, finish))
+        return parts
+
 
 @dataclass(slots=True)
 class _Inbox:
@@ -48,10 +62,19 @@ class TokenReceiver:
         handle: The request's number on the link.
         num_samples: Samples of the request.
         logprobs: Whether each token must come with its log-probability.
+        num_prompt_logprobs: Tokens of the prompt whose log-probabilities must come before the first token.
         min_tokens: Tokens of a sample to wait for before the taker is woken, beside the first and the last ones.
     """
 
-    def __init__(self, handle: int, num_samples: int, *, logprobs: bool = False, min_tokens: int = 1) -> None:
+    def __init__(
+        self,
+        handle: int,
+        num_samples: int,
+        *,
+        logprobs: bool = False,
+        num_prompt_logprobs: int = 0,
+        min_tokens: int = 1,
+    ) -> None:
         self.handle = handle
         self._logprobs = logprobs
         self.finish: link_pb2.Finish | None = None
@@ -59,7 +82,10 @@ class TokenReceiver:
         self._min_tokens = min_tokens
         self._inboxes = [_Inbox(TokenBatch(index)) for index in range(num_samples)]
         self._dirty: dict[int, None] = {}
+        self._num_prompt_logprobs = num_prompt_logprobs
         self._prompt = common_pb2.TokenLogprobs()
+        self._next_prompt_logprob = 0
+        """Tokens of the prompt whose log-probabilities have come; those of the last ones wait in `_prompt`."""
         # A flag and a future: an asyncio.Event, made for many waiters, costs three times as much per message.
         self._awake = False
         self._waiter: asyncio.Future[None] | None = None
@@ -103,17 +129,17 @@ class TokenReceiver:
             return
         if inbox.batch.logprobs is None:
             inbox.batch.logprobs = common_pb2.TokenLogprobs()
-        inbox.next_logprob += append_logprobs(
-            inbox.batch.logprobs, entry.values, skip=inbox.next_logprob - entry.offset
-        )
+        inbox.next_logprob += self._append(inbox.batch.logprobs, entry, skip=inbox.next_logprob - entry.offset)
 
     def on_prompt_logprobs(self, entry: link_pb2.LinkLogprobs) -> None:
         """Log-probabilities of a part of the prompt."""
-        known = len(self._prompt.logprobs)
+        known = self._next_prompt_logprob
         if entry.offset > known:
             self._lost(f"log-probabilities {known} to {entry.offset - 1} of the prompt")
             return
-        append_logprobs(self._prompt, entry.values, skip=known - entry.offset)
+        self._next_prompt_logprob += self._append(self._prompt, entry, skip=known - entry.offset)
+        if len(self._prompt.logprobs) >= MAX_ANSWER_TOKENS:
+            self.wake()
 
     def on_sample_finish(self, finish: link_pb2.LinkSampleFinish) -> None:
         """A sample ended."""
@@ -172,15 +198,47 @@ class TokenReceiver:
             inbox.batch = TokenBatch(index)
             if self._logprobs and inbox.next_logprob != inbox.next_token:
                 raise _skipped(f"log-probabilities {inbox.next_logprob} to {inbox.next_token - 1} of sample {index}")
-            batches.append(batch)
+            batches += batch.parts()
+        if batches and self._next_prompt_logprob < self._num_prompt_logprobs:
+            last = self._num_prompt_logprobs - 1
+            raise _skipped(f"log-probabilities {self._next_prompt_logprob} to {last} of the prompt")
         return batches
 
-    def take_prompt_logprobs(self, num_tokens: int) -> common_pb2.TokenLogprobs:
-        """Return the prompt's log-probabilities, complete once the first token came. Raises StatusError."""
-        known = len(self._prompt.logprobs)
-        if known != num_tokens:
-            raise _skipped(f"log-probabilities {known} to {num_tokens - 1} of the prompt")
-        return self._prompt
+    def take_prompt_logprobs(self) -> list[tuple[int, common_pb2.TokenLogprobs]]:
+        """Return what waits of the prompt's log-probabilities, as parts that one message each can hold.
+
+        Each comes with the number of tokens before it. All have as many tokens but the last, wherever the executor
+        divided them. To be called before `take`, until there are none.
+        """
+        count = len(self._prompt.logprobs)
+        if self._next_prompt_logprob < self._num_prompt_logprobs:
+            count -= count % MAX_ANSWER_TOKENS
+        if not count:
+            return []
+        first, waiting = self._next_prompt_logprob - len(self._prompt.logprobs), self._prompt
+        self._prompt = slice_logprobs(waiting, count, len(waiting.logprobs))
+        return [
+            (first + start, slice_logprobs(waiting, start, min(start + MAX_ANSWER_TOKENS, count)))
+            for start in range(0, count, MAX_ANSWER_TOKENS)
+        ]
+
+    def _append(self, target: common_pb2.TokenLogprobs, entry: link_pb2.LinkLogprobs, skip: int) -> int:
+        """Add the entries but for the first `skip`. Returns how many were added."""
+        values, num_top = entry.values, entry.values.num_top
+        added = max(0, len(values.logprobs) - skip)
+        if not added:
+            return 0
+        fit = len(values.top_token_ids) == len(values.top_logprobs) == len(values.logprobs) * num_top
+        if not fit or (target.logprobs and target.num_top != num_top):
+            self.fail(
+                StatusError(grpc.StatusCode.INTERNAL, "the scheduler sent alternatives that do not fit the tokens")
+            )
+            return 0
+        target.logprobs.extend(values.logprobs[skip:])
+        target.num_top = num_top
+        target.top_token_ids.extend(values.top_token_ids[skip * num_top :])
+        target.top_logprobs.extend(values.top_logprobs[skip * num_top :])
+        return added
 
     def _inbox(self, index: int) -> _Inbox | None:
         if index < len(self._inboxes):
@@ -196,24 +254,14 @@ def _skipped(what: str) -> StatusError:
     return StatusError(grpc.StatusCode.INTERNAL, f"the scheduler skipped {what}")
 
 
-def append_logprobs(target: common_pb2.TokenLogprobs, more: common_pb2.TokenLogprobs, skip: int = 0) -> int:
-    """Add the entries of `more`, but for the first `skip`, to `target`. Returns how many were added."""
-    added = max(0, len(more.logprobs) - skip)
-    if added:
-        target.logprobs.extend(more.logprobs[skip:])
-        target.num_top = more.num_top
-        target.top_token_ids.extend(more.top_token_ids[skip * more.num_top :])
-        target.top_logprobs.extend(more.top_logprobs[skip * more.num_top :])
-    return added
-
-
-def slice_logprobs(values: common_pb2.TokenLogprobs, count: int) -> common_pb2.TokenLogprobs:
-    """Return the first `count` entries."""
-    if count >= len(values.logprobs):
+def slice_logprobs(values: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
+    """Return the entries of the tokens `[start, stop)`."""
+    if start == 0 and stop >= len(values.logprobs):
         return values
+    top = slice(start * values.num_top, stop * values.num_top)
     return common_pb2.TokenLogprobs(
-        logprobs=values.logprobs[:count],
+        logprobs=values.logprobs[start:stop],
         num_top=values.num_top,
-        top_token_ids=values.top_token_ids[: count * values.num_top],
-        top_logprobs=values.top_logprobs[: count * values.num_top],
+        top_token_ids=values.top_token_ids[top],
+        top_logprobs=values.top_logprobs[top],
     )

@@ -222,8 +222,8 @@ class Engine:
         for group in batch.started:
             self._ledger.started(group)
             self.histograms.queue_seconds.observe(now - group.added_at)
-            if group.request.sampling.prompt_logprobs is not None:
-                self._result.prompt_logprobs.append(PromptLogprobs(group.key, 0, [0.0], [[]]))
+            if (num_top := group.request.sampling.prompt_logprobs) is not None:
+                self._result.prompt_logprobs.append(PromptLogprobs(group.key, 0, [0.0], [[]], num_top))
             if self.config.enable_prefix_cache:
                 self._num_queried_tokens += group.num_prompt_tokens
                 self._num_hit_tokens += group.cached_tokens
@@ -274,6 +274,7 @@ class Engine:
             [token_id],
             None if logprobs is None else [logprobs.logprob],
             None if logprobs is None else [logprobs.top],
+            group.request.sampling.logprobs or 0,
         )
         self._result.tokens.append(output)
         self._num_generated_tokens += 1
@@ -294,6 +295,7 @@ class Engine:
                 scheduled.prompt_logprobs.start + 1,
                 [entry.logprob for entry in entries],
                 [entry.top for entry in entries],
+                group.request.sampling.prompt_logprobs or 0,
             )
         )
         group.next_prompt_logprob = scheduled.prompt_logprobs.stop + 1

@@ -80,19 +80,23 @@ class TokenOutput:
     token_ids: list[int]
     logprobs: list[float] | None = None
     top_logprobs: list[TopLogprobs] | None = None
+    num_top: int = 0
+    """Alternatives per token that were asked for; the model may have fewer tokens than that."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
     """Log-probabilities of consecutive prompt tokens from position `offset` on.
 
-    The token at position 0 has none: its entry is 0 without alternatives.
+    The token at position 0 has none: its entry is 0 without alternatives. Of the others there are `num_top`, as asked
+    for, or as many as the model has tokens.
     """
 
     key: RequestKey
     offset: int
     logprobs: list[float]
     top_logprobs: list[TopLogprobs]
+    num_top: int
 
 
 @dataclass(frozen=True, slots=True)

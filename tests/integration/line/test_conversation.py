@@ -7,6 +7,8 @@ import time
 
 import grpc
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from line import Line, generate, start_line
 from scalellm.v1 import (
@@ -142,7 +144,7 @@ async def test_deadline_and_cancellation_reach_the_executor(line: Line) -> None:
     assert info.cancelled > before.cancelled
 
 
-async def test_logprobs_reach_the_client(line: Line) -> None:
+async def test_logprobs_reach_the_client(line: Line, model_dir) -> None:
     async with line.channel() as channel:
         tokenizer = tokenizer_pb2_grpc.TokenizerStub(channel)
         ids = (await tokenizer.Encode(tokenizer_pb2.EncodeRequest(text="The capital of France is"))).token_ids
@@ -161,7 +163,16 @@ async def test_logprobs_reach_the_client(line: Line) -> None:
     assert list(prompt.token_ids) == list(ids)
     assert len(prompt.logprobs.logprobs) == len(ids)
     assert prompt.logprobs.logprobs[0] == 0
-    assert all(value < 0 for value in prompt.logprobs.logprobs[1:])
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir("smollm2-135m-instruct"), gguf_file="model.gguf", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        scores = torch.log_softmax(model(input_ids=torch.tensor([list(ids)])).logits[0], dim=-1)[:-1]
+    of_prompt = scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    best = scores.topk(1)
+    assert list(prompt.logprobs.logprobs[1:]) == pytest.approx(of_prompt.tolist(), abs=1e-2)
+    assert list(prompt.logprobs.top_token_ids) == [0, *best.indices[:, 0].tolist()]
+    assert list(prompt.logprobs.top_logprobs) == pytest.approx([0, *best.values[:, 0].tolist()], abs=1e-2)
     for delta in deltas:
         assert len(delta.logprobs.logprobs) == delta.num_tokens
         assert len(delta.logprobs.top_token_ids) == 2 * delta.num_tokens

@@ -8,7 +8,9 @@ import torch
 import engine_kit
 import kernels
 from runner_kit import CPU, MODEL, make_runner, random_model
+from scalellm.v1 import link_pb2
 from services.executor.engine import Engine, EngineConfig, EngineRequest, RequestStatus
+from services.executor.engine_link import EngineLink
 from services.executor.models import (
     CausalLM,
     ForwardContext,
@@ -17,6 +19,7 @@ from services.executor.models import (
     allocate_kv_caches,
 )
 from services.executor.runner import CpuDevice, Device, FakeCudaDevice, ModelRunner
+from services.tokenizer.token_receiver import TokenReceiver
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +212,28 @@ def test_logprobs_are_those_of_the_raw_logits(model: CausalLM, device: Device) -
     assert (values[0], tops[0]) == (0.0, [])
     assert values[1:] == pytest.approx([float(rows[p, prompt[p + 1]]) for p in range(36)], abs=1e-4)
     assert [[t for t, _ in top] for top in tops[1:]] == rows[:-1].topk(2).indices.tolist()
+
+
+def test_alternatives_stay_with_their_tokens_however_a_prompt_is_divided(model: CausalLM, device: Device) -> None:
+    engine = make_engine(model, device, max_num_batched_tokens=16)
+    link, receiver = (
+        EngineLink(0, engine, prefill_window=64, request_window=1),
+        TokenReceiver(0, 1, num_prompt_logprobs=37),
+    )
+    prompt = [(7 * i) % 97 for i in range(37)]
+    engine.add(engine_kit.make_request(0, prompt, max_tokens=1, prompt_logprobs=2, ignore_eos=True, **GREEDY))
+    num_pieces = 0
+    while engine.has_unfinished():
+        frame = link_pb2.ServerFrame.FromString(link.step_frame(engine.step(), draining=False))
+        for entry in frame.step.prompt_logprobs:
+            receiver.on_prompt_logprobs(entry)
+            num_pieces += 1
+    assert num_pieces > 2
+    ((_, values),) = receiver.take_prompt_logprobs()
+    best = all_logits(model, prompt).log_softmax(-1)[:-1].topk(2)
+    assert values.num_top == 2
+    assert list(values.top_token_ids) == [0, 0, *best.indices.flatten().tolist()]
+    assert list(values.top_logprobs) == pytest.approx([0, 0, *best.values.flatten().tolist()], abs=1e-4)
 
 
 def test_a_sequence_with_non_finite_values_fails_alone(model: CausalLM, device: Device) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
+from services.tokenizer.limits import MAX_ANSWER_TOKENS
 from services.tokenizer.token_receiver import TokenReceiver
 
 
@@ -96,12 +97,72 @@ async def test_missing_logprobs_are_loud():
     receiver.on_tokens(0, 0, [1, 2], now=1)
     with pytest.raises(StatusError, match="skipped log-probabilities 0 to 1 of sample 0"):
         receiver.take()
-    receiver = TokenReceiver(1, 1)
+    receiver = TokenReceiver(1, 1, num_prompt_logprobs=3)
     receiver.on_prompt_logprobs(link_pb2.LinkLogprobs(offset=0, values=common_pb2.TokenLogprobs(logprobs=[0.0, -1.0])))
+    assert receiver.take_prompt_logprobs() == []
+    receiver.on_tokens(0, 0, [1], now=1)
     with pytest.raises(StatusError, match="skipped log-probabilities 2 to 2 of the prompt"):
-        receiver.take_prompt_logprobs(3)
+        receiver.take()
     receiver.on_prompt_logprobs(link_pb2.LinkLogprobs(offset=1, values=common_pb2.TokenLogprobs(logprobs=[-1.0, -2.0])))
-    assert list(receiver.take_prompt_logprobs(3).logprobs) == [0.0, -1.0, -2.0]
+    ((offset, values),) = receiver.take_prompt_logprobs()
+    assert (offset, list(values.logprobs)) == (0, [0.0, -1.0, -2.0])
+    assert receiver.take_prompt_logprobs() == []
+
+
+def scores(offset: int, count: int, num_top: int = 2) -> link_pb2.LinkLogprobs:
+    """Of tokens that are numbered, with alternatives that are numbered, too."""
+    places = range(offset, offset + count)
+    values = common_pb2.TokenLogprobs(
+        logprobs=[-float(place) for place in places],
+        num_top=num_top,
+        top_token_ids=[place * num_top + rank for place in places for rank in range(num_top)],
+        top_logprobs=[-float(rank) for _ in places for rank in range(num_top)],
+    )
+    return link_pb2.LinkLogprobs(offset=offset, values=values)
+
+
+async def test_what_a_slow_reader_left_is_taken_in_parts_that_fit_a_message():
+    receiver, total = TokenReceiver(1, 1, logprobs=True), 2 * MAX_ANSWER_TOKENS + 3
+    for offset in range(0, total, 100):
+        count = min(100, total - offset)
+        receiver.on_logprobs(scores(offset, count))
+        receiver.on_tokens(0, offset, list(range(offset, offset + count)), now=1)
+    receiver.on_sample_finish(link_pb2.LinkSampleFinish(handle=1, index=0, reason=common_pb2.FINISH_REASON_LENGTH))
+    batches = receiver.take()
+    assert [len(batch.token_ids) for batch in batches] == [MAX_ANSWER_TOKENS, MAX_ANSWER_TOKENS, 3]
+    assert [batch.finish is not None for batch in batches] == [False, False, True]
+    assert [token for batch in batches for token in batch.token_ids] == list(range(total))
+    assert [value for batch in batches for value in batch.logprobs.logprobs] == [
+        -float(place) for place in range(total)
+    ]
+    assert [token for batch in batches for token in batch.logprobs.top_token_ids] == list(range(2 * total))
+
+
+@pytest.mark.parametrize("piece", [100, 1000, MAX_ANSWER_TOKENS, 3 * MAX_ANSWER_TOKENS])
+async def test_a_prompt_comes_in_the_same_parts_however_it_was_computed(piece):
+    total = 2 * MAX_ANSWER_TOKENS + 3
+    receiver, parts = TokenReceiver(1, 1, num_prompt_logprobs=total), []
+    for offset in range(0, total, piece):
+        receiver.on_prompt_logprobs(scores(offset, min(piece, total - offset)))
+        if is_awake(receiver):
+            parts += receiver.take_prompt_logprobs()
+    receiver.on_tokens(0, 0, [1], now=1)
+    parts += receiver.take_prompt_logprobs()
+    assert len(receiver.take()) == 1
+    assert [offset for offset, _ in parts] == [0, MAX_ANSWER_TOKENS, 2 * MAX_ANSWER_TOKENS]
+    assert [len(values.logprobs) for _, values in parts] == [MAX_ANSWER_TOKENS, MAX_ANSWER_TOKENS, 3]
+    assert [token for _, values in parts for token in values.top_token_ids] == list(range(2 * total))
+
+
+async def test_alternatives_that_do_not_fit_their_tokens_are_loud():
+    receiver = TokenReceiver(1, 1, num_prompt_logprobs=4)
+    receiver.on_prompt_logprobs(scores(0, 2, num_top=0))
+    receiver.on_prompt_logprobs(scores(2, 2, num_top=1))
+    assert (await error_of(receiver)).message == "the scheduler sent alternatives that do not fit the tokens"
+    receiver, entry = TokenReceiver(1, 1, logprobs=True), scores(0, 2)
+    entry.values.top_token_ids.pop()
+    receiver.on_logprobs(entry)
+    assert (await error_of(receiver)).message == "the scheduler sent alternatives that do not fit the tokens"
 
 
 async def test_the_first_error_stays():
