@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,16 @@ def test_nobody_knows_the_password_of_grafana() -> None:
     grafana = SERVICES["grafana"]
     assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "${SCALELLM_GRAFANA_PASSWORD:-}"
     assert grafana["environment"]["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
-    assert "exit 1" in grafana["entrypoint"][-1]
+    shell, script = grafana["entrypoint"][:-1], grafana["entrypoint"][-1].replace("$$", "$").replace("/run.sh", "true")
+    for given, code in (
+        ({}, 1),
+        ({"GF_SECURITY_ADMIN_PASSWORD": "s"}, 0),
+        ({"GF_SECURITY_ADMIN_PASSWORD__FILE": "f"}, 0),
+    ):
+        environment = {"PATH": os.environ["PATH"], "GF_SECURITY_ADMIN_PASSWORD": "", **given}
+        done = subprocess.run([*shell, script], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert ("SCALELLM_GRAFANA_PASSWORD" in done.stderr) == bool(code)
 
 
 def test_every_variable_is_in_the_manual() -> None:
