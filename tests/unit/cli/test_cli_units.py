@@ -3,6 +3,7 @@
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import grpc
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain
-from clients.cli.generation import logprob_entries
+from clients.cli.generation import Generation, logprob_entries
 from clients.cli.latency import rows
 from clients.cli.main import app
 from clients.cli.services import _fitting_status_table, _status_table
@@ -23,6 +24,7 @@ from clients.launcher.plan import check_ports, listeners, service_command, servi
 from clients.launcher.processes import last_error
 from clients.launcher.redis_server import shown
 from scalellm.v1.common_pb2 import LatencyBreakdown, TokenLogprobs
+from scalellm.v1.generation_pb2 import GenerateRequest, GenerateResponse, PromptLogprobs
 from services.common.errors import StatusError
 
 DURATION = st.integers(0, 10**13)
@@ -43,6 +45,24 @@ def test_logprobs_are_split_per_token() -> None:
     assert logprob_entries(message) == [
         {"logprob": -1.0, "top": [{"token_id": 7, "logprob": -0.5}]},
         {"logprob": -2.0, "top": [{"token_id": 8, "logprob": -0.25}]},
+    ]
+
+
+def test_parts_of_a_prompt_are_put_together() -> None:
+    """The first token has no alternatives: what fills their places is not shown."""
+    first = TokenLogprobs(logprobs=[0, -2], num_top=1, top_token_ids=[0, 8], top_logprobs=[0, -0.5])
+    second = TokenLogprobs(logprobs=[-3], num_top=1, top_token_ids=[9], top_logprobs=[-0.25])
+    stream = MagicMock()
+    stream.generate.return_value.__enter__.return_value = [
+        GenerateResponse(prompt_logprobs=PromptLogprobs(token_ids=[4, 5], logprobs=first)),
+        GenerateResponse(prompt_logprobs=PromptLogprobs(token_ids=[6], logprobs=second, offset=2)),
+    ]
+    generation = Generation()
+    generation.run(stream, GenerateRequest(), lambda text: None)
+    assert generation.to_json()["prompt_logprobs"] == [
+        {"token_id": 4, "logprob": 0.0},
+        {"token_id": 5, "logprob": -2.0, "top": [{"token_id": 8, "logprob": -0.5}]},
+        {"token_id": 6, "logprob": -3.0, "top": [{"token_id": 9, "logprob": -0.25}]},
     ]
 
 

@@ -10,6 +10,8 @@ import engine_kit
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
 from services.executor.build import LoadedEngine
 from services.executor.engine import Engine
+from services.executor.engine.sampling_params import InvalidRequestError
+from services.executor.engine_link import sampling_from_wire
 from services.executor.engine_process import EngineLoop
 from services.executor.ipc import EngineChannel, Kind, Message
 
@@ -69,3 +71,11 @@ def test_a_link_that_was_told_of_a_step_is_not_told_its_load_again() -> None:
     frames = [link_pb2.ServerFrame.FromString(message.payload) for message in messages if message.kind is Kind.FRAME]
     assert sum(len(frame.step.token_ids) for frame in frames) >= 15
     assert len([frame for frame in frames if not frame.step.handles]) <= 1  # before the first step
+
+
+def test_entries_of_logit_bias_are_counted_before_they_are_a_mapping() -> None:
+    """Keys of one's choice, all the same one here, cost what a hash table of them costs."""
+    sampling = common_pb2.SamplingParams(logit_bias=[common_pb2.LogitBias(token_id=1)] * 1025)
+    with pytest.raises(InvalidRequestError, match="logit_bias: must have at most 1024 entries, got 1025"):
+        sampling_from_wire(sampling)
+    assert sampling_from_wire(common_pb2.SamplingParams(logit_bias=sampling.logit_bias[:1024])).logit_bias == {1: 0.0}

@@ -34,7 +34,8 @@ export declare type SamplingParams = Message<"scalellm.v1.SamplingParams"> & {
   maxTokens?: number | undefined;
 
   /**
-   * End-of-sequence and stop tokens are not drawn before this many tokens. 0..max_tokens, default 0.
+   * End-of-sequence and stop tokens are not drawn before this many tokens, and no stop text ends the sample with one of
+   * them: it may begin there. 0..max_tokens, default 0.
    *
    * @generated from field: optional uint32 min_tokens = 3;
    */
@@ -169,7 +170,7 @@ export declare type LogitBias = Message<"scalellm.v1.LogitBias"> & {
 export declare const LogitBiasSchema: GenMessage<LogitBias>;
 
 /**
- * What a request consumed. Counted by the executor.
+ * What a request consumed.
  *
  * @generated from message scalellm.v1.Usage
  */
@@ -182,7 +183,8 @@ export declare type Usage = Message<"scalellm.v1.Usage"> & {
   promptTokens: number;
 
   /**
-   * Tokens generated, over all samples, the final stop token included.
+   * Tokens generated, over all samples, up to and with the token that ended each. What an executor generated after a
+   * stop text, until it heard of it, is not counted.
    *
    * @generated from field: uint32 completion_tokens = 2;
    */
@@ -350,7 +352,8 @@ export declare type TokenLogprobs = Message<"scalellm.v1.TokenLogprobs"> & {
   numTop: number;
 
   /**
-   * num_top token ids per token, most likely first.
+   * num_top token ids per token, most likely first. Places without an alternative (all of the first token of a prompt)
+   * hold 0.
    *
    * @generated from field: repeated uint32 top_token_ids = 3;
    */

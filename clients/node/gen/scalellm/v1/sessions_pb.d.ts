@@ -260,7 +260,7 @@ export declare const DeleteSessionResponseSchema: GenMessage<DeleteSessionRespon
 
 /**
  * Reads, copies and deletes sessions. Generate creates and extends them. An unknown or expired session is NOT_FOUND;
- * UNAVAILABLE when Redis cannot be reached.
+ * UNAVAILABLE when Redis cannot be reached; RESOURCE_EXHAUSTED when the messages to return have more than 4 MiB.
  *
  * @generated from service scalellm.v1.Sessions
  */

@@ -79,7 +79,7 @@ export const DeleteSessionResponseSchema = /*@__PURE__*/
 
 /**
  * Reads, copies and deletes sessions. Generate creates and extends them. An unknown or expired session is NOT_FOUND;
- * UNAVAILABLE when Redis cannot be reached.
+ * UNAVAILABLE when Redis cannot be reached; RESOURCE_EXHAUSTED when the messages to return have more than 4 MiB.
  *
  * @generated from service scalellm.v1.Sessions
  */
