@@ -104,10 +104,10 @@ def _from_gguf(model: Path) -> _Source:
     metadata = GgufMetadata(path)
     prefix = "tokenizer.ggml."
     named = [(f"{path}: {prefix}{key}", metadata[prefix + key]) for key in _GGUF_KEYS if prefix + key in metadata]
-    tokens, types = metadata.get(f"{prefix}tokens"), metadata.get(f"{prefix}token_type")
-    if not isinstance(tokens, list):
+    tokens, types = metadata.array(f"{prefix}tokens", str), metadata.array(f"{prefix}token_type", int)
+    if tokens is None:
         return None, named
-    if isinstance(types, list):
+    if types is not None:
         pairs = enumerate(zip(tokens, types, strict=False))
         known = [number for number, (text, kind) in pairs if kind == GGUF_CONTROL and text in END_TEXTS]
         named += [(f"{path}: {shown(tokens[number])}", number) for number in known]

@@ -9,7 +9,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from services.common.model_files import shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -17,6 +19,9 @@ _STRING = 8
 _ARRAY = 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _LENGTH = struct.Struct("<Q")
+_MOST_KEY_BYTES = 65535
+"""By the format's specification."""
+_T = TypeVar("_T")
 
 
 class GgufError(ValueError):
@@ -68,6 +73,20 @@ class GgufMetadata(Mapping[str, Any]):
         span = self._spans[key]
         return struct.pack("<I", span.type) + self._data[span.start : span.end]
 
+    def typed(self, key: str, kind: type[_T]) -> _T | None:
+        """Return a value that is to be of this type, None where there is none. Raises GgufError."""
+        value = self.get(key)
+        if value is None or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+            return value
+        raise GgufError(f"{self._path}: {key} is {shown(value)}; it must be of type {kind.__name__}")
+
+    def array(self, key: str, kind: type[_T]) -> list[_T] | None:
+        """Return an array whose entries are to be of this type, None where there is none. Raises GgufError."""
+        values: list[Any] | None = self.typed(key, list)
+        if values is not None and any(type(value) is not kind for value in values):
+            raise GgufError(f"{self._path}: {key} must be an array of {kind.__name__}")
+        return values
+
     def _scan(self) -> None:
         if self._data[:4] != _MAGIC:
             raise ValueError("it does not start with 'GGUF'")
@@ -77,11 +96,18 @@ class GgufMetadata(Mapping[str, Any]):
         position = 24
         for _ in range(num_values):
             start = self._string_end(position)
+            if start - position - 8 > _MOST_KEY_BYTES:
+                raise ValueError(f"a key of {start - position - 8} bytes; at most {_MOST_KEY_BYTES} are allowed")
             key = self._data[position + 8 : start].decode("utf-8")
             (kind,) = struct.unpack_from("<I", self._data, start)
-            position = self._end(kind, start + 4)
+            try:
+                position = self._end(kind, start + 4)
+            except ValueError as error:
+                raise ValueError(f"{shown(key)}: {error}") from error
             if position > len(self._data):
-                raise ValueError(f"it ends inside the value of {key}")
+                raise ValueError(f"it ends inside the value of {shown(key)}")
+            if key in self._spans:  # which of them counts is not the same in all readers
+                raise ValueError(f"the key {shown(key)} is there twice")
             self._spans[key] = _Span(kind, start + 4, position)
 
     def _string_end(self, position: int) -> int:
@@ -95,15 +121,14 @@ class GgufMetadata(Mapping[str, Any]):
             return position + struct.calcsize(self._format(kind))
         item, length = struct.unpack_from("<IQ", self._data, position)
         position += 12
-        if item not in (_STRING, _ARRAY):
+        if item == _ARRAY:
+            raise ValueError("arrays of arrays are not supported")
+        if item != _STRING:
             return int(position + length * struct.calcsize(self._format(item)))
-        if item == _STRING:  # a vocabulary: in place, since a call per token is what reading the header would take
-            data, unpack = self._data, _LENGTH.unpack_from
-            for _ in range(length):
-                position += 8 + unpack(data, position)[0]
-            return position
+        # A vocabulary: in place, since a call per token is what reading the header would take.
+        data, unpack = self._data, _LENGTH.unpack_from
         for _ in range(length):
-            position = self._end(item, position)
+            position += 8 + unpack(data, position)[0]
         return position
 
     def _decode(self, kind: int, position: int) -> Any:
@@ -113,15 +138,12 @@ class GgufMetadata(Mapping[str, Any]):
             return struct.unpack_from("<" + self._format(kind), self._data, position)[0]
         item, length = struct.unpack_from("<IQ", self._data, position)
         position += 12
-        if item not in (_STRING, _ARRAY):
+        if item != _STRING:
             return list(struct.unpack_from(f"<{length}{self._format(item)}", self._data, position))
-        values: list[Any] = []
+        values: list[str] = []
         for _ in range(length):
-            end = self._end(item, position)
-            if item == _STRING:
-                values.append(self._data[position + 8 : end].decode("utf-8"))
-            else:
-                values.append(self._decode(item, position))
+            end = self._string_end(position)
+            values.append(self._data[position + 8 : end].decode("utf-8"))
             position = end
         return values
 

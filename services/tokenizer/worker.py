@@ -44,7 +44,7 @@ from services.tokenizer.scheduler_link import SchedulerLink
 from services.tokenizer.session_store import SessionStore
 from services.tokenizer.sessions_servicer import SessionsServicer
 from services.tokenizer.text.loading import load_model_tokenizer
-from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError
+from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 from services.tokenizer.tokenizer_servicer import TokenizerServicer
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class Worker:
         supervisor_gone = await _watch_stdin()
         settings.dialer.check()
         access = open_access(settings, serves_links=False)
-        model = _load_tokenizer(settings)
+        builder = _load_prompts(settings)
+        model = builder.model
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(redis, settings.session_ttl_s)
         watch = _watch_redis(redis) if redis is not None else None
@@ -101,7 +102,7 @@ class Worker:
             silence_limit=settings.stall_limit_s,
             dialer=settings.dialer,
         )
-        async with PromptBuilder(model) as prompts:
+        async with builder as prompts:
             edge = Edge(
                 model_name=settings.served_name,
                 prompts=prompts,
@@ -218,9 +219,9 @@ def _watch_redis(redis: Redis) -> RedisWatch:
     return RedisWatch(redis, sessions=True, without="sessions cannot be used", interval=_REDIS_INTERVAL)
 
 
-def _load_tokenizer(settings: TokenizerSettings) -> ModelTokenizer:
+def _load_prompts(settings: TokenizerSettings) -> PromptBuilder:
     try:
-        return load_model_tokenizer(model_store.resolve(settings.model, settings.home))
+        return PromptBuilder(load_model_tokenizer(model_store.resolve(settings.model, settings.home)))
     except (model_store.ModelStoreError, UnsupportedTokenizerError) as error:
         raise StartError(f"--model: {error}") from None
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
 
+from services.common.model_files import shown
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.linear.checkpoint import CheckpointFormat
 from services.executor.models.linear.ignored import IgnoredLayers
@@ -72,7 +73,7 @@ def _gptq(config: Mapping[str, Any]) -> CheckpointFormat:
 def _excluded_by_gptqmodel(config: Mapping[str, Any]) -> list[str]:
     """Return the patterns of the layers that GPTQModel left alone; it can also give layers settings of their own."""
     rules = config.get("dynamic") or {}
-    if not all(rule.startswith("-:") for rule in rules):
+    if not isinstance(rules, Mapping) or not all(rule.startswith("-:") for rule in rules):
         raise UnsupportedModelError("config.json: quantization_config.dynamic is supported for rules '-:<regex>' only")
     return [f"re:{rule.removeprefix('-:')}" for rule in rules]
 
@@ -81,8 +82,8 @@ def _auto_round(config: Mapping[str, Any]) -> CheckpointFormat:
     packing = _choice(config, "packing_format", ("auto_round:auto_gptq", "auto_round:auto_awq"))
     _choice(config, "data_type", ("int",), "int")
     _choice(config, "act_bits", (16,), 16)
-    layers = config.get("extra_config") or {}
-    if any(settings.get("bits", 0) < 16 for settings in layers.values()):
+    layers = _object(config, "extra_config")
+    if any(not isinstance(layer, Mapping) or layer.get("bits") not in (16, 32) for layer in layers.values()):
         raise UnsupportedModelError(
             "config.json: quantization_config.extra_config is supported for layers of 16 bits only"
         )
@@ -101,27 +102,27 @@ def _modelopt(config: Mapping[str, Any]) -> CheckpointFormat:
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> CheckpointFormat:
-    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+    if _object(config, "sparsity_config").get("format", "dense") != "dense":
         raise UnsupportedModelError("config.json: quantization_config.sparsity_config is not supported unless dense")
     if config.get("transform_config"):
         raise UnsupportedModelError("config.json: quantization_config.transform_config is not supported")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:
         raise UnsupportedModelError("config.json: quantization_config.config_groups must have exactly one group")
-    (group,) = groups.values()
+    group = _object(groups, next(iter(groups)))
     if group.get("targets") != ["Linear"]:
         raise UnsupportedModelError(
             f"config.json: quantization_config: targets {group.get('targets')!r} is not supported; supported: Linear"
         )
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = _object(group, "weights"), _object(group, "input_activations")
     ignored = _ignored(config, "ignore")
     match _choice(config, "format", _COMPRESSED_FORMATS):
         case "pack-quantized":
             return _packed(ignored, weights, inputs)
         case "int-quantized":
-            return _int8(ignored, weights, inputs or {})
+            return _int8(ignored, weights, inputs)
         case _:
-            return _float8(ignored, weights, inputs or {})
+            return _float8(ignored, weights, inputs)
 
 
 def _float8(ignored: IgnoredLayers, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> CheckpointFormat:
@@ -177,7 +178,7 @@ def _choice(
     value = value.lower() if lower and isinstance(value, str) else value
     if value not in supported or isinstance(value, bool) != isinstance(supported[0], bool):
         raise UnsupportedModelError(
-            f"config.json: quantization_config.{key} {value!r} is not supported; "
+            f"config.json: quantization_config.{key} {shown(value)} is not supported; "
             f"supported: {', '.join(map(str, supported))}"
         )
     return value
@@ -193,7 +194,7 @@ def _group_size(config: Mapping[str, Any]) -> int | None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UnsupportedModelError(
-            f"config.json: quantization_config.group_size is {value!r}; it must be a positive integer, or -1"
+            f"config.json: quantization_config.group_size is {shown(value)}; it must be a positive integer, or -1"
         )
     return value
 
@@ -202,7 +203,7 @@ def _block(config: Mapping[str, Any], key: str) -> tuple[int, int]:
     value = config.get(key)
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(size, int) and size > 0 for size in value):
         raise UnsupportedModelError(
-            f"config.json: quantization_config.{key} is {value!r}; it must be two positive integers"
+            f"config.json: quantization_config.{key} is {shown(value)}; it must be two positive integers"
         )
     return value[0], value[1]
 
@@ -212,4 +213,17 @@ def _ignored(config: Mapping[str, Any], *keys: str) -> IgnoredLayers:
 
 
 def _names(config: Mapping[str, Any], *keys: str) -> Iterable[str]:
-    return (str(name) for key in keys for name in config.get(key) or [])
+    for key in keys:
+        names = config.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UnsupportedModelError(
+                f"config.json: quantization_config.{key} is {shown(names)}; it must be a list of names"
+            )
+        yield from names
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise UnsupportedModelError(f"config.json: quantization_config.{key} is {shown(value)}; it must be an object")
+    return value

@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from services.common.gguf_metadata import GgufError, GgufMetadata
+from services.common.model_files import shown_name
 from services.executor.models.errors import UnsupportedModelError
 
 _DEFAULT_ALIGNMENT = 32
+_MOST_ALIGNMENT = 1 << 20
+_MOST_DIMENSIONS = 4
 _FIXED_HEADER = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata values
 _STEP_BYTES = 1 << 18
 """Stored bytes per call of `dequantize`. Its temporaries are many times that; when they fit the caches and the
@@ -54,6 +57,8 @@ class GgufFile:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self.tensors: Mapping[str, GgufTensor] = self._read_tensor_table(self.metadata)
+        except GgufError as error:
+            raise UnsupportedModelError(str(error)) from error
         except (struct.error, UnicodeDecodeError) as error:
             raise UnsupportedModelError(f"{path}: not a readable GGUF file: tensor table: {error}") from error
 
@@ -102,8 +107,18 @@ class GgufFile:
             self._data,
             _FIXED_HEADER.size + sum(8 + len(key.encode()) + len(metadata.encoded(key)) for key in metadata),
         )
-        tensors = dict(self._read_tensor(table) for _ in range(num_tensors))
-        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        tensors: dict[str, GgufTensor] = {}
+        for _ in range(num_tensors):
+            name, tensor = self._read_tensor(table)
+            if name in tensors:
+                raise GgufError(f"{self._path}: the tensor {shown_name(name)} is there twice")
+            tensors[name] = tensor
+        alignment = metadata.typed("general.alignment", int)
+        alignment = _DEFAULT_ALIGNMENT if alignment is None else alignment
+        if not 0 < alignment <= _MOST_ALIGNMENT:
+            raise GgufError(
+                f"{self._path}: general.alignment is {alignment}; it must be between 1 and {_MOST_ALIGNMENT}"
+            )
         start = math.ceil(table.position / alignment) * alignment
         for name, tensor in tensors.items():
             end = start + tensor.offset + tensor.num_bytes
@@ -115,16 +130,24 @@ class GgufFile:
 
     def _read_tensor(self, table: "_Cursor") -> tuple[str, GgufTensor]:
         name = table.string()
-        shape = tuple(reversed([table.integer("Q") for _ in range(table.integer("I"))]))
+        num_dimensions = table.integer("I")
+        if not 0 < num_dimensions <= _MOST_DIMENSIONS:
+            raise GgufError(
+                f"{self._path}: {shown_name(name)} has {num_dimensions} dimensions; supported: 1 to {_MOST_DIMENSIONS}"
+            )
+        shape = tuple(reversed([table.integer("Q") for _ in range(num_dimensions)]))
         code, offset = table.integer("I"), table.integer("Q")
         try:
             kind = gguf.GGMLQuantizationType(code)
             block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError) as error:
-            raise UnsupportedModelError(f"{self._path}: {name} has the unknown tensor type {code}") from error
-        if not shape or 0 in shape or shape[-1] % block_size:
             raise UnsupportedModelError(
-                f"{self._path}: {name} has shape {list(shape)}, which type {kind.name} cannot have"
+                f"{self._path}: {shown_name(name)} has the unknown tensor type {code}"
+            ) from error
+        # A row of a vector is one value.
+        if 0 in shape or shape[-1] % block_size or (len(shape) == 1 and block_size > 1):
+            raise UnsupportedModelError(
+                f"{self._path}: {shown_name(name)} has shape {list(shape)}, which type {kind.name} cannot have"
             )
         return name, GgufTensor(shape, kind, offset, math.prod(shape) // block_size * block_bytes)
 

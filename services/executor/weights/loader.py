@@ -9,7 +9,7 @@ import torch
 
 from services.common.end_tokens import end_token_ids
 from services.common.gguf_metadata import GgufError
-from services.common.model_files import ModelFileError, read_json_object
+from services.common.model_files import ModelFileError, read_json_object, shown_name
 from services.executor.models.causal_lm import CausalLM
 from services.executor.models.config import ModelConfig
 from services.executor.models.errors import UnsupportedModelError
@@ -141,7 +141,7 @@ def _check(path: Path, config: ModelConfig, slots: Sequence[WeightSlot], source:
     if surplus:
         raise UnsupportedModelError(
             f"{path}: {len(surplus)} tensors are not part of {config.architecture}, "
-            f"the first is {source.native_name(surplus[0])}"
+            f"the first is {shown_name(source.native_name(surplus[0]))}"
         )
 
 
@@ -197,7 +197,7 @@ def _hf_config(directory: Path) -> ModelConfig:
 
 
 def _gguf_config(file: GgufFile) -> ModelConfig:
-    if file.metadata.get("split.count", 1) > 1:
+    if file.metadata.get("split.count", 1) not in (0, 1):
         raise UnsupportedModelError("GGUF: split files are not supported; merge them into one with llama-gguf-split")
     if _EMBEDDING not in file.tensors:
         raise UnsupportedModelError(f"GGUF: the tensor {_EMBEDDING} is missing")

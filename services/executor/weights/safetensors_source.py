@@ -1,6 +1,5 @@
 """Weights from a Hugging Face directory of safetensors files, one or many with an index."""
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
+from services.common.model_files import ModelFileError, brief, read_json_object, shown, shown_name
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.weight_slot import WeightSlot
 
@@ -78,20 +78,24 @@ class SafetensorsSource:
         return torch.equal(*(self._files[name].get_tensor(name) for name in (first, second)))
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
-        if not path.is_file():
-            raise UnsupportedModelError(f"{path} is missing")
         try:
+            if not path.is_file():
+                raise UnsupportedModelError(f"{path} is missing")
             file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             names = set(file.keys())
             if expected is not None and expected - names:
-                raise UnsupportedModelError(f"{path} lacks {min(expected - names)}, which {INDEX_FILE} says it has")
+                raise UnsupportedModelError(
+                    f"{path} lacks {shown_name(min(expected - names))}, which {INDEX_FILE} says it has"
+                )
             for name in names:
                 view = file.get_slice(name)
                 self._files[name] = file
                 self._dtypes[name] = view.get_dtype()
                 self._shapes[name] = tuple(view.get_shape())
-        except SafetensorError as error:
-            raise UnsupportedModelError(f"{path}: not a complete safetensors file: {error}") from error
+        except (SafetensorError, OSError) as error:
+            raise UnsupportedModelError(
+                f"{path.parent / shown_name(path.name)}: not a complete safetensors file: {brief(error)}"
+            ) from error
 
 
 def _shards(directory: Path) -> dict[Path, set[str] | None]:
@@ -100,15 +104,17 @@ def _shards(directory: Path) -> dict[Path, set[str] | None]:
     if not index.is_file():
         return {directory / SINGLE_FILE: None}
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        shards: dict[Path, set[str] | None] = {}
-        names: dict[str, set[str]] = {}
-        for tensor, file in weight_map.items():
-            names.setdefault(file, set()).add(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(f"{index}: not a safetensors index: {error!r}") from error
+        weight_map = read_json_object(index).get("weight_map")
+    except ModelFileError as error:
+        raise UnsupportedModelError(str(error)) from error
+    if not isinstance(weight_map, dict):
+        raise UnsupportedModelError(f"{index}: not a safetensors index: weight_map is {shown(weight_map)}")
+    shards: dict[Path, set[str] | None] = {}
+    names: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        names.setdefault(file if isinstance(file, str) else repr(file), set()).add(tensor)
     for file, tensors in names.items():
         if Path(file).name != file:
-            raise UnsupportedModelError(f"{index}: {file!r} must be a file name in the same directory")
+            raise UnsupportedModelError(f"{index}: {shown(file)} must be a file name in the same directory")
         shards[directory / file] = tensors
     return shards

@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from services.common.end_tokens import GGUF_CONTROL, drawable
 from services.common.gguf_metadata import GgufMetadata
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+from services.common.model_files import shown
+from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError, from_library
 from services.tokenizer.text.pre_tokenizers import PRE_TOKENIZERS
 
 _NORMAL, _USER_DEFINED = 1, 4
@@ -23,6 +24,7 @@ _ROLES = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+_MOST_CHARS = 1024
 _SPACE = "▁"
 """SentencePiece's visible space, U+2581."""
 
@@ -32,10 +34,15 @@ def build_gguf_tokenizer(metadata: GgufMetadata, roles: Mapping[str, int], path:
 
     Raises UnsupportedTokenizerError.
     """
-    family = metadata.get("tokenizer.ggml.model")
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    family = metadata.typed("tokenizer.ggml.model", str)
+    tokens = metadata.array("tokenizer.ggml.tokens", str)
     if family is None or tokens is None:
         raise UnsupportedTokenizerError(f"{path} carries no tokenizer")
+    longest = max(map(len, tokens), default=0)
+    if longest > _MOST_CHARS:
+        raise UnsupportedTokenizerError(
+            f"{path}: tokenizer.ggml.tokens has a token of {longest} characters; at most {_MOST_CHARS} are supported"
+        )
     if family == "gpt2":
         tokenizer, adds_bos = _byte_level(metadata, tokens, path), _pre_tokenizer(metadata, path).adds_bos
     elif family == "llama":
@@ -43,7 +50,7 @@ def build_gguf_tokenizer(metadata: GgufMetadata, roles: Mapping[str, int], path:
         tokenizer, adds_bos = _sentence_piece(metadata, tokens, roles, path), True
     else:
         raise UnsupportedTokenizerError(
-            f"{path} has a tokenizer of type {family!r}; "
+            f"{path} has a tokenizer of type {shown(family)}; "
             "supported are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
         )
     types = _types(metadata, len(tokens), path)
@@ -57,25 +64,26 @@ def token_roles(metadata: GgufMetadata, path: Path) -> dict[str, int]:
 
     One that is no token's is left out, with a warning.
     """
-    num_tokens = len(metadata.get("tokenizer.ggml.tokens", ()))
+    num_tokens = len(metadata.array("tokenizer.ggml.tokens", str) or ())
     given = {role: f"tokenizer.ggml.{key}" for role, key in _ROLES.items() if f"tokenizer.ggml.{key}" in metadata}
     ids = {role: drawable(f"{path}: {key}", metadata[key], num_tokens) for role, key in given.items()}
     return {role: token_id for role, token_id in ids.items() if token_id is not None}
 
 
 def _pre_tokenizer(metadata: GgufMetadata, path: Path) -> Any:
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.typed("tokenizer.ggml.pre", str) or "default"
     if name not in PRE_TOKENIZERS:
         supported = ", ".join(sorted(PRE_TOKENIZERS))
-        raise UnsupportedTokenizerError(f"{path} splits text by the rule {name!r}; supported are {supported}")
+        raise UnsupportedTokenizerError(f"{path} splits text by the rule {shown(name)}; supported are {supported}")
     return PRE_TOKENIZERS[name]
 
 
 def _byte_level(metadata: GgufMetadata, tokens: Sequence[str], path: Path) -> Tokenizer:
-    if "tokenizer.ggml.merges" not in metadata:
+    lines = metadata.array("tokenizer.ggml.merges", str)
+    if lines is None:
         raise UnsupportedTokenizerError(f"{path} has a byte-level BPE vocabulary but no merges")
     # Pieces are written in the byte alphabet, which has no space.
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in lines]
     rule = _pre_tokenizer(metadata, path)
     tokenizer = _bpe(tokens, merges, path, ignore_merges=rule.ignore_merges)
     normalizer = rule.build_normalizer()
@@ -87,7 +95,7 @@ def _byte_level(metadata: GgufMetadata, tokens: Sequence[str], path: Path) -> To
 
 
 def _sentence_piece(metadata: GgufMetadata, tokens: Sequence[str], roles: Mapping[str, int], path: Path) -> Tokenizer:
-    scores = metadata.get("tokenizer.ggml.scores")
+    scores = metadata.array("tokenizer.ggml.scores", float)
     if scores is None or len(scores) != len(tokens):
         raise UnsupportedTokenizerError(f"{path} has a SentencePiece vocabulary without a score per token")
     tokenizer = _bpe(
@@ -100,7 +108,7 @@ def _sentence_piece(metadata: GgufMetadata, tokens: Sequence[str], roles: Mappin
     )
     visible = normalizers.Replace(" ", _SPACE)
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if metadata.typed("tokenizer.ggml.add_space_prefix", bool) is not False:
         # As Llama 2's and Mistral's own files have it: a space before the text and before what follows a special token.
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), visible])
         steps.append(decoders.Strip(" ", 1, 0))
@@ -145,14 +153,14 @@ def _bpe(tokens: Sequence[str], merges: list[Any], path: Path, **options: Any) -
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise UnsupportedTokenizerError(f"{path} lists a token twice")
-    try:
-        return Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
-    except Exception as error:  # the library raises bare Exception
-        raise UnsupportedTokenizerError(f"{path} has merges that do not fit its vocabulary: {error}") from error
+    return from_library(
+        lambda: Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options)),
+        f"{path} has merges that do not fit its vocabulary",
+    )
 
 
 def _types(metadata: GgufMetadata, num_tokens: int, path: Path) -> list[int]:
-    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * num_tokens
+    types = metadata.array("tokenizer.ggml.token_type", int) or [_NORMAL] * num_tokens
     if len(types) != num_tokens:
         raise UnsupportedTokenizerError(f"{path} has {num_tokens} tokens but {len(types)} token types")
     return types
@@ -171,10 +179,11 @@ def _add_boundary_tokens(
     bos, eos = roles.get("bos_token"), roles.get("eos_token")
     pieces = ["$A"]
     special: list[tuple[str, int]] = []
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", adds_bos):
+    says_bos, says_eos = (metadata.typed(f"tokenizer.ggml.add_{name}_token", bool) for name in ("bos", "eos"))
+    if bos is not None and (adds_bos if says_bos is None else says_bos):
         pieces.insert(0, tokens[bos])
         special.append((tokens[bos], bos))
-    if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False):
+    if eos is not None and says_eos:
         pieces.append(tokens[eos])
         special.append((tokens[eos], eos))
     if special:

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from services.common.end_tokens import end_token_ids
 from services.common.gguf_metadata import GgufError, GgufMetadata
-from services.common.model_files import ModelFileError, read_json_object
+from services.common.model_files import ModelFileError, brief, read_json_object, shown
 from services.common.tokenizer_digest import (
     TOKENIZER_JSON,
     TokenizerSourceError,
@@ -16,7 +16,8 @@ from services.common.tokenizer_digest import (
     tokenizer_source,
 )
 from services.tokenizer.text.gguf_tokenizer import build_gguf_tokenizer, token_roles
-from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError
+from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError, from_library
+from services.tokenizer.text.tokenizer_bounds import check_bounds
 
 _TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -40,7 +41,7 @@ def _load_gguf(path: Path, eos_token_ids: tuple[int, ...]) -> ModelTokenizer:
     roles = token_roles(metadata, path)
     tokenizer = build_gguf_tokenizer(metadata, roles, path)
     templates = {
-        key.removeprefix("tokenizer.chat_template").lstrip(".") or "default": metadata[key]
+        key.removeprefix("tokenizer.chat_template").lstrip(".") or "default": metadata.typed(key, str) or ""
         for key in metadata
         if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")
     }
@@ -55,15 +56,15 @@ def _load_gguf(path: Path, eos_token_ids: tuple[int, ...]) -> ModelTokenizer:
 
 def _load_directory(folder: Path) -> ModelTokenizer:
     path = folder / TOKENIZER_JSON
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UnsupportedTokenizerError(f"{path}: not a tokenizer this version can read: {error}") from error
+    tokenizer = from_library(lambda: Tokenizer.from_file(str(path)), f"{path}: not a tokenizer this version can read")
+    check_bounds(tokenizer, path)
     # Both would be part of what encoding returns; lengths are the service's business.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     config = read_json_object(folder / "tokenizer_config.json", missing={})
-    special_tokens = {name: _token_text(config[name]) for name in _TOKEN_ROLES if config.get(name)}
+    special_tokens = {
+        name: text for name in _TOKEN_ROLES if (text := _token_text(folder, name, config.get(name))) is not None
+    }
     return ModelTokenizer(
         tokenizer=tokenizer,
         sha256=tokenizer_sha256(folder),
@@ -75,22 +76,44 @@ def _load_directory(folder: Path) -> ModelTokenizer:
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Return templates by name. A template in a file of its own wins over the one in tokenizer_config.json."""
-    value = config.get("chat_template") or {}
-    if isinstance(value, str):
-        templates = {"default": value}
-    elif isinstance(value, list):
-        templates = {entry["name"]: entry["template"] for entry in value}
-    else:
-        templates = dict(value)
+    templates = _named_templates(folder, config.get("chat_template"))
     legacy = read_json_object(folder / "chat_template.json", missing={}).get("chat_template")
     if isinstance(legacy, str):
         templates["default"] = legacy
     if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        templates["default"] = _template_file(folder / "chat_template.jinja")
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = path.read_text(encoding="utf-8")
+        templates[path.stem] = _template_file(path)
     return templates
 
 
-def _token_text(value: Any) -> str:
-    return str(value["content"]) if isinstance(value, dict) else str(value)
+def _named_templates(folder: Path, value: Any) -> dict[str, str]:
+    """Return the templates of tokenizer_config.json: one, a list of such with names, or an object of them."""
+    if not value:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    pairs: list[tuple[Any, Any]] = list(value.items()) if isinstance(value, dict) else []
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in value]
+    if not pairs or not all(isinstance(part, str) for pair in pairs for part in pair):
+        raise UnsupportedTokenizerError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is {shown(value)}; it must be a text, or texts by name"
+        )
+    return dict(pairs)
+
+
+def _token_text(folder: Path, role: str, value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise UnsupportedTokenizerError(
+            f"{folder / 'tokenizer_config.json'}: {role} is {shown(value)}; it must be a token's text"
+        )
+    return text or None
+
+
+def _template_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnsupportedTokenizerError(f"{path}: cannot be read: {brief(error)}") from error

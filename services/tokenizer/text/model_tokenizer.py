@@ -1,14 +1,29 @@
 """What a model's directory or file says about text: tokenizer, special tokens, chat template."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from tokenizers import Tokenizer
+
+from services.common.model_files import brief
+
+_T = TypeVar("_T")
 
 
 class UnsupportedTokenizerError(Exception):
     """The model's tokenizer cannot be used; the message is one sentence that names the model and the reason."""
+
+
+def from_library(make: Callable[[], _T], refusal: str) -> _T:
+    """Return what the `tokenizers` library makes. Raises UnsupportedTokenizerError, with the refusal and its reason."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # it raises bare Exception, and a panic of Rust is not even one
+        raise UnsupportedTokenizerError(f"{refusal}: {brief(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 
 from lying_bases import gguf_bases, hugging_face_bases
 from lying_gguf import U32, Value
-from lying_models import FORMATS, Mutant, mutants, outcome
+from lying_models import FORMATS, Mutant, is_fine, mutants, outcome, outcomes
 from services.executor.engine.config import EngineConfig, EngineConfigError
 
 
@@ -17,6 +17,16 @@ def test_models_that_are_made_to_lie_load(tmp_path: Path) -> None:
     files = [*hugging_face_bases(), *({"model.gguf": file.encoded()} for file in gguf_bases())]
     for number, base in enumerate(files):
         assert outcome(Mutant("base", number, "", base).write(tmp_path)) == "loaded"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_mutants_are_loaded_or_refused_in_a_line(name: str, tmp_path: Path) -> None:
+    """More of them are tried by `make test-hostile`."""
+    ends = [(str(mutant), end) for mutant, end in outcomes(mutants(name, seed=0, count=100), tmp_path)]
+    assert len(ends) == 100
+    assert [end for end in ends if not is_fine(end[1])] == []
+    assert sum(end == "loaded" for _, end in ends) > 5
+    assert sum(end != "loaded" for _, end in ends) > 40
 
 
 def test_equal_seeds_give_equal_mutants() -> None:
@@ -42,6 +52,39 @@ def test_a_role_of_no_token_is_ignored(role: str, value: int, tmp_path: Path) ->
         values = dict(file.values) | {f"tokenizer.ggml.{role}_token_id": Value(U32, value)}
         lying = replace(file, values=list(values.items()))
         assert outcome(Mutant("gguf", 0, "", {"model.gguf": lying.encoded()}).write(tmp_path)) == "loaded"
+
+
+def test_an_id_of_a_tokenizer_takes_no_memory(tmp_path: Path) -> None:
+    """A table of texts with a place for each id up to four billion took 32 GB."""
+    files = hugging_face_bases()[0]
+    tokenizer = json.loads(files["tokenizer.json"])
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][-1] | {"content": "<far>", "id": 4_000_000_000})
+    tokenizer["model"]["vocab"]["<far>"] = 4_000_000_000
+    lying = Mutant("tokenizer", 0, "", {**files, "tokenizer.json": json.dumps(tokenizer).encode()})
+    ((_, end),) = outcomes([lying], tmp_path)
+    assert end == (
+        f"refused: {tmp_path / 'tokenizer.json'}: the token '<far>' has id 4000000000; at most 4194303 is supported"
+    )
+
+
+def test_a_tokenizer_under_which_texts_grow_is_refused(tmp_path: Path) -> None:
+    files = hugging_face_bases()[0]
+    tokenizer = json.loads(files["tokenizer.json"])
+    tokenizer["pre_tokenizer"]["pretokenizers"] *= 100
+    lying = Mutant("tokenizer", 0, "", {**files, "tokenizer.json": json.dumps(tokenizer).encode()})
+    ((_, end),) = outcomes([lying], tmp_path)
+    assert end.startswith(f"refused: {tmp_path / 'tokenizer.json'}: normalizer and pre_tokenizer make a text up to ")
+
+
+def test_gguf_keys_and_tensors_are_there_once(tmp_path: Path) -> None:
+    file = gguf_bases()[0]
+    twice = (
+        replace(file, values=[*file.values, file.values[0]]),
+        replace(file, tensors=[*file.tensors, file.tensors[0]]),
+    )
+    ends = [outcome(Mutant("gguf", 0, "", {"model.gguf": part.encoded()}).write(tmp_path)) for part in twice]
+    assert "the key 'general.architecture' is there twice" in ends[0]
+    assert "the tensor token_embd.weight is there twice" in ends[1]
 
 
 def test_an_engine_draws_only_what_there_is() -> None:

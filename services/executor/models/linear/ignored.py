@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from services.common.model_files import brief, shown
 from services.executor.models.errors import UnsupportedModelError
 
 
@@ -12,6 +13,15 @@ class IgnoredLayers:
     """Names of modules, whole or some of their dotted components, or regular expressions after `re:`."""
 
     patterns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UnsupportedModelError(
+                    f"quantization_config: {shown(pattern)} is no regular expression: {brief(error)}"
+                ) from error
 
     def covers(self, names: Iterable[str]) -> bool:
         """Return whether projections that share a matrix are ignored.

@@ -1,0 +1,61 @@
+"""What a tokenizer.json may ask for: ids that fit a table, and no text that grows without bound.
+
+The library makes whatever the file says. An id of four billion is then a table of 32 GB, and two hundred steps that
+each double a character are an endless loop, on the first text that somebody sends.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from services.common.model_files import shown
+from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+
+_MOST_TOKENS = 1 << 22
+_MOST_GROWTH = 64
+"""How many times as long as it was a text may become; byte-level steps double it, others rarely change it."""
+
+
+def check_bounds(tokenizer: Tokenizer, path: Path) -> None:
+    """Raise UnsupportedTokenizerError for a tokenizer, read from `path`, with which a small text costs a machine."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    token = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if vocabulary and vocabulary[token] >= _MOST_TOKENS:
+        raise UnsupportedTokenizerError(
+            f"{path}: the token {shown(token)} has id {vocabulary[token]}; at most {_MOST_TOKENS - 1} is supported"
+        )
+    growth = 1
+    for component in (tokenizer.normalizer, tokenizer.pre_tokenizer):
+        if component is not None:
+            for step in _steps(json.loads(component.__getstate__())):
+                growth *= _growth(step)
+    if growth > _MOST_GROWTH:
+        raise UnsupportedTokenizerError(
+            f"{path}: normalizer and pre_tokenizer make a text up to {shown(growth)} times as long; "
+            f"at most {_MOST_GROWTH} times is supported"
+        )
+
+
+def _steps(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a component, those of sequences one by one."""
+    if spec.get("type") == "Sequence":
+        for step in spec.get("normalizers") or spec.get("pretokenizers") or ():
+            yield from _steps(step)
+    else:
+        yield spec
+
+
+def _growth(step: dict[str, Any]) -> int:
+    match step.get("type"):
+        case "ByteLevel":
+            return 2
+        case "Replace":
+            pattern = step.get("pattern") or {}
+            return max(1, -(-len(step.get("content") or "") // max(1, len(pattern.get("String") or ""))))
+        case "Prepend":
+            return max(1, len(step.get("prepend") or ""))
+        case _:
+            return 1
