@@ -15,6 +15,7 @@ import psutil
 from clients.launcher.errors import LauncherError
 from clients.launcher.instance import ServiceRecord
 from services.common.child_environment import SERVICE_LOG
+from services.common.log_file import log_files
 from services.common.new_file import create_file
 
 # psutil derives a process's creation time from the wall clock at boot, which time synchronisation may move a little.
@@ -24,12 +25,15 @@ _CLOCK_SLACK = 5.0
 _KILL_LIMIT = 5.0
 
 _LAST_LINES = 40
+_LAST_BYTES = 16_384
 
 
 def spawn(
     name: str, kind: str, command: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> tuple[ServiceRecord, subprocess.Popen[bytes]]:
     """Start `command` as the leader of a new session, without input, with its output in the new file `log`."""
+    for old in log_files(log):
+        old.unlink(missing_ok=True)
     with open(create_file(log, flags=os.O_APPEND), "ab") as output:
         try:
             process = subprocess.Popen(
@@ -115,14 +119,24 @@ def _signal(record: ServiceRecord, number: signal.Signals) -> None:
 
 
 def last_lines(log: str) -> list[str]:
-    """The last lines of a log, without blank ones; empty when there is none."""
-    try:
-        with Path(log).open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 16_384))
-            lines = stream.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
+    """The last lines of a log, without blank ones, also of the part that was put aside; empty when there is none."""
+    end = b""
+    for file in log_files(Path(log)):
+        end = _end(file, _LAST_BYTES - len(end)) + end
+        if len(end) == _LAST_BYTES:
+            break
+    lines = end.decode(errors="replace").splitlines()
     return [line.rstrip() for line in lines if line.strip()][-_LAST_LINES:]
+
+
+def _end(file: Path, size: int) -> bytes:
+    """The last bytes of a file, at most `size`; none when there is no file."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - size))
+            return stream.read(size)
+    except OSError:
+        return b""
 
 
 def last_error(log: str) -> str:

@@ -6,14 +6,19 @@ No log line carries the text of a prompt or an answer, except where `--log-promp
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TextIO
+
+from services.common.child_environment import SERVICE_LOG
+from services.common.log_file import BoundedLog
 
 if TYPE_CHECKING:
     from services.common.settings import ServiceSettings
@@ -45,10 +50,11 @@ _NAMES = tuple(field.name for field in fields(RequestFields))
 
 
 def configure_logging(service: str, settings: ServiceSettings) -> None:
-    """Log lines to standard error, in the format that was asked for."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), handlers=[log_handler(service, settings.log_format, sys.stderr)]
-    )
+    """Log lines to standard error, in the format that was asked for; in a bounded file, if `scalellm up` made it."""
+    handler = log_handler(service, settings.log_format, sys.stderr)
+    if log := os.environ.get(SERVICE_LOG):
+        handler.addFilter(BoundedLog(Path(log)))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     # It tells, with a traceback and before anybody looked at keys, of each value of metadata that is not UTF-8, such as
     # a mistyped key. What our handlers raise is told by `guarded`.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
