@@ -155,6 +155,10 @@ def warn_about_session(context: CliContext, generation: Generation) -> None:
         context.warn("another turn of this session was stored meanwhile; this one is not part of it")
     elif outcome == SessionOutcome.SESSION_OUTCOME_UNAVAILABLE:
         context.warn("the session store cannot be reached; this turn is not stored")
+    elif outcome == SessionOutcome.SESSION_OUTCOME_FULL:
+        context.warn(
+            "your sessions hold as much as they may; this turn is not stored: delete some, or wait for their end"
+        )
 
 
 def _fill(message: Any, values: Mapping[str, Any]) -> None:

@@ -43,6 +43,7 @@ class TenantLimits(BaseModel):
     """What a tenant may use, over all processes that serve it. None: any amount.
 
     Attributes:
+        session_bytes: Most bytes of its sessions; None: what the tokenizer's settings say.
         min_priority: The most urgent priority that its requests may have: lower ones run before those of others, so
             that going before all others has to be granted.
     """
@@ -52,6 +53,7 @@ class TenantLimits(BaseModel):
     concurrent_requests: _Count | None = None
     requests_per_minute: _Count | None = None
     tokens_per_minute: _Count | None = None
+    session_bytes: _Count | None = None
     min_priority: Annotated[int, Field(ge=-100, le=0)] = 0
 
     @property

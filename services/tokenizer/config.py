@@ -40,6 +40,9 @@ class TokenizerSettings(LinkingSettings):
     """Where sessions are kept: redis://host:port/db or unix://path; unset: no sessions."""
     session_ttl_s: Annotated[float, Field(ge=1, le=1e9)] = 3600.0
     """Seconds after its last turn for which a session is kept."""
+    max_session_bytes: Annotated[int, Field(ge=1, le=2**53)] = 128 * 2**20
+    """Most bytes that the sessions of one tenant hold in Redis, unless its limits (session_bytes) say otherwise;
+    default: half of the Redis that `scalellm up` and Compose start."""
     salt_secret: str = Field(default="", repr=False)
     """Key from which the tenants' prefix-cache salts are derived. All edges of one line need the same, or their
     requests share no cached prefixes; unset: a constant, which keeps tenants apart but is known to readers of the

@@ -56,6 +56,7 @@ _SESSION_OUTCOMES = {
     SaveOutcome.SAVED: generation_pb2.SESSION_OUTCOME_SAVED,
     SaveOutcome.CONFLICT: generation_pb2.SESSION_OUTCOME_CONFLICT,
     SaveOutcome.UNAVAILABLE: generation_pb2.SESSION_OUTCOME_UNAVAILABLE,
+    SaveOutcome.FULL: generation_pb2.SESSION_OUTCOME_FULL,
 }
 
 
@@ -163,7 +164,9 @@ class _GenerateCall:
         session = None
         if request.HasField("session_id"):
             trace.session_at = trace.now()
-            session = await edge.sessions.of(self._tenant).load(request.session_id) or new_session()
+            sessions = edge.sessions.of(self._tenant)
+            session = await sessions.load(request.session_id) or new_session()
+            await sessions.check_room()
             trace.session_ns = trace.now() - trace.session_at
         welcome = await edge.link.wait_up(_LINK_WAIT)
         trace.tokenize_at = trace.now()

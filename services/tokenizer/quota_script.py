@@ -47,6 +47,7 @@ if limit == '' and sequence > known then
     redis.call('HDEL', key, worker)
   end
 end
-redis.call('PEXPIRE', key, math.ceil(math.max(lease, requests - now, tokens - now) + minute))
+-- For ever: a full Redis evicts what expires, and limits have to outlive sessions. One small hash per tenant.
+redis.call('PERSIST', key)
 return {limit, math.ceil(wait)}
 """

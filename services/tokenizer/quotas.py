@@ -217,7 +217,7 @@ class TenantQuotas:
                 limit, retry_ms = await self.redis.eval(
                     QUOTA_SCRIPT,
                     1,
-                    f"{KEY_PREFIX}quota:{account.tenant.name}",
+                    f"{KEY_PREFIX}quota:{{{account.tenant.name}}}",
                     self.worker,
                     str(self._sequence),
                     str(account.running),

@@ -12,11 +12,12 @@ import copy
 import enum
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 from redis.asyncio import Redis
 
 from services.common.api_keys import DEFAULT_TENANT, Tenant
@@ -25,6 +26,7 @@ from services.common.errors import StatusError
 from services.common.logs import LineLimit
 from services.common.redis_client import KEY_PREFIX
 from services.common.redis_health import REDIS_ERRORS, RedisFault
+from services.tokenizer import session_script
 from services.tokenizer.session import (
     INFO_FIELDS,
     Session,
@@ -39,23 +41,13 @@ _log = logging.getLogger(__name__)
 
 _TIMEOUT = 1.0
 
-# Compare and set: stores a hash only if the session's version is the expected one ("" = there is none). The client
-# repeats it when a connection breaks before the answer: a session of the new version was stored the first time. The
-# tenant's index, by time of expiry, is brought up to date.
-_SAVE = """
-local version = redis.call('HGET', KEYS[1], 'version') or ''
-if version == ARGV[2] then return 1 end
-if version ~= ARGV[1] then return 0 end
-redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], unpack(ARGV, 5))
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-local time, ttl = redis.call('TIME'), tonumber(ARGV[3])
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
-redis.call('ZADD', KEYS[2], now + ttl, ARGV[4])
-if redis.call('PTTL', KEYS[2]) < ttl then redis.call('PEXPIRE', KEYS[2], ttl) end
-return 1
-"""
+_OVERHEAD = 512
+"""Bytes that Redis takes for a session beside its fields, about."""
+
+DEFAULT_BYTES = 128 * 2**20
+"""Most bytes of a tenant's sessions: half of the Redis that `scalellm up` and Compose start."""
+
+_LIMIT = "session_bytes"
 
 
 class SaveOutcome(enum.Enum):
@@ -64,6 +56,10 @@ class SaveOutcome(enum.Enum):
     SAVED = enum.auto()
     CONFLICT = enum.auto()
     UNAVAILABLE = enum.auto()
+    FULL = enum.auto()
+
+
+_OUTCOMES = {1: SaveOutcome.SAVED, 0: SaveOutcome.CONFLICT, -1: SaveOutcome.FULL}
 
 
 @dataclass(slots=True)
@@ -81,16 +77,26 @@ class SessionStore:
         ttl: Seconds after its last turn for which a session is kept.
         timeout: Longest wait for Redis, in seconds.
         tenant: Whose they are.
+        max_bytes: Most bytes of the sessions of a tenant whose limits do not say.
+        refused: Called with the name of a limit that something was refused for.
     """
 
     def __init__(
-        self, redis: Redis | None, ttl: float, timeout: float = _TIMEOUT, tenant: str = DEFAULT_TENANT.name
+        self,
+        redis: Redis | None,
+        ttl: float,
+        timeout: float = _TIMEOUT,
+        tenant: Tenant = DEFAULT_TENANT,
+        max_bytes: int = DEFAULT_BYTES,
+        refused: Callable[[str], None] = lambda limit: None,
     ) -> None:
         self._redis = redis
         self._ttl = ttl
         self._timeout = timeout
         self._log_limit = LineLimit()
         self._failures = _Failures()
+        self._default_bytes = max_bytes
+        self._refused = refused
         self._select(tenant)
 
     @property
@@ -98,14 +104,18 @@ class SessionStore:
         """Operations of all tenants that Redis did not do."""
         return self._failures.count
 
-    def _select(self, tenant: str) -> None:
-        self._keys = f"{KEY_PREFIX}session:{tenant}:"
-        self._index = f"{KEY_PREFIX}sessions:{tenant}"
+    def _select(self, tenant: Tenant) -> None:
+        # In braces, what decides on the slot in a cluster.
+        self._keys = f"{KEY_PREFIX}session:{{{tenant.name}}}:"
+        self._index = f"{KEY_PREFIX}sessions:{{{tenant.name}}}"
+        self._sizes = f"{KEY_PREFIX}session-bytes:{{{tenant.name}}}"
+        self._tenant = tenant.name
+        self._max_bytes = tenant.limits.session_bytes or self._default_bytes
 
     def of(self, tenant: Tenant) -> SessionStore:
         """The sessions of another tenant, on the same connections."""
         other = copy.copy(self)
-        other._select(tenant.name)
+        other._select(tenant)
         return other
 
     async def load(self, session_id: str) -> Session | None:
@@ -130,29 +140,46 @@ class SessionStore:
                 _log.error("Redis key %s holds something else than a session: %s", key, error)
             raise StatusError.unavailable(f"session {session_id!r} cannot be read; delete it") from None
 
+    async def check_room(self) -> None:
+        """Raise StatusError RESOURCE_EXHAUSTED where no turn can be stored, before work is done for one."""
+        async with self._reach() as redis:
+            used = int(await redis.hget(self._sizes, "") or 0)
+            if used >= self._max_bytes:
+                used = await redis.eval(session_script.USED, 3, "", self._index, self._sizes, self._keys)
+        if used >= self._max_bytes:
+            raise self._full(used)
+
+    def _full(self, used: int | None = None) -> StatusError:
+        self._refused(_LIMIT)
+        holds = f"hold {used} bytes, and " if used is not None else ""
+        return StatusError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"{_LIMIT}: the sessions of tenant {self._tenant!r} {holds}may hold {self._max_bytes} in all; delete some, "
+            "or wait until they expire",
+        )
+
     async def save(self, session_id: str, session: Session) -> SaveOutcome:
         """Store a turn, if the stored session is still the one that `session` continues. Never raises StatusError."""
         try:
-            stored = await self._compare_and_set(session_id, session)
+            return await self._compare_and_set(session_id, session)
         except StatusError as error:
             if (held_back := self._log_limit.admit()) is not None:
                 more = f" (and {held_back} before it)" if held_back else ""
                 _log.warning("a turn of session %s%s is not stored: %s", session_id, more, error.message)
             return SaveOutcome.UNAVAILABLE
-        return SaveOutcome.SAVED if stored else SaveOutcome.CONFLICT
 
     async def create(self, session_id: str, session: Session) -> bool:
-        """Store a session under a new id. False when the id is taken."""
-        return await self._compare_and_set(session_id, session)
+        """Store a session under a new id. False when the id is taken. Raises StatusError RESOURCE_EXHAUSTED."""
+        outcome = await self._compare_and_set(session_id, session)
+        if outcome is SaveOutcome.FULL:
+            raise self._full()
+        return outcome is SaveOutcome.SAVED
 
     async def delete(self, session_id: str) -> bool:
         """Remove a session. False when there was none."""
         async with self._reach() as redis:
-            pipeline = redis.pipeline(transaction=False)
-            pipeline.delete(self._keys + session_id)
-            pipeline.zrem(self._index, session_id)
-            deleted, _ = await pipeline.execute()
-        return bool(deleted)
+            keys = (self._keys + session_id, self._index, self._sizes)
+            return bool(await redis.eval(session_script.DELETE, 3, *keys, session_id))
 
     async def list(self, page_size: int, page_token: str) -> tuple[list[SessionInfo], str]:
         """Return a page of sessions, those that expire first first, and the token of the next page, empty on the last.
@@ -188,13 +215,16 @@ class SessionStore:
         if self._redis is not None:
             await self._redis.aclose()
 
-    async def _compare_and_set(self, session_id: str, session: Session) -> bool:
+    async def _compare_and_set(self, session_id: str, session: Session) -> SaveOutcome:
         version, fields = encode_session(session)
         flat = [part for pair in fields.items() for part in pair]
         async with self._reach() as redis:
-            keys = (self._keys + session_id, self._index)
+            keys = (self._keys + session_id, self._index, self._sizes)
             ttl_ms = str(int(self._ttl * 1000))
-            return bool(await redis.eval(_SAVE, 2, *keys, session.version, version, ttl_ms, session_id, *flat))
+            size = _OVERHEAD + len(session_id) + sum(map(len, flat))
+            what = (session.version, version, ttl_ms, session_id, self._keys, str(size), str(self._max_bytes))
+            stored = await redis.eval(session_script.SAVE, 3, *keys, *what, *flat)
+        return _OUTCOMES[stored]
 
     @asynccontextmanager
     async def _reach(self) -> AsyncIterator[Any]:

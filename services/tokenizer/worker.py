@@ -89,7 +89,9 @@ class Worker:
         builder = _load_prompts(settings)
         model = builder.model
         redis = open_redis(settings.redis_url) if settings.redis_url else None
-        sessions = SessionStore(redis, settings.session_ttl_s)
+        sessions = SessionStore(
+            redis, settings.session_ttl_s, max_bytes=settings.max_session_bytes, refused=self._metrics.count_limited
+        )
         watch = _watch_redis(redis) if redis is not None else None
         worker_id = f"tokenizer-{os.getpid()}-{os.urandom(4).hex()}"
         # Connections of their own: their waits are shorter, because every limited request waits for them.

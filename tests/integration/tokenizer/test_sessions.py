@@ -172,7 +172,7 @@ async def test_every_key_expires(module_redis, client, speak):
     redis = Redis.from_url(module_redis.url)
     try:
         keys = [key async for key in redis.scan_iter("*")]
-        assert b"scalellm:session:default:expires" in keys
+        assert b"scalellm:session:{default}:expires" in keys
         assert all([await redis.ttl(key) > 0 for key in keys])
     finally:
         await redis.aclose()

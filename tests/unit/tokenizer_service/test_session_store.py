@@ -186,7 +186,7 @@ async def test_what_expired_leaves_the_list(store, redis_process):
     assert await store.list(10, "") == ([], "")
     await store.save("s", with_turn(new_session(), 1))
     assert [info.session_id for info in (await store.list(10, ""))[0]] == ["s"]
-    assert await redis.zcard("scalellm:sessions:default") == 1
+    assert await redis.zcard("scalellm:sessions:{default}") == 1
     await redis.aclose()
 
 
@@ -220,8 +220,8 @@ async def test_a_save_whose_answer_was_lost_is_no_conflict(redis_process):
 
 async def test_something_else_under_the_key(store, redis_process):
     other = open_redis(redis_process.url, timeout=PATIENCE)
-    await other.hset("scalellm:session:default:odd", "version", "1")
-    await other.set("scalellm:session:default:wrong-type", "1")
+    await other.hset("scalellm:session:{default}:odd", "version", "1")
+    await other.set("scalellm:session:{default}:wrong-type", "1")
     with pytest.raises(StatusError, match="session 'odd' cannot be read; delete it"):
         await store.load("odd")
     with pytest.raises(StatusError, match="the session store refuses a command"):

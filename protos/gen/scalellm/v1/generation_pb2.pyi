@@ -21,6 +21,7 @@ class SessionOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SESSION_OUTCOME_SAVED: _ClassVar[SessionOutcome]
     SESSION_OUTCOME_CONFLICT: _ClassVar[SessionOutcome]
     SESSION_OUTCOME_UNAVAILABLE: _ClassVar[SessionOutcome]
+    SESSION_OUTCOME_FULL: _ClassVar[SessionOutcome]
 OUTPUT_UNSPECIFIED: Output
 OUTPUT_TEXT: Output
 OUTPUT_TOKEN_IDS: Output
@@ -29,6 +30,7 @@ SESSION_OUTCOME_UNSPECIFIED: SessionOutcome
 SESSION_OUTCOME_SAVED: SessionOutcome
 SESSION_OUTCOME_CONFLICT: SessionOutcome
 SESSION_OUTCOME_UNAVAILABLE: SessionOutcome
+SESSION_OUTCOME_FULL: SessionOutcome
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "prompt", "chat", "tokens", "sampling", "stop", "include_stop", "session_id", "priority", "output", "skip_special_tokens", "stream_interval")

@@ -78,7 +78,7 @@ class SessionsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Fork(self, request, context):
-        """A copy that goes on separately. The common part stays shared in the executor's prefix cache.
+        """A copy that goes on separately. RESOURCE_EXHAUSTED where the tenant's sessions may not hold as many bytes. The common part stays shared in the executor's prefix cache.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
