@@ -16,7 +16,7 @@ import psutil
 from clients.launcher.errors import LauncherError
 from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER
 from services.common.addresses import bound_socket, join_address
-from services.common.child_environment import child_environment
+from services.common.child_environment import EXPORT, child_environment
 
 PUBLIC_PORT = 50051
 SCHEDULER_PORT = 50052
@@ -167,7 +167,7 @@ def service_environment(options: UpOptions, kind: str, redis_url: str) -> dict[s
 
     Secrets travel here: commands can be read by every user of the machine.
     """
-    environment = child_environment(options.environment, f"SCALELLM_{kind.upper()}_*")
+    environment = child_environment(options.environment, f"SCALELLM_{kind.upper()}_*", EXPORT)
     if kind == TOKENIZER:  # nobody outside this instance can tell from timings what others have asked
         environment.setdefault("SCALELLM_TOKENIZER_SALT_SECRET", secrets.token_hex(32))
     if kind in (SCHEDULER, TOKENIZER):

@@ -16,6 +16,9 @@ SERVICE_LOG = "SCALELLM_SERVICE_LOG"
 KEEP = "SCALELLM_KEEP_ENVIRONMENT"
 """Names (or patterns such as `ACME_*`), separated by commas, of more variables that an operator's processes need."""
 
+EXPORT = "OTEL_*"
+"""How traces are exported, keys for a collector included: for processes that export them."""
+
 _ALLOWED = (
     # Where things are, and how text is written.
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "PWD", "TMPDIR", "LANG", "LANGUAGE", "LC_*", "TZ", "TZDIR", "TERM"),

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from services.common.child_environment import child_environment
+from services.common.child_environment import EXPORT, child_environment
 from services.common.lifecycle import StartError
 from services.tokenizer.config import TokenizerSettings
 
@@ -45,7 +45,7 @@ class Supervisor:
         self._settings = settings
         self._port = port
         self._on_crash = on_crash
-        self._environment = child_environment(os.environ)
+        self._environment = child_environment(os.environ, EXPORT)
         # The workers are the parallelism; a tokenizer that starts threads of its own would fight its neighbours.
         self._environment.setdefault("TOKENIZERS_PARALLELISM", "false")
         if metrics_folder is not None:

@@ -1,7 +1,11 @@
 """What a child is told of its parent's environment."""
 
+from pathlib import Path
+
 import pytest
 
+from clients.launcher import UpOptions
+from clients.launcher.plan import service_environment
 from services.common.child_environment import child_environment
 
 SECRETS = {
@@ -75,5 +79,13 @@ def test_operators_can_keep_more(kept: str) -> None:
 
 
 def test_a_service_has_its_own_settings() -> None:
-    found = child_environment(SECRETS, "SCALELLM_TOKENIZER_*")
-    assert set(found) == {"SCALELLM_TOKENIZER_SALT_SECRET", "SCALELLM_TOKENIZER_API_KEYS"}
+    options = UpOptions("m", Path(), Path(), {**SECRETS, "OTEL_EXPORTER_OTLP_HEADERS": "api-key=a"})
+    assert set(service_environment(options, "tokenizer", "redis://")) == {
+        "SCALELLM_TOKENIZER_SALT_SECRET",
+        "SCALELLM_TOKENIZER_API_KEYS",
+        "SCALELLM_TOKENIZER_REDIS_URL",
+        "OTEL_EXPORTER_OTLP_HEADERS",
+    }
+    executor = service_environment(options, "executor", "redis://")
+    assert set(executor) == {"SCALELLM_EXECUTOR_LINK_TOKEN_FILE", "OTEL_EXPORTER_OTLP_HEADERS"}
+    assert not child_environment(executor), "the engine exports nothing"
