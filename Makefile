@@ -2,8 +2,8 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all test-compose test-kernels aot lint format protos bench bench-load \
-	bench-tokenizer bench-scheduler bench-executor bench-line bench-peers gpu setup setup-dev clean
+.PHONY: help run up down status chat test test-all test-compose test-hostile test-kernels aot lint format protos \
+	bench bench-load bench-tokenizer bench-scheduler bench-executor bench-line bench-peers gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
@@ -43,6 +43,11 @@ test-all: setup-dev ## run all tests; those of the monitoring files need Prometh
 
 test-compose: setup-dev ## run the containers for real: up, scale, crash, upgrade, down (needs Docker; minutes)
 	$(test-env) $(python) -m pytest -n 0 -v tests/compose $(PYTEST_ARGS)
+
+# HOSTILE_SEED=7 repeats a run; each message and mutant that fails is named with the seed of its own run.
+test-hostile: setup-dev ## attack a line: HTTP/2 abuses, odd messages for ten minutes, lying model files (an hour)
+	$(test-env) HOSTILE_SECONDS=$${HOSTILE_SECONDS:-600} HOSTILE_MUTANTS=$${HOSTILE_MUTANTS:-2000} \
+		HOSTILE_SEED=$${HOSTILE_SEED:-$$RANDOM} $(python) -m pytest -n 0 -v tests/integration/hostile $(PYTEST_ARGS)
 
 test-kernels: setup-dev ## run the Triton kernels on the interpreter (no GPU needed)
 	$(test-env) TRITON_INTERPRET=1 $(python) -m pytest -n 2 --dist worksteal -q tests/kernels/interp $(PYTEST_ARGS)
