@@ -22,7 +22,7 @@ from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import Prompt, PromptBuilder
-from services.tokenizer.quotas import TenantQuotas
+from services.tokenizer.quotas import Lease, TenantQuotas
 from services.tokenizer.request_log import RequestEnd, RequestLog
 from services.tokenizer.request_trace import RequestTrace
 from services.tokenizer.sample_stream import OutputOptions, SampleStream
@@ -32,7 +32,7 @@ from services.tokenizer.session_store import SaveOutcome, SessionStore
 from services.tokenizer.text.conversation import answer_segment
 from services.tokenizer.text.stop_strings import StopStrings
 from services.tokenizer.token_receiver import TokenReceiver
-from services.tokenizer.validation import check_prompt_tokens, fit_context, validate_generate
+from services.tokenizer.validation import MIN_PRIORITY, check_prompt_tokens, fit_context, is_id, validate_generate
 
 if TYPE_CHECKING:
     from services.common.tracing.tracer import Tracer
@@ -150,16 +150,17 @@ class _GenerateCall:
         self._tenant = edge.access.tenant(self._context.invocation_metadata())
         if not edge.access.is_open:
             self._fields.tenant = self._tenant.name
-        validate_generate(request, edge.limits, edge.vocab_size)
-        self._fields.request_id = request.request_id or f"req-{secrets.token_hex(8)}"
-        lease = await edge.quotas.admit(self._tenant, request.priority)
+        self._fields.request_id = request.request_id if is_id(request.request_id) else f"req-{secrets.token_hex(8)}"
+        # Before anything is checked: a request that is refused counts as well.
+        lease = await edge.quotas.admit(self._tenant, max(request.priority, MIN_PRIORITY))
         try:
-            await self._generate()
+            validate_generate(request, edge.limits, edge.vocab_size)
+            await self._generate(lease)
         finally:
             if lease is not None:
                 lease.end(self._count_tokens())
 
-    async def _generate(self) -> None:
+    async def _generate(self, lease: Lease | None) -> None:
         edge, request, trace = self._edge, self._request, self.trace
         session = None
         if request.HasField("session_id"):
@@ -179,6 +180,8 @@ class _GenerateCall:
         if edge.tokenizer_size > edge.vocab_size:
             check_prompt_tokens(request, prompt.token_ids, edge.vocab_size, edge.prompts.model.tokenizer.id_to_token)
         submit = self._make_submit(prompt, fit_context(request, len(prompt.token_ids), welcome.max_model_len))
+        if lease is not None:
+            await lease.reserve(len(submit.token_ids) + submit.sampling.n * submit.sampling.max_tokens)
         options = OutputOptions.from_request(request)
         stops = StopStrings(request.stop) if request.stop else None
         texts = edge.prompts.texts.after(prompt.token_ids)

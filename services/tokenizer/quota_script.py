@@ -1,7 +1,8 @@
 """The step that all workers share, run by Redis as one."""
 
 QUOTA_SCRIPT = """
--- KEYS: the tenant's hash. ARGV: worker, sequence, running, lease ms, admit, tokens, then three limits (0: none).
+-- KEYS: the tenant's hash. ARGV: worker, sequence, running, lease ms, admit, tokens, then three limits (0: none), and
+-- tokens to reserve. Tokens may be negative: what was reserved and not used is given back.
 -- In the hash: running:WORKER = 'count expiry sequence'; requests, tokens = when, in ms, their buckets will be dry.
 -- Returns the limit that refuses the request ('' : none) and the milliseconds until it may be tried again.
 local key, worker = KEYS[1], 'running:' .. ARGV[1]
@@ -26,8 +27,13 @@ for i = 1, #fields, 2 do
   end
 end
 
-if max_tokens > 0 and used > 0 then tokens = tokens + used * minute / max_tokens end
+local reserve = tonumber(ARGV[10])
+if max_tokens > 0 and used ~= 0 then tokens = math.max(now, tokens + used * minute / max_tokens) end
 local limit, wait = '', 0
+if reserve > 0 and max_tokens > 0 then
+  if tokens - now >= minute then limit, wait = 'tokens_per_minute', tokens - now - minute
+  else tokens = tokens + reserve * minute / max_tokens end
+end
 if admit then
   if max_running > 0 and total > max_running then limit = 'concurrent_requests'
   elseif max_tokens > 0 and tokens - now >= minute then limit, wait = 'tokens_per_minute', tokens - now - minute

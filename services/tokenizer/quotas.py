@@ -31,6 +31,7 @@ _LEASE = 30.0
 
 _RETRY_REDIS = 1.0
 _RETRY_CONCURRENT = 1.0
+_SHORTEST_RETRY = 0.1
 
 
 @dataclass(slots=True, eq=False)
@@ -50,10 +51,20 @@ class Lease:
 
     _quotas: TenantQuotas
     _account: _Account
+    _reserved: int = 0
+
+    async def reserve(self, tokens: int) -> None:
+        """Charge the tokens that the request may use, before it uses them. Raises StatusError RESOURCE_EXHAUSTED."""
+        limit = self._account.tenant.limits.tokens_per_minute
+        if limit is None:
+            return
+        amount = min(tokens, limit)  # more holds no others up any longer
+        await self._quotas._reserve(self._account, amount)
+        self._reserved = amount
 
     def end(self, tokens: int) -> None:
         """The request is over, and has used so many tokens."""
-        self._quotas._end(self._account, tokens)
+        self._quotas._end(self._account, tokens - self._reserved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +73,12 @@ class _Refusal:
     retry_after: float
 
     def to_error(self, tenant: Tenant) -> StatusError:
-        value = getattr(tenant.limits, self.limit)
+        value, retry_after = getattr(tenant.limits, self.limit), max(self.retry_after, _SHORTEST_RETRY)
         what = "at once" if self.limit == "concurrent_requests" else "per minute, over all its requests"
         return StatusError(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"{self.limit}: tenant {tenant.name!r} may use {value} {what}; retry in {self.retry_after:.1f} s",
-            retry_after=self.retry_after,
+            f"{self.limit}: tenant {tenant.name!r} may use {value} {what}; retry in {retry_after:.1f} s",
+            retry_after=retry_after,
         )
 
 
@@ -75,9 +86,11 @@ class _Refusal:
 class TenantQuotas:
     """Admits requests within the limits of their tenants. `run` has to run.
 
-    Rates are leaky buckets that hold one minute's worth. Tokens are counted when they are known, at the end of a
-    request: a tenant that has used more than its share waits for that much longer. While Redis is away each process
-    keeps to the limits on its own, so that a tenant may use up to as many times as much as there are processes.
+    Rates are leaky buckets that hold one minute's worth. A request's tokens are charged when its prompt is known, with
+    the longest answer that it may have, and what it did not use is given back at its end. A request finds room as long
+    as the bucket is not full, whatever it needs: so none is too large for ever, and what is beyond the limit is waited
+    off. While Redis is away each process keeps to the limits on its own, so that a tenant may use up to as many times
+    as much as there are processes.
 
     Attributes:
         redis: Where processes meet; None: each one is alone.
@@ -182,20 +195,41 @@ class TenantQuotas:
             account.requests_until = max(account.requests_until, self.clock()) + _MINUTE / limits.requests_per_minute
 
     def _check_alone(self, account: _Account) -> _Refusal | None:
+        if (refusal := self._check_tokens(account)) is not None:
+            return refusal
         limits, now = account.tenant.limits, self.clock()
         if limits.requests_per_minute is not None:
             over = max(account.requests_until, now) + _MINUTE / limits.requests_per_minute - now - _MINUTE
             if over > 0:
                 return _Refusal("requests_per_minute", over)
-        if limits.tokens_per_minute is not None and (over := account.tokens_until - now - _MINUTE) >= 0:
+        return None
+
+    def _check_tokens(self, account: _Account) -> _Refusal | None:
+        is_limited = account.tenant.limits.tokens_per_minute is not None
+        if is_limited and (over := account.tokens_until - self.clock() - _MINUTE) >= 0:
             return _Refusal("tokens_per_minute", over)
         return None
+
+    async def _reserve(self, account: _Account, tokens: int) -> None:
+        refusal = await self._ask_redis(account, admit=False, reserve=tokens) if self._may_ask_redis() else None
+        if refusal is None and not self.is_shared:
+            refusal = self._check_tokens(account)
+            if refusal is None:
+                account.unreported_tokens += tokens
+        if refusal is not None:
+            self.refused(refusal.limit)
+            raise refusal.to_error(account.tenant)
+        self._fill(account, tokens)
+
+    def _fill(self, account: _Account, tokens: int) -> None:
+        if (limit := account.tenant.limits.tokens_per_minute) is not None:
+            now = self.clock()
+            account.tokens_until = max(now, max(account.tokens_until, now) + tokens * _MINUTE / limit)
 
     def _end(self, account: _Account, tokens: int) -> None:
         account.running -= 1
         account.unreported_tokens += tokens
-        if (limit := account.tenant.limits.tokens_per_minute) is not None:
-            account.tokens_until = max(account.tokens_until, self.clock()) + tokens * _MINUTE / limit
+        self._fill(account, tokens)
         self._report(account)
 
     def _report(self, account: _Account) -> None:
@@ -206,8 +240,8 @@ class TenantQuotas:
     def _may_ask_redis(self) -> bool:
         return self.redis is not None and self.clock() >= self._retry_redis_at
 
-    async def _ask_redis(self, account: _Account, *, admit: bool) -> _Refusal | None:
-        """Report, and ask for one more request with `admit`. A failure is remembered in `is_shared`."""
+    async def _ask_redis(self, account: _Account, *, admit: bool, reserve: int = 0) -> _Refusal | None:
+        """Report, and ask for one more request with `admit`, or for tokens. A failure is remembered in `is_shared`."""
         assert self.redis is not None
         limits = account.tenant.limits
         tokens, account.unreported_tokens = account.unreported_tokens, 0
@@ -227,6 +261,7 @@ class TenantQuotas:
                     str(limits.concurrent_requests or 0),
                     str(limits.requests_per_minute or 0),
                     str(limits.tokens_per_minute or 0),
+                    str(reserve),
                 )
         except REDIS_ERRORS as error:
             account.unreported_tokens += tokens

@@ -16,6 +16,7 @@ from services.tokenizer.limits import RequestLimits
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 DEFAULT_PAGE_SIZE = 100
+MIN_PRIORITY = -100
 
 
 def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLimits, vocab_size: int) -> None:
@@ -38,7 +39,7 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
     _validate_stops(request.stop, limits)
     if request.HasField("session_id"):
         _validate_session(request)
-    if not -100 <= request.priority <= 100:
+    if not MIN_PRIORITY <= request.priority <= 100:
         raise StatusError.invalid("priority", f"must be in [-100, 100], got {request.priority}")
     if request.output not in generation_pb2.Output.values():
         raise StatusError.invalid("output", f"must be a value of Output, got {request.output}")

@@ -145,6 +145,30 @@ async def test_tokens_are_counted_when_they_are_known(workers):
     assert 500 < error.retry_after <= 600
 
 
+@pytest.mark.parametrize("shared", [True, False])
+async def test_tokens_are_reserved_before_they_are_used(workers, shared):
+    """A hundred requests that each may use a minute's worth do not start within one minute."""
+    one, two = workers if shared else 2 * (TenantQuotas(None, "alone", clock=Clock()),)
+    tenant = Tenant("acme", TenantLimits(tokens_per_minute=6000))
+    leases = [await one.admit(tenant) for _ in range(100)]
+    results = await asyncio.gather(*(lease.reserve(100 + 16 * 4000) for lease in leases), return_exceptions=True)
+    started = [lease for lease, result in zip(leases, results, strict=True) if result is None]
+    assert 1 <= len(started) <= 2  # the bucket leaks a little while they come
+    refused = {error.message.partition(";")[0] for error in results if error is not None}
+    assert refused == {"tokens_per_minute: tenant 'acme' may use 6000 per minute, over all its requests"}
+    await refusal(two, tenant)
+    for lease in leases:  # what is not used is given back
+        lease.end(10 if lease in started else 0)
+    await eventually(lambda: one._accounts["acme"].unreported_tokens == 0 or not shared)
+    again = [await two.admit(tenant) for _ in range(5)]
+    for lease in again:
+        await lease.reserve(1000)
+    for lease in again:
+        lease.end(7000)
+    await eventually(lambda: two._accounts["acme"].unreported_tokens == 0 or not shared)
+    assert 250 < (await refusal(two, tenant)).retry_after < 292, "what is used beyond the reservation is waited off"
+
+
 async def test_without_redis_each_process_keeps_to_the_limits():
     clock = Clock()
     refused = []
