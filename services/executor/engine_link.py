@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
-from services.common.link import API_MINOR
+from services.common.link import API_MINOR, check_submit, parse_client_frame, read_hello
 from services.executor.engine.engine import Engine
 from services.executor.engine.ledger import EngineLoad
 from services.executor.engine.request import (
@@ -66,14 +65,6 @@ def sampling_from_wire(wire: common_pb2.SamplingParams) -> SamplingParams:
         logit_bias={entry.token_id: entry.bias for entry in wire.logit_bias},
         stop_token_ids=frozenset(wire.stop_token_ids),
     )
-
-
-def parse_client_frame(payload: bytes) -> link_pb2.ClientFrame:
-    """Read a frame. Raises StatusError when it is none."""
-    try:
-        return link_pb2.ClientFrame.FromString(payload)
-    except DecodeError:
-        raise StatusError.invalid("frame", "is not a ClientFrame") from None
 
 
 def load_to_wire(load: EngineLoad, draining: bool) -> link_pb2.Load:
@@ -144,10 +135,11 @@ class EngineLink:
         if self._num_here >= self._request_window:  # whoever keeps to its credits cannot get here
             message = f"granted_requests: {self._request_window} requests are here, more than that were not granted"
             raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
-        if self.traced is not None:
-            self.traced.on_submit(submit, now)
         charged_tokens = submit.charged_tokens if submit.HasField("charged_tokens") else len(submit.token_ids)
         try:
+            check_submit(submit)
+            if self.traced is not None:
+                self.traced.on_submit(submit, now)
             if draining:
                 raise StatusError.unavailable("the executor is draining and takes no new requests")
             self._engine.add(
@@ -262,8 +254,9 @@ def split_by_link(result: StepResult) -> Mapping[int, StepResult]:
     return parts
 
 
-def welcome_frame(link: EngineLink, hello: link_pb2.Hello, *, info: link_pb2.Welcome, draining: bool) -> bytes:
-    """Answer a Hello with a serialised ServerFrame, or raise StatusError to refuse the link."""
+def welcome_frame(link: EngineLink, payload: bytes, *, info: link_pb2.Welcome, draining: bool) -> bytes:
+    """Answer a link's first frame with a serialised ServerFrame, or raise StatusError to refuse the link."""
+    hello = read_hello(payload)
     if hello.tokenizer_sha256 and info.tokenizer_sha256 and hello.tokenizer_sha256 != info.tokenizer_sha256:
         raise StatusError(
             grpc.StatusCode.FAILED_PRECONDITION,

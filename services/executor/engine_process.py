@@ -17,13 +17,15 @@ import time
 from collections.abc import Callable, Container
 from typing import NoReturn
 
+import grpc
+
 from scalellm.v1 import executor_pb2
 from services.common.errors import StatusError
 from services.common.lifecycle import StartError
 from services.common.logs import LineLimit, configure_logging
 from services.executor.build import LoadedEngine, build_engine
 from services.executor.config import ExecutorSettings
-from services.executor.engine_link import EngineLink, load_to_wire, parse_client_frame, split_by_link, welcome_frame
+from services.executor.engine_link import EngineLink, load_to_wire, split_by_link, welcome_frame
 from services.executor.engine_stats import stats_to_wire
 from services.executor.ipc import EngineChannel, Kind, Message
 from services.executor.request_trace import TracedRequests
@@ -65,7 +67,7 @@ class EngineLoop:
         self._request_window = config.max_num_seqs + max(1, config.max_num_seqs // 8)
         self._links: dict[int, EngineLink] = {}
         self._draining = False
-        self._num_refused_draining = 0
+        self._num_refused = 0
         self._last_load = self._last_stats = float("-inf")
         self._log_limit = LineLimit()
 
@@ -105,10 +107,7 @@ class EngineLoop:
             traced=TracedRequests() if self._is_tracing else None,
         )
         try:
-            frame = parse_client_frame(message.payload)
-            if frame.WhichOneof("frame") != "hello":
-                raise StatusError.invalid("frame", "the first one must be hello")
-            welcome = welcome_frame(link, frame.hello, info=self._loaded.welcome, draining=self._draining)
+            welcome = welcome_frame(link, message.payload, info=self._loaded.welcome, draining=self._draining)
         except StatusError as error:
             self._refuse(message.link, error)
         else:
@@ -125,8 +124,13 @@ class EngineLoop:
             self._drop(message.link)
             self._refuse(message.link, error)
             return
+        except Exception:  # whatever it is about this frame, the other links go on
+            _log.exception("a frame could not be taken in, its link ends")
+            self._drop(message.link)
+            self._refuse(message.link, StatusError(grpc.StatusCode.INTERNAL, "frame: could not be taken in"))
+            return
         if answer is not None:
-            self._num_refused_draining += self._draining
+            self._num_refused += 1
             self._channel.send(Message(Kind.FRAME, message.link, answer))
             self._report_traced(link)
 
@@ -181,10 +185,10 @@ class EngineLoop:
         stats = self._engine.stats()
         info.load.CopyFrom(load_to_wire(self._engine.load(), self._draining))
         info.steps = stats.steps
-        info.accepted = stats.accepted + stats.rejected + self._num_refused_draining
+        info.accepted = stats.accepted + self._num_refused
         info.finished = stats.finished
         info.cancelled = stats.cancelled + stats.deadline_exceeded
-        info.rejected = stats.rejected + stats.failed + self._num_refused_draining
+        info.rejected = self._num_refused + stats.failed
         info.preemptions = stats.preemptions
         info.prefix_cache_queries = stats.prefix_cache_queries
         info.prefix_cache_hits = stats.prefix_cache_hits

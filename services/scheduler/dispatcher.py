@@ -99,14 +99,14 @@ class Dispatcher:
         now = self._loop.time()
         self._arrivals += 1
         request = Request(link, submit, self._arrivals, now)
-        if self._tracer is not None:
-            request.trace = RequestTrace.begin(self._tracer, submit)
         link.requests[request.handle] = request
         self.books.accepted += 1
         self.books.prompt_tokens += request.num_prompt_tokens
         self._idle.clear()
         try:
             request.check()
+            if self._tracer is not None:
+                request.trace = RequestTrace.begin(self._tracer, submit)
             if self.is_draining:
                 raise StatusError.unavailable("the scheduler is draining", retry_after=_RETRY_AFTER)
             if self._fleet.outage is not None:
@@ -239,9 +239,15 @@ class Dispatcher:
                 break
             if request.awaits_affinity:
                 continue
-            replica = self._route(request, now)
-            if replica is not None:
+            try:
+                replica = self._route(request, now)
+                if replica is None:
+                    continue
                 self._dispatch(request, replica, now)
+            except Exception:  # whatever it is about this request, the others go on
+                _log.exception("a request could not be sent, it ends", extra={"request_id": request.submit.request_id})
+                self._abandon(request, StatusError(grpc.StatusCode.INTERNAL, "the request could not be sent"))
+            else:
                 num_requests += 1
                 num_tokens += request.num_prompt_tokens
         ready = self._fleet.ready

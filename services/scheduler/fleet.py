@@ -17,6 +17,9 @@ from services.scheduler.request import Request
 
 _log = logging.getLogger(__name__)
 
+_MAX_COUNT = 2**32 - 1
+"""Of a uint32 field."""
+
 
 class FleetListener(Protocol):
     """Who is told what happens to the executors."""
@@ -106,9 +109,9 @@ class Fleet:
             tokenizer_sha256=self.identity.tokenizer_sha256,
             vocab_size=self.identity.vocab_size,
             block_size=welcomes[0].block_size,
-            num_blocks=sum(welcome.num_blocks for welcome in welcomes),
+            num_blocks=min(sum(welcome.num_blocks for welcome in welcomes), _MAX_COUNT),
             max_model_len=min(welcome.max_model_len for welcome in welcomes),
-            max_num_seqs=sum(welcome.max_num_seqs for welcome in welcomes),
+            max_num_seqs=min(sum(welcome.max_num_seqs for welcome in welcomes), _MAX_COUNT),
             load=client_load(draining=False),
         )
 

@@ -99,13 +99,14 @@ class ReplicaLink:
             self._next_handle = (self._next_handle + 1) % 2**32
         handle = self._next_handle
         self._next_handle = (handle + 1) % 2**32
-        self._submitted_requests += 1
         charged_tokens = max(1, request.num_prompt_tokens - cached_tokens)
+        submit = request.make_submit(handle, now, charged_tokens)
+        self._submitted_requests += 1
         self._submitted_tokens += charged_tokens
         self._tokens_since_load += charged_tokens
         self.running[handle] = request
         request.start(self, handle, now)
-        self._client.submit(request.make_submit(handle, now, charged_tokens))
+        self._client.submit(submit)
 
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
         """Ask the executor to end a request, or one sample of it."""

@@ -10,13 +10,12 @@ import grpc
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
+from services.common.link import MAX_SAMPLES, check_submit
 
 if TYPE_CHECKING:
     from services.scheduler.client_link import ClientLink
     from services.scheduler.replica_link import ReplicaLink
     from services.scheduler.request_trace import RequestTrace
-
-MAX_SAMPLES = 16
 
 _ENDS = {
     link_pb2.ABORT_REASON_STOP: common_pb2.FINISH_REASON_STOP,
@@ -124,16 +123,9 @@ class Request:
         self._failover = 0.0
 
     def check(self) -> None:
-        """Raise INVALID_ARGUMENT for what would confuse the scheduler itself; the executor checks the rest."""
-        submit = self.submit
-        if not submit.token_ids:
-            raise StatusError.invalid("token_ids", "the prompt is empty, at least one token is needed")
-        n = submit.sampling.n if submit.sampling.HasField("n") else 1
-        if not 1 <= n <= MAX_SAMPLES:
-            raise StatusError.invalid("sampling.n", f"{n} is not within 1..{MAX_SAMPLES}")
-        for sample in submit.resumed:
-            if sample.index >= n:
-                raise StatusError.invalid("resumed.index", f"{sample.index} is not below sampling.n = {n}")
+        """Raise INVALID_ARGUMENT for what no executor can take, and go on from what was resumed."""
+        check_submit(self.submit)
+        for sample in self.submit.resumed:
             self.emitted[sample.index] = list(sample.token_ids)
             self.logprobs_passed[sample.index] = len(sample.token_ids)
             if sample.finished:

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
+from services.common.link import parse_client_frame, read_hello
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.client_link import ClientLink
 from services.scheduler.dispatcher import Dispatcher
@@ -71,7 +71,7 @@ class SchedulerService:
                 link_pb2.ServerFrame(welcome=welcome).SerializeToString(),
                 frames,
                 context,
-                lambda frame: self._on_frame(link, _parse(frame)),
+                lambda frame: self._on_frame(link, parse_client_frame(frame)),
             )
         finally:
             self._dispatcher.close_link(link)
@@ -148,14 +148,4 @@ async def _read_hello(frames: AsyncIterator[bytes]) -> link_pb2.Hello:
     except TimeoutError:
         message = f"hello: none came within {_HELLO_LIMIT:g} s"
         raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
-    frame = _parse(first)
-    if frame.WhichOneof("frame") != "hello":
-        raise StatusError.invalid("hello", "must be the first frame of a link")
-    return frame.hello
-
-
-def _parse(frame: bytes) -> link_pb2.ClientFrame:
-    try:
-        return link_pb2.ClientFrame.FromString(frame)
-    except DecodeError:
-        raise StatusError.invalid("frame", f"{len(frame)} bytes that are not a ClientFrame") from None
+    return read_hello(first)

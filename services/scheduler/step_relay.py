@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import grpc
-
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
 from services.scheduler.books import Books
 from services.scheduler.request import Request
 
@@ -25,27 +22,26 @@ def relay_step(step: link_pb2.StepOutput, running: Mapping[int, Request], books:
 
     Returns:
         Requests whose entries contradict the protocol, with what is wrong.
-
-    Raises:
-        StatusError: The columns of the frame do not fit together: nothing in it can be trusted.
     """
     # Lists: protobuf's own columns make an object per access, which costs more than all the rest of the loop.
     handles, indices, offsets, counts = step.handles[:], step.indices[:], step.offsets[:], step.counts[:]
     token_ids = step.token_ids[:]
-    if not len(handles) == len(indices) == len(offsets) == len(counts) or sum(counts) != len(token_ids):
-        raise StatusError(grpc.StatusCode.INTERNAL, f"step {step.seq} is malformed: its columns differ in length")
     books.tokens_received += len(token_ids)
     broken: list[tuple[Request, str]] = []
     if not _relay_decodes(handles, indices, offsets, counts, token_ids, running):
         books.tokens_dropped += _relay_tokens(handles, indices, offsets, counts, token_ids, running, broken)
     for logprobs in step.logprobs:
         if (request := running.get(logprobs.handle)) is not None:
-            _relay_logprobs(logprobs, request)
+            _relay_logprobs(logprobs, request, broken)
     for logprobs in step.prompt_logprobs:
         if (request := running.get(logprobs.handle)) is not None:
-            _relay_prompt_logprobs(logprobs, request)
+            _relay_prompt_logprobs(logprobs, request, broken)
     for sample in step.finished_samples:
-        if (request := running.get(sample.handle)) is not None and sample.index not in request.ended_samples:
+        if (request := running.get(sample.handle)) is None or sample.index in request.ended_samples:
+            continue
+        if sample.index >= len(request.emitted):
+            broken.append((request, f"sample {sample.index} ended, which there is not"))
+        else:
             request.ended_samples[sample.index] = sample.reason
             request.stopping_samples.pop(sample.index, None)
             sample.handle = request.handle
@@ -112,19 +108,26 @@ def _relay_tokens(
     return num_dropped
 
 
-def _relay_logprobs(logprobs: link_pb2.LinkLogprobs, request: Request) -> None:
+def _relay_logprobs(logprobs: link_pb2.LinkLogprobs, request: Request, broken: list[tuple[Request, str]]) -> None:
     known = request.logprobs_passed.get(logprobs.index, 0)
     end = logprobs.offset + len(logprobs.values.logprobs)
-    if end > known:
+    if logprobs.index >= len(request.emitted) or logprobs.offset > known:
+        where = f"of sample {logprobs.index} at offset {logprobs.offset}"
+        broken.append((request, f"log-probabilities {where} do not follow the last ones"))
+    elif end > known:
         _skip(logprobs, known)
         request.logprobs_passed[logprobs.index] = end
         logprobs.handle = request.handle
         request.link.add_logprobs(logprobs)
 
 
-def _relay_prompt_logprobs(logprobs: link_pb2.LinkLogprobs, request: Request) -> None:
+def _relay_prompt_logprobs(
+    logprobs: link_pb2.LinkLogprobs, request: Request, broken: list[tuple[Request, str]]
+) -> None:
     end = logprobs.offset + len(logprobs.values.logprobs)
-    if end > request.prompt_logprobs_passed:
+    if logprobs.offset > request.prompt_logprobs_passed or end > request.num_prompt_tokens:
+        broken.append((request, f"log-probabilities of the prompt at offset {logprobs.offset} are not the next ones"))
+    elif end > request.prompt_logprobs_passed:
         _skip(logprobs, request.prompt_logprobs_passed)
         request.prompt_logprobs_passed = end
         logprobs.handle = request.handle

@@ -16,6 +16,7 @@ from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.common.access import Access
 from services.common.api_keys import DEFAULT_TENANT, Tenant
 from services.common.errors import StatusError
+from services.common.link import LONGEST_NS
 from services.common.logs import RequestFields, request_fields
 from services.common.tracing import TraceHeaders
 from services.tokenizer.latency import LatencyTrace, server_timing
@@ -43,9 +44,6 @@ _LINK_WAIT = 1.5
 _ACCEPTANCE = 0.05
 """Seconds given to the scheduler to refuse a request before Started says that it was accepted. A refusal before the
 first message leaves gRPC's own retry policies free to act."""
-
-_LONGEST_DEADLINE = 1e9
-"""Seconds, some thirty years. gRPC clients may ask for 10^11, which does not fit the nanoseconds of a Submit."""
 
 # Every JSON and JavaScript client keeps integers below 2^53 as they are.
 _SEED_BITS = 53
@@ -248,7 +246,7 @@ class _GenerateCall:
         if time_remaining is not None:
             if time_remaining <= 0:
                 raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before generation began")
-            submit.time_remaining_ns = int(min(time_remaining, _LONGEST_DEADLINE) * 1e9)
+            submit.time_remaining_ns = min(int(time_remaining * 1e9), LONGEST_NS)  # clients may ask for 10^11 s
         return submit
 
     async def _accepted(self, receiver: TokenReceiver, submit: link_pb2.Submit, session: Session | None) -> None:

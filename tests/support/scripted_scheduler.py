@@ -129,6 +129,9 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
             model=self.model,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=self.vocab_size,
+            block_size=16,
+            num_blocks=1000,
+            max_num_seqs=64,
         )
         serving = asyncio.create_task(
             link.server_link.run(

@@ -1,6 +1,7 @@
 """The one implementation of both internal links (tokenizer to scheduler, scheduler to executor)."""
 
 from services.common.link.client import LinkClient, LinkHandler
+from services.common.link.client_frames import LONGEST_NS, MAX_SAMPLES, check_submit, parse_client_frame, read_hello
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.registration import link_service_handler
 from services.common.link.server import ServerLink
@@ -10,11 +11,16 @@ API_MINOR = 1
 
 __all__ = [
     "API_MINOR",
+    "LONGEST_NS",
+    "MAX_SAMPLES",
     "PLAINTEXT",
     "LinkClient",
     "LinkDialer",
     "LinkHandler",
     "LinkTraffic",
     "ServerLink",
+    "check_submit",
     "link_service_handler",
+    "parse_client_frame",
+    "read_hello",
 ]

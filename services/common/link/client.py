@@ -7,27 +7,33 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
-from google.protobuf.message import DecodeError
 
 from scalellm.v1 import link_pb2
 from services.common.cancellation import cancellable
 from services.common.errors import StatusError
 from services.common.link.dialer import PLAINTEXT, LinkDialer
+from services.common.link.server_frames import read_step, read_welcome
 from services.common.link.traffic import LinkTraffic
 from services.common.reload import ConfigFileError
 
 _log = logging.getLogger(__name__)
+
+FrameT = TypeVar("FrameT")
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.05, 2.0
 _HANDSHAKE_LIMIT = 10.0
 
 
 class LinkHandler(Protocol):
-    """Who uses a link. The calls come from the event loop, one at a time, and must not block."""
+    """Who uses a link. The calls come from the event loop, one at a time, and must not block.
+
+    Frames have been checked as far as they can be without knowing what was asked; see `server_frames`.
+    """
 
     def on_up(self, welcome: link_pb2.Welcome) -> None:
         """The peer welcomed us. Raise StatusError to refuse it."""
@@ -144,18 +150,18 @@ class LinkClient:
                 if first is grpc.aio.EOF:
                     # The status, if the peer gave one, says more than we can.
                     await self._raise_status(call)
-                frame = self._parse(first) if first is not grpc.aio.EOF else link_pb2.ServerFrame()
-                if frame.WhichOneof("frame") != "welcome":
                     raise StatusError.unavailable(f"{self.address} did not answer with a Welcome")
-                self._handler.on_up(frame.welcome)
+                welcome = self._take(first, read_welcome)
+                self._handler.on_up(welcome)
                 self._up = True
-                _log.info("link to %s is up: %s", self.address, frame.welcome.model)
-                await self._serve(call)
+                _log.info("link to %s is up: %s", self.address, welcome.model)
+                await self._serve(call, partial(read_step, vocab_size=welcome.vocab_size))
             finally:
                 call.cancel()
 
-    async def _serve(self, call: Any) -> None:
-        tasks = [asyncio.create_task(step(call)) for step in (self._read, self._write, self._watch)]
+    async def _serve(self, call: Any, read: Callable[[bytes], link_pb2.StepOutput]) -> None:
+        steps = (self._read(call, read), self._write(call), self._watch())
+        tasks = [asyncio.create_task(step) for step in steps]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -165,20 +171,17 @@ class LinkClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, call: Any) -> None:
+    async def _read(self, call: Any, read: Callable[[bytes], link_pb2.StepOutput]) -> None:
         while (message := await call.read()) is not grpc.aio.EOF:
-            frame = self._parse(message)
-            if frame.WhichOneof("frame") == "step":
-                self._handler.on_step(frame.step)
+            self._handler.on_step(self._take(message, read))
         await self._raise_status(call)
 
-    def _parse(self, message: bytes) -> link_pb2.ServerFrame:
+    def _take(self, message: bytes, read: Callable[[bytes], FrameT]) -> FrameT:
         self.traffic.on_received(message)
         try:
-            return link_pb2.ServerFrame.FromString(message)
-        except DecodeError:
-            error = f"{self.address} sent a message that is not a ServerFrame"
-            raise StatusError(grpc.StatusCode.INTERNAL, error) from None
+            return read(message)
+        except StatusError as error:
+            raise StatusError(error.code, f"{self.address} sent a {error.message}") from None
 
     async def _send_frame(self, call: Any, frame: link_pb2.ClientFrame) -> None:
         message = frame.SerializeToString()
@@ -202,7 +205,7 @@ class LinkClient:
             self._wake.clear()
             await self._wake.wait()
 
-    async def _watch(self, call: Any) -> None:
+    async def _watch(self) -> None:
         # Counted in turns of this loop, not by the clock: when this process stood still itself, its peer did not hang,
         # and what it said meanwhile is yet to be read.
         pause = min(1.0, self._silence_limit / 4)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, Self
 
 _TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_LONGEST_STATE = 512
+LONGEST_STATE = 512
 """Characters of a tracestate that everybody passes on; longer ones are dropped whole, as the specification allows."""
 
 
@@ -28,7 +28,13 @@ class TraceHeaders(NamedTuple):
                 tracestate = f"{tracestate},{value}" if tracestate else value
         if not traceparent:
             return cls()
-        return cls(traceparent, tracestate if len(tracestate) <= _LONGEST_STATE else "")
+        return cls(traceparent, tracestate if len(tracestate) <= LONGEST_STATE else "")
+
+    @property
+    def is_well_formed(self) -> bool:
+        """Whether both can be read. Ill-formed ones are dropped where a client sent them, and refused on a link."""
+        has_parent = not self.traceparent or _TRACEPARENT.fullmatch(self.traceparent) is not None
+        return has_parent and len(self.tracestate) <= LONGEST_STATE and self.tracestate.isascii()
 
     @property
     def trace_id(self) -> str:

@@ -354,7 +354,8 @@ async def test_a_step_that_breaks_the_protocol(make_line, eventually):
 async def test_a_message_that_is_no_frame_is_named_as_such(make_scheduler, make_edge, eventually):
     async def execute(frames, context):
         await anext(frames)
-        welcome = link_pb2.Welcome(instance_id="broken", model="m", max_model_len=64, block_size=16)
+        sizes = {"max_model_len": 64, "block_size": 16, "num_blocks": 4, "max_num_seqs": 1, "vocab_size": 9}
+        welcome = link_pb2.Welcome(instance_id="broken", model="m", **sizes)
         welcome.load.granted_requests = welcome.load.granted_prefill_tokens = 1
         yield link_pb2.ServerFrame(welcome=welcome).SerializeToString()
         await anext(frames)

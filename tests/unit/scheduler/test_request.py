@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
+from services.common.link import LONGEST_NS
 from services.scheduler.request import Request, RequestState
 
 
@@ -99,3 +100,10 @@ def test_samples_that_were_to_stop_end_when_nobody_is_left_to_do_it():
     request.settle_stopping()
     assert request.all_samples_ended
     assert len(request.link.finishes) == 2
+
+
+def test_the_longest_time_remaining_goes_on_to_an_executor():
+    request = make_request(time_remaining_ns=LONGEST_NS)
+    assert request.make_submit(9, 0.0, 3).time_remaining_ns == LONGEST_NS
+    with pytest.raises(StatusError, match="time_remaining_ns: must be at most"):
+        make_request(time_remaining_ns=2**64 - 1)

@@ -58,20 +58,6 @@ async def test_released_requests_hear_nothing():
     assert receiver.take() == []
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        link_pb2.StepOutput(handles=[1], indices=[0], offsets=[0], counts=[2], token_ids=[5]),
-        link_pb2.StepOutput(handles=[1], indices=[0], offsets=[0], counts=[1], token_ids=[5, 6]),
-        link_pb2.StepOutput(handles=[1], indices=[0], counts=[1], token_ids=[5]),
-        link_pb2.StepOutput(handles=[1, 2], indices=[0], offsets=[0], counts=[1], token_ids=[5]),
-    ],
-)
-async def test_columns_must_fit(step):
-    with pytest.raises(StatusError, match="columns do not fit"):
-        make_link().on_step(step)
-
-
 async def test_a_lost_link_ends_its_requests():
     link = make_link()
     receiver = submit(link)

@@ -1,0 +1,86 @@
+"""What a server takes from a link: bytes in, a checked frame or a refusal out.
+
+Both links are read here, so a field means and allows the same on each. Values that only an engine can judge (token ids,
+sampling) are checked by it, and named in the same way.
+"""
+
+from __future__ import annotations
+
+from google.protobuf.message import DecodeError
+
+from scalellm.v1 import common_pb2, link_pb2
+from services.common.errors import StatusError
+from services.common.tracing.headers import LONGEST_STATE, TraceHeaders
+
+MAX_SAMPLES = 16
+"""Samples of one request."""
+
+LONGEST_NS = 10**18
+"""Of any duration on a link, some thirty years: sums of a few, and times of any clock plus one, fit 64 bits."""
+
+_PRIORITIES = (-100, 100)
+_LONGEST_ID = 256
+_LONGEST_SALT = 64
+_LONGEST_DIGEST = 64
+
+
+def parse_client_frame(message: bytes) -> link_pb2.ClientFrame:
+    """Read a frame. Raises StatusError, which ends the link, when it is none."""
+    try:
+        return link_pb2.ClientFrame.FromString(message)
+    except DecodeError:
+        raise StatusError.invalid("frame", f"{len(message)} bytes that are not a ClientFrame") from None
+
+
+def read_hello(message: bytes) -> link_pb2.Hello:
+    """Read the first frame of a link. Raises StatusError, which ends the link, when it is not a valid Hello."""
+    frame = parse_client_frame(message)
+    if frame.WhichOneof("frame") != "hello":
+        raise StatusError.invalid("hello", "must be the first frame of a link")
+    _check_size("hello.client_id", frame.hello.client_id, _LONGEST_ID)
+    _check_size("hello.tokenizer_sha256", frame.hello.tokenizer_sha256, _LONGEST_DIGEST)
+    return frame.hello
+
+
+def check_submit(submit: link_pb2.Submit) -> None:
+    """Raise INVALID_ARGUMENT, which ends the request alone, for the first field beyond its limits."""
+    num_tokens = len(submit.token_ids)
+    if not num_tokens:
+        raise StatusError.invalid("token_ids", "the prompt is empty, at least one token is needed")
+    _check_size("request_id", submit.request_id, _LONGEST_ID)
+    _check_size("session_id", submit.session_id, _LONGEST_ID)
+    _check_size("cache_salt", submit.cache_salt, _LONGEST_SALT)
+    lowest, highest = _PRIORITIES
+    if not lowest <= submit.priority <= highest:
+        raise StatusError.invalid("priority", f"must be in [{lowest}, {highest}], got {submit.priority}")
+    if submit.time_remaining_ns > LONGEST_NS:
+        raise StatusError.invalid("time_remaining_ns", f"must be at most {LONGEST_NS}, got {submit.time_remaining_ns}")
+    if submit.charged_tokens > num_tokens:
+        raise StatusError.invalid(
+            "charged_tokens", f"must be at most the prompt's {num_tokens} tokens, got {submit.charged_tokens}"
+        )
+    if not TraceHeaders(submit.traceparent).is_well_formed:
+        raise StatusError.invalid("traceparent", "must be empty or a traceparent of W3C Trace Context")
+    if not TraceHeaders(tracestate=submit.tracestate).is_well_formed:
+        raise StatusError.invalid("tracestate", f"must have at most {LONGEST_STATE} characters of ASCII")
+    num_samples = submit.sampling.n if submit.sampling.HasField("n") else 1
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise StatusError.invalid("sampling.n", f"{num_samples} is not within 1..{MAX_SAMPLES}")
+    _check_resumed(submit, num_samples)
+
+
+def _check_resumed(submit: link_pb2.Submit, num_samples: int) -> None:
+    seen: set[int] = set()
+    for sample in submit.resumed:
+        if sample.index >= num_samples or sample.index in seen:
+            message = f"{sample.index} is not below sampling.n = {num_samples}, or comes twice"
+            raise StatusError.invalid("resumed.index", message)
+        if sample.finished not in common_pb2.FinishReason.values():
+            raise StatusError.invalid("resumed.finished", f"must be a value of FinishReason, got {sample.finished}")
+        seen.add(sample.index)
+
+
+def _check_size(field: str, value: str | bytes, limit: int) -> None:
+    size = len(value.encode()) if isinstance(value, str) else len(value)
+    if size > limit:
+        raise StatusError.invalid(field, f"must have at most {limit} bytes, got {size}")
