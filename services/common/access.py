@@ -55,6 +55,10 @@ METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
 
 _REFRESH_INTERVAL = 1.0
 
+_STALE_LIMIT = 300.0
+"""Seconds for which keys that were read before open a service whose file is gone or broken: long enough to mend it, and
+an end to what a key opens whose removal cannot be read."""
+
 Metadata = Iterable[tuple[str, str | bytes]] | None
 
 
@@ -93,6 +97,18 @@ class Access:
         """For a server; none where everything is open, so that it costs nothing."""
         return () if self.is_open else (AccessInterceptor(self),)
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether a file of keys cannot be read now: what was read before is in use, for a while."""
+        self._refresh()
+        return any(source.failing_since is not None for source in self._sources)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether that has been so for too long: nobody is known any more."""
+        limit = time.monotonic() - _STALE_LIMIT
+        return any(source.failing_since is not None and source.failing_since <= limit for source in self._sources)
+
     def tenant(self, metadata: Metadata) -> Tenant:
         """On whose behalf a call runs. Raises StatusError UNAUTHENTICATED."""
         return DEFAULT_TENANT if self.is_open else self._identify(metadata).tenant
@@ -108,12 +124,19 @@ class Access:
                 grpc.StatusCode.PERMISSION_DENIED, f"authorization: {method} is not open to the role {role}"
             )
 
-    def _identify(self, metadata: Metadata) -> Principal:
+    def _refresh(self) -> None:
         now = time.monotonic()
         if now - self._refreshed_at >= _REFRESH_INTERVAL:
             self._refreshed_at = now
             for source in self._sources:
                 source.refresh()
+
+    def _identify(self, metadata: Metadata) -> Principal:
+        self._refresh()
+        if self.is_stale:
+            raise StatusError.unavailable(
+                f"authorization: the service has not been able to read its keys for {_STALE_LIMIT:g} s", retry_after=5.0
+            )
         given = next((value for key, value in metadata or () if key == "authorization"), None)
         if given is None:
             raise _unauthenticated("is missing; send it as metadata: authorization: Bearer KEY")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -27,6 +28,10 @@ class Reloaded(Generic[T]):
     Args:
         files: What to watch.
         load: Reads and checks them; raises ConfigFileError.
+
+    Attributes:
+        value: What was read last.
+        failing_since: Monotonic seconds since when the files cannot be used, so that `value` is old; None: it is not.
     """
 
     def __init__(self, files: Sequence[Path], load: Callable[[], T]) -> None:
@@ -34,19 +39,25 @@ class Reloaded(Generic[T]):
         self._load = load
         self._stamp = self._read_stamp()
         self.value = load()
+        self.failing_since: float | None = None
 
     def refresh(self) -> bool:
         """Look at the files. Whether there is a new value."""
         stamp = self._read_stamp()
-        if stamp == self._stamp:
+        if stamp == self._stamp and self.failing_since is None:
             return False
+        is_change = stamp != self._stamp
         self._stamp = stamp
         names = ", ".join(map(str, self._files))
         try:
             self.value = self._load()
         except ConfigFileError as error:
-            _log.error("%s changed, but what was read before stays in use: %s", names, error)
+            if is_change:
+                _log.error("%s changed, but what was read before stays in use: %s", names, error)
+            if self.failing_since is None:
+                self.failing_since = time.monotonic()
             return False
+        self.failing_since = None
         _log.info("read %s again", names)
         return True
 

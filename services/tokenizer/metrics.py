@@ -127,6 +127,7 @@ class EdgeMetrics:
         self.limits_unshared = gauge(
             "unshared_limits", "Workers that keep to the tenants' limits on their own, as Redis is away."
         )
+        self.keys_unread = gauge("keys_unread", "Workers that cannot read their file of API keys.")
         self.redis_unusable = gauge("redis_unusable", "Workers for which Redis does not do what sessions need.")
         self.link_up = gauge("scheduler_links", "Workers whose link to the scheduler is up.")
         self.tasks = gauge(

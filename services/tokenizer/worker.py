@@ -123,7 +123,7 @@ class Worker:
                 settings.host,
                 self._port,
                 services=[descriptor.full_name for descriptor in _SERVICES],
-                is_ready=lambda: self._is_ready(link, prompts, quotas, watch),
+                is_ready=lambda: self._is_ready(link, prompts, access, quotas, watch),
                 share_port=True,
                 options=(
                     *settings.connection_options,
@@ -196,15 +196,22 @@ class Worker:
             metrics.follow_tracer(self._tracer)
 
     def _is_ready(
-        self, link: SchedulerLink, prompts: PromptBuilder, quotas: TenantQuotas, watch: RedisWatch | None
+        self,
+        link: SchedulerLink,
+        prompts: PromptBuilder,
+        access: Access,
+        quotas: TenantQuotas,
+        watch: RedisWatch | None,
     ) -> bool:
         """Asked twice a second."""
         self._metrics.flush()
         self._metrics.limits_unshared.set(quotas.is_degraded)
+        self._metrics.keys_unread.set(access.is_failing)
         self._metrics.redis_unusable.set(watch is not None and not watch.is_up)
         self._metrics.link_up.set(link.welcome is not None)
         self._metrics.tasks.set(len(asyncio.all_tasks()))
-        return link.welcome is not None and prompts.is_working and not self._gate.is_closed
+        is_able = link.welcome is not None and prompts.is_working and not access.is_stale
+        return is_able and not self._gate.is_closed
 
     async def _drain(self, service: GrpcService, link: SchedulerLink) -> None:
         limit = self._settings.drain_limit_s

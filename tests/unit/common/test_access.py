@@ -121,6 +121,26 @@ def test_changes_are_taken_over_and_mistakes_are_not(key_file, user_key, monkeyp
     assert code(access, GENERATE, bearer(other)) is grpc.StatusCode.OK
 
 
+@pytest.mark.parametrize("how", ["gone", "broken"])
+def test_keys_that_cannot_be_read_for_long_open_nothing(key_file, user_key, monkeypatch, how):
+    monkeypatch.setattr("services.common.access._REFRESH_INTERVAL", 0.0)
+    access, text = Access(key_file), key_file.read_text()
+    assert not access.is_failing
+    if how == "gone":
+        key_file.unlink()
+    else:
+        key_file.write_text("[[keys]]")
+    assert code(access, GENERATE, bearer(user_key)) is grpc.StatusCode.OK
+    assert (access.is_failing, access.is_stale) == (True, False)
+    monkeypatch.setattr("services.common.access._STALE_LIMIT", 0.0)
+    assert access.is_stale
+    assert code(access, GENERATE, bearer(user_key)) is grpc.StatusCode.UNAVAILABLE
+    assert code(access, HEALTH) is grpc.StatusCode.OK
+    key_file.write_text(text)
+    assert code(access, GENERATE, bearer(user_key)) is grpc.StatusCode.OK
+    assert (access.is_failing, access.is_stale) == (False, False)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
