@@ -104,6 +104,8 @@ class GgufMetadata(Mapping[str, Any]):
                 position = self._end(kind, start + 4)
             except ValueError as error:
                 raise ValueError(f"{shown(key)}: {error}") from error
+            except OverflowError as error:
+                raise ValueError(f"{shown(key)}: a length that no file has") from error
             if position > len(self._data):
                 raise ValueError(f"it ends inside the value of {shown(key)}")
             if key in self._spans:  # which of them counts is not the same in all readers

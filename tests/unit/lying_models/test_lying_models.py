@@ -1,6 +1,7 @@
 """Model files that lie are loaded or refused in a line: nothing else is raised, hangs or takes memory."""
 
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,13 @@ def test_gguf_keys_and_tensors_are_there_once(tmp_path: Path) -> None:
     ends = [outcome(Mutant("gguf", 0, "", {"model.gguf": part.encoded()}).write(tmp_path)) for part in twice]
     assert "the key 'general.architecture' is there twice" in ends[0]
     assert "the tensor token_embd.weight is there twice" in ends[1]
+
+
+def test_a_text_of_a_gguf_file_is_no_longer_than_files_are(tmp_path: Path) -> None:
+    file = gguf_bases()[0]
+    data = file.encoded().replace(struct.pack("<Q", 5) + b"<pad>", struct.pack("<Q", 2**63) + b"<pad>")
+    end = outcome(Mutant("gguf", 0, "", {"model.gguf": data}).write(tmp_path))
+    assert end.endswith("not a readable GGUF file: 'tokenizer.ggml.tokens': a length that no file has")
 
 
 def test_an_engine_draws_only_what_there_is() -> None:
