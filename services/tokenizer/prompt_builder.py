@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Self, TypeVar
 
 import grpc
@@ -15,6 +16,7 @@ from services.common.errors import StatusError
 from services.tokenizer.session import Session
 from services.tokenizer.text.chat_renderer import ChatRenderer
 from services.tokenizer.text.chat_template import ChatTemplateError
+from services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
 from services.tokenizer.text.conversation import Continuation, ConversationEncoder
 from services.tokenizer.text.detokenizer import TokenTexts
 from services.tokenizer.text.encoder import EncodeBatcher, TooManyTokensError
@@ -24,6 +26,7 @@ from services.tokenizer.validation import context_exceeded, too_many_tokens
 _log = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
+Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +102,12 @@ class PromptBuilder:
         if request.WhichOneof("input") == "tokens":
             return Prompt(request.tokens.ids)
 
-        async def encode(text: str, *, add_special_tokens: bool = False) -> list[int]:
-            return await self._encoder.encode(
-                text, caller=caller, add_special_tokens=add_special_tokens, max_tokens=max_model_len - 1
-            )
+        async def encode(text: MarkedText) -> list[int]:
+            return await self._encode_rendered(text, caller=caller, max_tokens=max_model_len - 1)
 
         try:
             if request.WhichOneof("input") == "prompt":
-                return Prompt(await encode(request.prompt, add_special_tokens=True))
+                return Prompt(await self._encoder.encode(request.prompt, caller=caller, max_tokens=max_model_len - 1))
             if session is None:
                 return Prompt(await encode(await self.render(request.chat, caller=caller)))
             rendered = await self.render(request.chat, session.messages, caller=caller)
@@ -115,31 +116,58 @@ class PromptBuilder:
             raise context_exceeded(request, max_model_len, f"at least {error.at_least}") from None
         return Prompt(continuation.token_ids, continuation)
 
-    async def render(self, chat: generation_pb2.Chat, history: Sequence[tuple[str, str]] = (), *, caller: str) -> str:
-        """Return the text of a conversation: `history`, then `chat`. Raises StatusError."""
+    async def render(
+        self, chat: generation_pb2.Chat, history: Sequence[tuple[str, str]] = (), *, caller: str
+    ) -> MarkedText:
+        """Return the text of a conversation: `history`, then `chat`, marked as that says. Raises StatusError."""
         if self._renderer is None:
             raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, f"chat: {self._no_renderer}", field="chat")
         messages = [{"role": role, "content": content} for role, content in history]
         messages += [{"role": message.role, "content": message.content} for message in chat.messages]
+        mark = ""
+        if chat.content_is_text:
+            special = self._encoder.special_texts
+            if not special.are_alone:
+                raise StatusError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "chat.content_is_text: this model's tokenizer encodes a text behind a special token differently "
+                    "from one that stands alone",
+                    field="chat.content_is_text",
+                )
+            mark, messages = await self._encoder.run(caller, partial(self._mark, special, messages))
         adds_header = not chat.HasField("add_generation_prompt") or chat.add_generation_prompt
         try:
-            return await self._renderer.render(messages, caller=caller, add_generation_prompt=adds_header)
+            text = await self._renderer.render(messages, caller=caller, add_generation_prompt=adds_header)
         except ChatTemplateError as error:
-            raise StatusError.invalid("chat", str(error)) from None
+            raise StatusError.invalid("chat", str(error).replace(mark, "") if mark else str(error)) from None
+        return MarkedText(text, mark)
 
     async def encode(
-        self, text: str, field: str, *, caller: str, max_tokens: int, add_special_tokens: bool = False
+        self, text: str | MarkedText, field: str, *, caller: str, max_tokens: int, add_special_tokens: bool = False
     ) -> list[int]:
         """Return the token ids of a text, `max_tokens` at most. Raises StatusError that names `field`."""
         try:
-            ids = await self._encoder.encode(
-                text, caller=caller, add_special_tokens=add_special_tokens, max_tokens=max_tokens
-            )
+            if isinstance(text, MarkedText):
+                ids = await self._encode_rendered(text, caller=caller, max_tokens=max_tokens)
+            else:
+                ids = await self._encoder.encode(
+                    text, caller=caller, add_special_tokens=add_special_tokens, max_tokens=max_tokens
+                )
         except TooManyTokensError as error:
             raise too_many_tokens(field, max_tokens, f"at least {error.at_least}") from None
         if len(ids) > max_tokens:
             raise too_many_tokens(field, max_tokens, str(len(ids)))
         return ids
+
+    def _mark(self, special: SpecialTexts, messages: Sequence[Message]) -> tuple[str, list[Message]]:
+        texts = [text for message in messages for text in message.values()]
+        mark = special.choose_mark([*texts, self.model.chat_template or ""])
+        return mark, [{name: special.mark(text, mark) for name, text in message.items()} for message in messages]
+
+    async def _encode_rendered(self, text: MarkedText, *, caller: str, max_tokens: int) -> list[int]:
+        if text.mark:
+            return await self._encoder.encode_marked(text, caller=caller, max_tokens=max_tokens)
+        return await self._encoder.encode(text.text, caller=caller, add_special_tokens=False, max_tokens=max_tokens)
 
     async def run(self, caller: str, work: Callable[[], ResultT]) -> ResultT:
         """Return the result of long work on text, done in the encoder's thread when it is the caller's turn."""

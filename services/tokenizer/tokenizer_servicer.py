@@ -60,7 +60,7 @@ class TokenizerServicer:
         caller, most = self._caller(context), self._edge.limits.max_token_ids
         text = await self._prompts.render(request.chat, caller=caller)
         token_ids = await self._prompts.encode(text, "chat", caller=caller, max_tokens=most)
-        return tokenizer_pb2.ApplyChatTemplateResponse(text=text, token_ids=token_ids)
+        return tokenizer_pb2.ApplyChatTemplateResponse(text=text.plain, token_ids=token_ids)
 
     async def GetInfo(
         self, request: tokenizer_pb2.GetInfoRequest, context: grpc.aio.ServicerContext

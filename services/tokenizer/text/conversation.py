@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from services.tokenizer.text.content_as_text import MarkedText
 from services.tokenizer.text.detokenizer import TokenTexts
 
 
@@ -62,7 +63,7 @@ def answer_segment(texts: TokenTexts, token_ids: Sequence[int], content: str) ->
     return Segment(content[:kept_length], tuple(token_ids[:kept_tokens]))
 
 
-Encode = Callable[[str], Awaitable[list[int]]]
+Encode = Callable[[MarkedText], Awaitable[list[int]]]
 
 
 class ConversationEncoder:
@@ -76,7 +77,7 @@ class ConversationEncoder:
         self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
         self._adds_prefix = _adds_prefix(tokenizer)
 
-    async def extend(self, history: Sequence[Segment], rendered: str, encode: Encode) -> Continuation:
+    async def extend(self, history: Sequence[Segment], rendered: MarkedText, encode: Encode) -> Continuation:
         """Return the next turn.
 
         Args:
@@ -85,33 +86,33 @@ class ConversationEncoder:
             encode: Encodes a text without the model's own surrounding tokens: a template writes those itself.
         """
         kept: list[Segment] = []
-        position = 0
+        position, text = 0, rendered.plain
         for segment in history:
-            if not rendered.startswith(segment.text, position):
+            if not text.startswith(segment.text, position):
                 break
             kept.append(segment)
             position += len(segment.text)
-        rest = rendered[position:]
+        rest = rendered.rest(position)
         ids = await self._encode_after(kept, rest, encode)
         if ids is None:
-            return Continuation((), Segment(rendered, tuple(await encode(rendered))))
-        return Continuation(tuple(kept), Segment(rest, tuple(ids)))
+            return Continuation((), Segment(text, tuple(await encode(rendered))))
+        return Continuation(tuple(kept), Segment(text[position:], tuple(ids)))
 
-    async def _encode_after(self, kept: Sequence[Segment], rest: str, encode: Encode) -> list[int] | None:
+    async def _encode_after(self, kept: Sequence[Segment], rest: MarkedText, encode: Encode) -> list[int] | None:
         """Encode what follows the kept segments as it would be in its place, or return None where that is not possible.
 
         Added tokens are cut out of a text before anything else happens to it, so right beside one the cut makes no
         difference. Elsewhere it makes none that matters, except to a tokenizer that puts a space before every text.
         """
         last = next((segment.token_ids[-1] for segment in reversed(kept) if segment.token_ids), None)
-        if last is None or not rest:
+        if last is None or not rest.text:
             return await encode(rest)
         if last in self._added:
-            ids = await encode(self._added[last] + rest)
+            ids = await encode(rest.after(self._added[last]))
             if ids[:1] == [last]:
                 return ids[1:]
         ids = await encode(rest)
-        starts_with_added = bool(ids) and ids[0] in self._added and rest.startswith(self._added[ids[0]])
+        starts_with_added = bool(ids) and ids[0] in self._added and rest.text.startswith(self._added[ids[0]])
         return ids if starts_with_added or not self._adds_prefix else None
 
 

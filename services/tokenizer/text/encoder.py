@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 
 from tokenizers import Tokenizer
 
+from services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
 from services.tokenizer.text.token_bound import TokenBound
 from services.tokenizer.text.turns import Job, Turns
 
@@ -113,6 +114,13 @@ class EncodeBatcher:
         ids: list[int] = await self._jobs.finish(job)
         return ids
 
+    async def encode_marked(self, text: MarkedText, *, caller: str, max_tokens: int) -> list[int]:
+        """Return the token ids of a text in which only unmarked special tokens' texts are special tokens.
+
+        Raises as `encode` does.
+        """
+        return await self.run(caller, partial(self._encode_marked, text, max_tokens))
+
     async def run(self, caller: str, work: Callable[[], ResultT]) -> ResultT:
         """Return the result of other long work on text, done in the same thread when it is the caller's turn."""
         result: ResultT = await self._jobs.finish(_Work(caller=caller, work=work))
@@ -122,6 +130,31 @@ class EncodeBatcher:
     def _bound(self) -> TokenBound:
         # Made when the first text comes that may be too long: it takes a second for a large vocabulary.
         return TokenBound(self._tokenizer)
+
+    @cached_property
+    def special_texts(self) -> SpecialTexts:
+        """The tokenizer's special tokens."""
+        return SpecialTexts(self._tokenizer)
+
+    @cached_property
+    def _text_tokenizer(self) -> Tokenizer:
+        """The same tokenizer, to which special tokens' texts are text. Made for the first chat that wants it."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def _encode_marked(self, text: MarkedText, max_tokens: int) -> list[int]:
+        """In the thread."""
+        self._check_bound(text.plain, max_tokens)
+        parts = self.special_texts.split(text)
+        texts = [part for part in parts if isinstance(part, str)]
+        encoded = iter(_encode(self._text_tokenizer, texts, False))
+        return [token_id for part in parts for token_id in ((part,) if isinstance(part, int) else next(encoded))]
+
+    def _check_bound(self, text: str, max_tokens: int) -> None:
+        # Every token has a character at least.
+        if len(text) > max_tokens and (at_least := self._bound.at_least(text)) > max_tokens:
+            raise TooManyTokensError(at_least)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -165,11 +198,11 @@ class EncodeBatcher:
         """In the thread: the token ids of each text, or why there are none."""
         results: dict[int, list[int] | Exception] = {}
         for index, job in enumerate(batch):
-            # Every token has a character at least.
-            if job.max_tokens is not None and len(job.text) > job.max_tokens:
-                at_least = self._bound.at_least(job.text)
-                if at_least > job.max_tokens:
-                    results[index] = TooManyTokensError(at_least)
+            if job.max_tokens is not None:
+                try:
+                    self._check_bound(job.text, job.max_tokens)
+                except TooManyTokensError as error:
+                    results[index] = error
         rest = [index for index in range(len(batch)) if index not in results]
         adds_special = batch[0].add_special_tokens
         try:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from services.tokenizer.text.chat_template import ChatTemplate
+from services.tokenizer.text.content_as_text import MarkedText
 from services.tokenizer.text.conversation import ConversationEncoder, Segment, answer_segment
 from services.tokenizer.text.detokenizer import TokenTexts
 from services.tokenizer.text.model_tokenizer import ModelTokenizer
@@ -16,9 +17,10 @@ from services.tokenizer.text.model_tokenizer import ModelTokenizer
 IM_END = 2
 
 
-def encoding(tokenizer: Tokenizer) -> Callable[[str], Awaitable[list[int]]]:
-    async def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+def encoding(tokenizer: Tokenizer) -> Callable[[MarkedText], Awaitable[list[int]]]:
+    async def encode(text: MarkedText) -> list[int]:
+        assert not text.mark
+        ids: list[int] = tokenizer.encode(text.text, add_special_tokens=False).ids
         return ids
 
     return encode
@@ -43,7 +45,7 @@ async def test_generated_tokens_are_never_encoded_again(
     for _ in range(4):
         messages.append({"role": "user", "content": data.draw(st.text(st.sampled_from("ab \n'é😀1"), max_size=12))})
         rendered = template.render(messages, add_generation_prompt=True)
-        turn = await encoder.extend(history, rendered, encoding(tokenizer))
+        turn = await encoder.extend(history, MarkedText(rendered), encoding(tokenizer))
         assert turn.kept == history
         assert tokenizer.decode(turn.token_ids, skip_special_tokens=False) == rendered
         if not history:
@@ -66,7 +68,9 @@ async def test_an_answer_cut_by_a_stop_string(
     tokenizer = smollm2.tokenizer
     encoder = ConversationEncoder(tokenizer)
     messages = [{"role": "user", "content": "Count."}]
-    first = await encoder.extend((), template.render(messages, add_generation_prompt=True), encoding(tokenizer))
+    first = await encoder.extend(
+        (), MarkedText(template.render(messages, add_generation_prompt=True)), encoding(tokenizer)
+    )
     generated = tokenizer.encode("One, two, three").ids
     for content in ("One, two, th", "One, two", "", "One"):
         segment = answer_segment(token_texts["smollm2"], generated, content)
@@ -77,7 +81,7 @@ async def test_an_answer_cut_by_a_stop_string(
         assert not content.startswith(longer)
         turns = [*messages, {"role": "assistant", "content": content}, {"role": "user", "content": "More."}]
         rendered = template.render(turns, add_generation_prompt=True)
-        second = await encoder.extend((*first.segments, segment), rendered, encoding(tokenizer))
+        second = await encoder.extend((*first.segments, segment), MarkedText(rendered), encoding(tokenizer))
         assert len(second.kept) == 2
         assert tokenizer.decode(second.token_ids, skip_special_tokens=False) == rendered
 
@@ -100,12 +104,14 @@ async def test_a_template_that_rewrites_the_past_costs_only_what_it_rewrites(
     source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     trimming = ChatTemplate(source, {}, max_chars=10_000)
     messages = [{"role": "user", "content": "Hi"}]
-    first = await encoder.extend((), trimming.render(messages, add_generation_prompt=True), encoding(tokenizer))
+    first = await encoder.extend(
+        (), MarkedText(trimming.render(messages, add_generation_prompt=True)), encoding(tokenizer)
+    )
     answer = [*tokenizer.encode(" Hello").ids, IM_END]
     history = (*first.segments, answer_segment(token_texts["smollm2"], answer, " Hello"))
     messages += [{"role": "assistant", "content": " Hello"}, {"role": "user", "content": "Bye"}]
     rendered = trimming.render(messages, add_generation_prompt=True)
-    second = await encoder.extend(history, rendered, encoding(tokenizer))
+    second = await encoder.extend(history, MarkedText(rendered), encoding(tokenizer))
     assert second.kept == first.segments
     assert tokenizer.decode(second.token_ids, skip_special_tokens=False) == rendered
 
@@ -115,7 +121,9 @@ async def test_a_tokenizer_that_puts_a_space_before_every_text(byte_fallback: To
 
     async def turn(kept: str, rest: str) -> list[int]:
         ids = byte_fallback.encode(kept, add_special_tokens=False).ids
-        return (await encoder.extend((Segment(kept, tuple(ids)),), kept + rest, encoding(byte_fallback))).token_ids
+        return (
+            await encoder.extend((Segment(kept, tuple(ids)),), MarkedText(kept + rest), encoding(byte_fallback))
+        ).token_ids
 
     # Beside a special token the parts are encoded as the whole is; between words the whole has to be encoded anew.
     for kept, rest in (
