@@ -87,7 +87,7 @@ class Request:
         self.submit = submit
         self.arrival = arrival
         self.priority: int = submit.priority
-        self.tenant: bytes = submit.cache_salt  # each tenant's own
+        self.tenant: bytes = submit.tenant or submit.cache_salt
         self.turn = 0
         self.num_prompt_tokens = len(submit.token_ids)
         self.session_id: str = submit.session_id

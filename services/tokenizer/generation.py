@@ -48,6 +48,7 @@ first message leaves gRPC's own retry policies free to act."""
 # Every JSON and JavaScript client keeps integers below 2^53 as they are.
 _SEED_BITS = 53
 
+_SALT_BYTES = 16
 _DEFAULT_SECRET = b"scalellm prefix cache"
 
 _SESSION_OUTCOMES = {
@@ -58,9 +59,12 @@ _SESSION_OUTCOMES = {
 }
 
 
-def cache_salt(secret: str, tenant: Tenant = DEFAULT_TENANT) -> bytes:
-    """Derive a tenant's prefix-cache salt: the same in all workers and after restarts."""
-    return hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant.name.encode(), hashlib.sha256)[:16]
+def cache_salt(secret: str, tenant: Tenant = DEFAULT_TENANT, request_salt: str = "") -> bytes:
+    """Derive a prefix-cache salt from a tenant and what a request says: the same in all workers and after restarts."""
+    salt = hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant.name.encode(), hashlib.sha256)
+    if request_salt:
+        salt = hmac.digest(salt, request_salt.encode(), hashlib.sha256)
+    return salt[:_SALT_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +241,8 @@ class _GenerateCall:
             token_ids=prompt.token_ids,
             sampling=sampling,
             priority=request.priority,
-            cache_salt=cache_salt(self._edge.salt_secret, self._tenant),
+            cache_salt=cache_salt(self._edge.salt_secret, self._tenant, request.cache_salt),
+            tenant=cache_salt(self._edge.salt_secret, self._tenant),
             traceparent=headers.traceparent,
             tracestate=headers.tracestate,
             session_id=f"{self._tenant.name}:{request.session_id}" if request.session_id else "",

@@ -26,6 +26,7 @@ class RequestLimits:
     max_n: int = 16
     max_stops: int = 16
     max_stop_bytes: int = 256
+    max_cache_salt_bytes: int = 128
     max_stop_token_ids: int = 64
     max_logprobs: int = 20
     max_logit_bias: int = 1024

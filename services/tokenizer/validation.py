@@ -39,6 +39,8 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
     _validate_stops(request.stop, limits)
     if request.HasField("session_id"):
         _validate_session(request)
+    if request.HasField("cache_salt"):
+        _check_length(request.cache_salt, limits.max_cache_salt_bytes, "cache_salt")
     if not MIN_PRIORITY <= request.priority <= 100:
         raise StatusError.invalid("priority", f"must be in [-100, 100], got {request.priority}")
     if request.output not in generation_pb2.Output.values():
@@ -102,12 +104,8 @@ def validate_chat(chat: generation_pb2.Chat, limits: RequestLimits) -> None:
         )
     total = 0
     for index, message in enumerate(messages):
-        role_bytes = _num_bytes(message.role)
-        if not 1 <= role_bytes <= limits.max_role_bytes:
-            raise StatusError.invalid(
-                f"chat.messages[{index}].role", f"must have 1 to {limits.max_role_bytes} bytes, got {role_bytes}"
-            )
-        total += role_bytes + _num_bytes(message.content)
+        total += _check_length(message.role, limits.max_role_bytes, f"chat.messages[{index}].role")
+        total += _num_bytes(message.content)
     if total > limits.max_prompt_bytes:
         raise StatusError.invalid(
             "chat.messages", f"must hold at most {limits.max_prompt_bytes} bytes of text in all, got {total}"
@@ -226,9 +224,7 @@ def _validate_stops(stops: Sequence[str], limits: RequestLimits) -> None:
     if len(stops) > limits.max_stops:
         raise StatusError.invalid("stop", f"must have at most {limits.max_stops} entries, got {len(stops)}")
     for index, stop in enumerate(stops):
-        size = _num_bytes(stop)
-        if not 1 <= size <= limits.max_stop_bytes:
-            raise StatusError.invalid(f"stop[{index}]", f"must have 1 to {limits.max_stop_bytes} bytes, got {size}")
+        _check_length(stop, limits.max_stop_bytes, f"stop[{index}]")
 
 
 def _check_num_tokens(num_tokens: int, limits: RequestLimits, field: str) -> None:
@@ -247,6 +243,14 @@ def _check_token_ids(token_ids: Sequence[int], vocab_size: int, field: str) -> N
 def _check_count(value: int, low: int, high: int, field: str) -> None:
     if not low <= value <= high:
         raise StatusError.invalid(field, f"must be in [{low}, {high}], got {value}")
+
+
+def _check_length(text: str, limit: int, field: str) -> int:
+    """Return how many bytes `text` has: at least one."""
+    size = _num_bytes(text)
+    if not 1 <= size <= limit:
+        raise StatusError.invalid(field, f"must have 1 to {limit} bytes, got {size}")
+    return size
 
 
 def _check_range(

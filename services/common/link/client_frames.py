@@ -50,6 +50,7 @@ def check_submit(submit: link_pb2.Submit) -> None:
     _check_size("request_id", submit.request_id, _LONGEST_ID)
     _check_size("session_id", submit.session_id, _LONGEST_ID)
     _check_size("cache_salt", submit.cache_salt, _LONGEST_SALT)
+    _check_size("tenant", submit.tenant, _LONGEST_SALT)
     lowest, highest = _PRIORITIES
     if not lowest <= submit.priority <= highest:
         raise StatusError.invalid("priority", f"must be in [{lowest}, {highest}], got {submit.priority}")

@@ -67,6 +67,25 @@ async def test_cached_prefixes_are_the_tenants_own(line, keys) -> None:
     assert other.trailers["server-timing"].count("cached") == first.trailers["server-timing"].count("cached")
 
 
+async def test_users_of_one_tenant_can_be_kept_apart(line, keys) -> None:
+    prompt = "A prompt that nobody else has had, long enough to fill some blocks of the cache. " * 4
+
+    async def cached(tenant: str, **fields) -> int:
+        sampling = common_pb2.SamplingParams(max_tokens=1)
+        asked = generation_pb2.GenerateRequest(prompt=prompt, sampling=sampling, **fields)
+        answer = await generate(channel, asked, **as_tenant(keys, tenant))
+        return answer.finished.usage.cached_tokens
+
+    async with line.channel() as channel:
+        assert await cached("acme", cache_salt="alice") == 0
+        assert await cached("acme", cache_salt="alice") > 0
+        # Neither another user, nor nobody, nor another tenant's user of that name.
+        assert await cached("acme", cache_salt="bob") == 0
+        assert await cached("acme") == 0
+        assert await cached("other", cache_salt="alice") == 0
+        assert await cached("acme") > 0
+
+
 async def test_anothers_session_is_as_one_that_is_not_there(line, keys) -> None:
     async with line.channel() as channel:
         stub = sessions_pb2_grpc.SessionsStub(channel)

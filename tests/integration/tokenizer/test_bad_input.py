@@ -148,6 +148,8 @@ GENERATE = {
     "priority low": (generate(priority=-101), "priority", "[-100, 100], got -101"),
     "priority high": (generate(priority=101), "priority", "[-100, 100], got 101"),
     "output unknown": (generate(output=9), "output", "must be a value of Output, got 9"),
+    "cache_salt empty": (generate(cache_salt=""), "cache_salt", "must have 1 to 128 bytes, got 0"),
+    "cache_salt long": (generate(cache_salt="é" * 65), "cache_salt", "must have 1 to 128 bytes, got 130"),
     "stream_interval zero": (generate(stream_interval=0), "stream_interval", "[1, 1024], got 0"),
     "stream_interval large": (generate(stream_interval=1025), "stream_interval", "[1, 1024], got 1025"),
 }

@@ -122,3 +122,7 @@ def test_salts():
     assert cache_salt("") == cache_salt("")
     assert len({cache_salt(""), cache_salt("one"), cache_salt("two"), cache_salt("one", Tenant("other"))}) == 4
     assert all(len(cache_salt(secret)) == 16 for secret in ("", "one"))
+    acme, other = Tenant("acme"), Tenant("other")
+    salts = [cache_salt("s", tenant, said) for tenant in (acme, other) for said in ("", "acme", "other", "x")]
+    assert len(set(salts)) == len(salts)
+    assert cache_salt("s", acme, "x") == cache_salt("s", acme, "x")
