@@ -118,6 +118,15 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
    * @generated from field: optional uint32 stream_interval = 12;
    */
   streamInterval?: number | undefined;
+
+  /**
+   * Cached prefixes are shared only among the tenant's requests with the same value: the name of a user, say, where
+   * those of one tenant do not trust each other. It is mixed into what keeps tenants apart, and cannot name another's.
+   * 1..128 bytes. Default: one for all of the tenant's requests without.
+   *
+   * @generated from field: optional string cache_salt = 13;
+   */
+  cacheSalt?: string | undefined;
 };
 
 /**
@@ -145,6 +154,14 @@ export declare type Chat = Message<"scalellm.v1.Chat"> & {
    * @generated from field: optional bool add_generation_prompt = 2;
    */
   addGenerationPrompt?: boolean | undefined;
+
+  /**
+   * Texts of special tokens in roles and contents are text, so that what people write cannot end a turn or begin
+   * another one. Default false: they are special tokens, as in what the template writes.
+   *
+   * @generated from field: optional bool content_is_text = 3;
+   */
+  contentIsText?: boolean | undefined;
 };
 
 /**
@@ -167,8 +184,8 @@ export declare type ChatMessage = Message<"scalellm.v1.ChatMessage"> & {
   role: string;
 
   /**
-   * What is said. Special tokens of the model written in it are recognised: text of people who are not trusted with
-   * them has to be cleaned before.
+   * What is said. Special tokens of the model written in it are recognised unless Chat.content_is_text is set, which
+   * is right for text of people who are not trusted with them.
    *
    * @generated from field: string content = 2;
    */
@@ -555,6 +572,14 @@ export enum SessionOutcome {
    * @generated from enum value: SESSION_OUTCOME_UNAVAILABLE = 3;
    */
   UNAVAILABLE = 3,
+
+  /**
+   * The tenant's sessions would hold more bytes than they may (session_bytes); the turn is not stored. Where they hold as
+   * much already, a turn is refused with RESOURCE_EXHAUSTED before any work is done for it.
+   *
+   * @generated from enum value: SESSION_OUTCOME_FULL = 4;
+   */
+  FULL = 4,
 }
 
 /**

@@ -286,7 +286,7 @@ export declare const Sessions: GenService<{
     output: typeof ListSessionsResponseSchema;
   },
   /**
-   * A copy that goes on separately. The common part stays shared in the executor's prefix cache.
+   * A copy that goes on separately. RESOURCE_EXHAUSTED where the tenant's sessions may not hold as many bytes. The common part stays shared in the executor's prefix cache.
    *
    * @generated from rpc scalellm.v1.Sessions.Fork
    */
