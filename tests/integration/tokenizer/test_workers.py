@@ -203,7 +203,7 @@ async def test_taken_port_is_refused(start, own_scheduler, connect):
             "error: --scheduler (SCALELLM_TOKENIZER_SCHEDULER): Value error, 'nowhere' is not host:port",
         ),
         (("--metrics-port", "1"), "error: cannot listen on 127.0.0.1:1 for metrics"),
-        (("--redis-url", "nowhere"), "error: --redis-url: Redis URL must specify one of the following schemes"),
+        (("--redis-url", "nowhere"), "error: --redis-url: must be redis://user:password@host:port/db"),
         (("--session-ttl-s", "inf"), "error: --session-ttl-s (SCALELLM_TOKENIZER_SESSION_TTL_S): Input should be less"),
         (("--log-level", "loud"), "error: --log-level (SCALELLM_TOKENIZER_LOG_LEVEL): Input should be 'debug', 'info'"),
     ],
