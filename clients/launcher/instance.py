@@ -178,7 +178,7 @@ class Instance:
 
 
 def _check_own(folder: Path) -> os.stat_result:
-    """What a folder is; LauncherError unless it is a folder of this user's, and no link to one. Raises OSError."""
+    """Status of a folder. Raises OSError, and LauncherError unless it is this user's own and no link to one."""
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
         what = "a link, which is not followed" if stat.S_ISLNK(status.st_mode) else "no folder"

@@ -21,7 +21,7 @@ _MAX_SOCKET_PATH = 107
 
 @dataclass(frozen=True, slots=True)
 class RedisHealth:
-    """What a Redis says of itself, where it may. `error` is empty when it does what the services need.
+    """Findings about a Redis, as far as it tells them. `error` is empty when it does what the services need.
 
     Attributes:
         error: Why not, in one line that says what to do.

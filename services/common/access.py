@@ -99,13 +99,13 @@ class Access:
 
     @property
     def is_failing(self) -> bool:
-        """Whether a file of keys cannot be read now: what was read before is in use, for a while."""
+        """True while a file of keys cannot be read; the keys that were read before stay in use for a while."""
         self._refresh()
         return any(source.failing_since is not None for source in self._sources)
 
     @property
     def is_stale(self) -> bool:
-        """Whether that has been so for too long: nobody is known any more."""
+        """True once a file of keys could not be read for too long: no key is accepted any more."""
         limit = time.monotonic() - _STALE_LIMIT
         return any(source.failing_since is not None and source.failing_since <= limit for source in self._sources)
 

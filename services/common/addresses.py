@@ -42,7 +42,7 @@ def bare_host(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the host; False for a name, which may have any address, but localhost."""
+    """True if only this machine reaches the host; False for a name, which may have any address, but localhost."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which environment variables a process is given that we start: those that it may need, listed here, and no secrets.
+"""Environment variables of the processes that we start: those that they may need, listed here, and no secrets.
 
 What runs a model, a template or a compiler has no use for the passwords, keys and addresses that its parent was told,
 and whoever breaks into it must not find them there.
@@ -17,7 +17,7 @@ KEEP = "SCALELLM_KEEP_ENVIRONMENT"
 """Names (or patterns such as `ACME_*`), separated by commas, of more variables that an operator's processes need."""
 
 EXPORT = "OTEL_*"
-"""How traces are exported, keys for a collector included: for processes that export them."""
+"""Variables for the export of traces, keys for a collector included; only for processes that export them."""
 
 _ALLOWED = (
     # Where things are, and how text is written.

@@ -29,7 +29,7 @@ GGUF_CONTROL = 3
 _CONFIG_FILES = ("generation_config.json", "config.json")
 _GGUF_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _Named = tuple[str, Any]
-"""Where an id is named, for messages, and the id."""
+"""An id, and the file and key that name it, for messages."""
 
 
 def end_token_ids(model: Path, vocab_size: int | None = None) -> tuple[int, ...]:

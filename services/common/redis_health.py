@@ -1,4 +1,4 @@
-"""Whether a Redis does what the services need, and why not: asked at the start, and as long as they run."""
+"""Health of a Redis: the services' needs are tried at the start and as long as they run, and failures explained."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ return redis.call('PTTL', KEYS[2])
 
 
 class RedisFault(enum.Enum):
-    """Why Redis did not do something: what it is, as clients are told, and what the operator can do."""
+    """A failure of Redis: its cause, as clients are told, and advice for the operator."""
 
     UNREACHABLE = "cannot be reached", "is it running, and the address right?"
     SLOW = "does not answer in time", "see its load, and the network"
@@ -68,7 +68,7 @@ class RedisFault(enum.Enum):
 
     @property
     def cause(self) -> str:
-        """What follows on `Redis`, or `the session store`."""
+        """The cause, as a sentence after `Redis` or `the session store`."""
         return self.value[0]
 
     @property
@@ -78,7 +78,7 @@ class RedisFault(enum.Enum):
 
     @property
     def answers(self) -> bool:
-        """Whether somebody is there who refuses: waiting does not help."""
+        """True if Redis answers and refuses, so that waiting does not help."""
         return self not in (RedisFault.UNREACHABLE, RedisFault.SLOW, RedisFault.LOADING)
 
     def explain(self, error: BaseException) -> str:
@@ -88,7 +88,7 @@ class RedisFault(enum.Enum):
 
     @classmethod
     def of(cls, error: BaseException) -> RedisFault:
-        """What an operation's error means."""
+        """Return the cause behind the error of an operation."""
         error = _root(error)
         if isinstance(error, exceptions.TimeoutError | TimeoutError):
             return cls.SLOW
@@ -126,7 +126,7 @@ _OF_A_SCRIPT = re.compile(r"@user_script: ?\d+: (?:-([A-Z]+) |The user executing
 
 
 def _root(error: BaseException) -> BaseException:
-    """What was wrong while it connected; the client calls that a ConnectionError, whatever it was."""
+    """Return the error behind a ConnectionError, which the client raises for all that goes wrong while it connects."""
     while isinstance(error, exceptions.ConnectionError) and error.__cause__ is not None:
         error = error.__cause__
     return error

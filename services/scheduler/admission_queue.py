@@ -86,7 +86,7 @@ class AdmissionQueue(Generic[EntryT]):
         return dropped
 
     def crowded_out(self, tokens_per_second: float | None) -> StatusError:
-        """How a request ends that made room for another tenant's."""
+        """The refusal of a request that made room for another tenant's."""
         return self._full(
             "the tenant of this request holds most of it and made room for another's", 0, tokens_per_second
         )

@@ -49,7 +49,7 @@ class AffinityStore:
 
     @property
     def redis_ok(self) -> bool:
-        """Whether Redis does what it is there for."""
+        """True if Redis does what the services need."""
         return self._watch is not None and self._watch.is_up
 
     @property

@@ -1,4 +1,4 @@
-"""What each tenant holds of a bounded queue, and whose requests make room when it is full."""
+"""The tenants' shares of a bounded queue, and the choice of requests that make room when it is full."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class _Holding(Generic[EntryT]):
 
 
 class TenantShares(Generic[EntryT]):
-    """Who holds how much of a queue."""
+    """The tenants' shares of a queue."""
 
     def __init__(self) -> None:
         self._holdings: dict[bytes, _Holding[EntryT]] = {}

@@ -1,4 +1,4 @@
-"""What callers make a worker hold: requests that were read, answers that they do not take, and messages under way."""
+"""Bytes that callers make a worker hold: requests that were read, untaken answers, and messages under way."""
 
 from __future__ import annotations
 

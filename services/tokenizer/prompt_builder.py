@@ -80,7 +80,7 @@ class PromptBuilder:
 
     @property
     def is_working(self) -> bool:
-        """Whether texts are encoded and chats rendered: false once that has failed for good."""
+        """True while texts are encoded and chats rendered; false once that has failed for good."""
         return self._encoder.is_working and (self._renderer is None or self._renderer.is_working)
 
     @property

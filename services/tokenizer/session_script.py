@@ -1,4 +1,4 @@
-"""What Redis does as one step with a tenant's sessions.
+"""Scripts by which Redis changes a tenant's sessions in one step.
 
 KEYS: the session's hash; the tenant's index, ids by time of expiry in ms; the sizes, bytes by id and, under '', their
 sum. All of one tenant's are in one slot of a cluster.

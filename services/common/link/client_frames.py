@@ -1,4 +1,4 @@
-"""What a server takes from a link: bytes in, a checked frame or a refusal out.
+"""Checks of the frames that a server receives on a link: bytes in, a checked frame or a refusal out.
 
 Both links are read here, so a field means and allows the same on each. Values that only an engine can judge (token ids,
 sampling) are checked by it, and named in the same way.

@@ -1,4 +1,4 @@
-"""What a client takes from a link: bytes in, a checked frame out, or StatusError, which ends the link."""
+"""Checks of the frames that a client receives on a link: bytes in, a checked frame or StatusError out."""
 
 from __future__ import annotations
 

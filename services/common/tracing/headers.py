@@ -32,7 +32,7 @@ class TraceHeaders(NamedTuple):
 
     @property
     def is_well_formed(self) -> bool:
-        """Whether both can be read. Ill-formed ones are dropped where a client sent them, and refused on a link."""
+        """True if both can be read. Ill-formed ones are dropped where a client sent them, and refused on a link."""
         has_parent = not self.traceparent or _TRACEPARENT.fullmatch(self.traceparent) is not None
         return has_parent and len(self.tracestate) <= LONGEST_STATE and self.tracestate.isascii()
 

@@ -1,4 +1,4 @@
-"""How byte-level tokenizers spell bytes."""
+"""The characters that stand for bytes in byte-level tokenizers."""
 
 from collections.abc import Mapping
 

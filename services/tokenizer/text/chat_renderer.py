@@ -66,7 +66,7 @@ class ChatRenderer:
 
     @property
     def is_working(self) -> bool:
-        """Whether chats are rendered: false once that has failed for good."""
+        """True while chats are rendered; false once that has failed for good."""
         return self._worker is not None and not self._worker.done()
 
     async def render(

@@ -63,7 +63,7 @@ class SpecialTexts:
 
     @cached_property
     def are_alone(self) -> bool:
-        """Whether a text behind a special token is encoded as if it stood alone."""
+        """True if a text behind a special token is encoded as if it stood alone."""
         encode = self._tokenizer.encode
         return not self._tokens or any(
             encode(text + "x", add_special_tokens=False).ids == [token_id, *encode("x", add_special_tokens=False).ids]

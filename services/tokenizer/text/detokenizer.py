@@ -43,7 +43,7 @@ class Detokenizer(Protocol):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all text is certain so far: `flush` would return nothing."""
+        """True if all text is certain so far: `flush` would return nothing."""
 
 
 class TokenTexts:

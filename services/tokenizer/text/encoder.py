@@ -85,7 +85,7 @@ class EncodeBatcher:
 
     @property
     def is_working(self) -> bool:
-        """Whether long texts are encoded: false once that has failed for good."""
+        """True while long texts are encoded; false once that has failed for good."""
         return self._worker is not None and not self._worker.done()
 
     async def encode(

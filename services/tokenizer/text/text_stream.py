@@ -57,7 +57,7 @@ class TextStream:
             self._stop_tokens = {special_ids[stop]: stop for stop in stops.stops if stop in special_ids}
 
     def is_stop(self, token_id: int) -> bool:
-        """Whether the text of a special token is a stop string."""
+        """True if the text of a special token is a stop string."""
         return token_id in self._stop_tokens
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:

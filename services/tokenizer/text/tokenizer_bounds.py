@@ -1,4 +1,4 @@
-"""What a tokenizer.json may ask for: ids that fit a table, and no text that grows without bound.
+"""Bounds on what a tokenizer.json asks for: ids that fit a table, and no text that grows without bound.
 
 The library makes whatever the file says. An id of four billion is then a table of 32 GB, and two hundred steps that
 each double a character are an endless loop, on the first text that somebody sends.
@@ -16,7 +16,7 @@ from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 _MOST_TOKENS = 1 << 22
 _MOST_GROWTH = 64
-"""How many times as long as it was a text may become; byte-level steps double it, others rarely change it."""
+"""The most by which normalizing may multiply a text's length; byte-level steps double it, others rarely change it."""
 
 
 def check_bounds(tokenizer: Tokenizer, path: Path) -> None:
