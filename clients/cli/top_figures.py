@@ -1,4 +1,4 @@
-"""What `scalellm top` shows, computed from two scrapes of each service's metrics.
+"""Figures of `scalellm top`, computed from two scrapes of each service's metrics.
 
 A figure that cannot be told (its family is missing, or what was sent is no finite number) is NaN.
 """

@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class QueueEntry(Protocol):
-    """What the queue must know of a request."""
+    """A request as the queue sees it."""
 
     @property
     def priority(self) -> int:

@@ -69,7 +69,7 @@ def cache_salt(secret: str, tenant: Tenant = DEFAULT_TENANT, request_salt: str =
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """What the servicers of one worker share.
+    """State that the servicers of one worker share.
 
     Attributes:
         tokenizer_size: Ids of the tokenizer's tokens are below it. The model may have more, its matrices being padded,

@@ -15,7 +15,7 @@ _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
 def is_harmful(character: str) -> bool:
-    """What Unicode itself says of a character, for comparison with what the command line removes."""
+    """Unicode's own view of a character, for comparison with what the command line removes."""
     return (
         (unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") and character not in "\n\t")
         or unicodedata.bidirectional(character) in _DIRECTIONS

@@ -47,7 +47,7 @@ ABORTS = tuple(
 )
 
 client_frames = st.one_of(altered(SUBMITS), altered((*SUBMITS, *ABORTS, HELLO)))
-"""What may follow a Hello."""
+"""Frames that may follow a Hello."""
 
 LOGPROBS = common_pb2.TokenLogprobs(logprobs=[-1.0], num_top=1, top_token_ids=[1], top_logprobs=[-1.0])
 STEPS = (
@@ -89,4 +89,4 @@ WELCOME = link_pb2.Welcome(
 )  # fmt: skip
 
 steps = altered(STEPS)
-"""What may follow a Welcome."""
+"""Frames that may follow a Welcome."""

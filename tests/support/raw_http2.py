@@ -32,7 +32,7 @@ CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 @dataclass
 class RawAnswer:
-    """What has come on one stream so far."""
+    """Answer on one stream so far."""
 
     headers: dict[str, str] = field(default_factory=dict)
     """Headers and trailers."""

@@ -1,4 +1,4 @@
-"""What an attack must leave as it was: processes, memory, files, tasks, books, and a neighbour's answers."""
+"""Vital signs that an attack must leave alone: processes, memory, files, tasks, books, a neighbour's answers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def vitals(line: Line) -> Vitals:
 
 
 def faults(line: Line, before: Vitals) -> list[str]:
-    """What is not as it was, of what may take a moment; empty when the line is at rest again."""
+    """Differences that may take a moment to go; empty when the line is at rest again."""
     now, found = vitals(line), []
     for name in now.rss:
         if now.processes[name] != before.processes[name]:

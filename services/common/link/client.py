@@ -30,7 +30,7 @@ _HANDSHAKE_LIMIT = 10.0
 
 
 class LinkHandler(Protocol):
-    """Who uses a link. The calls come from the event loop, one at a time, and must not block.
+    """The user of a link. The calls come from the event loop, one at a time, and must not block.
 
     Frames have been checked as far as they can be without knowing what was asked; see `server_frames`.
     """

@@ -22,7 +22,7 @@ DUMB = {"TERM": "dumb", "NO_COLOR": "1"}
 
 
 def on_terminal(cli: StartCli, *arguments: str, typed: str = "", **options: Any) -> str:
-    """What the command writes when all its streams are a terminal; line ends as the command wrote them."""
+    """Output of the command when all its streams are a terminal; line ends as the command wrote them."""
     master, slave = os.openpty()
     process = cli(*arguments, stdin=slave, stdout=slave, stderr=slave, env=DUMB, **options)
     os.close(slave)

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def seconds() -> float:
-    """How long to send messages."""
+    """Seconds for which messages are sent."""
     return float(os.environ.get("HOSTILE_SECONDS") or 10)
 
 
@@ -39,7 +39,7 @@ def num_mutants() -> int:
 
 @pytest.fixture(scope="session")
 def run_seed() -> int:
-    """What everything random follows from."""
+    """Seed of everything random."""
     return int(os.environ.get("HOSTILE_SEED") or 0)
 
 

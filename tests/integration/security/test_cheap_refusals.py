@@ -1,4 +1,4 @@
-"""What callers send that costs more than it looks, before anybody checks it: refused, forgotten, not logged."""
+"""Input that costs more than it looks, before anybody checks it, is refused, forgotten and not logged."""
 
 from __future__ import annotations
 

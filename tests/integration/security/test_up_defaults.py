@@ -1,4 +1,4 @@
-"""What `scalellm up` does for an operator who configured nothing: real services with the scripted engine."""
+"""Defaults of `scalellm up` for an operator who configured nothing: real services with the scripted engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line lets through to a terminal, a pipe and a JSON document."""
+"""Output that the command line lets through to a terminal, a pipe and a JSON document."""
 
 import io
 import json

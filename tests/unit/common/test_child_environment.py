@@ -1,4 +1,4 @@
-"""What a child is told of its parent's environment."""
+"""Environment of a child process."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a peer may do with connections: how many, how many calls on each, how much metadata, what pings cost."""
+"""Limits on a peer's connections: how many, how many calls on each, how much metadata, what pings cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens end an answer: the union of what a model's files say, and nothing that is no token."""
+"""Tokens that end an answer: the union of what a model's files say, and nothing that is no token."""
 
 from __future__ import annotations
 

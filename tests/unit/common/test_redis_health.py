@@ -1,4 +1,4 @@
-"""What is wrong with a Redis, on real ones that are set up wrongly: the start and the log say it, and what to do."""
+"""Faults of a Redis, on real ones that are set up wrongly: the start and the log say it, and what to do."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 async def fault_of(url: str, *, sessions: bool = True) -> RedisFault | None:
-    """What the probe makes of a Redis; None: it does all that is needed."""
+    """Finding of the probe about a Redis; None: it does all that is needed."""
     async with open_redis(url, timeout=PATIENCE) as client:
         try:
             await probe_redis(client, sessions=sessions)

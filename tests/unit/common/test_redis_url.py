@@ -1,4 +1,4 @@
-"""What is shown of a Redis URL has no part of a password, whatever characters that has and wherever it stands."""
+"""The shown form of a Redis URL has no part of a password, whatever characters that has and wherever it stands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What calls leave in memory that are refused, fail or are cancelled: nothing, also without the garbage collector."""
+"""Calls that are refused, fail or are cancelled leave nothing in memory, also without the garbage collector."""
 
 from __future__ import annotations
 

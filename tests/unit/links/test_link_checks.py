@@ -1,4 +1,4 @@
-"""What a link refuses: a bad request alone and by its field, a malformed frame with its link."""
+"""Refusals of a link: a bad request alone and by its field, a malformed frame with its link."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compose.yaml gives every container: bounds on memory, processes and logs, and images that can be pinned."""
+"""Settings of every container in compose.yaml: bounds on memory, processes and logs, and images that can be pinned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every message of scalellm.v1 that a peer can send must hold."""
+"""Rules for every message of scalellm.v1 that a peer can send."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the edge does for a request grows with the request and no faster: counted, as a clock would mislead."""
+"""The edge's work for a request grows with the request and no faster: counted, as a clock would mislead."""
 
 from __future__ import annotations
 

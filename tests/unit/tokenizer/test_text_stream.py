@@ -69,7 +69,7 @@ def test_the_token_that_completes_the_stop_string_is_the_last(
 
 
 def end_of_first_match(text: str, start: int, stops: list[str]) -> tuple[int, str] | None:
-    """Where the first stop string ends that ends behind `start`; of several the longest."""
+    """End of the first stop string that ends behind `start`; of several the longest."""
     for end in range(start + 1, len(text) + 1):
         if found := [stop for stop in stops if text[:end].endswith(stop)]:
             return end, max(found, key=len)

@@ -19,7 +19,7 @@ OF_THE_TEST = {"config|resetstat", "config", "info", "client|setinfo", "client",
 
 
 def commands(redis: Redis) -> set[str]:
-    """What Redis has done since it was last asked, in scripts as well."""
+    """Commands that Redis has run since it was last asked, in scripts as well."""
     done = {name.removeprefix("cmdstat_").lower() for name in redis.info("commandstats")}
     redis.config_resetstat()
     return done - OF_THE_TEST
