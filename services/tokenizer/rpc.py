@@ -100,12 +100,13 @@ def add_service(
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
-def check_answer(answer: Message) -> None:
-    """Raise StatusError for an answer that a client might not take."""
+def check_answer(answer: Message) -> int:
+    """Return the bytes of an answer. Raises StatusError for one that a client might not take."""
     size = answer.ByteSize()
     if size > MAX_ANSWER_BYTES:
         message = f"the answer has {size} bytes, a message holds at most {MAX_ANSWER_BYTES}; ask for less at a time"
         raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+    return size
 
 
 def _lenient_parser(method: MethodDescriptor) -> Callable[[bytes], Message | None]:
@@ -126,8 +127,7 @@ def _answering(behaviour: _Behaviour) -> _Answering:
     async def call(request: Any, context: grpc.aio.ServicerContext, account: CallAccount) -> None:
         response = await behaviour(request, context)
         if response is not None:
-            check_answer(response)
-            account.hold(response.ByteSize())
+            account.hold(check_answer(response))
             await context.write(response)  # returns when flow control let it go
 
     return call
