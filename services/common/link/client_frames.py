@@ -22,6 +22,7 @@ _PRIORITIES = (-100, 100)
 _LONGEST_ID = 256
 _LONGEST_SALT = 64
 _LONGEST_DIGEST = 64
+_EXECUTION_ID = 16
 
 
 def parse_client_frame(message: bytes) -> link_pb2.ClientFrame:
@@ -51,6 +52,8 @@ def check_submit(submit: link_pb2.Submit) -> None:
     _check_size("session_id", submit.session_id, _LONGEST_ID)
     _check_size("cache_salt", submit.cache_salt, _LONGEST_SALT)
     _check_size("tenant", submit.tenant, _LONGEST_SALT)
+    if len(submit.execution_id) not in (0, _EXECUTION_ID):
+        raise StatusError.invalid("execution_id", f"must have {_EXECUTION_ID} bytes, got {len(submit.execution_id)}")
     lowest, highest = _PRIORITIES
     if not lowest <= submit.priority <= highest:
         raise StatusError.invalid("priority", f"must be in [{lowest}, {highest}], got {submit.priority}")
