@@ -22,6 +22,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
 )
 
+_PAGE_SIZE = 1000
+
 
 class Client:
     """Calls one ScaleLLM server. Safe to share between threads; close it, or use it in a `with` block.
@@ -92,10 +94,15 @@ class Client:
         return response
 
     def get_session(self, session_id: str) -> sessions_pb2.Session:
-        """One session with its messages. NOT_FOUND when unknown or expired."""
-        request = sessions_pb2.GetSessionRequest(session_id=session_id)
+        """One session with its messages, however many. NOT_FOUND when unknown or expired."""
+        request = sessions_pb2.GetSessionRequest(session_id=session_id, page_size=_PAGE_SIZE)
         response: sessions_pb2.GetSessionResponse = self._call(self._sessions.Get, request)
-        return response.session
+        session = response.session
+        while response.next_page_token:
+            request.page_token = response.next_page_token
+            response = self._call(self._sessions.Get, request)
+            session.messages.extend(response.session.messages)
+        return session
 
     def list_sessions(self) -> Iterator[sessions_pb2.Session]:
         """All sessions, without their messages."""

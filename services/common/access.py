@@ -106,6 +106,7 @@ class Access:
     @property
     def is_stale(self) -> bool:
         """True once a file of keys could not be read for too long: no key is accepted any more."""
+        self._refresh()
         limit = time.monotonic() - _STALE_LIMIT
         return any(source.failing_since is not None and source.failing_since <= limit for source in self._sources)
 
@@ -132,7 +133,6 @@ class Access:
                 source.refresh()
 
     def _identify(self, metadata: Metadata) -> Principal:
-        self._refresh()
         if self.is_stale:
             raise StatusError.unavailable(
                 f"authorization: the service has not been able to read its keys for {_STALE_LIMIT:g} s", retry_after=5.0

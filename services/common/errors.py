@@ -9,13 +9,17 @@ from grpc_status import rpc_status
 
 from scalellm.v1 import link_pb2
 
+LONGEST_MESSAGE = 2048
+"""Characters of a status' message: it travels in frames beside those of others, and in trailing metadata, thrice."""
+
 
 class StatusError(Exception):
     """A request ends with a status other than OK.
 
     Args:
         code: The gRPC status code.
-        message: One sentence for the client; for bad input it names the field and the limit.
+        message: One sentence for the client; for bad input it names the field and the limit. What is beyond
+            LONGEST_MESSAGE is cut off.
         field: The request's field at fault, for INVALID_ARGUMENT.
         retry_after: Seconds after which a retry may succeed, for RESOURCE_EXHAUSTED and UNAVAILABLE.
     """
@@ -23,6 +27,8 @@ class StatusError(Exception):
     def __init__(
         self, code: grpc.StatusCode, message: str, *, field: str = "", retry_after: float | None = None
     ) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE - 3]}..."
         super().__init__(message)
         self.code = code
         self.message = message

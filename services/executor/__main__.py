@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.registry import Collector
 
-from services.common.access import open_access
+from services.common.access import Access, open_access
 from services.common.entry import run_service
 from services.common.histogram import LAG_SECONDS, Histogram
 from services.common.lifecycle import LAST_WORDS, GrpcService, announce, stop_event
@@ -39,20 +39,21 @@ async def serve(settings: ExecutorSettings) -> None:
 async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> None:
     stop = stop_event()
     supervisor = EngineSupervisor(settings, partial(record, tracer) if tracer is not None else None)
+    access = open_access(settings, serves_links=True)
     service = GrpcService(
         settings.host,
         settings.port,
         services=(SERVICE.full_name,),
-        is_ready=lambda: supervisor.is_ready,
+        is_ready=lambda: supervisor.is_ready and not access.is_stale,
         options=settings.connection_options,
         credentials=server_credentials(settings.tls_files),
-        interceptors=open_access(settings, serves_links=True).interceptors,
+        interceptors=access.interceptors,
     )
     handler = link_service_handler(SERVICE, ExecutorServicer(supervisor, settings))
     service.server.add_generic_rpc_handlers((handler,))
     metrics, loop_lag = None, Histogram(LAG_SECONDS)
     if settings.metrics_port is not None:
-        metrics = _metrics_endpoint(settings, settings.metrics_port, supervisor, loop_lag, tracer)
+        metrics = _metrics_endpoint(settings, settings.metrics_port, supervisor, access, loop_lag, tracer)
     await service.start()
     lines = [service.address]
     if metrics is not None:
@@ -89,10 +90,11 @@ def _metrics_endpoint(
     settings: ExecutorSettings,
     port: int,
     supervisor: EngineSupervisor,
+    access: Access,
     loop_lag: Histogram,
     tracer: Tracer | None,
 ) -> MetricsEndpoint:
-    collector: Collector = ExecutorCollector(supervisor, loop_lag)
+    collector: Collector = ExecutorCollector(supervisor, access, loop_lag)
     if settings.vllm_metrics:
         collector = WithVllmNames(collector, "0", lambda: supervisor.info.model)
 

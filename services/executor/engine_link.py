@@ -5,7 +5,7 @@ This is the only part of the engine process that knows the wire format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import grpc
@@ -52,6 +52,10 @@ _CODES = MappingProxyType(
         RequestStatus.INTERNAL: grpc.StatusCode.INTERNAL,
     }
 )
+
+_VALUES_PER_FRAME = 1 << 16
+"""Log-probabilities in one frame, of a prompt's tokens and their alternatives: less than a megabyte of the 16 that a
+frame may have, whatever the tokens of a step."""
 
 
 def sampling_from_wire(wire: common_pb2.SamplingParams) -> SamplingParams:
@@ -197,8 +201,19 @@ class EngineLink:
             return None
         return self._frame(link_pb2.StepOutput(load=load))
 
-    def step_frame(self, result: StepResult, draining: bool) -> bytes:
-        """What a step did for this link, as one serialised ServerFrame."""
+    def step_frames(self, result: StepResult, draining: bool) -> list[bytes]:
+        """What a step did for this link, as serialised ServerFrames.
+
+        It is one frame, unless prompts have so many log-probabilities that these go before it in frames of their own.
+        """
+        *full, last = _divide_prompt_logprobs(result.prompt_logprobs)
+        frames = [
+            self._frame(link_pb2.StepOutput(prompt_logprobs=entries, load=self.load(draining))) for entries in full
+        ]
+        frames.append(self._step_frame(result, last, draining))
+        return frames
+
+    def _step_frame(self, result: StepResult, prompt_logprobs: list[link_pb2.LinkLogprobs], draining: bool) -> bytes:
         tokens = result.tokens
         finished = [_finish(finish) for finish in result.finished]
         if self.traced is not None:
@@ -211,7 +226,7 @@ class EngineLink:
                 counts=[len(output.token_ids) for output in tokens],
                 token_ids=[token for output in tokens for token in output.token_ids],
                 logprobs=[_logprobs(output.index, output) for output in tokens if output.logprobs is not None],
-                prompt_logprobs=[_logprobs(0, part) for part in result.prompt_logprobs],
+                prompt_logprobs=prompt_logprobs,
                 finished_samples=[
                     link_pb2.LinkSampleFinish(
                         handle=sample.key[1],
@@ -280,6 +295,27 @@ def _logprobs(index: int, output: TokenOutput | PromptLogprobs) -> link_pb2.Link
             values.top_token_ids.extend(token for token, _ in padded)
             values.top_logprobs.extend(value for _, value in padded)
     return link_pb2.LinkLogprobs(handle=output.key[1], index=index, offset=output.offset, values=values)
+
+
+def _divide_prompt_logprobs(parts: Sequence[PromptLogprobs]) -> list[list[link_pb2.LinkLogprobs]]:
+    """Return what each of one or more frames is to hold, in order; the last may be empty."""
+    frames: list[list[link_pb2.LinkLogprobs]] = [[]]
+    room = _VALUES_PER_FRAME
+    for part in parts:
+        per_token = 1 + part.num_top
+        start = 0
+        while start < len(part.logprobs):
+            if room < per_token:
+                frames.append([])
+                room = _VALUES_PER_FRAME
+            stop = min(start + room // per_token, len(part.logprobs))
+            room -= (stop - start) * per_token
+            piece = PromptLogprobs(
+                part.key, part.offset + start, part.logprobs[start:stop], part.top_logprobs[start:stop], part.num_top
+            )
+            frames[-1].append(_logprobs(0, piece))
+            start = stop
+    return frames
 
 
 def _finish(finish: RequestFinish) -> link_pb2.Finish:

@@ -151,9 +151,10 @@ class EngineLoop:
         parts = split_by_link(result)
         self._channel.send(
             *(
-                Message(Kind.FRAME, number, link.step_frame(parts[number], self._draining))
+                Message(Kind.FRAME, number, frame)
                 for number, link in self._links.items()
                 if number in parts
+                for frame in link.step_frames(parts[number], self._draining)
             )
         )
         if self._is_tracing:

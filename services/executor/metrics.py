@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from scalellm.v1 import executor_pb2
+from services.common.access import Access
 from services.common.histogram import SEQUENCE_COUNTS, STEP_SECONDS, TOKEN_COUNTS, WAIT_SECONDS, Histogram
 from services.common.metrics import filled, histogram_metric
 from services.executor.engine_supervisor import EngineSupervisor
@@ -21,11 +22,13 @@ class ExecutorCollector(Collector):
 
     Args:
         supervisor: Has the engine's latest report, which is at most half a second old.
+        access: Knows whether keys can be read.
         loop_lag: How late the front's event loop was.
     """
 
-    def __init__(self, supervisor: EngineSupervisor, loop_lag: Histogram) -> None:
+    def __init__(self, supervisor: EngineSupervisor, access: Access, loop_lag: Histogram) -> None:
         self._supervisor = supervisor
+        self._access = access
         self._loop_lag = loop_lag
 
     def collect(self) -> Iterator[Metric]:
@@ -80,6 +83,7 @@ class ExecutorCollector(Collector):
             ("links", "Links of schedulers that stand.", self._supervisor.num_links),
             ("engine_up", "Whether there is an engine.", self._supervisor.has_engine),
             ("engine_stalled", "Whether there is work and nothing moves.", not self._supervisor.is_alive),
+            ("keys_unread", "Whether API keys or link token cannot be read.", self._access.is_failing),
             ("draining", "Whether nothing is admitted.", self._supervisor.is_draining),
         ):
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=float(value))

@@ -12,6 +12,9 @@ from services.scheduler.request import Request
 # Uncounted credit: the edge shall not queue. What does not fit into the admission queue is refused with a retry time.
 _UNLIMITED = 2**63
 
+# Prompts have many log-probabilities: what comes from several executors at once must not make a frame too long.
+_MAX_PROMPT_LOGPROBS = 1 << 18
+
 _BEAT = 5.0
 _BEAT_FRAME = link_pb2.ServerFrame(step=link_pb2.StepOutput()).SerializeToString()
 
@@ -73,7 +76,11 @@ class ClientLink:
     def add_prompt_logprobs(self, logprobs: link_pb2.LinkLogprobs) -> None:
         """Log-probabilities of a part of the prompt."""
         self._prompt_logprobs.append(logprobs)
-        self._schedule_flush()
+        self._num_prompt_logprobs += len(logprobs.values.logprobs) * (1 + logprobs.values.num_top)
+        if self._num_prompt_logprobs < _MAX_PROMPT_LOGPROBS:
+            self._schedule_flush()
+        else:
+            self.flush()
 
     def add_sample_finish(self, sample_finish: link_pb2.LinkSampleFinish) -> None:
         """One sample ended."""
@@ -148,6 +155,7 @@ class ClientLink:
         self._token_ids: list[int] = []
         self._logprobs: list[link_pb2.LinkLogprobs] = []
         self._prompt_logprobs: list[link_pb2.LinkLogprobs] = []
+        self._num_prompt_logprobs = 0
         self._finished_samples: list[link_pb2.LinkSampleFinish] = []
         self._finished: list[link_pb2.Finish] = []
         self._load = None

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from scalellm.v1 import scheduler_pb2
+from services.common.access import Access
 from services.common.errors import code_name
 from services.common.histogram import Histogram
 from services.common.link import LinkTraffic
@@ -39,6 +40,7 @@ class _Snapshot:
     books: Books
     traffic: dict[str, LinkTraffic]
     redis_failures: int | None
+    keys_unread: bool
     num_client_links: int
     num_tasks: int
 
@@ -54,6 +56,7 @@ class SchedulerCollector(Collector):
         dispatcher: Has the books.
         fleet: Has the links to executors.
         affinity: Knows how Redis is.
+        access: Knows whether keys can be read.
         loop_lag: How late the event loop was.
     """
 
@@ -64,6 +67,7 @@ class SchedulerCollector(Collector):
         dispatcher: Dispatcher,
         fleet: Fleet,
         affinity: AffinityStore,
+        access: Access,
         loop_lag: Histogram,
     ) -> None:
         self._loop = loop
@@ -71,6 +75,7 @@ class SchedulerCollector(Collector):
         self._dispatcher = dispatcher
         self._fleet = fleet
         self._affinity = affinity
+        self._access = access
         self._loop_lag = loop_lag
 
     def describe(self) -> list[Metric]:
@@ -91,6 +96,8 @@ class SchedulerCollector(Collector):
             yield GaugeMetricFamily(f"{_PREFIX}_redis_up", "Whether Redis does what it is asked.", value=up)
             failures = snapshot.redis_failures
             yield CounterMetricFamily(f"{_PREFIX}_redis_failures", "Operations that Redis did not do.", failures)
+        unread = float(snapshot.keys_unread)
+        yield GaugeMetricFamily(f"{_PREFIX}_keys_unread", "Whether API keys or link token cannot be read.", unread)
         draining = float(snapshot.state.draining)
         yield GaugeMetricFamily(f"{_PREFIX}_draining", "Whether nothing is admitted.", value=draining)
         # A leak of requests would show here first.
@@ -103,6 +110,7 @@ class SchedulerCollector(Collector):
             books=self._dispatcher.books.copy(),
             traffic={address: replace(replica.traffic) for address, replica in self._fleet.replicas.items()},
             redis_failures=self._affinity.num_failures if self._affinity.has_redis else None,
+            keys_unread=self._access.is_failing,
             num_client_links=self._dispatcher.num_links,
             num_tasks=len(asyncio.all_tasks()),
         )

@@ -55,6 +55,7 @@ class SchedulerServer:
             self._affinity,
         )
         settings.dialer.check()
+        self._access = open_access(settings, serves_links=True)
         self._grpc = GrpcService(
             settings.host,
             settings.port,
@@ -62,7 +63,7 @@ class SchedulerServer:
             is_ready=self._is_ready,
             options=settings.connection_options,
             credentials=server_credentials(settings.tls_files),
-            interceptors=open_access(settings, serves_links=True).interceptors,
+            interceptors=self._access.interceptors,
         )
         self._grpc.server.add_generic_rpc_handlers((link_service_handler(SERVICE, self.service),))
         self._metrics: MetricsEndpoint | None = None
@@ -113,6 +114,7 @@ class SchedulerServer:
             self.dispatcher,
             self._fleet,
             self._affinity,
+            self._access,
             self._loop_lag,
         )
         if self._settings.vllm_metrics:
@@ -128,4 +130,5 @@ class SchedulerServer:
         return identity.model if identity is not None else ""
 
     def _is_ready(self) -> bool:
-        return bool(self._fleet.ready) and not self.dispatcher.is_draining and self._heartbeat.is_alive
+        is_able = bool(self._fleet.ready) and self._heartbeat.is_alive and not self._access.is_stale
+        return is_able and not self.dispatcher.is_draining

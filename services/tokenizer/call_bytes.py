@@ -90,7 +90,20 @@ class CallBytes:
     @property
     def num_bytes(self) -> int:
         """Held now, for all callers."""
-        return sum(holder.bytes for (_, peer), holder in self._holders.items() if not peer)
+        return sum(self._by_tenant())
+
+    @property
+    def largest_bytes(self) -> int:
+        """Held now for the tenant that holds most."""
+        return max(self._by_tenant(), default=0)
+
+    @property
+    def max_tenant_bytes(self) -> int:
+        """Most bytes of one tenant."""
+        return self._max_tenant_bytes
+
+    def _by_tenant(self) -> list[int]:
+        return [holder.bytes for (_, peer), holder in self._holders.items() if not peer]
 
     @asynccontextmanager
     async def call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[CallAccount]:

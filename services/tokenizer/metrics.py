@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -71,8 +71,8 @@ class EdgeMetrics:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"scalellm_{name}", text, buckets=buckets, registry=registry)
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"scalellm_tokenizer_{name}", text, multiprocess_mode="livesum", registry=registry)
+        def gauge(name: str, text: str, of_workers: Literal["livesum", "livemax"] = "livesum") -> Gauge:
+            return Gauge(f"scalellm_tokenizer_{name}", text, multiprocess_mode=of_workers, registry=registry)
 
         self.accepted = counter(_ACCEPTED, "Generate calls that came.")
         self.submitted = counter(f"{_PREFIX}_submitted", "Of these, those that went to the scheduler.")
@@ -129,6 +129,13 @@ class EdgeMetrics:
         )
         self.keys_unread = gauge("keys_unread", "Workers that cannot read their file of API keys.")
         self.redis_unusable = gauge("redis_unusable", "Workers for which Redis does not do what sessions need.")
+        self.call_bytes = gauge("call_bytes", "Bytes of requests and untaken answers that the workers hold.")
+        self.largest_call_bytes = gauge(
+            "call_bytes_largest", "Of these, what one tenant holds in one worker, at most.", "livemax"
+        )
+        self.call_bytes_limit = gauge(
+            "call_bytes_limit", "What one tenant may hold in one worker; beyond it calls are refused.", "livemax"
+        )
         self.link_up = gauge("scheduler_links", "Workers whose link to the scheduler is up.")
         self.tasks = gauge(
             "asyncio_tasks", "Tasks of the workers' event loops: a leak of requests would show here first."

@@ -6,11 +6,8 @@ Keys begin with the tenant: no tenant reaches, lists or counts what is another's
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import copy
 import enum
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -27,6 +24,7 @@ from services.common.logs import LineLimit
 from services.common.redis_client import KEY_PREFIX
 from services.common.redis_health import REDIS_ERRORS, RedisFault
 from services.tokenizer import session_script
+from services.tokenizer.page_token import bad_page_token, make_page_token, read_page_token
 from services.tokenizer.session import (
     INFO_FIELDS,
     Session,
@@ -207,7 +205,7 @@ class SessionStore:
                 pipeline.pttl(self._keys + name)
             answers = await pipeline.execute() if page else []
         infos = [decode_info(name, *row) for (_, name), *row in zip(page, answers[::2], answers[1::2], strict=True)]
-        next_token = _make_token(*page[-1]) if len(found) > page_size else ""
+        next_token = make_page_token(*page[-1]) if len(found) > page_size else ""
         return [info for info in infos if info is not None], next_token
 
     async def close(self) -> None:
@@ -246,18 +244,11 @@ class SessionStore:
             ) from None
 
 
-def _make_token(expiry: int, name: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([expiry, name]).encode()).decode()
-
-
 def _parse_token(token: str) -> tuple[int, str]:
     """Return the expiry (milliseconds since the epoch) and the id of the session after which the page begins."""
     if not token:
         return 0, ""
-    try:
-        expiry, name = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
-        if type(expiry) is int and 0 <= expiry < 2**53 and is_id(name):
-            return expiry, name
-    except (binascii.Error, ValueError, TypeError, RecursionError):
-        pass
-    raise StatusError.invalid("page_token", "must be empty or the next_page_token of an earlier answer")
+    expiry, name = read_page_token(token)
+    if type(expiry) is int and 0 <= expiry < 2**53 and isinstance(name, str) and is_id(name):
+        return expiry, name
+    raise bad_page_token()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import grpc
@@ -11,11 +13,19 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from scalellm.v1 import generation_pb2, sessions_pb2
 from services.common.access import Access
 from services.common.errors import StatusError
-from services.tokenizer.limits import RequestLimits
-from services.tokenizer.rpc import check_answer
+from services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
+from services.tokenizer.page_token import bad_page_token, make_page_token, read_page_token
 from services.tokenizer.session import Session, SessionInfo
 from services.tokenizer.session_store import SessionStore
 from services.tokenizer.validation import validate_id, validate_page_size
+
+_DEFAULT_PAGE_SIZE = 100
+
+_PAGE_BYTES = MAX_ANSWER_BYTES - 2**16
+"""Most bytes of the messages of a page: an answer has room for what stands beside them."""
+
+_MESSAGE_BYTES = 32
+"""Of tags and lengths around a message's texts, at most."""
 
 
 class SessionsServicer:
@@ -37,17 +47,27 @@ class SessionsServicer:
     async def Get(
         self, request: sessions_pb2.GetSessionRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.GetSessionResponse:
-        """One session with its messages."""
+        """One session with its messages, or with a page of them."""
         sessions = self._sessions(context)
+        page_size = validate_page_size(request, self._limits)
         session, remaining = await _load(sessions, request.session_id)
-        return sessions_pb2.GetSessionResponse(session=_to_wire(request.session_id, session, remaining))
+        if page_size is None and not request.page_token:
+            return sessions_pb2.GetSessionResponse(session=_to_wire(request.session_id, session, remaining))
+        start = _first_of_page(request.page_token, session)
+        end = _end_of_page(session.messages, start, page_size or _DEFAULT_PAGE_SIZE)
+        token = make_page_token(session.created, end) if end < len(session.messages) else ""
+        page = replace(session, messages=session.messages[start:end])
+        return sessions_pb2.GetSessionResponse(
+            session=_to_wire(request.session_id, page, remaining), next_page_token=token
+        )
 
     async def List(
         self, request: sessions_pb2.ListSessionsRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.ListSessionsResponse:
         """A page of sessions, without their messages."""
         sessions = self._sessions(context)
-        infos, token = await sessions.list(validate_page_size(request, self._limits), request.page_token)
+        page_size = validate_page_size(request, self._limits) or _DEFAULT_PAGE_SIZE
+        infos, token = await sessions.list(page_size, request.page_token)
         return sessions_pb2.ListSessionsResponse(sessions=map(_info_to_wire, infos), next_page_token=token)
 
     async def Fork(
@@ -65,7 +85,8 @@ class SessionsServicer:
             )
         copy = session.first_turns(num_turns)
         answer = sessions_pb2.ForkSessionResponse(session=_to_wire(request.new_session_id, copy, self._ttl))
-        check_answer(answer)  # before there is a copy
+        if answer.ByteSize() > MAX_ANSWER_BYTES:
+            del answer.session.messages[:]
         if not await sessions.create(request.new_session_id, copy):
             raise StatusError(
                 grpc.StatusCode.ALREADY_EXISTS, f"new_session_id: session {request.new_session_id!r} exists"
@@ -96,6 +117,28 @@ async def _load(sessions: SessionStore, session_id: str) -> tuple[Session, float
 
 def _raise_unknown(session_id: str) -> NoReturn:
     raise StatusError(grpc.StatusCode.NOT_FOUND, f"session_id: there is no session {session_id!r}, or it expired")
+
+
+def _first_of_page(token: str, session: Session) -> int:
+    """Number of the message with which a page begins. Raises StatusError INVALID_ARGUMENT."""
+    if not token:
+        return 0
+    created, start = read_page_token(token)
+    if type(start) is not int or not 0 <= start <= len(session.messages) or created != session.created:
+        raise bad_page_token()  # or of a session that was deleted and begun anew
+    return start
+
+
+def _end_of_page(messages: Sequence[tuple[str, str]], start: int, page_size: int) -> int:
+    """Number of the message after the last one of a page, which has at least one message."""
+    end, room = start, _PAGE_BYTES
+    while end < min(start + page_size, len(messages)):
+        role, content = messages[end]
+        room -= len(role.encode()) + len(content.encode()) + _MESSAGE_BYTES
+        if room < 0 and end > start:
+            break
+        end += 1
+    return end
 
 
 def _to_wire(session_id: str, session: Session, remaining: float) -> sessions_pb2.Session:

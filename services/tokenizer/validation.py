@@ -15,7 +15,6 @@ from services.tokenizer.limits import RequestLimits
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
-DEFAULT_PAGE_SIZE = 100
 MIN_PRIORITY = -100
 
 
@@ -188,10 +187,12 @@ def validate_decode(request: tokenizer_pb2.DecodeRequest, limits: RequestLimits,
     _check_token_ids(request.token_ids, vocab_size, "token_ids")
 
 
-def validate_page_size(request: sessions_pb2.ListSessionsRequest, limits: RequestLimits) -> int:
-    """Return how many sessions a page may have."""
+def validate_page_size(
+    request: sessions_pb2.ListSessionsRequest | sessions_pb2.GetSessionRequest, limits: RequestLimits
+) -> int | None:
+    """Return how many entries a page may have; None where the request does not say."""
     if not request.HasField("page_size"):
-        return DEFAULT_PAGE_SIZE
+        return None
     _check_count(request.page_size, 1, limits.max_page_size, "page_size")
     return request.page_size
 

@@ -119,11 +119,12 @@ class Worker:
                 request_log=RequestLog(settings),
                 tracer=self._tracer,
             )
+            held = CallBytes(lambda context: access.tenant(context.invocation_metadata()).name)
             service = GrpcService(
                 settings.host,
                 self._port,
                 services=[descriptor.full_name for descriptor in _SERVICES],
-                is_ready=lambda: self._is_ready(link, prompts, access, quotas, watch),
+                is_ready=lambda: self._is_ready(link, prompts, access, quotas, held, watch),
                 share_port=True,
                 options=(
                     *settings.connection_options,
@@ -142,7 +143,6 @@ class Worker:
             def admit(context: grpc.aio.ServicerContext) -> AbstractAsyncContextManager[None]:
                 return quotas.admitted(access.tenant(context.invocation_metadata()))
 
-            held = CallBytes(lambda context: access.tenant(context.invocation_metadata()).name)
             # Tokens count in the first, which admits calls itself.
             for descriptor, servicer, who in zip(_SERVICES, servicers, (None, admit, admit), strict=True):
                 add_service(service.server, descriptor, servicer, self._gate, self._metrics.count_call, held, who)
@@ -201,12 +201,16 @@ class Worker:
         prompts: PromptBuilder,
         access: Access,
         quotas: TenantQuotas,
+        held: CallBytes,
         watch: RedisWatch | None,
     ) -> bool:
         """Asked twice a second."""
         self._metrics.flush()
         self._metrics.limits_unshared.set(quotas.is_degraded)
         self._metrics.keys_unread.set(access.is_failing)
+        self._metrics.call_bytes.set(held.num_bytes)
+        self._metrics.largest_call_bytes.set(held.largest_bytes)
+        self._metrics.call_bytes_limit.set(held.max_tenant_bytes)
         self._metrics.redis_unusable.set(watch is not None and not watch.is_up)
         self._metrics.link_up.set(link.welcome is not None)
         self._metrics.tasks.set(len(asyncio.all_tasks()))

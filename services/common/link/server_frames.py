@@ -6,7 +6,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
+from services.common.errors import LONGEST_MESSAGE, StatusError
 from services.common.link.client_frames import LONGEST_NS
 
 _CODES = frozenset(code.value[0] for code in grpc.StatusCode)
@@ -80,6 +80,10 @@ def _check_finish(finish: link_pb2.Finish) -> None:
     status, timings = finish.status, finish.timings
     if status.code not in _CODES:
         raise _malformed(f"finished.status.code: must be a google.rpc.Code, got {status.code}")
+    if len(status.message) > LONGEST_MESSAGE:
+        raise _malformed(f"finished.status.message: must have at most {LONGEST_MESSAGE} characters")
+    if len(status.field) > _LONGEST_NAME:
+        raise _malformed(f"finished.status.field: must have at most {_LONGEST_NAME} characters")
     if status.retry_after_ns > LONGEST_NS:
         raise _malformed(f"finished.status.retry_after_ns: must be at most {LONGEST_NS}, got {status.retry_after_ns}")
     for name in _DURATIONS:

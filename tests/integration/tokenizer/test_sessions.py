@@ -11,7 +11,10 @@ from redis.asyncio import Redis
 
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2
 from scripted_scheduler import Script
-from service_processes import eventually
+from service_processes import PATIENCE, eventually
+from services.tokenizer.session import new_session
+from services.tokenizer.session_store import SessionStore
+from services.tokenizer.text.conversation import Continuation, Segment
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -165,6 +168,63 @@ async def test_list_pages_through_all(client, speak):
         token, pages = page.next_page_token, pages + 1
     assert names <= set(seen)
     assert len(seen) == len(set(seen))
+
+
+async def store_large(redis_url, session_id):
+    """Store four turns of 4.2 MiB, more than one answer may hold. Returns the contents of the messages."""
+    contents = [part for number in range(4) for part in (f"{number} " + "word " * 220_000, f"Answer {number}.")]
+    session = new_session()
+    for number in range(4):
+        question, answer = contents[2 * number : 2 * number + 2]
+        segment = Segment(answer, (number,))
+        session = session.add_turn(
+            [("user", question)], Continuation(session.segments, Segment(question, (1, 2))), segment, answer
+        )
+    async with Redis.from_url(redis_url) as redis:
+        assert await SessionStore(redis, 3600, timeout=PATIENCE).create(session_id, session)
+    return contents
+
+
+async def patiently(method, request):
+    """Call again while Redis, on a busy machine, takes longer than a worker waits for it."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                return await method(request)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+
+
+async def test_a_session_of_more_than_4_mib_is_read_and_copied(client, module_redis):
+    contents = await store_large(module_redis.url, "large")
+    with pytest.raises(grpc.aio.AioRpcError, match="a message holds at most") as refused:
+        await patiently(client.sessions.Get, sessions_pb2.GetSessionRequest(session_id="large"))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for page_size, least in ((1000, 2), (3, 3), (1, 8)):
+        request, told, num_pages = sessions_pb2.GetSessionRequest(session_id="large", page_size=page_size), [], 0
+        while True:
+            page = await patiently(client.sessions.Get, request)
+            assert (page.session.num_turns, page.session.session_id) == (4, "large")
+            assert 1 <= len(page.session.messages) <= page_size
+            told += [message.content for message in page.session.messages]
+            num_pages += 1
+            if not page.next_page_token:
+                break
+            request.page_token = page.next_page_token
+        assert told == contents
+        assert num_pages >= least
+    fork = sessions_pb2.ForkSessionRequest(session_id="large", new_session_id="large-2")
+    copy = await patiently(client.sessions.Fork, fork)
+    assert (copy.session.num_turns, list(copy.session.messages)) == (4, [])
+    request = sessions_pb2.GetSessionRequest(session_id="large-2", page_size=1)
+    page = await patiently(client.sessions.Get, request)
+    assert page.session.messages[0].content == contents[0]
+    # A token is of one session: another's, or one of a session that was begun anew, is refused.
+    request = sessions_pb2.GetSessionRequest(session_id="large", page_token=page.next_page_token)
+    with pytest.raises(grpc.aio.AioRpcError, match="page_token: must be empty or") as refused:
+        await patiently(client.sessions.Get, request)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_every_key_expires(module_redis, client, speak):

@@ -8,12 +8,15 @@ import pytest
 
 import engine_kit
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
+from services.common.link.server_frames import read_step
 from services.executor.build import LoadedEngine
-from services.executor.engine import Engine
+from services.executor.engine import Engine, StepResult, TokenOutput
+from services.executor.engine.request import PromptLogprobs
 from services.executor.engine.sampling_params import InvalidRequestError
-from services.executor.engine_link import sampling_from_wire
+from services.executor.engine_link import EngineLink, sampling_from_wire
 from services.executor.engine_process import EngineLoop
 from services.executor.ipc import EngineChannel, Kind, Message
+from services.tokenizer.token_receiver import TokenReceiver
 
 
 def run_loop(sent: list[Message], seconds_per_step: float, num_steps: int) -> list[Message]:
@@ -79,3 +82,32 @@ def test_entries_of_logit_bias_are_counted_before_they_are_a_mapping() -> None:
     with pytest.raises(InvalidRequestError, match="logit_bias: must have at most 1024 entries, got 1025"):
         sampling_from_wire(sampling)
     assert sampling_from_wire(common_pb2.SamplingParams(logit_bias=sampling.logit_bias[:1024])).logit_bias == {1: 0.0}
+
+
+@pytest.mark.parametrize("num_top", [0, 20])
+def test_a_step_with_many_log_probabilities_is_divided_into_frames(num_top: int) -> None:
+    """A step of prompts with 100,000 tokens and 20 alternatives each would be one frame beyond what a link carries."""
+    config = engine_kit.make_config(max_model_len=1024, num_blocks=256)
+    link = EngineLink(1, Engine(config, engine_kit.FakePagedRunner(config)), prefill_window=1, request_window=1)
+    count = 20_000
+    logprobs = [-1 - i / 7 for i in range(count)]
+    top = [[(2**20 - 1, -0.5 - place) for place in range(num_top)]] * count
+    neighbour = PromptLogprobs((1, 8), 3, [-1.0, -2.0], [[], []], 0)
+    result = StepResult(
+        tokens=[TokenOutput((1, 8), 0, 0, [5], None, None, 0)],
+        prompt_logprobs=[PromptLogprobs((1, 9), 0, logprobs, top, num_top), neighbour],
+    )
+    frames = link.step_frames(result, draining=False)
+    assert max(map(len, frames)) < 2**20
+    steps = [read_step(frame, 1 << 20) for frame in frames]
+    assert [step.seq for step in steps] == list(range(1, len(frames) + 1))
+    assert [list(step.token_ids) for step in steps] == [[]] * (len(frames) - 1) + [[5]]
+    receiver = TokenReceiver(9, 1, num_prompt_logprobs=count)
+    merged = link_pb2.ServerFrame.FromString(b"".join(frames)).step.prompt_logprobs
+    for entry in merged[:-1]:
+        receiver.on_prompt_logprobs(entry)
+    assert (merged[-1].handle, merged[-1].offset, len(merged[-1].values.logprobs)) == (8, 3, 2)
+    values = [values for _, values in receiver.take_prompt_logprobs()]
+    assert sum(len(part.logprobs) for part in values) == count
+    alternatives = [value for part in values for value in part.top_logprobs]
+    assert alternatives == [-0.5 - place for place in range(num_top)] * count

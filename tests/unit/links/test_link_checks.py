@@ -100,6 +100,8 @@ def test_a_request_that_cannot_be_sent_ends_and_takes_no_credit(monkeypatch: pyt
         ({"finished_samples": [{"reason": 6}]}, "FinishReason"),
         ({"finished": [{"status": {"code": 17}}]}, "google.rpc.Code"),
         ({"finished": [{"status": {"code": 8, "retry_after_ns": 2**64 - 1}}]}, "retry_after_ns"),
+        ({"finished": [{"status": {"code": 8, "message": "x" * 2049}}]}, "status.message: must have at most 2048"),
+        ({"finished": [{"status": {"code": 3, "field": "x" * 1025}}]}, "status.field: must have at most 1024"),
         ({"finished": [{"timings": {"preempted_ns": LONGEST_NS + 1}}]}, "preempted_ns"),
         ({"finished": [{"timings": {"executor_id": "x" * 1025}}]}, "executor_id"),
     ],
@@ -135,3 +137,13 @@ def test_the_first_frame_is_a_welcome_and_the_others_are_steps(read) -> None:
             continue
         with pytest.raises(StatusError, match="malformed frame"):
             read(frame.SerializeToString())
+
+
+@pytest.mark.parametrize("length", [1, 2048, 2049, 10**6])
+def test_a_message_is_cut_to_what_a_frame_may_carry(length: int) -> None:
+    error = StatusError.unavailable("é" * length)
+    finish = link_pb2.Finish(handle=1, status=error.to_link())
+    step = read_step(link_pb2.ServerFrame(step=link_pb2.StepOutput(finished=[finish])).SerializeToString(), 100)
+    said = StatusError.from_link(step.finished[0].status).message
+    assert len(said) == min(length, 2048)
+    assert said.endswith("..." if length > 2048 else "é")

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from scalellm.v1 import link_pb2
+from scalellm.v1 import common_pb2, link_pb2
 from service_processes import PATIENCE
 from services.scheduler.books import Books
 from services.scheduler.client_link import ClientLink
@@ -29,3 +29,22 @@ async def test_beats_only_while_requests_run(monkeypatch: pytest.MonkeyPatch) ->
     count = len(frames)
     await asyncio.sleep(4 * BEAT)
     assert len(frames) == count
+
+
+async def test_log_probabilities_of_several_executors_do_not_make_a_frame_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What comes within one turn of the event loop leaves together, but not without bound."""
+    frames: list[bytes] = []
+    link = ClientLink("test", Books())
+    monkeypatch.setattr(link.server_link, "send", frames.append)
+    values = common_pb2.TokenLogprobs(
+        logprobs=[-1.0] * 3000, num_top=20, top_token_ids=[2**20 - 1] * 60_000, top_logprobs=[-2.0] * 60_000
+    )
+    parts = [link_pb2.LinkLogprobs(handle=handle, values=values) for handle in range(40)]
+    for part in parts:  # 40 times half a megabyte
+        link.add_prompt_logprobs(part)
+    link.flush()
+    assert max(map(len, frames)) < 4 * 2**20
+    assert list(link_pb2.ServerFrame.FromString(b"".join(frames)).step.prompt_logprobs) == parts
+    link.close()

@@ -165,7 +165,7 @@ def test_decode_limits():
 
 
 def test_page_size():
-    assert validate_page_size(sessions_pb2.ListSessionsRequest(), LIMITS) == 100
+    assert validate_page_size(sessions_pb2.ListSessionsRequest(), LIMITS) is None
     assert validate_page_size(sessions_pb2.ListSessionsRequest(page_size=1000), LIMITS) == 1000
     for size in (0, 1001):
         with pytest.raises(StatusError, match=r"page_size: must be in \[1, 1000\]"):

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class SessionsStub:
     """Reads, copies and deletes sessions. Generate creates and extends them. An unknown or expired session is NOT_FOUND;
-    UNAVAILABLE when Redis cannot be reached; RESOURCE_EXHAUSTED when the messages to return have more than 4 MiB.
+    UNAVAILABLE when Redis cannot be reached.
     """
 
     def __init__(self, channel):
@@ -60,11 +60,11 @@ class SessionsStub:
 
 class SessionsServicer:
     """Reads, copies and deletes sessions. Generate creates and extends them. An unknown or expired session is NOT_FOUND;
-    UNAVAILABLE when Redis cannot be reached; RESOURCE_EXHAUSTED when the messages to return have more than 4 MiB.
+    UNAVAILABLE when Redis cannot be reached.
     """
 
     def Get(self, request, context):
-        """One session with its messages.
+        """One session with its messages, or with a page of them. RESOURCE_EXHAUSTED when all are asked for and have more than 4 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +124,7 @@ def add_SessionsServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Sessions:
     """Reads, copies and deletes sessions. Generate creates and extends them. An unknown or expired session is NOT_FOUND;
-    UNAVAILABLE when Redis cannot be reached; RESOURCE_EXHAUSTED when the messages to return have more than 4 MiB.
+    UNAVAILABLE when Redis cannot be reached.
     """
 
     @staticmethod

@@ -28,7 +28,7 @@ export declare type Session = Message<"scalellm.v1.Session"> & {
   sessionId: string;
 
   /**
-   * The conversation so far. Empty in List.
+   * The conversation so far, or the part that was asked for. Empty in List.
    *
    * @generated from field: repeated scalellm.v1.ChatMessage messages = 2;
    */
@@ -88,6 +88,20 @@ export declare type GetSessionRequest = Message<"scalellm.v1.GetSessionRequest">
    * @generated from field: string session_id = 1;
    */
   sessionId: string;
+
+  /**
+   * Most messages to return, 1..1000; fewer come where they would have more than 4 MiB. Unset = all messages.
+   *
+   * @generated from field: optional uint32 page_size = 2;
+   */
+  pageSize?: number | undefined;
+
+  /**
+   * From an earlier answer; empty for the first page.
+   *
+   * @generated from field: string page_token = 3;
+   */
+  pageToken: string;
 };
 
 /**
@@ -108,6 +122,13 @@ export declare type GetSessionResponse = Message<"scalellm.v1.GetSessionResponse
    * @generated from field: scalellm.v1.Session session = 1;
    */
   session?: Session | undefined;
+
+  /**
+   * For the next page of messages; empty on the last.
+   *
+   * @generated from field: string next_page_token = 2;
+   */
+  nextPageToken: string;
 };
 
 /**
@@ -211,7 +232,7 @@ export declare const ForkSessionRequestSchema: GenMessage<ForkSessionRequest>;
  */
 export declare type ForkSessionResponse = Message<"scalellm.v1.ForkSessionResponse"> & {
   /**
-   * With its messages.
+   * With its messages, unless they have more than 4 MiB: then Get tells them page by page.
    *
    * @generated from field: scalellm.v1.Session session = 1;
    */
@@ -260,13 +281,13 @@ export declare const DeleteSessionResponseSchema: GenMessage<DeleteSessionRespon
 
 /**
  * Reads, copies and deletes sessions. Generate creates and extends them. An unknown or expired session is NOT_FOUND;
- * UNAVAILABLE when Redis cannot be reached; RESOURCE_EXHAUSTED when the messages to return have more than 4 MiB.
+ * UNAVAILABLE when Redis cannot be reached.
  *
  * @generated from service scalellm.v1.Sessions
  */
 export declare const Sessions: GenService<{
   /**
-   * One session with its messages.
+   * One session with its messages, or with a page of them. RESOURCE_EXHAUSTED when all are asked for and have more than 4 MiB.
    *
    * @generated from rpc scalellm.v1.Sessions.Get
    */
