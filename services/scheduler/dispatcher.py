@@ -109,6 +109,9 @@ class Dispatcher:
                 request.trace = RequestTrace.begin(self._tracer, submit)
             if self.is_draining:
                 raise StatusError.unavailable("the scheduler is draining", retry_after=_RETRY_AFTER)
+            if request.all_samples_ended:  # the client's link broke before the Finish
+                self._end(request, request.make_finish(None))
+                return
             if self._fleet.outage is not None:
                 raise self._fleet.outage
             remaining = request.deadline - now if request.deadline is not None else None

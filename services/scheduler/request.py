@@ -130,6 +130,7 @@ class Request:
             self.logprobs_passed[sample.index] = len(sample.token_ids)
             if sample.finished:
                 self.ended_samples[sample.index] = sample.finished
+        self.num_resumed = self.num_emitted
 
     def start(self, replica: ReplicaLink, replica_handle: int, now: float) -> None:
         """It was sent to an executor."""

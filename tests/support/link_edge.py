@@ -77,6 +77,7 @@ class LinkEdge:
         session_id: str = "",
         cache_salt: bytes = b"",
         resumed: dict[int, list[int]] | None = None,
+        finished: dict[int, common_pb2.FinishReason] | None = None,
         handle: int | None = None,
         **sampling: int,
     ) -> Stream:
@@ -95,6 +96,10 @@ class LinkEdge:
         if time_remaining is not None:
             submit.time_remaining_ns = int(time_remaining * 1e9)
         stream = self.streams[handle] = Stream(handle, token_ids)
+        for index, emitted in (resumed or {}).items():
+            reason = (finished or {}).get(index, common_pb2.FINISH_REASON_UNSPECIFIED)
+            submit.resumed.add(index=index, token_ids=emitted, finished=reason)
+            stream.samples[index] = list(emitted)
         await self._write(link_pb2.ClientFrame(submit=submit))
         return stream
 

@@ -81,6 +81,10 @@ def _check_resumed(submit: link_pb2.Submit, num_samples: int) -> None:
             raise StatusError.invalid("resumed.index", message)
         if sample.finished not in common_pb2.FinishReason.values():
             raise StatusError.invalid("resumed.finished", f"must be a value of FinishReason, got {sample.finished}")
+        num_tokens = len(sample.token_ids)
+        if submit.sampling.HasField("max_tokens") and num_tokens > submit.sampling.max_tokens:
+            message = f"sample {sample.index} has {num_tokens}, sampling.max_tokens allows {submit.sampling.max_tokens}"
+            raise StatusError.invalid("resumed.token_ids", message)
         seen.add(sample.index)
 
 

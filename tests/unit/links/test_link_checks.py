@@ -34,6 +34,7 @@ BAD_SUBMITS = {
     "tracestate": {"tracestate": "a" * 513},
     "sampling.n": {"sampling": common_pb2.SamplingParams(n=17)},
     "resumed.index": {"resumed": [link_pb2.ResumedSample(index=1), link_pb2.ResumedSample(index=1)]},
+    "resumed.token_ids": {"resumed": [link_pb2.ResumedSample(index=1, token_ids=[1, 2, 3])]},
     "resumed.finished": {"resumed": [link_pb2.ResumedSample(finished=99)]},
 }
 

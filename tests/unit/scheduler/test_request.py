@@ -107,3 +107,12 @@ def test_the_longest_time_remaining_goes_on_to_an_executor():
     assert request.make_submit(9, 0.0, 3).time_remaining_ns == LONGEST_NS
     with pytest.raises(StatusError, match="time_remaining_ns: must be at most"):
         make_request(time_remaining_ns=2**64 - 1)
+
+
+def test_fields_that_this_version_does_not_know_go_on_to_the_executor():
+    submit = link_pb2.Submit(handle=7, token_ids=[1, 2, 3], resumed=[link_pb2.ResumedSample(token_ids=[4])])
+    unknown = b"\xaa\x3f\x02ab"  # field 1013, of two bytes
+    request = Request(SimpleNamespace(), link_pb2.Submit.FromString(submit.SerializeToString() + unknown), 1, 0.0)
+    request.check()
+    frame = link_pb2.ClientFrame(submit=request.make_submit(9, 0.0, 3))
+    assert unknown in frame.SerializeToString()

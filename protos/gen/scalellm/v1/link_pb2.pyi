@@ -14,10 +14,12 @@ class AbortReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ABORT_REASON_CANCELLED: _ClassVar[AbortReason]
     ABORT_REASON_STOP: _ClassVar[AbortReason]
     ABORT_REASON_DEADLINE: _ClassVar[AbortReason]
+    ABORT_REASON_MOVE: _ClassVar[AbortReason]
 ABORT_REASON_UNSPECIFIED: AbortReason
 ABORT_REASON_CANCELLED: AbortReason
 ABORT_REASON_STOP: AbortReason
 ABORT_REASON_DEADLINE: AbortReason
+ABORT_REASON_MOVE: AbortReason
 
 class ClientFrame(_message.Message):
     __slots__ = ("hello", "submit", "abort")
@@ -176,16 +178,18 @@ class LinkSampleFinish(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., index: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., stop_token_id: _Optional[int] = ...) -> None: ...
 
 class Finish(_message.Message):
-    __slots__ = ("handle", "status", "usage", "timings")
+    __slots__ = ("handle", "status", "usage", "timings", "moved")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     handle: int
     status: LinkStatus
     usage: _common_pb2.Usage
     timings: HopTimings
-    def __init__(self, handle: _Optional[int] = ..., status: _Optional[_Union[LinkStatus, _Mapping]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., timings: _Optional[_Union[HopTimings, _Mapping]] = ...) -> None: ...
+    moved: bool
+    def __init__(self, handle: _Optional[int] = ..., status: _Optional[_Union[LinkStatus, _Mapping]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., timings: _Optional[_Union[HopTimings, _Mapping]] = ..., moved: _Optional[bool] = ...) -> None: ...
 
 class LinkStatus(_message.Message):
     __slots__ = ("code", "message", "field", "retry_after_ns")
