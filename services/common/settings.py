@@ -135,6 +135,14 @@ class ServiceSettings(BaseSettings):
         return TlsFiles(self.metrics_tls_cert, self.metrics_tls_key, self.metrics_tls_ca, option="--metrics-tls")
 
 
+class LinkedSettings(ServiceSettings):
+    """What a service can be told that gets its work from other ones."""
+
+    lease_s: Annotated[float, Field(ge=0.1, le=3600)] = 30.0
+    """Seconds without any sign of life after which the requests of a client service are freed: it hangs, or its
+    connection is dead. It shows one six times as often."""
+
+
 class LinkingSettings(ServiceSettings):
     """What a service can be told that sends its work to another one."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ByteSize, Field
 from pydantic_settings import NoDecode
 
-from services.common.settings import Port, ServiceSettings, settings_config
+from services.common.settings import LinkedSettings, Port, settings_config
 
 
 def _parse_kernels(value: Any) -> Any:
@@ -19,7 +19,7 @@ def _parse_kernels(value: Any) -> Any:
     return {name.strip(): form.strip() for name, _, form in pairs}
 
 
-class ExecutorSettings(ServiceSettings):
+class ExecutorSettings(LinkedSettings):
     """The GPU executor: runs token sequences through the model, owns the paged KV cache."""
 
     model_config = settings_config("executor")

@@ -129,8 +129,10 @@ class EngineLink:
                 index = abort.index if abort.HasField("index") else None
                 self._engine.abort((self.link, abort.handle), index, _ABORTS.get(abort.reason, AbortReason.CANCELLED))
                 return None
+            case "renewal":
+                return None
             case other:
-                raise StatusError.invalid("frame", f"must be submit or abort after the hello, got {other}")
+                raise StatusError.invalid("frame", f"must be submit, abort or renewal after the hello, got {other}")
 
     def _submit(self, submit: link_pb2.Submit, now: float, draining: bool) -> bytes | None:
         key = (self.link, submit.handle)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
 
 from scalellm.v1 import executor_pb2
 from services.common.errors import StatusError
-from services.common.link import LinkTraffic, ServerLink
+from services.common.link import LinkTraffic, ServerLink, first_frame, lease_of, read_hello
 from services.executor.config import ExecutorSettings
 from services.executor.engine_supervisor import EngineSupervisor
 
@@ -28,13 +29,11 @@ class ExecutorServicer:
         port = _Port(self._supervisor.traffic)
         link = 0
         try:
-            try:
-                hello = await anext(frames)
-            except StopAsyncIteration:
-                return
-            link = await self._supervisor.open_link(hello, port)
+            first = await first_frame(frames)
+            lease = lease_of(read_hello(first), self._settings.lease_s)
+            link = await self._supervisor.open_link(first, port)
             welcome = await port.welcome
-            await port.link.run(welcome, frames, context, lambda frame: self._supervisor.send_frame(link, frame))
+            await port.link.run(welcome, frames, context, partial(self._supervisor.send_frame, link), lease)
             if port.error is not None:
                 raise port.error
         finally:

@@ -7,10 +7,10 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from services.common.addresses import split_address
-from services.common.settings import LinkingSettings, Port, settings_config
+from services.common.settings import LinkedSettings, LinkingSettings, Port, settings_config
 
 
-class SchedulerSettings(LinkingSettings):
+class SchedulerSettings(LinkedSettings, LinkingSettings):
     """What the scheduler can be told."""
 
     model_config = settings_config("scheduler")

@@ -53,6 +53,7 @@ class SchedulerServer:
             self._fleet,
             self._discovery,
             self._affinity,
+            settings.lease_s,
         )
         settings.dialer.check()
         self._access = open_access(settings, serves_links=True)

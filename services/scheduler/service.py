@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import grpc
 
 from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import parse_client_frame, read_hello
+from services.common.link import first_frame, lease_of, parse_client_frame, read_hello
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.client_link import ClientLink
 from services.scheduler.dispatcher import Dispatcher
@@ -18,7 +17,6 @@ from services.scheduler.fleet import Fleet
 
 SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"]
 
-_HELLO_LIMIT = 10.0
 _LONGEST_DRAIN = 3600
 
 
@@ -32,6 +30,7 @@ class SchedulerService:
         fleet: The executors.
         discovery: Their list.
         affinity: For the state of Redis.
+        lease: Seconds for which the requests of a silent tokenizer worker are kept.
     """
 
     def __init__(
@@ -42,9 +41,11 @@ class SchedulerService:
         fleet: Fleet,
         discovery: ExecutorDiscovery,
         affinity: AffinityStore,
+        lease: float,
     ) -> None:
         self._instance_id = instance_id
         self._drain_limit = drain_limit
+        self._lease = lease
         self._dispatcher = dispatcher
         self._fleet = fleet
         self._discovery = discovery
@@ -62,7 +63,7 @@ class SchedulerService:
 
     async def Connect(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """Serve one tokenizer worker's link."""
-        hello = await _read_hello(frames)
+        hello = read_hello(await first_frame(frames))
         welcome = await self._welcome(hello)
         link = ClientLink(hello.client_id, self._dispatcher.books)
         self._dispatcher.open_link(link)
@@ -72,6 +73,7 @@ class SchedulerService:
                 frames,
                 context,
                 lambda frame: self._on_frame(link, parse_client_frame(frame)),
+                lease_of(hello, self._lease),
             )
         finally:
             self._dispatcher.close_link(link)
@@ -99,6 +101,8 @@ class SchedulerService:
                 self._dispatcher.submit(link, frame.submit)
             case "abort":
                 self._dispatcher.abort(link, frame.abort)
+            case "renewal":
+                pass  # that it came is what counts: the edge has credits without end
             case "hello":
                 raise StatusError.invalid("hello", "a link is opened once")
             case _:
@@ -138,14 +142,3 @@ class SchedulerService:
             message = f"address: {request.address!r} is not a known executor"
             raise StatusError(grpc.StatusCode.NOT_FOUND, message)
         return scheduler_pb2.RemoveExecutorResponse()
-
-
-async def _read_hello(frames: AsyncIterator[bytes]) -> link_pb2.Hello:
-    try:
-        first = await asyncio.wait_for(anext(frames), _HELLO_LIMIT)
-    except StopAsyncIteration:
-        raise StatusError.invalid("hello", "the link was closed before it was opened") from None
-    except TimeoutError:
-        message = f"hello: none came within {_HELLO_LIMIT:g} s"
-        raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
-    return read_hello(first)

@@ -84,7 +84,8 @@ STEPS = (
     ),
 )
 WELCOME = link_pb2.Welcome(
-    instance_id="fuzz", model="m", block_size=4, num_blocks=9, max_model_len=64, max_num_seqs=4, vocab_size=100,
+    instance_id="fuzz", api_minor=API_MINOR, model="m", vocab_size=100,
+    block_size=4, num_blocks=9, max_model_len=64, max_num_seqs=4,
     load=link_pb2.Load(granted_prefill_tokens=2**40, granted_requests=2**40),
 )  # fmt: skip
 

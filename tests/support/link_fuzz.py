@@ -135,7 +135,7 @@ async def _play_to_scheduler(
     fleet = Fleet("fuzz", 1000.0, 1000.0)
     affinity = AffinityStore(None, 60.0)
     dispatcher = Dispatcher(SchedulerSettings(), fleet, affinity, Heartbeat(30.0), tracer)
-    service = SchedulerService("fuzz", 1.0, dispatcher, fleet, SimpleNamespace(errors={}), affinity)  # type: ignore[arg-type]
+    service = SchedulerService("fuzz", 1.0, dispatcher, fleet, SimpleNamespace(errors={}), affinity, 30.0)  # type: ignore[arg-type]
     replica = ReplicaLink("fuzz:1", link_pb2.Hello(), fleet, 1000.0)
     passed_on: list[link_pb2.Submit] = []
     replica._client.submit = passed_on.append  # type: ignore[method-assign]

@@ -3,11 +3,11 @@
 from services.common.link.client import LinkClient, LinkHandler
 from services.common.link.client_frames import LONGEST_NS, MAX_SAMPLES, check_submit, parse_client_frame, read_hello
 from services.common.link.dialer import PLAINTEXT, LinkDialer
+from services.common.link.opening import first_frame, lease_of
 from services.common.link.registration import link_service_handler
 from services.common.link.server import ServerLink
 from services.common.link.traffic import LinkTraffic
-
-API_MINOR = 1
+from services.common.link.version import API_MINOR
 
 __all__ = [
     "API_MINOR",
@@ -20,6 +20,8 @@ __all__ = [
     "LinkTraffic",
     "ServerLink",
     "check_submit",
+    "first_frame",
+    "lease_of",
     "link_service_handler",
     "parse_client_frame",
     "read_hello",

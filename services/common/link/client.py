@@ -7,6 +7,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from services.common.cancellation import cancellable
 from services.common.errors import StatusError
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.server_frames import read_step, read_welcome
+from services.common.link.silence import until_silent
 from services.common.link.traffic import LinkTraffic
 from services.common.reload import ConfigFileError
 
@@ -27,6 +29,10 @@ FrameT = TypeVar("FrameT")
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.05, 2.0
 _HANDSHAKE_LIMIT = 10.0
+
+_RENEWALS_PER_LEASE = 6
+_DEMAND_PAUSE = 0.05
+"""Seconds between two renewals at least, however often the demand changes."""
 
 
 class LinkHandler(Protocol):
@@ -57,6 +63,7 @@ class LinkClient:
         silence_limit: Seconds without any frame, while `is_busy()`, after which the peer counts as dead although its
             connection stands (a process that hangs).
         is_busy: Whether an answer of the peer is awaited.
+        demand: What waits for credits here, for a peer whose requests have a lease that is to be renewed.
 
     Attributes:
         traffic: What went over all connections so far.
@@ -72,6 +79,7 @@ class LinkClient:
         dialer: LinkDialer = PLAINTEXT,
         silence_limit: float = 30.0,
         is_busy: Callable[[], bool] = lambda: False,
+        demand: Callable[[], link_pb2.Renewal] = link_pb2.Renewal,
     ) -> None:
         self.address = address
         self._path = f"/{method.containing_service.full_name}/{method.name}"
@@ -81,6 +89,9 @@ class LinkClient:
         self._silence_limit = silence_limit
         self._is_busy = is_busy
         self._outbox: deque[link_pb2.ClientFrame] = deque()
+        self._renewal: link_pb2.Renewal | None = None  # the next one: a peer that does not read finds one, not a heap
+        self._demand = demand
+        self._demand_changed = asyncio.Event()
         self._wake = asyncio.Event()
         self._up = False
         self._last_reason = ""
@@ -98,6 +109,10 @@ class LinkClient:
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
         """End a request, or one sample of it. Without effect while the link is down: the peer has lost it anyway."""
         self._send(link_pb2.ClientFrame(abort=link_pb2.Abort(handle=handle, index=index, reason=reason)))
+
+    def announce_demand(self) -> None:
+        """Tell the peer soon what `demand` says now."""
+        self._demand_changed.set()
 
     def _send(self, frame: link_pb2.ClientFrame) -> None:
         if self._up:
@@ -131,6 +146,7 @@ class LinkClient:
                 delay = _FIRST_DELAY
             self._up = False
             self._outbox.clear()
+            self._renewal = None
             self._handler.on_down(error)
             # From attempt to attempt: a peer that is starting lets its callers wait for a while, which is pause enough.
             # Jitter, so that the links of many processes do not return in the same instant.
@@ -155,12 +171,14 @@ class LinkClient:
                 self._handler.on_up(welcome)
                 self._up = True
                 _log.info("link to %s is up: %s", self.address, welcome.model)
-                await self._serve(call, partial(read_step, vocab_size=welcome.vocab_size))
+                await self._serve(call, welcome)
             finally:
                 call.cancel()
 
-    async def _serve(self, call: Any, read: Callable[[bytes], link_pb2.StepOutput]) -> None:
-        steps = (self._read(call, read), self._write(call), self._watch())
+    async def _serve(self, call: Any, welcome: link_pb2.Welcome) -> None:
+        steps = [self._read(call, partial(read_step, vocab_size=welcome.vocab_size)), self._write(call), self._watch()]
+        if welcome.lease_ns:
+            steps.append(self._renew(welcome.lease_ns / 1e9))
         tasks = [asyncio.create_task(step) for step in steps]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -196,24 +214,30 @@ class LinkClient:
 
     async def _write(self, call: Any) -> None:
         while True:
-            while self._outbox:
+            while (frame := self._next_frame()) is not None:
                 try:
-                    await self._send_frame(call, self._outbox.popleft())
+                    await self._send_frame(call, frame)
                 except asyncio.InvalidStateError:  # the peer ended the call, and the reader was not told yet
                     await self._raise_status(call)
                     return
             self._wake.clear()
             await self._wake.wait()
 
-    async def _watch(self) -> None:
-        # Counted in turns of this loop, not by the clock: when this process stood still itself, its peer did not hang,
-        # and what it said meanwhile is yet to be read.
-        pause = min(1.0, self._silence_limit / 4)
-        silent, heard = 0.0, self.traffic.frames_received
+    def _next_frame(self) -> link_pb2.ClientFrame | None:
+        if self._outbox:
+            return self._outbox.popleft()
+        renewal, self._renewal = self._renewal, None
+        return link_pb2.ClientFrame(renewal=renewal) if renewal is not None else None
+
+    async def _renew(self, lease: float) -> None:
         while True:
-            await asyncio.sleep(pause)
-            is_silent = self._is_busy() and self.traffic.frames_received == heard
-            silent = silent + pause if is_silent else 0.0
-            heard = self.traffic.frames_received
-            if silent > self._silence_limit:
-                raise StatusError.unavailable(f"{self.address} has been silent for {self._silence_limit:g} s")
+            self._renewal = self._demand()
+            self._wake.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._demand_changed.wait(), lease / _RENEWALS_PER_LEASE)
+            self._demand_changed.clear()
+            await asyncio.sleep(_DEMAND_PAUSE)
+
+    async def _watch(self) -> None:
+        await until_silent(self._silence_limit, lambda: self.traffic.frames_received, self._is_busy)
+        raise StatusError.unavailable(f"{self.address} has been silent for {self._silence_limit:g} s")

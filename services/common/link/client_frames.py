@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
+from services.common.link.version import check_api_minor
 from services.common.tracing.headers import LONGEST_STATE, TraceHeaders
 
 MAX_SAMPLES = 16
@@ -34,10 +35,13 @@ def parse_client_frame(message: bytes) -> link_pb2.ClientFrame:
 
 
 def read_hello(message: bytes) -> link_pb2.Hello:
-    """Read the first frame of a link. Raises StatusError, which ends the link, when it is not a valid Hello."""
+    """Read the first frame of a link. Raises StatusError, which ends the link, when it is not a valid Hello, or is
+    that of a client too old to work with.
+    """
     frame = parse_client_frame(message)
     if frame.WhichOneof("frame") != "hello":
         raise StatusError.invalid("hello", "must be the first frame of a link")
+    check_api_minor("hello.api_minor", frame.hello.api_minor)
     _check_size("hello.client_id", frame.hello.client_id, _LONGEST_ID)
     _check_size("hello.tokenizer_sha256", frame.hello.tokenizer_sha256, _LONGEST_DIGEST)
     return frame.hello

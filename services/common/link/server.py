@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+from scalellm.v1 import link_pb2
+from services.common.errors import StatusError
+from services.common.link.silence import until_silent
 from services.common.link.traffic import LinkTraffic
 
 # Far below gRPC's limit on a message, which would break the link of a reader that was slow for long.
@@ -36,6 +39,7 @@ class ServerLink:
         self._pending: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self._closed = False
+        self._num_received = 0
 
     @property
     def is_closed(self) -> bool:
@@ -59,6 +63,7 @@ class ServerLink:
         frames: AsyncIterator[bytes],
         writer: FrameWriter,
         on_frame: Callable[[bytes], None],
+        lease: float | None = None,
     ) -> None:
         """Serve the link until either side ends it.
 
@@ -67,32 +72,47 @@ class ServerLink:
             frames: The client's frames after its Hello.
             writer: The gRPC context.
             on_frame: Called for each client frame; what it raises ends the link.
+            lease: Seconds without a client frame after which the link ends with UNAVAILABLE, be it that the client
+                hangs or that its connection is half open; the client is told, and renews. None = it does not renew.
         """
+        if lease is not None:
+            told = link_pb2.Welcome(lease_ns=int(lease * 1e9))
+            welcome += link_pb2.ServerFrame(welcome=told).SerializeToString()  # merged by whoever parses it
         try:
             self._traffic.on_sent(welcome)
             await writer.write(welcome)
-            await self._serve(frames, writer, on_frame)
+            await self._serve(frames, writer, on_frame, lease)
         finally:
             self._closed = True
 
     async def _serve(
-        self, frames: AsyncIterator[bytes], writer: FrameWriter, on_frame: Callable[[bytes], None]
+        self,
+        frames: AsyncIterator[bytes],
+        writer: FrameWriter,
+        on_frame: Callable[[bytes], None],
+        lease: float | None,
     ) -> None:
-        reading = asyncio.create_task(self._read(frames, on_frame))
-        writing = asyncio.create_task(self._write(writer))
+        tasks = [asyncio.create_task(self._read(frames, on_frame)), asyncio.create_task(self._write(writer))]
+        if lease is not None:
+            tasks.append(asyncio.create_task(self._watch(lease)))
         try:
-            done, _ = await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            for task in (reading, writing):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(reading, writing, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, frames: AsyncIterator[bytes], on_frame: Callable[[bytes], None]) -> None:
         async for frame in frames:
             self._traffic.on_received(frame)
+            self._num_received += 1
             on_frame(frame)
+
+    async def _watch(self, lease: float) -> None:
+        await until_silent(lease, lambda: self._num_received)
+        raise StatusError.unavailable(f"the client of this link has not renewed its lease for {lease:g} s")
 
     async def _write(self, writer: FrameWriter) -> None:
         while True:

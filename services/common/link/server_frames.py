@@ -8,6 +8,7 @@ from google.protobuf.message import DecodeError
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import LONGEST_MESSAGE, StatusError
 from services.common.link.client_frames import LONGEST_NS
+from services.common.link.version import check_api_minor
 
 _CODES = frozenset(code.value[0] for code in grpc.StatusCode)
 _REASONS = frozenset(common_pb2.FinishReason.values()) - {common_pb2.FINISH_REASON_UNSPECIFIED}
@@ -17,11 +18,14 @@ _LONGEST_NAME = 1024
 
 
 def read_welcome(message: bytes) -> link_pb2.Welcome:
-    """Read the first frame of a link. Raises StatusError when it is not a Welcome of a model that can be served."""
+    """Read the first frame of a link. Raises StatusError when it is not a Welcome of a model that can be served, or is
+    that of a peer too old to work with.
+    """
     frame = _parse(message)
     if frame.WhichOneof("frame") != "welcome":
         raise _malformed("the first one must be a Welcome")
     welcome = frame.welcome
+    check_api_minor("Welcome.api_minor", welcome.api_minor)
     for name in ("instance_id", "model", "tokenizer_sha256"):
         if len(getattr(welcome, name)) > _LONGEST_NAME:
             raise _malformed(f"Welcome.{name}: must have at most {_LONGEST_NAME} characters")
@@ -30,6 +34,8 @@ def read_welcome(message: bytes) -> link_pb2.Welcome:
             raise _malformed(f"Welcome.{name}: must be at least 1, got 0")
     if welcome.max_model_len < 2:
         raise _malformed(f"Welcome.max_model_len: must be at least 2, got {welcome.max_model_len}")
+    if welcome.lease_ns > LONGEST_NS:
+        raise _malformed(f"Welcome.lease_ns: must be at most {LONGEST_NS}, got {welcome.lease_ns}")
     return welcome
 
 

@@ -12,8 +12,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from link_peer import open_link
-from scalellm.v1 import common_pb2, executor_pb2, executor_pb2_grpc, link_pb2
+from scalellm.v1 import common_pb2, executor_pb2, executor_pb2_grpc, link_pb2, scheduler_pb2_grpc
 from service_processes import PATIENCE, ServiceProcess, Spawn, eventually
+from services.common.link import API_MINOR
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -128,7 +129,9 @@ async def test_a_broken_frame_ends_the_link_and_only_this_link(executor: Service
         await call.write(b"\xff\xff\xff not protobuf")
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        async with open_link(execute, executor.address, link_pb2.Hello(tokenizer_sha256=b"x" * 32)):
+        async with open_link(
+            execute, executor.address, link_pb2.Hello(api_minor=API_MINOR, tokenizer_sha256=b"x" * 32)
+        ):
             pass
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
@@ -215,6 +218,53 @@ async def test_sigterm_finishes_what_runs_and_refuses_the_rest(spawn: Spawn, mod
         assert await asyncio.to_thread(executor.process.wait, PATIENCE) == 0
     await eventually(lambda: not any(child.is_running() for child in family))
     assert not executor.announce.exists()
+
+
+async def test_what_no_scheduler_renews_is_freed(spawn: Spawn, model_dir) -> None:
+    model = flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b", "--lease-s", "1")
+    executor = spawn("executor", *model)
+    long = sampling(max_tokens=500, ignore_eos=True)
+    hello = link_pb2.Hello(client_id="silent", api_minor=API_MINOR)
+    async with open_link(execute, executor.address, hello) as silent, open_link(execute, executor.address) as old:
+        assert (silent.welcome.lease_ns, old.welcome.lease_ns) == (10**9, 0)
+        for peer in (silent, old):
+            await peer.submit(1, [5], sampling=long)
+        assert await silent.status() is grpc.StatusCode.UNAVAILABLE
+        assert 1 not in silent.finished
+        # A client of the version before does not renew: it is never let go.
+        assert (await old.finish(1)).status.code == 0
+    async with asyncio.timeout(PATIENCE):
+        while (state := await info(executor.address)).load.running or state.accepted < 2:
+            await asyncio.sleep(0.05)
+    assert state.load.free_blocks == state.load.total_blocks
+    assert (state.finished, state.cancelled) == (1, 1)
+
+
+async def test_a_scheduler_that_stands_still_holds_no_rows_beyond_its_lease(spawn: Spawn, model_dir) -> None:
+    model = flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b", "--lease-s", "1")
+    executor = spawn("executor", *model)
+    scheduler = spawn("scheduler", "--executors", executor.address)
+
+    def connect(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamMultiCallable:
+        return scheduler_pb2_grpc.SchedulerStub(channel).Connect
+
+    long = sampling(max_tokens=500, ignore_eos=True)
+    async with open_link(connect, scheduler.address) as edge:
+        await edge.submit(1, [5], sampling=long)
+        await edge.finish(1)  # which took several leases: they were renewed
+        assert (await info(executor.address)).cancelled == 0
+        await edge.submit(2, [5], sampling=long)
+        await edge.until(lambda: bool(edge.tokens[2, 0]))
+        scheduler.process.send_signal(signal.SIGSTOP)
+        async with asyncio.timeout(PATIENCE):
+            while (state := await info(executor.address)).load.running:
+                await asyncio.sleep(0.05)
+        assert state.cancelled == 1
+        scheduler.process.send_signal(signal.SIGCONT)
+        # It connects again, and what it lost goes on.
+        assert (await edge.finish(2)).status.code == 0
+        assert edge.tokens[2, 0] == edge.tokens[1, 0]
+        assert edge.finished[2].usage.num_resumed > 0
 
 
 async def test_kill_9_of_the_front_leaves_no_engine(spawn: Spawn, model_dir) -> None:

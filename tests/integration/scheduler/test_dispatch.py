@@ -9,6 +9,7 @@ import pytest
 
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2
 from service_processes import PATIENCE
+from services.common.link import API_MINOR
 
 RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
@@ -305,7 +306,7 @@ async def _status_of(call) -> tuple[grpc.StatusCode, str]:
 
 async def test_broken_links_get_a_clear_status_and_hurt_nobody(make_line, make_edge, eventually):
     line = await make_line()
-    hello = link_pb2.ClientFrame(hello=link_pb2.Hello(client_id="x"))
+    hello = link_pb2.ClientFrame(hello=link_pb2.Hello(client_id="x", api_minor=API_MINOR))
     submit = link_pb2.ClientFrame(submit=link_pb2.Submit(handle=1, token_ids=[1, 2]))
     submit.submit.sampling.max_tokens = 100_000
     cases = [
@@ -355,7 +356,7 @@ async def test_a_message_that_is_no_frame_is_named_as_such(make_scheduler, make_
     async def execute(frames, context):
         await anext(frames)
         sizes = {"max_model_len": 64, "block_size": 16, "num_blocks": 4, "max_num_seqs": 1, "vocab_size": 9}
-        welcome = link_pb2.Welcome(instance_id="broken", model="m", **sizes)
+        welcome = link_pb2.Welcome(instance_id="broken", api_minor=API_MINOR, model="m", **sizes)
         welcome.load.granted_requests = welcome.load.granted_prefill_tokens = 1
         yield link_pb2.ServerFrame(welcome=welcome).SerializeToString()
         await anext(frames)

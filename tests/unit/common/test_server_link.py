@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
+import grpc
 import pytest
 
 from scalellm.v1 import link_pb2
 from service_processes import PATIENCE
+from services.common.errors import StatusError
 from services.common.lifecycle import MAX_FRAME_BYTES
 from services.common.link import ServerLink
+from services.common.link.silence import until_silent
 
 
 class SlowReader:
@@ -60,3 +63,58 @@ async def test_a_link_whose_client_left_before_its_welcome_is_closed() -> None:
     with pytest.raises(asyncio.CancelledError):
         await link.run(b"welcome", no_frames(), Gone(), lambda frame: None)
     assert link.is_closed
+
+
+class Turns:
+    """Sleep that takes no time, and does something in the first so many turns."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, work: Callable[[], None], num_turns: int) -> None:
+        self.slept: list[float] = []
+        self._work, self._num_turns = work, num_turns
+        self._sleep = asyncio.sleep
+        monkeypatch.setattr("services.common.link.silence.asyncio.sleep", self.sleep)
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        if len(self.slept) <= self._num_turns:
+            self._work()
+        await self._sleep(0)
+
+
+async def test_a_silence_begins_anew_with_each_frame_and_counts_only_while_one_is_due(monkeypatch) -> None:
+    heard, due = [0], [False]
+    turns = Turns(monkeypatch, lambda: heard.append(0), 7)
+    await until_silent(10.0, lambda: len(heard))
+    assert len(turns.slept) == 7 + 11
+    turns = Turns(monkeypatch, lambda: None, 0)
+    waiting = asyncio.create_task(until_silent(10.0, lambda: 0, lambda: due[0]))
+    while len(turns.slept) < 100:
+        await turns._sleep(0)
+    due[0] = True
+    await waiting
+    assert sum(turns.slept[100:]) <= 12.0
+
+
+async def test_a_process_that_stood_still_does_not_take_its_client_for_dead(monkeypatch) -> None:
+    """An hour passes between two turns: a turn counts for what it was to be, and then the frames are read."""
+    heard = [0]
+    hours = [0.0]
+
+    def stand_still() -> None:
+        hours[0] += 3600.0
+        if len(turns.slept) % 8 == 0:
+            heard.append(0)
+
+    turns = Turns(monkeypatch, stand_still, 40)
+    await until_silent(10.0, lambda: len(heard))
+    assert hours[0] == 40 * 3600.0
+
+
+async def test_the_client_is_told_its_lease_and_a_silent_one_is_let_go() -> None:
+    link, reader = ServerLink(), SlowReader()
+    welcome = link_pb2.ServerFrame(welcome=link_pb2.Welcome(model="m")).SerializeToString()
+    with pytest.raises(StatusError, match="has not renewed its lease for 0.2 s") as ended:
+        await asyncio.wait_for(link.run(welcome, no_frames(), reader, lambda frame: None, 0.2), PATIENCE)
+    assert ended.value.code is grpc.StatusCode.UNAVAILABLE
+    told = link_pb2.ServerFrame.FromString(reader.messages[0]).welcome
+    assert (told.model, told.lease_ns) == ("m", 200_000_000)

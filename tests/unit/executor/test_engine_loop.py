@@ -8,6 +8,7 @@ import pytest
 
 import engine_kit
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
+from services.common.link import API_MINOR
 from services.common.link.server_frames import read_step
 from services.executor.build import LoadedEngine
 from services.executor.engine import Engine, StepResult, TokenOutput
@@ -39,6 +40,9 @@ def run_loop(sent: list[Message], seconds_per_step: float, num_steps: int) -> li
         return list(EngineChannel(ours).receive(0.0))
 
 
+HELLO = link_pb2.ClientFrame(hello=link_pb2.Hello(api_minor=API_MINOR)).SerializeToString()
+
+
 def frame(**kind: object) -> bytes:
     return link_pb2.ClientFrame(**kind).SerializeToString()
 
@@ -49,8 +53,8 @@ def test_a_long_prompt_is_not_mistaken_for_a_dead_engine() -> None:
     submit = link_pb2.Submit(handle=1, token_ids=prompt, sampling=common_pb2.SamplingParams(max_tokens=4))
     messages = run_loop(
         [
-            Message(Kind.OPEN, 1, frame(hello=link_pb2.Hello())),
-            Message(Kind.OPEN, 2, frame(hello=link_pb2.Hello())),
+            Message(Kind.OPEN, 1, HELLO),
+            Message(Kind.OPEN, 2, HELLO),
             Message(Kind.FRAME, 1, frame(submit=submit)),
         ],
         seconds_per_step=1.0,
@@ -67,7 +71,10 @@ def test_a_link_that_was_told_of_a_step_is_not_told_its_load_again() -> None:
     sampling = common_pb2.SamplingParams(max_tokens=100, ignore_eos=True)
     submit = link_pb2.Submit(handle=1, token_ids=[1, 2, 3], sampling=sampling)
     messages = run_loop(
-        [Message(Kind.OPEN, 1, frame(hello=link_pb2.Hello())), Message(Kind.FRAME, 1, frame(submit=submit))],
+        [
+            Message(Kind.OPEN, 1, HELLO),
+            Message(Kind.FRAME, 1, frame(submit=submit)),
+        ],
         seconds_per_step=1.0,
         num_steps=20,
     )

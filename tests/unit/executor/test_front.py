@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from link_frames import HELLO
 from services.common.link import LinkTraffic
 from services.executor.config import ExecutorSettings
 from services.executor.front import ExecutorServicer
@@ -28,7 +29,7 @@ class Supervisor:
 
 
 async def hello() -> AsyncIterator[bytes]:
-    yield b""
+    yield HELLO.SerializeToString()
     await asyncio.Event().wait()
 
 

@@ -9,7 +9,7 @@ from link_frames import STEPS, SUBMITS, TRACEPARENT, WELCOME
 from link_fuzz import play_to_engine, play_to_scheduler
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
-from services.common.link import LONGEST_NS, check_submit
+from services.common.link import API_MINOR, LONGEST_NS, check_submit, lease_of, read_hello
 from services.common.link.server_frames import read_step, read_welcome
 
 INVALID = str(grpc.StatusCode.INVALID_ARGUMENT.value[0])
@@ -148,3 +148,29 @@ def test_a_message_is_cut_to_what_a_frame_may_carry(length: int) -> None:
     said = StatusError.from_link(step.finished[0].status).message
     assert len(said) == min(length, 2048)
     assert said.endswith("..." if length > 2048 else "é")
+
+
+@pytest.mark.parametrize("minor", [API_MINOR - 1, API_MINOR, API_MINOR + 1])
+def test_a_peer_one_minor_version_apart_is_worked_with(minor: int) -> None:
+    hello = link_pb2.Hello(client_id="x", api_minor=minor)
+    assert read_hello(link_pb2.ClientFrame(hello=hello).SerializeToString()) == hello
+    assert (lease_of(hello, 30.0) is None) == (minor < 2)  # who does not renew is not waited for
+    welcome = link_pb2.Welcome()
+    welcome.CopyFrom(WELCOME)
+    welcome.api_minor = minor
+    assert read_welcome(link_pb2.ServerFrame(welcome=welcome).SerializeToString()) == welcome
+
+
+def test_an_older_peer_is_refused_and_both_versions_are_named() -> None:
+    old = API_MINOR - 2
+    both = f"speaks version {old} of the link's protocol, this service version {API_MINOR}"
+    welcome = link_pb2.Welcome()
+    welcome.CopyFrom(WELCOME)
+    welcome.api_minor = old
+    for read, frame in (
+        (read_hello, link_pb2.ClientFrame(hello=link_pb2.Hello(api_minor=old))),
+        (read_welcome, link_pb2.ServerFrame(welcome=welcome)),
+    ):
+        with pytest.raises(StatusError, match=both) as refused:
+            read(frame.SerializeToString())
+        assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION

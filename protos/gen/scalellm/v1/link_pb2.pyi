@@ -22,14 +22,26 @@ ABORT_REASON_DEADLINE: AbortReason
 ABORT_REASON_MOVE: AbortReason
 
 class ClientFrame(_message.Message):
-    __slots__ = ("hello", "submit", "abort")
+    __slots__ = ("hello", "submit", "abort", "renewal")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    RENEWAL_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     abort: Abort
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+    renewal: Renewal
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., renewal: _Optional[_Union[Renewal, _Mapping]] = ...) -> None: ...
+
+class Renewal(_message.Message):
+    __slots__ = ("queued_requests", "queued_tokens", "queued_tenants")
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TENANTS_FIELD_NUMBER: _ClassVar[int]
+    queued_requests: int
+    queued_tokens: int
+    queued_tenants: int
+    def __init__(self, queued_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., queued_tenants: _Optional[int] = ...) -> None: ...
 
 class ServerFrame(_message.Message):
     __slots__ = ("welcome", "step")
@@ -50,7 +62,7 @@ class Hello(_message.Message):
     def __init__(self, client_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., tokenizer_sha256: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("instance_id", "api_minor", "model", "tokenizer_sha256", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "load")
+    __slots__ = ("instance_id", "api_minor", "model", "tokenizer_sha256", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "load", "lease_ns")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     API_MINOR_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +73,7 @@ class Welcome(_message.Message):
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    LEASE_NS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     api_minor: int
     model: str
@@ -71,7 +84,8 @@ class Welcome(_message.Message):
     max_num_seqs: int
     vocab_size: int
     load: Load
-    def __init__(self, instance_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer_sha256: _Optional[bytes] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    lease_ns: int
+    def __init__(self, instance_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer_sha256: _Optional[bytes] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., lease_ns: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("handle", "request_id", "token_ids", "resumed", "sampling", "priority", "time_remaining_ns", "cache_salt", "traceparent", "session_id", "tracestate", "charged_tokens", "tenant", "execution_id", "attempt")
