@@ -2,8 +2,8 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all test-compose test-hostile test-kernels aot lint format protos \
-	bench bench-load bench-tokenizer bench-scheduler bench-executor bench-line bench-peers gpu setup setup-dev clean
+.PHONY: help run up down status chat test test-all test-compose test-hostile test-faults test-kernels aot lint format \
+	protos bench bench-load bench-tokenizer bench-scheduler bench-executor bench-line bench-peers gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
@@ -48,6 +48,12 @@ test-compose: setup-dev ## run the containers for real: up, scale, crash, upgrad
 test-hostile: setup-dev ## attack a line: HTTP/2 abuses, odd messages for ten minutes, lying model files (an hour)
 	$(test-env) HOSTILE_SECONDS=$${HOSTILE_SECONDS:-600} HOSTILE_MUTANTS=$${HOSTILE_MUTANTS:-2000} \
 		HOSTILE_SEED=$${HOSTILE_SEED:-$$RANDOM} $(python) -m pytest -n 0 -v tests/integration/hostile $(PYTEST_ARGS)
+
+# FAULTS_SEED=7 repeats a run. A process is stopped for FAULTS_SECONDS.
+test-faults: setup-dev ## kill, stop, cut off and starve each process of a line under 64 streams, and compare every token
+	$(test-env) FAULTS_ROUNDS=$${FAULTS_ROUNDS:-3} FAULTS_SECONDS=$${FAULTS_SECONDS:-10} \
+		FAULTS_HISTORIES=$${FAULTS_HISTORIES:-5000} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \
+		$(python) -m pytest -n 0 -v tests/integration/faults $(PYTEST_ARGS)
 
 test-kernels: setup-dev ## run the Triton kernels on the interpreter (no GPU needed)
 	$(test-env) TRITON_INTERPRET=1 $(python) -m pytest -n 2 --dist worksteal -q tests/kernels/interp $(PYTEST_ARGS)

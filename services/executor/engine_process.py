@@ -74,15 +74,19 @@ class EngineLoop:
     def run(self) -> NoReturn:
         """Serve until the front goes away: EOFError."""
         while True:
-            busy = self._engine.has_unfinished()
-            if not busy:  # the last word before waiting: nothing runs, everything is free
-                self._announce_load()
-                self._send_stats()
-                self._last_stats = float("-inf")  # the first step will say at once that there is work again
-            for message in self._channel.receive(0.0 if busy else _IDLE_BEAT):
-                self._handle(message)
-            if self._engine.has_unfinished():
-                self._step()
+            self.turn()
+
+    def turn(self) -> None:
+        """Take in what has come, and take a step if there is work. EOFError: the front is gone."""
+        busy = self._engine.has_unfinished()
+        if not busy:  # the last word before waiting: nothing runs, everything is free
+            self._announce_load()
+            self._send_stats()
+            self._last_stats = float("-inf")  # the first step will say at once that there is work again
+        for message in self._channel.receive(0.0 if busy else _IDLE_BEAT):
+            self._handle(message)
+        if self._engine.has_unfinished():
+            self._step()
 
     def _handle(self, message: Message) -> None:
         match message.kind:

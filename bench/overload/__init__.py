@@ -1,0 +1,1 @@
+"""What happens beyond capacity: refusals, and tenants beside each other."""

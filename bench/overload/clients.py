@@ -1,0 +1,133 @@
+"""Clients of one tenant, in a process of their own so that others' load does not make them late."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc
+
+_PER_CONNECTION = 100
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Clients that ask one request after the other for some seconds.
+
+    Attributes:
+        address: host:port of the tokenizer.
+        key: The tenant's API key.
+        clients: How many there are.
+        max_tokens: Of an answer.
+        seconds: For how long new requests are sent. Those that run then are cancelled.
+        pause: Seconds between an answer and the client's next request.
+        after_refusal: Seconds that a refused client waits.
+        starts_after: Seconds before the first request.
+    """
+
+    address: str
+    key: str
+    clients: int
+    max_tokens: int
+    seconds: float
+    pause: float = 0.0
+    after_refusal: float = 1.0
+    starts_after: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request; times are of the machine's monotonic clock, in seconds.
+
+    Attributes:
+        first_at: When the first tokens came; 0: none did.
+        may_retry: The refusal said when to try again.
+    """
+
+    started_at: float
+    first_at: float
+    ended_at: float
+    code: str
+    may_retry: bool = False
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first tokens."""
+        return self.first_at - self.started_at
+
+    @property
+    def seconds(self) -> float:
+        """From beginning to end."""
+        return self.ended_at - self.started_at
+
+
+@contextmanager
+def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for so many crowds at once."""
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def start(pool: ProcessPoolExecutor, crowd: Crowd) -> Future[list[Outcome]]:
+    """Let a crowd loose; the result is every request that ended while it was there."""
+    return pool.submit(_run, crowd)
+
+
+def _run(crowd: Crowd) -> list[Outcome]:
+    return asyncio.run(_ask_all(crowd))
+
+
+async def _ask_all(crowd: Crowd) -> list[Outcome]:
+    await asyncio.sleep(crowd.starts_after)
+    outcomes: list[Outcome] = []
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    count = -(-crowd.clients // _PER_CONNECTION)
+    channels = [grpc.aio.insecure_channel(crowd.address, options=options) for _ in range(count)]
+    stubs = [generation_pb2_grpc.GenerationStub(channel) for channel in channels]
+    try:
+        async with asyncio.timeout(crowd.seconds):
+            await asyncio.gather(
+                *(_ask(crowd, stubs[number % count], number, outcomes) for number in range(crowd.clients))
+            )
+    except TimeoutError:
+        pass
+    finally:
+        await asyncio.gather(*(channel.close() for channel in channels))
+    return outcomes
+
+
+async def _ask(crowd: Crowd, stub: generation_pb2_grpc.GenerationStub, number: int, outcomes: list[Outcome]) -> None:
+    request = generation_pb2.GenerateRequest(
+        prompt=f"Client {number}. Once upon a time",
+        sampling=common_pb2.SamplingParams(max_tokens=crowd.max_tokens, ignore_eos=True),
+        # A message more costs the clients' cores, which are the services', too.
+        stream_interval=64,
+    )
+    metadata = (("authorization", f"Bearer {crowd.key}"),)
+    while True:
+        started_at, first_at = time.monotonic(), 0.0
+        code, may_retry = "OK", False
+        try:
+            async for response in stub.Generate(request, metadata=metadata):
+                if not first_at and response.WhichOneof("event") == "delta":
+                    first_at = time.monotonic()
+        except grpc.aio.AioRpcError as error:
+            code, may_retry = error.code().name, _says_when(error)
+        outcomes.append(Outcome(started_at, first_at, time.monotonic(), code, may_retry))
+        await asyncio.sleep(crowd.pause if code == "OK" else crowd.after_refusal)
+
+
+def _says_when(error: grpc.aio.AioRpcError) -> bool:
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            status = status_pb2.Status.FromString(value)
+            return any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details)
+    return False

@@ -1,0 +1,81 @@
+"""Lines to break, and a table of what came of it.
+
+`make test-faults` does FAULTS_ROUNDS of each fault, stops processes for FAULTS_SECONDS and plays FAULTS_HISTORIES in
+virtual time; everything random follows from FAULTS_SEED, which each failure names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from fault_line import FaultLine, Shape, fault_line
+from fault_trials import HEADINGS
+
+_TABLE = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def rounds() -> int:
+    """Of each fault."""
+    return int(os.environ.get("FAULTS_ROUNDS") or 1)
+
+
+@pytest.fixture(scope="session")
+def seconds() -> float:
+    """For which a process is stopped."""
+    return float(os.environ.get("FAULTS_SECONDS") or 3)
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """Of everything random."""
+    return int(os.environ.get("FAULTS_SEED") or 0)
+
+
+class Lines:
+    """One line at a time, of the shape that was asked for last; another one after it was found broken."""
+
+    def __init__(self, folder: Callable[[], Path], model: Path) -> None:
+        self._folder = folder
+        self._model = model
+        self._stack = ExitStack()
+        self._line: FaultLine | None = None
+
+    async def get(self, shape: Shape) -> FaultLine:
+        if self._line is None or self._line.shape != shape:
+            await self.discard()
+            started = fault_line(shape, self._folder(), self._model)
+            self._line = await asyncio.to_thread(self._stack.enter_context, started)
+            await self._line.wait_linked()
+        return self._line
+
+    async def discard(self) -> None:
+        self._line = None
+        await asyncio.to_thread(self._stack.close)
+
+
+@pytest.fixture(scope="session")
+def lines(tmp_path_factory: pytest.TempPathFactory, model_dir) -> Iterator[Lines]:
+    lines = Lines(lambda: tmp_path_factory.mktemp("line"), model_dir("smollm2-135m-instruct"))
+    yield lines
+    asyncio.run(lines.discard())
+
+
+@pytest.fixture(scope="session")
+def table(request: pytest.FixtureRequest) -> list[str]:
+    """Lines to print at the end."""
+    return request.config.stash.setdefault(_TABLE, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if lines := terminalreporter.config.stash.get(_TABLE, []):
+        terminalreporter.section("faults")
+        terminalreporter.write_line(HEADINGS)
+        for row in sorted(lines):
+            terminalreporter.write_line(row)

@@ -1,0 +1,57 @@
+"""Each fault under 64 streams of every kind: nobody's tokens are lost, doubled or reordered, and nothing stays behind.
+
+A failure names its seed: `FAULTS_SEED=7 make test-faults PYTEST_ARGS="-k 'scheduler and kill'"` repeats it, as far as
+processes that run at once repeat anything.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fault_line import Shape
+from fault_promises import FAULTS
+from fault_streams import Workload
+from fault_trials import Tally, Trials
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SHAPES = (Shape(),)
+
+
+class Prepared:
+    """The trials of the line that runs now."""
+
+    def __init__(self) -> None:
+        self.trials: Trials | None = None
+
+
+@pytest.fixture(scope="session")
+def prepared() -> Prepared:
+    return Prepared()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FAULTS)
+async def test_fault(
+    lines, prepared: Prepared, table: list[str], rounds: int, seconds: float, seed: int, shape: Shape, name: str
+) -> None:
+    fault = FAULTS[name]
+    line = await lines.get(shape)
+    if fault.needs_disk and not line.redis.can_fill:
+        pytest.skip("only root can give Redis a file system of its own")
+    if prepared.trials is None or prepared.trials.line is not line:
+        prepared.trials = Trials(line, Workload(seed))
+    tally = Tally(name)
+    try:
+        await prepared.trials.prepare()
+        for number in range(rounds):
+            rng = random.Random(f"{name} {seed} {number}")
+            await prepared.trials.run(fault, seconds, rng, tally)
+    except BaseException as error:
+        await lines.discard()
+        error.add_note(f"FAULTS_SEED={seed}, {name}, trial {tally.injected} of this run")
+        raise
+    finally:
+        table.append(str(tally))

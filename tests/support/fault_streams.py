@@ -1,0 +1,282 @@
+"""Streams of every kind under which a fault happens, and what each client saw, piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import grpc
+
+from prompts import PROMPTS
+from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc
+from service_processes import PATIENCE
+
+KINDS = ("plain", "samples", "logprobs", "session", "stop", "deadline", "cancel")
+_CONNECTIONS = 8
+_FIRST_TURNS = 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One message with tokens, and when it came."""
+
+    at: float
+    index: int
+    offset: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass
+class Stream:
+    """One request and what became of it.
+
+    Attributes:
+        kind: One of KINDS.
+        request: What is sent.
+        first_turn: Of a session: what is asked and answered before.
+        timeout: The client's deadline in seconds.
+        cancel_after: Tokens after which the client goes away.
+        pieces: The history: every message with tokens, as it came.
+        texts: By sample.
+        codes: Statuses of the call. Exactly one in the end.
+        reading: Cleared: the client does not read.
+    """
+
+    number: int
+    kind: str
+    request: generation_pb2.GenerateRequest
+    first_turn: generation_pb2.GenerateRequest | None = None
+    timeout: float | None = None
+    cancel_after: int | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
+    num_logprobs: int = 0
+    finished: generation_pb2.Finished | None = None
+    codes: list[grpc.StatusCode] = field(default_factory=list)
+    details: str = ""
+    ended_at: float = 0.0
+    reading: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.reading.set()
+
+    @property
+    def code(self) -> grpc.StatusCode | None:
+        return self.codes[0] if self.codes else None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(piece.token_ids) for piece in self.pieces)
+
+    @property
+    def was_resumed(self) -> bool:
+        """Whether a hop below the client took it up again."""
+        ended = self.finished
+        return ended is not None and bool(ended.usage.num_resumed or ended.latency.failover_ns)
+
+    def tokens(self) -> dict[int, list[int]]:
+        """By sample; the history is checked on the way: each token once, in order."""
+        found: dict[int, list[int]] = {}
+        for piece in self.pieces:
+            ids = found.setdefault(piece.index, [])
+            assert piece.offset == len(ids), (
+                f"stream {self.number} ({self.kind}), sample {piece.index}: token {piece.offset} came where "
+                f"{len(ids)} was due"
+            )
+            ids.extend(piece.token_ids)
+        return found
+
+    def longest_pause(self, since: float) -> float:
+        """Longest time without a message, as far as it lies after `since`; in seconds."""
+        ends = [piece.at for piece in self.pieces] + [self.ended_at]
+        return max((b - max(a, since) for a, b in pairwise(ends) if b > since), default=0.0)
+
+    async def run(self, channel: grpc.aio.Channel) -> None:
+        """To its end, whatever that is."""
+        stub = generation_pb2_grpc.GenerationStub(channel)
+        call = stub.Generate(self.request, timeout=self.timeout or 10 * PATIENCE, wait_for_ready=True)
+        try:
+            async for response in call:
+                await self.reading.wait()
+                self._take(response)
+                if self.cancel_after is not None and self.num_tokens >= self.cancel_after:
+                    call.cancel()
+            self.codes.append(grpc.StatusCode.OK)
+        except grpc.aio.AioRpcError as error:
+            self.codes.append(error.code())
+            self.details = error.details() or ""
+        except asyncio.CancelledError:
+            # What grpc raises in the task whose call was cancelled locally.
+            if not call.cancelled() or self.cancel_after is None:
+                raise
+            self.codes.append(grpc.StatusCode.CANCELLED)
+        finally:
+            self.ended_at = time.monotonic()
+
+    def _take(self, response: generation_pb2.GenerateResponse) -> None:
+        assert self.finished is None, f"stream {self.number}: something came after Finished"
+        match response.WhichOneof("event"):
+            case "delta":
+                delta = response.delta
+                if delta.token_ids:
+                    self.pieces.append(Piece(time.monotonic(), delta.index, delta.offset, tuple(delta.token_ids)))
+                self.texts[delta.index] = self.texts.get(delta.index, "") + delta.text
+                self.num_logprobs += len(delta.logprobs.logprobs)
+            case "finished":
+                self.finished = response.finished
+
+
+async def _first_turn(stub: generation_pb2_grpc.GenerationStub, stream: Stream) -> None:
+    """In a session of its own, until one is saved: a busy machine may take longer than the edge waits for Redis."""
+    first, name = stream.first_turn, stream.request.session_id
+    assert first is not None
+    for attempt in range(_FIRST_TURNS):
+        first.session_id = stream.request.session_id = f"{name}-{attempt}"
+        with suppress(grpc.aio.AioRpcError):
+            async for response in stub.Generate(first, timeout=PATIENCE, wait_for_ready=True):
+                if response.finished.session == generation_pb2.SESSION_OUTCOME_SAVED:
+                    return
+        await asyncio.sleep(0.2)
+    raise AssertionError(f"the first turn of {name} cannot be saved")
+
+
+class Workload:
+    """Requests of every kind that follow from a seed.
+
+    Args:
+        seed: What everything random follows from.
+        count: Streams.
+        longest: Most tokens of a sample.
+    """
+
+    def __init__(self, seed: int, count: int = 64, longest: int = 900) -> None:
+        self.seed = seed
+        self._count = count
+        self._longest = longest
+        self._stops: dict[int, str] = {}
+
+    def streams(self, name: str, *, is_undisturbed: bool = False) -> list[Stream]:
+        """New streams. Those of two names ask the same, but for the sessions that they are part of.
+
+        Undisturbed ones run to their own ends: no deadlines, nobody goes away.
+        """
+        return [self._stream(number, name, is_undisturbed) for number in range(self._count)]
+
+    def learn_stops(self, undisturbed: Sequence[Stream]) -> None:
+        """Choose stop strings that occur, from texts that came without any."""
+        for stream in undisturbed:
+            if stream.kind == "stop":
+                text, half = stream.texts[0], len(stream.texts[0]) // 2
+                words = [text[start : start + 6] for start in range(half, len(text) - 6) if text[start].isascii()]
+                self._stops[stream.number] = next(word for word in words if word.isascii() and word.isprintable())
+
+    def _stream(self, number: int, name: str, is_undisturbed: bool) -> Stream:
+        rng = random.Random(f"stream {self.seed} {number}")
+        kind = KINDS[number % len(KINDS)]
+        sampling = common_pb2.SamplingParams(
+            max_tokens=rng.randint(self._longest // 3, self._longest),
+            temperature=rng.choice((0.0, 0.9)),
+            seed=rng.getrandbits(32),
+            ignore_eos=True,
+        )
+        request = generation_pb2.GenerateRequest(
+            sampling=sampling,
+            output=generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS,
+            stream_interval=rng.choice((4, 8, 16)),
+        )
+        stream = Stream(number, kind, request)
+        prompt = f"{number}. {rng.choice(PROMPTS)}"
+        if kind == "session":
+            request.session_id = f"{name}-{number}"
+            request.chat.messages.add(role="user", content="And then?")
+            stream.first_turn = generation_pb2.GenerateRequest(session_id=request.session_id)
+            stream.first_turn.chat.messages.add(role="user", content=prompt)
+            stream.first_turn.sampling.CopyFrom(sampling)
+            stream.first_turn.sampling.max_tokens = 16
+        else:
+            request.prompt = prompt
+        if kind == "samples":
+            sampling.n = request.sampling.n = rng.randint(2, 4)
+            request.sampling.max_tokens = sampling.max_tokens // 2
+        elif kind == "logprobs":
+            request.sampling.logprobs = 2
+        elif kind == "stop" and number in self._stops:
+            request.stop.append(self._stops[number])
+        if not is_undisturbed:
+            if kind == "deadline":
+                stream.timeout = rng.uniform(1, 6)
+            elif kind == "cancel":
+                stream.cancel_after = rng.randint(1, sampling.max_tokens)
+        return stream
+
+
+class Clients:
+    """Some connections to each tokenizer, and the streams on them."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        # A pool of its own per channel, so that each is a connection and may meet another worker.
+        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500))
+        count = max(_CONNECTIONS, len(addresses))
+        self._channels = [
+            grpc.aio.insecure_channel(addresses[number % len(addresses)], options=options) for number in range(count)
+        ]
+
+    async def __aenter__(self) -> Clients:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+
+    async def first_turns(self, streams: Sequence[Stream]) -> None:
+        """Make the sessions that the streams go on with."""
+        stub = generation_pb2_grpc.GenerationStub(self._channels[0])
+        await asyncio.gather(*(_first_turn(stub, stream) for stream in streams if stream.first_turn is not None))
+
+    def start(self, streams: Sequence[Stream], rng: random.Random, within: float = 0.5) -> list[asyncio.Task[None]]:
+        """Begin the streams at random moments."""
+
+        async def run(stream: Stream, wait: float) -> None:
+            await asyncio.sleep(wait)
+            await stream.run(self._channels[stream.number % len(self._channels)])
+
+        return [asyncio.create_task(run(stream, rng.uniform(0, within))) for stream in streams]
+
+
+def differences(disturbed: Stream, undisturbed: Stream) -> list[str]:
+    """What a client saw that it would not have seen without the fault; its status aside."""
+    found = []
+    name = f"stream {disturbed.number} ({disturbed.kind}, {disturbed.code})"
+    is_whole = disturbed.code is grpc.StatusCode.OK
+    expected, seen = undisturbed.tokens(), disturbed.tokens()
+    for index, ids in seen.items():
+        wanted = expected.get(index, [])
+        if ids != wanted if is_whole else ids != wanted[: len(ids)]:
+            found.append(f"{name}: tokens of sample {index} differ: {len(ids)} came, {len(wanted)} were due")
+    if is_whole:
+        if seen.keys() != expected.keys():
+            found.append(f"{name}: samples {sorted(seen)} came, not {sorted(expected)}")
+        if disturbed.texts != undisturbed.texts:
+            found.append(f"{name}: texts differ")
+        if disturbed.num_logprobs != undisturbed.num_logprobs:
+            found.append(f"{name}: {disturbed.num_logprobs} log-probabilities, not {undisturbed.num_logprobs}")
+        if disturbed.finished is None or undisturbed.finished is None:
+            found.append(f"{name}: OK without Finished")
+        else:
+            for mine, theirs in zip(disturbed.finished.samples, undisturbed.finished.samples, strict=False):
+                if mine != theirs:
+                    found.append(f"{name}: ended {mine}, not {theirs}")
+            mine, theirs = disturbed.finished.usage, undisturbed.finished.usage
+            if (mine.prompt_tokens, mine.completion_tokens) != (theirs.prompt_tokens, theirs.completion_tokens):
+                found.append(f"{name}: usage {mine} is not {theirs}")
+    else:
+        for index, text in disturbed.texts.items():
+            if not undisturbed.texts.get(index, "").startswith(text):
+                found.append(f"{name}: text of sample {index} is no beginning of the undisturbed one")
+    if len(disturbed.codes) != 1:
+        found.append(f"{name}: {len(disturbed.codes)} statuses")
+    return found

@@ -1,0 +1,136 @@
+"""A trial: streams run, a fault happens at a random moment, and each stream is compared with an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass, field
+
+import grpc
+
+from fault_injectors import Scene
+from fault_line import FaultLine
+from fault_promises import Fault
+from fault_rest import Vitals, rest
+from fault_streams import Clients, Stream, Workload, differences
+from scalellm.v1 import generation_pb2
+from service_processes import PATIENCE
+
+OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
+HEADINGS = (
+    f"{'fault':34} {'injected':>8} {'in flight':>9} {'identical':>9} {'resumed':>7} {'errors':>6} {'longest pause':>13}"
+)
+_CODES = {
+    "cancel": {OK, grpc.StatusCode.CANCELLED},
+    "deadline": {OK, grpc.StatusCode.DEADLINE_EXCEEDED},
+}
+_BASELINES = 2
+"""Undisturbed runs before the memory of a line counts as grown."""
+
+
+@dataclass
+class Tally:
+    """A row of the table: what came of a fault, over all its trials."""
+
+    name: str
+    injected: int = 0
+    in_flight: int = 0
+    identical: int = 0
+    resumed: int = 0
+    errors: int = 0
+    pause: float = 0.0
+
+    def __str__(self) -> str:
+        counts = f"{self.injected:8} {self.in_flight:9} {self.identical:9} {self.resumed:7} {self.errors:6}"
+        return f"{self.name:34} {counts} {self.pause:11.1f} s"
+
+
+@dataclass
+class Trials:
+    """All trials of one workload on one line.
+
+    Attributes:
+        undisturbed: What each stream is without a fault.
+        before: The line at rest.
+    """
+
+    line: FaultLine
+    workload: Workload
+    undisturbed: list[Stream] = field(default_factory=list)
+    before: dict[str, Vitals] = field(default_factory=dict)
+    _count: int = 0
+
+    async def prepare(self) -> None:
+        """Run the streams undisturbed."""
+        if self.before:
+            return
+        for number in range(_BASELINES):
+            streams = self.workload.streams(f"undisturbed-{number}", is_undisturbed=True)
+            async with self._clients() as clients:
+                await clients.first_turns(streams)
+                await asyncio.gather(*clients.start(streams, random.Random(number)))
+            assert {stream.code for stream in streams} == {OK}, [stream.details for stream in streams]
+            if number == 0:
+                self.workload.learn_stops(streams)
+            self.undisturbed = streams
+        self.before = await rest(self.line)
+
+    async def run(self, fault: Fault, seconds: float, rng: random.Random, tally: Tally) -> None:
+        """One fault. Raises AssertionError with everything that is not as it should be."""
+        self._count += 1
+        streams = self.workload.streams(f"disturbed-{self._count}")
+        due = sum(stream.num_tokens for stream in self.undisturbed)
+        async with self._clients() as clients:
+            await clients.first_turns(streams)
+            tasks = clients.start(streams, rng)
+            goal = rng.uniform(0.02, 0.4) * due
+            while sum(stream.num_tokens for stream in streams) < goal and not all(task.done() for task in tasks):
+                await asyncio.sleep(0.01)
+            struck_at = time.monotonic()
+            in_flight = [stream for stream in streams if not stream.codes]
+            # Both to their ends, whatever happens to the other one: a fault is always mended.
+            done = await asyncio.gather(
+                fault.inject(Scene(self.line, seconds, rng)),
+                asyncio.wait_for(asyncio.gather(*tasks), 5 * PATIENCE),
+                return_exceptions=True,
+            )
+        for outcome in done:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        wrong = [
+            problem
+            for disturbed, undisturbed in zip(streams, self.undisturbed, strict=True)
+            for problem in [*differences(disturbed, undisturbed), *_unpromised(fault, disturbed)]
+        ]
+        tally.injected += 1
+        tally.in_flight += len(in_flight)
+        tally.errors += sum(stream.code is UNAVAILABLE for stream in in_flight)
+        tally.identical += sum(stream.code is not UNAVAILABLE for stream in in_flight)
+        tally.resumed += sum(stream.was_resumed for stream in in_flight)
+        tally.pause = max([tally.pause, *(stream.longest_pause(struck_at) for stream in in_flight)])
+        await self.line.wait_linked()
+        after = await rest(self.line, self.before)
+        # A process that is new grows until it has done as much as the others.
+        for name, now in after.items():
+            if now.processes != self.before[name].processes:
+                self.before[name] = now
+        assert not wrong, "\n".join(wrong)
+
+    def _clients(self) -> Clients:
+        return Clients([member.process.address for member in self.line.tokenizers])
+
+
+def _unpromised(fault: Fault, stream: Stream) -> list[str]:
+    """What the client should not have seen under this fault."""
+    may_fail = fault.errors == "own" or (fault.errors == "sessions" and stream.kind == "session")
+    codes = _CODES.get(stream.kind, {OK}) | ({UNAVAILABLE} if may_fail else set())
+    if stream.code not in codes:
+        return [f"stream {stream.number} ({stream.kind}) ended {stream.code}: {stream.details}"]
+    if stream.kind == "session" and stream.finished is not None:
+        saved = {generation_pb2.SESSION_OUTCOME_SAVED}
+        if fault.errors == "sessions":
+            saved.add(generation_pb2.SESSION_OUTCOME_UNAVAILABLE)
+        if stream.finished.session not in saved:
+            return [f"stream {stream.number}: the session's outcome is {stream.finished.session}"]
+    return []
