@@ -39,7 +39,7 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """How many processes of each service there are."""
+    """How many processes of each service there are; in short: tokenizers, schedulers, executors."""
 
     executors: int = 2
     schedulers: int = 1
@@ -47,7 +47,7 @@ class Shape:
     workers: int = 2
 
     def __str__(self) -> str:
-        return f"{self.tokenizers}x{self.workers} tokenizers, {self.schedulers} schedulers, {self.executors} executors"
+        return f"{self.tokenizers}-{self.schedulers}-{self.executors}"
 
 
 class Member:
