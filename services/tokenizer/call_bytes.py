@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -68,7 +68,6 @@ class CallBytes:
     """Bounds what calls hold in this process, per tenant and, within it, per connection.
 
     Args:
-        tenant_of: Name of the tenant on whose behalf a call runs; raises StatusError.
         max_tenant_bytes: Most bytes of one tenant. A single message is always taken.
         max_connection_bytes: Most bytes of one tenant on one connection.
         read_limit: Seconds within which a request has to be complete.
@@ -76,12 +75,10 @@ class CallBytes:
 
     def __init__(
         self,
-        tenant_of: Callable[[grpc.aio.ServicerContext], str],
         max_tenant_bytes: int = 128 * 2**20,
         max_connection_bytes: int = 32 * 2**20,
         read_limit: float = _READ_LIMIT,
     ) -> None:
-        self._tenant_of = tenant_of
         self._max_tenant_bytes = max_tenant_bytes
         self._max_connection_bytes = max_connection_bytes
         self._read_limit = read_limit
@@ -106,10 +103,14 @@ class CallBytes:
         return [holder.bytes for (_, peer), holder in self._holders.items() if not peer]
 
     @asynccontextmanager
-    async def call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[CallAccount]:
-        """Around a call: what it held is given back at the end."""
-        tenant = self._tenant_of(context)
-        keys = {(tenant, ""): self._max_tenant_bytes, (tenant, context.peer()): self._max_connection_bytes}
+    async def call(self, tenant: str, peer: str) -> AsyncIterator[CallAccount]:
+        """Around a call: what it held is given back at the end.
+
+        Args:
+            tenant: Name of the tenant on whose behalf it runs.
+            peer: Names the connection that it came by.
+        """
+        keys = {(tenant, ""): self._max_tenant_bytes, (tenant, peer): self._max_connection_bytes}
         holders = []
         for key, limit in keys.items():
             holder = self._holders.setdefault(key, _Holder(limit))

@@ -36,6 +36,7 @@ _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 
 _PREFIX = "scalellm_tokenizer_requests"
 _ACCEPTED, _ENDED, _RUNNING = f"{_PREFIX}_accepted", f"{_PREFIX}_ended", f"{_PREFIX}_running"
 _LOST = {"outcome": "rejected", "code": "UNAVAILABLE"}
+_TRANSPORTS = ("grpc", "http")
 """How calls end whose worker dies, as their clients see it."""
 
 _MAX_NOTES = 1000
@@ -74,11 +75,16 @@ class EdgeMetrics:
         def gauge(name: str, text: str, of_workers: Literal["livesum", "livemax"] = "livesum") -> Gauge:
             return Gauge(f"scalellm_tokenizer_{name}", text, multiprocess_mode=of_workers, registry=registry)
 
-        self.accepted = counter(_ACCEPTED, "Generate calls that came.")
+        accepted = counter(_ACCEPTED, "Requests that came.", ("transport",))
+        self._accepted = {transport: accepted.labels(transport) for transport in _TRANSPORTS}
         self.submitted = counter(f"{_PREFIX}_submitted", "Of these, those that went to the scheduler.")
-        ended = counter(_ENDED, "Generate calls that ended.", ("outcome", "code"))
+        ended = counter(_ENDED, "Requests that ended.", ("transport", "outcome", "code"))
         # All series are there from the start: a rate misses the first increment of one that appears with it.
-        self._ended = {code: ended.labels(Outcome.of(code).value, code.name) for code in grpc.StatusCode}
+        self._ended = {
+            (transport, code): ended.labels(transport, Outcome.of(code).value, code.name)
+            for transport in _TRANSPORTS
+            for code in grpc.StatusCode
+        }
         success = counter("scalellm_request_success", "Samples that ended well.", ("finished_reason",))
         self.success = {
             common_pb2.FINISH_REASON_STOP: success.labels("stop"),
@@ -145,9 +151,13 @@ class EdgeMetrics:
         self._notes: list[tuple[Histogram, float]] = []
         self._followed: dict[Counter, tuple[Callable[[], int], int]] = {}
 
-    def count_end(self, code: grpc.StatusCode) -> None:
-        """A Generate call ended."""
-        self._ended[code].inc()
+    def count_accepted(self, transport: str) -> None:
+        """A request came."""
+        self._accepted[transport].inc()
+
+    def count_end(self, transport: str, code: grpc.StatusCode) -> None:
+        """A request ended."""
+        self._ended[transport, code].inc()
 
     def count_limited(self, limit: str) -> None:
         """A request was refused for a limit of its tenant."""
@@ -218,22 +228,23 @@ class WorkersCollector(Collector):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lost = 0.0
+        self._lost = dict.fromkeys(_TRANSPORTS, 0.0)
         self._crashes = 0
 
     def collect(self) -> list[Metric]:
         """All metrics, from one reading."""
         metrics = self._read(sorted(self._folder.glob("*.db")))
-        running = _running(metrics) - self._lost
+        running = sum(_running(metrics, transport) - self._lost[transport] for transport in _TRANSPORTS)
         if _ENDED in metrics:
+            lost = {tuple(sorted((_LOST | {"transport": name}).items())): value for name, value in self._lost.items()}
             ended = metrics[_ENDED]
             ended.samples = [
-                sample._replace(value=sample.value + self._lost) if sample.labels == _LOST else sample
+                sample._replace(value=sample.value + lost.get(tuple(sorted(sample.labels.items())), 0.0))
                 for sample in ended.samples
             ]
         return [
             *metrics.values(),
-            GaugeMetricFamily(_RUNNING, "Generate calls that run.", value=running),
+            GaugeMetricFamily(_RUNNING, "Requests that run.", value=running),
             CounterMetricFamily(
                 "scalellm_tokenizer_worker_crashes", "Workers that ended on their own.", value=self._crashes
             ),
@@ -243,7 +254,9 @@ class WorkersCollector(Collector):
         """The calls that a worker was serving when it died ended with it: count them as rejected."""
         mark_process_dead(pid, str(self._folder))  # type: ignore[no-untyped-call]
         self._crashes += 1
-        self._lost += _running(self._read(sorted(self._folder.glob(f"counter_{pid}.db"))))
+        metrics = self._read(sorted(self._folder.glob(f"counter_{pid}.db")))
+        for transport in _TRANSPORTS:
+            self._lost[transport] += _running(metrics, transport)
 
     @staticmethod
     def _read(files: Sequence[Path]) -> dict[str, Metric]:
@@ -251,8 +264,9 @@ class WorkersCollector(Collector):
         return {metric.name: metric for metric in merged}
 
 
-def _running(metrics: Mapping[str, Metric]) -> float:
+def _running(metrics: Mapping[str, Metric], transport: str) -> float:
     def total(name: str) -> float:
-        return sum(sample.value for sample in metrics[name].samples) if name in metrics else 0.0
+        samples = metrics[name].samples if name in metrics else ()
+        return sum(sample.value for sample in samples if sample.labels["transport"] == transport)
 
     return total(_ACCEPTED) - total(_ENDED)

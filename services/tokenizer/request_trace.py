@@ -10,13 +10,13 @@ import grpc
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.common.logs import RequestFields
 from services.common.tracing import TraceHeaders
+from services.tokenizer.generation.caller import Caller
 from services.tokenizer.latency import LatencyTrace
 from services.tokenizer.request_log import RequestEnd
 
 if TYPE_CHECKING:
     from services.common.tracing.tracer import Attributes, Span, Tracer
 
-_METHOD = "scalellm.v1.Generation/Generate"
 _LINK = "scalellm.v1.Scheduler/Connect"
 
 _SAMPLING = (
@@ -46,10 +46,10 @@ class RequestTrace:
         self._below: Span | None = None
 
     @classmethod
-    def begin(cls, tracer: Tracer, headers: TraceHeaders, times: LatencyTrace, model: str) -> RequestTrace | None:
+    def begin(cls, tracer: Tracer, caller: Caller, times: LatencyTrace, model: str) -> RequestTrace | None:
         """Begin with the call's arrival. None when it is not traced."""
-        attributes = {"rpc.system.name": "grpc", "rpc.method": _METHOD, "gen_ai.request.model": model}
-        span = tracer.begin(_METHOD, headers, times.arrived_at, attributes=attributes)
+        attributes = {**caller.span_attributes, "gen_ai.request.model": model}
+        span = tracer.begin(caller.method, caller.trace_headers(), times.arrived_at, attributes=attributes)
         return cls(span, times) if span is not None else None
 
     @property

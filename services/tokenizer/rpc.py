@@ -12,6 +12,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.common.guarded import OnEnd, guarded
 from services.tokenizer.call_bytes import CallAccount, CallBytes
@@ -59,6 +60,9 @@ class CallGate:
         return self._running
 
 
+TenantOf = Callable[[grpc.aio.ServicerContext], Tenant]
+"""On whose behalf a call runs; raises StatusError."""
+
 Admit = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[None]]
 """Around a call that counts as a request of its tenant; raises StatusError when that is over a limit."""
 
@@ -77,6 +81,7 @@ def add_service(
     gate: CallGate,
     on_end: OnEnd,
     held: CallBytes,
+    tenant_of: TenantOf,
     admit: Admit | None = None,
 ) -> None:
     """Serve `service` with the methods of `servicer`, which raise StatusError for every outcome but OK, and see to
@@ -93,7 +98,7 @@ def add_service(
             answering = _admitted(answering, admit)
         # As if both sides streamed: gRPC would leave a call whose client closes its side without a message alone.
         handlers[method.name] = grpc.stream_stream_rpc_method_handler(
-            guarded(_reading(answering, method, gate, held), method.full_name, on_end),
+            guarded(_reading(answering, method, gate, held, tenant_of), method.full_name, on_end),
             request_deserializer=_lenient_parser(method),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
@@ -142,13 +147,13 @@ def _admitted(answering: _Answering, admit: Admit) -> _Answering:
 
 
 def _reading(
-    answering: _Answering, method: MethodDescriptor, gate: CallGate, held: CallBytes
+    answering: _Answering, method: MethodDescriptor, gate: CallGate, held: CallBytes, tenant_of: TenantOf
 ) -> Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]:
     """A handler that reads its request itself, unless the gate is closed."""
     name = method.input_type.full_name
 
     async def call(_: object, context: grpc.aio.ServicerContext) -> None:
-        async with held.call(context) as account:
+        async with held.call(tenant_of(context).name, context.peer()) as account:
             async with account.reading():
                 request = await context.read()
             gate.enter()

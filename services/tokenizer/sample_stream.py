@@ -6,6 +6,7 @@ are the same whether tokens come one by one or all at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scalellm.v1 import common_pb2, generation_pb2
@@ -13,6 +14,27 @@ from services.tokenizer.text.detokenizer import Detokenizer, TokenTexts
 from services.tokenizer.text.stop_strings import StopStrings
 from services.tokenizer.text.text_stream import TextStream
 from services.tokenizer.token_receiver import TokenBatch, slice_logprobs
+
+
+@dataclass(slots=True)
+class Delta:
+    """New tokens of one sample, as its client sees them. One per message: so it costs less than a protobuf message.
+
+    Attributes:
+        index: The sample.
+        text: New text; empty where none is wanted, or while a character or a possible stop text is incomplete.
+        offset: Tokens of the sample before these.
+        num_tokens: New tokens.
+        token_ids: Their ids, when asked for.
+        logprobs: One entry per token, when asked for.
+    """
+
+    index: int
+    text: str
+    offset: int
+    num_tokens: int
+    token_ids: Sequence[int] = ()
+    logprobs: common_pb2.TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +109,7 @@ class SampleStream:
         self.answer_text: list[str] = []
         self.answer_ids: list[int] = []
 
-    def push(self, batch: TokenBatch) -> generation_pb2.GenerateResponse | None:
+    def push(self, batch: TokenBatch) -> Delta | None:
         """Return what the client is to see of a batch, if anything. After the end nothing is."""
         if self.ended is not None:
             return None
@@ -124,7 +146,7 @@ class SampleStream:
                 self.ended.stop_token_id = finish.stop_token_id
         return self._respond(batch, text, num_tokens)
 
-    def _respond(self, batch: TokenBatch, text: str, num_tokens: int) -> generation_pb2.GenerateResponse | None:
+    def _respond(self, batch: TokenBatch, text: str, num_tokens: int) -> Delta | None:
         options = self._options
         token_ids = batch.token_ids if num_tokens == len(batch.token_ids) else batch.token_ids[:num_tokens]
         if options.keep_answer:
@@ -134,15 +156,10 @@ class SampleStream:
             text = ""
         if not num_tokens and not text:
             return None
-        response = generation_pb2.GenerateResponse()
-        delta = response.delta
-        delta.index = self._index
-        delta.text = text
-        delta.offset = self.num_tokens
-        delta.num_tokens = num_tokens
+        delta = Delta(self._index, text, self.num_tokens, num_tokens)
         if options.token_ids:
-            delta.token_ids.extend(token_ids)
+            delta.token_ids = token_ids
         if options.logprobs and batch.logprobs is not None:
-            delta.logprobs.CopyFrom(slice_logprobs(batch.logprobs, 0, num_tokens))
+            delta.logprobs = slice_logprobs(batch.logprobs, 0, num_tokens)
         self.num_tokens += num_tokens
-        return response
+        return delta

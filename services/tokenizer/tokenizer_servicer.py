@@ -7,7 +7,7 @@ from importlib.metadata import version
 import grpc
 
 from scalellm.v1 import tokenizer_pb2
-from services.tokenizer.generation import Edge
+from services.tokenizer.generation.edge import Edge
 from services.tokenizer.validation import validate_chat, validate_decode, validate_encode
 
 _INLINE_TOKENS = 4096

@@ -24,6 +24,7 @@ from redis.asyncio import Redis
 from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
 from services.common.access import Access, open_access
+from services.common.api_keys import Tenant
 from services.common.lifecycle import LAST_WORDS, GrpcService, StartError, stop_event
 from services.common.logs import configure_logging
 from services.common.metrics import LoopLag
@@ -33,7 +34,8 @@ from services.common.tls import server_credentials
 from services.common.tracing import open_tracer
 from services.tokenizer.call_bytes import CallBytes
 from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.generation import Edge, GenerationServicer
+from services.tokenizer.generation.edge import Edge
+from services.tokenizer.generation.grpc_face import GenerationServicer
 from services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import PromptBuilder
@@ -119,7 +121,7 @@ class Worker:
                 request_log=RequestLog(settings),
                 tracer=self._tracer,
             )
-            held = CallBytes(lambda context: access.tenant(context.invocation_metadata()).name)
+            held = CallBytes()
             service = GrpcService(
                 settings.host,
                 self._port,
@@ -140,12 +142,17 @@ class Worker:
                 SessionsServicer(sessions, access, settings.session_ttl_s, edge.limits),
             )
 
+            def tenant_of(context: grpc.aio.ServicerContext) -> Tenant:
+                return access.tenant(context.invocation_metadata())
+
             def admit(context: grpc.aio.ServicerContext) -> AbstractAsyncContextManager[None]:
-                return quotas.admitted(access.tenant(context.invocation_metadata()))
+                return quotas.admitted(tenant_of(context))
 
             # Tokens count in the first, which admits calls itself.
             for descriptor, servicer, who in zip(_SERVICES, servicers, (None, admit, admit), strict=True):
-                add_service(service.server, descriptor, servicer, self._gate, self._metrics.count_call, held, who)
+                add_service(
+                    service.server, descriptor, servicer, self._gate, self._metrics.count_call, held, tenant_of, who
+                )
             self._follow(link, prompts, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
             waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())

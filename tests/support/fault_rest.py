@@ -70,7 +70,7 @@ async def _faults(line: FaultLine, before: dict[str, Vitals]) -> list[str]:
         edge = await asyncio.to_thread(scrape, member.process)
         running = edge["scalellm_tokenizer_requests_running"]
         ended = total(edge, "scalellm_tokenizer_requests_ended_total")
-        accepted = edge["scalellm_tokenizer_requests_accepted_total"]
+        accepted = total(edge, "scalellm_tokenizer_requests_accepted_total")
         if running or accepted != ended:
             found.append(f"{member.name}: {accepted} accepted, {ended} ended, {running} running")
     if keys := await asyncio.to_thread(line.redis.keys_without_ttl):

@@ -33,6 +33,7 @@ from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.fleet import Fleet
 from services.scheduler.replica_link import ReplicaLink
 from services.scheduler.service import SchedulerService
+from services.tokenizer.generation.grpc_face import to_wire
 from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.sample_stream import OutputOptions, SampleStream
 from services.tokenizer.scheduler_link import SchedulerLink
@@ -223,8 +224,8 @@ async def _play_to_worker(steps: Sequence[link_pb2.StepOutput], texts: TokenText
         for receiver, streams, trace in requests:
             try:
                 for batch in receiver.take():
-                    if (response := streams[batch.index].push(batch)) is not None:
-                        response.SerializeToString()
+                    if (delta := streams[batch.index].push(batch)) is not None:
+                        to_wire(delta).SerializeToString()
                 if receiver.finish is not None:
                     status = StatusError.from_link(receiver.finish.status)
                     status.to_rpc_status()

@@ -120,7 +120,7 @@ def check_books(line: Line) -> None:
     """accepted = ended + waiting + running, per service, at this very scrape."""
     edge, core = scrape(line.tokenizer), scrape(line.scheduler)
     ended = total(edge, "scalellm_tokenizer_requests_ended_total") + edge["scalellm_tokenizer_requests_running"]
-    assert edge["scalellm_tokenizer_requests_accepted_total"] == ended
+    assert total(edge, "scalellm_tokenizer_requests_accepted_total") == ended
     for service, samples in [("scheduler", core), *(("executor", scrape(executor)) for executor in line.executors)]:
         name = f"scalellm_{service}"
         held = samples[f"{name}_num_requests_running"] + samples[f"{name}_num_requests_waiting"]
@@ -154,14 +154,14 @@ def laws_at_rest(line: Line, seen: Seen) -> dict[str, tuple[float, float]]:
         ),
         "requests went on": (of_edge("tokenizer_requests_submitted_total"), of_core("requests_accepted_total")),
         "requests dispatched": (of_core("dispatches_total"), of_engines("requests_accepted_total")),
-        "requests finished": (edge[f'{ended}{{code="OK",outcome="finished"}}'], seen.finished),
+        "requests finished": (total(edge, ended, 'code="OK"'), seen.finished),
         # A client's deadline reaches the edge as the one or the other, whichever timer is first.
         "requests cancelled or late": within(
-            sum(edge[f'{ended}{{code="{code}",outcome="cancelled"}}'] for code in ("CANCELLED", "DEADLINE_EXCEEDED")),
+            total(edge, ended, 'outcome="cancelled"'),
             seen.cancelled + seen.late - seen.perhaps_lost,
             seen.cancelled + seen.late,
         ),
-        "requests wrong": (edge[f'{ended}{{code="INVALID_ARGUMENT",outcome="rejected"}}'], seen.invalid),
+        "requests wrong": (total(edge, ended, 'code="INVALID_ARGUMENT"'), seen.invalid),
         "tokens received": (of_engines("generation_tokens_total"), of_core("tokens_received_total")),
         "tokens passed on": (
             of_core("tokens_received_total"),

@@ -37,7 +37,7 @@ def assert_books(line: Line) -> None:
     outcomes = {
         name: value for name, value in edge.items() if name.startswith("scalellm_tokenizer_requests_ended_total{")
     }
-    accepted = edge["scalellm_tokenizer_requests_accepted_total"]
+    accepted = edge['scalellm_tokenizer_requests_accepted_total{transport="grpc"}']
     assert accepted == sum(outcomes.values()) + edge["scalellm_tokenizer_requests_running"], edge
     executor = scrape(line.executors[0])
     ended = sum(value for name, value in executor.items() if name.startswith("scalellm_executor_requests_total{"))

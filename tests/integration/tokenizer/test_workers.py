@@ -37,7 +37,7 @@ def check_books(metrics) -> None:
     ended = sum(value for name, value in metrics.items() if name.startswith("scalellm_tokenizer_requests_ended_total"))
     running = metrics["scalellm_tokenizer_requests_running"]
     assert running >= 0
-    assert metrics["scalellm_tokenizer_requests_accepted_total"] == ended + running
+    assert metrics['scalellm_tokenizer_requests_accepted_total{transport="grpc"}'] == ended + running
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -95,7 +95,9 @@ async def test_workers_share_the_port_and_survive_a_crash(start, own_scheduler, 
     metrics = scrape(service)
     check_books(metrics)
     assert metrics["scalellm_tokenizer_worker_crashes_total"] == 1
-    assert metrics['scalellm_tokenizer_requests_ended_total{code="UNAVAILABLE",outcome="rejected"}'] > 0
+    assert (
+        metrics['scalellm_tokenizer_requests_ended_total{code="UNAVAILABLE",outcome="rejected",transport="grpc"}'] > 0
+    )
     assert victim.pid not in [worker.pid for worker in workers_of(service)]
 
     own_scheduler.play = lambda submit: Script()

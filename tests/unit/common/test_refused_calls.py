@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from scalellm.v1 import executor_pb2, generation_pb2, link_pb2, scheduler_pb2
 from service_processes import PATIENCE
 from services.common.access import Access
+from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.common.lifecycle import GrpcService
 from services.common.link import link_service_handler
@@ -124,7 +125,13 @@ async def test_requests(how: str, code: grpc.StatusCode) -> None:
     servicer, request = Servicer(), generation_pb2.GenerateRequest(prompt=how).SerializeToString()
     async with serving() as (service, channel):
         add_service(
-            service.server, GENERATION, servicer, CallGate(), lambda method, code: None, CallBytes(lambda _: "acme")
+            service.server,
+            GENERATION,
+            servicer,
+            CallGate(),
+            lambda method, code: None,
+            CallBytes(),
+            lambda context: Tenant("acme"),
         )
         timeout = 0.2 if how == "cancelled" else PATIENCE
         assert await call_often(channel, "/scalellm.v1.Generation/Generate", request, timeout) == {code}

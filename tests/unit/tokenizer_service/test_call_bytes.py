@@ -44,7 +44,7 @@ class Worker:
     def __init__(self, **limits: int | float) -> None:
         self.servicer = Servicer()
         self.quotas = TenantQuotas(None, "worker")
-        self.held = CallBytes(lambda context: self.tenant(context).name, **limits)  # type: ignore[arg-type]
+        self.held = CallBytes(**limits)  # type: ignore[arg-type]
         self.gate = CallGate()
         self.codes: list[grpc.StatusCode] = []
         self.service = GrpcService("127.0.0.1", 0, services=[], is_ready=lambda: True)
@@ -55,6 +55,7 @@ class Worker:
             self.gate,
             lambda method, code: self.codes.append(code),
             self.held,
+            self.tenant,
             lambda context: self.quotas.admitted(self.tenant(context)),
         )
 

@@ -25,8 +25,8 @@ def play(texts, samples, data, *, options=EVERYTHING, stops=(), reason=common_pb
 
     def take():
         for batch in receiver.take():
-            response = streams[batch.index].push(batch)
-            deltas.extend([response.delta] if response is not None else [])
+            delta = streams[batch.index].push(batch)
+            deltas.extend([delta] if delta is not None else [])
 
     done = [0] * len(samples)
     open_samples = set(range(len(samples)))
@@ -121,5 +121,5 @@ def test_ids_alone_are_not_detokenised(texts):
     receiver = TokenReceiver(1, 1)
     stream = SampleStream(0, OutputOptions(text=False, token_ids=True), texts)
     receiver.on_tokens(0, 0, [5, 6], now=1)
-    delta = stream.push(receiver.take()[0]).delta
+    delta = stream.push(receiver.take()[0])
     assert (delta.text, list(delta.token_ids), delta.num_tokens) == ("", [5, 6], 2)

@@ -12,7 +12,7 @@ from service_processes import PATIENCE
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.common.link import LinkClient
-from services.tokenizer.generation import cache_salt
+from services.tokenizer.generation.edge import cache_salt
 from services.tokenizer.scheduler_link import SchedulerLink
 
 WELCOME = link_pb2.Welcome(model="m", max_model_len=100)

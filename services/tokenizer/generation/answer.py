@@ -1,0 +1,87 @@
+"""A request's answer: from what its receiver holds to what its client sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from scalellm.v1 import generation_pb2
+from services.tokenizer.latency import LatencyTrace
+from services.tokenizer.metrics import EdgeMetrics
+from services.tokenizer.sample_stream import Delta, OutputOptions, SampleStream
+from services.tokenizer.text.detokenizer import TokenTexts
+from services.tokenizer.text.stop_strings import StopStrings
+from services.tokenizer.token_receiver import TokenReceiver
+
+Event = generation_pb2.Started | generation_pb2.PromptLogprobs | Delta | generation_pb2.Finished
+"""What happened to a request. First Started, last Finished; log-probabilities of the prompt come before any Delta."""
+
+
+def make_samples(
+    request: generation_pb2.GenerateRequest, num_samples: int, prompt_ids: Sequence[int], texts: TokenTexts
+) -> list[SampleStream]:
+    """Return the samples of a request, nothing of them seen yet."""
+    options = OutputOptions.from_request(request)
+    stops = StopStrings(request.stop) if request.stop else None
+    texts = texts.after(prompt_ids)
+    return [SampleStream(index, options, texts, stops) for index in range(num_samples)]
+
+
+@dataclass(slots=True)
+class Answer:
+    """The samples of one request while they grow.
+
+    Attributes:
+        prompt_ids: What the model reads.
+        samples: By index.
+        trace: Told of the time that detokenising takes, and of the first token.
+        metrics: Told of times between messages.
+        stop_sample: Called with the index of a sample that a stop text ended.
+    """
+
+    prompt_ids: Sequence[int]
+    samples: Sequence[SampleStream]
+    trace: LatencyTrace
+    metrics: EdgeMetrics
+    stop_sample: Callable[[int], None]
+    _sent_at: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sent_at = [0] * len(self.samples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the client has seen, over all samples."""
+        return sum(sample.num_tokens for sample in self.samples)
+
+    @property
+    def ended_samples(self) -> list[generation_pb2.SampleFinished]:
+        """How samples ended, of those that did."""
+        return [sample.ended for sample in self.samples if sample.ended is not None]
+
+    def take(self, receiver: TokenReceiver) -> Iterator[generation_pb2.PromptLogprobs | Delta]:
+        """Yield what came and is due. Raises StatusError."""
+        trace, metrics, sent_at = self.trace, self.metrics, self._sent_at
+        while parts := receiver.take_prompt_logprobs():
+            for offset, logprobs in parts:
+                token_ids = self.prompt_ids[offset : offset + len(logprobs.logprobs)]
+                yield generation_pb2.PromptLogprobs(token_ids=token_ids, logprobs=logprobs, offset=offset)
+        for batch in receiver.take():
+            index = batch.index
+            sample = self.samples[index]
+            had_ended = sample.ended is not None
+            started = trace.now()
+            delta = sample.push(batch)
+            now = trace.now()
+            trace.detokenize_cpu_ns += now - started
+            if sample.ended is not None and batch.finish is None and not had_ended:
+                self.stop_sample(index)
+            if delta is None:
+                continue
+            if sent_at[index]:
+                metrics.observe_gap((now - sent_at[index]) / 1e9)
+            elif not trace.first_token_at:
+                trace.first_token_at = receiver.first_token_at
+                metrics.ttft.observe(trace.ttft_seconds)  # once per request
+            sent_at[index] = now
+            yield delta

@@ -1,0 +1,78 @@
+"""`scalellm.v1.Generation`: requests that come by gRPC."""
+
+from __future__ import annotations
+
+import grpc
+
+from scalellm.v1 import generation_pb2
+from services.tokenizer.generation.answer import Event
+from services.tokenizer.generation.caller import Caller
+from services.tokenizer.generation.edge import Edge
+from services.tokenizer.generation.request_path import Generation
+from services.tokenizer.sample_stream import Delta
+
+
+class GrpcCaller(Caller):
+    """A gRPC call. gRPC itself cancels its task when the client leaves or the deadline passes.
+
+    Args:
+        context: Of the call.
+        method: Its full name.
+    """
+
+    transport = "grpc"
+
+    def __init__(self, context: grpc.aio.ServicerContext, method: str) -> None:
+        self._context = context
+        self.method = method
+        self.span_attributes = {"rpc.system.name": "grpc", "rpc.method": method}
+        self.metadata = context.invocation_metadata() or ()
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline of the call."""
+        seconds: float | None = self._context.time_remaining()
+        return seconds
+
+
+class GenerationServicer:
+    """Serves Generate. Raises StatusError for every outcome but OK.
+
+    Args:
+        edge: The worker.
+    """
+
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        """Stream an answer."""
+        caller = GrpcCaller(context, "scalellm.v1.Generation/Generate")
+        generation = Generation(self._edge, request, caller)
+        try:
+            async with generation:
+                async for event in generation.events:
+                    await context.write(to_wire(event))
+        finally:
+            context.set_trailing_metadata((("server-timing", generation.server_timing),))
+
+
+def to_wire(event: Event) -> generation_pb2.GenerateResponse:
+    """Return an event as the message that tells it."""
+    response = generation_pb2.GenerateResponse()
+    if type(event) is Delta:  # almost always
+        delta = response.delta
+        delta.index = event.index
+        delta.text = event.text
+        delta.offset = event.offset
+        delta.num_tokens = event.num_tokens
+        if event.token_ids:
+            delta.token_ids.extend(event.token_ids)
+        if event.logprobs is not None:
+            delta.logprobs.CopyFrom(event.logprobs)
+    elif isinstance(event, generation_pb2.Started):
+        response.started.CopyFrom(event)
+    elif isinstance(event, generation_pb2.Finished):
+        response.finished.CopyFrom(event)
+    elif isinstance(event, generation_pb2.PromptLogprobs):
+        response.prompt_logprobs.CopyFrom(event)
+    return response
