@@ -24,6 +24,7 @@ from services.executor.engine.request import (
     RequestStatus,
     ResumedSample,
     StepResult,
+    SupersededError,
     TokenOutput,
 )
 from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams, check_num_logit_bias
@@ -48,6 +49,7 @@ _ABORTS = MappingProxyType(
 _CODES = MappingProxyType(
     {
         RequestStatus.CANCELLED: grpc.StatusCode.CANCELLED,
+        RequestStatus.SUPERSEDED: grpc.StatusCode.ABORTED,
         RequestStatus.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
         RequestStatus.INTERNAL: grpc.StatusCode.INTERNAL,
     }
@@ -158,6 +160,8 @@ class EngineLink:
                     deadline=now + submit.time_remaining_ns / 1e9 if submit.HasField("time_remaining_ns") else None,
                     cache_salt=submit.cache_salt,
                     charged_tokens=charged_tokens,
+                    execution_id=submit.execution_id,
+                    attempt=submit.attempt,
                     resumed=tuple(
                         ResumedSample(sample.index, tuple(sample.token_ids), _FROM_WIRE_REASON.get(sample.finished))
                         for sample in submit.resumed
@@ -166,6 +170,8 @@ class EngineLink:
             )
         except InvalidRequestError as error:
             status = StatusError.invalid(error.field, error.message).to_link()
+        except SupersededError as error:
+            status = StatusError(grpc.StatusCode.ABORTED, str(error)).to_link()
         except StatusError as error:
             status = error.to_link()
         else:

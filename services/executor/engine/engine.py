@@ -22,6 +22,7 @@ from services.executor.engine.request import (
     RequestStatus,
     SampleFinish,
     StepResult,
+    SupersededError,
     TokenOutput,
 )
 from services.executor.engine.sampling_params import InvalidRequestError
@@ -80,13 +81,17 @@ class Engine:
         self._num_hit_tokens = 0
 
     def add(self, request: EngineRequest) -> None:
-        """Accept a request, or raise InvalidRequestError naming the field and the limit."""
+        """Accept a request, or raise InvalidRequestError naming the field and the limit.
+
+        An earlier attempt to run the same request ends as SUPERSEDED; SupersededError: there is a later one.
+        """
         try:
             check_request(request, self.config)
             self._ledger.check_new(request.key)
             group = self._make_group(request)
             self._capacity.check(group)
-        except InvalidRequestError:
+            self._supersede(request)
+        except (InvalidRequestError, SupersededError):
             self._ledger.rejected += 1
             raise
         self._num_arrivals += 1
@@ -169,7 +174,7 @@ class Engine:
             accepted=self._ledger.accepted,
             rejected=self._ledger.rejected,
             finished=ended[RequestStatus.OK],
-            cancelled=ended[RequestStatus.CANCELLED],
+            cancelled=ended[RequestStatus.CANCELLED] + ended[RequestStatus.SUPERSEDED],
             deadline_exceeded=ended[RequestStatus.DEADLINE_EXCEEDED],
             failed=ended[RequestStatus.INTERNAL],
             preemptions=self._scheduler.num_preemptions,
@@ -201,10 +206,22 @@ class Engine:
         """Raise AssertionError unless blocks, sequences and requests add up; O(everything), for tests."""
         self._blocks.check_integrity(self._scheduler.running())
         self._swapper.check_integrity(self._scheduler.waiting())
+        self._ledger.check_integrity()
         stats, load = self.stats(), self.load()
         ended = stats.finished + stats.cancelled + stats.deadline_exceeded + stats.failed
         if stats.accepted != ended + load.running + load.waiting:
             raise AssertionError(f"requests do not add up: {stats}, {load}")
+
+    def _supersede(self, request: EngineRequest) -> None:
+        """End what runs of an execution, in favour of a new attempt."""
+        older = self._ledger.of_execution(request.execution_id)
+        if older is None:
+            return
+        running = older.request.attempt
+        if request.attempt < running:
+            raise SupersededError(request.attempt, running)
+        message = f"attempt {running} of this request gave way to attempt {request.attempt}, which came later"
+        self._end_request(older, FinishReason.CANCELLED, RequestStatus.SUPERSEDED, message, self._clock())
 
     def _make_group(self, request: EngineRequest) -> SequenceGroup:
         seed = request.sampling.seed

@@ -90,6 +90,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._groups: dict[RequestKey, SequenceGroup] = {}
+        self._executions: dict[bytes, SequenceGroup] = {}
         self._links: dict[int, _Link] = {}
         self._deadlines: list[tuple[float, int, RequestKey]] = []
         self.accepted = 0
@@ -105,6 +106,10 @@ class Ledger:
         """Return the request if it has not ended."""
         return self._groups.get(key)
 
+    def of_execution(self, execution_id: bytes) -> SequenceGroup | None:
+        """Return the attempt to run this execution that has not ended."""
+        return self._executions.get(execution_id)
+
     def of_link(self, link: int) -> list[SequenceGroup]:
         """Return the requests of a link that have not ended."""
         return list(self._links[link].groups.values()) if link in self._links else []
@@ -117,6 +122,8 @@ class Ledger:
     def enter(self, group: SequenceGroup) -> None:
         """Accept a request."""
         self._groups[group.key] = group
+        if group.request.execution_id:
+            self._executions[group.request.execution_id] = group
         self._links.setdefault(group.key[0], _Link()).groups[group.key] = group
         self.accepted += 1
         self.waiting += 1
@@ -133,6 +140,8 @@ class Ledger:
     def leave(self, group: SequenceGroup, status: RequestStatus, message: str, now: float) -> RequestFinish:
         """End a request and return its one RequestFinish."""
         del self._groups[group.key]
+        if group.request.execution_id:
+            del self._executions[group.request.execution_id]
         link = self._links[group.key[0]]
         del link.groups[group.key]
         if not group.was_scheduled:
@@ -159,6 +168,12 @@ class Ledger:
         """Return a link's counters; zeros before its first request."""
         found = self._links.get(link)
         return LinkCredits(found.admitted_prefill_tokens, found.completed_requests) if found else LinkCredits(0, 0)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless each index knows the requests that are here and no other; for tests."""
+        named = {group.request.execution_id: group for group in self._groups.values() if group.request.execution_id}
+        if self._executions != named:
+            raise AssertionError("executions and requests do not add up")
 
     def _drop_stale_deadlines(self) -> None:
         # Requests usually end long before their deadline: keep the heap within twice the live requests.

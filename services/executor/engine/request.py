@@ -34,6 +34,8 @@ class RequestStatus(enum.Enum):
 
     OK = "ok"
     CANCELLED = "cancelled"
+    SUPERSEDED = "superseded"
+    """A later attempt to run the same request came, by way of another scheduler."""
     DEADLINE_EXCEEDED = "deadline_exceeded"
     INTERNAL = "internal"
 
@@ -52,7 +54,9 @@ class EngineRequest:
     """A request. `deadline` is absolute on the engine's clock; requests with a lower `priority` run first.
 
     Cached prefixes are shared between requests of one `cache_salt` only. `resumed` may leave samples out: they start
-    from the prompt. `charged_tokens` is what it took of its link's credits, None for all of its prompt.
+    from the prompt. `charged_tokens` is what it took of its link's credits, None for all of its prompt. `execution_id`
+    names what is run, over all attempts to run it; of these the engine runs one at a time, the one that came last
+    unless its number `attempt` is lower. Empty = there is one attempt only.
     """
 
     key: RequestKey
@@ -64,6 +68,15 @@ class EngineRequest:
     cache_salt: bytes = b""
     resumed: tuple[ResumedSample, ...] = ()
     charged_tokens: int | None = None
+    execution_id: bytes = b""
+    attempt: int = 0
+
+
+class SupersededError(Exception):
+    """A request is refused because a later attempt to run it is in the engine."""
+
+    def __init__(self, attempt: int, running: int) -> None:
+        super().__init__(f"attempt {attempt} of this request is out of date, attempt {running} runs")
 
 
 TopLogprobs = list[tuple[int, float]]

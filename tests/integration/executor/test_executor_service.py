@@ -23,6 +23,10 @@ def execute(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamMultiCallable:
     return executor_pb2_grpc.ExecutorStub(channel).Execute
 
 
+def connect(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamMultiCallable:
+    return scheduler_pb2_grpc.SchedulerStub(channel).Connect
+
+
 def flags(model: Path, *more: str) -> list[str]:
     return ["--engine", "fake", "--model", str(model), "--max-model-len", "512", "--num-blocks", "256", *more]
 
@@ -245,9 +249,6 @@ async def test_a_scheduler_that_stands_still_holds_no_rows_beyond_its_lease(spaw
     executor = spawn("executor", *model)
     scheduler = spawn("scheduler", "--executors", executor.address)
 
-    def connect(channel: grpc.aio.Channel) -> grpc.aio.StreamStreamMultiCallable:
-        return scheduler_pb2_grpc.SchedulerStub(channel).Connect
-
     long = sampling(max_tokens=500, ignore_eos=True)
     async with open_link(connect, scheduler.address) as edge:
         await edge.submit(1, [5], sampling=long)
@@ -265,6 +266,37 @@ async def test_a_scheduler_that_stands_still_holds_no_rows_beyond_its_lease(spaw
         assert (await edge.finish(2)).status.code == 0
         assert edge.tokens[2, 0] == edge.tokens[1, 0]
         assert edge.finished[2].usage.num_resumed > 0
+
+
+async def test_a_scheduler_that_wakes_up_finds_its_request_taken_over(spawn: Spawn, model_dir) -> None:
+    """Its client sent the request again by way of another one, with the tokens that it had."""
+    executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b"))
+    hung, other = (spawn("scheduler", "--executors", executor.address) for _ in range(2))
+    long = sampling(max_tokens=500, ignore_eos=True)
+    name = {"execution_id": b"x" * 16, "sampling": long}
+    async with open_link(connect, hung.address) as first, open_link(connect, other.address) as second:
+        await first.submit(1, [5], **name)
+        await first.until(lambda: len(first.tokens[1, 0]) > 10)
+        hung.process.send_signal(signal.SIGSTOP)
+        resumed = [link_pb2.ResumedSample(index=0, token_ids=first.tokens[1, 0])]
+        second.tokens[7, 0] = [*first.tokens[1, 0]]
+        await second.submit(7, [5], attempt=1, resumed=resumed, **name)
+        await second.until(lambda: len(second.tokens[7, 0]) > len(resumed[0].token_ids))
+        async with asyncio.timeout(PATIENCE):  # while steps are taken, the figures are up to half a second old
+            while (state := await info(executor.address)).cancelled == 0:
+                await asyncio.sleep(0.05)
+        assert state.load.running <= 1
+        hung.process.send_signal(signal.SIGCONT)
+        finish = await first.finish(1)
+        assert finish.status.code == grpc.StatusCode.ABORTED.value[0]
+        assert "attempt 1, which came later" in finish.status.message
+        await first.submit(2, [5], **name)  # it had this one in its queue
+        assert (await first.finish(2)).status.code == grpc.StatusCode.ABORTED.value[0]
+        assert (await second.finish(7)).status.code == 0
+        assert len(second.tokens[7, 0]) == 500
+        await first.submit(3, [5], sampling=long)
+        assert (await first.finish(3)).status.code == 0
+        assert second.tokens[7, 0] == first.tokens[3, 0]
 
 
 async def test_kill_9_of_the_front_leaves_no_engine(spawn: Spawn, model_dir) -> None:
