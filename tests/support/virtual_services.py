@@ -36,6 +36,7 @@ from virtual_network import Network, VirtualDialer, VirtualProcess
 VOCABULARY = 1000
 TOKENIZER = b"virtual"
 SILENCE_LIMIT = 3.0
+LEASE = 2.0
 _BEAT = 0.5
 _START_LIMIT = 2.0
 
@@ -106,7 +107,7 @@ class VirtualExecutor:
         """A new front, with a new engine."""
         self.process = VirtualProcess(self.address)
         self.front = _Front(self)
-        servicer = ExecutorServicer(self.front, SimpleNamespace(drain_limit_s=1.0))
+        servicer = ExecutorServicer(self.front, SimpleNamespace(drain_limit_s=1.0, lease_s=LEASE))
         self._network.serve(self.address, self.process, servicer.Execute)
 
     def new_engine(self) -> tuple[Engine, link_pb2.Welcome]:
@@ -304,7 +305,7 @@ class VirtualScheduler:
         self.fleet = Fleet(instance, settings.executor_grace_s, SILENCE_LIMIT, dialer)
         affinity = AffinityStore(None, 60)
         self.dispatcher = Dispatcher(settings, self.fleet, affinity, Heartbeat(SILENCE_LIMIT, clock=loop.time))
-        service = SchedulerService(instance, 1.0, self.dispatcher, self.fleet, None, affinity)
+        service = SchedulerService(instance, 1.0, self.dispatcher, self.fleet, None, affinity, LEASE)
         self.fleet.start(self.dispatcher)
         for address in self._executors:
             self.fleet.add(address)

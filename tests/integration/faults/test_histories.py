@@ -12,7 +12,7 @@ import pytest
 from virtual_histories import play
 from virtual_network import Connection
 
-NUM_HISTORIES = 100
+NUM_HISTORIES = 60
 """Played by `make test`."""
 
 
