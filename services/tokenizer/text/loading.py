@@ -17,6 +17,7 @@ from services.common.tokenizer_digest import (
 )
 from services.tokenizer.text.gguf_tokenizer import build_gguf_tokenizer, token_roles
 from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError, from_library
+from services.tokenizer.text.pattern_probe import check_patterns
 from services.tokenizer.text.tokenizer_bounds import check_bounds
 
 _TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -58,6 +59,7 @@ def _load_directory(folder: Path) -> ModelTokenizer:
     path = folder / TOKENIZER_JSON
     tokenizer = from_library(lambda: Tokenizer.from_file(str(path)), f"{path}: not a tokenizer this version can read")
     check_bounds(tokenizer, path)
+    check_patterns(tokenizer, path)
     # Both would be part of what encoding returns; lengths are the service's business.
     tokenizer.no_truncation()
     tokenizer.no_padding()

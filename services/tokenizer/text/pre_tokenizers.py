@@ -24,6 +24,9 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+KNOWN_PATTERNS = frozenset((_LLAMA3, _QWEN2, _TEKKEN))
+"""They take time in proportion to the text, whatever it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
