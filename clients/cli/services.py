@@ -53,6 +53,7 @@ What ends on its own is started again, where it was, until `down`; a service tha
 \b
 Examples:
   scalellm up
+  scalellm up --model Qwen/Qwen3-0.6B          from the Hugging Face Hub
   scalellm up --model ./my-model --executors 2
   scalellm up --executor fake                  scripted tokens, no weights: for load and fault tests
   scalellm --instance second up --port 0       beside another instance, on free ports
@@ -80,7 +81,9 @@ Examples:
   scalellm run "Write a haiku about rivers." --keep
 """
 
-ModelOption = Annotated[str, typer.Option(metavar="NAME|PATH", help="A name from `models list`, a folder or .gguf.")]
+ModelOption = Annotated[
+    str, typer.Option(metavar="NAME|PATH", help="A name from `models list`, org/name of the Hub, a folder or .gguf.")
+]
 
 
 def register(app: typer.Typer) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scalellm.v1 import executor_pb2, link_pb2
 from services.common.lifecycle import StartError
-from services.common.model_store import ModelStoreError, resolve
+from services.common.model_store import ModelStoreError, name_of, resolve
 from services.common.tokenizer_digest import TokenizerSourceError, tokenizer_sha256
 from services.executor.config import ExecutorSettings
 from services.executor.engine.config import EngineConfigError
@@ -81,7 +81,7 @@ def _find_model(settings: ExecutorSettings) -> _FoundModel:
         # Without a tokenizer text cannot be served, but token ids can.
         return _FoundModel(None, settings.model_name or settings.model, PRESETS[settings.model], b"")
     path = resolve(settings.model, settings.home)
-    name = settings.model_name or (path.stem if path.is_file() else path.name)
+    name = settings.model_name or name_of(settings.model)
     config = read_model_config(path)
     if settings.load_format == "dummy":
         config = replace(config, stored_linears=None)  # random weights do not follow the checkpoint's form

@@ -27,9 +27,10 @@ class ExecutorSettings(LinkedSettings):
     port: Port = 50061
     """Port to listen on; 0 takes a free one."""
     model: str = "smollm2-135m-instruct"
-    """A name from `scalellm models list`, a directory with a model, or a .gguf file."""
+    """A name from `scalellm models list`, a pulled repository of the Hugging Face Hub (org/name, org/name:Q4_K_M),
+    a directory with a model, or a .gguf file."""
     model_name: str = ""
-    """Name under which the model is served; default: the name or the directory's name."""
+    """Name under which the model is served; default: its own, or that of the directory or file."""
     home: Path = Path.home() / ".cache" / "scalellm"
     """Where `scalellm models pull` puts models."""
     engine: Literal["model", "fake"] = "model"

