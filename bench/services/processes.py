@@ -69,6 +69,8 @@ class Service:
     def __init__(self, name: str, flags: tuple[str, ...], folder: Path, package: str = "services") -> None:
         self.name = name
         number = len(list(folder.iterdir()))
+        if name == "tokenizer" and package == "services":
+            flags = ("--http-port", "0", *flags)
         self._log = folder / f"{name}-{number}.log"
         announced = folder / f"{name}-{number}.address"
         with self._log.open("wb") as log:

@@ -1,8 +1,7 @@
 """What the launcher remembers of an instance: `<home>/run/<name>/`, gone once the instance is down.
 
-The folder holds the state file, the services' logs and announced addresses, and the embedded Redis's socket and data.
-It is also the lock: one `up` or `down` at a time holds an flock on it, which the kernel releases whatever happens to
-its holder. The state file has one writer, the supervisor.
+The folder holds the state file, the services' logs and announced addresses, and the embedded Redis's socket. It is also
+the lock: one `up` or `down` at a time holds an flock on it, which the kernel releases whatever happens to its holder.
 
 What is in there names processes to end and a Redis with its password, so `run` and all below it is this user's alone:
 links are not followed, and what belongs to somebody else is refused. `<home>` itself may be a link.
@@ -18,17 +17,15 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from clients.launcher.errors import LauncherError
 from services.common.new_file import write_new
 
 REDIS, EXECUTOR, SCHEDULER, TOKENIZER = "redis", "executor", "scheduler", "tokenizer"
-SUPERVISOR = "supervisor"
 _KINDS = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
 
 # Another launcher removes the folder once; a file system on which it cannot be made (/proc) says "not found" for ever.
@@ -43,9 +40,6 @@ class ServiceRecord:
 
     `create_time` (seconds since the epoch, from psutil) tells the process from a later one with the same pid.
     `address` is host:port, or a socket's path for Redis; empty until the service has announced it.
-
-    `restarts` counts how often the supervisor has started it again; `ended_at` (seconds since the epoch) and `reason`
-    are when and how it ended the last time. `given_up` says why it is not started again; empty while it is.
     """
 
     name: str
@@ -55,29 +49,18 @@ class ServiceRecord:
     log: str
     address: str = ""
     metrics_address: str = ""
-    restarts: int = 0
-    ended_at: float = 0.0
-    reason: str = ""
-    given_up: str = ""
+    http_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """An instance as last written.
-
-    `redis_url` is what the services were given, the embedded one's or the user's. `asked` is what `up` was asked for,
-    but for environment variables. `supervisor` is the process that keeps the services running, unless it was told to
-    leave them alone; `in_foreground`: it is a `scalellm up --foreground`, which ends with them.
-    """
+    """An instance as last written. `redis_url` is what the services were given, the embedded one's or the user's."""
 
     model: str
     redis_url: str
     drain_limit: float
     services: tuple[ServiceRecord, ...] = ()
     scratch: str = ""
-    asked: Mapping[str, Any] = field(default_factory=dict)
-    supervisor: ServiceRecord | None = None
-    in_foreground: bool = False
 
     def with_service(self, record: ServiceRecord) -> State:
         """The same with `record` added, or in place of the one with its name."""
@@ -89,9 +72,10 @@ class State:
         """The services of one kind, in the order in which they were started."""
         return tuple(service for service in self.services if service.kind == kind)
 
-    def service(self, name: str) -> ServiceRecord:
-        """The service of this name."""
-        return next(service for service in self.services if service.name == name)
+    @property
+    def http_address(self) -> str:
+        """host:port to call by HTTP from this machine; empty before the tokenizer is up."""
+        return next((service.http_address for service in self.of_kind(TOKENIZER)), "")
 
     @property
     def public_address(self) -> str:
@@ -113,11 +97,9 @@ class Instance:
         if not _NAME.fullmatch(name):
             raise LauncherError(f"instance name {name!r}: use 1 to 64 letters, digits, dots, dashes or underscores")
         self.name = name
-        self.home = home.absolute()
-        self.folder = self.home / "run" / name
+        self.folder = home.absolute() / "run" / name
         self.logs = self.folder / "logs"
         self.link_token = self.folder / "link.token"
-        self.redis_data = self.folder / "redis"
         self._state_file = self.folder / "state.json"
 
     @contextmanager
@@ -150,14 +132,7 @@ class Instance:
         """The state as last written; None when nothing was started."""
         try:
             raw = json.loads(self._read_own(self._state_file))
-            supervisor = raw.get("supervisor")
-            return State(
-                **{
-                    **raw,
-                    "services": tuple(ServiceRecord(**service) for service in raw["services"]),
-                    "supervisor": supervisor and ServiceRecord(**supervisor),
-                }
-            )
+            return State(**{**raw, "services": tuple(ServiceRecord(**service) for service in raw["services"])})
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -198,18 +173,13 @@ class Instance:
         """Where a service says at which address it listens."""
         return self.folder / f"{service}.address"
 
-    def remove(self, *, keep_logs: bool, keep_data: bool = False) -> None:
-        """Forget the instance: remove its folder, or all of it but the logs and the embedded Redis's data."""
-        kept = [folder for folder, is_kept in ((self.logs, keep_logs), (self.redis_data, keep_data)) if is_kept]
-        if not any(folder.exists() and any(folder.iterdir()) for folder in kept):
+    def remove(self, *, keep_logs: bool) -> None:
+        """Forget the instance: remove its folder, or all of it but the logs, if there are any."""
+        if not keep_logs or not any(self.logs.iterdir()):
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         for path in self.folder.iterdir():
-            if path in kept:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+            if path != self.logs:
                 path.unlink(missing_ok=True)
 
 

@@ -7,10 +7,9 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -20,6 +19,7 @@ from services.common.addresses import bound_socket, join_address
 from services.common.child_environment import EXPORT, child_environment
 
 PUBLIC_PORT = 50051
+HTTP_PORT = 8000
 SCHEDULER_PORT = 50052
 EXECUTOR_PORT = 50061
 _LAST_PORT = 65535
@@ -50,13 +50,13 @@ class UpOptions:
         redis_url: The user's Redis; empty for an embedded one.
         host: Address on which the public service listens; the others listen on the loopback interface.
         port: Port of the public service; 0 takes free ports for it and for all others that are not given.
+        http_port: Its port for HTTP; by default the usual one, or a free one where `port` is not the usual one.
         scheduler_port: Port of the scheduler.
         executor_port: Port of the first executor; the others take the next ones.
         executors: Number of executors.
         engine: What they run.
         drain_limit: Seconds that running requests get to finish on `down`.
         start_limit: Seconds that a service gets to become healthy.
-        max_restarts: Crashes of a service within ten minutes that are followed by a restart; the next one is not.
         programs: Command per kind of service, before its options.
     """
 
@@ -67,39 +67,25 @@ class UpOptions:
     redis_url: str = ""
     host: str = "127.0.0.1"
     port: int = PUBLIC_PORT
+    http_port: int | None = None
     scheduler_port: int | None = None
     executor_port: int | None = None
     executors: int = 1
     engine: EngineKind = EngineKind.MODEL
     drain_limit: float = 30.0
     start_limit: float = 600.0
-    max_restarts: int = 5
     programs: Mapping[str, Sequence[str]] = field(default_factory=_service_modules)
-
-    def to_message(self) -> dict[str, Any]:
-        """As JSON can hold it; with the environment, and the secrets in there."""
-        return {**asdict(self), "model_path": str(self.model_path), "home": str(self.home)}
-
-    @classmethod
-    def from_message(cls, message: Mapping[str, Any]) -> UpOptions:
-        """The options that became `message`."""
-        paths = {name: Path(message[name]) for name in ("model_path", "home")}
-        return cls(**{**message, **paths, "engine": EngineKind(message["engine"])})
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """What tells two instances apart: all but the environment and the commands."""
-        return {name: value for name, value in self.to_message().items() if name not in ("environment", "programs")}
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Where a service is to listen; ports of 0 are free ones."""
+    """Where a service is to listen; ports of 0 are free ones. Only the public one listens for HTTP."""
 
     host: str
     port: int
     metrics_port: int
     option: str
+    http_port: int | None = None
 
 
 def listeners(options: UpOptions) -> dict[str, Listener]:
@@ -117,19 +103,24 @@ def listeners(options: UpOptions) -> dict[str, Listener]:
         given = options.executor_port + index if options.executor_port else options.executor_port
         plan[f"{EXECUTOR}-{index}"] = listener("127.0.0.1", given, EXECUTOR_PORT + index, "--executor-port")
     plan[SCHEDULER] = listener("127.0.0.1", options.scheduler_port, SCHEDULER_PORT, "--scheduler-port")
-    plan[TOKENIZER] = listener(options.host, options.port, PUBLIC_PORT, "--port")
+    public = listener(options.host, options.port, PUBLIC_PORT, "--port")
+    usual = HTTP_PORT if options.port == PUBLIC_PORT else 0
+    plan[TOKENIZER] = replace(public, http_port=usual if options.http_port is None else options.http_port)
     return plan
 
 
 def check_ports(plan: Mapping[str, Listener]) -> None:
     """Raise LauncherError for the first port that is taken, before anything is started."""
     for name, listener in plan.items():
-        metrics = (_METRICS_HOST, listener.metrics_port, "--port")
-        for host, port, option in ((listener.host, listener.port, listener.option), metrics):
+        wanted = [
+            (name, listener.host, listener.port, listener.option),
+            (f"metrics of {name}", _METRICS_HOST, listener.metrics_port, "--port"),
+            ("HTTP", listener.host, listener.http_port or 0, "--http-port"),
+        ]
+        for what, host, port, option in wanted:
             if port > _LAST_PORT:
                 raise LauncherError(f"port {port} ({name}) is above {_LAST_PORT}; choose a lower {option}")
             if port and not _is_free(host, port):
-                what = name if port == listener.port else f"metrics of {name}"
                 raise LauncherError(
                     f"port {port} ({what}) is in use{_user_of(port)}; stop what uses it, or choose other ports "
                     f"with {option} (--port 0: any free ones)"
@@ -176,7 +167,7 @@ def service_command(
     if kind == SCHEDULER:
         command += ["--executors", upstream]
     if kind == TOKENIZER:
-        command += ["--scheduler", upstream]
+        command += ["--scheduler", upstream, "--http-port", str(listener.http_port)]
     return command
 
 

@@ -35,9 +35,9 @@ WORKDIR /var/lib/scalellm
 USER scalellm
 STOPSIGNAL SIGTERM
 ENV SCALELLM_HOME=/var/lib/scalellm SCALELLM_TOKENIZER_HOME=/var/lib/scalellm \
-    SCALELLM_TOKENIZER_HOST=0.0.0.0 SCALELLM_TOKENIZER_PORT=50051 \
+    SCALELLM_TOKENIZER_HOST=0.0.0.0 SCALELLM_TOKENIZER_PORT=50051 SCALELLM_TOKENIZER_HTTP_PORT=8000 \
     SCALELLM_TOKENIZER_METRICS_HOST=0.0.0.0 SCALELLM_TOKENIZER_METRICS_PORT=9151
-EXPOSE 50051 9151
+EXPOSE 50051 8000 9151
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
     CMD ["python", "-IS", "/opt/scalellm/services/common/health_check.py", "127.0.0.1:50051"]
 CMD ["python", "-m", "services.tokenizer"]

@@ -53,6 +53,19 @@ METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
 )
 """By whom each method may be called."""
 
+ROUTES: Mapping[str, frozenset[Role]] = MappingProxyType(
+    {
+        "POST /v1/chat/completions": _CALLERS,
+        "POST /v1/completions": _CALLERS,
+        "GET /v1/models": _CALLERS,
+        "GET /v1/models/{model}": _CALLERS,
+        "GET /version": _CALLERS,
+        "GET /health": _EVERYBODY,
+        "GET /ping": _EVERYBODY,
+    }
+)
+"""The same for what is called by HTTP."""
+
 _REFRESH_INTERVAL = 1.0
 
 _STALE_LIMIT = 300.0
@@ -116,7 +129,7 @@ class Access:
 
     def check(self, method: str, metadata: Metadata) -> None:
         """Raise StatusError UNAUTHENTICATED or PERMISSION_DENIED unless the call is allowed."""
-        roles = METHODS.get(method)
+        roles = METHODS.get(method, ROUTES.get(method))
         if roles is _EVERYBODY or (roles is _LINKS and self._links_are_known):
             return
         role = self._identify(metadata).role

@@ -55,15 +55,14 @@ def local_address(announced: str) -> str:
     return join_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 
 
-def bound_socket(host: str, port: int) -> socket.socket:
+def bound_socket(host: str, port: int, *, shares_port: bool = False) -> socket.socket:
     """A TCP socket that has the address and does not listen yet; on `::` it takes IPv4 as well, as gRPC does.
 
     The last connections of an earlier owner, which wait for their time to run out, do not count as somebody else.
-    SO_REUSEPORT is not set: nobody else's listener shares the port.
-
     Args:
         host: Name or IP address.
         port: Port; 0 takes a free one.
+        shares_port: Set SO_REUSEPORT, so that other listeners of the same user that set it may share the port.
 
     Raises OSError, socket.gaierror for a name that is not known.
     """
@@ -72,7 +71,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     )[0]
     bound = socket.socket(family, kind, protocol)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shares_port else socket.SO_REUSEADDR, 1)
         if host == "::":
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         bound.bind(address)

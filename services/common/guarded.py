@@ -42,7 +42,7 @@ def guarded(
         except StatusError as error:
             failure = error
             code = error.code
-            _drop_tracebacks(error)
+            drop_tracebacks(error)
         except grpc.aio.BaseError:
             raise
         except Exception as error:
@@ -50,7 +50,7 @@ def guarded(
             failure = StatusError(code, "internal error; the server's log says more")
             if limit.admit() is not None:
                 _log.exception("%s failed; its client gets INTERNAL", method)
-            _drop_tracebacks(error)
+            drop_tracebacks(error)
         finally:
             if on_end is not None:
                 on_end(method, code)
@@ -60,8 +60,8 @@ def guarded(
     return call
 
 
-def _drop_tracebacks(error: BaseException) -> None:
-    """Of an error and of those that led to it."""
+def drop_tracebacks(error: BaseException) -> None:
+    """Forget where an error, and those that led to it, came from: the frames hold what the call held."""
     link: BaseException | None = error
     while link is not None:
         earlier = link.__cause__ or link.__context__

@@ -120,6 +120,27 @@ def server_context(files: TlsFiles) -> Reloaded[ssl.SSLContext] | None:
     return Reloaded(files.paths, load)
 
 
+def listener_context(files: TlsFiles) -> ssl.SSLContext | None:
+    """The same for a listener that is given one context for good: each handshake looks at the files by itself.
+
+    Raises ConfigFileError.
+    """
+    reloaded = server_context(files)
+    if reloaded is None:
+        return None
+
+    def on_handshake(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        reloaded.refresh()
+        connection.context = reloaded.value
+
+    outer = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    outer.verify_mode = reloaded.value.verify_mode
+    outer.options |= ssl.OP_NO_TICKET  # a session that is taken up again would keep the authorities of its day
+    outer.num_tickets = 0
+    outer.sni_callback = on_handshake  # called without a name, too
+    return outer
+
+
 def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials | None:
     """What a new connection shows and trusts, read now; None without files: plaintext. Raises ConfigFileError."""
     if not files.paths:

@@ -1,7 +1,7 @@
 """The engine process: loads the model, then alternates between reading messages and taking steps.
 
-Started by the front as `python -m services.executor.engine_process FD`, with its settings as one JSON line on
-standard input. It is a process of its own because a step loop and an event loop in one process fight for the
+Started by the front as `python -m services.executor.engine_process FD`, with its settings as one JSON line on the
+socket's first message. It is a process of its own because a step loop and an event loop in one process fight for the
 GIL, and because a fault on the device must not take down the process that has to report it.
 """
 
@@ -21,7 +21,6 @@ import grpc
 
 from scalellm.v1 import executor_pb2
 from services.common.errors import StatusError
-from services.common.json_lines import read_line
 from services.common.lifecycle import StartError
 from services.common.logs import LineLimit, configure_logging
 from services.executor.build import LoadedEngine, build_engine
@@ -209,10 +208,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group: the front decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = EngineChannel(socket.socket(fileno=int(sys.argv[1])))
-    told = read_line(sys.stdin.buffer)
-    if told is None:  # the front has ended
-        return
-    settings = ExecutorSettings.model_validate(told)
+    settings = ExecutorSettings.model_validate_json(sys.stdin.readline())
     configure_logging("engine", settings)
 
     def progress(text: str) -> None:

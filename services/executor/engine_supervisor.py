@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from scalellm.v1 import executor_pb2, link_pb2
 from services.common.child_environment import child_environment
-from services.common.child_process import ChildProcess, Restarts, describe_exit, python_module
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.lifecycle import StartError
@@ -59,7 +60,7 @@ class EngineSupervisor:
         self._ports: dict[int, LinkPort] = {}
         self._next_link = 1
         self._channel: FrontChannel | None = None
-        self._process: ChildProcess | None = None
+        self._process: asyncio.subprocess.Process | None = None
         self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._ready = False
         self._draining = False
@@ -152,35 +153,36 @@ class EngineSupervisor:
         The engine holds nothing that outlives it, so it is ended by killing it.
         """
         self._on_ready = on_ready
-        restarts = Restarts(self._settings.max_engine_restarts, first_delay=_RESTART_DELAY)
+        failures = 0
         while True:
-            if await self._run_once():
-                restarts.forget()
-            delay = restarts.crashed()
-            if delay is None:
-                raise StartError(
-                    f"the engine died {restarts.num_crashes} times in a row while starting; its log lines are above"
-                )
-            await asyncio.sleep(delay)
+            was_ready = await self._run_once()
+            failures = 0 if was_ready else failures + 1
+            if failures > self._settings.max_engine_restarts:
+                raise StartError(f"the engine died {failures} times in a row while starting; its log lines are above")
+            await asyncio.sleep(_RESTART_DELAY * 2**failures)
 
     async def _run_once(self) -> bool:
         """One engine, to its end. Whether it was ever ready."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = await ChildProcess.start(
-                python_module("services.executor.engine_process", str(theirs.fileno())),
-                engine_environment(os.environ),
-                output=None,
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "services.executor.engine_process",
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
+                env=engine_environment(os.environ),
             )
-        self._process.tell(self._settings.model_dump(mode="json"))
+        assert self._process.stdin is not None
+        self._process.stdin.write(self._settings.model_dump_json().encode() + b"\n")
         self._channel = FrontChannel(self._on_message)
         try:
             await self._channel.open(ours)
             await self._channel.wait_ended()
             code = await self._process.wait()
             self.num_engine_crashes += 1
-            _log.error("the engine process ended with %s, its requests are lost here", describe_exit(code))
+            _log.error("the engine process ended with %s, its requests are lost here", _describe_exit(code))
             return self._ready
         finally:
             await self._end_process("the executor is shutting down" if self._draining else "the engine process died")
@@ -231,8 +233,9 @@ class EngineSupervisor:
         ports, self._ports = self._ports, {}
         for port in ports.values():
             port.on_end(StatusError.unavailable(reason))
-        if self._process is not None:
-            await self._process.kill()
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
         self._process = None
 
 
@@ -244,3 +247,7 @@ def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """
     defaults = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
     return defaults | child_environment(environment)
+
+
+def _describe_exit(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

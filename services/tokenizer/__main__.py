@@ -33,12 +33,18 @@ async def serve(settings: TokenizerSettings) -> None:
         reservation = PortReservation(settings.host, settings.port)
         stack.callback(reservation.close)
         lines = [join_address(settings.host, reservation.port)]
+        http_port: int | None = None
+        if settings.http:
+            http = PortReservation(settings.host, settings.http_port, "--http-port")
+            stack.callback(http.close)
+            http_port = http.port
+            lines.append(f"http={join_address(settings.host, http_port)}")
         if settings.metrics_port is None:
-            supervisor = Supervisor(settings, reservation.port)
+            supervisor = Supervisor(settings, reservation.port, http_port)
         else:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="scalellm-tokenizer-")))
             workers = WorkersCollector(folder)
-            supervisor = Supervisor(settings, reservation.port, folder, workers.on_worker_crash)
+            supervisor = Supervisor(settings, reservation.port, http_port, folder, workers.on_worker_crash)
             collector = WithVllmNames(workers, "0", lambda: settings.served_name) if settings.vllm_metrics else workers
             endpoint = MetricsEndpoint(
                 settings.metrics_host,
@@ -52,7 +58,8 @@ async def serve(settings: TokenizerSettings) -> None:
             lines.append(f"metrics={endpoint.address}")
 
         def on_ready() -> None:
-            _log.info("serving %s on %s with %d workers", settings.served_name, lines[0], settings.workers)
+            where = f"{lines[0]} and by HTTP on port {http_port}" if http_port is not None else lines[0]
+            _log.info("serving %s on %s with %d workers", settings.served_name, where, settings.workers)
             announce(settings.announce, *lines)
             if settings.announce is not None:
                 stack.callback(settings.announce.unlink, missing_ok=True)

@@ -25,6 +25,15 @@ class TokenizerSettings(LinkingSettings):
 
     port: Port = 50051
     """Port to listen on; 0 takes a free one."""
+    http: bool = True
+    """Serve HTTP, too: OpenAI's API and its like, by the same keys."""
+    http_port: Port = 8000
+    """Port for HTTP; 0 takes a free one."""
+    http_strict: bool = False
+    """Refuse fields of HTTP requests that are not known, which are otherwise left alone."""
+    http_cors_origins: str = ""
+    """Origins whose web pages may call by HTTP, with commas in between, such as https://chat.example.org; * for all.
+    Unset: none."""
     scheduler: str = "127.0.0.1:50052"
     """host:port of the scheduler."""
     model: str = "smollm2-135m-instruct"
@@ -69,6 +78,11 @@ class TokenizerSettings(LinkingSettings):
     def _check_address(cls, value: str) -> str:
         split_address(value)
         return value
+
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        """The origins whose pages may call."""
+        return tuple(filter(None, (origin.strip() for origin in self.http_cors_origins.split(","))))
 
     @property
     def served_name(self) -> str:

@@ -12,6 +12,9 @@ MAX_ANSWER_BYTES = 4 * 2**20
 MAX_ANSWER_TOKENS = 4096
 """Tokens whose text, ids and log-probabilities one message of a stream holds: below 1 MiB with 20 alternatives each."""
 
+INLINE_TOKENS = 4096
+"""Up to this many tokens are turned into text on the event loop, in about a millisecond."""
+
 _MAX_TOKEN_ID_BYTES = 4
 _MAX_BESIDE_INPUT_BYTES = 2**16
 
@@ -22,6 +25,7 @@ class RequestLimits:
 
     max_prompt_bytes: int = 2**20
     max_messages: int = 1024
+    max_prompts: int = 256
     max_role_bytes: int = 64
     max_n: int = 16
     max_stops: int = 16
@@ -42,6 +46,11 @@ class RequestLimits:
         of a MiB of empty chat messages.
         """
         return max(self.max_prompt_bytes, _MAX_TOKEN_ID_BYTES * self.max_token_ids) + _MAX_BESIDE_INPUT_BYTES
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Of the JSON that an HTTP client sends: JSON may write each byte of a text as three, as \\u0451 for ё."""
+        return 3 * self.max_prompt_bytes + _MAX_BESIDE_INPUT_BYTES
 
     def to_wire(self) -> tokenizer_pb2.Limits:
         """The part that GetInfo tells."""

@@ -18,11 +18,12 @@ class PortReservation:
     Args:
         host: Address to listen on.
         port: Port; 0 takes a free one.
+        option: Its option, for messages.
 
     Raises StartError when somebody else has the port or the address is not this machine's.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, option: str = "--port") -> None:
         try:
             self._socket = bound_socket(host, port)
         except socket.gaierror as error:
@@ -30,7 +31,7 @@ class PortReservation:
         except OSError:
             raise StartError(
                 f"cannot listen on {join_address(host, port)}: the port is in use or the address is not this "
-                "machine's; stop the other process or choose another --port"
+                f"machine's; stop the other process or choose another {option}"
             ) from None
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -79,6 +79,11 @@ class PromptBuilder:
         return self._renderer is not None
 
     @property
+    def can_take_content_as_text(self) -> bool:
+        """Whether special tokens' texts in contents can be text: where they cannot, such chats are refused."""
+        return self._encoder.special_texts.are_alone
+
+    @property
     def is_working(self) -> bool:
         """True while texts are encoded and chats rendered; false once that has failed for good."""
         return self._encoder.is_working and (self._renderer is None or self._renderer.is_working)

@@ -8,10 +8,8 @@ import grpc
 
 from scalellm.v1 import tokenizer_pb2
 from services.tokenizer.generation.edge import Edge
+from services.tokenizer.limits import INLINE_TOKENS
 from services.tokenizer.validation import validate_chat, validate_decode, validate_encode
-
-_INLINE_TOKENS = 4096
-"""Up to this many tokens are turned into text on the event loop, in about a millisecond."""
 
 
 class TokenizerServicer:
@@ -35,7 +33,7 @@ class TokenizerServicer:
         token_ids = await self._prompts.encode(
             request.text, "text", caller=caller, max_tokens=most, add_special_tokens=adds_special
         )
-        if len(token_ids) <= _INLINE_TOKENS:
+        if len(token_ids) <= INLINE_TOKENS:
             return self._encoded(token_ids)
         return await self._prompts.run(caller, lambda: self._encoded(token_ids))
 
@@ -47,7 +45,7 @@ class TokenizerServicer:
         validate_decode(request, self._edge.limits, known)
         skips_special = not request.HasField("skip_special_tokens") or request.skip_special_tokens
         token_ids = list(request.token_ids)
-        if len(token_ids) <= _INLINE_TOKENS:
+        if len(token_ids) <= INLINE_TOKENS:
             return tokenizer_pb2.DecodeResponse(text=self._decode(token_ids, skips_special))
         text = await self._prompts.run(self._caller(context), lambda: self._decode(token_ids, skips_special))
         return tokenizer_pb2.DecodeResponse(text=text)

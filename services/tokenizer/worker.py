@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import uvloop
@@ -23,7 +25,6 @@ from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
 from services.common.access import Access, open_access
 from services.common.api_keys import Tenant
-from services.common.json_lines import read_line, write_line
 from services.common.lifecycle import LAST_WORDS, GrpcService, StartError, stop_event
 from services.common.logs import configure_logging
 from services.common.metrics import LoopLag
@@ -35,6 +36,8 @@ from services.tokenizer.call_bytes import CallBytes
 from services.tokenizer.config import TokenizerSettings
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.generation.grpc_face import GenerationServicer
+from services.tokenizer.http.build import make_listener
+from services.tokenizer.http.listener import HttpListener
 from services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import PromptBuilder
@@ -70,12 +73,14 @@ class Worker:
     Args:
         settings: The service's.
         port: The port that the supervisor reserved.
+        http_port: The one for HTTP; None: it is not served.
         tracer: Makes spans; None = traces are off.
     """
 
-    def __init__(self, settings: TokenizerSettings, port: int, tracer: Tracer | None) -> None:
+    def __init__(self, settings: TokenizerSettings, port: int, http_port: int | None, tracer: Tracer | None) -> None:
         self._settings = settings
         self._port = port
+        self._http_port = http_port
         self._tracer = tracer
         self._gate = CallGate()
         self._metrics = EdgeMetrics(CollectorRegistry())
@@ -121,11 +126,15 @@ class Worker:
                 tracer=self._tracer,
             )
             held = CallBytes()
+
+            def is_ready() -> bool:
+                return self._is_ready(link, prompts, access, quotas, held, watch)
+
             service = GrpcService(
                 settings.host,
                 self._port,
                 services=[descriptor.full_name for descriptor in _SERVICES],
-                is_ready=lambda: self._is_ready(link, prompts, access, quotas, held, watch),
+                is_ready=is_ready,
                 share_port=True,
                 options=(
                     *settings.connection_options,
@@ -152,6 +161,10 @@ class Worker:
                 add_service(
                     service.server, descriptor, servicer, self._gate, self._metrics.count_call, held, tenant_of, who
                 )
+            http: HttpListener | None = None
+            if self._http_port is not None:
+                on_end = self._metrics.count_call
+                http = make_listener(edge, settings, self._http_port, self._gate, held, on_end, is_ready)
             self._follow(link, prompts, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
             waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
@@ -165,6 +178,8 @@ class Worker:
                 gc.freeze()
                 gc.set_threshold(20_000)
                 await service.start()
+                if http is not None:
+                    await http.start()
                 _report(serving=service.address)
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if tasks[0].done():
@@ -173,6 +188,8 @@ class Worker:
                     await self._drain(service, link)
             finally:
                 await service.stop(LAST_WORDS if stop.is_set() else 0.0)
+                if http is not None:
+                    await http.stop()
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -258,19 +275,17 @@ async def _watch_stdin() -> asyncio.Event:
 
 
 def _report(**values: str) -> None:
-    write_line(sys.stdout.buffer, values)
+    print(json.dumps(values), flush=True)
 
 
 def main() -> int:
     """Take the assignment, serve, and return the exit code."""
-    assignment = read_line(sys.stdin.buffer)
-    if assignment is None:  # the supervisor has ended
-        return 1
+    assignment: Mapping[str, Any] = json.loads(sys.stdin.buffer.readline())
     settings = TokenizerSettings.model_validate(assignment["settings"])
     configure_logging("tokenizer", settings)
     try:
         with open_tracer("tokenizer", settings, settings.trace_sample_ratio) as tracer:
-            uvloop.run(Worker(settings, assignment["port"], tracer).run())
+            uvloop.run(Worker(settings, assignment["port"], assignment["http_port"], tracer).run())
     except StartError as error:
         _report(error=str(error))
         return 1

@@ -165,7 +165,7 @@ def test_containers_can_do_little(stack: ComposeStack, service: str) -> None:
     assert "no-new-privileges:true" in found["HostConfig"]["SecurityOpt"]
     assert stack.compose("exec", "-T", service, "id", "-u").strip() != "0"
     reachable = {port: at for port, at in found["NetworkSettings"]["Ports"].items() if at}
-    assert list(reachable) == (["50051/tcp"] if service == "tokenizer" else [])
+    assert list(reachable) == (["50051/tcp", "8000/tcp"] if service == "tokenizer" else [])
 
 
 @pytest.mark.parametrize("service", ["tokenizer", "scheduler"])

@@ -53,12 +53,14 @@ class ComposeStack:
         self.project = f"scalellm-test-{uuid.uuid4().hex[:8]}"
         self._release = 1
         self.address = f"127.0.0.1:{_free_port()}"
+        self.http_address = f"127.0.0.1:{_free_port()}"
         self.prometheus_address = f"127.0.0.1:{_free_port()}"
         self._environment = {
             **os.environ,
             "COMPOSE_FILE": "compose.yaml",
             "SCALELLM_TAG": self.tag,
             "SCALELLM_LISTEN": self.address,
+            "SCALELLM_HTTP_LISTEN": self.http_address,
             "SCALELLM_PROMETHEUS_LISTEN": self.prometheus_address,
             "SCALELLM_PROMETHEUS_IMAGE": self.image("prometheus"),
             **variables,

@@ -44,7 +44,14 @@ class ServiceProcess:
 
     @property
     def metrics_address(self) -> str:
-        return self._announced()[1].removeprefix("metrics=")
+        return self._named("metrics")
+
+    @property
+    def http_address(self) -> str:
+        return self._named("http")
+
+    def _named(self, name: str) -> str:
+        return next(line.removeprefix(f"{name}=") for line in self._announced() if line.startswith(f"{name}="))
 
     @property
     def pid(self) -> int:
@@ -86,6 +93,8 @@ def spawner(folder: Path) -> Iterator[Spawn]:
     started: list[ServiceProcess] = []
 
     def spawn(service: str, *flags: str, wait: bool = True) -> ServiceProcess:
+        if service == "tokenizer" and "--http-port" not in flags:
+            flags = ("--http-port", "0", *flags)
         name = f"{service}-{uuid.uuid4().hex[:8]}"
         log, announce = folder / f"{name}.log", folder / f"{name}.addr"
         with log.open("wb") as stream:

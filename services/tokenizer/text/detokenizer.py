@@ -90,6 +90,15 @@ class TokenTexts:
         continued._preceding = token_ids
         return continued
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes that a token contributes where it stands behind others; special tokens have their text."""
+        if self._bytes is not None:
+            table = self._bytes[0]
+            return table[token_id] if token_id < len(table) else b""
+        entries = self._pieces[0].entries
+        entry = entries[token_id] if token_id < len(entries) else None
+        return bytes([entry]) if isinstance(entry, int) else (entry or "").encode()
+
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """Return a detokenizer for a new text. Its cost does not depend on the length of what precedes it."""
         detokenizer: Detokenizer

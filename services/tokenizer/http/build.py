@@ -1,0 +1,49 @@
+"""Puts the HTTP face of a worker together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from services.common.guarded import OnEnd
+from services.tokenizer.call_bytes import CallBytes
+from services.tokenizer.config import TokenizerSettings
+from services.tokenizer.generation.edge import Edge
+from services.tokenizer.http.face import HttpFace
+from services.tokenizer.http.listener import HttpListener
+from services.tokenizer.http.openai_routes import OpenAiRoutes
+from services.tokenizer.http.service_routes import ServiceRoutes
+from services.tokenizer.rpc import CallGate
+
+_log = logging.getLogger(__name__)
+
+
+def make_listener(
+    edge: Edge,
+    settings: TokenizerSettings,
+    port: int,
+    gate: CallGate,
+    held: CallBytes,
+    on_end: OnEnd,
+    is_ready: Callable[[], bool],
+) -> HttpListener:
+    """Return the listener, not started yet. Raises ConfigFileError.
+
+    Args:
+        edge: The worker.
+        settings: The service's.
+        port: The port that is reserved for the workers.
+        gate: Closed while the worker drains.
+        held: Bounds what callers make the worker hold.
+        on_end: Told of each call that ended.
+        is_ready: Whether the worker can do its work now.
+    """
+    if not edge.prompts.can_take_content_as_text:
+        _log.warning(
+            "texts of special tokens in chats that come by HTTP are special tokens: the tokenizer knows no other"
+        )
+    face = HttpFace(edge, gate, held, on_end, settings.cors_origins)
+    app = face.application()
+    ServiceRoutes(edge, is_ready).register(face, app)
+    OpenAiRoutes(edge, is_strict=settings.http_strict).register(face, app)
+    return HttpListener(app, settings.host, port, settings.tls_files, settings.max_connections)

@@ -1,0 +1,167 @@
+"""Answers of /v1/chat/completions. A token's chunk is a fixed head, its text as a JSON string, and a fixed tail."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+from scalellm.v1 import generation_pb2
+from services.tokenizer.http.chat_request import ChatRequest
+from services.tokenizer.http.logprobs import chat_entries
+from services.tokenizer.http.wire import (
+    DONE,
+    dump,
+    finish_reason,
+    latency_json,
+    quote,
+    stop_reason,
+    total_usage,
+    usage_json,
+)
+from services.tokenizer.sample_stream import Delta
+from services.tokenizer.text.detokenizer import TokenTexts
+
+
+def _head(kind: str, answer_id: str, model: str) -> str:
+    return (
+        f'{{"id":{quote(answer_id)},"object":"{kind}","created":{int(time.time())},"model":{quote(model)},"choices":['
+    )
+
+
+class ChatStream:
+    """The answer as chunks.
+
+    Args:
+        request: What was asked.
+        answer_id: Its id.
+        model: Name of the model.
+        texts: What tokens mean.
+    """
+
+    def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts) -> None:
+        self._request = request
+        self._texts = texts
+        self._head = "data: " + _head("chat.completion.chunk", answer_id, model)
+        self._heads: list[str] = []
+        usage = ',"usage":null' if request.includes_usage else ""
+        self._tail = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+        self._is_plain = not (request.logprobs or request.return_token_ids or request.continuous_usage)
+        self._tokens: list[int] = []
+        self._began: list[bool] = []
+        self._prompt_tokens = 0
+
+    def start(self, prompt: int, started: generation_pb2.Started) -> str:
+        """Nothing: the first chunk comes with the first token, by which clients measure."""
+        count = self._request.n or 1  # which is within bounds now
+        self._heads = [f'{self._head}{{"index":{index},"delta":{{"content":' for index in range(count)]
+        self._tokens, self._began = [0] * count, [False] * count
+        self._prompt_tokens = started.prompt_tokens
+        return ""
+
+    def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
+        """Nothing: streams of chats do not tell them."""
+        return ""
+
+    def delta(self, prompt: int, delta: Delta) -> str:
+        """A chunk."""
+        index = delta.index
+        self._tokens[index] += delta.num_tokens
+        chunk = f"{self._heads[index]}{quote(delta.text)}}}{self._tail}" if self._is_plain else self._rich(delta)
+        return chunk if self._began[index] else self._role(index) + chunk
+
+    def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
+        """How each choice ended, the usage, and the end."""
+        (last,) = finished
+        parts = []
+        for sample in last.samples:
+            role = "" if self._began[sample.index] else self._role(sample.index)
+            reason = f'"finish_reason":"{finish_reason(sample)}","stop_reason":{dump(stop_reason(sample))}'
+            parts.append(
+                f'{role}{self._head}{{"index":{sample.index},"delta":{{}},"logprobs":null,{reason}}}]{self._usage()}}}\n\n'
+            )
+        if self._request.includes_usage:
+            usage = last.usage
+            shown = usage_json(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+            parts.append(f'{self._head}],"usage":{shown},"latency":{latency_json(finished)}}}\n\n')
+        return "".join(parts) + DONE
+
+    def _role(self, index: int) -> str:
+        self._began[index] = True
+        return (
+            f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":""}},"logprobs":null,'
+            f'"finish_reason":null}}]{self._usage()}}}\n\n'
+        )
+
+    def _rich(self, delta: Delta) -> str:
+        logprobs = "null"
+        if self._request.logprobs and delta.logprobs is not None:
+            num_top = self._request.top_logprobs or 0
+            logprobs = (
+                f'{{"content":[{chat_entries(delta.token_ids, delta.logprobs, self._texts, num_top)}],"refusal":null}}'
+            )
+        ids = f',"token_ids":{dump(delta.token_ids)}' if self._request.return_token_ids else ""
+        return (
+            f'{self._heads[delta.index]}{quote(delta.text)}}},"logprobs":{logprobs}{ids},'
+            f'"finish_reason":null}}]{self._usage()}}}\n\n'
+        )
+
+    def _usage(self) -> str:
+        if self._request.continuous_usage:
+            return f',"usage":{usage_json(self._prompt_tokens, sum(self._tokens))}'
+        return ',"usage":null' if self._request.includes_usage else ""
+
+
+class ChatDocument:
+    """The answer in one. Arguments as for ChatStream."""
+
+    def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts) -> None:
+        self._request = request
+        self._texts = texts
+        self._head = _head("chat.completion", answer_id, model)
+        self._contents: defaultdict[int, list[str]] = defaultdict(list)
+        self._logprobs: defaultdict[int, list[str]] = defaultdict(list)
+        self._ids: defaultdict[int, list[int]] = defaultdict(list)
+        self._prompt: list[str] = []
+
+    def start(self, prompt: int, started: generation_pb2.Started) -> str:
+        """Nothing."""
+        return ""
+
+    def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
+        """Kept."""
+        num_top = self._request.prompt_logprobs or 0
+        self._prompt.append(chat_entries(part.token_ids, part.logprobs, self._texts, num_top))
+        return ""
+
+    def delta(self, prompt: int, delta: Delta) -> str:
+        """Kept."""
+        self._contents[delta.index].append(delta.text)
+        if self._request.return_token_ids:
+            self._ids[delta.index] += delta.token_ids
+        if self._request.logprobs and delta.logprobs is not None and delta.token_ids:
+            num_top = self._request.top_logprobs or 0
+            self._logprobs[delta.index].append(chat_entries(delta.token_ids, delta.logprobs, self._texts, num_top))
+        return ""
+
+    def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
+        """The document."""
+        (last,) = finished
+        usage = total_usage(finished)
+        shown = usage_json(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        choices = ",".join(map(self._choice, last.samples))
+        prompt = f',"prompt_logprobs":[{",".join(self._prompt)}]' if self._prompt else ""
+        return f'{self._head}{choices}],"usage":{shown},"latency":{latency_json(finished)}{prompt}}}'
+
+    def _choice(self, sample: generation_pb2.SampleFinished) -> str:
+        index = sample.index
+        content = quote("".join(self._contents[index]))
+        logprobs = "null"
+        if self._request.logprobs:
+            logprobs = f'{{"content":[{",".join(self._logprobs[index])}],"refusal":null}}'
+        ids = f',"token_ids":{dump(self._ids[index])}' if self._request.return_token_ids else ""
+        return (
+            f'{{"index":{index},"message":{{"role":"assistant","content":{content},"refusal":null}},'
+            f'"logprobs":{logprobs},"finish_reason":"{finish_reason(sample)}",'
+            f'"stop_reason":{dump(stop_reason(sample))}{ids}}}'
+        )

@@ -1,0 +1,69 @@
+"""An answer as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from aiohttp import web
+
+_SILENCE = 15.0
+"""Seconds without an event after which a comment is sent: proxies close connections on which nothing happens."""
+
+_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would collect events
+}
+
+
+class EventStream:
+    """Writes events as they come. `open` it once; the headers then are with the client.
+
+    Args:
+        request: What is answered.
+        silence: See _SILENCE.
+    """
+
+    def __init__(self, request: web.Request, silence: float = _SILENCE) -> None:
+        self.response = web.StreamResponse(headers=_HEADERS)
+        self._request = request
+        self._silence = silence
+        self._written_at = 0.0
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Send the headers."""
+        await self.response.prepare(self._request)
+        self._written_at = asyncio.get_running_loop().time()
+        self._keeper = asyncio.create_task(self._keep_alive())
+
+    async def write(self, events: bytes) -> None:
+        """Send one or more events. Returns once the client's share of the buffer has room again."""
+        self._written_at = asyncio.get_running_loop().time()
+        await self.response.write(events)
+
+    async def close(self, last: bytes = b"") -> None:
+        """Send the last events; nothing comes after them."""
+        self._stop()
+        if last:
+            await self.response.write(last)
+        await self.response.write_eof()
+
+    def abandon(self) -> None:
+        """The client has gone."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            self._keeper = None
+
+    async def _keep_alive(self) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ConnectionError):  # whoever writes the next event will see it
+            while True:
+                if (wait := self._written_at + self._silence - loop.time()) > 0:
+                    await asyncio.sleep(wait)
+                else:
+                    await self.write(b": keep-alive\n\n")

@@ -1,0 +1,168 @@
+"""What stands around every HTTP request: keys, drain, bounds, errors, counts, headers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from aiohttp import hdrs, web
+
+from services.common.errors import StatusError
+from services.common.guarded import OnEnd, drop_tracebacks
+from services.common.logs import LineLimit
+from services.tokenizer.call_bytes import CallAccount, CallBytes
+from services.tokenizer.generation.edge import Edge
+from services.tokenizer.http.call import HttpCall
+from services.tokenizer.http.errors import ErrorBody, HttpError, error_headers, http_status, openai_error
+from services.tokenizer.http.json_body import JsonObject
+from services.tokenizer.rpc import CallGate
+
+_log = logging.getLogger(__name__)
+
+_JSON = "application/json"
+_CALL = "call"
+
+Handler = Callable[[HttpCall], Awaitable[web.StreamResponse]]
+BodyHandler = Callable[[HttpCall, JsonObject, CallAccount], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class HttpFace:
+    """Makes handlers for aiohttp of ones that raise StatusError for every outcome but an answer.
+
+    Attributes:
+        edge: The worker.
+        gate: Closed while the worker drains.
+        held: Bounds what callers make the worker hold.
+        on_end: Told of each call that ended.
+        cors_origins: Origins whose pages may call; `*`: all.
+    """
+
+    edge: Edge
+    gate: CallGate
+    held: CallBytes
+    on_end: OnEnd
+    cors_origins: Sequence[str] = ()
+    _log_limit: LineLimit = field(default_factory=LineLimit)
+
+    def application(self) -> web.Application:
+        """An application without routes."""
+        app = web.Application(middlewares=[self._around], client_max_size=0)
+        app.on_response_prepare.append(self._on_prepare)
+        return app
+
+    def add(
+        self, app: web.Application, method: str, path: str, handler: Handler, error_body: ErrorBody = openai_error
+    ) -> None:
+        """Serve a path by a handler that reads no body. Who may call it stands in access.METHODS."""
+        # A name in braces ends at a slash, unless it is given a pattern.
+        name = path.split(":")[0] + "}" if ":" in path else path
+
+        async def serve(request: web.Request) -> web.StreamResponse:
+            call = HttpCall(request, f"{method} {name}")
+            request[_CALL] = call
+            return await self._serve(call, handler, error_body)
+
+        app.router.add_route(method, path, serve)
+
+    def add_body(
+        self, app: web.Application, path: str, handler: BodyHandler, error_body: ErrorBody = openai_error
+    ) -> None:
+        """Serve POST of a path by a handler of its JSON body, as a call that the drain waits for."""
+
+        async def read(call: HttpCall) -> web.StreamResponse:
+            async with self.held.call(call.tenant(self.edge.access).name, call.peer) as account:
+                if self.gate.is_closed:  # said before a long body is waited for
+                    self.gate.enter()
+                body = await call.read_json(account, self.edge.limits.max_body_bytes)
+                self.gate.enter()
+                try:
+                    return await handler(call, body, account)
+                finally:
+                    self.gate.leave()
+
+        self.add(app, hdrs.METH_POST, path, read, error_body)
+
+    async def _serve(self, call: HttpCall, handler: Handler, error_body: ErrorBody) -> web.StreamResponse:
+        if (refusal := self._refusal(call)) is not None:
+            return _error_response(refusal, error_body)
+        code = grpc.StatusCode.CANCELLED  # which is all that ends a call without passing one of the lines below
+        try:
+            response = await handler(call)
+            code = grpc.StatusCode.OK
+            return response
+        except StatusError as error:
+            failure = error
+            code = error.code
+            drop_tracebacks(error)
+        except ConnectionError:  # the client has gone
+            raise
+        except Exception as error:
+            code = grpc.StatusCode.INTERNAL
+            failure = StatusError(code, "internal error; the server's log says more")
+            if self._log_limit.admit() is not None:
+                _log.exception("%s failed; its client gets 500", call.path)
+            drop_tracebacks(error)
+        finally:
+            if call.stream is not None and code is grpc.StatusCode.CANCELLED:
+                call.stream.abandon()
+            self.on_end(call.path, code)
+        if call.stream is not None:
+            await call.stream.close(b"data: " + error_body(failure) + b"\n\n")
+            return call.stream.response
+        return _error_response(failure, error_body)
+
+    def _refusal(self, call: HttpCall) -> StatusError | None:
+        """Why a call is not let in, if it is not."""
+        access = self.edge.access
+        try:
+            if not access.is_open:
+                access.check(call.path, call.metadata)
+        except StatusError as error:
+            access.num_refused += 1
+            return error
+        return None
+
+    @web.middleware
+    async def _around(self, request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
+        if request.method == hdrs.METH_OPTIONS and self._allowed_origin(request):
+            return web.Response(status=204)
+        try:
+            response: web.StreamResponse = await handler(request)
+            return response
+        except web.HTTPException as error:  # of the router: no such path, or another method
+            what = f"{request.method} {request.path[:256]}: {error.reason.lower()}"
+            failure = HttpError(error.status, what, grpc.StatusCode.NOT_FOUND)
+            headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+            return web.Response(status=error.status, headers=headers, body=openai_error(failure), content_type=_JSON)
+
+    async def _on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
+        headers = response.headers
+        headers[hdrs.SERVER] = "ScaleLLM"
+        call = request.get(_CALL)
+        if call is not None:
+            headers["x-request-id"] = call.request_id
+        if self.gate.is_closed:
+            response.force_close()
+        if (origin := self._allowed_origin(request)) is None:
+            return
+        headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
+        headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "*"
+        headers[hdrs.VARY] = "Origin"
+        if request.method == hdrs.METH_OPTIONS:
+            headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = "GET, POST, DELETE"
+            headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = request.headers.get(
+                hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "authorization, content-type"
+            )
+            headers[hdrs.ACCESS_CONTROL_MAX_AGE] = "600"
+
+    def _allowed_origin(self, request: web.Request) -> str | None:
+        origin = request.headers.get(hdrs.ORIGIN)
+        return origin if origin and ("*" in self.cors_origins or origin in self.cors_origins) else None
+
+
+def _error_response(error: StatusError, body: ErrorBody) -> web.Response:
+    return web.Response(status=http_status(error), headers=error_headers(error), body=body(error), content_type=_JSON)

@@ -1,0 +1,100 @@
+"""The HTTP port of a worker: listens beside the other workers' on the same port, with TLS where that is configured."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+
+from aiohttp import web
+
+from services.common.addresses import bound_socket, join_address
+from services.common.lifecycle import StartError
+from services.common.tls import TlsFiles, listener_context
+from services.tokenizer.http.connection import BoundedConnection, ConnectionLimits
+
+_IDLE = 75.0
+"""Seconds within which the head of a request has to be complete, from the connection's start or the last answer's
+end."""
+
+_LINGER = 2.0
+"""Seconds for which the rest of a request is read that was refused, so that its client sees the answer."""
+
+_BACKLOG = 1024
+
+# As gRPC's keepalive: a client that vanished without closing its connection is noticed within half a minute.
+_KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 30_000))
+
+# aiohttp logs what clients do wrong as errors with tracebacks. What we do wrong is logged where it happens.
+_silent = logging.getLogger(f"{__name__}.aiohttp")
+_silent.disabled = True
+
+
+class HttpListener:
+    """Serves an application on a port that other processes may share.
+
+    Args:
+        app: What is served.
+        host: Address to listen on.
+        port: Port to listen on.
+        tls: What is shown, and whom is answered.
+        max_connections: Most connections; more are closed at once. None: half as many as the process may have files.
+    """
+
+    def __init__(
+        self, app: web.Application, host: str, port: int, tls: TlsFiles, max_connections: int | None = None
+    ) -> None:
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=_silent,
+            auto_decompress=False,  # a few bytes would stand for a body of any length
+            handler_cancellation=True,
+            keepalive_timeout=_IDLE,
+            lingering_time=_LINGER,
+            shutdown_timeout=0.0,
+        )
+        self._host = host
+        self._port = port
+        self._context = listener_context(tls)
+        self._limits = ConnectionLimits(max_connections or resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._server: asyncio.Server | None = None
+
+    @property
+    def num_connections(self) -> int:
+        """Connections that stand now."""
+        return len(self._limits.open)
+
+    async def start(self) -> None:
+        """Listen. Raises StartError when the port is taken."""
+        await self._runner.setup()
+        make_inner = self._runner.server
+        assert make_inner is not None
+        try:
+            listener = bound_socket(self._host, self._port, shares_port=True)
+        except OSError:
+            raise StartError(f"cannot listen on {join_address(self._host, self._port)} for HTTP") from None
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE:  # connections inherit them
+            if hasattr(socket, name):
+                listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: BoundedConnection(make_inner(), self._limits),
+            sock=listener,
+            ssl=self._context,
+            backlog=_BACKLOG,
+        )
+
+    async def stop(self) -> None:
+        """Close the port and cut all connections; handlers that still run are cancelled."""
+        if self._server is None:
+            return
+        self._server.close()
+        await self._runner.cleanup()
+        for connection in list(self._limits.open):
+            connection.cut()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._server.wait_closed()

@@ -1,0 +1,61 @@
+"""Conversations as JSON: messages with texts in them, and nothing but texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scalellm.v1 import generation_pb2
+from services.common.errors import StatusError
+from services.tokenizer.http.api_request import as_text
+
+# What else a message may hold would have to reach the model, or the answer would be to another conversation.
+_REFUSED = ("tool_calls", "function_call", "audio", "tool_call_id")
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_ROLES = {"developer": "system"}
+"""Roles that chat templates do not know, and what they stand for."""
+
+
+def add_messages(chat: generation_pb2.Chat, value: object, param: str = "messages") -> None:
+    """Add the messages of a JSON list to a conversation. Raises StatusError."""
+    if not isinstance(value, list):
+        raise StatusError.invalid(param, "must be a list of messages")
+    for index, item in enumerate(value):
+        where = f"{param}[{index}]"
+        if not isinstance(item, dict):
+            raise StatusError.invalid(where, "must be an object")
+        for name in _REFUSED:
+            if item.get(name):
+                raise StatusError.invalid(f"{where}.{name}", "is not supported here")
+        role = as_text(item.get("role"), f"{where}.role")
+        content = text_of(item.get("content"), f"{where}.content")
+        chat.messages.add(role=_ROLES.get(role, role), content=content)
+
+
+def text_of(content: object, param: str) -> str:
+    """Return the text of a message: a string, or a list of parts that are texts. Raises StatusError."""
+    if isinstance(content, str):
+        return as_text(content, param)
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        raise StatusError.invalid(param, "must be a string or a list of parts")
+    return "\n".join(_part(part, f"{param}[{index}]") for index, part in enumerate(content))
+
+
+def _part(part: object, param: str) -> str:
+    if isinstance(part, str):
+        return as_text(part, param)
+    if not isinstance(part, dict):
+        raise StatusError.invalid(param, "must be an object")
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        shown = repr(kind[:64]) if isinstance(kind, str) else "none"
+        raise StatusError.invalid(f"{param}.type", f"must be text: the model reads nothing else, got {shown}")
+    name = _TEXT_PARTS[kind]
+    return as_text(part.get(name), f"{param}.{name}")
+
+
+def last_role(chat: generation_pb2.Chat) -> str:
+    """Who spoke last; empty where nobody did."""
+    messages: Sequence[generation_pb2.ChatMessage] = chat.messages
+    return messages[-1].role if messages else ""

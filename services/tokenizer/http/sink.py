@@ -1,0 +1,214 @@
+"""Where the events of a request's generations go: a stream of server-sent events, or one JSON document at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from aiohttp import web
+
+from scalellm.v1 import generation_pb2
+from services.common.errors import StatusError
+from services.tokenizer.generation.caller import Caller
+from services.tokenizer.generation.edge import Edge
+from services.tokenizer.generation.request_path import Generation
+from services.tokenizer.http.api_request import renamed
+from services.tokenizer.http.call import HttpCall
+from services.tokenizer.http.deadline import Deadline
+from services.tokenizer.http.event_stream import EventStream
+from services.tokenizer.sample_stream import Delta
+
+
+class HttpCaller(Caller):
+    """An HTTP request. Its task is cancelled when the client leaves, and by its deadline.
+
+    Args:
+        call: The request.
+        deadline: How long the client waits.
+    """
+
+    transport = "http"
+
+    def __init__(self, call: HttpCall, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self.method = call.path
+        method, _, route = call.path.partition(" ")
+        self.span_attributes = {"http.request.method": method, "http.route": route}
+        self.metadata = call.metadata
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the client waits no more."""
+        return self._deadline.time_remaining()
+
+
+class Format(Protocol):
+    """Writes one answer in the format of one API. Prompts have numbers from 0 in the order of the request."""
+
+    def start(self, prompt: int, started: generation_pb2.Started) -> str:
+        """A generation was accepted. Returns the events that tell it."""
+
+    def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
+        """Log-probabilities of a part of a prompt."""
+
+    def delta(self, prompt: int, delta: Delta) -> str:
+        """New tokens."""
+
+    def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
+        """All generations have finished: what each said, in order."""
+
+
+class Sink:
+    """One answer on its way to the client.
+
+    Args:
+        call: What is answered.
+        format: How.
+    """
+
+    def __init__(self, call: HttpCall, format: Format) -> None:
+        self.call = call
+        self.format = format
+        self.response: web.StreamResponse | None = None
+
+    async def open(self) -> None:
+        """All generations were accepted."""
+
+    async def write(self, text: str) -> None:
+        """A part of the answer, as the format has it."""
+
+    async def close(self, text: str, timing: str) -> None:
+        """The last part, and where the time went as a value of Server-Timing."""
+
+
+class StreamSink(Sink):
+    """Sends each part when it comes."""
+
+    async def open(self) -> None:
+        """Send the headers."""
+        self.call.stream = EventStream(self.call.request)
+        self.response = self.call.stream.response
+        await self.call.stream.open()
+
+    async def write(self, text: str) -> None:
+        """Send a part."""
+        assert self.call.stream is not None
+        if text:
+            await self.call.stream.write(text.encode())
+
+    async def close(self, text: str, timing: str) -> None:
+        """Send the last part."""
+        assert self.call.stream is not None
+        await self.call.stream.close(text.encode())
+
+
+class DocumentSink(Sink):
+    """Sends what the format returns at the end; what it returns before is empty."""
+
+    async def close(self, text: str, timing: str) -> None:
+        """Send the document."""
+        headers = {"server-timing": timing}
+        response = web.Response(body=text.encode(), headers=headers, content_type="application/json")
+        await response.prepare(self.call.request)
+        await response.write_eof()
+        self.response = response
+
+
+async def serve(
+    edge: Edge,
+    requests: Sequence[generation_pb2.GenerateRequest],
+    names: Sequence[Mapping[str, str]],
+    sink: Sink,
+    deadline: Deadline,
+) -> web.StreamResponse:
+    """Run the generations side by side and write their answer. Raises StatusError.
+
+    All of them count as running until the answer is written. The first that fails ends the others.
+
+    Args:
+        edge: The worker.
+        requests: One per prompt.
+        names: For each, what the client calls our fields; see `renamed`.
+        sink: Where the answer goes.
+        deadline: How long the client waits.
+    """
+    caller = HttpCaller(sink.call, deadline)
+    together = _Together(edge, sink, deadline, len(requests))
+    try:
+        async with deadline:
+            if len(requests) == 1:
+                await together.run(0, requests[0], caller, names[0])
+            else:
+                await _gather(together, requests, names, caller)
+    except ConnectionError:
+        raise asyncio.CancelledError from None  # the client has gone; its task is about to be told
+    assert sink.response is not None
+    return sink.response
+
+
+async def _gather(
+    together: _Together,
+    requests: Sequence[generation_pb2.GenerateRequest],
+    names: Sequence[Mapping[str, str]],
+    caller: HttpCaller,
+) -> None:
+    failure: StatusError | ConnectionError | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number, request in enumerate(requests):
+                group.create_task(together.run(number, request, caller, names[number]))
+    except* (StatusError, ConnectionError) as errors:
+        failure = errors.exceptions[0]  # type: ignore[assignment]
+    if failure is not None:
+        raise failure
+
+
+class _Together:
+    """Generations that are answered as one."""
+
+    def __init__(self, edge: Edge, sink: Sink, deadline: Deadline, count: int) -> None:
+        self._edge = edge
+        self._sink = sink
+        self._deadline = deadline
+        self._started = 0
+        self._is_open = asyncio.Event()
+        self._finished: list[generation_pb2.Finished | None] = [None] * count
+        self._is_written = asyncio.Event()
+
+    async def run(
+        self, number: int, request: generation_pb2.GenerateRequest, caller: HttpCaller, names: Mapping[str, str]
+    ) -> None:
+        """Run one of them, until the answer to all was written. Raises StatusError."""
+        sink, format, progress = self._sink, self._sink.format, self._deadline.progress
+        generation = Generation(self._edge, request, caller)
+        try:
+            async with generation:
+                async for event in generation.events:
+                    if type(event) is Delta:  # almost always
+                        await sink.write(format.delta(number, event))
+                        progress()
+                    elif isinstance(event, generation_pb2.Started):
+                        await self._open(format.start(number, event))
+                    elif isinstance(event, generation_pb2.PromptLogprobs):
+                        await sink.write(format.prompt_logprobs(number, event))
+                    elif isinstance(event, generation_pb2.Finished):
+                        self._finished[number] = event
+                await self._end(generation)
+        except StatusError as error:
+            raise renamed(error, names) from None
+
+    async def _open(self, text: str) -> None:
+        """Wait until all were accepted: until then a refusal is the status of the whole."""
+        self._started += 1
+        if self._started == len(self._finished):
+            await self._sink.open()
+            self._is_open.set()
+        await self._is_open.wait()
+        await self._sink.write(text)
+
+    async def _end(self, generation: Generation) -> None:
+        done = [finished for finished in self._finished if finished is not None]
+        if len(done) == len(self._finished):
+            await self._sink.close(self._sink.format.end(done), generation.server_timing)
+            self._is_written.set()
+        await self._is_written.wait()

@@ -1,0 +1,71 @@
+"""Parts of JSON documents that are written without making objects of them, and small ones that all APIs share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring
+from types import MappingProxyType
+
+from scalellm.v1 import common_pb2, generation_pb2
+
+quote = encode_basestring
+"""A text as a JSON string, in C; what is not ASCII stays as it is."""
+
+DONE = "data: [DONE]\n\n"
+"""The last event of OpenAI's streams."""
+
+_REASONS: Mapping[int, str] = MappingProxyType(
+    {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
+)
+
+_LATENCY_PARTS = ("session", "tokenize", "admission", "queue", "prefill", "decode", "failover", "detokenize", "network")
+
+
+def dump(value: object) -> str:
+    """Return a value as JSON without spaces."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def finish_reason(sample: generation_pb2.SampleFinished) -> str:
+    """Why a sample ended, in OpenAI's words."""
+    return _REASONS.get(sample.reason, "stop")
+
+
+def stop_reason(sample: generation_pb2.SampleFinished) -> str | int | None:
+    """What ended a sample: the stop text, or the token where it was asked for; vLLM's field."""
+    match sample.WhichOneof("matched"):
+        case "stop":
+            return sample.stop
+        case "stop_token_id":
+            return sample.stop_token_id
+    return None
+
+
+def total_usage(finished: Sequence[generation_pb2.Finished]) -> common_pb2.Usage:
+    """Add up what generations consumed."""
+    total = common_pb2.Usage()
+    for one in finished:
+        total.prompt_tokens += one.usage.prompt_tokens
+        total.completion_tokens += one.usage.completion_tokens
+        total.cached_tokens += one.usage.cached_tokens
+    return total
+
+
+def usage_json(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> str:
+    """Return OpenAI's `usage`; `cached_tokens` is None while it is not known."""
+    details = "" if cached_tokens is None else f',"prompt_tokens_details":{{"cached_tokens":{cached_tokens}}}'
+    return (
+        f'{{"prompt_tokens":{prompt_tokens},"completion_tokens":{completion_tokens},'
+        f'"total_tokens":{prompt_tokens + completion_tokens}{details}}}'
+    )
+
+
+def latency_json(finished: Sequence[generation_pb2.Finished]) -> str:
+    """Return where the time of the longest generation went, in milliseconds."""
+    latency = max((one.latency for one in finished), key=lambda latency: latency.total_ns)
+    parts = {name: getattr(latency, f"{name}_ns") for name in ("total", "ttft", *_LATENCY_PARTS)}
+    shown: dict[str, object] = {f"{name}_ms": round(value / 1e6, 3) for name, value in parts.items() if value}
+    if latency.executor_id:
+        shown["executor"] = latency.executor_id
+    return dump(shown)

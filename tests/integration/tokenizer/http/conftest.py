@@ -1,0 +1,71 @@
+"""A client of the service's HTTP port."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest_asyncio
+
+from service_processes import PATIENCE
+
+
+@dataclass
+class Reply:
+    """What one request got."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return self.json["error"]
+
+    @property
+    def events(self) -> list[Any]:
+        """The documents of a stream; `[DONE]` as it is."""
+        blocks = self.body.decode().split("\n\n")
+        assert blocks[-1] == "", "the last event is not complete"
+        lines = [block for block in blocks[:-1] if not block.startswith(":")]
+        data = [line.split("\ndata: ")[-1].removeprefix("data: ") for line in lines]
+        return [item if item == "[DONE]" else json.loads(item) for item in data]
+
+
+class HttpClient:
+    """Calls one service over connections of its own."""
+
+    def __init__(self, address: str) -> None:
+        self.base = f"http://{address}"
+        self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE))
+
+    async def call(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """Send a request; `_` in names of headers stands for `-`. Bytes go as they are, all else as JSON."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        if data is not None:
+            sent.setdefault("content-type", "application/json")
+        async with self.session.request(method, self.base + path, data=data, headers=sent) as response:
+            found = {name.lower(): value for name, value in response.headers.items()}
+            return Reply(response.status, found, await response.read())
+
+    async def post(self, path: str, body: Any, **headers: str) -> Reply:
+        return await self.call("POST", path, body, **headers)
+
+    async def get(self, path: str, **headers: str) -> Reply:
+        return await self.call("GET", path, **headers)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def http(service, client) -> AsyncIterator[HttpClient]:
+    """`client` waits until the service is ready."""
+    made = HttpClient(service.http_address)
+    yield made
+    await made.session.close()
