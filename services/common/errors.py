@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Self
+
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -52,6 +56,17 @@ class StatusError(Exception):
         retry_after = status.retry_after_ns / 1e9 if status.retry_after_ns else None
         return cls(code, status.message, field=status.field, retry_after=retry_after)
 
+    @classmethod
+    def from_rpc(
+        cls, code: grpc.StatusCode, message: str, trailing_metadata: Iterable[tuple[str, str | bytes]]
+    ) -> Self:
+        """The error with which a peer ended a call, with its RetryInfo if it gave one."""
+        retry_after = None
+        for key, value in trailing_metadata:
+            if key == rpc_status.GRPC_DETAILS_METADATA_KEY and isinstance(value, bytes):
+                retry_after = _retry_after(value)
+        return cls(code, message, retry_after=retry_after)
+
     def to_link(self) -> link_pb2.LinkStatus:
         """The same for a link's Finish."""
         return link_pb2.LinkStatus(
@@ -82,6 +97,18 @@ class StatusError(Exception):
         except grpc.aio.AbortError as error:
             # The context keeps it, and gRPC raises it again: with the frames of the handler they would be a cycle.
             error.__traceback__ = None
+
+
+def _retry_after(status: bytes) -> float | None:
+    """Seconds of the RetryInfo in a serialised google.rpc.Status; None where there is none."""
+    retry_info = error_details_pb2.RetryInfo()
+    try:
+        for detail in status_pb2.Status.FromString(status).details:
+            if detail.Unpack(retry_info):
+                return float(retry_info.retry_delay.ToNanoseconds() / 1e9)
+    except DecodeError:  # whatever a peer sends
+        pass
+    return None
 
 
 def code_name(code: int) -> str:

@@ -23,6 +23,7 @@ from services.executor.ipc import FrontChannel, Kind, Message
 _log = logging.getLogger(__name__)
 
 _RESTART_DELAY = 0.2
+_RETRY_AFTER = 1.0
 
 # Whoever connects to an engine that is starting would come back too late if it were sent away, and must not give it up
 # for dead: below the limit of a link's handshake.
@@ -113,7 +114,7 @@ class EngineSupervisor:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            raise StatusError.unavailable("the engine is starting", retry_after=1.0) from None
+            raise StatusError.unavailable("the engine is starting", retry_after=_RETRY_AFTER) from None
         assert self._channel is not None
         number = self._next_link
         self._next_link += 1
@@ -185,7 +186,11 @@ class EngineSupervisor:
             _log.error("the engine process ended with %s, its requests are lost here", _describe_exit(code))
             return self._ready
         finally:
-            await self._end_process("the executor is shutting down" if self._draining else "the engine process died")
+            if self._draining:
+                await self._end_process(StatusError.unavailable("the executor is shutting down"))
+            else:
+                # A time to retry tells the schedulers that this executor lives on and will have an engine again.
+                await self._end_process(StatusError.unavailable("the engine process died", retry_after=_RETRY_AFTER))
 
     def _on_message(self, message: Message) -> None:
         port = self._ports.get(message.link)
@@ -222,7 +227,7 @@ class EngineSupervisor:
             self._channel.send(Message(Kind.DRAIN))
         self._on_ready()
 
-    async def _end_process(self, reason: str) -> None:
+    async def _end_process(self, error: StatusError) -> None:
         """Leave no engine behind, and tell every link that it is gone."""
         self._ready = False
         self.info = executor_pb2.GetExecutorInfoResponse()  # what it said last is no longer so
@@ -232,7 +237,7 @@ class EngineSupervisor:
             self._channel = None
         ports, self._ports = self._ports, {}
         for port in ports.values():
-            port.on_end(StatusError.unavailable(reason))
+            port.on_end(error)
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self._process.wait()

@@ -27,8 +27,10 @@ class SchedulerSettings(LinkedSettings, LinkingSettings):
     """Requests that may wait for admission; more are refused with RESOURCE_EXHAUSTED."""
     max_queued_tokens: Annotated[int, Field(ge=1)] = 4_194_304
     """Prompt tokens that may wait for admission; more are refused with RESOURCE_EXHAUSTED."""
-    executor_grace_s: Annotated[float, Field(ge=0)] = 2.0
-    """Seconds without any ready executor after which requests end UNAVAILABLE; covers the restart of one."""
+    executor_grace_s: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds for which requests wait while no executor answers; covers one that its supervisor starts again."""
+    engine_restart_limit_s: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds for which requests wait while none is ready but one answers; covers the loading of its model."""
     executor_resolve_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between look-ups of executor names that are not plain addresses."""
     max_executor_deaths: Annotated[int, Field(ge=1)] = 3

@@ -19,8 +19,8 @@ from services.common.link import LinkTraffic
 from services.common.metrics import filled, histogram_metric
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.books import Books, outcome_of
-from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.fleet import Fleet
+from services.scheduler.intake import Intake
 
 _PREFIX = "scalellm_scheduler"
 _PHASES = {
@@ -53,7 +53,8 @@ class SchedulerCollector(Collector):
     Args:
         loop: The scheduler's event loop.
         get_state: What GetState says.
-        dispatcher: Has the books.
+        books: What became of the requests.
+        intake: Has the links of clients.
         fleet: Has the links to executors.
         affinity: Knows how Redis is.
         access: Knows whether keys can be read.
@@ -64,7 +65,8 @@ class SchedulerCollector(Collector):
         self,
         loop: asyncio.AbstractEventLoop,
         get_state: Callable[[], scheduler_pb2.GetStateResponse],
-        dispatcher: Dispatcher,
+        books: Books,
+        intake: Intake,
         fleet: Fleet,
         affinity: AffinityStore,
         access: Access,
@@ -72,7 +74,8 @@ class SchedulerCollector(Collector):
     ) -> None:
         self._loop = loop
         self._get_state = get_state
-        self._dispatcher = dispatcher
+        self._books = books
+        self._intake = intake
         self._fleet = fleet
         self._affinity = affinity
         self._access = access
@@ -107,11 +110,11 @@ class SchedulerCollector(Collector):
     def _take(self) -> _Snapshot:
         return _Snapshot(
             state=self._get_state(),
-            books=self._dispatcher.books.copy(),
+            books=self._books.copy(),
             traffic={address: replace(replica.traffic) for address, replica in self._fleet.replicas.items()},
             redis_failures=self._affinity.num_failures if self._affinity.has_redis else None,
             keys_unread=self._access.is_failing,
-            num_client_links=self._dispatcher.num_links,
+            num_client_links=self._intake.num_links,
             num_tasks=len(asyncio.all_tasks()),
         )
 

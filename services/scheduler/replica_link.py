@@ -10,6 +10,7 @@ import grpc
 from scalellm.v1 import executor_pb2, link_pb2, scheduler_pb2
 from services.common.errors import StatusError
 from services.common.link import PLAINTEXT, LinkClient, LinkDialer, LinkTraffic
+from services.scheduler.client_side import ClientSide
 from services.scheduler.request import Request
 
 _CONNECTING = scheduler_pb2.EXECUTOR_PHASE_CONNECTING
@@ -18,20 +19,20 @@ _DRAINING = scheduler_pb2.EXECUTOR_PHASE_DRAINING
 _INCOMPATIBLE = scheduler_pb2.EXECUTOR_PHASE_INCOMPATIBLE
 
 
-class ReplicaEvents(Protocol):
-    """Who is told what happens on a replica's link."""
+class ReplicaListener(Protocol):
+    """The one who is told what happens on the links of all executors."""
 
     def check_welcome(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> None:
         """Raise StatusError when this executor cannot serve beside the others."""
 
     def replica_changed(self, replica: ReplicaLink) -> None:
-        """Its phase may have changed."""
+        """Whether it takes requests, or is needed at all, may have changed."""
 
     def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
         """It sent a frame; its load is already taken over."""
 
     def replica_lost(self, replica: ReplicaLink, requests: list[Request], error: StatusError) -> None:
-        """Its link broke while these requests ran there."""
+        """Its link broke while these requests ran there, or could not be made."""
 
 
 class ReplicaLink:
@@ -43,7 +44,7 @@ class ReplicaLink:
     Args:
         address: host:port of the executor.
         hello: First frame of each connection.
-        events: Told what happens.
+        listener: Told what happens.
         silence_limit: Seconds without a frame, while answers are due, after which the executor counts as dead.
         dialer: How to connect.
     """
@@ -52,19 +53,22 @@ class ReplicaLink:
         self,
         address: str,
         hello: link_pb2.Hello,
-        events: ReplicaEvents,
+        listener: ReplicaListener,
         silence_limit: float,
         dialer: LinkDialer = PLAINTEXT,
     ) -> None:
         self.address = address
         self.running: dict[int, Request] = {}
+        self.clients: dict[int, ClientSide] = {}
+        """Of the running requests, for the per-token path."""
         self.welcome: link_pb2.Welcome | None = None
         self.load = link_pb2.Load()
         self.is_leaving = False
-        self.drop_when_down = False
+        self.is_forgotten_when_down = False
         self.last_error = ""
-        self._events = events
+        self._listener = listener
         self.is_suspect = False
+        self._is_starting = False
         self._is_incompatible = False
         self._lost_instance = ""
         self._next_handle = 0
@@ -93,6 +97,21 @@ class ReplicaLink:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    def stay(self) -> None:
+        """Its address is listed (again)."""
+        self.is_leaving = self.is_forgotten_when_down = False
+        self._listener.replica_changed(self)
+
+    def leave(self) -> None:
+        """Its address was taken off the list: no new requests."""
+        self.is_leaving = True
+        self._listener.replica_changed(self)
+
+    def forget_when_down(self) -> None:
+        """Its name stands for its address no more."""
+        self.is_forgotten_when_down = True
+        self._listener.replica_changed(self)
+
     def dispatch(self, request: Request, now: float, cached_tokens: int) -> None:
         """Send a request, of whose prompt so much is probably cached there; uses up credit for the rest."""
         while self._next_handle in self.running:
@@ -105,6 +124,7 @@ class ReplicaLink:
         self._submitted_tokens += charged_tokens
         self._tokens_since_load += charged_tokens
         self.running[handle] = request
+        self.clients[handle] = request.client
         request.start(self, handle, now)
         self._client.submit(submit)
 
@@ -115,8 +135,9 @@ class ReplicaLink:
     def release(self, handle: int) -> None:
         """The request is no business of this link any more."""
         self.running.pop(handle, None)
+        self.clients.pop(handle, None)
         if self.is_leaving and not self.running:
-            self._events.replica_changed(self)
+            self._listener.replica_changed(self)
 
     @property
     def phase(self) -> scheduler_pb2.ExecutorPhase:
@@ -131,6 +152,16 @@ class ReplicaLink:
     def is_up(self) -> bool:
         """Whether the link stands."""
         return self.welcome is not None
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether it answers and may take requests before long: its engine starts, or another will take its place."""
+        return not self.is_leaving and not self._is_incompatible and (self.is_up or self._is_starting)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nothing is to be expected of it any more."""
+        return (self.is_leaving and not self.running) or (self.is_forgotten_when_down and not self.is_up)
 
     @property
     def is_ready(self) -> bool:
@@ -207,9 +238,9 @@ class ReplicaLink:
 
     def on_up(self, welcome: link_pb2.Welcome) -> None:
         """The executor welcomed us."""
-        self._is_incompatible = False
+        self._is_incompatible = self._is_starting = False
         try:
-            self._events.check_welcome(self, welcome)
+            self._listener.check_welcome(self, welcome)
         except StatusError:
             self._is_incompatible = True
             raise
@@ -220,7 +251,7 @@ class ReplicaLink:
         self.is_suspect = welcome.instance_id == self._lost_instance
         self._submitted_requests = self._submitted_tokens = self._tokens_since_load = self._next_handle = 0
         self._finished_requests = 0
-        self._events.replica_changed(self)
+        self._listener.replica_changed(self)
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
         """The executor sent a frame."""
@@ -232,8 +263,8 @@ class ReplicaLink:
             self.load.MergeFrom(step.load)
             self._tokens_since_load = 0
             if self.load.draining != was_draining:
-                self._events.replica_changed(self)
-        self._events.replica_stepped(self, step)
+                self._listener.replica_changed(self)
+        self._listener.replica_stepped(self, step)
 
     def on_down(self, error: StatusError) -> None:
         """The link broke, or could not be made."""
@@ -241,8 +272,11 @@ class ReplicaLink:
         if self.is_up and self._owes_answers:
             self._lost_instance = self.instance_id
         self.running.clear()
+        self.clients.clear()
         self.welcome = None
         self.last_error = error.message
+        # Only who answers can say when it is worth coming back.
+        self._is_starting = error.code is grpc.StatusCode.UNAVAILABLE and error.retry_after is not None
         if error.code is not grpc.StatusCode.FAILED_PRECONDITION:
             self._is_incompatible = False
-        self._events.replica_lost(self, lost, error)
+        self._listener.replica_lost(self, lost, error)

@@ -19,10 +19,11 @@ from services.common.tls import server_credentials
 from services.common.vllm_metrics import WithVllmNames
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.config import SchedulerSettings
-from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.executor_discovery import ExecutorDiscovery
 from services.scheduler.fleet import Fleet
+from services.scheduler.intake import Intake
 from services.scheduler.metrics import SchedulerCollector
+from services.scheduler.placement import Placement
 from services.scheduler.service import SERVICE, SchedulerService
 
 if TYPE_CHECKING:
@@ -43,13 +44,15 @@ class SchedulerServer:
         self._instance_id = uuid.uuid4().hex
         self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._affinity = AffinityStore(settings.redis_url, settings.session_ttl_s)
-        self._fleet = Fleet(self._instance_id, settings.executor_grace_s, settings.stall_limit_s, settings.dialer)
+        self._fleet = Fleet(self._instance_id, settings.stall_limit_s, settings.dialer)
         self._discovery = ExecutorDiscovery(self._fleet, settings.executor_resolve_s)
-        self.dispatcher = Dispatcher(settings, self._fleet, self._affinity, self._heartbeat, tracer)
+        self.placement = Placement(settings, self._fleet, self._affinity, self._heartbeat)
+        self.intake = Intake(self.placement, tracer)
         self.service = SchedulerService(
             self._instance_id,
             settings.drain_limit_s,
-            self.dispatcher,
+            self.intake,
+            self.placement,
             self._fleet,
             self._discovery,
             self._affinity,
@@ -86,7 +89,7 @@ class SchedulerServer:
         if self._settings.metrics_port is not None:
             self._metrics = self._metrics_endpoint(self._settings.metrics_port)
         await self._grpc.start()
-        self._fleet.start(self.dispatcher)
+        self.placement.start()
         self._tasks = [
             asyncio.create_task(self._affinity.run(), name="affinity"),
             asyncio.create_task(self._discovery.run(), name="discovery"),
@@ -96,10 +99,11 @@ class SchedulerServer:
 
     async def stop(self) -> None:
         """Drain within the limit, then end what is left and close everything."""
-        self.dispatcher.begin_drain()
-        await self.dispatcher.wait_idle(self._settings.drain_limit_s)
-        self.dispatcher.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0))
+        self.intake.begin_drain()
+        await self.placement.wait_idle(self._settings.drain_limit_s)
+        self.intake.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0))
         await self._grpc.stop(LAST_WORDS)
+        self.placement.stop()
         await self._fleet.stop()
         for task in self._tasks:
             task.cancel()
@@ -112,7 +116,8 @@ class SchedulerServer:
         collector: Collector = SchedulerCollector(
             asyncio.get_running_loop(),
             self.service.get_state,
-            self.dispatcher,
+            self.placement.books,
+            self.intake,
             self._fleet,
             self._affinity,
             self._access,
@@ -132,4 +137,4 @@ class SchedulerServer:
 
     def _is_ready(self) -> bool:
         is_able = bool(self._fleet.ready) and self._heartbeat.is_alive and not self._access.is_stale
-        return is_able and not self.dispatcher.is_draining
+        return is_able and not self.intake.is_draining

@@ -11,12 +11,14 @@ from services.common.errors import StatusError
 from services.common.link import first_frame, lease_of, parse_client_frame, read_hello
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.client_link import ClientLink
-from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.executor_discovery import ExecutorDiscovery
 from services.scheduler.fleet import Fleet
+from services.scheduler.intake import Intake
+from services.scheduler.placement import Placement
 
 SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"]
 
+_HELLO_PATIENCE = 5.0  # for a first executor; less than a client waits for its Welcome
 _LONGEST_DRAIN = 3600
 
 
@@ -26,7 +28,8 @@ class SchedulerService:
     Args:
         instance_id: Names this incarnation of the scheduler.
         drain_limit: Seconds that Drain waits where the request does not say.
-        dispatcher: Takes the requests.
+        intake: Takes the requests.
+        placement: Sees them to their end.
         fleet: The executors.
         discovery: Their list.
         affinity: For the state of Redis.
@@ -37,7 +40,8 @@ class SchedulerService:
         self,
         instance_id: str,
         drain_limit: float,
-        dispatcher: Dispatcher,
+        intake: Intake,
+        placement: Placement,
         fleet: Fleet,
         discovery: ExecutorDiscovery,
         affinity: AffinityStore,
@@ -46,15 +50,28 @@ class SchedulerService:
         self._instance_id = instance_id
         self._drain_limit = drain_limit
         self._lease = lease
-        self._dispatcher = dispatcher
+        self._intake = intake
+        self._placement = placement
         self._fleet = fleet
         self._discovery = discovery
         self._affinity = affinity
 
     def get_state(self) -> scheduler_pb2.GetStateResponse:
         """Queue, executors and books at one instant."""
-        state = scheduler_pb2.GetStateResponse(instance_id=self._instance_id, redis_ok=self._affinity.redis_ok)
-        self._dispatcher.fill_state(state)
+        books, queue = self._placement.books, self._placement.queue
+        state = scheduler_pb2.GetStateResponse(
+            instance_id=self._instance_id,
+            queued=len(queue),
+            queued_tokens=queue.num_tokens,
+            running=self._fleet.num_running,
+            accepted=books.accepted,
+            finished=books.finished,
+            cancelled=books.cancelled,
+            rejected=books.rejected,
+            resubmitted=books.resubmitted,
+            draining=self._intake.is_draining,
+            redis_ok=self._affinity.redis_ok,
+        )
         state.executors.extend(replica.describe() for replica in self._fleet.replicas.values())
         for name, error in self._discovery.errors.items():
             phase = scheduler_pb2.EXECUTOR_PHASE_CONNECTING
@@ -65,8 +82,8 @@ class SchedulerService:
         """Serve one tokenizer worker's link."""
         hello = read_hello(await first_frame(frames))
         welcome = await self._welcome(hello)
-        link = ClientLink(hello.client_id, self._dispatcher.books)
-        self._dispatcher.open_link(link)
+        link = ClientLink(hello.client_id, self._placement.books)
+        self._intake.open_link(link)
         try:
             await link.server_link.run(
                 link_pb2.ServerFrame(welcome=welcome).SerializeToString(),
@@ -76,14 +93,13 @@ class SchedulerService:
                 lease_of(hello, self._lease),
             )
         finally:
-            self._dispatcher.close_link(link)
+            self._intake.close_link(link)
 
     async def _welcome(self, hello: link_pb2.Hello) -> link_pb2.Welcome:
         """Refuses the link while no executor is ready: a Welcome could not say what the client needs to know."""
-        if self._dispatcher.is_draining:
+        if self._intake.is_draining:
             raise StatusError.unavailable("the scheduler is draining", retry_after=1.0)
-        if not await self._fleet.wait_ready():
-            raise self._fleet.make_outage()
+        await self._placement.outage.wait_decided(_HELLO_PATIENCE)
         welcome = self._fleet.make_welcome(self._instance_id)
         if hello.tokenizer_sha256 and hello.tokenizer_sha256 != welcome.tokenizer_sha256:
             raise StatusError(
@@ -98,9 +114,9 @@ class SchedulerService:
     def _on_frame(self, link: ClientLink, frame: link_pb2.ClientFrame) -> None:
         match frame.WhichOneof("frame"):
             case "submit":
-                self._dispatcher.submit(link, frame.submit)
+                self._intake.submit(link, frame.submit)
             case "abort":
-                self._dispatcher.abort(link, frame.abort)
+                self._intake.abort(link, frame.abort)
             case "renewal":
                 pass  # that it came is what counts: the edge has credits without end
             case "hello":
@@ -121,8 +137,8 @@ class SchedulerService:
         limit = request.timeout_s if request.HasField("timeout_s") else self._drain_limit
         if limit > _LONGEST_DRAIN:
             raise StatusError.invalid("timeout_s", f"{limit} is above {_LONGEST_DRAIN}")
-        self._dispatcher.begin_drain()
-        return scheduler_pb2.DrainResponse(remaining=await self._dispatcher.wait_idle(limit))
+        self._intake.begin_drain()
+        return scheduler_pb2.DrainResponse(remaining=await self._placement.wait_idle(limit))
 
     async def AddExecutor(
         self, request: scheduler_pb2.AddExecutorRequest, context: grpc.aio.ServicerContext

@@ -29,8 +29,9 @@ from services.executor.ipc import Kind, Message
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.client_link import ClientLink
 from services.scheduler.config import SchedulerSettings
-from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.fleet import Fleet
+from services.scheduler.intake import Intake
+from services.scheduler.placement import Placement
 from services.scheduler.replica_link import ReplicaLink
 from services.scheduler.service import SchedulerService
 from services.tokenizer.generation.grpc_face import to_wire
@@ -133,21 +134,22 @@ def play_to_scheduler(
 async def _play_to_scheduler(
     frames: Sequence[link_pb2.ClientFrame], steps: Sequence[link_pb2.StepOutput], tracer: Tracer | None
 ) -> Counter[str]:
-    fleet = Fleet("fuzz", 1000.0, 1000.0)
+    fleet = Fleet("fuzz", 1000.0)
     affinity = AffinityStore(None, 60.0)
-    dispatcher = Dispatcher(SchedulerSettings(), fleet, affinity, Heartbeat(30.0), tracer)
-    service = SchedulerService("fuzz", 1.0, dispatcher, fleet, SimpleNamespace(errors={}), affinity, 30.0)  # type: ignore[arg-type]
-    replica = ReplicaLink("fuzz:1", link_pb2.Hello(), fleet, 1000.0)
+    placement = Placement(SchedulerSettings(), fleet, affinity, Heartbeat(30.0))
+    intake = Intake(placement, tracer)
+    service = SchedulerService("fuzz", 1.0, intake, placement, fleet, SimpleNamespace(errors={}), affinity, 30.0)  # type: ignore[arg-type]
+    replica = ReplicaLink("fuzz:1", link_pb2.Hello(), placement, 1000.0)
     passed_on: list[link_pb2.Submit] = []
     replica._client.submit = passed_on.append  # type: ignore[method-assign]
     fleet.replicas[replica.address] = replica
-    fleet.start(dispatcher)
+    placement.start()
     welcome = read_welcome(link_pb2.ServerFrame(welcome=WELCOME).SerializeToString())
     replica.on_up(welcome)
-    victim, other = (ClientLink(name, dispatcher.books) for name in ("victim", "other"))
+    victim, other = (ClientLink(name, placement.books) for name in ("victim", "other"))
     outcomes: Counter[str] = Counter()
     for link in (victim, other):
-        dispatcher.open_link(link)
+        intake.open_link(link)
     for frame in frames:
         try:
             service._on_frame(victim, parse_client_frame(frame.SerializeToString()))
@@ -156,7 +158,7 @@ async def _play_to_scheduler(
             break
     service._on_frame(other, parse_client_frame(_NEIGHBOUR.SerializeToString()))
     await _turns()
-    assert not other.requests or other.requests[77].replica is replica, "the neighbour's request was not sent"
+    assert not other.requests or other.requests[77].executor.replica is replica, "the neighbour's request was not sent"
     for submit in passed_on:
         check_submit(submit)
         submit.SerializeToString()
@@ -170,9 +172,9 @@ async def _play_to_scheduler(
         await _turns()
         service.get_state().SerializeToString()
     if outcomes["client link cut"]:
-        dispatcher.close_link(victim)
+        intake.close_link(victim)
     for _ in range(_MAX_STEPS):
-        if not dispatcher.books.num_open:
+        if not placement.books.num_open:
             break
         # Whatever was said of credits: a new incarnation, which ends all that it gets.
         replica.on_down(StatusError.unavailable("gone"))
@@ -180,13 +182,14 @@ async def _play_to_scheduler(
         await _turns()
         replica.on_step(link_pb2.StepOutput(finished=[link_pb2.Finish(handle=handle) for handle in replica.running]))
         await _turns()
-    books = dispatcher.books
+    books = placement.books
     assert not books.num_open
-    assert (len(dispatcher.queue), replica.running, victim.requests, other.requests) == (0, {}, {}, {})
+    assert (len(placement.queue), replica.running, victim.requests, other.requests) == (0, {}, {}, {})
     assert books.tokens_received == books.tokens_sent + books.tokens_dropped
     outcomes.update({f"code {code}": count for code, count in books.ended.items() if count})
     for link in (victim, other):
-        dispatcher.close_link(link)
+        intake.close_link(link)
+    placement.stop()
     await fleet.stop()
     return outcomes
 

@@ -257,7 +257,7 @@ class _Line:
         self.history.scheduler_faults += 1
         scheduler, limit = self.scheduler, self.rng.uniform(0, 0.5)
         process = scheduler.process
-        if process.is_alive and not scheduler.dispatcher.is_draining:
+        if process.is_alive and not scheduler.intake.is_draining:
             self.note(f"the scheduler drains for {limit:.2f} s, then leaves and comes back")
             await scheduler.drain(limit)
             if scheduler.process is process:
@@ -300,11 +300,11 @@ class _Line:
             stats = engine.stats()
             if stats.accepted != stats.finished + stats.cancelled + stats.deadline_exceeded + stats.failed:
                 found.append(f"{executor.address}: the books do not add up: {stats}")
-        books, dispatcher = self.scheduler.dispatcher.books, self.scheduler.dispatcher
+        books, queue = self.scheduler.placement.books, self.scheduler.placement.queue
         if books.accepted != books.finished + books.cancelled + books.rejected:
             found.append(f"the scheduler's books do not add up: {vars(books)}")
-        if dispatcher.queue or self.scheduler.fleet.num_running:
-            found.append(f"the scheduler holds {len(dispatcher.queue)} + {self.scheduler.fleet.num_running} requests")
+        if queue or self.scheduler.fleet.num_running:
+            found.append(f"the scheduler holds {len(queue)} + {self.scheduler.fleet.num_running} requests")
         waiting = [edge for edge in self.edges if edge.link.num_handles]
         found += [f"{edge.process.name} waits for {edge.link.num_handles} requests to end" for edge in waiting]
         return found

@@ -26,8 +26,9 @@ from services.executor.front import ExecutorServicer
 from services.executor.ipc import Kind, Message
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.config import SchedulerSettings
-from services.scheduler.dispatcher import Dispatcher
 from services.scheduler.fleet import Fleet
+from services.scheduler.intake import Intake
+from services.scheduler.placement import Placement
 from services.scheduler.service import SchedulerService
 from services.tokenizer.scheduler_link import SchedulerLink
 from virtual_loop import VirtualLoop
@@ -165,7 +166,7 @@ class _Front:
         self._is_ready.clear()
         ports, self._ports = self._ports, {}
         for port in ports.values():
-            port.on_end(StatusError.unavailable("the engine process died"))
+            port.on_end(StatusError.unavailable("the engine process died", retry_after=1.0))
         await asyncio.sleep(seconds)
         if self._executor.process.is_alive and not self._is_ready.is_set():
             self.start_engine()
@@ -302,11 +303,13 @@ class VirtualScheduler:
         self.process = VirtualProcess(instance)
         settings = SchedulerSettings(stall_limit_s=SILENCE_LIMIT)
         dialer = VirtualDialer(self._network, self.process)
-        self.fleet = Fleet(instance, settings.executor_grace_s, SILENCE_LIMIT, dialer)
+        self.fleet = Fleet(instance, SILENCE_LIMIT, dialer)
         affinity = AffinityStore(None, 60)
-        self.dispatcher = Dispatcher(settings, self.fleet, affinity, Heartbeat(SILENCE_LIMIT, clock=loop.time))
-        service = SchedulerService(instance, 1.0, self.dispatcher, self.fleet, None, affinity, LEASE)
-        self.fleet.start(self.dispatcher)
+        heartbeat = Heartbeat(SILENCE_LIMIT, clock=loop.time)
+        self.placement = Placement(settings, self.fleet, affinity, heartbeat)
+        self.intake = Intake(self.placement)
+        service = SchedulerService(instance, 1.0, self.intake, self.placement, self.fleet, None, affinity, LEASE)
+        self.placement.start()
         for address in self._executors:
             self.fleet.add(address)
         self._network.serve(self.address, self.process, service.Connect)
@@ -314,13 +317,14 @@ class VirtualScheduler:
     async def die(self) -> None:
         """As by kill -9."""
         self.process.die()
+        self.placement.stop()
         await self.fleet.stop()
 
     async def drain(self, limit: float) -> None:
         """As on SIGTERM."""
-        self.dispatcher.begin_drain()
-        await self.dispatcher.wait_idle(limit)
-        self.dispatcher.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0))
+        self.intake.begin_drain()
+        await self.placement.wait_idle(limit)
+        self.intake.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0))
         await asyncio.sleep(0.1)  # the last words
         await self.die()
 

@@ -48,7 +48,10 @@ class LinkHandler(Protocol):
         """The peer sent the outcome of one or more steps."""
 
     def on_down(self, error: StatusError) -> None:
-        """The link broke, or an attempt to connect failed: all requests on it are lost."""
+        """The link broke, or an attempt to connect failed: all requests on it are lost.
+
+        With UNAVAILABLE, `error.retry_after` is set if and only if the peer itself said when to come back.
+        """
 
 
 class LinkClient:
@@ -132,7 +135,8 @@ class LinkClient:
             except StatusError as status_error:
                 error = status_error
             except grpc.aio.AioRpcError as rpc_error:
-                error = StatusError(rpc_error.code(), f"{self.address}: {rpc_error.details()}")
+                message, metadata = f"{self.address}: {rpc_error.details()}", rpc_error.trailing_metadata()
+                error = StatusError.from_rpc(rpc_error.code(), message, metadata or ())
             except ConfigFileError as file_error:
                 error = StatusError(grpc.StatusCode.UNAUTHENTICATED, f"{self.address}: {file_error}")
             except Exception as unexpected:  # a mistake of the handler's: lose the connection, not the link
@@ -210,7 +214,8 @@ class LinkClient:
         """Raise StatusError with how a call ended, unless it is OK."""
         code = await call.code()
         if code is not grpc.StatusCode.OK:
-            raise StatusError(code, f"{self.address}: {await call.details()}")
+            message = f"{self.address}: {await call.details()}"
+            raise StatusError.from_rpc(code, message, await call.trailing_metadata() or ())
 
     async def _write(self, call: Any) -> None:
         while True:

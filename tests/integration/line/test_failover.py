@@ -15,12 +15,14 @@ from scalellm.v1 import common_pb2, generation_pb2
 from service_processes import PATIENCE, Spawn, eventually
 
 NUM_REQUESTS = 8
+FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "1024", "--fake-preset", "h200-llama-8b")
 
 
 @pytest.fixture
 def line(spawn: Spawn, redis, model_dir) -> Line:
     flags = ("--num-blocks", "256", "--max-model-len", "1024", "--num-threads", "1")
-    return start_line(spawn, redis, model_dir("smollm2-135m-instruct"), executors=(flags, flags))
+    model = model_dir("smollm2-135m-instruct")
+    return start_line(spawn, redis, model, executors=(flags, flags), scheduler=("--executor-grace-s", "2"))
 
 
 def request(number: int, max_tokens: int = 32) -> generation_pb2.GenerateRequest:
@@ -84,3 +86,30 @@ async def test_without_any_executor_requests_end_promptly(line: Line) -> None:
         assert answer.code is grpc.StatusCode.UNAVAILABLE
         later = await asyncio.wait_for(generate(channel, request(2)), PATIENCE)
         assert later.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_the_requests_of_the_only_executor_wait_while_its_engine_starts_again(
+    spawn: Spawn, redis, model_dir
+) -> None:
+    """However short the grace: the front answers, and says that there will be an engine."""
+    line = start_line(
+        spawn, redis, model_dir("smollm2-135m-instruct"), executors=(FAKE,), scheduler=("--executor-grace-s", "0")
+    )
+    async with line.channel() as channel:
+        undisturbed = [await generate(channel, request(number)) for number in range(NUM_REQUESTS)]
+        seen = [Answer() for _ in range(NUM_REQUESTS)]
+        running = [
+            asyncio.create_task(generate(channel, request(number), answer=answer)) for number, answer in enumerate(seen)
+        ]
+        await eventually(lambda: any(answer.token_ids for answer in seen))
+        (engine,) = line.executors[0].children()
+        engine.kill()
+        late = asyncio.create_task(generate(channel, request(0)))
+        disturbed = await asyncio.gather(*running)
+        assert (await late).token_ids == undisturbed[0].token_ids
+    for before, after in zip(undisturbed, disturbed, strict=True):
+        assert after.code is grpc.StatusCode.OK, after.details
+        assert after.token_ids == before.token_ids
+    state = await line.scheduler_state()
+    assert state.resubmitted > 0
+    assert state.running == state.queued == 0

@@ -360,7 +360,7 @@ async def test_a_drain_waits_for_requests_that_move_beside_one_that_ends(make_li
     await eventually(lambda: old.aborts)
     await old.die()
     await line.edge.finish(cancelled)
-    draining = asyncio.create_task(line.server.dispatcher.wait_idle(PATIENCE))
+    draining = asyncio.create_task(line.server.placement.wait_idle(PATIENCE))
     await make_executor(port=int(old.address.rpartition(":")[2]), instance_id="reborn")
     assert await draining == 0
     await line.edge.finish(moving)

@@ -79,7 +79,7 @@ def test_a_request_that_cannot_be_sent_ends_and_takes_no_credit(monkeypatch: pyt
     make_submit = Request.make_submit
 
     def fail_for_the_first(self: Request, *arguments: object) -> link_pb2.Submit:
-        if self.handle == 1:
+        if self.client.handle == 1:
             raise ValueError("out of range")
         return make_submit(self, *arguments)  # type: ignore[arg-type]
 

@@ -40,7 +40,7 @@ def test_admission_failover_and_the_last_executor_are_the_whole_life(stints):
     now += 2.0
     request.end(now)
     timings = link_pb2.HopTimings()
-    request.add_timings(timings, now)
+    request.times.fill(timings, now)
     assert timings.admission_ns == pytest.approx(waits * 1e9, abs=1000)
     assert timings.failover_ns == pytest.approx(lost_time * 1e9, abs=1000)
     assert timings.scheduler_total_ns == pytest.approx(timings.admission_ns + timings.failover_ns + 2e9, abs=1000)
@@ -69,37 +69,39 @@ def test_a_submit_forwards_the_time_that_is_left():
 
 def test_a_resubmission_carries_each_sample():
     request = make_request(n=3)
-    request.emitted[0] += [11, 12]
-    request.emitted[2] += [31]
-    request.ended_samples[2] = common_pb2.FINISH_REASON_LENGTH
+    request.client.emitted[0] += [11, 12]
+    request.client.emitted[2] += [31]
+    request.client.ended_samples[2] = common_pb2.FINISH_REASON_LENGTH
     submit = request.make_submit(9, 0.0, 3)
     assert submit.handle == 9
     assert [(s.index, list(s.token_ids), s.finished) for s in submit.resumed] == [
         (0, [11, 12], common_pb2.FINISH_REASON_UNSPECIFIED),
         (2, [31], common_pb2.FINISH_REASON_LENGTH),
     ]
-    assert request.num_resumed == 3
+    assert request.executor.num_resumed == 3
     assert len(request.make_submit(10, 0.0, 3).resumed) == 2
 
 
 def test_a_request_that_ran_before_goes_on():
     request = make_request(n=2, resumed=[link_pb2.ResumedSample(index=1, token_ids=[5, 6])])
-    assert request.emitted == [[], [5, 6]]
+    assert request.client.emitted == [[], [5, 6]]
     with pytest.raises(StatusError, match=r"resumed\.index: 2 is not below sampling.n = 2"):
         make_request(n=2, resumed=[link_pb2.ResumedSample(index=2)])
 
 
 def test_samples_that_were_to_stop_end_when_nobody_is_left_to_do_it():
     request = make_request(n=2)
-    request.request_end(link_pb2.Abort(handle=7, index=1, reason=link_pb2.ABORT_REASON_STOP))
-    request.request_end(link_pb2.Abort(handle=7, index=9, reason=link_pb2.ABORT_REASON_STOP))
-    request.settle_stopping()
-    assert [(f.handle, f.index, f.reason) for f in request.link.finishes] == [(7, 1, common_pb2.FINISH_REASON_STOP)]
-    assert not request.all_samples_ended
-    request.request_end(link_pb2.Abort(handle=7, reason=link_pb2.ABORT_REASON_STOP))
-    request.settle_stopping()
-    assert request.all_samples_ended
-    assert len(request.link.finishes) == 2
+    request.client.request_end(link_pb2.Abort(handle=7, index=1, reason=link_pb2.ABORT_REASON_STOP))
+    request.client.request_end(link_pb2.Abort(handle=7, index=9, reason=link_pb2.ABORT_REASON_STOP))
+    request.client.settle_stopping()
+    assert [(f.handle, f.index, f.reason) for f in request.client.link.finishes] == [
+        (7, 1, common_pb2.FINISH_REASON_STOP)
+    ]
+    assert not request.client.all_samples_ended
+    request.client.request_end(link_pb2.Abort(handle=7, reason=link_pb2.ABORT_REASON_STOP))
+    request.client.settle_stopping()
+    assert request.client.all_samples_ended
+    assert len(request.client.link.finishes) == 2
 
 
 def test_the_longest_time_remaining_goes_on_to_an_executor():

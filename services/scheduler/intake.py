@@ -1,0 +1,105 @@
+"""The clients' side of the scheduler: their links, what they submit and abort, and the drain."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import grpc
+
+from scalellm.v1 import link_pb2
+from services.common.errors import StatusError
+from services.scheduler.client_link import ClientLink
+from services.scheduler.placement import Placement
+from services.scheduler.request import Request
+from services.scheduler.request_trace import RequestTrace
+
+if TYPE_CHECKING:
+    from services.common.tracing.tracer import Tracer
+
+_RETRY_AFTER = 1.0
+
+
+class Intake:
+    """Checks what clients send, hands it to placement, and ends it with their links.
+
+    Args:
+        placement: Sees each request to its end.
+        tracer: Makes spans; None = traces are off.
+    """
+
+    def __init__(self, placement: Placement, tracer: Tracer | None = None) -> None:
+        self.is_draining = False
+        self._placement = placement
+        self._tracer = tracer
+        self._loop = asyncio.get_running_loop()
+        self._links: set[ClientLink] = set()
+        self._random = random.SystemRandom()
+        self._arrivals = 0
+        placement.on_new_model = self._on_new_model
+
+    @property
+    def num_links(self) -> int:
+        """Client links that stand."""
+        return len(self._links)
+
+    def open_link(self, link: ClientLink) -> None:
+        """A client link stands."""
+        self._links.add(link)
+
+    def close_link(self, link: ClientLink) -> None:
+        """A client link is gone: nobody waits for its requests any more."""
+        self._links.discard(link)
+        for request in tuple(link.requests.values()):
+            self._placement.abandon(request, StatusError(grpc.StatusCode.CANCELLED, "the client's link closed"))
+
+    def submit(self, link: ClientLink, submit: link_pb2.Submit) -> None:
+        """Take a request in, or end it at once. Raises StatusError where the link itself is at fault."""
+        if submit.handle in link.requests:
+            raise StatusError.invalid("handle", f"{submit.handle} is still in use by another request of this link")
+        now = self._loop.time()
+        self._arrivals += 1
+        request = Request(link, submit, self._arrivals, now)
+        link.requests[submit.handle] = request
+        placement = self._placement
+        placement.count_in(request)
+        try:
+            request.check()
+            if self._tracer is not None:
+                request.trace = RequestTrace.begin(self._tracer, submit)
+            if self.is_draining:
+                raise StatusError.unavailable("the scheduler is draining", retry_after=_RETRY_AFTER)
+            if request.client.all_samples_ended:  # its former scheduler was lost before the Finish
+                placement.end(request, request.make_finish(None))
+                return
+            if not submit.sampling.HasField("seed"):
+                # Drawn here and not on the executor, so that another executor repeats it.
+                submit.sampling.seed = self._random.getrandbits(64)
+            placement.enter(request, now)
+        except StatusError as error:
+            placement.end(request, request.make_finish(error))
+
+    def abort(self, link: ClientLink, abort: link_pb2.Abort) -> None:
+        """End a request, or one sample of it, because the client wants to. Unknown handles are ignored."""
+        request = link.requests.get(abort.handle)
+        if request is not None:
+            self._placement.abort(request, abort)
+
+    def begin_drain(self) -> None:
+        """Admit nothing more."""
+        if not self.is_draining:
+            self.is_draining = True
+            for link in self._links:
+                link.announce_draining()
+
+    def end_all(self, error: StatusError) -> None:
+        """End what is left, and all client links."""
+        for link in tuple(self._links):
+            for request in tuple(link.requests.values()):
+                self._placement.abandon(request, error)
+            link.close()
+
+    def _on_new_model(self) -> None:
+        """The token ids of all clients mean nothing to the new model: they have to shake hands again."""
+        self.end_all(StatusError.unavailable("the executors run another model now"))

@@ -1,0 +1,326 @@
+"""Places requests: from the queue to executors, from one executor to another, and to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import grpc
+
+from scalellm.v1 import link_pb2
+from services.common.errors import StatusError
+from services.common.health import Heartbeat
+from services.scheduler.admission_queue import AdmissionQueue
+from services.scheduler.affinity_store import AffinityStore
+from services.scheduler.books import Books
+from services.scheduler.config import SchedulerSettings
+from services.scheduler.fleet import Fleet
+from services.scheduler.outage import Outage
+from services.scheduler.prefix_index import PrefixIndex, block_hashes
+from services.scheduler.rates import DrainRate
+from services.scheduler.replica_link import ReplicaLink
+from services.scheduler.request import Request, RequestState
+from services.scheduler.router import Router, Verdict
+from services.scheduler.step_relay import relay_step
+
+_log = logging.getLogger(__name__)
+
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
+_CANCELLED = link_pb2.ABORT_REASON_CANCELLED
+_RETRY_AFTER = 1.0
+
+
+class Placement:
+    """Runs on one event loop, driven by events alone: a request comes, a frame, a link goes up or down, a deadline.
+
+    It is the listener of all executors' links.
+
+    Args:
+        settings: Limits and times.
+        fleet: The executors.
+        affinity: Where sessions ran last.
+        heartbeat: Told of progress.
+    """
+
+    def __init__(
+        self, settings: SchedulerSettings, fleet: Fleet, affinity: AffinityStore, heartbeat: Heartbeat
+    ) -> None:
+        self.queue: AdmissionQueue[Request] = AdmissionQueue(settings.max_queued_requests, settings.max_queued_tokens)
+        self.books = Books()
+        self.outage = Outage(settings.executor_grace_s, settings.engine_restart_limit_s, self._on_given_up)
+        self.on_new_model: Callable[[], None] = lambda: None
+        """Called when the executors run another model than before."""
+        self._settings = settings
+        self._fleet = fleet
+        self._affinity = affinity
+        self._heartbeat = heartbeat
+        self._loop = asyncio.get_running_loop()
+        self._prefixes = PrefixIndex()
+        self._router = Router(self._prefixes)
+        self._rate = DrainRate()
+        self._pump_due = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def start(self) -> None:
+        """Begin; how long the first executor is waited for counts from here."""
+        self._fleet.start(self)
+        self._refresh()
+
+    def stop(self) -> None:
+        """Place nothing more."""
+        self.outage.stop()
+
+    # What clients do, by way of Intake.
+
+    def count_in(self, request: Request) -> None:
+        """A request came: it will be ended here."""
+        self.books.accepted += 1
+        self.books.prompt_tokens += request.num_prompt_tokens
+        self._idle.clear()
+
+    def enter(self, request: Request, now: float) -> None:
+        """Queue a request that was counted in. Raises StatusError for one that is refused."""
+        if self.outage.is_given_up:
+            raise self._fleet.describe_absence()
+        remaining = request.deadline - now if request.deadline is not None else None
+        crowded_out = self.queue.admit(request, remaining, self._rate.tokens_per_second)
+        for other in crowded_out:
+            self.end(other, other.make_finish(self.queue.crowded_out(self._rate.tokens_per_second)))
+        if request.deadline is not None:
+            request.timer = self._loop.call_at(request.deadline, self._on_deadline, request)
+        request.executor.hashes = block_hashes(request.submit.token_ids, request.submit.cache_salt)
+        self._find_session(request)
+        self._heartbeat.expect_work()
+        self._schedule_pump()
+
+    def abort(self, request: Request, abort: link_pb2.Abort) -> None:
+        """End a request, or one sample of it, because its client wants to."""
+        client, executor = request.client, request.executor
+        client.request_end(abort)
+        if executor.replica is not None:
+            index = abort.index if abort.HasField("index") else None
+            executor.replica.abort(executor.handle, abort.reason, index)
+            return
+        client.settle_stopping()
+        if client.cancelled is not None or client.all_samples_ended:
+            self.end(request, request.make_finish(client.cancelled))
+
+    def abandon(self, request: Request, error: StatusError, reason: link_pb2.AbortReason = _CANCELLED) -> None:
+        """End a request wherever it is, without waiting for its executor."""
+        executor = request.executor
+        if executor.replica is not None:
+            executor.replica.abort(executor.handle, reason)
+        self.end(request, request.make_finish(error))
+
+    def end(self, request: Request, finish: link_pb2.Finish) -> None:
+        """Give a request its Finish."""
+        replica, handle = request.executor.replica, request.executor.handle
+        if request in self.queue:
+            self.queue.remove(request)
+        now = self._loop.time()
+        request.end(now)
+        if request.trace is not None:
+            request.trace.end(finish)
+        if replica is not None:
+            replica.release(handle)
+        finish.handle = request.client.handle
+        request.times.fill(finish.timings, now)
+        self.books.count_end(finish.status.code)
+        request.client.link.add_finish(finish)
+        if not self.books.num_open:
+            self._idle.set()
+            self._heartbeat.beat(has_work=False)
+
+    async def wait_idle(self, timeout: float) -> int:
+        """Wait until nothing is queued or running, or the time has passed. Returns what is left."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            pass
+        return len(self.queue) + self._fleet.num_running
+
+    # What executors do (ReplicaListener).
+
+    def check_welcome(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> None:
+        """Refuse an executor that cannot serve beside the others."""
+        if self._fleet.adopt(replica, welcome):
+            self.on_new_model()
+
+    def replica_changed(self, replica: ReplicaLink) -> None:
+        """Take over who is ready."""
+        self._refresh()
+
+    def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
+        """An executor sent a frame: pass it on."""
+        for handle, problem in relay_step(step, replica.clients, self.books):
+            request = replica.running.get(handle)
+            if request is not None:
+                fields = {"request_id": request.submit.request_id}
+                _log.error(
+                    "executor %s broke the protocol, the request ends: %s", replica.address, problem, extra=fields
+                )
+                error = f"executor {replica.address} broke the protocol: {problem}"
+                self.abandon(request, StatusError(grpc.StatusCode.INTERNAL, error))
+        for finish in step.finished:
+            request = replica.running.get(finish.handle)
+            if request is not None:
+                self._on_finish(request, finish, replica)
+        self._heartbeat.beat(has_work=not self._idle.is_set())
+        if self.queue:
+            self._schedule_pump()
+
+    def replica_lost(self, replica: ReplicaLink, requests: list[Request], error: StatusError) -> None:
+        """An executor's link broke: go on elsewhere."""
+        is_death = not (replica.is_leaving or replica.load.draining)
+        self._refresh()
+        if requests:
+            _log.warning("executor %s is lost, %d requests move: %s", replica.address, len(requests), error.message)
+        for request in requests:
+            self._move(request, lost=True, is_death=is_death, error=error)
+
+    # The way of a request.
+
+    def _refresh(self) -> None:
+        changed = self._fleet.refresh()
+        is_reachable = any(replica.is_reachable for replica in self._fleet.replicas.values())
+        self.outage.update(is_ready=bool(self._fleet.ready), is_reachable=is_reachable)
+        if changed:
+            self._rate.reset()  # other executors: what was measured is void
+            self._schedule_pump()
+
+    def _on_given_up(self) -> None:
+        """No executor came back in time: nothing that waits can run."""
+        error = self._fleet.describe_absence()
+        # Whoever waits for a first executor is starting.
+        level = logging.INFO if self._fleet.identity is None else logging.ERROR
+        _log.log(level, "requests end with UNAVAILABLE: %s", error.message)
+        for request in self.queue.in_order():
+            self.end(request, request.make_finish(error))
+
+    def _schedule_pump(self) -> None:
+        # Once per turn of the loop, however many events there were; and never inside a link's callback.
+        if not self._pump_due:
+            self._pump_due = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_due = False
+        now = self._loop.time()
+        num_requests = num_tokens = 0
+        for request in self.queue.in_order():
+            if not any(replica.has_credit for replica in self._fleet.ready):
+                break
+            if request.executor.awaits_session:
+                continue
+            try:
+                replica = self._route(request, now)
+                if replica is None:
+                    continue
+                self._dispatch(request, replica, now)
+            except Exception:  # whatever it is about this request, the others go on
+                _log.exception("a request could not be sent, it ends", extra={"request_id": request.submit.request_id})
+                self.abandon(request, StatusError(grpc.StatusCode.INTERNAL, "the request could not be sent"))
+            else:
+                num_requests += 1
+                num_tokens += request.num_prompt_tokens
+        ready = self._fleet.ready
+        held_back = bool(self.queue and ready) and not any(replica.has_credit for replica in ready)
+        self._rate.update(now, num_requests, num_tokens, held_back)
+
+    def _route(self, request: Request, now: float) -> ReplicaLink | None:
+        executor = request.executor
+        choice = self._router.route(
+            self._fleet.ready,
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_len=request.max_len,
+            hashes=executor.hashes,
+            session_address=executor.session_address,
+            may_wait=executor.session_wait_until is None or now < executor.session_wait_until,
+            refused_by=executor.refused_by,
+        )
+        if isinstance(choice, ReplicaLink):
+            return choice
+        if choice is Verdict.WAIT_FOR_SESSION and executor.session_wait_until is None:
+            executor.session_wait_until = now + self._settings.session_wait_s
+            self._loop.call_at(executor.session_wait_until, self._schedule_pump)
+        elif choice is Verdict.REFUSED_BY_ALL:
+            *_, reason = executor.refused_by.values()
+            message = f"every executor has refused the request, the last one: {reason}"
+            self.end(request, request.make_finish(StatusError.unavailable(message, _RETRY_AFTER)))
+        return None
+
+    def _dispatch(self, request: Request, replica: ReplicaLink, now: float) -> None:
+        self.queue.remove(request)
+        executor = request.executor
+        is_first = executor.dispatches == 0
+        if request.trace is not None:
+            request.trace.dispatch(replica.address)
+        replica.dispatch(request, now, self._prefixes.matched_tokens(executor.hashes, replica.instance_id))
+        self.books.dispatched += 1
+        if is_first:
+            self.books.queue_time.observe(request.times.admission_seconds)
+        self._prefixes.record(executor.hashes, replica.instance_id)
+        if request.session_id:
+            self._affinity.record(request.session_id, replica.address)
+
+    def _on_finish(self, request: Request, finish: link_pb2.Finish, replica: ReplicaLink) -> None:
+        executor = request.executor
+        if finish.status.code == _UNAVAILABLE:
+            # Before any token: it takes no requests, for instance because it drains. After that: it failed.
+            failed = request.client.num_emitted > executor.num_resumed
+            executor.refused_by[replica.instance_id] = finish.status.message
+            replica.release(executor.handle)
+            self._move(request, lost=failed, is_death=failed, error=StatusError.from_link(finish.status))
+            return
+        if executor.num_resumed:
+            finish.usage.num_resumed = executor.num_resumed
+        finish.timings.executor_id = replica.address
+        self.end(request, finish)
+
+    def _move(self, request: Request, *, lost: bool, is_death: bool, error: StatusError) -> None:
+        client, executor = request.client, request.executor
+        if request.trace is not None:
+            request.trace.come_back(error)
+        client.settle_stopping()
+        executor.deaths += is_death
+        if client.cancelled is not None or client.all_samples_ended:
+            self.end(request, request.make_finish(client.cancelled))
+        elif executor.deaths >= self._settings.max_executor_deaths:
+            message = f"{executor.deaths} executors died while they ran this request, the last one: {error.message}"
+            self.end(request, request.make_finish(StatusError(grpc.StatusCode.INTERNAL, message)))
+        elif self.outage.is_given_up:
+            self.end(request, request.make_finish(self._fleet.describe_absence()))
+        else:
+            request.requeue(lost=lost)
+            self.queue.put_back(request)
+            self.books.resubmitted += lost
+            self._schedule_pump()
+
+    def _on_deadline(self, request: Request) -> None:
+        assert request.deadline is not None
+        now = self._loop.time()
+        backstop = request.deadline + self._settings.deadline_backstop_s
+        if request.state is RequestState.RUNNING and now < backstop:
+            # The executor knows the deadline and ends it with exact numbers; if it cannot, this timer does.
+            request.timer = self._loop.call_at(backstop, self._on_deadline, request)
+            return
+        where = "while the request waited for an executor" if request.executor.replica is None else "on the executor"
+        error = StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed {where}")
+        self.abandon(request, error, link_pb2.ABORT_REASON_DEADLINE)
+
+    def _find_session(self, request: Request) -> None:
+        if not request.session_id:
+            return
+        request.executor.session_address = self._affinity.get(request.session_id)
+        if request.executor.session_address is None and self._affinity.redis_ok:
+            request.executor.awaits_session = True
+            self._affinity.look_up(request.session_id).add_done_callback(partial(self._on_session_found, request))
+
+    def _on_session_found(self, request: Request, found: asyncio.Future[str | None]) -> None:
+        request.executor.session_address = found.result()
+        request.executor.awaits_session = False
+        self._schedule_pump()
