@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 import grpc
 from grpc_health.v1 import health, health_pb2
 
+from services.common.silence import until_silent
+
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -25,11 +27,13 @@ class Heartbeat:
         self._stall_limit = stall_limit
         self._clock = clock
         self._last_beat = clock()
+        self._num_beats = 0
         self._has_work = False
 
     def beat(self, has_work: bool) -> None:
         """Work advanced, and there is (or is not) more."""
         self._last_beat = self._clock()
+        self._num_beats += 1
         self._has_work = has_work
 
     def expect_work(self) -> None:
@@ -42,6 +46,12 @@ class Heartbeat:
     def is_alive(self) -> bool:
         """False while there is work and nothing has moved for the stall limit."""
         return not self._has_work or self._clock() - self._last_beat < self._stall_limit
+
+    async def until_stalled(self) -> None:
+        """Return once there has been work and no beat for the stall limit, by this process's own reckoning: a time in
+        which it stood still itself does not count, as beats of that time are yet to be heard.
+        """
+        await until_silent(self._stall_limit, lambda: self._num_beats, lambda: self._has_work)
 
 
 class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]

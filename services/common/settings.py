@@ -86,7 +86,8 @@ class ServiceSettings(BaseSettings):
     drain_limit_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """On SIGTERM, seconds that running requests are given to finish."""
     stall_limit_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds without progress, while there is work, after which the service calls itself unhealthy."""
+    """Seconds without progress, while there is work, after which the service calls itself unhealthy, what it is linked
+    to takes it for dead, and an executor ends its engine and starts another: more than the longest step takes."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged."""
     log_format: LogFormat = "text"

@@ -1,8 +1,8 @@
 """The engine process: loads the model, then alternates between reading messages and taking steps.
 
-Started by the front as `python -m services.executor.engine_process FD`, with its settings as one JSON line on the
-socket's first message. It is a process of its own because a step loop and an event loop in one process fight for the
-GIL, and because a fault on the device must not take down the process that has to report it.
+Started by the front as `python -m services.executor.engine_process SOCKET STACKS`, two descriptors, with its settings
+as one JSON line on standard input. It is a process of its own because a step loop and an event loop in one process
+fight for the GIL, and because a fault on the device must not take down the process that has to report it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from services.executor.engine_link import EngineLink, load_to_wire, split_by_lin
 from services.executor.engine_stats import stats_to_wire
 from services.executor.ipc import EngineChannel, Kind, Message
 from services.executor.request_trace import TracedRequests
+from services.executor.stall_report import write_stacks_to
 
 _log = logging.getLogger(__name__)
 
@@ -208,6 +209,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group: the front decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = EngineChannel(socket.socket(fileno=int(sys.argv[1])))
+    write_stacks_to(int(sys.argv[2]))
     settings = ExecutorSettings.model_validate_json(sys.stdin.readline())
     configure_logging("engine", settings)
 

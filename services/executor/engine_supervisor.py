@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from services.common.lifecycle import StartError
 from services.common.link import LinkTraffic
 from services.executor.config import ExecutorSettings
 from services.executor.ipc import FrontChannel, Kind, Message
+from services.executor.stall_report import StackFile
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,15 @@ _RETRY_AFTER = 1.0
 # Whoever connects to an engine that is starting would come back too late if it were sent away, and must not give it up
 # for dead: below the limit of a link's handshake.
 _LINK_PATIENCE = 5.0
+
+
+class EngineEnd(enum.Enum):
+    """Why an engine process ended and is started again."""
+
+    CRASH = "crash"
+    """It ended on its own."""
+    STALL = "stall"
+    """It had work and took no step for the stall limit, and was ended."""
 
 
 class LinkPort(Protocol):
@@ -69,7 +80,7 @@ class EngineSupervisor:
         self._on_ready: Callable[[], None]
         self.info = executor_pb2.GetExecutorInfoResponse()
         self.traffic = LinkTraffic()
-        self.num_engine_crashes = 0
+        self.engine_ends = dict.fromkeys(EngineEnd, 0)
 
     @property
     def has_engine(self) -> bool:
@@ -83,7 +94,7 @@ class EngineSupervisor:
 
     @property
     def is_alive(self) -> bool:
-        """Steps advance while there is work."""
+        """The engine reports, and its steps advance while there is work."""
         return self._heartbeat.is_alive
 
     @property
@@ -125,7 +136,6 @@ class EngineSupervisor:
     def send_frame(self, link: int, frame: bytes) -> None:
         """Pass a client's frame on. Without effect once the link has ended."""
         if self._channel is not None and link in self._ports:
-            self._heartbeat.expect_work()
             self._channel.send(Message(Kind.FRAME, link, frame))
 
     def close_link(self, link: int) -> None:
@@ -165,14 +175,16 @@ class EngineSupervisor:
     async def _run_once(self) -> bool:
         """One engine, to its end. Whether it was ever ready."""
         ours, theirs = socket.socketpair()
+        self._stacks = StackFile()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "services.executor.engine_process",
                 str(theirs.fileno()),
+                str(self._stacks.fileno()),
                 stdin=asyncio.subprocess.PIPE,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), self._stacks.fileno()),
                 env=engine_environment(os.environ),
             )
         assert self._process.stdin is not None
@@ -180,10 +192,17 @@ class EngineSupervisor:
         self._channel = FrontChannel(self._on_message)
         try:
             await self._channel.open(ours)
-            await self._channel.wait_ended()
+            if await self._stalls(self._channel):
+                self.engine_ends[EngineEnd.STALL] += 1
+                report = await self._stacks.ask(self._process.pid)
+                limit = self._settings.stall_limit_s
+                _log.error("the engine has taken no step for %g s and is ended; of its threads:\n%s", limit, report)
+                return True
             code = await self._process.wait()
-            self.num_engine_crashes += 1
+            self.engine_ends[EngineEnd.CRASH] += 1
             _log.error("the engine process ended with %s, its requests are lost here", _describe_exit(code))
+            if report := self._stacks.read():
+                _log.error("where it was:\n%s", report)
             return self._ready
         finally:
             if self._draining:
@@ -192,18 +211,31 @@ class EngineSupervisor:
                 # A time to retry tells the schedulers that this executor lives on and will have an engine again.
                 await self._end_process(StatusError.unavailable("the engine process died", retry_after=_RETRY_AFTER))
 
+    async def _stalls(self, channel: FrontChannel) -> bool:
+        """Wait for the engine's end. True: it is still there and stands still. Raises what it could not start for."""
+        ended, stalled = asyncio.create_task(channel.wait_ended()), asyncio.create_task(self._heartbeat.until_stalled())
+        try:
+            await asyncio.wait((ended, stalled), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                ended.result()
+            return not ended.done()
+        finally:
+            ended.cancel()
+            stalled.cancel()
+
     def _on_message(self, message: Message) -> None:
         port = self._ports.get(message.link)
         match message.kind:
             case Kind.FRAME:
-                self._heartbeat.beat(has_work=True)
                 if port is not None:
                     port.on_frame(message.payload)
             case Kind.STATS:
+                steps = self.info.steps
                 self.info = executor_pb2.GetExecutorInfoResponse.FromString(message.payload)
                 if not self._ready:
                     self._become_ready()
-                self._heartbeat.beat(has_work=self.num_unfinished > 0)
+                if self.info.steps != steps or not self.num_unfinished:
+                    self._heartbeat.beat(has_work=True)  # to report is work, too: it does so twice a second when idle
                 self._changed.set()
             case Kind.WELCOME:
                 if port is not None:
@@ -230,6 +262,8 @@ class EngineSupervisor:
     async def _end_process(self, error: StatusError) -> None:
         """Leave no engine behind, and tell every link that it is gone."""
         self._ready = False
+        self._heartbeat.beat(has_work=False)
+        self._stacks.close()
         self.info = executor_pb2.GetExecutorInfoResponse()  # what it said last is no longer so
         self._changed.set()
         if self._channel is not None:

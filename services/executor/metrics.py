@@ -42,8 +42,9 @@ class ExecutorCollector(Collector):
         if info.model:
             filled(what, [(tuple(getattr(info, label) for label in _INFO_LABELS), 1.0)])
         yield what
-        crashes = supervisor.num_engine_crashes
-        yield CounterMetricFamily(f"{_PREFIX}_engine_crashes", "Engine processes that ended on their own.", crashes)
+        text = "Engine processes that ended on their own, or stood still and were ended."
+        crashes = CounterMetricFamily(f"{_PREFIX}_engine_crashes", text, labels=("reason",))
+        yield filled(crashes, [((end.value,), count) for end, count in supervisor.engine_ends.items()])
         traffic = supervisor.traffic
         both_ways = ("direction",)
         yield filled(
@@ -82,7 +83,11 @@ class ExecutorCollector(Collector):
             ("max_num_seqs", "Sequences that can run at once.", info.max_num_seqs),
             ("links", "Links of schedulers that stand.", self._supervisor.num_links),
             ("engine_up", "Whether there is an engine.", self._supervisor.has_engine),
-            ("engine_stalled", "Whether there is work and nothing moves.", not self._supervisor.is_alive),
+            (
+                "engine_stalled",
+                "Whether there is work and no step, or no word.",
+                not self._supervisor.is_alive,
+            ),
             ("keys_unread", "Whether API keys or link token cannot be read.", self._access.is_failing),
             ("draining", "Whether nothing is admitted.", self._supervisor.is_draining),
         ):

@@ -19,9 +19,9 @@ from services.common.cancellation import cancellable
 from services.common.errors import StatusError
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.server_frames import read_step, read_welcome
-from services.common.link.silence import until_silent
 from services.common.link.traffic import LinkTraffic
 from services.common.reload import ConfigFileError
+from services.common.silence import until_silent
 
 _log = logging.getLogger(__name__)
 

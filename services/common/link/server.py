@@ -9,8 +9,8 @@ from typing import Protocol
 
 from scalellm.v1 import link_pb2
 from services.common.errors import StatusError
-from services.common.link.silence import until_silent
 from services.common.link.traffic import LinkTraffic
+from services.common.silence import until_silent
 
 # Far below gRPC's limit on a message, which would break the link of a reader that was slow for long.
 _MERGE_BYTES = 1 << 20

@@ -187,24 +187,6 @@ async def test_engine_death_ends_the_links_and_a_new_engine_comes(spawn: Spawn, 
         assert (await peer.finish(1)).status.code == 0
 
 
-async def test_a_stalled_engine_is_unhealthy_and_the_front_still_answers(spawn: Spawn, model_dir) -> None:
-    executor = spawn(
-        "executor",
-        *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b", "--stall-limit-s", "0.5"),
-    )
-    async with open_link(execute, executor.address) as peer:
-        await peer.submit(1, [5], sampling=sampling(max_tokens=400, ignore_eos=True))
-        await peer.until(lambda: bool(peer.tokens[1, 0]))
-        (engine,) = executor.children()
-        engine.suspend()
-        while await health(executor.address) == SERVING:
-            await asyncio.sleep(0.05)
-        engine.resume()
-        assert (await peer.finish(1)).status.code == 0
-        while await health(executor.address) != SERVING:
-            await asyncio.sleep(0.05)
-
-
 async def test_sigterm_finishes_what_runs_and_refuses_the_rest(spawn: Spawn, model_dir) -> None:
     executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b"))
     async with open_link(execute, executor.address) as peer:

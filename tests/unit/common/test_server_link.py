@@ -13,7 +13,7 @@ from service_processes import PATIENCE
 from services.common.errors import StatusError
 from services.common.lifecycle import MAX_FRAME_BYTES
 from services.common.link import ServerLink
-from services.common.link.silence import until_silent
+from services.common.silence import until_silent
 
 
 class SlowReader:
@@ -72,7 +72,7 @@ class Turns:
         self.slept: list[float] = []
         self._work, self._num_turns = work, num_turns
         self._sleep = asyncio.sleep
-        monkeypatch.setattr("services.common.link.silence.asyncio.sleep", self.sleep)
+        monkeypatch.setattr("services.common.silence.asyncio.sleep", self.sleep)
 
     async def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
