@@ -50,6 +50,7 @@ _CODES = MappingProxyType(
     {
         RequestStatus.CANCELLED: grpc.StatusCode.CANCELLED,
         RequestStatus.SUPERSEDED: grpc.StatusCode.ABORTED,
+        RequestStatus.MOVED: grpc.StatusCode.UNAVAILABLE,
         RequestStatus.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
         RequestStatus.INTERNAL: grpc.StatusCode.INTERNAL,
     }
@@ -127,14 +128,20 @@ class EngineLink:
             case "submit":
                 return self._submit(frame.submit, now, draining)
             case "abort":
-                abort = frame.abort
-                index = abort.index if abort.HasField("index") else None
-                self._engine.abort((self.link, abort.handle), index, _ABORTS.get(abort.reason, AbortReason.CANCELLED))
+                self._abort(frame.abort)
                 return None
             case "renewal":
                 return None
             case other:
                 raise StatusError.invalid("frame", f"must be submit, abort or renewal after the hello, got {other}")
+
+    def _abort(self, abort: link_pb2.Abort) -> None:
+        key = (self.link, abort.handle)
+        if abort.reason == link_pb2.ABORT_REASON_MOVE:
+            self._engine.give_back(key, "the scheduler took the request back")
+            return
+        index = abort.index if abort.HasField("index") else None
+        self._engine.abort(key, index, _ABORTS.get(abort.reason, AbortReason.CANCELLED))
 
     def _submit(self, submit: link_pb2.Submit, now: float, draining: bool) -> bytes | None:
         key = (self.link, submit.handle)
@@ -346,6 +353,7 @@ def _finish(finish: RequestFinish) -> link_pb2.Finish:
             decode_ns=_ns(timings.decode),
             preempted_ns=_ns(timings.preempted),
         ),
+        moved=finish.status is RequestStatus.MOVED,
     )
 
 

@@ -28,7 +28,7 @@ class Books:
         accepted: Submits that came.
         ended: Requests that ended, by google.rpc.Code.
         dispatched: Submits sent to executors.
-        resubmitted: Requests moved from an executor that was lost.
+        resubmitted: Requests moved from an executor that was lost or gave them back.
         prompt_tokens: Prompt tokens of the accepted requests.
         tokens_received: Tokens that came from executors.
         tokens_sent: Tokens that went to clients.

@@ -69,7 +69,9 @@ class Intake:
             if self._tracer is not None:
                 request.trace = RequestTrace.begin(self._tracer, submit)
             if self.is_draining:
-                raise StatusError.unavailable("the scheduler is draining", retry_after=_RETRY_AFTER)
+                error = StatusError.unavailable("the scheduler is draining", retry_after=_RETRY_AFTER)
+                placement.end(request, request.make_finish(error, moved=True))
+                return
             if request.client.all_samples_ended:  # its former scheduler was lost before the Finish
                 placement.end(request, request.make_finish(None))
                 return
@@ -93,11 +95,11 @@ class Intake:
             for link in self._links:
                 link.announce_draining()
 
-    def end_all(self, error: StatusError) -> None:
-        """End what is left, and all client links."""
+    def end_all(self, error: StatusError, *, moved: bool = False) -> None:
+        """End what is left, and all client links; moved: clients may send their requests to another scheduler."""
         for link in tuple(self._links):
             for request in tuple(link.requests.values()):
-                self._placement.abandon(request, error)
+                self._placement.abandon(request, error, moved=moved)
             link.close()
 
     def _on_new_model(self) -> None:

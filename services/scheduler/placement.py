@@ -108,12 +108,19 @@ class Placement:
         if client.cancelled is not None or client.all_samples_ended:
             self.end(request, request.make_finish(client.cancelled))
 
-    def abandon(self, request: Request, error: StatusError, reason: link_pb2.AbortReason = _CANCELLED) -> None:
-        """End a request wherever it is, without waiting for its executor."""
+    def abandon(
+        self,
+        request: Request,
+        error: StatusError,
+        reason: link_pb2.AbortReason = _CANCELLED,
+        *,
+        moved: bool = False,
+    ) -> None:
+        """End a request wherever it is, without waiting for its executor; moved: the client may send it elsewhere."""
         executor = request.executor
         if executor.replica is not None:
             executor.replica.abort(executor.handle, reason)
-        self.end(request, request.make_finish(error))
+        self.end(request, request.make_finish(error, moved=moved))
 
     def end(self, request: Request, finish: link_pb2.Finish) -> None:
         """Give a request its Finish."""
@@ -270,11 +277,13 @@ class Placement:
     def _on_finish(self, request: Request, finish: link_pb2.Finish, replica: ReplicaLink) -> None:
         executor = request.executor
         if finish.status.code == _UNAVAILABLE:
-            # Before any token: it takes no requests, for instance because it drains. After that: it failed.
-            failed = request.client.num_emitted > executor.num_resumed
-            executor.refused_by[replica.instance_id] = finish.status.message
+            has_run = request.client.num_emitted > executor.num_resumed
             replica.release(executor.handle)
-            self._move(request, lost=failed, is_death=failed, error=StatusError.from_link(finish.status))
+            if not finish.moved:
+                # Before any token: it takes no requests, for instance because it drains. After that: it failed.
+                executor.refused_by[replica.instance_id] = finish.status.message
+            is_death = has_run and not finish.moved
+            self._move(request, lost=has_run, is_death=is_death, error=StatusError.from_link(finish.status))
             return
         if executor.num_resumed:
             finish.usage.num_resumed = executor.num_resumed

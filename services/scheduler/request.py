@@ -139,8 +139,8 @@ class Request:
             submit.sampling.ClearField("prompt_logprobs")
         return submit
 
-    def make_finish(self, error: StatusError | None) -> link_pb2.Finish:
-        """A Finish where no executor sends one."""
+    def make_finish(self, error: StatusError | None, *, moved: bool = False) -> link_pb2.Finish:
+        """A Finish where no executor sends one; moved: with UNAVAILABLE, it may go on elsewhere."""
         return link_pb2.Finish(
             status=error.to_link() if error is not None else None,
             usage=common_pb2.Usage(
@@ -148,4 +148,5 @@ class Request:
                 completion_tokens=self.client.num_emitted,
                 num_resumed=self.executor.num_resumed,
             ),
+            moved=moved,
         )

@@ -7,7 +7,7 @@ from scalellm.v1 import link_pb2
 
 class RequestTimes:
     """Monotonic seconds. The life of a request is divided without gaps into admission (waiting, or under way to
-    executors that sent it back), failover (on executors that died, and until it ran again) and its last executor.
+    executors that refused it), failover (on executors that it had to leave, and until it ran again) and its last one.
 
     Args:
         now: Time of arrival.

@@ -101,7 +101,7 @@ class SchedulerServer:
         """Drain within the limit, then end what is left and close everything."""
         self.intake.begin_drain()
         await self.placement.wait_idle(self._settings.drain_limit_s)
-        self.intake.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0))
+        self.intake.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0), moved=True)
         await self._grpc.stop(LAST_WORDS)
         self.placement.stop()
         await self._fleet.stop()

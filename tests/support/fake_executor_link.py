@@ -69,6 +69,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
         self.credit_violations = 0
         self.links: list[_Link] = []
         self.draining = False
+        self.gives_back = False
         self.refuse_with: link_pb2.LinkStatus | None = None
         self.mangle: Callable[[link_pb2.StepOutput], None] = lambda step: None
         self.honours_deadlines = True
@@ -171,6 +172,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
         submit = running.submit
         prompt = list(submit.token_ids)
         status: link_pb2.LinkStatus | None = None
+        moved = self.gives_back
         if not running.prefilled and self.draining:
             status = link_pb2.LinkStatus(code=grpc.StatusCode.UNAVAILABLE.value[0], message="draining")
         elif not running.prefilled and self.refuse_with is not None:
@@ -185,8 +187,12 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
             if int(reason) == link_pb2.ABORT_REASON_STOP:
                 for index in [i for i in sorted(running.open) if which in ("all", str(i))]:
                     self._end_sample(step, handle, running, index, common_pb2.FINISH_REASON_STOP)
+            elif int(reason) == link_pb2.ABORT_REASON_MOVE:
+                moved = True
             elif which == "all":
                 status = link_pb2.LinkStatus(code=grpc.StatusCode.CANCELLED.value[0], message="cancelled")
+        if moved and status is None:
+            status = link_pb2.LinkStatus(code=grpc.StatusCode.UNAVAILABLE.value[0], message="given back")
         if status is None:
             if submit.sampling.HasField("prompt_logprobs") and not running.prefilled:
                 values = common_pb2.TokenLogprobs(logprobs=[-float(token) for token in prompt])
@@ -212,7 +218,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
                 prompt_tokens=len(prompt), completion_tokens=sum(map(len, running.samples.values()))
             )
             timings = link_pb2.HopTimings(prefill_ns=1, decode_ns=2)
-            step.finished.add(handle=handle, status=status, usage=usage, timings=timings)
+            step.finished.add(handle=handle, status=status, usage=usage, timings=timings, moved=moved)
             del link.running[handle]
 
     @staticmethod

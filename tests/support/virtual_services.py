@@ -324,7 +324,7 @@ class VirtualScheduler:
         """As on SIGTERM."""
         self.intake.begin_drain()
         await self.placement.wait_idle(limit)
-        self.intake.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0))
+        self.intake.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0), moved=True)
         await asyncio.sleep(0.1)  # the last words
         await self.die()
 

@@ -36,6 +36,8 @@ _ABORTS = {
     AbortReason.DEADLINE: (FinishReason.DEADLINE, RequestStatus.DEADLINE_EXCEEDED),
 }
 
+_ENDED_BY_LINKS = (RequestStatus.CANCELLED, RequestStatus.SUPERSEDED, RequestStatus.MOVED)
+
 
 class Engine:
     """Continuous batching over one model runner.
@@ -120,6 +122,19 @@ class Engine:
         elif 0 <= index < len(group.samples) and group.samples[index].status is not SequenceStatus.FINISHED:
             self._finish_sample(group.samples[index], finish_reason, None, now)
 
+    def give_back(self, key: RequestKey, message: str) -> None:
+        """End a request as MOVED: it goes on elsewhere or later, so none of its samples has ended. Unknown keys are
+        ignored.
+        """
+        group = self._ledger.get(key)
+        if group is None:
+            return
+        now = self._clock()
+        for seq in reversed(group.samples):
+            if seq.status is not SequenceStatus.FINISHED:
+                self._scheduler.remove(seq, now)
+        self._finish_request(group, RequestStatus.MOVED, message, now)
+
     def drop_link(self, link: int) -> None:
         """Cancel everything of a link that is gone, and forget its counters."""
         now = self._clock()
@@ -174,7 +189,7 @@ class Engine:
             accepted=self._ledger.accepted,
             rejected=self._ledger.rejected,
             finished=ended[RequestStatus.OK],
-            cancelled=ended[RequestStatus.CANCELLED] + ended[RequestStatus.SUPERSEDED],
+            cancelled=sum(ended[status] for status in _ENDED_BY_LINKS),
             deadline_exceeded=ended[RequestStatus.DEADLINE_EXCEEDED],
             failed=ended[RequestStatus.INTERNAL],
             preemptions=self._scheduler.num_preemptions,

@@ -36,6 +36,8 @@ class RequestStatus(enum.Enum):
     CANCELLED = "cancelled"
     SUPERSEDED = "superseded"
     """A later attempt to run the same request came, by way of another scheduler."""
+    MOVED = "moved"
+    """It was given back, to go on elsewhere or later."""
     DEADLINE_EXCEEDED = "deadline_exceeded"
     INTERNAL = "internal"
 

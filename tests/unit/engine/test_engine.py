@@ -261,40 +261,6 @@ def test_a_dropped_link_loses_its_requests_only(start: Start) -> None:
     assert engine.link_credits(1).completed_requests == 0
 
 
-@pytest.mark.parametrize("overlap", engine_kit.Overlap)
-def test_a_moved_request_goes_on_where_it_was(overlap: engine_kit.Overlap) -> None:
-    config = engine_kit.make_config()
-    request = engine_kit.make_request(0, [3] * 11, n=3, seed=5, max_tokens=12, ignore_eos=True)
-    first = Engine(config, engine_kit.FakePagedRunner(config, overlap), engine_kit.SimClock())
-    first.add(request)
-    before = engine_kit.Collector()
-    for _ in range(5):
-        before.take(first.step())
-    first.abort(request.key, 2, AbortReason.STOP)
-    before.take(first.step())
-
-    emitted = {index: tuple(before.tokens[request.key, index]) for index in range(3)}
-    num_emitted = [6, 5, 4] if overlap is engine_kit.Overlap.NONE else [5, 3, 2]
-    assert [len(tokens) for tokens in emitted.values()] == num_emitted
-    moved = dataclasses.replace(
-        request,
-        resumed=tuple(
-            ResumedSample(index, tokens, FinishReason.STOP if index == 2 else None) for index, tokens in emitted.items()
-        ),
-    )
-    second = Engine(config, engine_kit.FakePagedRunner(config, overlap), engine_kit.SimClock())
-    second.add(moved)
-    after = engine_kit.run(second)
-    for index in (0, 1):
-        whole = [*emitted[index], *after.tokens[request.key, index]]
-        assert whole == engine_kit.undisturbed(request, index, 64)[0]
-        assert after.first_offset[request.key, index] == len(emitted[index])
-    assert (request.key, 2) not in after.tokens
-    assert (request.key, 2) not in after.samples
-    usage = after.finished[request.key].usage
-    assert (usage.completion_tokens, usage.num_resumed) == (12 + 12 + num_emitted[2], sum(num_emitted))
-
-
 @pytest.mark.parametrize(
     ("tokens", "ended", "reason"),
     [

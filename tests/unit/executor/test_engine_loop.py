@@ -91,6 +91,25 @@ def test_entries_of_logit_bias_are_counted_before_they_are_a_mapping() -> None:
     assert sampling_from_wire(common_pb2.SamplingParams(logit_bias=sampling.logit_bias[:1024])).logit_bias == {1: 0.0}
 
 
+def test_a_request_that_is_taken_back_gives_its_place_to_the_next_one() -> None:
+    """The abort and the other's Submit may come together: the credits of the first are free at once."""
+    config = engine_kit.make_config(max_num_seqs=1)
+    engine = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
+    link = EngineLink(1, engine, prefill_window=4, request_window=1)
+    sampling = common_pb2.SamplingParams(max_tokens=8, seed=1)
+    submits = [link_pb2.Submit(handle=handle, token_ids=[1, 2, 3, 4], sampling=sampling) for handle in (7, 8)]
+    assert link.on_frame(frame(submit=submits[0]), 0.0, False) is None
+    engine.step()
+    abort = link_pb2.Abort(handle=7, reason=link_pb2.ABORT_REASON_MOVE)
+    assert link.on_frame(frame(abort=abort), 0.0, False) is None
+    assert link.on_frame(frame(submit=submits[1]), 0.0, False) is None
+    (step,) = [read_step(message, 100) for message in link.step_frames(engine.step(), False)]
+    assert [(finish.handle, finish.moved, finish.status.code) for finish in step.finished] == [(7, True, 14)]
+    assert not step.finished_samples
+    assert list(step.handles) == [8]
+    assert (step.load.granted_requests, step.load.granted_prefill_tokens) == (2, 12)
+
+
 @pytest.mark.parametrize("num_top", [0, 20])
 def test_a_step_with_many_log_probabilities_is_divided_into_frames(num_top: int) -> None:
     """A step of prompts with 100,000 tokens and 20 alternatives each would be one frame beyond what a link carries."""
