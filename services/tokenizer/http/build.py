@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from aiohttp import web
+
 from services.common.guarded import OnEnd
 from services.tokenizer.call_bytes import CallBytes
 from services.tokenizer.config import TokenizerSettings
@@ -43,7 +45,13 @@ def make_listener(
             "texts of special tokens in chats that come by HTTP are special tokens: the tokenizer knows no other"
         )
     face = HttpFace(edge, gate, held, on_end, settings.cors_origins)
-    app = face.application()
-    ServiceRoutes(edge, is_ready).register(face, app)
-    OpenAiRoutes(edge, is_strict=settings.http_strict).register(face, app)
+    app = make_application(face, settings, is_ready)
     return HttpListener(app, settings.host, port, settings.tls_files, settings.max_connections)
+
+
+def make_application(face: HttpFace, settings: TokenizerSettings, is_ready: Callable[[], bool]) -> web.Application:
+    """Return everything that is served. Arguments as for `make_listener`."""
+    app = face.application()
+    ServiceRoutes(face.edge, is_ready).register(face, app)
+    OpenAiRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
+    return app

@@ -23,7 +23,7 @@ from services.tokenizer.rpc import CallGate
 _log = logging.getLogger(__name__)
 
 _JSON = "application/json"
-_CALL = "call"
+_CALL = web.RequestKey("call", HttpCall)
 
 Handler = Callable[[HttpCall], Awaitable[web.StreamResponse]]
 BodyHandler = Callable[[HttpCall, JsonObject, CallAccount], Awaitable[web.StreamResponse]]
@@ -66,7 +66,10 @@ class HttpFace:
             request[_CALL] = call
             return await self._serve(call, handler, error_body)
 
-        app.router.add_route(method, path, serve)
+        if method == hdrs.METH_GET:
+            app.router.add_get(path, serve)  # HEAD as well
+        else:
+            app.router.add_route(method, path, serve)
 
     def add_body(
         self, app: web.Application, path: str, handler: BodyHandler, error_body: ErrorBody = openai_error
@@ -147,6 +150,7 @@ class HttpFace:
             headers["x-request-id"] = call.request_id
         if self.gate.is_closed:
             response.force_close()
+            headers[hdrs.CONNECTION] = "close"
         if (origin := self._allowed_origin(request)) is None:
             return
         headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
