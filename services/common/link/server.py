@@ -92,20 +92,27 @@ class ServerLink:
         on_frame: Callable[[bytes], None],
         lease: float | None,
     ) -> None:
-        tasks = [asyncio.create_task(self._read(frames, on_frame)), asyncio.create_task(self._write(writer))]
+        reading = asyncio.create_task(self._read(frames, on_frame))
+        others = [asyncio.create_task(self._write(writer))]
         if lease is not None:
-            tasks.append(asyncio.create_task(self._watch(lease)))
+            others.append(asyncio.create_task(self._watch(lease)))
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait((reading, *others), return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            for task in tasks:
+            self._closed = True
+            # Not cancelled: a message that comes for a read that gRPC has under way, and nobody waits for, is never
+            # freed. The read ends with the call, which is over once this returns.
+            reading.add_done_callback(_take_result)
+            for task in others:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*others, return_exceptions=True)
 
     async def _read(self, frames: AsyncIterator[bytes], on_frame: Callable[[bytes], None]) -> None:
         async for frame in frames:
+            if self._closed:
+                return
             self._traffic.on_received(frame)
             self._num_received += 1
             on_frame(frame)
@@ -131,3 +138,9 @@ class ServerLink:
         while self._pending and (size := size + len(self._pending[0])) <= _MERGE_BYTES:
             frames.append(self._pending.popleft())
         return b"".join(frames)
+
+
+def _take_result(task: asyncio.Task[None]) -> None:
+    """Take how a task ended that nobody waits for, of which asyncio would complain."""
+    if not task.cancelled():
+        task.exception()

@@ -118,3 +118,35 @@ async def test_the_client_is_told_its_lease_and_a_silent_one_is_let_go() -> None
     assert ended.value.code is grpc.StatusCode.UNAVAILABLE
     told = link_pb2.ServerFrame.FromString(reader.messages[0]).welcome
     assert (told.model, told.lease_ns) == ("m", 200_000_000)
+
+
+@pytest.mark.parametrize("ends_by", ["close", "client cancels"])
+async def test_the_read_under_way_when_a_link_ends_is_left_to_end_with_the_call(ends_by: str) -> None:
+    """gRPC never frees a message that comes for a read that was cancelled: ended links would cost memory for good."""
+    call_over, reads = asyncio.Event(), list[str]()
+    taken = list[bytes]()
+
+    async def frames() -> AsyncIterator[bytes]:
+        try:
+            await call_over.wait()
+        except asyncio.CancelledError:
+            reads.append("cancelled")
+            raise
+        reads.append("ended")
+        yield b"late"
+
+    link, reader = ServerLink(), SlowReader()
+    serving = asyncio.create_task(link.run(b"welcome", frames(), reader, taken.append))
+    while not reader.messages:
+        await asyncio.sleep(0)
+    if ends_by == "close":
+        link.close()
+    else:
+        serving.cancel()
+    await asyncio.wait((serving,))
+    assert reads == []
+    call_over.set()
+    while not reads:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert (reads, taken) == (["ended"], [])
