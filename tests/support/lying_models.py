@@ -127,11 +127,12 @@ def is_fine(outcome: str) -> bool:
 
 def _work(results: Connection, waiting: list[Mutant], folder: Path, of: Callable[[Path], str]) -> None:
     torch.set_num_threads(1)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for mutant in waiting:
+        # From what the process has now: threads of former mutants leave address space behind.
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
             results.send(of(mutant.write(folder)))

@@ -197,12 +197,13 @@ def _hf_config(directory: Path) -> ModelConfig:
 
 
 def _gguf_config(file: GgufFile) -> ModelConfig:
-    if file.metadata.get("split.count", 1) not in (0, 1):
-        raise UnsupportedModelError("GGUF: split files are not supported; merge them into one with llama-gguf-split")
-    if _EMBEDDING not in file.tensors:
-        raise UnsupportedModelError(f"GGUF: the tensor {_EMBEDDING} is missing")
-    factors = file.dequantize(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in file.tensors else None
     try:
+        if file.metadata.get("split.count", 1) not in (0, 1):
+            message = "GGUF: split files are not supported; merge them into one with llama-gguf-split"
+            raise UnsupportedModelError(message)
+        if _EMBEDDING not in file.tensors:
+            raise UnsupportedModelError(f"GGUF: the tensor {_EMBEDDING} is missing")
+        factors = file.dequantize(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in file.tensors else None
         config = config_from_gguf(file.metadata, set(file.tensors), file.tensors[_EMBEDDING].shape[0], factors)
     except GgufError as error:  # values are decoded when asked for
         raise UnsupportedModelError(str(error)) from error

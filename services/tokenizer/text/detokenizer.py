@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 
 from tokenizers import Tokenizer
 
+from services.common.model_files import shown
 from services.tokenizer.text.byte_alphabet import byte_alphabet
 from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
@@ -106,8 +107,8 @@ class TokenTexts:
             detokenizer = _ByteLevelDetokenizer(self._bytes[skip_special_tokens], self._preceding)
         else:
             detokenizer = _PieceDetokenizer(self._pieces[skip_special_tokens], self._preceding)
-        if not detokenizer.is_complete and (shown := detokenizer.copy().flush()):
-            return _AfterIncompleteCharacter(detokenizer, shown)
+        if not detokenizer.is_complete and (pending := detokenizer.copy().flush()):
+            return _AfterIncompleteCharacter(detokenizer, pending)
         return detokenizer
 
 
@@ -314,5 +315,5 @@ def _piece_rule(spec: dict[str, Any]) -> _PieceRule:
         elif kind == "Strip" and fused and step["stop"] == 0 and not rule.strip_count:
             rule = replace(rule, strip=step["content"], strip_count=step["start"])
         else:
-            raise UnsupportedTokenizerError(f"tokenizer decoder {kind!r} is not supported in {json.dumps(spec)}")
+            raise UnsupportedTokenizerError(f"tokenizer decoder {kind!r} is not supported in {shown(spec)}")
     return rule

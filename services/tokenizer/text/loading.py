@@ -1,5 +1,6 @@
 """Load the tokenizer of a model: Hugging Face directory or GGUF file."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,21 @@ def load_model_tokenizer(model: Path) -> ModelTokenizer:
     """
     try:
         source = tokenizer_source(model)
-        if source.name == TOKENIZER_JSON:
-            return _load_directory(model)
-        return _load_gguf(source, end_token_ids(model))
+        is_directory = source.name == TOKENIZER_JSON
+        loaded = _load_directory(model) if is_directory else _load_gguf(source, end_token_ids(model))
+        _check_encodes(loaded.tokenizer, source)
+        return loaded
     except (TokenizerSourceError, ModelFileError, GgufError) as error:
         raise UnsupportedTokenizerError(str(error)) from error
+
+
+def _check_encodes(tokenizer: Tokenizer, path: Path) -> None:
+    """Encode a text: the library accepts files, post-processors above all, with which every call panics."""
+    for add_special_tokens in (False, True):
+        from_library(
+            partial(tokenizer.encode_batch_fast, ["a"], add_special_tokens=add_special_tokens),
+            f"{path}: the tokenizer cannot encode a text",
+        )
 
 
 def _load_gguf(path: Path, eos_token_ids: tuple[int, ...]) -> ModelTokenizer:
