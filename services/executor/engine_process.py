@@ -21,6 +21,7 @@ import grpc
 
 from scalellm.v1 import executor_pb2
 from services.common.errors import StatusError
+from services.common.json_lines import read_line
 from services.common.lifecycle import StartError
 from services.common.logs import LineLimit, configure_logging
 from services.executor.build import LoadedEngine, build_engine
@@ -210,7 +211,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = EngineChannel(socket.socket(fileno=int(sys.argv[1])))
     write_stacks_to(int(sys.argv[2]))
-    settings = ExecutorSettings.model_validate_json(sys.stdin.readline())
+    told = read_line(sys.stdin.buffer)
+    if told is None:  # the front has ended
+        return
+    settings = ExecutorSettings.model_validate(told)
     configure_logging("engine", settings)
 
     def progress(text: str) -> None:

@@ -6,14 +6,13 @@ import asyncio
 import enum
 import logging
 import os
-import signal
 import socket
-import sys
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from scalellm.v1 import executor_pb2, link_pb2
 from services.common.child_environment import child_environment
+from services.common.child_process import ChildProcess, Restarts, describe_exit, python_module
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.lifecycle import StartError
@@ -72,7 +71,7 @@ class EngineSupervisor:
         self._ports: dict[int, LinkPort] = {}
         self._next_link = 1
         self._channel: FrontChannel | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: ChildProcess | None = None
         self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._ready = False
         self._draining = False
@@ -164,31 +163,30 @@ class EngineSupervisor:
         The engine holds nothing that outlives it, so it is ended by killing it.
         """
         self._on_ready = on_ready
-        failures = 0
+        restarts = Restarts(self._settings.max_engine_restarts, first_delay=_RESTART_DELAY)
         while True:
-            was_ready = await self._run_once()
-            failures = 0 if was_ready else failures + 1
-            if failures > self._settings.max_engine_restarts:
-                raise StartError(f"the engine died {failures} times in a row while starting; its log lines are above")
-            await asyncio.sleep(_RESTART_DELAY * 2**failures)
+            if await self._run_once():
+                restarts.forget()
+            delay = restarts.crashed()
+            if delay is None:
+                raise StartError(
+                    f"the engine died {restarts.num_crashes} times in a row while starting; its log lines are above"
+                )
+            await asyncio.sleep(delay)
 
     async def _run_once(self) -> bool:
         """One engine, to its end. Whether it was ever ready."""
         ours, theirs = socket.socketpair()
         self._stacks = StackFile()
         with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "services.executor.engine_process",
-                str(theirs.fileno()),
-                str(self._stacks.fileno()),
-                stdin=asyncio.subprocess.PIPE,
-                pass_fds=(theirs.fileno(), self._stacks.fileno()),
-                env=engine_environment(os.environ),
+            descriptors = (theirs.fileno(), self._stacks.fileno())
+            self._process = await ChildProcess.start(
+                python_module("services.executor.engine_process", *map(str, descriptors)),
+                engine_environment(os.environ),
+                output=None,
+                pass_fds=descriptors,
             )
-        assert self._process.stdin is not None
-        self._process.stdin.write(self._settings.model_dump_json().encode() + b"\n")
+        self._process.tell(self._settings.model_dump(mode="json"))
         self._channel = FrontChannel(self._on_message)
         try:
             await self._channel.open(ours)
@@ -200,7 +198,7 @@ class EngineSupervisor:
                 return True
             code = await self._process.wait()
             self.engine_ends[EngineEnd.CRASH] += 1
-            _log.error("the engine process ended with %s, its requests are lost here", _describe_exit(code))
+            _log.error("the engine process ended with %s, its requests are lost here", describe_exit(code))
             if report := self._stacks.read():
                 _log.error("where it was:\n%s", report)
             return self._ready
@@ -272,9 +270,8 @@ class EngineSupervisor:
         ports, self._ports = self._ports, {}
         for port in ports.values():
             port.on_end(error)
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
+        if self._process is not None:
+            await self._process.kill()
         self._process = None
 
 
@@ -286,7 +283,3 @@ def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """
     defaults = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
     return defaults | child_environment(environment)
-
-
-def _describe_exit(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
-import signal
-import sys
-import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 from services.common.child_environment import EXPORT, child_environment
+from services.common.child_process import ChildProcess, Restarts, describe_exit, python_module
 from services.common.lifecycle import StartError
 from services.tokenizer.config import TokenizerSettings
 
 _log = logging.getLogger(__name__)
 
 _CRASH_WINDOW = 60.0
-_FIRST_DELAY = 0.1
 _KILL_MARGIN = 5.0
 """Seconds beyond the drain limit that a worker gets to end by itself."""
 
@@ -53,7 +48,7 @@ class Supervisor:
         if metrics_folder is not None:
             # prometheus_client takes it from the environment, at import.
             self._environment["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder)
-        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._processes: dict[int, ChildProcess] = {}
         self._serving: set[int] = set()
         self._stop = asyncio.Event()
 
@@ -82,24 +77,19 @@ class Supervisor:
     async def stop(self) -> None:
         """Let the workers drain and end; kill what is not gone in time. `run` returns after that."""
         self._stop.set()
-        for process in self._processes.values():
-            if process.returncode is None:
-                process.terminate()
-        try:
-            async with asyncio.timeout(self._settings.drain_limit_s + _KILL_MARGIN):
-                await asyncio.gather(*(process.wait() for process in self._processes.values()))
-        except TimeoutError:
-            _log.error("a worker does not end; killing it")
-            await self._kill_all()
+        limit = self._settings.drain_limit_s + _KILL_MARGIN
+        ended = await asyncio.gather(*(process.end(limit) for process in self._processes.values()))
+        if not all(ended):
+            _log.error("%d workers did not end in time and were killed", ended.count(False))
 
     async def _keep(self, index: int, on_ready: Callable[[], None]) -> None:
-        crashes: deque[float] = deque()
+        restarts = Restarts(self._settings.max_worker_restarts, window=_CRASH_WINDOW)
         while not self._stop.is_set():
-            process = await self._spawn()
+            process = await self._start()
             self._processes[index] = process
             if self._stop.is_set():
                 process.terminate()
-            if await _serves(process):
+            if await self._serves(process):
                 is_news = index not in self._serving
                 self._serving.add(index)
                 if is_news and len(self._serving) == self._settings.workers:
@@ -108,53 +98,25 @@ class Supervisor:
             if self._stop.is_set():
                 return
             self._on_crash(process.pid)
-            now = time.monotonic()
-            crashes.append(now)
-            while crashes[0] < now - _CRASH_WINDOW:
-                crashes.popleft()
-            if len(crashes) > self._settings.max_worker_restarts:
+            delay = restarts.crashed()
+            if delay is None:
                 raise StartError(
-                    f"worker {index} ended {len(crashes)} times within a minute, the last time with "
-                    f"{_describe_exit(code)}; its log lines are above"
+                    f"worker {index} ended {restarts.num_crashes} times within a minute, the last time with "
+                    f"{describe_exit(code)}; its log lines are above"
                 )
-            _log.error("worker %d (pid %d) ended with %s; starting it again", index, process.pid, _describe_exit(code))
-            await asyncio.sleep(_FIRST_DELAY * 2 ** (len(crashes) - 1))
+            _log.error("worker %d (pid %d) ended with %s; starting it again", index, process.pid, describe_exit(code))
+            await asyncio.sleep(delay)
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.tokenizer.worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=self._environment,
-            # Ctrl-C goes to the terminal's whole process group; the workers are told by us.
-            start_new_session=True,
-        )
-        assert process.stdin is not None
-        # Not on the command line: the settings may hold secrets.
-        assignment = {"settings": self._settings.model_dump(mode="json"), **self._ports}
-        process.stdin.write(json.dumps(assignment).encode() + b"\n")
-        return process
+    async def _start(self) -> ChildProcess:
+        # Ctrl-C goes to the whole process group of a terminal; here the parent tells the workers.
+        return await ChildProcess.start(python_module("services.tokenizer.worker"), self._environment, own_session=True)
+
+    async def _serves(self, process: ChildProcess) -> bool:
+        """Wait for a worker's first report. False when it ended without one; raises StartError when it cannot start."""
+        report = await process.ask({"settings": self._settings.model_dump(mode="json"), **self._ports})
+        if report is not None and "error" in report:
+            raise StartError(report["error"])
+        return report is not None
 
     async def _kill_all(self) -> None:
-        for process in self._processes.values():
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-
-
-async def _serves(process: asyncio.subprocess.Process) -> bool:
-    """Wait for a worker's first report. False when it ended without one; raises StartError when it cannot start."""
-    assert process.stdout is not None
-    line = await process.stdout.readline()
-    if not line:
-        return False
-    report: dict[str, str] = json.loads(line)
-    if "error" in report:
-        raise StartError(report["error"])
-    return True
-
-
-def _describe_exit(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        await asyncio.gather(*(process.kill() for process in self._processes.values()))

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 import uvloop
@@ -25,6 +23,7 @@ from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
 from services.common.access import Access, open_access
 from services.common.api_keys import Tenant
+from services.common.json_lines import read_line, write_line
 from services.common.lifecycle import LAST_WORDS, GrpcService, StartError, stop_event
 from services.common.logs import configure_logging
 from services.common.metrics import LoopLag
@@ -275,12 +274,14 @@ async def _watch_stdin() -> asyncio.Event:
 
 
 def _report(**values: str) -> None:
-    print(json.dumps(values), flush=True)
+    write_line(sys.stdout.buffer, values)
 
 
 def main() -> int:
     """Take the assignment, serve, and return the exit code."""
-    assignment: Mapping[str, Any] = json.loads(sys.stdin.buffer.readline())
+    assignment = read_line(sys.stdin.buffer)
+    if assignment is None:  # the supervisor has ended
+        return 1
     settings = TokenizerSettings.model_validate(assignment["settings"])
     configure_logging("tokenizer", settings)
     try:

@@ -6,19 +6,21 @@ round trip over a pipe. Data crosses as JSON, so the template sees plain values 
 """
 
 import asyncio
-import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from services.common.child_environment import child_environment
-from services.tokenizer.text.chat_render_process import LENGTH
+from services.common.child_process import ChildProcess, python_module
 from services.tokenizer.text.chat_template import ChatTemplateError
 from services.tokenizer.text.turns import Job, Turns
 
 _START_SECONDS = 120.0
+
+# JSON in ASCII takes at most so many bytes for a character: two escapes for one beyond the first plane.
+_BYTES_PER_CHAR = 12
+_MAX_ERROR_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class ChatRenderer:
         self._source = source
         self._special_tokens = dict(special_tokens)
         self._limits = limits or RenderLimits()
-        self._child: asyncio.subprocess.Process | None = None
+        self._child: ChildProcess | None = None
         self._renders: Turns[_Render] = Turns()
         self._worker: asyncio.Task[None] | None = None
 
@@ -106,31 +108,27 @@ class ChatRenderer:
         child = await self._running_child()
         try:
             async with asyncio.timeout(self._limits.time_limit):
-                answer = await _exchange(child, request)
+                answer = await child.ask(request)
         except TimeoutError:
             await self._kill()
             raise ChatTemplateError(
                 f"the chat template takes longer than the limit of {self._limits.time_limit:g} s"
             ) from None
-        except (asyncio.IncompleteReadError, ConnectionError):
+        if answer is None:
             await self._kill()
-            raise ChatTemplateError("the chat template brought its process down: out of memory or time") from None
+            raise ChatTemplateError("the chat template brought its process down: out of memory or time")
         if "error" in answer:
             raise ChatTemplateError(answer["error"])
         text: str = answer["text"]
         return text
 
-    async def _running_child(self) -> asyncio.subprocess.Process:
-        if self._child is not None and self._child.returncode is None:
+    async def _running_child(self) -> ChildProcess:
+        if self._child is not None and self._child.is_running:
             return self._child
-        pipe = asyncio.subprocess.PIPE
-        self._child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "services.tokenizer.text.chat_render_process",
-            stdin=pipe,
-            stdout=pipe,
-            env=child_environment(os.environ),
+        self._child = await ChildProcess.start(
+            python_module("services.tokenizer.text.chat_render_process"),
+            child_environment(os.environ),
+            max_answer=self._limits.max_chars * _BYTES_PER_CHAR + _MAX_ERROR_BYTES,
         )
         setup = {
             "source": self._source,
@@ -139,12 +137,15 @@ class ChatRenderer:
             "max_chars": self._limits.max_chars,
             "memory_bytes": self._limits.memory_bytes,
         }
+        answer = None
         try:
             async with asyncio.timeout(_START_SECONDS):
-                answer = await _exchange(self._child, setup)
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
+                answer = await self._child.ask(setup)
+        except TimeoutError:
+            pass
+        if answer is None:
             await self._kill()
-            raise ChatTemplateError("the process that renders chat templates does not start") from error
+            raise ChatTemplateError("the process that renders chat templates does not start")
         if "error" in answer:
             await self._kill()
             raise ChatTemplateError(answer["error"])
@@ -153,17 +154,4 @@ class ChatRenderer:
     async def _kill(self) -> None:
         child, self._child = self._child, None
         if child is not None:
-            if child.returncode is None:
-                child.kill()
-            await child.wait()
-
-
-async def _exchange(child: asyncio.subprocess.Process, request: Mapping[str, Any]) -> dict[str, Any]:
-    assert child.stdin is not None
-    assert child.stdout is not None
-    data = json.dumps(request).encode("ascii")
-    child.stdin.write(LENGTH.pack(len(data)) + data)
-    await child.stdin.drain()
-    (length,) = LENGTH.unpack(await child.stdout.readexactly(LENGTH.size))
-    answer: dict[str, Any] = json.loads(await child.stdout.readexactly(length))
-    return answer
+            await child.kill()
