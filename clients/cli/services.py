@@ -38,7 +38,7 @@ from services.common.addresses import bare_host
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 # What `status` leaves out, in this order, where one line per service needs it; --json and a pipe have all of it.
-_OPTIONAL_COLUMNS = ("compute", "model", "memory", "address", "up")
+_OPTIONAL_COLUMNS = ("compute", "restarts", "model", "memory", "address", "up")
 _ANY_WIDTH = 1000
 
 DEFAULT_PROMPT = "What is the capital of France, and what is it known for?"
@@ -46,6 +46,9 @@ DEFAULT_PROMPT = "What is the capital of France, and what is it known for?"
 UP_HELP = """Start Redis, the executors, the scheduler and the tokenizer in the background.
 
 Returns once all of them are healthy. A model of the catalogue is fetched first if it is not here.
+
+What ends on its own is started again, where it was, until `down`; a service that crashes too often is given up
+(see: scalellm status). Run again, `up` starts what is missing and leaves the rest as it is.
 
 \b
 Examples:
@@ -127,6 +130,9 @@ def up(
     ] = None,
     drain_limit: Annotated[float, typer.Option(min=0, help="Seconds for running requests on `down`.")] = 30.0,
     start_limit: Annotated[float, typer.Option(min=1, help="Seconds for a service to become healthy.")] = 600.0,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Crashes of a service in ten minutes after which it is started again.")
+    ] = 5,
 ) -> None:
     """Start everything."""
     context = CliContext.of(ctx)
@@ -147,6 +153,7 @@ def up(
         engine=executor,
         drain_limit=drain_limit,
         start_limit=start_limit,
+        max_restarts=max_restarts,
     )
     state = _bring_up(context, options)
     write_line(f"ScaleLLM serves {state.model} at {state.public_address}{_http(state.http_address)}")
@@ -189,12 +196,16 @@ def status(
         context.out.print(f"{found.model} at {where}", soft_wrap=True)
         context.table(_fitting_status_table(context.out, found.services))
         for service in found.services:
+            if restarts := str(service.restarts):
+                context.out.print(Text(f"{service.name}: {restarts}"), soft_wrap=True)
             if service.last_error:
                 context.out.print(Text(f"{service.name}: {service.last_error}"), soft_wrap=True)
                 if service.log:
                     context.out.print(Text(f"  log: {service.log}"), soft_wrap=True)
+    if not found.supervised:
+        context.warn("nobody supervises: what ends is not started again; put that right with: scalellm up")
     if not found.healthy:
-        context.error("not healthy; start afresh with: scalellm down && scalellm up")
+        context.error("not healthy; start what is missing with: scalellm up")
         raise typer.Exit(ExitCode.FAILED)
 
 
@@ -273,6 +284,8 @@ def _bring_down(context: CliContext, limit: float | None) -> ExitCode:
     result = bring_down(context.instance, on_stopping, limit)
     if result.crashed:
         context.warn(f"{', '.join(result.crashed)} had crashed before")
+    if result.restarted:
+        context.warn(f"{', '.join(result.restarted)} had crashed and been started again")
     if result.killed:
         context.warn(f"{', '.join(result.killed)} did not end in time and was killed")
     if result.logs:
@@ -293,11 +306,13 @@ def _fitting_status_table(console: Terminal, services: tuple[ServiceStatus, ...]
 def _status_table(services: tuple[ServiceStatus, ...], left_out: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     rows = [_status_cells(service) for service in services]
+    if not any(service.restarts.count for service in services):
+        left_out = (*left_out, "restarts")
     columns = [column for column in rows[0] if column not in left_out]
     for column in columns:
         # On a narrow terminal these three go on in the next line, and the others stay as they are.
         can_fold = column in ("address", "load", "model", "compute")
-        justify: JustifyMethod = "right" if column in ("pid", "up", "memory") else "left"
+        justify: JustifyMethod = "right" if column in ("pid", "up", "restarts", "memory") else "left"
         table.add_column(column, no_wrap=not can_fold, overflow="fold", justify=justify)
     for row in rows:
         table.add_row(*(row[column] for column in columns))
@@ -311,6 +326,7 @@ def _status_cells(service: ServiceStatus) -> dict[str, str | Text]:
         "pid": "-" if service.pid is None else str(service.pid),
         "address": service.address or "-",
         "up": "-" if service.uptime_s is None else _duration(service.uptime_s),
+        "restarts": str(service.restarts.count),
         "memory": "-" if service.memory_bytes is None else f"{service.memory_bytes / 2**20:.0f} MiB",
         "load": _load(service.load),
         "model": service.model or "-",

@@ -10,8 +10,9 @@ import termios
 import time
 import tty
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -24,6 +25,7 @@ from clients.cli.context import CliContext, CliError, ExitCode
 from clients.cli.output import one_line
 from clients.cli.top_figures import Scrape, Window, increase, quantile, rate, scrape
 from clients.launcher import NotRunningError
+from clients.launcher.instance import ServiceRecord
 from services.common.addresses import local_address
 
 HELP = """Show live what the services do: requests, tokens, latencies, caches.
@@ -45,6 +47,7 @@ _BAR = 10
 _ORDER = {"tokenizer": 0, "scheduler": 1, "executor": 2}
 _HUGE = 1e12
 _REQUESTS = "scalellm_tokenizer_requests"
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def top(
@@ -65,7 +68,7 @@ def top(
         first = scrape(addresses, tls)
         time.sleep(interval)
         window = Window(first, scrape(addresses, tls))
-        context.table(frame(window))
+        context.table(frame(window, _restarts(context)))
         if any(not new.samples for _, new in window.pairs):
             raise typer.Exit(ExitCode.FAILED)
         return
@@ -78,7 +81,7 @@ def top(
                 history.append(scrape(addresses, tls))
                 while len(history) > 2 and history[1][0].at < history[-1][0].at - _WINDOW:
                     history.popleft()
-                live.update(frame(Window(history[0], history[-1])), refresh=True)
+                live.update(frame(Window(history[0], history[-1]), _restarts(context)), refresh=True)
     except KeyboardInterrupt:  # the way to end it, not an interruption
         return
 
@@ -94,14 +97,30 @@ def _addresses(context: CliContext) -> list[str]:
     return found
 
 
-def frame(window: Window) -> RenderableType:
-    """One frame."""
+def _restarts(context: CliContext) -> dict[str, str]:
+    """How often the services of the instance were started again, and why the last time, by metrics address."""
+    state = context.instance.load()
+    services = state.services if state is not None else ()
+    return {
+        local_address(service.metrics_address): _restarts_of(service) for service in services if service.metrics_address
+    }
+
+
+def _restarts_of(service: ServiceRecord) -> str:
+    if not service.ended_at:
+        return "0"
+    count = "given up" if service.given_up else str(service.restarts)
+    return f"{count} ({time.strftime('%H:%M:%S', time.localtime(service.ended_at))} {service.reason})"
+
+
+def frame(window: Window, restarts: Mapping[str, str] = _NOTHING) -> RenderableType:
+    """One frame. `restarts`: of each service, by the address of its metrics, as far as they are known."""
     title = Text(f"scalellm top   {time.strftime('%H:%M:%S')}", style="bold")
-    return Group(title, Text(), _services(window), Text(), _figures(window), Text(), _executors(window))
+    return Group(title, Text(), _services(window, restarts), Text(), _figures(window), Text(), _executors(window))
 
 
-def _services(window: Window) -> Table:
-    table = _table("service", "metrics", "health", "cpu", "memory")
+def _services(window: Window, restarts: Mapping[str, str]) -> Table:
+    table = _table("service", "metrics", "health", "cpu", "memory", *(("restarts",) if restarts else ()))
     for old, new in sorted(window.pairs, key=lambda pair: (_ORDER.get(pair[1].service, len(_ORDER)), pair[1].address)):
         health = _health(new)
         table.add_row(
@@ -110,6 +129,7 @@ def _services(window: Window) -> Table:
             Text(health, style="green" if health == "ok" else "bold red"),
             _shown(100 * rate(old, new, "scalellm_process_cpu_seconds_total"), " %"),
             _shown(new.total("scalellm_process_resident_memory_bytes") / 2**20, " MiB"),
+            *((restarts.get(new.address, "-"),) if restarts else ()),
         )
     return table
 
@@ -185,7 +205,7 @@ def _executors(window: Window) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for number, column in enumerate(columns):
-        right = number > 0 and column not in ("metrics", "health", "KV cache")
+        right = number > 0 and column not in ("metrics", "health", "restarts", "KV cache")
         table.add_column(column, no_wrap=True, justify="right" if right else "left")
     return table
 

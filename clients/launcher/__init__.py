@@ -3,9 +3,11 @@
 from clients.launcher.down import DownResult, bring_down
 from clients.launcher.errors import LauncherError, NotRunningError
 from clients.launcher.instance import Instance, State
+from clients.launcher.launch import Report
 from clients.launcher.plan import PUBLIC_PORT, EngineKind, UpOptions
 from clients.launcher.status import InstanceStatus, ServiceStatus, read_status
-from clients.launcher.up import Report, bring_up, check_not_running, running_state
+from clients.launcher.supervision import check_not_running, running_state
+from clients.launcher.up import bring_up
 
 __all__ = [
     "PUBLIC_PORT",

@@ -9,6 +9,7 @@ from clients.launcher.errors import NotRunningError
 from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance
 from clients.launcher.processes import find, terminate
 from clients.launcher.redis_server import remove_scratch
+from clients.launcher.supervision import stand_down
 
 # Work comes in at the front: each service is gone before what it sends its work to.
 _ORDER = (TOKENIZER, SCHEDULER, EXECUTOR, REDIS)
@@ -19,11 +20,16 @@ _MARGIN = 5.0
 
 @dataclass(frozen=True, slots=True)
 class DownResult:
-    """How it went. `crashed` had ended before, `killed` did not end in time; `logs` is where the logs are, if kept."""
+    """How it went.
+
+    `crashed` had ended before, and may hold the supervisor; `killed` did not end in time; `restarted` had crashed and
+    been started again; `logs` is where the logs are, if kept.
+    """
 
     stopped: tuple[str, ...]
     crashed: tuple[str, ...]
     killed: tuple[str, ...]
+    restarted: tuple[str, ...]
     logs: str
 
 
@@ -44,7 +50,11 @@ def bring_down(instance: Instance, on_stopping: Callable[[str], None], limit: fl
         if state is None:
             instance.remove(keep_logs=True)
             raise NotRunningError(f"not running (instance {instance.name!r})")
+        was_supervised = stand_down(instance)
+        state = instance.load() or state
         crashed = [service.name for service in state.services if not find(service)]
+        if state.supervisor is not None and not was_supervised:
+            crashed.append(state.supervisor.name)
         stopped: list[str] = []
         killed: list[str] = []
         for kind in _ORDER:
@@ -58,6 +68,8 @@ def bring_down(instance: Instance, on_stopping: Callable[[str], None], limit: fl
             killed += left
             stopped += [service.name for service in services if service.name not in (*left, *crashed)]
         remove_scratch(state.scratch)
-        keep_logs = bool(crashed or killed)
+        restarted = tuple(service.name for service in state.services if service.restarts)
+        keep_logs = bool(crashed or killed or restarted)
         instance.remove(keep_logs=keep_logs)
-    return DownResult(tuple(stopped), tuple(crashed), tuple(killed), str(instance.logs) if keep_logs else "")
+    logs = str(instance.logs) if keep_logs else ""
+    return DownResult(tuple(stopped), tuple(crashed), tuple(killed), restarted, logs)

@@ -1,7 +1,8 @@
 """What the launcher remembers of an instance: `<home>/run/<name>/`, gone once the instance is down.
 
-The folder holds the state file, the services' logs and announced addresses, and the embedded Redis's socket. It is also
-the lock: one `up` or `down` at a time holds an flock on it, which the kernel releases whatever happens to its holder.
+The folder holds the state file, the services' logs and announced addresses, and the embedded Redis's socket and data.
+It is also the lock: one `up` or `down` at a time holds an flock on it, which the kernel releases whatever happens to
+its holder. The state file has one writer, the supervisor.
 
 What is in there names processes to end and a Redis with its password, so `run` and all below it is this user's alone:
 links are not followed, and what belongs to somebody else is refused. `<home>` itself may be a link.
@@ -17,15 +18,17 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from clients.launcher.errors import LauncherError
 from services.common.new_file import write_new
 
 REDIS, EXECUTOR, SCHEDULER, TOKENIZER = "redis", "executor", "scheduler", "tokenizer"
+SUPERVISOR = "supervisor"
 _KINDS = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
 
 # Another launcher removes the folder once; a file system on which it cannot be made (/proc) says "not found" for ever.
@@ -40,6 +43,9 @@ class ServiceRecord:
 
     `create_time` (seconds since the epoch, from psutil) tells the process from a later one with the same pid.
     `address` is host:port, or a socket's path for Redis; empty until the service has announced it.
+
+    `restarts` counts how often the supervisor has started it again; `ended_at` (seconds since the epoch) and `reason`
+    are when and how it ended the last time. `given_up` says why it is not started again; empty while it is.
     """
 
     name: str
@@ -50,17 +56,29 @@ class ServiceRecord:
     address: str = ""
     metrics_address: str = ""
     http_address: str = ""
+    restarts: int = 0
+    ended_at: float = 0.0
+    reason: str = ""
+    given_up: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """An instance as last written. `redis_url` is what the services were given, the embedded one's or the user's."""
+    """An instance as last written.
+
+    `redis_url` is what the services were given, the embedded one's or the user's. `asked` is what `up` was asked for,
+    but for environment variables. `supervisor` is the process that keeps the services running, unless it was told to
+    leave them alone; `in_foreground`: it is a `scalellm up --foreground`, which ends with them.
+    """
 
     model: str
     redis_url: str
     drain_limit: float
     services: tuple[ServiceRecord, ...] = ()
     scratch: str = ""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    supervisor: ServiceRecord | None = None
+    in_foreground: bool = False
 
     def with_service(self, record: ServiceRecord) -> State:
         """The same with `record` added, or in place of the one with its name."""
@@ -71,6 +89,10 @@ class State:
     def of_kind(self, kind: str) -> tuple[ServiceRecord, ...]:
         """The services of one kind, in the order in which they were started."""
         return tuple(service for service in self.services if service.kind == kind)
+
+    def service(self, name: str) -> ServiceRecord:
+        """The service of this name."""
+        return next(service for service in self.services if service.name == name)
 
     @property
     def http_address(self) -> str:
@@ -97,9 +119,11 @@ class Instance:
         if not _NAME.fullmatch(name):
             raise LauncherError(f"instance name {name!r}: use 1 to 64 letters, digits, dots, dashes or underscores")
         self.name = name
-        self.folder = home.absolute() / "run" / name
+        self.home = home.absolute()
+        self.folder = self.home / "run" / name
         self.logs = self.folder / "logs"
         self.link_token = self.folder / "link.token"
+        self.redis_data = self.folder / "redis"
         self._state_file = self.folder / "state.json"
 
     @contextmanager
@@ -132,7 +156,14 @@ class Instance:
         """The state as last written; None when nothing was started."""
         try:
             raw = json.loads(self._read_own(self._state_file))
-            return State(**{**raw, "services": tuple(ServiceRecord(**service) for service in raw["services"])})
+            supervisor = raw.get("supervisor")
+            return State(
+                **{
+                    **raw,
+                    "services": tuple(ServiceRecord(**service) for service in raw["services"]),
+                    "supervisor": supervisor and ServiceRecord(**supervisor),
+                }
+            )
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -173,13 +204,18 @@ class Instance:
         """Where a service says at which address it listens."""
         return self.folder / f"{service}.address"
 
-    def remove(self, *, keep_logs: bool) -> None:
-        """Forget the instance: remove its folder, or all of it but the logs, if there are any."""
-        if not keep_logs or not any(self.logs.iterdir()):
+    def remove(self, *, keep_logs: bool, keep_data: bool = False) -> None:
+        """Forget the instance: remove its folder, or all of it but the logs and the embedded Redis's data."""
+        kept = [folder for folder, is_kept in ((self.logs, keep_logs), (self.redis_data, keep_data)) if is_kept]
+        if not any(folder.exists() and any(folder.iterdir()) for folder in kept):
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         for path in self.folder.iterdir():
-            if path != self.logs:
+            if path in kept:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
 
 

@@ -7,9 +7,10 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -57,6 +58,7 @@ class UpOptions:
         engine: What they run.
         drain_limit: Seconds that running requests get to finish on `down`.
         start_limit: Seconds that a service gets to become healthy.
+        max_restarts: Crashes of a service within ten minutes that are followed by a restart; the next one is not.
         programs: Command per kind of service, before its options.
     """
 
@@ -74,7 +76,23 @@ class UpOptions:
     engine: EngineKind = EngineKind.MODEL
     drain_limit: float = 30.0
     start_limit: float = 600.0
+    max_restarts: int = 5
     programs: Mapping[str, Sequence[str]] = field(default_factory=_service_modules)
+
+    def to_message(self) -> dict[str, Any]:
+        """As JSON can hold it; with the environment, and the secrets in there."""
+        return {**asdict(self), "model_path": str(self.model_path), "home": str(self.home)}
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> UpOptions:
+        """The options that became `message`."""
+        paths = {name: Path(message[name]) for name in ("model_path", "home")}
+        return cls(**{**message, **paths, "engine": EngineKind(message["engine"])})
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What tells two instances apart: all but the environment and the commands."""
+        return {name: value for name, value in self.to_message().items() if name not in ("environment", "programs")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import psutil
 from clients.launcher.errors import LauncherError
 from clients.launcher.instance import ServiceRecord
 from services.common.child_environment import SERVICE_LOG
+from services.common.child_process import ChildProcess
 from services.common.log_file import log_files
 from services.common.new_file import create_file
 
@@ -24,33 +26,80 @@ _CLOCK_SLACK = 5.0
 # A killed process is gone within milliseconds, unless it waits for a device that does not answer.
 _KILL_LIMIT = 5.0
 
+_POLL = 0.5
 _LAST_LINES = 40
 _LAST_BYTES = 16_384
 
 
-def spawn(
-    name: str, kind: str, command: Sequence[str], log: Path, environment: Mapping[str, str]
-) -> tuple[ServiceRecord, subprocess.Popen[bytes]]:
-    """Start `command` as the leader of a new session, without input, with its output in the new file `log`."""
+class FoundProcess:
+    """The process of a service that another supervisor has started.
+
+    Args:
+        record: Which.
+    """
+
+    def __init__(self, record: ServiceRecord) -> None:
+        self._record = record
+
+    @property
+    def is_running(self) -> bool:
+        """False once it has ended."""
+        return find(self._record) is not None
+
+    async def wait(self) -> None:
+        """Return once it has ended; how, only the one who started it is told."""
+        while self.is_running:  # noqa: ASYNC110 - nobody here sets an event
+            await asyncio.sleep(_POLL)
+
+
+async def spawn(
+    name: str, kind: str, command: Sequence[str], log: Path, environment: Mapping[str, str], *, again: bool = False
+) -> tuple[ServiceRecord, ChildProcess]:
+    """Start `command` as the leader of a new session, without input, with its output in the file `log`.
+
+    Args:
+        name: Of the service.
+        kind: Of the service.
+        command: Program and arguments.
+        log: A new file; with `again`, its output goes on in the file that is there.
+        environment: All its variables.
+        again: The service is started again.
+
+    Raises LauncherError.
+    """
+    output = _open_log(log, again)
+    try:
+        process = await ChildProcess.start(
+            command,
+            {**environment, SERVICE_LOG: str(log)},
+            listens=False,
+            output=output,
+            errors=output,
+            own_session=True,
+        )
+    except OSError as error:
+        raise LauncherError(f"cannot start {name}: {command[0]}: {error.strerror}") from None
+    finally:
+        os.close(output)
+    return record_of(process.pid, name, kind, log), process
+
+
+def _open_log(log: Path, again: bool) -> int:
+    if again:
+        with contextlib.suppress(OSError):
+            return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     for old in log_files(log):
         old.unlink(missing_ok=True)
-    with open(create_file(log, flags=os.O_APPEND), "ab") as output:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**environment, SERVICE_LOG: str(log)},
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise LauncherError(f"cannot start {name}: {command[0]}: {error.strerror}") from None
+    return create_file(log, flags=os.O_APPEND)
+
+
+def record_of(pid: int, name: str, kind: str, log: Path) -> ServiceRecord:
+    """What tells a process that was just started from a later one with its number."""
     try:
-        create_time = psutil.Process(process.pid).create_time()
+        create_time = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:  # it is our child and not waited for, so only a reaper could have taken it
         create_time = time.time()
-    return ServiceRecord(name=name, kind=kind, pid=process.pid, create_time=create_time, log=str(log)), process
+    return ServiceRecord(name=name, kind=kind, pid=pid, create_time=create_time, log=str(log))
 
 
 def find(record: ServiceRecord) -> psutil.Process | None:

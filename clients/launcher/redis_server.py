@@ -37,10 +37,11 @@ class RedisHealth:
 
 def check_redis(url: str, timeout: float = 2.0) -> RedisHealth:
     """Try what the services do with the Redis at `url`; answers within about `timeout` seconds."""
-    return asyncio.run(_check_redis(url, timeout))
+    return asyncio.run(ask_redis(url, timeout))
 
 
-async def _check_redis(url: str, timeout: float) -> RedisHealth:
+async def ask_redis(url: str, timeout: float = 2.0) -> RedisHealth:
+    """The same on an event loop that runs."""
     # Not at the top: a third of what the command line would import, and most commands need none.
     from redis import exceptions
 
@@ -97,10 +98,14 @@ def choose_socket(folder: Path) -> tuple[Path, str]:
 
 
 def redis_command(executable: str, socket: Path, folder: Path) -> list[str]:
-    """The command of an embedded Redis: reachable by this user only, in memory only, bounded."""
+    """The command of an embedded Redis: reachable by this user only, bounded, its data in `folder`.
+
+    Every write is in the kernel before it is answered, so a Redis that is killed and started again has lost nothing; a
+    machine that loses power takes the last second with it.
+    """
     return [
         *(executable, "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"),
-        *("--save", "", "--appendonly", "no", "--dir", str(folder)),
+        *("--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--dir", str(folder)),
         *("--maxmemory", MAX_MEMORY, "--maxmemory-policy", "volatile-ttl", "--daemonize", "no"),
     ]
 

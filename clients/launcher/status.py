@@ -17,11 +17,33 @@ from clients.launcher.health import Probe
 from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
 from clients.launcher.processes import find, last_error
 from clients.launcher.redis_server import check_redis, shown
+from clients.launcher.supervision import supervisor_of
 from scalellm.v1.scheduler_pb2 import ExecutorPhase
 from services.common.health_check import SERVING
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _EXPECTED = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
+
+
+@dataclass(frozen=True, slots=True)
+class Restarts:
+    """How often a service was started again; when (seconds since the epoch) and how it ended the last time."""
+
+    count: int = 0
+    last_end: float | None = None
+    last_reason: str = ""
+
+    @classmethod
+    def of(cls, record: ServiceRecord) -> Restarts:
+        """As recorded."""
+        return cls(record.restarts, record.ended_at or None, record.reason)
+
+    def __str__(self) -> str:
+        if self.last_end is None:
+            return ""
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.last_end))
+        times = "once" if self.count == 1 else f"{self.count} times"
+        return f"restarted {times}; it last ended at {at}: {self.last_reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +68,22 @@ class ServiceStatus:
     load: Mapping[str, int] = field(default_factory=dict)
     last_error: str = ""
     log: str = ""
+    restarts: Restarts = Restarts()
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """An instance. `healthy` is True when every service is there and serving. Both addresses are host:port."""
+    """An instance. Both addresses are host:port.
+
+    `healthy` is True when every service is there and serving; `supervised`, while somebody starts again what ends.
+    """
 
     instance: str
     model: str
     address: str
     http_address: str
     healthy: bool
+    supervised: bool
     services: tuple[ServiceStatus, ...]
 
 
@@ -77,23 +104,30 @@ def read_status(instance: Instance, environment: Mapping[str, str] = _NOTHING) -
         if not state.of_kind(REDIS):
             services.insert(0, _read_redis(ServiceStatus(REDIS, REDIS, SERVING, shown(state.redis_url)), state))
     complete = {service.kind for service in services} == set(_EXPECTED)
-    healthy = complete and all(service.health == SERVING for service in services)
     return InstanceStatus(
-        instance.name, state.model, state.public_address, state.http_address, healthy, tuple(services)
+        instance=instance.name,
+        model=state.model,
+        address=state.public_address,
+        http_address=state.http_address,
+        healthy=complete and all(service.health == SERVING for service in services),
+        supervised=supervisor_of(state) is not None,
+        services=tuple(services),
     )
 
 
 def _read_service(record: ServiceRecord, state: State, environment: Mapping[str, str]) -> ServiceStatus:
     process = find(record)
+    history = Restarts.of(record)
     if process is None:
-        error = last_error(record.log)
+        health, error = _absence(record, state)
         return ServiceStatus(
             record.name,
             record.kind,
-            "crashed",
+            health,
             record.address,
-            last_error=error or "it left no reason in its log (killed?)",
+            last_error=error,
             log=record.log,
+            restarts=history,
         )
     status = ServiceStatus(
         name=record.name,
@@ -105,12 +139,21 @@ def _read_service(record: ServiceRecord, state: State, environment: Mapping[str,
         uptime_s=max(0.0, time.time() - record.create_time),
         memory_bytes=_memory(process),
         log=record.log,
+        restarts=history,
     )
     if record.kind == REDIS:
         return _read_redis(status, state)
     if not record.address:
         return replace(status, health="starting")
     return _read_grpc(status, service_credentials(record.kind, environment))
+
+
+def _absence(record: ServiceRecord, state: State) -> tuple[str, str]:
+    """The health of a service that does not run, and why it does not."""
+    if record.given_up:
+        return "given up", f"{record.given_up}; try again with: scalellm up"
+    error = last_error(record.log) or "it left no reason in its log (killed?)"
+    return "restarting" if supervisor_of(state) else "crashed", error
 
 
 def _read_redis(status: ServiceStatus, state: State) -> ServiceStatus:

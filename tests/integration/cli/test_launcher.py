@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -20,10 +19,10 @@ from clients.launcher import (
     InstanceStatus,
     LauncherError,
     NotRunningError,
+    State,
     UpOptions,
     bring_down,
     bring_up,
-    processes,
     read_status,
 )
 from clients.launcher.processes import session_of
@@ -69,6 +68,13 @@ def gone(pid: int) -> bool:
         return True
 
 
+def kill_supervisor(state: State) -> None:
+    """Nobody is to start again what the test is about to end."""
+    assert state.supervisor is not None
+    os.kill(state.supervisor.pid, signal.SIGKILL)
+    _until(lambda: gone(state.supervisor.pid))
+
+
 def test_up_status_down_leaves_nothing(instance: Instance, up_options: MakeOptions) -> None:
     recorder = Recorder()
     state = bring_up(instance, up_options(executors=2), recorder)
@@ -80,6 +86,7 @@ def test_up_status_down_leaves_nothing(instance: Instance, up_options: MakeOptio
         recorder.stages[::2], "serving"
     )
     assert status.address == state.public_address
+    assert status.supervised
     with redis.Redis.from_url(state.redis_url) as client:
         assert client.config_get("maxmemory")["maxmemory"] != "0"
         assert client.config_get("save")["save"] == ""
@@ -87,7 +94,7 @@ def test_up_status_down_leaves_nothing(instance: Instance, up_options: MakeOptio
     order, result = down(instance)
     assert order == ["tokenizer", "scheduler", "executor-0", "executor-1", "redis"]
     assert (result.crashed, result.killed, result.logs) == ((), (), "")
-    assert all(gone(service.pid) for service in state.services)
+    assert all(gone(service.pid) for service in (*state.services, state.supervisor))
     assert not instance.folder.exists()
     with pytest.raises(NotRunningError):
         read_status(instance)
@@ -105,7 +112,7 @@ def test_second_up_is_refused(instance: Instance, up_options: MakeOptions) -> No
 
 def test_crash_at_start_says_why_and_undoes_the_rest(instance: Instance, up_options: MakeOptions) -> None:
     with pytest.raises(
-        LauncherError, match=r"scheduler ended with status 1: no room for the weights.*log: .*scheduler"
+        LauncherError, match=r"scheduler ended with exit code 1: no room for the weights.*log: .*scheduler"
     ):
         bring_up(instance, up_options({"scheduler": "crash"}), Recorder())
     assert instance.load() is None
@@ -120,22 +127,21 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_interrupted_while_it_starts_a_process(
-    instance: Instance, up_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_while_it_starts_a_process(instance: Instance, up_options: MakeOptions) -> None:
     started: list[int] = []
 
-    def spawn_and_interrupt(*arguments: Any) -> Any:
-        record, process = processes.spawn(*arguments)
-        started.append(record.pid)
-        signal.raise_signal(signal.SIGINT)
-        return record, process
+    class Interrupter(Recorder):
+        def begin(self, stage: str, detail: str) -> None:
+            state = instance.load()
+            assert state is not None
+            assert state.supervisor is not None
+            started.extend((state.supervisor.pid, *(service.pid for service in state.services)))
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("clients.launcher.up.spawn", spawn_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bring_up(instance, up_options(), Recorder())
-    assert len(started) == 1
-    assert gone(started[0])
+        bring_up(instance, up_options(), Interrupter())
+    assert len(started) >= 2
+    assert [pid for pid in started if not gone(pid)] == []
     assert instance.load() is None
 
 
@@ -145,27 +151,9 @@ def test_never_healthy_is_given_up(instance: Instance, up_options: MakeOptions) 
     assert instance.load() is None
 
 
-def test_crash_while_running(instance: Instance, up_options: MakeOptions) -> None:
-    state = bring_up(instance, up_options(), Recorder())
-    victim = state.of_kind("scheduler")[0]
-    os.kill(victim.pid, signal.SIGKILL)
-    _until(lambda: gone(victim.pid))
-
-    status = read_status(instance)
-    assert not status.healthy
-    assert {service.health for service in status.services if service.name == "scheduler"} == {"crashed"}
-    with pytest.raises(LauncherError, match=r"not running: scheduler; clear it with: scalellm down"):
-        bring_up(instance, up_options(), Recorder())
-
-    _, result = down(instance)
-    assert result.crashed == ("scheduler",)
-    assert Path(result.logs).is_dir()
-    assert all(gone(service.pid) for service in state.services)
-    assert bring_up(instance, up_options(), Recorder()).public_address
-
-
 def test_up_after_everything_crashed(instance: Instance, up_options: MakeOptions) -> None:
     first = bring_up(instance, up_options(), Recorder())
+    kill_supervisor(first)
     for service in first.services:
         os.kill(service.pid, signal.SIGKILL)
     _until(lambda: all(gone(service.pid) for service in first.services))
@@ -176,6 +164,7 @@ def test_up_after_everything_crashed(instance: Instance, up_options: MakeOptions
 def test_recycled_pid_is_left_alone(instance: Instance, up_options: MakeOptions) -> None:
     """The state names a pid that now belongs to somebody else's process."""
     state = bring_up(instance, up_options(), Recorder())
+    kill_supervisor(state)
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
         tokenizer = state.of_kind("tokenizer")[0]
@@ -184,7 +173,7 @@ def test_recycled_pid_is_left_alone(instance: Instance, up_options: MakeOptions)
         instance.save(state.with_service(recycled))
         assert not read_status(instance).healthy
         _, result = down(instance)
-        assert result.crashed == ("tokenizer",)
+        assert result.crashed == ("tokenizer", "supervisor")
         assert stranger.poll() is None
     finally:
         stranger.kill()
@@ -194,6 +183,7 @@ def test_recycled_pid_is_left_alone(instance: Instance, up_options: MakeOptions)
 def test_recycled_session_is_left_alone(instance: Instance, up_options: MakeOptions) -> None:
     """The state names a pid that is now the session of somebody else's daemon, whose first process has ended."""
     state = bring_up(instance, up_options(), Recorder())
+    kill_supervisor(state)
     daemon = "import subprocess, sys; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)"
     first = subprocess.Popen([sys.executable, "-c", daemon], start_new_session=True, stdout=subprocess.PIPE, text=True)
     stranger = psutil.Process(int(first.communicate(timeout=PATIENCE)[0]))
@@ -216,6 +206,7 @@ def test_stubborn_service_is_killed_and_named(instance: Instance, up_options: Ma
 
 def test_orphans_of_a_crashed_service_are_ended(instance: Instance, up_options: MakeOptions) -> None:
     state = bring_up(instance, up_options({"tokenizer": "orphan"}), Recorder())
+    kill_supervisor(state)
     tokenizer = state.of_kind("tokenizer")[0]
     os.kill(tokenizer.pid, signal.SIGKILL)
     _until(lambda: gone(tokenizer.pid))

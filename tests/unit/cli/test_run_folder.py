@@ -1,5 +1,6 @@
 """The run folder is its user's alone, whatever somebody else has put there."""
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from services.common.lifecycle import StartError, announce
 from services.common.new_file import create_file, write_new
 
 STATE = State(model="m", redis_url="redis://:secret@h", drain_limit=1.0)
+
+
+async def say_hello(log: Path) -> None:
+    _, process = await spawn("scheduler", "scheduler", ["/bin/echo", "hello"], log, {})
+    await process.wait()
 
 
 def planted(path: Path, target: Path) -> Path:
@@ -93,7 +99,7 @@ def test_no_file_is_written_through_a_link(tmp_path: Path) -> None:
         instance.save(STATE)
         make_link_token(instance, {})
         announce(address, "127.0.0.1:1")
-        spawn("scheduler", "scheduler", ["/bin/echo", "hello"], log, {})[1].wait()
+        asyncio.run(say_hello(log))
         assert instance.load() == STATE
         assert instance.read_announced("scheduler") == ["127.0.0.1:1"]
         assert log.read_text() == "hello\n"

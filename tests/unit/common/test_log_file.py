@@ -1,5 +1,6 @@
 """Logs of a bounded size: of one process, of several that share the file, and of what is no Python."""
 
+import asyncio
 import os
 import re
 import subprocess
@@ -30,11 +31,22 @@ if writers:
 """
 
 
+def run(name: str, command: list[str], log: Path) -> int:
+    """Run a command as a service is run; its exit code."""
+
+    async def spawn_and_wait() -> int:
+        _, process = await spawn(name, name, command, log, os.environ)
+        return await asyncio.wait_for(process.wait(), PATIENCE)
+
+    return asyncio.run(spawn_and_wait())
+
+
 def written(tmp_path: Path, limit: int, writers: int, lines: int) -> Path:
     """The log of a process and its children, after all have ended."""
     log = tmp_path / "executor-0.log"
-    command = [sys.executable, "-c", WRITER, str(limit), str(writers), str(lines), "w", WRITER]
-    assert spawn("executor-0", "executor", command, log, os.environ)[1].wait(PATIENCE) == 0
+    assert (
+        run("executor-0", [sys.executable, "-c", WRITER, str(limit), str(writers), str(lines), "w", WRITER], log) == 0
+    )
     return log
 
 
@@ -70,8 +82,7 @@ def test_a_service_bounds_its_log_and_starts_with_none(tmp_path: Path) -> None:
         "from services.common.logs import configure_logging; from services.common.settings import ServiceSettings; "
         "configure_logging('scheduler', ServiceSettings()); logging.info('after it'); os.write(1, b'printed\\n')"
     )
-    process = spawn("scheduler", "scheduler", [sys.executable, "-c", script], log, os.environ)[1]
-    assert process.wait(PATIENCE) == 0
+    assert run("scheduler", [sys.executable, "-c", script], log) == 0
     current, old, oldest = log_files(log)
     assert current.read_text().endswith("root: after it\nprinted\n")
     assert current.read_text().count("\n") == 2
