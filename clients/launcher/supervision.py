@@ -28,7 +28,7 @@ _log = logging.getLogger("supervisor")
 _CRASH_WINDOW = 600.0
 
 # A supervisor that is asked to stand down may be starting something, or waiting for what a dead service left behind.
-_STAND_DOWN_LIMIT = 15.0
+_STAND_DOWN_LIMIT = 10.0
 _POLL = 0.02
 _CANCEL_AGAIN = 0.5
 

@@ -1,8 +1,8 @@
 """FakeService: a process with the start-up behaviour of a service (port, announce file, health, SIGTERM) and no work.
 
 usage: fake_service.py KIND <the options of a real service>; told what to do by
-SCALELLM_<KIND>_FAKE=crash|hang|stubborn|orphan|hostile. What a hostile one says of itself,
-and its log, would drive a terminal.
+SCALELLM_<KIND>_FAKE=crash|model|hang|stubborn|orphan|hostile. `model`: crash if the
+model is gone. What a hostile one says of itself, and its log, would drive a terminal.
 """
 
 import argparse
@@ -34,9 +34,10 @@ def main() -> None:
     parser.add_argument("--host")
     parser.add_argument("--port")
     parser.add_argument("--announce", type=Path)
+    parser.add_argument("--model", type=Path)
     options, _ = parser.parse_known_args()
     behaviour = os.environ.get(f"SCALELLM_{options.kind.upper()}_FAKE", "")
-    if behaviour == "crash":
+    if behaviour == "crash" or (behaviour == "model" and not options.model.exists()):
         print("error: no room for the weights; give it more memory", file=sys.stderr)
         sys.exit(1)
     if behaviour == "orphan":

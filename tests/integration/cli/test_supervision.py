@@ -1,0 +1,211 @@
+"""The supervisor with real processes: the embedded redis-server, and fakes of the services, killed in every way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from clients.launcher import (
+    Instance,
+    InstanceStatus,
+    LauncherError,
+    State,
+    UpOptions,
+    bring_down,
+    bring_up,
+    read_status,
+)
+from clients.launcher.processes import find
+from service_processes import PATIENCE
+
+MakeOptions = Callable[..., UpOptions]
+
+
+class Silent:
+    """The report of a start that nobody watches."""
+
+    def begin(self, stage: str, detail: str) -> None:
+        pass
+
+    def waiting(self, detail: str) -> None:
+        pass
+
+    def done(self, detail: str) -> None:
+        pass
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def status_when(instance: Instance, condition: Callable[[InstanceStatus], bool]) -> InstanceStatus:
+    """Each service is given two seconds to answer, which a busy machine may exceed."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition(status := read_status(instance)):
+        assert time.monotonic() < deadline, status
+    return status
+
+
+def kill(instance: Instance, name: str) -> int:
+    """End a service at once; the number of its process."""
+    pid = state_of(instance).service(name).pid
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def kill_supervisor(instance: Instance) -> None:
+    supervisor = state_of(instance).supervisor
+    assert supervisor is not None
+    os.kill(supervisor.pid, signal.SIGKILL)
+    until(lambda: find(supervisor) is None)
+
+
+def state_of(instance: Instance) -> State:
+    state = instance.load()
+    assert state is not None
+    return state
+
+
+def pids(state: State) -> dict[str, int]:
+    return {service.name: service.pid for service in state.services}
+
+
+def processes_of(folder: Path) -> list[int]:
+    """What still runs and has the folder in its command or environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [*process.cmdline(), process.environ().get("SCALELLM_SERVICE_LOG", "")]
+        except psutil.Error:
+            continue
+        if process.status() != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in words):
+            found.append(process.pid)
+    return found
+
+
+def test_what_dies_comes_back_where_it_was(instance: Instance, up_options: MakeOptions) -> None:
+    before = bring_up(instance, up_options(), Silent())
+    names = list(pids(before))
+    with redis.Redis.from_url(before.redis_url) as client:
+        client.set("turn", "first")
+    for name in names:
+        log = Path(before.service(name).log)
+        with log.open("a") as stream:
+            stream.write("a line of its first life\n")
+        dead = kill(instance, name)
+        until(lambda name=name, dead=dead: state_of(instance).service(name).pid != dead)
+        assert "a line of its first life\n" in log.read_text()
+    status = status_when(instance, lambda status: status.healthy)
+    after = state_of(instance)
+    assert status.supervised
+    assert after.supervisor == before.supervisor
+    for service in status.services:
+        assert service.address == before.service(service.name).address
+        assert (service.restarts.count, service.restarts.last_reason) == (1, "signal SIGKILL")
+    with redis.Redis.from_url(after.redis_url) as client:
+        assert client.get("turn") == b"first"
+    said = instance.log_file("supervisor").read_text()
+    for name in names:
+        assert f"{name} ended with signal SIGKILL" in said
+
+    result = bring_down(instance, lambda name: None)
+    assert sorted(result.restarted) == sorted(names)
+    assert (result.crashed, result.killed) == ((), ())
+    assert processes_of(instance.folder) == []
+    assert sorted(path.name for path in instance.folder.iterdir()) == ["logs"]
+
+
+def test_what_keeps_crashing_is_given_up_and_up_tries_again(
+    instance: Instance, up_options: MakeOptions, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.touch()
+    options = up_options({"executor": "model"}, model_path=model, max_restarts=1)
+    before = bring_up(instance, options, Silent())
+    model.unlink()
+    kill(instance, "executor-0")
+    status = status_when(instance, lambda status: status.services[1].health == "given up")
+    executor = status.services[1]
+    assert not status.healthy
+    assert status.supervised
+    assert executor.restarts.count == 1
+    assert executor.last_error.startswith(
+        "it ended 2 times within 10 minutes; the last time, executor-0 ended with exit "
+    )
+    assert ": no room for the weights; give it more memory (log: " in executor.last_error
+    assert executor.last_error.endswith("try again with: scalellm up")
+
+    # The others are kept running all the same, also after an `up` that did not help.
+    with pytest.raises(LauncherError, match="executor-0 ended with exit code 1: no room for the weights"):
+        bring_up(instance, options, Silent())
+    dead = kill(instance, "scheduler")
+    until(lambda: state_of(instance).service("scheduler").pid != dead)
+    assert state_of(instance).service("executor-0").given_up
+
+    model.touch()
+    running = pids(state_of(instance))
+    bring_up(instance, options, Silent())
+    status = status_when(instance, lambda status: status.healthy)
+    after = pids(state_of(instance))
+    assert {name for name in after if after[name] != running[name]} == {"executor-0"}
+    assert status.services[1].address == before.service("executor-0").address
+
+
+def test_services_outlive_their_supervisor_and_up_takes_them_over(instance: Instance, up_options: MakeOptions) -> None:
+    before = bring_up(instance, up_options(), Silent())
+    kill_supervisor(instance)
+    status = status_when(instance, lambda status: status.healthy)
+    assert not status.supervised
+    dead = kill(instance, "scheduler")
+    status = status_when(instance, lambda status: not status.healthy)
+    assert status.services[2].health == "crashed"
+    assert state_of(instance).service("scheduler").pid == dead
+
+    with pytest.raises(LauncherError, match=r"with other options \(executors 1, not 2\): give the same ones"):
+        bring_up(instance, up_options(executors=2), Silent())
+    after = bring_up(instance, up_options(), Silent())
+    assert {name for name, pid in pids(after).items() if pid != pids(before)[name]} == {"scheduler"}
+    assert [service.address for service in after.services] == [service.address for service in before.services]
+    # What it took over it keeps running, too.
+    dead = kill(instance, "tokenizer")
+    until(lambda: state_of(instance).service("tokenizer").pid != dead)
+    assert status_when(instance, lambda status: status.healthy).supervised
+
+
+def test_down_while_things_crash_leaves_nothing(instance: Instance, up_options: MakeOptions) -> None:
+    bring_up(instance, up_options(), Silent())
+    for name in ("scheduler", "executor-0", "redis"):
+        kill(instance, name)
+    bring_down(instance, lambda name: None)
+    assert instance.load() is None
+    assert processes_of(instance.folder) == []
+
+    # Nor does a supervisor that does not answer keep anything running.
+    state = bring_up(instance, up_options(), Silent())
+    assert state.supervisor is not None
+    os.kill(state.supervisor.pid, signal.SIGSTOP)
+    kill(instance, "scheduler")
+    bring_down(instance, lambda name: None)
+    assert processes_of(instance.folder) == []
+
+
+def test_a_supervisor_killed_at_the_start_is_cleared_away(instance: Instance, up_options: MakeOptions) -> None:
+    class Killer(Silent):
+        def begin(self, stage: str, detail: str) -> None:
+            if stage == "scheduler":
+                kill_supervisor(instance)
+
+    with pytest.raises(LauncherError, match=r"the supervisor ended with signal SIGKILL; .* scalellm down"):
+        bring_up(instance, up_options(), Killer())
+    bring_down(instance, lambda name: None)
+    assert processes_of(instance.folder) == []
