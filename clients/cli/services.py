@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import JustifyMethod
@@ -29,6 +29,7 @@ from clients.launcher import (
     bring_up,
     check_not_running,
     read_status,
+    run_in_foreground,
     running_state,
 )
 from clients.launcher.instance import TOKENIZER
@@ -59,6 +60,7 @@ Examples:
   scalellm --instance second up --port 0       beside another instance, on free ports
   REDIS_URL=redis://host:6379/0 scalellm up    with your own Redis
   SCALELLM_EXECUTOR_NUM_BLOCKS=512 scalellm up with any setting of a service
+  scalellm up --foreground                     until Ctrl-C or SIGTERM; exits with 1 when a service is given up
 """
 
 DOWN_HELP = """Drain and stop the services.
@@ -131,8 +133,14 @@ def up(
     drain_limit: Annotated[float, typer.Option(min=0, help="Seconds for running requests on `down`.")] = 30.0,
     start_limit: Annotated[float, typer.Option(min=1, help="Seconds for a service to become healthy.")] = 600.0,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Crashes of a service in ten minutes after which it is started again.")
+        int, typer.Option(min=0, help="Restarts of a service that crashes, in ten minutes; then it is given up.")
     ] = 5,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="json: one object per line, for collectors.")
+    ] = "text",
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Show all logs, and end with the services: for systemd and containers.")
+    ] = False,
 ) -> None:
     """Start everything."""
     context = CliContext.of(ctx)
@@ -154,7 +162,13 @@ def up(
         drain_limit=drain_limit,
         start_limit=start_limit,
         max_restarts=max_restarts,
+        log_format=log_format,
     )
+    if foreground:
+        number = run_in_foreground(context.instance, options, write_line, context.environment.variables, log_format)
+        if number:
+            raise typer.Exit(128 + number)
+        return
     state = _bring_up(context, options)
     write_line(f"ScaleLLM serves {state.model} at {state.public_address}{_http(state.http_address)}")
     if context.instance.name == DEFAULT_INSTANCE:

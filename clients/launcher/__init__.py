@@ -2,6 +2,7 @@
 
 from clients.launcher.down import DownResult, bring_down
 from clients.launcher.errors import LauncherError, NotRunningError
+from clients.launcher.foreground import run_in_foreground
 from clients.launcher.instance import Instance, State
 from clients.launcher.launch import Report
 from clients.launcher.plan import PUBLIC_PORT, EngineKind, UpOptions
@@ -25,5 +26,6 @@ __all__ = [
     "bring_up",
     "check_not_running",
     "read_status",
+    "run_in_foreground",
     "running_state",
 ]

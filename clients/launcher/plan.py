@@ -18,6 +18,7 @@ from clients.launcher.errors import LauncherError
 from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER
 from services.common.addresses import bound_socket, join_address
 from services.common.child_environment import EXPORT, child_environment
+from services.common.logs import LogFormat
 
 PUBLIC_PORT = 50051
 HTTP_PORT = 8000
@@ -59,6 +60,7 @@ class UpOptions:
         drain_limit: Seconds that running requests get to finish on `down`.
         start_limit: Seconds that a service gets to become healthy.
         max_restarts: Crashes of a service within ten minutes that are followed by a restart; the next one is not.
+        log_format: How services log, unless SCALELLM_<SERVICE>_LOG_FORMAT says otherwise.
         programs: Command per kind of service, before its options.
     """
 
@@ -77,6 +79,7 @@ class UpOptions:
     drain_limit: float = 30.0
     start_limit: float = 600.0
     max_restarts: int = 5
+    log_format: LogFormat = "text"
     programs: Mapping[str, Sequence[str]] = field(default_factory=_service_modules)
 
     def to_message(self) -> dict[str, Any]:
@@ -195,6 +198,7 @@ def service_environment(options: UpOptions, kind: str, redis_url: str) -> dict[s
     Secrets travel here: commands can be read by every user of the machine.
     """
     environment = child_environment(options.environment, f"SCALELLM_{kind.upper()}_*", EXPORT)
+    environment.setdefault(f"SCALELLM_{kind.upper()}_LOG_FORMAT", options.log_format)
     if kind == TOKENIZER:  # nobody outside this instance can tell from timings what others have asked
         environment.setdefault("SCALELLM_TOKENIZER_SALT_SECRET", secrets.token_hex(32))
     if kind in (SCHEDULER, TOKENIZER):

@@ -22,6 +22,7 @@ from clients.launcher.plan import UpOptions
 from clients.launcher.processes import find, record_of, terminate
 from clients.launcher.redis_server import remove_scratch
 from services.common.child_process import Restarts, describe_exit
+from services.common.log_file import log_files
 
 _log = logging.getLogger("supervisor")
 
@@ -82,6 +83,8 @@ class Supervisor:
             found = check_not_running(self._instance)
             if found is None:
                 _clear_crashed(self._instance)
+                for log in log_files(self._instance.log_file(SUPERVISOR)):
+                    log.unlink(missing_ok=True)
             else:
                 _check_same(found, self._options)
                 stand_down(self._instance)
@@ -124,7 +127,8 @@ class Supervisor:
             for task in (stopping, giving_up, *keeping):
                 task.cancel()
         self._launch.set_state(replace(self.state, supervisor=None))
-        return next((service.given_up for service in self.state.services if service.given_up), "")
+        given_up = [service for service in self.state.services if service.given_up]
+        return f"{given_up[0].name} is given up: {given_up[0].given_up}" if given_up else ""
 
     def stand_down(self) -> None:
         """Start nothing any more."""
@@ -165,10 +169,11 @@ class Supervisor:
             await asyncio.to_thread(terminate, [service], 0)
             delay = restarts.crashed()
             if delay is None:
+                times = "once" if restarts.num_crashes == 1 else f"{restarts.num_crashes} times"
                 self._give_up(
                     name,
-                    f"it ended {restarts.num_crashes} times within {_CRASH_WINDOW / 60:.0f} minutes; "
-                    f"the last time, {explain_end(service, code)}",
+                    f"it ended {times} within {_CRASH_WINDOW / 60:.0f} minutes; the last time, "
+                    f"{explain_end(service, code)}",
                 )
                 return
             _log.error("%s; starting it again in %.1f s", explain_end(service, code), delay)

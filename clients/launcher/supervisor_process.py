@@ -18,8 +18,7 @@ from clients.launcher.supervision import Supervisor
 from clients.launcher.up import read_assignment
 from services.common.json_lines import read_line, write_line
 from services.common.log_file import BoundedLog
-from services.common.logs import log_handler
-from services.common.new_file import create_file
+from services.common.logs import LogFormat, log_handler
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -61,21 +60,21 @@ async def _run() -> None:
         if not supervisor.has_services:
             return
     loop.remove_reader(sys.stdin)
-    _settle(instance)
+    _settle(instance, options.log_format)
     for number in _SIGNALS:
         loop.add_signal_handler(number, supervisor.stand_down)
     logging.getLogger(SUPERVISOR).info("keeping the services running")
     await supervisor.keep()
 
 
-def _settle(instance: Instance) -> None:
+def _settle(instance: Instance, log_format: LogFormat) -> None:
     """Let go of the standard streams of `up`; what is logged from now on goes to the instance's logs."""
     log = instance.log_file(SUPERVISOR)
     nothing = os.open(os.devnull, os.O_RDWR)
-    output = create_file(log, flags=os.O_APPEND)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     for stream, target in ((0, nothing), (1, output), (2, output)):
         os.dup2(target, stream)
-    handler = log_handler(SUPERVISOR, "text", sys.stderr)
+    handler = log_handler(SUPERVISOR, log_format, sys.stderr)
     handler.addFilter(BoundedLog(log))
     logging.basicConfig(level="INFO", handlers=[handler])
 

@@ -66,8 +66,13 @@ def log_handler(service: str, log_format: LogFormat, stream: TextIO) -> logging.
     """What writes the lines of a service."""
     handler = logging.StreamHandler(stream)
     handler.addFilter(_add_request_fields)
-    handler.setFormatter(_json_formatter(service) if log_format == "json" else _TextFormatter(service))
+    handler.setFormatter(log_formatter(service, log_format))
     return handler
+
+
+def log_formatter(service: str, log_format: LogFormat) -> logging.Formatter:
+    """How the lines of a service look."""
+    return _json_formatter(service) if log_format == "json" else _TextFormatter(service)
 
 
 def tell_errors(service: str, log_format: LogFormat, errors: Iterable[str]) -> None:

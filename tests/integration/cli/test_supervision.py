@@ -4,93 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import redis
 
-from clients.launcher import (
-    Instance,
-    InstanceStatus,
-    LauncherError,
-    State,
-    UpOptions,
-    bring_down,
-    bring_up,
-    read_status,
-)
-from clients.launcher.processes import find
-from service_processes import PATIENCE
+from clients.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
+from supervised import Silent, kill, kill_supervisor, pids, processes_of, state_of, status_when, until
 
 MakeOptions = Callable[..., UpOptions]
-
-
-class Silent:
-    """The report of a start that nobody watches."""
-
-    def begin(self, stage: str, detail: str) -> None:
-        pass
-
-    def waiting(self, detail: str) -> None:
-        pass
-
-    def done(self, detail: str) -> None:
-        pass
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def status_when(instance: Instance, condition: Callable[[InstanceStatus], bool]) -> InstanceStatus:
-    """Each service is given two seconds to answer, which a busy machine may exceed."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition(status := read_status(instance)):
-        assert time.monotonic() < deadline, status
-    return status
-
-
-def kill(instance: Instance, name: str) -> int:
-    """End a service at once; the number of its process."""
-    pid = state_of(instance).service(name).pid
-    os.kill(pid, signal.SIGKILL)
-    return pid
-
-
-def kill_supervisor(instance: Instance) -> None:
-    supervisor = state_of(instance).supervisor
-    assert supervisor is not None
-    os.kill(supervisor.pid, signal.SIGKILL)
-    until(lambda: find(supervisor) is None)
-
-
-def state_of(instance: Instance) -> State:
-    state = instance.load()
-    assert state is not None
-    return state
-
-
-def pids(state: State) -> dict[str, int]:
-    return {service.name: service.pid for service in state.services}
-
-
-def processes_of(folder: Path) -> list[int]:
-    """What still runs and has the folder in its command or environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            words = [*process.cmdline(), process.environ().get("SCALELLM_SERVICE_LOG", "")]
-        except psutil.Error:
-            continue
-        if process.status() != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in words):
-            found.append(process.pid)
-    return found
 
 
 def test_what_dies_comes_back_where_it_was(instance: Instance, up_options: MakeOptions) -> None:
