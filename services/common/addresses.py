@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 
@@ -25,6 +26,30 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def split_addresses(addresses: str) -> tuple[str, ...]:
+    """The entries of `host:port,host:port,...`. Raises ValueError for one that is not host:port."""
+    parts = tuple(part.strip() for part in addresses.split(",") if part.strip())
+    for part in parts:
+        split_address(part)
+    return parts
+
+
+async def look_up(address: str) -> frozenset[str]:
+    """The addresses for which host:port stands.
+
+    An IP address stands for itself. A host name stands for all its addresses, those of IPv4 if it has any: a host that
+    answers on both families must not count twice.
+
+    Raises OSError for a name that cannot be looked up, UnicodeError for what is no host name at all.
+    """
+    host, port = split_address(address)
+    if is_ip_address(host):
+        return frozenset((join_address(str(ipaddress.ip_address(host)), port),))
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    ipv4 = {str(address[0]) for family, *_, address in found if family is socket.AF_INET}
+    return frozenset(join_address(ip, port) for ip in ipv4 or {str(address[0]) for *_, address in found})
+
+
 def bare_host(host: str) -> str:
     """A host's name or IP address as it was given for itself, where an IPv6 address may have brackets.
 
@@ -39,6 +64,15 @@ def bare_host(host: str) -> str:
         except ValueError:
             raise ValueError(f"{host!r} is neither a host's name nor an IP address") from None
     return bare
+
+
+def is_ip_address(host: str) -> bool:
+    """False for a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

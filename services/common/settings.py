@@ -154,8 +154,8 @@ class LinkingSettings(ServiceSettings):
     link_tls_key: Path | None = None
     """PEM file with the private key of --link-tls-cert."""
     link_tls_name: str = ""
-    """Name that their certificates must have; default: the address by which they are reached. An executor is reached by
-    its IP address, whatever name it was listed under."""
+    """Name that their certificates must have; default: a scheduler's host as it was listed, and the address of an
+    executor, which is reached by its IP address, whatever name it was listed under."""
 
     @property
     def dialer(self) -> LinkDialer:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from services.common.addresses import split_address
+from services.common.addresses import split_addresses
 from services.common.settings import LinkedSettings, LinkingSettings, Port, settings_config
 
 
@@ -43,15 +43,10 @@ class SchedulerSettings(LinkedSettings, LinkingSettings):
     @field_validator("executors")
     @classmethod
     def _check_executors(cls, value: str) -> str:
-        for address in _split(value):
-            split_address(address)
+        split_addresses(value)
         return value
 
     @property
     def executor_addresses(self) -> tuple[str, ...]:
         """The entries of `executors`."""
-        return _split(self.executors)
-
-
-def _split(addresses: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in addresses.split(",") if part.strip())
+        return split_addresses(self.executors)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
-import socket
 from collections.abc import Iterable
 from typing import Protocol
 
-from services.common.addresses import join_address, split_address
+from services.common.addresses import look_up, split_address
 
 _log = logging.getLogger(__name__)
 
@@ -28,11 +26,9 @@ class ExecutorSet(Protocol):
 
 
 class ExecutorDiscovery:
-    """Turns the listed names into addresses and keeps them up to date.
+    """Turns the listed names into addresses and keeps them up to date; see `look_up`.
 
-    An IP address stands for itself. A host name stands for all its addresses, those of IPv4 if it has any: a host that
-    answers on both families must not count twice. A failing look-up changes nothing, because name servers fail more
-    often than executors move.
+    A failing look-up changes nothing, because name servers fail more often than executors move.
 
     Args:
         executors: Told of additions and removals.
@@ -82,7 +78,7 @@ class ExecutorDiscovery:
 
     async def _resolve(self, name: str) -> None:
         try:
-            addresses = await _look_up(*split_address(name))
+            addresses = await look_up(name)
         except (OSError, UnicodeError) as error:  # the latter: not a host name at all
             if name not in self.errors:
                 _log.warning("cannot look up executor %s, keeping what is known: %s", name, error)
@@ -98,13 +94,3 @@ class ExecutorDiscovery:
         for address in before - self._known():
             self._removed.discard(address)
             self._executors.drop_when_down(address)
-
-
-async def _look_up(host: str, port: int) -> frozenset[str]:
-    try:
-        return frozenset((join_address(str(ipaddress.ip_address(host)), port),))
-    except ValueError:
-        pass
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    ipv4 = {str(address[0]) for family, *_, address in found if family is socket.AF_INET}
-    return frozenset(join_address(ip, port) for ip in ipv4 or {str(address[0]) for *_, address in found})

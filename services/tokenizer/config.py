@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from services.common.addresses import split_address
+from services.common.addresses import split_addresses
 from services.common.model_store import name_of
 from services.common.settings import LinkingSettings, Port, settings_config
 
@@ -35,7 +35,11 @@ class TokenizerSettings(LinkingSettings):
     """Origins whose web pages may call by HTTP, with commas in between, such as https://chat.example.org; * for all.
     Unset: none."""
     scheduler: str = "127.0.0.1:50052"
-    """host:port of the scheduler."""
+    """Schedulers, host:port,host:port,...; a name with several addresses stands for all."""
+    scheduler_resolve_s: Annotated[float, Field(gt=0)] = 2.0
+    """Seconds between look-ups of scheduler names that are not plain addresses."""
+    scheduler_outage_s: Annotated[float, Field(ge=0, le=1e6)] = 60.0
+    """Seconds for which a running request whose scheduler was lost waits for one, before it ends UNAVAILABLE."""
     model: str = "smollm2-135m-instruct"
     """A name from `scalellm models list`, a pulled repository of the Hugging Face Hub (org/name, org/name:Q4_K_M),
     a directory with a model, or a .gguf file; only its tokenizer is read."""
@@ -75,14 +79,20 @@ class TokenizerSettings(LinkingSettings):
 
     @field_validator("scheduler")
     @classmethod
-    def _check_address(cls, value: str) -> str:
-        split_address(value)
+    def _check_schedulers(cls, value: str) -> str:
+        if not split_addresses(value):
+            raise ValueError("must name a scheduler as host:port")
         return value
 
     @property
     def cors_origins(self) -> tuple[str, ...]:
         """The origins whose pages may call."""
         return tuple(filter(None, (origin.strip() for origin in self.http_cors_origins.split(","))))
+
+    @property
+    def scheduler_addresses(self) -> tuple[str, ...]:
+        """The entries of `scheduler`."""
+        return split_addresses(self.scheduler)
 
     @property
     def served_name(self) -> str:

@@ -77,7 +77,10 @@ class EdgeMetrics:
 
         accepted = counter(_ACCEPTED, "Requests that came.", ("transport",))
         self._accepted = {transport: accepted.labels(transport) for transport in _TRANSPORTS}
-        self.submitted = counter(f"{_PREFIX}_submitted", "Of these, those that went to the scheduler.")
+        self.submitted = counter(f"{_PREFIX}_submitted", "Of these, those that went to a scheduler.")
+        self.resubmitted = counter(
+            f"{_PREFIX}_resubmitted", "Requests sent again, as their scheduler was lost or gave them back."
+        )
         ended = counter(_ENDED, "Requests that ended.", ("transport", "outcome", "code"))
         # All series are there from the start: a rate misses the first increment of one that appears with it.
         self._ended = {
@@ -123,7 +126,7 @@ class EdgeMetrics:
         self.loop_lag = histogram(
             "tokenizer_event_loop_lag_seconds", "How late the workers' event loops ran what was due.", LAG_SECONDS
         )
-        frames = counter("scalellm_tokenizer_link_frames", "Messages on links to the scheduler.", ("direction",))
+        frames = counter("scalellm_tokenizer_link_frames", "Messages on links to schedulers.", ("direction",))
         self.frames_sent, self.frames_received = frames.labels("sent"), frames.labels("received")
         size = counter("scalellm_tokenizer_link_bytes", "Their bytes.", ("direction",))
         self.bytes_sent, self.bytes_received = size.labels("sent"), size.labels("received")
@@ -142,7 +145,8 @@ class EdgeMetrics:
         self.call_bytes_limit = gauge(
             "call_bytes_limit", "What one tenant may hold in one worker; beyond it calls are refused.", "livemax"
         )
-        self.link_up = gauge("scheduler_links", "Workers whose link to the scheduler is up.")
+        self.links_up = gauge("scheduler_links", "Links of workers to schedulers that take requests.")
+        self.waiting = gauge("requests_without_scheduler", "Requests that lost their scheduler and wait for one.")
         self.tasks = gauge(
             "asyncio_tasks", "Tasks of the workers' event loops: a leak of requests would show here first."
         )

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scalellm.v1 import common_pb2, generation_pb2
+from services.common.link import cut_logprobs
 from services.tokenizer.text.detokenizer import Detokenizer, TokenTexts
 from services.tokenizer.text.stop_strings import StopStrings
 from services.tokenizer.text.text_stream import TextStream
-from services.tokenizer.token_receiver import TokenBatch, slice_logprobs
+from services.tokenizer.token_receiver import TokenBatch
 
 
 @dataclass(slots=True)
@@ -160,6 +161,6 @@ class SampleStream:
         if options.token_ids:
             delta.token_ids = token_ids
         if options.logprobs and batch.logprobs is not None:
-            delta.logprobs = slice_logprobs(batch.logprobs, 0, num_tokens)
+            delta.logprobs = cut_logprobs(batch.logprobs, 0, num_tokens)
         self.num_tokens += num_tokens
         return delta

@@ -1,4 +1,4 @@
-"""The worker's one link to the scheduler, shared by all its requests."""
+"""A worker's link to one scheduler, shared by all its requests there."""
 
 from __future__ import annotations
 
@@ -6,48 +6,81 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import grpc
 
 from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import API_MINOR, PLAINTEXT, LinkClient, LinkDialer, LinkTraffic
+from services.common.link import PLAINTEXT, Handles, LinkClient, LinkDialer, LinkTraffic, ModelIdentity
 from services.tokenizer.token_receiver import TokenReceiver
 
 _log = logging.getLogger(__name__)
 
-_RETRY_AFTER = 1.0
-_MAX_HANDLE = 2**32 - 1
+
+@dataclass(slots=True)
+class LinkCounts:
+    """What came and went over all links of a worker.
+
+    Attributes:
+        traffic: Frames and bytes.
+        tokens: Tokens that came for requests that run here.
+        discarded_tokens: Tokens that came for requests that had ended here.
+    """
+
+    traffic: LinkTraffic = field(default_factory=LinkTraffic)
+    tokens: int = 0
+    discarded_tokens: int = 0
+
+
+class LinkOwner(Protocol):
+    """Who is told what happens on a link."""
+
+    def link_changed(self, link: SchedulerLink) -> None:
+        """It takes requests now, or takes none any more."""
+
+    def request_finished(self, link: SchedulerLink, receiver: TokenReceiver, finish: link_pb2.Finish, now: int) -> None:
+        """The scheduler ended a request; `now` in nanoseconds of the monotonic clock."""
+
+    def link_lost(self, link: SchedulerLink, receivers: list[TokenReceiver], error: StatusError) -> None:
+        """The link broke, or could not be made; these requests were on it."""
 
 
 class SchedulerLink:
-    """Hands requests to the scheduler and what comes back to their receivers. A LinkHandler.
+    """Hands requests to one scheduler and what comes back to their receivers. A LinkHandler.
+
+    Handles belong to one connection and end with it: what a scheduler that was given up still has to say reaches no
+    request.
 
     Args:
         address: host:port of the scheduler.
-        client_id: Names this incarnation of the worker.
-        tokenizer_sha256: Of the tokenizer in use: a scheduler whose executors have another one refuses the link.
+        hello: First frame of each connection.
+        owner: Told what happens.
+        counts: Where what comes and goes is counted.
         silence_limit: Seconds without a frame, while requests run, after which the scheduler counts as dead. It sends
             one every few seconds, whatever its executors do.
         dialer: How to connect.
         clock: Monotonic nanoseconds.
 
     Attributes:
-        num_tokens: Tokens that came for requests that run here.
-        num_discarded_tokens: Tokens that came for requests that had ended here.
+        address: See above.
+        why_down: Why no requests go there, while none do.
+        drop_when_down: No name stands for the address any more.
     """
 
     def __init__(
         self,
         address: str,
-        client_id: str,
-        tokenizer_sha256: bytes,
+        hello: link_pb2.Hello,
+        owner: LinkOwner,
         *,
+        counts: LinkCounts,
         silence_limit: float = 30.0,
         dialer: LinkDialer = PLAINTEXT,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        hello = link_pb2.Hello(client_id=client_id, api_minor=API_MINOR, tokenizer_sha256=tokenizer_sha256)
+        self.address = address
         self._client = LinkClient(
             address,
             scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name["Connect"],
@@ -55,85 +88,70 @@ class SchedulerLink:
             handler=self,
             dialer=dialer,
             silence_limit=silence_limit,
-            is_busy=lambda: bool(self._receivers),
+            traffic=counts.traffic,
+            is_busy=lambda: bool(self._handles),
         )
+        self._owner = owner
+        self._counts = counts
         self._clock = clock
         self._welcome: link_pb2.Welcome | None = None
-        self._vocab_size = 0
-        self._draining = False
-        self._changed = asyncio.Event()
-        self._why_down = StatusError.unavailable("not connected yet")
-        # None: released here, but the handle must not be used again before its Finish.
-        self._receivers: dict[int, TokenReceiver | None] = {}
-        self._last_handle = 0
-        self.num_tokens = 0
-        self.num_discarded_tokens = 0
+        self._is_draining = False
+        self.why_down = StatusError.unavailable("not connected yet")
+        self.drop_when_down = False
+        self._handles: Handles[TokenReceiver] = Handles()
+        self._task: asyncio.Task[None] | None = None
 
-    async def run(self) -> None:
-        """Keep the link up until cancelled."""
-        await self._client.run()
+    def start(self) -> None:
+        """Connect, and stay connected."""
+        self._task = asyncio.create_task(self._client.run(), name=f"scheduler {self.address}")
+
+    async def stop(self) -> None:
+        """Close the link."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the link stands."""
+        return self._welcome is not None
 
     @property
     def welcome(self) -> link_pb2.Welcome | None:
-        """What the scheduler said of the model; None while the link is down or the scheduler is leaving."""
-        return None if self._draining else self._welcome
+        """What the scheduler said of the model; None while it takes no requests: the link is down, or it is leaving."""
+        return None if self._is_draining else self._welcome
 
     @property
-    def vocab_size(self) -> int:
-        """Tokens that the model knows, by the last welcome; 0 before the first."""
-        return self._vocab_size
-
-    @property
-    def traffic(self) -> LinkTraffic:
-        """What went over the link."""
-        return self._client.traffic
+    def identity(self) -> ModelIdentity | None:
+        """The model that it serves; None while the link is down."""
+        return ModelIdentity.of(self._welcome) if self._welcome is not None else None
 
     @property
     def num_handles(self) -> int:
         """Requests whose Finish has not come."""
-        return len(self._receivers)
+        return len(self._handles)
 
-    async def wait_up(self, limit: float) -> link_pb2.Welcome:
-        """Return the welcome, waiting up to `limit` seconds for one. Raises StatusError."""
-        if self.welcome is None:
-            try:
-                async with asyncio.timeout(limit):
-                    while self.welcome is None:
-                        self._changed.clear()
-                        await self._changed.wait()
-            except TimeoutError:
-                raise self._make_outage() from None
-        assert self.welcome is not None
-        return self.welcome
-
-    def submit(self, submit: link_pb2.Submit, *, min_tokens: int = 1) -> TokenReceiver:
-        """Send a request; sets its handle. `release` must follow. Raises StatusError when the link is down."""
-        if self.welcome is None:
-            raise self._make_outage()
-        handle = self._next_handle()
-        sampling = submit.sampling
-        receiver = TokenReceiver(
-            handle,
-            sampling.n,
-            logprobs=sampling.HasField("logprobs"),
-            num_prompt_logprobs=len(submit.token_ids) if sampling.HasField("prompt_logprobs") else 0,
-            min_tokens=min_tokens,
-        )
-        submit.handle = handle
-        self._receivers[handle] = receiver
+    def submit(self, submit: link_pb2.Submit, receiver: TokenReceiver) -> int:
+        """Send a request; sets its handle and returns it. Only while there is a welcome."""
+        submit.handle = self._handles.take(receiver)
         self._client.submit(submit)
-        return receiver
+        return submit.handle
 
-    def stop_sample(self, receiver: TokenReceiver, index: int) -> None:
+    def stop_sample(self, handle: int, index: int) -> None:
         """A stop string ended a sample."""
-        if self._receivers.get(receiver.handle) is receiver:
-            self._client.abort(receiver.handle, link_pb2.ABORT_REASON_STOP, index)
+        self._client.abort(handle, link_pb2.ABORT_REASON_STOP, index)
 
-    def release(self, receiver: TokenReceiver, reason: link_pb2.AbortReason) -> None:
-        """Nobody takes from the receiver any more; if the request still runs it is aborted for `reason`."""
-        if self._receivers.get(receiver.handle) is receiver:
-            self._receivers[receiver.handle] = None
-            self._client.abort(receiver.handle, reason)
+    def release(self, handle: int, reason: link_pb2.AbortReason) -> None:
+        """Nobody wants more of a request, which still runs: abort it."""
+        self._handles.release(handle)
+        self._client.abort(handle, reason)
+
+    def stop_submitting(self, why: str) -> None:
+        """The scheduler takes no new requests, until the link comes up again."""
+        if not self._is_draining:
+            self._is_draining = True
+            self.why_down = StatusError.unavailable(f"{self.address} {why}")
+            self._owner.link_changed(self)
 
     # LinkHandler
 
@@ -141,10 +159,10 @@ class SchedulerLink:
         """The scheduler welcomed us."""
         if not welcome.model:
             raise StatusError.unavailable("the scheduler has no executor yet")
-        self._draining = False
         self._welcome = welcome
-        self._vocab_size = welcome.vocab_size
-        self._changed.set()
+        self._is_draining = False
+        # Not from here: the client can send only once this returned.
+        asyncio.get_running_loop().call_soon(self._owner.link_changed, self)
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
         """Distribute a frame."""
@@ -152,55 +170,38 @@ class SchedulerLink:
         handles, indices, offsets, counts = step.handles[:], step.indices[:], step.offsets[:], step.counts[:]
         token_ids = step.token_ids[:]
         now = self._clock()
-        receivers = self._receivers
+        get = self._handles.get
         for entry in step.logprobs:
-            if (receiver := receivers.get(entry.handle)) is not None:
+            if (receiver := get(entry.handle)) is not None:
                 receiver.on_logprobs(entry)
         for entry in step.prompt_logprobs:
-            if (receiver := receivers.get(entry.handle)) is not None:
+            if (receiver := get(entry.handle)) is not None:
                 receiver.on_prompt_logprobs(entry)
         start = num_discarded = 0
         for handle, index, offset, count in zip(handles, indices, offsets, counts, strict=True):
             end = start + count
-            if (receiver := receivers.get(handle)) is not None:
+            if (receiver := get(handle)) is not None:
                 receiver.on_tokens(index, offset, token_ids[start:end], now)
             else:
                 num_discarded += count
             start = end
-        self.num_tokens += len(token_ids) - num_discarded
-        self.num_discarded_tokens += num_discarded
+        self._counts.tokens += len(token_ids) - num_discarded
+        self._counts.discarded_tokens += num_discarded
         for sample_finish in step.finished_samples:
-            if (receiver := receivers.get(sample_finish.handle)) is not None:
+            if (receiver := get(sample_finish.handle)) is not None:
                 receiver.on_sample_finish(sample_finish)
+        # Before the ends: a request that is given back goes elsewhere.
+        if step.load.draining:
+            self.stop_submitting("is shutting down")
         for finish in step.finished:
-            if (receiver := receivers.pop(finish.handle, None)) is not None:
-                receiver.on_finish(finish, now)
-        if step.load.draining and not self._draining:
-            self._draining = True
-            self._why_down = StatusError.unavailable("it is shutting down")
+            if (receiver := self._handles.finish(finish.handle)) is not None:
+                self._owner.request_finished(self, receiver, finish, now)
 
     def on_down(self, error: StatusError) -> None:
-        """All requests on the link are lost."""
-        if error.code is grpc.StatusCode.FAILED_PRECONDITION and error.message != self._why_down.message:
-            _log.error("the scheduler refuses this service, no request can be served: %s", error.message)
+        """All requests on the link have to go elsewhere."""
+        if error.code is grpc.StatusCode.FAILED_PRECONDITION and error.message != self.why_down.message:
+            _log.error("scheduler %s refuses this service: %s", self.address, error.message)
         self._welcome = None
-        self._why_down = error
-        self.fail_all(f"the link to the scheduler broke: {error.message}")
-
-    def fail_all(self, why: str) -> None:
-        """End every running request with UNAVAILABLE. The scheduler ends them, too, once the link is closed."""
-        receivers, self._receivers = self._receivers, {}
-        for receiver in receivers.values():
-            if receiver is not None:
-                receiver.fail(StatusError.unavailable(why, _RETRY_AFTER))
-
-    def _make_outage(self) -> StatusError:
-        if self._why_down.code is grpc.StatusCode.FAILED_PRECONDITION:
-            return StatusError(grpc.StatusCode.FAILED_PRECONDITION, self._why_down.message)
-        return StatusError.unavailable(f"the scheduler cannot be reached: {self._why_down.message}", _RETRY_AFTER)
-
-    def _next_handle(self) -> int:
-        while True:
-            self._last_handle = self._last_handle % _MAX_HANDLE + 1
-            if self._last_handle not in self._receivers:
-                return self._last_handle
+        self._is_draining = False
+        self.why_down = error
+        self._owner.link_lost(self, self._handles.clear(), error)

@@ -64,7 +64,7 @@ class TokenizerServicer:
         self, request: tokenizer_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.GetInfoResponse:
         """What is served here, and the limits in force."""
-        model, welcome = self._prompts.model, self._edge.link.welcome
+        model, welcome = self._prompts.model, self._edge.schedulers.welcome
         return tokenizer_pb2.GetInfoResponse(
             model=self._edge.model_name,
             vocab_size=self._edge.vocab_size,

@@ -1,4 +1,4 @@
-"""A worker process: one event loop, one link to the scheduler, all public services on the shared port.
+"""A worker process: one event loop, a link to each scheduler, all public services on the shared port.
 
 Started by the supervisor as `python -m services.tokenizer.worker`. Its assignment is one JSON line on stdin, which then
 stays open as long as the supervisor lives; what it has to report are JSON lines on stdout.
@@ -43,7 +43,7 @@ from services.tokenizer.prompt_builder import PromptBuilder
 from services.tokenizer.quotas import TenantQuotas
 from services.tokenizer.request_log import RequestLog
 from services.tokenizer.rpc import CallGate, add_service
-from services.tokenizer.scheduler_link import SchedulerLink
+from services.tokenizer.schedulers import Schedulers
 from services.tokenizer.session_store import SessionStore
 from services.tokenizer.sessions_servicer import SessionsServicer
 from services.tokenizer.text.loading import load_model_tokenizer
@@ -102,11 +102,13 @@ class Worker:
         # Connections of their own: their waits are shorter, because every limited request waits for them.
         quota_redis = open_redis(settings.redis_url, timeout=_QUOTA_TIMEOUT) if settings.redis_url else None
         quotas = TenantQuotas(quota_redis, worker_id, refused=self._metrics.count_limited)
-        link = SchedulerLink(
-            settings.scheduler,
+        schedulers = Schedulers(
+            settings.scheduler_addresses,
             worker_id,
             model.sha256,
             silence_limit=settings.stall_limit_s,
+            outage_limit=settings.scheduler_outage_s,
+            resolve_interval=settings.scheduler_resolve_s,
             dialer=settings.dialer,
         )
         async with builder as prompts:
@@ -114,7 +116,7 @@ class Worker:
                 model_name=settings.served_name,
                 prompts=prompts,
                 tokenizer_size=model.vocab_size,  # counting takes 0.1 s, not to be paid by the first request
-                link=link,
+                schedulers=schedulers,
                 sessions=sessions,
                 limits=RequestLimits(),
                 metrics=self._metrics,
@@ -127,7 +129,7 @@ class Worker:
             held = CallBytes()
 
             def is_ready() -> bool:
-                return self._is_ready(link, prompts, access, quotas, held, watch)
+                return self._is_ready(schedulers, prompts, access, quotas, held, watch)
 
             service = GrpcService(
                 settings.host,
@@ -164,9 +166,9 @@ class Worker:
             if self._http_port is not None:
                 on_end = self._metrics.count_call
                 http = make_listener(edge, settings, self._http_port, self._gate, held, on_end, is_ready)
-            self._follow(link, prompts, sessions, access, quotas)
+            self._follow(schedulers, prompts, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
-            waits = (link.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
+            waits = (schedulers.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
             tasks = [asyncio.create_task(step) for step in waits]
             if watch is not None:
                 tasks.append(asyncio.create_task(watch.run()))
@@ -184,7 +186,7 @@ class Worker:
                 if tasks[0].done():
                     tasks[0].result()
                 if stop.is_set():
-                    await self._drain(service, link)
+                    await self._drain(service, schedulers)
             finally:
                 await service.stop(LAST_WORDS if stop.is_set() else 0.0)
                 if http is not None:
@@ -198,15 +200,16 @@ class Worker:
 
     def _follow(
         self,
-        link: SchedulerLink,
+        schedulers: Schedulers,
         prompts: PromptBuilder,
         sessions: SessionStore,
         access: Access,
         quotas: TenantQuotas,
     ) -> None:
-        metrics, traffic = self._metrics, link.traffic
-        metrics.follow(metrics.generation_tokens, lambda: link.num_tokens)
-        metrics.follow(metrics.discarded_tokens, lambda: link.num_discarded_tokens)
+        metrics, counts, traffic = self._metrics, schedulers.counts, schedulers.counts.traffic
+        metrics.follow(metrics.generation_tokens, lambda: counts.tokens)
+        metrics.follow(metrics.discarded_tokens, lambda: counts.discarded_tokens)
+        metrics.follow(metrics.resubmitted, lambda: schedulers.num_resubmitted)
         metrics.follow(metrics.frames_sent, lambda: traffic.frames_sent)
         metrics.follow(metrics.frames_received, lambda: traffic.frames_received)
         metrics.follow(metrics.bytes_sent, lambda: traffic.bytes_sent)
@@ -219,7 +222,7 @@ class Worker:
 
     def _is_ready(
         self,
-        link: SchedulerLink,
+        schedulers: Schedulers,
         prompts: PromptBuilder,
         access: Access,
         quotas: TenantQuotas,
@@ -234,12 +237,13 @@ class Worker:
         self._metrics.largest_call_bytes.set(held.largest_bytes)
         self._metrics.call_bytes_limit.set(held.max_tenant_bytes)
         self._metrics.redis_unusable.set(watch is not None and not watch.is_up)
-        self._metrics.link_up.set(link.welcome is not None)
+        self._metrics.links_up.set(schedulers.num_up)
+        self._metrics.waiting.set(schedulers.num_waiting)
         self._metrics.tasks.set(len(asyncio.all_tasks()))
-        is_able = link.welcome is not None and prompts.is_working and not access.is_stale
+        is_able = schedulers.num_up > 0 and prompts.is_working and not access.is_stale
         return is_able and not self._gate.is_closed
 
-    async def _drain(self, service: GrpcService, link: SchedulerLink) -> None:
+    async def _drain(self, service: GrpcService, schedulers: Schedulers) -> None:
         limit = self._settings.drain_limit_s
         _log.info("draining for up to %g s", limit)
         draining = asyncio.create_task(self._gate.drain(limit))
@@ -247,7 +251,7 @@ class Worker:
         await service.health.publish()
         if remaining := await draining:
             _log.warning("%d calls did not finish in time and end with UNAVAILABLE", remaining)
-            link.fail_all("the server is shutting down")  # a status that says so, rather than a cut connection
+            schedulers.end_all("the server is shutting down")  # a status that says so, rather than a cut connection
 
 
 def _watch_redis(redis: Redis) -> RedisWatch:

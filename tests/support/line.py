@@ -13,6 +13,7 @@ import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from scalellm.v1 import (
+    common_pb2,
     executor_pb2,
     executor_pb2_grpc,
     generation_pb2,
@@ -93,6 +94,10 @@ class Answer:
     finished: generation_pb2.Finished | None = None
     texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
     token_ids: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    likeliest: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """The first alternative of each token whose log-probability came."""
+    prompt_likeliest: list[int] = field(default_factory=list)
+    """The same for the prompt."""
     code: grpc.StatusCode | None = None
     details: str = ""
     trailers: dict[str, str | bytes] = field(default_factory=dict)
@@ -130,6 +135,10 @@ async def generate(
                         assert delta.num_tokens == len(delta.token_ids)
                     ids.extend(delta.token_ids)
                     answer.texts[delta.index] += delta.text
+                    answer.likeliest[delta.index] += _likeliest(delta.logprobs)
+                case "prompt_logprobs":
+                    assert response.prompt_logprobs.offset == len(answer.prompt_likeliest)
+                    answer.prompt_likeliest += _likeliest(response.prompt_logprobs.logprobs)
                 case "finished":
                     answer.finished = response.finished
         answer.code = grpc.StatusCode.OK
@@ -143,6 +152,11 @@ async def generate(
     else:
         answer.trailers = dict(await call.trailing_metadata())
     return answer
+
+
+def _likeliest(values: common_pb2.TokenLogprobs) -> list[int]:
+    assert len(values.top_token_ids) == values.num_top * len(values.logprobs)
+    return list(values.top_token_ids[:: values.num_top or 1])
 
 
 def scrape(service: ServiceProcess) -> dict[str, float]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import engine_kit
+from fake_scheduler_link import unconnected
 from link_frames import HELLO, WELCOME
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
 from services.common.errors import StatusError
@@ -37,7 +38,7 @@ from services.scheduler.service import SchedulerService
 from services.tokenizer.generation.grpc_face import to_wire
 from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.sample_stream import OutputOptions, SampleStream
-from services.tokenizer.scheduler_link import SchedulerLink
+from services.tokenizer.schedulers import Schedulers
 from services.tokenizer.text.detokenizer import TokenTexts
 from services.tokenizer.text.stop_strings import StopStrings
 
@@ -206,14 +207,17 @@ def play_to_worker(steps: Sequence[link_pb2.StepOutput], texts: TokenTexts) -> C
 
 
 async def _play_to_worker(steps: Sequence[link_pb2.StepOutput], texts: TokenTexts) -> Counter[str]:
-    link = SchedulerLink("fuzz:1", "fuzz", b"")
+    with unconnected():
+        schedulers = Schedulers([], "fuzz", b"")
+        schedulers.add("fuzz:1", "fuzz")
+    (link,) = schedulers._links.values()
     link.on_up(WELCOME)
     prompt = [1, 2]
     options = OutputOptions(token_ids=True, logprobs=True)
     requests = []
     for num_samples in (1, 2, 3):
         sampling = common_pb2.SamplingParams(n=num_samples, logprobs=1)
-        receiver = link.submit(link_pb2.Submit(token_ids=prompt, sampling=sampling))
+        receiver = schedulers.submit(link_pb2.Submit(token_ids=prompt, sampling=sampling))
         streams = [SampleStream(index, options, texts, StopStrings(["x"])) for index in range(num_samples)]
         requests.append((receiver, streams, LatencyTrace()))
     outcomes: Counter[str] = Counter()
@@ -224,6 +228,7 @@ async def _play_to_worker(steps: Sequence[link_pb2.StepOutput], texts: TokenText
             outcomes["link cut"] += 1
             link.on_down(error)
             link.on_up(WELCOME)
+            await asyncio.sleep(0)
         for receiver, streams, trace in requests:
             try:
                 for batch in receiver.take():
@@ -238,7 +243,10 @@ async def _play_to_worker(steps: Sequence[link_pb2.StepOutput], texts: TokenText
             except StatusError:
                 outcomes["request failed"] += 1
     link.on_down(StatusError.unavailable("gone"))
-    assert link.num_handles == 0
+    assert schedulers.num_handles == 0
     for receiver, _, _ in requests:
-        assert receiver.finish is not None or receiver._error is not None
+        assert receiver.is_over or receiver in schedulers._requests
+        schedulers.release(receiver, link_pb2.ABORT_REASON_CANCELLED)
+    assert not schedulers._requests
+    assert schedulers.num_waiting == 0
     return outcomes

@@ -34,6 +34,8 @@ class Script:
         refuse: Answer with this status at once.
         fail_after: Steps after which the request ends with `status`.
         status: See fail_after.
+        moved: The request is given back with that status.
+        start_at_resumed: Go on after the tokens that the Submit brings, instead of sending them again.
         reason: How samples end.
         stop_token: Reported with the end: the last token is a stop token.
         skip_offset: Leave out the token at this offset: a fault.
@@ -50,6 +52,8 @@ class Script:
     refuse: link_pb2.LinkStatus | None = None
     fail_after: int | None = None
     status: link_pb2.LinkStatus | None = None
+    moved: bool = False
+    start_at_resumed: bool = False
     reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_LENGTH
     stop_token: bool = False
     skip_offset: int | None = None
@@ -187,7 +191,8 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
                 executor_total_ns=4000, queue_ns=1000, prefill_ns=2000, decode_ns=1000, executor_id=EXECUTOR,
                 scheduler_total_ns=5000, admission_ns=500,
             )  # fmt: skip
-            send(finished=[link_pb2.Finish(handle=handle, status=status, usage=usage, timings=timings)])
+            moved = status is not None and script.moved
+            send(finished=[link_pb2.Finish(handle=handle, status=status, usage=usage, timings=timings, moved=moved)])
 
         try:
             if script.refuse is not None:
@@ -202,6 +207,10 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
             samples = script.samples or [default_tokens(submit, index) for index in range(sampling.n)]
             done = [0] * len(samples)
             ended = [False] * len(samples)
+            if script.start_at_resumed:
+                for sample in submit.resumed:
+                    done[sample.index] = len(sample.token_ids)
+                    ended[sample.index] = bool(sample.finished)
             num_steps = 0
             while not all(ended):
                 if script.hold_after is not None and num_steps >= script.hold_after:

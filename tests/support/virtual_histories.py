@@ -179,8 +179,12 @@ class _Line:
         self.journal = Journal()
         addresses = [f"10.0.0.{number}:50061" for number in range(1, 1 + rng.randint(1, 3))]
         self.executors = [VirtualExecutor(self.network, address, self.journal, rng) for address in addresses]
-        self.scheduler = VirtualScheduler(self.network, "10.0.1.1:50052", addresses)
-        self.edges = [VirtualEdge(self.network, f"edge-{number}", self.scheduler.address) for number in (1, 2)]
+        self.schedulers = [
+            VirtualScheduler(self.network, f"10.0.1.{number}:50052", addresses)
+            for number in range(1, 1 + rng.randint(1, 2))
+        ]
+        schedulers = [scheduler.address for scheduler in self.schedulers]
+        self.edges = [VirtualEdge(self.network, f"edge-{number}", schedulers) for number in (1, 2)]
 
     def note(self, what: str) -> None:
         self.history.events.append(f"{self.loop.time():8.3f} {what}")
@@ -235,7 +239,7 @@ class _Line:
 
     async def _scheduler_is_cut(self) -> None:
         self.history.scheduler_faults += 1
-        await self._cut(self.scheduler.address)
+        await self._cut(self.rng.choice(self.schedulers).address)
 
     async def _cut(self, address: str) -> None:
         seconds = self.rng.choice((0.1, 1, 5))
@@ -246,19 +250,19 @@ class _Line:
 
     async def _scheduler_dies(self) -> None:
         self.history.scheduler_faults += 1
-        if self.scheduler.process.is_alive:
-            seconds = self.rng.uniform(0, 1.5)
-            self.note(f"the scheduler dies, another one comes in {seconds:.2f} s")
-            await self.scheduler.die()
+        scheduler, seconds = self.rng.choice(self.schedulers), self.rng.uniform(0, 1.5)
+        if scheduler.process.is_alive:
+            self.note(f"{scheduler.address} dies, another one comes in {seconds:.2f} s")
+            await scheduler.die()
             await asyncio.sleep(seconds)
-            self.scheduler.start()
+            scheduler.start()
 
     async def _scheduler_leaves(self) -> None:
         self.history.scheduler_faults += 1
-        scheduler, limit = self.scheduler, self.rng.uniform(0, 0.5)
+        scheduler, limit = self.rng.choice(self.schedulers), self.rng.uniform(0, 0.5)
         process = scheduler.process
         if process.is_alive and not scheduler.intake.is_draining:
-            self.note(f"the scheduler drains for {limit:.2f} s, then leaves and comes back")
+            self.note(f"{scheduler.address} drains for {limit:.2f} s, then leaves and comes back")
             await scheduler.drain(limit)
             if scheduler.process is process:
                 scheduler.start()
@@ -267,7 +271,7 @@ class _Line:
         connections = sorted(self.network.connections, key=lambda connection: connection.address)
         if connections:
             connection = self.rng.choice(connections)
-            is_scheduler = connection.address == self.scheduler.address
+            is_scheduler = any(connection.address == scheduler.address for scheduler in self.schedulers)
             self.history.scheduler_faults += is_scheduler
             self.history.executor_faults += not is_scheduler
             self.note(f"a connection to {connection.address} breaks")
@@ -300,11 +304,12 @@ class _Line:
             stats = engine.stats()
             if stats.accepted != stats.finished + stats.cancelled + stats.deadline_exceeded + stats.failed:
                 found.append(f"{executor.address}: the books do not add up: {stats}")
-        books, queue = self.scheduler.placement.books, self.scheduler.placement.queue
-        if books.accepted != books.finished + books.cancelled + books.rejected:
-            found.append(f"the scheduler's books do not add up: {vars(books)}")
-        if queue or self.scheduler.fleet.num_running:
-            found.append(f"the scheduler holds {len(queue)} + {self.scheduler.fleet.num_running} requests")
+        for scheduler in self.schedulers:
+            books, queue = scheduler.placement.books, scheduler.placement.queue
+            if books.accepted != books.finished + books.cancelled + books.rejected:
+                found.append(f"{scheduler.address}: the books do not add up: {vars(books)}")
+            if queue or scheduler.fleet.num_running:
+                found.append(f"{scheduler.address} holds {len(queue)} + {scheduler.fleet.num_running} requests")
         waiting = [edge for edge in self.edges if edge.link.num_handles]
         found += [f"{edge.process.name} waits for {edge.link.num_handles} requests to end" for edge in waiting]
         return found

@@ -30,7 +30,7 @@ from services.scheduler.fleet import Fleet
 from services.scheduler.intake import Intake
 from services.scheduler.placement import Placement
 from services.scheduler.service import SchedulerService
-from services.tokenizer.scheduler_link import SchedulerLink
+from services.tokenizer.schedulers import Schedulers
 from virtual_loop import VirtualLoop
 from virtual_network import Network, VirtualDialer, VirtualProcess
 
@@ -330,14 +330,14 @@ class VirtualScheduler:
 
 
 class VirtualEdge:
-    """A tokenizer worker's link."""
+    """A tokenizer worker's links."""
 
-    def __init__(self, network: Network, name: str, scheduler: str) -> None:
+    def __init__(self, network: Network, name: str, schedulers: Collection[str]) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.process = VirtualProcess(name)
-        self.link = SchedulerLink(
-            scheduler,
+        self.link = Schedulers(
+            tuple(schedulers),
             name,
             TOKENIZER,
             silence_limit=SILENCE_LIMIT,

@@ -3,7 +3,11 @@
 from services.common.link.client import LinkClient, LinkHandler
 from services.common.link.client_frames import LONGEST_NS, MAX_SAMPLES, check_submit, parse_client_frame, read_hello
 from services.common.link.dialer import PLAINTEXT, LinkDialer
+from services.common.link.handles import Handles
+from services.common.link.identity import ModelIdentity
+from services.common.link.logprobs import cut_logprobs
 from services.common.link.opening import first_frame, lease_of
+from services.common.link.progress import ProgressError, RequestProgress
 from services.common.link.registration import link_service_handler
 from services.common.link.server import ServerLink
 from services.common.link.traffic import LinkTraffic
@@ -14,12 +18,17 @@ __all__ = [
     "LONGEST_NS",
     "MAX_SAMPLES",
     "PLAINTEXT",
+    "Handles",
     "LinkClient",
     "LinkDialer",
     "LinkHandler",
     "LinkTraffic",
+    "ModelIdentity",
+    "ProgressError",
+    "RequestProgress",
     "ServerLink",
     "check_submit",
+    "cut_logprobs",
     "first_frame",
     "lease_of",
     "link_service_handler",

@@ -67,9 +67,7 @@ class LinkClient:
             connection stands (a process that hangs).
         is_busy: Whether an answer of the peer is awaited.
         demand: What waits for credits here, for a peer whose requests have a lease that is to be renewed.
-
-    Attributes:
-        traffic: What went over all connections so far.
+        traffic: Counts what passes, over all connections; default: an object of its own.
     """
 
     def __init__(
@@ -83,6 +81,7 @@ class LinkClient:
         silence_limit: float = 30.0,
         is_busy: Callable[[], bool] = lambda: False,
         demand: Callable[[], link_pb2.Renewal] = link_pb2.Renewal,
+        traffic: LinkTraffic | None = None,
     ) -> None:
         self.address = address
         self._path = f"/{method.containing_service.full_name}/{method.name}"
@@ -98,7 +97,8 @@ class LinkClient:
         self._wake = asyncio.Event()
         self._up = False
         self._last_reason = ""
-        self.traffic = LinkTraffic()
+        self._num_heard = 0
+        self.traffic = traffic or LinkTraffic()
 
     @property
     def is_up(self) -> bool:
@@ -200,6 +200,7 @@ class LinkClient:
 
     def _take(self, message: bytes, read: Callable[[bytes], FrameT]) -> FrameT:
         self.traffic.on_received(message)
+        self._num_heard += 1
         try:
             return read(message)
         except StatusError as error:
@@ -244,5 +245,5 @@ class LinkClient:
             await asyncio.sleep(_DEMAND_PAUSE)
 
     async def _watch(self) -> None:
-        await until_silent(self._silence_limit, lambda: self.traffic.frames_received, self._is_busy)
+        await until_silent(self._silence_limit, lambda: self._num_heard, self._is_busy)
         raise StatusError.unavailable(f"{self.address} has been silent for {self._silence_limit:g} s")

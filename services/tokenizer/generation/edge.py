@@ -14,7 +14,7 @@ from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import PromptBuilder
 from services.tokenizer.quotas import TenantQuotas
 from services.tokenizer.request_log import RequestLog
-from services.tokenizer.scheduler_link import SchedulerLink
+from services.tokenizer.schedulers import Schedulers
 from services.tokenizer.session_store import SessionStore
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Edge:
     model_name: str
     prompts: PromptBuilder
     tokenizer_size: int
-    link: SchedulerLink
+    schedulers: Schedulers
     sessions: SessionStore
     limits: RequestLimits
     metrics: EdgeMetrics
@@ -57,4 +57,4 @@ class Edge:
     @property
     def vocab_size(self) -> int:
         """Ids that the model knows are below it: all that it reads or writes."""
-        return self.link.vocab_size or self.tokenizer_size
+        return self.schedulers.vocab_size or self.tokenizer_size

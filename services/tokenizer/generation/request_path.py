@@ -141,9 +141,9 @@ class Generation:
         trace = self.trace
         trace.submitted_at = trace.now()
         edge.metrics.submitted.inc()
-        receiver = edge.link.submit(submit, min_tokens=request.stream_interval or 1)
+        receiver = edge.schedulers.submit(submit, min_tokens=request.stream_interval or 1)
         answer = Answer(
-            submit.token_ids, samples, trace, edge.metrics, lambda index: edge.link.stop_sample(receiver, index)
+            submit.token_ids, samples, trace, edge.metrics, lambda index: edge.schedulers.stop_sample(receiver, index)
         )
         try:
             await _wait_accepted(receiver)
@@ -161,7 +161,7 @@ class Generation:
             self._finish = receiver.finish
             self._num_tokens = len(submit.token_ids) + answer.num_tokens
             self._ended_samples = answer.ended_samples
-            edge.link.release(receiver, self._caller.abort_reason())
+            edge.schedulers.release(receiver, self._caller.abort_reason())
         assert self._finish is not None
         self._count_shown(self._finish.usage, answer)
         outcome = None
@@ -182,7 +182,7 @@ class Generation:
 
     async def _prepare(self, session: Session | None) -> tuple[Prompt, link_pb2.Submit]:
         edge, request, trace = self._edge, self._request, self.trace
-        welcome = await edge.link.wait_up(_LINK_WAIT)
+        welcome = await edge.schedulers.wait_up(_LINK_WAIT)
         trace.tokenize_at = trace.now()
         prompt = await edge.prompts.build(
             request, session, caller=self._tenant.name, max_model_len=welcome.max_model_len

@@ -56,7 +56,7 @@ class ServiceRoutes:
         return _json(self._model())
 
     def _model(self) -> dict[str, object]:
-        welcome, name = self._edge.link.welcome, self._edge.model_name
+        welcome, name = self._edge.schedulers.welcome, self._edge.model_name
         return {
             "id": name,
             "object": "model",

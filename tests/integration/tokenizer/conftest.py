@@ -58,9 +58,16 @@ class Answer:
         self.started = events[0].started
         self.finished = events[-1].finished
         self.deltas = [event.delta for event in events if event.HasField("delta")]
+        self.prompt_parts = [event.prompt_logprobs for event in events if event.HasField("prompt_logprobs")]
 
     def text(self, index: int = 0) -> str:
         return "".join(delta.text for delta in self.deltas if delta.index == index)
+
+    def logprobs(self, index: int = 0) -> list[float]:
+        return [value for delta in self.deltas if delta.index == index for value in delta.logprobs.logprobs]
+
+    def prompt_logprobs(self) -> list[float]:
+        return [value for part in self.prompt_parts for value in part.logprobs.logprobs]
 
     def token_ids(self, index: int = 0) -> list[int]:
         return [token for delta in self.deltas if delta.index == index for token in delta.token_ids]

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from scalellm.v1 import common_pb2, generation_pb2, tokenizer_pb2
+from scalellm.v1 import common_pb2, generation_pb2, link_pb2, tokenizer_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
@@ -20,23 +20,49 @@ def request(max_tokens=5):
     return generation_pb2.GenerateRequest(prompt="Hello", sampling=common_pb2.SamplingParams(max_tokens=max_tokens))
 
 
-async def collect(call) -> list[generation_pb2.GenerateResponse]:
-    return [event async for event in call]
+def detailed_request(number):
+    """Two samples with token ids and log-probabilities of everything."""
+    return generation_pb2.GenerateRequest(
+        prompt=f"Hello {number}",
+        sampling=common_pb2.SamplingParams(max_tokens=7, n=2, seed=number, logprobs=2, prompt_logprobs=1),
+        output=generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS,
+    )
 
 
-async def test_broken_link_ends_running_requests(client, scheduler, error_details):
-    scheduler.play = lambda submit: Script(hold_after=2)
-    calls = [client.generation.Generate(request(50)) for _ in range(3)]
+async def test_requests_of_a_broken_link_go_on_over_the_next_one(client, scheduler):
+    undisturbed = [await client.generate(detailed_request(number)) for number in range(3)]
+    scheduler.reset()
+    broken = False
+    scheduler.play = lambda submit: Script(start_at_resumed=True) if broken else Script(hold_after=2)
+    running = [asyncio.create_task(client.generate(detailed_request(number))) for number in range(3)]
     await eventually(lambda: scheduler.num_running == 3)
-    ends = [asyncio.create_task(collect(call)) for call in calls]
+    broken = True
     scheduler.break_links()
-    for end in ends:
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await end
-        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "the link to the scheduler broke" in error.value.details()
-        assert "scripted break" in error.value.details()
-        assert error_details(error.value)[1] == 1.0
+    for before, after in zip(undisturbed, await asyncio.gather(*running), strict=True):
+        for index in range(2):
+            assert after.text(index) == before.text(index)
+            assert after.token_ids(index) == before.token_ids(index)
+            assert after.logprobs(index) == before.logprobs(index)
+        assert after.prompt_logprobs() == before.prompt_logprobs()
+        latency = after.finished.latency
+        assert latency.failover_ns > 0
+        parts = (latency.session_ns, latency.tokenize_ns, latency.admission_ns, latency.queue_ns, latency.prefill_ns)
+        rest = (latency.decode_ns, latency.failover_ns, latency.detokenize_ns, latency.network_ns)
+        assert sum(parts) + sum(rest) == latency.total_ns
+    assert sorted(submit.attempt for submit in scheduler.submits) == [0, 0, 0, 1, 1, 1]
+
+
+async def test_a_scheduler_that_gives_its_requests_back_gets_them_again_when_it_is_back(client, scheduler):
+    before = await client.generate(detailed_request(1))
+    scheduler.reset()
+    gone = link_pb2.LinkStatus(code=grpc.StatusCode.UNAVAILABLE.value[0], message="the scheduler stopped")
+    plays = iter((Script(fail_after=2, status=gone, moved=True), Script(start_at_resumed=True)))
+    scheduler.play = lambda submit: next(plays)
+    running = asyncio.create_task(client.generate(detailed_request(1)))
+    await eventually_status(client, health_pb2.HealthCheckResponse.NOT_SERVING)  # it takes no requests
+    scheduler.break_links()
+    after = await running
+    assert (after.text(), after.logprobs()) == (before.text(), before.logprobs())
 
 
 async def test_new_requests_wait_for_the_link(client, scheduler):

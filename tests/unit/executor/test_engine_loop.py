@@ -128,7 +128,7 @@ def test_a_step_with_many_log_probabilities_is_divided_into_frames(num_top: int)
     steps = [read_step(frame, 1 << 20) for frame in frames]
     assert [step.seq for step in steps] == list(range(1, len(frames) + 1))
     assert [list(step.token_ids) for step in steps] == [[]] * (len(frames) - 1) + [[5]]
-    receiver = TokenReceiver(9, 1, num_prompt_logprobs=count)
+    receiver = TokenReceiver(1, num_prompt_logprobs=count)
     merged = link_pb2.ServerFrame.FromString(b"".join(frames)).step.prompt_logprobs
     for entry in merged[:-1]:
         receiver.on_prompt_logprobs(entry)

@@ -218,7 +218,7 @@ def test_alternatives_stay_with_their_tokens_however_a_prompt_is_divided(model: 
     engine = make_engine(model, device, max_num_batched_tokens=16)
     link, receiver = (
         EngineLink(0, engine, prefill_window=64, request_window=1),
-        TokenReceiver(0, 1, num_prompt_logprobs=37),
+        TokenReceiver(1, num_prompt_logprobs=37),
     )
     prompt = [(7 * i) % 97 for i in range(37)]
     engine.add(engine_kit.make_request(0, prompt, max_tokens=1, prompt_logprobs=2, ignore_eos=True, **GREEDY))

@@ -126,7 +126,7 @@ def test_a_sample(stops: list[str] | None, batch: int, tokenizers, token_texts: 
 
 def test_what_waits_for_a_slow_reader() -> None:
     def cost(size: int) -> int:
-        receiver = TokenReceiver(1, 1, min_tokens=10**6)
+        receiver = TokenReceiver(1, min_tokens=10**6)
 
         def run() -> None:
             for offset in range(size):

@@ -18,7 +18,7 @@ EOS = 2
 
 def play(texts, samples, data, *, options=EVERYTHING, stops=(), reason=common_pb2.FINISH_REASON_LENGTH, end=None):
     """Send samples through receiver and streams in arbitrary pieces, taken at arbitrary moments."""
-    receiver = TokenReceiver(1, len(samples), logprobs=options.logprobs, min_tokens=data.draw(st.integers(1, 4)))
+    receiver = TokenReceiver(len(samples), logprobs=options.logprobs, min_tokens=data.draw(st.integers(1, 4)))
     automaton = StopStrings(stops) if stops else None
     streams = [SampleStream(index, options, texts, automaton) for index in range(len(samples))]
     deltas = []
@@ -118,7 +118,7 @@ def test_the_final_stop_token_is_not_text(texts, smollm, data, skip_special_toke
 
 
 def test_ids_alone_are_not_detokenised(texts):
-    receiver = TokenReceiver(1, 1)
+    receiver = TokenReceiver(1)
     stream = SampleStream(0, OutputOptions(text=False, token_ids=True), texts)
     receiver.on_tokens(0, 0, [5, 6], now=1)
     delta = stream.push(receiver.take()[0])

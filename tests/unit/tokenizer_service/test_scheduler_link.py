@@ -1,100 +1,70 @@
-"""Handles, frames that make no sense, and links that go away."""
+"""One worker's links to its schedulers: up, down, draining, refused."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import grpc
 import pytest
 
-from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2
+from fake_scheduler_link import LENGTH, Line, unconnected, welcome
+from scalellm.v1 import link_pb2, scheduler_pb2
 from service_processes import PATIENCE
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.common.link import LinkClient
 from services.tokenizer.generation.edge import cache_salt
-from services.tokenizer.scheduler_link import SchedulerLink
 
-WELCOME = link_pb2.Welcome(model="m", max_model_len=100)
-OK = 0
 CONNECT = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name["Connect"]
 
 
-def make_link(*, up: bool = True) -> SchedulerLink:
-    link = SchedulerLink("127.0.0.1:1", "test", b"", clock=lambda: 1)
-    if up:
-        link.on_up(WELCOME)
-    return link
-
-
-def submit(link: SchedulerLink):
-    return link.submit(link_pb2.Submit(sampling=common_pb2.SamplingParams(n=1)))
-
-
-def finish(link: SchedulerLink, *handles: int) -> None:
-    link.on_step(link_pb2.StepOutput(finished=[link_pb2.Finish(handle=handle) for handle in handles]))
-
-
-async def test_a_handle_is_kept_until_its_finish():
-    link = make_link()
-    link._last_handle = 2**32 - 2
-    first, second = submit(link), submit(link)
-    assert (first.handle, second.handle) == (2**32 - 1, 1)
-    link.release(first, link_pb2.ABORT_REASON_CANCELLED)
-    assert link.num_handles == 2
-    link._last_handle = 2**32 - 2
-    assert submit(link).handle == 2  # both are still taken
-    finish(link, 2**32 - 1, 1, 2, 77)
-    assert link.num_handles == 0
-    assert second.finish is not None
-    assert first.finish is None
+@pytest.fixture(autouse=True)
+def _no_connections() -> Iterator[None]:
+    with unconnected():
+        yield
 
 
 async def test_released_requests_hear_nothing():
-    link = make_link()
-    receiver = submit(link)
-    link.release(receiver, link_pb2.ABORT_REASON_CANCELLED)
-    link.on_step(link_pb2.StepOutput(handles=[receiver.handle], indices=[0], offsets=[0], counts=[1], token_ids=[5]))
+    line = Line()
+    await line.peers[0].come_up()
+    receiver = line.submit()
+    line.schedulers.release(receiver, link_pb2.ABORT_REASON_CANCELLED)
+    line.peers[0].step()
     assert receiver.take() == []
 
 
-async def test_a_lost_link_ends_its_requests():
-    link = make_link()
-    receiver = submit(link)
-    link.on_down(StatusError.unavailable("gone"))
-    with pytest.raises(StatusError, match="the link to the scheduler broke: gone") as error:
-        await receiver.wait()
-    assert error.value.retry_after == 1.0
-    assert link.num_handles == 0
-    with pytest.raises(StatusError, match="the scheduler cannot be reached: gone"):
-        submit(link)
-
-
-async def test_requests_wait_for_the_link():
-    link = make_link(up=False)
-    waiting = asyncio.create_task(link.wait_up(PATIENCE))
+async def test_requests_wait_for_a_scheduler():
+    line = Line()
+    waiting = asyncio.create_task(line.schedulers.wait_up(PATIENCE))
     await asyncio.sleep(0)
-    link.on_up(WELCOME)
+    await line.peers[0].come_up()
     assert (await waiting).model == "m"
-    link.on_down(StatusError(grpc.StatusCode.FAILED_PRECONDITION, "another tokenizer"))
+    line.peers[0].die()
+    with pytest.raises(StatusError, match="the scheduler cannot be reached: killed") as error:
+        line.submit()
+    assert error.value.retry_after == 1.0
+    line.peers[0].die(StatusError(grpc.StatusCode.FAILED_PRECONDITION, "another tokenizer"))
     with pytest.raises(StatusError, match="another tokenizer") as error:
-        await link.wait_up(0.0)
+        await line.schedulers.wait_up(0.0)
     assert error.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
 
-async def test_a_draining_scheduler_gets_nothing_new():
-    link = make_link()
-    running = submit(link)
-    link.on_step(link_pb2.StepOutput(load=link_pb2.Load(draining=True)))
-    with pytest.raises(StatusError, match="it is shutting down"):
-        submit(link)
-    finish(link, running.handle)
+async def test_a_draining_scheduler_gets_nothing_new_and_finishes_what_it_has():
+    line = Line()
+    (peer,) = line.peers
+    await peer.come_up()
+    running = line.submit()
+    peer.link.on_step(link_pb2.StepOutput(load=link_pb2.Load(draining=True)))
+    with pytest.raises(StatusError, match="127.0.0.1:1 is shutting down"):
+        line.submit()
+    peer.step(LENGTH)
     assert running.finish is not None
 
 
 async def test_a_scheduler_without_model_is_refused():
     with pytest.raises(StatusError, match="no executor yet"):
-        make_link(up=False).on_up(link_pb2.Welcome())
+        Line().peers[0].link.on_up(welcome(model=""))
 
 
 class EndedCall:
@@ -111,7 +81,7 @@ class EndedCall:
 
 
 async def test_a_write_after_the_end_tells_why_the_link_ended():
-    client = LinkClient("host:1", CONNECT, link_pb2.Hello(), make_link())
+    client = LinkClient("host:1", CONNECT, link_pb2.Hello(), Line().peers[0].link)
     client._up = True
     client.abort(1, link_pb2.ABORT_REASON_CANCELLED)
     with pytest.raises(StatusError, match="host:1: gone"):

@@ -30,7 +30,7 @@ def is_awake(receiver: TokenReceiver) -> bool:
 
 
 async def test_what_waits_is_merged():
-    receiver = TokenReceiver(1, 2)
+    receiver = TokenReceiver(2)
     for offset in range(1000):
         receiver.on_tokens(1, offset, [offset], now=offset + 1)
     await receiver.wait()
@@ -42,7 +42,7 @@ async def test_what_waits_is_merged():
 
 
 async def test_min_tokens_spares_wake_ups():
-    receiver = TokenReceiver(1, 1, min_tokens=3)
+    receiver = TokenReceiver(1, min_tokens=3)
     receiver.on_tokens(0, 0, [1], now=1)
     assert is_awake(receiver)  # the first token is never held back
     assert len(receiver.take()) == 1
@@ -60,7 +60,7 @@ async def test_min_tokens_spares_wake_ups():
 
 
 async def test_finish_releases_what_is_held():
-    receiver = TokenReceiver(1, 1, min_tokens=10)
+    receiver = TokenReceiver(1, min_tokens=10)
     receiver.on_tokens(0, 0, [1], now=1)
     receiver.take()
     receiver.on_tokens(0, 1, [2], now=1)
@@ -70,7 +70,7 @@ async def test_finish_releases_what_is_held():
 
 @pytest.mark.parametrize(("offset", "tokens", "expected"), [(0, [1, 2], []), (1, [2, 3], [3]), (2, [3, 4], [3, 4])])
 async def test_replays_are_trimmed(offset, tokens, expected):
-    receiver = TokenReceiver(1, 1)
+    receiver = TokenReceiver(1)
     receiver.on_tokens(0, 0, [1, 2], now=1)
     receiver.take()
     receiver.on_tokens(0, offset, tokens, now=2)
@@ -78,7 +78,7 @@ async def test_replays_are_trimmed(offset, tokens, expected):
 
 
 async def test_a_gap_is_loud():
-    receiver = TokenReceiver(1, 1)
+    receiver = TokenReceiver(1)
     receiver.on_tokens(0, 0, [1], now=1)
     receiver.on_tokens(0, 3, [4], now=1)
     error = await error_of(receiver)
@@ -87,17 +87,17 @@ async def test_a_gap_is_loud():
 
 
 async def test_an_unknown_sample_is_loud():
-    receiver = TokenReceiver(1, 1)
+    receiver = TokenReceiver(1)
     receiver.on_tokens(1, 0, [1], now=1)
     assert (await error_of(receiver)).message == "the scheduler sent sample 1, which was not asked for"
 
 
 async def test_missing_logprobs_are_loud():
-    receiver = TokenReceiver(1, 1, logprobs=True)
+    receiver = TokenReceiver(1, logprobs=True)
     receiver.on_tokens(0, 0, [1, 2], now=1)
     with pytest.raises(StatusError, match="skipped log-probabilities 0 to 1 of sample 0"):
         receiver.take()
-    receiver = TokenReceiver(1, 1, num_prompt_logprobs=3)
+    receiver = TokenReceiver(1, num_prompt_logprobs=3)
     receiver.on_prompt_logprobs(link_pb2.LinkLogprobs(offset=0, values=common_pb2.TokenLogprobs(logprobs=[0.0, -1.0])))
     assert receiver.take_prompt_logprobs() == []
     receiver.on_tokens(0, 0, [1], now=1)
@@ -122,7 +122,7 @@ def scores(offset: int, count: int, num_top: int = 2) -> link_pb2.LinkLogprobs:
 
 
 async def test_what_a_slow_reader_left_is_taken_in_parts_that_fit_a_message():
-    receiver, total = TokenReceiver(1, 1, logprobs=True), 2 * MAX_ANSWER_TOKENS + 3
+    receiver, total = TokenReceiver(1, logprobs=True), 2 * MAX_ANSWER_TOKENS + 3
     for offset in range(0, total, 100):
         count = min(100, total - offset)
         receiver.on_logprobs(scores(offset, count))
@@ -141,7 +141,7 @@ async def test_what_a_slow_reader_left_is_taken_in_parts_that_fit_a_message():
 @pytest.mark.parametrize("piece", [100, 1000, MAX_ANSWER_TOKENS, 3 * MAX_ANSWER_TOKENS])
 async def test_a_prompt_comes_in_the_same_parts_however_it_was_computed(piece):
     total = 2 * MAX_ANSWER_TOKENS + 3
-    receiver, parts = TokenReceiver(1, 1, num_prompt_logprobs=total), []
+    receiver, parts = TokenReceiver(1, num_prompt_logprobs=total), []
     for offset in range(0, total, piece):
         receiver.on_prompt_logprobs(scores(offset, min(piece, total - offset)))
         if is_awake(receiver):
@@ -155,18 +155,18 @@ async def test_a_prompt_comes_in_the_same_parts_however_it_was_computed(piece):
 
 
 async def test_alternatives_that_do_not_fit_their_tokens_are_loud():
-    receiver = TokenReceiver(1, 1, num_prompt_logprobs=4)
+    receiver = TokenReceiver(1, num_prompt_logprobs=4)
     receiver.on_prompt_logprobs(scores(0, 2, num_top=0))
     receiver.on_prompt_logprobs(scores(2, 2, num_top=1))
     assert (await error_of(receiver)).message == "the scheduler sent alternatives that do not fit the tokens"
-    receiver, entry = TokenReceiver(1, 1, logprobs=True), scores(0, 2)
+    receiver, entry = TokenReceiver(1, logprobs=True), scores(0, 2)
     entry.values.top_token_ids.pop()
     receiver.on_logprobs(entry)
     assert (await error_of(receiver)).message == "the scheduler sent alternatives that do not fit the tokens"
 
 
 async def test_the_first_error_stays():
-    receiver = TokenReceiver(1, 1)
+    receiver = TokenReceiver(1)
     waiting = asyncio.create_task(receiver.wait())
     await asyncio.sleep(0)
     receiver.fail(StatusError.unavailable("first"))

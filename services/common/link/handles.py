@@ -1,0 +1,52 @@
+"""The numbers that stand for requests on one link, as its upstream end gives them out."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+RequestT = TypeVar("RequestT")
+
+_MAX_HANDLE = 2**32 - 1
+
+
+class Handles(Generic[RequestT]):
+    """Which request has which handle on one connection.
+
+    A handle is taken from its Submit to its Finish, also when the request is released before: what still comes for it
+    must not meet another request.
+    """
+
+    def __init__(self) -> None:
+        self._requests: dict[int, RequestT | None] = {}
+        self._last = 0
+
+    def __len__(self) -> int:
+        """Handles whose Finish has not come."""
+        return len(self._requests)
+
+    def take(self, request: RequestT) -> int:
+        """A free handle for a request."""
+        while True:
+            self._last = self._last % _MAX_HANDLE + 1
+            if self._last not in self._requests:
+                self._requests[self._last] = request
+                return self._last
+
+    def get(self, handle: int) -> RequestT | None:
+        """The request that still wants what comes for a handle."""
+        return self._requests.get(handle)
+
+    def release(self, handle: int) -> None:
+        """The request wants nothing more; its Finish is still to come."""
+        self._requests[handle] = None
+
+    def finish(self, handle: int) -> RequestT | None:
+        """A Finish came: the handle is free. Returns the request if that was not released."""
+        return self._requests.pop(handle, None)
+
+    def clear(self) -> list[RequestT]:
+        """The connection is gone, and all handles with it. Returns the requests that were not released."""
+        requests = [request for request in self._requests.values() if request is not None]
+        self._requests.clear()
+        self._last = 0
+        return requests

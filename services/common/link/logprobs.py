@@ -1,0 +1,26 @@
+"""Parts of log-probabilities, which lie in columns: some per token, some per token and alternative."""
+
+from __future__ import annotations
+
+from scalellm.v1 import common_pb2, link_pb2
+
+
+def cut_logprobs(values: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
+    """Return the entries of the tokens `[start, stop)`."""
+    if start == 0 and stop >= len(values.logprobs):
+        return values
+    top = slice(start * values.num_top, stop * values.num_top)
+    return common_pb2.TokenLogprobs(
+        logprobs=values.logprobs[start:stop],
+        num_top=values.num_top,
+        top_token_ids=values.top_token_ids[top],
+        top_logprobs=values.top_logprobs[top],
+    )
+
+
+def skip_logprobs(entry: link_pb2.LinkLogprobs, offset: int) -> None:
+    """Drop the values of tokens before `offset`; without effect where the entry begins later."""
+    count = offset - entry.offset
+    if count > 0:
+        entry.values.CopyFrom(cut_logprobs(entry.values, count, len(entry.values.logprobs)))
+        entry.offset = offset

@@ -1,0 +1,142 @@
+"""One request on its way through schedulers: what it takes to send it again."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import os
+from array import array
+
+from scalellm.v1 import common_pb2, link_pb2
+from services.common.errors import StatusError
+from services.common.link import ModelIdentity
+from services.tokenizer.scheduler_link import SchedulerLink
+from services.tokenizer.token_receiver import TokenReceiver
+
+_BLOCK_TOKENS = 64
+"""Tokens at the beginning of a prompt that decide where it goes: those of a block, as schedulers know prefixes."""
+
+
+class RunningRequest:
+    """A request from its first Submit to its end.
+
+    Args:
+        submit: The first attempt.
+        min_tokens: See TokenReceiver.
+        now: Monotonic nanoseconds.
+
+    Attributes:
+        receiver: Where what comes goes.
+        link: Where it runs now; None while it waits for a scheduler, and after its end.
+        identity: The model with which it began: its tokens mean nothing to another one.
+        losses: Schedulers that were lost one after the other without a token from them.
+        why_lost: What happened to the last one.
+        timer: Ends its wait for a scheduler.
+    """
+
+    __slots__ = (
+        "_deadline", "_first_sent_at", "_handle", "_num_resumed", "_route_key", "_sent_at", "_submit",
+        "identity", "link", "losses", "receiver", "timer", "why_lost",
+    )  # fmt: skip
+
+    def __init__(self, submit: link_pb2.Submit, min_tokens: int, now: int) -> None:
+        sampling = submit.sampling
+        self.receiver = TokenReceiver(
+            sampling.n,
+            logprobs=sampling.HasField("logprobs"),
+            num_prompt_logprobs=len(submit.token_ids) if sampling.HasField("prompt_logprobs") else 0,
+            min_tokens=min_tokens,
+        )
+        self.identity: ModelIdentity | None = None
+        self.link: SchedulerLink | None = None
+        self.losses = 0
+        self.why_lost = StatusError.unavailable("it was not lost")
+        self.timer: asyncio.TimerHandle | None = None
+        submit.execution_id = os.urandom(16)
+        self._submit = submit
+        self._route_key = _route_key(submit)
+        self._deadline = now + submit.time_remaining_ns if submit.HasField("time_remaining_ns") else None
+        self._first_sent_at = self._sent_at = now
+        self._num_resumed = 0
+        self._handle = 0
+
+    def choose(self, links: list[SchedulerLink]) -> SchedulerLink:
+        """The link that it belongs on, by rendezvous hashing: each worker finds the same one, and when a scheduler
+        comes or goes, only what belongs to that one moves.
+        """
+        if len(links) == 1:
+            return links[0]
+        return max(links, key=lambda link: hashlib.blake2b(link.address.encode() + self._route_key).digest())
+
+    def send(self, link: SchedulerLink, now: int) -> None:
+        """Send it to a scheduler."""
+        self.link, self.identity = link, link.identity
+        self._sent_at = now
+        self._handle = link.submit(self._submit, self.receiver)
+
+    def send_again(self, link: SchedulerLink, now: int) -> None:
+        """Send it to another scheduler, or to the same one again, which goes on where the last one was lost."""
+        submit, progress = self._submit, self.receiver.progress
+        submit.attempt += 1
+        if self._deadline is not None:
+            submit.time_remaining_ns = max(0, self._deadline - now)
+        progress.resume(submit)
+        self._num_resumed = progress.num_tokens
+        self.send(link, now)
+
+    def seconds_left(self, now: int) -> float:
+        """Until its deadline; infinite without one."""
+        return (self._deadline - now) / 1e9 if self._deadline is not None else math.inf
+
+    def stop_sample(self, index: int) -> None:
+        """A stop text ended a sample here."""
+        self.receiver.progress.end_sample(index, common_pb2.FINISH_REASON_STOP)
+        if self.link is not None:
+            self.link.stop_sample(self._handle, index)
+
+    def lose_link(self, why: StatusError) -> None:
+        """Its scheduler was lost, or gave it back."""
+        self.link = None
+        self.why_lost = why
+
+    def count_loss(self) -> None:
+        """Its scheduler was lost."""
+        has_come_further = self.receiver.progress.num_tokens > self._num_resumed
+        self.losses = 1 if has_come_further else self.losses + 1
+
+    def finish(self, finish: link_pb2.Finish, now: int) -> None:
+        """Its scheduler ended it; what was spent on others counts as failover."""
+        self.link = None
+        finish.timings.failover_ns += self._sent_at - self._first_sent_at
+        self.receiver.on_finish(finish, now)
+
+    def finish_here(self, now: int) -> None:
+        """All samples have ended, but the scheduler was lost that would have said so of the request."""
+        progress = self.receiver.progress
+        usage = common_pb2.Usage(
+            prompt_tokens=len(self._submit.token_ids),
+            completion_tokens=progress.num_tokens,
+            num_resumed=self._num_resumed,
+        )
+        self.finish(link_pb2.Finish(usage=usage), now)
+
+    def release(self, reason: link_pb2.AbortReason) -> None:
+        """Nobody takes from the receiver any more; if the request still runs it is aborted for `reason`."""
+        self.stop_waiting()
+        if self.link is not None:
+            self.link.release(self._handle, reason)
+            self.link = None
+
+    def stop_waiting(self) -> None:
+        """It waits for no scheduler any more."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+
+def _route_key(submit: link_pb2.Submit) -> bytes:
+    """What requests have in common that belong on one scheduler: their session, or how their prompts begin."""
+    if submit.session_id:
+        return b"session " + submit.session_id.encode()
+    return b"prefix " + submit.cache_salt + array("I", submit.token_ids[:_BLOCK_TOKENS]).tobytes()

@@ -1,0 +1,67 @@
+"""Which schedulers there are: the listed addresses and names, looked up again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from services.common.addresses import look_up, split_address
+
+_log = logging.getLogger(__name__)
+
+
+class SchedulerSet(Protocol):
+    """Who is told which schedulers there are."""
+
+    def add(self, address: str, host: str) -> None:
+        """A scheduler is there; `host` is what it was listed under. Idempotent."""
+
+    def drop_when_down(self, address: str) -> None:
+        """A scheduler's name stands for it no more: it is forgotten once its link is down."""
+
+
+class SchedulerDiscovery:
+    """Turns the listed names into addresses and keeps them up to date; see `look_up`.
+
+    A failing look-up changes nothing, because name servers fail more often than schedulers move.
+
+    Args:
+        names: host:port of each.
+        schedulers: Told of additions and removals.
+        interval: Seconds between look-ups.
+
+    Attributes:
+        errors: What is wrong with names that cannot be looked up.
+    """
+
+    def __init__(self, names: Sequence[str], schedulers: SchedulerSet, interval: float) -> None:
+        self._names: dict[str, frozenset[str]] = dict.fromkeys(names, frozenset())
+        self._schedulers = schedulers
+        self._interval = interval
+        self.errors: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Look names up until cancelled."""
+        while True:
+            for name in self._names:
+                await self._resolve(name)
+            await asyncio.sleep(self._interval)
+
+    async def _resolve(self, name: str) -> None:
+        try:
+            addresses = await look_up(name)
+        except (OSError, UnicodeError) as error:  # the latter: not a host name at all
+            if name not in self.errors:
+                _log.warning("cannot look up scheduler %s, keeping what is known: %s", name, error)
+            self.errors[name] = f"cannot look up {name}: {error}"
+            return
+        self.errors.pop(name, None)
+        before, self._names[name] = self._names[name], addresses
+        host, _ = split_address(name)
+        for address in sorted(addresses):
+            self._schedulers.add(address, host)
+        known = frozenset[str]().union(*self._names.values())
+        for address in before - known:
+            self._schedulers.drop_when_down(address)

@@ -1,0 +1,301 @@
+"""The schedulers of a worker: who takes which request, and what happens when one is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from scalellm.v1 import link_pb2
+from services.common.addresses import is_ip_address
+from services.common.errors import StatusError
+from services.common.link import API_MINOR, PLAINTEXT, LinkDialer
+from services.tokenizer.running_request import RunningRequest
+from services.tokenizer.scheduler_discovery import SchedulerDiscovery
+from services.tokenizer.scheduler_link import LinkCounts, SchedulerLink
+from services.tokenizer.token_receiver import TokenReceiver
+
+_log = logging.getLogger(__name__)
+
+_RETRY_AFTER = 1.0
+
+_MOST_LOSSES = 5
+"""Schedulers that may be lost one after the other under a request, without a token from any of them, before it ends as
+their likely cause."""
+
+
+class Schedulers:
+    """A link to each scheduler, and the requests that run on them. A LinkOwner and a SchedulerSet.
+
+    A request whose scheduler is lost, or gives it back, goes on with another one, or with the same one when that is
+    back: its receiver shows nothing of it but a pause.
+
+    Args:
+        names: host:port of each; a name with several addresses stands for all of them.
+        client_id: Names this incarnation of the worker.
+        tokenizer_sha256: Of the tokenizer in use: a scheduler whose executors have another one refuses the link.
+        silence_limit: Seconds without a frame, while requests run, after which a scheduler counts as dead.
+        outage_limit: Seconds for which a request that lost its scheduler waits for one.
+        resolve_interval: Seconds between look-ups of names.
+        dialer: How to connect. Where it asks for no name in certificates, that is the host as it was listed.
+        clock: Monotonic nanoseconds.
+
+    Attributes:
+        counts: What went over all links.
+        num_resubmitted: How often requests were sent again.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        client_id: str,
+        tokenizer_sha256: bytes,
+        *,
+        silence_limit: float = 30.0,
+        outage_limit: float = 60.0,
+        resolve_interval: float = 2.0,
+        dialer: LinkDialer = PLAINTEXT,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._hello = link_pb2.Hello(client_id=client_id, api_minor=API_MINOR, tokenizer_sha256=tokenizer_sha256)
+        self._silence_limit = silence_limit
+        self._outage_limit = outage_limit
+        self._dialer = dialer
+        self._clock = clock
+        self._discovery = SchedulerDiscovery(names, self, resolve_interval)
+        self._links: dict[str, SchedulerLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._requests: dict[TokenReceiver, RunningRequest] = {}
+        self._waiting: dict[RunningRequest, None] = {}
+        self._changed = asyncio.Event()
+        self._vocab_size = 0
+        self.counts = LinkCounts()
+        self.num_resubmitted = 0
+
+    async def run(self) -> None:
+        """Keep the links up until cancelled."""
+        try:
+            await self._discovery.run()
+        finally:
+            await asyncio.gather(*(link.stop() for link in self._links.values()), *self._closing)
+
+    # What is known of the schedulers.
+
+    @property
+    def welcome(self) -> link_pb2.Welcome | None:
+        """What the schedulers said of the model: what each of them can keep. None while none takes requests."""
+        welcomes = [link.welcome for link in self._links.values() if link.welcome is not None]
+        return min(welcomes, key=lambda welcome: welcome.max_model_len, default=None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows, by the last welcome; 0 before the first."""
+        return self._vocab_size
+
+    @property
+    def num_up(self) -> int:
+        """Schedulers that take requests."""
+        return len(self._takers())
+
+    @property
+    def num_handles(self) -> int:
+        """Requests whose Finish has not come, over all links."""
+        return sum(link.num_handles for link in self._links.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that lost their scheduler and wait for one."""
+        return len(self._waiting)
+
+    async def wait_up(self, limit: float) -> link_pb2.Welcome:
+        """Return the welcome, waiting up to `limit` seconds for one. Raises StatusError."""
+        try:
+            async with asyncio.timeout(limit):
+                while (welcome := self.welcome) is None:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise self._make_outage() from None
+        return welcome
+
+    # What requests do.
+
+    def submit(self, submit: link_pb2.Submit, *, min_tokens: int = 1) -> TokenReceiver:
+        """Send a request, which is owned and changed from here on. `release` must follow.
+
+        Raises StatusError when no scheduler takes requests.
+        """
+        links = self._takers()
+        if not links:
+            raise self._make_outage()
+        now = self._clock()
+        request = RunningRequest(submit, min_tokens, now)
+        self._requests[request.receiver] = request
+        request.send(request.choose(links), now)
+        return request.receiver
+
+    def stop_sample(self, receiver: TokenReceiver, index: int) -> None:
+        """A stop string ended a sample."""
+        request = self._requests[receiver]
+        request.stop_sample(index)
+        if request in self._waiting and receiver.progress.all_ended:
+            self._place(request)
+
+    def release(self, receiver: TokenReceiver, reason: link_pb2.AbortReason) -> None:
+        """Nobody takes from the receiver any more; if the request still runs it is aborted for `reason`."""
+        request = self._requests.pop(receiver, None)
+        if request is not None:
+            self._waiting.pop(request, None)
+            request.release(reason)
+
+    def end_all(self, why: str) -> None:
+        """End every running request with UNAVAILABLE: this worker stops."""
+        for receiver in self._requests:
+            receiver.fail(StatusError.unavailable(why, _RETRY_AFTER))
+
+    # SchedulerSet
+
+    def add(self, address: str, host: str) -> None:
+        """A scheduler is there. Idempotent."""
+        link = self._links.get(address)
+        if link is None:
+            dialer = self._dialer
+            if not dialer.tls_name and not is_ip_address(host):
+                dialer = dataclasses.replace(dialer, tls_name=host)
+            link = self._links[address] = SchedulerLink(
+                address,
+                self._hello,
+                self,
+                counts=self.counts,
+                silence_limit=self._silence_limit,
+                dialer=dialer,
+                clock=self._clock,
+            )
+            link.start()
+        link.drop_when_down = False
+
+    def drop_when_down(self, address: str) -> None:
+        """A scheduler's name stands for it no more: it is forgotten once its link is down."""
+        link = self._links[address]
+        link.drop_when_down = True
+        if not link.is_up:
+            self._discard(link)
+
+    def _discard(self, link: SchedulerLink) -> None:
+        del self._links[link.address]
+        # Not awaited: this may run inside the very task that is to be stopped.
+        closing = asyncio.create_task(link.stop())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    # LinkOwner
+
+    def link_changed(self, link: SchedulerLink) -> None:
+        """A scheduler takes requests now, or none any more."""
+        if (welcome := link.welcome) is not None:
+            self._vocab_size = welcome.vocab_size
+            self._changed.set()
+            for request in tuple(self._waiting):
+                self._place(request)
+
+    def request_finished(self, link: SchedulerLink, receiver: TokenReceiver, finish: link_pb2.Finish, now: int) -> None:
+        """A scheduler ended a request, or gave it back."""
+        request = self._requests[receiver]
+        if finish.moved:
+            link.stop_submitting("gives requests back")
+            request.lose_link(StatusError.from_link(finish.status))
+            self._wait(request)
+        else:
+            request.finish(finish, now)
+
+    def link_lost(self, link: SchedulerLink, receivers: list[TokenReceiver], error: StatusError) -> None:
+        """A link broke, or could not be made: its requests go on elsewhere."""
+        if link.drop_when_down and link.address in self._links:
+            self._discard(link)
+        if receivers:
+            _log.warning("scheduler %s is lost, %d requests move: %s", link.address, len(receivers), error.message)
+        for receiver in receivers:
+            request = self._requests[receiver]
+            request.lose_link(error)
+            request.count_loss()
+            if receiver.is_over:  # it has failed, and is not released yet
+                continue
+            if request.losses < _MOST_LOSSES:
+                self._wait(request)
+            else:
+                message = (
+                    f"{request.losses} schedulers in a row were lost with this request, the last one: {error.message}"
+                )
+                receiver.fail(StatusError(grpc.StatusCode.INTERNAL, message))
+        if error.code is grpc.StatusCode.FAILED_PRECONDITION:  # it may have been the last one to wait for
+            for request in tuple(self._waiting):
+                self._place(request)
+
+    # The way of a request that moves.
+
+    def _wait(self, request: RunningRequest) -> None:
+        """A request waits for a scheduler, be it for no time."""
+        limit = min(self._outage_limit, request.seconds_left(self._clock()))
+        request.timer = asyncio.get_running_loop().call_later(limit, self._give_up, request)
+        self._waiting[request] = None
+        self._place(request)
+
+    def _place(self, request: RunningRequest) -> None:
+        """Send a request that waits to a scheduler, or end it, where either can be."""
+        now = self._clock()
+        links = [link for link in self._takers() if link.identity == request.identity]
+        if request.receiver.progress.all_ended:
+            request.finish_here(now)
+        elif links:
+            request.send_again(request.choose(links), now)
+            self.num_resubmitted += 1
+        elif (refusal := self._refuse(request)) is not None:
+            request.receiver.fail(refusal)
+        else:
+            return
+        del self._waiting[request]
+        request.stop_waiting()
+
+    def _give_up(self, request: RunningRequest) -> None:
+        """A request has waited for as long as it may."""
+        now = self._clock()
+        del self._waiting[request]
+        if request.seconds_left(now) <= 0:
+            message = "the deadline passed while no scheduler could be reached"
+            request.receiver.fail(StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, message))
+        else:
+            waited = f"no scheduler took the request for {self._outage_limit:g} s after its own was lost"
+            request.receiver.fail(StatusError.unavailable(f"{waited}: {request.why_lost.message}", _RETRY_AFTER))
+
+    def _takers(self) -> list[SchedulerLink]:
+        """Links over which requests can be sent now."""
+        return [link for link in self._links.values() if link.welcome is not None]
+
+    def _refuse(self, request: RunningRequest) -> StatusError | None:
+        """The end of a request with whose model no scheduler goes on; None while one may come that does."""
+        assert request.identity is not None
+        reasons = []
+        for link in self._links.values():
+            if link.identity is not None and link.identity != request.identity:
+                differences = request.identity.differences(link.identity)
+                reasons.append(f"{link.address} serves {link.identity.model!r}, {differences} differ")
+            elif link.identity is None and link.why_down.code is grpc.StatusCode.FAILED_PRECONDITION:
+                reasons.append(link.why_down.message)
+            else:
+                return None
+        if not reasons:
+            return None
+        message = f"the request began with model {request.identity.model!r}, which is served no more"
+        return StatusError(grpc.StatusCode.FAILED_PRECONDITION, f"{message}: {'; '.join(reasons)}")
+
+    def _make_outage(self) -> StatusError:
+        errors = [link.why_down for link in self._links.values()]
+        if errors and all(error.code is grpc.StatusCode.FAILED_PRECONDITION for error in errors):
+            return StatusError(grpc.StatusCode.FAILED_PRECONDITION, errors[0].message)
+        reasons = [error.message for error in errors] + list(self._discovery.errors.values())
+        why = "; ".join(reasons) or "none is known"
+        return StatusError.unavailable(f"the scheduler cannot be reached: {why}", _RETRY_AFTER)
