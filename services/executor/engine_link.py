@@ -13,6 +13,7 @@ import grpc
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
 from services.common.link import API_MINOR, check_submit, parse_client_frame, read_hello
+from services.executor.credit_window import Claim
 from services.executor.engine.engine import Engine
 from services.executor.engine.ledger import EngineLoad
 from services.executor.engine.request import (
@@ -92,9 +93,7 @@ class EngineLink:
     Args:
         link: Number of the link; with a handle it makes the engine's request key.
         engine: Where its requests run.
-        prefill_window: Prompt tokens that may wait for their first step: about one step's worth, so that the engine
-            never idles for a round trip and who goes first stays the scheduler's decision.
-        request_window: Requests that may be here at once.
+        renews: Whether the client says what it wants; one that does not is taken to want as much as there is.
         traced: Notes what is known of traced requests; None = traces are off.
     """
 
@@ -103,17 +102,17 @@ class EngineLink:
         link: int,
         engine: Engine,
         *,
-        prefill_window: int,
-        request_window: int,
+        renews: bool = True,
         traced: TracedRequests | None = None,
     ) -> None:
         self.link = link
         self._engine = engine
-        self._prefill_window = prefill_window
-        self._request_window = request_window
+        self.demand = link_pb2.Renewal() if renews else None
+        self._request_share = self._token_share = 1
+        self._most_granted = 0
         self.traced = traced
         self._seq = 0
-        self._num_accepted = 0
+        self._num_accepted = self._accepted_tokens = 0
         self._refused_tokens = 0
         self._num_refused = 0
         self._last_load: link_pb2.Load | None = None
@@ -131,6 +130,7 @@ class EngineLink:
                 self._abort(frame.abort)
                 return None
             case "renewal":
+                self.demand = frame.renewal
                 return None
             case other:
                 raise StatusError.invalid("frame", f"must be submit, abort or renewal after the hello, got {other}")
@@ -147,8 +147,11 @@ class EngineLink:
         key = (self.link, submit.handle)
         if self._engine.has_request(key):  # a Finish would end the other request of that handle
             raise StatusError.invalid("handle", f"{submit.handle} is in use on this link")
-        if self._num_here >= self._request_window:  # whoever keeps to its credits cannot get here
-            message = f"granted_requests: {self._request_window} requests are here, more than that were not granted"
+        # Whoever keeps to its credits cannot get here: those that others have now were its own, and those of what has
+        # ended count although it has not heard of the end.
+        self._most_granted = max(self._most_granted, self._granted_requests)
+        if self._num_accepted + self._num_refused >= self._most_granted:
+            message = f"granted_requests: {self._most_granted} requests came, more than that were not granted"
             raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
         charged_tokens = submit.charged_tokens if submit.HasField("charged_tokens") else len(submit.token_ids)
         try:
@@ -183,6 +186,7 @@ class EngineLink:
             status = error.to_link()
         else:
             self._num_accepted += 1
+            self._accepted_tokens += charged_tokens
             return None
         # What was refused never waits, so it gives its credits back at once.
         self._refused_tokens += charged_tokens
@@ -197,12 +201,38 @@ class EngineLink:
         """Requests that were accepted and have not ended."""
         return self._num_accepted - self._engine.link_credits(self.link).completed_requests
 
+    @property
+    def _granted_requests(self) -> int:
+        """Requests that may be submitted, since the link came up."""
+        return self._engine.link_credits(self.link).completed_requests + self._num_refused + self._request_share
+
+    def claims(self, request_window: int, token_window: int) -> tuple[Claim, Claim]:
+        """What this link holds and wants of the requests that may be here at once, and of the prompt tokens that may
+        wait for their first step.
+        """
+        demand, credits = self.demand, self._engine.link_credits(self.link)
+        waiting_tokens = self._accepted_tokens - credits.admitted_prefill_tokens
+        if demand is None:
+            return Claim(self._num_here, request_window), Claim(waiting_tokens, token_window)
+        weight = max(1, demand.queued_tenants)
+        return (
+            Claim(self._num_here, min(demand.queued_requests, request_window), weight),
+            Claim(waiting_tokens, min(demand.queued_tokens, token_window), weight),
+        )
+
+    def grant(self, requests: int, tokens: int) -> bool:
+        """Set what this link may hold of them. Returns whether that changes anything."""
+        before = (self._request_share, self._token_share)
+        self._request_share, self._token_share = requests, tokens
+        return before != (requests, tokens)
+
     def load(self, draining: bool) -> link_pb2.Load:
         """The state and the credits of this link."""
         load = load_to_wire(self._engine.load(), draining)
         credits = self._engine.link_credits(self.link)
-        load.granted_prefill_tokens = credits.admitted_prefill_tokens + self._refused_tokens + self._prefill_window
-        load.granted_requests = credits.completed_requests + self._num_refused + self._request_window
+        load.granted_prefill_tokens = credits.admitted_prefill_tokens + self._refused_tokens + self._token_share
+        load.granted_requests = self._granted_requests
+        self._most_granted = max(self._most_granted, load.granted_requests)
         return load
 
     def load_frame(self, draining: bool) -> bytes | None:
@@ -215,6 +245,14 @@ class EngineLink:
         if not self._num_here and load == self._last_load:
             return None
         return self._frame(link_pb2.StepOutput(load=load))
+
+    def welcome_frame(self, info: link_pb2.Welcome, draining: bool) -> bytes:
+        """The link is accepted, as one serialised ServerFrame."""
+        welcome = link_pb2.Welcome()
+        welcome.CopyFrom(info)
+        welcome.api_minor = API_MINOR
+        welcome.load.CopyFrom(self.load(draining))
+        return link_pb2.ServerFrame(welcome=welcome).SerializeToString()
 
     def step_frames(self, result: StepResult, draining: bool) -> list[bytes]:
         """What a step did for this link, as serialised ServerFrames.
@@ -284,8 +322,8 @@ def split_by_link(result: StepResult) -> Mapping[int, StepResult]:
     return parts
 
 
-def welcome_frame(link: EngineLink, payload: bytes, *, info: link_pb2.Welcome, draining: bool) -> bytes:
-    """Answer a link's first frame with a serialised ServerFrame, or raise StatusError to refuse the link."""
+def accept_hello(payload: bytes, info: link_pb2.Welcome) -> link_pb2.Hello:
+    """Read a link's first frame, or raise StatusError to refuse the link."""
     hello = read_hello(payload)
     if hello.tokenizer_sha256 and info.tokenizer_sha256 and hello.tokenizer_sha256 != info.tokenizer_sha256:
         raise StatusError(
@@ -293,11 +331,7 @@ def welcome_frame(link: EngineLink, payload: bytes, *, info: link_pb2.Welcome, d
             f"tokenizer_sha256: this executor serves {info.model!r} with another tokenizer "
             f"({info.tokenizer_sha256.hex()[:12]}, not {hello.tokenizer_sha256.hex()[:12]})",
         )
-    welcome = link_pb2.Welcome()
-    welcome.CopyFrom(info)
-    welcome.api_minor = API_MINOR
-    welcome.load.CopyFrom(link.load(draining))
-    return link_pb2.ServerFrame(welcome=welcome).SerializeToString()
+    return hello
 
 
 def _logprobs(index: int, output: TokenOutput | PromptLogprobs) -> link_pb2.LinkLogprobs:

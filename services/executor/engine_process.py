@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import grpc
@@ -23,10 +23,12 @@ from scalellm.v1 import executor_pb2
 from services.common.errors import StatusError
 from services.common.json_lines import read_line
 from services.common.lifecycle import StartError
+from services.common.link import lease_of
 from services.common.logs import LineLimit, configure_logging
 from services.executor.build import LoadedEngine, build_engine
 from services.executor.config import ExecutorSettings
-from services.executor.engine_link import EngineLink, load_to_wire, split_by_link, welcome_frame
+from services.executor.credit_window import divide
+from services.executor.engine_link import EngineLink, accept_hello, load_to_wire, split_by_link
 from services.executor.engine_stats import stats_to_wire
 from services.executor.ipc import EngineChannel, Kind, Message
 from services.executor.request_trace import TracedRequests
@@ -82,7 +84,7 @@ class EngineLoop:
         """Take in what has come, and take a step if there is work. EOFError: the front is gone."""
         busy = self._engine.has_unfinished()
         if not busy:  # the last word before waiting: nothing runs, everything is free
-            self._announce_load()
+            self._announce_load(self._links.values())
             self._send_stats()
             self._last_stats = float("-inf")  # the first step will say at once that there is work again
         for message in self._channel.receive(0.0 if busy else _IDLE_BEAT):
@@ -100,30 +102,33 @@ class EngineLoop:
                 self._drop(message.link)
             case Kind.DRAIN:
                 self._draining = True
-                self._announce_load()
+                self._announce_load(self._links.values())
             case other:
                 raise AssertionError(f"the front sent {other}")
 
     def _on_open(self, message: Message) -> None:
+        try:
+            hello = accept_hello(message.payload, self._loaded.welcome)
+        except StatusError as error:
+            self._refuse(message.link, error)
+            return
         link = EngineLink(
             message.link,
             self._engine,
-            prefill_window=self._prefill_window,
-            request_window=self._request_window,
+            renews=lease_of(hello, 1.0) is not None,
             traced=TracedRequests() if self._is_tracing else None,
         )
-        try:
-            welcome = welcome_frame(link, message.payload, info=self._loaded.welcome, draining=self._draining)
-        except StatusError as error:
-            self._refuse(message.link, error)
-        else:
-            self._links[message.link] = link
-            self._channel.send(Message(Kind.WELCOME, message.link, welcome))
+        self._links[message.link] = link
+        others = [other for other in self._divide_windows() if other is not link]
+        welcome = link.welcome_frame(self._loaded.welcome, self._draining)
+        self._channel.send(Message(Kind.WELCOME, message.link, welcome))
+        self._announce_load(others)
 
     def _on_frame(self, message: Message) -> None:
         link = self._links.get(message.link)
         if link is None:  # it broke the protocol a moment ago
             return
+        demand = link.demand
         try:
             answer = link.on_frame(message.payload, self._clock(), self._draining)
         except StatusError as error:
@@ -135,6 +140,8 @@ class EngineLoop:
             self._drop(message.link)
             self._refuse(message.link, StatusError(grpc.StatusCode.INTERNAL, "frame: could not be taken in"))
             return
+        if link.demand is not demand:
+            self._announce_load(self._divide_windows())
         if answer is not None:
             self._num_refused += 1
             self._channel.send(Message(Kind.FRAME, message.link, answer))
@@ -149,12 +156,15 @@ class EngineLoop:
             if dropped.traced is not None:
                 dropped.traced.on_drop(self._clock())
                 self._report_traced(dropped)
+            self._announce_load(self._divide_windows())
 
     def _step(self) -> None:
         result = self._engine.step()
         if result.error is not None and self._log_limit.admit() is not None:
             _log.error("a step failed, its requests end with INTERNAL", exc_info=result.error)
         parts = split_by_link(result)
+        if len(self._links) > 1:
+            self._divide_windows()
         self._channel.send(
             *(
                 Message(Kind.FRAME, number, frame)
@@ -170,7 +180,7 @@ class EngineLoop:
         now = self._clock()
         if now - self._last_load >= _LOAD_INTERVAL:
             self._last_load = now
-            self._announce_load(told=parts)
+            self._announce_load(link for number, link in self._links.items() if number not in parts)
         if now - self._last_stats >= _STATS_INTERVAL:
             self._send_stats()
 
@@ -179,11 +189,20 @@ class EngineLoop:
             for request in link.traced.take():
                 self._channel.send(Message(Kind.TRACE, link.link, request.SerializeToString()))
 
-    def _announce_load(self, told: Container[int] = ()) -> None:
-        """Send the load to all links but those that were just told."""
-        for number, link in self._links.items():
-            if number not in told and (frame := link.load_frame(self._draining)) is not None:
-                self._channel.send(Message(Kind.FRAME, number, frame))
+    def _announce_load(self, links: Iterable[EngineLink]) -> None:
+        for link in links:
+            if (frame := link.load_frame(self._draining)) is not None:
+                self._channel.send(Message(Kind.FRAME, link.link, frame))
+
+    def _divide_windows(self) -> list[EngineLink]:
+        """Divide the credits among the links, by what they hold and want now. Returns those whose share changes."""
+        links = list(self._links.values())
+        if not links:
+            return []
+        windows = (self._request_window, self._prefill_window)
+        columns = zip(*(link.claims(*windows) for link in links), strict=True)
+        requests, tokens = (divide(window, column) for window, column in zip(windows, columns, strict=True))
+        return [link for link, *shares in zip(links, requests, tokens, strict=True) if link.grant(*shares)]
 
     def _send_stats(self) -> None:
         self._last_stats = self._clock()

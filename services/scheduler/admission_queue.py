@@ -49,6 +49,11 @@ class AdmissionQueue(Generic[EntryT]):
         place = self._place(entry)
         return place < len(self._entries) and self._entries[place][3] is entry
 
+    @property
+    def num_tenants(self) -> int:
+        """Tenants of which requests wait."""
+        return len(self._shares)
+
     def in_order(self) -> list[EntryT]:
         """All entries, the next one first; a copy."""
         return [entry for _, _, _, entry in self._entries]

@@ -44,6 +44,7 @@ class Fleet:
         self.ready: list[ReplicaLink] = []
         self.identity: Identity | None = None
         self._hello = link_pb2.Hello(client_id=instance_id, api_minor=API_MINOR)
+        self._told_demand: tuple[int, ...] = (0, 0, 0)
         self._silence_limit = silence_limit
         self._dialer = dialer
         self._closing: set[asyncio.Task[None]] = set()
@@ -107,6 +108,15 @@ class Fleet:
         """An executor is forgotten as soon as its link is down."""
         if address in self.replicas:
             self.replicas[address].forget_when_down()
+
+    def announce_demand(self, demand: link_pb2.Renewal) -> None:
+        """Tell the executors at once what waits for credits, if it is of another order than what they were told."""
+        values = (demand.queued_requests, demand.queued_tokens, demand.queued_tenants)
+        magnitudes = tuple(value.bit_length() for value in values)
+        if magnitudes != self._told_demand:
+            self._told_demand = magnitudes
+            for replica in self.replicas.values():
+                replica.announce_demand()
 
     # What the listener does with what it is told.
 

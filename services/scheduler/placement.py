@@ -180,6 +180,13 @@ class Placement:
         if self.queue:
             self._schedule_pump()
 
+    def demand(self) -> link_pb2.Renewal:
+        """What is queued."""
+        queue = self.queue
+        return link_pb2.Renewal(
+            queued_requests=len(queue), queued_tokens=queue.num_tokens, queued_tenants=queue.num_tenants
+        )
+
     def replica_lost(self, replica: ReplicaLink, requests: list[Request], error: StatusError) -> None:
         """An executor's link broke: go on elsewhere."""
         is_death = not (replica.is_leaving or replica.load.draining)
@@ -237,6 +244,7 @@ class Placement:
         ready = self._fleet.ready
         held_back = bool(self.queue and ready) and not any(replica.has_credit for replica in ready)
         self._rate.update(now, num_requests, num_tokens, held_back)
+        self._fleet.announce_demand(self.demand())
 
     def _route(self, request: Request, now: float) -> ReplicaLink | None:
         executor = request.executor

@@ -25,6 +25,9 @@ class ReplicaListener(Protocol):
     def check_welcome(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> None:
         """Raise StatusError when this executor cannot serve beside the others."""
 
+    def demand(self) -> link_pb2.Renewal:
+        """What waits for credits, of whichever executor."""
+
     def replica_changed(self, replica: ReplicaLink) -> None:
         """Whether it takes requests, or is needed at all, may have changed."""
 
@@ -84,6 +87,7 @@ class ReplicaLink:
             dialer=dialer,
             silence_limit=silence_limit,
             is_busy=lambda: self._owes_answers,
+            demand=lambda: self._listener.demand(),
         )
         self._task: asyncio.Task[None] | None = None
 
@@ -127,6 +131,10 @@ class ReplicaLink:
         self.clients[handle] = request.client
         request.start(self, handle, now)
         self._client.submit(submit)
+
+    def announce_demand(self) -> None:
+        """Tell the executor, which may serve other schedulers as well, what waits here for credits."""
+        self._client.announce_demand()
 
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
         """Ask the executor to end a request, or one sample of it."""

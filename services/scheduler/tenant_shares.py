@@ -59,6 +59,10 @@ class TenantShares(Generic[EntryT]):
     def __init__(self) -> None:
         self._holdings: dict[bytes, _Holding[EntryT]] = {}
 
+    def __len__(self) -> int:
+        """Tenants that hold a part."""
+        return len(self._holdings)
+
     def add(self, entry: EntryT, *, may_be_dropped: bool) -> None:
         """A request waits."""
         holding = self._holdings.setdefault(entry.tenant, _Holding())

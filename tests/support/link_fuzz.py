@@ -89,7 +89,7 @@ def play_to_engine(frames: Sequence[link_pb2.ClientFrame]) -> Counter[str]:
     loop = EngineLoop(LoadedEngine(engine, WELCOME, info), channel, clock, is_tracing=True)  # type: ignore[arg-type]
     for link in (_VICTIM, _OTHER):
         loop._handle(Message(Kind.OPEN, link, HELLO.SerializeToString()))
-    windows = [link_pb2.ServerFrame.FromString(message.payload).welcome.load for message in sent]
+    window = loop._links[_VICTIM].load(False).granted_requests
     loop._handle(Message(Kind.FRAME, _OTHER, _NEIGHBOUR.SerializeToString()))
     num_submits = 0
     for frame in frames:
@@ -101,7 +101,7 @@ def play_to_engine(frames: Sequence[link_pb2.ClientFrame]) -> Counter[str]:
         if not engine.has_unfinished():
             break
         loop._step()
-    loop._announce_load()
+    loop._announce_load(loop._links.values())
     loop._send_stats()
     engine.check_integrity()
     load = engine.load()
@@ -114,7 +114,7 @@ def play_to_engine(frames: Sequence[link_pb2.ClientFrame]) -> Counter[str]:
     if not is_cut:
         assert len(finished[_VICTIM]) == num_submits
         last = loop._links[_VICTIM].load(False)
-        assert last.granted_requests == windows[0].granted_requests + num_submits
+        assert last.granted_requests == window + num_submits
     outcomes = Counter(str(finish.status.code) for finish in finished[_VICTIM])
     return outcomes + Counter({"link cut": int(is_cut)})
 

@@ -95,7 +95,8 @@ def test_a_request_that_is_taken_back_gives_its_place_to_the_next_one() -> None:
     """The abort and the other's Submit may come together: the credits of the first are free at once."""
     config = engine_kit.make_config(max_num_seqs=1)
     engine = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock())
-    link = EngineLink(1, engine, prefill_window=4, request_window=1)
+    link = EngineLink(1, engine)
+    link.grant(1, 4)
     sampling = common_pb2.SamplingParams(max_tokens=8, seed=1)
     submits = [link_pb2.Submit(handle=handle, token_ids=[1, 2, 3, 4], sampling=sampling) for handle in (7, 8)]
     assert link.on_frame(frame(submit=submits[0]), 0.0, False) is None
@@ -114,7 +115,7 @@ def test_a_request_that_is_taken_back_gives_its_place_to_the_next_one() -> None:
 def test_a_step_with_many_log_probabilities_is_divided_into_frames(num_top: int) -> None:
     """A step of prompts with 100,000 tokens and 20 alternatives each would be one frame beyond what a link carries."""
     config = engine_kit.make_config(max_model_len=1024, num_blocks=256)
-    link = EngineLink(1, Engine(config, engine_kit.FakePagedRunner(config)), prefill_window=1, request_window=1)
+    link = EngineLink(1, Engine(config, engine_kit.FakePagedRunner(config)))
     count = 20_000
     logprobs = [-1 - i / 7 for i in range(count)]
     top = [[(2**20 - 1, -0.5 - place) for place in range(num_top)]] * count

@@ -217,7 +217,7 @@ def test_logprobs_are_those_of_the_raw_logits(model: CausalLM, device: Device) -
 def test_alternatives_stay_with_their_tokens_however_a_prompt_is_divided(model: CausalLM, device: Device) -> None:
     engine = make_engine(model, device, max_num_batched_tokens=16)
     link, receiver = (
-        EngineLink(0, engine, prefill_window=64, request_window=1),
+        EngineLink(0, engine),
         TokenReceiver(1, num_prompt_logprobs=37),
     )
     prompt = [(7 * i) % 97 for i in range(37)]
