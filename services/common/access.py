@@ -57,6 +57,12 @@ ROUTES: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
         "POST /v1/chat/completions": _CALLERS,
         "POST /v1/completions": _CALLERS,
+        "POST /v1/messages": _CALLERS,
+        "POST /v1/messages/count_tokens": _CALLERS,
+        "POST /tokenize": _CALLERS,
+        "POST /detokenize": _CALLERS,
+        "GET /tokenizer_info": _CALLERS,
+        "GET /metrics": frozenset((Role.ADMIN,)),
         "GET /v1/models": _CALLERS,
         "GET /v1/models/{model}": _CALLERS,
         "GET /version": _CALLERS,

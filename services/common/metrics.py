@@ -55,11 +55,9 @@ class MetricsEndpoint:
         tls: TlsFiles = PLAINTEXT,
         tracer: Tracer | None = None,
     ) -> None:
-        registry = _PoliteRegistry()
-        ProcessCollector(registry=registry)
         lost = () if tracer is None else (DroppedSpansCollector(tracer),)
-        for collector in (_BuildCollector(service), _ProcessesCollector(processes), *collectors, *lost):
-            registry.register(collector)
+        registry = make_registry(service, (_ProcessesCollector(processes), *collectors, *lost))
+        ProcessCollector(registry=registry)
         try:
             self._server = MetricsServer(host, port, registry, tls)
         except OSError as error:
@@ -72,6 +70,14 @@ class MetricsEndpoint:
     def stop(self) -> None:
         """Close the port."""
         self._server.stop()
+
+
+def make_registry(service: str, collectors: Iterable[Collector]) -> CollectorRegistry:
+    """Return what the collectors say, and what runs here, to be rendered on a thread beside an event loop."""
+    registry = _PoliteRegistry()
+    for collector in (_BuildCollector(service), *collectors):
+        registry.register(collector)
+    return registry
 
 
 class LoopLag:

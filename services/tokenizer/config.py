@@ -31,6 +31,9 @@ class TokenizerSettings(LinkingSettings):
     """Port for HTTP; 0 takes a free one."""
     http_strict: bool = False
     """Refuse fields of HTTP requests that are not known, which are otherwise left alone."""
+    http_metrics: bool = False
+    """Serve /metrics on the HTTP port, too: to everybody who reaches it, or with keys to those of admins. Needs
+    --metrics-port."""
     http_cors_origins: str = ""
     """Origins whose web pages may call by HTTP, with commas in between, such as https://chat.example.org; * for all.
     Unset: none."""
@@ -75,6 +78,13 @@ class TokenizerSettings(LinkingSettings):
     def _check_log_prompts(cls, value: bool, info: ValidationInfo) -> bool:
         if value and not info.data.get("log_requests"):
             raise ValueError("needs --log-requests, whose lines it adds the prompts to")
+        return value
+
+    @field_validator("http_metrics")
+    @classmethod
+    def _check_http_metrics(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("metrics_port") is None:
+            raise ValueError("needs --metrics-port, without which nothing is counted")
         return value
 
     @field_validator("scheduler")

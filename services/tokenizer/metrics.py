@@ -7,6 +7,7 @@ them up. An update costs one or two microseconds, so what happens per message is
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -221,7 +222,8 @@ class EdgeMetrics:
 
 
 class WorkersCollector(Collector):
-    """Adds up the workers' files, and closes the books of workers that crashed.
+    """Adds up the workers' files, and closes the books of workers that crashed, which are in a file beside them: any
+    process that reads the folder says the same.
 
     The running requests are what was accepted and has not ended, taken from one reading of the files, so that
     accepted = finished + cancelled + rejected + running holds at every scrape.
@@ -232,15 +234,19 @@ class WorkersCollector(Collector):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lost = dict.fromkeys(_TRANSPORTS, 0.0)
-        self._crashes = 0
+        self._crash_file = folder / "crashes.json"
+
+    def describe(self) -> list[Metric]:
+        """Nothing, so that registering does not collect."""
+        return []
 
     def collect(self) -> list[Metric]:
         """All metrics, from one reading."""
+        crashes, lost_calls = self._read_crashes()
         metrics = self._read(sorted(self._folder.glob("*.db")))
-        running = sum(_running(metrics, transport) - self._lost[transport] for transport in _TRANSPORTS)
+        running = sum(_running(metrics, transport) - lost_calls[transport] for transport in _TRANSPORTS)
         if _ENDED in metrics:
-            lost = {tuple(sorted((_LOST | {"transport": name}).items())): value for name, value in self._lost.items()}
+            lost = {tuple(sorted((_LOST | {"transport": name}).items())): value for name, value in lost_calls.items()}
             ended = metrics[_ENDED]
             ended.samples = [
                 sample._replace(value=sample.value + lost.get(tuple(sorted(sample.labels.items())), 0.0))
@@ -249,18 +255,27 @@ class WorkersCollector(Collector):
         return [
             *metrics.values(),
             GaugeMetricFamily(_RUNNING, "Requests that run.", value=running),
-            CounterMetricFamily(
-                "scalellm_tokenizer_worker_crashes", "Workers that ended on their own.", value=self._crashes
-            ),
+            CounterMetricFamily("scalellm_tokenizer_worker_crashes", "Workers that ended on their own.", value=crashes),
         ]
 
     def on_worker_crash(self, pid: int) -> None:
         """The calls that a worker was serving when it died ended with it: count them as rejected."""
         mark_process_dead(pid, str(self._folder))  # type: ignore[no-untyped-call]
-        self._crashes += 1
+        crashes, lost = self._read_crashes()
         metrics = self._read(sorted(self._folder.glob(f"counter_{pid}.db")))
         for transport in _TRANSPORTS:
-            self._lost[transport] += _running(metrics, transport)
+            lost[transport] += _running(metrics, transport)
+        partial = self._crash_file.with_suffix(".partial")
+        partial.write_text(json.dumps([crashes + 1, lost]))
+        partial.replace(self._crash_file)
+
+    def _read_crashes(self) -> tuple[int, dict[str, float]]:
+        """How many workers crashed, and by transport the calls that ended with them."""
+        try:
+            crashes, lost = json.loads(self._crash_file.read_text())
+        except FileNotFoundError:
+            return 0, dict.fromkeys(_TRANSPORTS, 0.0)
+        return crashes, lost
 
     @staticmethod
     def _read(files: Sequence[Path]) -> dict[str, Metric]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import grpc
 
 from scalellm.v1 import tokenizer_pb2
 from services.tokenizer.generation.edge import Edge
-from services.tokenizer.limits import INLINE_TOKENS
-from services.tokenizer.validation import validate_chat, validate_decode, validate_encode
+from services.tokenizer.tokenizing import Tokenizing
 
 
 class TokenizerServicer:
@@ -20,69 +17,32 @@ class TokenizerServicer:
     """
 
     def __init__(self, edge: Edge) -> None:
-        self._edge = edge
-        self._prompts = edge.prompts
+        self._access = edge.access
+        self._tokenizing = Tokenizing(edge)
 
     async def Encode(
         self, request: tokenizer_pb2.EncodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.EncodeResponse:
         """Text to token ids."""
-        validate_encode(request, self._edge.limits)
-        adds_special = not request.HasField("add_special_tokens") or request.add_special_tokens
-        caller, most = self._caller(context), self._edge.limits.max_token_ids
-        token_ids = await self._prompts.encode(
-            request.text, "text", caller=caller, max_tokens=most, add_special_tokens=adds_special
-        )
-        if len(token_ids) <= INLINE_TOKENS:
-            return self._encoded(token_ids)
-        return await self._prompts.run(caller, lambda: self._encoded(token_ids))
+        return await self._tokenizing.encode(request, self._caller(context))
 
     async def Decode(
         self, request: tokenizer_pb2.DecodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.DecodeResponse:
         """Token ids to text."""
-        known = max(self._edge.vocab_size, self._edge.tokenizer_size)
-        validate_decode(request, self._edge.limits, known)
-        skips_special = not request.HasField("skip_special_tokens") or request.skip_special_tokens
-        token_ids = list(request.token_ids)
-        if len(token_ids) <= INLINE_TOKENS:
-            return tokenizer_pb2.DecodeResponse(text=self._decode(token_ids, skips_special))
-        text = await self._prompts.run(self._caller(context), lambda: self._decode(token_ids, skips_special))
-        return tokenizer_pb2.DecodeResponse(text=text)
+        return await self._tokenizing.decode(request, self._caller(context))
 
     async def ApplyChatTemplate(
         self, request: tokenizer_pb2.ApplyChatTemplateRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.ApplyChatTemplateResponse:
         """Messages to the text and the tokens that Generate would use."""
-        validate_chat(request.chat, self._edge.limits)
-        caller, most = self._caller(context), self._edge.limits.max_token_ids
-        text = await self._prompts.render(request.chat, caller=caller)
-        token_ids = await self._prompts.encode(text, "chat", caller=caller, max_tokens=most)
-        return tokenizer_pb2.ApplyChatTemplateResponse(text=text.plain, token_ids=token_ids)
+        return await self._tokenizing.apply_chat_template(request, self._caller(context))
 
     async def GetInfo(
         self, request: tokenizer_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.GetInfoResponse:
         """What is served here, and the limits in force."""
-        model, welcome = self._prompts.model, self._edge.schedulers.welcome
-        return tokenizer_pb2.GetInfoResponse(
-            model=self._edge.model_name,
-            vocab_size=self._edge.vocab_size,
-            max_model_len=welcome.max_model_len if welcome is not None else 0,
-            eos_token_ids=model.eos_token_ids,
-            has_chat_template=self._prompts.has_chat_template,
-            tokenizer_sha256=model.sha256,
-            version=version("scalellm"),
-            limits=self._edge.limits.to_wire(),
-        )
+        return self._tokenizing.info()
 
     def _caller(self, context: grpc.aio.ServicerContext) -> str:
-        return self._edge.access.tenant(context.invocation_metadata()).name
-
-    def _encoded(self, token_ids: list[int]) -> tokenizer_pb2.EncodeResponse:
-        tokens = self._prompts.texts.tokens
-        return tokenizer_pb2.EncodeResponse(token_ids=token_ids, tokens=[tokens[token_id] for token_id in token_ids])
-
-    def _decode(self, token_ids: list[int], skips_special: bool) -> str:
-        detokenizer = self._prompts.texts.detokenizer(skip_special_tokens=skips_special)
-        return detokenizer.push(token_ids) + detokenizer.flush()
+        return self._access.tenant(context.invocation_metadata()).name

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from aiohttp import web
 
@@ -11,10 +13,13 @@ from services.common.guarded import OnEnd
 from services.tokenizer.call_bytes import CallBytes
 from services.tokenizer.config import TokenizerSettings
 from services.tokenizer.generation.edge import Edge
+from services.tokenizer.http.anthropic_routes import AnthropicRoutes
 from services.tokenizer.http.face import HttpFace
 from services.tokenizer.http.listener import HttpListener
+from services.tokenizer.http.metrics_route import MetricsRoute
 from services.tokenizer.http.openai_routes import OpenAiRoutes
 from services.tokenizer.http.service_routes import ServiceRoutes
+from services.tokenizer.http.tokenize_routes import TokenizeRoutes
 from services.tokenizer.rpc import CallGate
 
 _log = logging.getLogger(__name__)
@@ -54,4 +59,9 @@ def make_application(face: HttpFace, settings: TokenizerSettings, is_ready: Call
     app = face.application()
     ServiceRoutes(face.edge, is_ready).register(face, app)
     OpenAiRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
+    AnthropicRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
+    TokenizeRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
+    if settings.http_metrics:
+        # Where the supervisor told prometheus_client to keep the workers' files.
+        MetricsRoute(settings, Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])).register(face, app)
     return app

@@ -72,8 +72,18 @@ _KINDS: Mapping[grpc.StatusCode, _Kind] = MappingProxyType(
 # Clients repeat 409 and whatever is 500 or above; of these a repetition gives the same again.
 _FINAL = frozenset((_Code.ALREADY_EXISTS, _Code.DEADLINE_EXCEEDED, _Code.UNIMPLEMENTED))
 
-ErrorBody = Callable[[StatusError], bytes]
-"""Writes an error in the format of one API."""
+
+@dataclass(frozen=True, slots=True)
+class ErrorFormat:
+    """How one API tells errors.
+
+    Attributes:
+        body: Writes an error.
+        event: What goes before it in a stream that has begun.
+    """
+
+    body: Callable[[StatusError], bytes]
+    event: bytes = b"data: "
 
 
 def _kind(error: StatusError) -> _Kind:
@@ -109,3 +119,7 @@ def anthropic_error(error: StatusError) -> bytes:
     """`{"type": "error", "error": {type, message}}`."""
     kind = "request_too_large" if http_status(error) == 413 else _kind(error).anthropic
     return json.dumps({"type": "error", "error": {"type": kind, "message": error.message}}).encode()
+
+
+OPENAI_ERRORS = ErrorFormat(openai_error)
+ANTHROPIC_ERRORS = ErrorFormat(anthropic_error, b"event: error\ndata: ")

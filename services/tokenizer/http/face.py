@@ -16,7 +16,7 @@ from services.common.logs import LineLimit
 from services.tokenizer.call_bytes import CallAccount, CallBytes
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.errors import ErrorBody, HttpError, error_headers, http_status, openai_error
+from services.tokenizer.http.errors import OPENAI_ERRORS, ErrorFormat, HttpError, error_headers, http_status
 from services.tokenizer.http.json_body import JsonObject
 from services.tokenizer.rpc import CallGate
 
@@ -55,7 +55,7 @@ class HttpFace:
         return app
 
     def add(
-        self, app: web.Application, method: str, path: str, handler: Handler, error_body: ErrorBody = openai_error
+        self, app: web.Application, method: str, path: str, handler: Handler, errors: ErrorFormat = OPENAI_ERRORS
     ) -> None:
         """Serve a path by a handler that reads no body. Who may call it stands in access.METHODS."""
         # A name in braces ends at a slash, unless it is given a pattern.
@@ -64,7 +64,7 @@ class HttpFace:
         async def serve(request: web.Request) -> web.StreamResponse:
             call = HttpCall(request, f"{method} {name}")
             request[_CALL] = call
-            return await self._serve(call, handler, error_body)
+            return await self._serve(call, handler, errors)
 
         if method == hdrs.METH_GET:
             app.router.add_get(path, serve)  # HEAD as well
@@ -72,7 +72,7 @@ class HttpFace:
             app.router.add_route(method, path, serve)
 
     def add_body(
-        self, app: web.Application, path: str, handler: BodyHandler, error_body: ErrorBody = openai_error
+        self, app: web.Application, path: str, handler: BodyHandler, errors: ErrorFormat = OPENAI_ERRORS
     ) -> None:
         """Serve POST of a path by a handler of its JSON body, as a call that the drain waits for."""
 
@@ -87,11 +87,11 @@ class HttpFace:
                 finally:
                     self.gate.leave()
 
-        self.add(app, hdrs.METH_POST, path, read, error_body)
+        self.add(app, hdrs.METH_POST, path, read, errors)
 
-    async def _serve(self, call: HttpCall, handler: Handler, error_body: ErrorBody) -> web.StreamResponse:
+    async def _serve(self, call: HttpCall, handler: Handler, errors: ErrorFormat) -> web.StreamResponse:
         if (refusal := self._refusal(call)) is not None:
-            return _error_response(refusal, error_body)
+            return _error_response(refusal, errors)
         code = grpc.StatusCode.CANCELLED  # which is all that ends a call without passing one of the lines below
         try:
             response = await handler(call)
@@ -114,9 +114,9 @@ class HttpFace:
                 call.stream.abandon()
             self.on_end(call.path, code)
         if call.stream is not None:
-            await call.stream.close(b"data: " + error_body(failure) + b"\n\n")
+            await call.stream.close(errors.event + errors.body(failure) + b"\n\n")
             return call.stream.response
-        return _error_response(failure, error_body)
+        return _error_response(failure, errors)
 
     def _refusal(self, call: HttpCall) -> StatusError | None:
         """Why a call is not let in, if it is not."""
@@ -140,7 +140,8 @@ class HttpFace:
             what = f"{request.method} {request.path[:256]}: {error.reason.lower()}"
             failure = HttpError(error.status, what, grpc.StatusCode.NOT_FOUND)
             headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
-            return web.Response(status=error.status, headers=headers, body=openai_error(failure), content_type=_JSON)
+            body = OPENAI_ERRORS.body(failure)
+            return web.Response(status=error.status, headers=headers, body=body, content_type=_JSON)
 
     async def _on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         headers = response.headers
@@ -168,5 +169,7 @@ class HttpFace:
         return origin if origin and ("*" in self.cors_origins or origin in self.cors_origins) else None
 
 
-def _error_response(error: StatusError, body: ErrorBody) -> web.Response:
-    return web.Response(status=http_status(error), headers=error_headers(error), body=body(error), content_type=_JSON)
+def _error_response(error: StatusError, errors: ErrorFormat) -> web.Response:
+    return web.Response(
+        status=http_status(error), headers=error_headers(error), body=errors.body(error), content_type=_JSON
+    )

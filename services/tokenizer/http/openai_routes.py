@@ -8,7 +8,6 @@ from aiohttp import web
 
 from services.tokenizer.call_bytes import CallAccount
 from services.tokenizer.generation.edge import Edge
-from services.tokenizer.http.api_request import SamplingRequest
 from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.chat_format import ChatDocument, ChatStream
 from services.tokenizer.http.chat_request import ChatRequest
@@ -43,7 +42,7 @@ class OpenAiRoutes:
         """Answer a conversation."""
         edge = self._edge
         request = ChatRequest.read(body, is_strict=self._is_strict)
-        self._check_model(request)
+        check_model(request.model, edge)
         requests = request.requests(call.request_id, content_is_text=edge.prompts.can_take_content_as_text)
         answer_id = f"chatcmpl-{requests[0].request_id}"
         make = ChatStream if request.stream else ChatDocument
@@ -55,7 +54,7 @@ class OpenAiRoutes:
         """Continue prompts."""
         edge = self._edge
         request = CompletionRequest.read(body, is_strict=self._is_strict)
-        self._check_model(request)
+        check_model(request.model, edge)
         prompts = split_prompts(request.prompt, edge.limits)
         requests = request.requests(call.request_id, prompts)
         echoes = await self._echoes(call, prompts) if request.echo else [""] * len(prompts)
@@ -74,10 +73,6 @@ class OpenAiRoutes:
             return [_text_of(prompt, builder.texts) for prompt in prompts]
         caller = call.tenant(self._edge.access).name
         return await builder.run(caller, lambda: [_text_of(prompt, builder.texts) for prompt in prompts])
-
-    def _check_model(self, request: SamplingRequest) -> None:
-        if request.model is not None:
-            check_model(request.model, self._edge)
 
 
 def _text_of(prompt: Prompt, texts: TokenTexts) -> str:

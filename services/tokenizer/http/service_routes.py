@@ -40,20 +40,20 @@ class ServiceRoutes:
     async def health(self, call: HttpCall) -> web.StreamResponse:
         """200 while requests are served, 503 while not."""
         is_ready = self._is_ready()
-        return _json({"status": "ok" if is_ready else "unavailable"}, status=200 if is_ready else 503)
+        return json_answer({"status": "ok" if is_ready else "unavailable"}, status=200 if is_ready else 503)
 
     async def version(self, call: HttpCall) -> web.StreamResponse:
         """What runs here."""
-        return _json({"version": version("scalellm")})
+        return json_answer({"version": version("scalellm")})
 
     async def models(self, call: HttpCall) -> web.StreamResponse:
         """The one model."""
-        return _json({"object": "list", "data": [self._model()]})
+        return json_answer({"object": "list", "data": [self._model()]})
 
     async def model(self, call: HttpCall) -> web.StreamResponse:
         """The model, if it is the one that is asked for."""
         check_model(call.request.match_info["model"], self._edge)
-        return _json(self._model())
+        return json_answer(self._model())
 
     def _model(self) -> dict[str, object]:
         welcome, name = self._edge.schedulers.welcome, self._edge.model_name
@@ -68,9 +68,9 @@ class ServiceRoutes:
         }
 
 
-def check_model(name: str, edge: Edge) -> None:
-    """Raise StatusError NOT_FOUND unless `name` is the model that is served."""
-    if name != edge.model_name:
+def check_model(name: str | None, edge: Edge) -> None:
+    """Raise StatusError NOT_FOUND unless `name` is the model that is served, or None."""
+    if name is not None and name != edge.model_name:
         raise StatusError(
             grpc.StatusCode.NOT_FOUND,
             f"model: {name[:256]!r} is not served here, only {edge.model_name!r} is",
@@ -78,5 +78,6 @@ def check_model(name: str, edge: Edge) -> None:
         )
 
 
-def _json(value: object, status: int = 200) -> web.Response:
+def json_answer(value: object, status: int = 200) -> web.Response:
+    """Return an answer that is a JSON document."""
     return web.Response(status=status, body=json.dumps(value).encode(), content_type="application/json")

@@ -108,7 +108,7 @@ def service(
 ) -> ServiceProcess:
     return module_spawn(
         "tokenizer", "--scheduler", module_scheduler.address, "--model", str(model_dir("smollm2-135m-instruct")),
-        "--workers", "1", "--redis-url", module_redis.url, "--metrics-port", "0",
+        "--workers", "1", "--redis-url", module_redis.url, "--metrics-port", "0", "--http-metrics",
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from services.tokenizer.http.face import HttpFace
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.rpc import CallGate
 
-PUBLIC = {"GET /health", "GET /ping"}
+PUBLIC, ADMINS = {"GET /health", "GET /ping"}, {"GET /metrics"}
 
 
 def make_face(access: Access | None = None, **more: Any) -> HttpFace:
@@ -79,16 +79,22 @@ async def test_who_may_call_what(tmp_path: Path) -> None:
             found += [await status(**{"x-api-key": user}), await status(**{"x-api-key": new_key()})]
             if route in PUBLIC:
                 assert found == [200] * 8
+            elif route in ADMINS:
+                assert found == [401, 401, 401, 403, 200, 403, 403, 401]
             elif route == "GET /not/listed":
                 assert found == [401, 401, 401, 403, 403, 403, 403, 401]
             else:
                 assert found == [401, 401, 401, 200, 200, 403, 200, 401], route
-    assert access.num_refused == 5 * (len(ROUTES) - len(PUBLIC)) + 8
-    assert sum(ended.values()) == 8 * len(PUBLIC) + 3 * (len(ROUTES) - len(PUBLIC))
+    num_ordinary = len(ROUTES) - len(PUBLIC) - len(ADMINS)
+    assert sum(ended.values()) == 8 * len(PUBLIC) + 3 * num_ordinary + len(ADMINS)
+    assert access.num_refused == 8 * (len(ROUTES) + 1) - sum(ended.values())
 
 
-def test_each_route_has_a_rule() -> None:
-    app = make_application(make_face(edge={"model_name": "m"}), TokenizerSettings(), lambda: True)
+def test_each_route_has_a_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    settings = TokenizerSettings(metrics_port=0, http_metrics=True)
+    edge = {"model_name": "m", "prompts": None}
+    app = make_application(make_face(edge=edge), settings, lambda: True)
     served = {f"{route.method} {route.resource.canonical}" for route in app.router.routes() if route.method != "HEAD"}
     assert served == set(ROUTES)
 

@@ -1,0 +1,71 @@
+"""Anthropic's /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from scalellm.v1 import tokenizer_pb2
+from services.common.errors import StatusError
+from services.tokenizer.call_bytes import CallAccount
+from services.tokenizer.generation.edge import Edge
+from services.tokenizer.http.api_request import renamed
+from services.tokenizer.http.call import HttpCall
+from services.tokenizer.http.errors import ANTHROPIC_ERRORS
+from services.tokenizer.http.face import HttpFace
+from services.tokenizer.http.json_body import JsonObject
+from services.tokenizer.http.messages_format import MessageDocument, MessageStream
+from services.tokenizer.http.messages_request import MessagesRequest
+from services.tokenizer.http.service_routes import check_model, json_answer
+from services.tokenizer.http.sink import DocumentSink, StreamSink, serve
+from services.tokenizer.tokenizing import Tokenizing
+
+
+class AnthropicRoutes:
+    """Generates.
+
+    Args:
+        edge: The worker.
+        is_strict: Refuse fields that are not known.
+    """
+
+    def __init__(self, edge: Edge, *, is_strict: bool) -> None:
+        self._edge = edge
+        self._is_strict = is_strict
+        self._tokenizing = Tokenizing(edge)
+
+    def register(self, face: HttpFace, app: web.Application) -> None:
+        """Add the routes."""
+        face.add_body(app, "/v1/messages", self.create, ANTHROPIC_ERRORS)
+        face.add_body(app, "/v1/messages/count_tokens", self.count, ANTHROPIC_ERRORS)
+
+    async def create(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
+        """Answer a conversation."""
+        edge, request = self._edge, self._read(body)
+        made = request.to_generate(call.request_id, content_is_text=edge.prompts.can_take_content_as_text)
+        answer_id = f"msg_{call.request_id}"
+        is_stream = bool(request.stream)
+        sink = (
+            StreamSink(call, MessageStream(answer_id, edge.model_name))
+            if is_stream
+            else DocumentSink(call, MessageDocument(answer_id, edge.model_name))
+        )
+        return await serve(edge, [made], [request.names], sink, call.deadline(is_stream=is_stream))
+
+    async def count(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
+        """Tokens of a conversation, as the model would read it."""
+        edge = self._edge
+        tenant = call.tenant(edge.access)
+        async with edge.quotas.admitted(tenant):
+            request = self._read(body)
+            chat = request.chat(content_is_text=edge.prompts.can_take_content_as_text)
+            asked = tokenizer_pb2.ApplyChatTemplateRequest(chat=chat)
+            try:
+                answer = await self._tokenizing.apply_chat_template(asked, tenant.name)
+            except StatusError as error:
+                raise renamed(error, request.names) from None
+        return json_answer({"input_tokens": len(answer.token_ids)})
+
+    def _read(self, body: JsonObject) -> MessagesRequest:
+        request = MessagesRequest.read(body, is_strict=self._is_strict)
+        check_model(request.model, self._edge)
+        return request

@@ -1,0 +1,127 @@
+"""vLLM's /tokenize, /detokenize and /tokenizer_info."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import hdrs, web
+
+from scalellm.v1 import tokenizer_pb2
+from services.common.errors import StatusError
+from services.tokenizer.call_bytes import CallAccount
+from services.tokenizer.generation.edge import Edge
+from services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, renamed
+from services.tokenizer.http.call import HttpCall
+from services.tokenizer.http.face import HttpFace
+from services.tokenizer.http.json_body import JsonObject
+from services.tokenizer.http.messages import add_messages
+from services.tokenizer.http.service_routes import check_model, json_answer
+from services.tokenizer.tokenizing import Tokenizing
+
+
+class TokenizeRequest(ApiRequest):
+    """A text, or a conversation, to encode."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Any = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(ApiRequest):
+    """Tokens to decode."""
+
+    model: str | None = None
+    tokens: list[UInt32]
+    skip_special_tokens: bool | None = None
+
+
+class TokenizeRoutes:
+    """Encodes and decodes.
+
+    Args:
+        edge: The worker.
+        is_strict: Refuse fields that are not known.
+    """
+
+    def __init__(self, edge: Edge, *, is_strict: bool) -> None:
+        self._edge = edge
+        self._is_strict = is_strict
+        self._tokenizing = Tokenizing(edge)
+
+    def register(self, face: HttpFace, app: web.Application) -> None:
+        """Add the routes."""
+        face.add_body(app, "/tokenize", self.tokenize)
+        face.add_body(app, "/detokenize", self.detokenize)
+        face.add(app, hdrs.METH_GET, "/tokenizer_info", self.info)
+
+    async def tokenize(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
+        """Text or messages to token ids: what a request with them would give the model."""
+        tenant = call.tenant(self._edge.access)
+        async with self._edge.quotas.admitted(tenant):
+            request = TokenizeRequest.read(body, is_strict=self._is_strict)
+            check_model(request.model, self._edge)
+            try:
+                token_ids = await self._encode(request, tenant.name)
+            except StatusError as error:
+                raise renamed(error, _NAMES) from None
+        welcome, tokens = self._edge.schedulers.welcome, self._edge.prompts.texts.tokens
+        return json_answer(
+            {
+                "count": len(token_ids),
+                "max_model_len": welcome.max_model_len if welcome is not None else None,
+                "tokens": token_ids,
+                "token_strs": [tokens[token_id] for token_id in token_ids] if request.return_token_strs else None,
+            }
+        )
+
+    async def _encode(self, request: TokenizeRequest, caller: str) -> list[int]:
+        if request.messages is None:
+            if request.prompt is None:
+                raise StatusError.invalid("prompt", "or messages must be given")
+            text = tokenizer_pb2.EncodeRequest(text=as_text(request.prompt, "prompt"))
+            if request.add_special_tokens is not None:
+                text.add_special_tokens = request.add_special_tokens
+            return list((await self._tokenizing.encode(text, caller)).token_ids)
+        asked = tokenizer_pb2.ApplyChatTemplateRequest()
+        add_messages(asked.chat, request.messages)
+        asked.chat.content_is_text = self._edge.prompts.can_take_content_as_text
+        if request.add_generation_prompt is not None:
+            asked.chat.add_generation_prompt = request.add_generation_prompt
+        return list((await self._tokenizing.apply_chat_template(asked, caller)).token_ids)
+
+    async def detokenize(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
+        """Token ids to text."""
+        tenant = call.tenant(self._edge.access)
+        async with self._edge.quotas.admitted(tenant):
+            request = DetokenizeRequest.read(body, is_strict=self._is_strict)
+            check_model(request.model, self._edge)
+            # Special tokens are shown, as vLLM shows them.
+            skips = bool(request.skip_special_tokens)
+            asked = tokenizer_pb2.DecodeRequest(token_ids=request.tokens, skip_special_tokens=skips)
+            try:
+                answer = await self._tokenizing.decode(asked, tenant.name)
+            except StatusError as error:
+                raise renamed(error, _NAMES) from None
+        return json_answer({"prompt": answer.text})
+
+    async def info(self, call: HttpCall) -> web.StreamResponse:
+        """What is known of the tokenizer."""
+        info, model = self._tokenizing.info(), self._edge.prompts.model
+        return json_answer(
+            {
+                "model": info.model,
+                "vocab_size": info.vocab_size,
+                "max_model_len": info.max_model_len or None,
+                "eos_token_ids": list(info.eos_token_ids),
+                "special_tokens": dict(self._edge.prompts.texts.special_ids),
+                "chat_template": model.chat_template,
+                "sha256": info.tokenizer_sha256.hex(),
+            }
+        )
+
+
+_NAMES: Mapping[str, str] = {"text": "prompt", "token_ids": "tokens"}

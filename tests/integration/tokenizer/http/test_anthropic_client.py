@@ -1,0 +1,98 @@
+"""Anthropic's own client, with every answer checked against its own types."""
+
+from __future__ import annotations
+
+import anthropic
+import pytest
+import pytest_asyncio
+
+from scalellm.v1 import common_pb2, link_pb2
+from scripted_scheduler import Script
+from service_processes import PATIENCE, eventually
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MODEL = "smollm2-135m-instruct"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def ai(service, client):
+    async with anthropic.AsyncAnthropic(
+        base_url=f"http://{service.http_address}", api_key="none", timeout=PATIENCE, _strict_response_validation=True
+    ) as made:
+        yield made
+
+
+def message(**fields):
+    return {"model": MODEL, "messages": HELLO, "max_tokens": 5, **fields}
+
+
+async def test_a_message_and_the_same_as_a_stream(ai, scheduler, tokenizer):
+    scheduler.play = lambda submit: Script(samples=[list(range(1000, 1005))], cached_tokens=3)
+    text = tokenizer.decode(list(range(1000, 1005)))
+    made = await ai.messages.create(**message(system=[{"type": "text", "text": "Be brief."}]))
+    assert [block.text for block in made.content] == [text]
+    assert (made.type, made.role, made.stop_reason, made.stop_sequence) == ("message", "assistant", "max_tokens", None)
+    usage = made.usage
+    assert (usage.output_tokens, usage.cache_read_input_tokens) == (5, 3)
+    assert usage.input_tokens == len(scheduler.submits[0].token_ids) - 3
+    counted = await ai.messages.count_tokens(model=MODEL, messages=HELLO, system="Be brief.")
+    assert counted.input_tokens == len(scheduler.submits[0].token_ids)
+    async with ai.messages.stream(**message(system="Be brief.")) as stream:
+        assert "".join([part async for part in stream.text_stream]) == text
+        final = await stream.get_final_message()
+    assert final.usage.output_tokens == 5
+    assert final.stop_reason == "max_tokens"
+    assert list(scheduler.submits[0].token_ids) == list(scheduler.submits[1].token_ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_how_it_ended(ai, scheduler, tokenizer, stream):
+    async def ask(**fields):
+        if not stream:
+            return await ai.messages.create(**message(**fields))
+        async with ai.messages.stream(**message(**fields)) as events:
+            return await events.get_final_message()
+
+    scheduler.play = lambda submit: Script(reason=common_pb2.FINISH_REASON_STOP)
+    assert (await ask()).stop_reason == "end_turn"
+    tokens = list(range(1000, 1005))
+    scheduler.play = lambda submit: Script(samples=[tokens])
+    stop = tokenizer.decode(tokens[2:3])
+    ended = await ask(stop_sequences=["never", stop])
+    assert (ended.stop_reason, ended.stop_sequence) == ("stop_sequence", stop)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"extra_body": {"temperature": 101}}, anthropic.BadRequestError, "temperature: must be in"),
+        ({"model": "claude"}, anthropic.NotFoundError, "model: 'claude' is not served"),
+        ({"messages": [{"role": "system", "content": "a"}]}, anthropic.BadRequestError, "messages[0].role: must be"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "He"}]}, anthropic.BadRequestError, "messages[1].role"),
+        ({"stop_sequences": [""]}, anthropic.BadRequestError, "stop_sequences[0]: must have 1 to"),
+        ({"tools": [{"name": "f", "input_schema": {}}]}, anthropic.BadRequestError, "tools: is not supported"),
+    ],
+)
+async def test_refusals_are_its_errors(ai, scheduler, fields, error, words):
+    with pytest.raises(error) as caught:
+        await ai.messages.create(**message(**fields))
+    assert words in caught.value.body["error"]["message"]
+    assert scheduler.submits == []
+
+
+async def test_an_error_in_a_stream_is_raised(ai, scheduler):
+    status = link_pb2.LinkStatus(code=14, message="the executor is gone")
+    scheduler.play = lambda submit: Script(fail_after=2, delay=0.1, status=status)
+    with pytest.raises(anthropic.APIStatusError, match="the executor is gone"):
+        async with ai.messages.stream(**message()) as stream:
+            await stream.get_final_message()
+
+
+async def test_closing_a_stream_cancels(ai, scheduler):
+    scheduler.play = lambda submit: Script(hold_after=2)
+    stream = await ai.messages.create(**message(stream=True))
+    await anext(aiter(stream))
+    await stream.close()
+    await eventually(lambda: len(scheduler.aborts) == 1 and scheduler.num_running == 0)

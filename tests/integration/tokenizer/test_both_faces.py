@@ -1,0 +1,221 @@
+"""What is true of a request by gRPC is true of one by HTTP: the same table over both."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+import pytest_asyncio
+
+from line import scrape
+from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc, link_pb2
+from scripted_scheduler import Script, ScriptedScheduler
+from service_processes import PATIENCE, ServiceProcess, eventually
+from services.common.api_keys import Role, key_entry, new_key
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+HELLO = "Say something."
+
+
+@dataclass
+class Ended:
+    """How one request ended, whatever it came by."""
+
+    code: str
+    text: str = ""
+    timing: str = ""
+    usage: tuple[int, int] = (0, 0)
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, str]:
+    return {tenant: new_key() for tenant in ("acme", "other", "narrow")}
+
+
+@pytest.fixture(scope="module")
+def secured(module_scheduler, module_spawn, module_redis, model_dir, keys, tmp_path_factory) -> ServiceProcess:
+    folder = tmp_path_factory.mktemp("keys")
+    file = folder / "keys.toml"
+    entries = "".join(key_entry(key, tenant, Role.USER) for tenant, key in keys.items())
+    file.write_text(entries + "[tenants.narrow]\nconcurrent_requests = 1\n")
+    service = module_spawn(
+        "tokenizer", "--scheduler", module_scheduler.address, "--model", str(model_dir("smollm2-135m-instruct")),
+        "--workers", "1", "--redis-url", module_redis.url, "--metrics-port", "0", "--api-keys", str(file),
+        "--log-requests", "--log-format", "json", "--trace-file", str(folder / "spans.jsonl"),
+    )  # fmt: skip
+    service.spans = folder / "spans.jsonl"  # type: ignore[attr-defined]
+    return service
+
+
+class Face:
+    """Sends the same request by one of the two."""
+
+    def __init__(self, name: str, service: ServiceProcess, keys: dict[str, str]) -> None:
+        self.name = name
+        self.service = service
+        self.keys = keys
+        self.channel = grpc.aio.insecure_channel(service.address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE))
+
+    async def close(self) -> None:
+        await self.channel.close()
+        await self.http.close()
+
+    async def ask(self, tenant: str = "acme", timeout: float = PATIENCE, trace: str = TRACE, **fields: Any) -> Ended:
+        if self.name == "grpc":
+            return await self._by_grpc(tenant, timeout, trace, **fields)
+        return await self._by_http(tenant, timeout, trace, **fields)
+
+    async def _by_grpc(self, tenant: str, timeout: float, trace: str, **fields: Any) -> Ended:
+        fields = {"max_tokens": 4, "seed": 7, **fields}
+        session, request_id = fields.pop("session_id", None), fields.pop("request_id", None)
+        chat = generation_pb2.Chat(
+            messages=[generation_pb2.ChatMessage(role="user", content=HELLO)], content_is_text=True
+        )
+        request = generation_pb2.GenerateRequest(
+            chat=chat, sampling=common_pb2.SamplingParams(**fields), session_id=session, request_id=request_id
+        )
+        headers = (("authorization", f"Bearer {self.keys[tenant]}"), ("traceparent", trace))
+        call = generation_pb2_grpc.GenerationStub(self.channel).Generate(request, timeout=timeout, metadata=headers)
+        ended = Ended("OK")
+        try:
+            async for event in call:
+                ended.text += event.delta.text
+                if event.HasField("finished"):
+                    usage = event.finished.usage
+                    ended.usage = (usage.prompt_tokens, usage.completion_tokens)
+            ended.timing = dict(await call.trailing_metadata())["server-timing"]
+        except grpc.aio.AioRpcError as error:
+            ended.code = error.code().name
+        return ended
+
+    async def _by_http(self, tenant: str, timeout: float, trace: str, **fields: Any) -> Ended:
+        body = {"messages": [{"role": "user", "content": HELLO}], "max_tokens": 4, "seed": 7, **fields}
+        headers = {
+            "authorization": f"Bearer {self.keys[tenant]}",
+            "traceparent": trace,
+            "request-timeout-ms": str(int(timeout * 1000)),
+        }
+        async with self.http.post(
+            f"http://{self.service.http_address}/v1/chat/completions", json=body, headers=headers
+        ) as response:
+            answer = await response.json()
+            if response.status != 200:
+                return Ended(
+                    {400: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 504: "DEADLINE_EXCEEDED"}[response.status]
+                )
+            usage = (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"])
+            text = answer["choices"][0]["message"]["content"]
+            return Ended("OK", text, response.headers["server-timing"], usage)
+
+
+@pytest_asyncio.fixture(loop_scope="module", params=["grpc", "http"])
+async def face(request, secured, scheduler, keys, connect) -> AsyncIterator[Face]:
+    probe = connect(secured.address)
+    await probe.wait_serving()
+    await probe.channel.close()
+    made = Face(request.param, secured, keys)
+    yield made
+    await made.close()
+
+
+async def test_a_request_is_the_same_for_the_scheduler_and_its_client(face: Face, scheduler: ScriptedScheduler) -> None:
+    ended = await face.ask(temperature=0.5, top_p=0.25)
+    other = Face({"grpc": "http", "http": "grpc"}[face.name], face.service, face.keys)
+    twin = await other.ask(temperature=0.5, top_p=0.25)
+    await other.close()
+    assert (ended.code, ended.text, ended.usage) == (twin.code, twin.text, twin.usage)
+    assert ended.code == "OK"
+    for part in ("tokenize;dur=", "queue;dur=", "total;dur=", "ttft;dur=", "cached;desc="):
+        assert part in ended.timing
+        assert part in twin.timing
+    mine, theirs = scheduler.submits
+    for submit in (mine, theirs):
+        assert submit.traceparent.split("-")[1] == TRACE.split("-")[1]
+        assert 0 < submit.time_remaining_ns <= (PATIENCE + 1) * 1e9
+    for field in ("handle", "request_id", "traceparent", "time_remaining_ns", "execution_id"):
+        mine.ClearField(field)
+        theirs.ClearField(field)
+    assert mine == theirs
+
+
+async def test_tenants_have_salts_of_their_own(face: Face, scheduler: ScriptedScheduler) -> None:
+    for tenant in ("acme", "acme", "other"):
+        await face.ask(tenant)
+    first, second, other = (submit.cache_salt for submit in scheduler.submits)
+    assert first == second != other
+
+
+async def test_a_place_is_held_until_the_request_ends(face: Face, scheduler: ScriptedScheduler) -> None:
+    scheduler.play = lambda submit: Script(hold_after=1)
+    running = asyncio.create_task(face.ask("narrow", max_tokens=50))
+    await eventually(lambda: scheduler.num_running == 1)
+    assert (await face.ask("narrow")).code == "RESOURCE_EXHAUSTED"
+    assert (await asyncio.gather(face.ask("other", timeout=1.0)))[0].code == "DEADLINE_EXCEEDED"
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await eventually(lambda: scheduler.num_running == 0)
+    late, left = (abort.reason for abort in scheduler.aborts)
+    assert left == link_pb2.ABORT_REASON_CANCELLED
+    if face.name == "http":  # gRPC's client counts for itself, and may be the first to cancel
+        assert late == link_pb2.ABORT_REASON_DEADLINE
+    scheduler.play = lambda submit: Script()
+    deadline = asyncio.get_running_loop().time() + PATIENCE
+    while (await face.ask("narrow")).code != "OK":
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.05)
+
+
+async def test_a_session_goes_on_by_the_other_face(face: Face, scheduler: ScriptedScheduler) -> None:
+    session = f"from-{face.name}"
+    other = Face({"grpc": "http", "http": "grpc"}[face.name], face.service, face.keys)
+    assert (await face.ask(session_id=session)).code == "OK"
+    assert (await other.ask(session_id=session)).code == "OK"
+    await other.close()
+    first, second = scheduler.submits
+    assert list(second.token_ids[: len(first.token_ids)]) == list(first.token_ids)
+    assert len(second.token_ids) > len(first.token_ids) + 4
+    assert second.session_id == first.session_id == f"acme:{session}"
+
+
+async def test_books_and_log_and_trace_tell_it(face: Face, scheduler: ScriptedScheduler) -> None:
+    def counts() -> dict[str, float]:
+        names = ("accepted_total{", "ended_total{")
+        return {
+            name.removeprefix("scalellm_tokenizer_requests_").replace(f'transport="{face.name}"', ""): value
+            for name, value in scrape(face.service).items()
+            if name.startswith(tuple(f"scalellm_tokenizer_requests_{part}" for part in names)) and face.name in name
+        }
+
+    before = counts()
+    trace = TRACE.replace("0af7651916cd43dd", "1" * 8 + {"grpc": "aaaaaaaa", "http": "bbbbbbbb"}[face.name])
+    await face.ask(request_id=f"told-{face.name}", trace=trace)
+    await face.ask(request_id=f"refused-{face.name}", top_p=2.0, trace=trace)
+    grown = {name: value - before[name] for name, value in counts().items() if value != before[name]}
+    assert grown == {
+        "accepted_total{}": 2,
+        'ended_total{code="OK",outcome="finished",}': 1,
+        'ended_total{code="INVALID_ARGUMENT",outcome="rejected",}': 1,
+    }
+    lines = [
+        json.loads(line)
+        for line in face.service.log.read_text().splitlines()
+        if '"request ended' in line or "request ended" in line
+    ]
+    told = next(line for line in lines if line.get("request_id") == f"told-{face.name}")
+    assert {"code", "e2e_ms", "ttft_ms", "prompt_tokens", "completion_tokens", "executor", "tenant"} <= told.keys()
+    refused = next(line for line in lines if line.get("request_id") == f"refused-{face.name}")
+    assert (refused["code"], refused["field"]) == ("INVALID_ARGUMENT", "sampling.top_p")
+
+    def spans() -> list[str]:
+        return [line for line in face.service.spans.read_text().splitlines() if trace.split("-")[1] in line]  # type: ignore[attr-defined]
+
+    await eventually(lambda: len(spans()) >= 1 and "tokenize" in "".join(spans()))
