@@ -84,7 +84,7 @@ class ServiceSettings(BaseSettings):
     announce: Path | None = None
     """Write host:port to this file once the service answers (and metrics=host:port on the next line)."""
     drain_limit_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
-    """On SIGTERM, seconds that running requests are given to finish."""
+    """On SIGTERM, seconds that running requests are given to finish. What an executor runs then goes on elsewhere."""
     stall_limit_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds without progress, while there is work, after which the service calls itself unhealthy, what it is linked
     to takes it for dead, and an executor ends its engine and starts another: more than the longest step takes."""

@@ -71,9 +71,10 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
         if running.done():
             running.result()
         _log.info("draining for up to %g s", settings.drain_limit_s)
-        remaining = await supervisor.drain(settings.drain_limit_s)
-        if remaining:
-            _log.warning("%d requests did not finish in time and are dropped", remaining)
+        if remaining := await supervisor.drain(settings.drain_limit_s):
+            _log.info("%d requests did not finish in time and go on elsewhere", remaining)
+            if lost := await supervisor.give_back():
+                _log.warning("%d requests could not be given back and are dropped", lost)
     finally:
         running.cancel()
         stopping.cancel()

@@ -103,6 +103,8 @@ class EngineLoop:
             case Kind.DRAIN:
                 self._draining = True
                 self._announce_load(self._links.values())
+            case Kind.GIVE_BACK:
+                self._engine.give_all_back("the executor is leaving, the request goes on elsewhere")
             case other:
                 raise AssertionError(f"the front sent {other}")
 

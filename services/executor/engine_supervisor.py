@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import os
@@ -25,6 +26,9 @@ _log = logging.getLogger(__name__)
 
 _RESTART_DELAY = 0.2
 _RETRY_AFTER = 1.0
+
+# For one step and the way of the answers: what hangs longer is lost with the link.
+_GIVE_BACK_LIMIT = 5.0
 
 # Whoever connects to an engine that is starting would come back too late if it were sent away, and must not give it up
 # for dead: below the limit of a link's handshake.
@@ -147,14 +151,21 @@ class EngineSupervisor:
         self._draining = True
         if self._channel is not None and self._ready:
             self._channel.send(Message(Kind.DRAIN))
-        try:
+        return await self._until_idle(limit)
+
+    async def give_back(self) -> int:
+        """End what still runs, for the schedulers to move it elsewhere: nobody's fault. Returns what remains."""
+        if self._channel is not None and self._ready:
+            self._channel.send(Message(Kind.GIVE_BACK))
+        return await self._until_idle(_GIVE_BACK_LIMIT)
+
+    async def _until_idle(self, limit: float) -> int:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit):
                 # Wait for a word that is younger than the order.
                 while self._ready and (self.num_unfinished or not self.info.load.draining):
                     self._changed.clear()
                     await self._changed.wait()
-        except TimeoutError:
-            pass
         return self.num_unfinished
 
     async def run(self, on_ready: Callable[[], None]) -> None:

@@ -40,6 +40,8 @@ class Kind(enum.IntEnum):
     """Engine: it is alive - GetExecutorInfoResponse. The first one says that the model is loaded."""
     FATAL = 9
     """Engine: it cannot start - one line that says what to do."""
+    GIVE_BACK = 11
+    """Front: end what is here, for others to go on with."""
     TRACE = 10
     """Engine: a traced request ended - TracedRequest."""
 

@@ -135,6 +135,11 @@ class Engine:
                 self._scheduler.remove(seq, now)
         self._finish_request(group, RequestStatus.MOVED, message, now)
 
+    def give_all_back(self, message: str) -> None:
+        """End every request as MOVED."""
+        for key in self._ledger.unfinished():
+            self.give_back(key, message)
+
     def drop_link(self, link: int) -> None:
         """Cancel everything of a link that is gone, and forget its counters."""
         now = self._clock()

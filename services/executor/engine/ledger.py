@@ -106,6 +106,10 @@ class Ledger:
         """Return the request if it has not ended."""
         return self._groups.get(key)
 
+    def unfinished(self) -> list[RequestKey]:
+        """Return the keys of all requests that have not ended."""
+        return list(self._groups)
+
     def of_execution(self, execution_id: bytes) -> SequenceGroup | None:
         """Return the attempt to run this execution that has not ended."""
         return self._executions.get(execution_id)
