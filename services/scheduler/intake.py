@@ -72,7 +72,7 @@ class Intake:
                 error = StatusError.unavailable("the scheduler is draining", retry_after=_RETRY_AFTER)
                 placement.end(request, request.make_finish(error, moved=True))
                 return
-            if request.client.all_samples_ended:  # its former scheduler was lost before the Finish
+            if request.client.progress.all_ended:  # its former scheduler was lost before the Finish
                 placement.end(request, request.make_finish(None))
                 return
             if not submit.sampling.HasField("seed"):

@@ -105,7 +105,7 @@ class Placement:
             executor.replica.abort(executor.handle, abort.reason, index)
             return
         client.settle_stopping()
-        if client.cancelled is not None or client.all_samples_ended:
+        if client.cancelled is not None or client.progress.all_ended:
             self.end(request, request.make_finish(client.cancelled))
 
     def abandon(
@@ -285,7 +285,7 @@ class Placement:
     def _on_finish(self, request: Request, finish: link_pb2.Finish, replica: ReplicaLink) -> None:
         executor = request.executor
         if finish.status.code == _UNAVAILABLE:
-            has_run = request.client.num_emitted > executor.num_resumed
+            has_run = request.client.progress.num_tokens > executor.num_resumed
             replica.release(executor.handle)
             if not finish.moved:
                 # Before any token: it takes no requests, for instance because it drains. After that: it failed.
@@ -304,7 +304,7 @@ class Placement:
             request.trace.come_back(error)
         client.settle_stopping()
         executor.deaths += is_death
-        if client.cancelled is not None or client.all_samples_ended:
+        if client.cancelled is not None or client.progress.all_ended:
             self.end(request, request.make_finish(client.cancelled))
         elif executor.deaths >= self._settings.max_executor_deaths:
             message = f"{executor.deaths} executors died while they ran this request, the last one: {error.message}"

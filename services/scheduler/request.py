@@ -78,13 +78,13 @@ class Request:
         self.client = ClientSide(link, submit)
         self.executor = ExecutorSide()
         self.times = RequestTimes(now)
-        self.num_prompt_tokens = self.client.num_prompt_tokens
+        self.num_prompt_tokens = len(submit.token_ids)
 
     def check(self) -> None:
         """Raise INVALID_ARGUMENT for what no executor can take, and go on from what was resumed."""
         check_submit(self.submit)
-        self.client.resume(self.submit.resumed)
-        self.executor.num_resumed = self.client.num_emitted
+        self.client.progress.start_at(self.submit.resumed)
+        self.executor.num_resumed = self.client.progress.num_tokens
 
     @property
     def max_len(self) -> int:
@@ -129,14 +129,8 @@ class Request:
         submit.charged_tokens = charged_tokens
         if self.deadline is not None:
             submit.time_remaining_ns = max(0, int((self.deadline - now) * 1e9))
-        del submit.resumed[:]
-        self.executor.num_resumed = client.num_emitted
-        for index, token_ids in enumerate(client.emitted):
-            if token_ids or index in client.ended_samples:
-                finished = client.ended_samples.get(index, common_pb2.FINISH_REASON_UNSPECIFIED)
-                submit.resumed.add(index=index, token_ids=token_ids, finished=finished)
-        if client.prompt_logprobs_passed >= self.num_prompt_tokens:
-            submit.sampling.ClearField("prompt_logprobs")
+        self.executor.num_resumed = client.progress.num_tokens
+        client.progress.resume(submit)
         return submit
 
     def make_finish(self, error: StatusError | None, *, moved: bool = False) -> link_pb2.Finish:
@@ -145,7 +139,7 @@ class Request:
             status=error.to_link() if error is not None else None,
             usage=common_pb2.Usage(
                 prompt_tokens=self.num_prompt_tokens,
-                completion_tokens=self.client.num_emitted,
+                completion_tokens=self.client.progress.num_tokens,
                 num_resumed=self.executor.num_resumed,
             ),
             moved=moved,

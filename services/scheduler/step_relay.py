@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scalellm.v1 import common_pb2, link_pb2
+from scalellm.v1 import link_pb2
+from services.common.link import ProgressError
 from services.scheduler.books import Books
 from services.scheduler.client_side import ClientSide
 
@@ -31,18 +32,36 @@ def relay_step(step: link_pb2.StepOutput, running: Mapping[int, ClientSide], boo
     if not _relay_decodes(handles, indices, offsets, counts, token_ids, running):
         books.tokens_dropped += _relay_tokens(handles, indices, offsets, counts, token_ids, running, broken)
     for logprobs in step.logprobs:
-        if (client := running.get(logprobs.handle)) is not None:
-            _relay_logprobs(logprobs, client, broken)
-    for logprobs in step.prompt_logprobs:
-        if (client := running.get(logprobs.handle)) is not None:
-            _relay_prompt_logprobs(logprobs, client, broken)
-    for sample in step.finished_samples:
-        if (client := running.get(sample.handle)) is None or sample.index in client.ended_samples:
+        if (client := running.get(logprobs.handle)) is None:
             continue
-        if sample.index >= len(client.emitted):
-            broken.append((sample.handle, f"sample {sample.index} ended, which there is not"))
-        else:
-            client.ended_samples[sample.index] = sample.reason
+        try:
+            is_new = client.progress.add_logprobs(logprobs)
+        except ProgressError as error:
+            broken.append((logprobs.handle, str(error)))
+            continue
+        if is_new:
+            logprobs.handle = client.handle
+            client.link.add_logprobs(logprobs)
+    for logprobs in step.prompt_logprobs:
+        if (client := running.get(logprobs.handle)) is None:
+            continue
+        try:
+            is_new = client.progress.add_prompt_logprobs(logprobs)
+        except ProgressError as error:
+            broken.append((logprobs.handle, str(error)))
+            continue
+        if is_new:
+            logprobs.handle = client.handle
+            client.link.add_prompt_logprobs(logprobs)
+    for sample in step.finished_samples:
+        if (client := running.get(sample.handle)) is None:
+            continue
+        try:
+            is_new = client.progress.end_sample(sample.index, sample.reason)
+        except ProgressError as error:
+            broken.append((sample.handle, str(error)))
+            continue
+        if is_new:
             client.stopping_samples.pop(sample.index, None)
             sample.handle = client.handle
             client.link.add_sample_finish(sample)
@@ -91,56 +110,22 @@ def _relay_tokens(
         stop = start + count
         client = running.get(handle)
         if client is not None:
+            new = token_ids[start:stop]
             emitted = client.emitted
-            if index < len(emitted) and offset <= (known := len(tokens := emitted[index])):
-                new = token_ids[start + known - offset : stop]
-                if known != offset:
-                    num_dropped += min(known - offset, count)
-                if new:
-                    tokens += new
-                    client.link.add_tokens(client.handle, index, known, new)
+            if index < len(emitted) and len(tokens := emitted[index]) == offset:
+                tokens += new
             else:
-                num_dropped += count
-                broken.append((handle, f"tokens of sample {index} at offset {offset} do not follow the last ones"))
+                # A replay after a failover may begin with what is known already.
+                try:
+                    new = client.progress.add_tokens(index, offset, new)
+                except ProgressError as error:
+                    broken.append((handle, str(error)))
+                    new = []
+                num_dropped += count - len(new)
+                offset += count - len(new)
+            if new:
+                client.link.add_tokens(client.handle, index, offset, new)
         else:
             num_dropped += count
         start = stop
     return num_dropped
-
-
-def _relay_logprobs(logprobs: link_pb2.LinkLogprobs, client: ClientSide, broken: list[tuple[int, str]]) -> None:
-    known = client.logprobs_passed.get(logprobs.index, 0)
-    end = logprobs.offset + len(logprobs.values.logprobs)
-    if logprobs.index >= len(client.emitted) or logprobs.offset > known:
-        where = f"of sample {logprobs.index} at offset {logprobs.offset}"
-        broken.append((logprobs.handle, f"log-probabilities {where} do not follow the last ones"))
-    elif end > known:
-        _skip(logprobs, known)
-        client.logprobs_passed[logprobs.index] = end
-        logprobs.handle = client.handle
-        client.link.add_logprobs(logprobs)
-
-
-def _relay_prompt_logprobs(logprobs: link_pb2.LinkLogprobs, client: ClientSide, broken: list[tuple[int, str]]) -> None:
-    end = logprobs.offset + len(logprobs.values.logprobs)
-    if logprobs.offset > client.prompt_logprobs_passed or end > client.num_prompt_tokens:
-        broken.append(
-            (logprobs.handle, f"log-probabilities of the prompt at offset {logprobs.offset} are not the next ones")
-        )
-    elif end > client.prompt_logprobs_passed:
-        _skip(logprobs, client.prompt_logprobs_passed)
-        client.prompt_logprobs_passed = end
-        logprobs.handle = client.handle
-        client.link.add_prompt_logprobs(logprobs)
-
-
-def _skip(logprobs: link_pb2.LinkLogprobs, offset: int) -> None:
-    """Drop the values before `offset`."""
-    count = offset - logprobs.offset
-    if count <= 0:
-        return
-    values: common_pb2.TokenLogprobs = logprobs.values
-    del values.logprobs[:count]
-    del values.top_token_ids[: count * values.num_top]
-    del values.top_logprobs[: count * values.num_top]
-    logprobs.offset = offset

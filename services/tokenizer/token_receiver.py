@@ -92,7 +92,7 @@ class TokenReceiver:
         self._logprobs = logprobs
         self._error: StatusError | None = None
         self._min_tokens = min_tokens
-        self._inboxes = [_Inbox(index, sample.tokens) for index, sample in enumerate(self.progress.samples)]
+        self._inboxes = [_Inbox(index, tokens) for index, tokens in enumerate(self.progress.tokens)]
         self._dirty: dict[int, None] = {}
         self._prompt = common_pb2.TokenLogprobs()
         """Log-probabilities of the prompt that nobody has taken."""
@@ -217,7 +217,7 @@ class TokenReceiver:
             if num_waiting < self._min_tokens and inbox.num_taken and inbox.finish is None and not self.finish:
                 continue
             del self._dirty[index]
-            if self._logprobs and (num_logprobs := progress.samples[index].num_logprobs) != num_tokens:
+            if self._logprobs and (num_logprobs := progress.num_logprobs[index]) != num_tokens:
                 raise _broken(f"skipped log-probabilities {num_logprobs} to {num_tokens - 1} of sample {index}")
             batches += inbox.take().parts()
         if batches and progress.num_prompt_logprobs < progress.num_prompt_tokens:

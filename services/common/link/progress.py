@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.link.logprobs import skip_logprobs
-
-_RUNS = common_pb2.FINISH_REASON_UNSPECIFIED
 
 
 class ProgressError(Exception):
     """What came does not follow what had come: "skipped tokens 3 to 4 of sample 0". The request cannot go on."""
-
-
-class SampleProgress:
-    """What came of one sample.
-
-    Attributes:
-        tokens: All its tokens.
-        num_logprobs: Tokens whose log-probabilities came.
-        ended: Why it ended; FINISH_REASON_UNSPECIFIED while it runs.
-    """
-
-    __slots__ = ("ended", "num_logprobs", "tokens")
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.num_logprobs = 0
-        self.ended: common_pb2.FinishReason = _RUNS
 
 
 class RequestProgress:
@@ -37,30 +20,36 @@ class RequestProgress:
         num_prompt_tokens: Tokens of its prompt.
 
     Attributes:
-        samples: By index.
+        tokens: All tokens that came, by sample. Whoever knows that some follow may append them.
+        num_logprobs: How many of them have their log-probabilities, by sample.
+        ended: Why each sample ended; FINISH_REASON_UNSPECIFIED while it runs.
         num_prompt_logprobs: Tokens of the prompt whose log-probabilities came.
     """
 
-    __slots__ = ("num_prompt_logprobs", "num_prompt_tokens", "samples")
+    __slots__ = ("ended", "num_logprobs", "num_prompt_logprobs", "num_prompt_tokens", "tokens")
 
     def __init__(self, num_samples: int, num_prompt_tokens: int = 0) -> None:
-        self.samples = [SampleProgress() for _ in range(num_samples)]
+        self.tokens: list[list[int]] = [[] for _ in range(num_samples)]
+        self.num_logprobs = [0] * num_samples
+        self.ended: list[common_pb2.FinishReason] = [common_pb2.FINISH_REASON_UNSPECIFIED] * num_samples
         self.num_prompt_tokens = num_prompt_tokens
         self.num_prompt_logprobs = 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all samples."""
-        return sum(len(sample.tokens) for sample in self.samples)
+        return sum(map(len, self.tokens))
 
     @property
     def all_ended(self) -> bool:
         """Whether every sample has ended, so that only the Finish is missing."""
-        return all(sample.ended for sample in self.samples)
+        return all(self.ended)
 
     def add_tokens(self, index: int, offset: int, token_ids: list[int]) -> list[int]:
         """Take tokens of a sample and return those that are new. Raises ProgressError."""
-        tokens = self._sample(index).tokens
+        if index >= len(self.tokens):
+            raise _unknown(index)
+        tokens = self.tokens[index]
         known = len(tokens) - offset
         if known < 0:
             raise ProgressError(f"skipped tokens {len(tokens)} to {offset - 1} of sample {index}")
@@ -73,14 +62,16 @@ class RequestProgress:
 
         Raises ProgressError.
         """
-        sample = self._sample(entry.index)
-        known, end = sample.num_logprobs, entry.offset + len(entry.values.logprobs)
+        index = entry.index
+        if index >= len(self.tokens):
+            raise _unknown(index)
+        known, end = self.num_logprobs[index], entry.offset + len(entry.values.logprobs)
         if entry.offset > known:
-            raise ProgressError(f"skipped log-probabilities {known} to {entry.offset - 1} of sample {entry.index}")
+            raise ProgressError(f"skipped log-probabilities {known} to {entry.offset - 1} of sample {index}")
         if end <= known:
             return False
         skip_logprobs(entry, known)
-        sample.num_logprobs = end
+        self.num_logprobs[index] = end
         return True
 
     def add_prompt_logprobs(self, entry: link_pb2.LinkLogprobs) -> bool:
@@ -101,11 +92,19 @@ class RequestProgress:
 
     def end_sample(self, index: int, reason: common_pb2.FinishReason) -> bool:
         """A sample ended. Returns False where that was known. Raises ProgressError."""
-        sample = self._sample(index)
-        if sample.ended:
+        if index >= len(self.tokens):
+            raise _unknown(index)
+        if self.ended[index]:
             return False
-        sample.ended = reason
+        self.ended[index] = reason
         return True
+
+    def start_at(self, samples: Iterable[link_pb2.ResumedSample]) -> None:
+        """Begin with what the upstream side has had already."""
+        for sample in samples:
+            self.tokens[sample.index] += sample.token_ids
+            self.num_logprobs[sample.index] = len(sample.token_ids)
+            self.ended[sample.index] = sample.finished
 
     def resume(self, submit: link_pb2.Submit) -> None:
         """Make `submit` go on from here.
@@ -114,17 +113,16 @@ class RequestProgress:
         are the same again. Log-probabilities of the prompt that have all come are not asked for again.
         """
         sampling = submit.sampling
+        needs_logprobs = sampling.HasField("logprobs")
         del submit.resumed[:]
-        for index, sample in enumerate(self.samples):
-            tokens = sample.tokens
-            if sampling.HasField("logprobs") and not sample.ended:
-                tokens = tokens[: sample.num_logprobs]
-            if tokens or sample.ended:
-                submit.resumed.add(index=index, token_ids=tokens, finished=sample.ended)
+        for index, (tokens, ended) in enumerate(zip(self.tokens, self.ended, strict=True)):
+            if needs_logprobs and not ended:
+                tokens = tokens[: self.num_logprobs[index]]
+            if tokens or ended:
+                submit.resumed.add(index=index, token_ids=tokens, finished=ended)
         if self.num_prompt_logprobs >= self.num_prompt_tokens:
             sampling.ClearField("prompt_logprobs")
 
-    def _sample(self, index: int) -> SampleProgress:
-        if index >= len(self.samples):
-            raise ProgressError(f"sent sample {index}, which was not asked for")
-        return self.samples[index]
+
+def _unknown(index: int) -> ProgressError:
+    return ProgressError(f"sent sample {index}, which was not asked for")

@@ -71,7 +71,7 @@ def test_a_resubmission_carries_each_sample():
     request = make_request(n=3)
     request.client.emitted[0] += [11, 12]
     request.client.emitted[2] += [31]
-    request.client.ended_samples[2] = common_pb2.FINISH_REASON_LENGTH
+    request.client.progress.end_sample(2, common_pb2.FINISH_REASON_LENGTH)
     submit = request.make_submit(9, 0.0, 3)
     assert submit.handle == 9
     assert [(s.index, list(s.token_ids), s.finished) for s in submit.resumed] == [
@@ -97,10 +97,10 @@ def test_samples_that_were_to_stop_end_when_nobody_is_left_to_do_it():
     assert [(f.handle, f.index, f.reason) for f in request.client.link.finishes] == [
         (7, 1, common_pb2.FINISH_REASON_STOP)
     ]
-    assert not request.client.all_samples_ended
+    assert not request.client.progress.all_ended
     request.client.request_end(link_pb2.Abort(handle=7, reason=link_pb2.ABORT_REASON_STOP))
     request.client.settle_stopping()
-    assert request.client.all_samples_ended
+    assert request.client.progress.all_ended
     assert len(request.client.link.finishes) == 2
 
 

@@ -68,7 +68,7 @@ async def play(actions) -> None:
                 takers[number].take()
             case ("stop", number, index):
                 receiver = takers[number].receiver
-                if index < len(receiver.progress.samples) and receiver.progress.samples[index].tokens:
+                if index < len(receiver.progress.tokens) and receiver.progress.tokens[index]:
                     stopped.add((number, index))
                     line.schedulers.stop_sample(receiver, index)
     for peer in line.peers:
@@ -86,7 +86,7 @@ async def play(actions) -> None:
         assert taker.receiver.finish is not None
         assert taker.receiver.finish.status.code == 0
         taker.take()
-        for index in range(len(taker.receiver.progress.samples)):
+        for index in range(len(taker.receiver.progress.tokens)):
             count = len(taker.tokens[index])
             assert taker.tokens[index] == [token(index, place) for place in range(count)]
             assert count == LENGTH or (number, index) in stopped
