@@ -2,8 +2,9 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all test-compose test-hostile test-faults test-kernels aot lint format \
-	protos bench bench-load bench-tokenizer bench-scheduler bench-executor bench-line bench-peers gpu setup setup-dev clean
+.PHONY: help run up down status chat test test-all test-compose test-compose-faults test-hostile test-faults \
+	soak test-kernels aot lint format protos bench bench-load bench-tokenizer bench-scheduler bench-executor \
+	bench-line bench-peers gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
@@ -15,7 +16,7 @@ export PROMPT GPU_PYTHON
 help: ## show this list
 	@echo "ScaleLLM: LLM serving over gRPC. Start with: make run"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  The command line behind it: $(scalellm) --help"
 
@@ -42,7 +43,11 @@ test-all: setup-dev ## run all tests; those of the monitoring files need Prometh
 	$(test-env) $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(PYTEST_ARGS)
 
 test-compose: setup-dev ## run the containers for real: up, scale, crash, upgrade, down (needs Docker; minutes)
-	$(test-env) $(python) -m pytest -n 0 -v tests/compose $(PYTEST_ARGS)
+	$(test-env) $(python) -m pytest -n 0 -v tests/compose --ignore tests/compose/test_faults.py $(PYTEST_ARGS)
+
+test-compose-faults: setup-dev ## kill, pause, cut off and upgrade containers under 64 streams (needs Docker; half an hour)
+	$(test-env) FAULTS_SECONDS=$${FAULTS_SECONDS:-10} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \
+		$(python) -m pytest -n 0 -v tests/compose/test_faults.py $(PYTEST_ARGS)
 
 # HOSTILE_SEED=7 repeats a run; each message and mutant that fails is named with the seed of its own run.
 test-hostile: setup-dev ## attack a line: HTTP/2 abuses, odd messages for ten minutes, lying model files (an hour)
@@ -54,6 +59,10 @@ test-faults: setup-dev ## kill, stop, cut off and starve each process of a line 
 	$(test-env) FAULTS_ROUNDS=$${FAULTS_ROUNDS:-3} FAULTS_SECONDS=$${FAULTS_SECONDS:-10} \
 		FAULTS_HISTORIES=$${FAULTS_HISTORIES:-5000} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \
 		$(python) -m pytest -n 0 -v tests/integration/faults $(PYTEST_ARGS)
+
+soak: setup-dev ## an hour of streams of every kind with faults: nothing is lost, nothing grows (SOAK_SECONDS=3600)
+	$(test-env) SOAK_SECONDS=$${SOAK_SECONDS:-3600} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \
+		$(python) -m pytest -n 0 -v tests/integration/faults/test_soak.py $(PYTEST_ARGS)
 
 test-kernels: setup-dev ## run the Triton kernels on the interpreter (no GPU needed)
 	$(test-env) TRITON_INTERPRET=1 $(python) -m pytest -n 2 --dist worksteal -q tests/kernels/interp $(PYTEST_ARGS)

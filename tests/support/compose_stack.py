@@ -52,9 +52,9 @@ class ComposeStack:
     def __init__(self, **variables: str) -> None:
         self.project = f"scalellm-test-{uuid.uuid4().hex[:8]}"
         self._release = 1
-        self.address = f"127.0.0.1:{_free_port()}"
-        self.http_address = f"127.0.0.1:{_free_port()}"
-        self.prometheus_address = f"127.0.0.1:{_free_port()}"
+        self.address = f"127.0.0.1:{free_port()}"
+        self.http_address = f"127.0.0.1:{free_port()}"
+        self.prometheus_address = f"127.0.0.1:{free_port()}"
         self._environment = {
             **os.environ,
             "COMPOSE_FILE": "compose.yaml",
@@ -179,7 +179,8 @@ def _image_size(name: str) -> int:
     return int(docker("image", "inspect", "--format", "{{.Size}}", name))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody has now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

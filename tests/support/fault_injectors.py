@@ -9,7 +9,8 @@ import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from fault_line import STALL_LIMIT, FaultLine, Member
+from fault_line import STALL_LIMIT, FaultLine
+from fault_member import Member
 from service_processes import PATIENCE
 
 Injector = Callable[["Scene"], Awaitable[None]]
@@ -22,7 +23,6 @@ class Scene:
     Attributes:
         seconds: How long what is stopped or paused stays so.
         rng: What everything random follows from.
-        untouched: Services whose processes stay the same; a fault takes those out that it ends.
     """
 
     line: FaultLine

@@ -15,14 +15,14 @@ class Fault:
 
     Attributes:
         inject: Does it, and mends it.
-        errors: Which streams may end UNAVAILABLE: "" none; "sessions": those of sessions; "own": those that run
-            through the process that ends.
+        errors: Streams that run through the process that ends may end UNAVAILABLE.
+        unsaved: A session's turn may be told of as not saved.
         needs_disk: Redis must have a file system of its own.
-        ends: Kind of the service whose process is another one afterwards.
     """
 
     inject: Injector
-    errors: str = ""
+    errors: bool = False
+    unsaved: bool = False
     needs_disk: bool = False
 
 
@@ -35,23 +35,23 @@ FAULTS = {
     "executor: SIGTERM": Fault(faults.end_process("executor", TERM)),
     "executor: SIGSTOP": Fault(faults.stop_process("executor")),
     "executor: half-open link": Fault(faults.cut_off("executor")),
-    "scheduler: kill -9": Fault(faults.end_process("scheduler", KILL), errors="own"),
-    "scheduler: SIGTERM": Fault(faults.end_process("scheduler", TERM), errors="own"),
+    "scheduler: kill -9": Fault(faults.end_process("scheduler", KILL), errors=True),
+    "scheduler: SIGTERM": Fault(faults.end_process("scheduler", TERM), errors=True),
     "scheduler: SIGSTOP": Fault(faults.stop_process("scheduler")),
-    "scheduler: half-open link": Fault(faults.cut_off("scheduler"), errors="own"),
-    "worker: kill -9": Fault(faults.end_process("worker", KILL), errors="own"),
-    "worker: SIGTERM": Fault(faults.end_process("worker", TERM), errors="own"),
+    "scheduler: half-open link": Fault(faults.cut_off("scheduler"), errors=True),
+    "worker: kill -9": Fault(faults.end_process("worker", KILL), errors=True),
+    "worker: SIGTERM": Fault(faults.end_process("worker", TERM), errors=True),
     "worker: SIGSTOP": Fault(faults.stop_process("worker")),
-    "tokenizer: kill -9": Fault(faults.end_process("tokenizer", KILL), errors="own"),
-    "tokenizer: SIGTERM": Fault(faults.end_process("tokenizer", TERM), errors="own"),
+    "tokenizer: kill -9": Fault(faults.end_process("tokenizer", KILL), errors=True),
+    "tokenizer: SIGTERM": Fault(faults.end_process("tokenizer", TERM), errors=True),
     "tokenizer: SIGSTOP": Fault(faults.stop_process("tokenizer")),
     "template renderer: kill -9": Fault(faults.end_process("template renderer", KILL)),
     "template renderer: SIGSTOP": Fault(faults.stop_process("template renderer")),
-    "redis: kill -9": Fault(faults.end_process("redis", KILL), errors="sessions"),
-    "redis: SIGTERM": Fault(faults.end_process("redis", TERM), errors="sessions"),
-    "redis: SIGSTOP": Fault(faults.stop_process("redis"), errors="sessions"),
-    "redis: half-open link": Fault(faults.cut_off("redis"), errors="sessions"),
-    "redis: out of memory": Fault(faults.redis_out_of_memory, errors="sessions"),
-    "redis: paused": Fault(faults.redis_paused, errors="sessions"),
-    "redis: disk full": Fault(faults.redis_disk_full, errors="sessions", needs_disk=True),
+    "redis: kill -9": Fault(faults.end_process("redis", KILL), unsaved=True),
+    "redis: SIGTERM": Fault(faults.end_process("redis", TERM), unsaved=True),
+    "redis: SIGSTOP": Fault(faults.stop_process("redis"), unsaved=True),
+    "redis: half-open link": Fault(faults.cut_off("redis"), unsaved=True),
+    "redis: out of memory": Fault(faults.redis_out_of_memory, unsaved=True),
+    "redis: paused": Fault(faults.redis_paused, unsaved=True),
+    "redis: disk full": Fault(faults.redis_disk_full, unsaved=True, needs_disk=True),
 }

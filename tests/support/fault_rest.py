@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
-
-from fault_line import FaultLine, Member, info_of, state_of
+from fault_member import Member, info_of, state_of
+from fault_redis import FaultRedis
 from line import scrape
 from mixed_load import total
 from service_processes import PATIENCE
@@ -36,52 +36,69 @@ def vitals(member: Member) -> Vitals:
         frozenset((process.pid, process.create_time()) for process in family),
         sum(process.memory_info().rss for process in family),
         sum(process.num_fds() for process in family),
-        scrape(member.process)[task_metric] if task_metric is not None else 0,
+        total(scrape(member.process), task_metric) if task_metric is not None else 0,
     )
 
 
-async def rest(line: FaultLine, before: dict[str, Vitals] | None = None) -> dict[str, Vitals]:
+async def rest(
+    executors: Sequence[Member],
+    schedulers: Sequence[Member],
+    tokenizers: Sequence[Member],
+    redis: FaultRedis,
+    before: Mapping[str, Vitals],
+) -> dict[str, Vitals]:
     """Wait until nothing runs and everything is as it was. Raises AssertionError with what is not."""
+    members = [*executors, *schedulers, *tokenizers]
     deadline = time.monotonic() + PATIENCE
     while True:
-        found = await _faults(line, before or {})
+        found = [
+            *[problem for member in executors for problem in await _executor_problems(member)],
+            *[problem for member in schedulers for problem in await _scheduler_problems(member)],
+            *[problem for member in tokenizers for problem in await asyncio.to_thread(_tokenizer_problems, member)],
+        ]
+        if keys := await asyncio.to_thread(redis.keys_without_ttl):
+            found.append(f"Redis keys without an end: {keys}")
         if not found:
-            return {member.name: await asyncio.to_thread(vitals, member) for member in line.members}
+            now = {member.name: await asyncio.to_thread(vitals, member) for member in members}
+            found = [problem for name, then in before.items() for problem in _growth(name, then, now[name])]
+            if not found:
+                # A process that is new grows until it has done as much as the others.
+                return {name: _baseline(before.get(name), vital) for name, vital in now.items()}
         assert time.monotonic() < deadline, "; ".join(found)
         await asyncio.sleep(0.3)
 
 
-async def _faults(line: FaultLine, before: dict[str, Vitals]) -> list[str]:
-    found = []
-    for member in line.executors:
-        info = await info_of(member)
-        load = info.load
-        if load.running or load.waiting or load.free_blocks != load.total_blocks:
-            found.append(f"{member.name} holds requests or blocks: {load}")
-        if info.accepted != info.finished + info.cancelled + info.rejected:
-            found.append(f"{member.name}: the books do not add up: {info}")
-    for member in line.schedulers:
-        state = await state_of(member)
-        if state.queued or state.running:
-            found.append(f"{member.name}: {state.queued} queued, {state.running} running")
-        if state.accepted != state.finished + state.cancelled + state.rejected + state.queued + state.running:
-            found.append(f"{member.name}: the books do not add up: {state}")
-    for member in line.tokenizers:
-        edge = await asyncio.to_thread(scrape, member.process)
-        running = edge["scalellm_tokenizer_requests_running"]
-        ended = total(edge, "scalellm_tokenizer_requests_ended_total")
-        accepted = total(edge, "scalellm_tokenizer_requests_accepted_total")
-        if running or accepted != ended:
-            found.append(f"{member.name}: {accepted} accepted, {ended} ended, {running} running")
-    if keys := await asyncio.to_thread(line.redis.keys_without_ttl):
-        found.append(f"Redis keys without an end: {keys}")
-    for member in line.members:
-        if (then := before.get(member.name)) is not None:
-            try:
-                found += _growth(member.name, then, await asyncio.to_thread(vitals, member))
-            except (psutil.NoSuchProcess, OSError) as error:
-                found.append(f"{member.name}: {error!r}")
+async def _executor_problems(member: Member) -> list[str]:
+    info = await info_of(member)
+    load, found = info.load, []
+    if load.running or load.waiting or load.free_blocks != load.total_blocks:
+        found.append(f"{member.name} holds requests or blocks: {load}")
+    if info.accepted != info.finished + info.cancelled + info.rejected:
+        found.append(f"{member.name}: the books do not add up: {info}")
     return found
+
+
+async def _scheduler_problems(member: Member) -> list[str]:
+    state, found = await state_of(member), []
+    if state.queued or state.running:
+        found.append(f"{member.name}: {state.queued} queued, {state.running} running")
+    if state.accepted != state.finished + state.cancelled + state.rejected + state.queued + state.running:
+        found.append(f"{member.name}: the books do not add up: {state}")
+    return found
+
+
+def _tokenizer_problems(member: Member) -> list[str]:
+    edge = scrape(member.process)
+    running = total(edge, "scalellm_tokenizer_requests_running")
+    ended = total(edge, "scalellm_tokenizer_requests_ended_total")
+    accepted = total(edge, "scalellm_tokenizer_requests_accepted_total")
+    if running or accepted != ended:
+        return [f"{member.name}: {accepted} accepted, {ended} ended, {running} running"]
+    return []
+
+
+def _baseline(then: Vitals | None, now: Vitals) -> Vitals:
+    return then if then is not None and then.processes == now.processes else now
 
 
 def _growth(name: str, then: Vitals, now: Vitals) -> list[str]:

@@ -97,8 +97,21 @@ class Stream:
         return max((b - max(a, since) for a, b in pairwise(ends) if b > since), default=0.0)
 
     async def run(self, channel: grpc.aio.Channel) -> None:
-        """To its end, whatever that is."""
+        """To its end, whatever that is. A session that could not be loaded is asked again: nothing had begun."""
         stub = generation_pb2_grpc.GenerationStub(channel)
+        deadline = time.monotonic() + PATIENCE
+        code = await self._ask(stub)
+        while self._may_ask_again(code) and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+            code = await self._ask(stub)
+        self.codes.append(code)
+        self.ended_at = time.monotonic()
+
+    def _may_ask_again(self, code: grpc.StatusCode) -> bool:
+        is_session = self.kind == "session" and "session store" in self.details
+        return code is grpc.StatusCode.UNAVAILABLE and is_session and not self.pieces
+
+    async def _ask(self, stub: generation_pb2_grpc.GenerationStub) -> grpc.StatusCode:
         call = stub.Generate(self.request, timeout=self.timeout or 10 * PATIENCE, wait_for_ready=True)
         try:
             async for response in call:
@@ -106,17 +119,15 @@ class Stream:
                 self._take(response)
                 if self.cancel_after is not None and self.num_tokens >= self.cancel_after:
                     call.cancel()
-            self.codes.append(grpc.StatusCode.OK)
         except grpc.aio.AioRpcError as error:
-            self.codes.append(error.code())
             self.details = error.details() or ""
+            return error.code()
         except asyncio.CancelledError:
             # What grpc raises in the task whose call was cancelled locally.
             if not call.cancelled() or self.cancel_after is None:
                 raise
-            self.codes.append(grpc.StatusCode.CANCELLED)
-        finally:
-            self.ended_at = time.monotonic()
+            return grpc.StatusCode.CANCELLED
+        return grpc.StatusCode.OK
 
     def _take(self, response: generation_pb2.GenerateResponse) -> None:
         assert self.finished is None, f"stream {self.number}: something came after Finished"
@@ -218,10 +229,10 @@ class Workload:
 class Clients:
     """Some connections to each tokenizer, and the streams on them."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, addresses: Sequence[str], connections: int = _CONNECTIONS) -> None:
         # A pool of its own per channel, so that each is a connection and may meet another worker.
         options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500))
-        count = max(_CONNECTIONS, len(addresses))
+        count = max(connections, len(addresses))
         self._channels = [
             grpc.aio.insecure_channel(addresses[number % len(addresses)], options=options) for number in range(count)
         ]

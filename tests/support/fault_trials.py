@@ -6,13 +6,12 @@ import asyncio
 import random
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import grpc
 
 from fault_injectors import Scene
-from fault_line import FaultLine
 from fault_promises import Fault
-from fault_rest import Vitals, rest
 from fault_streams import Clients, Stream, Workload, differences
 from scalellm.v1 import generation_pb2
 from service_processes import PATIENCE
@@ -46,6 +45,20 @@ class Tally:
         return f"{self.name:34} {counts} {self.pause:11.1f} s"
 
 
+class BreakableLine(Protocol):
+    """What a trial needs to know of the line that it is made on."""
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where clients connect."""
+
+    async def wait_linked(self) -> None:
+        """Wait until all links are up."""
+
+    async def rest(self, before: dict[str, object] | None = None) -> dict[str, object]:
+        """Wait until nothing runs and all is as before; what that is. Raises AssertionError with what is not."""
+
+
 @dataclass
 class Trials:
     """All trials of one workload on one line.
@@ -55,10 +68,10 @@ class Trials:
         before: The line at rest.
     """
 
-    line: FaultLine
+    line: BreakableLine
     workload: Workload
     undisturbed: list[Stream] = field(default_factory=list)
-    before: dict[str, Vitals] = field(default_factory=dict)
+    before: dict[str, object] = field(default_factory=dict)
     _count: int = 0
 
     async def prepare(self) -> None:
@@ -74,7 +87,7 @@ class Trials:
             if number == 0:
                 self.workload.learn_stops(streams)
             self.undisturbed = streams
-        self.before = await rest(self.line)
+        self.before = await self.line.rest()
 
     async def run(self, fault: Fault, seconds: float, rng: random.Random, tally: Tally) -> None:
         """One fault. Raises AssertionError with everything that is not as it should be."""
@@ -101,7 +114,7 @@ class Trials:
         wrong = [
             problem
             for disturbed, undisturbed in zip(streams, self.undisturbed, strict=True)
-            for problem in [*differences(disturbed, undisturbed), *_unpromised(fault, disturbed)]
+            for problem in [*differences(disturbed, undisturbed), *unpromised(fault, disturbed)]
         ]
         tally.injected += 1
         tally.in_flight += len(in_flight)
@@ -110,26 +123,21 @@ class Trials:
         tally.resumed += sum(stream.was_resumed for stream in in_flight)
         tally.pause = max([tally.pause, *(stream.longest_pause(struck_at) for stream in in_flight)])
         await self.line.wait_linked()
-        after = await rest(self.line, self.before)
-        # A process that is new grows until it has done as much as the others.
-        for name, now in after.items():
-            if now.processes != self.before[name].processes:
-                self.before[name] = now
+        self.before = await self.line.rest(self.before)
         assert not wrong, "\n".join(wrong)
 
     def _clients(self) -> Clients:
-        return Clients([member.process.address for member in self.line.tokenizers])
+        return Clients(self.line.addresses)
 
 
-def _unpromised(fault: Fault, stream: Stream) -> list[str]:
+def unpromised(fault: Fault, stream: Stream) -> list[str]:
     """What the client should not have seen under this fault."""
-    may_fail = fault.errors == "own" or (fault.errors == "sessions" and stream.kind == "session")
-    codes = _CODES.get(stream.kind, {OK}) | ({UNAVAILABLE} if may_fail else set())
+    codes = _CODES.get(stream.kind, {OK}) | ({UNAVAILABLE} if fault.errors else set())
     if stream.code not in codes:
         return [f"stream {stream.number} ({stream.kind}) ended {stream.code}: {stream.details}"]
     if stream.kind == "session" and stream.finished is not None:
         saved = {generation_pb2.SESSION_OUTCOME_SAVED}
-        if fault.errors == "sessions":
+        if fault.unsaved:
             saved.add(generation_pb2.SESSION_OUTCOME_UNAVAILABLE)
         if stream.finished.session not in saved:
             return [f"stream {stream.number}: the session's outcome is {stream.finished.session}"]

@@ -1,0 +1,30 @@
+"""Everything mixed for SOAK_SECONDS: nothing is lost, nothing grows. `make soak` takes an hour."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+from fault_line import Shape
+from fault_soak import Soak
+from fault_streams import Workload
+from fault_trials import Trials
+
+SECONDS = float(os.environ.get("SOAK_SECONDS") or 40)
+_BETWEEN_FAULTS = 20.0
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 1800)]
+
+
+async def test_soak(lines, table: list[str], seed: int) -> None:
+    line = await lines.get(Shape())
+    trials = Trials(line, Workload(seed, longest=400))
+    soak = Soak(line, trials, SECONDS, _BETWEEN_FAULTS, random.Random(f"soak {seed}"))
+    try:
+        await soak.run()
+    finally:
+        table.append(f"soak of {SECONDS:.0f} s (FAULTS_SEED={seed}): {dict(soak.counts)}")
+        await lines.discard()
+    assert not soak.wrong, "\n".join(soak.wrong)

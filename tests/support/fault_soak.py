@@ -1,0 +1,132 @@
+"""Hours of everything mixed: streams of every kind one after the other, and a fault now and then."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter, defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import psutil
+
+from fault_injectors import Scene
+from fault_line import FaultLine
+from fault_promises import FAULTS, Fault
+from fault_streams import Clients, Stream, differences
+from fault_trials import Trials, unpromised
+
+_SAMPLE_SECONDS = 2.0
+_AT_ONCE = 24
+_GROWTH = 1.1
+_GROWTH_BYTES = 12 * 2**20
+"""By how much a process may have grown over the last three quarters of its life: allocators breathe."""
+
+
+@dataclass
+class Soak:
+    """One run.
+
+    Attributes:
+        seconds: How long streams are started.
+        pause: Seconds between two faults, on average.
+        counts: Streams by status, and faults.
+        wrong: What was not as it should be.
+    """
+
+    line: FaultLine
+    trials: Trials
+    seconds: float
+    pause: float
+    rng: random.Random
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    _faults: list[tuple[float, float, Fault]] = field(default_factory=list)
+    _rss: dict[tuple[str, int, float], list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+    _number: int = 0
+
+    async def run(self) -> None:
+        """To its end. What is wrong is in `wrong`."""
+        await self.trials.prepare()
+        end = time.monotonic() + self.seconds
+        watching = asyncio.create_task(self._watch())
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._break(end))
+            for number in range(_AT_ONCE):
+                tasks.create_task(self._ask(number, end))
+        watching.cancel()
+        await self.line.wait_linked()
+        await self.line.rest()
+        self.wrong += self._growth()
+
+    async def _ask(self, number: int, end: float) -> None:
+        rng = random.Random(f"asker {self.rng.random()} {number}")
+        while time.monotonic() < end:
+            self._number += 1
+            streams = self.trials.workload.streams(f"soak-{self._number}")
+            stream = rng.choice(streams)
+            began = time.monotonic()
+            async with Clients([rng.choice(self.line.addresses)], connections=1) as clients:
+                with suppress(AssertionError):  # a first turn under a fault may fail; the next stream is another one
+                    await clients.first_turns([stream])
+                    await asyncio.gather(*clients.start([stream], rng, within=0.1))
+            if stream.codes:
+                self._judge(stream, began)
+
+    def _judge(self, stream: Stream, began: float) -> None:
+        self.counts[f"{stream.codes[0].name}"] += 1
+        self.counts["resumed"] += stream.was_resumed
+        undisturbed = self.trials.undisturbed[stream.number]
+        problems = differences(stream, undisturbed)
+        met = [fault for start, stop, fault in self._faults if start <= stream.ended_at and began <= stop]
+        verdicts = [unpromised(fault, stream) for fault in met] or [unpromised(_NONE, stream)]
+        if all(verdicts):
+            problems += verdicts[0]
+        self.wrong += problems
+
+    async def _break(self, end: float) -> None:
+        names = [name for name, fault in FAULTS.items() if self.line.redis.can_fill or not fault.needs_disk]
+        while True:
+            await asyncio.sleep(self.rng.uniform(0.5, 1.5) * self.pause)
+            if time.monotonic() > end:
+                return
+            name = self.rng.choice(names)
+            place = len(self._faults)
+            self._faults.append((time.monotonic(), float("inf"), FAULTS[name]))
+            await FAULTS[name].inject(Scene(self.line, 3, self.rng))
+            await self.line.wait_linked()
+            self._faults[place] = (self._faults[place][0], time.monotonic(), FAULTS[name])
+            self.counts["faults"] += 1
+
+    async def _watch(self) -> None:
+        while True:
+            for member in self.line.members:
+                with suppress(psutil.Error):
+                    for process in await asyncio.to_thread(member.family):
+                        with suppress(psutil.Error):
+                            key = (member.name, process.pid, process.create_time())
+                            self._rss[key].append((time.monotonic(), process.memory_info().rss))
+            await asyncio.sleep(_SAMPLE_SECONDS)
+
+    def _growth(self) -> list[str]:
+        """Processes that went on growing. Those that lived too short to tell are left out."""
+        found = []
+        for (name, pid, _), samples in self._rss.items():
+            first, last = samples[0][0], samples[-1][0]
+            if last - first < self.seconds / 4:
+                continue
+            second = [rss for at, rss in samples if 0.25 <= (at - first) / (last - first) <= 0.5]
+            fourth = [rss for at, rss in samples if (at - first) / (last - first) >= 0.75]
+            before, after = sum(second) / len(second), sum(fourth) / len(fourth)
+            self.counts["processes watched"] += 1
+            if after > before * _GROWTH + _GROWTH_BYTES:
+                found.append(f"process {pid} of {name} grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB")
+        return found
+
+
+async def _nothing(_: Scene) -> None:
+    """No fault."""
+
+
+_NONE = Fault(_nothing)
