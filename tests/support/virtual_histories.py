@@ -147,7 +147,6 @@ class History:
     streams: list[VirtualStream] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     scheduler_faults: int = 0
-    executor_faults: int = 0
     engine_deaths: int = 0
 
     def counts(self) -> Counter[str]:
@@ -196,9 +195,6 @@ class _Line:
             self._scheduler_dies, self._scheduler_leaves, self._scheduler_is_cut, self._connection_breaks,
             self._reader_is_slow,
         ))  # fmt: skip
-        self.history.executor_faults += kind in (
-            self._engine_dies, self._executor_dies, self._executor_leaves, self._engine_stops, self._executor_is_cut
-        )  # fmt: skip
         await kind()
 
     async def _engine_dies(self) -> None:
@@ -273,7 +269,6 @@ class _Line:
             connection = self.rng.choice(connections)
             is_scheduler = any(connection.address == scheduler.address for scheduler in self.schedulers)
             self.history.scheduler_faults += is_scheduler
-            self.history.executor_faults += not is_scheduler
             self.note(f"a connection to {connection.address} breaks")
             connection.reset()
 
@@ -331,18 +326,18 @@ async def _play(history: History, rng: random.Random) -> None:
     history.problems += [f"a task failed: {task.exception()!r}" for task in done if task.exception() is not None]
     for stream in history.streams:
         history.problems += stream.problems(line.journal)
-        history.problems += _unpromised(history, stream, len(line.executors))
+        history.problems += _unpromised(history, stream)
     history.problems += await line.rest()
 
 
-def _unpromised(history: History, stream: VirtualStream, num_executors: int) -> list[str]:
+def _unpromised(history: History, stream: VirtualStream) -> list[str]:
     allowed = {OK}
     if stream.timeout is not None:
         allowed.add(grpc.StatusCode.DEADLINE_EXCEEDED)
     if stream.cancel_after is not None:
         allowed.add(grpc.StatusCode.CANCELLED)
-    if history.scheduler_faults or history.executor_faults >= num_executors:
-        allowed.add(UNAVAILABLE)
+    if history.scheduler_faults and not stream.tokens:
+        allowed.add(UNAVAILABLE)  # it came while no scheduler was there
     if history.engine_deaths >= 3:
         allowed.add(grpc.StatusCode.INTERNAL)
     if stream.codes and stream.codes[0] not in allowed:
