@@ -44,6 +44,8 @@ class Stream:
         pieces: The history: every message with tokens, as it came.
         texts: By sample.
         codes: Statuses of the call. Exactly one in the end.
+        has_begun: Something came: the request was accepted.
+        refusals: Times that it was refused as UNAVAILABLE before that.
         reading: Cleared: the client does not read.
     """
 
@@ -56,6 +58,8 @@ class Stream:
     pieces: list[Piece] = field(default_factory=list)
     texts: dict[int, str] = field(default_factory=dict)
     num_logprobs: int = 0
+    has_begun: bool = False
+    refusals: int = 0
     finished: generation_pb2.Finished | None = None
     codes: list[grpc.StatusCode] = field(default_factory=list)
     details: str = ""
@@ -97,19 +101,16 @@ class Stream:
         return max((b - max(a, since) for a, b in pairwise(ends) if b > since), default=0.0)
 
     async def run(self, channel: grpc.aio.Channel) -> None:
-        """To its end, whatever that is. A session that could not be loaded is asked again: nothing had begun."""
+        """To its end, whatever that is. What was refused before it began is asked again, as clients do."""
         stub = generation_pb2_grpc.GenerationStub(channel)
         deadline = time.monotonic() + PATIENCE
         code = await self._ask(stub)
-        while self._may_ask_again(code) and time.monotonic() < deadline:
+        while code is grpc.StatusCode.UNAVAILABLE and not self.has_begun and time.monotonic() < deadline:
+            self.refusals += 1
             await asyncio.sleep(0.2)
             code = await self._ask(stub)
         self.codes.append(code)
         self.ended_at = time.monotonic()
-
-    def _may_ask_again(self, code: grpc.StatusCode) -> bool:
-        is_session = self.kind == "session" and "session store" in self.details
-        return code is grpc.StatusCode.UNAVAILABLE and is_session and not self.pieces
 
     async def _ask(self, stub: generation_pb2_grpc.GenerationStub) -> grpc.StatusCode:
         call = stub.Generate(self.request, timeout=self.timeout or 10 * PATIENCE, wait_for_ready=True)
@@ -131,6 +132,7 @@ class Stream:
 
     def _take(self, response: generation_pb2.GenerateResponse) -> None:
         assert self.finished is None, f"stream {self.number}: something came after Finished"
+        self.has_begun = True
         match response.WhichOneof("event"):
             case "delta":
                 delta = response.delta

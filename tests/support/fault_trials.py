@@ -101,7 +101,7 @@ class Trials:
             while sum(stream.num_tokens for stream in streams) < goal and not all(task.done() for task in tasks):
                 await asyncio.sleep(0.01)
             struck_at = time.monotonic()
-            in_flight = [stream for stream in streams if not stream.codes]
+            in_flight = [stream for stream in streams if stream.has_begun and not stream.codes]
             # Both to their ends, whatever happens to the other one: a fault is always mended.
             done = await asyncio.gather(
                 fault.inject(Scene(self.line, seconds, rng)),
