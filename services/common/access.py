@@ -57,6 +57,11 @@ ROUTES: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
         "POST /v1/chat/completions": _CALLERS,
         "POST /v1/completions": _CALLERS,
+        "POST /v1/responses": _CALLERS,
+        "GET /v1/responses/{response_id}": _CALLERS,
+        "DELETE /v1/responses/{response_id}": _CALLERS,
+        "POST /v1/responses/{response_id}/cancel": _CALLERS,
+        "GET /v1/responses/{response_id}/input_items": _CALLERS,
         "POST /v1/messages": _CALLERS,
         "POST /v1/messages/count_tokens": _CALLERS,
         "POST /tokenize": _CALLERS,

@@ -47,6 +47,7 @@ class Session:
         updated: When its last turn was stored.
         version: Changes with every stored turn and is never used twice, so that a session that was deleted and begun
             anew is told from the old one. Empty = not stored yet.
+        document: What the API of its last turn keeps beside it; another turn drops it.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -55,6 +56,7 @@ class Session:
     created: float
     updated: float
     version: str = ""
+    document: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +99,7 @@ def encode_session(session: Session) -> tuple[str, dict[str, str | bytes]]:
     if sys.byteorder == "big":
         token_ids.byteswap()
     version = secrets.token_hex(8)
-    return version, {
+    fields: dict[str, str | bytes] = {
         "version": version,
         "num_turns": str(len(session.turns)),
         "num_tokens": str(len(token_ids)),
@@ -108,6 +110,9 @@ def encode_session(session: Session) -> tuple[str, dict[str, str | bytes]]:
         "segments": json.dumps([(segment.text, len(segment.token_ids)) for segment in session.segments]),
         "token_ids": token_ids.tobytes(),
     }
+    if session.document:
+        fields["document"] = session.document
+    return version, fields
 
 
 def decode_session(fields: Mapping[bytes, bytes]) -> Session:
@@ -127,6 +132,7 @@ def decode_session(fields: Mapping[bytes, bytes]) -> Session:
             created=float(fields[b"created"]),
             updated=float(fields[b"updated"]),
             version=fields[b"version"].decode(),
+            document=fields.get(b"document", b"").decode(),
         )
     except (KeyError, TypeError, ValueError, struct.error) as error:
         # Not the error's own words: they may quote what is stored, which is what users wrote.

@@ -98,6 +98,11 @@ class SessionStore:
         self._select(tenant)
 
     @property
+    def is_on(self) -> bool:
+        """Whether the service was started with a Redis."""
+        return self._redis is not None
+
+    @property
     def num_failures(self) -> int:
         """Operations of all tenants that Redis did not do."""
         return self._failures.count

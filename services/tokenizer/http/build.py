@@ -18,6 +18,7 @@ from services.tokenizer.http.face import HttpFace
 from services.tokenizer.http.listener import HttpListener
 from services.tokenizer.http.metrics_route import MetricsRoute
 from services.tokenizer.http.openai_routes import OpenAiRoutes
+from services.tokenizer.http.responses_routes import ResponsesRoutes
 from services.tokenizer.http.service_routes import ServiceRoutes
 from services.tokenizer.http.tokenize_routes import TokenizeRoutes
 from services.tokenizer.rpc import CallGate
@@ -59,6 +60,7 @@ def make_application(face: HttpFace, settings: TokenizerSettings, is_ready: Call
     app = face.application()
     ServiceRoutes(face.edge, is_ready).register(face, app)
     OpenAiRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
+    ResponsesRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
     AnthropicRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
     TokenizeRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
     if settings.http_metrics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import grpc
 from aiohttp import web
@@ -35,6 +35,7 @@ class HttpCall:
         request_id: The client's `x-request-id` where that is an id, or one that is made here.
         metadata: Of the headers, what the request path reads, as gRPC clients send it.
         stream: The answer as far as it is written, once it is a stream of events.
+        error_event: Writes an error as the last event of the stream, where it is not the API's usual one.
     """
 
     def __init__(self, request: web.Request, path: str) -> None:
@@ -44,6 +45,7 @@ class HttpCall:
         self.request_id = given if is_id(given) else f"req-{secrets.token_hex(8)}"
         self.metadata = _metadata(request.headers)
         self.stream: EventStream | None = None
+        self.error_event: Callable[[StatusError], bytes] | None = None
 
     def tenant(self, access: Access) -> Tenant:
         """On whose behalf it runs. Raises StatusError UNAUTHENTICATED."""

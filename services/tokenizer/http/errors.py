@@ -85,6 +85,10 @@ class ErrorFormat:
     body: Callable[[StatusError], bytes]
     event: bytes = b"data: "
 
+    def as_event(self, error: StatusError) -> bytes:
+        """An error as the last event of a stream."""
+        return self.event + self.body(error) + b"\n\n"
+
 
 def _kind(error: StatusError) -> _Kind:
     return _KINDS.get(error.code, _SERVER)
@@ -113,6 +117,12 @@ def openai_error(error: StatusError) -> bytes:
     kind = _kind(error)
     value = {"message": error.message, "type": kind.openai, "param": error.field or None, "code": kind.code}
     return json.dumps({"error": value}).encode()
+
+
+def error_code(error: StatusError) -> str:
+    """What OpenAI's APIs call the kind of an error."""
+    kind = _kind(error)
+    return kind.code or kind.openai
 
 
 def anthropic_error(error: StatusError) -> bytes:

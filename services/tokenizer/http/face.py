@@ -114,7 +114,8 @@ class HttpFace:
                 call.stream.abandon()
             self.on_end(call.path, code)
         if call.stream is not None:
-            await call.stream.close(errors.event + errors.body(failure) + b"\n\n")
+            write_error = call.error_event or errors.as_event
+            await call.stream.close(write_error(failure))
             return call.stream.response
         return _error_response(failure, errors)
 

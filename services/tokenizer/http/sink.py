@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from aiohttp import web
@@ -58,17 +58,23 @@ class Format(Protocol):
         """All generations have finished: what each said, in order."""
 
 
+OnFinished = Callable[[Sequence[generation_pb2.Finished]], Awaitable[None]]
+"""Awaited when all generations have finished, before their answer ends."""
+
+
 class Sink:
     """One answer on its way to the client.
 
     Args:
         call: What is answered.
         format: How.
+        on_finished: See OnFinished.
     """
 
-    def __init__(self, call: HttpCall, format: Format) -> None:
+    def __init__(self, call: HttpCall, format: Format, on_finished: OnFinished | None = None) -> None:
         self.call = call
         self.format = format
+        self.on_finished = on_finished
         self.response: web.StreamResponse | None = None
 
     async def open(self) -> None:
@@ -209,6 +215,8 @@ class _Together:
     async def _end(self, generation: Generation) -> None:
         done = [finished for finished in self._finished if finished is not None]
         if len(done) == len(self._finished):
+            if self._sink.on_finished is not None:
+                await self._sink.on_finished(done)
             await self._sink.close(self._sink.format.end(done), generation.server_timing)
             self._is_written.set()
         await self._is_written.wait()

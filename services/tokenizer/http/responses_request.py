@@ -1,0 +1,111 @@
+"""Requests of OpenAI's /v1/responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+from scalellm.v1 import generation_pb2
+from services.common.errors import StatusError
+from services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, set_present
+from services.tokenizer.http.messages import add_messages
+
+Said = Sequence[tuple[str, str]]
+"""Messages: who, and what."""
+
+_LOGPROBS = "message.output_text.logprobs"
+
+
+class ResponsesRequest(ApiRequest):
+    """A response to a text or to items, on its own or behind an earlier response."""
+
+    model: str | None = None
+    input: Any = None
+    instructions: str | None = None
+    max_output_tokens: UInt32 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: UInt32 | None = None
+    include: list[str] | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+
+    refused = MappingProxyType(
+        {
+            "tools": ([],),
+            "tool_choice": ("none", "auto"),
+            "text": ({}, {"format": {"type": "text"}}),
+            "background": (False,),
+            "conversation": (),
+            "prompt": (),
+            "truncation": ("disabled",),
+        }
+    )
+    ignored = frozenset(
+        {
+            *("reasoning", "parallel_tool_calls", "max_tool_calls", "service_tier", "safety_identifier"),
+            *("prompt_cache_key", "prompt_cache_retention", "stream_options"),
+        }
+    )
+
+    def said(self) -> list[tuple[str, str]]:
+        """Return the messages of the input. Raises StatusError."""
+        if self.input is None:
+            raise StatusError.invalid("input", "is required")
+        if isinstance(self.input, str):
+            return [("user", as_text(self.input, "input"))]
+        if isinstance(self.input, list):
+            for index, item in enumerate(self.input):
+                kind = item.get("type", "message") if isinstance(item, dict) else "message"
+                if kind != "message":
+                    shown = repr(kind[:64]) if isinstance(kind, str) else "something else"
+                    raise StatusError.invalid(f"input[{index}].type", f"must be message, got {shown}")
+        chat = generation_pb2.Chat()
+        add_messages(chat, self.input, "input")
+        return [(message.role, message.content) for message in chat.messages]
+
+    def to_generate(
+        self, request_id: str, history: Said, said: Said, *, content_is_text: bool
+    ) -> generation_pb2.GenerateRequest:
+        """Return the request. Raises StatusError.
+
+        Args:
+            request_id: Its id.
+            history: What was said before.
+            said: The input.
+            content_is_text: Take special tokens' texts in messages for text.
+        """
+        request = generation_pb2.GenerateRequest(request_id=request_id)
+        request.chat.content_is_text = content_is_text
+        # Of this response alone: the next one has its own, or none.
+        instructions = [("system", as_text(self.instructions, "instructions"))] if self.instructions else []
+        for role, content in (*instructions, *history, *said):
+            request.chat.messages.add(role=role, content=content)
+        set_present(request.sampling, self, ("temperature", "top_p"))
+        if self.max_output_tokens is not None:
+            request.sampling.max_tokens = self.max_output_tokens
+        if self.has_logprobs:
+            request.sampling.logprobs = self.top_logprobs or 0
+            request.output = generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS
+        return request
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        return bool(self.top_logprobs) or _LOGPROBS in (self.include or ())
+
+    def names(self, num_before: int) -> dict[str, str]:
+        """What our fields are called here, with so many messages before those of the input."""
+        count = len(self.input) if isinstance(self.input, list) else 0
+        items = {f"chat.messages[{num_before + index}]": f"input[{index}]" for index in range(count)}
+        return {
+            "chat": "input",
+            "chat.messages": "input",
+            "sampling.max_tokens": "max_output_tokens",
+            "sampling.logprobs": "top_logprobs",
+            **items,
+        }
