@@ -12,7 +12,7 @@ import grpc
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
-from services.common.link import API_MINOR, check_submit, parse_client_frame, read_hello
+from services.common.link import API_MINOR, check_submit, check_tokenizer, parse_client_frame, read_hello
 from services.executor.credit_window import Claim
 from services.executor.engine.engine import Engine
 from services.executor.engine.ledger import EngineLoad
@@ -325,12 +325,7 @@ def split_by_link(result: StepResult) -> Mapping[int, StepResult]:
 def accept_hello(payload: bytes, info: link_pb2.Welcome) -> link_pb2.Hello:
     """Read a link's first frame, or raise StatusError to refuse the link."""
     hello = read_hello(payload)
-    if hello.tokenizer_sha256 and info.tokenizer_sha256 and hello.tokenizer_sha256 != info.tokenizer_sha256:
-        raise StatusError(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            f"tokenizer_sha256: this executor serves {info.model!r} with another tokenizer "
-            f"({info.tokenizer_sha256.hex()[:12]}, not {hello.tokenizer_sha256.hex()[:12]})",
-        )
+    check_tokenizer(hello, info)
     return hello
 
 

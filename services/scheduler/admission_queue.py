@@ -96,6 +96,11 @@ class AdmissionQueue(Generic[EntryT]):
             "the tenant of this request holds most of it and made room for another's", 0, tokens_per_second
         )
 
+    def take_over(self, entry: EntryT) -> None:
+        """Take a request that another scheduler had admitted: it is next, and is not refused or dropped any more."""
+        entry.turn = self._present_turn(entry.priority)
+        self._insert(entry, may_be_dropped=False)
+
     def put_back(self, entry: EntryT) -> None:
         """Return a request that had left. It takes its old place; it was admitted once, and is not refused or dropped
         now.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import NamedTuple
 
 import grpc
 
 from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import API_MINOR, PLAINTEXT, LinkDialer
+from services.common.link import API_MINOR, PLAINTEXT, LinkDialer, ModelIdentity
 from services.scheduler.client_link import client_load
 from services.scheduler.replica_link import ReplicaLink, ReplicaListener
 
@@ -20,14 +19,6 @@ _RETRY_AFTER = 5.0
 
 _MAX_COUNT = 2**32 - 1
 """Of a uint32 field."""
-
-
-class Identity(NamedTuple):
-    """What all executors must have in common for requests to move between them."""
-
-    model: str
-    tokenizer_sha256: bytes
-    vocab_size: int
 
 
 class Fleet:
@@ -42,7 +33,7 @@ class Fleet:
     def __init__(self, instance_id: str, silence_limit: float, dialer: LinkDialer = PLAINTEXT) -> None:
         self.replicas: dict[str, ReplicaLink] = {}
         self.ready: list[ReplicaLink] = []
-        self.identity: Identity | None = None
+        self.identity: ModelIdentity | None = None
         self._hello = link_pb2.Hello(client_id=instance_id, api_minor=API_MINOR)
         self._told_demand: tuple[int, ...] = (0, 0, 0)
         self._silence_limit = silence_limit
@@ -124,7 +115,7 @@ class Fleet:
         """Take a replica in that was welcomed. Returns whether the fleet has another model from here on; raises
         StatusError for one that cannot serve beside the others.
         """
-        identity = Identity(welcome.model, welcome.tokenizer_sha256, welcome.vocab_size)
+        identity = ModelIdentity.of(welcome)
         others = [other for other in self.replicas.values() if other is not replica and other.is_up]
         for other in others:
             if other.instance_id == welcome.instance_id:
@@ -132,10 +123,9 @@ class Fleet:
         if identity == self.identity:
             return False
         if others and self.identity is not None:
-            what = [name for name, a, b in zip(Identity._fields, identity, self.identity, strict=True) if a != b]
             raise _incompatible(
                 f"{replica.address} runs {identity.model!r}, the others run {self.identity.model!r}: "
-                f"{' and '.join(what)} differ"
+                f"{identity.differences(self.identity)} differ"
             )
         is_new_model = self.identity is not None
         self.identity = identity

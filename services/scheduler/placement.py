@@ -85,16 +85,22 @@ class Placement:
         """Queue a request that was counted in. Raises StatusError for one that is refused."""
         if self.outage.is_given_up:
             raise self._fleet.describe_absence()
-        remaining = request.deadline - now if request.deadline is not None else None
-        crowded_out = self.queue.admit(request, remaining, self._rate.tokens_per_second)
-        for other in crowded_out:
-            self.end(other, other.make_finish(self.queue.crowded_out(self._rate.tokens_per_second)))
+        if request.submit.attempt:
+            self.queue.take_over(request)
+        else:
+            self._admit(request, now)
         if request.deadline is not None:
             request.timer = self._loop.call_at(request.deadline, self._on_deadline, request)
         request.executor.hashes = block_hashes(request.submit.token_ids, request.submit.cache_salt)
         self._find_session(request)
         self._heartbeat.expect_work()
         self._schedule_pump()
+
+    def _admit(self, request: Request, now: float) -> None:
+        remaining = request.deadline - now if request.deadline is not None else None
+        crowded_out = self.queue.admit(request, remaining, self._rate.tokens_per_second)
+        for other in crowded_out:
+            self.end(other, other.make_finish(self.queue.crowded_out(self._rate.tokens_per_second)))
 
     def abort(self, request: Request, abort: link_pb2.Abort) -> None:
         """End a request, or one sample of it, because its client wants to."""

@@ -8,7 +8,7 @@ import grpc
 
 from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import first_frame, lease_of, parse_client_frame, read_hello
+from services.common.link import check_tokenizer, first_frame, lease_of, parse_client_frame, read_hello
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.client_link import ClientLink
 from services.scheduler.executor_discovery import ExecutorDiscovery
@@ -101,14 +101,7 @@ class SchedulerService:
             raise StatusError.unavailable("the scheduler is draining", retry_after=1.0)
         await self._placement.outage.wait_decided(_HELLO_PATIENCE)
         welcome = self._fleet.make_welcome(self._instance_id)
-        if hello.tokenizer_sha256 and hello.tokenizer_sha256 != welcome.tokenizer_sha256:
-            raise StatusError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"tokenizer_sha256: the executors run {welcome.model!r} with tokenizer "
-                f"{welcome.tokenizer_sha256.hex()[:12] or '(unknown)'}, the client's is "
-                f"{hello.tokenizer_sha256.hex()[:12]}: its token ids would mean other texts",
-                field="tokenizer_sha256",
-            )
+        check_tokenizer(hello, welcome)
         return welcome
 
     def _on_frame(self, link: ClientLink, frame: link_pb2.ClientFrame) -> None:

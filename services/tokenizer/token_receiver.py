@@ -36,8 +36,6 @@ class TokenBatch:
     def parts(self) -> list[TokenBatch]:
         """The same as batches that one message each can hold; the end is told by the last."""
         count = len(self.token_ids)
-        if count <= MAX_ANSWER_TOKENS:
-            return [self]
         parts = []
         for start in range(0, count, MAX_ANSWER_TOKENS):
             stop = start + MAX_ANSWER_TOKENS
@@ -50,20 +48,13 @@ class TokenBatch:
 class _Inbox:
     """What of one sample nobody has taken yet."""
 
-    __slots__ = ("finish", "index", "logprobs", "num_taken", "tokens")
+    __slots__ = ("finish", "logprobs", "num_taken", "tokens")
 
-    def __init__(self, index: int, tokens: list[int]) -> None:
-        self.index = index
+    def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
         self.num_taken = 0
         self.logprobs: common_pb2.TokenLogprobs | None = None
         self.finish: link_pb2.LinkSampleFinish | None = None
-
-    def take(self) -> TokenBatch:
-        batch = TokenBatch(self.index, self.tokens[self.num_taken :], self.logprobs, self.finish)
-        self.num_taken = len(self.tokens)
-        self.logprobs = self.finish = None
-        return batch
 
 
 class TokenReceiver:
@@ -92,7 +83,7 @@ class TokenReceiver:
         self._logprobs = logprobs
         self._error: StatusError | None = None
         self._min_tokens = min_tokens
-        self._inboxes = [_Inbox(index, tokens) for index, tokens in enumerate(self.progress.tokens)]
+        self._inboxes = [_Inbox(tokens) for tokens in self.progress.tokens]
         self._dirty: dict[int, None] = {}
         self._prompt = common_pb2.TokenLogprobs()
         """Log-probabilities of the prompt that nobody has taken."""
@@ -219,7 +210,13 @@ class TokenReceiver:
             del self._dirty[index]
             if self._logprobs and (num_logprobs := progress.num_logprobs[index]) != num_tokens:
                 raise _broken(f"skipped log-probabilities {num_logprobs} to {num_tokens - 1} of sample {index}")
-            batches += inbox.take().parts()
+            batch = TokenBatch(index, inbox.tokens[inbox.num_taken :], inbox.logprobs, inbox.finish)
+            inbox.num_taken = num_tokens
+            inbox.logprobs = inbox.finish = None
+            if num_waiting <= MAX_ANSWER_TOKENS:
+                batches.append(batch)
+            else:
+                batches += batch.parts()
         if batches and progress.num_prompt_logprobs < progress.num_prompt_tokens:
             first, last = progress.num_prompt_logprobs, progress.num_prompt_tokens - 1
             raise _broken(f"skipped log-probabilities {first} to {last} of the prompt")

@@ -79,6 +79,7 @@ class LinkEdge:
         resumed: dict[int, list[int]] | None = None,
         finished: dict[int, common_pb2.FinishReason] | None = None,
         handle: int | None = None,
+        attempt: int = 0,
         **sampling: int,
     ) -> Stream:
         handle = handle if handle is not None else self._next
@@ -92,6 +93,7 @@ class LinkEdge:
             priority=priority,
             session_id=session_id,
             cache_salt=cache_salt,
+            attempt=attempt,
         )
         if time_remaining is not None:
             submit.time_remaining_ns = int(time_remaining * 1e9)

@@ -6,7 +6,7 @@ from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.handles import Handles
 from services.common.link.identity import ModelIdentity
 from services.common.link.logprobs import cut_logprobs
-from services.common.link.opening import first_frame, lease_of
+from services.common.link.opening import check_tokenizer, first_frame, lease_of
 from services.common.link.progress import ProgressError, RequestProgress
 from services.common.link.registration import link_service_handler
 from services.common.link.server import ServerLink
@@ -28,6 +28,7 @@ __all__ = [
     "RequestProgress",
     "ServerLink",
     "check_submit",
+    "check_tokenizer",
     "cut_logprobs",
     "first_frame",
     "lease_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 RequestT = TypeVar("RequestT")
@@ -14,10 +15,15 @@ class Handles(Generic[RequestT]):
 
     A handle is taken from its Submit to its Finish, also when the request is released before: what still comes for it
     must not meet another request.
+
+    Attributes:
+        get: Returns the request that still wants what comes for a handle; None where there is none.
     """
 
     def __init__(self) -> None:
         self._requests: dict[int, RequestT | None] = {}
+        # The dictionary's own method: a call of ours, once per token, would cost more than the look-up.
+        self.get: Callable[[int], RequestT | None] = self._requests.get
         self._last = 0
 
     def __len__(self) -> int:
@@ -31,10 +37,6 @@ class Handles(Generic[RequestT]):
             if self._last not in self._requests:
                 self._requests[self._last] = request
                 return self._last
-
-    def get(self, handle: int) -> RequestT | None:
-        """The request that still wants what comes for a handle."""
-        return self._requests.get(handle)
 
     def release(self, handle: int) -> None:
         """The request wants nothing more; its Finish is still to come."""

@@ -1,4 +1,4 @@
-"""What two ends of a line, or two servers of one kind, must have in common for a request to move between them."""
+"""What servers of one kind must have in common for a request to move between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a server opens a link: the first frame within a time limit, and the lease of what the client submits."""
+"""How a server opens a link: the first frame in time, one tokenizer on both sides, and the lease of requests."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ async def first_frame(frames: AsyncIterator[bytes]) -> bytes:
     except TimeoutError:
         message = f"hello: none came within {_HELLO_LIMIT:g} s"
         raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+
+
+def check_tokenizer(hello: link_pb2.Hello, welcome: link_pb2.Welcome) -> None:
+    """Raise FAILED_PRECONDITION where the client said which tokenizer it has, and that is not the model's."""
+    if hello.tokenizer_sha256 and hello.tokenizer_sha256 != welcome.tokenizer_sha256:
+        served, own = welcome.tokenizer_sha256.hex()[:12] or "(unknown)", hello.tokenizer_sha256.hex()[:12]
+        raise StatusError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"tokenizer_sha256: {welcome.model!r} is served here with tokenizer {served}, the client's is {own}: "
+            "its token ids would mean other texts",
+            field="tokenizer_sha256",
+        )
 
 
 def lease_of(hello: link_pb2.Hello, lease: float) -> float | None:

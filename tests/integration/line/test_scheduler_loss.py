@@ -16,7 +16,7 @@ from scalellm.v1 import common_pb2, generation_pb2
 from service_processes import PATIENCE, ServiceProcess, Spawn, eventually
 
 FAKE = ("--engine", "fake", "--fake-preset", "h200-llama-8b", "--max-model-len", "2048", "--num-blocks", "2048")
-NUM_REQUESTS = 16
+NUM_REQUESTS = 8
 LENGTH = 400
 
 
@@ -98,7 +98,13 @@ async def stop_one(core: Core) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "num_schedulers"),
-    [(kill_and_restart, 1), (kill_one, 2), (drain_and_restart, 1), (drain_one, 2), (stop_one, 2)],
+    [
+        (kill_and_restart, 1),
+        pytest.param(kill_one, 2, marks=pytest.mark.slow),
+        pytest.param(drain_and_restart, 1, marks=pytest.mark.slow),
+        (drain_one, 2),
+        (stop_one, 2),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 async def test_a_lost_scheduler_costs_no_answer(spawn: Spawn, redis, model_dir, fault, num_schedulers: int) -> None:

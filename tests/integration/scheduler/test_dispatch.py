@@ -130,6 +130,25 @@ async def test_full_queue_says_when_to_retry(make_line, eventually):
     assert line.check_books().rejected == 1
 
 
+async def test_a_full_queue_takes_what_another_scheduler_had_admitted(make_line, eventually):
+    line = await make_line(executor={"max_running": 1}, max_queued_requests=2)
+    for executor in line.executors:
+        executor.hold()
+    first = await line.edge.submit(10, 3)
+    await eventually(lambda: line.state().running == 1)
+    waiting = [await line.edge.submit(10, 3) for _ in range(2)]
+    moved = [await line.edge.submit(10, 3, attempt=1) for _ in range(3)]
+    refused = await line.edge.submit(10, 3)
+    await line.edge.finish(refused)
+    assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    for executor in line.executors:
+        executor.release()
+    await line.edge.finish(first, *waiting, *moved)
+    for stream in (first, *waiting, *moved):
+        stream.check_tokens(3)
+    line.check_books()
+
+
 async def test_a_tenant_that_fills_the_queue_makes_room_for_another(make_line, eventually):
     """Each request that made room ends once, with a time to try again; no one of the other tenant is refused."""
     line = await make_line(executor={"max_running": 1}, max_queued_requests=40)

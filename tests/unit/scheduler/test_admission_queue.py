@@ -241,6 +241,17 @@ def test_what_comes_back_goes_before_what_is_new():
     assert served(queue, 2) == [(b"a", 1), (b"b", 2)]
 
 
+def test_what_another_scheduler_had_admitted_is_next_and_stays():
+    queue = AdmissionQueue(2, 10**6)
+    for arrival in (1, 2):
+        queue.admit(Entry(0, arrival, 100, b"a"), None, None)
+    queue.take_over(Entry(0, 3, 100, b"b"))
+    assert len(queue) == 3
+    with pytest.raises(StatusError, match="the admission queue is full"):
+        queue.admit(Entry(0, 4, 100, b"a"), None, None)
+    assert served(queue, 2) == [(b"a", 1), (b"b", 3)]
+
+
 def test_one_request_larger_than_the_limit_may_wait_alone():
     queue = AdmissionQueue(4, 10)
     queue.admit(Entry(0, 1, 50), None, None)
