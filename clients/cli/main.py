@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from clients.cli import chat, generate, keys, models, services, tokenize, top
+from clients.cli import chat, generate, keys, logs, models, services, tokenize, top
 from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain
 from clients.cli.output import Terminal, write_line
 from clients.cli.text import require_utf8
@@ -33,6 +33,7 @@ First steps:
   scalellm chat                       talk, with a session on the server
   scalellm status                     how the services are
   scalellm top                        what they do, live
+  scalellm logs                       what they log
   scalellm down                       drain and stop them
 """
 
@@ -112,6 +113,7 @@ services.register(app)
 app.command("generate", help=generate.HELP)(generate.generate)
 app.command("chat", help=chat.HELP, short_help="Talk with the model, on a session that the server keeps.")(chat.chat)
 app.command("tokenize", help=tokenize.HELP)(tokenize.tokenize)
+app.command("logs", help=logs.HELP, short_help="Show the logs of the services.")(logs.logs)
 app.command("top", help=top.HELP, short_help="Show live what the services do.")(top.top)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")

@@ -104,31 +104,35 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def shown_line(service: str, line: str, *, as_json: bool) -> str:
-    """A line of a service's log beside those of others: with its name, or as a JSON object, whatever wrote it."""
-    if not as_json:
-        return f"{service:<12}| {line}"
+def shown_line(service: str, line: str, *, as_json: bool = False) -> str:
+    """A line beside those of other services: a JSON object, which has the service's name, as it is; others behind it.
+
+    Args:
+        service: Whose log it is from.
+        line: The line.
+        as_json: Make an object of what is none.
+    """
     if _parsed(line) is not None:
         return line
+    if not as_json:
+        return f"{service:<12}| {line}"
     now = datetime.now().astimezone().isoformat()
     return json.dumps({"timestamp": now, "level": "INFO", "service": service, "message": line})
 
 
-def merged(logs: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
-    """All lines of several logs by their times, as pairs of a service's name and a line.
+def merged(followers: Mapping[str, LogFollower]) -> Iterator[tuple[str, str]]:
+    """The new lines of several logs by their times, as pairs of a service's name and a line.
 
     A line that has no time, as those of a traceback, stays behind the one before it.
     """
 
-    def timed(service: str, log: Path) -> Iterator[tuple[float, str, str]]:
-        follower = LogFollower(log)
+    def timed(service: str, follower: LogFollower) -> Iterator[tuple[float, str, str]]:
         last = 0.0
         for line in follower.read():
             last = _time(line) or last
             yield last, service, line
-        follower.close()
 
-    streams = [timed(service, log) for service, log in logs.items()]
+    streams = [timed(service, follower) for service, follower in followers.items()]
     for _, service, line in heapq.merge(*streams, key=lambda entry: entry[0]):
         yield service, line
 

@@ -98,6 +98,16 @@ def test_whatever_is_killed_comes_back_and_the_conversation_goes_on(cli: Cli, in
     assert out.count(": restarted once; it last ended at ") == 4
     _, out, _ = cli.run("top", "--once")
     assert out.count("signal SIGKILL)") == 3
+    _, out, _ = cli.run("logs", "--lines", "100000")
+    assert {line.split("|")[0].strip() for line in out.splitlines()} == {*names, "supervisor"}
+    assert [name for name in names if f"{name} ended with signal SIGKILL" in out] == names
+    code, out, _ = cli.run("logs", "executor", "--lines", "1")
+    assert (code, out.count("\n"), "|" in out) == (0, 1, False)
+    code, _, err = cli.run("logs", "gateway")
+    assert (code, err.startswith("error: no service 'gateway' has a log here; there are executor-0, redis, ")) == (
+        2,
+        True,
+    )
 
 
 def test_nobody_supervises_is_said_and_up_puts_it_right(cli: Cli, instance: Instance) -> None:
