@@ -94,8 +94,9 @@ class UpOptions:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What tells two instances apart: all but the environment and the commands."""
-        return {name: value for name, value in self.to_message().items() if name not in ("environment", "programs")}
+        """What tells two instances apart: not the environment, nor what only whoever starts them goes by."""
+        aside = ("environment", "programs", "start_limit", "max_restarts")
+        return {name: value for name, value in self.to_message().items() if name not in aside}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from clients.launcher.instance import SUPERVISOR, Instance, ServiceRecord, State
 from clients.launcher.launch import Launch, Report, explain_end
 from clients.launcher.plan import UpOptions
 from clients.launcher.processes import find, record_of, terminate
-from clients.launcher.redis_server import remove_scratch
+from clients.launcher.redis_server import remove_scratch, shown
 from services.common.child_process import Restarts, describe_exit
 from services.common.log_file import log_files
 
@@ -281,7 +281,7 @@ def _check_same(state: State, options: UpOptions) -> None:
     """Raise LauncherError unless the instance was brought up by the same options."""
     asked = options.asked
     differing = [
-        f"{name} {state.asked[name]!r}, not {asked[name]!r}"
+        f"{name} {_told(state.asked[name])}, not {_told(asked[name])}"
         for name in sorted(asked.keys() & state.asked.keys())
         if asked[name] != state.asked[name]
     ]
@@ -290,6 +290,11 @@ def _check_same(state: State, options: UpOptions) -> None:
             f"partly running, with other options ({'; '.join(differing)}): "
             "give the same ones to start what is missing, or stop it first with: scalellm down"
         )
+
+
+def _told(value: object) -> str:
+    """A value of an option, without a password that a URL may hold."""
+    return shown(value) if isinstance(value, str) and "://" in value else repr(value)
 
 
 def _clear_crashed(instance: Instance) -> None:

@@ -96,6 +96,8 @@ def test_services_outlive_their_supervisor_and_up_takes_them_over(instance: Inst
 
     with pytest.raises(LauncherError, match=r"with other options \(executors 1, not 2\): give the same ones"):
         bring_up(instance, up_options(executors=2), Silent())
+    with pytest.raises(LauncherError, match=r"\(redis_url '', not redis://\*\*\*@127\.0\.0\.1:1/0\)"):
+        bring_up(instance, up_options(redis_url="redis://:secret@127.0.0.1:1/0"), Silent())
     after = bring_up(instance, up_options(), Silent())
     assert {name for name, pid in pids(after).items() if pid != pids(before)[name]} == {"scheduler"}
     assert [service.address for service in after.services] == [service.address for service in before.services]
