@@ -33,7 +33,7 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """How many processes of each service there are; in short: tokenizers, schedulers, executors."""
+    """How many processes of each service there are; in short: schedulers+executors."""
 
     executors: int = 2
     schedulers: int = 1
@@ -41,7 +41,7 @@ class Shape:
     workers: int = 2
 
     def __str__(self) -> str:
-        return f"{self.tokenizers}-{self.schedulers}-{self.executors}"
+        return f"{self.schedulers}+{self.executors}"
 
 
 class FaultLine:

@@ -17,7 +17,12 @@ from fault_trials import Tally, Trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SHAPES = (Shape(),)
+TRIALS = [
+    *((Shape(), name) for name in FAULTS),
+    *((Shape(schedulers=2), name) for name in FAULTS if name.startswith("scheduler")),
+    *((Shape(executors=1), name) for name in FAULTS if name.startswith(("engine", "executor"))),
+]
+"""Each fault on a line with one scheduler and two executors; then what two schedulers, and one executor, change."""
 
 
 class Prepared:
@@ -32,8 +37,7 @@ def prepared() -> Prepared:
     return Prepared()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(("shape", "name"), TRIALS, ids=[f"{name}-{shape}" for shape, name in TRIALS])
 async def test_fault(
     lines, prepared: Prepared, table: list[str], rounds: int, seconds: float, seed: int, shape: Shape, name: str
 ) -> None:
@@ -43,7 +47,7 @@ async def test_fault(
         pytest.skip("only root can give Redis a file system of its own")
     if prepared.trials is None or prepared.trials.line is not line:
         prepared.trials = Trials(line, Workload(seed))
-    tally = Tally(name)
+    tally = Tally(f"{name}, {shape}")
     try:
         await prepared.trials.prepare()
         for number in range(rounds):
