@@ -6,11 +6,12 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from fault_line import STALL_LIMIT, FaultLine
 from fault_member import Member
+from fault_streams import Stream
 from service_processes import PATIENCE
 
 Injector = Callable[["Scene"], Awaitable[None]]
@@ -23,11 +24,13 @@ class Scene:
     Attributes:
         seconds: How long what is stopped or paused stays so.
         rng: What everything random follows from.
+        streams: Those that run.
     """
 
     line: FaultLine
     seconds: float
     rng: random.Random
+    streams: Sequence[Stream] = ()
 
     def one_of(self, kind: str) -> Member:
         members = {
@@ -125,3 +128,13 @@ async def redis_disk_full(scene: Scene) -> None:
         await asyncio.sleep(scene.seconds)
     finally:
         undo()
+
+
+async def clients_do_not_read(scene: Scene) -> None:
+    """A quarter of the clients take nothing for some seconds."""
+    slow = scene.rng.sample(list(scene.streams), len(scene.streams) // 4)
+    for stream in slow:
+        stream.reading.clear()
+    await asyncio.sleep(scene.seconds)
+    for stream in slow:
+        stream.reading.set()

@@ -29,6 +29,7 @@ class Fault:
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
 FAULTS = {
+    "client: slow reader": Fault(faults.clients_do_not_read),
     "engine: kill -9": Fault(faults.end_process("engine", KILL)),
     "engine: SIGSTOP": Fault(faults.stop_process("engine")),
     "executor: kill -9": Fault(faults.end_process("executor", KILL)),

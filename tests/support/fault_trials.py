@@ -104,7 +104,7 @@ class Trials:
             in_flight = [stream for stream in streams if stream.has_begun and not stream.codes]
             # Both to their ends, whatever happens to the other one: a fault is always mended.
             done = await asyncio.gather(
-                fault.inject(Scene(self.line, seconds, rng)),
+                fault.inject(Scene(self.line, seconds, rng, streams)),
                 asyncio.wait_for(asyncio.gather(*tasks), 5 * PATIENCE),
                 return_exceptions=True,
             )
