@@ -8,12 +8,14 @@ fight for the GIL, and because a fault on the device must not take down the proc
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import os
 import signal
 import socket
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -28,6 +30,7 @@ from services.common.logs import LineLimit, configure_logging
 from services.executor.build import LoadedEngine, build_engine
 from services.executor.config import ExecutorSettings
 from services.executor.credit_window import divide
+from services.executor.engine.request import EngineRequest
 from services.executor.engine_link import EngineLink, accept_hello, load_to_wire, split_by_link
 from services.executor.engine_stats import stats_to_wire
 from services.executor.ipc import EngineChannel, Kind, Message
@@ -163,7 +166,14 @@ class EngineLoop:
     def _step(self) -> None:
         result = self._engine.step()
         if result.error is not None and self._log_limit.admit() is not None:
-            _log.error("a step failed, its requests end with INTERNAL", exc_info=result.error)
+            _log.error("a step failed, the cause is looked for among its requests", exc_info=result.error)
+        for request in result.culprits:
+            _log.error(
+                "a request with which steps fail ends: %d prompt tokens, digest %s",
+                len(request.prompt_token_ids),
+                _digest(request),
+                extra={"request_id": request.request_id},
+            )
         parts = split_by_link(result)
         if len(self._links) > 1:
             self._divide_windows()
@@ -224,6 +234,12 @@ class EngineLoop:
         info.late_compiles = self._loaded.late_compiles()
         info.stats.CopyFrom(stats_to_wire(self._engine))
         self._channel.send(Message(Kind.STATS, payload=info.SerializeToString()))
+
+
+def _digest(request: EngineRequest) -> str:
+    """Tells a prompt from others without saying what it says."""
+    token_ids = array("I", request.prompt_token_ids).tobytes()
+    return hashlib.blake2b(token_ids, digest_size=8).hexdigest()
 
 
 def main() -> None:

@@ -69,6 +69,11 @@ class ScheduledBatch:
         """Whether blocks move between device and host."""
         return bool(self.swap_outs or self.swap_ins)
 
+    def live_groups(self) -> dict[int, SequenceGroup]:
+        """Return its requests that have not ended meanwhile, by arrival."""
+        sequences = (*(scheduled.seq for scheduled in self.sequences), *self.swapped_out)
+        return {seq.group.arrival: seq.group for seq in sequences if seq.group.samples}
+
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:

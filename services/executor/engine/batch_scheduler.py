@@ -1,5 +1,7 @@
 """Forms the batch of every step: continuous batching without phases (vLLM v1's idea)."""
 
+from collections.abc import Container
+
 from services.executor.engine.batch import ScheduledBatch, ScheduledSequence
 from services.executor.engine.block_manager import BlockManager
 from services.executor.engine.capacity import Capacity
@@ -44,6 +46,8 @@ class BatchScheduler:
         self._num_reserved_rows = 0
         self._step = 0
         self._is_short = False
+        self.only: Container[int] | None = None
+        """Arrivals of the requests that may run; None = all may."""
         self.num_preemptions = 0
         self.waiting_tokens = 0
         """Tokens to compute for all waiting sequences, cache hits not considered."""
@@ -61,6 +65,10 @@ class BatchScheduler:
     def running(self) -> list[Sequence]:
         """Return the running sequences, first to last."""
         return list(self._running)
+
+    def running_groups(self) -> list[SequenceGroup]:
+        """Return the requests with running sequences, once each."""
+        return list({seq.group.arrival: seq.group for seq in self._running}.values())
 
     def waiting(self) -> list[Sequence]:
         """Return the waiting sequences, first to last."""
@@ -94,8 +102,8 @@ class BatchScheduler:
         batch = ScheduledBatch(self._step)
         prefills = []
         for seq in list(self._running):
-            if seq.status is not SequenceStatus.RUNNING:
-                continue  # preempted for one before it
+            if seq.status is not SequenceStatus.RUNNING or not self._may_run(seq):
+                continue  # preempted for one before it, or not among those that may run now
             if seq.num_tokens - seq.num_computed_tokens > 1:
                 prefills.append(seq)
             elif not seq.awaits_last_token and self._make_room(seq, now):
@@ -106,6 +114,26 @@ class BatchScheduler:
         batch.block_copies = self._blocks.take_copies()
         batch.swap_outs, batch.swap_ins, batch.swapped_out = self._swapper.take_transfers()
         return batch
+
+    def roll_back(self, group: SequenceGroup, now: float) -> None:
+        """Let a request begin anew, with the tokens that it has: what was computed for it is not to be relied on.
+
+        Blocks that it published in earlier steps can still be found.
+        """
+        for seq in group.samples:
+            if seq.status is SequenceStatus.RUNNING:
+                self._leave_running(seq)
+            elif seq.status is SequenceStatus.WAITING:
+                self._leave_waiting(seq, now)
+                self._swapper.drop(seq)
+            if seq.status is not SequenceStatus.FINISHED:
+                seq.num_pending_tokens = 0
+                seq.status = SequenceStatus.WAITING
+        self._capacity.release(group)
+        self.add(group)
+        leader = next(seq for seq in group.samples if seq.status is SequenceStatus.WAITING)
+        leader.is_preempted = True
+        group.mark_preempted(now)
 
     def fork(self, leader: Sequence) -> None:
         """Start the samples that wait for the leader's prompt; they share its blocks.
@@ -124,7 +152,7 @@ class BatchScheduler:
         runner = next(running, None)
         may_admit = True
         while budget > 0:
-            newcomer = self._waiting.first() if may_admit and not self._is_short else None
+            newcomer = next(filter(self._may_run, self._waiting), None) if may_admit and not self._is_short else None
             if newcomer is not None and (runner is None or newcomer.sort_key < runner.sort_key):
                 if not self._admit(batch, newcomer, now):
                     may_admit = False  # those behind it wait their turn: nothing overtakes, nothing starves
@@ -188,7 +216,9 @@ class BatchScheduler:
             self._is_short = True
             if any(other.awaits_last_token and other.last_scheduled_step != self._step for other in self._running):
                 return False  # blocks come back as soon as the step in flight is processed: nobody need lose any
-            victim = next(other for other in reversed(self._running) if other.last_scheduled_step != self._step)
+            victims = [other for other in reversed(self._running) if other.last_scheduled_step != self._step]
+            # Those first that may not run: they will not end and make room.
+            victim = next((other for other in victims if not self._may_run(other)), victims[0])
             self._preempt(victim, now)
             if victim is seq:
                 return False
@@ -204,6 +234,9 @@ class BatchScheduler:
         seq.is_preempted = True
         seq.group.mark_preempted(now)
         self._enter_waiting(seq)
+
+    def _may_run(self, seq: Sequence) -> bool:
+        return self.only is None or seq.group.arrival in self.only
 
     def _promote(self, group: SequenceGroup) -> None:
         """Give a group whose leader is gone a new one, if samples still wait for one."""

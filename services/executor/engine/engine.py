@@ -10,6 +10,7 @@ from services.executor.engine.batch_scheduler import BatchScheduler
 from services.executor.engine.block_manager import BlockManager
 from services.executor.engine.capacity import make_capacity
 from services.executor.engine.config import EngineConfig, EngineConfigError
+from services.executor.engine.fault_search import FaultSearch
 from services.executor.engine.ledger import EngineHistograms, EngineLoad, EngineStats, Ledger, LinkCredits
 from services.executor.engine.pipeline import Pipeline
 from services.executor.engine.prefill_budget import PrefillBudget
@@ -44,9 +45,9 @@ class Engine:
 
     A step has three parts that share nothing but the batch: schedule, run, process. With a runner that overlaps, the
     next step is scheduled and launched before the last one is processed, so step() reports what the call before it
-    launched. Whatever add() and abort() decide between steps is reported by the next step(). An exception in the
-    runner ends the requests of that step, and of the one launched on top of it, with INTERNAL (their cache content is
-    unknown); all others go on.
+    launched. Whatever add() and abort() decide between steps is reported by the next step(). After an exception in the
+    runner the requests of that step begin anew with the tokens they have, in smaller steps, until the one with which
+    the runner fails is alone: it ends with INTERNAL, and all others go on.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Engine:
         self._swapper = Swapper(config.num_host_blocks, swap_cost, self._blocks, self._prefill_budget)
         self._scheduler = BatchScheduler(config, self._blocks, self._capacity, self._prefill_budget, self._swapper)
         self._pipeline = Pipeline(runner, clock)
+        self._faults = FaultSearch()
         self._ledger = Ledger()
         self._result = StepResult()
         self._num_arrivals = 0
@@ -162,7 +164,14 @@ class Engine:
         if self._pipeline.withholds_tokens:
             self._finish_step()
             started = self._clock()
+        self._scheduler.only = on_trial = self._faults.on_trial()
         batch = self._schedule(started)
+        if on_trial is not None and not batch.sequences and not self._pipeline:
+            # What is paused holds the blocks that the suspects need; alone they fit.
+            for group in self._scheduler.running_groups():
+                if group.arrival not in on_trial:
+                    self._scheduler.roll_back(group, started)
+            batch = self._schedule(started)
         num_ahead = 0
         if batch.sequences or batch.has_swaps:
             self._num_steps += 1
@@ -338,15 +347,22 @@ class Engine:
         group.next_prompt_logprob = scheduled.prompt_logprobs.stop + 1
 
     def _fail(self, failed: ScheduledBatch, error: Exception, now: float) -> None:
-        """End the requests of a failed step, and of the one launched on top of it, whose inputs are garbage."""
+        """Go back to before a failed step, and end its request if it was one request's alone; else look for the one."""
         self._num_failed_steps += 1
         self._result.error = self._result.error or error
-        message = f"the model runner failed ({type(error).__name__})"
-        for batch in (failed, *self._pipeline.batches):
-            for seq in (*(scheduled.seq for scheduled in batch.sequences), *batch.swapped_out):
-                group = seq.group
-                if self._ledger.get(group.key) is group:
-                    self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
+        suspects = failed.live_groups()
+        others: dict[int, SequenceGroup] = {}
+        for batch in self._pipeline.discard():  # launched on top of it: their inputs are garbage
+            others |= batch.live_groups()
+        for group in (suspects | others).values():
+            self._scheduler.roll_back(group, now)
+        if len(suspects) > 1:
+            self._faults.divide(sorted(suspects.values(), key=lambda group: group.arrival))
+        else:
+            message = f"the model runner failed ({type(error).__name__})"
+            for group in suspects.values():
+                self._result.culprits.append(group.request)
+                self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
 
     def _finish_sample(self, seq: Sequence, reason: FinishReason, stop_token_id: int | None, now: float) -> None:
         """End one sample, and its request with the last one."""

@@ -1,7 +1,7 @@
 """The steps between the engine and the runner: launched in order, waited for in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.executor.engine.batch import CompletedStep, ModelRunnerProtocol, PendingStep, SampledBatch, ScheduledBatch
@@ -45,18 +45,17 @@ class Pipeline:
     def __len__(self) -> int:
         return len(self._steps)
 
-    @property
-    def batches(self) -> Iterator[ScheduledBatch]:
-        """The batches in flight, in order."""
-        return (step.batch for step in self._steps)
+    def discard(self) -> list[ScheduledBatch]:
+        """Wait for the steps in flight, whose results are worth nothing, and return their batches."""
+        return [self.wait().batch for _ in range(len(self._steps))]
 
     @property
     def withholds_tokens(self) -> bool:
         """Whether a step in flight samples tokens that must be known before the next step can be launched."""
         return any(
             scheduled.samples and scheduled.seq.group.needs_known_tokens
-            for batch in self.batches
-            for scheduled in batch.sequences
+            for step in self._steps
+            for scheduled in step.batch.sequences
         )
 
     def launch(self, batch: ScheduledBatch, now: float) -> bool:

@@ -167,10 +167,13 @@ class RequestFinish:
 
 @dataclass(slots=True)
 class StepResult:
-    """What happened since the last step. `error` is what the runner raised, for the caller to log."""
+    """What happened since the last step. `error` is what the runner raised, for the caller to log, and `culprits` are
+    the requests that ended because of it.
+    """
 
     tokens: list[TokenOutput] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     samples_finished: list[SampleFinish] = field(default_factory=list)
     finished: list[RequestFinish] = field(default_factory=list)
     error: Exception | None = None
+    culprits: list[EngineRequest] = field(default_factory=list)

@@ -212,21 +212,31 @@ def test_ending_a_swapped_request_frees_its_host_blocks(overlap: Overlap) -> Non
 
 
 @pytest.mark.parametrize("fails", ["swap", "launch"])
-def test_a_step_that_fails_takes_along_what_it_was_to_swap_out(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_failed_step_was_to_swap_out_is_computed_again(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(Overlap.AT_WAIT)
-    world.add()
+    requests = world.add()
+    num_failed = 0
 
-    def fail(*args: object) -> None:
-        raise OSError(fails)
+    swap, launch = world.runner.swap, world.runner.launch
 
-    if fails == "swap":
-        monkeypatch.setattr(world.runner, "swap", fail)
-    else:
-        inner = world.runner.launch
-        monkeypatch.setattr(world.runner, "launch", lambda batch: fail() if batch.has_swaps else inner(batch))
-    engine_kit.run(world.engine, world.collector)
-    assert [world.collector.finished[0, handle].status for handle in range(3)] == [RequestStatus.INTERNAL] * 3
-    assert world.engine.stats().failed_steps == 1
+    def fail_once(is_due: bool) -> None:
+        nonlocal num_failed
+        if is_due and not num_failed:
+            num_failed = 1
+            raise OSError(fails)
+
+    def fail_to_swap(*pairs: list[tuple[int, int]]) -> None:
+        fail_once(fails == "swap")
+        swap(*pairs)
+
+    def fail_to_launch(batch: ScheduledBatch) -> engine_kit.FakeStep:
+        fail_once(fails == "launch" and batch.has_swaps)
+        return launch(batch)
+
+    monkeypatch.setattr(world.runner, "swap", fail_to_swap)
+    monkeypatch.setattr(world.runner, "launch", fail_to_launch)
+    world.finish(requests)
+    assert world.engine.stats().failed_steps == num_failed == 1
     world.check_empty()
 
 

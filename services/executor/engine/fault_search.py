@@ -1,0 +1,51 @@
+"""Finds the request with which the model runner fails, among those of a step that failed."""
+
+from collections import deque
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from services.executor.engine.sequence import SequenceGroup, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    """A request of a failed step. It is cleared once each of its samples has a token more than it had then."""
+
+    group: SequenceGroup
+    num_tokens: dict[int, int]
+
+    @property
+    def is_cleared(self) -> bool:
+        """Whether it has run beyond the step that failed, or has ended."""
+        return all(
+            seq.status is SequenceStatus.FINISHED or len(seq.token_ids) > self.num_tokens[seq.index]
+            for seq in self.group.samples
+        )
+
+
+class FaultSearch:
+    """Runs the suspects by halves: a half with which a step fails is divided again, down to the request that is alone.
+
+    Nothing else runs meanwhile. Of k requests one is found within 2 log2 k failed steps; where the fault was none of
+    any request and does not come again, all go on.
+    """
+
+    def __init__(self) -> None:
+        self._trials: deque[list[_Suspect]] = deque()
+
+    def divide(self, groups: Items[SequenceGroup]) -> None:
+        """A step with these requests failed, of which there are at least two."""
+        suspects = [_Suspect(group, {seq.index: len(seq.token_ids) for seq in group.samples}) for group in groups]
+        tried = {group.arrival for group in groups}
+        rest = [[other for other in trial if other.group.arrival not in tried] for trial in self._trials]
+        middle = len(suspects) // 2
+        self._trials = deque((suspects[:middle], suspects[middle:], *rest))
+
+    def on_trial(self) -> dict[int, SequenceGroup] | None:
+        """Return the requests that alone may run now, by arrival; None = all may."""
+        while self._trials:
+            self._trials[0] = [suspect for suspect in self._trials[0] if not suspect.is_cleared]
+            if self._trials[0]:
+                return {suspect.group.arrival: suspect.group for suspect in self._trials[0]}
+            self._trials.popleft()
+        return None
