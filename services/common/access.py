@@ -29,6 +29,7 @@ _ANY_ROLE = frozenset(Role)
 METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
         "/scalellm.v1.Generation/Generate": _CALLERS,
+        "/scalellm.v1.Generation/Resume": _CALLERS,
         "/scalellm.v1.Tokenizer/Encode": _CALLERS,
         "/scalellm.v1.Tokenizer/Decode": _CALLERS,
         "/scalellm.v1.Tokenizer/ApplyChatTemplate": _CALLERS,

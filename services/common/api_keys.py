@@ -44,6 +44,7 @@ class TenantLimits(BaseModel):
 
     Attributes:
         session_bytes: Most bytes of its sessions; None: what the tokenizer's settings say.
+        kept_bytes: Most bytes of its kept answers; None: what the tokenizer's settings say.
         min_priority: The most urgent priority that its requests may have: lower ones run before those of others, so
             that going before all others has to be granted.
     """
@@ -54,6 +55,7 @@ class TenantLimits(BaseModel):
     requests_per_minute: _Count | None = None
     tokens_per_minute: _Count | None = None
     session_bytes: _Count | None = None
+    kept_bytes: _Count | None = None
     min_priority: Annotated[int, Field(ge=-100, le=0)] = 0
 
     @property

@@ -61,6 +61,10 @@ class TokenizerSettings(LinkingSettings):
     max_session_bytes: Annotated[int, Field(ge=1, le=2**53)] = 128 * 2**20
     """Most bytes that the sessions of one tenant hold in Redis, unless its limits (session_bytes) say otherwise;
     default: half of the Redis that `scalellm up` and Compose start."""
+    kept_ttl_s: Annotated[float, Field(ge=1, le=1e9)] = 600.0
+    """Seconds for which an answer that was begun with ON_DISCONNECT_KEEP can be resumed after its last token."""
+    max_kept_bytes: Annotated[int, Field(ge=1, le=2**53)] = 32 * 2**20
+    """Most bytes that the kept answers of one tenant hold in Redis, unless its limits (kept_bytes) say otherwise."""
     salt_secret: str = Field(default="", repr=False)
     """Key from which the tenants' prefix-cache salts are derived. All edges of one line need the same, or their
     requests share no cached prefixes; unset: a constant, which keeps tenants apart but is known to readers of the

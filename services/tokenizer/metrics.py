@@ -107,6 +107,9 @@ class EdgeMetrics:
         self.tokens_beyond_stop = counter(
             "scalellm_tokenizer_tokens_beyond_stop", "Tokens that executors generated after a stop text."
         )
+        self.taken_over = counter(
+            f"{_PREFIX}_taken_over", "Kept requests that went on here after their worker was gone."
+        )
         self.ttft = histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT_BUCKETS
         )
@@ -148,6 +151,11 @@ class EdgeMetrics:
         )
         self.links_up = gauge("scheduler_links", "Links of workers to schedulers that take requests.")
         self.waiting = gauge("requests_without_scheduler", "Requests that lost their scheduler and wait for one.")
+        self.kept = gauge("kept_running", "Requests that run whether or not their client is there.")
+        self.kept_unwritten = gauge(
+            "kept_unwritten",
+            "Of these, those whose last moments Redis did not take.",
+        )
         self.tasks = gauge(
             "asyncio_tasks", "Tasks of the workers' event loops: a leak of requests would show here first."
         )

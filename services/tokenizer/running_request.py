@@ -22,7 +22,7 @@ class RunningRequest:
     """A request from its first Submit to its end.
 
     Args:
-        submit: The first attempt.
+        submit: The first attempt here. With an `execution_id` and samples in `resumed` it goes on with what ran before.
         min_tokens: See TokenReceiver.
         now: Monotonic nanoseconds.
 
@@ -53,7 +53,8 @@ class RunningRequest:
         self.losses = 0
         self.why_lost = StatusError.unavailable("it was not lost")
         self.timer: asyncio.TimerHandle | None = None
-        submit.execution_id = os.urandom(16)
+        submit.execution_id = submit.execution_id or os.urandom(16)
+        self.receiver.start_at(submit.resumed)
         self._submit = submit
         self._route_key = _route_key(submit)
         self._deadline = now + submit.time_remaining_ns if submit.HasField("time_remaining_ns") else None

@@ -93,12 +93,15 @@ def new_session() -> Session:
 INFO_FIELDS = (b"version", b"num_turns", b"num_tokens", b"created", b"updated")
 
 
-def encode_session(session: Session) -> tuple[str, dict[str, str | bytes]]:
-    """Return a new version and the fields of the hash to store under it: JSON and packed integers."""
+def encode_session(session: Session, version: str = "") -> tuple[str, dict[str, str | bytes]]:
+    """Return the version, a new one unless it is given, and the fields of the hash to store under it.
+
+    The fields are JSON and packed integers.
+    """
     token_ids = array("I", (token_id for segment in session.segments for token_id in segment.token_ids))
     if sys.byteorder == "big":
         token_ids.byteswap()
-    version = secrets.token_hex(8)
+    version = version or secrets.token_hex(8)
     fields: dict[str, str | bytes] = {
         "version": version,
         "num_turns": str(len(session.turns)),

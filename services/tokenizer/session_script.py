@@ -4,7 +4,8 @@ KEYS: the session's hash; the tenant's index, ids by time of expiry in ms; the s
 sum. All of one tenant's are in one slot of a cluster.
 """
 
-_COMMON = """
+# Beginning of every script that keeps books of what a tenant stores, in the keys 2 and 3 described above.
+BOOKS = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local index, sizes = KEYS[2], KEYS[3]
@@ -32,7 +33,7 @@ end
 """
 
 SAVE = (
-    _COMMON
+    BOOKS
     + """
 -- Compare and set: stores a hash only if the session's version is the expected one ("" = there is none). The client
 -- repeats it when a connection breaks before the answer: a session of the new version was stored the first time.
@@ -64,7 +65,7 @@ return 1
 )
 
 DELETE = (
-    _COMMON
+    BOOKS
     + """
 -- ARGV: id. Returns how many were deleted.
 local deleted = redis.call('DEL', KEYS[1])
@@ -74,7 +75,7 @@ return deleted
 )
 
 USED = (
-    _COMMON
+    BOOKS
     + """
 -- ARGV: prefix of the hashes' keys. Returns the bytes of what is there.
 prune(ARGV[1])

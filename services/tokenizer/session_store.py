@@ -161,10 +161,16 @@ class SessionStore:
             "or wait until they expire",
         )
 
-    async def save(self, session_id: str, session: Session) -> SaveOutcome:
-        """Store a turn, if the stored session is still the one that `session` continues. Never raises StatusError."""
+    async def save(self, session_id: str, session: Session, version: str = "") -> SaveOutcome:
+        """Store a turn, if the stored session is still the one that `session` continues. Never raises StatusError.
+
+        Args:
+            session_id: Names it.
+            session: As it is with the turn.
+            version: That it has then; empty = a new one. What is stored under it already is left as it is.
+        """
         try:
-            return await self._compare_and_set(session_id, session)
+            return await self._compare_and_set(session_id, session, version)
         except StatusError as error:
             if (held_back := self._log_limit.admit()) is not None:
                 more = f" (and {held_back} before it)" if held_back else ""
@@ -218,8 +224,8 @@ class SessionStore:
         if self._redis is not None:
             await self._redis.aclose()
 
-    async def _compare_and_set(self, session_id: str, session: Session) -> SaveOutcome:
-        version, fields = encode_session(session)
+    async def _compare_and_set(self, session_id: str, session: Session, version: str = "") -> SaveOutcome:
+        version, fields = encode_session(session, version)
         flat = [part for pair in fields.items() for part in pair]
         async with self._reach() as redis:
             keys = (self._keys + session_id, self._index, self._sizes)

@@ -7,6 +7,7 @@ next message carries them all.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import grpc
@@ -98,6 +99,12 @@ class TokenReceiver:
     def is_over(self) -> bool:
         """Whether the request has ended."""
         return self.finish is not None or self._error is not None
+
+    def start_at(self, samples: Iterable[link_pb2.ResumedSample]) -> None:
+        """Begin with what came before there was this receiver; it counts as taken."""
+        self.progress.start_at(samples)
+        for inbox in self._inboxes:
+            inbox.num_taken = len(inbox.tokens)
 
     # The link's side.
 

@@ -42,10 +42,21 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
         _check_length(request.cache_salt, limits.max_cache_salt_bytes, "cache_salt")
     if not MIN_PRIORITY <= request.priority <= 100:
         raise StatusError.invalid("priority", f"must be in [-100, 100], got {request.priority}")
+    if request.on_disconnect not in generation_pb2.OnDisconnect.values():
+        raise StatusError.invalid("on_disconnect", f"must be a value of OnDisconnect, got {request.on_disconnect}")
     if request.output not in generation_pb2.Output.values():
         raise StatusError.invalid("output", f"must be a value of Output, got {request.output}")
     if request.output == generation_pb2.OUTPUT_TOKEN_IDS and request.stop:
         raise StatusError.invalid("stop", "needs text: must be empty with output OUTPUT_TOKEN_IDS")
+    if request.HasField("stream_interval"):
+        _check_count(request.stream_interval, 1, limits.max_stream_interval, "stream_interval")
+
+
+def validate_resume(request: generation_pb2.ResumeRequest, limits: RequestLimits) -> None:
+    """Check a request as far as the request itself goes."""
+    validate_id(request.request_id, "request_id")
+    if len(request.offsets) > limits.max_n:
+        raise StatusError.invalid("offsets", f"must have at most {limits.max_n} entries, got {len(request.offsets)}")
     if request.HasField("stream_interval"):
         _check_count(request.stream_interval, 1, limits.max_stream_interval, "stream_interval")
 

@@ -37,6 +37,8 @@ from services.tokenizer.generation.edge import Edge
 from services.tokenizer.generation.grpc_face import GenerationServicer
 from services.tokenizer.http.build import make_listener
 from services.tokenizer.http.listener import HttpListener
+from services.tokenizer.kept.journal import Journal
+from services.tokenizer.kept.kept_requests import KeptRequests
 from services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import PromptBuilder
@@ -64,6 +66,8 @@ _SERVICES = (
 
 _QUOTA_TIMEOUT = 0.25
 _REDIS_INTERVAL = 2.0
+_KEPT_LEASE = 3.0
+"""Seconds after which another worker goes on with the kept requests of one that died."""
 
 
 class Worker:
@@ -111,12 +115,19 @@ class Worker:
             resolve_interval=settings.scheduler_resolve_s,
             dialer=settings.dialer,
         )
+        journal = None
+        if redis is not None:
+            journal = Journal(
+                redis, worker_id, ttl=settings.kept_ttl_s, lease=_KEPT_LEASE, max_bytes=settings.max_kept_bytes
+            )
+        kept = KeptRequests(journal, self._gate, _KEPT_LEASE)
         async with builder as prompts:
             edge = Edge(
                 model_name=settings.served_name,
                 prompts=prompts,
                 tokenizer_size=model.vocab_size,  # counting takes 0.1 s, not to be paid by the first request
                 schedulers=schedulers,
+                kept=kept,
                 sessions=sessions,
                 limits=RequestLimits(),
                 metrics=self._metrics,
@@ -129,7 +140,7 @@ class Worker:
             held = CallBytes()
 
             def is_ready() -> bool:
-                return self._is_ready(schedulers, prompts, access, quotas, held, watch)
+                return self._is_ready(schedulers, kept, prompts, access, quotas, held, watch)
 
             service = GrpcService(
                 settings.host,
@@ -166,9 +177,9 @@ class Worker:
             if self._http_port is not None:
                 on_end = self._metrics.count_call
                 http = make_listener(edge, settings, self._http_port, self._gate, held, on_end, is_ready)
-            self._follow(schedulers, prompts, sessions, access, quotas)
+            self._follow(schedulers, kept, prompts, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
-            waits = (schedulers.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run())
+            waits = (schedulers.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run(), kept.run())
             tasks = [asyncio.create_task(step) for step in waits]
             if watch is not None:
                 tasks.append(asyncio.create_task(watch.run()))
@@ -186,7 +197,7 @@ class Worker:
                 if tasks[0].done():
                     tasks[0].result()
                 if stop.is_set():
-                    await self._drain(service, schedulers)
+                    await self._drain(service, schedulers, kept)
             finally:
                 await service.stop(LAST_WORDS if stop.is_set() else 0.0)
                 if http is not None:
@@ -201,6 +212,7 @@ class Worker:
     def _follow(
         self,
         schedulers: Schedulers,
+        kept: KeptRequests,
         prompts: PromptBuilder,
         sessions: SessionStore,
         access: Access,
@@ -216,13 +228,14 @@ class Worker:
         metrics.follow(metrics.bytes_received, lambda: traffic.bytes_received)
         metrics.follow(metrics.tokenizer_panics, lambda: prompts.num_panics)
         metrics.follow(metrics.refused_calls, lambda: access.num_refused)
-        metrics.follow(metrics.redis_failures, lambda: sessions.num_failures + quotas.num_failures)
+        metrics.follow(metrics.redis_failures, lambda: sessions.num_failures + quotas.num_failures + kept.num_failures)
         if self._tracer is not None:
             metrics.follow_tracer(self._tracer)
 
     def _is_ready(
         self,
         schedulers: Schedulers,
+        kept: KeptRequests,
         prompts: PromptBuilder,
         access: Access,
         quotas: TenantQuotas,
@@ -239,11 +252,13 @@ class Worker:
         self._metrics.redis_unusable.set(watch is not None and not watch.is_up)
         self._metrics.links_up.set(schedulers.num_up)
         self._metrics.waiting.set(schedulers.num_waiting)
+        self._metrics.kept.set(kept.num_running)
+        self._metrics.kept_unwritten.set(kept.num_unwritten)
         self._metrics.tasks.set(len(asyncio.all_tasks()))
         is_able = schedulers.num_up > 0 and prompts.is_working and not access.is_stale
         return is_able and not self._gate.is_closed
 
-    async def _drain(self, service: GrpcService, schedulers: Schedulers) -> None:
+    async def _drain(self, service: GrpcService, schedulers: Schedulers, kept: KeptRequests) -> None:
         limit = self._settings.drain_limit_s
         _log.info("draining for up to %g s", limit)
         draining = asyncio.create_task(self._gate.drain(limit))
@@ -251,6 +266,7 @@ class Worker:
         await service.health.publish()
         if remaining := await draining:
             _log.warning("%d calls did not finish in time and end with UNAVAILABLE", remaining)
+            await kept.stop()
             schedulers.end_all("the server is shutting down")  # a status that says so, rather than a cut connection
 
 

@@ -99,7 +99,7 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
         return sum(len(link.tasks) for link in self.links)
 
     async def start(self) -> ScriptedScheduler:
-        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0), ("grpc.http2.max_ping_strikes", 0)))
         scheduler_pb2_grpc.add_SchedulerServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()

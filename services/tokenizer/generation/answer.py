@@ -4,27 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from scalellm.v1 import generation_pb2
+from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.tokenizer.latency import LatencyTrace
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.sample_stream import Delta, OutputOptions, SampleStream
 from services.tokenizer.text.detokenizer import TokenTexts
 from services.tokenizer.text.stop_strings import StopStrings
-from services.tokenizer.token_receiver import TokenReceiver
+from services.tokenizer.token_receiver import TokenBatch
 
 Event = generation_pb2.Started | generation_pb2.PromptLogprobs | Delta | generation_pb2.Finished
 """What happened to a request. First Started, last Finished; log-probabilities of the prompt come before any Delta."""
 
 
 def make_samples(
-    request: generation_pb2.GenerateRequest, num_samples: int, prompt_ids: Sequence[int], texts: TokenTexts
+    request: generation_pb2.GenerateRequest, options: OutputOptions, submit: link_pb2.Submit, texts: TokenTexts
 ) -> list[SampleStream]:
-    """Return the samples of a request, nothing of them seen yet."""
-    options = OutputOptions.from_request(request)
+    """Return the samples of a request, nothing of them seen yet.
+
+    Args:
+        request: What the client asked for.
+        options: What is wanted of it.
+        submit: What became of it.
+        texts: What tokens mean.
+    """
     stops = StopStrings(request.stop) if request.stop else None
-    texts = texts.after(prompt_ids)
-    return [SampleStream(index, options, texts, stops) for index in range(num_samples)]
+    texts = texts.after(submit.token_ids)
+    return [SampleStream(index, options, texts, stops) for index in range(submit.sampling.n)]
+
+
+class TokenSource(Protocol):
+    """Where tokens come from: a TokenReceiver, or what reads like one."""
+
+    @property
+    def first_token_at(self) -> int:
+        """When the first one came."""
+
+    def take_prompt_logprobs(self) -> list[tuple[int, common_pb2.TokenLogprobs]]:
+        """See TokenReceiver."""
+
+    def take(self) -> list[TokenBatch]:
+        """See TokenReceiver."""
 
 
 @dataclass(slots=True)
@@ -37,6 +58,7 @@ class Answer:
         trace: Told of the time that detokenising takes, and of the first token.
         metrics: Told of times between messages.
         stop_sample: Called with the index of a sample that a stop text ended.
+        seen: Tokens of each sample that the client has seen, where there are any: no Delta tells of them.
     """
 
     prompt_ids: Sequence[int]
@@ -44,6 +66,7 @@ class Answer:
     trace: LatencyTrace
     metrics: EdgeMetrics
     stop_sample: Callable[[int], None]
+    seen: Sequence[int] = ()
     _sent_at: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +82,7 @@ class Answer:
         """How samples ended, of those that did."""
         return [sample.ended for sample in self.samples if sample.ended is not None]
 
-    def take(self, receiver: TokenReceiver) -> Iterator[generation_pb2.PromptLogprobs | Delta]:
+    def take(self, receiver: TokenSource) -> Iterator[generation_pb2.PromptLogprobs | Delta]:
         """Yield what came and is due. Raises StatusError."""
         trace, metrics, sent_at = self.trace, self.metrics, self._sent_at
         while parts := receiver.take_prompt_logprobs():
@@ -76,7 +99,7 @@ class Answer:
             trace.detokenize_cpu_ns += now - started
             if sample.ended is not None and batch.finish is None and not had_ended:
                 self.stop_sample(index)
-            if delta is None:
+            if delta is None or (self.seen and delta.offset + delta.num_tokens <= self.seen[index]):
                 continue
             if sent_at[index]:
                 metrics.observe_gap((now - sent_at[index]) / 1e9)

@@ -19,6 +19,7 @@ from services.tokenizer.session_store import SessionStore
 
 if TYPE_CHECKING:
     from services.common.tracing.tracer import Tracer
+    from services.tokenizer.kept.kept_requests import KeptRequests
 
 _SALT_BYTES = 16
 _DEFAULT_SECRET = b"scalellm prefix cache"
@@ -45,6 +46,7 @@ class Edge:
     prompts: PromptBuilder
     tokenizer_size: int
     schedulers: Schedulers
+    kept: KeptRequests
     sessions: SessionStore
     limits: RequestLimits
     metrics: EdgeMetrics

@@ -8,8 +8,10 @@ from scalellm.v1 import generation_pb2
 from services.tokenizer.generation.answer import Event
 from services.tokenizer.generation.caller import Caller
 from services.tokenizer.generation.edge import Edge
-from services.tokenizer.generation.request_path import Generation
+from services.tokenizer.generation.request_path import Call, Generation, Resumption
 from services.tokenizer.sample_stream import Delta
+
+_SERVICE = "scalellm.v1.Generation"
 
 
 class GrpcCaller(Caller):
@@ -35,7 +37,7 @@ class GrpcCaller(Caller):
 
 
 class GenerationServicer:
-    """Serves Generate. Raises StatusError for every outcome but OK.
+    """Serves Generate and Resume. Raises StatusError for every outcome but OK.
 
     Args:
         edge: The worker.
@@ -46,14 +48,20 @@ class GenerationServicer:
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         """Stream an answer."""
-        caller = GrpcCaller(context, "scalellm.v1.Generation/Generate")
-        generation = Generation(self._edge, request, caller)
-        try:
-            async with generation:
-                async for event in generation.events:
-                    await context.write(to_wire(event))
-        finally:
-            context.set_trailing_metadata((("server-timing", generation.server_timing),))
+        await _serve(Generation(self._edge, request, GrpcCaller(context, f"{_SERVICE}/Generate")), context)
+
+    async def Resume(self, request: generation_pb2.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
+        """Stream the rest of an answer."""
+        await _serve(Resumption(self._edge, request, GrpcCaller(context, f"{_SERVICE}/Resume")), context)
+
+
+async def _serve(call: Call, context: grpc.aio.ServicerContext) -> None:
+    try:
+        async with call:
+            async for event in call.events:
+                await context.write(to_wire(event))
+    finally:
+        context.set_trailing_metadata((("server-timing", call.server_timing),))
 
 
 def to_wire(event: Event) -> generation_pb2.GenerateResponse:

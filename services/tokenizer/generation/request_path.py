@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -18,38 +19,36 @@ from services.common.logs import RequestFields, request_fields
 from services.tokenizer.generation.answer import Answer, Event, make_samples
 from services.tokenizer.generation.caller import Caller
 from services.tokenizer.generation.edge import Edge, cache_salt
+from services.tokenizer.generation.ending import count_shown, make_finished, save_turn
+from services.tokenizer.generation.submission import raise_failure, wait_accepted
+from services.tokenizer.kept.journal import Head
+from services.tokenizer.kept.kept_request import KeptRequest
+from services.tokenizer.kept.kept_requests import digest
 from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.prompt_builder import Prompt
 from services.tokenizer.quotas import Lease
 from services.tokenizer.request_log import RequestEnd
 from services.tokenizer.request_trace import RequestTrace
-from services.tokenizer.sample_stream import SampleStream
+from services.tokenizer.sample_stream import OutputOptions
 from services.tokenizer.session import Session, new_session
-from services.tokenizer.session_store import SaveOutcome
-from services.tokenizer.text.conversation import answer_segment
-from services.tokenizer.token_receiver import TokenReceiver
-from services.tokenizer.validation import MIN_PRIORITY, check_prompt_tokens, fit_context, is_id, validate_generate
+from services.tokenizer.validation import (
+    MIN_PRIORITY,
+    check_prompt_tokens,
+    fit_context,
+    is_id,
+    validate_generate,
+    validate_resume,
+)
 
 _LINK_WAIT = 1.5
 """Seconds a new request waits for the link to come (back): a scheduler that restarts is not an error to its clients."""
 
-_ACCEPTANCE = 0.05
-"""Seconds given to the scheduler to refuse a request before Started says that it was accepted. A refusal before the
-first message leaves gRPC's own retry policies free to act."""
-
 # Every JSON and JavaScript client keeps integers below 2^53 as they are.
 _SEED_BITS = 53
 
-_SESSION_OUTCOMES = {
-    SaveOutcome.SAVED: generation_pb2.SESSION_OUTCOME_SAVED,
-    SaveOutcome.CONFLICT: generation_pb2.SESSION_OUTCOME_CONFLICT,
-    SaveOutcome.UNAVAILABLE: generation_pb2.SESSION_OUTCOME_UNAVAILABLE,
-    SaveOutcome.FULL: generation_pb2.SESSION_OUTCOME_FULL,
-}
 
-
-class Generation:
-    """One request, from its arrival to the moment when its answer was written.
+class Call(ABC):
+    """One call that is answered with events, from its arrival to the moment when its answer was written.
 
     Every protocol serves it alike:
 
@@ -61,14 +60,14 @@ class Generation:
         finally:
             ...  # generation.server_timing
 
-    A request counts from entering to leaving the context: what is written inside holds the tenant's place. Whatever
-    raises inside ends the request: StatusError with its status, a cancellation (the client left, or its deadline
-    passed) as `Caller.cancellation` says, all else with INTERNAL. What runs below is then aborted, and logged, counted
-    and traced is what happened.
+    A call counts from entering to leaving the context: what is written inside holds the tenant's place. Whatever
+    raises inside ends the call: StatusError with its status, a cancellation (the client left, or its deadline passed)
+    as `Caller.cancellation` says, all else with INTERNAL. What runs below is then aborted, unless it is kept, and
+    logged, counted and traced is what happened.
 
     Args:
         edge: The worker.
-        request: What the client asks for; checked here.
+        request: What is generated, as far as that is known.
         caller: Who asks.
 
     Attributes:
@@ -102,7 +101,6 @@ class Generation:
 
     async def __aenter__(self) -> Self:
         request_fields.set(self._fields)
-        self._edge.metrics.count_accepted(self._caller.transport)
         return self
 
     async def __aexit__(
@@ -121,15 +119,69 @@ class Generation:
             if self._lease is not None:
                 self._lease.end(self._count_tokens())
             self._end(failure)
-            code = failure.code if failure is not None else grpc.StatusCode.OK
-            self._edge.metrics.count_end(self._caller.transport, code)
 
-    async def _run(self) -> AsyncGenerator[Event, None]:
-        edge, request = self._edge, self._request
+    @abstractmethod
+    def _run(self) -> AsyncGenerator[Event, None]:
+        """Yield the events."""
+
+    def _identify(self, request_id: str) -> None:
+        """Who calls, and about which request. Raises StatusError."""
+        edge = self._edge
         self._tenant = edge.access.tenant(self._caller.metadata)
         if not edge.access.is_open:
             self._fields.tenant = self._tenant.name
-        self._fields.request_id = request.request_id if is_id(request.request_id) else f"req-{secrets.token_hex(8)}"
+        self._fields.request_id = request_id
+
+    async def _follow(self, kept: KeptRequest, offsets: Sequence[int], min_tokens: int) -> AsyncGenerator[Event, None]:
+        """Yield the events of a kept request."""
+        async for event in kept.follow(offsets, min_tokens, self.trace):
+            if isinstance(event, generation_pb2.Finished):
+                self._finish = link_pb2.Finish(usage=event.usage)
+                self._ended_samples = list(event.samples)
+                self._latency = event.latency
+            yield event
+
+    def _count_tokens(self) -> int:
+        """What counts towards the tenant's limit: nothing for a refusal, and what is known here of an early end."""
+        finish = self._finish
+        if finish is None:
+            return self._num_tokens
+        is_refusal = finish.status.code and not finish.usage.completion_tokens
+        return 0 if is_refusal else finish.usage.prompt_tokens + finish.usage.completion_tokens
+
+    def _known_latency(self) -> common_pb2.LatencyBreakdown:
+        """The breakdown of the last message, or what is known without one."""
+        return self._latency or self.trace.breakdown(self._finish.timings if self._finish is not None else None)
+
+    def _usage(self) -> common_pb2.Usage | None:
+        return self._finish.usage if self._finish is not None and self._finish.HasField("usage") else None
+
+    def _end(self, error: StatusError | None) -> None:
+        """Say how it went, in the log and the trace. `error` is its status; None = OK."""
+        end = RequestEnd(self._request, error, self._known_latency(), self._usage())
+        if self._edge.request_log.wants(error):
+            self._edge.request_log.write(end)
+        if self._spans is not None:
+            self._spans.end(end, self._fields, self._finish, self._ended_samples)
+
+
+class Generation(Call):
+    """A new request, or one that was begun before under the same id and is kept."""
+
+    async def __aenter__(self) -> Self:
+        self._edge.metrics.count_accepted(self._caller.transport)
+        return await super().__aenter__()
+
+    async def _run(self) -> AsyncGenerator[Event, None]:
+        edge, request, trace = self._edge, self._request, self.trace
+        self._identify(request.request_id if is_id(request.request_id) else f"req-{secrets.token_hex(8)}")
+        is_kept = request.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP
+        if is_kept and is_id(request.request_id):
+            kept = await edge.kept.find_same(edge, self._tenant, request)
+            if kept is not None:
+                async for event in self._follow(kept, (), request.stream_interval or 1):
+                    yield event
+                return
         # Before anything is checked: a request that is refused counts as well.
         self._lease = await edge.quotas.admit(self._tenant, max(request.priority, MIN_PRIORITY))
         validate_generate(request, edge.limits, edge.vocab_size)
@@ -137,8 +189,11 @@ class Generation:
         prompt, submit = await self._prepare(session)
         if self._lease is not None:
             await self._lease.reserve(len(submit.token_ids) + submit.sampling.n * submit.sampling.max_tokens)
-        samples = make_samples(request, submit.sampling.n, prompt.token_ids, edge.prompts.texts)
-        trace = self.trace
+        if is_kept and (kept := await self._keep(submit, prompt, session)) is not None:
+            async for event in self._follow(kept, (), request.stream_interval or 1):
+                yield event
+            return
+        samples = make_samples(request, OutputOptions.from_request(request), submit, edge.prompts.texts)
         trace.submitted_at = trace.now()
         edge.metrics.submitted.inc()
         receiver = edge.schedulers.submit(submit, min_tokens=request.stream_interval or 1)
@@ -146,13 +201,13 @@ class Generation:
             submit.token_ids, samples, trace, edge.metrics, lambda index: edge.schedulers.stop_sample(receiver, index)
         )
         try:
-            await _wait_accepted(receiver)
+            await wait_accepted(receiver)
             yield self._started(submit, session)
             while receiver.finish is None or receiver.has_more:
                 await receiver.wait()
                 for event in answer.take(receiver):
                     yield event
-            _raise_failure(receiver.finish)
+            raise_failure(receiver.finish)
             if len(answer.ended_samples) < len(samples):
                 raise StatusError(grpc.StatusCode.INTERNAL, "the scheduler ended the request before all of its samples")
         finally:
@@ -163,11 +218,33 @@ class Generation:
             self._ended_samples = answer.ended_samples
             edge.schedulers.release(receiver, self._caller.abort_reason())
         assert self._finish is not None
-        self._count_shown(self._finish.usage, answer)
+        count_shown(edge.metrics, self._finish.usage, answer.num_tokens)
         outcome = None
-        if session is not None and prompt.continuation is not None:
-            outcome = await self._save_turn(session, prompt, samples[0])
-        yield self._finished(self._finish, outcome)
+        if session is not None:
+            outcome = await save_turn(edge, self._tenant, request, session, prompt, samples[0])
+        finished = make_finished(edge.metrics, trace, self._finish, self._ended_samples, outcome)
+        self._latency = finished.latency
+        yield finished
+
+    async def _keep(self, submit: link_pb2.Submit, prompt: Prompt, session: Session | None) -> KeptRequest | None:
+        """Let the request run on its own, and be kept. None where it cannot be."""
+        submit.execution_id = secrets.token_bytes(16)
+        started = self._started(submit, session, resumable=True)
+        version = session.version if session is not None else ""
+        head = Head(digest(self._request), self._request, submit, started, version)
+        kept = await self._edge.kept.begin(
+            self._edge,
+            self._tenant,
+            head,
+            self._caller.time_remaining(),
+            lease=self._lease,
+            trace=self.trace,
+            prompt=prompt,
+            session=session,
+        )
+        if kept is not None and kept.head is head:
+            self._lease = None  # it is the request's now
+        return kept
 
     async def _load_session(self) -> Session | None:
         request, trace = self._request, self.trace
@@ -221,88 +298,43 @@ class Generation:
             submit.time_remaining_ns = min(int(time_remaining * 1e9), LONGEST_NS)  # clients may ask for 10^11 s
         return submit
 
-    def _started(self, submit: link_pb2.Submit, session: Session | None) -> generation_pb2.Started:
+    def _started(
+        self, submit: link_pb2.Submit, session: Session | None, *, resumable: bool = False
+    ) -> generation_pb2.Started:
         return generation_pb2.Started(
             request_id=submit.request_id,
             model=self._edge.model_name,
             prompt_tokens=len(submit.token_ids),
             seed=submit.sampling.seed,
             session_turns=len(session.turns) if session is not None else 0,
+            resumable=resumable,
         )
-
-    def _count_shown(self, usage: common_pb2.Usage, answer: Answer) -> None:
-        """Make the usage that of the samples as they ended here.
-
-        What an executor generates until it hears of a stop text depends on how fast everybody was.
-        """
-        num_shown = answer.num_tokens
-        self._edge.metrics.tokens_beyond_stop.inc(max(0, usage.completion_tokens - num_shown))
-        usage.completion_tokens = num_shown
-
-    async def _save_turn(self, session: Session, prompt: Prompt, sample: SampleStream) -> SaveOutcome:
-        request, edge = self._request, self._edge
-        assert prompt.continuation is not None
-        content = "".join(sample.answer_text)
-        texts = edge.prompts.texts.after(prompt.token_ids)
-        answer = answer_segment(texts, sample.answer_ids, content)
-        new_messages = [(message.role, message.content) for message in request.chat.messages]
-        extended = session.add_turn(new_messages, prompt.continuation, answer, content)
-        return await edge.sessions.of(self._tenant).save(request.session_id, extended)
-
-    def _finished(self, finish: link_pb2.Finish, outcome: SaveOutcome | None) -> generation_pb2.Finished:
-        metrics = self._edge.metrics
-        for sample in self._ended_samples:
-            if (counter := metrics.success.get(sample.reason)) is not None:
-                counter.inc()
-        self._latency = self.trace.breakdown(finish.timings)
-        metrics.observe_finished(self._latency, finish.usage, self._seconds_per_token(finish.usage))
-        return generation_pb2.Finished(
-            samples=self._ended_samples,
-            usage=finish.usage,
-            latency=self._latency,
-            session=_SESSION_OUTCOMES[outcome] if outcome is not None else None,
-        )
-
-    def _seconds_per_token(self, usage: common_pb2.Usage) -> float:
-        """Mean time between tokens of one sample; 0 without a second token."""
-        following = usage.completion_tokens / max(1, len(self._ended_samples)) - 1
-        return (self.trace.last_token_at - self.trace.first_token_at) / 1e9 / following if following > 0 else 0.0
-
-    def _count_tokens(self) -> int:
-        """What counts towards the tenant's limit: nothing for a refusal, and what is known here of an early end."""
-        finish = self._finish
-        if finish is None:
-            return self._num_tokens
-        is_refusal = finish.status.code and not finish.usage.completion_tokens
-        return 0 if is_refusal else finish.usage.prompt_tokens + finish.usage.completion_tokens
-
-    def _known_latency(self) -> common_pb2.LatencyBreakdown:
-        """The breakdown of the last message, or what is known without one."""
-        return self._latency or self.trace.breakdown(self._finish.timings if self._finish is not None else None)
-
-    def _usage(self) -> common_pb2.Usage | None:
-        return self._finish.usage if self._finish is not None and self._finish.HasField("usage") else None
 
     def _end(self, error: StatusError | None) -> None:
-        """Say how it went, in the log and the trace. `error` is its status; None = OK."""
-        end = RequestEnd(self._request, error, self._known_latency(), self._usage())
-        if self._edge.request_log.wants(error):
-            self._edge.request_log.write(end)
-        if self._spans is not None:
-            self._spans.end(end, self._fields, self._finish, self._ended_samples)
+        super()._end(error)
+        code = error.code if error is not None else grpc.StatusCode.OK
+        self._edge.metrics.count_end(self._caller.transport, code)
 
 
-async def _wait_accepted(receiver: TokenReceiver) -> None:
-    """Return once the request is taken to be accepted. Raises StatusError if it is refused at once."""
-    try:
-        async with asyncio.timeout(_ACCEPTANCE):
-            await receiver.wait()
-    except TimeoutError:
-        pass
-    _raise_failure(receiver.finish)
-    receiver.wake()  # what came is still to be taken
+class Resumption(Call):
+    """The rest of a request that is kept.
 
+    Args:
+        edge: The worker.
+        resume: Which request, and from where on.
+        caller: Who asks.
+    """
 
-def _raise_failure(finish: link_pb2.Finish | None) -> None:
-    if finish is not None and finish.status.code:
-        raise StatusError.from_link(finish.status)
+    def __init__(self, edge: Edge, resume: generation_pb2.ResumeRequest, caller: Caller) -> None:
+        super().__init__(edge, generation_pb2.GenerateRequest(request_id=resume.request_id), caller)
+        self._resume = resume
+        self.trace.first_token_at = self.trace.arrived_at  # the request's own first token was counted by another call
+
+    async def _run(self) -> AsyncGenerator[Event, None]:
+        edge, resume = self._edge, self._resume
+        self._identify(resume.request_id if is_id(resume.request_id) else "")
+        validate_resume(resume, edge.limits)
+        kept = await edge.kept.find(edge, self._tenant, resume.request_id)
+        self._request = kept.head.request
+        async for event in self._follow(kept, resume.offsets, resume.stream_interval or 1):
+            yield event

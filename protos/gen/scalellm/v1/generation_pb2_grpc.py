@@ -43,6 +43,11 @@ class GenerationStub:
                 request_serializer=scalellm_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=scalellm_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/scalellm.v1.Generation/Resume',
+                request_serializer=scalellm_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=scalellm_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServicer:
@@ -61,12 +66,26 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Streams the rest of an answer that was begun with ON_DISCONNECT_KEEP, whatever became of the call, the connection or
+        the server that began it: Started again, then what the client has not received, then Finished. NOT_FOUND once it is
+        no longer kept. Ending this call never ends the request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=scalellm_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
+                    response_serializer=scalellm_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=scalellm_dot_v1_dot_generation__pb2.ResumeRequest.FromString,
                     response_serializer=scalellm_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
             ),
     }
@@ -100,6 +119,33 @@ class Generation:
             target,
             '/scalellm.v1.Generation/Generate',
             scalellm_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
+            scalellm_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/scalellm.v1.Generation/Resume',
+            scalellm_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
             scalellm_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

@@ -21,7 +21,9 @@ export declare const file_scalellm_v1_generation: GenFile;
  */
 export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
   /**
-   * 1..128 characters of [A-Za-z0-9._:-]. Default: made by the server.
+   * 1..128 characters of [A-Za-z0-9._:-]. Default: made by the server. With ON_DISCONNECT_KEEP an id stands for one request
+   * of its tenant for as long as that is kept: sent again it does not run again, but streams the same answer from its
+   * beginning; with other parameters it is refused with ALREADY_EXISTS. Other requests may use an id as often as they like.
    *
    * @generated from field: optional string request_id = 1;
    */
@@ -127,6 +129,14 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
    * @generated from field: optional string cache_salt = 13;
    */
   cacheSalt?: string | undefined;
+
+  /**
+   * What happens when the client leaves before the end. Default ON_DISCONNECT_CANCEL. The client's deadline is the
+   * request's in any case.
+   *
+   * @generated from field: scalellm.v1.OnDisconnect on_disconnect = 14;
+   */
+  onDisconnect: OnDisconnect;
 };
 
 /**
@@ -134,6 +144,41 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
  * Use `create(GenerateRequestSchema)` to create a new message.
  */
 export declare const GenerateRequestSchema: GenMessage<GenerateRequest>;
+
+/**
+ * Goes on with an answer.
+ *
+ * @generated from message scalellm.v1.ResumeRequest
+ */
+export declare type ResumeRequest = Message<"scalellm.v1.ResumeRequest"> & {
+  /**
+   * Of the request, as Started told it.
+   *
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+
+  /**
+   * Tokens of each sample that were received, by index: the sum of Delta.num_tokens. Missing ones are 0. What is streamed
+   * begins after them, log-probabilities of the prompt only where all are 0.
+   *
+   * @generated from field: repeated uint32 offsets = 2;
+   */
+  offsets: number[];
+
+  /**
+   * As in GenerateRequest.
+   *
+   * @generated from field: optional uint32 stream_interval = 3;
+   */
+  streamInterval?: number | undefined;
+};
+
+/**
+ * Describes the message scalellm.v1.ResumeRequest.
+ * Use `create(ResumeRequestSchema)` to create a new message.
+ */
+export declare const ResumeRequestSchema: GenMessage<ResumeRequest>;
 
 /**
  * A conversation.
@@ -310,6 +355,14 @@ export declare type Started = Message<"scalellm.v1.Started"> & {
    * @generated from field: uint32 session_turns = 5;
    */
   sessionTurns: number;
+
+  /**
+   * The answer is kept for Resume, and the request's id stands for it. False for requests that did not ask for that, and
+   * where what asked for it cannot be kept now: it then ends with its client, as any other.
+   *
+   * @generated from field: bool resumable = 6;
+   */
+  resumable: boolean;
 };
 
 /**
@@ -500,6 +553,39 @@ export declare type SampleFinished = Message<"scalellm.v1.SampleFinished"> & {
 export declare const SampleFinishedSchema: GenMessage<SampleFinished>;
 
 /**
+ * What happens to a request when its client leaves before the end.
+ *
+ * @generated from enum scalellm.v1.OnDisconnect
+ */
+export enum OnDisconnect {
+  /**
+   * ON_DISCONNECT_CANCEL.
+   *
+   * @generated from enum value: ON_DISCONNECT_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * It is cancelled.
+   *
+   * @generated from enum value: ON_DISCONNECT_CANCEL = 1;
+   */
+  CANCEL = 1,
+
+  /**
+   * It goes on, and its answer is kept, so that Resume can go on with it. See Started.resumable.
+   *
+   * @generated from enum value: ON_DISCONNECT_KEEP = 2;
+   */
+  KEEP = 2,
+}
+
+/**
+ * Describes the enum scalellm.v1.OnDisconnect.
+ */
+export declare const OnDisconnectSchema: GenEnum<OnDisconnect>;
+
+/**
  * What the deltas carry.
  *
  * @generated from enum scalellm.v1.Output
@@ -606,6 +692,18 @@ export declare const Generation: GenService<{
   generate: {
     methodKind: "server_streaming";
     input: typeof GenerateRequestSchema;
+    output: typeof GenerateResponseSchema;
+  },
+  /**
+   * Streams the rest of an answer that was begun with ON_DISCONNECT_KEEP, whatever became of the call, the connection or
+   * the server that began it: Started again, then what the client has not received, then Finished. NOT_FOUND once it is
+   * no longer kept. Ending this call never ends the request.
+   *
+   * @generated from rpc scalellm.v1.Generation.Resume
+   */
+  resume: {
+    methodKind: "server_streaming";
+    input: typeof ResumeRequestSchema;
     output: typeof GenerateResponseSchema;
   },
 }>;

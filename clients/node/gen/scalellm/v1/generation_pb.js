@@ -12,7 +12,7 @@ import { file_scalellm_v1_common } from "./common_pb.js";
  * Describes the file scalellm/v1/generation.proto.
  */
 export const file_scalellm_v1_generation = /*@__PURE__*/
-  fileDesc("ChxzY2FsZWxsbS92MS9nZW5lcmF0aW9uLnByb3RvEgtzY2FsZWxsbS52MSKOBAoPR2VuZXJhdGVSZXF1ZXN0EhcKCnJlcXVlc3RfaWQYASABKAlIAYgBARIQCgZwcm9tcHQYAiABKAlIABIhCgRjaGF0GAMgASgLMhEuc2NhbGVsbG0udjEuQ2hhdEgAEicKBnRva2VucxgEIAEoCzIVLnNjYWxlbGxtLnYxLlRva2VuSWRzSAASLQoIc2FtcGxpbmcYBSABKAsyGy5zY2FsZWxsbS52MS5TYW1wbGluZ1BhcmFtcxIMCgRzdG9wGAYgAygJEhkKDGluY2x1ZGVfc3RvcBgHIAEoCEgCiAEBEhcKCnNlc3Npb25faWQYCCABKAlIA4gBARIVCghwcmlvcml0eRgJIAEoBUgEiAEBEiMKBm91dHB1dBgKIAEoDjITLnNjYWxlbGxtLnYxLk91dHB1dBIgChNza2lwX3NwZWNpYWxfdG9rZW5zGAsgASgISAWIAQESHAoPc3RyZWFtX2ludGVydmFsGAwgASgNSAaIAQESFwoKY2FjaGVfc2FsdBgNIAEoCUgHiAEBQgcKBWlucHV0Qg0KC19yZXF1ZXN0X2lkQg8KDV9pbmNsdWRlX3N0b3BCDQoLX3Nlc3Npb25faWRCCwoJX3ByaW9yaXR5QhYKFF9za2lwX3NwZWNpYWxfdG9rZW5zQhIKEF9zdHJlYW1faW50ZXJ2YWxCDQoLX2NhY2hlX3NhbHQiogEKBENoYXQSKgoIbWVzc2FnZXMYASADKAsyGC5zY2FsZWxsbS52MS5DaGF0TWVzc2FnZRIiChVhZGRfZ2VuZXJhdGlvbl9wcm9tcHQYAiABKAhIAIgBARIcCg9jb250ZW50X2lzX3RleHQYAyABKAhIAYgBAUIYChZfYWRkX2dlbmVyYXRpb25fcHJvbXB0QhIKEF9jb250ZW50X2lzX3RleHQiLAoLQ2hhdE1lc3NhZ2USDAoEcm9sZRgBIAEoCRIPCgdjb250ZW50GAIgASgJIhcKCFRva2VuSWRzEgsKA2lkcxgBIAMoDSLMAQoQR2VuZXJhdGVSZXNwb25zZRInCgdzdGFydGVkGAEgASgLMhQuc2NhbGVsbG0udjEuU3RhcnRlZEgAEiMKBWRlbHRhGAIgASgLMhIuc2NhbGVsbG0udjEuRGVsdGFIABIpCghmaW5pc2hlZBgDIAEoCzIVLnNjYWxlbGxtLnYxLkZpbmlzaGVkSAASNgoPcHJvbXB0X2xvZ3Byb2JzGAQgASgLMhsuc2NhbGVsbG0udjEuUHJvbXB0TG9ncHJvYnNIAEIHCgVldmVudCJoCgdTdGFydGVkEhIKCnJlcXVlc3RfaWQYASABKAkSDQoFbW9kZWwYAiABKAkSFQoNcHJvbXB0X3Rva2VucxgDIAEoDRIMCgRzZWVkGAQgASgEEhUKDXNlc3Npb25fdHVybnMYBSABKA0iiQEKBURlbHRhEg0KBWluZGV4GAEgASgNEgwKBHRleHQYAiABKAkSEQoJdG9rZW5faWRzGAMgAygNEg4KBm9mZnNldBgEIAEoDRISCgpudW1fdG9rZW5zGAUgASgNEiwKCGxvZ3Byb2JzGAYgASgLMhouc2NhbGVsbG0udjEuVG9rZW5Mb2dwcm9icyJhCg5Qcm9tcHRMb2dwcm9icxIRCgl0b2tlbl9pZHMYASADKA0SLAoIbG9ncHJvYnMYAiABKAsyGi5zY2FsZWxsbS52MS5Ub2tlbkxvZ3Byb2JzEg4KBm9mZnNldBgDIAEoDSK5AQoIRmluaXNoZWQSLAoHc2FtcGxlcxgBIAMoCzIbLnNjYWxlbGxtLnYxLlNhbXBsZUZpbmlzaGVkEiEKBXVzYWdlGAIgASgLMhIuc2NhbGVsbG0udjEuVXNhZ2USLgoHbGF0ZW5jeRgDIAEoCzIdLnNjYWxlbGxtLnYxLkxhdGVuY3lCcmVha2Rvd24SLAoHc2Vzc2lvbhgEIAEoDjIbLnNjYWxlbGxtLnYxLlNlc3Npb25PdXRjb21lIn4KDlNhbXBsZUZpbmlzaGVkEg0KBWluZGV4GAEgASgNEikKBnJlYXNvbhgCIAEoDjIZLnNjYWxlbGxtLnYxLkZpbmlzaFJlYXNvbhIOCgRzdG9wGAMgASgJSAASFwoNc3RvcF90b2tlbl9pZBgEIAEoDUgAQgkKB21hdGNoZWQqZgoGT3V0cHV0EhYKEk9VVFBVVF9VTlNQRUNJRklFRBAAEg8KC09VVFBVVF9URVhUEAESFAoQT1VUUFVUX1RPS0VOX0lEUxACEh0KGU9VVFBVVF9URVhUX0FORF9UT0tFTl9JRFMQAyqlAQoOU2Vzc2lvbk91dGNvbWUSHwobU0VTU0lPTl9PVVRDT01FX1VOU1BFQ0lGSUVEEAASGQoVU0VTU0lPTl9PVVRDT01FX1NBVkVEEAESHAoYU0VTU0lPTl9PVVRDT01FX0NPTkZMSUNUEAISHwobU0VTU0lPTl9PVVRDT01FX1VOQVZBSUxBQkxFEAMSGAoUU0VTU0lPTl9PVVRDT01FX0ZVTEwQBDJXCgpHZW5lcmF0aW9uEkkKCEdlbmVyYXRlEhwuc2NhbGVsbG0udjEuR2VuZXJhdGVSZXF1ZXN0Gh0uc2NhbGVsbG0udjEuR2VuZXJhdGVSZXNwb25zZTABYgZwcm90bzM", [file_scalellm_v1_common]);
+  fileDesc("ChxzY2FsZWxsbS92MS9nZW5lcmF0aW9uLnByb3RvEgtzY2FsZWxsbS52MSLABAoPR2VuZXJhdGVSZXF1ZXN0EhcKCnJlcXVlc3RfaWQYASABKAlIAYgBARIQCgZwcm9tcHQYAiABKAlIABIhCgRjaGF0GAMgASgLMhEuc2NhbGVsbG0udjEuQ2hhdEgAEicKBnRva2VucxgEIAEoCzIVLnNjYWxlbGxtLnYxLlRva2VuSWRzSAASLQoIc2FtcGxpbmcYBSABKAsyGy5zY2FsZWxsbS52MS5TYW1wbGluZ1BhcmFtcxIMCgRzdG9wGAYgAygJEhkKDGluY2x1ZGVfc3RvcBgHIAEoCEgCiAEBEhcKCnNlc3Npb25faWQYCCABKAlIA4gBARIVCghwcmlvcml0eRgJIAEoBUgEiAEBEiMKBm91dHB1dBgKIAEoDjITLnNjYWxlbGxtLnYxLk91dHB1dBIgChNza2lwX3NwZWNpYWxfdG9rZW5zGAsgASgISAWIAQESHAoPc3RyZWFtX2ludGVydmFsGAwgASgNSAaIAQESFwoKY2FjaGVfc2FsdBgNIAEoCUgHiAEBEjAKDW9uX2Rpc2Nvbm5lY3QYDiABKA4yGS5zY2FsZWxsbS52MS5PbkRpc2Nvbm5lY3RCBwoFaW5wdXRCDQoLX3JlcXVlc3RfaWRCDwoNX2luY2x1ZGVfc3RvcEINCgtfc2Vzc2lvbl9pZEILCglfcHJpb3JpdHlCFgoUX3NraXBfc3BlY2lhbF90b2tlbnNCEgoQX3N0cmVhbV9pbnRlcnZhbEINCgtfY2FjaGVfc2FsdCJmCg1SZXN1bWVSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDwoHb2Zmc2V0cxgCIAMoDRIcCg9zdHJlYW1faW50ZXJ2YWwYAyABKA1IAIgBAUISChBfc3RyZWFtX2ludGVydmFsIqIBCgRDaGF0EioKCG1lc3NhZ2VzGAEgAygLMhguc2NhbGVsbG0udjEuQ2hhdE1lc3NhZ2USIgoVYWRkX2dlbmVyYXRpb25fcHJvbXB0GAIgASgISACIAQESHAoPY29udGVudF9pc190ZXh0GAMgASgISAGIAQFCGAoWX2FkZF9nZW5lcmF0aW9uX3Byb21wdEISChBfY29udGVudF9pc190ZXh0IiwKC0NoYXRNZXNzYWdlEgwKBHJvbGUYASABKAkSDwoHY29udGVudBgCIAEoCSIXCghUb2tlbklkcxILCgNpZHMYASADKA0izAEKEEdlbmVyYXRlUmVzcG9uc2USJwoHc3RhcnRlZBgBIAEoCzIULnNjYWxlbGxtLnYxLlN0YXJ0ZWRIABIjCgVkZWx0YRgCIAEoCzISLnNjYWxlbGxtLnYxLkRlbHRhSAASKQoIZmluaXNoZWQYAyABKAsyFS5zY2FsZWxsbS52MS5GaW5pc2hlZEgAEjYKD3Byb21wdF9sb2dwcm9icxgEIAEoCzIbLnNjYWxlbGxtLnYxLlByb21wdExvZ3Byb2JzSABCBwoFZXZlbnQiewoHU3RhcnRlZBISCgpyZXF1ZXN0X2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhUKDXByb21wdF90b2tlbnMYAyABKA0SDAoEc2VlZBgEIAEoBBIVCg1zZXNzaW9uX3R1cm5zGAUgASgNEhEKCXJlc3VtYWJsZRgGIAEoCCKJAQoFRGVsdGESDQoFaW5kZXgYASABKA0SDAoEdGV4dBgCIAEoCRIRCgl0b2tlbl9pZHMYAyADKA0SDgoGb2Zmc2V0GAQgASgNEhIKCm51bV90b2tlbnMYBSABKA0SLAoIbG9ncHJvYnMYBiABKAsyGi5zY2FsZWxsbS52MS5Ub2tlbkxvZ3Byb2JzImEKDlByb21wdExvZ3Byb2JzEhEKCXRva2VuX2lkcxgBIAMoDRIsCghsb2dwcm9icxgCIAEoCzIaLnNjYWxlbGxtLnYxLlRva2VuTG9ncHJvYnMSDgoGb2Zmc2V0GAMgASgNIrkBCghGaW5pc2hlZBIsCgdzYW1wbGVzGAEgAygLMhsuc2NhbGVsbG0udjEuU2FtcGxlRmluaXNoZWQSIQoFdXNhZ2UYAiABKAsyEi5zY2FsZWxsbS52MS5Vc2FnZRIuCgdsYXRlbmN5GAMgASgLMh0uc2NhbGVsbG0udjEuTGF0ZW5jeUJyZWFrZG93bhIsCgdzZXNzaW9uGAQgASgOMhsuc2NhbGVsbG0udjEuU2Vzc2lvbk91dGNvbWUifgoOU2FtcGxlRmluaXNoZWQSDQoFaW5kZXgYASABKA0SKQoGcmVhc29uGAIgASgOMhkuc2NhbGVsbG0udjEuRmluaXNoUmVhc29uEg4KBHN0b3AYAyABKAlIABIXCg1zdG9wX3Rva2VuX2lkGAQgASgNSABCCQoHbWF0Y2hlZCpfCgxPbkRpc2Nvbm5lY3QSHQoZT05fRElTQ09OTkVDVF9VTlNQRUNJRklFRBAAEhgKFE9OX0RJU0NPTk5FQ1RfQ0FOQ0VMEAESFgoST05fRElTQ09OTkVDVF9LRUVQEAIqZgoGT3V0cHV0EhYKEk9VVFBVVF9VTlNQRUNJRklFRBAAEg8KC09VVFBVVF9URVhUEAESFAoQT1VUUFVUX1RPS0VOX0lEUxACEh0KGU9VVFBVVF9URVhUX0FORF9UT0tFTl9JRFMQAyqlAQoOU2Vzc2lvbk91dGNvbWUSHwobU0VTU0lPTl9PVVRDT01FX1VOU1BFQ0lGSUVEEAASGQoVU0VTU0lPTl9PVVRDT01FX1NBVkVEEAESHAoYU0VTU0lPTl9PVVRDT01FX0NPTkZMSUNUEAISHwobU0VTU0lPTl9PVVRDT01FX1VOQVZBSUxBQkxFEAMSGAoUU0VTU0lPTl9PVVRDT01FX0ZVTEwQBDKeAQoKR2VuZXJhdGlvbhJJCghHZW5lcmF0ZRIcLnNjYWxlbGxtLnYxLkdlbmVyYXRlUmVxdWVzdBodLnNjYWxlbGxtLnYxLkdlbmVyYXRlUmVzcG9uc2UwARJFCgZSZXN1bWUSGi5zY2FsZWxsbS52MS5SZXN1bWVSZXF1ZXN0Gh0uc2NhbGVsbG0udjEuR2VuZXJhdGVSZXNwb25zZTABYgZwcm90bzM", [file_scalellm_v1_common]);
 
 /**
  * Describes the message scalellm.v1.GenerateRequest.
@@ -22,73 +22,94 @@ export const GenerateRequestSchema = /*@__PURE__*/
   messageDesc(file_scalellm_v1_generation, 0);
 
 /**
+ * Describes the message scalellm.v1.ResumeRequest.
+ * Use `create(ResumeRequestSchema)` to create a new message.
+ */
+export const ResumeRequestSchema = /*@__PURE__*/
+  messageDesc(file_scalellm_v1_generation, 1);
+
+/**
  * Describes the message scalellm.v1.Chat.
  * Use `create(ChatSchema)` to create a new message.
  */
 export const ChatSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 1);
+  messageDesc(file_scalellm_v1_generation, 2);
 
 /**
  * Describes the message scalellm.v1.ChatMessage.
  * Use `create(ChatMessageSchema)` to create a new message.
  */
 export const ChatMessageSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 2);
+  messageDesc(file_scalellm_v1_generation, 3);
 
 /**
  * Describes the message scalellm.v1.TokenIds.
  * Use `create(TokenIdsSchema)` to create a new message.
  */
 export const TokenIdsSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 3);
+  messageDesc(file_scalellm_v1_generation, 4);
 
 /**
  * Describes the message scalellm.v1.GenerateResponse.
  * Use `create(GenerateResponseSchema)` to create a new message.
  */
 export const GenerateResponseSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 4);
+  messageDesc(file_scalellm_v1_generation, 5);
 
 /**
  * Describes the message scalellm.v1.Started.
  * Use `create(StartedSchema)` to create a new message.
  */
 export const StartedSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 5);
+  messageDesc(file_scalellm_v1_generation, 6);
 
 /**
  * Describes the message scalellm.v1.Delta.
  * Use `create(DeltaSchema)` to create a new message.
  */
 export const DeltaSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 6);
+  messageDesc(file_scalellm_v1_generation, 7);
 
 /**
  * Describes the message scalellm.v1.PromptLogprobs.
  * Use `create(PromptLogprobsSchema)` to create a new message.
  */
 export const PromptLogprobsSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 7);
+  messageDesc(file_scalellm_v1_generation, 8);
 
 /**
  * Describes the message scalellm.v1.Finished.
  * Use `create(FinishedSchema)` to create a new message.
  */
 export const FinishedSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 8);
+  messageDesc(file_scalellm_v1_generation, 9);
 
 /**
  * Describes the message scalellm.v1.SampleFinished.
  * Use `create(SampleFinishedSchema)` to create a new message.
  */
 export const SampleFinishedSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 9);
+  messageDesc(file_scalellm_v1_generation, 10);
+
+/**
+ * Describes the enum scalellm.v1.OnDisconnect.
+ */
+export const OnDisconnectSchema = /*@__PURE__*/
+  enumDesc(file_scalellm_v1_generation, 0);
+
+/**
+ * What happens to a request when its client leaves before the end.
+ *
+ * @generated from enum scalellm.v1.OnDisconnect
+ */
+export const OnDisconnect = /*@__PURE__*/
+  tsEnum(OnDisconnectSchema);
 
 /**
  * Describes the enum scalellm.v1.Output.
  */
 export const OutputSchema = /*@__PURE__*/
-  enumDesc(file_scalellm_v1_generation, 0);
+  enumDesc(file_scalellm_v1_generation, 1);
 
 /**
  * What the deltas carry.
@@ -102,7 +123,7 @@ export const Output = /*@__PURE__*/
  * Describes the enum scalellm.v1.SessionOutcome.
  */
 export const SessionOutcomeSchema = /*@__PURE__*/
-  enumDesc(file_scalellm_v1_generation, 1);
+  enumDesc(file_scalellm_v1_generation, 2);
 
 /**
  * What became of the session after the turn.

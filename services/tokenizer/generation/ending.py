@@ -1,0 +1,87 @@
+"""The end of a request that finished: what is counted, stored and told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from services.common.api_keys import Tenant
+from services.tokenizer.generation.edge import Edge
+from services.tokenizer.latency import LatencyTrace
+from services.tokenizer.metrics import EdgeMetrics
+from services.tokenizer.prompt_builder import Prompt
+from services.tokenizer.sample_stream import SampleStream
+from services.tokenizer.session import Session
+from services.tokenizer.session_store import SaveOutcome
+from services.tokenizer.text.conversation import answer_segment
+
+_SESSION_OUTCOMES = {
+    SaveOutcome.SAVED: generation_pb2.SESSION_OUTCOME_SAVED,
+    SaveOutcome.CONFLICT: generation_pb2.SESSION_OUTCOME_CONFLICT,
+    SaveOutcome.UNAVAILABLE: generation_pb2.SESSION_OUTCOME_UNAVAILABLE,
+    SaveOutcome.FULL: generation_pb2.SESSION_OUTCOME_FULL,
+}
+
+
+def count_shown(metrics: EdgeMetrics, usage: common_pb2.Usage, num_shown: int) -> None:
+    """Make the usage that of the samples as they ended here.
+
+    What an executor generates until it hears of a stop text depends on how fast everybody was.
+    """
+    metrics.tokens_beyond_stop.inc(max(0, usage.completion_tokens - num_shown))
+    usage.completion_tokens = num_shown
+
+
+async def save_turn(
+    edge: Edge,
+    tenant: Tenant,
+    request: generation_pb2.GenerateRequest,
+    session: Session,
+    prompt: Prompt,
+    sample: SampleStream,
+    version: str = "",
+) -> generation_pb2.SessionOutcome:
+    """Store the turn of a session: question and answer.
+
+    Args:
+        edge: The worker.
+        tenant: Whose session it is.
+        request: The question.
+        session: As it was before.
+        prompt: What the model read.
+        sample: The answer.
+        version: That the session has then; empty = a new one. Storing the same one again changes nothing.
+    """
+    assert prompt.continuation is not None
+    content = "".join(sample.answer_text)
+    texts = edge.prompts.texts.after(prompt.token_ids)
+    answer = answer_segment(texts, sample.answer_ids, content)
+    new_messages = [(message.role, message.content) for message in request.chat.messages]
+    extended = session.add_turn(new_messages, prompt.continuation, answer, content)
+    return _SESSION_OUTCOMES[await edge.sessions.of(tenant).save(request.session_id, extended, version)]
+
+
+def make_finished(
+    metrics: EdgeMetrics,
+    trace: LatencyTrace,
+    finish: link_pb2.Finish,
+    samples: Sequence[generation_pb2.SampleFinished],
+    outcome: generation_pb2.SessionOutcome | None,
+) -> generation_pb2.Finished:
+    """Count a request that finished, and return its last event.
+
+    Args:
+        metrics: Where it counts.
+        trace: Where its time went.
+        finish: What the scheduler said.
+        samples: How they ended.
+        outcome: What became of its session; None without.
+    """
+    for sample in samples:
+        if (counter := metrics.success.get(sample.reason)) is not None:
+            counter.inc()
+    latency = trace.breakdown(finish.timings)
+    following = finish.usage.completion_tokens / max(1, len(samples)) - 1
+    seconds = (trace.last_token_at - trace.first_token_at) / 1e9 / following if following > 0 else 0.0
+    metrics.observe_finished(latency, finish.usage, seconds)
+    return generation_pb2.Finished(samples=samples, usage=finish.usage, latency=latency, session=outcome)

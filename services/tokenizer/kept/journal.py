@@ -1,0 +1,271 @@
+"""Journals in Redis: what it takes to go on with a request elsewhere, and what came of it so far.
+
+One script creates a journal, and one per tick and request adds to it; none is on the path of a token.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
+
+from scalellm.v1 import generation_pb2, link_pb2
+from services.common.api_keys import Tenant
+from services.common.cancellation import cancellable
+from services.common.errors import StatusError
+from services.common.redis_client import KEY_PREFIX
+from services.common.redis_health import REDIS_ERRORS, RedisFault
+from services.tokenizer.kept import journal_script
+
+_WRITE_SHA = hashlib.sha1(journal_script.WRITE.encode(), usedforsecurity=False).hexdigest()
+
+_RETRY_AFTER = 1.0
+
+
+class Written(enum.Enum):
+    """What became of something that was to be written."""
+
+    DONE = 1
+    TAKEN = 0
+    """Another worker has the request, or has begun one of this id."""
+    FULL = -1
+    """The tenant's journals would hold more than they may: there is none of this request now."""
+    GONE = -2
+    """There is no journal any more: Redis lost it, or a part of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What is known of a request from its beginning.
+
+    Attributes:
+        digest: Of the request: another one under the same id has another.
+        request: What the client asked for.
+        submit: What went to the scheduler first.
+        started: The first event.
+        session_version: Of the session that it continues; empty for a new one, and without.
+    """
+
+    digest: bytes
+    request: generation_pb2.GenerateRequest
+    submit: link_pb2.Submit
+    started: generation_pb2.Started
+    session_version: str = ""
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.submit.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a journal says now.
+
+    Attributes:
+        fence: Rises with each worker that takes the request over.
+        lease_left: Milliseconds for which nobody may take it over.
+        time_left: Seconds until the deadline; None: it has none.
+        end: The last event, or the status; None while the request has not ended.
+        steps: What came of it since the place from which on it was read.
+        num_bytes: The place to read on from.
+    """
+
+    fence: int
+    lease_left: int
+    time_left: float | None
+    end: generation_pb2.Finished | link_pb2.LinkStatus | None
+    steps: link_pb2.StepOutput
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is to be written of one request. Without anything it renews the lease.
+
+    Attributes:
+        tenant: Whose it is.
+        request_id: Its id.
+        fence: The writer's.
+        num_bytes: What the tail has.
+        step: What came.
+        end: How it ended.
+        gives_up: Others may take it over at once.
+    """
+
+    tenant: Tenant
+    request_id: str
+    fence: int
+    num_bytes: int
+    step: bytes = b""
+    end: generation_pb2.Finished | link_pb2.LinkStatus | None = None
+    gives_up: bool = False
+
+
+class Journal:
+    """All journals, of all tenants. Every method raises StatusError UNAVAILABLE when Redis does not do it.
+
+    Args:
+        redis: Where they are.
+        owner: Names this worker.
+        ttl: Seconds for which a journal is kept after it was last written to.
+        lease: Seconds without a sign of life after which others take a worker's requests over.
+        max_bytes: Most bytes of one tenant's journals, unless its limits say otherwise.
+
+    Attributes:
+        num_failures: What Redis did not do.
+    """
+
+    def __init__(self, redis: Redis, owner: str, *, ttl: float, lease: float, max_bytes: int) -> None:
+        self._redis = redis
+        self._owner = owner
+        self._ttl_ms = str(int(ttl * 1e3))
+        self._lease_ms = str(int(lease * 1e3))
+        self._max_bytes = max_bytes
+        self.num_failures = 0
+
+    async def digest_of(self, tenant: Tenant, request_id: str) -> bytes | None:
+        """Return the digest of the request that an id stands for; None if it stands for none."""
+        async with self._reach() as redis:
+            digest: bytes | None = await redis.hget(_Keys(tenant, request_id).head, "digest")
+        return digest
+
+    async def create(self, tenant: Tenant, head: Head, fence: int, time_left: float | None) -> Written:
+        """Begin a journal: done, taken or full. `time_left` in seconds until the deadline."""
+        keys = _Keys(tenant, head.request_id)
+        fields: dict[str, str | bytes] = {
+            "execution": head.submit.execution_id,
+            "digest": head.digest,
+            "request": head.request.SerializeToString(),
+            "submit": head.submit.SerializeToString(),
+            "started": head.started.SerializeToString(),
+            "session": head.session_version,
+        }
+        flat: list[str | bytes] = [part for pair in fields.items() for part in pair]
+        left = "" if time_left is None else str(int(time_left * 1e3))
+        what = (self._limit(tenant), self._ttl_ms, self._lease_ms, str(fence), self._owner, left)
+        async with self._reach() as redis:
+            outcome = await redis.eval(journal_script.CREATE, 4, *keys.all, keys.prefix, head.request_id, *what, *flat)
+        return Written(outcome)
+
+    async def head(self, tenant: Tenant, request_id: str) -> Head | None:
+        """Return the head of a journal; None if there is none."""
+        names = ("digest", "request", "submit", "started", "session")
+        async with self._reach() as redis:
+            fields = await redis.hmget(_Keys(tenant, request_id).head, names)
+        if any(field is None for field in fields):
+            return None
+        digest, request, submit, started, session = fields
+        try:
+            return Head(
+                digest,
+                generation_pb2.GenerateRequest.FromString(request),
+                link_pb2.Submit.FromString(submit),
+                generation_pb2.Started.FromString(started),
+                session.decode(),
+            )
+        except (DecodeError, UnicodeDecodeError):
+            raise _unreadable(request_id) from None
+
+    async def read(self, tenant: Tenant, request_id: str, num_bytes: int) -> Reading | None:
+        """Return what a journal says, its tail from `num_bytes` on; None if there is none."""
+        keys = _Keys(tenant, request_id)
+        async with self._reach() as redis:
+            found = await redis.eval(journal_script.READ, 2, keys.head, keys.tail, str(num_bytes))
+        if not found:
+            return None
+        fence, lease_left, time_left, finished, error, rest = found
+        try:
+            end: generation_pb2.Finished | link_pb2.LinkStatus | None = None
+            if finished:
+                end = generation_pb2.Finished.FromString(finished)
+            elif error:
+                end = link_pb2.LinkStatus.FromString(error)
+            steps = link_pb2.StepOutput.FromString(rest)
+        except DecodeError:
+            raise _unreadable(request_id) from None
+        left = float(time_left) / 1e3 if time_left else None
+        return Reading(fence, lease_left, left, end, steps, num_bytes + len(rest))
+
+    async def take(self, tenant: Tenant, request_id: str, fence: int) -> int:
+        """Take over a request whose worker is gone. Returns the new fence; 0: somebody else has it.
+
+        Args:
+            tenant: Whose it is.
+            request_id: Its id.
+            fence: As it was read.
+        """
+        async with self._reach() as redis:
+            head = _Keys(tenant, request_id).head
+            return int(await redis.eval(journal_script.TAKE, 1, head, str(fence), self._owner, self._lease_ms))
+
+    async def write(self, entries: Sequence[Entry]) -> list[Written]:
+        """Write what came of several requests, in one round trip."""
+        if not entries:
+            return []
+        calls = [self._write_call(entry) for entry in entries]
+        async with self._reach() as redis:
+            pipeline = redis.pipeline(transaction=False)
+            for keys, arguments in calls:
+                pipeline.evalsha(_WRITE_SHA, 4, *keys, *arguments)
+            answers = await pipeline.execute(raise_on_error=False)
+            for place, answer in enumerate(answers):
+                if isinstance(answer, NoScriptError):  # Redis was restarted
+                    keys, arguments = calls[place]
+                    answers[place] = await redis.eval(journal_script.WRITE, 4, *keys, *arguments)
+                elif isinstance(answer, Exception):
+                    raise answer
+        return [Written(answer) for answer in answers]
+
+    async def forget(self, tenant: Tenant, request_id: str, fence: int) -> None:
+        """Remove a journal, if it is still this worker's: its id stands for nothing any more."""
+        async with self._reach() as redis:
+            keys = _Keys(tenant, request_id)
+            await redis.eval(journal_script.FORGET, 4, *keys.all, request_id, str(fence))
+
+    def _write_call(self, entry: Entry) -> tuple[Sequence[str], Sequence[str | bytes]]:
+        keys = _Keys(entry.tenant, entry.request_id)
+        name, end = "", b""
+        if entry.end is not None:
+            name = "finished" if isinstance(entry.end, generation_pb2.Finished) else "error"
+            end = entry.end.SerializeToString()
+        lease = "0" if entry.gives_up else self._lease_ms
+        return keys.all, (
+            keys.prefix, entry.request_id, self._limit(entry.tenant), self._ttl_ms, lease, str(entry.fence),
+            str(entry.num_bytes), entry.step, name, end,
+        )  # fmt: skip
+
+    def _limit(self, tenant: Tenant) -> str:
+        return str(tenant.limits.kept_bytes or self._max_bytes)
+
+    @asynccontextmanager
+    async def _reach(self) -> AsyncIterator[Any]:
+        try:
+            with cancellable():
+                yield self._redis
+        except REDIS_ERRORS as error:
+            self.num_failures += 1
+            cause = RedisFault.of(error).cause
+            raise StatusError.unavailable(f"the store of kept requests {cause}", retry_after=_RETRY_AFTER) from None
+
+
+class _Keys:
+    """Of one request. In braces, what decides on the slot in a cluster."""
+
+    def __init__(self, tenant: Tenant, request_id: str) -> None:
+        self.prefix = f"{KEY_PREFIX}request:{{{tenant.name}}}:"
+        self.head = self.prefix + request_id
+        self.tail = f"{KEY_PREFIX}request-tail:{{{tenant.name}}}:{request_id}"
+        index, sizes = f"{KEY_PREFIX}requests:{{{tenant.name}}}", f"{KEY_PREFIX}request-bytes:{{{tenant.name}}}"
+        self.all = (self.head, index, sizes, self.tail)
+
+
+def _unreadable(request_id: str) -> StatusError:
+    return StatusError.unavailable(f"request_id: what is kept of request {request_id!r} cannot be read")

@@ -1,0 +1,137 @@
+"""Scripts by which Redis changes a tenant's journals in one step.
+
+KEYS: the head, a hash; the index and the sizes as in session_script; the tail, a string. In the head: `fence`, which
+rises with each worker that takes the request over, so that of two that think it is theirs one finds out; `owner`,
+that worker's name; `lease`, the time in ms until which nobody may take it over; `deadline` in ms; `execution`, the id
+that all attempts to run it have in common; `digest`, `request`, `submit`, `started` and `session` as in journal.Head;
+and once the request has ended, `finished` or `error`. The tail is what came of the request, as StepOutputs one after
+the other: protobuf merges what is concatenated.
+
+All times are Redis' own. A client repeats a script when a connection breaks before its answer: a second run changes
+nothing.
+"""
+
+from services.tokenizer.session_script import BOOKS
+
+_STORE = (
+    BOOKS
+    + """
+local head, tail = KEYS[1], KEYS[4]
+
+-- Make room for `more` bytes. False if the tenant may not have so many.
+local function has_room(more, limit, prefix)
+  if total() + more > limit then prune(prefix) end
+  return total() + more <= limit
+end
+
+local function count(id, more)
+  redis.call('HINCRBY', sizes, id, more)
+  redis.call('HINCRBY', sizes, '', more)
+end
+
+local function keep(id, ttl)
+  redis.call('PEXPIRE', head, ttl)
+  redis.call('PEXPIRE', tail, ttl)
+  redis.call('ZADD', index, now + ttl, id)
+  -- Kept longer than any journal, as Redis evicts first what expires first.
+  for _, key in ipairs({index, sizes}) do
+    if redis.call('PTTL', key) < 2 * ttl then redis.call('PEXPIRE', key, 4 * ttl) end
+  end
+end
+"""
+)
+
+CREATE = (
+    _STORE
+    + """
+-- ARGV: prefix of heads, id, limit, ttl ms, lease ms, fence, owner, ms until the deadline ('' = none), then
+-- fields of the head, `execution` first. Returns 1: created, 0: there is one, -1: no room.
+local id, ttl, owner = ARGV[2], tonumber(ARGV[4]), ARGV[7]
+local found = redis.call('HMGET', head, 'execution', 'fence')
+if found[1] then return (found[1] == ARGV[10] and found[2] == ARGV[6]) and 1 or 0 end
+forget(id)  -- an older one of this id, which expired
+redis.call('DEL', tail)
+local size = 512 + #id
+for i = 9, #ARGV do size = size + #ARGV[i] end
+if not has_room(size, tonumber(ARGV[3]), ARGV[1]) then return -1 end
+redis.call('HSET', head, unpack(ARGV, 9))
+redis.call('HSET', head, 'fence', ARGV[6], 'owner', owner, 'lease', now + tonumber(ARGV[5]))
+if ARGV[8] ~= '' then redis.call('HSET', head, 'deadline', now + tonumber(ARGV[8])) end
+count(id, size)
+keep(id, ttl)
+return 1
+"""
+)
+
+WRITE = (
+    _STORE
+    + """
+-- Adds to the tail and renews the lease. ARGV: prefix of heads, id, limit, ttl ms, lease ms (0 = give it up), fence,
+-- bytes that the tail has, what is added, name ('' = none) and value of the field with the end. Returns 1: done, 0: it
+-- is another worker's now, -1: no room, the journal is gone, -2: there is none, or Redis evicted its tail.
+local id, ttl, lease = ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5])
+local fence = redis.call('HGET', head, 'fence')
+if not fence then return -2 end
+if fence ~= ARGV[6] then return 0 end
+local length, before, data = redis.call('STRLEN', tail), tonumber(ARGV[7]), ARGV[8]
+if length == before + #data then
+  data = ''  -- was added the first time
+elseif length ~= before then
+  redis.call('DEL', head, tail)
+  forget(id)
+  return -2
+end
+local more = #data + #ARGV[10]
+if more > 0 then
+  if not has_room(more, tonumber(ARGV[3]), ARGV[1]) then
+    redis.call('DEL', head, tail)
+    forget(id)
+    return -1
+  end
+  if #data > 0 then redis.call('APPEND', tail, data) end
+  if ARGV[9] ~= '' then redis.call('HSET', head, ARGV[9], ARGV[10]) end
+  count(id, more)
+end
+redis.call('HSET', head, 'lease', lease > 0 and now + lease or 0)
+keep(id, ttl)
+return 1
+"""
+)
+
+FORGET = (
+    _STORE
+    + """
+-- ARGV: id, fence. Removes a journal, if it is still this worker's.
+if redis.call('HGET', head, 'fence') == ARGV[2] then
+  redis.call('DEL', head, tail)
+  forget(ARGV[1])
+end
+return 1
+"""
+)
+
+# KEYS: head, tail. ARGV: bytes of the tail that are known.
+# Returns nothing where there is no journal; else the fence, ms that are left of the lease and, or '', until the
+# deadline, the end if there is one (finished, error), and the rest of the tail.
+READ = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local found = redis.call('HMGET', KEYS[1], 'fence', 'lease', 'deadline', 'finished', 'error')
+if not found[1] then return {} end
+local left = found[3] and tostring(tonumber(found[3]) - now) or ''
+local rest = redis.call('GETRANGE', KEYS[2], ARGV[1], -1)
+return {tonumber(found[1]), tonumber(found[2]) - now, left, found[4] or '', found[5] or '', rest}
+"""
+
+# KEYS: head. ARGV: fence as it was read, owner, lease ms. Returns the new fence; 0: somebody else has it, or it ended.
+TAKE = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local found = redis.call('HMGET', KEYS[1], 'fence', 'owner', 'lease', 'finished', 'error')
+local new = tonumber(ARGV[1]) + 1
+if not found[1] or found[4] or found[5] then return 0 end
+if found[1] == tostring(new) and found[2] == ARGV[2] then return new end
+if found[1] ~= ARGV[1] or tonumber(found[3]) > now then return 0 end
+redis.call('HSET', KEYS[1], 'fence', new, 'owner', ARGV[2], 'lease', now + tonumber(ARGV[3]))
+return new
+"""

@@ -1,0 +1,379 @@
+"""One request that outlives its calls, as one worker sees it: it runs here, or is followed where it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import grpc
+
+from scalellm.v1 import generation_pb2
+from services.common.api_keys import Tenant
+from services.common.errors import StatusError
+from services.tokenizer.generation.answer import Answer, Event, make_samples
+from services.tokenizer.kept.journal import Entry, Head, Journal, Written
+from services.tokenizer.kept.run import Run
+from services.tokenizer.kept.transcript import Transcript
+from services.tokenizer.latency import LatencyTrace
+from services.tokenizer.prompt_builder import Prompt
+from services.tokenizer.quotas import Lease
+from services.tokenizer.sample_stream import OutputOptions
+from services.tokenizer.session import Session
+from services.tokenizer.validation import MIN_PRIORITY
+
+if TYPE_CHECKING:
+    from services.tokenizer.generation.edge import Edge
+
+_log = logging.getLogger(__name__)
+
+_POLL = 0.1
+"""Seconds between two looks at the journal of a request that runs elsewhere."""
+
+_LAST_WRITES = 60.0
+"""Seconds after a request's end for which its journal is tried to be completed while Redis does not answer."""
+
+_ATTEMPTS_PER_FENCE = 2**16
+"""What a worker takes over has a higher attempt than whatever the one before may still send."""
+
+_MAX_ABORTED = 3
+"""Times in a row that a request is begun again which the scheduler aborted."""
+
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
+"""Statuses after which a request can go on elsewhere, or later."""
+
+_REFUSALS = (
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+)
+"""Statuses of requests that did not run, where nothing came of them."""
+
+
+class KeptRequest:
+    """Runs a request, or follows it in its journal until it ended or until its worker is gone, and then runs it.
+
+    Args:
+        edge: The worker.
+        journal: Where it is written to.
+        tenant: Whose it is.
+        head: The request.
+        fence: 1 for a new request, which runs here; 0: it runs, or ran, elsewhere.
+        lease: What a new request uses of its tenant's quotas.
+        trace: Of a new request.
+        prompt: Of a new request, for its session.
+        session: That a new request continues.
+
+    Attributes:
+        transcript: What came of it.
+        num_followers: Calls that read it.
+        was_refused: It did not run, and its id stands for nothing.
+        is_journaled: Whether all but the last moments of it is in its journal.
+    """
+
+    def __init__(
+        self,
+        edge: Edge,
+        journal: Journal,
+        tenant: Tenant,
+        head: Head,
+        *,
+        fence: int = 0,
+        lease: Lease | None = None,
+        trace: LatencyTrace | None = None,
+        prompt: Prompt | None = None,
+        session: Session | None = None,
+    ) -> None:
+        self._edge = edge
+        self._journal = journal
+        self.tenant = tenant
+        self.head = head
+        self._fence = fence
+        self._lease = lease
+        self._trace = trace
+        self._prompt = prompt
+        self._session = session
+        submit = head.submit
+        self._time_left = submit.time_remaining_ns / 1e9 if submit.HasField("time_remaining_ns") else None
+        self._timed_at = time.monotonic()
+        self.transcript = Transcript(head.submit)
+        self.num_followers = 0
+        self.is_journaled = fence > 0
+        self._mark = self._next_mark = self.transcript.begin()
+        self._num_bytes = 0
+        self._renewed_at = time.monotonic()
+        self._end_is_written = False
+        self._writes_nothing = False
+        self._written = asyncio.Event()
+        self._accepted = asyncio.Event()
+        self.was_refused = False
+        if not fence:
+            self._accepted.set()
+        self._owning: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs in this worker, or did."""
+        return self._fence > 0
+
+    def start(self, on_end: Callable[[KeptRequest], None]) -> None:
+        """Begin; `on_end` is called when nothing is left to be done."""
+        self._task = asyncio.create_task(self._run(), name=f"kept {self.head.request_id}")
+        self._task.add_done_callback(lambda _: on_end(self))
+
+    async def stop(self) -> None:
+        """Give it up, so that others can take it over."""
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Around reading: what runs elsewhere is not followed without readers."""
+        self.num_followers += 1
+        try:
+            yield
+        finally:
+            self.num_followers -= 1
+            if not self.num_followers and not self.is_here and self._task is not None:
+                self._task.cancel()
+
+    async def follow(self, offsets: Sequence[int], min_tokens: int, trace: LatencyTrace) -> AsyncGenerator[Event, None]:
+        """Yield its events, Deltas from `offsets` on, tokens per sample. Raises StatusError for every end but OK.
+
+        Args:
+            offsets: See above; missing ones are 0.
+            min_tokens: Tokens of a sample to wait for.
+            trace: Told of the time that detokenising takes.
+        """
+        edge, head = self._edge, self.head
+        num_samples = head.submit.sampling.n
+        if len(offsets) > num_samples:
+            raise StatusError.invalid(
+                "offsets", f"must have at most {num_samples} entries, one per sample, got {len(offsets)}"
+            )
+        offsets = [*offsets, *[0] * (num_samples - len(offsets))]
+        options = OutputOptions.from_request(head.request)
+        samples = make_samples(head.request, options, head.submit, edge.prompts.texts)
+        answer = Answer(head.submit.token_ids, samples, trace, edge.metrics, lambda index: None, offsets)
+        with self.followed(), self.transcript.reader(offsets, min_tokens) as reader:
+            await self._accepted.wait()
+            if self.was_refused:
+                reader.raise_error()
+            yield head.started
+            while not self.transcript.is_over or reader.changed.is_set():
+                await reader.wait()
+                for event in answer.take(reader):
+                    yield event
+        reader.raise_error()
+        for index, sample in enumerate(samples):
+            if sample.num_tokens < offsets[index]:
+                raise StatusError.invalid(
+                    f"offsets[{index}]", f"must be at most {sample.num_tokens}, all tokens of it, got {offsets[index]}"
+                )
+        assert self.transcript.finished is not None
+        yield self.transcript.finished
+
+    # What is to be written.
+
+    def entry(self, renew_every: float) -> Entry | None:
+        """Return what is to be written now, if anything; `wrote` must follow."""
+        if not self.is_here or self._writes_nothing or self._end_is_written:
+            return None
+        transcript = self.transcript
+        step, self._next_mark = transcript.since(self._mark)
+        data = step.SerializeToString()
+        end = transcript.finished or transcript.error
+        if not data and end is None and time.monotonic() < self._renewed_at + renew_every:
+            return None
+        return Entry(self.tenant, self.head.request_id, self._fence, self._num_bytes, data, end)
+
+    async def wrote(self, entry: Entry, outcome: Written | None) -> None:
+        """An entry was written, or not: None = Redis did not answer."""
+        self.is_journaled = outcome is Written.DONE
+        if outcome is None:
+            return
+        self._renewed_at = time.monotonic()
+        if outcome is Written.DONE:
+            self._mark = self._next_mark
+            self._num_bytes += len(entry.step)
+            self._end_is_written = entry.end is not None
+            if self._end_is_written:
+                self._written.set()
+        elif outcome is Written.GONE:
+            self._mark, self._num_bytes = self.transcript.begin(), 0
+            created = await self._journal.create(self.tenant, self.head, self._fence, self._seconds_left())
+            if created is not Written.DONE:
+                self._write_no_more(created)
+        else:
+            self._write_no_more(outcome)
+
+    def _write_no_more(self, outcome: Written) -> None:
+        if outcome is Written.TAKEN and self._owning is not None and not self.transcript.is_over:
+            _log.warning("another worker has taken request %s over", self.head.request_id)
+            self._fence = 0
+            self._owning.cancel()
+            return
+        _log.warning("request %s is not kept any longer: %s", self.head.request_id, outcome.name.lower())
+        self._writes_nothing = True
+        self._written.set()
+
+    # Its life.
+
+    async def _run(self) -> None:
+        aborted = 0
+        try:
+            while not self.transcript.is_over:
+                if not self.is_here:
+                    await self._follow_elsewhere()
+                    continue
+                self._owning = asyncio.create_task(self._own())
+                try:
+                    await asyncio.shield(self._owning)
+                except asyncio.CancelledError:
+                    if self._fence:  # it is us who are stopped
+                        self._owning.cancel()
+                        await asyncio.gather(self._owning, return_exceptions=True)
+                        raise
+                except StatusError as error:
+                    aborted += 1
+                    if error.code is not grpc.StatusCode.ABORTED or aborted >= _MAX_ABORTED:
+                        raise
+                    self._fence = 0  # somebody else runs it, or it is begun once more when our lease is over
+            if self.is_here:
+                await self._wait_written()
+        except StatusError as error:
+            await self._give_up(error)
+        except asyncio.CancelledError:
+            await self._give_up(StatusError.unavailable("the server is shutting down; resume the request", 0.0))
+            raise
+        except Exception as error:
+            _log.exception("request %s failed; its clients get INTERNAL", self.head.request_id)
+            error.__traceback__ = None
+            await self._give_up(StatusError(grpc.StatusCode.INTERNAL, "internal error; the server's log says more"))
+        finally:
+            self._end_lease()
+
+    def _end_lease(self) -> None:
+        if self._lease is not None:
+            num_used = len(self.head.submit.token_ids) + self.transcript.num_tokens if not self.was_refused else 0
+            self._lease.end(num_used)
+            self._lease = None
+
+    async def _follow_elsewhere(self) -> None:
+        """Read the journal until the request has ended, or is ours to run."""
+        self._end_lease()
+        self._num_bytes = 0
+        while True:
+            reading = await self._journal.read(self.tenant, self.head.request_id, self._num_bytes)
+            if reading is None:
+                raise no_request(self.head.request_id)
+            try:
+                self.transcript.apply(reading.steps)
+            except (ValueError, IndexError):
+                raise no_request(self.head.request_id) from None
+            self._num_bytes = reading.num_bytes
+            if reading.end is not None:
+                if isinstance(reading.end, generation_pb2.Finished) and not self.transcript.has_all:
+                    raise no_request(self.head.request_id)
+                self.transcript.end(reading.end)
+                return
+            if reading.lease_left <= 0:
+                fence = await self._journal.take(self.tenant, self.head.request_id, reading.fence)
+                if fence:
+                    await self._take_over(fence, reading.time_left)
+                    return
+            await asyncio.sleep(_POLL)
+            if not self.num_followers:
+                raise asyncio.CancelledError
+
+    async def _take_over(self, fence: int, time_left: float | None) -> None:
+        """Run it from here on. Its old worker may have written more meanwhile, but will not any more."""
+        reading = await self._journal.read(self.tenant, self.head.request_id, self._num_bytes)
+        if reading is not None:
+            self.transcript.apply(reading.steps)
+            self._num_bytes = reading.num_bytes
+        _, self._mark = self.transcript.since(self.transcript.begin())
+        self._fence, self._time_left, self._timed_at = fence, time_left, time.monotonic()
+        self._renewed_at = time.monotonic()
+        self._trace, self._prompt, self._session = None, None, None
+        self._end_is_written = self._writes_nothing = False
+        self._edge.metrics.taken_over.inc()
+        if self._lease is None:
+            try:
+                priority = max(self.head.request.priority, MIN_PRIORITY)
+                self._lease = await self._edge.quotas.admit(self.tenant, priority)
+            except StatusError:
+                pass  # it was admitted once, and its old worker may still count it
+        _log.info("request %s goes on here after %d tokens", self.head.request_id, self.transcript.num_tokens)
+
+    async def _own(self) -> None:
+        """Run it to its end. Raises StatusError if it can go on elsewhere or later."""
+        self._trace = self._trace or LatencyTrace()
+        run = Run(self._edge, self.tenant, self.head, self.transcript, self._trace, self._prompt, self._session)
+        try:
+            await run.run(self._fence, self._seconds_left(), self._accepted)
+        except StatusError as error:
+            await self._fail(error)
+
+    def _seconds_left(self) -> float | None:
+        return self._time_left - (time.monotonic() - self._timed_at) if self._time_left is not None else None
+
+    async def _fail(self, error: StatusError) -> None:
+        """The scheduler ended it. Raises StatusError if that is not its end."""
+        is_refusal = error.code in _REFUSALS and not self.transcript.num_tokens  # also from the scheduler's queue
+        if is_refusal or not self._accepted.is_set():
+            # A refused request did not run: its id stands for nothing, and the client may send it again.
+            self._writes_nothing = True
+            self._written.set()
+            with contextlib.suppress(StatusError):
+                await self._journal.forget(self.tenant, self.head.request_id, self._fence)
+            self._refuse(error)
+            return
+        if error.code in _GONE:
+            raise error
+        self.transcript.end(error.to_link())
+
+    async def _wait_written(self) -> None:
+        """Wait until the end is in the journal, for a while."""
+        try:
+            async with asyncio.timeout(_LAST_WRITES):
+                await self._written.wait()
+        except TimeoutError:
+            _log.warning("request %s has ended and is not kept: Redis does not answer", self.head.request_id)
+
+    async def _give_up(self, error: StatusError) -> None:
+        """Tell the readers; others may go on at once."""
+        if not self.transcript.is_over:
+            self.transcript.end(error.to_link())
+        if not self._accepted.is_set():
+            self._refuse(error)
+        if self.is_here and not self._writes_nothing and not self._end_is_written:
+            step, _ = self.transcript.since(self._mark)
+            data = step.SerializeToString()
+            end = self.transcript.finished or (self.transcript.error if error.code not in _GONE else None)
+            entry = Entry(
+                self.tenant, self.head.request_id, self._fence, self._num_bytes, data, end, gives_up=end is None
+            )
+            self._writes_nothing = True
+            with contextlib.suppress(StatusError):  # its lease ends by itself
+                await self._journal.write([entry])
+
+    def _refuse(self, error: StatusError) -> None:
+        self.transcript.end(error.to_link())
+        self.was_refused = True
+        self._accepted.set()
+
+
+def no_request(request_id: str) -> StatusError:
+    """The refusal of an id that stands for no request of its tenant."""
+    return StatusError(
+        grpc.StatusCode.NOT_FOUND,
+        f"request_id: no request {request_id!r} is kept: it did not begin with ON_DISCONNECT_KEEP, or its time has "
+        "passed",
+    )

@@ -1,0 +1,188 @@
+"""All requests of one worker that outlive their calls."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from typing import TYPE_CHECKING
+
+import grpc
+
+from scalellm.v1 import generation_pb2
+from services.common.api_keys import Tenant
+from services.common.errors import StatusError
+from services.common.logs import LineLimit
+from services.tokenizer.kept.journal import Head, Journal, Written
+from services.tokenizer.kept.kept_request import KeptRequest, no_request
+from services.tokenizer.latency import LatencyTrace
+from services.tokenizer.prompt_builder import Prompt
+from services.tokenizer.quotas import Lease
+from services.tokenizer.rpc import CallGate
+from services.tokenizer.session import Session
+
+if TYPE_CHECKING:
+    from services.tokenizer.generation.edge import Edge
+
+_log = logging.getLogger(__name__)
+
+_TICK = 0.05
+"""Seconds between two writes to the journals."""
+
+_RETRY = 1.0
+"""Seconds after which Redis is tried again that did not answer."""
+
+
+class KeptRequests:
+    """Finds and begins them, and writes their journals. `run` has to run.
+
+    Args:
+        journal: Where they are written to; None: the service has no Redis, and no request is kept.
+        gate: Told of those that run, so that draining waits for them.
+        lease: Seconds that the journal's lease lasts.
+    """
+
+    def __init__(self, journal: Journal | None, gate: CallGate, lease: float) -> None:
+        self._journal = journal
+        self._gate = gate
+        self._renew_every = lease / 3
+        self._by_id: dict[tuple[str, str], KeptRequest] = {}
+        self._all: set[KeptRequest] = set()
+        self._log_limit = LineLimit()
+
+    @property
+    def num_failures(self) -> int:
+        """Operations that Redis did not do."""
+        return self._journal.num_failures if self._journal is not None else 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests that run here."""
+        return sum(kept.is_here and not kept.transcript.is_over for kept in self._all)
+
+    @property
+    def num_unwritten(self) -> int:
+        """Of these, those of which Redis did not take the last moments: they cannot be resumed elsewhere."""
+        return sum(kept.is_here and not kept.is_journaled for kept in self._all)
+
+    async def find(self, edge: Edge, tenant: Tenant, request_id: str) -> KeptRequest:
+        """Return a request by its id, wherever it runs or ran. Raises StatusError NOT_FOUND, UNAVAILABLE."""
+        key = (tenant.name, request_id)
+        if (kept := self._by_id.get(key)) is not None and not kept.was_refused:
+            return kept
+        if self._journal is None:
+            raise StatusError(
+                grpc.StatusCode.FAILED_PRECONDITION, "no requests are kept: the service was started without --redis-url"
+            )
+        head = await self._journal.head(tenant, request_id)
+        if (kept := self._by_id.get(key)) is not None and not kept.was_refused:  # since then
+            return kept
+        if head is None:
+            raise no_request(request_id)
+        kept = KeptRequest(edge, self._journal, tenant, head)
+        self._start(kept)
+        return kept
+
+    async def find_same(
+        self, edge: Edge, tenant: Tenant, request: generation_pb2.GenerateRequest
+    ) -> KeptRequest | None:
+        """Return the request that the id of this one stands for; None where it is new, or Redis does not answer.
+
+        Raises StatusError ALREADY_EXISTS where that is another request.
+        """
+        if self._journal is None:
+            return None
+        try:
+            kept = await self.find(edge, tenant, request.request_id)
+        except StatusError:
+            return None
+        if kept.head.digest != digest(request):
+            raise StatusError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                f"request_id: {request.request_id!r} stands for a request with other parameters, which is still kept; "
+                "choose another id",
+            )
+        return kept
+
+    async def begin(
+        self,
+        edge: Edge,
+        tenant: Tenant,
+        head: Head,
+        time_left: float | None,
+        *,
+        lease: Lease | None,
+        trace: LatencyTrace,
+        prompt: Prompt,
+        session: Session | None,
+    ) -> KeptRequest | None:
+        """Begin a request. None where it cannot be kept: Redis does not answer, or its tenant's room is used up.
+
+        What another call began meanwhile under the same id is returned instead; the lease is then not used. Raises
+        StatusError ALREADY_EXISTS where that is another request. For the rest see KeptRequest.
+        """
+        if self._journal is None:
+            return None
+        try:
+            outcome = await self._journal.create(tenant, head, 1, time_left)
+        except StatusError as error:
+            if self._log_limit.admit() is not None:
+                _log.warning("request %s cannot be kept: %s", head.request_id, error.message)
+            return None
+        if outcome is Written.TAKEN:
+            return await self.find_same(edge, tenant, head.request)
+        if outcome is not Written.DONE:
+            edge.metrics.count_limited("kept_bytes")
+            return None
+        kept = KeptRequest(
+            edge, self._journal, tenant, head, fence=1, lease=lease, trace=trace, prompt=prompt, session=session
+        )
+        self._start(kept)
+        return kept
+
+    async def run(self) -> None:
+        """Write the journals until cancelled."""
+        if self._journal is None:
+            await asyncio.Event().wait()
+        while True:
+            await asyncio.sleep(_TICK)
+            if not await self._write():
+                await asyncio.sleep(_RETRY)
+
+    async def stop(self) -> None:
+        """Give up what runs, so that others can take it over at once."""
+        await asyncio.gather(*(kept.stop() for kept in tuple(self._all)))
+
+    async def _write(self) -> bool:
+        """Write what there is. False when Redis did not do it."""
+        assert self._journal is not None
+        due = [(kept, entry) for kept in self._all if (entry := kept.entry(self._renew_every)) is not None]
+        try:
+            outcomes = await self._journal.write([entry for _, entry in due])
+            for (kept, entry), outcome in zip(due, outcomes, strict=True):
+                await kept.wrote(entry, outcome)
+        except StatusError as error:
+            for kept, entry in due:
+                await kept.wrote(entry, None)
+            if self._log_limit.admit() is not None:
+                _log.warning("%d requests cannot be resumed elsewhere now: %s", len(due), error.message)
+            return False
+        return True
+
+    def _start(self, kept: KeptRequest) -> None:
+        self._gate.enter()
+        self._all.add(kept)
+        self._by_id[kept.tenant.name, kept.head.request_id] = kept
+        kept.start(self._ended)
+
+    def _ended(self, kept: KeptRequest) -> None:
+        self._gate.leave()
+        self._all.discard(kept)
+        key = (kept.tenant.name, kept.head.request_id)
+        if self._by_id.get(key) is kept:
+            del self._by_id[key]
+
+
+def digest(request: generation_pb2.GenerateRequest) -> bytes:
+    """What tells a request from others."""
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()

@@ -1,0 +1,259 @@
+"""All that came of one request so far, to be read from any place, by any number of readers."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from services.common.errors import StatusError
+from services.tokenizer.limits import MAX_ANSWER_TOKENS
+from services.tokenizer.token_receiver import TokenBatch
+
+
+@dataclass(slots=True)
+class SampleLog:
+    """One sample.
+
+    Attributes:
+        token_ids: Its tokens; of one that a stop text ended, those up to it.
+        logprobs: One entry per token, when asked for.
+        finish: How it ended; FINISH_REASON_STOP without a token where a stop text ended it.
+    """
+
+    token_ids: array[int] = field(default_factory=lambda: array("I"))
+    logprobs: common_pb2.TokenLogprobs = field(default_factory=common_pb2.TokenLogprobs)
+    finish: link_pb2.LinkSampleFinish | None = None
+
+
+@dataclass(slots=True)
+class Mark:
+    """What of a transcript is known elsewhere: tokens and end of each sample, log-probabilities of the prompt."""
+
+    num_tokens: list[int]
+    has_finish: list[bool]
+    num_prompt: int = 0
+
+
+class Transcript:
+    """What came of one request.
+
+    Args:
+        submit: The request: its prompt, how many samples, and which log-probabilities were asked for.
+
+    Attributes:
+        samples: By index.
+        prompt_logprobs: Of the first tokens of the prompt.
+        finished: The last event, once the request has finished.
+        error: The status with which it ended otherwise.
+        first_token_at: When its first token came here, in nanoseconds of the monotonic clock; 0 = not yet.
+    """
+
+    def __init__(self, submit: link_pb2.Submit) -> None:
+        sampling = submit.sampling
+        self.samples = [SampleLog() for _ in range(sampling.n)]
+        self.prompt_logprobs = common_pb2.TokenLogprobs()
+        self.finished: generation_pb2.Finished | None = None
+        self.error: link_pb2.LinkStatus | None = None
+        self.first_token_at = 0
+        self._has_logprobs = sampling.HasField("logprobs")
+        self._num_prompt = len(submit.token_ids) if sampling.HasField("prompt_logprobs") else 0
+        self._readers: set[TranscriptReader] = set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more comes."""
+        return self.finished is not None or self.error is not None
+
+    @property
+    def has_all(self) -> bool:
+        """Whether every sample has ended."""
+        return all(sample.finish is not None for sample in self.samples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(len(sample.token_ids) for sample in self.samples)
+
+    def add(self, batch: TokenBatch) -> None:
+        """Tokens of a sample, which follow those before."""
+        sample = self.samples[batch.index]
+        sample.token_ids.extend(batch.token_ids)
+        if self._has_logprobs and batch.logprobs is not None:
+            _append(sample.logprobs, batch.logprobs, 0)
+        sample.finish = sample.finish or batch.finish
+        self._wake()
+
+    def add_prompt_logprobs(self, offset: int, values: common_pb2.TokenLogprobs) -> None:
+        """Log-probabilities of the prompt from token `offset` on. Those that are known are skipped."""
+        _append(self.prompt_logprobs, values, len(self.prompt_logprobs.logprobs) - offset)
+        self._wake()
+
+    def apply(self, step: link_pb2.StepOutput) -> None:
+        """Take what a journal says. What is known is skipped. Raises ValueError where something is missing."""
+        for entry in step.prompt_logprobs:
+            self.add_prompt_logprobs(entry.offset, entry.values)
+        logprobs = {(entry.index, entry.offset): entry.values for entry in step.logprobs}
+        start = 0
+        for index, offset, count in zip(step.indices, step.offsets, step.counts, strict=True):
+            sample = self.samples[index]
+            known = len(sample.token_ids) - offset
+            if known < 0:
+                raise ValueError(f"tokens {len(sample.token_ids)} to {offset - 1} of sample {index} are missing")
+            sample.token_ids.extend(step.token_ids[start + known : start + count] if known < count else ())
+            if (values := logprobs.get((index, offset))) is not None:
+                _append(sample.logprobs, values, len(sample.logprobs.logprobs) - offset)
+            start += count
+        for finish in step.finished_samples:
+            self.samples[finish.index].finish = finish
+        self._wake()
+
+    def begin(self) -> Mark:
+        """The mark of nothing."""
+        return Mark([0] * len(self.samples), [False] * len(self.samples))
+
+    def since(self, mark: Mark) -> tuple[link_pb2.StepOutput, Mark]:
+        """Return what came after a mark, and the mark of all that is here. Handles in it are 0."""
+        step = link_pb2.StepOutput()
+        num_prompt = len(self.prompt_logprobs.logprobs)
+        if num_prompt > mark.num_prompt:
+            entry = step.prompt_logprobs.add(offset=mark.num_prompt)
+            entry.values.CopyFrom(cut(self.prompt_logprobs, mark.num_prompt, num_prompt))
+        after = Mark([], [], num_prompt)
+        for index, sample in enumerate(self.samples):
+            offset, num_tokens = mark.num_tokens[index], len(sample.token_ids)
+            if num_tokens > offset:
+                step.handles.append(0)
+                step.indices.append(index)
+                step.offsets.append(offset)
+                step.counts.append(num_tokens - offset)
+                step.token_ids.extend(sample.token_ids[offset:])
+                if self._has_logprobs:
+                    logprobs = step.logprobs.add(index=index, offset=offset)
+                    logprobs.values.CopyFrom(cut(sample.logprobs, offset, num_tokens))
+            if sample.finish is not None and not mark.has_finish[index]:
+                step.finished_samples.add(
+                    index=index,
+                    reason=sample.finish.reason,
+                    stop_token_id=sample.finish.stop_token_id if sample.finish.HasField("stop_token_id") else None,
+                )
+            after.num_tokens.append(num_tokens)
+            after.has_finish.append(sample.finish is not None)
+        return step, after
+
+    def resume(self, submit: link_pb2.Submit) -> None:
+        """Make a copy of the first submit go on from here."""
+        for index, sample in enumerate(self.samples):
+            if sample.token_ids or sample.finish is not None:
+                reason = sample.finish.reason if sample.finish is not None else common_pb2.FINISH_REASON_UNSPECIFIED
+                submit.resumed.add(index=index, token_ids=sample.token_ids, finished=reason)
+        if self._num_prompt and len(self.prompt_logprobs.logprobs) >= self._num_prompt:
+            submit.sampling.ClearField("prompt_logprobs")
+
+    def end(self, finished: generation_pb2.Finished | link_pb2.LinkStatus) -> None:
+        """The request has ended."""
+        if isinstance(finished, generation_pb2.Finished):
+            self.finished = finished
+        else:
+            self.error = finished
+        self._wake()
+
+    @contextmanager
+    def reader(self, offsets: Sequence[int], min_tokens: int) -> Iterator[TranscriptReader]:
+        """Read what is here and what comes.
+
+        Args:
+            offsets: Tokens of each sample that the reader has seen. They are read once more, in batches of their own.
+            min_tokens: Tokens of a sample to wait for, beside the first and the last ones.
+        """
+        reader = TranscriptReader(self, offsets, min_tokens)
+        self._readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self._readers.discard(reader)
+
+    def _wake(self) -> None:
+        for reader in self._readers:
+            reader.changed.set()
+
+
+class TranscriptReader:
+    """One reader of a transcript; made by `Transcript.reader`. Has what `Answer.take` needs of a TokenReceiver.
+
+    Attributes:
+        changed: Set when there may be more to read.
+    """
+
+    def __init__(self, transcript: Transcript, offsets: Sequence[int], min_tokens: int) -> None:
+        self.changed = asyncio.Event()
+        self.changed.set()
+        self._transcript = transcript
+        self._borders = offsets
+        self._min_tokens = min_tokens
+        self._read = transcript.begin()
+        self._wants_prompt = not any(offsets)
+
+    @property
+    def first_token_at(self) -> int:
+        """When the request's first token came here, in nanoseconds of the monotonic clock."""
+        return self._transcript.first_token_at
+
+    async def wait(self) -> None:
+        """Wait until there may be more to take."""
+        await self.changed.wait()
+        self.changed.clear()
+
+    def take_prompt_logprobs(self) -> list[tuple[int, common_pb2.TokenLogprobs]]:
+        """See TokenReceiver."""
+        values, start = self._transcript.prompt_logprobs, self._read.num_prompt
+        if not self._wants_prompt or start >= len(values.logprobs):
+            return []
+        self._read.num_prompt = stop = min(start + MAX_ANSWER_TOKENS, len(values.logprobs))
+        return [(start, cut(values, start, stop))]
+
+    def take(self) -> list[TokenBatch]:
+        """Return what came and is due."""
+        batches: list[TokenBatch] = []
+        read, is_over = self._read, self._transcript.is_over
+        for index, sample in enumerate(self._transcript.samples):
+            start, stop, border = read.num_tokens[index], len(sample.token_ids), self._borders[index]
+            if start < border < stop:
+                stop = border
+                self.changed.set()  # for the rest
+            is_last = sample.finish is not None and stop == len(sample.token_ids) and not read.has_finish[index]
+            is_due = stop - start >= self._min_tokens or start == 0 or start < border or is_over
+            if not is_last and (start == stop or not is_due):
+                continue
+            logprobs = cut(sample.logprobs, start, stop) if sample.logprobs.logprobs else None
+            finish = sample.finish if is_last else None
+            batches += TokenBatch(index, sample.token_ids[start:stop].tolist(), logprobs, finish).parts()
+            read.num_tokens[index], read.has_finish[index] = stop, is_last
+        return batches
+
+    def raise_error(self) -> None:
+        """Raise StatusError if the request ended with one and all before that was taken."""
+        if self._transcript.error is not None:
+            raise StatusError.from_link(self._transcript.error)
+
+
+def cut(values: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
+    """Return a copy of the entries of the tokens `[start, stop)`."""
+    top = slice(start * values.num_top, stop * values.num_top)
+    return common_pb2.TokenLogprobs(
+        logprobs=values.logprobs[start:stop],
+        num_top=values.num_top,
+        top_token_ids=values.top_token_ids[top],
+        top_logprobs=values.top_logprobs[top],
+    )
+
+
+def _append(target: common_pb2.TokenLogprobs, values: common_pb2.TokenLogprobs, skip: int) -> None:
+    new = cut(values, max(0, skip), len(values.logprobs))
+    target.num_top = values.num_top
+    target.logprobs.extend(new.logprobs)
+    target.top_token_ids.extend(new.top_token_ids)
+    target.top_logprobs.extend(new.top_logprobs)

@@ -1,0 +1,153 @@
+"""Journals in a real Redis: one owner at a time, bounded, and nothing of them stays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from service_processes import PATIENCE, RedisProcess, start_redis
+from services.common.api_keys import Tenant, TenantLimits
+from services.common.errors import StatusError
+from services.common.redis_client import open_redis
+from services.tokenizer.kept.journal import Entry, Head, Journal, Written
+
+TENANT = Tenant("acme", TenantLimits(kept_bytes=20_000))
+OTHER = Tenant("other")
+END = generation_pb2.Finished(usage=common_pb2.Usage(completion_tokens=3))
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    redis = start_redis(tmp_path)
+    yield redis
+    redis.stop()
+    Path(redis.url.removeprefix("unix://")).unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def journals(redis: RedisProcess, lease: float = 0.2) -> AsyncIterator[Callable[[str], Journal]]:
+    client = open_redis(redis.url, timeout=PATIENCE)
+    yield lambda owner: Journal(client, owner, ttl=100.0, lease=lease, max_bytes=2**20)
+    await client.aclose()
+    if redis.process.poll() is None:
+        store = Redis.from_url(redis.url)
+        assert [key for key in store.keys("*") if store.pttl(key) < 0] == []
+        store.close()
+
+
+def head(request_id: str = "r", execution: bytes = b"e") -> Head:
+    sampling = common_pb2.SamplingParams(n=1, seed=1)
+    submit = link_pb2.Submit(request_id=request_id, token_ids=[1, 2], sampling=sampling, execution_id=execution)
+    request = generation_pb2.GenerateRequest(prompt="x", request_id=request_id)
+    return Head(b"digest", request, submit, generation_pb2.Started(request_id=request_id), "version")
+
+
+def step(offset: int, *tokens: int) -> bytes:
+    return link_pb2.StepOutput(
+        handles=[0], indices=[0], offsets=[offset], counts=[len(tokens)], token_ids=tokens
+    ).SerializeToString()
+
+
+def entry(fence: int, num_bytes: int, data: bytes = b"", **more: object) -> Entry:
+    return Entry(TENANT, "r", fence, num_bytes, data, **more)  # type: ignore[arg-type]
+
+
+async def test_what_one_wrote_another_reads(own_redis):
+    async with journals(own_redis) as journal:
+        one, two = journal("one"), journal("two")
+        assert await one.head(TENANT, "r") is None
+        assert await one.create(TENANT, head(), 1, 5.0) is Written.DONE
+        assert await one.create(TENANT, head(), 1, 5.0) is Written.DONE, "the same again: its answer was lost"
+        assert await two.create(TENANT, head(execution=b"other"), 1, None) is Written.TAKEN
+        assert await two.create(OTHER, head(execution=b"other"), 1, None) is Written.DONE, "another tenant's id"
+        assert await two.head(TENANT, "r") == head()
+        first = step(0, 5, 6)
+        for _ in range(2):  # the second time as after a connection that broke
+            assert await one.write([entry(1, 0, first)]) == [Written.DONE]
+        assert await one.write([entry(1, len(first), step(2, 7), end=END)]) == [Written.DONE]
+        reading = await two.read(TENANT, "r", 0)
+        assert list(reading.steps.token_ids) == [5, 6, 7]
+        assert reading.end == END
+        assert reading.time_left <= 5.0
+        rest = await two.read(TENANT, "r", len(first))
+        assert list(rest.steps.token_ids) == [7]
+        assert await two.take(TENANT, "r", 1) == 0, "it has ended"
+
+
+async def test_one_owner_at_a_time(own_redis):
+    async with journals(own_redis) as journal:
+        one, two, three = journal("one"), journal("two"), journal("three")
+        await one.create(TENANT, head(), 1, None)
+        while not (fence := await two.take(TENANT, "r", 1)):  # once the lease is over
+            await asyncio.sleep(0.01)
+        assert fence == 2
+        assert await two.take(TENANT, "r", 1) == 2, "the same again: its answer was lost"
+        assert await three.take(TENANT, "r", 1) == 0
+        assert await one.write([entry(1, 0, step(0, 5))]) == [Written.TAKEN]
+        assert (await one.read(TENANT, "r", 0)).steps == link_pb2.StepOutput()
+        await one.forget(TENANT, "r", 1)  # no longer its own
+        assert await two.write([entry(2, 0, step(0, 5), gives_up=True)]) == [Written.DONE]
+        assert await three.take(TENANT, "r", 2) == 3
+
+
+async def test_a_renewed_lease_is_respected(own_redis):
+    async with journals(own_redis, lease=100.0) as journal:
+        one, two = journal("one"), journal("two")
+        await one.create(TENANT, head(), 1, None)
+        assert await two.take(TENANT, "r", 1) == 0
+        assert await one.write([entry(1, 0)]) == [Written.DONE]
+        assert (await two.read(TENANT, "r", 0)).lease_left > 0
+
+
+async def test_what_redis_lost_is_told(own_redis):
+    store = Redis.from_url(own_redis.url)
+    async with journals(own_redis) as journal:
+        one = journal("one")
+        await one.create(TENANT, head(), 1, None)
+        data = step(0, 5, 6)
+        await one.write([entry(1, 0, data)])
+        store.delete("scalellm:request-tail:{acme}:r")  # as when memory is short
+        assert await one.write([entry(1, len(data), step(2, 7))]) == [Written.GONE]
+        assert await one.read(TENANT, "r", 0) is None
+        assert await one.create(TENANT, head(), 1, None) is Written.DONE
+        store.script_flush()
+        assert await one.write([entry(1, 0, data)]) == [Written.DONE]
+    store.close()
+
+
+async def test_bytes_of_a_tenant_are_bounded(own_redis):
+    store = Redis.from_url(own_redis.url)
+    async with journals(own_redis) as journal:
+        one = journal("one")
+        created = 0
+        while await one.create(TENANT, head(f"r{created}"), 1, None) is Written.DONE:
+            created += 1
+        assert 10 < created < 40
+        assert await one.create(OTHER, head(), 1, None) is Written.DONE
+        used = int(store.hget("scalellm:request-bytes:{acme}", ""))
+        assert used <= 20_000
+        await one.forget(TENANT, "r0", 1)
+        assert await one.create(TENANT, head(), 1, None) is Written.DONE
+        assert await one.write([entry(1, 0, b"\0" * 15_000)]) == [Written.FULL]
+        assert await one.read(TENANT, "r", 0) is None, "a journal with a gap is none"
+        for number in range(created):
+            await one.forget(TENANT, f"r{number}", 1)
+        assert int(store.hget("scalellm:request-bytes:{acme}", "")) == 0
+        assert store.zcard("scalellm:requests:{acme}") == 0
+    store.close()
+
+
+async def test_a_redis_that_does_not_answer(own_redis):
+    async with journals(own_redis) as journal:
+        one = journal("one")
+        own_redis.stop()
+        for attempt in (one.create(TENANT, head(), 1, None), one.read(TENANT, "r", 0), one.write([entry(1, 0)])):
+            with pytest.raises(StatusError, match="the store of kept requests cannot be reached"):
+                await attempt
+        assert one.num_failures == 3
