@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from services.common.gguf_metadata import GgufMetadata
+from services.common.gguf_parts import gguf_models
 from services.common.model_files import read_json_object, shown
 
 _log = logging.getLogger(__name__)
@@ -118,6 +119,6 @@ def _gguf_file(model: Path) -> Path | None:
     """Return the GGUF file of a model: the file itself, or the one that a directory's weights or tokenizer are from."""
     if model.is_file():
         return model
-    files = sorted(model.glob("*.gguf"))
+    files = gguf_models(model)
     named = [path for path in files if path.name == "model.gguf"]
     return named[0] if named else files[0] if len(files) == 1 else None

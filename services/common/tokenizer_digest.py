@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 
 from services.common.gguf_metadata import GgufError, GgufMetadata
+from services.common.gguf_parts import gguf_models
 
 TOKENIZER_JSON = "tokenizer.json"
 _GGUF_PREFIX = "tokenizer."
@@ -28,7 +29,7 @@ def tokenizer_source(model: Path) -> Path:
         return model
     if (model / TOKENIZER_JSON).is_file():
         return model / TOKENIZER_JSON
-    files = sorted(model.glob("*.gguf"))
+    files = gguf_models(model)
     if len(files) == 1:
         return files[0]
     if files:

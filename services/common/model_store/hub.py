@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from services.common.gguf_parts import split_name
 from services.common.model_store.errors import ModelStoreError, UnknownModelError
 
 _NAME = re.compile(
     r"(?P<repo>[\w][\w.-]{0,95}/[\w][\w.-]{0,95})(?:@(?P<revision>[\w][\w./-]{0,255}))?(?::(?P<choice>[\w.-]{1,128}))?",
     re.ASCII,
 )
-_SPLIT = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DEFAULT_CHOICE = "Q4_K_M"
 _INDEX = "model.safetensors.index.json"
@@ -228,9 +228,13 @@ def _gguf_sets(names: Sequence[str]) -> dict[str, list[str]]:
     sets: dict[str, list[str]] = {}
     for name in sorted(names):
         if name.lower().endswith(".gguf") and not PurePosixPath(name).name.startswith("mmproj"):
-            split = _SPLIT.fullmatch(name)
-            sets.setdefault(split["stem"] if split else name[: -len(".gguf")], []).append(name)
+            sets.setdefault(_stem(name), []).append(name)
     return sets
+
+
+def _stem(name: str) -> str:
+    split = split_name(name)
+    return split[0] if split else name[: -len(".gguf")]
 
 
 def _of_choice(sets: dict[str, list[str]], choice: str) -> list[list[str]]:
@@ -241,17 +245,15 @@ def _of_choice(sets: dict[str, list[str]], choice: str) -> list[list[str]]:
 
 def _label(parts: Sequence[str]) -> str:
     """What a GGUF model is chosen by: the end of its name, from the quantisation on."""
-    name = PurePosixPath(parts[0]).name
-    split = _SPLIT.fullmatch(name)
-    stem = split["stem"] if split else name[: -len(".gguf")]
+    stem = _stem(PurePosixPath(parts[0]).name)
     found = re.search(r"(?:UD-)?(?:I?Q\d\w*|BF16|F16|F32|MXFP4\w*)$", stem, re.IGNORECASE)
     return found[0] if found else stem
 
 
 def _is_whole(files: _Files, snapshot: Path) -> bool:
     """Whether all parts of a model are here; small files are fetched before the large ones, and so are here as well."""
-    if split := _SPLIT.fullmatch(files.first):
-        return len(files.names) == int(split["count"])
+    if split := split_name(files.first):
+        return len(files.names) == split[2]
     if files.first:
         return True
     try:

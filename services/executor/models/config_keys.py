@@ -240,7 +240,7 @@ ACCEPTED_VALUES: Mapping[str, tuple[Any, ...]] = {
 IRRELEVANT_GGUF_KEYS = frozenset(
     {
         *("vocab_size", "tensor_data_layout", "source.url", "rope.scaling.finetuned"),
-        # Of yarn alone, whose type is refused.
+        # Of yarn alone, with which they are read.
         *("rope.scaling.original_context_length", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast"),
         *("rope.scaling.yarn_beta_slow", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_log_multiplier"),
     }

@@ -15,7 +15,14 @@ from services.executor.models.config_keys import (
     ConfigKeys,
 )
 from services.executor.models.errors import UnsupportedModelError
-from services.executor.models.rope import FrequencyFactors, LinearScaling, RopeConfig, RopeScaling
+from services.executor.models.rope import (
+    FrequencyFactors,
+    LinearScaling,
+    RopeConfig,
+    RopeScaling,
+    YarnScaling,
+    yarn_attention_factor,
+)
 
 # GGUF's `llama` covers Mistral too: the two differ by a sliding window at most, which is a setting here. With experts
 # it is Mixtral.
@@ -150,10 +157,12 @@ def _sliding_layers(get: "_Keys", gemma: bool, num_layers: int) -> tuple[bool, .
 def _scaling(get: "_Keys", rope_factors: Sequence[float] | None) -> RopeScaling | None:
     # As in llama.cpp: the type defaults to linear, a factor of 0 means none, and both kinds of scaling multiply.
     kind = get.get(f"{get.arch}.rope.scaling.type", "linear")
+    if kind == "yarn" and rope_factors is None:
+        return _yarn(get)
     if kind not in ("none", "linear"):
         raise UnsupportedModelError(
             f"GGUF: {get.arch}.rope.scaling.type {shown(kind)} is not supported; "
-            "supported: none, linear, rope_freqs.weight"
+            "supported: none, linear, yarn, rope_freqs.weight"
         )
     factor, older = get.number("rope.scaling.factor", 0.0), get.number("rope.scale_linear", 0.0)
     if factor < 0 or older < 0:
@@ -165,6 +174,24 @@ def _scaling(get: "_Keys", rope_factors: Sequence[float] | None) -> RopeScaling 
             raise UnsupportedModelError("GGUF: rope_freqs.weight has values that no frequency is divided by")
         return FrequencyFactors(tuple(linear * factor for factor in rope_factors))
     return None if linear == 1.0 else LinearScaling(linear)
+
+
+def _yarn(get: "_Keys") -> YarnScaling:
+    """As in llama.cpp; what else it can be told of YaRN is refused, as no published model does."""
+    for key, default in (("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+        if get.number(f"rope.scaling.{key}", default) != default:
+            raise get.refusal(f"{get.arch}.rope.scaling.{key}", f"it must be {default:g}")
+    factor = get.number("rope.scaling.factor", positive=True)
+    return YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=get.integer(
+            "rope.scaling.original_context_length", get.integer("context_length"), most=MOST_POSITIONS
+        ),
+        attention_factor=yarn_attention_factor(factor)
+        * get.number("rope.scaling.yarn_attn_factor", 1.0, positive=True),
+        beta_fast=get.number("rope.scaling.yarn_beta_fast", 32.0, positive=True),
+        beta_slow=get.number("rope.scaling.yarn_beta_slow", 1.0, positive=True),
+    )
 
 
 class _Keys(ConfigKeys):

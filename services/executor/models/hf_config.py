@@ -19,7 +19,14 @@ from services.executor.models.config_keys import (
 from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.hf_quantization import stored_linears
 from services.executor.models.linear import CheckpointFormat
-from services.executor.models.rope import LinearScaling, Llama3Scaling, RopeConfig, RopeScaling
+from services.executor.models.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    RopeConfig,
+    RopeScaling,
+    YarnScaling,
+    yarn_attention_factor,
+)
 
 _MODEL_TYPES: Mapping[Architecture, str] = {
     "LlamaForCausalLM": "llama",
@@ -30,7 +37,15 @@ _MODEL_TYPES: Mapping[Architecture, str] = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma3ForCausalLM": "gemma3_text",
 }
+_GEMMA3_WITH_IMAGES = "Gemma3ForConditionalGeneration"
+_KEYS_OF_IMAGES = frozenset(
+    {
+        *("vision_config", "mm_tokens_per_image", "image_token_index", "image_token_id"),
+        *("boi_token_index", "boi_token_id", "eoi_token_index", "eoi_token_id"),
+    }
+)
 _WITH_ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -44,18 +59,33 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     implements, and a key that is not known.
     """
     keys = ConfigKeys(raw, "config.json")
+    if keys.get("architectures") == [_GEMMA3_WITH_IMAGES]:
+        keys = _language_model(keys, raw)
     config = _config(keys)
     keys.refuse_unread(IRRELEVANT_KEYS, ACCEPTED_VALUES)
     return config
+
+
+def _language_model(keys: ConfigKeys, raw: Mapping[str, Any]) -> ConfigKeys:
+    """Return the configuration of the language model in one that reads images as well, as if it stood alone."""
+    if keys.text("model_type", "gemma3") != "gemma3":
+        raise keys.refusal("model_type", f"that of {_GEMMA3_WITH_IMAGES} is gemma3")
+    text = raw.get("text_config") or {}
+    if not isinstance(text, Mapping):
+        raise keys.refusal("text_config", "it must be an object")
+    of_both = {key: raw[key] for key in ("quantization_config", "tie_word_embeddings") if keys.get(key) is not None}
+    keys.get("text_config")
+    keys.refuse_unread(IRRELEVANT_KEYS | _KEYS_OF_IMAGES, ACCEPTED_VALUES)
+    return ConfigKeys({**text, **of_both, "architectures": ["Gemma3ForCausalLM"]}, "config.json: text_config")
 
 
 def _config(keys: ConfigKeys) -> ModelConfig:
     architecture = _architecture(keys)
     gemma = architecture == "Gemma3ForCausalLM"
     mixtral = architecture == "MixtralForCausalLM"
-    hidden_size = keys.integer("hidden_size")
-    num_heads = keys.integer("num_attention_heads", most=MOST_HEADS)
-    num_layers = keys.integer("num_hidden_layers", most=MOST_LAYERS)
+    hidden_size = keys.integer("hidden_size", 2304 if gemma else None)
+    num_heads = keys.integer("num_attention_heads", 8 if gemma else None, most=MOST_HEADS)
+    num_layers = keys.integer("num_hidden_layers", 26 if gemma else None, most=MOST_LAYERS)
     head_dim = keys.integer("head_dim", _default_head_dim(architecture, hidden_size, num_heads), most=MOST_HEADS)
     max_positions = keys.integer("max_position_embeddings", 131072 if gemma else None, most=MOST_POSITIONS)
     window, sliding_layers = _sliding(keys, architecture, num_layers)
@@ -65,14 +95,14 @@ def _config(keys: ConfigKeys) -> ModelConfig:
     query_scalar = keys.number("query_pre_attn_scalar", 256.0, positive=True) if gemma else float(head_dim)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=keys.integer("vocab_size"),
+        vocab_size=keys.integer("vocab_size", 262_208 if gemma else None),
         hidden_size=hidden_size,
-        intermediate_size=keys.integer("intermediate_size"),
+        intermediate_size=keys.integer("intermediate_size", 9216 if gemma else None),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=keys.integer("num_key_value_heads", num_heads, most=MOST_HEADS),
+        num_kv_heads=keys.integer("num_key_value_heads", 4 if gemma else num_heads, most=MOST_HEADS),
         head_dim=head_dim,
-        max_position_embeddings=max_positions,
+        max_position_embeddings=_stretched(rope, max_positions),
         rms_norm_eps=keys.number("rms_norm_eps", 1e-5 if mixtral else 1e-6, positive=True),
         rope=rope,
         local_rope=local_rope,
@@ -107,7 +137,8 @@ def _architecture(keys: ConfigKeys) -> Architecture:
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if not isinstance(name, str) or name not in _MODEL_TYPES:
         raise UnsupportedModelError(
-            f"config.json: architectures {shown(names)} is not supported; supported: {', '.join(_MODEL_TYPES)}"
+            f"config.json: architectures {shown(names)} is not supported; supported: {', '.join(_MODEL_TYPES)}, "
+            f"{_GEMMA3_WITH_IMAGES} (its language model)"
         )
     architecture = cast(Architecture, name)
     # transformers chooses the model's class by this key.
@@ -227,11 +258,40 @@ def _rope(
             )
             if scaling.low_freq_factor == scaling.high_freq_factor:
                 raise keys.refusal("high_freq_factor", "it must differ from low_freq_factor")
+        case "dynamic":
+            # Frequencies change where a context is longer than max_position_embeddings, which none is here.
+            keys.number("factor", positive=True)
+            scaling = None
+        case "yarn":
+            scaling = _yarn(keys, original, max_positions)
         case _:
             raise UnsupportedModelError(
-                f"config.json: rope type {shown(kind)} is not supported; supported: default, linear, llama3"
+                f"config.json: rope type {shown(kind)} is not supported; supported: {', '.join(_ROPE_TYPES)}"
             )
     return RopeConfig(keys.number("rope_theta", default_theta, positive=True), scaling)
+
+
+def _yarn(keys: ConfigKeys, original: int, max_positions: int) -> YarnScaling:
+    factor = keys.number("factor", max_positions / original, positive=True)
+    mscale, of_all = keys.number("mscale", 0.0), keys.number("mscale_all_dim", 0.0)
+    attention_factor = yarn_attention_factor(factor)
+    if mscale and of_all:
+        attention_factor = yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, of_all)
+    return YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=original,
+        attention_factor=keys.number("attention_factor", attention_factor, positive=True),
+        beta_fast=keys.number("beta_fast", 32.0, positive=True),
+        beta_slow=keys.number("beta_slow", 1.0, positive=True),
+        truncate=keys.flag("truncate", True),
+    )
+
+
+def _stretched(rope: RopeConfig, max_positions: int) -> int:
+    """The longest context: what YaRN stretches the original one to, where the file still has that one, as in vLLM."""
+    if not isinstance(scaling := rope.scaling, YarnScaling):
+        return max_positions
+    return min(MOST_POSITIONS, max(max_positions, int(scaling.factor * scaling.original_max_position_embeddings)))
 
 
 class _Experts(TypedDict, total=False):

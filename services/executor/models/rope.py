@@ -25,13 +25,36 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): frequencies that turn seldom in the original context are divided by `factor`, those that
+    turn often are kept, with a linear blend over the dimensions between; rotated vectors are multiplied by
+    `attention_factor`.
+
+    Attributes:
+        factor: How many times longer the context is than the original one.
+        original_max_position_embeddings: The context that the model was first trained with, in tokens.
+        attention_factor: Multiplies queries and keys alike.
+        beta_fast: Turns in the original context from which on a frequency is kept.
+        beta_slow: Turns up to which it is divided.
+        truncate: Begin and end the blend at whole dimensions.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
 class FrequencyFactors:
     """A divisor per frequency, `[head_dim / 2]`: how a GGUF file carries Llama 3's scaling (`rope_freqs.weight`)."""
 
     factors: tuple[float, ...]
 
 
-RopeScaling = LinearScaling | Llama3Scaling | FrequencyFactors
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyFactors
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,11 @@ class RopeConfig:
 
     theta: float
     scaling: RopeScaling | None = None
+
+    @property
+    def attention_factor(self) -> float:
+        """What rotated queries and keys are multiplied by."""
+        return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling) else 1.0
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -58,6 +86,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
             return inv_freq / torch.tensor(factors, dtype=torch.float32)
         case Llama3Scaling() as scaling:
             return _llama3(inv_freq, scaling)
+        case YarnScaling() as scaling:
+            return _yarn(rope.theta, inv_freq, scaling)
 
 
 def _llama3(inv_freq: Tensor, scaling: Llama3Scaling) -> Tensor:
@@ -68,8 +98,35 @@ def _llama3(inv_freq: Tensor, scaling: Llama3Scaling) -> Tensor:
     return (1 - kept) * inv_freq / scaling.factor + kept * inv_freq
 
 
+def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
+    """Return what the paper multiplies vectors by, so that attention is as sharp as in the original context."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _yarn(theta: float, inv_freq: Tensor, scaling: YarnScaling) -> Tensor:
+    head_dim = 2 * len(inv_freq)
+
+    def dimension(turns: float) -> float:
+        """The (fractional) frequency that makes so many turns in the original context."""
+        return (
+            head_dim
+            * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    last = last + 0.001 if first == last else last
+    divided = ((torch.arange(len(inv_freq), dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    return inv_freq / scaling.factor * divided + inv_freq * (1 - divided)
+
+
 def build_cos_sin_cache(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
     """Return the table `[num_positions, head_dim]` float32 whose row p is cos(p * f) followed by sin(p * f).
+
+    With YaRN both are multiplied by its attention factor.
 
     The angles are float32 products on purpose: that is what the models were trained with, and what `transformers`
     does, so that long contexts agree with it. The table stays float32 whatever the model's dtype.
@@ -78,4 +135,5 @@ def build_cos_sin_cache(rope: RopeConfig, head_dim: int, num_positions: int, dev
         return torch.empty(num_positions, head_dim, dtype=torch.float32, device=device)
     positions = torch.arange(num_positions, dtype=torch.float32, device=device)
     angles = torch.outer(positions, inverse_frequencies(rope, head_dim).to(device))
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return table if rope.attention_factor == 1.0 else table * rope.attention_factor

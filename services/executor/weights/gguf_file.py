@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from services.common.gguf_metadata import GgufError, GgufMetadata
-from services.common.model_files import shown_name
+from services.common.gguf_parts import gguf_parts
+from services.common.model_files import shown, shown_name
 from services.executor.models.errors import UnsupportedModelError
 
 _DEFAULT_ALIGNMENT = 32
@@ -28,12 +29,16 @@ allocator reuses their pages, a file is read five times as fast as with 1 MiB.""
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies in the file; `shape` is row-major (GGUF itself lists the fastest dimension first)."""
+    """Where a tensor lies; `shape` is row-major (GGUF itself lists the fastest dimension first).
+
+    `part` numbers the files of a split model from 0 on; `offset` is one in that file.
+    """
 
     shape: tuple[int, ...]
     type: gguf.GGMLQuantizationType
     offset: int
     num_bytes: int
+    part: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -42,25 +47,37 @@ class GgufTensor:
 
 
 class GgufFile:
-    """Metadata and tensors of one GGUF file (versions 2 and 3, little-endian), mapped into memory.
+    """Metadata and tensors of one GGUF model (versions 2 and 3, little-endian), mapped into memory.
 
-    Raises UnsupportedModelError when the file is no GGUF file, ends early, or has a tensor of an unknown type.
+    Args:
+        path: Its only file, or the first one of a split model, whose metadata count.
+
+    Raises UnsupportedModelError when a file is no GGUF file, ends early, or has a tensor of an unknown type, and when
+    parts are missing or do not belong together.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._data: list[mmap.mmap] = []
+        self.tensors: Mapping[str, GgufTensor]
+        tensors: dict[str, GgufTensor] = {}
         try:
-            self.metadata: Mapping[str, Any] = GgufMetadata(path)
-        except GgufError as error:
-            raise UnsupportedModelError(str(error)) from error
-        with path.open("rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            self.tensors: Mapping[str, GgufTensor] = self._read_tensor_table(self.metadata)
+            self._parts = gguf_parts(path)
+            metadata = [GgufMetadata(part) for part in self._parts]
+            for number, part in enumerate(self._parts):
+                self._check_part(number, metadata[number])
+                with part.open("rb") as file:
+                    self._data.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                table = self._read_tensor_table(number, metadata[number])
+                if twice := next((name for name in table if name in tensors), None):
+                    raise GgufError(f"{part}: the tensor {shown_name(twice)} is in an earlier part as well")
+                tensors |= table
         except GgufError as error:
             raise UnsupportedModelError(str(error)) from error
         except (struct.error, UnicodeDecodeError) as error:
             raise UnsupportedModelError(f"{path}: not a readable GGUF file: tensor table: {error}") from error
+        self.metadata: Mapping[str, Any] = metadata[0]
+        self.tensors = tensors
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +85,8 @@ class GgufFile:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._data.close()
+        for data in self._data:
+            data.close()
 
     def dequantize(self, name: str, first_row: int = 0, num_rows: int | None = None) -> npt.NDArray[np.float32]:
         """Return rows of a tensor as float32, a copy: `[num_rows, columns]`, and `[num_rows]` of a vector.
@@ -93,47 +111,56 @@ class GgufFile:
         row_bytes = tensor.num_bytes // tensor.num_rows
         start = tensor.offset + first_row * row_bytes
         # A copy, because nothing may point into the mapping when it is closed.
-        return np.frombuffer(self._data, np.uint8, num_rows * row_bytes, start).copy().reshape(num_rows, row_bytes)
+        return (
+            np.frombuffer(self._data[tensor.part], np.uint8, num_rows * row_bytes, start)
+            .copy()
+            .reshape(num_rows, row_bytes)
+        )
 
     def rows_per_step(self, name: str) -> int:
         """Return how many rows to dequantise at a time."""
         tensor = self.tensors[name]
         return max(1, _STEP_BYTES * tensor.num_rows // tensor.num_bytes)
 
-    def _read_tensor_table(self, metadata: GgufMetadata) -> dict[str, GgufTensor]:
-        _, _, num_tensors, _ = _FIXED_HEADER.unpack_from(self._data)
+    def _check_part(self, number: int, metadata: GgufMetadata) -> None:
+        path, count = self._parts[number], metadata.typed("split.count", int) or 1
+        if count != len(self._parts):
+            what = f"one of {count} parts" if count > 1 else "not a part of a split model"
+            raise GgufError(f"{path}: split.count says that it is {what}, and its name another thing")
+        if count > 1 and metadata.typed("split.no", int) != number:
+            raise GgufError(f"{path}: split.no is {shown(metadata.get('split.no'))}; by its name it is {number}")
+
+    def _read_tensor_table(self, part: int, metadata: GgufMetadata) -> dict[str, GgufTensor]:
+        path, data = self._parts[part], self._data[part]
+        _, _, num_tensors, _ = _FIXED_HEADER.unpack_from(data)
         # The table follows the last value; an entry is a length, the key, a type code and the value.
         table = _Cursor(
-            self._data,
+            data,
             _FIXED_HEADER.size + sum(8 + len(key.encode()) + len(metadata.encoded(key)) for key in metadata),
         )
         tensors: dict[str, GgufTensor] = {}
         for _ in range(num_tensors):
-            name, tensor = self._read_tensor(table)
+            name, tensor = self._read_tensor(path, table)
             if name in tensors:
-                raise GgufError(f"{self._path}: the tensor {shown_name(name)} is there twice")
+                raise GgufError(f"{path}: the tensor {shown_name(name)} is there twice")
             tensors[name] = tensor
         alignment = metadata.typed("general.alignment", int)
         alignment = _DEFAULT_ALIGNMENT if alignment is None else alignment
         if not 0 < alignment <= _MOST_ALIGNMENT:
-            raise GgufError(
-                f"{self._path}: general.alignment is {alignment}; it must be between 1 and {_MOST_ALIGNMENT}"
-            )
+            raise GgufError(f"{path}: general.alignment is {alignment}; it must be between 1 and {_MOST_ALIGNMENT}")
         start = math.ceil(table.position / alignment) * alignment
         for name, tensor in tensors.items():
             end = start + tensor.offset + tensor.num_bytes
-            if end > len(self._data):
-                raise UnsupportedModelError(
-                    f"{self._path}: cut off: {name} ends at byte {end}, the file has {len(self._data)}"
-                )
-        return {name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}
+            if end > len(data):
+                raise UnsupportedModelError(f"{path}: cut off: {name} ends at byte {end}, the file has {len(data)}")
+        return {name: replace(tensor, offset=start + tensor.offset, part=part) for name, tensor in tensors.items()}
 
-    def _read_tensor(self, table: "_Cursor") -> tuple[str, GgufTensor]:
+    def _read_tensor(self, path: Path, table: "_Cursor") -> tuple[str, GgufTensor]:
         name = table.string()
         num_dimensions = table.integer("I")
         if not 0 < num_dimensions <= _MOST_DIMENSIONS:
             raise GgufError(
-                f"{self._path}: {shown_name(name)} has {num_dimensions} dimensions; supported: 1 to {_MOST_DIMENSIONS}"
+                f"{path}: {shown_name(name)} has {num_dimensions} dimensions; supported: 1 to {_MOST_DIMENSIONS}"
             )
         shape = tuple(reversed([table.integer("Q") for _ in range(num_dimensions)]))
         code, offset = table.integer("I"), table.integer("Q")
@@ -141,13 +168,11 @@ class GgufFile:
             kind = gguf.GGMLQuantizationType(code)
             block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError) as error:
-            raise UnsupportedModelError(
-                f"{self._path}: {shown_name(name)} has the unknown tensor type {code}"
-            ) from error
+            raise UnsupportedModelError(f"{path}: {shown_name(name)} has the unknown tensor type {code}") from error
         # A row of a vector is one value.
         if 0 in shape or shape[-1] % block_size or (len(shape) == 1 and block_size > 1):
             raise UnsupportedModelError(
-                f"{self._path}: {shown_name(name)} has shape {list(shape)}, which type {kind.name} cannot have"
+                f"{path}: {shown_name(name)} has shape {list(shape)}, which type {kind.name} cannot have"
             )
         return name, GgufTensor(shape, kind, offset, math.prod(shape) // block_size * block_bytes)
 

@@ -9,6 +9,7 @@ import torch
 
 from services.common.end_tokens import end_token_ids
 from services.common.gguf_metadata import GgufError
+from services.common.gguf_parts import gguf_models
 from services.common.model_files import ModelFileError, read_json_object, shown_name
 from services.executor.models.causal_lm import CausalLM
 from services.executor.models.config import ModelConfig
@@ -168,7 +169,7 @@ def _locate(path: Path) -> Path:
         return path / GGUF_FILE
     if (path / "config.json").is_file():
         return path
-    files = sorted(path.glob("*.gguf"))
+    files = gguf_models(path)
     if len(files) == 1:
         return files[0]
     if files:
@@ -198,9 +199,6 @@ def _hf_config(directory: Path) -> ModelConfig:
 
 def _gguf_config(file: GgufFile) -> ModelConfig:
     try:
-        if file.metadata.get("split.count", 1) not in (0, 1):
-            message = "GGUF: split files are not supported; merge them into one with llama-gguf-split"
-            raise UnsupportedModelError(message)
         if _EMBEDDING not in file.tensors:
             raise UnsupportedModelError(f"GGUF: the tensor {_EMBEDDING} is missing")
         factors = file.dequantize(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in file.tensors else None

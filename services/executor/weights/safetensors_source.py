@@ -1,5 +1,6 @@
 """Weights from a Hugging Face directory of safetensors files, one or many with an index."""
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,12 +28,19 @@ _DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }
 
 
+_NOT_TEXT = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..*")
+_OF_TEXT = ((re.compile(r"model\.language_model\."), "model."), (re.compile(r"language_model\."), ""))
+
+
 class SafetensorsSource:
-    """An open safetensors checkpoint. The files are memory-mapped; a tensor costs memory only while it is copied."""
+    """An open safetensors checkpoint. The files are memory-mapped; a tensor costs memory only while it is copied.
+
+    Of a model that reads images as well its language model is the checkpoint, with the names that it has alone.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._files: dict[str, Any] = {}
-        self._names: dict[str, Path] = {}
+        self._stored_names: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._stack = ExitStack()
@@ -57,8 +65,8 @@ class SafetensorsSource:
         return self._shapes
 
     def native_name(self, name: str) -> str:
-        """Return the name itself: the format is the one the names come from."""
-        return name
+        """Return the name that a tensor has in the files."""
+        return self._stored_names.get(name, name)
 
     def wrong_dtype(self, name: str, slot: WeightSlot) -> str | None:
         """Name the dtypes as the format does."""
@@ -68,14 +76,18 @@ class SafetensorsSource:
 
     def read(self, name: str, slot: WeightSlot, device: torch.device, on_bytes: Callable[[int], None]) -> None:
         """Fill a slot, converting to its dtype."""
-        slot.load(self._files[name].get_tensor(name), device)
+        slot.load(self._read(name), device)
         on_bytes(slot.num_bytes)
 
     def are_equal(self, first: str, second: str) -> bool:
         """Return whether two tensors have the same dtype, shape and numbers."""
         if self._dtypes[first] != self._dtypes[second] or self._shapes[first] != self._shapes[second]:
             return False
-        return torch.equal(*(self._files[name].get_tensor(name) for name in (first, second)))
+        return torch.equal(self._read(first), self._read(second))
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(self._stored_names[name])
+        return tensor
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
         try:
@@ -87,15 +99,27 @@ class SafetensorsSource:
                 raise UnsupportedModelError(
                     f"{path} lacks {shown_name(min(expected - names))}, which {INDEX_FILE} says it has"
                 )
-            for name in names:
-                view = file.get_slice(name)
-                self._files[name] = file
+            for stored_name in names:
+                if (name := _name_of_text(stored_name)) is None:
+                    continue
+                view = file.get_slice(stored_name)
+                self._files[name], self._stored_names[name] = file, stored_name
                 self._dtypes[name] = view.get_dtype()
                 self._shapes[name] = tuple(view.get_shape())
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(
                 f"{path.parent / shown_name(path.name)}: not a complete safetensors file: {brief(error)}"
             ) from error
+
+
+def _name_of_text(stored_name: str) -> str | None:
+    """Return the name of a tensor in a language model alone; None: it belongs to what reads images."""
+    if _NOT_TEXT.fullmatch(stored_name):
+        return None
+    for prefix, name in _OF_TEXT:
+        if found := prefix.match(stored_name):
+            return name + stored_name[found.end() :]
+    return stored_name
 
 
 def _shards(directory: Path) -> dict[Path, set[str] | None]:

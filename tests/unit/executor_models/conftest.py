@@ -123,6 +123,17 @@ _FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
             }
         },
     ),
+    "yarn-rope": (
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
     "linear-rope": (LlamaConfig, {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
     "mistral": (MistralConfig, {"sliding_window": 20}),
     "qwen2": (Qwen2Config, {"head_dim": 8, "tie_word_embeddings": True}),

@@ -12,8 +12,16 @@ from gguf import GGMLQuantizationType as T
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from services.common.tokenizer_digest import tokenizer_sha256
 from services.executor.models import ModelRuntime, Quantization
-from services.executor.models.rope import FrequencyFactors, LinearScaling, RopeConfig
+from services.executor.models.errors import UnsupportedModelError
+from services.executor.models.rope import (
+    FrequencyFactors,
+    LinearScaling,
+    RopeConfig,
+    YarnScaling,
+    yarn_attention_factor,
+)
 from services.executor.weights import load_model, read_model_config, weight_bytes
 
 CPU = torch.device("cpu")
@@ -21,10 +29,17 @@ VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 200, 64, 96, 3, 4, 2
 
 
 def write_gguf(
-    path: Path, arch: str, *, head_dim: int = 16, tied: bool = True, kinds: tuple[T, ...] = (T.F32,), **extra: Any
+    path: Path,
+    arch: str,
+    *,
+    head_dim: int = 16,
+    tied: bool = True,
+    kinds: tuple[T, ...] = (T.F32,),
+    tensors_per_file: int = 0,
+    **extra: Any,
 ) -> None:
     """Write a random model; matrices take the quantisation types of `kinds` in turn."""
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_file)
     writer.add_block_count(LAYERS)
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)
@@ -167,3 +182,46 @@ def test_sliding_window_pattern(pattern: Any, expected: tuple[bool, ...], tmp_pa
     path = tmp_path / "model.gguf"
     write_gguf(path, "gemma3", sliding_window_pattern=pattern)
     assert read_model_config(path).sliding_layers == expected
+
+
+@pytest.mark.parametrize("name", ["model", "tiny-Q8_0"])
+def test_a_split_model_is_the_same_one(name: str, paged: Callable[..., Any], tmp_path: Path) -> None:
+    write_gguf(tmp_path / "whole.gguf", "llama", kinds=QUANTISED)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_gguf(folder / f"{name}.gguf", "llama", kinds=QUANTISED, tensors_per_file=10)
+    parts = sorted(folder.iterdir())
+    assert [part.name for part in parts] == [f"{name}-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    whole, whole_config = load_model(tmp_path / "whole.gguf", ModelRuntime())
+    prompt = [(7 * i + 3) % VOCAB for i in range(20)]
+    expected = paged(whole, whole_config).step({0: prompt})[0]
+    for place in (folder, parts[0]):
+        split, config = load_model(place, ModelRuntime())
+        assert config == whole_config
+        assert tokenizer_sha256(place) == tokenizer_sha256(tmp_path / "whole.gguf")
+        assert torch.equal(paged(split, config).step({0: prompt})[0], expected)
+    with pytest.raises(UnsupportedModelError, match=f"part 2 of a split model; give its first file, {parts[0].name}"):
+        load_model(parts[1], ModelRuntime())
+    parts[1].rename(folder / "kept")
+    with pytest.raises(UnsupportedModelError, match=f"1 of 3 parts are missing: {parts[1].name}"):
+        load_model(parts[0], ModelRuntime())
+    parts[2].rename(parts[1])
+    (folder / "kept").rename(parts[2])
+    with pytest.raises(UnsupportedModelError, match=r"split.no is 2; by its name it is 1"):
+        load_model(parts[0], ModelRuntime())
+
+
+def test_yarn_is_what_transformers_computes(tmp_path: Path) -> None:
+    """transformers does not read the keys of yarn; a config.json that says the same is compared with it elsewhere."""
+    path = tmp_path / "model.gguf"
+    extra = {
+        "rope_scaling_type": gguf.RopeScalingType.YARN,
+        "rope_scaling_factor": 4.0,
+        "rope_scaling_orig_ctx_len": 64,
+    }
+    write_gguf(path, "qwen2", **extra)
+    rope = read_model_config(path).rope
+    assert rope == RopeConfig(20000.0, YarnScaling(4.0, 64, yarn_attention_factor(4.0)))
+    write_gguf(path, "qwen2", **extra, rope_scaling_yarn_log_mul=0.1)
+    with pytest.raises(UnsupportedModelError, match="qwen2.rope.scaling.yarn_log_multiplier is 0.1.*; it must be 0"):
+        read_model_config(path)

@@ -13,7 +13,13 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from services.executor.models.hf_config import config_from_hf
-from services.executor.models.rope import FrequencyFactors, Llama3Scaling, RopeConfig, inverse_frequencies
+from services.executor.models.rope import (
+    FrequencyFactors,
+    Llama3Scaling,
+    RopeConfig,
+    YarnScaling,
+    inverse_frequencies,
+)
 from services.executor.weights import read_model_config
 
 CPU = torch.device("cpu")
@@ -135,6 +141,12 @@ GEMMA3_1B: dict[str, Any] = {
 VARIANTS = {
     "llama-3.2": LLAMA_32_1B,
     "llama-linear": {**LLAMA_32_1B, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama-dynamic": {**LLAMA_32_1B, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "qwen3-yarn": {
+        **QWEN3_06B,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    },
     "llama-2": {**LLAMA_32_1B, "rope_scaling": None, "head_dim": None, "num_key_value_heads": None},
     "mistral-0.1": MISTRAL_7B,
     "mistral-0.3": {**MISTRAL_7B, "sliding_window": None, "head_dim": 128, "rope_theta": 1000000.0},
@@ -231,3 +243,58 @@ def test_llama3_frequencies(theta: float, factor: float, low: float, span: float
     factors = inverse_frequencies(RopeConfig(theta), head_dim) / expected
     as_gguf = RopeConfig(theta, FrequencyFactors(tuple(factors.tolist())))
     torch.testing.assert_close(inverse_frequencies(as_gguf, head_dim), expected, rtol=2e-5, atol=0)
+
+
+@given(
+    theta=st.floats(1e3, 1e7),
+    factor=st.floats(1.0, 64.0),
+    beta_slow=st.floats(0.5, 4.0),
+    span=st.floats(1.0, 64.0),
+    original=st.integers(64, 65536),
+    head_dim=st.sampled_from([16, 64, 128, 256]),
+    given=st.fixed_dictionaries(
+        {},
+        optional={
+            "truncate": st.booleans(),
+            "attention_factor": st.floats(0.5, 2.0),
+            "mscale": st.floats(0.5, 2.0),
+            "mscale_all_dim": st.floats(0.5, 2.0),
+        },
+    ),
+)
+def test_yarn_frequencies(
+    theta: float, factor: float, beta_slow: float, span: float, original: int, head_dim: int, given: dict[str, Any]
+) -> None:
+    parameters = {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": factor,
+        "beta_slow": beta_slow,
+        "beta_fast": beta_slow + span,
+        "original_max_position_embeddings": original,
+        **given,
+    }
+    raw = {"hidden_size": head_dim, "num_attention_heads": 1, "max_position_embeddings": 131072}
+    oracle = LlamaConfig(**raw, rope_parameters=dict(parameters))
+    expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](oracle, device=CPU)
+    config = config_from_hf(
+        {
+            **LLAMA_32_1B,
+            **raw,
+            "head_dim": head_dim,
+            "num_key_value_heads": 1,
+            "rope_scaling": None,
+            "rope_parameters": parameters,
+        }
+    )
+    assert isinstance(config.rope.scaling, YarnScaling)
+    assert config.rope.attention_factor == pytest.approx(attention_factor)
+    torch.testing.assert_close(inverse_frequencies(config.rope, head_dim), expected, rtol=2e-5, atol=0)
+    assert config.max_position_embeddings == max(131072, int(factor * original))
+
+
+def test_yarn_stretches_the_context_of_a_file_that_has_the_original_one() -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    raw = {**QWEN3_06B, "max_position_embeddings": 40960, "rope_scaling": scaling}
+    assert config_from_hf(raw).max_position_embeddings == 131072
+    assert config_from_hf({**raw, "rope_scaling": {"type": "yarn", "factor": 2.0}}).max_position_embeddings == 81920

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import GemmaTokenizerFast, GPT2TokenizerFast, LlamaTokenizerFast, Qwen2TokenizerFast
 
 from services.common.tokenizer_digest import tokenizer_sha256
+from services.tokenizer.text.detokenizer import TokenTexts
 from services.tokenizer.text.loading import load_model_tokenizer
 from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError
 
@@ -279,3 +280,23 @@ def test_digest_tells_tokenizers_apart(
     assert len(others | {first}) == 5
     byte_level.save(str(tmp_path / "tokenizer.json"))
     assert load_model_tokenizer(tmp_path).sha256 == tokenizer_sha256(tmp_path) not in others | {first}
+
+
+def test_a_file_with_which_no_text_can_be_encoded_is_refused(byte_level: Tokenizer, tmp_path: Path) -> None:
+    """The library takes a template with a second text, and panics over each text that comes alone."""
+    document = json.loads(byte_level.to_str())
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    document["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(UnsupportedTokenizerError, match=r"tokenizer.json: no text can be encoded: "):
+        load_model_tokenizer(tmp_path)
+
+
+def test_a_refused_decoder_is_named_in_one_line(byte_level: Tokenizer, tmp_path: Path) -> None:
+    document = json.loads(byte_level.to_str())
+    strips = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * 400
+    document["decoder"] = {"type": "Sequence", "decoders": strips}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(UnsupportedTokenizerError, match="tokenizer decoder 'Strip' is not supported") as refused:
+        TokenTexts(load_model_tokenizer(tmp_path).tokenizer)
+    assert len(str(refused.value)) < 300

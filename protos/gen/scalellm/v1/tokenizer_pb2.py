@@ -22,34 +22,35 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from scalellm.v1 import common_pb2 as scalellm_dot_v1_dot_common__pb2
 from scalellm.v1 import generation_pb2 as scalellm_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bscalellm/v1/tokenizer.proto\x12\x0bscalellm.v1\x1a\x1cscalellm/v1/generation.proto\"U\n\rEncodeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"3\n\x0e\x45ncodeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\\\n\rDecodeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\";\n\x18\x41pplyChatTemplateRequest\x12\x1f\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x11.scalellm.v1.Chat\"<\n\x19\x41pplyChatTemplateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x10\n\x0eGetInfoRequest\"\xcd\x01\n\x0fGetInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x18\n\x10tokenizer_sha256\x18\x06 \x01(\x0c\x12\x0f\n\x07version\x18\x07 \x01(\t\x12#\n\x06limits\x18\x08 \x01(\x0b\x32\x13.scalellm.v1.Limits\"\xee\x01\n\x06Limits\x12\x18\n\x10max_prompt_bytes\x18\x01 \x01(\r\x12\x14\n\x0cmax_messages\x18\x02 \x01(\r\x12\r\n\x05max_n\x18\x03 \x01(\r\x12\x11\n\tmax_stops\x18\x04 \x01(\r\x12\x16\n\x0emax_stop_bytes\x18\x05 \x01(\r\x12\x1a\n\x12max_stop_token_ids\x18\x06 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x07 \x01(\r\x12\x16\n\x0emax_logit_bias\x18\x08 \x01(\r\x12\x15\n\rmax_token_ids\x18\t \x01(\r\x12\x19\n\x11max_request_bytes\x18\n \x01(\r2\xbb\x02\n\tTokenizer\x12\x41\n\x06\x45ncode\x12\x1a.scalellm.v1.EncodeRequest\x1a\x1b.scalellm.v1.EncodeResponse\x12\x41\n\x06\x44\x65\x63ode\x12\x1a.scalellm.v1.DecodeRequest\x1a\x1b.scalellm.v1.DecodeResponse\x12\x62\n\x11\x41pplyChatTemplate\x12%.scalellm.v1.ApplyChatTemplateRequest\x1a&.scalellm.v1.ApplyChatTemplateResponse\x12\x44\n\x07GetInfo\x12\x1b.scalellm.v1.GetInfoRequest\x1a\x1c.scalellm.v1.GetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bscalellm/v1/tokenizer.proto\x12\x0bscalellm.v1\x1a\x18scalellm/v1/common.proto\x1a\x1cscalellm/v1/generation.proto\"U\n\rEncodeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"3\n\x0e\x45ncodeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\\\n\rDecodeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\";\n\x18\x41pplyChatTemplateRequest\x12\x1f\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x11.scalellm.v1.Chat\"<\n\x19\x41pplyChatTemplateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x10\n\x0eGetInfoRequest\"\x85\x02\n\x0fGetInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x18\n\x10tokenizer_sha256\x18\x06 \x01(\x0c\x12\x0f\n\x07version\x18\x07 \x01(\t\x12#\n\x06limits\x18\x08 \x01(\x0b\x32\x13.scalellm.v1.Limits\x12\x36\n\x11sampling_defaults\x18\t \x01(\x0b\x32\x1b.scalellm.v1.SamplingParams\"\xee\x01\n\x06Limits\x12\x18\n\x10max_prompt_bytes\x18\x01 \x01(\r\x12\x14\n\x0cmax_messages\x18\x02 \x01(\r\x12\r\n\x05max_n\x18\x03 \x01(\r\x12\x11\n\tmax_stops\x18\x04 \x01(\r\x12\x16\n\x0emax_stop_bytes\x18\x05 \x01(\r\x12\x1a\n\x12max_stop_token_ids\x18\x06 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x07 \x01(\r\x12\x16\n\x0emax_logit_bias\x18\x08 \x01(\r\x12\x15\n\rmax_token_ids\x18\t \x01(\r\x12\x19\n\x11max_request_bytes\x18\n \x01(\r2\xbb\x02\n\tTokenizer\x12\x41\n\x06\x45ncode\x12\x1a.scalellm.v1.EncodeRequest\x1a\x1b.scalellm.v1.EncodeResponse\x12\x41\n\x06\x44\x65\x63ode\x12\x1a.scalellm.v1.DecodeRequest\x1a\x1b.scalellm.v1.DecodeResponse\x12\x62\n\x11\x41pplyChatTemplate\x12%.scalellm.v1.ApplyChatTemplateRequest\x1a&.scalellm.v1.ApplyChatTemplateResponse\x12\x44\n\x07GetInfo\x12\x1b.scalellm.v1.GetInfoRequest\x1a\x1c.scalellm.v1.GetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'scalellm.v1.tokenizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODEREQUEST']._serialized_start=74
-  _globals['_ENCODEREQUEST']._serialized_end=159
-  _globals['_ENCODERESPONSE']._serialized_start=161
-  _globals['_ENCODERESPONSE']._serialized_end=212
-  _globals['_DECODEREQUEST']._serialized_start=214
-  _globals['_DECODEREQUEST']._serialized_end=306
-  _globals['_DECODERESPONSE']._serialized_start=308
-  _globals['_DECODERESPONSE']._serialized_end=338
-  _globals['_APPLYCHATTEMPLATEREQUEST']._serialized_start=340
-  _globals['_APPLYCHATTEMPLATEREQUEST']._serialized_end=399
-  _globals['_APPLYCHATTEMPLATERESPONSE']._serialized_start=401
-  _globals['_APPLYCHATTEMPLATERESPONSE']._serialized_end=461
-  _globals['_GETINFOREQUEST']._serialized_start=463
-  _globals['_GETINFOREQUEST']._serialized_end=479
-  _globals['_GETINFORESPONSE']._serialized_start=482
-  _globals['_GETINFORESPONSE']._serialized_end=687
-  _globals['_LIMITS']._serialized_start=690
-  _globals['_LIMITS']._serialized_end=928
-  _globals['_TOKENIZER']._serialized_start=931
-  _globals['_TOKENIZER']._serialized_end=1246
+  _globals['_ENCODEREQUEST']._serialized_start=100
+  _globals['_ENCODEREQUEST']._serialized_end=185
+  _globals['_ENCODERESPONSE']._serialized_start=187
+  _globals['_ENCODERESPONSE']._serialized_end=238
+  _globals['_DECODEREQUEST']._serialized_start=240
+  _globals['_DECODEREQUEST']._serialized_end=332
+  _globals['_DECODERESPONSE']._serialized_start=334
+  _globals['_DECODERESPONSE']._serialized_end=364
+  _globals['_APPLYCHATTEMPLATEREQUEST']._serialized_start=366
+  _globals['_APPLYCHATTEMPLATEREQUEST']._serialized_end=425
+  _globals['_APPLYCHATTEMPLATERESPONSE']._serialized_start=427
+  _globals['_APPLYCHATTEMPLATERESPONSE']._serialized_end=487
+  _globals['_GETINFOREQUEST']._serialized_start=489
+  _globals['_GETINFOREQUEST']._serialized_end=505
+  _globals['_GETINFORESPONSE']._serialized_start=508
+  _globals['_GETINFORESPONSE']._serialized_end=769
+  _globals['_LIMITS']._serialized_start=772
+  _globals['_LIMITS']._serialized_end=1010
+  _globals['_TOKENIZER']._serialized_start=1013
+  _globals['_TOKENIZER']._serialized_end=1328
 # @@protoc_insertion_point(module_scope)

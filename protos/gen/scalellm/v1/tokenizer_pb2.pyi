@@ -1,3 +1,4 @@
+from scalellm.v1 import common_pb2 as _common_pb2
 from scalellm.v1 import generation_pb2 as _generation_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -56,7 +57,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetInfoResponse(_message.Message):
-    __slots__ = ("model", "vocab_size", "max_model_len", "eos_token_ids", "has_chat_template", "tokenizer_sha256", "version", "limits")
+    __slots__ = ("model", "vocab_size", "max_model_len", "eos_token_ids", "has_chat_template", "tokenizer_sha256", "version", "limits", "sampling_defaults")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +66,7 @@ class GetInfoResponse(_message.Message):
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     vocab_size: int
     max_model_len: int
@@ -73,7 +75,8 @@ class GetInfoResponse(_message.Message):
     tokenizer_sha256: bytes
     version: str
     limits: Limits
-    def __init__(self, model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., tokenizer_sha256: _Optional[bytes] = ..., version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    sampling_defaults: _common_pb2.SamplingParams
+    def __init__(self, model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., tokenizer_sha256: _Optional[bytes] = ..., version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., sampling_defaults: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_prompt_bytes", "max_messages", "max_n", "max_stops", "max_stop_bytes", "max_stop_token_ids", "max_logprobs", "max_logit_bias", "max_token_ids", "max_request_bytes")

@@ -14,7 +14,8 @@ export declare const file_scalellm_v1_common: GenFile;
 
 /**
  * How tokens are drawn. Set by the client; checked at the edge (tokenizer service) and again by the executor.
- * A field that is left out takes the default named beside it.
+ * A field that is left out takes the default named beside it, or the model's own where its generation_config.json has one
+ * (GetInfo tells).
  *
  * @generated from message scalellm.v1.SamplingParams
  */

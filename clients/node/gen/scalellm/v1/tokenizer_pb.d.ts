@@ -8,6 +8,7 @@
 import type { GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
 import type { Message } from "@bufbuild/protobuf";
 import type { Chat } from "./generation_pb.js";
+import type { SamplingParams } from "./common_pb.js";
 
 /**
  * Describes the file scalellm/v1/tokenizer.proto.
@@ -239,6 +240,13 @@ export declare type GetInfoResponse = Message<"scalellm.v1.GetInfoResponse"> & {
    * @generated from field: scalellm.v1.Limits limits = 8;
    */
   limits?: Limits | undefined;
+
+  /**
+   * What a request has that does not say, where it is not what SamplingParams names: the model's own settings.
+   *
+   * @generated from field: scalellm.v1.SamplingParams sampling_defaults = 9;
+   */
+  samplingDefaults?: SamplingParams | undefined;
 };
 
 /**
