@@ -68,6 +68,7 @@ class Tokenizing:
             tokenizer_sha256=model.sha256,
             version=version("scalellm"),
             limits=self._edge.limits.to_wire(),
+            sampling_defaults=self._edge.sampling_defaults,
         )
 
     def _encoded(self, token_ids: list[int]) -> tokenizer_pb2.EncodeResponse:

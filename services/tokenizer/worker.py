@@ -19,7 +19,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
-from scalellm.v1 import generation_pb2, sessions_pb2, tokenizer_pb2
+from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
 from services.common.access import Access, open_access
 from services.common.api_keys import Tenant
@@ -45,6 +45,7 @@ from services.tokenizer.prompt_builder import PromptBuilder
 from services.tokenizer.quotas import TenantQuotas
 from services.tokenizer.request_log import RequestLog
 from services.tokenizer.rpc import CallGate, add_service
+from services.tokenizer.sampling_defaults import read_sampling_defaults
 from services.tokenizer.schedulers import Schedulers
 from services.tokenizer.session_store import SessionStore
 from services.tokenizer.sessions_servicer import SessionsServicer
@@ -96,7 +97,10 @@ class Worker:
         settings.dialer.check()
         access = open_access(settings, serves_links=False)
         builder = _load_prompts(settings)
-        model = builder.model
+        model, limits = builder.model, RequestLimits()
+        sampling_defaults = common_pb2.SamplingParams()
+        if settings.generation_config == "auto":
+            sampling_defaults = read_sampling_defaults(model_store.resolve(settings.model, settings.home), limits)
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(
             redis, settings.session_ttl_s, max_bytes=settings.max_session_bytes, refused=self._metrics.count_limited
@@ -129,13 +133,14 @@ class Worker:
                 schedulers=schedulers,
                 kept=kept,
                 sessions=sessions,
-                limits=RequestLimits(),
+                limits=limits,
                 metrics=self._metrics,
                 salt_secret=settings.salt_secret,
                 access=access,
                 quotas=quotas,
                 request_log=RequestLog(settings),
                 tracer=self._tracer,
+                sampling_defaults=sampling_defaults,
             )
             held = CallBytes()
 

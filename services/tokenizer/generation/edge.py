@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from scalellm.v1 import common_pb2
 from services.common.access import Access
 from services.common.api_keys import DEFAULT_TENANT, Tenant
 from services.tokenizer.limits import RequestLimits
@@ -40,6 +41,7 @@ class Edge:
     Attributes:
         tokenizer_size: Ids of the tokenizer's tokens are below it. The model may have more, its matrices being padded,
             or fewer, where text of a special token is none for it.
+        sampling_defaults: The model's own, for what a request does not say.
     """
 
     model_name: str
@@ -55,6 +57,7 @@ class Edge:
     quotas: TenantQuotas
     request_log: RequestLog
     tracer: Tracer | None
+    sampling_defaults: common_pb2.SamplingParams = field(default_factory=common_pb2.SamplingParams)
 
     @property
     def vocab_size(self) -> int:

@@ -30,6 +30,7 @@ from services.tokenizer.quotas import Lease
 from services.tokenizer.request_log import RequestEnd
 from services.tokenizer.request_trace import RequestTrace
 from services.tokenizer.sample_stream import OutputOptions
+from services.tokenizer.sampling_defaults import with_defaults
 from services.tokenizer.session import Session, new_session
 from services.tokenizer.validation import (
     MIN_PRIORITY,
@@ -142,12 +143,13 @@ class Call(ABC):
             yield event
 
     def _count_tokens(self) -> int:
-        """What counts towards the tenant's limit: nothing for a refusal, and what is known here of an early end."""
+        """What counts towards the tenant's limit: nothing for a refusal, else the prompt and what the client was shown.
+
+        That is so however a request ends: what an executor generated beyond it is not the client's doing.
+        """
         finish = self._finish
-        if finish is None:
-            return self._num_tokens
-        is_refusal = finish.status.code and not finish.usage.completion_tokens
-        return 0 if is_refusal else finish.usage.prompt_tokens + finish.usage.completion_tokens
+        is_refusal = finish is not None and finish.status.code and not finish.usage.completion_tokens
+        return 0 if is_refusal else self._num_tokens
 
     def _known_latency(self) -> common_pb2.LatencyBreakdown:
         """The breakdown of the last message, or what is known without one."""
@@ -273,8 +275,7 @@ class Generation(Call):
 
     def _make_submit(self, prompt: Prompt, max_tokens: int) -> link_pb2.Submit:
         request = self._request
-        sampling = common_pb2.SamplingParams()
-        sampling.CopyFrom(request.sampling)
+        sampling = with_defaults(request.sampling, self._edge.sampling_defaults)
         sampling.n = sampling.n or 1
         sampling.max_tokens = max_tokens
         if not sampling.HasField("seed"):

@@ -288,7 +288,7 @@ def test_a_file_with_which_no_text_can_be_encoded_is_refused(byte_level: Tokeniz
     single = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
     document["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    with pytest.raises(UnsupportedTokenizerError, match=r"tokenizer.json: no text can be encoded: "):
+    with pytest.raises(UnsupportedTokenizerError, match=r"tokenizer.json: the tokenizer cannot encode a text: "):
         load_model_tokenizer(tmp_path)
 
 
