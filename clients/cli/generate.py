@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -42,7 +42,9 @@ def generate(
     session: Annotated[str | None, _option("Continue this conversation; needs --chat.", "ID")] = None,
     max_tokens: Annotated[int | None, _option("Most tokens to generate. Default: what the context holds.")] = None,
     min_tokens: Annotated[int | None, _option("Do not end before this many tokens.")] = None,
-    temperature: Annotated[float | None, _option("0: the most likely token each time. Default: 1.")] = None,
+    temperature: Annotated[
+        float | None, _option("0: the most likely token each time. Default: the model's own, or 1.")
+    ] = None,
     top_k: Annotated[int | None, _option("Choose among the k most likely tokens. 0: off.")] = None,
     top_p: Annotated[float | None, _option("Choose among the likeliest tokens that make up p.")] = None,
     min_p: Annotated[float | None, _option("Drop tokens below min-p times the likeliest one.")] = None,
@@ -127,7 +129,13 @@ def generate(
 
 
 def run_streaming(
-    client: Any, request: GenerateRequest, generation: Generation, *, is_streamed: bool, timeout: float | None
+    client: Any,
+    request: GenerateRequest,
+    generation: Generation,
+    *,
+    is_streamed: bool,
+    timeout: float | None,
+    write: Callable[[str], None] = write_text,
 ) -> None:
     """Run it, writing the text as it comes; a line that was begun is ended, however it goes."""
     begun = False
@@ -136,7 +144,7 @@ def run_streaming(
         nonlocal begun
         if is_streamed:
             begun = True
-            write_text(text)
+            write(text)
 
     try:
         generation.run(client, request, on_text, timeout=timeout)
@@ -145,7 +153,7 @@ def run_streaming(
         raise
     finally:
         if begun:
-            write_text("\n")
+            write("\n")
 
 
 def warn_about_session(context: CliContext, generation: Generation) -> None:

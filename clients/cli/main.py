@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from clients.cli import chat, generate, keys, logs, models, services, tokenize, top
+from clients.cli import chat, config, generate, keys, logs, models, services, sessions, tokenize, top
 from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain
 from clients.cli.output import Terminal, write_line
 from clients.cli.text import require_utf8
@@ -31,6 +31,7 @@ First steps:
   scalellm up                         start the services in the background
   scalellm generate "Once upon a"     continue a text
   scalellm chat                       talk, with a session on the server
+  scalellm sessions list              conversations that the server keeps
   scalellm status                     how the services are
   scalellm top                        what they do, live
   scalellm logs                       what they log
@@ -49,7 +50,9 @@ Environment:
   REDIS_URL          Redis for sessions (default: an embedded redis-server)
   NO_COLOR           no colours
   SCALELLM_<SERVICE>_<SETTING>, such as SCALELLM_EXECUTOR_NUM_BLOCKS=512:
-                     settings of the services that `scalellm up` starts
+                     settings of the services that `scalellm up` starts; `scalellm config show` lists them
+  HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE
+                     as in all programs that fetch models from the Hugging Face Hub
 
 \b
 Exit codes:
@@ -104,7 +107,6 @@ app = typer.Typer(
     help=_HELP,
     epilog=_EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -115,13 +117,25 @@ app.command("chat", help=chat.HELP, short_help="Talk with the model, on a sessio
 app.command("tokenize", help=tokenize.HELP)(tokenize.tokenize)
 app.command("logs", help=logs.HELP, short_help="Show the logs of the services.")(logs.logs)
 app.command("top", help=top.HELP, short_help="Show live what the services do.")(top.top)
+app.add_typer(sessions.app, name="sessions")
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
+app.add_typer(config.app, name="config")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        version()
+        raise typer.Exit
 
 
 @app.callback()
 def root(
     ctx: typer.Context,
+    *,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
     instance: Annotated[
         str, typer.Option(metavar="NAME", help="Which set of services, for more than one on a machine.")
     ] = "",
@@ -182,7 +196,9 @@ def main() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=errors)
-    sys.exit(run(sys.argv[1:], os.environ))
+    code = run(sys.argv[1:], os.environ)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it was heard: what is left is to end as it says
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from clients.cli.config import take_config
 from clients.cli.context import DEFAULT_INSTANCE, MAX_UINT32, CliContext, ExitCode
 from clients.cli.generate import run_streaming
 from clients.cli.generation import Generation
@@ -18,6 +20,7 @@ from clients.cli.latency import print_breakdown
 from clients.cli.models import fetch_model
 from clients.cli.output import Terminal, write_json, write_line
 from clients.cli.progress import StageReport
+from clients.cli.service_environment import service_environment
 from clients.launcher import (
     PUBLIC_PORT,
     EngineKind,
@@ -59,8 +62,10 @@ Examples:
   scalellm up --executor fake                  scripted tokens, no weights: for load and fault tests
   scalellm --instance second up --port 0       beside another instance, on free ports
   REDIS_URL=redis://host:6379/0 scalellm up    with your own Redis
+  scalellm up --quantization int8 --max-model-len 8192
   SCALELLM_EXECUTOR_NUM_BLOCKS=512 scalellm up with any setting of a service
   scalellm up --foreground                     until Ctrl-C or SIGTERM; exits with 1 when a service is given up
+  scalellm up --config scalellm.toml           with a file of settings, see: scalellm config show
 """
 
 DOWN_HELP = """Drain and stop the services.
@@ -82,6 +87,11 @@ Examples:
   scalellm run
   scalellm run "Write a haiku about rivers." --keep
 """
+
+
+def _setting(help_text: str, metavar: str) -> Any:
+    return typer.Option(help=help_text, metavar=metavar, show_default=False)
+
 
 ModelOption = Annotated[
     str, typer.Option(metavar="NAME|PATH", help="A name from `models list`, org/name of the Hub, a folder or .gguf.")
@@ -124,6 +134,22 @@ def up(
             show_default=False,
         ),
     ] = None,
+    served_model_name: Annotated[str, _setting("Name by which clients know the model.", "NAME")] = "",
+    api_key: Annotated[str, _setting("Key that clients have to show; SCALELLM_API_KEY shows it.", "KEY")] = "",
+    quantization: Annotated[str | None, _setting("int8, int4, fp8, keep (as the file has it), ...", "KIND")] = None,
+    dtype: Annotated[str | None, _setting("Of activations: float32, bfloat16, float16.", "TYPE")] = None,
+    kv_cache_dtype: Annotated[str | None, _setting("Of cached keys and values: int8, fp8, ...", "TYPE")] = None,
+    max_model_len: Annotated[int | None, _setting("Longest prompt plus output, in tokens.", "TOKENS")] = None,
+    max_num_seqs: Annotated[int | None, _setting("Sequences that run at once.", "NUMBER")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=take_config,
+            help="TOML file with these options and all settings of the services: see `scalellm config show`.",
+        ),
+    ] = None,
     scheduler_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Default: 50052.", show_default=False)
     ] = None,
@@ -144,13 +170,16 @@ def up(
 ) -> None:
     """Start everything."""
     context = CliContext.of(ctx)
+    given = {"quantization": quantization, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+    given |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}  # type: ignore[dict-item]
+    environment = service_environment(ctx, context, given, api_key)
     check_not_running(context.instance)
     name, path = fetch_model(context, model)
     options = UpOptions(
-        model=name,
+        model=served_model_name or name,
         model_path=path,
         home=context.environment.home,
-        environment=context.environment.variables,
+        environment=environment,
         redis_url=context.environment.redis_url,
         host=host,
         port=port,

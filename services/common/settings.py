@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -172,6 +174,7 @@ def load_settings(cls: type[SettingsT], argv: Sequence[str] | None = None) -> Se
     arguments = list(sys.argv[1:] if argv is None else argv)
     prefix = cls.model_config.get("env_prefix", "")
     try:
+        _check_variables(cls, prefix)
         return CliApp.run(cls, cli_args=arguments, cli_exit_on_error=False)
     except SettingsError as error:
         errors = [f"{error}; --help lists all options".removeprefix("error parsing CLI: ")]
@@ -183,6 +186,16 @@ def load_settings(cls: type[SettingsT], argv: Sequence[str] | None = None) -> Se
             errors.append(f"--{flag} ({prefix}{name.upper()}): {item['msg']}, got {item['input']!r}")
     tell_errors(prefix.removeprefix("SCALELLM_").rstrip("_").lower(), _log_format(cls, arguments), errors)
     raise SystemExit(2) from None
+
+
+def _check_variables(cls: type[BaseSettings], prefix: str) -> None:
+    """Raise SettingsError for a variable with the service's prefix that is none of its settings: it is misspelt."""
+    known = {f"{prefix}{name.upper()}" for name in cls.model_fields}
+    for name in sorted(os.environ):
+        if name.upper().startswith(prefix) and name.upper() not in known:
+            nearest = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise SettingsError(f"{name} is no setting of this service{hint}")
 
 
 def _log_format(cls: type[BaseSettings], arguments: list[str]) -> LogFormat:

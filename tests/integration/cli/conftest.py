@@ -114,6 +114,21 @@ class FakeServer(
         session = sessions_pb2.Session(session_id=request.session_id, messages=messages, num_turns=turns)
         return sessions_pb2.GetSessionResponse(session=session)
 
+    def List(self, request: sessions_pb2.ListSessionsRequest, context: Any) -> sessions_pb2.ListSessionsResponse:
+        sessions = [sessions_pb2.Session(session_id=name, num_turns=1, num_tokens=9) for name in self.sessions]
+        return sessions_pb2.ListSessionsResponse(sessions=sessions)
+
+    def Fork(self, request: sessions_pb2.ForkSessionRequest, context: Any) -> sessions_pb2.ForkSessionResponse:
+        messages = self.sessions[request.session_id]
+        kept = 2 * request.num_turns if request.HasField("num_turns") else len(messages)
+        self.sessions[request.new_session_id] = messages[:kept]
+        return sessions_pb2.ForkSessionResponse()
+
+    def Delete(self, request: sessions_pb2.DeleteSessionRequest, context: Any) -> sessions_pb2.DeleteSessionResponse:
+        if self.sessions.pop(request.session_id, None) is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "session_id: unknown or expired")
+        return sessions_pb2.DeleteSessionResponse()
+
 
 def _abort(context: Any, code: int, message: str, detail: Any) -> None:
     status = status_pb2.Status(code=code, message=message)

@@ -3,27 +3,17 @@
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cli_processes import ESCAPE, RunCli, StartCli, finish, read_to_end
 from scalellm.v1.generation_pb2 import ChatMessage
 from service_processes import PATIENCE
-
-StartCli = Callable[..., subprocess.Popen[str]]
-RunCli = Callable[..., tuple[int, str, str]]
-ESCAPE = "\x1b"
-
-
-def finish(process: subprocess.Popen[str], text: str | None = None) -> tuple[int, str, str]:
-    out, err = process.communicate(text, timeout=PATIENCE)
-    return process.returncode, out, err
 
 
 def test_generate_in_a_pipe_is_plain_text(cli: StartCli, fake_server: Any) -> None:
@@ -173,7 +163,7 @@ def test_nothing_started(run_cli: RunCli, tmp_path: Path) -> None:
 
 def test_unknown_model(run_cli: RunCli) -> None:
     code, _, err = run_cli("up", "--model", "no-such-model")
-    assert code == 1
+    assert code == 2
     assert err.startswith("error: no model 'no-such-model': it is neither a known name (")
     assert err.count("\n") == 1
 
@@ -217,19 +207,6 @@ def test_closed_pipe_is_quiet_and_cancels(cli: StartCli, fake_server: Any) -> No
     assert process.stderr.read() == ""
 
 
-def read_to_end(master: int) -> bytes:
-    """What a terminal's programs still write until the last one closes it."""
-    received = b""
-    try:
-        while block := os.read(master, 4096):
-            received += block
-    except OSError:  # the other side is closed
-        pass
-    finally:
-        os.close(master)
-    return received
-
-
 def on_terminal(cli: StartCli, *arguments: str, **options: Any) -> str:
     """What the command writes when its output is a terminal."""
     master, slave = os.openpty()
@@ -256,82 +233,40 @@ def test_control_characters_do_not_reach_a_terminal(cli: StartCli, fake_server: 
     assert finish(cli("generate", prompt, address=fake_server.address))[1] == f"{prompt} \n"
 
 
-def test_history_without_control_characters(cli: StartCli, fake_server: Any) -> None:
-    fake_server.sessions["s1"] = [ChatMessage(role="user", content=f"a {ESCAPE}[2Jb")]
-    master, slave = os.openpty()
-    environment = {"TERM": "dumb", "NO_COLOR": "1"}
-    streams = {"stdin": slave, "stdout": slave, "stderr": slave}
-    process = cli("chat", "--session", "s1", address=fake_server.address, env=environment, **streams)
-    os.close(slave)
-    os.write(master, b"/history\n/exit\n")
-    received = read_to_end(master)
-    assert process.wait(PATIENCE) == 0
-    assert b"user: a [2Jb" in received
+def test_sessions(run_cli: RunCli, fake_server: Any) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        return run_cli("sessions", *arguments, address=fake_server.address)
+
+    assert run("list") == (0, "", "there are no sessions; scalellm chat begins one\n")
+    fake_server.sessions["s1"] = [ChatMessage(role="user", content="Hi"), ChatMessage(role="assistant", content="Ho")]
+    code, out, _ = run("list")
+    assert (code, [line.split()[:3] for line in out.splitlines()]) == (0, [["id", "turns", "tokens"], ["s1", "1", "9"]])
+    assert [entry["session_id"] for entry in json.loads(run("list", "--json")[1])] == ["s1"]
+    assert run("show", "s1")[:2] == (0, "user: Hi\nassistant: Ho\n")
+    assert json.loads(run("show", "s1", "--json")[1])["messages"][1] == {"role": "assistant", "content": "Ho"}
+    assert run("delete", "s1") == (0, "", "s1: deleted\n")
+    code, _, err = run("show", "s1")
+    assert (code, "unknown or expired" in err) == (1, True)
 
 
-def test_chat_in_a_pipe_keeps_one_session(cli: StartCli, fake_server: Any) -> None:
-    process = cli("chat", "--system", "be brief", address=fake_server.address, stdin=subprocess.PIPE)
-    assert finish(process, "first turn\n\nsecond turn\n") == (0, "first turn \nsecond turn \n", "")
-    first, second = fake_server.requests
-    assert first.session_id == second.session_id
-    assert [message.role for message in first.chat.messages] == ["system", "user"]
-    assert [message.content for message in second.chat.messages] == ["second turn"]
+def test_version(run_cli: RunCli) -> None:
+    assert run_cli("--version") == run_cli("version")
 
 
-def test_chat_on_a_terminal(cli: StartCli, fake_server: Any) -> None:
-    master, slave = os.openpty()
-    process = cli("chat", "--session", "s1", address=fake_server.address, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    os.write(master, b"hello there\n/history\n/nonsense\n/new\n/help\n/exit\n")
-    received = read_to_end(master)
-    assert process.wait(PATIENCE) == 0
-    text = received.decode()
-    assert "fake, session s1" in text
-    assert "user: " in text
-    assert "unknown command /nonsense" in text
-    assert "a new conversation, session chat-" in text
-    assert "/latency" in text
-    assert len(fake_server.requests) == 1
+def test_the_shell_can_complete_commands_and_options(cli: StartCli) -> None:
+    def complete(words: str) -> list[str]:
+        asked = {"_SCALELLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return finish(cli(env=asked))[1].split()
+
+    assert complete("scalellm se") == ["sessions"]
+    assert complete("scalellm up --quant") == ["--quantization"]
 
 
-def test_interrupt_at_the_prompt_leaves_a_clean_line_and_the_session(cli: StartCli, fake_server: Any) -> None:
-    master, slave = os.openpty()
-    process = cli("chat", "--session", "s1", address=fake_server.address, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    os.write(master, b"hello\n")
-    received = b""
-    while received.count(b"> ") < 2:
-        received += os.read(master, 4096)
-    process.send_signal(signal.SIGINT)
-    try:
-        while True:
-            # Between showing the prompt and waiting for a key, input() does not see a signal: its user presses again.
-            while not select.select([master], [], [], 2.0)[0]:
-                process.send_signal(signal.SIGINT)
-            received += os.read(master, 4096)
-    except OSError:
-        pass
-    os.close(master)
-    assert process.wait(PATIENCE) == 130
-    assert received.decode().splitlines()[-1].endswith("continue with: scalellm chat --session s1\x1b[0m")
-    assert received.decode().splitlines()[-2].startswith("> ")
-
-
-def test_interrupt_in_chat_stops_the_answer_and_stays(cli: StartCli, fake_server: Any) -> None:
-    master, slave = os.openpty()
-    process = cli("chat", address=fake_server.address, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    os.write(master, b"forever\n")
-    received = b""
-    while b"on and" not in received:
-        received += os.read(master, 4096)
-    process.send_signal(signal.SIGINT)
-    assert fake_server.cancelled.wait(PATIENCE)
-    while b"this turn is not kept" not in received:
-        received += os.read(master, 4096)
-    os.write(master, b"/exit\n")
-    read_to_end(master)
-    assert process.wait(PATIENCE) == 0
+def test_a_model_that_is_none_is_wrong_usage(run_cli: RunCli) -> None:
+    for arguments in (("up", "--model", "gpt-9"), ("models", "pull", "gpt-9"), ("models", "rm", "gpt-9")):
+        code, out, err = run_cli(*arguments)
+        assert (code, out) == (2, "")
+        assert "gpt-9" in err
 
 
 def test_tokenize(run_cli: RunCli, fake_server: Any) -> None:

@@ -1,0 +1,175 @@
+"""A conversation that the server keeps, as `scalellm chat` carries it on."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+
+import grpc
+
+from clients.cli.context import CliContext, CliError, ExitCode
+from clients.cli.generate import run_streaming, warn_about_session
+from clients.cli.generation import Generation
+from clients.cli.latency import print_breakdown
+from clients.client import Client, ClientError
+from scalellm.v1.common_pb2 import SamplingParams
+from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
+from scalellm.v1.sessions_pb2 import Session
+
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed")
+_NUMBERS = (
+    *("temperature", "top_p", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+SETTINGS = (*_NUMBERS, *_INTEGERS)
+"""What `/set` knows: fields of SamplingParams."""
+
+_Message = tuple[str, str]
+
+
+class Conversation:
+    """A session on the server and what to send with each of its turns.
+
+    Args:
+        context: The invocation.
+        client: The server.
+        session_id: The session to go on with, or to begin; empty: a new one.
+        system: Instructions for a new conversation; empty: none.
+        settings: How answers are drawn, for what the server's defaults are not to be.
+        timeout: Deadline of an answer, in seconds; None: none.
+        write: Gets the answers' text.
+        show_latency: Show where the time went.
+    """
+
+    def __init__(
+        self,
+        context: CliContext,
+        client: Client,
+        session_id: str,
+        *,
+        system: str,
+        settings: Mapping[str, float],
+        timeout: float | None,
+        write: Callable[[str], None],
+        show_latency: bool,
+    ) -> None:
+        self._context = context
+        self._client = client
+        self._timeout = timeout
+        self._write = write
+        self._settings = dict(settings)
+        self.system = system
+        self.show_latency = show_latency
+        self._unstored: list[_Message] = []
+        """Messages of turns that were interrupted, answers included: nobody but us has them."""
+        self._last_sent: list[_Message] = []
+        self._go_to(session_id)
+
+    def begin(self) -> None:
+        """Begin a new conversation."""
+        self._go_to("")
+
+    def turn(self, text: str) -> None:
+        """Send one message and print the answer as it comes.
+
+        An answer that is interrupted is kept as far as it was printed: it is sent along with the next message, as the
+        server stores no turn that did not end. Raises ClientError, KeyboardInterrupt.
+        """
+        self._send([*self._unstored, ("user", text)])
+
+    def retry(self) -> None:
+        """Ask the last message again, in place of its answer. Raises ClientError, CliError, KeyboardInterrupt."""
+        if self._unstored:
+            kept, self._unstored = self._unstored, []
+            self._send(kept[:-1])  # without the answer that was interrupted
+            return
+        messages = self._last_sent or self._last_on_server()
+        if not messages:
+            raise CliError("nothing was said yet", ExitCode.USAGE)
+        self._take_back()
+        self._send(messages)
+
+    def set(self, name: str, value: str) -> None:
+        """Change how answers are drawn; "default" leaves it to the server. Raises CliError."""
+        if name not in SETTINGS:
+            raise CliError(f"no setting {name!r}; there are: {', '.join(SETTINGS)}", ExitCode.USAGE)
+        if value == "default":
+            self._settings.pop(name, None)
+            return
+        try:
+            number = int(value) if name in _INTEGERS else float(value)
+            setattr(SamplingParams(), name, number)  # what does not fit the field
+        except ValueError:
+            kind = "a whole number" if name in _INTEGERS else "a number"
+            raise CliError(f"{name}: {value!r} is not {kind} that it can have", ExitCode.USAGE) from None
+        self._settings[name] = number
+
+    def settings(self) -> dict[str, float]:
+        """Return what was set, by name."""
+        return dict(self._settings)
+
+    def read(self) -> Session | None:
+        """Return the conversation as the server has it, None where nothing was said. Raises ClientError."""
+        session = self._client.get_session(self.session_id) if self.turns else Session(session_id=self.session_id)
+        session.messages.extend(ChatMessage(role=role, content=content) for role, content in self._unstored)
+        return session if session.messages else None
+
+    def _go_to(self, session_id: str) -> None:
+        self.session_id = session_id or f"chat-{secrets.token_hex(4)}"
+        self.turns = self._turns_on_server() if session_id else 0
+        self._unstored = []
+        self._last_sent = []
+
+    def _send(self, messages: Sequence[_Message]) -> None:
+        if self.system and self.turns == 0 and messages[0][0] != "system":
+            messages = [("system", self.system), *messages]
+        request = GenerateRequest(
+            chat=Chat(messages=[ChatMessage(role=role, content=content) for role, content in messages]),
+            session_id=self.session_id,
+        )
+        for name, value in self._settings.items():
+            setattr(request.sampling, name, value)
+        generation = Generation()
+        try:
+            run_streaming(self._client, request, generation, is_streamed=True, timeout=self._timeout, write=self._write)
+        except KeyboardInterrupt:
+            said = generation.samples[0].text if generation.samples else ""
+            self._unstored = [*messages, ("assistant", said)] if said.strip() else self._unstored
+            raise
+        self._unstored = []
+        self._last_sent = list(messages)
+        if generation.started.session_turns < self.turns:
+            self._context.warn("the server had forgotten the conversation (its time was up); it begins anew here")
+        self.turns = generation.started.session_turns + 1
+        warn_about_session(self._context, generation)
+        if self.show_latency:
+            print_breakdown(self._context.err, generation.finished, generation.measured_ns)
+
+    def _take_back(self) -> None:
+        """Remove the last turn from the session, which keeps its name."""
+        if self.turns > 1:
+            shorter = f"{self.session_id[:100]}-{secrets.token_hex(4)}"
+            self._client.fork_session(self.session_id, shorter, num_turns=self.turns - 1)
+            self._client.delete_session(self.session_id)
+            self._client.fork_session(shorter, self.session_id)
+            self._client.delete_session(shorter)
+        else:
+            self._client.delete_session(self.session_id)
+        self.turns -= 1
+
+    def _last_on_server(self) -> list[_Message]:
+        """The messages of the last turn of a session that was begun elsewhere, as far as they can be told apart."""
+        if not self.turns:
+            return []
+        messages = [(message.role, message.content) for message in self._client.get_session(self.session_id).messages]
+        if self.turns == 1:
+            return messages[:-1]
+        return [message for message in messages if message[0] == "user"][-1:]
+
+    def _turns_on_server(self) -> int:
+        try:
+            return self._client.get_session(self.session_id).num_turns
+        except ClientError as error:
+            if error.code is grpc.StatusCode.NOT_FOUND:
+                return 0
+            raise
