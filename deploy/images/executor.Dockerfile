@@ -5,8 +5,8 @@
 #
 # The image has a compiler: the kernels for the CPU are compiled at the first start, in seconds, for the very CPU that
 # they run on (a build for all CPUs would lack its vector instructions), and those for a GPU by Triton, which needs one.
-# With a digest, python:3.11-slim-bookworm@sha256:..., builds begin with the very same bytes.
-ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+# With its digest, builds begin with the very same bytes; compose.yaml names the same image.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/build/constraints.txt
 RUN python -m venv /opt/venv

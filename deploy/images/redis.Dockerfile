@@ -1,5 +1,5 @@
 # Redis with its configuration, run by a user of its own from the start: no process in it is ever root.
-ARG REDIS_IMAGE=redis:7-bookworm
+ARG REDIS_IMAGE=redis:7-bookworm@sha256:595cc6f2bb3af6e03347b90deb6123c6aa2c81dea05ce08128de8a174b6ac67b
 FROM ${REDIS_IMAGE}
 COPY deploy/images/redis.conf /etc/redis/scalellm.conf
 RUN install -d -o redis -g redis /data

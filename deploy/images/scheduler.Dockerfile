@@ -3,8 +3,8 @@
 #   docker build -f deploy/images/scheduler.Dockerfile -t scalellm/scheduler .
 #
 # The images of the tokenizer and the scheduler have all steps up to the last few in common, and so their layers.
-# With a digest, python:3.11-slim-bookworm@sha256:..., builds begin with the very same bytes.
-ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+# With its digest, builds begin with the very same bytes; compose.yaml names the same image.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/build/constraints.txt
 RUN python -m venv /opt/venv

@@ -19,6 +19,7 @@ from urllib.request import urlopen
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("redis", "executor", "scheduler", "tokenizer")
 _PYTHON = "python:3.11-slim-bookworm"
+_REDIS = "redis:7-bookworm"
 
 
 @cache
@@ -63,6 +64,9 @@ class ComposeStack:
             "SCALELLM_HTTP_LISTEN": self.http_address,
             "SCALELLM_PROMETHEUS_LISTEN": self.prometheus_address,
             "SCALELLM_PROMETHEUS_IMAGE": self.image("prometheus"),
+            # As they are on this machine: an image that no registry gave it has no digest.
+            "SCALELLM_PYTHON_IMAGE": _PYTHON,
+            "SCALELLM_REDIS_IMAGE": _REDIS,
             **variables,
         }
 
@@ -104,7 +108,7 @@ class ComposeStack:
 
     def image_sizes(self) -> dict[str, tuple[int, int]]:
         """Bytes of each image, and how many of them its base does not have."""
-        bases = {"redis": "redis:7-bookworm"}
+        bases = {"redis": _REDIS}
         sizes = {}
         for service in SERVICES:
             size, base = (_image_size(name) for name in (self.image(service), bases.get(service, _PYTHON)))
