@@ -13,9 +13,6 @@ from line import scrape
 from mixed_load import total
 from service_processes import PATIENCE
 
-MEMORY_MARGIN = 48 * 2**20
-"""Bytes by which a service's processes may have grown under a load that was run before: pools and arenas differ."""
-
 _TASKS = {"tokenizer": "scalellm_tokenizer_asyncio_tasks", "scheduler": "scalellm_scheduler_asyncio_tasks"}
 
 
@@ -46,8 +43,15 @@ async def rest(
     tokenizers: Sequence[Member],
     redis: FaultRedis,
     before: Mapping[str, Vitals],
+    memory_margin: int,
 ) -> dict[str, Vitals]:
-    """Wait until nothing runs and everything is as it was. Raises AssertionError with what is not."""
+    """Wait until nothing runs and everything is as it was. Raises AssertionError with what is not.
+
+    Args:
+        executors: And the other services, all of them.
+        before: What to compare with, by name.
+        memory_margin: Bytes by which a service's processes may have grown since.
+    """
     members = [*executors, *schedulers, *tokenizers]
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -60,7 +64,9 @@ async def rest(
             found.append(f"Redis keys without an end: {keys}")
         if not found:
             now = {member.name: await asyncio.to_thread(vitals, member) for member in members}
-            found = [problem for name, then in before.items() for problem in _growth(name, then, now[name])]
+            found = [
+                problem for name, then in before.items() for problem in _growth(name, then, now[name], memory_margin)
+            ]
             if not found:
                 # A process that is new grows until it has done as much as the others.
                 return {name: _baseline(before.get(name), vital) for name, vital in now.items()}
@@ -101,11 +107,11 @@ def _baseline(then: Vitals | None, now: Vitals) -> Vitals:
     return then if then is not None and then.processes == now.processes else now
 
 
-def _growth(name: str, then: Vitals, now: Vitals) -> list[str]:
+def _growth(name: str, then: Vitals, now: Vitals, memory_margin: int) -> list[str]:
     if now.processes != then.processes:
         return []
     found = []
-    if now.rss > then.rss + MEMORY_MARGIN:
+    if now.rss > then.rss + memory_margin:
         found.append(f"{name}: {then.rss >> 20} MiB became {now.rss >> 20}")
     if now.files > then.files + 16:  # Redis is asked on as many connections as there are calls at once
         found.append(f"{name}: {then.files} open files became {now.files}")

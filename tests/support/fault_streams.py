@@ -16,7 +16,7 @@ from prompts import PROMPTS
 from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc
 from service_processes import PATIENCE
 
-KINDS = ("plain", "samples", "logprobs", "session", "stop", "deadline", "cancel")
+KINDS = ("plain", "samples", "logprobs", "session", "stop", "deadline", "cancel", "kept", "kept samples")
 _CONNECTIONS = 8
 _FIRST_TURNS = 20
 
@@ -46,6 +46,8 @@ class Stream:
         codes: Statuses of the call. Exactly one in the end.
         has_begun: Something came: the request was accepted.
         refusals: Times that it was refused as UNAVAILABLE before that.
+        is_resumable: The server keeps the answer, as was asked for: the client goes on with it after a broken call.
+        resumes: Times that it tried to.
         reading: Cleared: the client does not read.
     """
 
@@ -60,6 +62,9 @@ class Stream:
     num_logprobs: int = 0
     has_begun: bool = False
     refusals: int = 0
+    request_id: str = ""
+    is_resumable: bool = False
+    resumes: int = 0
     finished: generation_pb2.Finished | None = None
     codes: list[grpc.StatusCode] = field(default_factory=list)
     details: str = ""
@@ -79,9 +84,9 @@ class Stream:
 
     @property
     def was_resumed(self) -> bool:
-        """Whether a hop below the client took it up again."""
+        """Whether somebody took it up again: a hop below the client, or the client itself."""
         ended = self.finished
-        return ended is not None and bool(ended.usage.num_resumed or ended.latency.failover_ns)
+        return ended is not None and bool(ended.usage.num_resumed or ended.latency.failover_ns or self.resumes)
 
     def tokens(self) -> dict[int, list[int]]:
         """By sample; the history is checked on the way: each token once, in order."""
@@ -109,11 +114,24 @@ class Stream:
             self.refusals += 1
             await asyncio.sleep(0.2)
             code = await self._ask(stub)
+        while code is grpc.StatusCode.UNAVAILABLE and self.is_resumable and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+            self.resumes += 1
+            code = await self._follow(stub.Resume(self._rest(), timeout=10 * PATIENCE, wait_for_ready=True))
         self.codes.append(code)
         self.ended_at = time.monotonic()
 
     async def _ask(self, stub: generation_pb2_grpc.GenerationStub) -> grpc.StatusCode:
-        call = stub.Generate(self.request, timeout=self.timeout or 10 * PATIENCE, wait_for_ready=True)
+        return await self._follow(
+            stub.Generate(self.request, timeout=self.timeout or 10 * PATIENCE, wait_for_ready=True)
+        )
+
+    def _rest(self) -> generation_pb2.ResumeRequest:
+        tokens = self.tokens()
+        counts = [len(tokens.get(index, ())) for index in range(1 + max(tokens, default=-1))]
+        return generation_pb2.ResumeRequest(request_id=self.request_id, offsets=counts)
+
+    async def _follow(self, call) -> grpc.StatusCode:
         try:
             async for response in call:
                 await self.reading.wait()
@@ -134,6 +152,8 @@ class Stream:
         assert self.finished is None, f"stream {self.number}: something came after Finished"
         self.has_begun = True
         match response.WhichOneof("event"):
+            case "started":
+                self.request_id, self.is_resumable = response.started.request_id, response.started.resumable
             case "delta":
                 delta = response.delta
                 if delta.token_ids:
@@ -213,7 +233,9 @@ class Workload:
             stream.first_turn.sampling.max_tokens = 16
         else:
             request.prompt = prompt
-        if kind == "samples":
+        if kind.startswith("kept"):
+            request.on_disconnect = generation_pb2.ON_DISCONNECT_KEEP
+        if kind.endswith("samples"):
             sampling.n = request.sampling.n = rng.randint(2, 4)
             request.sampling.max_tokens = sampling.max_tokens // 2
         elif kind == "logprobs":

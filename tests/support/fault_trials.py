@@ -132,7 +132,7 @@ class Trials:
 
 def unpromised(fault: Fault, stream: Stream) -> list[str]:
     """What the client should not have seen under this fault."""
-    codes = _CODES.get(stream.kind, {OK}) | ({UNAVAILABLE} if fault.errors else set())
+    codes = _CODES.get(stream.kind, {OK}) | ({UNAVAILABLE} if fault.errors and not stream.is_resumable else set())
     if stream.code not in codes:
         return [f"stream {stream.number} ({stream.kind}) ended {stream.code}: {stream.details}"]
     if stream.kind == "session" and stream.finished is not None:
