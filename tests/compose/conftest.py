@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compose_stack import why_no_docker
+from told_at_once import pytest_runtest_makereport as pytest_runtest_makereport
 
 _FIGURES = pytest.StashKey[list[str]]()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from fault_line import FaultLine, Shape, fault_line
 from fault_trials import HEADINGS
+from told_at_once import pytest_runtest_makereport as pytest_runtest_makereport
 
 _TABLE = pytest.StashKey[list[str]]()
 
@@ -71,16 +72,6 @@ def lines(tmp_path_factory: pytest.TempPathFactory, model_dir) -> Iterator[Lines
 def table(request: pytest.FixtureRequest) -> list[str]:
     """Lines to print at the end."""
     return request.config.stash.setdefault(_TABLE, [])
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Tell of a failure at once: a run may take an hour."""
-    report = yield
-    reporter = item.config.pluginmanager.get_plugin("terminalreporter")
-    if report.failed and reporter is not None:
-        reporter.write_line(f"\n{report.longreprtext[-4000:]}")
-    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
