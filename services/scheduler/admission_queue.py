@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from heapq import heapify, heappop, heapreplace
 from typing import Generic
 
 import grpc
@@ -10,53 +12,68 @@ import grpc
 from services.common.errors import StatusError
 from services.scheduler.tenant_shares import EntryT, QueueEntry, TenantShares
 
-_REQUEST_COST = 256
-"""What a request takes beside its prompt, in tokens: a place in the batch, however short the prompt is."""
-
 _RETRY_AFTER_UNKNOWN = 1.0
 _RETRY_AFTER_RANGE = (0.1, 60.0)
 
 
 class AdmissionQueue(Generic[EntryT]):
-    """Waiting requests in the order in which they shall leave.
+    """Waiting requests in the order in which they shall leave: by priority; among equal ones, of the tenant that was
+    served least; of one tenant, by arrival. When the queue is full, the tenant that holds most makes room for those
+    that hold less.
 
-    Tenants share alike, by start-time fair queueing (Goyal, Vin and Cheng 1996): a request's turn is where its tenant's
-    last one ends, in tokens, and a tenant that was away begins where the queue is now. A tenant alone is served in the
-    order of arrival. When the queue is full, the tenant that holds most makes room for those that hold less.
-
-    A sorted list: with a few thousand entries an insertion or removal moves some kilobytes, which is cheaper than what
-    any tree does in Python, and the order can be walked without disturbing it.
+    Sorted lists: with a few thousand entries an insertion or removal moves some kilobytes, which is cheaper than what
+    any tree does in Python.
 
     Args:
         max_requests: Most requests.
         max_tokens: Most prompt tokens. One request that is larger may still wait alone.
+        served: What a tenant was served so far; only compared.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
+    def __init__(self, max_requests: int, max_tokens: int, served: Callable[[bytes], float]) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._entries: list[tuple[int, int, int, EntryT]] = []
-        self._tokens: dict[int, dict[bytes, int]] = {}  # that wait, by priority and tenant
-        self._next_turns: dict[int, dict[bytes, int]] = {}  # likewise
-        self._newest_turn = 0  # of priorities of which none waits any more
+        self._served = served
+        self._lines: dict[int, dict[bytes, _Line[EntryT]]] = {}  # by priority and tenant; none is empty
         self._shares: TenantShares[EntryT] = TenantShares()
+        self._num_requests = 0
         self.num_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._num_requests
 
     def __contains__(self, entry: EntryT) -> bool:
-        place = self._place(entry)
-        return place < len(self._entries) and self._entries[place][3] is entry
+        line = self._lines.get(entry.priority, {}).get(entry.tenant)
+        return line is not None and entry in line
 
     @property
     def num_tenants(self) -> int:
         """Tenants of which requests wait."""
         return len(self._shares)
 
-    def in_order(self) -> list[EntryT]:
-        """All entries, the next one first; a copy."""
-        return [entry for _, _, _, entry in self._entries]
+    def in_order(self) -> Iterator[EntryT]:
+        """All entries that wait now, the next one first. Each may be removed, and its tenant served, before the next
+        one is asked for.
+        """
+        for priority in sorted(self._lines):
+            lines = {tenant: line.copy() for tenant, line in self._lines[priority].items()}
+            heads = [(self._served(tenant), line[0].arrival, tenant, 0) for tenant, line in lines.items()]
+            heapify(heads)
+            while heads:
+                _, _, tenant, place = heads[0]
+                line = lines[tenant]
+                yield line[place]
+                if place + 1 < len(line):
+                    heapreplace(heads, (self._served(tenant), line[place + 1].arrival, tenant, place + 1))
+                else:
+                    heappop(heads)
+
+    def heads(self) -> list[EntryT]:
+        """The next entry of each tenant, by priority and service."""
+        heads = {}
+        for priority in sorted(self._lines, reverse=True):
+            heads.update({tenant: line.first for tenant, line in self._lines[priority].items()})
+        return sorted(heads.values(), key=lambda entry: (entry.priority, self._served(entry.tenant), entry.arrival))
 
     def admit(self, entry: EntryT, remaining: float | None, tokens_per_second: float | None) -> list[EntryT]:
         """Take a new request, or refuse it at once rather than let it wait in vain.
@@ -82,11 +99,8 @@ class AdmissionQueue(Generic[EntryT]):
                     f"the deadline is in {remaining:.3f} s, and {ahead} prompt tokens wait before this request: "
                     f"its first token is not expected before {predicted:.3f} s",
                 )
-        own_turn = self._next_turns.get(entry.priority, {}).get(entry.tenant, 0)
-        entry.turn = max(own_turn, self._present_turn(entry.priority))
         self._insert(entry, may_be_dropped=True)
         for other in dropped:
-            self._next_turns[other.priority][other.tenant] -= _cost(other)  # of what it is not given
             self.remove(other)
         return dropped
 
@@ -96,66 +110,48 @@ class AdmissionQueue(Generic[EntryT]):
             "the tenant of this request holds most of it and made room for another's", 0, tokens_per_second
         )
 
-    def take_over(self, entry: EntryT) -> None:
-        """Take a request that another scheduler had admitted: it is next, and is not refused or dropped any more."""
-        entry.turn = self._present_turn(entry.priority)
-        self._insert(entry, may_be_dropped=False)
-
     def put_back(self, entry: EntryT) -> None:
-        """Return a request that had left. It takes its old place; it was admitted once, and is not refused or dropped
-        now.
+        """Take a request that was admitted before, here or by another scheduler: it is not refused or dropped now. Its
+        place among those of its tenant is by arrival, so one that had left takes its old place.
         """
         self._insert(entry, may_be_dropped=False)
 
     def remove(self, entry: EntryT) -> None:
         """Take a request out."""
-        place = self._place(entry)
-        if place == len(self._entries) or self._entries[place][3] is not entry:
+        if entry not in self:
             raise KeyError(f"request {entry.arrival} is not queued")
-        del self._entries[place]
+        lines = self._lines[entry.priority]
+        lines[entry.tenant].remove(entry)
+        if not lines[entry.tenant].num_tokens:
+            del lines[entry.tenant]
+            if not lines:
+                del self._lines[entry.priority]
         self._shares.remove(entry)
-        self._count(entry, -entry.num_prompt_tokens)
+        self._num_requests -= 1
+        self.num_tokens -= entry.num_prompt_tokens
 
     def tokens_ahead(self, entry: EntryT) -> int:
         """Prompt tokens that leave before a request that comes now, about: other tenants get as much as its own."""
-        ahead = sum(sum(tenants.values()) for other, tenants in self._tokens.items() if other < entry.priority)
-        tenants = self._tokens.get(entry.priority, {})
-        own = tenants.get(entry.tenant, 0)
+        ahead = 0
+        for priority, lines in self._lines.items():
+            if priority < entry.priority:
+                ahead += sum(line.num_tokens for line in lines.values())
+        lines = self._lines.get(entry.priority, {})
+        own = lines[entry.tenant].num_tokens if entry.tenant in lines else 0
         share = own + entry.num_prompt_tokens
-        return ahead + own + sum(min(share, tokens) for other, tokens in tenants.items() if other != entry.tenant)
+        others = (line.num_tokens for tenant, line in lines.items() if tenant != entry.tenant)
+        return ahead + own + sum(min(share, tokens) for tokens in others)
 
     def _insert(self, entry: EntryT, *, may_be_dropped: bool) -> None:
-        insort(self._entries, (entry.priority, entry.turn, entry.arrival, entry))
-        next_turns = self._next_turns.setdefault(entry.priority, {})
-        next_turns[entry.tenant] = max(next_turns.get(entry.tenant, 0), entry.turn + _cost(entry))
+        self._lines.setdefault(entry.priority, {}).setdefault(entry.tenant, _Line()).insert(entry)
         self._shares.add(entry, may_be_dropped=may_be_dropped)
-        self._count(entry, entry.num_prompt_tokens)
-
-    def _place(self, entry: EntryT) -> int:
-        # Shorter tuples sort before the longer ones they begin, and arrivals are unique: entries are never compared.
-        return bisect_left(self._entries, (entry.priority, entry.turn, entry.arrival))
-
-    def _present_turn(self, priority: int) -> int:
-        """The turn of the next request of a priority; where none waits, one after all that there were."""
-        if priority not in self._tokens:
-            return self._newest_turn
-        return self._entries[bisect_left(self._entries, (priority,))][1]
-
-    def _count(self, entry: EntryT, tokens: int) -> None:
-        self.num_tokens += tokens
-        tenants = self._tokens.setdefault(entry.priority, {})
-        tenants[entry.tenant] = tenants.get(entry.tenant, 0) + tokens
-        if not tenants[entry.tenant]:
-            del tenants[entry.tenant]
-            if not tenants:
-                del self._tokens[entry.priority]
-                # Nobody is owed anything, and what comes back is still before what is new.
-                self._newest_turn = max(self._newest_turn, *self._next_turns.pop(entry.priority, {0: 0}).values())
+        self._num_requests += 1
+        self.num_tokens += entry.num_prompt_tokens
 
     def _make_room(self, entry: EntryT, tokens_per_second: float | None) -> list[EntryT]:
         """Choose what has to leave for a new request. Raises StatusError RESOURCE_EXHAUSTED."""
-        num_excess = len(self._entries) + 1 - self._max_requests
-        excess = self.num_tokens + entry.num_prompt_tokens - self._max_tokens if self._entries else 0
+        num_excess = self._num_requests + 1 - self._max_requests
+        excess = self.num_tokens + entry.num_prompt_tokens - self._max_tokens if self._num_requests else 0
         if num_excess <= 0 and excess <= 0:
             return []
         dropped = self._shares.make_room(entry, (num_excess, excess))
@@ -181,5 +177,32 @@ class AdmissionQueue(Generic[EntryT]):
         )
 
 
-def _cost(entry: QueueEntry) -> int:
-    return entry.num_prompt_tokens + _REQUEST_COST
+class _Line(Generic[EntryT]):
+    """The requests of one tenant and priority, by arrival."""
+
+    def __init__(self) -> None:
+        self._entries: list[EntryT] = []
+        self.num_tokens = 0
+
+    def __contains__(self, entry: EntryT) -> bool:
+        place = bisect_left(self._entries, entry.arrival, key=_arrival)
+        return place < len(self._entries) and self._entries[place] is entry
+
+    @property
+    def first(self) -> EntryT:
+        return self._entries[0]
+
+    def copy(self) -> list[EntryT]:
+        return self._entries.copy()
+
+    def insert(self, entry: EntryT) -> None:
+        insort(self._entries, entry, key=_arrival)
+        self.num_tokens += entry.num_prompt_tokens
+
+    def remove(self, entry: EntryT) -> None:
+        del self._entries[bisect_left(self._entries, entry.arrival, key=_arrival)]
+        self.num_tokens -= entry.num_prompt_tokens
+
+
+def _arrival(entry: QueueEntry) -> int:
+    return entry.arrival

@@ -29,6 +29,7 @@ class Books:
         ended: Requests that ended, by google.rpc.Code.
         dispatched: Submits sent to executors.
         resubmitted: Requests moved from an executor that was lost or gave them back.
+        recalled: Requests taken back from an executor so that another tenant got a row.
         prompt_tokens: Prompt tokens of the accepted requests.
         tokens_received: Tokens that came from executors.
         tokens_sent: Tokens that went to clients.
@@ -42,6 +43,7 @@ class Books:
     ended: dict[int, int] = field(default_factory=lambda: {code.value[0]: 0 for code in grpc.StatusCode})
     dispatched: int = 0
     resubmitted: int = 0
+    recalled: int = 0
     prompt_tokens: int = 0
     tokens_received: int = 0
     tokens_sent: int = 0

@@ -33,8 +33,8 @@ class SchedulerSettings(LinkedSettings, LinkingSettings):
     """Seconds for which requests wait while none is ready but one answers; covers the loading of its model."""
     executor_resolve_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between look-ups of executor names that are not plain addresses."""
-    max_executor_deaths: Annotated[int, Field(ge=1)] = 3
-    """Executors that may die under one request before it is ended as their likely cause."""
+    max_executor_deaths: Annotated[int, Field(ge=1)] = 2
+    """Engines that may end under a request, without a token in between, before it is ended as their cause."""
     session_wait_s: Annotated[float, Field(ge=0)] = 0.25
     """Seconds that a request waits for its session's executor while only others would take it."""
     deadline_backstop_s: Annotated[float, Field(gt=0)] = 1.0

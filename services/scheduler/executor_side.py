@@ -14,8 +14,14 @@ class ExecutorSide:
     Attributes:
         replica: The executor that has it now; None = none.
         handle: Its handle there.
+        num_rows: Rows that it holds there, one for each sample that has not ended.
+        charged_tokens: What it took of that executor's credit.
+        is_recalled: Whether that one was asked to give it back.
+        num_charged: Output tokens that its tenant's account knows of.
         dispatches: How often it was sent to an executor.
-        deaths: Executors that were lost under it.
+        deaths: Engines that were lost under it in a row, without a token in between.
+        deaths_in_all: Engines that were lost under it.
+        died_on: The last one of these.
         num_resumed: Tokens that the client had when it was sent off last.
         refused_by: Why executors sent it back, by their instance.
         hashes: `block_hashes` of the prompt.
@@ -26,11 +32,17 @@ class ExecutorSide:
 
     __slots__ = (
         "awaits_session",
+        "charged_tokens",
         "deaths",
+        "deaths_in_all",
+        "died_on",
         "dispatches",
         "handle",
         "hashes",
+        "is_recalled",
+        "num_charged",
         "num_resumed",
+        "num_rows",
         "refused_by",
         "replica",
         "session_address",
@@ -40,8 +52,14 @@ class ExecutorSide:
     def __init__(self) -> None:
         self.replica: ReplicaLink | None = None
         self.handle = 0
+        self.num_rows = 0
+        self.charged_tokens = 0
+        self.is_recalled = False
+        self.num_charged = 0
         self.dispatches = 0
         self.deaths = 0
+        self.deaths_in_all = 0
+        self.died_on = ""
         self.num_resumed = 0
         self.refused_by: dict[str, str] = {}
         self.hashes: list[int] = []

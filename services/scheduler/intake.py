@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from services.common.tracing.tracer import Tracer
 
 _RETRY_AFTER = 1.0
+_EARLIER = 2**62
 
 
 class Intake:
@@ -60,7 +61,9 @@ class Intake:
             raise StatusError.invalid("handle", f"{submit.handle} is still in use by another request of this link")
         now = self._loop.time()
         self._arrivals += 1
-        request = Request(link, submit, self._arrivals, now)
+        # What another scheduler had admitted goes before what its tenant sent first to this one.
+        arrival = self._arrivals - _EARLIER if submit.attempt else self._arrivals
+        request = Request(link, submit, arrival, now)
         link.requests[submit.handle] = request
         placement = self._placement
         placement.count_in(request)

@@ -126,6 +126,8 @@ def _requests(snapshot: _Snapshot) -> Iterator[Metric]:
     yield filled(ended, [((outcome_of(code), code_name(code)), count) for code, count in books.ended.items()])
     yield CounterMetricFamily(f"{_PREFIX}_dispatches", "Submits sent to executors.", value=books.dispatched)
     yield CounterMetricFamily(f"{_PREFIX}_resubmits", "Requests moved from executors.", value=state.resubmitted)
+    text = "Requests taken back so that another tenant got a row."
+    yield CounterMetricFamily(f"{_PREFIX}_recalls", text, value=books.recalled)
     yield GaugeMetricFamily(f"{_PREFIX}_num_requests_waiting", "Requests in the queue.", value=state.queued)
     yield GaugeMetricFamily(f"{_PREFIX}_num_tokens_waiting", "Their prompt tokens.", value=state.queued_tokens)
     yield GaugeMetricFamily(f"{_PREFIX}_num_requests_running", "Requests on executors.", value=state.running)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import grpc
 
@@ -19,11 +19,15 @@ from services.scheduler.config import SchedulerSettings
 from services.scheduler.fleet import Fleet
 from services.scheduler.outage import Outage
 from services.scheduler.prefix_index import PrefixIndex, block_hashes
+from services.scheduler.quarantine import Quarantine
 from services.scheduler.rates import DrainRate
 from services.scheduler.replica_link import ReplicaLink
 from services.scheduler.request import Request, RequestState
 from services.scheduler.router import Router, Verdict
+from services.scheduler.row_recall import RowRecall
+from services.scheduler.session_lookup import SessionLookup
 from services.scheduler.step_relay import relay_step
+from services.scheduler.token_service import TokenService
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +51,10 @@ class Placement:
     def __init__(
         self, settings: SchedulerSettings, fleet: Fleet, affinity: AffinityStore, heartbeat: Heartbeat
     ) -> None:
-        self.queue: AdmissionQueue[Request] = AdmissionQueue(settings.max_queued_requests, settings.max_queued_tokens)
+        self.service = TokenService()
+        self.queue: AdmissionQueue[Request] = AdmissionQueue(
+            settings.max_queued_requests, settings.max_queued_tokens, self.service.served
+        )
         self.books = Books()
         self.outage = Outage(settings.executor_grace_s, settings.engine_restart_limit_s, self._on_given_up)
         self.on_new_model: Callable[[], None] = lambda: None
@@ -55,10 +62,13 @@ class Placement:
         self._settings = settings
         self._fleet = fleet
         self._affinity = affinity
+        self._sessions = SessionLookup(affinity, self._schedule_pump)
         self._heartbeat = heartbeat
         self._loop = asyncio.get_running_loop()
         self._prefixes = PrefixIndex()
         self._router = Router(self._prefixes)
+        self.quarantine = Quarantine(settings.max_executor_deaths)
+        self._recall = RowRecall(self.service)
         self._rate = DrainRate()
         self._pump_due = False
         self._idle = asyncio.Event()
@@ -79,20 +89,24 @@ class Placement:
         """A request came: it will be ended here."""
         self.books.accepted += 1
         self.books.prompt_tokens += request.num_prompt_tokens
+        if request.tenant not in self.service:
+            self._charge_outputs()  # the newcomer is measured by what the others have had by now
+        self.service.enter(request.tenant)
         self._idle.clear()
 
     def enter(self, request: Request, now: float) -> None:
         """Queue a request that was counted in. Raises StatusError for one that is refused."""
         if self.outage.is_given_up:
             raise self._fleet.describe_absence()
+        self.quarantine.check(request.submit, now)
         if request.submit.attempt:
-            self.queue.take_over(request)
+            self.queue.put_back(request)
         else:
             self._admit(request, now)
         if request.deadline is not None:
             request.timer = self._loop.call_at(request.deadline, self._on_deadline, request)
         request.executor.hashes = block_hashes(request.submit.token_ids, request.submit.cache_salt)
-        self._find_session(request)
+        self._sessions.start(request)
         self._heartbeat.expect_work()
         self._schedule_pump()
 
@@ -123,9 +137,8 @@ class Placement:
         moved: bool = False,
     ) -> None:
         """End a request wherever it is, without waiting for its executor; moved: the client may send it elsewhere."""
-        executor = request.executor
-        if executor.replica is not None:
-            executor.replica.abort(executor.handle, reason)
+        if (replica := request.executor.replica) is not None:
+            replica.abort(request.executor.handle, reason)
         self.end(request, request.make_finish(error, moved=moved))
 
     def end(self, request: Request, finish: link_pb2.Finish) -> None:
@@ -134,6 +147,8 @@ class Placement:
         if request in self.queue:
             self.queue.remove(request)
         now = self._loop.time()
+        self.service.settle(request)
+        self.service.leave(request.tenant)
         request.end(now)
         if request.trace is not None:
             request.trace.end(finish)
@@ -149,11 +164,8 @@ class Placement:
 
     async def wait_idle(self, timeout: float) -> int:
         """Wait until nothing is queued or running, or the time has passed. Returns what is left."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self._idle.wait()
-        except TimeoutError:
-            pass
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout)
         return len(self.queue) + self._fleet.num_running
 
     # What executors do (ReplicaListener).
@@ -172,10 +184,8 @@ class Placement:
         for handle, problem in relay_step(step, replica.clients, self.books):
             request = replica.running.get(handle)
             if request is not None:
-                fields = {"request_id": request.submit.request_id}
-                _log.error(
-                    "executor %s broke the protocol, the request ends: %s", replica.address, problem, extra=fields
-                )
+                id_ = {"request_id": request.submit.request_id}
+                _log.error("executor %s broke the protocol, the request ends: %s", replica.address, problem, extra=id_)
                 error = f"executor {replica.address} broke the protocol: {problem}"
                 self.abandon(request, StatusError(grpc.StatusCode.INTERNAL, error))
         for finish in step.finished:
@@ -193,14 +203,13 @@ class Placement:
             queued_requests=len(queue), queued_tokens=queue.num_tokens, queued_tenants=queue.num_tenants
         )
 
-    def replica_lost(self, replica: ReplicaLink, requests: list[Request], error: StatusError) -> None:
+    def replica_lost(self, replica: ReplicaLink, requests: list[Request], instance_id: str, error: StatusError) -> None:
         """An executor's link broke: go on elsewhere."""
-        is_death = not (replica.is_leaving or replica.load.draining)
+        is_planned = replica.is_leaving or replica.load.draining
         self._refresh()
         if requests:
             _log.warning("executor %s is lost, %d requests move: %s", replica.address, len(requests), error.message)
-        for request in requests:
-            self._move(request, lost=True, is_death=is_death, error=error)
+            self._move_all(requests, error, died_on="" if is_planned else instance_id)
 
     # The way of a request.
 
@@ -218,7 +227,7 @@ class Placement:
         # Whoever waits for a first executor is starting.
         level = logging.INFO if self._fleet.identity is None else logging.ERROR
         _log.log(level, "requests end with UNAVAILABLE: %s", error.message)
-        for request in self.queue.in_order():
+        for request in list(self.queue.in_order()):
             self.end(request, request.make_finish(error))
 
     def _schedule_pump(self) -> None:
@@ -230,27 +239,70 @@ class Placement:
     def _pump(self) -> None:
         self._pump_due = False
         now = self._loop.time()
-        num_requests = num_tokens = 0
-        for request in self.queue.in_order():
-            if not any(replica.has_credit for replica in self._fleet.ready):
-                break
-            if request.executor.awaits_session:
-                continue
-            try:
-                replica = self._route(request, now)
-                if replica is None:
-                    continue
-                self._dispatch(request, replica, now)
-            except Exception:  # whatever it is about this request, the others go on
-                _log.exception("a request could not be sent, it ends", extra={"request_id": request.submit.request_id})
-                self.abandon(request, StatusError(grpc.StatusCode.INTERNAL, "the request could not be sent"))
-            else:
-                num_requests += 1
-                num_tokens += request.num_prompt_tokens
-        ready = self._fleet.ready
-        held_back = bool(self.queue and ready) and not any(replica.has_credit for replica in ready)
-        self._rate.update(now, num_requests, num_tokens, held_back)
+        if self.queue and self.service.num_active > 1:
+            self._charge_outputs()
+        sent: list[Request] = []
+        if self._has_credit():
+            for request in self.queue.in_order():
+                if self._may_go(request):
+                    with self._ending_what_fails(request):
+                        if self._place(request, now):
+                            sent.append(request)
+                    if not self._has_credit():
+                        break
+        if self.queue and self.service.num_active > 1:
+            self._recall_rows(now)
+        held_back = bool(self.queue and self._fleet.ready) and not self._has_credit()
+        self._rate.update(now, len(sent), sum(request.num_prompt_tokens for request in sent), held_back)
         self._fleet.announce_demand(self.demand())
+
+    def _charge_outputs(self) -> None:
+        for replica in self._fleet.ready:
+            self.service.charge_outputs(replica.running.values())
+
+    def _may_go(self, request: Request) -> bool:
+        return not request.executor.awaits_session and self.quarantine.may_run(request)
+
+    def _has_credit(self) -> bool:
+        return any(replica.has_credit for replica in self._fleet.ready)
+
+    @contextmanager
+    def _ending_what_fails(self, request: Request) -> Iterator[None]:
+        """Whatever it is about this request, the others go on."""
+        try:
+            yield
+        except Exception:
+            _log.exception("a request could not be sent, it ends", extra={"request_id": request.submit.request_id})
+            self.abandon(request, StatusError(grpc.StatusCode.INTERNAL, "the request could not be sent"))
+
+    def _place(self, request: Request, now: float) -> bool:
+        """Send a request to an executor that takes it; False where none does yet."""
+        replica = self._route(request, now)
+        if replica is None:
+            return False
+        is_shared = self.service.num_active > 1
+        if not (is_shared and replica.lacks_room(request) and self._place_on_recalled_row(request, now)):
+            self._dispatch(request, replica, now)
+        return True
+
+    def _recall_rows(self, now: float) -> None:
+        """Take rows back for tenants that are behind, one each: for their next requests when the next step has come."""
+        for request in self.queue.heads():
+            if self._may_go(request) and not self._has_credit():
+                with self._ending_what_fails(request):
+                    self._place_on_recalled_row(request, now)
+
+    def _place_on_recalled_row(self, request: Request, now: float) -> bool:
+        found = self._recall.find(request, self._fleet.ready)
+        if found is None:
+            return False
+        replica, victims = found
+        for victim in victims:
+            self.service.take_rows(victim)
+            replica.recall(victim)
+        self.books.recalled += len(victims)
+        self._dispatch(request, replica, now)
+        return True
 
     def _route(self, request: Request, now: float) -> ReplicaLink | None:
         executor = request.executor
@@ -280,7 +332,10 @@ class Placement:
         is_first = executor.dispatches == 0
         if request.trace is not None:
             request.trace.dispatch(replica.address)
-        replica.dispatch(request, now, self._prefixes.matched_tokens(executor.hashes, replica.instance_id))
+        cached = self._prefixes.matched_tokens(executor.hashes, replica.instance_id)
+        replica.dispatch(request, now, cached, ahead=self.service.goes_ahead(request))
+        self.service.on_dispatch(request, is_first=is_first)
+        self.quarantine.on_dispatch(request)
         self.books.dispatched += 1
         if is_first:
             self.books.queue_time.observe(request.times.admission_seconds)
@@ -291,30 +346,39 @@ class Placement:
     def _on_finish(self, request: Request, finish: link_pb2.Finish, replica: ReplicaLink) -> None:
         executor = request.executor
         if finish.status.code == _UNAVAILABLE:
-            has_run = request.client.progress.num_tokens > executor.num_resumed
+            has_run = request.num_new_tokens > 0
             replica.release(executor.handle)
             if not finish.moved:
                 # Before any token: it takes no requests, for instance because it drains. After that: it failed.
                 executor.refused_by[replica.instance_id] = finish.status.message
-            is_death = has_run and not finish.moved
-            self._move(request, lost=has_run, is_death=is_death, error=StatusError.from_link(finish.status))
+            died_on = replica.instance_id if has_run and not finish.moved else ""
+            self._move_all([request], StatusError.from_link(finish.status), died_on)
             return
         if executor.num_resumed:
             finish.usage.num_resumed = executor.num_resumed
         finish.timings.executor_id = replica.address
         self.end(request, finish)
 
-    def _move(self, request: Request, *, lost: bool, is_death: bool, error: StatusError) -> None:
-        client, executor = request.client, request.executor
-        if request.trace is not None:
-            request.trace.come_back(error)
-        client.settle_stopping()
-        executor.deaths += is_death
+    def _move_all(self, requests: list[Request], error: StatusError, died_on: str) -> None:
+        """Take back requests whose executor is lost or gave them back; died_on: the engine that ended under them."""
+        guilty: dict[Request, str] = {}
+        if died_on:
+            guilty = self.quarantine.on_engine_lost(requests, died_on, self._loop.time())
+        for request in requests:
+            if request.trace is not None:
+                request.trace.come_back(error)
+            self.service.settle(request)
+            request.client.settle_stopping()
+            if request in guilty:
+                reason = StatusError(grpc.StatusCode.INTERNAL, f"{guilty[request]}; the last one: {error.message}")
+                self.end(request, request.make_finish(reason))
+            else:
+                self._requeue(request, lost=bool(died_on) or request.num_new_tokens > 0)
+
+    def _requeue(self, request: Request, *, lost: bool) -> None:
+        client = request.client
         if client.cancelled is not None or client.progress.all_ended:
             self.end(request, request.make_finish(client.cancelled))
-        elif executor.deaths >= self._settings.max_executor_deaths:
-            message = f"{executor.deaths} executors died while they ran this request, the last one: {error.message}"
-            self.end(request, request.make_finish(StatusError(grpc.StatusCode.INTERNAL, message)))
         elif self.outage.is_given_up:
             self.end(request, request.make_finish(self._fleet.describe_absence()))
         else:
@@ -334,16 +398,3 @@ class Placement:
         where = "while the request waited for an executor" if request.executor.replica is None else "on the executor"
         error = StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, f"the deadline passed {where}")
         self.abandon(request, error, link_pb2.ABORT_REASON_DEADLINE)
-
-    def _find_session(self, request: Request) -> None:
-        if not request.session_id:
-            return
-        request.executor.session_address = self._affinity.get(request.session_id)
-        if request.executor.session_address is None and self._affinity.redis_ok:
-            request.executor.awaits_session = True
-            self._affinity.look_up(request.session_id).add_done_callback(partial(self._on_session_found, request))
-
-    def _on_session_found(self, request: Request, found: asyncio.Future[str | None]) -> None:
-        request.executor.session_address = found.result()
-        request.executor.awaits_session = False
-        self._schedule_pump()

@@ -9,7 +9,7 @@ import grpc
 
 from scalellm.v1 import executor_pb2, link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import PLAINTEXT, LinkClient, LinkDialer, LinkTraffic
+from services.common.link import MOVES_SINCE, PLAINTEXT, LinkClient, LinkDialer, LinkTraffic
 from services.scheduler.client_side import ClientSide
 from services.scheduler.request import Request
 
@@ -34,8 +34,8 @@ class ReplicaListener(Protocol):
     def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
         """It sent a frame; its load is already taken over."""
 
-    def replica_lost(self, replica: ReplicaLink, requests: list[Request], error: StatusError) -> None:
-        """Its link broke while these requests ran there, or could not be made."""
+    def replica_lost(self, replica: ReplicaLink, requests: list[Request], instance_id: str, error: StatusError) -> None:
+        """Its link broke while these requests ran on this incarnation of it, or could not be made."""
 
 
 class ReplicaLink:
@@ -79,6 +79,7 @@ class ReplicaLink:
         self._submitted_tokens = 0
         self._finished_requests = 0
         self._tokens_since_load = 0
+        self._recalled: dict[int, int] = {}  # handles whose Finish is due, and the tokens for which credit comes back
         self._client = LinkClient(
             address,
             executor_pb2.DESCRIPTOR.services_by_name["Executor"].methods_by_name["Execute"],
@@ -116,14 +117,16 @@ class ReplicaLink:
         self.is_forgotten_when_down = True
         self._listener.replica_changed(self)
 
-    def dispatch(self, request: Request, now: float, cached_tokens: int) -> None:
-        """Send a request, of whose prompt so much is probably cached there; uses up credit for the rest."""
+    def dispatch(self, request: Request, now: float, cached_tokens: int, *, ahead: bool = False) -> None:
+        """Send a request, of whose prompt so much is probably cached there; uses up credit for the rest. ahead: it goes
+        before what waits there with its own priority.
+        """
         while self._next_handle in self.running:
             self._next_handle = (self._next_handle + 1) % 2**32
         handle = self._next_handle
         self._next_handle = (handle + 1) % 2**32
         charged_tokens = max(1, request.num_prompt_tokens - cached_tokens)
-        submit = request.make_submit(handle, now, charged_tokens)
+        submit = request.make_submit(handle, now, charged_tokens, ahead=ahead)
         self._submitted_requests += 1
         self._submitted_tokens += charged_tokens
         self._tokens_since_load += charged_tokens
@@ -135,6 +138,16 @@ class ReplicaLink:
     def announce_demand(self) -> None:
         """Tell the executor, which may serve other schedulers as well, what waits here for credits."""
         self._client.announce_demand()
+
+    def recall(self, request: Request) -> None:
+        """Take a request back, which ends there with a Finish that says so.
+
+        Its credits can be used at once: the executor reads this before what is sent after it.
+        """
+        handle = request.executor.handle
+        request.executor.is_recalled = True
+        self._recalled[handle] = 0 if request.num_new_tokens else request.executor.charged_tokens
+        self._client.abort(handle, link_pb2.ABORT_REASON_MOVE)
 
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
         """Ask the executor to end a request, or one sample of it."""
@@ -187,11 +200,32 @@ class ReplicaLink:
 
         A suspect executor is tried with one request at a time.
         """
+        return not (self.is_suspect and self.running) and self._has_request_credit and self.num_tokens_short <= 0
+
+    @property
+    def _has_request_credit(self) -> bool:
+        return self._submitted_requests < self.load.granted_requests + len(self._recalled)
+
+    @property
+    def num_tokens_short(self) -> int:
+        """Prompt tokens for which it has to grant more credit before it takes another request; 0 or less: none."""
+        granted = self.load.granted_prefill_tokens + sum(self._recalled.values())
+        return self._submitted_tokens + 1 - granted
+
+    def lacks_room(self, request: Request) -> bool:
+        """Whether a request that is sent now would wait for a row or for cache blocks."""
+        num_rows = sum(other.executor.num_rows for other in self.running.values() if not other.executor.is_recalled)
+        rows = self.welcome.max_num_seqs if self.welcome is not None else 0
         return (
-            not (self.is_suspect and self.running)
-            and self._submitted_requests < self.load.granted_requests
-            and self._submitted_tokens < self.load.granted_prefill_tokens
+            not self._has_request_credit
+            or num_rows + request.num_rows > rows
+            or self.free_blocks * self.block_size < request.num_prompt_tokens
         )
+
+    @property
+    def takes_moves(self) -> bool:
+        """Whether it gives requests back."""
+        return self.welcome is not None and self.welcome.api_minor >= MOVES_SINCE
 
     @property
     def _owes_answers(self) -> bool:
@@ -264,6 +298,9 @@ class ReplicaLink:
     def on_step(self, step: link_pb2.StepOutput) -> None:
         """The executor sent a frame."""
         self._finished_requests += len(step.finished)
+        if self._recalled:
+            for finish in step.finished:
+                self._recalled.pop(finish.handle, None)
         if step.handles or step.finished:
             self.is_suspect = False
         if step.HasField("load"):
@@ -276,15 +313,17 @@ class ReplicaLink:
 
     def on_down(self, error: StatusError) -> None:
         """The link broke, or could not be made."""
+        instance_id = self.instance_id
         lost = sorted(self.running.values(), key=lambda request: request.arrival)
         if self.is_up and self._owes_answers:
             self._lost_instance = self.instance_id
         self.running.clear()
         self.clients.clear()
+        self._recalled.clear()
         self.welcome = None
         self.last_error = error.message
         # Only who answers can say when it is worth coming back.
         self._is_starting = error.code is grpc.StatusCode.UNAVAILABLE and error.retry_after is not None
         if error.code is not grpc.StatusCode.FAILED_PRECONDITION:
             self._is_incompatible = False
-        self._listener.replica_lost(self, lost, error)
+        self._listener.replica_lost(self, lost, instance_id, error)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
-from services.common.link import check_submit
+from services.common.link import LOWEST_PRIORITY, check_submit
 from services.scheduler.client_side import ClientSide
 from services.scheduler.executor_side import ExecutorSide
 from services.scheduler.request_times import RequestTimes
@@ -61,7 +61,6 @@ class Request:
         "timer",
         "times",
         "trace",
-        "turn",
     )
 
     def __init__(self, link: ClientLink, submit: link_pb2.Submit, arrival: int, now: float) -> None:
@@ -69,7 +68,6 @@ class Request:
         self.arrival = arrival
         self.priority: int = submit.priority
         self.tenant: bytes = submit.tenant or submit.cache_salt
-        self.turn = 0
         self.session_id: str = submit.session_id
         self.deadline = now + submit.time_remaining_ns / 1e9 if submit.HasField("time_remaining_ns") else None
         self.timer: asyncio.TimerHandle | None = None
@@ -84,7 +82,17 @@ class Request:
         """Raise INVALID_ARGUMENT for what no executor can take, and go on from what was resumed."""
         check_submit(self.submit)
         self.client.progress.start_at(self.submit.resumed)
-        self.executor.num_resumed = self.client.progress.num_tokens
+        self.executor.num_resumed = self.executor.num_charged = self.client.progress.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an executor that it needs: one for each sample that has not ended."""
+        return self.client.progress.ended.count(common_pb2.FINISH_REASON_UNSPECIFIED)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens since it was sent off last."""
+        return self.client.progress.num_tokens - self.executor.num_resumed
 
     @property
     def max_len(self) -> int:
@@ -102,6 +110,8 @@ class Request:
         self.executor.dispatches += 1
         self.executor.replica = replica
         self.executor.handle = handle
+        self.executor.num_rows = self.num_rows
+        self.executor.is_recalled = False
         self.times.leave_queue(now)
 
     def requeue(self, *, lost: bool) -> None:
@@ -122,11 +132,14 @@ class Request:
         if self.timer is not None:
             self.timer.cancel()
 
-    def make_submit(self, handle: int, now: float, charged_tokens: int) -> link_pb2.Submit:
-        """The Submit for an executor, with what was emitted so far and the time that is left."""
+    def make_submit(self, handle: int, now: float, charged_tokens: int, *, ahead: bool = False) -> link_pb2.Submit:
+        """The Submit for an executor, with what was emitted so far and the time that is left; ahead: it goes before
+        what waits there with its own priority.
+        """
         submit, client = self.submit, self.client
         submit.handle = handle
-        submit.charged_tokens = charged_tokens
+        submit.charged_tokens = self.executor.charged_tokens = charged_tokens
+        submit.priority = max(self.priority - ahead, LOWEST_PRIORITY)
         if self.deadline is not None:
             submit.time_remaining_ns = max(0, int((self.deadline - now) * 1e9))
         self.executor.num_resumed = client.progress.num_tokens

@@ -18,7 +18,7 @@ class QueueEntry(Protocol):
 
     @property
     def tenant(self) -> bytes:
-        """Whose it is; among equal priorities, tenants take turns."""
+        """Whose it is; among equal priorities, who was served least goes first."""
 
     @property
     def arrival(self) -> int:
@@ -28,12 +28,9 @@ class QueueEntry(Protocol):
     def num_prompt_tokens(self) -> int:
         """Tokens to prefill."""
 
-    turn: int
-    """Given by the queue when it takes the request: how much its tenant had been given by then."""
-
 
 EntryT = TypeVar("EntryT", bound=QueueEntry)
-_Place = tuple[int, int, int, EntryT]
+_Place = tuple[int, int, EntryT]
 
 
 @dataclass(slots=True)
@@ -74,8 +71,8 @@ class TenantShares(Generic[EntryT]):
         """A request waits no more."""
         holding = self._holdings[entry.tenant]
         holding.count(entry, -1)
-        index = bisect_left(holding.droppable, _place(entry)[:3])
-        if index < len(holding.droppable) and holding.droppable[index][3] is entry:
+        index = bisect_left(holding.droppable, _place(entry)[:2])
+        if index < len(holding.droppable) and holding.droppable[index][2] is entry:
             del holding.droppable[index]
         if not holding.amounts[0]:
             del self._holdings[entry.tenant]
@@ -109,7 +106,7 @@ class TenantShares(Generic[EntryT]):
                 if not num_left[tenant]:
                     heappop(largest)
                     continue
-                last = self._holdings[tenant].droppable[num_left[tenant] - 1][3]
+                last = self._holdings[tenant].droppable[num_left[tenant] - 1][2]
                 amounts = _amounts(last)
                 if held[tenant][resource] - amounts[resource] < own[resource] + wanted:
                     heappop(largest)
@@ -129,4 +126,4 @@ def _amounts(entry: QueueEntry) -> tuple[int, int]:
 
 def _place(entry: EntryT) -> _Place[EntryT]:
     # Arrivals are unique: entries are never compared.
-    return entry.priority, entry.turn, entry.arrival, entry
+    return entry.priority, entry.arrival, entry

@@ -111,6 +111,10 @@ class VirtualExecutor:
         servicer = ExecutorServicer(self.front, SimpleNamespace(drain_limit_s=1.0, lease_s=LEASE))
         self._network.serve(self.address, self.process, servicer.Execute)
 
+    def make_runner(self) -> _ScriptedRunner:
+        """The model of an engine."""
+        return _ScriptedRunner(overlaps=self._rng.random() < 0.5)
+
     def new_engine(self) -> tuple[Engine, link_pb2.Welcome]:
         """The next incarnation."""
         self._num_starts += 1
@@ -123,8 +127,7 @@ class VirtualExecutor:
             max_num_seqs=8,
             max_num_batched_tokens=64,
         )
-        runner = _ScriptedRunner(overlaps=self._rng.random() < 0.5)
-        engine = Engine(config, runner, clock=asyncio.get_running_loop().time)
+        engine = Engine(config, self.make_runner(), clock=asyncio.get_running_loop().time)
         welcome = link_pb2.Welcome(
             instance_id=f"{self.address}#{self._num_starts}",
             model="virtual",
@@ -288,9 +291,12 @@ class _EngineOnTurns:
 class VirtualScheduler:
     """A scheduler process that comes back."""
 
-    def __init__(self, network: Network, address: str, executors: Collection[str]) -> None:
+    def __init__(
+        self, network: Network, address: str, executors: Collection[str], settings: SchedulerSettings | None = None
+    ) -> None:
         self.address = address
         self._network = network
+        self._settings = settings or SchedulerSettings(stall_limit_s=SILENCE_LIMIT)
         self._executors = executors
         self._num_starts = 0
         self.start()
@@ -301,12 +307,11 @@ class VirtualScheduler:
         loop = asyncio.get_running_loop()
         instance = f"{self.address}#{self._num_starts}"
         self.process = VirtualProcess(instance)
-        settings = SchedulerSettings(stall_limit_s=SILENCE_LIMIT)
         dialer = VirtualDialer(self._network, self.process)
         self.fleet = Fleet(instance, SILENCE_LIMIT, dialer)
         affinity = AffinityStore(None, 60)
         heartbeat = Heartbeat(SILENCE_LIMIT, clock=loop.time)
-        self.placement = Placement(settings, self.fleet, affinity, heartbeat)
+        self.placement = Placement(self._settings, self.fleet, affinity, heartbeat)
         self.intake = Intake(self.placement)
         service = SchedulerService(instance, 1.0, self.intake, self.placement, self.fleet, None, affinity, LEASE)
         self.placement.start()

@@ -1,7 +1,14 @@
 """The one implementation of both internal links (tokenizer to scheduler, scheduler to executor)."""
 
 from services.common.link.client import LinkClient, LinkHandler
-from services.common.link.client_frames import LONGEST_NS, MAX_SAMPLES, check_submit, parse_client_frame, read_hello
+from services.common.link.client_frames import (
+    LONGEST_NS,
+    LOWEST_PRIORITY,
+    MAX_SAMPLES,
+    check_submit,
+    parse_client_frame,
+    read_hello,
+)
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.handles import Handles
 from services.common.link.identity import ModelIdentity
@@ -11,12 +18,14 @@ from services.common.link.progress import ProgressError, RequestProgress
 from services.common.link.registration import link_service_handler
 from services.common.link.server import ServerLink
 from services.common.link.traffic import LinkTraffic
-from services.common.link.version import API_MINOR
+from services.common.link.version import API_MINOR, MOVES_SINCE
 
 __all__ = [
     "API_MINOR",
     "LONGEST_NS",
+    "LOWEST_PRIORITY",
     "MAX_SAMPLES",
+    "MOVES_SINCE",
     "PLAINTEXT",
     "Handles",
     "LinkClient",

@@ -19,7 +19,10 @@ MAX_SAMPLES = 16
 LONGEST_NS = 10**18
 """Of any duration on a link, some thirty years: sums of a few, and times of any clock plus one, fit 64 bits."""
 
-_PRIORITIES = (-100, 100)
+LOWEST_PRIORITY = -100
+"""The number of the most urgent requests."""
+
+_PRIORITIES = (LOWEST_PRIORITY, 100)
 _LONGEST_ID = 256
 _LONGEST_SALT = 64
 _LONGEST_DIGEST = 64

@@ -12,6 +12,9 @@ API_MINOR = 2
 LEASES_SINCE = 2
 """The version whose upstream sides renew leases."""
 
+MOVES_SINCE = 2
+"""The version whose downstream sides give requests back."""
+
 _OLDEST = API_MINOR - 1
 """The oldest peer that this service works with. What a newer one cannot work with, that one refuses: it knows this
 version, and this service does not know its."""

@@ -110,7 +110,8 @@ async def test_a_tenants_burst_does_not_delay_another(make_line, eventually):
     executor.release()
     await line.edge.finish(first, *streams)
     salts = [submit.cache_salt for submit in executor.submits[1:]]
-    assert salts[:5] == [b"burst", b"late", b"burst", b"late", b"burst"]
+    assert salts[0] == b"late", "who was served least goes next"
+    assert salts[:3].count(b"late") == 2
 
 
 async def test_full_queue_says_when_to_retry(make_line, eventually):

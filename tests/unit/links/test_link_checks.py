@@ -78,10 +78,10 @@ def test_a_request_that_cannot_be_sent_ends_and_takes_no_credit(monkeypatch: pyt
 
     make_submit = Request.make_submit
 
-    def fail_for_the_first(self: Request, *arguments: object) -> link_pb2.Submit:
+    def fail_for_the_first(self: Request, *arguments: object, ahead: bool) -> link_pb2.Submit:
         if self.client.handle == 1:
             raise ValueError("out of range")
-        return make_submit(self, *arguments)  # type: ignore[arg-type]
+        return make_submit(self, *arguments, ahead=ahead)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Request, "make_submit", fail_for_the_first)
     with pytest.raises(AssertionError, match="out of range"):  # it is logged as the fault that it is

@@ -1,0 +1,113 @@
+"""Requests that ended engines: who is to blame, and what is not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import grpc
+
+from scalellm.v1 import common_pb2, link_pb2
+from services.common.errors import StatusError
+from services.scheduler.request import Request
+
+_log = logging.getLogger(__name__)
+
+_SECONDS = 600.0
+_CAPACITY = 1024
+_MOST_IN_ALL = 4
+"""Engines that may be lost under a request in all, in multiples of those that may in a row."""
+
+
+class Quarantine:
+    """Finds the request that ends engines among those that were on them, and refuses it when it comes again.
+
+    An engine that is lost takes many requests with it, and nearly all of them are innocent. One of them is guilty when
+    it has lost engine after engine without a token in between, and none of the others has: an innocent one goes on
+    somewhere. Where several are suspect, because they went from one engine to the next together, each has to show a
+    token before the next one of them is tried, so the engine that is lost then names the guilty one.
+
+    Args:
+        max_deaths: Engines in a row that a request may lose.
+    """
+
+    def __init__(self, max_deaths: int) -> None:
+        self._max_deaths = max_deaths
+        self._until: OrderedDict[bytes, float] = OrderedDict()
+        self._on_trial: Request | None = None
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def check(self, submit: link_pb2.Submit, now: float) -> None:
+        """Raise INTERNAL for a request that was quarantined some minutes ago."""
+        while self._until and next(iter(self._until.values())) <= now:
+            self._until.popitem(last=False)
+        if self._until and (digest := _digest(submit)) in self._until:
+            seconds = self._until[digest] - now
+            message = f"this request ended engines when it ran before and is not run again for {seconds:.0f} s"
+            raise StatusError(grpc.StatusCode.INTERNAL, f"{message} (SHA-256 {digest.hex()})")
+
+    def may_run(self, request: Request) -> bool:
+        """Whether a request may be sent off now: of suspect ones, one at a time."""
+        trial = self._on_trial
+        if trial is not None and (trial.executor.replica is None or trial.num_new_tokens):
+            if trial.num_new_tokens:
+                trial.executor.deaths = 0
+            self._on_trial = None
+        return self._on_trial is None or not self._is_suspect(request)
+
+    def on_dispatch(self, request: Request) -> None:
+        """It was sent off."""
+        if self._is_suspect(request):
+            self._on_trial = request
+
+    def on_engine_lost(self, requests: Sequence[Request], instance_id: str, now: float) -> dict[Request, str]:
+        """Requests were on an engine that was lost. Returns those that are not run again, with what to tell."""
+        for request in requests:
+            _count_death(request, instance_id)
+        suspects = [request for request in requests if self._is_suspect(request)]
+        guilty = suspects if len(suspects) == 1 else []
+        guilty += [
+            request
+            for request in requests
+            if request.executor.deaths_in_all >= _MOST_IN_ALL * self._max_deaths and request not in guilty
+        ]
+        return {request: self._add(request, now) for request in guilty}
+
+    def _is_suspect(self, request: Request) -> bool:
+        return request.executor.deaths >= self._max_deaths
+
+    def _add(self, request: Request, now: float) -> str:
+        digest = _digest(request.submit)
+        self._until[digest] = now + _SECONDS
+        self._until.move_to_end(digest)
+        if len(self._until) > _CAPACITY:
+            self._until.popitem(last=False)
+        deaths, request_id = request.executor.deaths_in_all, request.submit.request_id
+        _log.error("quarantined after %d engines: SHA-256 %s", deaths, digest.hex(), extra={"request_id": request_id})
+        return (
+            f"{deaths} executors died while they ran request {request_id!r}; it is not run again for {_SECONDS:.0f} s "
+            f"(SHA-256 {digest.hex()})"
+        )
+
+
+def _count_death(request: Request, instance_id: str) -> None:
+    executor = request.executor
+    if executor.died_on == instance_id:
+        return  # it hangs, and was lost twice
+    executor.died_on = instance_id
+    executor.deaths = 1 if request.num_new_tokens else executor.deaths + 1
+    executor.deaths_in_all += 1
+
+
+def _digest(submit: link_pb2.Submit) -> bytes:
+    """Of what makes engines do the same again: tokens and parameters, but not the seed, which is drawn anew."""
+    sampling = common_pb2.SamplingParams()
+    sampling.CopyFrom(submit.sampling)
+    sampling.ClearField("seed")
+    tokens = array("I", submit.token_ids).tobytes()
+    return hashlib.sha256(tokens + sampling.SerializeToString(deterministic=True)).digest()

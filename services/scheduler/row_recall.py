@@ -1,0 +1,93 @@
+"""Chooses the requests that are taken back from an executor so that another tenant gets a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.scheduler.replica_link import ReplicaLink
+from services.scheduler.request import Request
+from services.scheduler.token_service import OUTPUT_COST, TenantAccount, TokenService
+
+_MIN_TOKENS = 4
+"""Tokens that a request has emitted, since it was sent off last, before its row is taken."""
+
+_LEAD = 256 * OUTPUT_COST
+"""How much more a tenant was served than the one that takes a row of its, so that rows do not go to and fro."""
+
+
+class RowRecall:
+    """Whose row is taken, and for whom.
+
+    The tenant that holds most rows, by weight, gives one to a tenant that waits, if it was served more and has still at
+    least as many as that one when it has given it. So rows move until they are shared alike, and no further; a tenant
+    that had its share of the tokens with fewer rows takes none.
+
+    Args:
+        service: The tenants' accounts.
+    """
+
+    def __init__(self, service: TokenService) -> None:
+        self._service = service
+
+    def find(self, request: Request, replicas: Sequence[ReplicaLink]) -> tuple[ReplicaLink, list[Request]] | None:
+        """Choose an executor for a request that none would take, and what is taken back there to make room for it.
+
+        Of the requests of the tenant that gives, the least urgent and the newest go, so that its older ones end first.
+        None: it has to wait.
+        """
+        tenant, giver = self._service.richest()
+        taker = self._service[request.tenant]
+        if tenant == request.tenant or not self.may_take(request, giver):
+            return None
+        best: tuple[ReplicaLink, list[Request]] | None = None
+        for replica in replicas:
+            if replica.takes_moves and not replica.is_suspect and _can_run(request, replica):
+                victims = self._victims(request, replica, tenant)
+                if not victims or giver.rows_per_weight(-_rows(victims)) < taker.rows_per_weight(request.num_rows):
+                    continue
+                if best is None or len(victims) < len(best[1]):
+                    best = (replica, victims)
+        return best
+
+    def may_take(self, request: Request, giver: TenantAccount) -> bool:
+        """Whether a request's tenant is far enough behind another one."""
+        taker = self._service[request.tenant]
+        return (
+            giver.rows_per_weight(-1) >= taker.rows_per_weight(request.num_rows)
+            and taker.served + _LEAD / taker.weight <= giver.served
+        )
+
+    def _victims(self, request: Request, replica: ReplicaLink, tenant: bytes) -> list[Request]:
+        """What has to go there, all of one tenant; nothing where that would not help."""
+        candidates = [
+            other
+            for other in replica.running.values()
+            if other.tenant == tenant and other.priority >= request.priority and not other.executor.is_recalled
+        ]
+        candidates.sort(key=lambda other: (-other.priority, -other.arrival))
+        victims: list[Request] = []
+        if replica.lacks_room(request):
+            for other in candidates:
+                if _rows(victims) >= request.num_rows:
+                    break
+                if other.num_new_tokens >= _MIN_TOKENS:
+                    victims.append(other)
+            if _rows(victims) < request.num_rows:
+                return []
+        # What waits there holds back the tokens that the newcomer needs a credit for.
+        short = replica.num_tokens_short
+        for other in candidates:
+            if short <= 0:
+                break
+            if not other.num_new_tokens:
+                victims.append(other)
+                short -= other.executor.charged_tokens
+        return victims if short <= 0 else []
+
+
+def _rows(requests: Sequence[Request]) -> int:
+    return sum(request.executor.num_rows for request in requests)
+
+
+def _can_run(request: Request, replica: ReplicaLink) -> bool:
+    return request.max_len <= replica.max_model_len and replica.instance_id not in request.executor.refused_by

@@ -1,0 +1,37 @@
+"""Looks up where the session of a request ran last."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from services.scheduler.affinity_store import AffinityStore
+from services.scheduler.request import Request
+
+
+class SessionLookup:
+    """Notes on a request what is known of its session.
+
+    Args:
+        affinity: Where sessions ran last.
+        on_found: Called when a request need not wait for the answer any more.
+    """
+
+    def __init__(self, affinity: AffinityStore, on_found: Callable[[], None]) -> None:
+        self._affinity = affinity
+        self._on_found = on_found
+
+    def start(self, request: Request) -> None:
+        """Ask for a request that came; it `awaits_session` where the answer is not known at once."""
+        if not request.session_id:
+            return
+        request.executor.session_address = self._affinity.get(request.session_id)
+        if request.executor.session_address is None and self._affinity.redis_ok:
+            request.executor.awaits_session = True
+            self._affinity.look_up(request.session_id).add_done_callback(partial(self._found, request))
+
+    def _found(self, request: Request, found: asyncio.Future[str | None]) -> None:
+        request.executor.session_address = found.result()
+        request.executor.awaits_session = False
+        self._on_found()
