@@ -113,6 +113,8 @@ class Schedulers:
 
     async def wait_up(self, limit: float) -> link_pb2.Welcome:
         """Return the welcome, waiting up to `limit` seconds for one. Raises StatusError."""
+        if (welcome := self.welcome) is not None:
+            return welcome
         try:
             async with asyncio.timeout(limit):
                 while (welcome := self.welcome) is None:

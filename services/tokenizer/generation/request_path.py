@@ -191,6 +191,7 @@ class Generation(Call):
         prompt, submit = await self._prepare(session)
         if self._lease is not None:
             await self._lease.reserve(len(submit.token_ids) + submit.sampling.n * submit.sampling.max_tokens)
+        await edge.schedulers.wait_up(_LINK_WAIT)  # again: encoding and quotas took their time
         if is_kept and (kept := await self._keep(submit, prompt, session)) is not None:
             async for event in self._follow(kept, (), request.stream_interval or 1):
                 yield event

@@ -79,6 +79,9 @@ class EndedCall:
     async def details(self):
         return "gone"
 
+    async def trailing_metadata(self):
+        return ()
+
 
 async def test_a_write_after_the_end_tells_why_the_link_ended():
     client = LinkClient("host:1", CONNECT, link_pb2.Hello(), Line().peers[0].link)
