@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,13 +82,14 @@ class Answer:
         """How samples ended, of those that did."""
         return [sample.ended for sample in self.samples if sample.ended is not None]
 
-    def take(self, receiver: TokenSource) -> Iterator[generation_pb2.PromptLogprobs | Delta]:
-        """Yield what came and is due. Raises StatusError."""
+    def take(self, receiver: TokenSource) -> list[generation_pb2.PromptLogprobs | Delta]:
+        """Return what came and is due. Raises StatusError."""
+        events: list[generation_pb2.PromptLogprobs | Delta] = []
         trace, metrics, sent_at = self.trace, self.metrics, self._sent_at
         while parts := receiver.take_prompt_logprobs():
             for offset, logprobs in parts:
                 token_ids = self.prompt_ids[offset : offset + len(logprobs.logprobs)]
-                yield generation_pb2.PromptLogprobs(token_ids=token_ids, logprobs=logprobs, offset=offset)
+                events.append(generation_pb2.PromptLogprobs(token_ids=token_ids, logprobs=logprobs, offset=offset))
         for batch in receiver.take():
             index = batch.index
             sample = self.samples[index]
@@ -107,4 +108,5 @@ class Answer:
                 trace.first_token_at = receiver.first_token_at
                 metrics.ttft.observe(trace.ttft_seconds)  # once per request
             sent_at[index] = now
-            yield delta
+            events.append(delta)
+        return events

@@ -69,7 +69,8 @@ def to_wire(event: Event) -> generation_pb2.GenerateResponse:
     response = generation_pb2.GenerateResponse()
     if type(event) is Delta:  # almost always
         delta = response.delta
-        delta.index = event.index
+        if event.index:
+            delta.index = event.index
         delta.text = event.text
         delta.offset = event.offset
         delta.num_tokens = event.num_tokens
