@@ -19,7 +19,7 @@ from rich.text import Text
 from clients.cli.output import Terminal, one_line
 from clients.client import NO_CREDENTIALS, Client, ClientError, Credentials
 from clients.launcher import PUBLIC_PORT, Instance, NotRunningError
-from services.common.addresses import split_address
+from services.common.addresses import is_loopback, split_address
 
 
 class ExitCode(IntEnum):
@@ -141,6 +141,11 @@ class CliContext:
         """The instance that the command is about."""
         return Instance(self.environment.home, self.environment.instance)
 
+    def command(self, name: str) -> str:
+        """What to type for a command about this instance."""
+        chosen = "" if self.instance.name == DEFAULT_INSTANCE else f" --instance {self.instance.name}"
+        return f"scalellm{chosen} {name}"
+
     def with_instance(self, name: str) -> CliContext:
         """The same about another instance."""
         return replace(self, environment=replace(self.environment, instance=name))
@@ -192,6 +197,13 @@ class CliContext:
         self.err.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
+def _is_here(address: str) -> bool:
+    try:
+        return is_loopback(split_address(address)[0])
+    except ValueError:
+        return False
+
+
 def check_timeout(seconds: float | None) -> None:
     """Raise CliError for a --timeout that is not a useful deadline."""
     if seconds is not None and not 0 < seconds <= _MAX_TIMEOUT:
@@ -201,7 +213,9 @@ def check_timeout(seconds: float | None) -> None:
 def explain(error: ClientError) -> tuple[str, ExitCode]:
     """One line that says what to do about a failed call, and the exit code for it."""
     if error.unreachable:
-        return f"no ScaleLLM server answers at {error.unreachable}; start it with: scalellm up", ExitCode.NOT_RUNNING
+        # What runs elsewhere cannot be started from here.
+        what = "start it with: scalellm up" if _is_here(error.unreachable) else "check the address, and that it runs"
+        return f"no ScaleLLM server answers at {error.unreachable}; {what}", ExitCode.NOT_RUNNING
     if error.misconfigured:
         return one_line(error.message), ExitCode.USAGE
     code = _EXIT_CODES.get(error.code, ExitCode.FAILED)

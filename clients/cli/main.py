@@ -94,7 +94,7 @@ def _report(context: CliContext, error: Exception) -> ExitCode:
         context.error(message)
         return code
     if isinstance(error, NotRunningError):
-        context.error(f"{error}; start it with: scalellm up")
+        context.error(f"{error}; start it with: {context.command('up')}")
         return ExitCode.NOT_RUNNING
     context.error(str(error))
     if isinstance(error, CliError):

@@ -203,8 +203,7 @@ def up(
     if context.instance.name == DEFAULT_INSTANCE:
         context.note("try: scalellm chat (make chat)    stop: scalellm down (make down)")
     else:
-        command = f"scalellm --instance {context.instance.name}"
-        context.note(f"try: {command} chat    stop: {command} down")
+        context.note(f"try: {context.command('chat')}    stop: {context.command('down')}")
 
 
 def down(
@@ -286,7 +285,7 @@ def run(
             context.err.print()
             _bring_down(context, None)
     if keep:
-        context.note("the services are running; stop them with: scalellm down")
+        context.note(f"the services are running; stop them with: {context.command('down')}")
     elif started:
         context.note("to keep them running: scalellm up (make up), then scalellm chat (make chat)")
 

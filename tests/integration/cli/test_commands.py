@@ -157,6 +157,8 @@ def test_no_server(run_cli: RunCli) -> None:
 def test_nothing_started(run_cli: RunCli, tmp_path: Path) -> None:
     code, _, err = run_cli("status")
     assert (code, err) == (3, "error: not running (instance 'default'); start it with: scalellm up\n")
+    code, _, err = run_cli("--instance", "second", "status")
+    assert (code, err) == (3, "error: not running (instance 'second'); start it with: scalellm --instance second up\n")
     assert run_cli("down") == (0, "", "not running (instance 'default'): nothing to stop\n")
     assert list(tmp_path.iterdir()) == []
 

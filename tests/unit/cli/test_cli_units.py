@@ -241,7 +241,7 @@ def test_who_is_not_there() -> None:
     def explained(message: str, *metadata: tuple[str, bytes]) -> tuple[str, ExitCode]:
         return explain(ClientError.from_rpc(Failure(message, metadata), "h:1"))
 
-    nobody = ("no ScaleLLM server answers at h:1; start it with: scalellm up", ExitCode.NOT_RUNNING)
+    nobody = ("no ScaleLLM server answers at h:1; check the address, and that it runs", ExitCode.NOT_RUNNING)
     assert explained("failed to connect to all addresses; last error: Connection refused") == nobody
     assert explained("errors resolving h:1: [field:hostname lookup error:address lookup failed for h:1]") == nobody
     broke = "the connection to h:1 broke (Socket closed); see scalellm status, then try again"
@@ -313,7 +313,7 @@ def test_status_leaves_columns_out_before_it_folds_lines(width: int, columns: st
 def test_failed_calls_say_what_to_do() -> None:
     code = grpc.StatusCode
     assert explain(ClientError(code.UNAVAILABLE, "x", unreachable="h:1")) == (
-        "no ScaleLLM server answers at h:1; start it with: scalellm up",
+        "no ScaleLLM server answers at h:1; check the address, and that it runs",
         ExitCode.NOT_RUNNING,
     )
     assert explain(ClientError(code.UNAVAILABLE, "no executor is connected", retry_after=1.25)) == (
