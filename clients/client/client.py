@@ -98,7 +98,7 @@ class Client:
         request = sessions_pb2.GetSessionRequest(session_id=session_id, page_size=_PAGE_SIZE)
         response: sessions_pb2.GetSessionResponse = self._call(self._sessions.Get, request)
         session = response.session
-        while response.next_page_token:
+        while response.next_page_token not in ("", request.page_token):  # a page that names itself has no end
             request.page_token = response.next_page_token
             response = self._call(self._sessions.Get, request)
             session.messages.extend(response.session.messages)
@@ -111,9 +111,9 @@ class Client:
             request = sessions_pb2.ListSessionsRequest(page_token=page_token)
             response: sessions_pb2.ListSessionsResponse = self._call(self._sessions.List, request)
             yield from response.sessions
-            page_token = response.next_page_token
-            if not page_token:
+            if response.next_page_token in ("", page_token):
                 return
+            page_token = response.next_page_token
 
     def fork_session(
         self, session_id: str, new_session_id: str, *, num_turns: int | None = None
