@@ -93,7 +93,8 @@ def chat(
         if sys.stdin.isatty():
             model, session_id = one_line(info.model), conversation.session_id
             context.note(f"{model}, session {session_id}. /help lists what else there is, /exit leaves.")
-            lines = LineInput(context.environment.home / "chat_history")
+            history = context.environment.home / "chat_history"
+            lines = LineInput(history, marks_paste=not context.out.is_dumb_terminal)
             try:
                 _talk(context, conversation, lines)
             except KeyboardInterrupt:

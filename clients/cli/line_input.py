@@ -18,14 +18,16 @@ class LineInput:
 
     Args:
         history: File with the lines of earlier chats; only its user can read it.
+        marks_paste: Whether the terminal can mark what is pasted; one that is dumb would show the request for it.
     """
 
-    def __init__(self, history: Path) -> None:
+    def __init__(self, history: Path, *, marks_paste: bool = True) -> None:
         import readline  # line editing for input(), on a terminal only
 
         self._readline = readline
         self._history = history
-        readline.parse_and_bind("set enable-bracketed-paste on")
+        if marks_paste:
+            readline.parse_and_bind("set enable-bracketed-paste on")
         readline.set_history_length(_MOST_LINES)
         with contextlib.suppress(OSError):  # none yet, or none that can be read
             readline.read_history_file(history)
