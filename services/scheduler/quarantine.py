@@ -100,7 +100,7 @@ def _count_death(request: Request, instance_id: str) -> None:
     if executor.died_on == instance_id:
         return  # it hangs, and was lost twice
     executor.died_on = instance_id
-    executor.deaths = 1 if request.num_new_tokens else executor.deaths + 1
+    executor.deaths = 0 if request.num_new_tokens else executor.deaths + 1
     executor.deaths_in_all += 1
 
 

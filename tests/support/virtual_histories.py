@@ -338,7 +338,7 @@ def _unpromised(history: History, stream: VirtualStream) -> list[str]:
         allowed.add(grpc.StatusCode.CANCELLED)
     if history.scheduler_faults and not stream.tokens:
         allowed.add(UNAVAILABLE)  # it came while no scheduler was there
-    if history.engine_deaths >= 3:
+    if history.executor_faults >= 2:  # two engines in a row may be lost under it before it has a token
         allowed.add(grpc.StatusCode.INTERNAL)
     if stream.codes and stream.codes[0] not in allowed:
         return [f"{stream.name} ended {stream.codes[0].name}: {stream.details}"]

@@ -7,12 +7,12 @@ INTERNAL = grpc.StatusCode.INTERNAL.value[0]
 
 async def test_a_request_that_ends_two_engines_is_quarantined(make_line, eventually):
     line = await make_line(4)
+    for executor in line.executors:
+        executor.hold()  # whoever takes it up has no token to show
     poison = await line.edge.submit([6, 6, 6], 100_000, temperature=1)
-    await eventually(lambda: poison.samples)
+    await eventually(lambda: any(executor.running for executor in line.executors))
     for _ in range(2):
         (victim,) = [executor for executor in line.executors if executor.running]
-        for executor in line.executors:
-            executor.hold()  # whoever takes it up has no token to show
         await victim.die()
         await eventually(lambda: poison.finish or any(executor.running for executor in line.executors))
     await line.edge.finish(poison)
