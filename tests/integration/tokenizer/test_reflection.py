@@ -14,7 +14,14 @@ PUBLIC = ("scalellm.v1.Generation", "scalellm.v1.Tokenizer", "scalellm.v1.Sessio
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 REQUESTS = {
-    "Generate": {"chat": CHAT, "sessionId": "r1", "sampling": {"maxTokens": 4}},
+    "Generate": {
+        "chat": CHAT,
+        "sessionId": "r1",
+        "sampling": {"maxTokens": 4},
+        "requestId": "kept",
+        "onDisconnect": "ON_DISCONNECT_KEEP",
+    },
+    "Resume": {"requestId": "kept", "offsets": [2]},
     "Encode": {"text": "Hello"},
     "Decode": {"tokenIds": [19556]},
     "ApplyChatTemplate": {"chat": CHAT},
@@ -77,6 +84,7 @@ async def test_everything_can_be_called(client, scheduler):
     assert set(answers) == set(REQUESTS)
     assert next(iter(answers["Generate"][0])) == "started"
     assert answers["Generate"][-1]["finished"]["session"] == "SESSION_OUTCOME_SAVED"
+    assert answers["Resume"][-1] == answers["Generate"][-1]
     assert answers["Encode"] == [{"tokenIds": [19556], "tokens": ["Hello"]}]
     assert answers["Decode"] == [{"text": "Hello"}]
     info = answers["GetInfo"][0]
