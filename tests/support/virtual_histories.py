@@ -147,7 +147,7 @@ class History:
     streams: list[VirtualStream] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     scheduler_faults: int = 0
-    engine_deaths: int = 0
+    executor_faults: int = 0
 
     def counts(self) -> Counter[str]:
         """Streams by status, and how many were taken up by another executor."""
@@ -195,12 +195,15 @@ class _Line:
             self._scheduler_dies, self._scheduler_leaves, self._scheduler_is_cut, self._connection_breaks,
             self._reader_is_slow,
         ))  # fmt: skip
+        self.history.executor_faults += kind in (
+            self._engine_dies, self._executor_dies, self._executor_leaves, self._engine_stops, self._executor_is_cut,
+            self._connection_breaks,
+        )  # fmt: skip
         await kind()
 
     async def _engine_dies(self) -> None:
         executor, seconds = self.rng.choice(self.executors), self.rng.uniform(0, 1.5)
         self.note(f"the engine of {executor.address} dies, another one comes in {seconds:.2f} s")
-        self.history.engine_deaths += 1
         if executor.process.is_alive:
             await executor.front.kill_engine(seconds)
 
@@ -208,7 +211,6 @@ class _Line:
         executor, seconds = self.rng.choice(self.executors), self.rng.uniform(0, 1.5)
         if executor.process.is_alive:
             self.note(f"{executor.address} dies, another one comes in {seconds:.2f} s")
-            self.history.engine_deaths += 1
             executor.die()
             await asyncio.sleep(seconds)
             executor.start()
