@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from grpc_status import rpc_status
 
 from services.common.errors import StatusError
 from services.common.link import LinkDialer
@@ -20,6 +21,8 @@ from services.common.link import LinkDialer
 _LATENCY = 0.0002
 _WINDOW = 16
 """Messages of a reader that does not read which the transport takes before the writer waits."""
+
+Metadata = Sequence[tuple[str, str | bytes]]
 
 Handler = Callable[[AsyncIterator[bytes], "ServerEnd"], Awaitable[None]]
 
@@ -121,8 +124,8 @@ class _Pipe:
 class _End:
     """Ends a direction of a connection, with a status on the way down."""
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        self.code, self.details = code, details
+    def __init__(self, code: grpc.StatusCode, details: str, metadata: Metadata = ()) -> None:
+        self.code, self.details, self.metadata = code, details, metadata
 
 
 class Connection:
@@ -178,6 +181,12 @@ class Connection:
         assert self._end is not None
         return self._end.details
 
+    async def trailing_metadata(self) -> Metadata:
+        """The rest of its status: RetryInfo."""
+        await self.code()
+        assert self._end is not None
+        return self._end.metadata
+
     def cancel(self) -> None:
         """The client is done with the call."""
         if self._client.is_alive:
@@ -218,7 +227,8 @@ class Connection:
             await handler(end.iterate(), end)
             status = _End(grpc.StatusCode.OK, "")
         except StatusError as error:
-            status = _End(error.code, error.message)
+            metadata = rpc_status.to_status(error.to_rpc_status()).trailing_metadata
+            status = _End(error.code, error.message, metadata)
         if self._server is not None and self._server.is_alive:
             self._down.put(status)
 
