@@ -60,7 +60,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[[str], Pa
     process = start_cli(home, "up", "--port", "0", "--model", str(model))
     out, err = process.communicate(timeout=4 * PATIENCE)
     assert process.returncode == 0, err
-    line = Line(home, out.split()[-1])
+    line = Line(home, read_status(Instance(home)).address)
     pids = [service.pid for service in read_status(Instance(home)).services]
     try:
         yield line
