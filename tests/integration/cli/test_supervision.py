@@ -90,8 +90,8 @@ def test_services_outlive_their_supervisor_and_up_takes_them_over(instance: Inst
     status = status_when(instance, lambda status: status.healthy)
     assert not status.supervised
     dead = kill(instance, "scheduler")
-    status = status_when(instance, lambda status: not status.healthy)
-    assert status.services[2].health == "crashed"
+    # For a moment it may be there and not answer.
+    status_when(instance, lambda status: status.services[2].health == "crashed")
     assert state_of(instance).service("scheduler").pid == dead
 
     with pytest.raises(LauncherError, match=r"with other options \(executors 1, not 2\): give the same ones"):
