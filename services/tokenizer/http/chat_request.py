@@ -39,6 +39,7 @@ class ChatRequest(SamplingRequest):
             "continue_final_message": (False,),
             "chat_template": (),
             "chat_template_kwargs": ({},),
+            "reasoning_effort": ("none",),  # templates are not told
             "documents": ([],),
             "echo": (False,),
             "use_beam_search": (False,),
@@ -52,7 +53,6 @@ class ChatRequest(SamplingRequest):
         }
     )
     ignored = SamplingRequest.ignored | {
-        "reasoning_effort",
         "parallel_tool_calls",
         "prediction",
         "detokenize",

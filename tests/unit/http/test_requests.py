@@ -225,7 +225,7 @@ def test_values_that_change_nothing_are_taken() -> None:
 def test_unknown_fields_are_left_alone_or_refused() -> None:
     assert chat(later_invention=1) == chat()
     assert refusal(chat, is_strict=True, later_invention=1).field == "later_invention"
-    assert chat(is_strict=True, user="u", reasoning_effort="low") == chat()
+    assert chat(is_strict=True, user="u", verbosity="low", reasoning_effort="none") == chat()
     assert refusal(complete, is_strict=True, messages=[]).field == "messages"
 
 
