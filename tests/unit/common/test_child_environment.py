@@ -84,8 +84,13 @@ def test_a_service_has_its_own_settings() -> None:
         "SCALELLM_TOKENIZER_SALT_SECRET",
         "SCALELLM_TOKENIZER_API_KEYS",
         "SCALELLM_TOKENIZER_REDIS_URL",
+        "SCALELLM_TOKENIZER_LOG_FORMAT",
         "OTEL_EXPORTER_OTLP_HEADERS",
     }
     executor = service_environment(options, "executor", "redis://")
-    assert set(executor) == {"SCALELLM_EXECUTOR_LINK_TOKEN_FILE", "OTEL_EXPORTER_OTLP_HEADERS"}
+    assert set(executor) == {
+        "SCALELLM_EXECUTOR_LINK_TOKEN_FILE",
+        "SCALELLM_EXECUTOR_LOG_FORMAT",
+        "OTEL_EXPORTER_OTLP_HEADERS",
+    }
     assert not child_environment(executor), "the engine exports nothing"
