@@ -55,6 +55,9 @@ class Servicer:
             assert failure
             raise
 
+    async def Resume(self, request: generation_pb2.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
+        raise AssertionError("nobody calls it")
+
     async def _end(self, how: str) -> None:
         if how == "cancelled":
             await asyncio.sleep(PATIENCE)

@@ -18,6 +18,7 @@ from services.common.metrics import DroppedSpansCollector
 from services.common.settings import ServiceSettings, load_settings
 from services.common.tracing import TraceHeaders, open_tracer
 from services.common.tracing.clock import WallClock
+from services.scheduler.config import SchedulerSettings
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -106,7 +107,7 @@ def test_off_and_refused() -> None:
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:4317", "http://127.0.0.1", "grpc://collector:4317"])
 def test_an_endpoint_says_how_to_reach_it(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        load_settings(ServiceSettings, ["--otlp_endpoint", endpoint])
+        load_settings(SchedulerSettings, ["--otlp-endpoint", endpoint])
     assert "must be http://host:port or https://host:port" in capsys.readouterr().err
 
 
