@@ -103,7 +103,7 @@ async def stop_one(core: Core) -> None:
         pytest.param(kill_one, 2, marks=pytest.mark.slow),
         pytest.param(drain_and_restart, 1, marks=pytest.mark.slow),
         (drain_one, 2),
-        (stop_one, 2),
+        pytest.param(stop_one, 2, marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
