@@ -60,6 +60,7 @@ class KeptRequest:
     Args:
         edge: The worker.
         journal: Where it is written to.
+        writing: Held while journals are written: an entry says how long its tail is, so two at once would not fit.
         tenant: Whose it is.
         head: The request.
         fence: 1 for a new request, which runs here; 0: it runs, or ran, elsewhere.
@@ -79,6 +80,7 @@ class KeptRequest:
         self,
         edge: Edge,
         journal: Journal,
+        writing: asyncio.Lock,
         tenant: Tenant,
         head: Head,
         *,
@@ -90,6 +92,7 @@ class KeptRequest:
     ) -> None:
         self._edge = edge
         self._journal = journal
+        self._writing = writing
         self.tenant = tenant
         self.head = head
         self._fence = fence
@@ -353,16 +356,18 @@ class KeptRequest:
             self.transcript.end(error.to_link())
         if not self._accepted.is_set():
             self._refuse(error)
-        if self.is_here and not self._writes_nothing and not self._end_is_written:
-            step, _ = self.transcript.since(self._mark)
-            data = step.SerializeToString()
-            end = self.transcript.finished or (self.transcript.error if error.code not in _GONE else None)
-            entry = Entry(
-                self.tenant, self.head.request_id, self._fence, self._num_bytes, data, end, gives_up=end is None
-            )
-            self._writes_nothing = True
-            with contextlib.suppress(StatusError):  # its lease ends by itself
-                await self._journal.write([entry])
+        async with self._writing:
+            if self.is_here and not self._writes_nothing and not self._end_is_written:
+                await self._write_last(error)
+
+    async def _write_last(self, error: StatusError) -> None:
+        step, _ = self.transcript.since(self._mark)
+        data = step.SerializeToString()
+        end = self.transcript.finished or (self.transcript.error if error.code not in _GONE else None)
+        entry = Entry(self.tenant, self.head.request_id, self._fence, self._num_bytes, data, end, gives_up=end is None)
+        self._writes_nothing = True
+        with contextlib.suppress(StatusError):  # its lease ends by itself
+            await self._journal.write([entry])
 
     def _refuse(self, error: StatusError) -> None:
         self.transcript.end(error.to_link())

@@ -49,6 +49,7 @@ class KeptRequests:
         self._by_id: dict[tuple[str, str], KeptRequest] = {}
         self._all: set[KeptRequest] = set()
         self._log_limit = LineLimit()
+        self._writing = asyncio.Lock()
 
     @property
     def num_failures(self) -> int:
@@ -79,7 +80,7 @@ class KeptRequests:
             return kept
         if head is None:
             raise no_request(request_id)
-        kept = KeptRequest(edge, self._journal, tenant, head)
+        kept = KeptRequest(edge, self._journal, self._writing, tenant, head)
         self._start(kept)
         return kept
 
@@ -135,7 +136,16 @@ class KeptRequests:
             edge.metrics.count_limited("kept_bytes")
             return None
         kept = KeptRequest(
-            edge, self._journal, tenant, head, fence=1, lease=lease, trace=trace, prompt=prompt, session=session
+            edge,
+            self._journal,
+            self._writing,
+            tenant,
+            head,
+            fence=1,
+            lease=lease,
+            trace=trace,
+            prompt=prompt,
+            session=session,
         )
         self._start(kept)
         return kept
@@ -146,7 +156,9 @@ class KeptRequests:
             await asyncio.Event().wait()
         while True:
             await asyncio.sleep(_TICK)
-            if not await self._write():
+            async with self._writing:
+                is_written = await self._write()
+            if not is_written:
                 await asyncio.sleep(_RETRY)
 
     async def stop(self) -> None:
