@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterable
 from typing import Protocol
 
-from services.common.addresses import look_up, split_address
-
-_log = logging.getLogger(__name__)
+from services.common.addresses import split_address
+from services.common.name_lookup import NameLookup
 
 
 class ExecutorSet(Protocol):
@@ -40,7 +38,8 @@ class ExecutorDiscovery:
         self._interval = interval
         self._names: dict[str, frozenset[str]] = {}
         self._removed: set[str] = set()
-        self.errors: dict[str, str] = {}
+        self._lookup = NameLookup("executor")
+        self.errors = self._lookup.errors
 
     async def add(self, names: Iterable[str]) -> None:
         """List names and look them up once. Raises ValueError for what is not host:port."""
@@ -77,14 +76,9 @@ class ExecutorDiscovery:
         return frozenset(address for addresses in self._names.values() for address in addresses)
 
     async def _resolve(self, name: str) -> None:
-        try:
-            addresses = await look_up(name)
-        except (OSError, UnicodeError) as error:  # the latter: not a host name at all
-            if name not in self.errors:
-                _log.warning("cannot look up executor %s, keeping what is known: %s", name, error)
-            self.errors[name] = f"cannot look up {name}: {error}"
+        addresses = await self._lookup.look_up(name)
+        if addresses is None:
             return
-        self.errors.pop(name, None)
         if name not in self._names:  # unlisted meanwhile
             return
         before = self._names[name]

@@ -1,15 +1,13 @@
-"""Which schedulers there are: the listed addresses and names, looked up again and again."""
+"""The schedulers that there are: the listed addresses and names, looked up again and again."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from typing import Protocol
 
-from services.common.addresses import look_up, split_address
-
-_log = logging.getLogger(__name__)
+from services.common.addresses import split_address
+from services.common.name_lookup import NameLookup
 
 
 class SchedulerSet(Protocol):
@@ -40,7 +38,8 @@ class SchedulerDiscovery:
         self._names: dict[str, frozenset[str]] = dict.fromkeys(names, frozenset())
         self._schedulers = schedulers
         self._interval = interval
-        self.errors: dict[str, str] = {}
+        self._lookup = NameLookup("scheduler")
+        self.errors = self._lookup.errors
 
     async def run(self) -> None:
         """Look names up until cancelled."""
@@ -50,14 +49,9 @@ class SchedulerDiscovery:
             await asyncio.sleep(self._interval)
 
     async def _resolve(self, name: str) -> None:
-        try:
-            addresses = await look_up(name)
-        except (OSError, UnicodeError) as error:  # the latter: not a host name at all
-            if name not in self.errors:
-                _log.warning("cannot look up scheduler %s, keeping what is known: %s", name, error)
-            self.errors[name] = f"cannot look up {name}: {error}"
+        addresses = await self._lookup.look_up(name)
+        if addresses is None:
             return
-        self.errors.pop(name, None)
         before, self._names[name] = self._names[name], addresses
         host, _ = split_address(name)
         for address in sorted(addresses):

@@ -1,0 +1,36 @@
+"""Look-ups of services' names that are repeated while the services run."""
+
+from __future__ import annotations
+
+import logging
+
+from services.common.addresses import look_up
+
+_log = logging.getLogger(__name__)
+
+
+class NameLookup:
+    """Looks names up; one that fails is told of once.
+
+    Args:
+        kind: The kind of service that the names stand for, as log lines call it.
+
+    Attributes:
+        errors: The reason of each name that could not be looked up the last time.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self.errors: dict[str, str] = {}
+
+    async def look_up(self, name: str) -> frozenset[str] | None:
+        """Return the addresses of a name, see `look_up`; None where that fails."""
+        try:
+            addresses = await look_up(name)
+        except (OSError, UnicodeError) as error:  # the latter: not a host name at all
+            if name not in self.errors:
+                _log.warning("cannot look up %s %s, keeping what is known: %s", self._kind, name, error)
+            self.errors[name] = f"cannot look up {name}: {error}"
+            return None
+        self.errors.pop(name, None)
+        return addresses
