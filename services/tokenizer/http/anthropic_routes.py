@@ -16,7 +16,7 @@ from services.tokenizer.http.json_body import JsonObject
 from services.tokenizer.http.messages_format import MessageDocument, MessageStream
 from services.tokenizer.http.messages_request import MessagesRequest
 from services.tokenizer.http.service_routes import check_model, json_answer
-from services.tokenizer.http.sink import DocumentSink, StreamSink, serve
+from services.tokenizer.http.sink import serve
 from services.tokenizer.tokenizing import Tokenizing
 
 
@@ -42,14 +42,9 @@ class AnthropicRoutes:
         """Answer a conversation."""
         edge, request = self._edge, self._read(body)
         made = request.to_generate(call.request_id, content_is_text=edge.prompts.can_take_content_as_text)
-        answer_id = f"msg_{call.request_id}"
-        is_stream = bool(request.stream)
-        sink = (
-            StreamSink(call, MessageStream(answer_id, edge.model_name))
-            if is_stream
-            else DocumentSink(call, MessageDocument(answer_id, edge.model_name))
-        )
-        return await serve(edge, [made], [request.names], sink, call.deadline(is_stream=is_stream))
+        make = MessageStream if request.stream else MessageDocument
+        format = make(f"msg_{call.request_id}", edge.model_name)
+        return await serve(edge, call, [made], [request.names], format, is_stream=bool(request.stream))
 
     async def count(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Tokens of a conversation, as the model would read it."""

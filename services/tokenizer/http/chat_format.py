@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from services.tokenizer.http.chat_request import ChatRequest
 from services.tokenizer.http.logprobs import chat_entries
 from services.tokenizer.http.wire import (
     DONE,
+    answer_head,
     dump,
     finish_reason,
     latency_json,
@@ -21,12 +21,6 @@ from services.tokenizer.http.wire import (
 )
 from services.tokenizer.sample_stream import Delta
 from services.tokenizer.text.detokenizer import TokenTexts
-
-
-def _head(kind: str, answer_id: str, model: str) -> str:
-    return (
-        f'{{"id":{quote(answer_id)},"object":"{kind}","created":{int(time.time())},"model":{quote(model)},"choices":['
-    )
 
 
 class ChatStream:
@@ -42,7 +36,7 @@ class ChatStream:
     def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts) -> None:
         self._request = request
         self._texts = texts
-        self._head = "data: " + _head("chat.completion.chunk", answer_id, model)
+        self._head = "data: " + answer_head("chat.completion.chunk", answer_id, model)
         self._heads: list[str] = []
         usage = ',"usage":null' if request.includes_usage else ""
         self._tail = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
@@ -118,7 +112,7 @@ class ChatDocument:
     def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts) -> None:
         self._request = request
         self._texts = texts
-        self._head = _head("chat.completion", answer_id, model)
+        self._head = answer_head("chat.completion", answer_id, model)
         self._contents: defaultdict[int, list[str]] = defaultdict(list)
         self._logprobs: defaultdict[int, list[str]] = defaultdict(list)
         self._ids: defaultdict[int, list[int]] = defaultdict(list)

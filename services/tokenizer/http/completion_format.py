@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from services.tokenizer.http.completion_request import CompletionRequest
 from services.tokenizer.http.logprobs import CompletionLogprobs
 from services.tokenizer.http.wire import (
     DONE,
+    answer_head,
     dump,
     finish_reason,
     latency_json,
@@ -69,10 +69,7 @@ class _Format:
         self, request: CompletionRequest, answer_id: str, model: str, texts: TokenTexts, echoes: Sequence[str]
     ) -> None:
         self._request = request
-        self._head = (
-            f'{{"id":{quote(answer_id)},"object":"text_completion","created":{int(time.time())},'
-            f'"model":{quote(model)},"choices":['
-        )
+        self._head = answer_head("text_completion", answer_id, model)
         self._echoes = [_Echo(request, text, texts) for text in echoes]
         self._logprobs: dict[int, CompletionLogprobs | None] = {}
         self._shows_tokens = not request.is_prompt_alone

@@ -16,7 +16,7 @@ from services.tokenizer.http.completion_request import CompletionRequest, Prompt
 from services.tokenizer.http.face import HttpFace
 from services.tokenizer.http.json_body import JsonObject
 from services.tokenizer.http.service_routes import check_model
-from services.tokenizer.http.sink import DocumentSink, StreamSink, serve
+from services.tokenizer.http.sink import serve
 from services.tokenizer.limits import INLINE_TOKENS
 from services.tokenizer.text.detokenizer import TokenTexts
 
@@ -47,8 +47,7 @@ class OpenAiRoutes:
         answer_id = f"chatcmpl-{requests[0].request_id}"
         make = ChatStream if request.stream else ChatDocument
         format = make(request, answer_id, edge.model_name, edge.prompts.texts)
-        sink = StreamSink(call, format) if request.stream else DocumentSink(call, format)
-        return await serve(edge, requests, [request.names], sink, call.deadline(is_stream=bool(request.stream)))
+        return await serve(edge, call, requests, [request.names], format, is_stream=bool(request.stream))
 
     async def complete(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Continue prompts."""
@@ -61,9 +60,8 @@ class OpenAiRoutes:
         answer_id = f"cmpl-{request.request_id or call.request_id}"
         make = CompletionStream if request.stream else CompletionDocument
         format = make(request, answer_id, edge.model_name, edge.prompts.texts, echoes)
-        sink = StreamSink(call, format) if request.stream else DocumentSink(call, format)
         names = [request.names(number) for number in range(len(requests))]
-        return await serve(edge, requests, names, sink, call.deadline(is_stream=bool(request.stream)))
+        return await serve(edge, call, requests, names, format, is_stream=bool(request.stream))
 
     async def _echoes(self, call: HttpCall, prompts: Sequence[Prompt]) -> list[str]:
         """The texts of prompts. Long ones are made when it is the caller's turn."""

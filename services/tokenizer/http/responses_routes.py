@@ -21,7 +21,7 @@ from services.tokenizer.http.json_body import JsonObject
 from services.tokenizer.http.responses_format import ResponseDocument, ResponseStream
 from services.tokenizer.http.responses_request import ResponsesRequest, Said
 from services.tokenizer.http.service_routes import check_model, json_answer
-from services.tokenizer.http.sink import DocumentSink, StreamSink, serve
+from services.tokenizer.http.sink import serve
 from services.tokenizer.session import Session, Turn
 from services.tokenizer.session_store import SaveOutcome
 from services.tokenizer.validation import is_id
@@ -76,9 +76,9 @@ class ResponsesRoutes:
 
         if isinstance(format, ResponseStream):
             call.error_event = format.failed
-        sink = StreamSink(call, format, on_finished) if request.stream else DocumentSink(call, format, on_finished)
         names = request.names(len(made.chat.messages) - len(said))
-        return await serve(edge, [made], [names], sink, call.deadline(is_stream=bool(request.stream)))
+        is_stream = bool(request.stream)
+        return await serve(edge, call, [made], [names], format, is_stream=is_stream, on_finished=on_finished)
 
     async def get(self, call: HttpCall) -> web.StreamResponse:
         """A response that was kept."""

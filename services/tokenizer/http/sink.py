@@ -122,10 +122,13 @@ class DocumentSink(Sink):
 
 async def serve(
     edge: Edge,
+    call: HttpCall,
     requests: Sequence[generation_pb2.GenerateRequest],
     names: Sequence[Mapping[str, str]],
-    sink: Sink,
-    deadline: Deadline,
+    format: Format,
+    *,
+    is_stream: bool,
+    on_finished: OnFinished | None = None,
 ) -> web.StreamResponse:
     """Run the generations side by side and write their answer. Raises StatusError.
 
@@ -133,12 +136,16 @@ async def serve(
 
     Args:
         edge: The worker.
+        call: What is answered.
         requests: One per prompt.
         names: For each, what the client calls our fields; see `renamed`.
-        sink: Where the answer goes.
-        deadline: How long the client waits.
+        format: Of the answer.
+        is_stream: Whether the client wants each part when it comes.
+        on_finished: See OnFinished.
     """
-    caller = HttpCaller(sink.call, deadline)
+    sink = (StreamSink if is_stream else DocumentSink)(call, format, on_finished)
+    deadline = call.deadline(is_stream=is_stream)
+    caller = HttpCaller(call, deadline)
     together = _Together(edge, sink, deadline, len(requests))
     try:
         async with deadline:

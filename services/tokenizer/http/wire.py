@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring
 from types import MappingProxyType
@@ -25,6 +26,12 @@ _LATENCY_PARTS = ("session", "tokenize", "admission", "queue", "prefill", "decod
 def dump(value: object) -> str:
     """Return a value as JSON without spaces."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def answer_head(kind: str, answer_id: str, model: str) -> str:
+    """Return an answer of chats and completions up to its first choice. `kind` is OpenAI's name of such an answer."""
+    head = f'{{"id":{quote(answer_id)},"object":"{kind}","created":{int(time.time())}'
+    return f'{head},"model":{quote(model)},"choices":['
 
 
 def finish_reason(sample: generation_pb2.SampleFinished) -> str:
