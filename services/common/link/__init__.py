@@ -12,7 +12,7 @@ from services.common.link.client_frames import (
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.handles import Handles
 from services.common.link.identity import ModelIdentity
-from services.common.link.logprobs import cut_logprobs
+from services.common.link.logprobs import copy_logprobs, cut_logprobs
 from services.common.link.opening import check_tokenizer, first_frame, lease_of
 from services.common.link.progress import ProgressError, RequestProgress
 from services.common.link.registration import link_service_handler
@@ -38,6 +38,7 @@ __all__ = [
     "ServerLink",
     "check_submit",
     "check_tokenizer",
+    "copy_logprobs",
     "cut_logprobs",
     "first_frame",
     "lease_of",

@@ -6,9 +6,14 @@ from scalellm.v1 import common_pb2, link_pb2
 
 
 def cut_logprobs(values: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
-    """Return the entries of the tokens `[start, stop)`."""
+    """Return the entries of the tokens `[start, stop)`; of all of them, the very object."""
     if start == 0 and stop >= len(values.logprobs):
         return values
+    return copy_logprobs(values, start, stop)
+
+
+def copy_logprobs(values: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
+    """Return a copy of the entries of the tokens `[start, stop)`, which stays as it is when `values` grow."""
     top = slice(start * values.num_top, stop * values.num_top)
     return common_pb2.TokenLogprobs(
         logprobs=values.logprobs[start:stop],

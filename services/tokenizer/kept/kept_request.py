@@ -37,9 +37,6 @@ _POLL = 0.1
 _LAST_WRITES = 60.0
 """Seconds after a request's end for which its journal is tried to be completed while Redis does not answer."""
 
-_ATTEMPTS_PER_FENCE = 2**16
-"""What a worker takes over has a higher attempt than whatever the one before may still send."""
-
 _MAX_ABORTED = 3
 """Times in a row that a request is begun again which the scheduler aborted."""
 

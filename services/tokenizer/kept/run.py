@@ -12,12 +12,12 @@ import grpc
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
-from services.common.link import LONGEST_NS
+from services.common.link import LONGEST_NS, copy_logprobs
 from services.tokenizer.generation.answer import make_samples
 from services.tokenizer.generation.ending import count_shown, make_finished, save_turn
 from services.tokenizer.generation.submission import raise_failure, wait_accepted
 from services.tokenizer.kept.journal import Head
-from services.tokenizer.kept.transcript import Transcript, cut
+from services.tokenizer.kept.transcript import Transcript
 from services.tokenizer.latency import LatencyTrace
 from services.tokenizer.prompt_builder import Prompt
 from services.tokenizer.sample_stream import OutputOptions, SampleStream
@@ -168,5 +168,5 @@ def _up_to_stop(batch: TokenBatch, num_tokens: int) -> TokenBatch:
     if num_tokens == len(batch.token_ids) and batch.finish is not None:
         return batch  # found in what the last token left
     finish = link_pb2.LinkSampleFinish(index=batch.index, reason=common_pb2.FINISH_REASON_STOP)
-    logprobs = cut(batch.logprobs, 0, num_tokens) if batch.logprobs is not None else None
+    logprobs = copy_logprobs(batch.logprobs, 0, num_tokens) if batch.logprobs is not None else None
     return TokenBatch(batch.index, batch.token_ids[:num_tokens], logprobs, finish)

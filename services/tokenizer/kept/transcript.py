@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.common.errors import StatusError
+from services.common.link import copy_logprobs
 from services.tokenizer.limits import MAX_ANSWER_TOKENS
 from services.tokenizer.token_receiver import TokenBatch
 
@@ -121,7 +122,7 @@ class Transcript:
         num_prompt = len(self.prompt_logprobs.logprobs)
         if num_prompt > mark.num_prompt:
             entry = step.prompt_logprobs.add(offset=mark.num_prompt)
-            entry.values.CopyFrom(cut(self.prompt_logprobs, mark.num_prompt, num_prompt))
+            entry.values.CopyFrom(copy_logprobs(self.prompt_logprobs, mark.num_prompt, num_prompt))
         after = Mark([], [], num_prompt)
         for index, sample in enumerate(self.samples):
             offset, num_tokens = mark.num_tokens[index], len(sample.token_ids)
@@ -133,7 +134,7 @@ class Transcript:
                 step.token_ids.extend(sample.token_ids[offset:])
                 if self._has_logprobs:
                     logprobs = step.logprobs.add(index=index, offset=offset)
-                    logprobs.values.CopyFrom(cut(sample.logprobs, offset, num_tokens))
+                    logprobs.values.CopyFrom(copy_logprobs(sample.logprobs, offset, num_tokens))
             if sample.finish is not None and not mark.has_finish[index]:
                 step.finished_samples.add(
                     index=index,
@@ -213,7 +214,7 @@ class TranscriptReader:
         if not self._wants_prompt or start >= len(values.logprobs):
             return []
         self._read.num_prompt = stop = min(start + MAX_ANSWER_TOKENS, len(values.logprobs))
-        return [(start, cut(values, start, stop))]
+        return [(start, copy_logprobs(values, start, stop))]
 
     def take(self) -> list[TokenBatch]:
         """Return what came and is due."""
@@ -228,7 +229,7 @@ class TranscriptReader:
             is_due = stop - start >= self._min_tokens or start == 0 or start < border or is_over
             if not is_last and (start == stop or not is_due):
                 continue
-            logprobs = cut(sample.logprobs, start, stop) if sample.logprobs.logprobs else None
+            logprobs = copy_logprobs(sample.logprobs, start, stop) if sample.logprobs.logprobs else None
             finish = sample.finish if is_last else None
             batches += TokenBatch(index, sample.token_ids[start:stop].tolist(), logprobs, finish).parts()
             read.num_tokens[index], read.has_finish[index] = stop, is_last
@@ -240,19 +241,8 @@ class TranscriptReader:
             raise StatusError.from_link(self._transcript.error)
 
 
-def cut(values: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
-    """Return a copy of the entries of the tokens `[start, stop)`."""
-    top = slice(start * values.num_top, stop * values.num_top)
-    return common_pb2.TokenLogprobs(
-        logprobs=values.logprobs[start:stop],
-        num_top=values.num_top,
-        top_token_ids=values.top_token_ids[top],
-        top_logprobs=values.top_logprobs[top],
-    )
-
-
 def _append(target: common_pb2.TokenLogprobs, values: common_pb2.TokenLogprobs, skip: int) -> None:
-    new = cut(values, max(0, skip), len(values.logprobs))
+    new = copy_logprobs(values, max(0, skip), len(values.logprobs))
     target.num_top = values.num_top
     target.logprobs.extend(new.logprobs)
     target.top_token_ids.extend(new.top_token_ids)
