@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from clients.cli.context import CliError, ExitCode
-from services.common.settings import ServiceSettings
+from services.common.settings import ServiceSettings, did_you_mean
 
 _MANAGED = frozenset({"host", "port", "http_port", "metrics_port", "announce", "model", "model_name", "home", "engine"})
 """Settings that `up` gives to services itself, by options of its own."""
@@ -28,7 +27,7 @@ _COMPOSE = (
     *(f"{name}_IMAGE" for name in ("PYTHON", "REDIS", "PROMETHEUS", "GRAFANA")),
     *(f"{name}_{what}" for name in ("PROMETHEUS", "GRAFANA") for what in ("LISTEN", "PASSWORD")),
 )
-"""What compose.yaml reads: set in the same shell, it is no mistake."""
+"""Variables of compose.yaml: set in the same shell, they are no mistake."""
 
 _TESTS = "SCALELLM_TEST_"
 
@@ -177,8 +176,7 @@ def _services() -> Mapping[str, type[ServiceSettings]]:
 
 
 def _unknown(name: str, known: Any, what: str) -> str:
-    nearest = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else "; `scalellm config show` lists those there are"
+    hint = did_you_mean(name, known) or "; `scalellm config show` lists those there are"
     return f"{name} is not {what}{hint}"
 
 

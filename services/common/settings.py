@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -193,9 +193,13 @@ def _check_variables(cls: type[BaseSettings], prefix: str) -> None:
     known = {f"{prefix}{name.upper()}" for name in cls.model_fields}
     for name in sorted(os.environ):
         if name.upper().startswith(prefix) and name.upper() not in known:
-            nearest = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise SettingsError(f"{name} is no setting of this service{hint}")
+            raise SettingsError(f"{name} is no setting of this service{did_you_mean(name, known)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a refusal of an unknown name: the one it is nearest to. Empty where none is near."""
+    nearest = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _log_format(cls: type[BaseSettings], arguments: list[str]) -> LogFormat:
