@@ -1,1 +1,1 @@
-"""What happens beyond capacity: refusals, and tenants beside each other."""
+"""Behaviour beyond capacity: refusals, and tenants beside each other."""

@@ -49,7 +49,7 @@ class Line:
 
     @property
     def address(self) -> str:
-        """Where clients connect."""
+        """Address for clients."""
         return self.tokenizer.address
 
     def worker_mib(self) -> float:

@@ -43,7 +43,7 @@ COMMANDS = '''\
 /exit               leave (also /quit, Ctrl-D)'''
 
 _DEFAULT_TEMPERATURE = 0.7
-"""Where the model has none of its own."""
+"""Default for models without one of their own."""
 
 
 def chat(

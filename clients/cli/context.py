@@ -142,7 +142,7 @@ class CliContext:
         return Instance(self.environment.home, self.environment.instance)
 
     def command(self, name: str) -> str:
-        """What to type for a command about this instance."""
+        """The command line of a command about this instance."""
         chosen = "" if self.instance.name == DEFAULT_INSTANCE else f" --instance {self.instance.name}"
         return f"scalellm{chosen} {name}"
 

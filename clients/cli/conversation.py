@@ -22,7 +22,7 @@ _NUMBERS = (
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
 SETTINGS = (*_NUMBERS, *_INTEGERS)
-"""What `/set` knows: fields of SamplingParams."""
+"""Settings of `/set`: fields of SamplingParams."""
 
 _Message = tuple[str, str]
 

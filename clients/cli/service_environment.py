@@ -1,4 +1,4 @@
-"""What `scalellm up` tells the services by their environment."""
+"""Environment variables that `scalellm up` gives to the services."""
 
 from __future__ import annotations
 

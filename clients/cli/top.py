@@ -98,7 +98,7 @@ def _addresses(context: CliContext) -> list[str]:
 
 
 def _restarts(context: CliContext) -> dict[str, str]:
-    """How often the services of the instance were started again, and why the last time, by metrics address."""
+    """Restarts of the services of the instance, with the last reason, by metrics address."""
     state = context.instance.load()
     services = state.services if state is not None else ()
     return {

@@ -20,7 +20,7 @@ _MARGIN = 5.0
 
 @dataclass(frozen=True, slots=True)
 class DownResult:
-    """How it went.
+    """Outcome of `down`.
 
     `crashed` had ended before, and may hold the supervisor; `killed` did not end in time; `restarted` had crashed and
     been started again; `logs` is where the logs are, if kept.

@@ -41,7 +41,7 @@ _UNDO_LIMIT = 5.0
 
 
 class Report(Protocol):
-    """Where `up` says how far it is."""
+    """Listener to the progress of `up`."""
 
     def begin(self, stage: str, detail: str) -> None:
         """A stage begins: what is being done."""
@@ -229,7 +229,7 @@ class Launch:
         return self._environments[name]
 
     def _upstream(self, kind: str) -> str:
-        """Where a service sends its work."""
+        """Addresses of the services that do the work of a service."""
         next_kind = {SCHEDULER: EXECUTOR, TOKENIZER: SCHEDULER}.get(kind, "")
         return ",".join(service.address for service in self.state.of_kind(next_kind))
 
@@ -276,7 +276,7 @@ class Launch:
 
 
 def explain_end(service: ServiceRecord, code: int | None) -> str:
-    """How a service ended and why, in one line, as far as its log tells.
+    """One line about the end of a service: its exit and the reason in its log.
 
     Args:
         service: Which.

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 
-from compose_stack import ComposeStack, docker, free_port, inspect
+from compose_stack import ComposeStack, docker, free_port
 
 EXECUTORS = ("executor", "executor-2")
 SCHEDULERS = ("scheduler", "scheduler-2")
@@ -45,10 +45,6 @@ class ComposeLine:
         """The container that runs a service now."""
         (found,) = self.stack.containers(service)
         return found
-
-    def network_of(self, service: str) -> dict:
-        """What Docker knows of a container's place in the network of the services."""
-        return inspect(self.container(service))["NetworkSettings"]["Networks"][self.network]
 
     @property
     def network(self) -> str:

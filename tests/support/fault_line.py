@@ -91,7 +91,7 @@ class FaultLine:
 
     @property
     def addresses(self) -> list[str]:
-        """Where clients connect."""
+        """Address for clients."""
         return [member.process.address for member in self.tokenizers]
 
     @property

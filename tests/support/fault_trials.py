@@ -50,7 +50,7 @@ class BreakableLine(Protocol):
 
     @property
     def addresses(self) -> list[str]:
-        """Where clients connect."""
+        """Address for clients."""
 
     async def wait_linked(self) -> None:
         """Wait until all links are up."""
