@@ -49,6 +49,7 @@ METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
         # Probes carry no secrets.
         "/grpc.health.v1.Health/Check": _EVERYBODY,
         "/grpc.health.v1.Health/Watch": _EVERYBODY,
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": _ANY_ROLE,
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _ANY_ROLE,
     }
 )

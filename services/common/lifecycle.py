@@ -13,11 +13,11 @@ from pathlib import Path
 import grpc
 import psutil
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from services.common.addresses import join_address
 from services.common.health import HealthReporter
 from services.common.new_file import write_new
+from services.common.reflection import add_reflection
 
 MAX_FRAME_BYTES = 16 * 2**20
 """Of a message between services. Messages of clients are smaller: the tokenizer sets limits of its own."""
@@ -107,8 +107,7 @@ class GrpcService:
     async def start(self) -> None:
         """Listen. Raises StartError when the port is taken."""
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, self.server)
-        names = (*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self.server)
+        add_reflection(self.server, (*self._services, health.SERVICE_NAME))
         target = join_address(self._host, self._port)
         try:
             if self._credentials is not None:

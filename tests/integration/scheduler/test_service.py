@@ -9,10 +9,10 @@ import urllib.request
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
+from reflection_client import ReflectionClient
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2
 from service_processes import PATIENCE
 
@@ -172,14 +172,12 @@ async def test_health_follows_the_executors(make_scheduler, make_executor):
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_reflection_lists_the_service(make_scheduler):
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_lists_the_service(make_scheduler, version):
     server = await make_scheduler()
     async with grpc.aio.insecure_channel(server.address) as channel:
-        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
-        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
-        names = {service.name for service in (await call.read()).list_services_response.service}
-        assert {"scalellm.v1.Scheduler", "grpc.health.v1.Health"} <= names
-        call.cancel()
+        reflection = ReflectionClient(channel, version)
+        assert {"scalellm.v1.Scheduler", "grpc.health.v1.Health"} <= set(await reflection.services())
 
 
 async def scrape(address: str) -> dict[str, float]:

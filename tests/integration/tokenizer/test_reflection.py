@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from service_processes import PATIENCE
+from reflection_client import ReflectionClient
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -33,49 +31,23 @@ REQUESTS = {
 }
 
 
-class ReflectionClient:
-    """Builds a descriptor pool from what the server says, and calls methods with JSON."""
+OTHERS = ("grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
-    def __init__(self, channel) -> None:
-        self._channel = channel
-        self._stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        self.pool = descriptor_pool.DescriptorPool()
-        self._known: set[str] = set()
 
-    async def _ask(self, **question):
-        async for answer in self._stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**question)])):
-            return answer
-        raise AssertionError("no answer")
-
-    async def services(self) -> list[str]:
-        answer = await self._ask(list_services="")
-        return [service.name for service in answer.list_services_response.service]
-
-    async def load(self, **question) -> None:
-        answer = await self._ask(**question)
-        for data in answer.file_descriptor_response.file_descriptor_proto:
-            file = descriptor_pb2.FileDescriptorProto.FromString(data)
-            if file.name in self._known:
-                continue
-            self._known.add(file.name)
-            for dependency in file.dependency:
-                await self.load(file_by_filename=dependency)
-            self.pool.Add(file)
-
-    async def call(self, method, request: dict) -> list[dict]:
-        message = json_format.ParseDict(request, message_factory.GetMessageClass(method.input_type)())
-        path = f"/{method.containing_service.full_name}/{method.name}"
-        output = message_factory.GetMessageClass(method.output_type)
-        make = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
-        call = make(path, type(message).SerializeToString, output.FromString)(message, timeout=PATIENCE)
-        answers = [answer async for answer in call] if method.server_streaming else [await call]
-        return [json_format.MessageToDict(answer) for answer in answers]
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_every_service_is_listed_and_described(client, version):
+    reflection = ReflectionClient(client.channel, version)
+    services = await reflection.services()
+    assert set(services) == {*PUBLIC, *OTHERS}
+    for service in services:
+        await reflection.load(file_containing_symbol=service)
+        methods = reflection.pool.FindServiceByName(service).methods
+        assert all(method.input_type.full_name for method in methods)
+        assert methods
 
 
 async def test_everything_can_be_called(client, scheduler):
-    reflection = ReflectionClient(client.channel)
-    services = await reflection.services()
-    assert {*PUBLIC, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"} == set(services)
+    reflection = ReflectionClient(client.channel, "v1")
     answers = {}
     for service in PUBLIC:
         await reflection.load(file_containing_symbol=service)
