@@ -30,6 +30,7 @@ METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
         "/scalellm.v1.Generation/Generate": _CALLERS,
         "/scalellm.v1.Generation/Resume": _CALLERS,
+        "/scalellm.v1.Generation/Cancel": _CALLERS,
         "/scalellm.v1.Tokenizer/Encode": _CALLERS,
         "/scalellm.v1.Tokenizer/Decode": _CALLERS,
         "/scalellm.v1.Tokenizer/ApplyChatTemplate": _CALLERS,

@@ -53,7 +53,7 @@ if limit == '' and sequence > known then
     redis.call('HDEL', key, worker)
   end
 end
--- For ever: a full Redis evicts what expires, and limits have to outlive sessions. One small hash per tenant.
+-- For ever: a full Redis evicts what expires, and limits have to outlive sessions. Two small hashes per tenant.
 redis.call('PERSIST', key)
 return {limit, math.ceil(wait)}
 """

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import grpc
 from redis.asyncio import Redis
 
-from services.common.api_keys import Tenant
+from services.common.api_keys import Tenant, TenantLimits
 from services.common.cancellation import cancellable
 from services.common.errors import StatusError
 from services.common.redis_client import KEY_PREFIX
@@ -36,9 +36,17 @@ _SHORTEST_RETRY = 0.1
 
 @dataclass(slots=True, eq=False)
 class _Account:
-    """One tenant's use in this process. Levels are of leaky buckets: the time at which each will have run dry."""
+    """One tenant's use in this process. Levels are of leaky buckets: the time at which each will have run dry.
 
-    tenant: Tenant
+    Attributes:
+        tenant: Its name.
+        key: Of the hash in Redis in which all processes count.
+        limits: What it may use.
+    """
+
+    tenant: str
+    key: str
+    limits: TenantLimits
     running: int = 0
     unreported_tokens: int = 0
     requests_until: float = 0.0
@@ -55,7 +63,7 @@ class Lease:
 
     async def reserve(self, tokens: int) -> None:
         """Charge the tokens that the request may use, before it uses them. Raises StatusError RESOURCE_EXHAUSTED."""
-        limit = self._account.tenant.limits.tokens_per_minute
+        limit = self._account.limits.tokens_per_minute
         if limit is None:
             return
         amount = min(tokens, limit)  # more holds no others up any longer
@@ -72,12 +80,12 @@ class _Refusal:
     limit: str
     retry_after: float
 
-    def to_error(self, tenant: Tenant) -> StatusError:
-        value, retry_after = getattr(tenant.limits, self.limit), max(self.retry_after, _SHORTEST_RETRY)
+    def to_error(self, account: _Account) -> StatusError:
+        value, retry_after = getattr(account.limits, self.limit), max(self.retry_after, _SHORTEST_RETRY)
         what = "at once" if self.limit == "concurrent_requests" else "per minute, over all its requests"
         return StatusError(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"{self.limit}: tenant {tenant.name!r} may use {value} {what}; retry in {retry_after:.1f} s",
+            f"{self.limit}: tenant {account.tenant!r} may use {value} {what}; retry in {retry_after:.1f} s",
             retry_after=retry_after,
         )
 
@@ -133,8 +141,12 @@ class TenantQuotas:
             )
         if not limits.is_counted:
             return None
-        account = self._accounts.setdefault(tenant.name, _Account(tenant))
-        account.tenant = tenant  # its limits may have changed
+        return await self._enter(tenant.name, "", limits)
+
+    async def _enter(self, tenant: str, kind: str, limits: TenantLimits) -> Lease:
+        key = f"{KEY_PREFIX}quota:{{{tenant}}}{kind}"
+        account = self._accounts.setdefault(key, _Account(tenant, key, limits))
+        account.limits = limits  # they may have changed
         account.running += 1
         try:
             await self._check(account)
@@ -153,6 +165,22 @@ class TenantQuotas:
         finally:
             if lease is not None:
                 lease.end(0)
+
+    @contextlib.asynccontextmanager
+    async def reading(self, tenant: Tenant) -> AsyncIterator[None]:
+        """Around a call that reads a kept answer which another call began. Raises StatusError RESOURCE_EXHAUSTED.
+
+        Such calls are counted apart from the requests that run, as many at once as these: a client that comes back
+        must find a place while its request, and the connection that broke, still hold theirs.
+        """
+        if (most := tenant.limits.concurrent_requests) is None:
+            yield
+            return
+        lease = await self._enter(tenant.name, ":readers", TenantLimits(concurrent_requests=most))
+        try:
+            yield
+        finally:
+            lease.end(0)
 
     async def run(self) -> None:
         """Report what ended, and renew what runs, until cancelled."""
@@ -180,7 +208,7 @@ class TenantQuotas:
             await self.redis.aclose()
 
     async def _check(self, account: _Account) -> None:
-        limits = account.tenant.limits
+        limits = account.limits
         refusal: _Refusal | None = None
         if limits.concurrent_requests is not None and account.running > limits.concurrent_requests:
             refusal = _Refusal("concurrent_requests", _RETRY_CONCURRENT)
@@ -190,14 +218,14 @@ class TenantQuotas:
             refusal = self._check_alone(account)
         if refusal is not None:
             self.refused(refusal.limit)
-            raise refusal.to_error(account.tenant)
+            raise refusal.to_error(account)
         if limits.requests_per_minute is not None:
             account.requests_until = max(account.requests_until, self.clock()) + _MINUTE / limits.requests_per_minute
 
     def _check_alone(self, account: _Account) -> _Refusal | None:
         if (refusal := self._check_tokens(account)) is not None:
             return refusal
-        limits, now = account.tenant.limits, self.clock()
+        limits, now = account.limits, self.clock()
         if limits.requests_per_minute is not None:
             over = max(account.requests_until, now) + _MINUTE / limits.requests_per_minute - now - _MINUTE
             if over > 0:
@@ -205,7 +233,7 @@ class TenantQuotas:
         return None
 
     def _check_tokens(self, account: _Account) -> _Refusal | None:
-        is_limited = account.tenant.limits.tokens_per_minute is not None
+        is_limited = account.limits.tokens_per_minute is not None
         if is_limited and (over := account.tokens_until - self.clock() - _MINUTE) >= 0:
             return _Refusal("tokens_per_minute", over)
         return None
@@ -218,11 +246,11 @@ class TenantQuotas:
                 account.unreported_tokens += tokens
         if refusal is not None:
             self.refused(refusal.limit)
-            raise refusal.to_error(account.tenant)
+            raise refusal.to_error(account)
         self._fill(account, tokens)
 
     def _fill(self, account: _Account, tokens: int) -> None:
-        if (limit := account.tenant.limits.tokens_per_minute) is not None:
+        if (limit := account.limits.tokens_per_minute) is not None:
             now = self.clock()
             account.tokens_until = max(now, max(account.tokens_until, now) + tokens * _MINUTE / limit)
 
@@ -243,7 +271,7 @@ class TenantQuotas:
     async def _ask_redis(self, account: _Account, *, admit: bool, reserve: int = 0) -> _Refusal | None:
         """Report, and ask for one more request with `admit`, or for tokens. A failure is remembered in `is_shared`."""
         assert self.redis is not None
-        limits = account.tenant.limits
+        limits = account.limits
         tokens, account.unreported_tokens = account.unreported_tokens, 0
         self._sequence += 1
         try:
@@ -251,7 +279,7 @@ class TenantQuotas:
                 limit, retry_ms = await self.redis.eval(
                     QUOTA_SCRIPT,
                     1,
-                    f"{KEY_PREFIX}quota:{{{account.tenant.name}}}",
+                    account.key,
                     self.worker,
                     str(self._sequence),
                     str(account.running),

@@ -10,6 +10,7 @@ from services.tokenizer.generation.caller import Caller
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.generation.request_path import Call, Generation, Resumption
 from services.tokenizer.sample_stream import Delta
+from services.tokenizer.validation import validate_id
 
 _SERVICE = "scalellm.v1.Generation"
 
@@ -37,7 +38,7 @@ class GrpcCaller(Caller):
 
 
 class GenerationServicer:
-    """Serves Generate and Resume. Raises StatusError for every outcome but OK.
+    """Serves Generate, Resume and Cancel. Raises StatusError for every outcome but OK.
 
     Args:
         edge: The worker.
@@ -53,6 +54,15 @@ class GenerationServicer:
     async def Resume(self, request: generation_pb2.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
         """Stream the rest of an answer."""
         await _serve(Resumption(self._edge, request, GrpcCaller(context, f"{_SERVICE}/Resume")), context)
+
+    async def Cancel(
+        self, request: generation_pb2.CancelRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.CancelResponse:
+        """End a request that is kept. It is not counted by quotas: it gives back what it ends."""
+        validate_id(request.request_id, "request_id")
+        tenant = self._edge.access.tenant(context.invocation_metadata())
+        await self._edge.kept.cancel(self._edge, tenant, request.request_id)
+        return generation_pb2.CancelResponse()
 
 
 async def _serve(call: Call, context: grpc.aio.ServicerContext) -> None:

@@ -21,6 +21,7 @@ from services.tokenizer.generation.caller import Caller
 from services.tokenizer.generation.edge import Edge, cache_salt
 from services.tokenizer.generation.ending import count_shown, make_finished, save_turn
 from services.tokenizer.generation.submission import raise_failure, wait_accepted
+from services.tokenizer.kept.following import follow
 from services.tokenizer.kept.journal import Head
 from services.tokenizer.kept.kept_request import KeptRequest
 from services.tokenizer.kept.kept_requests import digest
@@ -135,7 +136,7 @@ class Call(ABC):
 
     async def _follow(self, kept: KeptRequest, offsets: Sequence[int], min_tokens: int) -> AsyncGenerator[Event, None]:
         """Yield the events of a kept request."""
-        async for event in kept.follow(offsets, min_tokens, self.trace):
+        async for event in follow(self._edge, kept, offsets, min_tokens, self.trace):
             if isinstance(event, generation_pb2.Finished):
                 self._finish = link_pb2.Finish(usage=event.usage)
                 self._ended_samples = list(event.samples)
@@ -181,8 +182,9 @@ class Generation(Call):
         if is_kept and is_id(request.request_id):
             kept = await edge.kept.find_same(edge, self._tenant, request)
             if kept is not None:
-                async for event in self._follow(kept, (), request.stream_interval or 1):
-                    yield event
+                async with edge.quotas.reading(self._tenant):
+                    async for event in self._follow(kept, (), request.stream_interval or 1):
+                        yield event
                 return
         # Before anything is checked: a request that is refused counts as well.
         self._lease = await edge.quotas.admit(self._tenant, max(request.priority, MIN_PRIORITY))
@@ -336,7 +338,8 @@ class Resumption(Call):
         edge, resume = self._edge, self._resume
         self._identify(resume.request_id if is_id(resume.request_id) else "")
         validate_resume(resume, edge.limits)
-        kept = await edge.kept.find(edge, self._tenant, resume.request_id)
-        self._request = kept.head.request
-        async for event in self._follow(kept, resume.offsets, resume.stream_interval or 1):
-            yield event
+        async with edge.quotas.reading(self._tenant):
+            kept = await edge.kept.find(edge, self._tenant, resume.request_id)
+            self._request = kept.head.request
+            async for event in self._follow(kept, resume.offsets, resume.stream_interval or 1):
+                yield event

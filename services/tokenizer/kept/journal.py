@@ -33,6 +33,8 @@ class Written(enum.Enum):
     """What became of something that was to be written."""
 
     DONE = 1
+    CANCELLED = 2
+    """It was written, and the request's tenant wants it to end."""
     TAKEN = 0
     """Another worker has the request, or has begun one of this id."""
     FULL = -1
@@ -74,6 +76,7 @@ class Reading:
         lease_left: Milliseconds for which nobody may take it over.
         time_left: Seconds until the deadline; None: it has none.
         end: The last event, or the status; None while the request has not ended.
+        is_cancelled: True if its tenant wants it to end.
         steps: What came of it since the place from which on it was read.
         num_bytes: The place to read on from.
     """
@@ -82,6 +85,7 @@ class Reading:
     lease_left: int
     time_left: float | None
     end: generation_pb2.Finished | link_pb2.LinkStatus | None
+    is_cancelled: bool
     steps: link_pb2.StepOutput
     num_bytes: int
 
@@ -181,7 +185,7 @@ class Journal:
             found = await redis.eval(journal_script.READ, 2, keys.head, keys.tail, str(num_bytes))
         if not found:
             return None
-        fence, lease_left, time_left, finished, error, rest = found
+        fence, lease_left, time_left, finished, error, is_cancelled, rest = found
         try:
             end: generation_pb2.Finished | link_pb2.LinkStatus | None = None
             if finished:
@@ -192,7 +196,7 @@ class Journal:
         except DecodeError:
             raise _unreadable(request_id) from None
         left = float(time_left) / 1e3 if time_left else None
-        return Reading(fence, lease_left, left, end, steps, num_bytes + len(rest))
+        return Reading(fence, lease_left, left, end, bool(is_cancelled), steps, num_bytes + len(rest))
 
     async def take(self, tenant: Tenant, request_id: str, fence: int) -> int:
         """Take over a request whose worker is gone. Returns the new fence; 0: somebody else has it.
@@ -205,6 +209,11 @@ class Journal:
         async with self._reach() as redis:
             head = _Keys(tenant, request_id).head
             return int(await redis.eval(journal_script.TAKE, 1, head, str(fence), self._owner, self._lease_ms))
+
+    async def cancel(self, tenant: Tenant, request_id: str) -> bool:
+        """Have a request cancelled by the worker that has it, when that next writes. False if there is no journal."""
+        async with self._reach() as redis:
+            return bool(await redis.eval(journal_script.CANCEL, 1, _Keys(tenant, request_id).head))
 
     async def write(self, entries: Sequence[Entry]) -> list[Written]:
         """Write what came of several requests, in one round trip."""

@@ -4,8 +4,8 @@ KEYS: the head, a hash; the index and the sizes as in session_script; the tail, 
 rises with each worker that takes the request over, so that of two that think it is theirs one finds out; `owner`,
 that worker's name; `lease`, the time in ms until which nobody may take it over; `deadline` in ms; `execution`, the id
 that all attempts to run it have in common; `digest`, `request`, `submit`, `started` and `session` as in journal.Head;
-and once the request has ended, `finished` or `error`. The tail is what came of the request, as StepOutputs one after
-the other: protobuf merges what is concatenated.
+`cancel` once its tenant wants it to end; and once the request has ended, `finished` or `error`. The tail is what came
+of the request, as StepOutputs one after the other: protobuf merges what is concatenated.
 
 All times are Redis' own. A client repeats a script when a connection breaks before its answer: a second run changes
 nothing.
@@ -67,8 +67,9 @@ WRITE = (
     _STORE
     + """
 -- Adds to the tail and renews the lease. ARGV: prefix of heads, id, limit, ttl ms, lease ms (0 = give it up), fence,
--- bytes that the tail has, what is added, name ('' = none) and value of the field with the end. Returns 1: done, 0: it
--- is another worker's now, -1: no room, the journal is gone, -2: there is none, or Redis evicted its tail.
+-- bytes that the tail has, what is added, name ('' = none) and value of the field with the end.
+-- Returns 1: done, 2: done, and the request is to be cancelled, 0: it is another worker's now, -1: no room, the journal
+-- is gone, -2: there is none, or Redis evicted its tail.
 local id, ttl, lease = ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5])
 local fence = redis.call('HGET', head, 'fence')
 if not fence then return -2 end
@@ -94,7 +95,7 @@ if more > 0 then
 end
 redis.call('HSET', head, 'lease', lease > 0 and now + lease or 0)
 keep(id, ttl)
-return 1
+return ARGV[9] == '' and redis.call('HEXISTS', head, 'cancel') == 1 and 2 or 1
 """
 )
 
@@ -112,15 +113,23 @@ return 1
 
 # KEYS: head, tail. ARGV: bytes of the tail that are known.
 # Returns nothing where there is no journal; else the fence, ms that are left of the lease and, or '', until the
-# deadline, the end if there is one (finished, error), and the rest of the tail.
+# deadline, the end if there is one (finished, error), 1 if the request is to be cancelled, and the rest of the tail.
 READ = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local found = redis.call('HMGET', KEYS[1], 'fence', 'lease', 'deadline', 'finished', 'error')
+local found = redis.call('HMGET', KEYS[1], 'fence', 'lease', 'deadline', 'finished', 'error', 'cancel')
 if not found[1] then return {} end
 local left = found[3] and tostring(tonumber(found[3]) - now) or ''
 local rest = redis.call('GETRANGE', KEYS[2], ARGV[1], -1)
-return {tonumber(found[1]), tonumber(found[2]) - now, left, found[4] or '', found[5] or '', rest}
+return {tonumber(found[1]), tonumber(found[2]) - now, left, found[4] or '', found[5] or '', found[6] and 1 or 0, rest}
+"""
+
+# KEYS: head. The worker that has the request, or the next one that takes it over, is to cancel it. Returns 0: there is
+# none.
+CANCEL = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], 'cancel', 1)
+return 1
 """
 
 # KEYS: head. ARGV: fence as it was read, owner, lease ms. Returns the new fence; 0: somebody else has it, or it ended.

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,12 @@ import grpc
 from scalellm.v1 import generation_pb2
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
-from services.tokenizer.generation.answer import Answer, Event, make_samples
 from services.tokenizer.kept.journal import Entry, Head, Journal, Written
 from services.tokenizer.kept.run import Run
 from services.tokenizer.kept.transcript import Transcript
 from services.tokenizer.latency import LatencyTrace
 from services.tokenizer.prompt_builder import Prompt
 from services.tokenizer.quotas import Lease
-from services.tokenizer.sample_stream import OutputOptions
 from services.tokenizer.session import Session
 from services.tokenizer.validation import MIN_PRIORITY
 
@@ -39,6 +37,11 @@ _LAST_WRITES = 60.0
 
 _MAX_ABORTED = 3
 """Times in a row that a request is begun again which the scheduler aborted."""
+
+_CANCEL_WAIT = 10.0
+"""Seconds given to the worker that has a request to cancel it: it looks at least once a second."""
+
+_CANCELLED = StatusError(grpc.StatusCode.CANCELLED, "the request was cancelled")
 
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
 """Statuses after which a request can go on elsewhere, or later."""
@@ -113,6 +116,7 @@ class KeptRequest:
         self.was_refused = False
         if not fence:
             self._accepted.set()
+        self._is_cancelled = False
         self._owning: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -132,6 +136,23 @@ class KeptRequest:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
+    async def cancel(self) -> None:
+        """End it, wherever it runs; return once it has ended. Raises StatusError NOT_FOUND, UNAVAILABLE."""
+        nothing = [0] * len(self.transcript.samples)
+        with self.followed(), self.transcript.reader(nothing, min_tokens=1) as reader:
+            if self.is_here:
+                self._cancel_here()
+            elif not self.transcript.is_over and not await self._journal.cancel(self.tenant, self.head.request_id):
+                raise no_request(self.head.request_id)
+            try:
+                async with asyncio.timeout(_CANCEL_WAIT):
+                    while not self.transcript.is_over:
+                        await reader.wait()
+            except TimeoutError:
+                raise StatusError.unavailable(
+                    f"request_id: {self.head.request_id!r} is about to be cancelled, but its worker is slow", 1.0
+                ) from None
+
     @contextmanager
     def followed(self) -> Iterator[None]:
         """Around reading: what runs elsewhere is not followed without readers."""
@@ -143,41 +164,11 @@ class KeptRequest:
             if not self.num_followers and not self.is_here and self._task is not None:
                 self._task.cancel()
 
-    async def follow(self, offsets: Sequence[int], min_tokens: int, trace: LatencyTrace) -> AsyncGenerator[Event, None]:
-        """Yield its events, Deltas from `offsets` on, tokens per sample. Raises StatusError for every end but OK.
-
-        Args:
-            offsets: See above; missing ones are 0.
-            min_tokens: Tokens of a sample to wait for.
-            trace: Told of the time that detokenising takes.
-        """
-        edge, head = self._edge, self.head
-        num_samples = head.submit.sampling.n
-        if len(offsets) > num_samples:
-            raise StatusError.invalid(
-                "offsets", f"must have at most {num_samples} entries, one per sample, got {len(offsets)}"
-            )
-        offsets = [*offsets, *[0] * (num_samples - len(offsets))]
-        options = OutputOptions.from_request(head.request)
-        samples = make_samples(head.request, options, head.submit, edge.prompts.texts)
-        answer = Answer(head.submit.token_ids, samples, trace, edge.metrics, lambda index: None, offsets)
-        with self.followed(), self.transcript.reader(offsets, min_tokens) as reader:
-            await self._accepted.wait()
-            if self.was_refused:
-                reader.raise_error()
-            yield head.started
-            while not self.transcript.is_over or reader.changed.is_set():
-                await reader.wait()
-                for event in answer.take(reader):
-                    yield event
-        reader.raise_error()
-        for index, sample in enumerate(samples):
-            if sample.num_tokens < offsets[index]:
-                raise StatusError.invalid(
-                    f"offsets[{index}]", f"must be at most {sample.num_tokens}, all tokens of it, got {offsets[index]}"
-                )
-        assert self.transcript.finished is not None
-        yield self.transcript.finished
+    async def wait_accepted(self) -> None:
+        """Wait until it is taken to be accepted. Raises StatusError if it was refused."""
+        await self._accepted.wait()
+        if self.was_refused and self.transcript.error is not None:
+            raise StatusError.from_link(self.transcript.error)
 
     # What is to be written.
 
@@ -195,16 +186,18 @@ class KeptRequest:
 
     async def wrote(self, entry: Entry, outcome: Written | None) -> None:
         """An entry was written, or not: None = Redis did not answer."""
-        self.is_journaled = outcome is Written.DONE
+        self.is_journaled = outcome in (Written.DONE, Written.CANCELLED)
         if outcome is None:
             return
         self._renewed_at = time.monotonic()
-        if outcome is Written.DONE:
+        if self.is_journaled:
             self._mark = self._next_mark
             self._num_bytes += len(entry.step)
             self._end_is_written = entry.end is not None
             if self._end_is_written:
                 self._written.set()
+            if outcome is Written.CANCELLED:
+                self._cancel_here()
         elif outcome is Written.GONE:
             self._mark, self._num_bytes = self.transcript.begin(), 0
             created = await self._journal.create(self.tenant, self.head, self._fence, self._seconds_left())
@@ -223,6 +216,13 @@ class KeptRequest:
         self._writes_nothing = True
         self._written.set()
 
+    def _cancel_here(self) -> None:
+        """Its tenant wants it to end, and it runs here."""
+        if not self.transcript.is_over:
+            self._is_cancelled = True
+            if self._owning is not None:
+                self._owning.cancel()
+
     # Its life.
 
     async def _run(self) -> None:
@@ -232,11 +232,15 @@ class KeptRequest:
                 if not self.is_here:
                     await self._follow_elsewhere()
                     continue
+                if self._is_cancelled:
+                    self.transcript.end(_CANCELLED.to_link())
+                    self._accepted.set()
+                    continue
                 self._owning = asyncio.create_task(self._own())
                 try:
                     await asyncio.shield(self._owning)
                 except asyncio.CancelledError:
-                    if self._fence:  # it is us who are stopped
+                    if not self._owning.done():  # it is us who are stopped
                         self._owning.cancel()
                         await asyncio.gather(self._owning, return_exceptions=True)
                         raise
@@ -287,6 +291,7 @@ class KeptRequest:
                 fence = await self._journal.take(self.tenant, self.head.request_id, reading.fence)
                 if fence:
                     await self._take_over(fence, reading.time_left)
+                    self._is_cancelled = reading.is_cancelled
                     return
             await asyncio.sleep(_POLL)
             if not self.num_followers:
@@ -319,7 +324,8 @@ class KeptRequest:
         try:
             await run.run(self._fence, self._seconds_left(), self._accepted)
         except StatusError as error:
-            await self._fail(error)
+            if not self._is_cancelled:
+                await self._fail(error)
 
     def _seconds_left(self) -> float | None:
         return self._time_left - (time.monotonic() - self._timed_at) if self._time_left is not None else None

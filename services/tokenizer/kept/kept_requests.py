@@ -84,6 +84,12 @@ class KeptRequests:
         self._start(kept)
         return kept
 
+    async def cancel(self, edge: Edge, tenant: Tenant, request_id: str) -> KeptRequest:
+        """End a request, wherever it runs; see KeptRequest. Raises StatusError NOT_FOUND, UNAVAILABLE."""
+        kept = await self.find(edge, tenant, request_id)
+        await kept.cancel()
+        return kept
+
     async def find_same(
         self, edge: Edge, tenant: Tenant, request: generation_pb2.GenerateRequest
     ) -> KeptRequest | None:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+import redis as redis_client
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -136,3 +137,32 @@ async def client(service: ServiceProcess, scheduler: ScriptedScheduler) -> Async
     await client.wait_serving()
     yield client
     await client.channel.close()
+
+
+@pytest.fixture
+def store(module_redis):
+    client = redis_client.Redis.from_url(module_redis.url)
+    yield client
+    assert [key for key in client.keys("*") if client.pttl(key) < 0] == [], "keys without an end"
+    client.close()
+
+
+@pytest.fixture
+def start(scheduler, spawn, redis, model_dir):
+    """Start a service with one worker on the test's own Redis."""
+
+    def start(*flags: str):
+        return spawn(
+            "tokenizer", "--scheduler", scheduler.address, "--model", str(model_dir("smollm2-135m-instruct")),
+            "--workers", "1", "--redis-url", redis.url, "--metrics-port", "0", "--kept-ttl-s", "60", *flags,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def open_keys(redis):
+    """Keys of the test's own Redis that have no end, which there must be none of."""
+    store = redis_client.Redis.from_url(redis.url)
+    yield lambda: [key for key in store.keys("*") if store.pttl(key) < 0]
+    store.close()

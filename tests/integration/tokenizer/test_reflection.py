@@ -20,6 +20,7 @@ REQUESTS = {
         "onDisconnect": "ON_DISCONNECT_KEEP",
     },
     "Resume": {"requestId": "kept", "offsets": [2]},
+    "Cancel": {"requestId": "kept"},
     "Encode": {"text": "Hello"},
     "Decode": {"tokenIds": [19556]},
     "ApplyChatTemplate": {"chat": CHAT},
@@ -57,6 +58,7 @@ async def test_everything_can_be_called(client, scheduler):
     assert next(iter(answers["Generate"][0])) == "started"
     assert answers["Generate"][-1]["finished"]["session"] == "SESSION_OUTCOME_SAVED"
     assert answers["Resume"][-1] == answers["Generate"][-1]
+    assert answers["Cancel"] == [{}]
     assert answers["Encode"] == [{"tokenIds": [19556], "tokens": ["Hello"]}]
     assert answers["Decode"] == [{"text": "Hello"}]
     info = answers["GetInfo"][0]

@@ -58,6 +58,8 @@ class Servicer:
     async def Resume(self, request: generation_pb2.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
         raise AssertionError("nobody calls it")
 
+    Cancel = Resume
+
     async def _end(self, how: str) -> None:
         if how == "cancelled":
             await asyncio.sleep(PATIENCE)

@@ -96,6 +96,20 @@ async def test_one_owner_at_a_time(own_redis):
         assert await three.take(TENANT, "r", 2) == 3
 
 
+async def test_whoever_has_a_request_is_told_to_cancel_it(own_redis):
+    async with journals(own_redis) as journal:
+        one, two = journal("one"), journal("two")
+        assert not await two.cancel(TENANT, "r"), "there is none"
+        await one.create(TENANT, head(), 1, None)
+        assert not (await two.read(TENANT, "r", 0)).is_cancelled
+        for _ in range(2):
+            assert await two.cancel(TENANT, "r")
+        assert (await two.read(TENANT, "r", 0)).is_cancelled
+        data = step(0, 5)
+        assert await one.write([entry(1, 0, data)]) == [Written.CANCELLED]
+        assert await one.write([entry(1, len(data), end=END)]) == [Written.DONE], "it ended first"
+
+
 async def test_a_renewed_lease_is_respected(own_redis):
     async with journals(own_redis, lease=100.0) as journal:
         one, two = journal("one"), journal("two")

@@ -97,6 +97,22 @@ async def test_requests_at_once_are_counted_over_workers(workers, redis_process)
     await redis.aclose()
 
 
+async def test_calls_that_read_kept_answers_are_counted_apart_and_over_workers(workers):
+    one, two = workers
+    tenant = Tenant("acme", TenantLimits(concurrent_requests=1, requests_per_minute=1))
+    lease = await one.admit(tenant)
+    async with one.reading(tenant):
+        with pytest.raises(StatusError, match="concurrent_requests: tenant 'acme' may use 1 at once") as error:
+            async with two.reading(tenant):
+                pass
+        assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await eventually(lambda: not one._dirty)
+    async with two.reading(tenant), two.reading(Tenant("other")), two.reading(Tenant("other")):
+        assert two._accounts["scalellm:quota:{acme}:readers"].running == 1
+    lease.end(0)
+    assert {account.running for worker in workers for account in worker._accounts.values()} == {0}
+
+
 async def test_what_a_dead_worker_ran_is_forgotten_and_what_a_live_one_runs_is_not(redis_process):
     tenant = Tenant("acme", TenantLimits(concurrent_requests=1))
     redis = open_redis(redis_process.url, timeout=PATIENCE)
@@ -139,7 +155,7 @@ async def test_tokens_are_counted_when_they_are_known(workers):
     tenant = Tenant("acme", TenantLimits(tokens_per_minute=600))
     lease = await one.admit(tenant)
     lease.end(6600)
-    await eventually(lambda: one._accounts["acme"].unreported_tokens == 0)
+    await eventually(lambda: one._accounts["scalellm:quota:{acme}"].unreported_tokens == 0)
     error = await refusal(two, tenant)
     assert error.message.startswith("tokens_per_minute: tenant 'acme' may use 600 per minute")
     assert 500 < error.retry_after <= 600
@@ -159,13 +175,13 @@ async def test_tokens_are_reserved_before_they_are_used(workers, shared):
     await refusal(two, tenant)
     for lease in leases:  # what is not used is given back
         lease.end(10 if lease in started else 0)
-    await eventually(lambda: one._accounts["acme"].unreported_tokens == 0 or not shared)
+    await eventually(lambda: one._accounts["scalellm:quota:{acme}"].unreported_tokens == 0 or not shared)
     again = [await two.admit(tenant) for _ in range(5)]
     for lease in again:
         await lease.reserve(1000)
     for lease in again:
         lease.end(7000)
-    await eventually(lambda: two._accounts["acme"].unreported_tokens == 0 or not shared)
+    await eventually(lambda: two._accounts["scalellm:quota:{acme}"].unreported_tokens == 0 or not shared)
     assert 250 < (await refusal(two, tenant)).retry_after < 292, "what is used beyond the reservation is waited off"
 
 
@@ -212,7 +228,7 @@ async def test_a_stalled_redis_is_waited_for_once_and_nothing_is_forgotten(worke
         finally:
             redis_process.resume()
         async with asyncio.timeout(PATIENCE):
-            while not hasty.is_shared or hasty._accounts["acme"].unreported_tokens:
+            while not hasty.is_shared or hasty._accounts["scalellm:quota:{acme}"].unreported_tokens:
                 clock.now += 1  # it tries again every second
                 await asyncio.sleep(0.1)
         assert not hasty.is_degraded

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from scalellm.v1 import common_pb2 as scalellm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cscalellm/v1/generation.proto\x12\x0bscalellm.v1\x1a\x18scalellm/v1/common.proto\"\xc0\x04\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.scalellm.v1.ChatH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.scalellm.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.scalellm.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x19\n\x0cinclude_stop\x18\x07 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nsession_id\x18\x08 \x01(\tH\x03\x88\x01\x01\x12\x15\n\x08priority\x18\t \x01(\x05H\x04\x88\x01\x01\x12#\n\x06output\x18\n \x01(\x0e\x32\x13.scalellm.v1.Output\x12 \n\x13skip_special_tokens\x18\x0b \x01(\x08H\x05\x88\x01\x01\x12\x1c\n\x0fstream_interval\x18\x0c \x01(\rH\x06\x88\x01\x01\x12\x17\n\ncache_salt\x18\r \x01(\tH\x07\x88\x01\x01\x12\x30\n\ron_disconnect\x18\x0e \x01(\x0e\x32\x19.scalellm.v1.OnDisconnectB\x07\n\x05inputB\r\n\x0b_request_idB\x0f\n\r_include_stopB\r\n\x0b_session_idB\x0b\n\t_priorityB\x16\n\x14_skip_special_tokensB\x12\n\x10_stream_intervalB\r\n\x0b_cache_salt\"f\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07offsets\x18\x02 \x03(\r\x12\x1c\n\x0fstream_interval\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_stream_interval\"\xa2\x01\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.scalellm.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x0f\x63ontent_is_text\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x12\n\x10_content_is_text\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xcc\x01\n\x10GenerateResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.scalellm.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.scalellm.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.scalellm.v1.FinishedH\x00\x12\x36\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x1b.scalellm.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"{\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\rsession_turns\x18\x05 \x01(\r\x12\x11\n\tresumable\x18\x06 \x01(\x08\"\x89\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06offset\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12,\n\x08logprobs\x18\x06 \x01(\x0b\x32\x1a.scalellm.v1.TokenLogprobs\"a\n\x0ePromptLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12,\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1a.scalellm.v1.TokenLogprobs\x12\x0e\n\x06offset\x18\x03 \x01(\r\"\xb9\x01\n\x08\x46inished\x12,\n\x07samples\x18\x01 \x03(\x0b\x32\x1b.scalellm.v1.SampleFinished\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.scalellm.v1.Usage\x12.\n\x07latency\x18\x03 \x01(\x0b\x32\x1d.scalellm.v1.LatencyBreakdown\x12,\n\x07session\x18\x04 \x01(\x0e\x32\x1b.scalellm.v1.SessionOutcome\"~\n\x0eSampleFinished\x12\r\n\x05index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.scalellm.v1.FinishReason\x12\x0e\n\x04stop\x18\x03 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x04 \x01(\rH\x00\x42\t\n\x07matched*_\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_DISCONNECT_CANCEL\x10\x01\x12\x16\n\x12ON_DISCONNECT_KEEP\x10\x02*f\n\x06Output\x12\x16\n\x12OUTPUT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bOUTPUT_TEXT\x10\x01\x12\x14\n\x10OUTPUT_TOKEN_IDS\x10\x02\x12\x1d\n\x19OUTPUT_TEXT_AND_TOKEN_IDS\x10\x03*\xa5\x01\n\x0eSessionOutcome\x12\x1f\n\x1bSESSION_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15SESSION_OUTCOME_SAVED\x10\x01\x12\x1c\n\x18SESSION_OUTCOME_CONFLICT\x10\x02\x12\x1f\n\x1bSESSION_OUTCOME_UNAVAILABLE\x10\x03\x12\x18\n\x14SESSION_OUTCOME_FULL\x10\x04\x32\x9e\x01\n\nGeneration\x12I\n\x08Generate\x12\x1c.scalellm.v1.GenerateRequest\x1a\x1d.scalellm.v1.GenerateResponse0\x01\x12\x45\n\x06Resume\x12\x1a.scalellm.v1.ResumeRequest\x1a\x1d.scalellm.v1.GenerateResponse0\x01\x42\x39\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cscalellm/v1/generation.proto\x12\x0bscalellm.v1\x1a\x18scalellm/v1/common.proto\"\xc0\x04\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.scalellm.v1.ChatH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.scalellm.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.scalellm.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x19\n\x0cinclude_stop\x18\x07 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nsession_id\x18\x08 \x01(\tH\x03\x88\x01\x01\x12\x15\n\x08priority\x18\t \x01(\x05H\x04\x88\x01\x01\x12#\n\x06output\x18\n \x01(\x0e\x32\x13.scalellm.v1.Output\x12 \n\x13skip_special_tokens\x18\x0b \x01(\x08H\x05\x88\x01\x01\x12\x1c\n\x0fstream_interval\x18\x0c \x01(\rH\x06\x88\x01\x01\x12\x17\n\ncache_salt\x18\r \x01(\tH\x07\x88\x01\x01\x12\x30\n\ron_disconnect\x18\x0e \x01(\x0e\x32\x19.scalellm.v1.OnDisconnectB\x07\n\x05inputB\r\n\x0b_request_idB\x0f\n\r_include_stopB\r\n\x0b_session_idB\x0b\n\t_priorityB\x16\n\x14_skip_special_tokensB\x12\n\x10_stream_intervalB\r\n\x0b_cache_salt\"f\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07offsets\x18\x02 \x03(\r\x12\x1c\n\x0fstream_interval\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_stream_interval\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\xa2\x01\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.scalellm.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x0f\x63ontent_is_text\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x12\n\x10_content_is_text\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xcc\x01\n\x10GenerateResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.scalellm.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.scalellm.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.scalellm.v1.FinishedH\x00\x12\x36\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x1b.scalellm.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"{\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\rsession_turns\x18\x05 \x01(\r\x12\x11\n\tresumable\x18\x06 \x01(\x08\"\x89\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06offset\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12,\n\x08logprobs\x18\x06 \x01(\x0b\x32\x1a.scalellm.v1.TokenLogprobs\"a\n\x0ePromptLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12,\n\x08logprobs\x18\x02 \x01(\x0b\x32\x1a.scalellm.v1.TokenLogprobs\x12\x0e\n\x06offset\x18\x03 \x01(\r\"\xb9\x01\n\x08\x46inished\x12,\n\x07samples\x18\x01 \x03(\x0b\x32\x1b.scalellm.v1.SampleFinished\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.scalellm.v1.Usage\x12.\n\x07latency\x18\x03 \x01(\x0b\x32\x1d.scalellm.v1.LatencyBreakdown\x12,\n\x07session\x18\x04 \x01(\x0e\x32\x1b.scalellm.v1.SessionOutcome\"~\n\x0eSampleFinished\x12\r\n\x05index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.scalellm.v1.FinishReason\x12\x0e\n\x04stop\x18\x03 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x04 \x01(\rH\x00\x42\t\n\x07matched*_\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x18\n\x14ON_DISCONNECT_CANCEL\x10\x01\x12\x16\n\x12ON_DISCONNECT_KEEP\x10\x02*f\n\x06Output\x12\x16\n\x12OUTPUT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bOUTPUT_TEXT\x10\x01\x12\x14\n\x10OUTPUT_TOKEN_IDS\x10\x02\x12\x1d\n\x19OUTPUT_TEXT_AND_TOKEN_IDS\x10\x03*\xa5\x01\n\x0eSessionOutcome\x12\x1f\n\x1bSESSION_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15SESSION_OUTCOME_SAVED\x10\x01\x12\x1c\n\x18SESSION_OUTCOME_CONFLICT\x10\x02\x12\x1f\n\x1bSESSION_OUTCOME_UNAVAILABLE\x10\x03\x12\x18\n\x14SESSION_OUTCOME_FULL\x10\x04\x32\xe1\x01\n\nGeneration\x12I\n\x08Generate\x12\x1c.scalellm.v1.GenerateRequest\x1a\x1d.scalellm.v1.GenerateResponse0\x01\x12\x45\n\x06Resume\x12\x1a.scalellm.v1.ResumeRequest\x1a\x1d.scalellm.v1.GenerateResponse0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.scalellm.v1.CancelRequest\x1a\x1b.scalellm.v1.CancelResponseB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,34 +33,38 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'scalellm.v1.generation_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017com.scalellm.v1P\001Z\026scalellm/v1;scalellmv1\252\002\013ScaleLLM.V1'
-  _globals['_ONDISCONNECT']._serialized_start=1877
-  _globals['_ONDISCONNECT']._serialized_end=1972
-  _globals['_OUTPUT']._serialized_start=1974
-  _globals['_OUTPUT']._serialized_end=2076
-  _globals['_SESSIONOUTCOME']._serialized_start=2079
-  _globals['_SESSIONOUTCOME']._serialized_end=2244
+  _globals['_ONDISCONNECT']._serialized_start=1932
+  _globals['_ONDISCONNECT']._serialized_end=2027
+  _globals['_OUTPUT']._serialized_start=2029
+  _globals['_OUTPUT']._serialized_end=2131
+  _globals['_SESSIONOUTCOME']._serialized_start=2134
+  _globals['_SESSIONOUTCOME']._serialized_end=2299
   _globals['_GENERATEREQUEST']._serialized_start=72
   _globals['_GENERATEREQUEST']._serialized_end=648
   _globals['_RESUMEREQUEST']._serialized_start=650
   _globals['_RESUMEREQUEST']._serialized_end=752
-  _globals['_CHAT']._serialized_start=755
-  _globals['_CHAT']._serialized_end=917
-  _globals['_CHATMESSAGE']._serialized_start=919
-  _globals['_CHATMESSAGE']._serialized_end=963
-  _globals['_TOKENIDS']._serialized_start=965
-  _globals['_TOKENIDS']._serialized_end=988
-  _globals['_GENERATERESPONSE']._serialized_start=991
-  _globals['_GENERATERESPONSE']._serialized_end=1195
-  _globals['_STARTED']._serialized_start=1197
-  _globals['_STARTED']._serialized_end=1320
-  _globals['_DELTA']._serialized_start=1323
-  _globals['_DELTA']._serialized_end=1460
-  _globals['_PROMPTLOGPROBS']._serialized_start=1462
-  _globals['_PROMPTLOGPROBS']._serialized_end=1559
-  _globals['_FINISHED']._serialized_start=1562
-  _globals['_FINISHED']._serialized_end=1747
-  _globals['_SAMPLEFINISHED']._serialized_start=1749
-  _globals['_SAMPLEFINISHED']._serialized_end=1875
-  _globals['_GENERATION']._serialized_start=2247
-  _globals['_GENERATION']._serialized_end=2405
+  _globals['_CANCELREQUEST']._serialized_start=754
+  _globals['_CANCELREQUEST']._serialized_end=789
+  _globals['_CANCELRESPONSE']._serialized_start=791
+  _globals['_CANCELRESPONSE']._serialized_end=807
+  _globals['_CHAT']._serialized_start=810
+  _globals['_CHAT']._serialized_end=972
+  _globals['_CHATMESSAGE']._serialized_start=974
+  _globals['_CHATMESSAGE']._serialized_end=1018
+  _globals['_TOKENIDS']._serialized_start=1020
+  _globals['_TOKENIDS']._serialized_end=1043
+  _globals['_GENERATERESPONSE']._serialized_start=1046
+  _globals['_GENERATERESPONSE']._serialized_end=1250
+  _globals['_STARTED']._serialized_start=1252
+  _globals['_STARTED']._serialized_end=1375
+  _globals['_DELTA']._serialized_start=1378
+  _globals['_DELTA']._serialized_end=1515
+  _globals['_PROMPTLOGPROBS']._serialized_start=1517
+  _globals['_PROMPTLOGPROBS']._serialized_end=1614
+  _globals['_FINISHED']._serialized_start=1617
+  _globals['_FINISHED']._serialized_end=1802
+  _globals['_SAMPLEFINISHED']._serialized_start=1804
+  _globals['_SAMPLEFINISHED']._serialized_end=1930
+  _globals['_GENERATION']._serialized_start=2302
+  _globals['_GENERATION']._serialized_end=2527
 # @@protoc_insertion_point(module_scope)

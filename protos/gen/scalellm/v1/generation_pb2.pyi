@@ -83,6 +83,16 @@ class ResumeRequest(_message.Message):
     stream_interval: int
     def __init__(self, request_id: _Optional[str] = ..., offsets: _Optional[_Iterable[int]] = ..., stream_interval: _Optional[int] = ...) -> None: ...
 
+class CancelRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class CancelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Chat(_message.Message):
     __slots__ = ("messages", "add_generation_prompt", "content_is_text")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]

@@ -48,6 +48,11 @@ class GenerationStub:
                 request_serializer=scalellm_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=scalellm_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/scalellm.v1.Generation/Cancel',
+                request_serializer=scalellm_dot_v1_dot_generation__pb2.CancelRequest.SerializeToString,
+                response_deserializer=scalellm_dot_v1_dot_generation__pb2.CancelResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServicer:
@@ -75,6 +80,15 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Cancel(self, request, context):
+        """Ends a request that was begun with ON_DISCONNECT_KEEP, wherever it runs. Its calls and every later Resume then end with
+        CANCELLED, behind the tokens that it has. Returns once the request has ended: one that had ended before stays as it
+        is. NOT_FOUND as for Resume; UNAVAILABLE with RetryInfo where its worker did not answer in time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -87,6 +101,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=scalellm_dot_v1_dot_generation__pb2.ResumeRequest.FromString,
                     response_serializer=scalellm_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=scalellm_dot_v1_dot_generation__pb2.CancelRequest.FromString,
+                    response_serializer=scalellm_dot_v1_dot_generation__pb2.CancelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -147,6 +166,33 @@ class Generation:
             '/scalellm.v1.Generation/Resume',
             scalellm_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
             scalellm_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/scalellm.v1.Generation/Cancel',
+            scalellm_dot_v1_dot_generation__pb2.CancelRequest.SerializeToString,
+            scalellm_dot_v1_dot_generation__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -181,6 +181,40 @@ export declare type ResumeRequest = Message<"scalellm.v1.ResumeRequest"> & {
 export declare const ResumeRequestSchema: GenMessage<ResumeRequest>;
 
 /**
+ * Ends a request.
+ *
+ * @generated from message scalellm.v1.CancelRequest
+ */
+export declare type CancelRequest = Message<"scalellm.v1.CancelRequest"> & {
+  /**
+   * Of the request, as Started told it.
+   *
+   * @generated from field: string request_id = 1;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message scalellm.v1.CancelRequest.
+ * Use `create(CancelRequestSchema)` to create a new message.
+ */
+export declare const CancelRequestSchema: GenMessage<CancelRequest>;
+
+/**
+ * The request has ended.
+ *
+ * @generated from message scalellm.v1.CancelResponse
+ */
+export declare type CancelResponse = Message<"scalellm.v1.CancelResponse"> & {
+};
+
+/**
+ * Describes the message scalellm.v1.CancelResponse.
+ * Use `create(CancelResponseSchema)` to create a new message.
+ */
+export declare const CancelResponseSchema: GenMessage<CancelResponse>;
+
+/**
  * A conversation.
  *
  * @generated from message scalellm.v1.Chat
@@ -705,6 +739,18 @@ export declare const Generation: GenService<{
     methodKind: "server_streaming";
     input: typeof ResumeRequestSchema;
     output: typeof GenerateResponseSchema;
+  },
+  /**
+   * Ends a request that was begun with ON_DISCONNECT_KEEP, wherever it runs. Its calls and every later Resume then end with
+   * CANCELLED, behind the tokens that it has. Returns once the request has ended: one that had ended before stays as it
+   * is. NOT_FOUND as for Resume; UNAVAILABLE with RetryInfo where its worker did not answer in time.
+   *
+   * @generated from rpc scalellm.v1.Generation.Cancel
+   */
+  cancel: {
+    methodKind: "unary";
+    input: typeof CancelRequestSchema;
+    output: typeof CancelResponseSchema;
   },
 }>;
 

@@ -1,0 +1,54 @@
+"""One call that reads a kept request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING
+
+from services.common.errors import StatusError
+from services.tokenizer.generation.answer import Answer, Event, make_samples
+from services.tokenizer.kept.kept_request import KeptRequest
+from services.tokenizer.latency import LatencyTrace
+from services.tokenizer.sample_stream import OutputOptions
+
+if TYPE_CHECKING:
+    from services.tokenizer.generation.edge import Edge
+
+
+async def follow(
+    edge: Edge, kept: KeptRequest, offsets: Sequence[int], min_tokens: int, trace: LatencyTrace
+) -> AsyncGenerator[Event, None]:
+    """Yield the events of a request, Deltas from `offsets` on. Raises StatusError for every end but OK.
+
+    Args:
+        edge: The worker.
+        kept: The request.
+        offsets: Tokens of each sample that the client has; missing ones are 0.
+        min_tokens: Tokens of a sample to wait for.
+        trace: Told of the time that detokenising takes.
+    """
+    head, transcript = kept.head, kept.transcript
+    num_samples = head.submit.sampling.n
+    if len(offsets) > num_samples:
+        raise StatusError.invalid(
+            "offsets", f"must have at most {num_samples} entries, one per sample, got {len(offsets)}"
+        )
+    offsets = [*offsets, *[0] * (num_samples - len(offsets))]
+    options = OutputOptions.from_request(head.request)
+    samples = make_samples(head.request, options, head.submit, edge.prompts.texts)
+    answer = Answer(head.submit.token_ids, samples, trace, edge.metrics, lambda index: None, offsets)
+    with kept.followed(), transcript.reader(offsets, min_tokens) as reader:
+        await kept.wait_accepted()
+        yield head.started
+        while not transcript.is_over or reader.changed.is_set():
+            await reader.wait()
+            for event in answer.take(reader):
+                yield event
+    reader.raise_error()
+    for index, sample in enumerate(samples):
+        if sample.num_tokens < offsets[index]:
+            raise StatusError.invalid(
+                f"offsets[{index}]", f"must be at most {sample.num_tokens}, all tokens of it, got {offsets[index]}"
+            )
+    assert transcript.finished is not None
+    yield transcript.finished
