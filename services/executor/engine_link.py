@@ -172,6 +172,7 @@ class EngineLink:
                     charged_tokens=charged_tokens,
                     execution_id=submit.execution_id,
                     attempt=submit.attempt,
+                    grammar=submit.grammar,
                     resumed=tuple(
                         ResumedSample(sample.index, tuple(sample.token_ids), _FROM_WIRE_REASON.get(sample.finished))
                         for sample in submit.resumed

@@ -12,6 +12,7 @@ from services.common.errors import StatusError
 from services.common.link import API_MINOR, PLAINTEXT, LinkDialer, ModelIdentity
 from services.scheduler.client_link import client_load
 from services.scheduler.replica_link import ReplicaLink, ReplicaListener
+from services.scheduler.request import Request
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +71,24 @@ class Fleet:
             max_model_len=min(welcome.max_model_len for welcome in welcomes),
             max_num_seqs=min(sum(welcome.max_num_seqs for welcome in welcomes), _MAX_COUNT),
             load=client_load(draining=False),
+            grammars=True,  # they go to executors that take them
         )
+
+    def able(self, request: Request) -> list[ReplicaLink]:
+        """Return the ready executors that know how to run a request."""
+        return [replica for replica in self.ready if replica.can_run(request)]
+
+    def check(self, request: Request, *, is_given_up: bool) -> None:
+        """Raise UNAVAILABLE while nobody waits for an executor any more, UNIMPLEMENTED for a request that none of those
+        that are ready knows how to run.
+        """
+        if is_given_up:
+            raise self.describe_absence()
+        if self.ready and not self.able(request):
+            message = (
+                "structured_output: no executor can keep to one: they have no tokenizer, or are of an older version"
+            )
+            raise StatusError(grpc.StatusCode.UNIMPLEMENTED, message, field="structured_output")
 
     def describe_absence(self) -> StatusError:
         """Why no request can run."""

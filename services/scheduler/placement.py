@@ -96,8 +96,7 @@ class Placement:
 
     def enter(self, request: Request, now: float) -> None:
         """Queue a request that was counted in. Raises StatusError for one that is refused."""
-        if self.outage.is_given_up:
-            raise self._fleet.describe_absence()
+        self._fleet.check(request, is_given_up=self.outage.is_given_up)
         self.quarantine.check(request.submit, now)
         if request.submit.attempt:
             self.queue.put_back(request)
@@ -307,7 +306,7 @@ class Placement:
     def _route(self, request: Request, now: float) -> ReplicaLink | None:
         executor = request.executor
         choice = self._router.route(
-            self._fleet.ready,
+            self._fleet.able(request),
             num_prompt_tokens=request.num_prompt_tokens,
             max_len=request.max_len,
             hashes=executor.hashes,

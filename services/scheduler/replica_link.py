@@ -227,6 +227,10 @@ class ReplicaLink:
         """Whether it gives requests back."""
         return self.welcome is not None and self.welcome.api_minor >= MOVES_SINCE
 
+    def can_run(self, request: Request) -> bool:
+        """True if it knows all that the request asks for."""
+        return not request.submit.grammar or (self.welcome is not None and self.welcome.grammars)
+
     @property
     def _owes_answers(self) -> bool:
         """Whether a Finish is due, be it for a request that was given up here: a hanging executor owes that, too."""

@@ -57,7 +57,7 @@ class Verdict(enum.Enum):
     """Why no executor was picked."""
 
     NO_CREDIT = enum.auto()
-    """Those that could run it are busy."""
+    """Those that could run it are busy, or not there."""
     WAIT_FOR_SESSION = enum.auto()
     """Another executor would take it, but its session's own one is only out of credits."""
     REFUSED_BY_ALL = enum.auto()
@@ -100,7 +100,7 @@ class Router:
         """Choose.
 
         Args:
-            candidates: Executors that are ready; at least one.
+            candidates: Executors that are ready and know how to run it.
             num_prompt_tokens: Tokens of the prompt.
             max_len: Tokens of the prompt and of the longest output that it may have.
             hashes: `block_hashes` of the prompt.
@@ -108,6 +108,8 @@ class Router:
             may_wait: Whether it may still wait for that one.
             refused_by: Instances that refused this request.
         """
+        if not candidates:
+            return Verdict.NO_CREDIT
         willing = [candidate for candidate in candidates if candidate.instance_id not in refused_by]
         if not willing:
             return Verdict.REFUSED_BY_ALL

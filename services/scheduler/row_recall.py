@@ -90,4 +90,8 @@ def _rows(requests: Sequence[Request]) -> int:
 
 
 def _can_run(request: Request, replica: ReplicaLink) -> bool:
-    return request.max_len <= replica.max_model_len and replica.instance_id not in request.executor.refused_by
+    return (
+        request.max_len <= replica.max_model_len
+        and replica.instance_id not in request.executor.refused_by
+        and replica.can_run(request)
+    )

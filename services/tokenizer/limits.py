@@ -37,20 +37,25 @@ class RequestLimits:
     max_stream_interval: int = 1024
     max_token_ids: int = 2**18
     max_page_size: int = 1000
+    max_structure_bytes: int = 2**16
+    max_choices: int = 1024
+    max_tag_structures: int = 64
 
     @property
     def max_request_bytes(self) -> int:
-        """Of one message from a client: its text or its token ids, and 64 KiB for all that stands beside them.
+        """Of one message from a client: its text or its token ids, the shape of its answer, and 64 KiB for all that
+        stands beside them.
 
         It is what a request costs before anything in it is looked at: protobuf makes 28 MiB of objects, in some 40 ms,
         of a MiB of empty chat messages.
         """
-        return max(self.max_prompt_bytes, _MAX_TOKEN_ID_BYTES * self.max_token_ids) + _MAX_BESIDE_INPUT_BYTES
+        longest_input = max(self.max_prompt_bytes, _MAX_TOKEN_ID_BYTES * self.max_token_ids)
+        return longest_input + self.max_structure_bytes + _MAX_BESIDE_INPUT_BYTES
 
     @property
     def max_body_bytes(self) -> int:
         """Of the JSON that an HTTP client sends: JSON may write each byte of a text as three, as \\u0451 for ё."""
-        return 3 * self.max_prompt_bytes + _MAX_BESIDE_INPUT_BYTES
+        return 3 * (self.max_prompt_bytes + self.max_structure_bytes) + _MAX_BESIDE_INPUT_BYTES
 
     def to_wire(self) -> tokenizer_pb2.Limits:
         """The part that GetInfo tells."""
@@ -65,4 +70,5 @@ class RequestLimits:
             max_logit_bias=self.max_logit_bias,
             max_token_ids=self.max_token_ids,
             max_request_bytes=self.max_request_bytes,
+            max_structure_bytes=self.max_structure_bytes,
         )

@@ -62,6 +62,10 @@ class RunningRequest:
         self._num_resumed = 0
         self._handle = 0
 
+    def can_go_to(self, link: SchedulerLink) -> bool:
+        """True if the scheduler knows all that the request asks for."""
+        return not self._submit.grammar or (link.welcome is not None and link.welcome.grammars)
+
     def choose(self, links: list[SchedulerLink]) -> SchedulerLink:
         """The link that it belongs on, by rendezvous hashing: each worker finds the same one, and when a scheduler
         comes or goes, only what belongs to that one moves.

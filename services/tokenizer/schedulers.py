@@ -129,13 +129,17 @@ class Schedulers:
     def submit(self, submit: link_pb2.Submit, *, min_tokens: int = 1) -> TokenReceiver:
         """Send a request, which is owned and changed from here on. `release` must follow.
 
-        Raises StatusError when no scheduler takes requests.
+        Raises StatusError when no scheduler takes it.
         """
         links = self._takers()
         if not links:
             raise self._make_outage()
         now = self._clock()
         request = RunningRequest(submit, min_tokens, now)
+        links = [link for link in links if request.can_go_to(link)]
+        if not links:
+            message = "structured_output: the scheduler is of an older version, which does not know it"
+            raise StatusError(grpc.StatusCode.UNIMPLEMENTED, message, field="structured_output")
         self._requests[request.receiver] = request
         request.send(request.choose(links), now)
         return request.receiver
@@ -249,7 +253,8 @@ class Schedulers:
     def _place(self, request: RunningRequest) -> None:
         """Send a request that waits to a scheduler, or end it, where either can be."""
         now = self._clock()
-        links = [link for link in self._takers() if link.identity == request.identity]
+        takers = (link for link in self._takers() if request.can_go_to(link))
+        links = [link for link in takers if link.identity == request.identity]
         if request.receiver.progress.all_ended:
             request.finish_here(now)
         elif links:

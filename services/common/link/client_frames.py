@@ -26,6 +26,7 @@ _PRIORITIES = (LOWEST_PRIORITY, 100)
 _LONGEST_ID = 256
 _LONGEST_SALT = 64
 _LONGEST_DIGEST = 64
+_LONGEST_GRAMMAR = 2**19
 _EXECUTION_ID = 16
 
 
@@ -59,6 +60,7 @@ def check_submit(submit: link_pb2.Submit) -> None:
     _check_size("session_id", submit.session_id, _LONGEST_ID)
     _check_size("cache_salt", submit.cache_salt, _LONGEST_SALT)
     _check_size("tenant", submit.tenant, _LONGEST_SALT)
+    _check_size("grammar", submit.grammar, _LONGEST_GRAMMAR)
     if len(submit.execution_id) not in (0, _EXECUTION_ID):
         raise StatusError.invalid("execution_id", f"must have {_EXECUTION_ID} bytes, got {len(submit.execution_id)}")
     lowest, highest = _PRIORITIES

@@ -58,7 +58,8 @@ class EngineRequest:
     Cached prefixes are shared between requests of one `cache_salt` only. `resumed` may leave samples out: they start
     from the prompt. `charged_tokens` is what it took of its link's credits, None for all of its prompt. `execution_id`
     names what is run, over all attempts to run it; of these the engine runs one at a time, the one that came last
-    unless its number `attempt` is lower. Empty = there is one attempt only.
+    unless its number `attempt` is lower. Empty = there is one attempt only. `grammar` says what each sample's text must
+    be, empty = any text.
     """
 
     key: RequestKey
@@ -72,6 +73,7 @@ class EngineRequest:
     charged_tokens: int | None = None
     execution_id: bytes = b""
     attempt: int = 0
+    grammar: str = ""
 
 
 class SupersededError(Exception):

@@ -33,6 +33,7 @@ from services.tokenizer.request_trace import RequestTrace
 from services.tokenizer.sample_stream import OutputOptions
 from services.tokenizer.sampling_defaults import with_defaults
 from services.tokenizer.session import Session, new_session
+from services.tokenizer.structure import grammar_of
 from services.tokenizer.validation import (
     MIN_PRIORITY,
     check_prompt_tokens,
@@ -189,8 +190,12 @@ class Generation(Call):
         # Before anything is checked: a request that is refused counts as well.
         self._lease = await edge.quotas.admit(self._tenant, max(request.priority, MIN_PRIORITY))
         validate_generate(request, edge.limits, edge.vocab_size)
+        grammar = ""
+        if request.HasField("structured_output"):
+            grammar = grammar_of(request.structured_output, edge.limits, edge.prompts.texts.special_ids)
         session = await self._load_session()
         prompt, submit = await self._prepare(session)
+        submit.grammar = grammar
         if self._lease is not None:
             await self._lease.reserve(len(submit.token_ids) + submit.sampling.n * submit.sampling.max_tokens)
         await edge.schedulers.wait_up(_LINK_WAIT)  # again: encoding and quotas took their time

@@ -9,14 +9,10 @@ from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
 from services.tokenizer.http.api_request import SamplingRequest, UInt32, as_text
 from services.tokenizer.http.messages import add_messages
-
-_TEXT_FORMAT = {"type": "text"}
-
-GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "structural_tag")
-"""Fields that would constrain the text of the answer."""
+from services.tokenizer.http.shaped_request import ShapedRequest
 
 
-class ChatRequest(SamplingRequest):
+class ChatRequest(ShapedRequest):
     """A chat completion."""
 
     messages: Any = None
@@ -28,11 +24,11 @@ class ChatRequest(SamplingRequest):
 
     refused = MappingProxyType(
         {
+            **ShapedRequest.refused,
             "tools": ([],),
             "tool_choice": ("none", "auto"),
             "functions": ([],),
             "function_call": ("none", "auto"),
-            "response_format": (_TEXT_FORMAT,),
             "modalities": (["text"], []),
             "audio": (),
             "web_search_options": (),
@@ -49,7 +45,6 @@ class ChatRequest(SamplingRequest):
             "truncate_prompt_tokens": (),
             "logits_processors": ([],),
             "prompt_embeds": (),
-            **dict.fromkeys(GUIDED, ()),
         }
     )
     ignored = SamplingRequest.ignored | {
@@ -88,4 +83,4 @@ class ChatRequest(SamplingRequest):
     def names(self) -> dict[str, str]:
         """What our fields are called here, where that differs from the rule."""
         most = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {"sampling.max_tokens": most, "sampling.logprobs": "top_logprobs"}
+        return {"sampling.max_tokens": most, "sampling.logprobs": "top_logprobs", **self.shape.names}

@@ -9,7 +9,7 @@ from typing import Any
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
 from services.tokenizer.http.api_request import SamplingRequest, UInt32, as_text
-from services.tokenizer.http.chat_request import GUIDED
+from services.tokenizer.http.shaped_request import ShapedRequest
 from services.tokenizer.limits import RequestLimits
 
 _DEFAULT_TOKENS = 16
@@ -20,7 +20,7 @@ Prompt = str | list[int]
 """A text, or token ids."""
 
 
-class CompletionRequest(SamplingRequest):
+class CompletionRequest(ShapedRequest):
     """Completions of one or several prompts."""
 
     prompt: Any = None
@@ -30,8 +30,8 @@ class CompletionRequest(SamplingRequest):
 
     refused = MappingProxyType(
         {
+            **ShapedRequest.refused,
             "suffix": ("",),
-            "response_format": ({"type": "text"},),
             "use_beam_search": (False,),
             "length_penalty": (1, 1.0),
             "bad_words": ([],),
@@ -40,7 +40,6 @@ class CompletionRequest(SamplingRequest):
             "logits_processors": ([],),
             "prompt_embeds": (),
             "add_special_tokens": (True,),
-            **dict.fromkeys(GUIDED, ()),
         }
     )
     ignored = SamplingRequest.ignored | {"detokenize", "spaces_between_special_tokens"}
@@ -90,6 +89,7 @@ class CompletionRequest(SamplingRequest):
         return {"prompt": prompt, "tokens": prompt, "tokens.ids": prompt, "input": "prompt"} | {
             "sampling.logprobs": "logprobs",
             "sampling.prompt_logprobs": "logprobs" if self.echo else "prompt_logprobs",
+            **self.shape.names,
         }
 
 

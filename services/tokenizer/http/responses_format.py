@@ -56,7 +56,7 @@ class ResponseDocument:
             "reasoning": {"effort": None, "summary": None},
             "store": is_stored,
             "temperature": 1.0 if request.temperature is None else request.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": request.text_format},
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": self._num_top,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -10,11 +11,19 @@ from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
 from services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, set_present
 from services.tokenizer.http.messages import add_messages
+from services.tokenizer.http.structure_fields import Shape, shape_of_format
 
 Said = Sequence[tuple[str, str]]
 """Messages: who, and what."""
 
 _LOGPROBS = "message.output_text.logprobs"
+
+
+class TextOptions(ApiRequest):
+    """What the text of a response looks like."""
+
+    format: Any = None
+    verbosity: str | None = None
 
 
 class ResponsesRequest(ApiRequest):
@@ -31,6 +40,7 @@ class ResponsesRequest(ApiRequest):
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
+    text: TextOptions | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
 
@@ -38,7 +48,6 @@ class ResponsesRequest(ApiRequest):
         {
             "tools": ([],),
             "tool_choice": ("none", "auto"),
-            "text": ({}, {"format": {"type": "text"}}),
             "background": (False,),
             "conversation": (),
             "prompt": (),
@@ -88,10 +97,22 @@ class ResponsesRequest(ApiRequest):
         set_present(request.sampling, self, ("temperature", "top_p"))
         if self.max_output_tokens is not None:
             request.sampling.max_tokens = self.max_output_tokens
+        if (shape := self.shape.wire) is not None:
+            request.structured_output.CopyFrom(shape)
         if self.has_logprobs:
             request.sampling.logprobs = self.top_logprobs or 0
             request.output = generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS
         return request
+
+    @property
+    def text_format(self) -> dict[str, Any]:
+        """What `text.format` says, or stands for where it is not given."""
+        return (self.text.format if self.text is not None else None) or {"type": "text"}
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The shape of the text. Raises StatusError."""
+        return shape_of_format(self.text_format, "text.format")
 
     @property
     def has_logprobs(self) -> bool:
@@ -108,4 +129,5 @@ class ResponsesRequest(ApiRequest):
             "sampling.max_tokens": "max_output_tokens",
             "sampling.logprobs": "top_logprobs",
             **items,
+            **self.shape.names,
         }

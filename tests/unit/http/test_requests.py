@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from services.tokenizer.http.api_request import param_of, renamed
 from services.tokenizer.http.chat_request import ChatRequest
 from services.tokenizer.http.completion_request import CompletionRequest, split_prompts
 from services.tokenizer.limits import RequestLimits
+from services.tokenizer.structure import grammar_of
 from services.tokenizer.validation import validate_generate
 
 LIMITS = RequestLimits()
@@ -21,12 +23,26 @@ VOCAB = 1000
 HELLO = [{"role": "user", "content": "Hi"}]
 
 
+JSON = {"type": "json_object"}
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": schema}}
+
+
+def check(request: generation_pb2.GenerateRequest) -> None:
+    """Look at a request as the request path does."""
+    validate_generate(request, LIMITS, VOCAB)
+    if request.HasField("structured_output"):
+        grammar_of(request.structured_output, LIMITS, {})
+
+
 def chat(is_strict: bool = False, **fields: Any) -> generation_pb2.GenerateRequest:
     """What the request path would get, once it has looked at it."""
     request = ChatRequest.read({"messages": HELLO, **fields}, is_strict=is_strict)
     (made,) = request.requests("id", content_is_text=True)
     try:
-        validate_generate(made, LIMITS, VOCAB)
+        check(made)
     except StatusError as error:
         raise renamed(error, request.names) from None
     return made
@@ -37,7 +53,7 @@ def complete(is_strict: bool = False, **fields: Any) -> list[generation_pb2.Gene
     made = request.requests("id", split_prompts(request.prompt, LIMITS))
     for number, one in enumerate(made):
         try:
-            validate_generate(one, LIMITS, VOCAB)
+            check(one)
         except StatusError as error:
             raise renamed(error, request.names(number)) from None
     return made
@@ -175,12 +191,32 @@ def test_contents_are_text() -> None:
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"functions": [{}]}, "functions"),
         ({"function_call": {"name": "f"}}, "function_call"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": 3}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+        ({"response_format": schema_format(3)}, "response_format.json_schema.schema"),
+        ({"response_format": schema_format({"not": {}})}, "response_format.json_schema.schema"),
+        ({"response_format": JSON, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {}}, "audio"),
         ({"web_search_options": {}}, "web_search_options"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"guided_json": {"not": {}}}, "guided_json"),
+        ({"guided_choice": "a"}, "guided_choice"),
+        ({"guided_choice": ["a", ""]}, "guided_choice[1]"),
+        ({"guided_regex": ""}, "guided_regex"),
+        ({"guided_grammar": "root ::= 'a'"}, "guided_grammar"),
+        ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
         ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml"),
+        ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+        ({"structured_outputs": {"structural_tag": "{"}}, "structured_outputs.structural_tag"),
+        (
+            {"structured_outputs": {"structural_tag": {"structures": [{"begin": "a"}], "triggers": ["b"]}}},
+            "structured_outputs.structural_tag.structures[0].begin",
+        ),
     ],
 )
 def test_a_refusal_of_a_chat_names_its_field(fields: dict[str, Any], param: str) -> None:
@@ -220,6 +256,44 @@ def test_a_refusal_of_a_completion_names_its_field(fields: dict[str, Any], param
 def test_values_that_change_nothing_are_taken() -> None:
     assert chat(tools=[], tool_choice="auto", response_format={"type": "text"}, modalities=["text"]) == chat()
     assert complete(suffix="", best_of=1, use_beam_search=False) == complete()
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({"response_format": JSON}, {"json_object": {}}),
+        ({"response_format": schema_format({"type": "null"})}, {"json_schema": '{"type": "null"}'}),
+        ({"structured_outputs": {"json": {"type": "null"}}}, {"json_schema": '{"type": "null"}'}),
+        ({"structured_outputs": {"json": '{"type":"null"}'}}, {"json_schema": '{"type":"null"}'}),
+        ({"structured_outputs": {"json_object": True, "disable_fallback": True}}, {"json_object": {}}),
+        ({"structured_outputs": {"regex": "a+", "json_object": False}}, {"regex": "a+"}),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": {"texts": ["a", "b"]}}),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, {"lark": 'start: "a"'}),
+        ({"guided_json": True}, {"json_schema": "true"}),
+        ({"guided_regex": "a"}, {"regex": "a"}),
+        ({"guided_choice": ["a"]}, {"choice": {"texts": ["a"]}}),
+        ({"guided_grammar": "start: /a/"}, {"lark": "start: /a/"}),
+        (
+            {
+                "structured_outputs": {
+                    "structural_tag": json.dumps(
+                        {"structures": [{"begin": "<f>", "schema": {}, "end": "</f>"}], "triggers": ["<f"]}
+                    )
+                }
+            },
+            {
+                "structural_tag": {
+                    "structures": [{"begin": "<f>", "json_schema": "{}", "end": "</f>"}],
+                    "triggers": ["<f"],
+                }
+            },
+        ),
+    ],
+)
+def test_shapes_in_all_forms(fields: dict[str, Any], shape: dict[str, Any]) -> None:
+    wire = generation_pb2.StructuredOutput(**shape)
+    assert chat(**fields).structured_output == wire
+    assert complete(**fields)[0].structured_output == wire
 
 
 def test_unknown_fields_are_left_alone_or_refused() -> None:

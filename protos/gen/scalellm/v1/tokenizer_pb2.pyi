@@ -79,7 +79,7 @@ class GetInfoResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., tokenizer_sha256: _Optional[bytes] = ..., version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., sampling_defaults: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_prompt_bytes", "max_messages", "max_n", "max_stops", "max_stop_bytes", "max_stop_token_ids", "max_logprobs", "max_logit_bias", "max_token_ids", "max_request_bytes")
+    __slots__ = ("max_prompt_bytes", "max_messages", "max_n", "max_stops", "max_stop_bytes", "max_stop_token_ids", "max_logprobs", "max_logit_bias", "max_token_ids", "max_request_bytes", "max_structure_bytes")
     MAX_PROMPT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_N_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +90,7 @@ class Limits(_message.Message):
     MAX_LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STRUCTURE_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_prompt_bytes: int
     max_messages: int
     max_n: int
@@ -100,4 +101,5 @@ class Limits(_message.Message):
     max_logit_bias: int
     max_token_ids: int
     max_request_bytes: int
-    def __init__(self, max_prompt_bytes: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_n: _Optional[int] = ..., max_stops: _Optional[int] = ..., max_stop_bytes: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_token_ids: _Optional[int] = ..., max_request_bytes: _Optional[int] = ...) -> None: ...
+    max_structure_bytes: int
+    def __init__(self, max_prompt_bytes: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_n: _Optional[int] = ..., max_stops: _Optional[int] = ..., max_stop_bytes: _Optional[int] = ..., max_stop_token_ids: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_token_ids: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_structure_bytes: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,147 @@
+"""Reads JSON Schemas that nobody vouches for. What the executor would ignore is refused here, by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from services.common.errors import StatusError
+
+MAX_DEPTH = 64
+"""Levels of objects and lists within each other."""
+
+FORMATS = frozenset(
+    {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+)  # fmt: skip
+"""Formats of strings that are kept to."""
+
+_ONE_SCHEMA = frozenset({"additionalItems", "additionalProperties", "items"})
+_SCHEMA_LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
+_SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_RULES = frozenset(
+    {
+        *("type", "enum", "const", "$ref", "format", "pattern", "minLength", "maxLength", "minItems", "maxItems"),
+        *("required", "minProperties", "maxProperties", "multipleOf"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    }
+)
+_ANNOTATIONS = frozenset(
+    {
+        *("$anchor", "$comment", "$id", "$schema", "id", "title", "description", "default", "example", "examples"),
+        *("deprecated", "readOnly", "writeOnly", "contentEncoding", "contentMediaType", "contentSchema"),
+        *("discriminator", "externalDocs", "xml"),
+    }
+)
+"""Keywords that allow and forbid nothing."""
+
+_OPTIONS: Mapping[str, object] = MappingProxyType(
+    {
+        # A model that is unsure likes to go on with spaces: without a bound, until max_tokens.
+        "whitespace_pattern": r"[ \n\r\t]{1,32}",
+        # Without \u: halves of surrogate pairs are no text, and pairs would count as two characters.
+        "json_allowed_escapes": 'nrbtf\\"',
+    }
+)
+"""How llguidance writes JSON."""
+
+
+def checked_schema(text: str, field: str) -> str:
+    """Return a schema as the executor takes it. Raises StatusError, which names `field`, for what is not supported.
+
+    Args:
+        text: A JSON Schema, as JSON text. Its size was checked.
+        field: Where it stands in the request.
+    """
+    schema = _parsed(text, field)
+    _check_depth(schema, field)
+    for path, part in _schemas(schema, "#"):
+        if not isinstance(part, dict):
+            if not isinstance(part, bool):
+                _refuse(field, f"must have an object, true or false at {path}, got {_shown(part)}")
+            continue
+        for keyword, value in part.items():
+            _check_keyword(keyword, value, part, path, field)
+    if isinstance(schema, dict):
+        schema = {"x-guidance": dict(_OPTIONS), **schema}
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except ValueError:  # it was read, so it is no circle
+        _refuse(field, "holds a number that is too large")
+
+
+def _parsed(text: str, field: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=lambda name: _refuse(field, f"holds {name}, which is not JSON"))
+    except json.JSONDecodeError as error:
+        _refuse(field, f"is not JSON: {error.msg} at character {error.pos}")
+    except RecursionError:
+        _refuse(field, f"must be at most {MAX_DEPTH} levels deep")
+    except ValueError:  # of int(): thousands of digits
+        _refuse(field, "holds a number with too many digits")
+
+
+def _check_depth(schema: Any, field: str) -> None:
+    level, depth = [schema], 0
+    while level := [
+        inner
+        for value in level
+        if isinstance(value, dict | list)
+        for inner in (value.values() if isinstance(value, dict) else value)
+    ]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            _refuse(field, f"must be at most {MAX_DEPTH} levels deep")
+
+
+def _schemas(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield a schema and all schemas in it, each with its JSON pointer."""
+    waiting = [(path, schema)]
+    while waiting:
+        path, part = waiting.pop()
+        yield path, part
+        if not isinstance(part, dict):
+            continue
+        for keyword, value in part.items():
+            inner: list[tuple[str, Any]] = []
+            if keyword in _SCHEMA_MAPS and isinstance(value, dict):
+                inner = list(value.items())
+            elif keyword in _SCHEMA_LISTS and isinstance(value, list):
+                inner = [(str(index), item) for index, item in enumerate(value)]
+            elif keyword in _ONE_SCHEMA:
+                waiting.append((f"{path}/{keyword}", value))
+            waiting.extend((f"{path}/{keyword}/{name}", item) for name, item in inner)
+
+
+def _check_keyword(keyword: str, value: Any, schema: Mapping[str, Any], path: str, field: str) -> None:
+    known = _ONE_SCHEMA | _SCHEMA_LISTS | _SCHEMA_MAPS | _RULES | _ANNOTATIONS
+    if keyword not in known and (not keyword.startswith("x-") or keyword == "x-guidance"):
+        _refuse(field, f"has the keyword {_shown(keyword)} at {_shown_path(path)}, which is not supported")
+    if keyword == "format" and value not in FORMATS:
+        supported = ", ".join(sorted(FORMATS))
+        _refuse(field, f"has the format {_shown(value)} at {_shown_path(path)}; supported are {supported}")
+    if keyword == "$ref" and not (isinstance(value, str) and value.startswith("#")):
+        _refuse(field, f"has a $ref at {_shown_path(path)} that does not begin with '#': nothing is fetched")
+    if keyword == "minProperties" and isinstance(value, int):
+        required = schema.get("required")
+        enforced = max(1, len(required) if isinstance(required, list) else 0)
+        if value > enforced:  # the grammar cannot tell that a name comes twice
+            _refuse(
+                field,
+                f"has minProperties {_shown(value)} at {_shown_path(path)}; supported are 1 and the number of required "
+                f"properties, here at most {enforced}",
+            )
+
+
+def _refuse(field: str, what: str) -> NoReturn:
+    raise StatusError.invalid(field, what)
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 64 else f"{shown[:64]}..."
+
+
+def _shown_path(path: str) -> str:
+    return path if len(path) <= 256 else f"{path[:256]}..."
