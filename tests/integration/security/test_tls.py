@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import trustme
 
 from certificates import issue
 from line import generate
 from scalellm.v1 import common_pb2, generation_pb2
-from service_processes import PATIENCE, Spawn
+from service_processes import PATIENCE, ServiceProcess, Spawn
 
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "256")
 LOCAL = [("grpc.use_local_subchannel_pool", 1)]
@@ -16,6 +18,16 @@ LOCAL = [("grpc.use_local_subchannel_pool", 1)]
 
 def request() -> generation_pb2.GenerateRequest:
     return generation_pb2.GenerateRequest(prompt="Hello", sampling=common_pb2.SamplingParams(max_tokens=4))
+
+
+async def ask_every_worker(
+    tokenizer: ServiceProcess, credentials: grpc.ChannelCredentials, said: str, num_workers: int = 2
+) -> None:
+    """Ask until each worker has logged `said`: the kernel chooses who gets a connection, with which it looks at the
+    files."""
+    async with asyncio.timeout(PATIENCE):
+        while tokenizer.log.read_text().count(said) < num_workers:
+            assert await ask(tokenizer.address, credentials) is grpc.StatusCode.OK
 
 
 async def ask(address: str, credentials: grpc.ChannelCredentials) -> grpc.StatusCode | None:
@@ -57,11 +69,11 @@ async def test_the_whole_line_on_mutual_tls_and_a_new_authority_without_a_restar
         assert (await generate(standing, request(), timeout=PATIENCE)).code is ok
         old = edge.channel_credentials(shows_certificate=False)
         renewed = issue(tmp_path / "edge", trustme.CA())
-        for _ in range(4):
-            assert await ask(tokenizer.address, renewed.channel_credentials(shows_certificate=False)) is ok
+        new = renewed.channel_credentials(shows_certificate=False)
+        await ask_every_worker(tokenizer, new, f"{renewed.key} again")
         assert await ask(tokenizer.address, old) is unavailable
         renewed.key.write_text("half copied")
-        assert await ask(tokenizer.address, renewed.channel_credentials(shows_certificate=False)) is ok
+        await ask_every_worker(tokenizer, new, "changed, but what was read before stays in use")
         assert (await generate(standing, request(), timeout=PATIENCE)).code is ok
 
 
