@@ -100,8 +100,9 @@ def choose_socket(folder: Path) -> tuple[Path, str]:
 def redis_command(executable: str, socket: Path, folder: Path) -> list[str]:
     """The command of an embedded Redis: reachable by this user only, bounded, its data in `folder`.
 
-    Every write is in the kernel before it is answered, so a Redis that is killed and started again has lost nothing; a
-    machine that loses power takes the last second with it.
+    A Redis that is killed and started again has nearly always lost nothing: a write is in the kernel before it is
+    answered, unless an fsync is under way, for which it waits up to two seconds. A machine that loses power takes the
+    last two seconds with it.
     """
     return [
         *(executable, "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"),

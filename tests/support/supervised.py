@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import redis
 
 from clients.launcher import Instance, InstanceStatus, State, read_status
 from clients.launcher.processes import find
@@ -41,6 +42,14 @@ def status_when(instance: Instance, condition: Callable[[InstanceStatus], bool])
     while not condition(status := read_status(instance)):
         assert time.monotonic() < deadline, status
     return status
+
+
+def until_written(redis_url: str) -> None:
+    """Wait until the kernel has all that the Redis answered. It writes at the end of a turn of its loop, but for up to
+    two seconds not while an fsync is under way (`appendfsync everysec`): what a kill then takes, nobody was promised.
+    """
+    with redis.Redis.from_url(redis_url) as client:
+        until(lambda: client.info("persistence")["aof_buffer_length"] == 0)
 
 
 def kill(instance: Instance, name: str) -> int:

@@ -18,7 +18,7 @@ from clients.launcher import Instance
 from installed_cli import Cli
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from service_processes import PATIENCE
-from supervised import kill, processes_of, state_of, status_when, until
+from supervised import kill, processes_of, state_of, status_when, until, until_written
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,7 @@ def test_whatever_is_killed_comes_back_and_the_conversation_goes_on(cli: Cli, in
     say(state.public_address, 0)
     for turns, name in enumerate(names, 1):
         family = psutil.Process(state_of(instance).service(name).pid).children(recursive=True)
+        until_written(state.redis_url)  # the session's turn
         dead = kill(instance, name)
         until(lambda name=name, dead=dead: state_of(instance).service(name).pid != dead)
         say(state.public_address, turns)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import redis
 
 from clients.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
-from supervised import Silent, kill, kill_supervisor, pids, processes_of, state_of, status_when, until
+from clients.launcher.supervision import stand_down
+from supervised import Silent, kill, kill_supervisor, pids, processes_of, state_of, status_when, until, until_written
 
 MakeOptions = Callable[..., UpOptions]
 
@@ -21,6 +23,7 @@ def test_what_dies_comes_back_where_it_was(instance: Instance, up_options: MakeO
     names = list(pids(before))
     with redis.Redis.from_url(before.redis_url) as client:
         client.set("turn", "first")
+    until_written(before.redis_url)
     for name in names:
         log = Path(before.service(name).log)
         with log.open("a") as stream:
@@ -107,7 +110,9 @@ def test_services_outlive_their_supervisor_and_up_takes_them_over(instance: Inst
     assert status_when(instance, lambda status: status.healthy).supervised
 
 
-def test_down_while_things_crash_leaves_nothing(instance: Instance, up_options: MakeOptions) -> None:
+def test_down_while_things_crash_leaves_nothing(
+    instance: Instance, up_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bring_up(instance, up_options(), Silent())
     for name in ("scheduler", "executor-0", "redis"):
         kill(instance, name)
@@ -115,7 +120,8 @@ def test_down_while_things_crash_leaves_nothing(instance: Instance, up_options: 
     assert instance.load() is None
     assert processes_of(instance.folder) == []
 
-    # Nor does a supervisor that does not answer keep anything running.
+    # Nor does a supervisor that does not answer keep anything running; it is not waited for here as long as elsewhere.
+    monkeypatch.setattr("clients.launcher.down.stand_down", partial(stand_down, limit=0.5))
     state = bring_up(instance, up_options(), Silent())
     assert state.supervisor is not None
     os.kill(state.supervisor.pid, signal.SIGSTOP)
