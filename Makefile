@@ -10,7 +10,7 @@ scalellm := .venv/bin/scalellm
 python := .venv/bin/python
 # Test processes share the machine: one thread each, and no thread that spins while it waits. A file stays in one
 # process: its tests share what they start. Files come in order of their names: the slow ones are not left for the end.
-test-env := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
+test-env := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 PYTHONDONTWRITEBYTECODE=
 export PROMPT GPU_PYTHON
 
 help: ## show this list

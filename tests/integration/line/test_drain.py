@@ -17,7 +17,7 @@ NUM_REQUESTS = 6
 def request(number: int) -> generation_pb2.GenerateRequest:
     return generation_pb2.GenerateRequest(
         prompt=PROMPTS[number],
-        sampling=common_pb2.SamplingParams(max_tokens=1500, seed=number + 1, ignore_eos=True, n=1 + number % 2),
+        sampling=common_pb2.SamplingParams(max_tokens=800, seed=number + 1, ignore_eos=True, n=1 + number % 2),
         output=generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS,
     )
 
@@ -32,7 +32,7 @@ async def test_what_runs_beyond_the_drain_limit_goes_on_elsewhere(spawn: Spawn, 
         scheduler=("--max-executor-deaths", "1"),  # a death would end the request that it befalls
     )
     async with line.channel() as channel:
-        undisturbed = [await generate(channel, request(number)) for number in range(NUM_REQUESTS)]
+        undisturbed = await asyncio.gather(*(generate(channel, request(number)) for number in range(NUM_REQUESTS)))
         seen = [Answer() for _ in range(NUM_REQUESTS)]
         running = [
             asyncio.create_task(generate(channel, request(number), answer=answer)) for number, answer in enumerate(seen)

@@ -13,13 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "num_sections"),
     [
         ("scheduler", 6),
         ("tokenizer", 5),
-        pytest.param("line", 2, marks=pytest.mark.slow),
-        pytest.param("executor", 4, marks=pytest.mark.slow),
+        ("line", 2),
+        ("executor", 4),
     ],
 )
 def test_quick(target: str, num_sections: int, tmp_path: Path, model_dir: Callable[[str], Path]) -> None:

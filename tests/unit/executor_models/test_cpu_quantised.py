@@ -58,6 +58,7 @@ def test_models(
     assert 0 < (got - expected).norm() / expected.norm() < high
 
 
+@pytest.mark.slow
 def test_int8_and_kept_blocks_are_within_a_percent(ops: Ops, model_dir: Callable[[str], Path]) -> None:
     """Among a quarter as many tokens, chance alone is more than that."""
     path = model_dir("smollm2-135m-instruct")
