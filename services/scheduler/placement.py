@@ -164,7 +164,8 @@ class Placement:
     async def wait_idle(self, timeout: float) -> int:
         """Wait until nothing is queued or running, or the time has passed. Returns what is left."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
         return len(self.queue) + self._fleet.num_running
 
     # What executors do (ReplicaListener).

@@ -164,7 +164,8 @@ class LinkClient:
             try:
                 await self._send_frame(call, link_pb2.ClientFrame(hello=self._hello))
                 try:
-                    first = await asyncio.wait_for(call.read(), _HANDSHAKE_LIMIT)
+                    async with asyncio.timeout(_HANDSHAKE_LIMIT):
+                        first = await call.read()
                 except TimeoutError:
                     raise StatusError.unavailable(f"{self.address} does not answer") from None
                 if first is grpc.aio.EOF:
@@ -239,8 +240,11 @@ class LinkClient:
         while True:
             self._renewal = self._demand()
             self._wake.set()
+            # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes with what it waits for, and this
+            # task would never end, nor the link that has to wait for it.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._demand_changed.wait(), lease / _RENEWALS_PER_LEASE)
+                async with asyncio.timeout(lease / _RENEWALS_PER_LEASE):
+                    await self._demand_changed.wait()
             self._demand_changed.clear()
             await asyncio.sleep(_DEMAND_PAUSE)
 

@@ -17,7 +17,8 @@ _HELLO_LIMIT = 10.0
 async def first_frame(frames: AsyncIterator[bytes]) -> bytes:
     """Return a new link's first frame. Raises StatusError when there is none, or none in time."""
     try:
-        return await asyncio.wait_for(anext(frames), _HELLO_LIMIT)
+        async with asyncio.timeout(_HELLO_LIMIT):
+            return await anext(frames)
     except StopAsyncIteration:
         raise StatusError.invalid("hello", "the link was closed before it was opened") from None
     except TimeoutError:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import grpc
+import pytest
 
 from scalellm.v1 import link_pb2, scheduler_pb2
 from service_processes import PATIENCE
 from services.common.errors import StatusError
-from services.common.link import LinkClient
+from services.common.link import API_MINOR, LinkClient
 
 CONNECT = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name["Connect"]
 
@@ -16,16 +20,86 @@ CONNECT = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name
 class Handler:
     """Counts how often the link was lost."""
 
-    num_down = 0
+    def __init__(self) -> None:
+        self.num_down = 0
+        self.is_up = asyncio.Event()
 
     def on_up(self, welcome: link_pb2.Welcome) -> None:
-        pass
+        self.is_up.set()
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
         pass
 
     def on_down(self, error: StatusError) -> None:
         self.num_down += 1
+
+
+class Call:
+    """A call of a peer that welcomes the client, gives a lease, and says nothing until it ends the call."""
+
+    def __init__(self) -> None:
+        sizes = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64, "vocab_size": 10}
+        welcome = link_pb2.Welcome(api_minor=API_MINOR, model="m", lease_ns=60 * 10**9, **sizes)
+        self._answers = [link_pb2.ServerFrame(welcome=welcome).SerializeToString()]
+        self.ended = asyncio.Event()
+
+    async def write(self, message: bytes) -> None:
+        pass
+
+    async def read(self) -> object:
+        if self._answers:
+            return self._answers.pop()
+        await self.ended.wait()
+        return grpc.aio.EOF
+
+    async def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    async def details(self) -> str:
+        return "the peer is leaving"
+
+    async def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+    def cancel(self) -> None:
+        pass
+
+
+class Dialer:
+    """Every connection finds the same call."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def metadata(self) -> tuple[()]:
+        return ()
+
+    @asynccontextmanager
+    async def open_channel(self, address: str) -> AsyncIterator[Dialer]:
+        yield self
+
+    def stream_stream(self, path: str):
+        return lambda metadata: self._call
+
+
+@pytest.mark.parametrize("num_turns", range(10))
+async def test_a_link_ends_although_the_demand_changes_at_that_moment(num_turns: int) -> None:
+    """As when an executor that leaves gives its requests back, which then wait here for credits."""
+    handler, call = Handler(), Call()
+    client = LinkClient("127.0.0.1:1", CONNECT, link_pb2.Hello(), handler, dialer=Dialer(call))
+    running = asyncio.create_task(client.run())
+    await handler.is_up.wait()
+    for _ in range(10):  # until its tasks wait
+        await asyncio.sleep(0)
+    call.ended.set()
+    for _ in range(num_turns):  # of the event loop
+        await asyncio.sleep(0)
+    client.announce_demand()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert handler.num_down == 1
+    running.cancel()
+    await asyncio.wait((running,), timeout=PATIENCE)
 
 
 async def test_a_cancellation_that_grpc_takes_for_its_own_ends_the_link(monkeypatch) -> None:
