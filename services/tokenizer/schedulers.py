@@ -245,8 +245,11 @@ class Schedulers:
 
     def _wait(self, request: RunningRequest) -> None:
         """A request waits for a scheduler, be it for no time."""
-        limit = min(self._outage_limit, request.seconds_left(self._clock()))
-        request.timer = asyncio.get_running_loop().call_later(limit, self._give_up, request)
+        left = request.seconds_left(self._clock())
+        # Decided now: uvloop's timers may fire a moment early, when a clock would say that there is time left.
+        ends_at_deadline = left <= self._outage_limit
+        limit = min(self._outage_limit, left)
+        request.timer = asyncio.get_running_loop().call_later(limit, self._give_up, request, ends_at_deadline)
         self._waiting[request] = None
         self._place(request)
 
@@ -267,11 +270,10 @@ class Schedulers:
         del self._waiting[request]
         request.stop_waiting()
 
-    def _give_up(self, request: RunningRequest) -> None:
+    def _give_up(self, request: RunningRequest, ends_at_deadline: bool) -> None:
         """A request has waited for as long as it may."""
-        now = self._clock()
         del self._waiting[request]
-        if request.seconds_left(now) <= 0:
+        if ends_at_deadline:
             message = "the deadline passed while no scheduler could be reached"
             request.receiver.fail(StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, message))
         else:
