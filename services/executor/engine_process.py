@@ -30,6 +30,7 @@ from services.common.logs import LineLimit, configure_logging
 from services.executor.build import LoadedEngine, build_engine
 from services.executor.config import ExecutorSettings
 from services.executor.credit_window import divide
+from services.executor.engine.batch import DeviceLostError
 from services.executor.engine.request import EngineRequest
 from services.executor.engine_link import EngineLink, accept_hello, load_to_wire, split_by_link
 from services.executor.engine_stats import stats_to_wire
@@ -79,12 +80,12 @@ class EngineLoop:
         self._log_limit = LineLimit()
 
     def run(self) -> NoReturn:
-        """Serve until the front goes away: EOFError."""
+        """Serve until the front goes away: EOFError, or the device is lost: DeviceLostError."""
         while True:
             self.turn()
 
     def turn(self) -> None:
-        """Take in what has come, and take a step if there is work. EOFError: the front is gone."""
+        """Take in what has come, and take a step if there is work. Raises what `run` does."""
         busy = self._engine.has_unfinished()
         if not busy:  # the last word before waiting: nothing runs, everything is free
             self._announce_load(self._links.values())
@@ -269,6 +270,9 @@ def main() -> None:
         EngineLoop(loaded, channel, is_tracing=settings.is_tracing).run()
     except EOFError:
         _log.info("the front is gone; the engine ends")
+    except DeviceLostError:
+        _log.exception("the device is lost, so this engine ends: another one is started, and its requests go on")
+        os._exit(1)  # a driver that lost its device may not survive an orderly end
 
 
 if __name__ == "__main__":

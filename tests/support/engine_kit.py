@@ -112,6 +112,7 @@ class FakePagedRunner:
     which it updates from `first_new_block` alone: a wrong table, copy, slot or hit changes the tokens.
 
     Work is queued, in order, as on a stream. on_launch hears of a batch when it is launched, on_execute when it runs.
+    Once `lost` is set, that is what the device says when it is asked.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class FakePagedRunner:
         self.batches: list[tuple[int, int]] = []
         self.table_writes = 0
         self.num_swapped = [0, 0]
+        self.lost: Exception | None = None
 
     @property
     def overlaps(self) -> bool:
@@ -155,6 +157,10 @@ class FakePagedRunner:
         assert not {source for source, _ in pairs} & {target for _, target in pairs}
         assert len({target for _, target in pairs}) == len(pairs)
         self._stream.append(lambda: self._copy(pairs, self._cache, self._cache))
+
+    def check_device(self) -> None:
+        if self.lost is not None:
+            raise self.lost
 
     def launch(self, batch: ScheduledBatch) -> FakeStep:
         config = self._config

@@ -77,6 +77,9 @@ class _ScriptedRunner:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """There is no cache."""
 
+    def check_device(self) -> None:
+        """There is no device."""
+
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Draw the tokens."""
         sampled = SampledBatch([])

@@ -2,6 +2,7 @@
 
 from services.executor.engine.batch import (
     CompletedStep,
+    DeviceLostError,
     Logprobs,
     ModelRunnerProtocol,
     PendingStep,
@@ -38,6 +39,7 @@ __all__ = [
     "AbortReason",
     "CapacityPolicy",
     "CompletedStep",
+    "DeviceLostError",
     "Engine",
     "EngineConfig",
     "EngineConfigError",

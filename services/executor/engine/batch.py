@@ -122,7 +122,7 @@ class CompletedStep:
 
 class ModelRunnerProtocol(Protocol):
     """Runs steps, one after the other in the order of the calls. It may raise: the engine then fails the sequences of
-    that step, and of the one launched on top of it, and goes on.
+    that step, and of the one launched on top of it, and goes on, if the device can.
     """
 
     @property
@@ -140,3 +140,12 @@ class ModelRunnerProtocol(Protocol):
 
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Start a step: the model over the batch, and sampling. Sequences are read here and not later."""
+
+    def check_device(self) -> None:
+        """Return if the device can run another step. Asked after a step that failed; what is raised here says that no
+        step of this process can succeed any more.
+        """
+
+
+class DeviceLostError(Exception):
+    """The device is lost for this process, as after an illegal access to a GPU's memory: only another one can go on."""

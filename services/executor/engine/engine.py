@@ -47,7 +47,8 @@ class Engine:
     next step is scheduled and launched before the last one is processed, so step() reports what the call before it
     launched. Whatever add() and abort() decide between steps is reported by the next step(). After an exception in the
     runner the requests of that step begin anew with the tokens they have, in smaller steps, until the one with which
-    the runner fails is alone: it ends with INTERNAL, and all others go on.
+    the runner fails is alone: it ends with INTERNAL, and all others go on. Where the device itself is lost, step()
+    raises DeviceLostError, and the engine is of no more use.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Engine:
         return len(self._ledger) > 0 or len(self._pipeline) > 0 or bool(news)
 
     def step(self) -> StepResult:
-        """Launch a step, finish the one that is due, and return all that happened since the last call."""
+        """Launch a step, finish the one that is due, and return all that happened since. Raises DeviceLostError."""
         started = self._clock()
         for group in self._ledger.expired(started):
             self._end_request(

@@ -99,6 +99,9 @@ class FakeModelRunner:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy nothing: there is no cache."""
 
+    def check_device(self) -> None:
+        """There is no device that could be lost."""
+
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Start a step of the modelled length."""
         seconds = self._step_time.seconds(batch)

@@ -4,7 +4,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.executor.engine.batch import CompletedStep, ModelRunnerProtocol, PendingStep, SampledBatch, ScheduledBatch
+from services.executor.engine.batch import (
+    CompletedStep,
+    DeviceLostError,
+    ModelRunnerProtocol,
+    PendingStep,
+    SampledBatch,
+    ScheduledBatch,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ class Pipeline:
         return self._runner.overlaps and not isinstance(pending, Exception)
 
     def wait(self) -> StepOutcome:
-        """Wait for the first step in flight."""
+        """Wait for the first step in flight. Raises DeviceLostError if it failed and no other one can succeed."""
         step = self._steps.popleft()
         sampled: SampledBatch | Exception
         if isinstance(step.pending, Exception):
@@ -83,7 +90,16 @@ class Pipeline:
                 sampled = step.pending.wait()
             except Exception as error:
                 sampled = error
+        if isinstance(sampled, Exception):
+            self._check_device(sampled)
         now = self._clock()
         seconds = now - max(step.launched_at, self._idle_since)
         self._idle_since = now
         return StepOutcome(step.batch, sampled, now, seconds)
+
+    def _check_device(self, error: Exception) -> None:
+        """Tell a step that failed from a device that did, with which every request would fail."""
+        try:
+            self._runner.check_device()
+        except Exception as lost:
+            raise DeviceLostError(f"{type(lost).__name__}: {lost}") from error

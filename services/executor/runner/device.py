@@ -54,7 +54,7 @@ class Device(Protocol):
         """Return the bytes that can still be allocated."""
 
     def synchronize(self) -> None:
-        """Wait until all queued work is done."""
+        """Wait until all queued work is done. Raises what device and driver say once they are lost to this process."""
 
 
 class _Passed:
@@ -144,5 +144,5 @@ class CudaDevice:
         return int(free)
 
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait for the device. A fault of a kernel is sticky: after it every call into CUDA raises the same error."""
         torch.cuda.synchronize(self.torch_device)

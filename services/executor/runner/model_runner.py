@@ -75,6 +75,10 @@ class ModelRunner:
         if self._ops.launch is not None:
             self._ops.launch.seal()
 
+    def check_device(self) -> None:
+        """Wait for the device. Raises what CUDA says of one that is lost; that it is out of memory passes."""
+        self._device.synchronize()
+
     @torch.inference_mode()
     def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
         """Copy whole cache blocks, (device block, host block), to host memory and then back from it."""

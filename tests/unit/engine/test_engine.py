@@ -39,6 +39,9 @@ class Script:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         self._fake.copy_blocks(pairs)
 
+    def check_device(self) -> None:
+        self._fake.check_device()
+
     def launch(self, batch: ScheduledBatch) -> "ScriptedStep":
         if self.launch_error is not None:
             error, self.launch_error = self.launch_error, None

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine_kit
-from services.executor.engine import CapacityPolicy, Engine, EngineRequest, RequestStatus, ScheduledBatch, SwapCost
+from services.executor.engine import (
+    CapacityPolicy,
+    DeviceLostError,
+    Engine,
+    EngineRequest,
+    RequestStatus,
+    ScheduledBatch,
+    SwapCost,
+)
 
 POISON = 3
 """Handle of the request with which steps fail."""
@@ -107,7 +115,28 @@ def test_a_fault_that_does_not_come_again_costs_nobody_anything(overlap: engine_
 
 
 @pytest.mark.parametrize("overlap", engine_kit.Overlap)
-def test_a_device_that_is_broken_ends_all_requests_soon(overlap: engine_kit.Overlap) -> None:
+def test_a_lost_device_is_no_request_s_fault(overlap: engine_kit.Overlap) -> None:
+    config, clock = engine_kit.make_config(max_model_len=48), engine_kit.SimClock()
+
+    def fail_at_the_fourth(batch: ScheduledBatch) -> None:
+        clock.advance(1.0)
+        if len(runner.batches) >= 4:
+            runner.lost = OSError("the GPU has left the bus")
+            raise ValueError("a launch failed")
+
+    runner = engine_kit.FakePagedRunner(config, overlap, on_launch=fail_at_the_fourth)
+    engine = Engine(config, runner, clock, SwapCost(1, 1e9))
+    for request in make_requests(ignore_eos=True):
+        engine.add(request)
+    collector = engine_kit.Collector()
+    with pytest.raises(DeviceLostError, match="OSError: the GPU has left the bus") as raised:
+        engine_kit.run(engine, collector)
+    assert isinstance(raised.value.__cause__, ValueError)
+    assert not collector.finished
+
+
+@pytest.mark.parametrize("overlap", engine_kit.Overlap)
+def test_a_runner_that_fails_with_every_request_ends_all_soon(overlap: engine_kit.Overlap) -> None:
     engine = make_engine(overlap, lambda batch: True)
     for request in make_requests():
         engine.add(request)

@@ -45,6 +45,9 @@ class Probe:
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         self.inner.copy_blocks(pairs)
 
+    def check_device(self) -> None:
+        self.inner.check_device()
+
     def launch(self, batch: ScheduledBatch) -> "ProbedStep":
         self._num_launches += 1
         number = self._num_launches

@@ -1,4 +1,4 @@
-"""An engine that hangs: its stacks are logged, it is ended, another one comes."""
+"""An engine that hangs, or that loses its device: why is logged, it is ended, another one comes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
+import pytest
 
 from scalellm.v1 import common_pb2, link_pb2
 from service_processes import PATIENCE, ROOT, eventually
@@ -21,22 +22,38 @@ from services.executor.config import ExecutorSettings
 from services.executor.engine_supervisor import EngineEnd, EngineSupervisor
 
 POISON = 666
-"""The token on which the engine hangs."""
+"""The token on which the engine ends."""
 
-# An interpreter whose engine sleeps within a call of the C library, with the interpreter's lock held.
-HANGING = f"""#!{sys.executable}
+# An interpreter whose engine does something else on the token.
+INTERPRETER = f"""#!{sys.executable}
 import ctypes, runpy, sys
 sys.path[:0] = [{str(ROOT)!r}]
 from services.executor.engine import FakeModelRunner
 launch = FakeModelRunner.launch
-def hang_on_poison(self, batch):
+def launch_or_end(self, batch):
     if any({POISON} in scheduled.seq.token_ids for scheduled in batch.sequences):
-        while True:
-            ctypes.PyDLL(None).sleep(3600)  # a signal interrupts it
+        end_on_poison(self)
     return launch(self, batch)
-FakeModelRunner.launch = hang_on_poison
+FakeModelRunner.launch = launch_or_end
+%s
 sys.argv = sys.argv[2:]
 runpy.run_module("services.executor.engine_process", run_name="__main__", alter_sys=True)
+"""
+
+# It sleeps within a call of the C library, with the interpreter's lock held.
+HANGS = """
+def end_on_poison(runner):
+    while True:
+        ctypes.PyDLL(None).sleep(3600)  # a signal interrupts it
+"""
+
+# As CUDA does: the step fails, and from then on everything else with the same error.
+LOSES_ITS_DEVICE = """
+def end_on_poison(runner):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    runner.check_device = lost
+    lost()
 """
 
 
@@ -92,13 +109,22 @@ async def submit(supervisor: EngineSupervisor, token: int, max_tokens: int = 400
     return port
 
 
-async def is_replaced(supervisor: EngineSupervisor, port: Port, first: str) -> None:
+def use_engine(behaviour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that start from now on do this on the token."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text(INTERPRETER % behaviour)
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+
+
+async def is_replaced(supervisor: EngineSupervisor, port: Port, first: str, end: EngineEnd) -> None:
     await eventually(lambda: port.error is not None)
     assert port.error.code is grpc.StatusCode.UNAVAILABLE
+    assert port.error.retry_after is not None  # which says that it will be back
     await eventually(lambda: supervisor.is_ready)
     assert supervisor.info.instance_id not in ("", first)
-    assert supervisor.engine_ends[EngineEnd.STALL] >= 1  # a busy machine may hold another one up
-    assert supervisor.engine_ends[EngineEnd.CRASH] == 0
+    assert supervisor.engine_ends[end] >= 1  # a busy machine may hold another one up, which is then a stall, too
+    assert supervisor.engine_ends[EngineEnd.CRASH] == (end is EngineEnd.CRASH)
     later = await submit(supervisor, 5, max_tokens=3)
     await eventually(lambda: 1 in later.finished)
     assert later.finished[1].status.code == 0
@@ -107,19 +133,34 @@ async def is_replaced(supervisor: EngineSupervisor, port: Port, first: str) -> N
 async def test_an_engine_that_hangs_in_native_code_says_where_and_is_replaced(
     model_dir, tmp_path, monkeypatch, caplog
 ) -> None:
-    interpreter = tmp_path / "python"
-    interpreter.write_text(HANGING)
-    interpreter.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(interpreter))
+    use_engine(HANGS, tmp_path, monkeypatch)
     caplog.set_level(logging.ERROR)
     async with running(model_dir("smollm2-135m-instruct")) as supervisor:
         first = supervisor.info.instance_id
         port = await submit(supervisor, POISON)
-        await is_replaced(supervisor, port, first)
+        await is_replaced(supervisor, port, first, EngineEnd.STALL)
     assert "has taken no step for 3 s" in caplog.text
-    assert "in hang_on_poison" in caplog.text
+    assert "in end_on_poison" in caplog.text
     assert "engine_process.py" in caplog.text
     assert ": waiting" in caplog.text  # what the kernel says of the thread
+
+
+async def test_an_engine_that_loses_its_device_ends_no_request_and_is_replaced(
+    model_dir, tmp_path, monkeypatch, caplog, capfd
+) -> None:
+    use_engine(LOSES_ITS_DEVICE, tmp_path, monkeypatch)
+    async with running(model_dir("smollm2-135m-instruct")) as supervisor:
+        first = supervisor.info.instance_id
+        other = await submit(supervisor, 5)
+        await eventually(lambda: other.num_tokens > 0)
+        port = await submit(supervisor, POISON)
+        await is_replaced(supervisor, port, first, EngineEnd.CRASH)
+        assert other.error is not None
+        assert not port.finished
+    assert "the engine process ended with exit code 1" in caplog.text
+    said = capfd.readouterr().err
+    assert "the device is lost" in said
+    assert "an illegal memory access was encountered" in said
 
 
 async def test_a_stopped_engine_is_unhealthy_and_replaced(model_dir, caplog) -> None:
@@ -131,5 +172,5 @@ async def test_a_stopped_engine_is_unhealthy_and_replaced(model_dir, caplog) -> 
         assert supervisor.engine_pid is not None
         os.kill(supervisor.engine_pid, signal.SIGSTOP)
         await eventually(lambda: not supervisor.is_ready)
-        await is_replaced(supervisor, port, first)
+        await is_replaced(supervisor, port, first, EngineEnd.STALL)
     assert "its stacks are not known: it was stopped by a signal" in caplog.text
