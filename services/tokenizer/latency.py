@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from scalellm.v1 import common_pb2, link_pb2
+from services.tokenizer.token_receiver import Resubmission, TokenReceiver
 
 _HOP_PARTS = ("admission_ns", "queue_ns", "prefill_ns", "decode_ns", "failover_ns")
 _TIMING_NAMES = (
@@ -35,6 +36,7 @@ class LatencyTrace:
         last_token_at: When its latest token came; 0 = none yet.
         finished_at: When the scheduler said that it had ended; 0 = not yet.
         detokenize_cpu_ns: Spent on detokenisation so far.
+        resubmissions: When it was sent to a scheduler once more, and why.
     """
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
@@ -49,10 +51,17 @@ class LatencyTrace:
         self.last_token_at = 0
         self.finished_at = 0
         self.detokenize_cpu_ns = 0
+        self.resubmissions: tuple[Resubmission, ...] = ()
 
     def now(self) -> int:
         """The clock."""
         return self._clock()
+
+    def leave_below(self, receiver: TokenReceiver) -> None:
+        """Take over what the request's receiver knows of the hops below, once it takes nothing from there any more."""
+        self.first_token_at, self.last_token_at = receiver.first_token_at, receiver.last_token_at
+        self.finished_at = receiver.finished_at
+        self.resubmissions = receiver.resubmissions
 
     @property
     def ttft_seconds(self) -> float:

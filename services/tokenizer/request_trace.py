@@ -87,6 +87,14 @@ class RequestTrace:
         if times.tokenize_at:
             span.add("tokenize", times.tokenize_at, times.tokenize_at + times.tokenize_ns if times.tokenize_ns else now)
         if self._below is not None:
+            for again in times.resubmissions:
+                attributes: Attributes = {
+                    "server.address": again.address,
+                    "scalellm.attempt": again.attempt,
+                    "scalellm.reason": again.reason,
+                }
+                self._below.event("resubmitted", again.at, attributes)
+            span.set({"scalellm.resubmissions": len(times.resubmissions)})
             finished = times.finished_at or now
             self._below.end(finished, end.code if finish is None else _code(finish), message)
             if times.finished_at and times.first_token_at:

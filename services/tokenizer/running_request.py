@@ -12,7 +12,7 @@ from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
 from services.common.link import ModelIdentity
 from services.tokenizer.scheduler_link import SchedulerLink
-from services.tokenizer.token_receiver import TokenReceiver
+from services.tokenizer.token_receiver import Resubmission, TokenReceiver
 
 _BLOCK_TOKENS = 64
 """Tokens at the beginning of a prompt that decide where it goes: those of a block, as schedulers know prefixes."""
@@ -88,6 +88,7 @@ class RunningRequest:
             submit.time_remaining_ns = max(0, self._deadline - now)
         progress.resume(submit)
         self._num_resumed = progress.num_tokens
+        self.receiver.resubmissions += (Resubmission(now, link.address, submit.attempt, self.why_lost.message),)
         self.send(link, now)
 
     def seconds_left(self, now: int) -> float:

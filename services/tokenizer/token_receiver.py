@@ -46,6 +46,23 @@ class TokenBatch:
         return parts
 
 
+@dataclass(frozen=True, slots=True)
+class Resubmission:
+    """A request was sent once more, as its scheduler was lost or gave it back.
+
+    Attributes:
+        at: When, in monotonic nanoseconds.
+        address: host:port of the scheduler that it was sent to.
+        attempt: Number of this attempt, as executors know it.
+        reason: What happened to the scheduler before.
+    """
+
+    at: int
+    address: str
+    attempt: int
+    reason: str
+
+
 class _Inbox:
     """What of one sample nobody has taken yet."""
 
@@ -69,6 +86,7 @@ class TokenReceiver:
 
     Attributes:
         progress: All that came, taken or not.
+        resubmissions: How often it was sent once more, in order.
     """
 
     def __init__(
@@ -94,6 +112,7 @@ class TokenReceiver:
         self.first_token_at = 0
         self.last_token_at = 0
         self.finished_at = 0
+        self.resubmissions: tuple[Resubmission, ...] = ()
 
     @property
     def is_over(self) -> bool:

@@ -32,6 +32,7 @@ class SpanRecord:
     status: int
     attributes: dict[str, Any]
     events: dict[str, int]
+    event_attributes: list[tuple[str, dict[str, Any]]]
     trace_state: str
 
 
@@ -60,6 +61,7 @@ def _spans(request: dict[str, Any]) -> Iterator[SpanRecord]:
 
 
 def _span(service: str, span: dict[str, Any]) -> SpanRecord:
+    events = span.get("events", [])
     return SpanRecord(
         service=service.removeprefix("scalellm-"),
         name=span["name"],
@@ -71,7 +73,8 @@ def _span(service: str, span: dict[str, Any]) -> SpanRecord:
         end=int(span["endTimeUnixNano"]),
         status=span.get("status", {}).get("code", 0),
         attributes=_attributes(span.get("attributes", [])),
-        events={event["name"]: int(event["timeUnixNano"]) for event in span.get("events", [])},
+        events={event["name"]: int(event["timeUnixNano"]) for event in events},
+        event_attributes=[(event["name"], _attributes(event.get("attributes", []))) for event in events],
         trace_state=span.get("traceState", ""),
     )
 

@@ -160,9 +160,9 @@ class Span:
         """Record a part of this span that is over."""
         self.begin(name, start, attributes=attributes).end(end)
 
-    def event(self, name: str, at: int) -> None:
+    def event(self, name: str, at: int, attributes: Attributes | None = None) -> None:
         """Record a moment."""
-        self.span.add_event(name, timestamp=at + self.offset)
+        self.span.add_event(name, attributes, timestamp=at + self.offset)
 
     def set(self, attributes: Attributes) -> None:
         """Record what is known by now."""

@@ -221,8 +221,7 @@ class Generation(Call):
             if len(answer.ended_samples) < len(samples):
                 raise StatusError(grpc.StatusCode.INTERNAL, "the scheduler ended the request before all of its samples")
         finally:
-            trace.first_token_at, trace.last_token_at = receiver.first_token_at, receiver.last_token_at
-            trace.finished_at = receiver.finished_at
+            trace.leave_below(receiver)
             self._finish = receiver.finish
             self._num_tokens = len(submit.token_ids) + answer.num_tokens
             self._ended_samples = answer.ended_samples

@@ -86,8 +86,7 @@ class Run:
                 await self._receive(receiver, samples)
             finally:
                 if receiver is not None:
-                    trace.first_token_at, trace.last_token_at = receiver.first_token_at, receiver.last_token_at
-                    trace.finished_at = receiver.finished_at
+                    trace.leave_below(receiver)
                     finish = receiver.finish
                     edge.schedulers.release(receiver, link_pb2.ABORT_REASON_CANCELLED)
         if finish is None:  # its old worker had all of it, but could not say so
