@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ import typer
 from bench.overload.clients import Crowd, Outcome, processes, start
 from bench.peers.report import machine
 from bench.services.processes import Service, Workplace
+from scalellm import __version__
 from services.common.api_keys import Role, key_entry, new_key
 from services.common.model_store import pull, resolve
 from services.common.model_store.catalogue import CATALOGUE
@@ -138,7 +138,7 @@ def main(
     if model in CATALOGUE:
         pull(model, home)
     path = resolve(model, home)
-    found: dict[str, Any] = {**machine(), "scalellm": version("scalellm")}
+    found: dict[str, Any] = {**machine(), "scalellm": __version__}
     with _line(path, QUEUE) as line:
         found["overload"] = _overload(line, seconds)
     _show("overload", found["overload"])

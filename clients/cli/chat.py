@@ -15,7 +15,7 @@ from clients.cli.output import one_line, write_text
 from clients.cli.sessions import print_messages
 from clients.cli.text import require_utf8
 from clients.cli.word_wrap import WordWrap
-from clients.client import ClientError
+from scalellm.client import ClientError
 from scalellm.v1.tokenizer_pb2 import GetInfoResponse
 
 HELP = """Talk with the model, turn by turn, on a session that the server keeps.

@@ -17,8 +17,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from clients.cli.output import Terminal, one_line
-from clients.client import NO_CREDENTIALS, Client, ClientError, Credentials
 from clients.launcher import PUBLIC_PORT, Instance, NotRunningError
+from scalellm.client import NO_CREDENTIALS, Client, ClientError, Credentials
 from services.common.addresses import is_loopback, split_address
 
 
@@ -210,6 +210,11 @@ def check_timeout(seconds: float | None) -> None:
         raise CliError(f"--timeout: must be above 0 and at most {_MAX_TIMEOUT} s, got {seconds:g}", ExitCode.USAGE)
 
 
+def in_options(message: str) -> str:
+    """Name options of the command line where the client library names fields of its Credentials."""
+    return re.sub(r"(?<![\w./-])tls_(ca|cert|key)(?![\w./-])", r"--tls-\1", message)
+
+
 def explain(error: ClientError) -> tuple[str, ExitCode]:
     """One line that says what to do about a failed call, and the exit code for it."""
     if error.unreachable:
@@ -217,9 +222,9 @@ def explain(error: ClientError) -> tuple[str, ExitCode]:
         what = "start it with: scalellm up" if _is_here(error.unreachable) else "check the address, and that it runs"
         return f"no ScaleLLM server answers at {error.unreachable}; {what}", ExitCode.NOT_RUNNING
     if error.misconfigured:
-        return one_line(error.message), ExitCode.USAGE
+        return one_line(in_options(error.message)), ExitCode.USAGE
     code = _EXIT_CODES.get(error.code, ExitCode.FAILED)
-    message = one_line(error.message)
+    message = one_line(in_options(error.message))
     if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(message)):
         return f"the request is too large: {sizes[1]} bytes, at most {sizes[2]}", ExitCode.USAGE
     if error.code is grpc.StatusCode.UNAUTHENTICATED:

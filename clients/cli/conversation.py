@@ -11,7 +11,7 @@ from clients.cli.context import CliContext, CliError, ExitCode
 from clients.cli.generate import run_streaming, warn_about_session
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
-from clients.client import Client, ClientError
+from scalellm.client import Client, ClientError
 from scalellm.v1.common_pb2 import SamplingParams
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from scalellm.v1.sessions_pb2 import Session

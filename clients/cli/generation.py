@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from clients.client import Client
+from scalellm.client import Client
 from scalellm.v1.common_pb2 import FinishReason, TokenLogprobs
 from scalellm.v1.generation_pb2 import Delta, Finished, GenerateRequest, PromptLogprobs, SessionOutcome, Started
 

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version as package_version
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -16,11 +15,12 @@ import typer
 from typer.core import TyperGroup
 
 from clients.cli import chat, config, generate, keys, logs, models, services, sessions, tokenize, top
-from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain
+from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain, in_options
 from clients.cli.output import Terminal, write_line
 from clients.cli.text import require_utf8
-from clients.client import ClientError, CredentialsError
 from clients.launcher import LauncherError, NotRunningError
+from scalellm import __version__
+from scalellm.client import ClientError, CredentialsError
 from services.common.model_store import ModelStoreError, UnknownModelError
 
 _HELP = """ScaleLLM: LLM serving over gRPC.
@@ -96,7 +96,7 @@ def _report(context: CliContext, error: Exception) -> ExitCode:
     if isinstance(error, NotRunningError):
         context.error(f"{error}; start it with: {context.command('up')}")
         return ExitCode.NOT_RUNNING
-    context.error(str(error))
+    context.error(in_options(str(error)) if isinstance(error, CredentialsError) else str(error))
     if isinstance(error, CliError):
         return error.code
     return ExitCode.USAGE if isinstance(error, UnknownModelError) else ExitCode.FAILED
@@ -160,7 +160,7 @@ def root(
 @app.command("version", help="Print the version.")
 def version() -> None:
     """The installed version."""
-    write_line(f"scalellm {package_version('scalellm')}")
+    write_line(f"scalellm {__version__}")
 
 
 def run(arguments: Sequence[str], variables: Mapping[str, str]) -> int:

@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from clients.client.credentials import Credentials
 from clients.launcher.errors import LauncherError
 from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER, Instance
+from scalellm.client.credentials import Credentials
 from services.common.link_token import read_token
 from services.common.new_file import write_new
 from services.common.reload import ConfigFileError

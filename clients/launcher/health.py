@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from clients.client.credentials import NO_CREDENTIALS, Credentials
+from scalellm.client.credentials import NO_CREDENTIALS, Credentials
 from scalellm.v1 import executor_pb2, executor_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc, tokenizer_pb2
 from scalellm.v1 import tokenizer_pb2_grpc as tokenizer_grpc
 from services.common.health_check import SERVING

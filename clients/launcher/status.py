@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 import psutil
 
-from clients.client import Credentials
 from clients.launcher.credentials import service_credentials, with_link_token
 from clients.launcher.errors import NotRunningError
 from clients.launcher.health import Probe
@@ -18,6 +17,7 @@ from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Ins
 from clients.launcher.processes import find, last_error
 from clients.launcher.redis_server import check_redis, shown
 from clients.launcher.supervision import supervisor_of
+from scalellm.client import Credentials
 from scalellm.v1.scheduler_pb2 import ExecutorPhase
 from services.common.health_check import SERVING
 

@@ -11,7 +11,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING, TypeVar
 
 import psutil
@@ -19,6 +18,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from scalellm import __version__
 from services.common.addresses import join_address
 from services.common.lifecycle import StartError
 from services.common.metrics_server import MetricsServer
@@ -141,7 +141,7 @@ class _PoliteRegistry(CollectorRegistry):
 
 class _BuildCollector(Collector):
     def __init__(self, service: str) -> None:
-        self._labels = {"service": service, "version": version("scalellm"), "python": platform.python_version()}
+        self._labels = {"service": service, "version": __version__, "python": platform.python_version()}
 
     def collect(self) -> Iterator[Metric]:
         """One constant."""

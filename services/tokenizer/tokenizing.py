@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
+from scalellm import __version__
 from scalellm.v1 import tokenizer_pb2
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.limits import INLINE_TOKENS
@@ -66,7 +65,7 @@ class Tokenizing:
             eos_token_ids=model.eos_token_ids,
             has_chat_template=self._prompts.has_chat_template,
             tokenizer_sha256=model.sha256,
-            version=version("scalellm"),
+            version=__version__,
             limits=self._edge.limits.to_wire(),
             sampling_defaults=self._edge.sampling_defaults,
         )

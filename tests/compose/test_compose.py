@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import grpc
 import pytest
 
-from clients.client import Client, ClientError
 from compose_stack import ROOT, SERVICES, ComposeStack, crash, inspect, store_figures
 from line import Answer, generate
+from scalellm.client import Client, ClientError
 from scalellm.v1 import common_pb2, generation_pb2
 
 NUM_CLIENTS = 4

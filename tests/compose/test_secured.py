@@ -16,8 +16,8 @@ import pytest
 import trustme
 
 from certificates import issue
-from clients.client import Client, ClientError, Credentials
 from compose_stack import ROOT, ComposeStack
+from scalellm.client import Client, ClientError, Credentials
 from scalellm.v1 import generation_pb2
 from services.common.api_keys import Role, key_entry, new_key
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
 import grpc
@@ -17,6 +16,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from scalellm import __version__
 from services.common.tracing.clock import WallClock
 from services.common.tracing.export import BoundedProcessor, file_exporter, otlp_exporter
 from services.common.tracing.headers import TraceHeaders
@@ -63,7 +63,7 @@ class Tracer:
         resource: dict[str, AttributeValue] = {
             "service.namespace": "scalellm",
             "service.name": f"scalellm-{service}",
-            "service.version": version("scalellm"),
+            "service.version": __version__,
             "process.pid": os.getpid(),
         }
         exporters = []
@@ -79,7 +79,7 @@ class Tracer:
         )
         for processor in self._processors:
             self._provider.add_span_processor(processor)
-        self._tracer = self._provider.get_tracer("scalellm", version("scalellm"))
+        self._tracer = self._provider.get_tracer("scalellm", __version__)
         self._clock = WallClock()
         self._propagator = TraceContextTextMapPropagator()
 

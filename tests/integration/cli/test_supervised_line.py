@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clients.client import Client, ClientError
 from clients.launcher import Instance
 from installed_cli import Cli
+from scalellm.client import Client, ClientError
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from service_processes import PATIENCE
 from supervised import kill, processes_of, state_of, status_when, until, until_written

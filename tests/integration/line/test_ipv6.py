@@ -14,8 +14,8 @@ import pytest
 
 from bench.load.grpc_target import GrpcTarget
 from bench.services.neighbours import h2
-from clients.client import Client
 from line import Line, generate, scrape, start_line
+from scalellm.client import Client
 from scalellm.v1 import generation_pb2
 from service_processes import PATIENCE, Spawn
 from services.common.health_check import main as health_check

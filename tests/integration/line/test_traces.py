@@ -12,9 +12,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from clients.client import Client
 from line import Answer, Line, generate, start_line
 from otlp import CLIENT, SERVER, Collector, SpanRecord, by_trace, read_trace_file
+from scalellm.client import Client
 from scalellm.v1 import common_pb2, generation_pb2
 from service_processes import PATIENCE, Spawn, eventually
 

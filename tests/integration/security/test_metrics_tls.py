@@ -11,7 +11,7 @@ import trustme
 
 from certificates import Identity, issue
 from clients.cli.top_figures import scrape
-from clients.client import Credentials
+from scalellm.client import Credentials
 from service_processes import PATIENCE, Spawn
 from services.common.lifecycle import StartError
 from services.common.metrics import MetricsEndpoint

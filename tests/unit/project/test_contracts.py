@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import Descriptor
@@ -16,6 +19,7 @@ from scalellm.v1 import (
     tokenizer_pb2,
 )
 
+ROOT = Path(__file__).resolve().parents[3]
 SERVICES = [
     service
     for file in (executor_pb2, generation_pb2, scheduler_pb2, sessions_pb2, tokenizer_pb2)
@@ -32,6 +36,18 @@ def within(message: Descriptor, seen: set[str]) -> Iterator[Descriptor]:
     for field in message.fields:
         if field.message_type is not None:
             yield from within(field.message_type, seen)
+
+
+def test_packages_are_no_older_than_what_generated_the_stubs() -> None:
+    """Stubs refuse to be imported with an older grpcio or protobuf: pip has to know."""
+    stubs = Path(generation_pb2.__file__).parent
+    (grpcio,) = re.findall(r"GRPC_GENERATED_VERSION = '(.+)'", (stubs / "generation_pb2_grpc.py").read_text())
+    protobuf = re.search(r"Protobuf Python Version: (\S+)", (stubs / "generation_pb2.py").read_text())
+    assert protobuf is not None
+    needed = [f"grpcio>={grpcio}", f"protobuf>={protobuf[1]}"]
+    for file in ("pyproject.toml", "clients/python/pyproject.toml"):
+        listed = tomllib.loads((ROOT / file).read_text())["project"]["dependencies"]
+        assert [line for line in listed if re.match(r"(grpcio|protobuf)\b[^-]", line)] == needed, file
 
 
 def test_no_peer_chooses_the_keys_of_a_map() -> None:

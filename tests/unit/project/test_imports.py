@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SERVICES = ("tokenizer", "scheduler", "executor")
 ENGINE = tuple(f"services/executor/{part}" for part in ("engine", "models", "runner", "weights"))
 TEXT_CORE = ("services/tokenizer/text",)
+CLIENTS = ("clients", "scalellm.client")
 
 
 def modules(folder: str) -> list[Path]:
@@ -47,11 +48,11 @@ def test_kernels_import_nothing_of_ours() -> None:
 @pytest.mark.parametrize("service", SERVICES)
 def test_services_do_not_import_each_other(service: str) -> None:
     others = [f"services.{other}" for other in SERVICES if other != service]
-    assert offenders(f"services/{service}", *others, "clients", "bench") == []
+    assert offenders(f"services/{service}", *others, *CLIENTS, "bench") == []
 
 
 def test_common_imports_no_service() -> None:
-    assert offenders("services/common", *(f"services.{service}" for service in SERVICES), "clients", "bench") == []
+    assert offenders("services/common", *(f"services.{service}" for service in SERVICES), *CLIENTS, "bench") == []
 
 
 @pytest.mark.parametrize("folder", [*ENGINE, *TEXT_CORE])
@@ -63,6 +64,17 @@ def test_cores_know_no_wire(folder: str) -> None:
 @pytest.mark.parametrize("folder", ["services/tokenizer", "services/scheduler"])
 def test_only_the_executor_computes(folder: str) -> None:
     assert offenders(folder, "torch", "kernels", "transformers") == []
+
+
+def test_the_client_needs_grpc_and_protobuf_only() -> None:
+    own = {*sys.stdlib_module_names, "grpc", "scalellm"}
+    names = {name for path in modules("clients/python/client") for name in imported(path)}
+    assert {name for name in names if name.split(".")[0] not in own} == {
+        *("google.protobuf", "google.protobuf.message", "google.protobuf.message.DecodeError"),
+        *(f"google.protobuf.{name}" for name in ("any_pb2", "descriptor_pb2", "descriptor_pool", "duration_pb2")),
+        "google.protobuf.message_factory",
+    }
+    assert not [name for name in names if name.startswith("scalellm.") and name.split(".")[1] not in ("client", "v1")]
 
 
 def test_no_code_over_the_wire() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import pytest
 
 from line import scrape
+from scalellm import __version__
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -53,7 +52,7 @@ async def test_what_is_served_here(http, service, tokenizer):
     info = (await http.get("/tokenizer_info")).json
     assert info["special_tokens"]["<|im_end|>"] == tokenizer.token_to_id("<|im_end|>")
     assert "im_start" in info["chat_template"]
-    assert (await http.get("/version")).json == {"version": version("scalellm")}
+    assert (await http.get("/version")).json == {"version": __version__}
     models = (await http.get("/v1/models")).json["data"]
     assert [(model["id"], model["max_model_len"]) for model in models] == [("smollm2-135m-instruct", 2048)]
 

@@ -1,4 +1,4 @@
-"""A thin client: the generated stubs, with deadlines and one kind of error."""
+"""The client for programs with threads: the generated stubs, with deadlines and one kind of error."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ from typing import Any
 
 import grpc
 
-from clients.client.credentials import NO_CREDENTIALS, Credentials
-from clients.client.errors import ClientError
-from clients.client.stream import GenerationStream
+from scalellm.client.credentials import NO_CREDENTIALS, Credentials
+from scalellm.client.errors import ClientError
+from scalellm.client.received import Received
+from scalellm.client.requests import CHANNEL_OPTIONS, SESSION_PAGE_SIZE, chat_request, turn_page
+from scalellm.client.stream import GenerationStream
 from scalellm.v1 import generation_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
-from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
-
-_CHANNEL_OPTIONS = (
-    # A server that vanished without closing its connection is noticed while a stream is open.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # The address is dialled as it stands: web proxies do not carry HTTP/2 streams.
-    ("grpc.enable_http_proxy", 0),
-)
-
-_PAGE_SIZE = 1000
+from scalellm.v1.common_pb2 import SamplingParams
+from scalellm.v1.generation_pb2 import Chat, GenerateRequest, ResumeRequest
 
 
 class Client:
@@ -30,7 +23,7 @@ class Client:
 
     Args:
         address: host:port of a tokenizer service.
-        timeout: Deadline of every call but `generate`, in seconds.
+        timeout: Deadline of every call that does not generate, in seconds.
         credentials: For a server that asks for an API key or speaks TLS.
 
     Every method raises ClientError. Raises CredentialsError when files cannot be read.
@@ -41,7 +34,7 @@ class Client:
         self._timeout = timeout
         self._credentials = credentials
         self._metadata = credentials.metadata
-        self._channel = credentials.open_channel(address, _CHANNEL_OPTIONS)
+        self._channel = credentials.open_channel(address, CHANNEL_OPTIONS)
         self._generation = generation_pb2_grpc.GenerationStub(self._channel)  # type: ignore[no-untyped-call]
         self._tokenizer = tokenizer_pb2_grpc.TokenizerStub(self._channel)  # type: ignore[no-untyped-call]
         self._sessions = sessions_pb2_grpc.SessionsStub(self._channel)  # type: ignore[no-untyped-call]
@@ -61,64 +54,92 @@ class Client:
             metadata: Sent along, such as `traceparent` and `tracestate` of the trace that the call belongs to.
         """
         call = self._generation.Generate(request, timeout=timeout, metadata=(*self._metadata, *metadata))
-        return GenerationStream(call, self.address, self._credentials)
+        return GenerationStream(call, Received(), self.address, self._credentials)
+
+    def complete(
+        self, prompt: str, sampling: SamplingParams | None = None, *, timeout: float | None = None
+    ) -> GenerationStream:
+        """Continue a text. Args as of `generate`; `sampling` says how tokens are drawn, None: the model's defaults."""
+        return self.generate(GenerateRequest(prompt=prompt, sampling=sampling), timeout=timeout)
 
     def chat(
-        self, messages: Sequence[tuple[str, str]], *, session_id: str | None = None, timeout: float | None = None
+        self,
+        messages: Sequence[tuple[str, str]],
+        sampling: SamplingParams | None = None,
+        *,
+        session_id: str | None = None,
+        timeout: float | None = None,
     ) -> GenerationStream:
-        """Answer (role, content) messages with default sampling; with a session, only the new messages are given."""
-        chat = Chat(messages=[ChatMessage(role=role, content=content) for role, content in messages])
-        return self.generate(GenerateRequest(chat=chat, session_id=session_id), timeout=timeout)
+        """Answer messages.
+
+        Args:
+            messages: (role, content) pairs; with a session, only those that are new.
+            sampling: How tokens are drawn; None: the model's defaults.
+            session_id: Conversation that the server keeps: this one is continued, or begun.
+            timeout: Seconds; the request's deadline on every hop. None: no deadline.
+        """
+        return self.generate(chat_request(messages, sampling, session_id), timeout=timeout)
+
+    def resume(self, request_id: str, offsets: Sequence[int] = (), *, timeout: float | None = None) -> GenerationStream:
+        """Go on with the answer to a request that was sent with ON_DISCONNECT_KEEP.
+
+        Args:
+            request_id: As `stream.started` told it.
+            offsets: What was received, as `stream.offsets` tells it; empty: the answer is streamed from its beginning.
+            timeout: Seconds for this call; it is not the request's deadline. None: no deadline.
+
+        The stream raises ClientError with NOT_FOUND when the answer is no longer kept.
+        """
+        request = ResumeRequest(request_id=request_id, offsets=offsets)
+        call = self._generation.Resume(request, timeout=timeout, metadata=self._metadata)
+        return GenerationStream(call, Received(offsets), self.address, self._credentials)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizer_pb2.EncodeResponse:
-        """Text to token ids."""
+        """Encode text to token ids."""
         request = tokenizer_pb2.EncodeRequest(text=text, add_special_tokens=add_special_tokens)
         response: tokenizer_pb2.EncodeResponse = self._call(self._tokenizer.Encode, request)
         return response
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Token ids to text."""
+        """Decode token ids to text."""
         request = tokenizer_pb2.DecodeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         response: tokenizer_pb2.DecodeResponse = self._call(self._tokenizer.Decode, request)
         return response.text
 
     def apply_chat_template(self, chat: Chat) -> tokenizer_pb2.ApplyChatTemplateResponse:
-        """Messages to the text and the tokens that the model reads."""
+        """Render messages to the text and the tokens that the model reads."""
         request = tokenizer_pb2.ApplyChatTemplateRequest(chat=chat)
         response: tokenizer_pb2.ApplyChatTemplateResponse = self._call(self._tokenizer.ApplyChatTemplate, request)
         return response
 
     def info(self) -> tokenizer_pb2.GetInfoResponse:
-        """What is served, and the limits in force."""
+        """Describe what is served, and the limits in force."""
         response: tokenizer_pb2.GetInfoResponse = self._call(self._tokenizer.GetInfo, tokenizer_pb2.GetInfoRequest())
         return response
 
     def get_session(self, session_id: str) -> sessions_pb2.Session:
-        """One session with its messages, however many. NOT_FOUND when unknown or expired."""
-        request = sessions_pb2.GetSessionRequest(session_id=session_id, page_size=_PAGE_SIZE)
+        """Read one session with its messages, however many. NOT_FOUND when unknown or expired."""
+        request = sessions_pb2.GetSessionRequest(session_id=session_id, page_size=SESSION_PAGE_SIZE)
         response: sessions_pb2.GetSessionResponse = self._call(self._sessions.Get, request)
         session = response.session
-        while response.next_page_token not in ("", request.page_token):  # a page that names itself has no end
-            request.page_token = response.next_page_token
+        while turn_page(request, response):
             response = self._call(self._sessions.Get, request)
             session.messages.extend(response.session.messages)
         return session
 
     def list_sessions(self) -> Iterator[sessions_pb2.Session]:
-        """All sessions, without their messages."""
-        page_token = ""
-        while True:
-            request = sessions_pb2.ListSessionsRequest(page_token=page_token)
+        """Iterate over all sessions, without their messages."""
+        request = sessions_pb2.ListSessionsRequest()
+        has_more = True
+        while has_more:
             response: sessions_pb2.ListSessionsResponse = self._call(self._sessions.List, request)
             yield from response.sessions
-            if response.next_page_token in ("", page_token):
-                return
-            page_token = response.next_page_token
+            has_more = turn_page(request, response)
 
     def fork_session(
         self, session_id: str, new_session_id: str, *, num_turns: int | None = None
     ) -> sessions_pb2.Session:
-        """A copy of a session, or of its first turns. ALREADY_EXISTS when the new id is taken."""
+        """Copy a session, or its first turns. ALREADY_EXISTS when the new id is taken."""
         request = sessions_pb2.ForkSessionRequest(
             session_id=session_id, new_session_id=new_session_id, num_turns=num_turns
         )

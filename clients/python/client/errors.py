@@ -1,14 +1,13 @@
-"""What a call can fail with."""
+"""The error of a call."""
 
 from __future__ import annotations
 
 import re
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
-from clients.client.credentials import NO_CREDENTIALS, Credentials
+from scalellm.client.credentials import NO_CREDENTIALS, Credentials
+from scalellm.client.error_details import ErrorDetails, read_details
 
 # HTTP/2's REFUSED_STREAM, in gRPC's words: the server closed the stream without having looked at it.
 _REFUSED = "RST_STREAM with error code 7"
@@ -32,7 +31,7 @@ class ClientError(Exception):
         field: The request's field at fault, where the server names one.
         retry_after: Seconds after which a retry may succeed, where the server says so.
         unreachable: The address at which nothing answers, where that is why: the request never reached a server.
-        misconfigured: Whether client and server do not agree on TLS, so that trying again will not help.
+        misconfigured: True if client and server do not agree on TLS, so that trying again will not help.
     """
 
     def __init__(
@@ -64,22 +63,15 @@ class ClientError(Exception):
         """
         code: grpc.StatusCode = error.code()
         message = error.details() or code.name.lower().replace("_", " ")
-        field = ""
-        retry_after = None
-        status = _status_of(error)
-        for detail in status.details if status is not None else ():
-            bad_request, retry_info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-            if detail.Unpack(bad_request) and bad_request.field_violations:
-                field = bad_request.field_violations[0].field
-            elif detail.Unpack(retry_info):
-                retry_after = retry_info.retry_delay.ToNanoseconds() / 1e9
-        if code is not grpc.StatusCode.UNAVAILABLE or status is not None:
-            return cls(code, message, field=field, retry_after=retry_after)
+        found = read_details(code.value[0], error.trailing_metadata())
+        if code is not grpc.StatusCode.UNAVAILABLE or found is not None:
+            said = found or ErrorDetails()
+            return cls(code, message, field=said.field, retry_after=said.retry_after)
         # A server says UNAVAILABLE with details, also where it quotes what happened on a connection of its own. Without
         # them it was this connection.
         if advice := _tls_advice(message, shown):
-            said = f"{address} is there, but no connection came about: {advice}"
-            return cls(code, said, misconfigured=shown.tls_ca is not None)
+            message = f"{address} is there, but no connection came about: {advice}"
+            return cls(code, message, misconfigured=shown.uses_tls)
         if message.startswith(_UNREACHABLE):
             return cls(code, message, unreachable=address)
         if _REFUSED in message:
@@ -88,7 +80,7 @@ class ClientError(Exception):
                 f"{address} keeps no more calls of one connection open (--max-streams-per-connection); this one was "
                 "not begun, try again",
             )
-        return cls(code, f"the connection to {address} broke ({message}); see scalellm status, then try again")
+        return cls(code, f"the connection to {address} broke ({message}); try again")
 
 
 def _tls_advice(message: str, shown: Credentials) -> str:
@@ -98,22 +90,12 @@ def _tls_advice(message: str, shown: Credentials) -> str:
     if why := _REJECTED_BY_US.search(message):
         if why[0] == "Hostname Verification Check failed":
             return "its certificate is for another name"
-        return (
-            f"its certificate is not of an authority in {shown.tls_ca} (--tls-ca, SCALELLM_TLS_CA), or it speaks no TLS"
-        )
+        trusted = f"in {shown.tls_ca} (tls_ca)" if shown.tls_ca is not None else "that is publicly known"
+        return f"its certificate is not of an authority {trusted}, or it speaks no TLS"
     if _REJECTED_BY_THEM.search(message) is None:
         return ""
-    if shown.tls_ca is None:
-        return "does it expect TLS? Give --tls-ca (SCALELLM_TLS_CA)"
+    if not shown.uses_tls:
+        return "does it expect TLS? Give tls_ca"
     if shown.tls_cert is None:
-        return (
-            "does it ask clients for a certificate? Give --tls-cert and --tls-key (SCALELLM_TLS_CERT, SCALELLM_TLS_KEY)"
-        )
-    return f"does it trust the authority of {shown.tls_cert} (--tls-cert, SCALELLM_TLS_CERT)?"
-
-
-def _status_of(error: grpc.RpcError) -> rpc_status.status_pb2.Status | None:
-    try:
-        return rpc_status.from_call(error)
-    except (ValueError, NotImplementedError):  # details that contradict the status, or no call behind the error
-        return None
+        return "does it ask clients for a certificate? Give tls_cert and tls_key"
+    return f"does it trust the authority of {shown.tls_cert} (tls_cert)?"

@@ -1,0 +1,140 @@
+"""The answer to one call of Generate or Resume, as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from scalellm.client.credentials import Credentials
+from scalellm.client.errors import ClientError
+from scalellm.client.received import Received
+from scalellm.v1.generation_pb2 import Finished, GenerateResponse, Started
+
+
+class _Stream:
+    """What both kinds of streams have in common.
+
+    Args:
+        call: The server-streaming gRPC call.
+        received: What was received of the answer by an earlier call, if any.
+        address: The server's, for errors.
+        credentials: What the server was shown, for errors.
+    """
+
+    def __init__(self, call: Any, received: Received, address: str, credentials: Credentials) -> None:
+        self._call = call
+        self._received = received
+        self._address = address
+        self._credentials = credentials
+        self._is_closed = False
+
+    @property
+    def started(self) -> Started | None:
+        """The first message, with the request's id; None before it came."""
+        return self._received.started
+
+    @property
+    def finished(self) -> Finished | None:
+        """The last message, with finish reasons, usage and latency; None before it came."""
+        return self._received.finished
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Tokens received of each sample, by index: what `resume` goes on from."""
+        return tuple(self._received.offsets)
+
+    def close(self) -> None:
+        """End the call, which cancels its request down to the executor, but for one of ON_DISCONNECT_KEEP.
+
+        Without effect once the answer is complete.
+        """
+        self._is_closed = True
+        self._call.cancel()
+
+    def _error(self, error: grpc.RpcError) -> ClientError:
+        return ClientError.from_rpc(error, self._address, self._credentials)
+
+
+class GenerationStream(_Stream, Iterator[GenerateResponse]):
+    """Iterates over the messages of an answer: Started, then Deltas, then Finished.
+
+    Leaving the `with` block early cancels the request. Iterating raises ClientError when the call ends with a status
+    other than OK.
+    """
+
+    def __next__(self) -> GenerateResponse:
+        try:
+            response: GenerateResponse = next(self._call)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        self._received.take(response)
+        return response
+
+    def text(self, index: int = 0) -> Iterator[str]:
+        """Iterate over the text of one sample, piece by piece. Raises ClientError."""
+        for response in self:
+            if response.HasField("delta") and response.delta.index == index and response.delta.text:
+                yield response.delta.text
+
+    def trailers(self) -> dict[str, str]:
+        """Return the trailing metadata's text values, such as `server-timing`; waits for the end of the call."""
+        return _texts(self._call.trailing_metadata())
+
+    def __enter__(self) -> GenerationStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncGenerationStream(_Stream, AsyncIterator[GenerateResponse]):
+    """GenerationStream for asyncio: `async for` and `async with`.
+
+    Cancelling the task that iterates cancels the request as well.
+    """
+
+    def __init__(self, call: Any, received: Received, address: str, credentials: Credentials) -> None:
+        super().__init__(call, received, address, credentials)
+        self._messages = aiter(call)
+
+    async def __anext__(self) -> GenerateResponse:
+        try:
+            response: GenerateResponse = await anext(self._messages)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_closed or (task is not None and task.cancelling()):
+                raise
+            # grpc.aio reports a call that was cancelled here as if the task were.
+            raise ClientError(grpc.StatusCode.CANCELLED, "the stream was closed") from None
+        self._received.take(response)
+        return response
+
+    async def text(self, index: int = 0) -> AsyncIterator[str]:
+        """Iterate over the text of one sample, piece by piece. Raises ClientError."""
+        async for response in self:
+            if response.HasField("delta") and response.delta.index == index and response.delta.text:
+                yield response.delta.text
+
+    async def trailers(self) -> dict[str, str]:
+        """Return the trailing metadata's text values, such as `server-timing`; waits for the end of the call."""
+        return _texts(await self._call.trailing_metadata())
+
+    async def __aenter__(self) -> AsyncGenerationStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _texts(metadata: Any) -> dict[str, str]:
+    return {key: value for key, value in metadata or () if isinstance(value, str)}
