@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.services.executor import FAKE_LIMITS, fake_flags
-from bench.services.measure import QUICK, Bench, Measurement, Timing
-from bench.services.modelled import modelled
+from bench.services.faces import compared, faces, in_turns
+from bench.services.measure import QUICK, Measurement, Timing
+from bench.services.modelled import Modelled, modelled
 from bench.services.processes import Workplace
 from bench.services.report import Section
 from services.executor.build import build_engine
 from services.executor.config import ExecutorSettings
-from services.executor.engine.config import EngineConfig
 
 _PRESET = "h200-llama-8b"
 _PROMPT_LEN, _MAX_TOKENS = 128, 256
@@ -30,33 +30,36 @@ def run(timing: Timing, model: Path) -> list[Section]:
         scheduler = place.service("scheduler", "--executors", executor.address, "--redis-url", redis.url)
         flags = ("--scheduler", scheduler.address, "--model", str(model), "--redis-url", redis.url)
         tokenizer = place.service("tokenizer", *flags)
-        clients = place.neighbour("clients", address=tokenizer.address, stamped=False)
-        bench = Bench(timing, [tokenizer, scheduler, executor], clients)
+        both = faces(place, timing, tokenizer, [tokenizer, scheduler, executor])
         config = build_engine(
             ExecutorSettings(model=str(model), engine="fake", **FAKE_LIMITS), lambda _: None
         ).engine.config
-        streams = [_decode(bench, config, count) for count in ((1, 64) if quick else (1, 64, 256, 1024))]
+        load = {"kind": "generate", "prompt_len": _PROMPT_LEN, "max_tokens": _MAX_TOKENS}
+        streams = [
+            _beside_model(row, alone)
+            for count in ((1, 64) if quick else (1, 64, 256, 1024))
+            for alone in [modelled(config, _PRESET, count, _PROMPT_LEN, _MAX_TOKENS)]
+            for row in in_turns(both, {**load, "streams": count})
+        ]
         prompts = [
-            bench.measure({"kind": "generate", "streams": 1, "prompt_len": length, "text": True})
+            row
             for length in ((2, 128) if quick else (2, 128, 1024, 8192))
+            for row in in_turns(both, {"kind": "generate", "streams": 1, "prompt_len": length, "text": True})
         ]
     return [
         Section(
             "streams; added: to the ITL of the modelled GPU alone, new prompts and all",
             "tokens",
-            ("streams",),
+            ("transport", "streams"),
             "itl",
             streams,
-            verdicts(streams),
+            [*verdicts(streams), *compared(streams)],
         ),
-        Section("one-token requests on text, one at a time", "requests", ("prompt_len",), "ttft", prompts),
+        Section("one-token requests on text, one at a time", "requests", ("transport", "prompt_len"), "ttft", prompts),
     ]
 
 
-def _decode(bench: Bench, config: EngineConfig, streams: int) -> Measurement:
-    load = {"kind": "generate", "streams": streams, "prompt_len": _PROMPT_LEN, "max_tokens": _MAX_TOKENS}
-    row = bench.measure(load)
-    alone = modelled(config, _PRESET, streams, _PROMPT_LEN, _MAX_TOKENS)
+def _beside_model(row: Measurement, alone: Modelled) -> Measurement:
     itl = row.latencies.get("itl", {"p50": 0.0, "p99": 0.0})
     extra = {
         "model's p50": alone.itl_p50,
@@ -73,6 +76,7 @@ def verdicts(rows: Sequence[Measurement]) -> list[str]:
     said = []
     for row in rows:
         streams = row.load["streams"]
+        load = f"{row.load['transport']}, {streams} streams"
         share = f"{row.extra['of ideal']:.1%} of the modelled GPU's tokens/s"
         if streams == _TARGET_STREAMS:
             figures = (
@@ -80,7 +84,7 @@ def verdicts(rows: Sequence[Measurement]) -> list[str]:
                 f"{'met' if row.extra[name] <= target else 'missed'})"
                 for name, target in _TARGETS.items()
             )
-            said.append(f"{streams} streams: ITL {', '.join(figures)}; {share}")
+            said.append(f"{load}: ITL {', '.join(figures)}; {share}")
         elif streams > _TARGET_STREAMS:
-            said.append(f"{streams} streams: {share}")
+            said.append(f"{load}: {share}")
     return said

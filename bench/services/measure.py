@@ -105,7 +105,7 @@ class Bench:
         redis: RedisServer | None = None,
     ) -> None:
         self._timing = timing
-        self._source = source
+        self.source = source
         self._far = far
         self._redis = redis
         self._processes = {role: processes for service in services for role, processes in service.processes.items()}
@@ -117,10 +117,10 @@ class Bench:
             load: What the source is told.
             steps_per_s: What the far neighbour is told; None without one.
         """
-        neighbours = [self._source] if self._far is None else [self._source, self._far]
+        neighbours = [self.source] if self._far is None else [self.source, self._far]
         if self._far is not None:
             self._far.start(steps_per_s=steps_per_s)
-        self._source.start(**load)
+        self.source.start(**load)
         early = self._take(neighbours, self._timing.warm_up)
         psutil.cpu_times_percent()
         redis_before = self._redis.totals() if self._redis is not None else {}
@@ -131,7 +131,7 @@ class Bench:
         after, theirs_after = self._cpu(), [cpu_seconds(n.process) for n in neighbours]
         idle = psutil.cpu_times_percent().idle / 100 * (psutil.cpu_count() or 1)
         memory = sum(memory_bytes(process) for processes in self._processes.values() for process in processes)
-        self._source.stop()
+        self.source.stop()
         if self._far is not None:
             self._far.stop()
         time.sleep(min(_SETTLE, self._timing.warm_up))

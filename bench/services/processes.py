@@ -64,6 +64,10 @@ class Service:
         flags: Of its command line.
         folder: For its log.
         package: Where the module is.
+
+    Attributes:
+        address: host:port of its gRPC.
+        http_address: The same of its HTTP, where it has one.
     """
 
     def __init__(self, name: str, flags: tuple[str, ...], folder: Path, package: str = "services") -> None:
@@ -86,7 +90,8 @@ class Service:
                 self.close()
                 raise BenchError(f"the {name} did not start:\n{self._log.read_text()[-2000:]}")
             time.sleep(0.02)
-        self.address = announced.read_text().split()[0]
+        self.address, *others = announced.read_text().split()
+        self.http_address = next((line.removeprefix("http=") for line in others if line.startswith("http=")), "")
         if name == "executor":  # it listens before its model is loaded
             with Probe(self.address) as probe:
                 while probe.health() != SERVING:

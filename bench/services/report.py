@@ -17,6 +17,7 @@ from rich.table import Table
 from bench.services.measure import Measurement
 
 _LABELS = {
+    "transport": "transport",
     "streams": "streams",
     "steps_per_s": "steps/s",
     "prompt_len": "prompt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench.services.faces import compared, faces, in_turns
 from bench.services.measure import QUICK, Bench, Measurement, Timing, ceiling
 from bench.services.processes import Workplace
 from bench.services.report import Section
@@ -21,27 +22,42 @@ def run(timing: Timing, model: Path) -> list[Section]:
         scheduler = place.neighbour("engines", count=1)
         flags = ("--scheduler", scheduler.addresses[0], "--model", str(model), "--workers", "1")
         service = place.service("tokenizer", *flags)
-        clients = place.neighbour("clients", address=service.address, stamped=True)
-        bench = Bench(timing, [service], clients, scheduler)
+        both = faces(place, timing, service, [service], scheduler)
         streams = [
-            bench.measure(_generate(count), min(100.0, _MESSAGES_PER_S / count))
+            row
             for count in ((1, 64) if quick else (1, 64, 256, 1024))
+            for row in in_turns(both, _generate(count), min(100.0, _MESSAGES_PER_S / count))
         ]
+        bench = both["grpc"]
         rates = (50.0,) if quick else (25, 50, 100, 200, 400, 800)
         frames = ceiling(bench, _generate(64), rates)
         many = ceiling(bench, _generate(1024), () if quick else (2, 4, 8, 16, 32, 64))
         prompts = [
-            bench.measure({"kind": "generate", "streams": 16, "prompt_len": length, "text": True}, 0.0)
+            row
             for length in lengths
+            for row in in_turns(both, {"kind": "generate", "streams": 16, "prompt_len": length, "text": True}, 0.0)
         ]
-        alone = Bench(timing, [service], clients)
+        alone = Bench(timing, [service], bench.source)
         encode = [_unary(alone, "encode", length) for length in lengths]
         decode = [_unary(alone, "decode", length) for length in lengths]
     sections = [
-        Section("streams, the same messages/s from 64 on", "tokens", ("streams", "steps_per_s"), "latency", streams),
+        Section(
+            "streams, the same messages/s from 64 on",
+            "tokens",
+            ("transport", "streams", "steps_per_s"),
+            "latency",
+            streams,
+            compared(streams),
+        ),
         Section("64 streams, steps/s rising until it falls behind", "tokens", ("steps_per_s",), "latency", frames),
         Section("1,024 streams, the same", "tokens", ("steps_per_s",), "latency", many),
-        Section("Generate: one-token requests on text, 16 at once", "requests", ("prompt_len",), "request", prompts),
+        Section(
+            "Generate: one-token requests on text, 16 at once",
+            "requests",
+            ("transport", "prompt_len"),
+            "request",
+            prompts,
+        ),
         Section("Encode, 16 at once", "requests", ("prompt_len",), "request", encode),
         Section("Decode, 16 at once", "requests", ("prompt_len",), "request", decode),
     ]

@@ -11,12 +11,15 @@ from typing import Any
 from bench.services.neighbours.clients import Clients
 from bench.services.neighbours.edge import LinkEdge
 from bench.services.neighbours.engine import SimulatedEngines
+from bench.services.neighbours.http_clients import HttpClients
 
 
-async def _make(role: str, options: dict[str, Any]) -> Clients | LinkEdge | SimulatedEngines:
+async def _make(role: str, options: dict[str, Any]) -> Clients | HttpClients | LinkEdge | SimulatedEngines:
     match role:
         case "clients":
             return Clients(**options)
+        case "http_clients":
+            return HttpClients(**options)
         case "edge":
             return LinkEdge(**options)
         case "engines":

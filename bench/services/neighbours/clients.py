@@ -9,12 +9,10 @@ from typing import Any
 
 from bench.services.neighbours.h2 import Connection, Stream, connect
 from bench.services.neighbours.tally import Tally
-from bench.services.neighbours.wire import GenerateRequests, age, decode_request, encode_request
+from bench.services.neighbours.wire import STAMPED, GenerateRequests, age, decode_request, encode_request
 from scalellm.v1 import generation_pb2, tokenizer_pb2
 
 _MOST_CONNECTIONS = 64
-_STAMPED = 16
-"""Of so many streams, one asks for token ids, which say how old they are."""
 # A response has one field, so its first byte is that field's tag.
 _DELTA, _FINISHED = (
     generation_pb2.GenerateResponse.DELTA_FIELD_NUMBER << 3 | 2,
@@ -73,7 +71,7 @@ class Clients:
     def _generate(self, place: int, max_tokens: int) -> None:
         self._number += 1
         tally, counts, clock = self._tally, self._tally.counts, time.perf_counter
-        stamped = self._stamped and place % _STAMPED == 0
+        stamped = self._stamped and place % STAMPED == 0
         sent, last = clock(), 0.0
         is_finished = False
 

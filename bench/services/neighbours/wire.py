@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 
@@ -10,6 +11,9 @@ from scalellm.v1 import common_pb2, generation_pb2, link_pb2, tokenizer_pb2
 # Tokens that say when they were sent: one of 40,000 ids per 25 us, so a second until they repeat. All are ordinary
 # tokens of every vocabulary that is used here.
 _TICK_NS, _NUM_STAMPS, _FIRST_STAMP = 25_000, 40_000, 1_000
+
+STAMPED = 16
+"""Of so many streams, one asks for token ids, which say how old they are."""
 
 _SUBMIT = link_pb2.ClientFrame.SUBMIT_FIELD_NUMBER
 _WORDS = (
@@ -99,6 +103,33 @@ class GenerateRequests:
         head = generation_pb2.TokenIds(ids=unique_ids(number)).SerializeToString()
         tokens = _field(generation_pb2.GenerateRequest.TOKENS_FIELD_NUMBER, head + self._prompt)
         return request.SerializeToString() + tokens
+
+
+class CompletionRequests:
+    """The same as `GenerateRequests` for /v1/completions, as whole HTTP requests."""
+
+    def __init__(self, prompt_len: int, *, text: bool) -> None:
+        self._text = text_of(max(1, prompt_len - 1)) if text else None
+        self._prompt = _token_ids(max(0, prompt_len - 2))
+
+    def make(self, number: int, max_tokens: int, *, stamps: bool) -> bytes:
+        """Request `number`; with `stamps` its chunks carry token ids beside the text."""
+        body = {
+            "prompt": [*unique_ids(number), *self._prompt] if self._text is None else f"{number} {self._text}",
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "seed": 1,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": stamps,
+        }
+        data = json.dumps(body).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(data)}\r\n\r\n"
+        )
+        return head.encode() + data
 
 
 def encode_request(num_words: int) -> bytes:

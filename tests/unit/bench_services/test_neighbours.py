@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import grpc
 import pytest
 
 from bench.services.neighbours.h2 import Stream, connect, listen
-from bench.services.neighbours.wire import GenerateRequests, SubmitFrames, age, stamp_now
+from bench.services.neighbours.wire import CompletionRequests, GenerateRequests, SubmitFrames, age, stamp_now
 from scalellm.v1 import generation_pb2, link_pb2
 from service_processes import PATIENCE
 
@@ -80,6 +81,17 @@ def test_generate_requests() -> None:
     text = generation_pb2.GenerateRequest.FromString(GenerateRequests(100, text=True).make(3, 8, stamps=False))
     assert len(text.prompt.split()) == 100
     assert text.output == generation_pb2.OUTPUT_TEXT
+
+
+def test_completion_requests() -> None:
+    head, _, body = CompletionRequests(100, text=False).make(3, 8, stamps=True).partition(b"\r\n\r\n")
+    assert f"content-length: {len(body)}".encode() in head
+    request = json.loads(body)
+    grpc_request = generation_pb2.GenerateRequest.FromString(GenerateRequests(100, text=False).make(3, 8, stamps=True))
+    assert request["prompt"] == list(grpc_request.tokens.ids)
+    assert (request["max_tokens"], request["return_token_ids"]) == (8, True)
+    text = json.loads(CompletionRequests(100, text=True).make(3, 8, stamps=False).partition(b"\r\n\r\n")[2])
+    assert len(text["prompt"].split()) == 100
 
 
 async def test_stamps_tell_their_age() -> None:
