@@ -1,4 +1,8 @@
 // Streams a completion: node generate.mjs "Once upon a time" [host:port] [max tokens]
+//
+// For a secured server: SCALELLM_API_KEY, and SCALELLM_TLS_CA, SCALELLM_TLS_CERT and SCALELLM_TLS_KEY (PEM files), as for the
+// command line.
+import { readFileSync } from "node:fs";
 import { status } from "@grpc/grpc-js";
 import { connect } from "./client.mjs";
 import { FinishReason } from "./gen/scalellm/v1/common_pb.js";
@@ -15,7 +19,10 @@ process.stdout.on("error", () => process.exit(141)); // whoever read the answer 
 // What a terminal obeys, or what reorders the text beside it, never reaches one; a pipe gets exactly what was sent.
 const printable = (text) => text.replace(/(?![\n\t])[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\p{Bidi_Control}]/gu, "");
 
-const client = connect(Generation, address);
+const { SCALELLM_API_KEY: apiKey, SCALELLM_TLS_CA, SCALELLM_TLS_CERT, SCALELLM_TLS_KEY } = process.env;
+const pem = (path) => (path ? readFileSync(path) : null);
+const tls = SCALELLM_TLS_CA && { ca: pem(SCALELLM_TLS_CA), cert: pem(SCALELLM_TLS_CERT), key: pem(SCALELLM_TLS_KEY) };
+const client = connect(Generation, address, { apiKey, tls });
 const request = {
   input: { case: "prompt", value: prompt },
   sampling: { maxTokens: Number(maxTokens), temperature: 0 },

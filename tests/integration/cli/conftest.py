@@ -302,9 +302,10 @@ def node() -> Callable[..., subprocess.Popen[str]]:
     search = os.pathsep.join([str(executable.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": search}
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([executable, *arguments], cwd=NODE_CLIENT, env=environment, text=True, **pipes)
+        env = {**environment, **variables}
+        return subprocess.Popen([executable, *arguments], cwd=NODE_CLIENT, env=env, text=True, **pipes)
 
     with (NODE_CLIENT / "package-lock.json").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

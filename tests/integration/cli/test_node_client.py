@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import trustme
+
+from certificates import issue
 from hostile_text import harmful_in
 from service_processes import PATIENCE
 
@@ -30,6 +33,53 @@ def test_example_streams(node: StartNode, fake_server: Any) -> None:
 def test_example_says_what_went_wrong(node: StartNode, fake_server: Any) -> None:
     code, _, err = finish(node("generate.mjs", "bad", fake_server.address))
     assert (code, err) == (1, "error: INVALID_ARGUMENT: sampling.top_p: must be in (0, 1], got 7\n")
+
+
+def localhost(secured_server: Any) -> str:
+    """The server's address with a name: Node.js warns of certificates that are checked for a number."""
+    return f"localhost:{secured_server.server.address.rpartition(':')[2]}"
+
+
+def test_key_and_tls(node: StartNode, secured_server: Any, tmp_path: Path) -> None:
+    identity, server, address = secured_server.identity, secured_server.server, localhost(secured_server)
+    certificate = {"SCALELLM_TLS_CERT": str(identity.cert), "SCALELLM_TLS_KEY": str(identity.key)}
+    tls = {"SCALELLM_TLS_CA": str(identity.ca), **certificate}
+    key = {"SCALELLM_API_KEY": "slm-secret"}
+    other = issue(tmp_path / "other", trustme.CA())
+    code, out, err = finish(node("generate.mjs", "three plain words", address, **tls, **key))
+    assert (code, out) == (0, "three plain words \n"), err
+    guess = {"SCALELLM_API_KEY": "slm-guess"}
+    refused = finish(node("generate.mjs", "x", address, **tls, **guess))
+    assert refused[:2] == (1, "")
+    assert refused[2] == "error: UNAUTHENTICATED: no valid API key\n"
+    # Nothing to show, nobody to trust, or no TLS at all: the call does not get through.
+    for shown in ({"SCALELLM_TLS_CA": str(identity.ca)}, {**tls, "SCALELLM_TLS_CA": str(other.ca)}, {}):
+        code, out, err = finish(node("generate.mjs", "x", address, **shown, **key))
+        assert (code, out) == (1, "")
+        assert err.startswith("error: UNAVAILABLE: ")
+    assert len(server.requests) == 1
+
+
+def test_public_authorities_are_trusted_by_default(node: StartNode, secured_server: Any) -> None:
+    """`tls` without `ca` trusts public authorities, for which this variable puts others."""
+    script = """
+        import { readFileSync } from "node:fs";
+        import { connect } from "./client.mjs";
+        import { Generation } from "./gen/scalellm/v1/generation_pb.js";
+        const [address, cert, key] = process.argv.slice(1);
+        const tls = { cert: readFileSync(cert), key: readFileSync(key), name: "localhost" };
+        const client = connect(Generation, address, { apiKey: "slm-secret", tls });
+        const deadline = Date.now() + 60_000;
+        for await (const { event } of client.generate({ input: { case: "prompt", value: "yes" } }, { deadline })) {
+          if (event.case === "delta") process.stdout.write(event.value.text);
+        }
+        client.close();
+    """
+    identity = secured_server.identity
+    arguments = ("--input-type=module", "-e", script, localhost(secured_server), str(identity.cert), str(identity.key))
+    code, out, err = finish(node(*arguments, GRPC_DEFAULT_SSL_ROOTS_FILE_PATH=str(identity.ca)))
+    assert (code, out) == (0, "yes "), err
+    assert finish(node(*arguments))[0] != 0
 
 
 def test_example_shows_nothing_that_a_terminal_obeys(node: StartNode, hostile_server: Any) -> None:

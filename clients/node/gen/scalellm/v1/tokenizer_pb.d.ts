@@ -330,6 +330,13 @@ export declare type Limits = Message<"scalellm.v1.Limits"> & {
    * @generated from field: uint32 max_request_bytes = 10;
    */
   maxRequestBytes: number;
+
+  /**
+   * Bytes of the shape of an answer.
+   *
+   * @generated from field: uint32 max_structure_bytes = 11;
+   */
+  maxStructureBytes: number;
 };
 
 /**
