@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any
 
 import grpc
@@ -48,6 +48,15 @@ class CallGate:
         self._running -= 1
         if self._running == 0:
             self._idle.set()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a call. Raises StatusError when closed."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
     async def drain(self, limit: float) -> int:
         """Close, wait up to `limit` seconds for running calls, and return how many remain."""
@@ -156,8 +165,7 @@ def _reading(
         async with held.call(tenant_of(context).name, context.peer()) as account:
             async with account.reading():
                 request = await context.read()
-            gate.enter()
-            try:
+            with gate.running():
                 if request is grpc.aio.EOF:
                     await asyncio.sleep(_VERDICT)
                     raise StatusError.invalid("request", f"is missing: the call has no {name}")
@@ -167,7 +175,5 @@ def _reading(
                     )
                 account.hold(request.ByteSize())
                 await answering(request, context, account)
-            finally:
-                gate.leave()
 
     return call

@@ -100,7 +100,9 @@ class Answer:
             trace.detokenize_cpu_ns += now - started
             if sample.ended is not None and batch.finish is None and not had_ended:
                 self.stop_sample(index)
-            if delta is None or (self.seen and delta.offset + delta.num_tokens <= self.seen[index]):
+            if delta is None:
+                continue
+            if self.seen and delta.num_tokens and delta.offset + delta.num_tokens <= self.seen[index]:
                 continue
             if sent_at[index]:
                 metrics.observe_gap((now - sent_at[index]) / 1e9)

@@ -22,9 +22,8 @@ from services.tokenizer.generation.edge import Edge, cache_salt
 from services.tokenizer.generation.ending import count_shown, make_finished, save_turn
 from services.tokenizer.generation.submission import raise_failure, wait_accepted
 from services.tokenizer.kept.following import follow
-from services.tokenizer.kept.journal import Head
+from services.tokenizer.kept.journal import Head, digest
 from services.tokenizer.kept.kept_request import KeptRequest
-from services.tokenizer.kept.kept_requests import digest
 from services.tokenizer.latency import LatencyTrace, server_timing
 from services.tokenizer.prompt_builder import Prompt
 from services.tokenizer.quotas import Lease
@@ -135,9 +134,11 @@ class Call(ABC):
             self._fields.tenant = self._tenant.name
         self._fields.request_id = request_id
 
-    async def _follow(self, kept: KeptRequest, offsets: Sequence[int], min_tokens: int) -> AsyncGenerator[Event, None]:
+    async def _follow(
+        self, kept: KeptRequest, offsets: Sequence[int], min_tokens: int, *, repeats: bool = False
+    ) -> AsyncGenerator[Event, None]:
         """Yield the events of a kept request."""
-        async for event in follow(self._edge, kept, offsets, min_tokens, self.trace):
+        async for event in follow(self._edge, kept, offsets, min_tokens, self.trace, repeats=repeats):
             if isinstance(event, generation_pb2.Finished):
                 self._finish = link_pb2.Finish(usage=event.usage)
                 self._ended_samples = list(event.samples)
@@ -170,7 +171,18 @@ class Call(ABC):
 
 
 class Generation(Call):
-    """A new request, or one that was begun before under the same id and is kept."""
+    """A new request, or one that was begun before under the same id and is kept.
+
+    Args:
+        edge: The worker.
+        request: What the client asks for.
+        caller: Who asks.
+        asked: See Head.
+    """
+
+    def __init__(self, edge: Edge, request: generation_pb2.GenerateRequest, caller: Caller, asked: bytes = b"") -> None:
+        super().__init__(edge, request, caller)
+        self._asked = asked
 
     async def __aenter__(self) -> Self:
         self._edge.metrics.count_accepted(self._caller.transport)
@@ -240,7 +252,7 @@ class Generation(Call):
         submit.execution_id = secrets.token_bytes(16)
         started = self._started(submit, session, resumable=True)
         version = session.version if session is not None else ""
-        head = Head(digest(self._request), self._request, submit, started, version)
+        head = Head(digest(self._request), self._request, submit, started, version, self._asked)
         kept = await self._edge.kept.begin(
             self._edge,
             self._tenant,
@@ -331,11 +343,20 @@ class Resumption(Call):
         edge: The worker.
         resume: Which request, and from where on.
         caller: Who asks.
+        again: All of the request, where the client sent it again. Its events then begin with what the client has seen:
+            whoever writes an answer in a format of its own has to count that. See `follow`.
     """
 
-    def __init__(self, edge: Edge, resume: generation_pb2.ResumeRequest, caller: Caller) -> None:
-        super().__init__(edge, generation_pb2.GenerateRequest(request_id=resume.request_id), caller)
+    def __init__(
+        self,
+        edge: Edge,
+        resume: generation_pb2.ResumeRequest,
+        caller: Caller,
+        again: generation_pb2.GenerateRequest | None = None,
+    ) -> None:
+        super().__init__(edge, again or generation_pb2.GenerateRequest(request_id=resume.request_id), caller)
         self._resume = resume
+        self._again = again
         self.trace.first_token_at = self.trace.arrived_at  # the request's own first token was counted by another call
 
     async def _run(self) -> AsyncGenerator[Event, None]:
@@ -344,6 +365,9 @@ class Resumption(Call):
         validate_resume(resume, edge.limits)
         async with edge.quotas.reading(self._tenant):
             kept = await edge.kept.find(edge, self._tenant, resume.request_id)
+            if self._again is not None:
+                kept.head.check_same(self._again)
             self._request = kept.head.request
-            async for event in self._follow(kept, resume.offsets, resume.stream_interval or 1):
+            repeats = self._again is not None
+            async for event in self._follow(kept, resume.offsets, resume.stream_interval or 1, repeats=repeats):
                 yield event

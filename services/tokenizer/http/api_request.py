@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,6 +18,9 @@ from services.tokenizer.http.json_body import JsonObject
 
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+OnDisconnect = Literal["keep", "cancel"]
+"""What becomes of a request whose client leaves."""
+
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
 _NAMES: Mapping[str, str] = MappingProxyType(
@@ -102,6 +105,7 @@ class SamplingRequest(ApiRequest):
     stream_options: StreamOptions | None = None
     stream_interval: UInt32 | None = None
     return_token_ids: bool | None = None
+    on_disconnect: OnDisconnect | None = None
 
     ignored = frozenset(
         {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"}
@@ -123,6 +127,8 @@ class SamplingRequest(ApiRequest):
         set_present(request, self, ("skip_special_tokens", "priority", "stream_interval"))
         if self.include_stop_str_in_output is not None:
             request.include_stop = self.include_stop_str_in_output
+        if self.is_kept:
+            request.on_disconnect = generation_pb2.ON_DISCONNECT_KEEP
         return request
 
     def _set_sampling(self, sampling: common_pb2.SamplingParams) -> None:
@@ -139,6 +145,11 @@ class SamplingRequest(ApiRequest):
             if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**32):
                 raise StatusError.invalid("logit_bias", f"must have token ids as its keys, got {key[:32]!r}")
             sampling.logit_bias.add(token_id=int(key), bias=bias)
+
+    @property
+    def is_kept(self) -> bool:
+        """True if the answer is to outlive its call."""
+        return self.on_disconnect == "keep"
 
     @property
     def includes_usage(self) -> bool:

@@ -55,16 +55,36 @@ class HttpFace:
         return app
 
     def add(
-        self, app: web.Application, method: str, path: str, handler: Handler, errors: ErrorFormat = OPENAI_ERRORS
+        self,
+        app: web.Application,
+        method: str,
+        path: str,
+        handler: Handler,
+        errors: ErrorFormat = OPENAI_ERRORS,
+        *,
+        is_long: bool = False,
     ) -> None:
-        """Serve a path by a handler that reads no body. Who may call it stands in access.METHODS."""
+        """Serve a path by a handler that reads no body. Who may call it stands in access.ROUTES.
+
+        Args:
+            app: Where it is added.
+            method: Of HTTP.
+            path: What is served, names in braces for what differs.
+            handler: Answers.
+            errors: How the API tells errors.
+            is_long: Calls may take long: the drain waits for them, and lets none begin.
+        """
         # A name in braces ends at a slash, unless it is given a pattern.
         name = path.split(":")[0] + "}" if ":" in path else path
 
         async def serve(request: web.Request) -> web.StreamResponse:
             call = HttpCall(request, f"{method} {name}")
             request[_CALL] = call
-            return await self._serve(call, handler, errors)
+            return await self._serve(call, waited_for if is_long else handler, errors)
+
+        async def waited_for(call: HttpCall) -> web.StreamResponse:
+            with self.gate.running():
+                return await handler(call)
 
         if method == hdrs.METH_GET:
             app.router.add_get(path, serve)  # HEAD as well
@@ -81,11 +101,8 @@ class HttpFace:
                 if self.gate.is_closed:  # said before a long body is waited for
                     self.gate.enter()
                 body = await call.read_json(account, self.edge.limits.max_body_bytes)
-                self.gate.enter()
-                try:
+                with self.gate.running():
                     return await handler(call, body, account)
-                finally:
-                    self.gate.leave()
 
         self.add(app, hdrs.METH_POST, path, read, errors)
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
+from scalellm.v1 import generation_pb2
+from services.common.errors import StatusError
 from services.tokenizer.call_bytes import CallAccount
 from services.tokenizer.generation.edge import Edge
+from services.tokenizer.http.api_request import SamplingRequest
 from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.chat_format import ChatDocument, ChatStream
 from services.tokenizer.http.chat_request import ChatRequest
 from services.tokenizer.http.completion_format import CompletionDocument, CompletionStream
 from services.tokenizer.http.completion_request import CompletionRequest, Prompt, split_prompts
+from services.tokenizer.http.event_ids import HEADER, NumberedFormat, Place
 from services.tokenizer.http.face import HttpFace
 from services.tokenizer.http.json_body import JsonObject
 from services.tokenizer.http.service_routes import check_model
-from services.tokenizer.http.sink import serve
+from services.tokenizer.http.sink import Format, serve
 from services.tokenizer.limits import INLINE_TOKENS
 from services.tokenizer.text.detokenizer import TokenTexts
 
@@ -43,17 +47,19 @@ class OpenAiRoutes:
         edge = self._edge
         request = ChatRequest.read(body, is_strict=self._is_strict)
         check_model(request.model, edge)
+        place = _place(call, request)
         requests = request.requests(call.request_id, content_is_text=edge.prompts.can_take_content_as_text)
         answer_id = f"chatcmpl-{requests[0].request_id}"
         make = ChatStream if request.stream else ChatDocument
         format = make(request, answer_id, edge.model_name, edge.prompts.texts)
-        return await serve(edge, call, requests, [request.names], format, is_stream=bool(request.stream))
+        return await self._serve(call, request, requests, [request.names], format, place)
 
     async def complete(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Continue prompts."""
         edge = self._edge
         request = CompletionRequest.read(body, is_strict=self._is_strict)
         check_model(request.model, edge)
+        place = _place(call, request)
         prompts = split_prompts(request.prompt, edge.limits)
         requests = request.requests(call.request_id, prompts)
         echoes = await self._echoes(call, prompts) if request.echo else [""] * len(prompts)
@@ -61,7 +67,23 @@ class OpenAiRoutes:
         make = CompletionStream if request.stream else CompletionDocument
         format = make(request, answer_id, edge.model_name, edge.prompts.texts, echoes)
         names = [request.names(number) for number in range(len(requests))]
-        return await serve(edge, call, requests, names, format, is_stream=bool(request.stream))
+        return await self._serve(call, request, requests, names, format, place)
+
+    async def _serve(
+        self,
+        call: HttpCall,
+        request: SamplingRequest,
+        requests: Sequence[generation_pb2.GenerateRequest],
+        names: Sequence[Mapping[str, str]],
+        format: Format,
+        place: Place | None,
+    ) -> web.StreamResponse:
+        num_samples = request.n or 1
+        seen = place.seen(len(requests), num_samples) if place is not None else None
+        if request.is_kept and request.stream:
+            request_id = request.request_id or call.request_id
+            format = NumberedFormat(format, request_id, len(requests), num_samples, seen)
+        return await serve(self._edge, call, requests, names, format, is_stream=bool(request.stream), seen=seen)
 
     async def _echoes(self, call: HttpCall, prompts: Sequence[Prompt]) -> list[str]:
         """The texts of prompts. Long ones are made when it is the caller's turn."""
@@ -71,6 +93,20 @@ class OpenAiRoutes:
             return [_text_of(prompt, builder.texts) for prompt in prompts]
         caller = call.tenant(self._edge.access).name
         return await builder.run(caller, lambda: [_text_of(prompt, builder.texts) for prompt in prompts])
+
+
+def _place(call: HttpCall, request: SamplingRequest) -> Place | None:
+    """From where on a kept answer is to be sent, if that is asked for. The call then has the id of its request."""
+    event_id = call.request.headers.get(HEADER)
+    if event_id is None:
+        return None
+    if not (request.is_kept and request.stream):
+        raise StatusError.invalid(HEADER, "needs a body with stream: true and on_disconnect: keep")
+    place = Place.read(event_id)
+    if request.request_id not in (None, place.request_id):
+        raise StatusError.invalid(HEADER, f"is of request {place.request_id!r}, not of {request.request_id[:128]!r}")
+    call.request_id = place.request_id
+    return place
 
 
 def _text_of(prompt: Prompt, texts: TokenTexts) -> str:

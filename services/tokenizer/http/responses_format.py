@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import secrets
-import time
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
+
+import grpc
 
 from scalellm.v1 import common_pb2, generation_pb2
 from services.common.errors import StatusError
@@ -17,23 +18,37 @@ from services.tokenizer.http.wire import dump, latency_json, quote
 from services.tokenizer.sample_stream import Delta
 from services.tokenizer.text.detokenizer import TokenTexts
 
+HEAD_EVENTS = 4
+"""Events of a stream before those with text. That of a kept one with the text up to token k has the number
+HEAD_EVENTS - 1 + k."""
+
+_UNFINISHED = MappingProxyType({"cancelled": "incomplete", "failed": "incomplete"})
+
 
 class ResponseDocument:
-    """The answer in one.
+    """The answer in one. Made twice of the same, it says the same.
 
     Args:
         request: What was asked.
         response_id: Its id.
+        created_at: Seconds since the epoch.
         model: Name of the model.
         texts: What tokens mean.
-        is_stored: Whether it will be kept.
+        is_stored: True if it will be stored.
     """
 
     def __init__(
-        self, request: ResponsesRequest, response_id: str, model: str, texts: TokenTexts, *, is_stored: bool
+        self,
+        request: ResponsesRequest,
+        response_id: str,
+        created_at: int,
+        model: str,
+        texts: TokenTexts,
+        *,
+        is_stored: bool,
     ) -> None:
         self.request = request
-        self.message_id = f"msg_{secrets.token_hex(16)}"
+        self.message_id = f"msg_{response_id.removeprefix('resp_')}"
         self._texts = texts
         self._num_top = request.top_logprobs or 0
         self._parts: list[str] = []
@@ -41,9 +56,9 @@ class ResponseDocument:
         self.response: dict[str, Any] = {
             "id": response_id,
             "object": "response",
-            "created_at": int(time.time()),
+            "created_at": created_at,
             "status": "in_progress",
-            "background": False,
+            "background": bool(request.background),
             "error": None,
             "incomplete_details": None,
             "instructions": request.instructions,
@@ -72,7 +87,9 @@ class ResponseDocument:
         return "".join(self._parts)
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Nothing."""
+        """Nothing. Raises StatusError where a background response cannot be kept."""
+        if self.request.background and not started.resumable:
+            raise StatusError.unavailable("background: the response cannot be kept now, Redis is away or full", 1.0)
         return ""
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
@@ -108,18 +125,30 @@ class ResponseDocument:
         }
         self.response["latency"] = json.loads(latency_json(finished))
 
+    def fail(self, error: StatusError) -> None:
+        """Make the response one that did not finish."""
+        is_cancelled = error.code is grpc.StatusCode.CANCELLED
+        self.response["status"] = "cancelled" if is_cancelled else "failed"
+        if not is_cancelled:
+            is_limit = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            code = "rate_limit_exceeded" if is_limit else "server_error"  # OpenAI's list is closed
+            self.response["error"] = {"code": code, "message": error.message}
+
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
         """The document."""
         return self.whole()
 
     def whole(self) -> str:
-        """The response with its output."""
+        """The response with its output, which it has once it ended."""
+        if self.response["status"] == "in_progress":
+            return dump(self.response)
         rest = {name: value for name, value in self.response.items() if name != "output"}
         return f'{dump(rest)[:-1]},"output":[{self.item()}]}}'
 
     def item(self) -> str:
         """The one item of the output."""
         status = self.response["status"]
+        status = _UNFINISHED.get(status, status)
         return (
             f'{{"id":"{self.message_id}","type":"message","status":"{status}","role":"assistant",'
             f'"content":[{self.part()}]}}'
@@ -136,21 +165,45 @@ class ResponseDocument:
 
 
 class ResponseStream(ResponseDocument):
-    """The answer as events. Arguments as for ResponseDocument."""
+    """The answer as events. Arguments as for ResponseDocument.
+
+    Events are numbered. Where the response is kept, the number of an event follows from the tokens before it, however
+    they come, so that a client can go on from it: numbers are left out where one event has the text of several tokens.
+
+    Attributes:
+        starting_after: Events up to this number are left out.
+    """
 
     def __init__(
-        self, request: ResponsesRequest, response_id: str, model: str, texts: TokenTexts, *, is_stored: bool
+        self,
+        request: ResponsesRequest,
+        response_id: str,
+        created_at: int,
+        model: str,
+        texts: TokenTexts,
+        *,
+        is_stored: bool,
     ) -> None:
-        super().__init__(request, response_id, model, texts, is_stored=is_stored)
-        self._sequence = 0
+        super().__init__(request, response_id, created_at, model, texts, is_stored=is_stored)
+        self.starting_after = -1
+        self._number = -1
+        self._num_tokens = 0
         self._place = f'"item_id":"{self.message_id}","output_index":0,"content_index":0'
 
-    def _event(self, name: str, rest: str) -> str:
-        self._sequence += 1
-        return f'event: {name}\ndata: {{"type":"{name}","sequence_number":{self._sequence - 1},{rest}}}\n\n'
+    @property
+    def _token_number(self) -> int:
+        """What follows the last token has a number behind this one."""
+        return HEAD_EVENTS - 1 + self._num_tokens if self.request.is_kept else 0
+
+    def _event(self, name: str, rest: str, number: int = 0) -> str:
+        self._number = max(self._number + 1, number)
+        if self._number <= self.starting_after:
+            return ""
+        return f'event: {name}\ndata: {{"type":"{name}","sequence_number":{self._number},{rest}}}\n\n'
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
         """The response begins, and its only item, and the only part of that."""
+        super().start(prompt, started)
         begun = f'"response":{dump(self.response)}'
         item = f'{{"id":"{self.message_id}","type":"message","status":"in_progress","role":"assistant","content":[]}}'
         part = '{"type":"output_text","text":"","annotations":[],"logprobs":[]}'
@@ -164,14 +217,18 @@ class ResponseStream(ResponseDocument):
     def delta(self, prompt: int, delta: Delta) -> str:
         """More text."""
         logprobs = self.keep(delta)
+        self._num_tokens += delta.num_tokens
         if not delta.text and not logprobs:
             return ""
         return self._event(
-            "response.output_text.delta", f'{self._place},"delta":{quote(delta.text)},"logprobs":[{logprobs}]'
+            "response.output_text.delta",
+            f'{self._place},"delta":{quote(delta.text)},"logprobs":[{logprobs}]',
+            self._token_number,
         )
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
         """The part ends, the item, and the response."""
+        self._number = max(self._number, self._token_number)
         name = "response.completed" if self.response["status"] == "completed" else "response.incomplete"
         return (
             self._event(
@@ -185,4 +242,4 @@ class ResponseStream(ResponseDocument):
     def failed(self, error: StatusError) -> bytes:
         """The last event of a stream that failed."""
         rest = f'"code":{quote(error_code(error))},"message":{quote(error.message)},"param":{dump(error.field or None)}'
-        return self._event("error", rest).encode()
+        return self._event("error", rest, self.starting_after + 1).encode()

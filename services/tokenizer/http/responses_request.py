@@ -7,9 +7,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import grpc
+
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
-from services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, set_present
+from services.tokenizer.http.api_request import ApiRequest, OnDisconnect, UInt32, as_text, set_present
 from services.tokenizer.http.messages import add_messages
 from services.tokenizer.http.structure_fields import Shape, shape_of_format
 
@@ -43,12 +45,13 @@ class ResponsesRequest(ApiRequest):
     text: TextOptions | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
+    background: bool | None = None
+    on_disconnect: OnDisconnect | None = None
 
     refused = MappingProxyType(
         {
             "tools": ([],),
             "tool_choice": ("none", "auto"),
-            "background": (False,),
             "conversation": (),
             "prompt": (),
             "truncation": ("disabled",),
@@ -60,6 +63,26 @@ class ResponsesRequest(ApiRequest):
             *("prompt_cache_key", "prompt_cache_retention", "stream_options"),
         }
     )
+
+    @property
+    def is_kept(self) -> bool:
+        """True if the response is to outlive its call."""
+        return bool(self.background) or self.on_disconnect == "keep"
+
+    def check(self, *, can_keep: bool) -> None:
+        """Raise StatusError where fields contradict each other, or the service cannot keep what is to be kept."""
+        if not self.background:
+            return
+        if self.store is False:
+            raise StatusError.invalid(
+                "store", "must not be false with background: who asks for it later needs it stored"
+            )
+        if not can_keep:
+            raise StatusError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "background: is not possible here: the service was started without --redis-url",
+                field="background",
+            )
 
     def said(self) -> list[tuple[str, str]]:
         """Return the messages of the input. Raises StatusError."""
@@ -89,6 +112,8 @@ class ResponsesRequest(ApiRequest):
             content_is_text: Take special tokens' texts in messages for text.
         """
         request = generation_pb2.GenerateRequest(request_id=request_id)
+        if self.is_kept:
+            request.on_disconnect = generation_pb2.ON_DISCONNECT_KEEP
         request.chat.content_is_text = content_is_text
         # Of this response alone: the next one has its own, or none.
         instructions = [("system", as_text(self.instructions, "instructions"))] if self.instructions else []

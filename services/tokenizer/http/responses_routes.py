@@ -1,10 +1,11 @@
-"""OpenAI's /v1/responses. One that is kept is a session of its own: the conversation up to it, and its document."""
+"""OpenAI's /v1/responses. One that is stored is a session of its own: the conversation up to it, and its document."""
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -15,15 +16,17 @@ from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.tokenizer.call_bytes import CallAccount
 from services.tokenizer.generation.edge import Edge
+from services.tokenizer.generation.request_path import Generation
+from services.tokenizer.http.api_request import renamed
 from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.face import HttpFace
 from services.tokenizer.http.json_body import JsonObject
-from services.tokenizer.http.responses_format import ResponseDocument, ResponseStream
+from services.tokenizer.http.kept_responses import KeptResponses, as_session, asked_for, said
+from services.tokenizer.http.responses_format import HEAD_EVENTS, ResponseDocument, ResponseStream
 from services.tokenizer.http.responses_request import ResponsesRequest, Said
 from services.tokenizer.http.service_routes import check_model, json_answer
-from services.tokenizer.http.sink import serve
-from services.tokenizer.session import Session, Turn
-from services.tokenizer.session_store import SaveOutcome
+from services.tokenizer.http.sink import HttpCaller, OnFinished, serve
+from services.tokenizer.session import Session
 from services.tokenizer.validation import is_id
 
 _PATH = "/v1/responses"
@@ -31,7 +34,7 @@ _ONE = f"{_PATH}/{{response_id}}"
 
 
 class ResponsesRoutes:
-    """Generates, and keeps what was generated.
+    """Generates, and tells what was generated.
 
     Args:
         edge: The worker.
@@ -41,13 +44,14 @@ class ResponsesRoutes:
     def __init__(self, edge: Edge, *, is_strict: bool) -> None:
         self._edge = edge
         self._is_strict = is_strict
+        self._kept = KeptResponses(edge)
 
     def register(self, face: HttpFace, app: web.Application) -> None:
         """Add the routes."""
         face.add_body(app, _PATH, self.create)
-        face.add(app, hdrs.METH_GET, _ONE, self.get)
+        face.add(app, hdrs.METH_GET, _ONE, self.get, is_long=True)
         face.add(app, hdrs.METH_DELETE, _ONE, self.delete)
-        face.add(app, hdrs.METH_POST, f"{_ONE}/cancel", self.cancel)
+        face.add(app, hdrs.METH_POST, f"{_ONE}/cancel", self.cancel, is_long=True)
         face.add(app, hdrs.METH_GET, f"{_ONE}/input_items", self.input_items)
 
     async def create(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
@@ -55,82 +59,168 @@ class ResponsesRoutes:
         edge = self._edge
         request = ResponsesRequest.read(body, is_strict=self._is_strict)
         check_model(request.model, edge)
+        request.check(can_keep=edge.sessions.is_on)
         tenant = call.tenant(edge.access)
         said = request.said()
         history: Said = ()
         if request.previous_response_id is not None:
-            history = (await self._load(tenant, request.previous_response_id, "previous_response_id")).messages
+            history = await self._history(tenant, request.previous_response_id)
         if request.store:
             await edge.sessions.of(tenant).check_room()
         content_is_text = edge.prompts.can_take_content_as_text
-        made = request.to_generate(call.request_id, history, said, content_is_text=content_is_text)
-        is_stored = request.store is not False and edge.sessions.is_on
+        response_id, created_at = f"resp_{secrets.token_hex(16)}", int(time.time())
+        request_id = response_id if request.is_kept else call.request_id
+        made = request.to_generate(request_id, history, said, content_is_text=content_is_text)
+        asked = asked_for(request, created_at) if request.is_kept else b""
         make = ResponseStream if request.stream else ResponseDocument
-        response_id = f"resp_{secrets.token_hex(16)}"
-        format = make(request, response_id, edge.model_name, edge.prompts.texts, is_stored=is_stored)
-
-        async def on_finished(finished: Sequence[generation_pb2.Finished]) -> None:
-            format.finish(finished)
-            if is_stored:
-                await self._keep(tenant, format, (*history, *said))
-
+        is_stored = request.store is not False and edge.sessions.is_on
+        format = make(request, response_id, created_at, edge.model_name, edge.prompts.texts, is_stored=is_stored)
+        names = request.names(len(made.chat.messages) - len(said))
+        if request.background and not request.stream:
+            return await self._begin(call, made, asked, format, names)
         if isinstance(format, ResponseStream):
             call.error_event = format.failed
-        names = request.names(len(made.chat.messages) - len(said))
+        on_finished = self._storing(tenant, format, (*history, *said))
         is_stream = bool(request.stream)
-        return await serve(edge, call, [made], [names], format, is_stream=is_stream, on_finished=on_finished)
+        return await serve(
+            edge, call, [made], [names], format, is_stream=is_stream, on_finished=on_finished, asked=asked
+        )
+
+    async def _begin(
+        self,
+        call: HttpCall,
+        made: generation_pb2.GenerateRequest,
+        asked: bytes,
+        format: ResponseDocument,
+        names: Mapping[str, str],
+    ) -> web.StreamResponse:
+        """Begin a response, and leave it running. Raises StatusError."""
+        deadline = call.deadline(is_stream=True)
+        generation = Generation(self._edge, made, HttpCaller(call, deadline), asked)
+        try:
+            async with deadline, generation:
+                started = await anext(generation.events)
+                assert isinstance(started, generation_pb2.Started)
+                format.start(0, started)
+        except StatusError as error:
+            raise renamed(error, names) from None
+        return _document(format.whole())
 
     async def get(self, call: HttpCall) -> web.StreamResponse:
-        """A response that was kept."""
-        session = await self._load(call.tenant(self._edge.access), call.request.match_info["response_id"])
-        return web.Response(body=session.document.encode(), content_type="application/json")
+        """A response as it is now, or with `stream=true` its events from `starting_after` on."""
+        tenant, response_id = call.tenant(self._edge.access), call.request.match_info["response_id"]
+        if call.request.query.get("stream", "").lower() in ("true", "1"):
+            return await self._stream(call, tenant, response_id)
+        async with self._edge.quotas.reading(tenant):
+            session, _ = await self._load(tenant, response_id)
+        return _document(session.document)
+
+    async def _stream(self, call: HttpCall, tenant: Tenant, response_id: str) -> web.StreamResponse:
+        starting_after = _starting_after(call)
+        kept = await self._kept.find(tenant, response_id) if is_id(response_id) else None
+        if kept is None:
+            await self._load(tenant, response_id)
+            raise StatusError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "stream: only a response that began with background or on_disconnect: keep is streamed later, and not "
+                "for long; get it without stream",
+                field="stream",
+            )
+        format = self._kept.format(ResponseStream, kept)
+        format.starting_after = starting_after
+        call.error_event = format.failed
+        return await serve(
+            self._edge,
+            call,
+            [kept.head.request],
+            [{}],
+            format,
+            is_stream=True,
+            on_finished=self._storing(tenant, format, said(kept, format.request)),
+            seen=[[max(0, starting_after - HEAD_EVENTS + 1)]],
+        )
 
     async def delete(self, call: HttpCall) -> web.StreamResponse:
-        """Forget a response. Those behind it stay."""
+        """Forget a response, and end it if it runs. Those behind it stay."""
         response_id = call.request.match_info["response_id"]
         tenant = call.tenant(self._edge.access)
-        await self._load(tenant, response_id)
+        kept = await self._kept.find(tenant, response_id) if is_id(response_id) else None
+        if kept is None:
+            await self._load(tenant, response_id)
+        else:
+            await self._edge.kept.forget(self._edge, tenant, response_id)
         await self._edge.sessions.of(tenant).delete(response_id)
         return json_answer({"id": response_id, "object": "response", "deleted": True})
 
     async def cancel(self, call: HttpCall) -> web.StreamResponse:
-        """Refused: only background responses run on without their client, and there are none."""
-        await self._load(call.tenant(self._edge.access), call.request.match_info["response_id"])
-        raise StatusError(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            "response_id: has ended; a response that runs is cancelled by closing its connection",
-            field="response_id",
-        )
+        """End a response that outlives its call. One that has ended stays as it is."""
+        tenant, response_id = call.tenant(self._edge.access), call.request.match_info["response_id"]
+        kept = await self._kept.find(tenant, response_id) if is_id(response_id) else None
+        if kept is not None:
+            await kept.cancel()
+        session, _ = await self._load(tenant, response_id)
+        if kept is None and not json.loads(session.document)["background"]:
+            raise StatusError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "response_id: has ended; one that began without background or on_disconnect: keep is cancelled by "
+                "closing its connection",
+                field="response_id",
+            )
+        return _document(session.document)
 
     async def input_items(self, call: HttpCall) -> web.StreamResponse:
         """What a response answers, from the beginning of the conversation on."""
-        session = await self._load(call.tenant(self._edge.access), call.request.match_info["response_id"])
+        session, _ = await self._load(call.tenant(self._edge.access), call.request.match_info["response_id"])
         items = [_item(f"msg_{index}", role, content) for index, (role, content) in enumerate(session.messages[:-1])]
         if call.request.query.get("order", "desc") != "asc":
             items.reverse()
         ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
         return json_answer({"object": "list", "data": items, **ends, "has_more": False})
 
-    async def _load(self, tenant: Tenant, response_id: str, field: str = "response_id") -> Session:
-        session = None
+    async def _history(self, tenant: Tenant, response_id: str) -> Said:
+        """The conversation up to a response, its answer included. Raises StatusError."""
+        field = "previous_response_id"
+        session, status = await self._load(tenant, response_id, field)
+        if status not in ("completed", "incomplete"):
+            message = f"{field}: response {response_id!r} is {status}; only what is complete can be gone on from"
+            raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, message, field=field)
+        return session.messages
+
+    async def _load(self, tenant: Tenant, response_id: str, field: str = "response_id") -> tuple[Session, str]:
+        """Return a response as it is now, and its status. Raises StatusError NOT_FOUND, UNAVAILABLE."""
         if is_id(response_id):
             session = await self._edge.sessions.of(tenant).load(response_id)
-        if session is None or not session.document:
-            raise StatusError(
-                grpc.StatusCode.NOT_FOUND,
-                f"{field}: there is no response {response_id[:128]!r}, or it expired",
-                field=field,
-            )
-        return session
+            if session is not None and session.document:
+                return session, "completed"
+            kept = await self._kept.find(tenant, response_id)
+            if kept is not None:
+                format = await self._kept.read(tenant, kept)
+                return as_session(format, said(kept, format.request)), format.response["status"]
+        raise StatusError(
+            grpc.StatusCode.NOT_FOUND,
+            f"{field}: there is no response {response_id[:128]!r}, or it expired",
+            field=field,
+        )
 
-    async def _keep(self, tenant: Tenant, format: ResponseDocument, said: Said) -> None:
-        """Store a response, if that can be done; the answer says whether it was."""
-        now = time.time()
-        messages = (*said, ("assistant", format.text))
-        turn = Turn(len(messages), 0)
-        session = Session(messages, (), (turn,), now, now, document=format.whole())
-        outcome = await self._edge.sessions.of(tenant).save(format.response["id"], session)
-        format.response["store"] = outcome is SaveOutcome.SAVED
+    def _storing(self, tenant: Tenant, format: ResponseDocument, messages: Said) -> OnFinished:
+        async def on_finished(finished: Sequence[generation_pb2.Finished]) -> None:
+            format.finish(finished)
+            await self._kept.store(tenant, format, messages)
+
+        return on_finished
+
+
+def _document(text: str) -> web.Response:
+    return web.Response(body=text.encode(), content_type="application/json")
+
+
+def _starting_after(call: HttpCall) -> int:
+    text = call.request.query.get("starting_after", "")
+    if not text:
+        return -1
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise StatusError.invalid("starting_after", "must be the sequence_number of an event")
+    return int(text)
 
 
 def _item(item_id: str, role: str, content: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
 from services.tokenizer.generation.caller import Caller
 from services.tokenizer.generation.edge import Edge
-from services.tokenizer.generation.request_path import Generation
+from services.tokenizer.generation.request_path import Call, Generation, Resumption
 from services.tokenizer.http.api_request import renamed
 from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.deadline import Deadline
@@ -129,6 +129,8 @@ async def serve(
     *,
     is_stream: bool,
     on_finished: OnFinished | None = None,
+    seen: Sequence[Sequence[int]] | None = None,
+    asked: bytes = b"",
 ) -> web.StreamResponse:
     """Run the generations side by side and write their answer. Raises StatusError.
 
@@ -142,34 +144,42 @@ async def serve(
         format: Of the answer.
         is_stream: Whether the client wants each part when it comes.
         on_finished: See OnFinished.
+        seen: Go on with answers that are kept: tokens of each sample that the client has, per prompt. The format is
+            told of these as well, in Deltas that end there.
+        asked: See Head.
     """
     sink = (StreamSink if is_stream else DocumentSink)(call, format, on_finished)
     deadline = call.deadline(is_stream=is_stream)
     caller = HttpCaller(call, deadline)
-    together = _Together(edge, sink, deadline, len(requests))
+
+    def begin(number: int) -> Call:
+        request = requests[number]
+        if seen is None:
+            return Generation(edge, request, caller, asked)
+        resume = generation_pb2.ResumeRequest(request_id=request.request_id, offsets=seen[number])
+        if request.HasField("stream_interval"):
+            resume.stream_interval = request.stream_interval
+        return Resumption(edge, resume, caller, again=request)
+
+    together = _Together(begin, sink, deadline, len(requests))
     try:
         async with deadline:
             if len(requests) == 1:
-                await together.run(0, requests[0], caller, names[0])
+                await together.run(0, names[0])
             else:
-                await _gather(together, requests, names, caller)
+                await _gather(together, names)
     except ConnectionError:
         raise asyncio.CancelledError from None  # the client has gone; its task is about to be told
     assert sink.response is not None
     return sink.response
 
 
-async def _gather(
-    together: _Together,
-    requests: Sequence[generation_pb2.GenerateRequest],
-    names: Sequence[Mapping[str, str]],
-    caller: HttpCaller,
-) -> None:
+async def _gather(together: _Together, names: Sequence[Mapping[str, str]]) -> None:
     failure: StatusError | ConnectionError | None = None
     try:
         async with asyncio.TaskGroup() as group:
-            for number, request in enumerate(requests):
-                group.create_task(together.run(number, request, caller, names[number]))
+            for number, names_of_one in enumerate(names):
+                group.create_task(together.run(number, names_of_one))
     except* (StatusError, ConnectionError) as errors:
         failure = errors.exceptions[0]  # type: ignore[assignment]
     if failure is not None:
@@ -179,8 +189,8 @@ async def _gather(
 class _Together:
     """Generations that are answered as one."""
 
-    def __init__(self, edge: Edge, sink: Sink, deadline: Deadline, count: int) -> None:
-        self._edge = edge
+    def __init__(self, begin: Callable[[int], Call], sink: Sink, deadline: Deadline, count: int) -> None:
+        self._begin = begin
         self._sink = sink
         self._deadline = deadline
         self._started = 0
@@ -188,12 +198,10 @@ class _Together:
         self._finished: list[generation_pb2.Finished | None] = [None] * count
         self._is_written = asyncio.Event()
 
-    async def run(
-        self, number: int, request: generation_pb2.GenerateRequest, caller: HttpCaller, names: Mapping[str, str]
-    ) -> None:
+    async def run(self, number: int, names: Mapping[str, str]) -> None:
         """Run one of them, until the answer to all was written. Raises StatusError."""
         sink, format, progress = self._sink, self._sink.format, self._deadline.progress
-        generation = Generation(self._edge, request, caller)
+        generation = self._begin(number)
         try:
             async with generation:
                 async for event in generation.events:
@@ -219,7 +227,7 @@ class _Together:
         await self._is_open.wait()
         await self._sink.write(text)
 
-    async def _end(self, generation: Generation) -> None:
+    async def _end(self, generation: Call) -> None:
         done = [finished for finished in self._finished if finished is not None]
         if len(done) == len(self._finished):
             if self._sink.on_finished is not None:

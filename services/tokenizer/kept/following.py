@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 async def follow(
-    edge: Edge, kept: KeptRequest, offsets: Sequence[int], min_tokens: int, trace: LatencyTrace
+    edge: Edge,
+    kept: KeptRequest,
+    offsets: Sequence[int],
+    min_tokens: int,
+    trace: LatencyTrace,
+    *,
+    repeats: bool = False,
 ) -> AsyncGenerator[Event, None]:
     """Yield the events of a request, Deltas from `offsets` on. Raises StatusError for every end but OK.
 
@@ -26,6 +32,8 @@ async def follow(
         offsets: Tokens of each sample that the client has; missing ones are 0.
         min_tokens: Tokens of a sample to wait for.
         trace: Told of the time that detokenising takes.
+        repeats: Yield what the client has as well, in Deltas that end at `offsets`, for who has to count or to tell all
+            of the answer. Offsets may then be beyond its end.
     """
     head, transcript = kept.head, kept.transcript
     num_samples = head.submit.sampling.n
@@ -36,8 +44,8 @@ async def follow(
     offsets = [*offsets, *[0] * (num_samples - len(offsets))]
     options = OutputOptions.from_request(head.request)
     samples = make_samples(head.request, options, head.submit, edge.prompts.texts)
-    answer = Answer(head.submit.token_ids, samples, trace, edge.metrics, lambda index: None, offsets)
-    with kept.followed(), transcript.reader(offsets, min_tokens) as reader:
+    answer = Answer(head.submit.token_ids, samples, trace, edge.metrics, lambda index: None, () if repeats else offsets)
+    with kept.followed(), transcript.reader(offsets, min_tokens, repeats=repeats) as reader:
         await kept.wait_accepted()
         yield head.started
         while not transcript.is_over or reader.changed.is_set():
@@ -46,7 +54,7 @@ async def follow(
                 yield event
     reader.raise_error()
     for index, sample in enumerate(samples):
-        if sample.num_tokens < offsets[index]:
+        if sample.num_tokens < offsets[index] and not repeats:
             raise StatusError.invalid(
                 f"offsets[{index}]", f"must be at most {sample.num_tokens}, all tokens of it, got {offsets[index]}"
             )

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 from google.protobuf.message import DecodeError
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
@@ -53,6 +54,8 @@ class Head:
         submit: What went to the scheduler first.
         started: The first event.
         session_version: Of the session that it continues; empty for a new one, and without.
+        asked: What the client asked for in the words of its own API, for whoever tells the answer in that API; empty
+            where nobody asks for it by its id alone.
     """
 
     digest: bytes
@@ -60,11 +63,21 @@ class Head:
     submit: link_pb2.Submit
     started: generation_pb2.Started
     session_version: str = ""
+    asked: bytes = b""
 
     @property
     def request_id(self) -> str:
         """The request's id."""
         return self.submit.request_id
+
+    def check_same(self, request: generation_pb2.GenerateRequest) -> None:
+        """Raise StatusError ALREADY_EXISTS unless it is this request that came again."""
+        if self.digest != digest(request):
+            raise StatusError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                f"request_id: {request.request_id!r} stands for a request with other parameters, which is still kept; "
+                "choose another id",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +164,7 @@ class Journal:
             "submit": head.submit.SerializeToString(),
             "started": head.started.SerializeToString(),
             "session": head.session_version,
+            "asked": head.asked,
         }
         flat: list[str | bytes] = [part for pair in fields.items() for part in pair]
         left = "" if time_left is None else str(int(time_left * 1e3))
@@ -161,19 +175,20 @@ class Journal:
 
     async def head(self, tenant: Tenant, request_id: str) -> Head | None:
         """Return the head of a journal; None if there is none."""
-        names = ("digest", "request", "submit", "started", "session")
+        names = ("digest", "request", "submit", "started", "session", "asked")
         async with self._reach() as redis:
-            fields = await redis.hmget(_Keys(tenant, request_id).head, names)
+            *fields, asked = await redis.hmget(_Keys(tenant, request_id).head, names)
         if any(field is None for field in fields):
             return None
-        digest, request, submit, started, session = fields
+        known_digest, request, submit, started, session = fields
         try:
             return Head(
-                digest,
+                known_digest,
                 generation_pb2.GenerateRequest.FromString(request),
                 link_pb2.Submit.FromString(submit),
                 generation_pb2.Started.FromString(started),
                 session.decode(),
+                asked or b"",  # version N-1 has none
             )
         except (DecodeError, UnicodeDecodeError):
             raise _unreadable(request_id) from None
@@ -263,6 +278,11 @@ class Journal:
             self.num_failures += 1
             cause = RedisFault.of(error).cause
             raise StatusError.unavailable(f"the store of kept requests {cause}", retry_after=_RETRY_AFTER) from None
+
+
+def digest(request: generation_pb2.GenerateRequest) -> bytes:
+    """What tells a request from others."""
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
 
 class _Keys:

@@ -3,9 +3,9 @@
 KEYS: the head, a hash; the index and the sizes as in session_script; the tail, a string. In the head: `fence`, which
 rises with each worker that takes the request over, so that of two that think it is theirs one finds out; `owner`,
 that worker's name; `lease`, the time in ms until which nobody may take it over; `deadline` in ms; `execution`, the id
-that all attempts to run it have in common; `digest`, `request`, `submit`, `started` and `session` as in journal.Head;
-`cancel` once its tenant wants it to end; and once the request has ended, `finished` or `error`. The tail is what came
-of the request, as StepOutputs one after the other: protobuf merges what is concatenated.
+that all attempts to run it have in common; `digest`, `request`, `submit`, `started`, `session` and `asked` as in
+journal.Head; `cancel` once its tenant wants it to end; and once the request has ended, `finished` or `error`. The tail
+is what came of the request, as StepOutputs one after the other: protobuf merges what is concatenated.
 
 All times are Redis' own. A client repeats a script when a connection breaks before its answer: a second run changes
 nothing.

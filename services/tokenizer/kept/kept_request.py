@@ -117,6 +117,7 @@ class KeptRequest:
         if not fence:
             self._accepted.set()
         self._is_cancelled = False
+        self._is_known = asyncio.Event()
         self._owning: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -163,6 +164,12 @@ class KeptRequest:
             self.num_followers -= 1
             if not self.num_followers and not self.is_here and self._task is not None:
                 self._task.cancel()
+
+    async def look(self) -> None:
+        """Return once the transcript has what came of it until now, wherever it runs."""
+        if not self.is_here:
+            with self.followed():
+                await self._is_known.wait()
 
     async def wait_accepted(self) -> None:
         """Wait until it is taken to be accepted. Raises StatusError if it was refused."""
@@ -282,10 +289,13 @@ class KeptRequest:
             except (ValueError, IndexError):
                 raise no_request(self.head.request_id) from None
             self._num_bytes = reading.num_bytes
-            if reading.end is not None:
+            if reading.end is None:
+                self._is_known.set()
+            else:
                 if isinstance(reading.end, generation_pb2.Finished) and not self.transcript.has_all:
                     raise no_request(self.head.request_id)
                 self.transcript.end(reading.end)
+                self._is_known.set()
                 return
             if reading.lease_left <= 0:
                 fence = await self._journal.take(self.tenant, self.head.request_id, reading.fence)
@@ -332,7 +342,8 @@ class KeptRequest:
 
     async def _fail(self, error: StatusError) -> None:
         """The scheduler ended it. Raises StatusError if that is not its end."""
-        is_refusal = error.code in _REFUSALS and not self.transcript.num_tokens  # also from the scheduler's queue
+        # Also from the scheduler's queue. Where the id is the server's, its client asks what became of it.
+        is_refusal = error.code in _REFUSALS and not self.transcript.num_tokens and not self.head.asked
         if is_refusal or not self._accepted.is_set():
             # A refused request did not run: its id stands for nothing, and the client may send it again.
             self._writes_nothing = True
@@ -357,6 +368,7 @@ class KeptRequest:
         """Tell the readers; others may go on at once."""
         if not self.transcript.is_over:
             self.transcript.end(error.to_link())
+        self._is_known.set()
         if not self._accepted.is_set():
             self._refuse(error)
         async with self._writing:

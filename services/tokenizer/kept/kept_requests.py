@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -90,6 +89,13 @@ class KeptRequests:
         await kept.cancel()
         return kept
 
+    async def forget(self, edge: Edge, tenant: Tenant, request_id: str) -> None:
+        """End a request, and keep nothing of it. Raises StatusError NOT_FOUND, UNAVAILABLE."""
+        kept = await self.cancel(edge, tenant, request_id)
+        await kept.stop()  # what is written after it is forgotten would begin its journal again
+        if self._journal is not None and (reading := await self._journal.read(tenant, request_id, 0)) is not None:
+            await self._journal.forget(tenant, request_id, reading.fence)
+
     async def find_same(
         self, edge: Edge, tenant: Tenant, request: generation_pb2.GenerateRequest
     ) -> KeptRequest | None:
@@ -103,12 +109,7 @@ class KeptRequests:
             kept = await self.find(edge, tenant, request.request_id)
         except StatusError:
             return None
-        if kept.head.digest != digest(request):
-            raise StatusError(
-                grpc.StatusCode.ALREADY_EXISTS,
-                f"request_id: {request.request_id!r} stands for a request with other parameters, which is still kept; "
-                "choose another id",
-            )
+        kept.head.check_same(request)
         return kept
 
     async def begin(
@@ -199,8 +200,3 @@ class KeptRequests:
         key = (kept.tenant.name, kept.head.request_id)
         if self._by_id.get(key) is kept:
             del self._by_id[key]
-
-
-def digest(request: generation_pb2.GenerateRequest) -> bytes:
-    """What tells a request from others."""
-    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()

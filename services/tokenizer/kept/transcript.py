@@ -163,14 +163,15 @@ class Transcript:
         self._wake()
 
     @contextmanager
-    def reader(self, offsets: Sequence[int], min_tokens: int) -> Iterator[TranscriptReader]:
+    def reader(self, offsets: Sequence[int], min_tokens: int, *, repeats: bool = False) -> Iterator[TranscriptReader]:
         """Read what is here and what comes.
 
         Args:
             offsets: Tokens of each sample that the reader has seen. They are read once more, in batches of their own.
             min_tokens: Tokens of a sample to wait for, beside the first and the last ones.
+            repeats: Log-probabilities of the prompt are read once more, too.
         """
-        reader = TranscriptReader(self, offsets, min_tokens)
+        reader = TranscriptReader(self, offsets, min_tokens, wants_prompt=repeats or not any(offsets))
         self._readers.add(reader)
         try:
             yield reader
@@ -189,14 +190,14 @@ class TranscriptReader:
         changed: Set when there may be more to read.
     """
 
-    def __init__(self, transcript: Transcript, offsets: Sequence[int], min_tokens: int) -> None:
+    def __init__(self, transcript: Transcript, offsets: Sequence[int], min_tokens: int, *, wants_prompt: bool) -> None:
         self.changed = asyncio.Event()
         self.changed.set()
         self._transcript = transcript
         self._borders = offsets
         self._min_tokens = min_tokens
         self._read = transcript.begin()
-        self._wants_prompt = not any(offsets)
+        self._wants_prompt = wants_prompt
 
     @property
     def first_token_at(self) -> int:

@@ -34,8 +34,8 @@ class Reply:
         """The documents of a stream; `[DONE]` as it is."""
         blocks = self.body.decode().split("\n\n")
         assert blocks[-1] == "", "the last event is not complete"
-        lines = [block for block in blocks[:-1] if not block.startswith(":")]
-        data = [line.split("\ndata: ")[-1].removeprefix("data: ") for line in lines]
+        lines = [line for block in blocks[:-1] for line in block.split("\n")]
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
         return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 

@@ -128,7 +128,7 @@ async def test_what_is_not_to_be_kept_is_not(ai):
         ({"previous_response_id": "resp_none"}, openai.NotFoundError, "previous_response_id"),
         ({"previous_response_id": "../x"}, openai.NotFoundError, "previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, openai.BadRequestError, "tools"),
-        ({"background": True}, openai.BadRequestError, "background"),
+        ({"background": True, "store": False}, openai.BadRequestError, "store"),
         ({"text": {"format": {"type": "json_object"}}}, openai.BadRequestError, "text"),
     ],
 )

@@ -1,0 +1,117 @@
+"""Responses that outlive their calls: as they are now, and for whoever goes on with them or reads them later."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import TypeVar
+
+import grpc
+
+from scalellm.v1 import generation_pb2
+from services.common.api_keys import Tenant
+from services.common.errors import StatusError
+from services.tokenizer.generation.edge import Edge
+from services.tokenizer.http.responses_format import ResponseDocument
+from services.tokenizer.http.responses_request import ResponsesRequest, Said
+from services.tokenizer.kept.following import follow
+from services.tokenizer.kept.kept_request import KeptRequest
+from services.tokenizer.latency import LatencyTrace
+from services.tokenizer.sample_stream import Delta
+from services.tokenizer.session import Session, Turn
+from services.tokenizer.session_store import SaveOutcome
+
+_Format = TypeVar("_Format", bound=ResponseDocument)
+
+_NONE = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
+"""Nothing is kept under an id; or nothing at all, without Redis."""
+
+
+class KeptResponses:
+    """Finds them, and makes of them what Responses tell.
+
+    Args:
+        edge: The worker.
+    """
+
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+
+    async def find(self, tenant: Tenant, response_id: str) -> KeptRequest | None:
+        """Return a response that runs, or ran not long ago; None: there is none. Raises StatusError UNAVAILABLE."""
+        try:
+            kept = await self._edge.kept.find(self._edge, tenant, response_id)
+        except StatusError as error:
+            if error.code in _NONE:
+                return None
+            raise
+        return kept if kept.head.asked else None  # another API's request
+
+    def format(self, make: type[_Format], kept: KeptRequest) -> _Format:
+        """Return the format of a response, as it was made when that began."""
+        asked = json.loads(kept.head.asked)
+        request = ResponsesRequest.model_validate(asked["request"])
+        edge = self._edge
+        return make(
+            request,
+            kept.head.request_id,
+            asked["created_at"],
+            edge.model_name,
+            edge.prompts.texts,
+            is_stored=request.store is not False,
+        )
+
+    async def read(self, tenant: Tenant, kept: KeptRequest) -> ResponseDocument:
+        """Return a response as it is now, and store it if it is complete. Raises StatusError UNAVAILABLE."""
+        format = self.format(ResponseDocument, kept)
+        await kept.look()
+        if not kept.transcript.is_over:
+            return format
+        trace = LatencyTrace()
+        trace.first_token_at = trace.arrived_at  # its own first token was counted by another call
+        try:
+            async for event in follow(self._edge, kept, (), 1, trace):
+                if type(event) is Delta:
+                    format.delta(0, event)
+                elif isinstance(event, generation_pb2.Finished):
+                    format.finish([event])
+                await asyncio.sleep(0)  # a long answer takes a while
+        except StatusError as error:
+            if error.code is grpc.StatusCode.UNAVAILABLE:
+                raise
+            format.fail(error)
+        else:
+            await self.store(tenant, format, said(kept, format.request))
+        return format
+
+    async def store(self, tenant: Tenant, format: ResponseDocument, messages: Said) -> None:
+        """Store a response with the conversation before it, unless its client does not want that.
+
+        The answer says whether it was done. Storing a response again changes nothing.
+        """
+        if format.request.store is False or not self._edge.sessions.is_on:
+            return
+        session = as_session(format, messages)
+        response_id = format.response["id"]
+        outcome = await self._edge.sessions.of(tenant).save(response_id, session, version=response_id)
+        format.response["store"] = outcome is SaveOutcome.SAVED
+
+
+def as_session(format: ResponseDocument, messages: Said) -> Session:
+    """Return a response as a session of one turn: the conversation up to it, and its document."""
+    now = time.time()
+    turn = Turn(len(messages) + 1, 0)
+    return Session((*messages, ("assistant", format.text)), (), (turn,), now, now, document=format.whole())
+
+
+def asked_for(request: ResponsesRequest, created_at: int) -> bytes:
+    """Return what has to be known beside the messages to tell a response: see Head.asked."""
+    fields = request.model_dump(exclude={"input"}, exclude_unset=True)
+    return json.dumps({"created_at": created_at, "request": fields}).encode()
+
+
+def said(kept: KeptRequest, request: ResponsesRequest) -> Said:
+    """Return the conversation that a response answers, without its instructions."""
+    messages = [(message.role, message.content) for message in kept.head.request.chat.messages]
+    return messages[1 if request.instructions else 0 :]

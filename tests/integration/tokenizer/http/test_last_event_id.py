@@ -1,0 +1,110 @@
+"""Streams of chats and completions that are left, and gone on with by the id of the last event."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from openai._streaming import SSEDecoder
+
+from scripted_scheduler import Script
+from service_processes import eventually
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]})
+COMPLETE = ("/v1/completions", {"prompt": ["Hello", "Good day"], "echo": True, "logprobs": 1})
+BODY = {"max_tokens": 30, "seed": 1, "stream": True, "on_disconnect": "keep"}
+
+
+async def read(http, path, body, limit=None, **headers):
+    """Events of a stream as another one's decoder has them, the first `limit` of them; then the client leaves."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    events = []
+    async with http.session.post(http.base + path, json=body, headers=headers) as response:
+        assert response.status == 200, await response.text()
+        async for event in SSEDecoder().aiter_bytes(response.content.iter_any()):
+            events.append(event)
+            if len(events) == limit:
+                response.close()
+                break
+    return events
+
+
+def choices(events):
+    """What a client has of each choice: its text, log-probabilities and how it ended."""
+    found = {}
+    for event in events:
+        if event.data == "[DONE]":
+            continue
+        for choice in json.loads(event.data)["choices"]:
+            text, entries, reasons = found.setdefault(choice["index"], ([], [], set()))
+            text.append(choice["text"] if "text" in choice else choice["delta"].get("content", ""))
+            if choice["logprobs"]:
+                logprobs = choice["logprobs"]
+                entries += logprobs.get("content") or zip(logprobs["text_offset"], logprobs["tokens"], strict=True)
+            reasons |= {choice["finish_reason"]} - {None}
+    return {index: ("".join(text), entries, reasons) for index, (text, entries, reasons) in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (CHAT[0], {**CHAT[1], "n": 3}),
+        (CHAT[0], {**CHAT[1], "logprobs": True, "top_logprobs": 1, "stream_options": {"include_usage": True}}),
+        (COMPLETE[0], {**COMPLETE[1], "n": 2}),
+    ],
+)
+async def test_a_stream_that_was_left_goes_on(http, scheduler, path, asked):
+    scheduler.play = lambda submit: Script(delay=0.003)
+    body = {**BODY, **asked}
+    undisturbed = await read(http, path, {**body, "on_disconnect": "cancel"})
+    assert {event.id for event in undisturbed} == {None}
+    scheduler.submits.clear()
+    for limit in (5, 31):
+        events = await read(http, path, body, limit)
+        while events[-1].data != "[DONE]":
+            ids = [event.id for event in events if event.id]
+            events += await read(http, path, body, 23, last_event_id=ids[-1])
+        assert choices(events) == choices(undisturbed)
+        names = {json.loads(event.data)["id"] for event in events[:-1]}
+        assert len(names) == 1
+    assert len(scheduler.submits) == len({submit.request_id for submit in scheduler.submits}), "each ran once"
+
+
+async def test_an_answer_is_also_had_again_by_its_id(http, scheduler):
+    path, asked = CHAT
+    body = {**BODY, **asked, "request_id": "kept-by-http"}
+    scheduler.play = lambda submit: Script(delay=0.003)
+    await read(http, path, body, 3)
+    whole = await http.post(path, {**body, "stream": True})
+    await eventually(lambda: scheduler.num_running == 0)
+    document = await http.post(path, {**body, "stream": False})
+    text = document.json["choices"][0]["message"]["content"]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in whole.events[:-1]) == text
+    assert len(scheduler.submits) == 1
+    other = await http.post(path, {**body, "max_tokens": 29})
+    assert (other.status, other.error["code"]) == (409, "already_exists")
+
+
+@pytest.mark.parametrize(
+    ("event_id", "fields", "status"),
+    [
+        ("", {}, 400),
+        ("no such id", {}, 400),
+        ("a/1,", {}, 400),
+        ("a/1,2", {}, 400),
+        ("a/1", {"n": 2**32 - 1}, 400),
+        ("a/1", {"request_id": "b"}, 400),
+        ("a/1", {"on_disconnect": "cancel"}, 400),
+        ("a/1", {"stream": False}, 400),
+        ("a/1", {}, 404),
+    ],
+)
+async def test_places_that_are_none_are_refused(http, scheduler, event_id, fields, status):
+    path, asked = CHAT
+    reply = await http.post(path, {**BODY, **asked, **fields}, last_event_id=event_id)
+    assert (reply.status, scheduler.submits) == (status, [])
+    assert status == 404 or reply.error["message"].startswith("last-event-id: ")
+    refused = await http.post(path, {**asked, "on_disconnect": "drop"})
+    assert (refused.status, refused.error["param"]) == (400, "on_disconnect")
