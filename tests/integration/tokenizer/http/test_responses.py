@@ -129,7 +129,7 @@ async def test_what_is_not_to_be_kept_is_not(ai):
         ({"previous_response_id": "../x"}, openai.NotFoundError, "previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, openai.BadRequestError, "tools"),
         ({"background": True, "store": False}, openai.BadRequestError, "store"),
-        ({"text": {"format": {"type": "json_object"}}}, openai.BadRequestError, "text"),
+        ({"text": {"format": {"type": "poem"}}}, openai.BadRequestError, "text.format.type"),
     ],
 )
 async def test_refusals_are_its_errors(ai, scheduler, fields, error, param):
