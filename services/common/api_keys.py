@@ -45,6 +45,8 @@ class TenantLimits(BaseModel):
     Attributes:
         session_bytes: Most bytes of its sessions; None: what the tokenizer's settings say.
         kept_bytes: Most bytes of its kept answers; None: what the tokenizer's settings say.
+        weight: What it is to have in relation to others where they compete: tokens, rows of executors, places in the
+            scheduler's queue.
         min_priority: The most urgent priority that its requests may have: lower ones run before those of others, so
             that going before all others has to be granted.
     """
@@ -56,6 +58,7 @@ class TenantLimits(BaseModel):
     tokens_per_minute: _Count | None = None
     session_bytes: _Count | None = None
     kept_bytes: _Count | None = None
+    weight: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     min_priority: Annotated[int, Field(ge=-100, le=0)] = 0
 
     @property

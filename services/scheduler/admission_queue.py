@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from heapq import heapify, heappop, heapreplace
-from typing import Generic
+from typing import Generic, Protocol
 
 import grpc
 
@@ -16,10 +16,20 @@ _RETRY_AFTER_UNKNOWN = 1.0
 _RETRY_AFTER_RANGE = (0.1, 60.0)
 
 
+class TenantAccounts(Protocol):
+    """What the queue asks about the tenants whose requests wait in it, or come to it."""
+
+    def served(self, tenant: bytes) -> float:
+        """What it was served so far, by its weight; only compared."""
+
+    def weight(self, tenant: bytes) -> float:
+        """What it is to have in relation to others."""
+
+
 class AdmissionQueue(Generic[EntryT]):
     """Waiting requests in the order in which they shall leave: by priority; among equal ones, of the tenant that was
-    served least; of one tenant, by arrival. When the queue is full, the tenant that holds most makes room for those
-    that hold less.
+    served least; of one tenant, by arrival. When the queue is full, the tenant that holds most, by weight, makes room
+    for those that hold less.
 
     Sorted lists: with a few thousand entries an insertion or removal moves some kilobytes, which is cheaper than what
     any tree does in Python.
@@ -27,15 +37,16 @@ class AdmissionQueue(Generic[EntryT]):
     Args:
         max_requests: Most requests.
         max_tokens: Most prompt tokens. One request that is larger may still wait alone.
-        served: What a tenant was served so far; only compared.
+        accounts: Of the tenants.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int, served: Callable[[bytes], float]) -> None:
+    def __init__(self, max_requests: int, max_tokens: int, accounts: TenantAccounts) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._served = served
+        self._served = accounts.served
+        self._weight = accounts.weight
         self._lines: dict[int, dict[bytes, _Line[EntryT]]] = {}  # by priority and tenant; none is empty
-        self._shares: TenantShares[EntryT] = TenantShares()
+        self._shares: TenantShares[EntryT] = TenantShares(accounts.weight)
         self._num_requests = 0
         self.num_tokens = 0
 
@@ -131,16 +142,18 @@ class AdmissionQueue(Generic[EntryT]):
         self.num_tokens -= entry.num_prompt_tokens
 
     def tokens_ahead(self, entry: EntryT) -> int:
-        """Prompt tokens that leave before a request that comes now, about: other tenants get as much as its own."""
+        """Prompt tokens that leave before a request that comes now, about: other tenants get as much as its own, by
+        their weights.
+        """
         ahead = 0
         for priority, lines in self._lines.items():
             if priority < entry.priority:
                 ahead += sum(line.num_tokens for line in lines.values())
         lines = self._lines.get(entry.priority, {})
         own = lines[entry.tenant].num_tokens if entry.tenant in lines else 0
-        share = own + entry.num_prompt_tokens
-        others = (line.num_tokens for tenant, line in lines.items() if tenant != entry.tenant)
-        return ahead + own + sum(min(share, tokens) for tokens in others)
+        share = (own + entry.num_prompt_tokens) / self._weight(entry.tenant)
+        others = ((tenant, line.num_tokens) for tenant, line in lines.items() if tenant != entry.tenant)
+        return ahead + own + sum(min(int(share * self._weight(tenant)), tokens) for tenant, tokens in others)
 
     def _insert(self, entry: EntryT, *, may_be_dropped: bool) -> None:
         self._lines.setdefault(entry.priority, {}).setdefault(entry.tenant, _Line()).insert(entry)

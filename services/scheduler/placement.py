@@ -53,7 +53,7 @@ class Placement:
     ) -> None:
         self.service = TokenService()
         self.queue: AdmissionQueue[Request] = AdmissionQueue(
-            settings.max_queued_requests, settings.max_queued_tokens, self.service.served
+            settings.max_queued_requests, settings.max_queued_tokens, self.service
         )
         self.books = Books()
         self.outage = Outage(settings.executor_grace_s, settings.engine_restart_limit_s, self._on_given_up)
@@ -91,7 +91,7 @@ class Placement:
         self.books.prompt_tokens += request.num_prompt_tokens
         if request.tenant not in self.service:
             self._charge_outputs()  # the newcomer is measured by what the others have had by now
-        self.service.enter(request.tenant)
+        self.service.enter(request.tenant, request.tenant_weight)
         self._idle.clear()
 
     def enter(self, request: Request, now: float) -> None:

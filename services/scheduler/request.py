@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
-from services.common.link import LOWEST_PRIORITY, check_submit
+from services.common.link import LOWEST_PRIORITY, check_submit, tenant_weight
 from services.scheduler.client_side import ClientSide
 from services.scheduler.executor_side import ExecutorSide
 from services.scheduler.request_times import RequestTimes
@@ -58,6 +58,7 @@ class Request:
         "state",
         "submit",
         "tenant",
+        "tenant_weight",
         "timer",
         "times",
         "trace",
@@ -68,6 +69,7 @@ class Request:
         self.arrival = arrival
         self.priority: int = submit.priority
         self.tenant: bytes = submit.tenant or submit.cache_salt
+        self.tenant_weight = tenant_weight(submit)
         self.session_id: str = submit.session_id
         self.deadline = now + submit.time_remaining_ns / 1e9 if submit.HasField("time_remaining_ns") else None
         self.timer: asyncio.TimerHandle | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from typing import Generic, Protocol, TypeVar
@@ -51,9 +51,14 @@ class _Holding(Generic[EntryT]):
 
 
 class TenantShares(Generic[EntryT]):
-    """The tenants' shares of a queue."""
+    """The tenants' shares of a queue.
 
-    def __init__(self) -> None:
+    Args:
+        weight: What a tenant is to hold in relation to others.
+    """
+
+    def __init__(self, weight: Callable[[bytes], float]) -> None:
+        self._weight = weight
         self._holdings: dict[bytes, _Holding[EntryT]] = {}
 
     def __len__(self) -> int:
@@ -81,8 +86,9 @@ class TenantShares(Generic[EntryT]):
         """Choose what is dropped for a request that comes now; changes nothing.
 
         Of the tenant that holds most, that request goes which would be the last of its own to leave, as long as this
-        tenant still holds no less than the newcomer's will. So a tenant that holds nothing finds room unless all others
-        hold a single request, and two tenants never drop each other's requests in turns.
+        tenant still holds no less than the newcomer's will, each by its weight. So a tenant that holds nothing finds
+        room unless all others of its weight hold a single request, and two tenants never drop each other's requests in
+        turns.
 
         Args:
             entry: The newcomer.
@@ -94,10 +100,12 @@ class TenantShares(Generic[EntryT]):
         held = {tenant: list(holding.amounts) for tenant, holding in self._holdings.items()}
         num_left = {tenant: len(holding.droppable) for tenant, holding in self._holdings.items()}
         own = held.pop(entry.tenant, [0, 0])
+        weights = {tenant: self._weight(tenant) for tenant in held}
         missing = list(excess)
         dropped: list[EntryT] = []
         for resource, wanted in enumerate(_amounts(entry)):
-            largest = [(-amounts[resource], tenant) for tenant, amounts in held.items()]
+            share = (own[resource] + wanted) / self._weight(entry.tenant)
+            largest = [(-amounts[resource] / weights[tenant], tenant) for tenant, amounts in held.items()]
             heapify(largest)
             while missing[resource] > 0:
                 if not largest:
@@ -108,7 +116,7 @@ class TenantShares(Generic[EntryT]):
                     continue
                 last = self._holdings[tenant].droppable[num_left[tenant] - 1][2]
                 amounts = _amounts(last)
-                if held[tenant][resource] - amounts[resource] < own[resource] + wanted:
+                if (held[tenant][resource] - amounts[resource]) / weights[tenant] < share:
                     heappop(largest)
                     continue
                 dropped.append(last)
@@ -116,7 +124,7 @@ class TenantShares(Generic[EntryT]):
                 for index, amount in enumerate(amounts):
                     held[tenant][index] -= amount
                     missing[index] -= amount
-                heapreplace(largest, (-held[tenant][resource], tenant))
+                heapreplace(largest, (-held[tenant][resource] / weights[tenant], tenant))
         return dropped
 
 

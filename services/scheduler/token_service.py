@@ -62,8 +62,12 @@ class TokenService:
         return self._active[tenant]
 
     def served(self, tenant: bytes) -> float:
-        """What an active tenant has been served."""
+        """What an active tenant has been served, divided by its weight."""
         return self._active[tenant].served
+
+    def weight(self, tenant: bytes) -> float:
+        """What an active tenant is to have in relation to others."""
+        return self._active[tenant].weight
 
     def enter(self, tenant: bytes, weight: float = 1.0) -> None:
         """A request came."""
@@ -71,9 +75,9 @@ class TokenService:
         if account is None:
             account = self._idle.pop(tenant, None) or TenantAccount()
             if self._active:
-                floor = min(other.served for other in self._active.values()) - _IDLE_CREDIT
-                account.served = max(account.served, floor)
-                self._forget_below(floor)
+                least = min(other.served for other in self._active.values())
+                account.served = max(account.served, least - _IDLE_CREDIT / weight)
+                self._forget_paid(least)
             self._active[tenant] = account
         account.weight = weight
         account.num_open += 1
@@ -124,7 +128,11 @@ class TokenService:
         self.charge_outputs((request,))
         self.take_rows(request)
 
-    def _forget_below(self, floor: float) -> None:
-        """Forget those who would begin anew anyway, once they are many."""
+    def _forget_paid(self, least: float) -> None:
+        """Forget those who would begin anew anyway, once they are many; least: what the least served tenant had."""
         if len(self._idle) > 64 + 2 * len(self._active):
-            self._idle = {tenant: account for tenant, account in self._idle.items() if account.served > floor}
+            self._idle = {
+                tenant: account
+                for tenant, account in self._idle.items()
+                if account.served > least - _IDLE_CREDIT / account.weight
+            }

@@ -8,6 +8,7 @@ from services.common.link.client_frames import (
     check_submit,
     parse_client_frame,
     read_hello,
+    tenant_weight,
 )
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.handles import Handles
@@ -45,4 +46,5 @@ __all__ = [
     "link_service_handler",
     "parse_client_frame",
     "read_hello",
+    "tenant_weight",
 ]

@@ -23,6 +23,7 @@ LOWEST_PRIORITY = -100
 """The number of the most urgent requests."""
 
 _PRIORITIES = (LOWEST_PRIORITY, 100)
+_WEIGHTS = (0.01, 100.0)
 _LONGEST_ID = 256
 _LONGEST_SALT = 64
 _LONGEST_DIGEST = 64
@@ -51,6 +52,12 @@ def read_hello(message: bytes) -> link_pb2.Hello:
     return frame.hello
 
 
+def tenant_weight(submit: link_pb2.Submit) -> float:
+    """What the tenant of a request is to have in relation to others; 1 also where check_submit refuses what it says."""
+    weight: float = submit.tenant_weight
+    return weight if submit.HasField("tenant_weight") and _is_weight(weight) else 1.0
+
+
 def check_submit(submit: link_pb2.Submit) -> None:
     """Raise INVALID_ARGUMENT, which ends the request alone, for the first field beyond its limits."""
     num_tokens = len(submit.token_ids)
@@ -66,6 +73,10 @@ def check_submit(submit: link_pb2.Submit) -> None:
     lowest, highest = _PRIORITIES
     if not lowest <= submit.priority <= highest:
         raise StatusError.invalid("priority", f"must be in [{lowest}, {highest}], got {submit.priority}")
+    if submit.HasField("tenant_weight") and not _is_weight(submit.tenant_weight):
+        lightest, heaviest = _WEIGHTS
+        message = f"must be in [{lightest:g}, {heaviest:g}], got {submit.tenant_weight:g}"
+        raise StatusError.invalid("tenant_weight", message)
     if submit.time_remaining_ns > LONGEST_NS:
         raise StatusError.invalid("time_remaining_ns", f"must be at most {LONGEST_NS}, got {submit.time_remaining_ns}")
     if submit.charged_tokens > num_tokens:
@@ -95,6 +106,11 @@ def _check_resumed(submit: link_pb2.Submit, num_samples: int) -> None:
             message = f"sample {sample.index} has {num_tokens}, sampling.max_tokens allows {submit.sampling.max_tokens}"
             raise StatusError.invalid("resumed.token_ids", message)
         seen.add(sample.index)
+
+
+def _is_weight(weight: float) -> bool:
+    lightest, heaviest = _WEIGHTS
+    return lightest <= weight <= heaviest
 
 
 def _check_size(field: str, value: str | bytes, limit: int) -> None:

@@ -307,6 +307,7 @@ class Generation(Call):
             priority=request.priority,
             cache_salt=cache_salt(self._edge.salt_secret, self._tenant, request.cache_salt),
             tenant=cache_salt(self._edge.salt_secret, self._tenant),
+            tenant_weight=self._tenant.limits.weight,
             traceparent=headers.traceparent,
             tracestate=headers.tracestate,
             session_id=f"{self._tenant.name}:{request.session_id}" if request.session_id else "",

@@ -5,6 +5,7 @@ Every step takes the same time, so that waits are counted in steps, and are the 
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -56,6 +57,7 @@ class Tenant:
     max_tokens: int
     sent: list[VirtualStream]
     priority: int = 0
+    weight: float = 1.0
 
     def stream(self) -> VirtualStream:
         rng = random.Random(f"{self.name} {len(self.sent)}")
@@ -67,7 +69,7 @@ class Tenant:
 
         def with_tenant() -> link_pb2.Submit:
             submit = make_submit()
-            submit.tenant, submit.priority = self.name.encode(), self.priority
+            submit.tenant, submit.priority, submit.tenant_weight = self.name.encode(), self.priority, self.weight
             return submit
 
         stream.make_submit = with_tenant
@@ -104,10 +106,17 @@ class FairLine:
     def edge(self, name: str) -> VirtualEdge:
         return VirtualEdge(self.network, name, [self.scheduler.address])
 
-    def flood(self, name: str, num_clients: int, prompt_len: int, max_tokens: int, priority: int = 0) -> None:
+    def flood(
+        self, name: str, num_clients: int, prompt_len: int, max_tokens: int, priority: int = 0, weight: float = 1.0
+    ) -> None:
         edge = self.edge(name)
-        tenant = Tenant(name, prompt_len, max_tokens, self.sent, priority)
+        tenant = Tenant(name, prompt_len, max_tokens, self.sent, priority, weight)
         self.flooding += [asyncio.create_task(tenant.send_for_ever(edge)) for _ in range(num_clients)]
+
+    def num_tokens(self, name: str) -> int:
+        """What a tenant's streams have got."""
+        streams = [stream for stream in self.sent if stream.name.startswith(name)]
+        return sum(len(tokens) for stream in streams for tokens in stream.tokens.values())
 
     async def quiet(self, num_requests: int = NUM_QUIET) -> list[float]:
         """Requests one after the other with a pause between them; the steps until the first token of each."""
@@ -219,6 +228,31 @@ def test_two_floods_share_the_tokens_and_rows_do_not_go_to_and_fro(first, second
     served_at_least = OUTPUT_COST * line.engine.stats().generated_tokens
     assert abs(ahead) < served_at_least / 10
     assert line.scheduler.placement.books.recalled <= 2 * ROWS
+
+
+@pytest.mark.parametrize("max_tokens", [64, 1000])
+def test_shares_follow_weights(max_tokens):
+    """Rows and tokens of two floods, the heavier of which comes when the other one holds all rows; by turns, and where
+    answers are so long that rows have to be taken.
+    """
+
+    async def play() -> tuple[dict[str, int], dict[bytes, int]]:
+        line = FairLine(max_queued_requests=64)
+        await asyncio.sleep(1.0)
+        line.flood("light", 80, 60, max_tokens, weight=0.5)
+        await asyncio.sleep(1.0)
+        begun = {name: line.num_tokens(name) for name in ("light", "heavy")}
+        line.flood("heavy", 80, 60, max_tokens, weight=1.5)
+        await asyncio.sleep(1000 * STEP)
+        tokens = {name: line.num_tokens(name) - begun[name] for name in begun}
+        waiting = Counter(request.tenant for request in line.scheduler.placement.queue.in_order())
+        await line.end()
+        return tokens, waiting
+
+    tokens, waiting = run_virtually(play(), f"weights {max_tokens}")
+    assert 2.7 <= tokens["heavy"] / tokens["light"] <= 3.3, tokens
+    if max_tokens == 64:  # else those wait as well whose rows were taken, and they are not sent away
+        assert waiting[b"heavy"] == pytest.approx(3 * waiting[b"light"], rel=0.1), waiting
 
 
 @pytest.mark.parametrize(("priority", "recalls"), [(-5, False), (5, True)])

@@ -151,6 +151,8 @@ def test_keys_that_cannot_be_read_for_long_open_nothing(key_file, user_key, monk
         (key_entry("k", "a", Role.USER) * 2, "keys.1.sha256: the key is listed twice"),
         ("[limits]\nrequests_per_second = 3", "limits.requests_per_second: Extra inputs are not permitted"),
         ("[tenants.a]\ntokens_per_minute = 0", "tenants.a.tokens_per_minute: Input should be greater than or equal to"),
+        ("[tenants.a]\nweight = 0.001", "tenants.a.weight: Input should be greater than or equal to 0.01"),
+        ("[limits]\nweight = inf", "limits.weight: Input should be less than or equal to 100"),
         ("[", "is not TOML"),
     ],
 )

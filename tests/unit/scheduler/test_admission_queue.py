@@ -1,7 +1,7 @@
 """AdmissionQueue against a plain list that is sorted anew for each question."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 import pytest
@@ -21,9 +21,23 @@ class Entry:
     tenant: bytes = b""
 
 
-def make_queue(max_requests: int, max_tokens: int) -> AdmissionQueue[Entry]:
-    """A queue whose tenants were all served alike."""
-    return AdmissionQueue(max_requests, max_tokens, lambda tenant: 0.0)
+@dataclass
+class Accounts:
+    """Of tenants that were all served alike, unless it is said otherwise."""
+
+    weights: dict[bytes, float] = field(default_factory=dict)
+    services: dict[bytes, float] = field(default_factory=dict)
+
+    def served(self, tenant: bytes) -> float:
+        return self.services.get(tenant, 0.0)
+
+    def weight(self, tenant: bytes) -> float:
+        return self.weights.get(tenant, 1.0)
+
+
+def make_queue(max_requests: int, max_tokens: int, **weights: float) -> AdmissionQueue[Entry]:
+    accounts = Accounts({tenant.encode(): weight for tenant, weight in weights.items()})
+    return AdmissionQueue(max_requests, max_tokens, accounts)
 
 
 SIZES = (lambda entry: 1, lambda entry: entry.num_prompt_tokens)
@@ -37,7 +51,8 @@ class QueueMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.served = dict.fromkeys((b"a", b"b", b"c"), 0.0)
-        self.queue = AdmissionQueue(self.max_requests, self.max_tokens, self.served.__getitem__)
+        self.weights = {b"a": 1.0, b"b": 2.0, b"c": 0.5}
+        self.queue = AdmissionQueue(self.max_requests, self.max_tokens, Accounts(self.weights, self.served))
         self.waiting: list[Entry] = []
         self.dispatched: list[Entry] = []
         self.returned: list[Entry] = []
@@ -75,8 +90,8 @@ class QueueMachine(RuleBasedStateMachine):
         """By the rule, one at a time: of the tenants that may give, the one that holds most drops its last request."""
         waiting, dropped = list(self.waiting), []
 
-        def held(tenant, size):
-            return sum(size(other) for other in waiting if other.tenant == tenant)
+        def held(tenant, size, more=0):
+            return (more + sum(size(other) for other in waiting if other.tenant == tenant)) / self.weights[tenant]
 
         limits = ((SIZES[0], self.max_requests), (SIZES[1], self.max_tokens))
         for size, limit in limits:
@@ -86,8 +101,8 @@ class QueueMachine(RuleBasedStateMachine):
                     if other not in self.returned:
                         lasts[other.tenant] = other
                 lasts.pop(entry.tenant, None)
-                share = held(entry.tenant, size) + size(entry)
-                giving = [last for tenant, last in lasts.items() if held(tenant, size) - size(last) >= share]
+                share = held(entry.tenant, size, size(entry))
+                giving = [last for tenant, last in lasts.items() if held(tenant, size, -size(last)) >= share]
                 if not giving:
                     return None
                 giver = min(giving, key=lambda last: (-held(last.tenant, size), last.tenant))
@@ -97,10 +112,14 @@ class QueueMachine(RuleBasedStateMachine):
 
     def expected_ahead(self, entry):
         own = self.tokens(entry.priority, entry.tenant)
-        share = own + entry.num_prompt_tokens
+        share = (own + entry.num_prompt_tokens) / self.weights[entry.tenant]
         others = {b"a", b"b", b"c"} - {entry.tenant}
         urgent = sum(other.num_prompt_tokens for other in self.waiting if other.priority < entry.priority)
-        return urgent + own + sum(min(share, self.tokens(entry.priority, other)) for other in others)
+        return (
+            urgent
+            + own
+            + sum(min(int(share * self.weights[other]), self.tokens(entry.priority, other)) for other in others)
+        )
 
     def tokens(self, priority, tenant):
         wanted = (priority, tenant)
@@ -186,6 +205,18 @@ def test_a_full_queue_is_shared_by_its_tenants():
     for number in range(10):
         assert len(queue.admit(Entry(0, 4000 + number, 10, b"third"), None, None)) == 1
     assert tenants_of(queue) == {b"burst": 495, b"late": 495, b"third": 10}
+
+
+def test_a_full_queue_is_shared_by_weight():
+    queue = make_queue(1000, 10**6, heavy=3.0)
+    for arrival in range(1000):
+        queue.admit(Entry(0, arrival, 10, b"light"), None, None)
+    for number in range(750):
+        assert len(queue.admit(Entry(0, 2000 + number, 10, b"heavy"), None, None)) == 1
+    for tenant in (b"light", b"heavy"):
+        with pytest.raises(StatusError):
+            queue.admit(Entry(0, 3000, 10, tenant), None, None)
+    assert tenants_of(queue) == {b"light": 250, b"heavy": 750}
 
 
 def test_tokens_are_shared_as_well():

@@ -44,6 +44,16 @@ def test_weights_divide_what_is_charged_and_held():
     assert service[b"b"].rows_per_weight(4) == 2.0
 
 
+def test_the_credit_of_one_that_was_away_is_in_tokens_whatever_its_weight():
+    for weight in (0.5, 1.0, 8.0):
+        service = TokenService()
+        service.enter(b"flood")
+        service[b"flood"].charge(1_000_000)
+        service.enter(b"quiet", weight)
+        service[b"quiet"].charge(4096)
+        assert service.served(b"quiet") == service.served(b"flood"), weight
+
+
 def test_it_remembers_no_more_than_it_needs():
     service = TokenService()
     service.enter(b"always")
