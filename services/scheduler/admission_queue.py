@@ -14,6 +14,24 @@ from services.scheduler.tenant_shares import EntryT, QueueEntry, TenantShares
 
 _RETRY_AFTER_UNKNOWN = 1.0
 _RETRY_AFTER_RANGE = (0.1, 60.0)
+_LONGEST_FULL = 0.25
+"""Seconds for which a queue without room may be taken to have none: there may be some sooner than was expected, because
+clients leave or an executor comes."""
+
+
+class QueueFullError(StatusError):
+    """The queue has no place for another request of a tenant, however small.
+
+    Args:
+        message: See StatusError.
+        retry_after: See StatusError.
+        lasts: Seconds for which the next requests of the same tenant need not be sent. No more than a tenth of the
+            queue leaves in that time, so that it does not run dry.
+    """
+
+    def __init__(self, message: str, retry_after: float | None, lasts: float) -> None:
+        super().__init__(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after=retry_after)
+        self.lasts = lasts
 
 
 class TenantAccounts(Protocol):
@@ -98,7 +116,9 @@ class AdmissionQueue(Generic[EntryT]):
             The requests of other tenants that were taken out to make room: the caller ends them, with `crowded_out`.
 
         Raises:
-            StatusError: RESOURCE_EXHAUSTED when full, DEADLINE_EXCEEDED when its first token would come too late.
+            QueueFullError: There is no place for it.
+            StatusError: RESOURCE_EXHAUSTED when its prompt is too long for what is left, DEADLINE_EXCEEDED when its
+                first token would come too late.
         """
         dropped = self._make_room(entry, tokens_per_second)
         if remaining is not None:
@@ -170,12 +190,12 @@ class AdmissionQueue(Generic[EntryT]):
         dropped = self._shares.make_room(entry, (num_excess, excess))
         if dropped is not None:
             return dropped
-        if num_excess > 0:
-            limit = f"{self._max_requests} requests wait"
-        else:
-            limit = f"{self.num_tokens} prompt tokens wait, and {entry.num_prompt_tokens} more exceed the limit of "
-            limit += str(self._max_tokens)
-        raise self._full(limit, excess, tokens_per_second)
+        if num_excess > 0 and (excess <= 0 or self._shares.make_room(entry, (num_excess, 0)) is None):
+            full = self._full(f"{self._max_requests} requests wait", excess, tokens_per_second)
+            tenth = self.num_tokens / 10 / tokens_per_second if tokens_per_second else _LONGEST_FULL
+            raise QueueFullError(full.message, full.retry_after, min(tenth, _LONGEST_FULL))
+        limit = f"{self.num_tokens} prompt tokens wait, and {entry.num_prompt_tokens} more exceed the limit of "
+        raise self._full(limit + str(self._max_tokens), excess, tokens_per_second)
 
     def _full(self, why: str, excess: int, tokens_per_second: float | None) -> StatusError:
         retry_after = _RETRY_AFTER_UNKNOWN

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
 from services.common.link import LOWEST_PRIORITY, check_submit, tenant_weight
+from services.scheduler.admission_queue import QueueFullError
 from services.scheduler.client_side import ClientSide
 from services.scheduler.executor_side import ExecutorSide
 from services.scheduler.request_times import RequestTimes
@@ -158,4 +159,5 @@ class Request:
                 num_resumed=self.executor.num_resumed,
             ),
             moved=moved,
+            tenant_full_ns=int(error.lasts * 1e9) if isinstance(error, QueueFullError) else 0,
         )

@@ -62,6 +62,11 @@ class RunningRequest:
         self._num_resumed = 0
         self._handle = 0
 
+    @property
+    def tenant(self) -> bytes:
+        """Whose it is, as schedulers know it."""
+        return self._submit.tenant
+
     def can_go_to(self, link: SchedulerLink) -> bool:
         """True if the scheduler knows all that the request asks for."""
         return not self._submit.grammar or (link.welcome is not None and link.welcome.grammars)

@@ -14,6 +14,7 @@ from scalellm.v1 import link_pb2
 from services.common.addresses import is_ip_address
 from services.common.errors import StatusError
 from services.common.link import API_MINOR, PLAINTEXT, LinkDialer
+from services.tokenizer.full_queues import FullQueues
 from services.tokenizer.running_request import RunningRequest
 from services.tokenizer.scheduler_discovery import SchedulerDiscovery
 from services.tokenizer.scheduler_link import LinkCounts, SchedulerLink
@@ -71,6 +72,7 @@ class Schedulers:
         self._closing: set[asyncio.Task[None]] = set()
         self._requests: dict[TokenReceiver, RunningRequest] = {}
         self._waiting: dict[RunningRequest, None] = {}
+        self._full = FullQueues()
         self._changed = asyncio.Event()
         self._vocab_size = 0
         self.counts = LinkCounts()
@@ -125,6 +127,14 @@ class Schedulers:
         return welcome
 
     # What requests do.
+
+    def check_room(self, tenant: bytes) -> None:
+        """Raise RESOURCE_EXHAUSTED for a new request that every scheduler would refuse, as each has said a moment ago.
+
+        Args:
+            tenant: As in its Submit.
+        """
+        self._full.check_room(tenant, [link.address for link in self._takers()], self._clock())
 
     def submit(self, submit: link_pb2.Submit, *, min_tokens: int = 1) -> TokenReceiver:
         """Send a request, which is owned and changed from here on. `release` must follow.
@@ -216,10 +226,12 @@ class Schedulers:
             request.lose_link(StatusError.from_link(finish.status))
             self._wait(request)
         else:
+            self._full.note(request.tenant, link.address, finish, now)
             request.finish(finish, now)
 
     def link_lost(self, link: SchedulerLink, receivers: list[TokenReceiver], error: StatusError) -> None:
         """A link broke, or could not be made: its requests go on elsewhere."""
+        self._full.forget(link.address)
         if link.drop_when_down and link.address in self._links:
             self._discard(link)
         if receivers:

@@ -141,11 +141,14 @@ class Line:
             self.schedulers.add(f"127.0.0.1:{number + 1}", "127.0.0.1")
         self.peers = [FakeScheduler(link) for link in self.schedulers._links.values()]
 
-    def submit(self, n: int = 1, *, seconds: float | None = None, session: str = "", **sampling: int) -> TokenReceiver:
+    def submit(
+        self, n: int = 1, *, seconds: float | None = None, session: str = "", tenant: bytes = b"", **sampling: int
+    ) -> TokenReceiver:
         submit = link_pb2.Submit(
             token_ids=PROMPT,
             sampling=common_pb2.SamplingParams(n=n, max_tokens=LENGTH, **sampling),
             session_id=session,
+            tenant=tenant,
         )
         if seconds is not None:
             submit.time_remaining_ns = int(seconds * 1e9)

@@ -32,6 +32,7 @@ class Script:
         delay: Seconds before each step.
         hold_after: Steps after which nothing comes until the request is aborted.
         refuse: Answer with this status at once.
+        full: Seconds for which that is said to hold for all requests of the tenant.
         fail_after: Steps after which the request ends with `status`.
         status: See fail_after.
         moved: The request is given back with that status.
@@ -50,6 +51,7 @@ class Script:
     delay: float = 0.0
     hold_after: int | None = None
     refuse: link_pb2.LinkStatus | None = None
+    full: float = 0.0
     fail_after: int | None = None
     status: link_pb2.LinkStatus | None = None
     moved: bool = False
@@ -192,7 +194,9 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
                 scheduler_total_ns=5000, admission_ns=500,
             )  # fmt: skip
             moved = status is not None and script.moved
-            send(finished=[link_pb2.Finish(handle=handle, status=status, usage=usage, timings=timings, moved=moved)])
+            end = link_pb2.Finish(handle=handle, status=status, usage=usage, timings=timings, moved=moved)
+            end.tenant_full_ns = int(script.full * 1e9)
+            send(finished=[end])
 
         try:
             if script.refuse is not None:

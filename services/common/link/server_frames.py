@@ -92,6 +92,8 @@ def _check_finish(finish: link_pb2.Finish) -> None:
         raise _malformed(f"finished.status.field: must have at most {_LONGEST_NAME} characters")
     if status.retry_after_ns > LONGEST_NS:
         raise _malformed(f"finished.status.retry_after_ns: must be at most {LONGEST_NS}, got {status.retry_after_ns}")
+    if finish.tenant_full_ns > LONGEST_NS:
+        raise _malformed(f"finished.tenant_full_ns: must be at most {LONGEST_NS}, got {finish.tenant_full_ns}")
     for name in _DURATIONS:
         if getattr(timings, name) > LONGEST_NS:
             raise _malformed(f"finished.timings.{name}: must be at most {LONGEST_NS}, got {getattr(timings, name)}")

@@ -199,6 +199,8 @@ class Generation(Call):
                     async for event in self._follow(kept, (), request.stream_interval or 1):
                         yield event
                 return
+        # Before all that costs something: under overload most requests end here.
+        edge.schedulers.check_room(cache_salt(edge.salt_secret, self._tenant))
         # Before anything is checked: a request that is refused counts as well.
         self._lease = await edge.quotas.admit(self._tenant, max(request.priority, MIN_PRIORITY))
         validate_generate(request, edge.limits, edge.vocab_size)

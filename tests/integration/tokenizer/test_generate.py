@@ -322,6 +322,22 @@ async def test_refusal_comes_before_started_and_can_be_retried(client, scheduler
     assert "total;dur=" in timing
 
 
+async def test_a_request_that_would_be_refused_is_not_sent(client, scheduler, error_details):
+    full = link_pb2.LinkStatus(code=8, message="the admission queue is full", retry_after_ns=250_000_000)
+    scheduler.play = lambda submit: Script(refuse=full, full=3600.0)
+    for _ in range(3):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await client.generate(request())
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.value.details() == full.message
+        assert error_details(refused.value) == ({}, 0.25)
+    assert len(scheduler.submits) == 1
+    scheduler.play = lambda submit: Script()
+    scheduler.break_links()  # the next one may have room
+    await client.generate(request())
+    assert len(scheduler.submits) == 2
+
+
 async def test_executor_refusal_keeps_its_field(client, scheduler, error_details):
     status = link_pb2.LinkStatus(code=3, message="sampling.top_k: too much", field="sampling.top_k")
     scheduler.play = lambda submit: Script(refuse=status)

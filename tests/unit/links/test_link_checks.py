@@ -105,6 +105,7 @@ def test_a_request_that_cannot_be_sent_ends_and_takes_no_credit(monkeypatch: pyt
         ({"finished": [{"status": {"code": 8, "retry_after_ns": 2**64 - 1}}]}, "retry_after_ns"),
         ({"finished": [{"status": {"code": 8, "message": "x" * 2049}}]}, "status.message: must have at most 2048"),
         ({"finished": [{"status": {"code": 3, "field": "x" * 1025}}]}, "status.field: must have at most 1024"),
+        ({"finished": [{"tenant_full_ns": LONGEST_NS + 1}]}, "tenant_full_ns"),
         ({"finished": [{"timings": {"preempted_ns": LONGEST_NS + 1}}]}, "preempted_ns"),
         ({"finished": [{"timings": {"executor_id": "x" * 1025}}]}, "executor_id"),
     ],

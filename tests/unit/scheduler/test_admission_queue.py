@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from services.common.errors import StatusError
-from services.scheduler.admission_queue import AdmissionQueue
+from services.scheduler.admission_queue import AdmissionQueue, QueueFullError
 
 
 @dataclass(eq=False)
@@ -80,6 +80,11 @@ class QueueMachine(RuleBasedStateMachine):
             code = grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.DEADLINE_EXCEEDED
             assert refusal.value.code is code
             assert entry not in self.queue
+            if isinstance(refusal.value, QueueFullError):
+                assert self.expected_drops(Entry(-100, self.arrivals, 1, tenant)) is None
+                assert 0 < refusal.value.lasts <= 0.25
+            elif code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                assert "prompt tokens wait" in refusal.value.message
         else:
             left = self.queue.admit(entry, remaining, rate)
             assert len(left) == len(dropped)
@@ -228,6 +233,27 @@ def test_tokens_are_shared_as_well():
     with pytest.raises(StatusError, match="950 prompt tokens wait, and 500 more exceed"):
         queue.admit(Entry(0, 21, 500, b"late"), None, None)
     assert tenants_of(queue) == {b"burst": 7, b"late": 1}, "a refusal drops nothing"
+
+
+def test_a_full_queue_says_for_how_long_and_is_not_dry_then():
+    queue = make_queue(10, 10**6)
+    for arrival in range(10):
+        queue.admit(Entry(0, arrival, 100, b"a"), None, None)
+    for rate, lasts in ((None, 0.25), (100.0, 0.25), (10_000.0, 0.01)):
+        with pytest.raises(QueueFullError) as refusal:
+            queue.admit(Entry(0, 10, 1, b"a"), None, rate)
+        assert refusal.value.lasts == pytest.approx(lasts)
+        assert rate is None or rate * lasts <= queue.num_tokens / 10
+
+
+def test_a_request_that_is_too_large_for_what_is_left_says_nothing_of_others():
+    queue = make_queue(2, 1000)
+    for arrival in (0, 1):
+        queue.admit(Entry(0, arrival, 400, b"burst"), None, None)
+    with pytest.raises(StatusError, match="900 more exceed") as refusal:
+        queue.admit(Entry(0, 2, 900, b"late"), None, None)
+    assert not isinstance(refusal.value, QueueFullError)
+    assert len(queue.admit(Entry(0, 3, 100, b"late"), None, None)) == 1
 
 
 def test_what_came_back_from_an_executor_is_not_dropped():

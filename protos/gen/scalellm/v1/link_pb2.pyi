@@ -198,18 +198,20 @@ class LinkSampleFinish(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., index: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., stop_token_id: _Optional[int] = ...) -> None: ...
 
 class Finish(_message.Message):
-    __slots__ = ("handle", "status", "usage", "timings", "moved")
+    __slots__ = ("handle", "status", "usage", "timings", "moved", "tenant_full_ns")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FULL_NS_FIELD_NUMBER: _ClassVar[int]
     handle: int
     status: LinkStatus
     usage: _common_pb2.Usage
     timings: HopTimings
     moved: bool
-    def __init__(self, handle: _Optional[int] = ..., status: _Optional[_Union[LinkStatus, _Mapping]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., timings: _Optional[_Union[HopTimings, _Mapping]] = ..., moved: _Optional[bool] = ...) -> None: ...
+    tenant_full_ns: int
+    def __init__(self, handle: _Optional[int] = ..., status: _Optional[_Union[LinkStatus, _Mapping]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., timings: _Optional[_Union[HopTimings, _Mapping]] = ..., moved: _Optional[bool] = ..., tenant_full_ns: _Optional[int] = ...) -> None: ...
 
 class LinkStatus(_message.Message):
     __slots__ = ("code", "message", "field", "retry_after_ns")
