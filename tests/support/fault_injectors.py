@@ -106,6 +106,17 @@ def cut_off(target: str) -> Injector:
     return inject
 
 
+async def cable_pulled(scene: Scene) -> None:
+    """The network of a service in a namespace of its own is gone for longer than the limit on silence."""
+    cable = scene.line.cable
+    assert cable is not None
+    cable.pull()
+    try:
+        await asyncio.sleep(STALL_LIMIT + scene.seconds)
+    finally:
+        cable.mend()
+
+
 async def redis_out_of_memory(scene: Scene) -> None:
     """Redis refuses every write for some seconds."""
     redis = scene.line.redis

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fault_member import Member
+from fault_namespace import Namespace
 from fault_redis import FaultRedis
 from fault_rest import Vitals, rest
 from fault_wires import Wires
@@ -37,12 +38,17 @@ model's cache is memory, too, that is touched for the first time little by littl
 
 @dataclass(frozen=True)
 class Shape:
-    """How many processes of each service there are; in short: schedulers+executors."""
+    """How many processes of each service there are; in short: schedulers+executors.
+
+    Attributes:
+        on_cable: Kind of service whose first process has a network namespace of its own; empty: none.
+    """
 
     executors: int = 2
     schedulers: int = 1
     tokenizers: int = 1
     workers: int = 2
+    on_cable: str = ""
 
     def __str__(self) -> str:
         return f"{self.schedulers}+{self.executors}"
@@ -51,8 +57,18 @@ class Shape:
 class FaultLine:
     """All services of a shape. Whoever breaks something mends it."""
 
-    def __init__(self, shape: Shape, spawn: Spawn, redis: FaultRedis, model: Path, wires: Wires, engine: str) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        spawn: Spawn,
+        redis: FaultRedis,
+        model: Path,
+        wires: Wires,
+        engine: str,
+        cable: Namespace | None,
+    ) -> None:
         self.shape = shape
+        self.cable = cable
         self.engine = engine
         self.redis = redis
         self.redis_wire = wires.add(redis.socket)
@@ -64,6 +80,13 @@ class FaultLine:
             port = _free_port()
             own = () if name == "scheduler" else ("--model", str(model))
             all_flags = ("--port", str(port), *own, *limits, *(() if name == "tokenizer" else leases), *flags)
+            if cable is not None and (name, number) == (shape.on_cable, 0):
+                there = ("--host", cable.inside, "--metrics-host", cable.inside)
+                return Member(
+                    f"{name} {number}",
+                    lambda wait: spawn(name, *all_flags, *there, wait=wait, prefix=cable.prefix),
+                    wire=None,
+                )
             start = lambda wait: spawn(name, *all_flags, wait=wait)  # noqa: E731
             return Member(f"{name} {number}", start, wires.add(f"127.0.0.1:{port}") if wired else None)
 
@@ -125,9 +148,10 @@ def fault_line(shape: Shape, folder: Path, model: Path, engine: str = "fake") ->
     with ExitStack() as stack:
         redis = FaultRedis(folder)
         stack.callback(redis.stop)
-        wires = stack.enter_context(Wires())
+        cable = stack.enter_context(Namespace()) if shape.on_cable else None
+        wires = stack.enter_context(Wires(cable.outside) if cable is not None else Wires())
         spawn = stack.enter_context(contextmanager(spawner)(folder))
-        yield FaultLine(shape, spawn, redis, model, wires, engine)
+        yield FaultLine(shape, spawn, redis, model, wires, engine, cable)
 
 
 def _links(scheduler: ServiceProcess) -> dict[str, float]:
@@ -139,8 +163,8 @@ def _links(scheduler: ServiceProcess) -> dict[str, float]:
 
 
 def _address(member: Member) -> str:
-    assert member.wire is not None
-    return member.wire.address
+    """Where others reach it, whichever process it is."""
+    return member.wire.address if member.wire is not None else member.process.address
 
 
 def _free_port() -> int:

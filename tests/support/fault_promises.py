@@ -18,12 +18,14 @@ class Fault:
         errors: Streams that run through the process that ends may end UNAVAILABLE.
         unsaved: A session's turn may be told of as not saved.
         needs_disk: Redis must have a file system of its own.
+        on_cable: Kind of service that must have a network namespace of its own; empty: none.
     """
 
     inject: Injector
     errors: bool = False
     unsaved: bool = False
     needs_disk: bool = False
+    on_cable: str = ""
 
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
@@ -55,4 +57,6 @@ FAULTS = {
     "redis: out of memory": Fault(faults.redis_out_of_memory, unsaved=True),
     "redis: paused": Fault(faults.redis_paused, unsaved=True),
     "redis: disk full": Fault(faults.redis_disk_full, unsaved=True, needs_disk=True),
+    "executor: cable pulled": Fault(faults.cable_pulled, on_cable="executor"),
+    "scheduler: cable pulled": Fault(faults.cable_pulled, on_cable="scheduler"),
 }

@@ -86,7 +86,8 @@ class Soak:
         self.wrong += problems
 
     async def _break(self, end: float) -> None:
-        names = [name for name, fault in FAULTS.items() if self.line.redis.can_fill or not fault.needs_disk]
+        can_fill = self.line.redis.can_fill
+        names = [n for n, fault in FAULTS.items() if (can_fill or not fault.needs_disk) and not fault.on_cable]
         while True:
             await asyncio.sleep(self.rng.uniform(0.5, 1.5) * self.pause)
             if time.monotonic() > end:

@@ -117,6 +117,7 @@ class Stream:
         while code is grpc.StatusCode.UNAVAILABLE and self.is_resumable and time.monotonic() < deadline:
             await asyncio.sleep(0.2)
             self.resumes += 1
+            self.finished = None  # the call may have broken between this and its status: it is said again
             code = await self._follow(stub.Resume(self._rest(), timeout=10 * PATIENCE, wait_for_ready=True))
         self.codes.append(code)
         self.ended_at = time.monotonic()
@@ -201,12 +202,13 @@ class Workload:
         return [self._stream(number, name, is_undisturbed) for number in range(self._count)]
 
     def learn_stops(self, undisturbed: Sequence[Stream]) -> None:
-        """Choose stop strings that occur, from texts that came without any."""
+        """Choose stop strings that occur, from texts that came without any; of a text without words, none."""
         for stream in undisturbed:
             if stream.kind == "stop":
                 text, half = stream.texts[0], len(stream.texts[0]) // 2
-                words = [text[start : start + 6] for start in range(half, len(text) - 6) if text[start].isascii()]
-                self._stops[stream.number] = next(word for word in words if word.isascii() and word.isprintable())
+                words = (text[start : start + 6] for start in range(half, len(text) - 6))
+                if (word := next((word for word in words if word.isascii()), None)) is not None:
+                    self._stops[stream.number] = word
 
     def _stream(self, number: int, name: str, is_undisturbed: bool) -> Stream:
         rng = random.Random(f"stream {self.seed} {number}")

@@ -14,9 +14,14 @@ _CHUNK = 2**16
 
 
 class Wires:
-    """A thread that forwards what goes over the wires; use it as a context manager."""
+    """A thread that forwards what goes over the wires; use it as a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        host: Address on which the wires listen.
+    """
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._host = host
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="wires", daemon=True)
 
@@ -33,7 +38,7 @@ class Wires:
     def add(self, target: str) -> Wire:
         """A wire to host:port or to the Unix socket at a path."""
         wire = Wire(target, self._loop.call_soon_threadsafe)
-        opened: Future[None] = asyncio.run_coroutine_threadsafe(wire.open(), self._loop)
+        opened: Future[None] = asyncio.run_coroutine_threadsafe(wire.open(self._host), self._loop)
         opened.result(PATIENCE)
         return wire
 
@@ -70,9 +75,9 @@ class Wire:
         """What waits gets through, and what comes."""
         self._call(self._whole.set)
 
-    async def open(self) -> None:
+    async def open(self, host: str) -> None:
         """Listen on a free port, which `address` then names."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._serve, host, 0)
         self.address = "{}:{}".format(*server.sockets[0].getsockname()[:2])
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,14 +92,15 @@ Spawn = Callable[..., ServiceProcess]
 def spawner(folder: Path) -> Iterator[Spawn]:
     started: list[ServiceProcess] = []
 
-    def spawn(service: str, *flags: str, wait: bool = True) -> ServiceProcess:
+    def spawn(service: str, *flags: str, wait: bool = True, prefix: Sequence[str] = ()) -> ServiceProcess:
         if service == "tokenizer" and "--http-port" not in flags:
             flags = ("--http-port", "0", *flags)
         name = f"{service}-{uuid.uuid4().hex[:8]}"
         log, announce = folder / f"{name}.log", folder / f"{name}.addr"
         with log.open("wb") as stream:
+            command = [*prefix, sys.executable, "-m", f"services.{service}", "--port", "0", "--announce", str(announce)]
             process = subprocess.Popen(
-                [sys.executable, "-m", f"services.{service}", "--port", "0", "--announce", str(announce), *flags],
+                [*command, *flags],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,

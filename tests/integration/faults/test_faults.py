@@ -11,16 +11,19 @@ import random
 import pytest
 
 from fault_line import Shape
+from fault_namespace import why_no_namespace
 from fault_promises import FAULTS
 from fault_streams import Workload
 from fault_trials import Tally, Trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
+_SOLE = ("engine", "executor")
+
 TRIALS = [
-    *((Shape(), name) for name in FAULTS),
-    *((Shape(schedulers=2), name) for name in FAULTS if name.startswith("scheduler")),
-    *((Shape(executors=1), name) for name in FAULTS if name.startswith(("engine", "executor"))),
+    *((Shape(on_cable=fault.on_cable), name) for name, fault in FAULTS.items()),
+    *((Shape(schedulers=2, on_cable=FAULTS[name].on_cable), name) for name in FAULTS if name.startswith("scheduler")),
+    *((Shape(executors=1, on_cable=FAULTS[name].on_cable), name) for name in FAULTS if name.startswith(_SOLE)),
 ]
 """Each fault on a line with one scheduler and two executors; then what two schedulers, and one executor, change."""
 
@@ -42,6 +45,8 @@ async def test_fault(
     lines, prepared: Prepared, table: list[str], rounds: int, seconds: float, seed: int, shape: Shape, name: str
 ) -> None:
     fault = FAULTS[name]
+    if fault.on_cable and (reason := why_no_namespace()):
+        pytest.skip(reason)
     line = await lines.get(shape)
     if fault.needs_disk and not line.redis.can_fill:
         pytest.skip("only root can give Redis a file system of its own")
