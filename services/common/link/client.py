@@ -17,6 +17,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from scalellm.v1 import link_pb2
 from services.common.cancellation import cancellable
 from services.common.errors import StatusError
+from services.common.guarded import drop_tracebacks
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.server_frames import read_step, read_welcome
 from services.common.link.traffic import LinkTraffic
@@ -134,14 +135,17 @@ class LinkClient:
                 error = StatusError.unavailable(f"{self.address} closed the link")
             except StatusError as status_error:
                 error = status_error
+                drop_tracebacks(error)
             except grpc.aio.AioRpcError as rpc_error:
                 message, metadata = f"{self.address}: {rpc_error.details()}", rpc_error.trailing_metadata()
                 error = StatusError.from_rpc(rpc_error.code(), message, metadata or ())
+                drop_tracebacks(rpc_error)
             except ConfigFileError as file_error:
                 error = StatusError(grpc.StatusCode.UNAUTHENTICATED, f"{self.address}: {file_error}")
             except Exception as unexpected:  # a mistake of the handler's: lose the connection, not the link
                 _log.exception("link to %s failed", self.address)
                 error = StatusError(grpc.StatusCode.INTERNAL, f"{self.address}: {unexpected!r}")
+                drop_tracebacks(unexpected)
             # Told once, not at every attempt: a peer may be away for hours.
             level = logging.WARNING if self._up or error.message != self._last_reason else logging.DEBUG
             _log.log(level, "link to %s is down, connecting again: %s", self.address, error.message)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -10,7 +12,7 @@ import grpc
 import pytest
 
 from scalellm.v1 import link_pb2, scheduler_pb2
-from service_processes import PATIENCE
+from service_processes import PATIENCE, eventually
 from services.common.errors import StatusError
 from services.common.link import API_MINOR, LinkClient
 
@@ -65,21 +67,34 @@ class Call:
         pass
 
 
+class Channel:
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def stream_stream(self, path: str):
+        return lambda metadata: self._call
+
+
 class Dialer:
     """Every connection finds the same call."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
+        self.channels: list[weakref.ref[Channel]] = []
 
     def metadata(self) -> tuple[()]:
         return ()
 
     @asynccontextmanager
-    async def open_channel(self, address: str) -> AsyncIterator[Dialer]:
-        yield self
+    async def open_channel(self, address: str) -> AsyncIterator[Channel]:
+        channel = Channel(self._call)
+        self.channels.append(weakref.ref(channel))
+        yield channel
 
-    def stream_stream(self, path: str):
-        return lambda metadata: self._call
+
+async def end(running: asyncio.Task[None]) -> None:
+    running.cancel()
+    await asyncio.wait((running,), timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("num_turns", range(10))
@@ -98,8 +113,25 @@ async def test_a_link_ends_although_the_demand_changes_at_that_moment(num_turns:
     for _ in range(100):
         await asyncio.sleep(0)
     assert handler.num_down == 1
-    running.cancel()
-    await asyncio.wait((running,), timeout=PATIENCE)
+    await end(running)
+
+
+async def test_nothing_of_a_lost_connection_waits_for_the_garbage_collector() -> None:
+    """Its sockets are open for as long, and a scheduler's collector comes by rarely."""
+    handler, call = Handler(), Call()
+    dialer = Dialer(call)
+    gc.disable()
+    try:
+        running = asyncio.create_task(
+            LinkClient("127.0.0.1:1", CONNECT, link_pb2.Hello(), handler, dialer=dialer).run()
+        )
+        await handler.is_up.wait()
+        call.ended.set()
+        await eventually(lambda: handler.num_down == 1)
+        assert [channel() for channel in dialer.channels] == [None]
+        await end(running)
+    finally:
+        gc.enable()
 
 
 async def test_a_cancellation_that_grpc_takes_for_its_own_ends_the_link(monkeypatch) -> None:
@@ -116,7 +148,6 @@ async def test_a_cancellation_that_grpc_takes_for_its_own_ends_the_link(monkeypa
     monkeypatch.setattr(client, "_connect_once", connect_once)
     running = asyncio.create_task(client.run())
     await connecting.wait()
-    running.cancel()
-    await asyncio.wait((running,), timeout=PATIENCE)
+    await end(running)
     assert running.cancelled()
     assert handler.num_down == 0
