@@ -116,7 +116,8 @@ def _restarts_of(service: ServiceRecord) -> str:
 def frame(window: Window, restarts: Mapping[str, str] = _NOTHING) -> RenderableType:
     """One frame. `restarts`: of each service, by the address of its metrics, as far as they are known."""
     title = Text(f"scalellm top   {time.strftime('%H:%M:%S')}", style="bold")
-    return Group(title, Text(), _services(window, restarts), Text(), _figures(window), Text(), _executors(window))
+    tables = (_services(window, restarts), _figures(window), _schedulers(window), _executors(window))
+    return Group(title, *(part for table in tables for part in (Text(), table)))
 
 
 def _services(window: Window, restarts: Mapping[str, str]) -> Table:
@@ -160,6 +161,10 @@ def _figures(window: Window) -> Table:
         outcome: window.rate(f"{_REQUESTS}_ended_total", outcome=outcome)
         for outcome in ("finished", "cancelled", "rejected")
     }
+    again = {
+        words: window.rate("scalellm_tokenizer_requests_resubmitted_total", reason=reason)
+        for words, reason in (("as a scheduler was lost", "lost"), ("as one drains", "given_back"))
+    }
     lines = (
         ("requests", f"{_shown(running)} running, {_shown(waiting)} waiting"),
         ("per second", ", ".join(f"{_shown(value, digits=1)} {outcome}" for outcome, value in ended.items())),
@@ -172,11 +177,24 @@ def _figures(window: Window) -> Table:
         ("inter-token latency", _quantiles(window, "scalellm_inter_token_latency_seconds")),
         ("end to end", _quantiles(window, "scalellm_e2e_request_latency_seconds")),
         ("prefix cache hits", _share(hits, queries)),
+        ("sent again", ", ".join(f"{_shown(value, digits=1)} {why}" for why, value in again.items()) + " per second"),
         ("preemptions", f"{_shown(window.rate('scalellm_executor_preemptions_total'), digits=1)} per second"),
     )
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for name, text in lines:
         table.add_row(Text(name, style="dim"), text)
+    return table
+
+
+def _schedulers(window: Window) -> Table:
+    """Where the tokenizers' requests go."""
+    table = _table("sent to", "run", "req/s")
+    for address in window.labels("scalellm_tokenizer_requests_sent_total", "scheduler"):
+        table.add_row(
+            one_line(address),
+            _shown(window.gauge("scalellm_tokenizer_scheduler_requests", scheduler=address)),
+            _shown(window.rate("scalellm_tokenizer_requests_sent_total", scheduler=address), digits=1),
+        )
     return table
 
 

@@ -102,6 +102,11 @@ class Window:
         """The pairs of one kind of service."""
         return [pair for pair in self.pairs if pair[1].service == service]
 
+    def labels(self, name: str, label: str) -> list[str]:
+        """The values that a label of a metric has anywhere, in order."""
+        found = {dict(key).get(label) for _, new in self.pairs for key in new.samples.get(name, {})}
+        return sorted(value for value in found if value is not None)
+
     def gauge(self, name: str, **labels: str) -> float:
         """A gauge now, summed over all services."""
         return _sum(new.total(name, **labels) for _, new in self.pairs)

@@ -22,6 +22,7 @@ from scalellm.v1 import common_pb2
 from services.common.api_keys import TenantLimits
 from services.common.histogram import LAG_SECONDS
 from services.common.metrics import DROPPED_SPANS, EXPORT_FAILED, QUEUE_FULL
+from services.tokenizer.running_request import Move
 
 if TYPE_CHECKING:
     from services.common.tracing.tracer import Tracer
@@ -34,6 +35,7 @@ _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 
 _E2E_BUCKETS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0)
 _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
+_SCHEDULER = ("scheduler",)
 _PREFIX = "scalellm_tokenizer_requests"
 _ACCEPTED, _ENDED, _RUNNING = f"{_PREFIX}_accepted", f"{_PREFIX}_ended", f"{_PREFIX}_running"
 _LOST = {"outcome": "rejected", "code": "UNAVAILABLE"}
@@ -79,9 +81,11 @@ class EdgeMetrics:
         accepted = counter(_ACCEPTED, "Requests that came.", ("transport",))
         self._accepted = {transport: accepted.labels(transport) for transport in _TRANSPORTS}
         self.submitted = counter(f"{_PREFIX}_submitted", "Of these, those that went to a scheduler.")
-        self.resubmitted = counter(
-            f"{_PREFIX}_resubmitted", "Requests sent again, as their scheduler was lost or gave them back."
+        self._sent = counter(f"{_PREFIX}_sent", "Requests sent to each scheduler, the first time or again.", _SCHEDULER)
+        resubmitted = counter(
+            f"{_PREFIX}_resubmitted", "Requests sent again, as they lost their scheduler.", ("reason",)
         )
+        self.resubmitted = {move: resubmitted.labels(move.value) for move in Move}
         ended = counter(_ENDED, "Requests that ended.", ("transport", "outcome", "code"))
         # All series are there from the start: a rate misses the first increment of one that appears with it.
         self._ended = {
@@ -150,6 +154,13 @@ class EdgeMetrics:
             "call_bytes_limit", "What one tenant may hold in one worker; beyond it calls are refused.", "livemax"
         )
         self.links_up = gauge("scheduler_links", "Links of workers to schedulers that take requests.")
+        self._on_scheduler = Gauge(
+            "scalellm_tokenizer_scheduler_requests",
+            "Requests that run on each scheduler.",
+            labelnames=_SCHEDULER,
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
         self.waiting = gauge("requests_without_scheduler", "Requests that lost their scheduler and wait for one.")
         self.kept = gauge("kept_running", "Requests that run whether or not their client is there.")
         self.kept_unwritten = gauge(
@@ -162,6 +173,7 @@ class EdgeMetrics:
         self._registry = registry
         self._gaps: list[float] = []
         self._notes: list[tuple[Histogram, float]] = []
+        self._sent_to: dict[str, tuple[Counter, int]] = {}
         self._followed: dict[Counter, tuple[Callable[[], int], int]] = {}
 
     def count_accepted(self, transport: str) -> None:
@@ -207,6 +219,15 @@ class EdgeMetrics:
     def follow(self, counter: Counter, read: Callable[[], int]) -> None:
         """Let `counter` have the value that `read` gives, at every flush."""
         self._followed[counter] = (read, 0)
+
+    def tell_schedulers(self, num_sent: Mapping[str, int], num_running: Mapping[str, int]) -> None:
+        """What was sent to each scheduler so far, and what runs there now, by its address."""
+        for address, count in num_sent.items():
+            sent, last = self._sent_to.get(address) or (self._sent.labels(address), 0)
+            sent.inc(count - last)
+            self._sent_to[address] = sent, count
+        for address, count in num_running.items():
+            self._on_scheduler.labels(address).set(count)
 
     def follow_tracer(self, tracer: Tracer) -> None:
         """Count the spans that are lost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import hashlib
 import math
 import os
@@ -16,6 +17,14 @@ from services.tokenizer.token_receiver import Resubmission, TokenReceiver
 
 _BLOCK_TOKENS = 64
 """Tokens at the beginning of a prompt that decide where it goes: those of a block, as schedulers know prefixes."""
+
+
+class Move(enum.Enum):
+    """How a request loses its scheduler. The values are labels of metrics."""
+
+    LOST = "lost"
+    GIVEN_BACK = "given_back"
+    """The scheduler drains."""
 
 
 class RunningRequest:
@@ -32,12 +41,13 @@ class RunningRequest:
         identity: The model with which it began: its tokens mean nothing to another one.
         losses: Schedulers that were lost one after the other without a token from them.
         why_lost: What happened to the last one.
+        move: How it lost it.
         timer: Ends its wait for a scheduler.
     """
 
     __slots__ = (
         "_deadline", "_first_sent_at", "_handle", "_num_resumed", "_route_key", "_sent_at", "_submit",
-        "identity", "link", "losses", "receiver", "timer", "why_lost",
+        "identity", "link", "losses", "move", "receiver", "timer", "why_lost",
     )  # fmt: skip
 
     def __init__(self, submit: link_pb2.Submit, min_tokens: int, now: int) -> None:
@@ -52,6 +62,7 @@ class RunningRequest:
         self.link: SchedulerLink | None = None
         self.losses = 0
         self.why_lost = StatusError.unavailable("it was not lost")
+        self.move = Move.LOST
         self.timer: asyncio.TimerHandle | None = None
         submit.execution_id = submit.execution_id or os.urandom(16)
         self.receiver.start_at(submit.resumed)
@@ -106,10 +117,11 @@ class RunningRequest:
         if self.link is not None:
             self.link.stop_sample(self._handle, index)
 
-    def lose_link(self, why: StatusError) -> None:
+    def lose_link(self, why: StatusError, move: Move) -> None:
         """Its scheduler was lost, or gave it back."""
         self.link = None
         self.why_lost = why
+        self.move = move
 
     def count_loss(self) -> None:
         """Its scheduler was lost."""

@@ -15,7 +15,7 @@ from services.common.addresses import is_ip_address
 from services.common.errors import StatusError
 from services.common.link import API_MINOR, PLAINTEXT, LinkDialer
 from services.tokenizer.full_queues import FullQueues
-from services.tokenizer.running_request import RunningRequest
+from services.tokenizer.running_request import Move, RunningRequest
 from services.tokenizer.scheduler_discovery import SchedulerDiscovery
 from services.tokenizer.scheduler_link import LinkCounts, SchedulerLink
 from services.tokenizer.token_receiver import TokenReceiver
@@ -47,7 +47,8 @@ class Schedulers:
 
     Attributes:
         counts: What went over all links.
-        num_resubmitted: How often requests were sent again.
+        num_resubmitted: How often requests were sent again, by how they lost their scheduler.
+        num_sent: How often requests were sent to each scheduler that is or was there, by its address.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class Schedulers:
         self._changed = asyncio.Event()
         self._vocab_size = 0
         self.counts = LinkCounts()
-        self.num_resubmitted = 0
+        self.num_resubmitted = dict.fromkeys(Move, 0)
+        self.num_sent: dict[str, int] = {}
 
     async def run(self) -> None:
         """Keep the links up until cancelled."""
@@ -107,6 +109,12 @@ class Schedulers:
     def num_handles(self) -> int:
         """Requests whose Finish has not come, over all links."""
         return sum(link.num_handles for link in self._links.values())
+
+    @property
+    def num_running(self) -> dict[str, int]:
+        """Requests whose Finish has not come, by the address of each scheduler that is or was there."""
+        there = {address: link.num_handles for address, link in self._links.items()}
+        return dict.fromkeys(self.num_sent, 0) | there
 
     @property
     def num_waiting(self) -> int:
@@ -151,7 +159,9 @@ class Schedulers:
             message = "structured_output: the scheduler is of an older version, which does not know it"
             raise StatusError(grpc.StatusCode.UNIMPLEMENTED, message, field="structured_output")
         self._requests[request.receiver] = request
-        request.send(request.choose(links), now)
+        link = request.choose(links)
+        request.send(link, now)
+        self.num_sent[link.address] += 1
         return request.receiver
 
     def stop_sample(self, receiver: TokenReceiver, index: int) -> None:
@@ -191,6 +201,7 @@ class Schedulers:
                 dialer=dialer,
                 clock=self._clock,
             )
+            self.num_sent.setdefault(address, 0)
             link.start()
         link.drop_when_down = False
 
@@ -223,7 +234,7 @@ class Schedulers:
         request = self._requests[receiver]
         if finish.moved:
             link.stop_submitting("gives requests back")
-            request.lose_link(StatusError.from_link(finish.status))
+            request.lose_link(StatusError.from_link(finish.status), Move.GIVEN_BACK)
             self._wait(request)
         else:
             self._full.note(request.tenant, link.address, finish, now)
@@ -238,7 +249,7 @@ class Schedulers:
             _log.warning("scheduler %s is lost, %d requests move: %s", link.address, len(receivers), error.message)
         for receiver in receivers:
             request = self._requests[receiver]
-            request.lose_link(error)
+            request.lose_link(error, Move.LOST)
             request.count_loss()
             if receiver.is_over:  # it has failed, and is not released yet
                 continue
@@ -273,8 +284,10 @@ class Schedulers:
         if request.receiver.progress.all_ended:
             request.finish_here(now)
         elif links:
-            request.send_again(request.choose(links), now)
-            self.num_resubmitted += 1
+            link = request.choose(links)
+            request.send_again(link, now)
+            self.num_sent[link.address] += 1
+            self.num_resubmitted[request.move] += 1
         elif (refusal := self._refuse(request)) is not None:
             request.receiver.fail(refusal)
         else:

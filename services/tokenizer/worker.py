@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
@@ -226,7 +227,8 @@ class Worker:
         metrics, counts, traffic = self._metrics, schedulers.counts, schedulers.counts.traffic
         metrics.follow(metrics.generation_tokens, lambda: counts.tokens)
         metrics.follow(metrics.discarded_tokens, lambda: counts.discarded_tokens)
-        metrics.follow(metrics.resubmitted, lambda: schedulers.num_resubmitted)
+        for move, counter in metrics.resubmitted.items():
+            metrics.follow(counter, partial(schedulers.num_resubmitted.__getitem__, move))
         metrics.follow(metrics.frames_sent, lambda: traffic.frames_sent)
         metrics.follow(metrics.frames_received, lambda: traffic.frames_received)
         metrics.follow(metrics.bytes_sent, lambda: traffic.bytes_sent)
@@ -257,6 +259,7 @@ class Worker:
         self._metrics.redis_unusable.set(watch is not None and not watch.is_up)
         self._metrics.links_up.set(schedulers.num_up)
         self._metrics.waiting.set(schedulers.num_waiting)
+        self._metrics.tell_schedulers(schedulers.num_sent, schedulers.num_running)
         self._metrics.kept.set(kept.num_running)
         self._metrics.kept_unwritten.set(kept.num_unwritten)
         self._metrics.tasks.set(len(asyncio.all_tasks()))

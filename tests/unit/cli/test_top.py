@@ -60,6 +60,14 @@ scalellm_process_resident_memory_bytes 1.048576e+08
 scalellm_tokenizer_requests_running 3
 # TYPE scalellm_tokenizer_requests_ended counter
 scalellm_tokenizer_requests_ended_total{outcome="finished",code="OK"} 7
+# TYPE scalellm_tokenizer_requests_sent counter
+scalellm_tokenizer_requests_sent_total{scheduler="s:1"} 5
+scalellm_tokenizer_requests_sent_total{scheduler="s:2"} 2
+# TYPE scalellm_tokenizer_scheduler_requests gauge
+scalellm_tokenizer_scheduler_requests{scheduler="s:1"} 3
+scalellm_tokenizer_scheduler_requests{scheduler="s:2"} 0
+# TYPE scalellm_tokenizer_requests_resubmitted counter
+scalellm_tokenizer_requests_resubmitted_total{reason="lost"} 1
 # TYPE scalellm_time_to_first_token_seconds histogram
 scalellm_time_to_first_token_seconds_bucket{le="0.1"} 5
 scalellm_time_to_first_token_seconds_bucket{le="+Inf"} 7
@@ -115,6 +123,15 @@ def shown(old: Sequence[str], new: Sequence[str]) -> str:
 
 
 HEALTHY = (TOKENIZER, SCHEDULER, EXECUTOR)
+
+
+def test_a_frame_tells_where_requests_go() -> None:
+    later = TOKENIZER.replace('sent_total{scheduler="s:2"} 2', 'sent_total{scheduler="s:2"} 6')
+    later = later.replace('{reason="lost"} 1', '{reason="lost"} 5')
+    found = lines(shown(HEALTHY, (later, SCHEDULER, EXECUTOR)))
+    start = found.index("sent to run req/s")
+    assert found[start : start + 3] == ["sent to run req/s", "s:1 3 0.0", "s:2 0 4.0"]
+    assert "sent again 4.0 as a scheduler was lost, 0.0 as one drains per second" in found
 
 
 def lines(frame: str) -> list[str]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fake_scheduler_link import LENGTH, PROMPT, Line, Taker, logprob, token, unconnected, welcome
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
+from services.tokenizer.running_request import Move
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,7 @@ async def play(actions) -> None:
     for execution_id in ids:
         attempts = [submit.attempt for submit in line.submits if submit.execution_id == execution_id]
         assert sorted(attempts) == list(range(len(attempts)))
-    assert line.schedulers.num_resubmitted == len(line.submits) - len(takers)
+    assert sum(line.schedulers.num_resubmitted.values()) == len(line.submits) - len(takers)
 
 
 async def error_of(receiver) -> StatusError:
@@ -134,7 +135,25 @@ async def test_the_same_scheduler_goes_on_when_it_is_back():
     for _ in range(LENGTH):
         peer.step()
     assert receiver.finish.timings.failover_ns == 2 * 10**9
-    assert (line.schedulers.num_resubmitted, line.schedulers.num_waiting) == (1, 0)
+    assert (line.schedulers.num_resubmitted, line.schedulers.num_waiting) == ({Move.LOST: 1, Move.GIVEN_BACK: 0}, 0)
+    assert list(line.schedulers.num_sent.values()) == [2]
+
+
+async def test_what_goes_to_which_scheduler_is_counted():
+    line = await started(2)
+    one, two = line.peers
+    receivers = [line.submit(1, seed=seed) for seed in range(8)]
+    sent = [len(peer.submits) for peer in line.peers]
+    schedulers = line.schedulers
+    assert list(schedulers.num_sent.values()) == list(schedulers.num_running.values()) == sent
+    one.give_back()
+    assert list(schedulers.num_running.values()) == [0, 8]
+    assert schedulers.num_resubmitted == {Move.LOST: 0, Move.GIVEN_BACK: sent[0]}
+    assert list(schedulers.num_sent.values()) == [sent[0], 8]
+    for receiver in receivers:
+        schedulers.release(receiver, link_pb2.ABORT_REASON_CANCELLED)
+    two.die()
+    assert list(schedulers.num_running.values()) == [0, 0]
 
 
 async def test_prompt_logprobs_that_have_come_are_not_asked_for_again():
