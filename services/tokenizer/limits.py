@@ -31,6 +31,7 @@ class RequestLimits:
     max_stops: int = 16
     max_stop_bytes: int = 256
     max_cache_salt_bytes: int = 128
+    max_template_kwargs_bytes: int = 2**14
     max_stop_token_ids: int = 64
     max_logprobs: int = 20
     max_logit_bias: int = 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -13,7 +14,9 @@ import grpc
 
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
+from services.tokenizer.json_object import JsonObject
 from services.tokenizer.session import Session
+from services.tokenizer.template_kwargs import read_template_kwargs
 from services.tokenizer.text.chat_renderer import ChatRenderer
 from services.tokenizer.text.chat_template import ChatTemplateError
 from services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
@@ -129,6 +132,7 @@ class PromptBuilder:
             raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, f"chat: {self._no_renderer}", field="chat")
         messages = [{"role": role, "content": content} for role, content in history]
         messages += [{"role": message.role, "content": message.content} for message in chat.messages]
+        kwargs = read_template_kwargs(chat.template_kwargs)
         mark = ""
         if chat.content_is_text:
             special = self._encoder.special_texts
@@ -139,10 +143,18 @@ class PromptBuilder:
                     "from one that stands alone",
                     field="chat.content_is_text",
                 )
-            mark, messages = await self._encoder.run(caller, partial(self._mark, special, messages))
-        adds_header = not chat.HasField("add_generation_prompt") or chat.add_generation_prompt
+            mark, messages, kwargs = await self._encoder.run(caller, partial(self._mark, special, messages, kwargs))
+        adds_header = chat.add_generation_prompt or not (
+            chat.HasField("add_generation_prompt") or chat.continue_final_message
+        )
         try:
-            text = await self._renderer.render(messages, caller=caller, add_generation_prompt=adds_header)
+            text = await self._renderer.render(
+                messages,
+                caller=caller,
+                add_generation_prompt=adds_header,
+                continue_final_message=chat.continue_final_message,
+                kwargs=kwargs,
+            )
         except ChatTemplateError as error:
             raise StatusError.invalid("chat", str(error).replace(mark, "") if mark else str(error)) from None
         return MarkedText(text, mark)
@@ -164,10 +176,12 @@ class PromptBuilder:
             raise too_many_tokens(field, max_tokens, str(len(ids)))
         return ids
 
-    def _mark(self, special: SpecialTexts, messages: Sequence[Message]) -> tuple[str, list[Message]]:
-        texts = [text for message in messages for text in message.values()]
-        mark = special.choose_mark([*texts, self.model.chat_template or ""])
-        return mark, [{name: special.mark(text, mark) for name, text in message.items()} for message in messages]
+    def _mark(
+        self, special: SpecialTexts, messages: list[Message], kwargs: JsonObject
+    ) -> tuple[str, list[Message], JsonObject]:
+        texts = json.dumps([messages, kwargs], ensure_ascii=False)
+        mark = special.choose_mark([texts, self.model.chat_template or ""])
+        return mark, special.mark_all(messages, mark), special.mark_all(kwargs, mark)
 
     async def _encode_rendered(self, text: MarkedText, *, caller: str, max_tokens: int) -> list[int]:
         if text.mark:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common.errors import StatusError
 from services.tokenizer.limits import RequestLimits
+from services.tokenizer.template_kwargs import read_template_kwargs
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -120,6 +121,10 @@ def validate_chat(chat: generation_pb2.Chat, limits: RequestLimits) -> None:
         raise StatusError.invalid(
             "chat.messages", f"must hold at most {limits.max_prompt_bytes} bytes of text in all, got {total}"
         )
+    _check_bytes(chat.template_kwargs, limits.max_template_kwargs_bytes, "chat.template_kwargs")
+    read_template_kwargs(chat.template_kwargs)
+    if chat.continue_final_message and chat.add_generation_prompt:
+        raise StatusError.invalid("chat.continue_final_message", "must be false where add_generation_prompt is true")
 
 
 def fit_context(request: generation_pb2.GenerateRequest, prompt_tokens: int, max_model_len: int) -> int:
@@ -227,6 +232,10 @@ def _validate_session(request: generation_pb2.GenerateRequest) -> None:
     if request.chat.HasField("add_generation_prompt") and not request.chat.add_generation_prompt:
         raise StatusError.invalid(
             "chat.add_generation_prompt", "must be true with session_id: a turn ends in an answer"
+        )
+    if request.chat.continue_final_message:
+        raise StatusError.invalid(
+            "chat.continue_final_message", "must be false with session_id: a turn begins with what was asked"
         )
     if request.sampling.HasField("n") and request.sampling.n != 1:
         raise StatusError.invalid("sampling.n", f"must be 1 with session_id, got {request.sampling.n}")

@@ -331,6 +331,7 @@ class Generation(Call):
             seed=submit.sampling.seed,
             session_turns=len(session.turns) if session is not None else 0,
             resumable=resumable,
+            prompt_token_ids=submit.token_ids if self._request.return_prompt_token_ids else (),
         )
 
     def _end(self, error: StatusError | None) -> None:

@@ -12,11 +12,11 @@ from services.tokenizer.http.api_request import renamed
 from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.errors import ANTHROPIC_ERRORS
 from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.json_body import JsonObject
 from services.tokenizer.http.messages_format import MessageDocument, MessageStream
 from services.tokenizer.http.messages_request import MessagesRequest
 from services.tokenizer.http.service_routes import check_model, json_answer
 from services.tokenizer.http.sink import serve
+from services.tokenizer.json_object import JsonObject
 from services.tokenizer.tokenizing import Tokenizing
 
 

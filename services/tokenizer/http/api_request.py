@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalellm.v1 import common_pb2, generation_pb2
 from services.common.errors import StatusError
-from services.tokenizer.http.json_body import JsonObject
+from services.tokenizer.json_object import JsonObject
 
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]

@@ -16,7 +16,7 @@ from services.tokenizer.call_bytes import CallAccount
 from services.tokenizer.http.deadline import Deadline
 from services.tokenizer.http.errors import HttpError
 from services.tokenizer.http.event_stream import EventStream
-from services.tokenizer.http.json_body import JsonObject, parse_object
+from services.tokenizer.json_object import JsonObject, parse_object
 from services.tokenizer.validation import is_id
 
 _TOTAL_TIMEOUT = "request-timeout-ms"

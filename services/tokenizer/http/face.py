@@ -17,7 +17,7 @@ from services.tokenizer.call_bytes import CallAccount, CallBytes
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.errors import OPENAI_ERRORS, ErrorFormat, HttpError, error_headers, http_status
-from services.tokenizer.http.json_body import JsonObject
+from services.tokenizer.json_object import JsonObject
 from services.tokenizer.rpc import CallGate
 
 _log = logging.getLogger(__name__)

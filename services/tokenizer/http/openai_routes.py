@@ -18,9 +18,9 @@ from services.tokenizer.http.completion_format import CompletionDocument, Comple
 from services.tokenizer.http.completion_request import CompletionRequest, Prompt, split_prompts
 from services.tokenizer.http.event_ids import HEADER, NumberedFormat, Place
 from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.json_body import JsonObject
 from services.tokenizer.http.service_routes import check_model
 from services.tokenizer.http.sink import Format, serve
+from services.tokenizer.json_object import JsonObject
 from services.tokenizer.limits import INLINE_TOKENS
 from services.tokenizer.text.detokenizer import TokenTexts
 

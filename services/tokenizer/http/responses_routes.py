@@ -20,12 +20,12 @@ from services.tokenizer.generation.request_path import Generation
 from services.tokenizer.http.api_request import renamed
 from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.json_body import JsonObject
 from services.tokenizer.http.kept_responses import KeptResponses, as_session, asked_for, said
 from services.tokenizer.http.responses_format import HEAD_EVENTS, ResponseDocument, ResponseStream
 from services.tokenizer.http.responses_request import ResponsesRequest, Said
 from services.tokenizer.http.service_routes import check_model, json_answer
 from services.tokenizer.http.sink import HttpCaller, OnFinished, serve
+from services.tokenizer.json_object import JsonObject
 from services.tokenizer.session import Session
 from services.tokenizer.validation import is_id
 

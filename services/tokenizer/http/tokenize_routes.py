@@ -14,9 +14,9 @@ from services.tokenizer.generation.edge import Edge
 from services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, renamed
 from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.json_body import JsonObject
 from services.tokenizer.http.messages import add_messages
 from services.tokenizer.http.service_routes import check_model, json_answer
+from services.tokenizer.json_object import JsonObject
 from services.tokenizer.tokenizing import Tokenizing
 
 

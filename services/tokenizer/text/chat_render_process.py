@@ -37,7 +37,7 @@ def main() -> None:
 
 def _render(template: ChatTemplate, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        text = template.render(request["messages"], add_generation_prompt=request["add_generation_prompt"])
+        text = template.render(request.pop("messages"), **request)
     except ChatTemplateError as error:
         return {"error": str(error)}
     except (MemoryError, OverflowError):

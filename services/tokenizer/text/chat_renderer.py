@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Self
 
 from services.common.child_environment import child_environment
@@ -72,19 +73,32 @@ class ChatRenderer:
         return self._worker is not None and not self._worker.done()
 
     async def render(
-        self, messages: Sequence[Mapping[str, Any]], *, caller: str = "", add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        caller: str = "",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Return the text that the model reads.
 
         Args:
             messages: With `role` and `content` each.
             caller: Whose turn it takes: a tenant's name.
-            add_generation_prompt: Append the header of the assistant's answer.
+            add_generation_prompt: See ChatTemplate.render, as for the rest.
+            continue_final_message: See there.
+            kwargs: See there.
 
         Raises:
             ChatTemplateError: Refused by the template, or over a limit.
         """
-        request = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        request = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "kwargs": dict(kwargs),
+        }
         render = _Render(caller=caller, request=request)
         text: str = await self._renders.finish(render)
         return text

@@ -8,6 +8,7 @@ process that can be killed. Here the size of the output is bounded.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -19,6 +20,10 @@ from jinja2.utils import Namespace
 
 _MAX_REASON_CHARS = 200
 """A template may quote the conversation in its refusal; a status message travels in a header of a few kilobytes."""
+
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Marks where the last message ends when the answer goes on with it, as transformers do: a template may look at what it
+writes."""
 
 
 class ChatTemplateError(Exception):
@@ -80,14 +85,31 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """Return the text that the model reads.
 
-        `messages` hold JSON values only, at least `role` and `content` each. Raises ChatTemplateError when the template
-        refuses them, fails, or writes more than the limit.
+        Args:
+            messages: JSON values only, at least `role` and `content` each.
+            add_generation_prompt: Append the header of the assistant's answer.
+            continue_final_message: Leave out what the template writes after the last message's content.
+            kwargs: Other variables of the template, JSON values only.
+
+        Raises:
+            ChatTemplateError: The template refuses the messages, fails, or writes more than the limit.
         """
+        if continue_final_message:
+            *before, last = messages
+            messages = [*before, {**last, "content": last["content"] + _CONTINUED}]
         variables = {
             **self._special_tokens,
+            **kwargs,
             "messages": messages,
             "tools": None,
             "documents": None,
@@ -107,7 +129,18 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template refuses this conversation: {_shortened(error)}") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ChatTemplateError(f"the chat template fails on this conversation: {_shortened(error)}") from error
-        return "".join(pieces)
+        text = "".join(pieces)
+        return _without_end(text, last["content"]) if continue_final_message else text
+
+
+def _without_end(text: str, content: str) -> str:
+    """Return `text` up to the mark behind the last message's content."""
+    mark = _CONTINUED.strip()
+    end = text.rfind(mark)
+    if end < 0 or content.strip() not in text:
+        raise ChatTemplateError("the chat template does not write the last message as it is: it cannot be continued")
+    # A template that trims contents has trimmed the mark.
+    return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
 
 
 def _shortened(error: Exception) -> str:

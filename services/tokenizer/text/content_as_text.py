@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -80,6 +81,16 @@ class SpecialTexts:
         while (marked := self._pattern.sub(lambda found: mark.join(found[0]), text)) != text:
             text = marked  # one may begin where another ended
         return text
+
+    def mark_all(self, value: Any, mark: str) -> Any:
+        """Return a JSON value with all of its texts marked."""
+        if isinstance(value, str):
+            return self.mark(value, mark)
+        if isinstance(value, list):
+            return [self.mark_all(item, mark) for item in value]
+        if isinstance(value, dict):
+            return {self.mark(name, mark): self.mark_all(item, mark) for name, item in value.items()}
+        return value
 
     def split(self, text: MarkedText) -> list[str | int]:
         """Return the special tokens' ids and the texts between them, in order, without marks and empty texts."""

@@ -97,6 +97,25 @@ async def test_chat_reads_what_the_template_writes(client, scheduler):
     assert applied.text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
+async def test_an_answer_goes_on_with_the_last_message(client, scheduler, tokenizer):
+    messages = [
+        generation_pb2.ChatMessage(role="user", content="1 + 1?"),
+        generation_pb2.ChatMessage(role="assistant", content="It is<|im_end|>"),
+    ]
+    ids = tokenizer.encode(" two.").ids
+    scheduler.play = lambda submit: Script(samples=[ids])
+    for is_text in (False, True):
+        chat = generation_pb2.Chat(messages=messages, continue_final_message=True, content_is_text=is_text)
+        answer = await client.generate(request(chat=chat, return_prompt_token_ids=True))
+        submit = scheduler.submits[-1]
+        assert list(answer.started.prompt_token_ids) == list(submit.token_ids)
+        read = tokenizer.decode(list(submit.token_ids), skip_special_tokens=False)
+        assert read.endswith("<|im_start|>assistant\nIt is<|im_end|>")
+        assert (submit.token_ids[-1] == tokenizer.token_to_id("<|im_end|>")) is not is_text
+        assert answer.text() == " two."
+    assert not (await client.generate(request())).started.prompt_token_ids
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 50])
 @pytest.mark.parametrize("include_stop", [False, True])
 async def test_stop_strings_cross_token_borders(client, scheduler, tokenizer, chunk, include_stop):

@@ -87,7 +87,26 @@ THINKING = """\
 {%- endfor %}
 {{- ns.last_user }} {{ strftime_now('%Y') }} {{ range(3) | list }}"""
 
-TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "inst": INST, "turns": TURNS, "thinking": THINKING}
+SWITCHED = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if reasoning_effort is defined %}{{ 'Reasoning: ' + reasoning_effort + '\n' }}{% endif %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
+{%- endif %}
+{{- extra | default({}) | tojson }}{{ bos_token }}"""
+"""Reads what Qwen3's and gpt-oss's templates read."""
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "headers": HEADERS,
+    "inst": INST,
+    "turns": TURNS,
+    "thinking": THINKING,
+    "switched": SWITCHED,
+}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 CONVERSATIONS = [
@@ -129,6 +148,49 @@ def test_renders_like_transformers(
         assert name != "thinking" or str(datetime.datetime.now().year) in expected
 
 
+@pytest.mark.parametrize("content", ["The answer is", " It is  ", "", "<think>\nhm\n</think>\n\nSo"])
+@pytest.mark.parametrize("name", ["smollm2", *TEMPLATES])
+def test_goes_on_with_the_last_message_like_transformers(name: str, content: str, smollm2: ModelTokenizer) -> None:
+    source = smollm2.chat_template if name == "smollm2" else TEMPLATES[name]
+    assert source is not None
+    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": content}]
+    oracle = PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer, **SPECIAL)
+    template = ChatTemplate(source, SPECIAL, max_chars=10_000)
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+    try:
+        expected = oracle.apply_chat_template(messages, tokenize=False, chat_template=source, **options)
+    except ValueError:
+        with pytest.raises(ChatTemplateError, match="cannot be continued"):
+            template.render(messages, **options)
+    else:
+        assert template.render(messages, **options) == expected
+        assert expected.rstrip().endswith(content.strip())
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"enable_thinking": False},
+        {"enable_thinking": True, "reasoning_effort": "high"},
+        {"extra": {"é": [1, 2.5, None, True, "<x>"]}},
+        {"bos_token": "<other>"},
+        {"nobody_reads_this": 1, "range": [], "": "", "self": {}, "not a name": 1},
+    ],
+)
+@pytest.mark.parametrize("name", ["smollm2", "switched"])
+def test_passes_variables_like_transformers(name: str, kwargs: dict[str, Any], smollm2: ModelTokenizer) -> None:
+    source = smollm2.chat_template if name == "smollm2" else TEMPLATES[name]
+    assert source is not None
+    messages = [{"role": "user", "content": "Hi"}]
+    oracle = PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer, **SPECIAL)
+    template = ChatTemplate(source, SPECIAL, max_chars=10_000)
+    passed = {name: value for name, value in kwargs.items() if name != "self"}  # which Python takes for its own there
+    expected = oracle.apply_chat_template(
+        messages, tokenize=False, chat_template=source, add_generation_prompt=True, **passed
+    )
+    assert template.render(messages, add_generation_prompt=True, kwargs=kwargs) == expected
+
+
 async def test_renders_in_the_child_process(smollm2: ModelTokenizer) -> None:
     assert smollm2.chat_template is not None
     inline = ChatTemplate(smollm2.chat_template, smollm2.special_tokens, max_chars=10_000)
@@ -136,6 +198,12 @@ async def test_renders_in_the_child_process(smollm2: ModelTokenizer) -> None:
     async with ChatRenderer(smollm2.chat_template, smollm2.special_tokens) as renderer:
         rendered = await asyncio.gather(*(renderer.render(messages) for messages in conversations))
         assert rendered == [inline.render(messages, add_generation_prompt=True) for messages in conversations]
+        options: dict[str, Any] = {
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+            "kwargs": {"bos_token": "é\ud83d\ude00"},
+        }
+        assert await renderer.render(conversations[1], **options) == inline.render(conversations[1], **options)
 
 
 @pytest.mark.parametrize(

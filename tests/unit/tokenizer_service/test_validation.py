@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import grpc
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common.errors import StatusError
 from services.tokenizer.limits import RequestLimits
+from services.tokenizer.template_kwargs import read_template_kwargs
 from services.tokenizer.validation import (
     fit_context,
     validate_chat,
@@ -136,6 +138,49 @@ def test_texts_are_measured_in_bytes():
         validate_chat(generation_pb2.Chat(messages=[message]), small)
 
 
+def nested(depth: int) -> str:
+    return '{"a": ' * depth + "1" + "}" * depth
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ("[]", "must be a JSON object"),
+        ("{", "is not JSON"),
+        ('{"a": NaN}', "holds NaN, which is not JSON"),
+        ('{"a": 1, "a": 2}', "has the key 'a' twice in one object"),
+        ('{"a": "\\ud800"}', "holds half of a surrogate pair"),
+        ('{"messages": []}', "must not name messages"),
+        ('{"add_generation_prompt": false}', "must not name add_generation_prompt"),
+        (nested(17), "must be at most 16 levels deep"),
+        (f'{{"a": {"[" * 16}{"]" * 16}}}', "must be at most 16 levels deep"),
+        (nested(2000), "is nested too deeply|must be at most 16 levels deep"),
+        ("{}" + " " * 2**14, "must have at most 16384 bytes, got 16386"),
+    ],
+)
+def test_bad_template_kwargs(kwargs, message):
+    chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user")], template_kwargs=kwargs)
+    with pytest.raises(StatusError, match=f"^chat.template_kwargs: {message}"):
+        validate_chat(chat, LIMITS)
+
+
+@pytest.mark.parametrize(
+    "kwargs", ["", "{}", nested(16), '{"enable_thinking": false, "é": [null, 1.5, "\\ud83d\\ude00"]}']
+)
+def test_good_template_kwargs(kwargs):
+    chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user")], template_kwargs=kwargs)
+    validate_chat(chat, LIMITS)
+    assert read_template_kwargs(kwargs) == json.loads(kwargs or "{}")
+
+
+def test_an_answer_goes_on_with_the_last_message_or_begins_one():
+    messages = [generation_pb2.ChatMessage(role="user")]
+    validate_chat(generation_pb2.Chat(messages=messages, continue_final_message=True), LIMITS)
+    both = generation_pb2.Chat(messages=messages, continue_final_message=True, add_generation_prompt=True)
+    with pytest.raises(StatusError, match="chat.continue_final_message: must be false where add_generation_prompt"):
+        validate_chat(both, LIMITS)
+
+
 def test_the_largest_requests_fit_a_message():
     sampling = common_pb2.SamplingParams(
         logit_bias=[bias(2**20 + token_id, 1.5) for token_id in range(LIMITS.max_logit_bias)],
@@ -146,7 +191,7 @@ def test_the_largest_requests_fit_a_message():
     messages = [generation_pb2.ChatMessage(role=role, content=content)] * LIMITS.max_messages
     inputs = (
         {"prompt": "x" * LIMITS.max_prompt_bytes},
-        {"chat": generation_pb2.Chat(messages=messages)},
+        {"chat": generation_pb2.Chat(messages=messages, template_kwargs=f"{{{' ' * (2**14 - 2)}}}")},
         {"tokens": generation_pb2.TokenIds(ids=[2**21 - 1] * LIMITS.max_token_ids)},
     )
     for given_input in inputs:

@@ -144,6 +144,13 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
    * @generated from field: scalellm.v1.StructuredOutput structured_output = 15;
    */
   structuredOutput?: StructuredOutput | undefined;
+
+  /**
+   * Started tells the prompt's token ids. Default false.
+   *
+   * @generated from field: optional bool return_prompt_token_ids = 16;
+   */
+  returnPromptTokenIds?: boolean | undefined;
 };
 
 /**
@@ -412,7 +419,7 @@ export declare type Chat = Message<"scalellm.v1.Chat"> & {
   messages: ChatMessage[];
 
   /**
-   * Append the header of the assistant's answer. Default true.
+   * Append the header of the assistant's answer. Default true, with continue_final_message false.
    *
    * @generated from field: optional bool add_generation_prompt = 2;
    */
@@ -425,6 +432,23 @@ export declare type Chat = Message<"scalellm.v1.Chat"> & {
    * @generated from field: optional bool content_is_text = 3;
    */
   contentIsText?: boolean | undefined;
+
+  /**
+   * A JSON object: variables that the model's template may read, such as `{"enable_thinking": false}`. Variables that it
+   * does not read change nothing. At most 16,384 bytes and 16 levels deep. `messages`, `tools`, `documents`,
+   * `add_generation_prompt`, `continue_final_message` and `chat_template` are no names of such variables.
+   *
+   * @generated from field: string template_kwargs = 4;
+   */
+  templateKwargs: string;
+
+  /**
+   * The answer goes on with the text of the last message, which it does not repeat: what the template writes after that
+   * text is left out. Excludes add_generation_prompt and session_id. Default false.
+   *
+   * @generated from field: optional bool continue_final_message = 5;
+   */
+  continueFinalMessage?: boolean | undefined;
 };
 
 /**
@@ -581,6 +605,13 @@ export declare type Started = Message<"scalellm.v1.Started"> & {
    * @generated from field: bool resumable = 6;
    */
   resumable: boolean;
+
+  /**
+   * What the model reads, when asked for.
+   *
+   * @generated from field: repeated uint32 prompt_token_ids = 7;
+   */
+  promptTokenIds: number[];
 };
 
 /**

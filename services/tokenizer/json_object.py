@@ -1,8 +1,9 @@
-"""Reads JSON that nobody vouches for: a body in, an object out, or a StatusError that says what is wrong with it."""
+"""Reads JSON that nobody vouches for: a text in, an object out, or a StatusError that says what is wrong with it."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import NoReturn
 
 from services.common.errors import StatusError
@@ -10,16 +11,17 @@ from services.common.errors import StatusError
 JsonObject = dict[str, object]
 
 _MAX_OBJECTS = 16_384
-"""Objects in a body: for each one a function is called, which tells keys that come twice."""
+"""Objects in a text: for each one a function is called, which tells keys that come twice."""
 
 
-def parse_object(data: bytes) -> JsonObject:
-    """Return the object that a body holds. Raises StatusError for anything else.
+def parse_object(data: bytes, field: str = "body") -> JsonObject:
+    """Return the object that a text in UTF-8 holds. Raises StatusError that names `field` for anything else.
 
     Numbers that are no numbers (NaN, Infinity), keys that come twice, and texts that are not Unicode are refused: each
-    reader of such a body would take something else for its meaning.
+    reader of such a text would take something else for its meaning.
     """
     count = 0
+    invalid = partial(StatusError.invalid, field)
 
     def to_object(pairs: list[tuple[str, object]]) -> JsonObject:
         nonlocal count
@@ -38,17 +40,17 @@ def parse_object(data: bytes) -> JsonObject:
     try:
         value = json.loads(data.decode(), object_pairs_hook=to_object, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise _invalid(f"is not UTF-8 at byte {error.start}") from None
+        raise invalid(f"is not UTF-8 at byte {error.start}") from None
     except _RefusedError as error:
-        raise _invalid(str(error)) from None
+        raise invalid(str(error)) from None
     except RecursionError:
-        raise _invalid("is nested too deeply") from None
+        raise invalid("is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise _invalid(f"is not JSON: {error.msg} at character {error.pos}") from None
+        raise invalid(f"is not JSON: {error.msg} at character {error.pos}") from None
     except ValueError:  # of int(): thousands of digits
-        raise _invalid("holds a number with too many digits") from None
+        raise invalid("holds a number with too many digits") from None
     if not isinstance(value, dict):
-        raise _invalid("must be a JSON object")
+        raise invalid("must be a JSON object")
     return value
 
 
@@ -58,7 +60,3 @@ class _RefusedError(Exception):
 
 def _refuse_constant(name: str) -> NoReturn:
     raise _RefusedError(f"holds {name}, which is not JSON")
-
-
-def _invalid(what: str) -> StatusError:
-    return StatusError.invalid("body", what)
