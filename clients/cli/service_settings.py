@@ -71,7 +71,10 @@ def all_settings() -> list[Setting]:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what a file sets: options of `up` by name, and variables of the services. Raises CliError."""
+    """Return what a file sets: options of `up` by name, and variables of the services. Raises CliError.
+
+    An empty text sets nothing, as an empty variable does.
+    """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -87,9 +90,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         for key, value in values.items():
             name = key.replace("-", "_")
             if table == "up":
-                options[name] = value
+                if value != "":
+                    options[name] = value
             elif (table, name) in known:
-                variables[known[table, name]] = _text(value, f"{path}: {table}.{key}")
+                if value != "":
+                    variables[known[table, name]] = _text(value, f"{path}: {table}.{key}")
             else:
                 names = [name for service, name in known if service == table]
                 raise CliError(f"--config: {path}: {table}.{_unknown(key, names, 'a setting')}", ExitCode.USAGE)
@@ -136,6 +141,8 @@ def check_values(variables: Mapping[str, str], sources: Mapping[str, str]) -> No
 
 def option_lines(params: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the table of `up`: its options, those that a file gives set, the others as comments."""
+    yield "# What is set to an empty text is not set."
+    yield ""
     yield "# Options of `scalellm up`; those on its command line go before these."
     yield "[up]"
     for name, param in params.items():
@@ -194,7 +201,9 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return str(value)
+    if isinstance(value, Mapping):
+        value = ",".join(f"{name}={form}" for name, form in value.items())
     if value is None:
-        return "(unset)"
+        value = ""
     text = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{text}"'

@@ -68,6 +68,9 @@ Examples:
   scalellm up --config scalellm.toml           with a file of settings, see: scalellm config show
 """
 
+SERVE = "serve"
+SERVE_HELP = "Start everything in the foreground: the same as `scalellm up --foreground`, with all its options."
+
 DOWN_HELP = """Drain and stop the services.
 
 New requests are refused, running ones get the drain limit to finish; what does not end by then is killed.
@@ -102,6 +105,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("run", help=RUN_HELP, short_help="Start everything, answer one prompt, stop.")(run)
     app.command("up", help=UP_HELP, short_help="Start the services in the background.")(up)
+    app.command(SERVE, help=SERVE_HELP, short_help="Start the services in the foreground.")(up)
     app.command("down", help=DOWN_HELP)(down)
     app.command("status", help=STATUS_HELP, short_help="Show health, load and last error of every service.")(status)
 
@@ -193,7 +197,7 @@ def up(
         max_restarts=max_restarts,
         log_format=log_format,
     )
-    if foreground:
+    if foreground or ctx.info_name == SERVE:
         number = run_in_foreground(context.instance, options, write_line, context.environment.variables, log_format)
         if number:
             raise typer.Exit(128 + number)

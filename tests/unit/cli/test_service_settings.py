@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from clients.cli import main, services
-from clients.cli.service_settings import check_values, check_variables
+from clients.cli.service_settings import all_settings, check_values, check_variables
 from clients.launcher import UpOptions
 from services.common.api_keys import read_api_keys
-from services.common.settings import load_settings
+from services.common.settings import ServiceSettings, load_settings
 from services.executor.config import ExecutorSettings
+from services.scheduler.config import SchedulerSettings
+from services.tokenizer.config import TokenizerSettings
 
 ROOT = Path(__file__).parents[3]
 Run = Callable[..., tuple[int, str, str]]
@@ -173,7 +175,7 @@ def test_the_name_that_clients_see(run: Run, started: list[UpOptions]) -> None:
 def test_config_show_is_a_file_for_up(run: Run, started: list[UpOptions], tmp_path: Path) -> None:
     code, shown, _ = run("config", "show")
     assert (code, tomllib.loads(shown)) == (0, {"up": {}, "executor": {}, "scheduler": {}, "tokenizer": {}})
-    assert "\n# num_blocks = (unset)\n" in shown
+    assert '\n# num_blocks = ""\n' in shown
     assert '\n# capacity_policy = "max_utilization"\n' in shown
     path = tmp_path / "scalellm.toml"
     path.write_text('[up]\nport = 4000\n[executor]\nnum_blocks = 10\n[tokenizer]\nsalt_secret = "hunter2"\n')
@@ -184,6 +186,35 @@ def test_config_show_is_a_file_for_up(run: Run, started: list[UpOptions], tmp_pa
     assert run("up", "--config", str(path))[0] == 0
     assert started[0].port == 4000
     assert started[0].environment["SCALELLM_EXECUTOR_NUM_BLOCKS"] == "10"
+
+
+def test_all_that_config_show_prints_can_be_set_to_what_it_prints(
+    run: Run, started: list[UpOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, shown, _ = run("config", "show")
+    path = tmp_path / "scalellm.toml"
+    path.write_text(re.sub(r"^# (?=[a-z_]+ = )", "", shown, flags=re.MULTILINE))
+    tables = tomllib.loads(path.read_text())
+    assert sum(len(table) for name, table in tables.items() if name != "up") == len(all_settings())
+    assert run("up")[0] == run("up", "--config", str(path))[0] == 0
+    plain, full = started
+    variables = {name: full.environment.pop(name) for name in set(full.environment) - set(plain.environment)}
+    assert full == plain
+    every: tuple[type[ServiceSettings], ...] = (ExecutorSettings, SchedulerSettings, TokenizerSettings)
+    defaults = [load_settings(settings, []) for settings in every]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert [load_settings(settings, []) for settings in every] == defaults
+
+
+def test_serve_is_up_in_the_foreground(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    served: list[UpOptions] = []
+    monkeypatch.setattr(services, "run_in_foreground", lambda instance, options, *rest: served.append(options) or 0)
+    monkeypatch.setattr(services, "fetch_model", lambda context, name: (name, tmp_path))
+    for command in ("serve", "up --foreground"):
+        assert run(*command.split(), "--model", "org/name", "--http-port", "8001")[0] == 0
+    assert served[0] == served[1]
+    assert (served[0].model, served[0].http_port) == ("org/name", 8001)
 
 
 def test_all_of_it_in_a_process_of_its_own(tmp_path: Path) -> None:
