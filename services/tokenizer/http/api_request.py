@@ -29,6 +29,9 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "tokens.ids": "prompt",
         "chat.messages": "messages",
         "chat": "messages",
+        "chat.add_generation_prompt": "add_generation_prompt",
+        "chat.continue_final_message": "continue_final_message",
+        "chat.template_kwargs": "chat_template_kwargs",
     }
 )
 
@@ -125,6 +128,8 @@ class SamplingRequest(ApiRequest):
         if self.cache_salt is not None:
             request.cache_salt = as_text(self.cache_salt, "cache_salt")
         set_present(request, self, ("skip_special_tokens", "priority", "stream_interval"))
+        if self.return_token_ids:
+            request.return_prompt_token_ids = True
         if self.include_stop_str_in_output is not None:
             request.include_stop = self.include_stop_str_in_output
         if self.is_kept:

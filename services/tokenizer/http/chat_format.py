@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from scalellm.v1 import generation_pb2
 from services.tokenizer.http.chat_request import ChatRequest
-from services.tokenizer.http.logprobs import chat_entries
+from services.tokenizer.http.logprobs import chat_entries, prompt_entries
 from services.tokenizer.http.wire import (
     DONE,
     answer_head,
@@ -31,11 +31,13 @@ class ChatStream:
         answer_id: Its id.
         model: Name of the model.
         texts: What tokens mean.
+        echo: What the content of each choice begins with.
     """
 
-    def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts) -> None:
+    def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts, echo: str) -> None:
         self._request = request
         self._texts = texts
+        self._echo = quote(echo)
         self._head = "data: " + answer_head("chat.completion.chunk", answer_id, model)
         self._heads: list[str] = []
         usage = ',"usage":null' if request.includes_usage else ""
@@ -44,6 +46,7 @@ class ChatStream:
         self._tokens: list[int] = []
         self._began: list[bool] = []
         self._prompt_tokens = 0
+        self._prompt_ids = ""
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
         """Nothing: the first chunk comes with the first token, by which clients measure."""
@@ -51,11 +54,14 @@ class ChatStream:
         self._heads = [f'{self._head}{{"index":{index},"delta":{{"content":' for index in range(count)]
         self._tokens, self._began = [0] * count, [False] * count
         self._prompt_tokens = started.prompt_tokens
+        if self._request.return_token_ids:
+            self._prompt_ids = f',"prompt_token_ids":{dump(list(started.prompt_token_ids))}'
         return ""
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Nothing: streams of chats do not tell them."""
-        return ""
+        """A chunk without a choice."""
+        entries = prompt_entries(part, self._texts, self._request.prompt_logprobs or 0)
+        return f'{self._head}],"prompt_logprobs":[{entries}]{self._usage()}}}\n\n'
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """A chunk."""
@@ -83,8 +89,8 @@ class ChatStream:
     def _role(self, index: int) -> str:
         self._began[index] = True
         return (
-            f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":""}},"logprobs":null,'
-            f'"finish_reason":null}}]{self._usage()}}}\n\n'
+            f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":{self._echo}}},"logprobs":null,'
+            f'"finish_reason":null}}]{self._prompt_ids}{self._usage()}}}\n\n'
         )
 
     def _rich(self, delta: Delta) -> str:
@@ -109,23 +115,27 @@ class ChatStream:
 class ChatDocument:
     """The answer in one. Arguments as for ChatStream."""
 
-    def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts) -> None:
+    def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts, echo: str) -> None:
         self._request = request
         self._texts = texts
+        self._echo = echo
         self._head = answer_head("chat.completion", answer_id, model)
         self._contents: defaultdict[int, list[str]] = defaultdict(list)
         self._logprobs: defaultdict[int, list[str]] = defaultdict(list)
         self._ids: defaultdict[int, list[int]] = defaultdict(list)
         self._prompt: list[str] = []
+        self._prompt_ids = ""
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Nothing."""
+        """Kept, as far as it is wanted."""
+        if self._request.return_token_ids:
+            self._prompt_ids = f',"prompt_token_ids":{dump(list(started.prompt_token_ids))}'
         return ""
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
         """Kept."""
         num_top = self._request.prompt_logprobs or 0
-        self._prompt.append(chat_entries(part.token_ids, part.logprobs, self._texts, num_top))
+        self._prompt.append(prompt_entries(part, self._texts, num_top))
         return ""
 
     def delta(self, prompt: int, delta: Delta) -> str:
@@ -145,11 +155,11 @@ class ChatDocument:
         shown = usage_json(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
         choices = ",".join(map(self._choice, last.samples))
         prompt = f',"prompt_logprobs":[{",".join(self._prompt)}]' if self._prompt else ""
-        return f'{self._head}{choices}],"usage":{shown},"latency":{latency_json(finished)}{prompt}}}'
+        return f'{self._head}{choices}],"usage":{shown},"latency":{latency_json(finished)}{prompt}{self._prompt_ids}}}'
 
     def _choice(self, sample: generation_pb2.SampleFinished) -> str:
         index = sample.index
-        content = quote("".join(self._contents[index]))
+        content = quote(self._echo + "".join(self._contents[index]))
         logprobs = "null"
         if self._request.logprobs:
             logprobs = f'{{"content":[{",".join(self._logprobs[index])}],"refusal":null}}'

@@ -10,17 +10,19 @@ from services.common.errors import StatusError
 from services.tokenizer.http.api_request import SamplingRequest, UInt32, as_text
 from services.tokenizer.http.messages import add_messages
 from services.tokenizer.http.shaped_request import ShapedRequest
+from services.tokenizer.http.template_fields import TemplateFields
 
 
-class ChatRequest(ShapedRequest):
+class ChatRequest(ShapedRequest, TemplateFields):
     """A chat completion."""
 
     messages: Any = None
+    reasoning_effort: str | None = None
     max_completion_tokens: UInt32 | None = None
     logprobs: bool | None = None
     top_logprobs: UInt32 | None = None
     session_id: str | None = None
-    add_generation_prompt: bool | None = None
+    echo: bool | None = None
 
     refused = MappingProxyType(
         {
@@ -32,12 +34,8 @@ class ChatRequest(ShapedRequest):
             "modalities": (["text"], []),
             "audio": (),
             "web_search_options": (),
-            "continue_final_message": (False,),
             "chat_template": (),
-            "chat_template_kwargs": ({},),
-            "reasoning_effort": ("none",),  # templates are not told
             "documents": ([],),
-            "echo": (False,),
             "use_beam_search": (False,),
             "length_penalty": (1, 1.0),
             "bad_words": ([],),
@@ -65,8 +63,7 @@ class ChatRequest(ShapedRequest):
         request = self.to_generate(request_id)
         add_messages(request.chat, self.messages)
         request.chat.content_is_text = content_is_text
-        if self.add_generation_prompt is not None:
-            request.chat.add_generation_prompt = self.add_generation_prompt
+        self.set_template(request.chat, self.reasoning_effort)
         if self.max_completion_tokens is not None:
             request.sampling.max_tokens = self.max_completion_tokens
         if self.session_id is not None:
@@ -79,8 +76,22 @@ class ChatRequest(ShapedRequest):
             request.output = generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS
         return [request]
 
+    def echoed(self, chat: generation_pb2.Chat) -> str:
+        """Return what the answer begins with: the last message, where that is wanted and its speaker also answers."""
+        if not self.echo or not chat.messages:
+            return ""
+        begins_one = not self.continue_final_message and self.add_generation_prompt is not False
+        last = chat.messages[-1]
+        return last.content if not begins_one or last.role == "assistant" else ""
+
     @property
     def names(self) -> dict[str, str]:
         """What our fields are called here, where that differs from the rule."""
         most = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {"sampling.max_tokens": most, "sampling.logprobs": "top_logprobs", **self.shape.names}
+        kwargs = "reasoning_effort" if self.chat_template_kwargs is None else "chat_template_kwargs"
+        return {
+            "sampling.max_tokens": most,
+            "sampling.logprobs": "top_logprobs",
+            "chat.template_kwargs": kwargs,
+            **self.shape.names,
+        }

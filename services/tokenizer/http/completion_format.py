@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from scalellm.v1 import generation_pb2
 from services.tokenizer.http.completion_request import CompletionRequest
-from services.tokenizer.http.logprobs import CompletionLogprobs
+from services.tokenizer.http.logprobs import CompletionLogprobs, prompt_entries
 from services.tokenizer.http.wire import (
     DONE,
     answer_head,
@@ -23,8 +23,8 @@ from services.tokenizer.sample_stream import Delta
 from services.tokenizer.text.detokenizer import TokenTexts
 
 
-class _Echo:
-    """What the choices of one prompt begin with, where that is wanted.
+class _Prompt:
+    """What is told of one prompt: the beginning of its choices, and what stands beside the first of them.
 
     Args:
         request: What was asked.
@@ -38,10 +38,31 @@ class _Echo:
         self._num_top = request.logprobs
         self._texts = texts
         self._is_shown = bool(request.echo)
+        self._num_entries_top = request.prompt_logprobs
+        self._ids = ""
+
+    def start(self, started: generation_pb2.Started) -> None:
+        """Its token ids, where they are wanted."""
+        if started.prompt_token_ids:
+            self._ids = f',"prompt_token_ids":{dump(list(started.prompt_token_ids))}'
+
+    def take_ids(self) -> str:
+        """Return its token ids as a field of a choice, the first time."""
+        ids, self._ids = self._ids, ""
+        return ids
 
     def add(self, part: generation_pb2.PromptLogprobs) -> None:
-        """Log-probabilities of a part of it."""
-        self._parts.append(part)
+        """Log-probabilities of a part of it, where they are to be kept."""
+        if self._is_shown or self._num_entries_top is not None:
+            self._parts.append(part)
+
+    def entries(self, parts: Sequence[generation_pb2.PromptLogprobs] | None = None) -> str:
+        """Return log-probabilities as a field of a choice, where they are wanted: of some parts, or of all."""
+        if self._num_entries_top is None:
+            return ""
+        parts = self._parts if parts is None else parts
+        entries = (prompt_entries(part, self._texts, self._num_entries_top) for part in parts)
+        return f',"prompt_logprobs":[{",".join(entries)}]'
 
     def logprobs(self) -> CompletionLogprobs | None:
         """Begin the log-probabilities of one choice; None where none are wanted."""
@@ -70,13 +91,18 @@ class _Format:
     ) -> None:
         self._request = request
         self._head = answer_head("text_completion", answer_id, model)
-        self._echoes = [_Echo(request, text, texts) for text in echoes]
+        self._prompts = [_Prompt(request, text, texts) for text in echoes]
         self._logprobs: dict[int, CompletionLogprobs | None] = {}
         self._shows_tokens = not request.is_prompt_alone
 
+    def start(self, prompt: int, started: generation_pb2.Started) -> str:
+        """Nothing: the prompt is told with the first token."""
+        self._prompts[prompt].start(started)
+        return ""
+
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Kept until the first token."""
-        self._echoes[prompt].add(part)
+        """Kept."""
+        self._prompts[prompt].add(part)
         return ""
 
     def _choice_of(self, prompt: int, index: int) -> int:
@@ -94,8 +120,12 @@ class _Format:
 
     def _logprobs_of(self, prompt: int, choice: int) -> CompletionLogprobs | None:
         if choice not in self._logprobs:
-            self._logprobs[choice] = self._echoes[prompt].logprobs()
+            self._logprobs[choice] = self._prompts[prompt].logprobs()
         return self._logprobs[choice]
+
+    def _ids_of(self, prompt: int, choice: int) -> str:
+        """The prompt's token ids, for the first part of its first choice."""
+        return self._prompts[prompt].take_ids() if choice == self._choice_of(prompt, 0) else ""
 
     def _usage_of(self, finished: Sequence[generation_pb2.Finished]) -> str:
         usage = total_usage(finished)
@@ -115,6 +145,7 @@ class CompletionStream(_Format):
     ) -> None:
         super().__init__(request, answer_id, model, texts, echoes)
         self._head = f"data: {self._head}"
+        self._is_echo = bool(request.echo)
         usage = ',"usage":null' if request.includes_usage else ""
         self._tail = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
         self._is_plain = request.logprobs is None and not request.return_token_ids and not request.continuous_usage
@@ -122,9 +153,21 @@ class CompletionStream(_Format):
         self._began: set[int] = set()
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Nothing: the prompt is repeated with the first token."""
+        """Nothing: the prompt is told with the first token."""
         self._prompt_tokens += started.prompt_tokens
-        return ""
+        return super().start(prompt, started)
+
+    def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
+        """A chunk of the prompt's first choice, where vLLM's are wanted; OpenAI's come with the first token."""
+        if self._is_echo:
+            super().prompt_logprobs(prompt, part)
+        if not (entries := self._prompts[prompt].entries([part])):
+            return ""
+        choice = self._choice_of(prompt, 0)
+        return (
+            f'{self._head}{{"index":{choice},"text":"","logprobs":null{entries},"finish_reason":null}}]'
+            f"{self._usage()}}}\n\n"
+        )
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """A chunk."""
@@ -132,7 +175,7 @@ class CompletionStream(_Format):
         text = delta.text if self._shows_tokens else ""
         if choice not in self._began:
             self._began.add(choice)
-            text = self._echoes[prompt].text + text
+            text = self._prompts[prompt].text + text
         if self._is_plain:
             return f'{self._head}{{"index":{choice},"text":{quote(text)}{self._tail}'
         self._tokens += delta.num_tokens if self._shows_tokens else 0
@@ -142,6 +185,7 @@ class CompletionStream(_Format):
                 logprobs.add(delta.token_ids, delta.logprobs)
             shown = logprobs.take()
         ids = f',"token_ids":{dump(delta.token_ids)}' if self._request.return_token_ids and self._shows_tokens else ""
+        ids += self._ids_of(prompt, choice)
         return (
             f'{self._head}{{"index":{choice},"text":{quote(text)},"logprobs":{shown}{ids},'
             f'"finish_reason":null}}]{self._usage()}}}\n\n'
@@ -151,9 +195,10 @@ class CompletionStream(_Format):
         """How each choice ended, the usage, and the end."""
         parts = []
         for prompt, choice, sample in self._samples(finished):
-            text = "" if choice in self._began else self._echoes[prompt].text
+            text = "" if choice in self._began else self._prompts[prompt].text
+            ids = self._ids_of(prompt, choice)
             parts.append(
-                f'{self._head}{{"index":{choice},"text":{quote(text)},"logprobs":null,{self._end_of(sample)}}}]'
+                f'{self._head}{{"index":{choice},"text":{quote(text)},"logprobs":null{ids},{self._end_of(sample)}}}]'
                 f"{self._usage()}}}\n\n"
             )
         if self._request.includes_usage:
@@ -177,10 +222,6 @@ class CompletionDocument(_Format):
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
         self._ids: defaultdict[int, list[int]] = defaultdict(list)
 
-    def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Nothing."""
-        return ""
-
     def delta(self, prompt: int, delta: Delta) -> str:
         """Kept."""
         if not self._shows_tokens:
@@ -200,9 +241,12 @@ class CompletionDocument(_Format):
         return f'{self._head}{choices}],"usage":{self._usage_of(finished)},"latency":{latency_json(finished)}}}'
 
     def _choice(self, prompt: int, choice: int, sample: generation_pb2.SampleFinished) -> str:
-        text = self._echoes[prompt].text + "".join(self._texts[choice])
+        text = self._prompts[prompt].text + "".join(self._texts[choice])
         logprobs = self._logprobs_of(prompt, choice)
         ids = f',"token_ids":{dump(self._ids[choice])}' if self._request.return_token_ids else ""
+        ids += self._ids_of(prompt, choice)
+        if choice == self._choice_of(prompt, 0):
+            ids += self._prompts[prompt].entries()
         return (
             f'{{"index":{choice},"text":{quote(text)},"logprobs":{logprobs.take() if logprobs else "null"}{ids},'
             f"{self._end_of(sample)}}}"

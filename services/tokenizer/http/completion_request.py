@@ -62,7 +62,7 @@ class CompletionRequest(ShapedRequest):
         if self.logprobs is not None:
             shared.sampling.logprobs = self.logprobs
             if self.echo:
-                shared.sampling.prompt_logprobs = self.logprobs
+                shared.sampling.prompt_logprobs = max(self.logprobs, self.prompt_logprobs or 0)
         if self.logprobs is not None or self.return_token_ids:
             shared.output = generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS
         requests = []

@@ -83,8 +83,9 @@ class NumberedFormat:
         return self._format.start(prompt, started)
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Log-probabilities of a part of a prompt."""
-        return self._format.prompt_logprobs(prompt, part)
+        """Log-probabilities of a part of a prompt, which who has tokens has, too."""
+        text = self._format.prompt_logprobs(prompt, part)
+        return "" if any(self._shown[prompt]) else text
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """New tokens, or ones that the client has."""

@@ -59,6 +59,7 @@ class KeptResponses:
             asked["created_at"],
             edge.model_name,
             edge.prompts.texts,
+            kept.head.submit.sampling,
             is_stored=request.store is not False,
         )
 

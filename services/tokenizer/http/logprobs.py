@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scalellm.v1 import common_pb2
+from scalellm.v1 import common_pb2, generation_pb2
 from services.tokenizer.http.wire import dump, quote
 from services.tokenizer.text.detokenizer import TokenTexts
 
@@ -42,6 +42,35 @@ def _chat_token(token_id: int, logprob: float, texts: TokenTexts) -> str:
     return f'"token":{token},"logprob":{_number(logprob)},"bytes":[{",".join(map(str, data))}]'
 
 
+def prompt_entries(part: generation_pb2.PromptLogprobs, texts: TokenTexts, num_top: int) -> str:
+    """Return entries of vLLM's `prompt_logprobs`, with commas in between.
+
+    An entry is null for a prompt's first token, else the `num_top` most likely tokens and the prompt's own, by their
+    ids. The rank of one that is not among the most likely ones is not known: null.
+    """
+    values, entries = part.logprobs, []
+    for number, token_id in enumerate(part.token_ids):
+        if not part.offset + number:
+            entries.append("null")
+            continue
+        first = number * values.num_top
+        places = range(first, first + min(num_top, values.num_top))
+        ranked = {
+            values.top_token_ids[place]: (values.top_logprobs[place], str(rank)) for rank, place in enumerate(places, 1)
+        }
+        ranked.setdefault(token_id, (values.logprobs[number], "null"))
+        shown = (
+            f'"{key}":{{"logprob":{_number(value)},"rank":{rank},"decoded_token":{quote(_text(key, texts))}}}'
+            for key, (value, rank) in ranked.items()
+        )
+        entries.append(f"{{{','.join(shown)}}}")
+    return ",".join(entries)
+
+
+def _text(token_id: int, texts: TokenTexts) -> str:
+    return texts.bytes_of(token_id).decode(errors="replace")
+
+
 class CompletionLogprobs:
     """The `logprobs` of one completion: parallel lists.
 
@@ -67,7 +96,7 @@ class CompletionLogprobs:
     def add(self, token_ids: Sequence[int], values: common_pb2.TokenLogprobs, *, begins_text: bool = False) -> None:
         """More tokens. With `begins_text` the first one has nothing before it that could make it likely."""
         for number, token_id in enumerate(token_ids):
-            self._tokens.append(quote(self._text(token_id)))
+            self._tokens.append(quote(_text(token_id, self._texts)))
             self._offsets.append(str(self._offset))
             self._offset += len(self._detokenizer.push((token_id,)))
             if begins_text and not number:
@@ -81,10 +110,10 @@ class CompletionLogprobs:
                 continue
             first = number * values.num_top
             top = {
-                self._text(values.top_token_ids[place]): max(values.top_logprobs[place], _LOWEST)
+                _text(values.top_token_ids[place], self._texts): max(values.top_logprobs[place], _LOWEST)
                 for place in reversed(range(first, first + min(self._num_top, values.num_top)))
             }
-            top.setdefault(self._text(token_id), max(logprob, _LOWEST))
+            top.setdefault(_text(token_id, self._texts), max(logprob, _LOWEST))
             self._top.append(dump(top))
 
     def take(self) -> str:
@@ -95,6 +124,3 @@ class CompletionLogprobs:
         )
         self._clear()
         return text
-
-    def _text(self, token_id: int) -> str:
-        return self._texts.bytes_of(token_id).decode(errors="replace")

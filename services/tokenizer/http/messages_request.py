@@ -49,8 +49,7 @@ class MessagesRequest(ApiRequest):
             if message.role not in _ROLES:
                 raise StatusError.invalid(f"messages[{index}].role", f"must be one of {', '.join(_ROLES)}")
         if last_role(chat) == "assistant":
-            where = f"messages[{len(chat.messages) - first - 1}].role"
-            raise StatusError.invalid(where, "must be user: beginnings of answers are not supported here")
+            chat.continue_final_message = True  # it is the beginning of the answer
         return chat
 
     def to_generate(self, request_id: str, *, content_is_text: bool) -> generation_pb2.GenerateRequest:

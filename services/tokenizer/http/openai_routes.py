@@ -51,7 +51,8 @@ class OpenAiRoutes:
         requests = request.requests(call.request_id, content_is_text=edge.prompts.can_take_content_as_text)
         answer_id = f"chatcmpl-{requests[0].request_id}"
         make = ChatStream if request.stream else ChatDocument
-        format = make(request, answer_id, edge.model_name, edge.prompts.texts)
+        echo = request.echoed(requests[0].chat)
+        format = make(request, answer_id, edge.model_name, edge.prompts.texts, echo)
         return await self._serve(call, request, requests, [request.names], format, place)
 
     async def complete(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:

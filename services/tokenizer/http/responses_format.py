@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import grpc
+from google.protobuf.json_format import MessageToDict
 
 from scalellm.v1 import common_pb2, generation_pb2
 from services.common.errors import StatusError
@@ -34,6 +35,7 @@ class ResponseDocument:
         created_at: Seconds since the epoch.
         model: Name of the model.
         texts: What tokens mean.
+        sampling: How they are drawn, the model's own settings included.
         is_stored: True if it will be stored.
     """
 
@@ -44,6 +46,7 @@ class ResponseDocument:
         created_at: int,
         model: str,
         texts: TokenTexts,
+        sampling: common_pb2.SamplingParams,
         *,
         is_stored: bool,
     ) -> None:
@@ -53,6 +56,9 @@ class ResponseDocument:
         self._num_top = request.top_logprobs or 0
         self._parts: list[str] = []
         self._logprobs: list[str] = []
+        used = MessageToDict(
+            sampling, preserving_proto_field_name=True
+        )  # the shortest text of a float32, as it was given
         self.response: dict[str, Any] = {
             "id": response_id,
             "object": "response",
@@ -68,14 +74,14 @@ class ResponseDocument:
             "output": [],
             "parallel_tool_calls": True,
             "previous_response_id": request.previous_response_id,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
             "store": is_stored,
-            "temperature": 1.0 if request.temperature is None else request.temperature,
+            "temperature": used.get("temperature", 1.0),
             "text": {"format": request.text_format},
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": self._num_top,
-            "top_p": 1.0 if request.top_p is None else request.top_p,
+            "top_p": used.get("top_p", 1.0),
             "truncation": "disabled",
             "usage": None,
             "user": request.user,
@@ -181,10 +187,11 @@ class ResponseStream(ResponseDocument):
         created_at: int,
         model: str,
         texts: TokenTexts,
+        sampling: common_pb2.SamplingParams,
         *,
         is_stored: bool,
     ) -> None:
-        super().__init__(request, response_id, created_at, model, texts, is_stored=is_stored)
+        super().__init__(request, response_id, created_at, model, texts, sampling, is_stored=is_stored)
         self.starting_after = -1
         self._number = -1
         self._num_tokens = 0

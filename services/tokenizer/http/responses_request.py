@@ -14,6 +14,7 @@ from services.common.errors import StatusError
 from services.tokenizer.http.api_request import ApiRequest, OnDisconnect, UInt32, as_text, set_present
 from services.tokenizer.http.messages import add_messages
 from services.tokenizer.http.structure_fields import Shape, shape_of_format
+from services.tokenizer.http.template_fields import set_kwargs
 
 Said = Sequence[tuple[str, str]]
 """Messages: who, and what."""
@@ -26,6 +27,13 @@ class TextOptions(ApiRequest):
 
     format: Any = None
     verbosity: str | None = None
+
+
+class Reasoning(ApiRequest):
+    """How the model reasons."""
+
+    effort: str | None = None
+    summary: str | None = None
 
 
 class ResponsesRequest(ApiRequest):
@@ -43,6 +51,7 @@ class ResponsesRequest(ApiRequest):
     store: bool | None = None
     stream: bool | None = None
     text: TextOptions | None = None
+    reasoning: Reasoning | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
     background: bool | None = None
@@ -59,7 +68,7 @@ class ResponsesRequest(ApiRequest):
     )
     ignored = frozenset(
         {
-            *("reasoning", "parallel_tool_calls", "max_tool_calls", "service_tier", "safety_identifier"),
+            *("parallel_tool_calls", "max_tool_calls", "service_tier", "safety_identifier"),
             *("prompt_cache_key", "prompt_cache_retention", "stream_options"),
         }
     )
@@ -119,6 +128,8 @@ class ResponsesRequest(ApiRequest):
         instructions = [("system", as_text(self.instructions, "instructions"))] if self.instructions else []
         for role, content in (*instructions, *history, *said):
             request.chat.messages.add(role=role, content=content)
+        if self.reasoning is not None and self.reasoning.effort is not None:
+            set_kwargs(request.chat, {"reasoning_effort": as_text(self.reasoning.effort, "reasoning.effort")})
         set_present(request.sampling, self, ("temperature", "top_p"))
         if self.max_output_tokens is not None:
             request.sampling.max_tokens = self.max_output_tokens
@@ -151,6 +162,7 @@ class ResponsesRequest(ApiRequest):
         return {
             "chat": "input",
             "chat.messages": "input",
+            "chat.template_kwargs": "reasoning.effort",
             "sampling.max_tokens": "max_output_tokens",
             "sampling.logprobs": "top_logprobs",
             **items,

@@ -26,6 +26,7 @@ from services.tokenizer.http.responses_request import ResponsesRequest, Said
 from services.tokenizer.http.service_routes import check_model, json_answer
 from services.tokenizer.http.sink import HttpCaller, OnFinished, serve
 from services.tokenizer.json_object import JsonObject
+from services.tokenizer.sampling_defaults import with_defaults
 from services.tokenizer.session import Session
 from services.tokenizer.validation import is_id
 
@@ -74,7 +75,9 @@ class ResponsesRoutes:
         asked = asked_for(request, created_at) if request.is_kept else b""
         make = ResponseStream if request.stream else ResponseDocument
         is_stored = request.store is not False and edge.sessions.is_on
-        format = make(request, response_id, created_at, edge.model_name, edge.prompts.texts, is_stored=is_stored)
+        sampling = with_defaults(made.sampling, edge.sampling_defaults)
+        texts = edge.prompts.texts
+        format = make(request, response_id, created_at, edge.model_name, texts, sampling, is_stored=is_stored)
         names = request.names(len(made.chat.messages) - len(said))
         if request.background and not request.stream:
             return await self._begin(call, made, asked, format, names)

@@ -16,18 +16,18 @@ from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.face import HttpFace
 from services.tokenizer.http.messages import add_messages
 from services.tokenizer.http.service_routes import check_model, json_answer
+from services.tokenizer.http.template_fields import TemplateFields
 from services.tokenizer.json_object import JsonObject
 from services.tokenizer.tokenizing import Tokenizing
 
 
-class TokenizeRequest(ApiRequest):
+class TokenizeRequest(TemplateFields):
     """A text, or a conversation, to encode."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Any = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -89,8 +89,7 @@ class TokenizeRoutes:
         asked = tokenizer_pb2.ApplyChatTemplateRequest()
         add_messages(asked.chat, request.messages)
         asked.chat.content_is_text = self._edge.prompts.can_take_content_as_text
-        if request.add_generation_prompt is not None:
-            asked.chat.add_generation_prompt = request.add_generation_prompt
+        request.set_template(asked.chat)
         return list((await self._tokenizing.apply_chat_template(asked, caller)).token_ids)
 
     async def detokenize(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:

@@ -113,6 +113,40 @@ def test_every_field_of_a_chat_has_its_place() -> None:
     assert made.output == generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS
 
 
+def test_what_goes_to_the_template() -> None:
+    made = chat(
+        chat_template_kwargs={"enable_thinking": False, "é": [1]},
+        reasoning_effort="low",
+        continue_final_message=True,
+        add_generation_prompt=False,
+        return_token_ids=True,
+    )
+    assert json.loads(made.chat.template_kwargs) == {"enable_thinking": False, "é": [1], "reasoning_effort": "low"}
+    assert made.chat.continue_final_message
+    assert not made.chat.add_generation_prompt
+    assert made.return_prompt_token_ids
+    assert not chat(chat_template_kwargs={}).chat.template_kwargs
+    same = chat(chat_template_kwargs={"reasoning_effort": "low"}, reasoning_effort="low")
+    assert json.loads(same.chat.template_kwargs) == {"reasoning_effort": "low"}
+
+
+@pytest.mark.parametrize(
+    ("last", "fields", "echoed"),
+    [
+        ("assistant", {}, ""),
+        ("assistant", {"echo": True}, "Hi"),
+        ("assistant", {"echo": True, "continue_final_message": True}, "Hi"),
+        ("user", {"echo": True}, ""),
+        ("user", {"echo": True, "add_generation_prompt": False}, "Hi"),
+        ("user", {"echo": True, "continue_final_message": True}, "Hi"),
+    ],
+)
+def test_echo_is_of_the_one_who_answers(last: str, fields: dict[str, Any], echoed: str) -> None:
+    request = ChatRequest.read({"messages": [{"role": last, "content": "Hi"}], **fields}, is_strict=True)
+    (made,) = request.requests("id", content_is_text=True)
+    assert request.echoed(made.chat) == echoed
+
+
 def test_null_is_no_value() -> None:
     names = [name for name in ChatRequest.model_fields if name != "messages"]
     assert chat(**dict.fromkeys([*names, *ChatRequest.refused, *ChatRequest.ignored])) == chat()
@@ -150,6 +184,18 @@ def test_contents_are_text() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": [{"role": "user", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls"),
         ({"messages": HELLO * 1025}, "messages"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": "\ud800"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": "a" * 2**14}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"reasoning_effort": "low"}, "reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": 1}, "reasoning_effort"),
+        ({"reasoning_effort": "\ud800"}, "reasoning_effort"),
+        ({"reasoning_effort": "a" * 2**14}, "reasoning_effort"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"continue_final_message": True, "session_id": "s"}, "continue_final_message"),
+        ({"add_generation_prompt": False, "session_id": "s"}, "add_generation_prompt"),
+        ({"echo": "yes"}, "echo"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": -0.5}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
@@ -299,7 +345,7 @@ def test_shapes_in_all_forms(fields: dict[str, Any], shape: dict[str, Any]) -> N
 def test_unknown_fields_are_left_alone_or_refused() -> None:
     assert chat(later_invention=1) == chat()
     assert refusal(chat, is_strict=True, later_invention=1).field == "later_invention"
-    assert chat(is_strict=True, user="u", verbosity="low", reasoning_effort="none") == chat()
+    assert chat(is_strict=True, user="u", verbosity="low") == chat()
     assert refusal(complete, is_strict=True, messages=[]).field == "messages"
 
 
@@ -329,6 +375,7 @@ def test_the_prompt_alone_costs_one_token_that_nobody_sees() -> None:
         ("sampling.logit_bias[3].bias", "logit_bias[3].bias"),
         ("chat.messages[2].content", "messages[2].content"),
         ("chat.content_is_text", "messages.content_is_text"),
+        ("chat.template_kwargs", "chat_template_kwargs"),
         ("tokens.ids[7]", "prompt[7]"),
         ("include_stop", "include_stop_str_in_output"),
         ("stop[1]", "stop[1]"),

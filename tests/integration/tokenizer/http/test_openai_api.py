@@ -159,6 +159,52 @@ async def test_log_probabilities_of_a_completion(http, scheduler, tokenizer):
     assert [value for part in parts for value in part["text_offset"]] == offsets
 
 
+async def test_a_chat_goes_on_with_its_last_message(http, scheduler, tokenizer):
+    scheduler.play = lambda submit: Script(samples=[tokenizer.encode(" two.").ids])
+    messages = [*HELLO, {"role": "assistant", "content": "It is"}]
+    body = chat(messages=messages, continue_final_message=True, echo=True, return_token_ids=True, n=1)
+    reply = await http.post(CHAT, body)
+    assert reply.json["choices"][0]["message"]["content"] == "It is two."
+    ids = reply.json["prompt_token_ids"]
+    assert ids == list(scheduler.submits[0].token_ids)
+    assert tokenizer.decode(ids, skip_special_tokens=False).endswith("<|im_start|>assistant\nIt is")
+    streamed = await http.post(CHAT, {**body, "stream": True})
+    chunks = streamed.events[:-1]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "It is two."
+    assert [chunk["prompt_token_ids"] for chunk in chunks if "prompt_token_ids" in chunk] == [ids]
+    assert "prompt_token_ids" not in (await http.post(CHAT, chat())).json
+    tokenized = await http.post("/tokenize", {"messages": messages, "continue_final_message": True})
+    assert tokenized.json["tokens"] == ids
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETE])
+async def test_log_probabilities_of_prompts_as_vllm_tells_them(http, scheduler, tokenizer, path):
+    body = chat(max_tokens=2) if path == CHAT else complete(prompt=["Hello you", [5, 6, 7]], n=2, max_tokens=2)
+    body |= {"prompt_logprobs": 2, "return_token_ids": True}
+    reply = await http.post(path, body)
+    submits = sorted(scheduler.submits, key=lambda submit: submit.request_id)
+    places = [reply.json] if path == CHAT else reply.json["choices"][::2]
+    found = [place["prompt_logprobs"] for place in places]
+    for entries, submit in zip(found, submits, strict=True):
+        ids = list(submit.token_ids)
+        assert entries[0] is None
+        assert len(entries) == len(ids)
+        for token_id, entry in zip(ids[1:], entries[1:], strict=True):
+            assert entry[str(token_id)]["decoded_token"] == tokenizer.decode([token_id], skip_special_tokens=False)
+            assert sorted(one["rank"] for one in entry.values() if one["rank"]) == [1, 2]
+    assert [place["prompt_token_ids"] for place in places] == [list(submit.token_ids) for submit in submits]
+    streamed = await http.post(path, {**body, "stream": True})
+    chunks = streamed.events[:-1]
+    told = [chunk for chunk in chunks if path == CHAT] or [choice for chunk in chunks for choice in chunk["choices"]]
+    for number, place in enumerate(places):
+        mine = [part for part in told if path == CHAT or part["index"] == 2 * number]
+        parts = [part["prompt_logprobs"] for part in mine if "prompt_logprobs" in part]
+        assert [entry for part in parts for entry in part] == place["prompt_logprobs"]
+        assert [part["prompt_token_ids"] for part in mine if "prompt_token_ids" in part] == [place["prompt_token_ids"]]
+    if path == COMPLETE:
+        assert all("prompt_logprobs" not in choice for choice in reply.json["choices"][1::2])
+
+
 async def test_continuous_usage_and_token_ids(http, scheduler):
     options = {"include_usage": True, "continuous_usage_stats": True}
     reply = await http.post(CHAT, chat(stream=True, stream_options=options, return_token_ids=True))
