@@ -55,6 +55,9 @@ class Schedulers:
     def __init__(self, play: Play) -> None:
         self._play = play
 
+    def check_room(self, tenant: bytes) -> None:
+        pass
+
     async def wait_up(self, limit: float) -> link_pb2.Welcome:
         return link_pb2.Welcome(max_model_len=10)
 
