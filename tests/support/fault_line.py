@@ -16,11 +16,15 @@ from fault_redis import FaultRedis
 from fault_rest import Vitals, rest
 from fault_wires import Wires
 from line import scrape
-from service_processes import PATIENCE, ServiceProcess, Spawn, spawner
+from service_processes import ServiceProcess, Spawn, spawner
 
 STALL_LIMIT = 15.0
 """Seconds of silence after which a service with work counts as dead: longer than a process is stopped, shorter than a
 wire is cut."""
+
+PATIENCE_LIMIT = 600.0
+"""The same where nothing is stopped or cut, and seconds that an engine may take to start: a step of a real model, and
+loading it, may take minutes on a machine that does other work, too."""
 
 DRAIN_LIMIT = 1
 """Seconds that running requests are given on SIGTERM: shorter than the streams are."""
@@ -73,8 +77,10 @@ class FaultLine:
         self.redis = redis
         self.redis_wire = wires.add(redis.socket)
         redis_url = f"redis://{self.redis_wire.address}/0"
-        limits = ("--drain-limit-s", str(DRAIN_LIMIT), "--stall-limit-s", str(STALL_LIMIT), "--metrics-port", "0")
-        leases = ("--lease-s", str(STALL_LIMIT))
+        stall_limit = str(STALL_LIMIT if engine == "fake" else PATIENCE_LIMIT)
+        limits = ("--drain-limit-s", str(DRAIN_LIMIT), "--stall-limit-s", stall_limit, "--metrics-port", "0")
+        leases = ("--lease-s", stall_limit)
+        waits = () if engine == "fake" else ("--engine-restart-limit-s", str(PATIENCE_LIMIT))
 
         def member(name: str, number: int, *flags: str, wired: bool = True) -> Member:
             port = _free_port()
@@ -102,7 +108,7 @@ class FaultLine:
         self.executors = [member("executor", number, *engine_flags) for number in range(shape.executors)]
         executors = ",".join(_address(member) for member in self.executors)
         self.schedulers = [
-            member("scheduler", number, "--executors", executors, "--redis-url", redis_url)
+            member("scheduler", number, "--executors", executors, "--redis-url", redis_url, *waits)
             for number in range(shape.schedulers)
         ]
         schedulers = ",".join(_address(member) for member in self.schedulers)
@@ -132,7 +138,7 @@ class FaultLine:
         """Wait until every worker is linked to every scheduler, and every scheduler to every executor."""
         workers = self.shape.tokenizers * self.shape.workers
         wanted = {"tokenizer": workers, "executor": self.shape.executors}
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE_LIMIT
         for member in self.schedulers:
             while True:
                 found = await asyncio.to_thread(_links, member.process)

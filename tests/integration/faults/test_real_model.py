@@ -21,7 +21,7 @@ async def test_deaths_on_the_real_model(tmp_path: Path, model_dir, table: list[s
     line = await asyncio.to_thread(context.__enter__)
     try:
         await line.wait_linked()
-        trials = Trials(line, Workload(seed, count=14, longest=150))
+        trials = Trials(line, Workload(seed, count=14, longest=60))
         await trials.prepare()
         for name in ("engine: kill -9", "executor: kill -9", "scheduler: kill -9"):
             tally = Tally(f"real model, {name}")

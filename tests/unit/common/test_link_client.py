@@ -37,12 +37,12 @@ class Handler:
 
 
 class Call:
-    """A call of a peer that welcomes the client, gives a lease, and says nothing until it ends the call."""
+    """A call of a peer that gives a lease, if it welcomes the client, and says nothing until it ends the call."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_welcome: bool = True) -> None:
         sizes = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64, "vocab_size": 10}
         welcome = link_pb2.Welcome(api_minor=API_MINOR, model="m", lease_ns=60 * 10**9, **sizes)
-        self._answers = [link_pb2.ServerFrame(welcome=welcome).SerializeToString()]
+        self._answers = [link_pb2.ServerFrame(welcome=welcome).SerializeToString()] if is_welcome else []
         self.ended = asyncio.Event()
 
     async def write(self, message: bytes) -> None:
@@ -116,16 +116,18 @@ async def test_a_link_ends_although_the_demand_changes_at_that_moment(num_turns:
     await end(running)
 
 
-async def test_nothing_of_a_lost_connection_waits_for_the_garbage_collector() -> None:
+@pytest.mark.parametrize("is_welcome", [True, False])
+async def test_nothing_of_a_lost_connection_waits_for_the_garbage_collector(is_welcome: bool) -> None:
     """Its sockets are open for as long, and a scheduler's collector comes by rarely."""
-    handler, call = Handler(), Call()
+    handler, call = Handler(), Call(is_welcome)
     dialer = Dialer(call)
     gc.disable()
     try:
         running = asyncio.create_task(
             LinkClient("127.0.0.1:1", CONNECT, link_pb2.Hello(), handler, dialer=dialer).run()
         )
-        await handler.is_up.wait()
+        if is_welcome:
+            await handler.is_up.wait()
         call.ended.set()
         await eventually(lambda: handler.num_down == 1)
         assert [channel() for channel in dialer.channels] == [None]
