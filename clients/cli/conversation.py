@@ -13,7 +13,7 @@ from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
 from scalellm.client import Client, ClientError
 from scalellm.v1.common_pb2 import SamplingParams
-from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
+from scalellm.v1.generation_pb2 import ON_DISCONNECT_KEEP, Chat, ChatMessage, GenerateRequest
 from scalellm.v1.sessions_pb2 import Session
 
 _INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed")
@@ -126,6 +126,7 @@ class Conversation:
         request = GenerateRequest(
             chat=Chat(messages=[ChatMessage(role=role, content=content) for role, content in messages]),
             session_id=self.session_id,
+            on_disconnect=ON_DISCONNECT_KEEP,
         )
         for name, value in self._settings.items():
             setattr(request.sampling, name, value)

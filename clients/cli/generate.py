@@ -13,7 +13,14 @@ from clients.cli.latency import print_breakdown
 from clients.cli.output import write_json, write_text
 from clients.cli.text import read_text
 from scalellm.v1.common_pb2 import SamplingParams
-from scalellm.v1.generation_pb2 import OUTPUT_TEXT_AND_TOKEN_IDS, Chat, ChatMessage, GenerateRequest, SessionOutcome
+from scalellm.v1.generation_pb2 import (
+    ON_DISCONNECT_KEEP,
+    OUTPUT_TEXT_AND_TOKEN_IDS,
+    Chat,
+    ChatMessage,
+    GenerateRequest,
+    SessionOutcome,
+)
 
 HELP = """Generate text, streaming.
 
@@ -56,6 +63,9 @@ def generate(
     n: Annotated[int | None, _option("Independent samples of the same prompt.", "NUMBER", "--n", "-n")] = None,
     stop: Annotated[list[str] | None, _option("End at this text; repeatable. \\n is a line break.", "TEXT")] = None,
     include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep the stop text.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Go on where the answer was, if the connection or the server is lost.")
+    ] = False,
     stop_token_id: Annotated[list[int] | None, _option("End at this token; repeatable.", "ID")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
     logprobs: Annotated[int | None, _option("With --json: log-probabilities and this many alternatives.")] = None,
@@ -99,6 +109,8 @@ def generate(
     request.stop.extend(text.replace("\\n", "\n") for text in stop or ())
     if include_stop:
         request.include_stop = True
+    if keep:
+        request.on_disconnect = ON_DISCONNECT_KEEP
     if as_json:
         request.output = OUTPUT_TEXT_AND_TOKEN_IDS
     check_timeout(timeout)

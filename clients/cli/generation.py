@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.message import Message
 
-from scalellm.client import Client
+from scalellm.client import Client, ClientError
 from scalellm.v1.common_pb2 import FinishReason, TokenLogprobs
 from scalellm.v1.generation_pb2 import Delta, Finished, GenerateRequest, PromptLogprobs, SessionOutcome, Started
 
@@ -55,6 +56,22 @@ class Generation:
         Any exception, Ctrl-C included, cancels the request down to the executor.
         """
         begun = time.monotonic_ns()
+        try:
+            self._run(client, request, on_text, timeout, begun)
+        except BaseException:
+            if self.started.resumable:  # it would go on without us
+                with contextlib.suppress(ClientError):
+                    client.cancel(self.started.request_id)
+            raise
+
+    def _run(
+        self,
+        client: Client,
+        request: GenerateRequest,
+        on_text: Callable[[str], None],
+        timeout: float | None,
+        begun: int,
+    ) -> None:
         with client.generate(request, timeout=timeout) as stream:
             for response in stream:
                 match response.WhichOneof("event"):

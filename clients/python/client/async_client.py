@@ -11,11 +11,12 @@ import grpc
 from scalellm.client.credentials import NO_CREDENTIALS, Credentials
 from scalellm.client.errors import ClientError
 from scalellm.client.received import Received
+from scalellm.client.reconnection import Reconnection
 from scalellm.client.requests import CHANNEL_OPTIONS, SESSION_PAGE_SIZE, chat_request, turn_page
 from scalellm.client.stream import AsyncGenerationStream
 from scalellm.v1 import generation_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from scalellm.v1.common_pb2 import SamplingParams
-from scalellm.v1.generation_pb2 import Chat, GenerateRequest, ResumeRequest
+from scalellm.v1.generation_pb2 import CancelRequest, Chat, GenerateRequest, ResumeRequest
 
 
 class AsyncClient:
@@ -56,7 +57,9 @@ class AsyncClient:
             metadata: Sent along, such as `traceparent` and `tracestate` of the trace that the call belongs to.
         """
         call = self._generation.Generate(request, timeout=timeout, metadata=(*self._metadata, *metadata))
-        return AsyncGenerationStream(call, Received(), self.address, self._credentials)
+        return AsyncGenerationStream(
+            call, Received(), self.address, self._credentials, Reconnection(self._resume, timeout)
+        )
 
     def complete(
         self, prompt: str, sampling: SamplingParams | None = None, *, timeout: float | None = None
@@ -94,9 +97,13 @@ class AsyncClient:
 
         The stream raises ClientError with NOT_FOUND when the answer is no longer kept.
         """
-        request = ResumeRequest(request_id=request_id, offsets=offsets)
-        call = self._generation.Resume(request, timeout=timeout, metadata=self._metadata)
-        return AsyncGenerationStream(call, Received(offsets), self.address, self._credentials)
+        call = self._resume(request_id, offsets, timeout)
+        reconnection = Reconnection(self._resume, timeout)
+        return AsyncGenerationStream(call, Received(offsets), self.address, self._credentials, reconnection)
+
+    async def cancel(self, request_id: str) -> None:
+        """End a request of ON_DISCONNECT_KEEP, if it has not ended; NOT_FOUND once it is no longer kept."""
+        await self._call(self._generation.Cancel, CancelRequest(request_id=request_id))
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizer_pb2.EncodeResponse:
         """Encode text to token ids."""
@@ -168,6 +175,10 @@ class AsyncClient:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _resume(self, request_id: str, offsets: Sequence[int], timeout: float | None) -> Any:
+        request = ResumeRequest(request_id=request_id, offsets=offsets)
+        return self._generation.Resume(request, timeout=timeout, metadata=self._metadata)
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:

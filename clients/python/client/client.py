@@ -11,11 +11,12 @@ import grpc
 from scalellm.client.credentials import NO_CREDENTIALS, Credentials
 from scalellm.client.errors import ClientError
 from scalellm.client.received import Received
+from scalellm.client.reconnection import Reconnection
 from scalellm.client.requests import CHANNEL_OPTIONS, SESSION_PAGE_SIZE, chat_request, turn_page
 from scalellm.client.stream import GenerationStream
 from scalellm.v1 import generation_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from scalellm.v1.common_pb2 import SamplingParams
-from scalellm.v1.generation_pb2 import Chat, GenerateRequest, ResumeRequest
+from scalellm.v1.generation_pb2 import CancelRequest, Chat, GenerateRequest, ResumeRequest
 
 
 class Client:
@@ -54,7 +55,7 @@ class Client:
             metadata: Sent along, such as `traceparent` and `tracestate` of the trace that the call belongs to.
         """
         call = self._generation.Generate(request, timeout=timeout, metadata=(*self._metadata, *metadata))
-        return GenerationStream(call, Received(), self.address, self._credentials)
+        return GenerationStream(call, Received(), self.address, self._credentials, Reconnection(self._resume, timeout))
 
     def complete(
         self, prompt: str, sampling: SamplingParams | None = None, *, timeout: float | None = None
@@ -90,9 +91,13 @@ class Client:
 
         The stream raises ClientError with NOT_FOUND when the answer is no longer kept.
         """
-        request = ResumeRequest(request_id=request_id, offsets=offsets)
-        call = self._generation.Resume(request, timeout=timeout, metadata=self._metadata)
-        return GenerationStream(call, Received(offsets), self.address, self._credentials)
+        call = self._resume(request_id, offsets, timeout)
+        reconnection = Reconnection(self._resume, timeout)
+        return GenerationStream(call, Received(offsets), self.address, self._credentials, reconnection)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request of ON_DISCONNECT_KEEP, if it has not ended; NOT_FOUND once it is no longer kept."""
+        self._call(self._generation.Cancel, CancelRequest(request_id=request_id))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizer_pb2.EncodeResponse:
         """Encode text to token ids."""
@@ -161,6 +166,10 @@ class Client:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _resume(self, request_id: str, offsets: Sequence[int], timeout: float | None) -> Any:
+        request = ResumeRequest(request_id=request_id, offsets=offsets)
+        return self._generation.Resume(request, timeout=timeout, metadata=self._metadata)
 
     def _call(self, method: Any, request: Any) -> Any:
         try:

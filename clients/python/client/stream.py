@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ import grpc
 from scalellm.client.credentials import Credentials
 from scalellm.client.errors import ClientError
 from scalellm.client.received import Received
+from scalellm.client.reconnection import Reconnection
 from scalellm.v1.generation_pb2 import Finished, GenerateResponse, Started
 
 
@@ -23,11 +25,15 @@ class _Stream:
         received: What was received of the answer by an earlier call, if any.
         address: The server's, for errors.
         credentials: What the server was shown, for errors.
+        reconnection: How to go on where the call breaks.
     """
 
-    def __init__(self, call: Any, received: Received, address: str, credentials: Credentials) -> None:
+    def __init__(
+        self, call: Any, received: Received, address: str, credentials: Credentials, reconnection: Reconnection
+    ) -> None:
         self._call = call
         self._received = received
+        self._reconnection = reconnection
         self._address = address
         self._credentials = credentials
         self._is_closed = False
@@ -55,24 +61,33 @@ class _Stream:
         self._is_closed = True
         self._call.cancel()
 
-    def _error(self, error: grpc.RpcError) -> ClientError:
-        return ClientError.from_rpc(error, self._address, self._credentials)
+    def _wait_after(self, error: grpc.RpcError) -> float:
+        """Seconds after which the stream goes on by another call. Raises ClientError where it does not."""
+        failure = ClientError.from_rpc(error, self._address, self._credentials)
+        wait = None if self._is_closed else self._reconnection.wait_after(failure, self._received)
+        if wait is None:
+            raise failure from None
+        return wait
 
 
 class GenerationStream(_Stream, Iterator[GenerateResponse]):
     """Iterates over the messages of an answer: Started, then Deltas, then Finished.
 
     Leaving the `with` block early cancels the request. Iterating raises ClientError when the call ends with a status
-    other than OK.
+    other than OK. An answer that is kept (`started.resumable`) goes on by itself where its connection breaks or its
+    server ends: with some tries, until the deadline.
     """
 
     def __next__(self) -> GenerateResponse:
-        try:
-            response: GenerateResponse = next(self._call)
-        except grpc.RpcError as error:
-            raise self._error(error) from None
-        self._received.take(response)
-        return response
+        while True:
+            try:
+                response: GenerateResponse = next(self._call)
+            except grpc.RpcError as error:
+                time.sleep(self._wait_after(error))
+                self._call = self._reconnection.open(self._received)
+                continue
+            if self._received.take(response):
+                return response
 
     def text(self, index: int = 0) -> Iterator[str]:
         """Iterate over the text of one sample, piece by piece. Raises ClientError."""
@@ -99,23 +114,29 @@ class AsyncGenerationStream(_Stream, AsyncIterator[GenerateResponse]):
     Cancelling the task that iterates cancels the request as well.
     """
 
-    def __init__(self, call: Any, received: Received, address: str, credentials: Credentials) -> None:
-        super().__init__(call, received, address, credentials)
+    def __init__(
+        self, call: Any, received: Received, address: str, credentials: Credentials, reconnection: Reconnection
+    ) -> None:
+        super().__init__(call, received, address, credentials, reconnection)
         self._messages = aiter(call)
 
     async def __anext__(self) -> GenerateResponse:
-        try:
-            response: GenerateResponse = await anext(self._messages)
-        except grpc.RpcError as error:
-            raise self._error(error) from None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._is_closed or (task is not None and task.cancelling()):
-                raise
-            # grpc.aio reports a call that was cancelled here as if the task were.
-            raise ClientError(grpc.StatusCode.CANCELLED, "the stream was closed") from None
-        self._received.take(response)
-        return response
+        while True:
+            try:
+                response: GenerateResponse = await anext(self._messages)
+            except grpc.RpcError as error:
+                await asyncio.sleep(self._wait_after(error))
+                self._call = self._reconnection.open(self._received)
+                self._messages = aiter(self._call)
+                continue
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not self._is_closed or (task is not None and task.cancelling()):
+                    raise
+                # grpc.aio reports a call that was cancelled here as if the task were.
+                raise ClientError(grpc.StatusCode.CANCELLED, "the stream was closed") from None
+            if self._received.take(response):
+                return response
 
     async def text(self, index: int = 0) -> AsyncIterator[str]:
         """Iterate over the text of one sample, piece by piece. Raises ClientError."""

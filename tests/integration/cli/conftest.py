@@ -47,12 +47,15 @@ class FakeServer(
 ):
     """The public API with scripted answers: the prompt's words come back one by one.
 
-    A prompt of `forever` streams until cancelled, `busy` and `bad` are refused, `slow` waits for the deadline.
+    A prompt of `forever` streams until cancelled, `busy` and `bad` are refused, `slow` waits for the deadline. One that
+    begins with `moving` is kept, and each call breaks after a word of its answer.
     """
 
     def __init__(self) -> None:
         self.requests: list[generation_pb2.GenerateRequest] = []
         self.resumed: list[generation_pb2.ResumeRequest] = []
+        self.ended: list[str] = []
+        """Ids that Cancel was called with."""
         self.api_key = ""
         """What Generate asks for, if anything."""
         self.sessions: dict[str, list[generation_pb2.ChatMessage]] = {}
@@ -71,6 +74,9 @@ class FakeServer(
             violation = error_details_pb2.BadRequest.FieldViolation(field="sampling.top_p", description="...")
             detail = error_details_pb2.BadRequest(field_violations=[violation])
             _abort(context, 3, "sampling.top_p: must be in (0, 1], got 7", detail)
+        if text.startswith("moving"):
+            yield from _move(text.split(), 0, context)
+            return
         if text.startswith("lost") and not self.resumed:
             yield generation_pb2.GenerateResponse(started=generation_pb2.Started(request_id=request.request_id))
             delta = generation_pb2.Delta(text="lost ", num_tokens=1)
@@ -112,11 +118,18 @@ class FakeServer(
 
     def Resume(self, request: generation_pb2.ResumeRequest, context: Any) -> Iterator[Any]:
         self.resumed.append(request)
+        if request.request_id == "moving":
+            yield from _move(self.requests[-1].prompt.split(), request.offsets[0], context)
+            return
         kept = next(one for one in self.requests if one.request_id == request.request_id)
         for response in self.Generate(kept, context):
             (received,) = request.offsets or (0,)
             if not response.HasField("delta") or response.delta.offset >= received:
                 yield response
+
+    def Cancel(self, request: generation_pb2.CancelRequest, context: Any) -> generation_pb2.CancelResponse:
+        self.ended.append(request.request_id)
+        return generation_pb2.CancelResponse()
 
     def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:
         return tokenizer_pb2.EncodeResponse(token_ids=list(request.text.encode()), tokens=list(request.text))
@@ -155,6 +168,17 @@ def _abort(context: Any, code: int, message: str, detail: Any) -> None:
     status = status_pb2.Status(code=code, message=message)
     status.details.add().Pack(detail)
     context.abort_with_status(rpc_status.to_status(status))
+
+
+def _move(words: list[str], received: int, context: Any) -> Iterator[Any]:
+    started = generation_pb2.Started(request_id="moving", resumable=True)
+    yield generation_pb2.GenerateResponse(started=started)
+    delta = generation_pb2.Delta(text=f"{words[received]} ", offset=received, num_tokens=1)
+    yield generation_pb2.GenerateResponse(delta=delta)
+    if received + 1 < len(words):
+        _abort(context, 14, "this server leaves", error_details_pb2.RetryInfo(retry_delay=Duration(nanos=500_000)))
+    samples = [generation_pb2.SampleFinished(reason=common_pb2.FINISH_REASON_STOP)]
+    yield generation_pb2.GenerateResponse(finished=generation_pb2.Finished(samples=samples))
 
 
 class HostileServer(FakeServer):

@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 
 from cli_processes import ESCAPE, RunCli, StartCli, finish, read_to_end
-from scalellm.v1.generation_pb2 import ChatMessage
+from scalellm.v1.generation_pb2 import ON_DISCONNECT_KEEP, ChatMessage
 from service_processes import PATIENCE
+
+
+def test_generate_goes_on_when_the_server_is_lost(cli: StartCli, fake_server: Any) -> None:
+    code, out, err = finish(cli("generate", "--keep", "moving on and on", address=fake_server.address))
+    assert (code, out, err) == (0, "moving on and on \n", "")
+    assert fake_server.requests[0].on_disconnect == ON_DISCONNECT_KEEP
+    assert len(fake_server.resumed) == 3
 
 
 def test_generate_in_a_pipe_is_plain_text(cli: StartCli, fake_server: Any) -> None:

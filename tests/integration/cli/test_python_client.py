@@ -11,10 +11,23 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from clients.cli.generation import Generation
 from scalellm.client import AsyncClient, Client, ClientError, Credentials
 from scalellm.client.error_details import ErrorDetails, read_details
-from scalellm.v1.common_pb2 import SamplingParams
-from scalellm.v1.generation_pb2 import ON_DISCONNECT_KEEP, SESSION_OUTCOME_SAVED, Chat, ChatMessage, GenerateRequest
+from scalellm.client.received import Received
+from scalellm.client.reconnection import Reconnection
+from scalellm.v1.common_pb2 import SamplingParams, TokenLogprobs
+from scalellm.v1.generation_pb2 import (
+    ON_DISCONNECT_KEEP,
+    SESSION_OUTCOME_SAVED,
+    Chat,
+    ChatMessage,
+    Delta,
+    GenerateRequest,
+    GenerateResponse,
+    PromptLogprobs,
+    Started,
+)
 from service_processes import PATIENCE
 
 
@@ -154,6 +167,65 @@ async def test_a_kept_answer_goes_on(fake_server: Any, client: AsyncClient) -> N
     assert [piece async for piece in rest.text()] == ["found "]
     assert rest.offsets == (3,)
     assert [list(request.offsets) for request in fake_server.resumed] == [[1], [2]]
+
+
+async def test_a_stream_of_a_kept_answer_goes_on_by_itself(fake_server: Any, client: AsyncClient) -> None:
+    request = GenerateRequest(prompt="moving on and on", on_disconnect=ON_DISCONNECT_KEEP)
+    with Client(fake_server.address) as threaded:
+        events = list(threaded.generate(request, timeout=PATIENCE))
+        threaded.cancel("moving")
+    assert [event.WhichOneof("event") for event in events] == ["started", *["delta"] * 4, "finished"]
+    assert "".join(event.delta.text for event in events) == "moving on and on "
+    stream = client.generate(request)
+    assert [piece async for piece in stream.text()] == ["moving ", "on ", "and ", "on "]
+    assert stream.offsets == (4,)
+    assert [list(resumed.offsets) for resumed in fake_server.resumed] == 2 * [[1], [2], [3]]
+    await client.cancel("moving")
+    assert fake_server.ended == ["moving", "moving"]
+
+
+def test_tries_are_bounded_and_an_answer_that_grows_has_them_again() -> None:
+    lost = ClientError(grpc.StatusCode.UNAVAILABLE, "lost", retry_after=0.7)
+    received, reconnection = Received(), Reconnection(lambda *_: None, None)
+    assert reconnection.wait_after(lost, received) is None, "it has not begun"
+    received.take(GenerateResponse(started=Started(request_id="r")))
+    assert reconnection.wait_after(lost, received) is None, "it is not kept"
+    received.take(GenerateResponse(started=Started(request_id="r", resumable=True)))
+    for _ in range(2):
+        waits = [reconnection.wait_after(lost, received) for _ in range(11)]
+        assert waits == [0.7, 0.7, 0.7, 0.8, 1.6, 3.0, 3.0, 3.0, 3.0, 3.0, None]
+        received.take(GenerateResponse(delta=Delta(num_tokens=1, offset=sum(received.offsets))))
+    refused = ClientError(grpc.StatusCode.NOT_FOUND, "no longer kept")
+    assert reconnection.wait_after(refused, received) is None
+    assert Reconnection(lambda *_: None, 0.5).wait_after(lost, received) is None, "the deadline comes first"
+
+
+def test_logprobs_of_a_prompt_that_come_again_are_left_out() -> None:
+    received = Received()
+    told: list[int] = []
+    for offset, stop in ((0, 3), (0, 2), (0, 5), (5, 6)):
+        count = stop - offset
+        logprobs = TokenLogprobs(logprobs=range(offset, stop), num_top=2, top_token_ids=[7] * 2 * count)
+        logprobs.top_logprobs.extend([-1.0] * 2 * count)
+        part = PromptLogprobs(token_ids=range(offset, stop), logprobs=logprobs, offset=offset)
+        response = GenerateResponse(prompt_logprobs=part)
+        if received.take(response):
+            part = response.prompt_logprobs
+            assert len(part.logprobs.top_token_ids) == len(part.logprobs.top_logprobs) == 2 * len(part.token_ids)
+            assert part.offset == part.token_ids[0] == part.logprobs.logprobs[0]
+            told += part.token_ids
+    assert told == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_the_user_ends_does_not_go_on(fake_server: Any) -> None:
+    request = GenerateRequest(prompt="moving on", on_disconnect=ON_DISCONNECT_KEEP)
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with Client(fake_server.address) as client, pytest.raises(KeyboardInterrupt):
+        Generation().run(client, request, interrupt)
+    assert (fake_server.ended, fake_server.resumed) == (["moving"], [])
 
 
 async def test_key_and_tls(secured_server: Any) -> None:
