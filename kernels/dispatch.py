@@ -91,6 +91,7 @@ _TRITON: Mapping[str, TritonForm] = MappingProxyType(
 )
 _CPP: Mapping[str, CppForm] = MappingProxyType(
     {
+        "apply_logits_processors_": CppForm("logits"),
         "fused_add_rms_norm": CppForm("norm"),
         "gelu_tanh_and_mul": CppForm("activation"),
         "paged_attention_decode": CppForm("attention"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from clients.cli.context import CliContext, CliError, ExitCode, check_timeout
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
 from clients.cli.output import write_json, write_text
+from clients.cli.shape import read_shape
 from clients.cli.text import read_text
 from scalellm.v1.common_pb2 import SamplingParams
 from scalellm.v1.generation_pb2 import (
@@ -32,6 +34,8 @@ Examples:
   scalellm generate "Once upon a time" --max-tokens 64
   scalellm generate --chat "Name three primes." --temperature 0 --show-latency
   scalellm generate "Q: 6*7? A:" --stop "\\n" --n 3 --seed 1
+  scalellm generate --chat "Is water wet?" --choice yes --choice no
+  scalellm generate --chat "Who wrote Faust?" --json-schema author.json --max-tokens 64
   echo "The sky is" | scalellm generate --json | jq -r '.samples[0].text'
 """
 
@@ -68,6 +72,9 @@ def generate(
     ] = False,
     stop_token_id: Annotated[list[int] | None, _option("End at this token; repeatable.", "ID")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
+    json_schema: Annotated[Path | None, _option("Write JSON of this schema.", "FILE")] = None,
+    regex: Annotated[str | None, _option("Write a text that this expression matches as a whole.", "REGEX")] = None,
+    choice: Annotated[list[str] | None, _option("Write one of these texts; repeatable.", "TEXT")] = None,
     logprobs: Annotated[int | None, _option("With --json: log-probabilities and this many alternatives.")] = None,
     prompt_logprobs: Annotated[int | None, _option("With --json: the same for the prompt.")] = None,
     priority: Annotated[int | None, _option("-100..100; lower runs first.")] = None,
@@ -113,6 +120,8 @@ def generate(
         request.on_disconnect = ON_DISCONNECT_KEEP
     if as_json:
         request.output = OUTPUT_TEXT_AND_TOKEN_IDS
+    if (shape := read_shape(json_schema, regex, choice or ())) is not None:
+        request.structured_output.CopyFrom(shape)
     check_timeout(timeout)
     text = read_text(prompt, "prompt")
     if chat:

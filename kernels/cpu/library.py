@@ -47,6 +47,7 @@ FUNCTIONS: Mapping[str, str] = MappingProxyType(
         "gather_packed_rows": "iipppppiiiif",
         "gather_rows": "ipppiiif",
         "gemm_wna16": "iipppppiiii",
+        "mask_logits": "ppiiii",
         "paged_attention_decode": "iippppppiiiiiiiiiiifff",
         "qk_norm_rope_and_cache": "iipppppppppiiiiiiiiiifff",
         "sample": "ppppppppppppiiiii",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,15 +12,19 @@ from scalellm.v1 import executor_pb2, link_pb2
 from services.common.lifecycle import StartError
 from services.common.model_store import ModelStoreError, name_of, resolve
 from services.common.tokenizer_digest import TokenizerSourceError, tokenizer_sha256
+from services.common.vocabulary import VocabularyError, read_vocabulary
 from services.executor.config import ExecutorSettings
 from services.executor.engine.config import EngineConfigError
 from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError
+from services.executor.grammar import LlGrammarCompiler
 from services.executor.model_engine import build_model_engine, engine_config
 from services.executor.models import PRESETS, ModelConfig, UnsupportedModelError
 from services.executor.placement import Placement, choose_placement, dtype_name
 from services.executor.weights import read_model_config
+
+_log = logging.getLogger(__name__)
 
 _FAKE_BLOCKS = 4096
 
@@ -60,7 +65,7 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
         if settings.engine == "fake":
             return _describe(found, _fake_engine(settings, placement, found.config), _placed(placement, backend="fake"))
         weights = None if settings.load_format == "dummy" else found.path
-        built = build_model_engine(settings, placement, weights, found.config, progress)
+        built = build_model_engine(settings, placement, weights, found.config, progress, _grammars(found))
     except (
         ModelStoreError,
         UnsupportedModelError,
@@ -74,6 +79,18 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
     info.quantization = "" if settings.quantization == "none" else settings.quantization
     info.kernels.update(built.ops.backends)
     return replace(_describe(found, built.engine, info), late_compiles=lambda: len(built.runner.late_compiles))
+
+
+def _grammars(model: _FoundModel) -> LlGrammarCompiler | None:
+    """What compiles grammars; None where no answer can be kept to one."""
+    if model.path is None or not model.config.eos_token_ids:
+        return None
+    try:
+        vocabulary = read_vocabulary(model.path, model.config.vocab_size)
+    except VocabularyError as error:
+        _log.warning("answers cannot be given a shape (structured_output): %s", error)
+        return None
+    return LlGrammarCompiler(vocabulary, model.config.eos_token_ids)
 
 
 def _find_model(settings: ExecutorSettings) -> _FoundModel:
@@ -114,6 +131,7 @@ def _describe(model: _FoundModel, engine: Engine, info: executor_pb2.GetExecutor
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         vocab_size=config.vocab_size,
+        grammars=engine.takes_grammars,
     )
     return LoadedEngine(engine, welcome, info)
 

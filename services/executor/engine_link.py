@@ -365,10 +365,14 @@ def _divide_prompt_logprobs(parts: Sequence[PromptLogprobs]) -> list[list[link_p
 
 def _finish(finish: RequestFinish) -> link_pb2.Finish:
     usage, timings = finish.usage, finish.timings
-    code = _CODES.get(finish.status)
+    code, status = _CODES.get(finish.status), None
+    if finish.status is RequestStatus.INVALID:
+        status = StatusError.invalid("structured_output", finish.message).to_link()
+    elif code is not None:
+        status = StatusError(code, finish.message).to_link()
     return link_pb2.Finish(
         handle=finish.key[1],
-        status=StatusError(code, finish.message).to_link() if code is not None else None,
+        status=status,
         usage=common_pb2.Usage(
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,

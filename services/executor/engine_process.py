@@ -41,6 +41,7 @@ from services.executor.stall_report import write_stacks_to
 _log = logging.getLogger(__name__)
 
 _IDLE_BEAT = 0.5
+_COMPILING_BEAT = 0.002
 _LOAD_INTERVAL = 0.1
 _STATS_INTERVAL = 0.5
 """Nothing else computes meanwhile, and on caches that a step left cold the figures take a third of a millisecond."""
@@ -91,7 +92,8 @@ class EngineLoop:
             self._announce_load(self._links.values())
             self._send_stats()
             self._last_stats = float("-inf")  # the first step will say at once that there is work again
-        for message in self._channel.receive(0.0 if busy else _IDLE_BEAT):
+        patience = _IDLE_BEAT if not busy else _COMPILING_BEAT if self._engine.only_compiles else 0.0
+        for message in self._channel.receive(patience):
             self._handle(message)
         if self._engine.has_unfinished():
             self._step()

@@ -14,6 +14,7 @@ from services.common.lifecycle import StartError
 from services.executor.config import ExecutorSettings
 from services.executor.engine.config import CapacityPolicy, EngineConfig
 from services.executor.engine.engine import Engine
+from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.kv_cache_size import num_kv_blocks
 from services.executor.models import (
     CausalLM,
@@ -52,6 +53,7 @@ def build_model_engine(
     path: Path | None,
     model_config: ModelConfig,
     progress: Callable[[str], None],
+    grammars: GrammarCompiler | None = None,
 ) -> ModelEngine:
     """Load the model at `path` (None: random weights), size its cache, and prepare everything that serving needs.
 
@@ -106,10 +108,11 @@ def build_model_engine(
     runner = ModelRunner(model, kv_caches, config, device)
     if runtime.ops.launch is not None or device.has_graphs:
         started = time.perf_counter()
-        warm_up(runner, config, progress)
+        warm_up(runner, config, progress, grammars)
         progress(f"warm-up took {time.perf_counter() - started:.1f} s")
     swap_cost = None if runner.host_cache is None else runner.host_cache.measure()
-    return ModelEngine(Engine(config, runner, swap_cost=swap_cost), runner, runtime.ops)
+    engine = Engine(config, runner, swap_cost=swap_cost, grammars=grammars)
+    return ModelEngine(engine, runner, runtime.ops)
 
 
 def engine_config(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import Capability, Ops, SampleOutput, sample, select_ops
+from kernels import Capability, Ops, SampleOutput, apply_logits_processors_, sample, select_ops
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +95,40 @@ def test_log_probabilities_of_a_wide_row_are_those_of_float64(cpp):
     values, ids = logits.double().log_softmax(-1).topk(4)
     assert torch.equal(got.top_ids, ids)
     torch.testing.assert_close(got.top_logprobs.double(), values, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 1.0])
+def test_masks_are_those_of_the_torch_form(cpp: Ops, vocab: int, share: float) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    rows, words = 5, -(-vocab // 32)
+    allowed = torch.rand(rows, words * 32, generator=generator) < share
+    allowed[2], allowed[3] = True, False
+    bits = (allowed.view(rows, words, 32).long() << torch.arange(32)).sum(-1)
+    bitmask = (bits - (bits >= 2**31).long() * 2**32).int()
+    wide = torch.randn(rows, vocab + 7, generator=generator)
+    logits = wide[:, :vocab]
+    expected = apply_logits_processors_(logits.clone(), bitmask=bitmask)
+    assert torch.equal(expected == -torch.inf, ~allowed[:, :vocab])
+    beside = wide[:, vocab:].clone()
+    got = cpp.apply_logits_processors_(logits, bitmask=bitmask)
+    assert got is logits
+    assert torch.equal(got, expected)
+    assert torch.equal(wide[:, vocab:], beside)
+
+
+def test_a_mask_beside_other_processors_comes_after_them(cpp: Ops) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 70, generator=generator)
+    at = torch.tensor([0, 2])
+    options: dict[str, torch.Tensor] = {
+        "bitmask": torch.randint(-(2**31), 2**31, (3, 3), generator=generator).int(),
+        "bias_rows": at, "bias_token_ids": at + 40, "bias_values": torch.tensor([3.0, torch.inf]),
+        "seen_rows": at, "seen_token_ids": at + 5, "seen_output_counts": torch.tensor([1, 0], dtype=torch.int32),
+        "repetition_penalty": torch.tensor([1.5, 1.0, 0.5]), "temperature": torch.tensor([0.5, 0.0, 2.0]),
+    }  # fmt: skip
+    expected = apply_logits_processors_(logits.clone(), **options)
+    assert torch.equal(cpp.apply_logits_processors_(logits.clone(), **options), expected)
+    only_some = {"bitmask": options["bitmask"][:2], "mask_rows": at}
+    expected = apply_logits_processors_(logits.clone(), **only_some)
+    assert torch.equal(cpp.apply_logits_processors_(logits, **only_some), expected)

@@ -100,6 +100,9 @@ class FakeStep:
         self.runner = runner
         self.sampled: SampledBatch | None = None
 
+    def draw(self) -> None:
+        """Nothing: no sample has a grammar."""
+
     def wait(self) -> SampledBatch:
         assert self.runner.unwaited.pop(0) is self
         while self.sampled is None:

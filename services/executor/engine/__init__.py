@@ -13,6 +13,7 @@ from services.executor.engine.batch import (
 from services.executor.engine.config import CapacityPolicy, EngineConfig, EngineConfigError
 from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner, StepTimeModel
+from services.executor.engine.grammar import Compilation, GrammarCompiler, GrammarError, Matcher
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError, num_kv_blocks
 from services.executor.engine.ledger import EngineLoad, EngineStats, LinkCredits
 from services.executor.engine.request import (
@@ -38,6 +39,7 @@ __all__ = [
     "STEP_TIME_PRESETS",
     "AbortReason",
     "CapacityPolicy",
+    "Compilation",
     "CompletedStep",
     "DeviceLostError",
     "Engine",
@@ -48,10 +50,13 @@ __all__ = [
     "EngineStats",
     "FakeModelRunner",
     "FinishReason",
+    "GrammarCompiler",
+    "GrammarError",
     "InvalidRequestError",
     "KVCacheTooSmallError",
     "LinkCredits",
     "Logprobs",
+    "Matcher",
     "ModelRunnerProtocol",
     "PendingStep",
     "PromptLogprobs",

@@ -11,8 +11,6 @@ def check_request(request: EngineRequest, config: EngineConfig) -> None:
     sampling.validate(config.vocab_size, config.max_logprobs)
     if sampling.n > config.max_num_seqs:
         raise InvalidRequestError("n", f"must be at most max_num_seqs ({config.max_num_seqs}), got {sampling.n}")
-    if request.grammar:
-        raise InvalidRequestError("structured_output", "is not supported by this executor")
     num_prompt_tokens = len(request.prompt_token_ids)
     if num_prompt_tokens == 0:
         raise InvalidRequestError("prompt", "must have at least one token")

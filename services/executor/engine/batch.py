@@ -1,5 +1,6 @@
 """One step's work and its outcome: what the scheduler and the model runner exchange."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,6 +66,11 @@ class ScheduledBatch:
         return self.num_tokens - self.num_decodes
 
     @property
+    def draws_late(self) -> bool:
+        """True if what a sample may go on with follows from a token that only the device knows yet."""
+        return any(one.token_pending and one.seq.matcher is not None for one in self.sequences)
+
+    @property
     def has_swaps(self) -> bool:
         """Whether blocks move between device and host."""
         return bool(self.swap_outs or self.swap_ins)
@@ -90,22 +96,28 @@ class SampledBatch:
     token_ids: one per scheduled sequence that samples, in batch order. logprobs: for those of them that asked, by
     place in `token_ids`. prompt_logprobs: one list per scheduled sequence with prompt_logprobs positions, by place
     in `ScheduledBatch.sequences`, one entry per position. failed: places in `ScheduledBatch.sequences` for which the
-    model gave non-finite values; nothing of theirs may be used.
+    model gave non-finite values; nothing of theirs may be used. misfits: what is wrong with the grammars of samples, by
+    place in `token_ids`; these tokens mean nothing.
     """
 
     token_ids: list[int]
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
+    misfits: Mapping[int, str] = field(default_factory=dict)
 
 
 class PendingStep(Protocol):
     """A step that was launched, perhaps still running."""
 
+    def draw(self) -> None:
+        """Start drawing the tokens, if that was put off until those of the step before were known."""
+
     def wait(self) -> SampledBatch:
         """Return what the step produced, once it has; called once, in the order of launches. It may raise.
 
-        Sequences have moved on since the launch: nothing of theirs may be read here.
+        Sequences have moved on since the launch, or since `draw`: nothing of theirs may be read here. If `draw` was to
+        draw the tokens and was never called, there are none.
         """
 
 
@@ -114,6 +126,9 @@ class CompletedStep:
     """A step that was done when `launch` returned."""
 
     sampled: SampledBatch
+
+    def draw(self) -> None:
+        """Nothing: all is done."""
 
     def wait(self) -> SampledBatch:
         """Return what the step produced."""
@@ -139,7 +154,9 @@ class ModelRunnerProtocol(Protocol):
         """Copy whole cache blocks, (source, target), in every layer; no target is also a source."""
 
     def launch(self, batch: ScheduledBatch) -> PendingStep:
-        """Start a step: the model over the batch, and sampling. Sequences are read here and not later."""
+        """Start a step: the model over the batch, and sampling unless it draws late. Sequences are read here, and
+        by the step's `draw`.
+        """
 
     def check_device(self) -> None:
         """Return if the device can run another step. Asked after a step that failed; what is raised here says that no

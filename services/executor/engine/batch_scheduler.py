@@ -236,7 +236,7 @@ class BatchScheduler:
         self._enter_waiting(seq)
 
     def _may_run(self, seq: Sequence) -> bool:
-        return self.only is None or seq.group.arrival in self.only
+        return seq.group.compilation is None and (self.only is None or seq.group.arrival in self.only)
 
     def _promote(self, group: SequenceGroup) -> None:
         """Give a group whose leader is gone a new one, if samples still wait for one."""

@@ -9,11 +9,14 @@ from services.executor.engine.batch import ModelRunnerProtocol, SampledBatch, Sc
 from services.executor.engine.batch_scheduler import BatchScheduler
 from services.executor.engine.block_manager import BlockManager
 from services.executor.engine.capacity import make_capacity
+from services.executor.engine.compiling import Compiling
 from services.executor.engine.config import EngineConfig, EngineConfigError
 from services.executor.engine.fault_search import FaultSearch
+from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.ledger import EngineHistograms, EngineLoad, EngineStats, Ledger, LinkCredits
 from services.executor.engine.pipeline import Pipeline
 from services.executor.engine.prefill_budget import PrefillBudget
+from services.executor.engine.reports import StepCounts, make_load, make_stats
 from services.executor.engine.request import (
     AbortReason,
     EngineRequest,
@@ -37,8 +40,6 @@ _ABORTS = {
     AbortReason.DEADLINE: (FinishReason.DEADLINE, RequestStatus.DEADLINE_EXCEEDED),
 }
 
-_ENDED_BY_LINKS = (RequestStatus.CANCELLED, RequestStatus.SUPERSEDED, RequestStatus.MOVED)
-
 
 class Engine:
     """Continuous batching over one model runner.
@@ -57,11 +58,13 @@ class Engine:
         runner: ModelRunnerProtocol,
         clock: Callable[[], float] = time.monotonic,
         swap_cost: SwapCost | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         if config.num_host_blocks and swap_cost is None:
             raise EngineConfigError(f"num_host_blocks ({config.num_host_blocks}) need a swap_cost to be weighed by")
         self.config = config
         self.histograms = EngineHistograms()
+        self._compiling = Compiling(grammars)
         self._clock = clock
         self._blocks = BlockManager(
             config.num_blocks,
@@ -78,12 +81,7 @@ class Engine:
         self._ledger = Ledger()
         self._result = StepResult()
         self._num_arrivals = 0
-        self._num_steps = 0
-        self._num_failed_steps = 0
-        self._num_computed_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_queried_tokens = 0
-        self._num_hit_tokens = 0
+        self._counts = StepCounts()
 
     def add(self, request: EngineRequest) -> None:
         """Accept a request, or raise InvalidRequestError naming the field and the limit.
@@ -93,6 +91,7 @@ class Engine:
         try:
             check_request(request, self.config)
             self._ledger.check_new(request.key)
+            self._compiling.check(request.grammar)
             group = self._make_group(request)
             self._capacity.check(group)
             self._supersede(request)
@@ -101,6 +100,7 @@ class Engine:
             raise
         self._num_arrivals += 1
         self._ledger.enter(group)
+        self._compiling.start(group)
         self._scheduler.add(group)
         now = self._clock()
         for seq in group.samples:
@@ -155,6 +155,17 @@ class Engine:
         news = self._result.finished or self._result.samples_finished
         return len(self._ledger) > 0 or len(self._pipeline) > 0 or bool(news)
 
+    @property
+    def takes_grammars(self) -> bool:
+        """True if requests may have a grammar."""
+        return self._compiling.takes_grammars
+
+    @property
+    def only_compiles(self) -> bool:
+        """True if there is nothing to do until a grammar is compiled."""
+        is_quiet = not (self._pipeline or self._result.finished or self._result.samples_finished)
+        return is_quiet and 0 < len(self._compiling) == len(self._ledger)
+
     def step(self) -> StepResult:
         """Launch a step, finish the one that is due, and return all that happened since. Raises DeviceLostError."""
         started = self._clock()
@@ -162,6 +173,8 @@ class Engine:
             self._end_request(
                 group, FinishReason.DEADLINE, RequestStatus.DEADLINE_EXCEEDED, "the deadline has passed", started
             )
+        for group, error in self._compiling.take():
+            self._end_request(group, FinishReason.ERROR, RequestStatus.INVALID, error, started)
         if self._pipeline.withholds_tokens:
             self._finish_step()
             started = self._clock()
@@ -175,49 +188,21 @@ class Engine:
             batch = self._schedule(started)
         num_ahead = 0
         if batch.sequences or batch.has_swaps:
-            self._num_steps += 1
+            self._counts.steps += 1
             num_ahead = int(self._pipeline.launch(batch, started))
         while len(self._pipeline) > num_ahead:
             self._finish_step()
+        self._pipeline.draw()
         result, self._result = self._result, StepResult()
         return result
 
     def load(self) -> EngineLoad:
         """Return the gauges; O(1)."""
-        return EngineLoad(
-            free_blocks=self._blocks.num_free,
-            cached_blocks=self._blocks.num_cached,
-            total_blocks=self._blocks.num_blocks,
-            running=len(self._ledger) - self._ledger.waiting,
-            waiting=self._ledger.waiting,
-            running_sequences=self._scheduler.num_running,
-            waiting_sequences=self._scheduler.num_waiting,
-            waiting_prefill_tokens=self._scheduler.waiting_tokens,
-            free_host_blocks=self._swapper.num_free,
-            total_host_blocks=self._swapper.num_blocks,
-        )
+        return make_load(self._blocks, self._ledger, self._scheduler, self._swapper)
 
     def stats(self) -> EngineStats:
         """Return the counters; O(1)."""
-        ended = self._ledger.ended
-        return EngineStats(
-            accepted=self._ledger.accepted,
-            rejected=self._ledger.rejected,
-            finished=ended[RequestStatus.OK],
-            cancelled=sum(ended[status] for status in _ENDED_BY_LINKS),
-            deadline_exceeded=ended[RequestStatus.DEADLINE_EXCEEDED],
-            failed=ended[RequestStatus.INTERNAL],
-            preemptions=self._scheduler.num_preemptions,
-            swaps=self._swapper.num_swaps,
-            swapped_out_blocks=self._swapper.num_blocks_out,
-            swapped_in_blocks=self._swapper.num_blocks_in,
-            steps=self._num_steps,
-            failed_steps=self._num_failed_steps,
-            computed_tokens=self._num_computed_tokens,
-            generated_tokens=self._num_generated_tokens,
-            prefix_cache_queries=self._num_queried_tokens,
-            prefix_cache_hits=self._num_hit_tokens,
-        )
+        return make_stats(self._counts, self._ledger, self._scheduler, self._swapper)
 
     @property
     def num_hashed_blocks(self) -> int:
@@ -272,8 +257,8 @@ class Engine:
             if (num_top := group.request.sampling.prompt_logprobs) is not None:
                 self._result.prompt_logprobs.append(PromptLogprobs(group.key, 0, [0.0], [[]], num_top))
             if self.config.enable_prefix_cache:
-                self._num_queried_tokens += group.num_prompt_tokens
-                self._num_hit_tokens += group.cached_tokens
+                self._counts.prefix_cache_queries += group.num_prompt_tokens
+                self._counts.prefix_cache_hits += group.cached_tokens
         return batch
 
     def _finish_step(self) -> None:
@@ -291,7 +276,7 @@ class Engine:
             self._process(batch, outcome.sampled, now)
 
     def _process(self, batch: ScheduledBatch, sampled: SampledBatch, now: float) -> None:
-        self._num_computed_tokens += batch.num_tokens
+        self._counts.computed_tokens += batch.num_tokens
         place = 0
         for position, scheduled in enumerate(batch.sequences):
             seq = scheduled.seq
@@ -306,7 +291,10 @@ class Engine:
                     self._report_prompt_logprobs(group, scheduled, position, sampled)
                 if group.pending and scheduled.position >= group.num_prompt_tokens:
                     self._scheduler.fork(seq)
-                if scheduled.samples:
+                if scheduled.samples and place in sampled.misfits:
+                    message = sampled.misfits[place]
+                    self._end_request(group, FinishReason.ERROR, RequestStatus.INVALID, message, now)
+                elif scheduled.samples:
                     self._append_token(seq, place, sampled, now)
             place += scheduled.samples
 
@@ -324,7 +312,7 @@ class Engine:
             group.request.sampling.logprobs or 0,
         )
         self._result.tokens.append(output)
-        self._num_generated_tokens += 1
+        self._counts.generated_tokens += 1
         seq.token_ids.append(token_id)
         seq.num_pending_tokens -= 1
         group.mark_token(now)
@@ -349,7 +337,7 @@ class Engine:
 
     def _fail(self, failed: ScheduledBatch, error: Exception, now: float) -> None:
         """Go back to before a failed step, and end its request if it was one request's alone; else look for the one."""
-        self._num_failed_steps += 1
+        self._counts.failed_steps += 1
         self._result.error = self._result.error or error
         suspects = failed.live_groups()
         others: dict[int, SequenceGroup] = {}
@@ -389,10 +377,12 @@ class Engine:
     def _remove_sample(self, seq: Sequence, reason: FinishReason, stop_token_id: int | None, now: float) -> None:
         self._scheduler.remove(seq, now)
         seq.finish_reason = reason
+        seq.matcher = None
         seq.group.num_unfinished -= 1
         self._result.samples_finished.append(SampleFinish(seq.group.key, seq.index, reason, stop_token_id))
 
     def _finish_request(self, group: SequenceGroup, status: RequestStatus, message: str, now: float) -> None:
         self._capacity.release(group)
+        self._compiling.drop(group)
         self._result.finished.append(self._ledger.leave(group, status, message, now))
         group.samples = []  # group and samples refer to each other: freed now, not by the garbage collector

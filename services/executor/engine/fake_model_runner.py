@@ -45,6 +45,9 @@ class _TimedStep:
     sleep: Callable[[float], None]
     clock: Callable[[], float]
 
+    def draw(self) -> None:
+        """Nothing: the tokens are known."""
+
     def wait(self) -> SampledBatch:
         left = self.done_at - self.clock()
         if left > 0:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.executor.engine.batch import (
     CompletedStep,
@@ -78,6 +78,16 @@ class Pipeline:
             pending = error
         self._steps.append(_LaunchedStep(batch, pending, now))
         return self._runner.overlaps and not isinstance(pending, Exception)
+
+    def draw(self) -> None:
+        """Let the last step draw its tokens, if it has put that off: those of all steps before it are known."""
+        step = self._steps[-1] if self._steps else None
+        if step is None or isinstance(step.pending, Exception):
+            return
+        try:
+            step.pending.draw()
+        except Exception as error:
+            self._steps[-1] = replace(step, pending=error)
 
     def wait(self) -> StepOutcome:
         """Wait for the first step in flight. Raises DeviceLostError if it failed and no other one can succeed."""

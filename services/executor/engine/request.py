@@ -39,6 +39,8 @@ class RequestStatus(enum.Enum):
     MOVED = "moved"
     """It was given back, to go on elsewhere or later."""
     DEADLINE_EXCEEDED = "deadline_exceeded"
+    INVALID = "invalid"
+    """Its grammar cannot be kept to."""
     INTERNAL = "internal"
 
 

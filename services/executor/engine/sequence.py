@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass, field
 
+from services.executor.engine.grammar import Compilation, Matcher
 from services.executor.engine.request import EngineRequest, FinishReason, RequestKey, Timings, Usage
 
 
@@ -60,6 +61,8 @@ class Sequence:
     host_copy: HostCopy | None = None
     """What was swapped out, while it waits."""
     finish_reason: FinishReason | None = None
+    matcher: Matcher | None = None
+    """Follows the text through the request's grammar, while the sample may go on."""
     sort_key: tuple[int, int, int] = field(init=False)
     """Who runs first: lower priority value, then earlier arrival, then lower index."""
 
@@ -106,8 +109,11 @@ class SequenceGroup:
         """Of the request; each sample's own derives from it and the index (`kernels.sample_seed`)."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         sampling = request.sampling
-        eos = frozenset() if sampling.ignore_eos else eos_token_ids
-        self.stop_ids = eos | sampling.stop_token_ids
+        # A grammar's text is complete somewhere, and then nothing but such a token may follow.
+        self.eos_ids = frozenset() if sampling.ignore_eos and not request.grammar else eos_token_ids
+        self.stop_ids = self.eos_ids | sampling.stop_token_ids
+        self.compilation: Compilation | None = None
+        """The matchers of its samples in the making: until they are done it waits."""
         room = max_model_len - self.num_prompt_tokens
         self.max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         """Output tokens per sample, clipped to the context."""
@@ -145,6 +151,13 @@ class SequenceGroup:
     def was_scheduled(self) -> bool:
         """Whether the request has left the waiting queue at least once."""
         return self._first_scheduled_at is not None
+
+    def banned_at(self, num_output_tokens: int) -> frozenset[int]:
+        """Return the stop tokens that may not come after so many outputs, unless a grammar leaves nothing else."""
+        sampling = self.request.sampling
+        if num_output_tokens < sampling.min_tokens:
+            return self.stop_ids
+        return self.eos_ids if sampling.ignore_eos else frozenset()
 
     @property
     def max_len(self) -> int:

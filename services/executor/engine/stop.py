@@ -14,7 +14,9 @@ def stop_reason(seq: Sequence) -> tuple[FinishReason, int | None] | None:
     if num_output == 0:
         return None
     last = seq.token_ids[-1]
-    if last in group.stop_ids and num_output > group.request.sampling.min_tokens:
+    # A text that is complete by its grammar ends, however short it is.
+    is_complete = bool(group.request.grammar) and last in group.eos_ids
+    if is_complete or (last in group.stop_ids and num_output > group.request.sampling.min_tokens):
         return FinishReason.STOP, last
     if num_output >= group.max_tokens:
         return FinishReason.LENGTH, None

@@ -46,7 +46,9 @@ class Bias:
     def __init__(self, seq: Sequence) -> None:
         group = seq.group
         plain = dict(group.request.sampling.logit_bias)
-        banned = plain | dict.fromkeys(group.stop_ids, float("-inf"))
+        # With a grammar its mask says which tokens may come.
+        stops = frozenset() if group.request.grammar else group.stop_ids
+        banned = plain | dict.fromkeys(stops, float("-inf"))
         self._min_tokens = group.request.sampling.min_tokens
         self._plain = (np.array(list(plain), np.int64), np.array(list(plain.values()), np.float32))
         self._banned = (np.array(list(banned), np.int64), np.array(list(banned.values()), np.float32))

@@ -1,6 +1,7 @@
 """Runs scheduled batches through the model on a device: inputs, forward, logits where needed, sampling."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from services.executor.engine.batch import SampledBatch, ScheduledBatch
+from services.executor.engine.batch import SampledBatch, ScheduledBatch, ScheduledSequence
 from services.executor.engine.config import EngineConfig
 from services.executor.models import CausalLM, KVCache
 from services.executor.runner.decode_graphs import DecodeGraphs, decode_buckets
@@ -109,6 +110,7 @@ class ModelRunner:
             drawn = [batch.sequences[place] for place in sampling]
             if drawn:
                 self._sampler.fill(drawn, first_row[1:][sampling] - 1)
+        misfits = {} if batch.draws_late else self._sampler.mask(drawn)
         scores: dict[int, PromptScores] = {}
         logits: Tensor | None = None
         output: kernels.SampleOutput | None = None
@@ -122,12 +124,29 @@ class ModelRunner:
                     scores[place] = score_prompt(self._model, hidden, first, scheduled, self._device)
             if drawn and logits is None:
                 logits = self._model.compute_logits(hidden[self._sampler.places(len(drawn))[0]])
-        draw = None
+        step = InFlightStep(scores, self._device.to_host(finite), first_row, self._device.record())
         if logits is not None:
-            token_ids, draw = self._sampler.sample(logits, drawn, output)
-            if self._device.overlaps:
-                self._inputs.remember(self._sampler.places(len(drawn))[1], token_ids)
-        return InFlightStep(draw, scores, self._device.to_host(finite), first_row, self._device.record())
+            draw = functools.partial(self._draw, step, logits, drawn, output)
+            if batch.draws_late:
+                step.draw_late = draw
+            else:
+                draw(misfits)
+        return step
+
+    def _draw(
+        self,
+        step: "InFlightStep",
+        logits: Tensor,
+        drawn: list[ScheduledSequence],
+        output: kernels.SampleOutput | None,
+        misfits: Mapping[int, str] | None = None,
+    ) -> None:
+        """Queue what draws a step's tokens. `misfits` are what `Sampler.mask` said, None where it was not asked yet."""
+        step.misfits = self._sampler.mask(drawn) if misfits is None else misfits
+        token_ids, step.drawn = self._sampler.sample(logits, drawn, output)
+        if self._device.overlaps:
+            self._inputs.remember(self._sampler.places(len(drawn))[1], token_ids)
+        step.done = self._device.record()
 
     def decode(self, batch: ScheduledBatch) -> tuple[Tensor, Tensor]:
         """Queue a padded step of decodes alone, without sampling.
@@ -175,30 +194,45 @@ class ModelRunner:
 
 
 class InFlightStep:
-    """A launched step: what it will have produced once its event has passed."""
+    """A launched step: what it will have produced once its event has passed.
+
+    Attributes:
+        drawn: its tokens, once they are being drawn.
+        misfits: see SampledBatch.
+        draw_late: draws them, in a step that does so late.
+        done: after all of its work.
+    """
 
     def __init__(
         self,
-        draw: Draw | None,
         scores: dict[int, PromptScores],
         finite: Tensor,
         first_row: npt.NDArray[np.int64],
         done: Event,
     ) -> None:
-        self._draw = draw
+        self.drawn: Draw | None = None
+        self.misfits: Mapping[int, str] = {}
+        self.draw_late: Callable[[], None] | None = None
+        self.done = done
         self._scores = scores
         self._finite = finite
         self._first_row = first_row
-        self._done = done
+
+    @torch.inference_mode()
+    def draw(self) -> None:
+        """Queue what draws the tokens, if the launch did not."""
+        if self.draw_late is not None:
+            draw_late, self.draw_late = self.draw_late, None
+            draw_late()
 
     def wait(self) -> SampledBatch:
         """Wait for the step, and return what it produced."""
-        self._done.synchronize()
-        sampled = SampledBatch([], failed=self._failed_places())
+        self.done.synchronize()
+        sampled = SampledBatch([], failed=self._failed_places(), misfits=self.misfits)
         sampled.prompt_logprobs = {place: scores.entries() for place, scores in self._scores.items()}
-        if self._draw is not None:
-            sampled.token_ids = self._draw.token_ids.tolist()
-            sampled.logprobs = self._draw.logprobs()
+        if self.drawn is not None:
+            sampled.token_ids = self.drawn.token_ids.tolist()
+            sampled.logprobs = self.drawn.logprobs()
         return sampled
 
     def _failed_places(self) -> set[int]:

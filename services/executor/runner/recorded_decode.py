@@ -41,7 +41,7 @@ class RecordedDecode:
         self._recorder = None if library is None else Recorder(library)
         self._logits = torch.empty((_MAX_ROWS, model.config.vocab_size), dtype=torch.float32)
         self._num_parts = 3  # of a step that are recorded, from the layers on
-        self._recordings: dict[tuple[int, bool], Recording[DecodeStep]] = {}
+        self._recordings: dict[tuple[int, Callable[[Tensor], SampleOutput] | None], Recording[DecodeStep]] = {}
 
     def run(
         self,
@@ -52,9 +52,9 @@ class RecordedDecode:
         """Run a step; None, and it is still to run, where steps of so many rows or of this model are not recorded.
 
         `inputs` returns input ids `[num_rows]` and context, `draw` draws from logits that are at the same address
-        whenever there are as many rows. Both are called, and recorded, when the step first occurs.
+        whenever there are as many rows. Both are called, and recorded, when the step first occurs with that `draw`.
         """
-        key = num_rows, draw is not None
+        key = num_rows, draw
         if (recording := self._recordings.get(key)) is not None:
             return recording.replay()
         while self._recorder is not None and num_rows <= _MAX_ROWS:

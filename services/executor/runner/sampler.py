@@ -1,6 +1,6 @@
 """Draws the step's tokens: per-row sampling state around the ops `apply_logits_processors_` and `sample`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import kernels
 from services.executor.engine.batch import Logprobs, ScheduledSequence
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.sequence import Sequence
+from services.executor.grammar import Masks
 from services.executor.runner.device import Device
 from services.executor.runner.logit_state import Bias, SeenTokens
 from services.executor.runner.staging import StagedArrays
@@ -76,6 +77,8 @@ class Sampler:
         # Rows that neither change their logits nor want log-probabilities, and whether all rows of a step are such.
         self._is_plain_row = np.ones(num_rows, np.bool_)
         self._is_plain = True
+        self._masks = Masks(num_rows, config.vocab_size)
+        self._is_masked = False
 
     def set_row(self, seq: Sequence) -> None:
         """Take over the sequence's parameters for its row, whatever the row held before."""
@@ -96,7 +99,7 @@ class Sampler:
         self._bias.pop(row, None)
         if params.has_penalties:
             self._seen[row] = SeenTokens(seq, self._capacity)
-        if params.logit_bias or params.min_tokens:
+        if params.logit_bias or (params.min_tokens and not seq.group.request.grammar):
             self._bias[row] = Bias(seq)
         self._is_plain_row[row] = row not in self._seen and row not in self._bias and params.logprobs is None
 
@@ -113,14 +116,26 @@ class Sampler:
             arrays[name][:R] = self._of_row[name][rows]
         self._staged.send()
 
+    def mask(self, scheduled: list[ScheduledSequence]) -> Mapping[int, str]:
+        """Find out what the sequences of `fill` may go on with. Returns what is wrong with their grammars, by place.
+
+        All of their tokens are known.
+        """
+        self._is_masked = any(one.seq.matcher is not None for one in scheduled)
+        return self._masks.fill(scheduled)
+
     def places(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the rows `[R]` of hidden states to compute logits of, and the rows `[R]` of the sequences."""
         return self._staged.tensors["logit_rows"][:count], self._staged.tensors["rows"][:count]
 
     @property
     def plain_draw(self) -> Callable[[Tensor], kernels.SampleOutput] | None:
-        """What draws the tokens of `fill` from logits `[R, V]` f32; None where a row wants more than a token."""
-        return self._draw if self._is_plain else None
+        """What draws the tokens of `fill` and `mask` from logits `[R, V]` f32, and may change these; None where a row
+        wants more than a token.
+        """
+        if not self._is_plain:
+            return None
+        return self._draw_masked if self._is_masked else self._draw
 
     def sample(
         self, logits: Tensor, scheduled: list[ScheduledSequence], drawn: kernels.SampleOutput | None = None
@@ -130,8 +145,8 @@ class Sampler:
         `drawn` is what `plain_draw` returned for them, if it was called. Returns the token ids `[R]` on the device, and
         what is on its way to the host.
         """
-        if self._is_plain:
-            drawn = self._draw(logits) if drawn is None else drawn
+        if (draw := self.plain_draw) is not None:
+            drawn = draw(logits) if drawn is None else drawn
             return drawn.token_ids, Draw(self._device.to_host(drawn.token_ids), None, {})
         wanted = {
             place: count
@@ -139,6 +154,8 @@ class Sampler:
             if (count := s.seq.group.request.sampling.logprobs) is not None
         }
         processors = self._bias_arguments(scheduled) | self._penalty_arguments(scheduled)
+        if self._is_masked:
+            processors["bitmask"] = self._bitmask(len(scheduled))
         raw = logits
         if processors:
             raw = logits.clone() if wanted else logits
@@ -147,6 +164,13 @@ class Sampler:
         send = self._device.to_host
         scores = (send(out.logprobs), send(out.top_ids), send(out.top_logprobs)) if wanted else None
         return out.token_ids, Draw(send(out.token_ids), scores, wanted)
+
+    def _draw_masked(self, logits: Tensor) -> kernels.SampleOutput:
+        self._ops.apply_logits_processors_(logits, bitmask=self._bitmask(logits.shape[0]))
+        return self._draw(logits)
+
+    def _bitmask(self, count: int) -> Tensor:
+        return self._device.to_device(self._masks.words[:count])
 
     def _draw(
         self, logits: Tensor, *, num_logprobs: int | None = None, logprob_logits: Tensor | None = None

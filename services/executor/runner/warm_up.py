@@ -8,6 +8,7 @@ import torch
 
 from services.executor.engine.config import CapacityPolicy, EngineConfig
 from services.executor.engine.engine import Engine
+from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.request import EngineRequest
 from services.executor.engine.sampling_params import SamplingParams
 from services.executor.models import CausalLM, ForwardContext, PrefillRows, allocate_kv_caches
@@ -15,10 +16,16 @@ from services.executor.runner.device import Device
 from services.executor.runner.model_runner import ModelRunner
 
 _LINK = 0
+_GRAMMAR = "start: /(.|\\n){100}/"
 _MANY_COPIES = 17  # of cache blocks at a time: more than the smaller variant of `copy_blocks_` takes
 
 
-def warm_up(runner: ModelRunner, config: EngineConfig, on_progress: Callable[[str], None]) -> None:
+def warm_up(
+    runner: ModelRunner,
+    config: EngineConfig,
+    on_progress: Callable[[str], None],
+    grammars: GrammarCompiler | None = None,
+) -> None:
     """Capture graphs, serve made-up requests through an engine of its own, and seal the launcher.
 
     Kernels are compiled per variant, by dtypes and by sizes that tile tables divide at powers of two. Prompts of all
@@ -28,7 +35,7 @@ def warm_up(runner: ModelRunner, config: EngineConfig, on_progress: Callable[[st
     # First: a capture gives the memory that torch holds for reuse back, page-locked memory, too. What serving takes is
     # thus there after the requests.
     runner.capture_graphs(lambda done, total: on_progress(f"decode graphs {done}/{total}"))
-    requests = list(_requests(config))
+    requests = list(_requests(config, has_grammars=grammars is not None))
     engine = Engine(
         replace(
             config,
@@ -38,6 +45,7 @@ def warm_up(runner: ModelRunner, config: EngineConfig, on_progress: Callable[[st
             num_host_blocks=0,
         ),
         runner,
+        grammars=grammars,
     )
 
     def step() -> None:
@@ -87,7 +95,7 @@ def run_largest_step(model: CausalLM, config: EngineConfig, device: Device, kv_c
     device.synchronize()
 
 
-def _requests(config: EngineConfig) -> Iterator[EngineRequest]:
+def _requests(config: EngineConfig, *, has_grammars: bool) -> Iterator[EngineRequest]:
     longest = max(1, min(config.max_num_batched_tokens, config.max_model_len - 3))
     lengths = [2**power for power in range(longest.bit_length()) if 2**power <= longest]
     shaped: dict[str, object] = {
@@ -113,3 +121,7 @@ def _requests(config: EngineConfig) -> Iterator[EngineRequest]:
     for number, (length, kind) in enumerate(twice):
         sampling = SamplingParams(max_tokens=3, ignore_eos=True, seed=number, **kind)  # type: ignore[arg-type]
         yield EngineRequest((_LINK, number), f"warm-up-{number}", (1,) * length, sampling)
+    if has_grammars:
+        for number, kind in enumerate((kinds[1], shaped | scored), start=2 * len(plans)):
+            sampling = SamplingParams(max_tokens=3, seed=number, **kind)  # type: ignore[arg-type]
+            yield EngineRequest((_LINK, number), f"warm-up-{number}", (1,), sampling, grammar=_GRAMMAR)

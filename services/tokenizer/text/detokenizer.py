@@ -14,18 +14,14 @@ Two kinds of decoder cover language models:
 import codecs
 import copy
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 from tokenizers import Tokenizer
 
-from services.common.model_files import shown
-from services.tokenizer.text.byte_alphabet import byte_alphabet
+from services.common.token_spelling import PieceRule, SpellingError, byte_alphabet, byte_level_bytes, piece_rule
 from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
 _LONGEST_CHARACTER = 4  # bytes of UTF-8
 
@@ -72,12 +68,15 @@ class TokenTexts:
         if spec.get("type") == "ByteLevel":
             alphabet = byte_alphabet()
             self._bytes: tuple[list[bytes], list[bytes]] | None = (
-                [_token_bytes(token, alphabet) for token in tokens],
-                [_token_bytes(token, alphabet) for token in visible],
+                [byte_level_bytes(token, alphabet) for token in tokens],
+                [byte_level_bytes(token, alphabet) for token in visible],
             )
         else:
             self._bytes = None
-            rule = _piece_rule(spec)
+            try:
+                rule = piece_rule(spec)
+            except SpellingError as error:
+                raise UnsupportedTokenizerError(f"tokenizer {error}") from None
             self._pieces = (_PieceTable(tokens, rule), _PieceTable(visible, rule))
 
     def after(self, token_ids: Sequence[int]) -> "TokenTexts":
@@ -177,38 +176,15 @@ class _ByteLevelDetokenizer:
         return last
 
 
-@dataclass(frozen=True, slots=True)
-class _PieceRule:
-    """How the tokens of a piece decoder become text.
-
-    `replaced` is applied to each token; with `drops_first`, Metaspace's habit, the first token loses its replacement
-    characters instead. `strip` characters, at most `strip_count`, are taken off the start of the whole text.
-    """
-
-    replaced: tuple[tuple[str, str], ...] = ()
-    byte_fallback: bool = False
-    drops_first: str = ""
-    strip: str = ""
-    strip_count: int = 0
-
-
 class _PieceTable:
     """Per token id: its text, or the byte it stands for, or None for nothing."""
 
-    def __init__(self, tokens: list[str | None], rule: _PieceRule) -> None:
+    def __init__(self, tokens: list[str | None], rule: PieceRule) -> None:
         self.rule = rule
-        self.entries: list[str | int | None] = [self._entry(token) for token in tokens]
+        self.entries = [rule.entry(token) for token in tokens]
         self.first: list[str | None] = (
             [token and token.replace(rule.drops_first, "") for token in tokens] if rule.drops_first else []
         )
-
-    def _entry(self, token: str | None) -> str | int | None:
-        if token is None:
-            return None
-        for old, new in self.rule.replaced:
-            token = token.replace(old, new)
-        match = _BYTE_TOKEN.fullmatch(token) if self.rule.byte_fallback else None
-        return token if match is None else int(match[1], 16)
 
 
 class _PieceDetokenizer:
@@ -287,33 +263,3 @@ class _PieceDetokenizer:
             count += 1
         self._to_strip = self._to_strip - count if count == len(text) else 0
         return text[count:]
-
-
-def _token_bytes(token: str | None, alphabet: Mapping[str, int]) -> bytes:
-    if token is None:
-        return b""
-    try:
-        return bytes([alphabet[char] for char in token])
-    except KeyError:  # an added token, which is plain text
-        return token.encode("utf-8")
-
-
-def _piece_rule(spec: dict[str, Any]) -> _PieceRule:
-    rule = _PieceRule()
-    fused = False
-    for step in spec["decoders"] if spec.get("type") == "Sequence" else [spec]:
-        kind = step.get("type")
-        if kind == "Replace" and "String" in step["pattern"] and not rule.byte_fallback:
-            rule = replace(rule, replaced=(*rule.replaced, (step["pattern"]["String"], step["content"])))
-        elif kind == "ByteFallback" and not rule.drops_first:
-            rule = replace(rule, byte_fallback=True)
-        elif kind == "Metaspace" and rule == _PieceRule():
-            dropped = "" if step["prepend_scheme"] == "never" else step["replacement"]
-            rule = replace(rule, replaced=((step["replacement"], " "),), drops_first=dropped)
-        elif kind == "Fuse":
-            fused = True
-        elif kind == "Strip" and fused and step["stop"] == 0 and not rule.strip_count:
-            rule = replace(rule, strip=step["content"], strip_count=step["start"])
-        else:
-            raise UnsupportedTokenizerError(f"tokenizer decoder {kind!r} is not supported in {shown(spec)}")
-    return rule

@@ -87,6 +87,8 @@ def test_show_latency_adds_up(run_cli: RunCli, fake_server: Any) -> None:
         ("x", "--logit-bias a=1", 2, "--logit-bias: 'a=1' is not ID=VALUE"),
         ("x", "--session s", 2, "--system and --session need --chat"),
         ("x", "--logprobs 3", 2, "--logprobs and --prompt-logprobs need --json"),
+        ("x", "--regex a --choice b", 2, "--regex and --choice exclude each other"),
+        ("x", "--json-schema /does/not/exist", 2, "--json-schema: /does/not/exist cannot be read: No such file"),
         ("", "", 2, "the prompt is empty"),
     ],
 )

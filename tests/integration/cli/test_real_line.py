@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import openai
 import psutil
+import pydantic
 import pytest
 
 from clients.launcher import Instance, read_status
@@ -135,6 +137,48 @@ def test_python_client_session(line: Line) -> None:
         client.delete_session("s1")
         client.delete_session("s2")
         assert list(client.list_sessions()) == []
+
+
+class Author(pydantic.BaseModel):
+    """What the model is to fill in."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    name: Annotated[str, pydantic.Field(max_length=12)]
+    born: Annotated[int, pydantic.Field(ge=1000, le=2020)]
+    languages: Annotated[list[Literal["German", "French", "English"]], pydantic.Field(max_length=2)]
+
+
+def test_answers_have_the_shape_that_is_asked_for(line: Line, tmp_path: Path) -> None:
+    file = tmp_path / "author.json"
+    file.write_text(json.dumps(Author.model_json_schema()))
+    hot = ("--chat", "Who wrote Faust?", "--temperature", "2", "--seed", "3", "--max-tokens", "200")
+    code, out, err = line.run("generate", *hot, "--json-schema", str(file))
+    assert code == 0, err
+    Author.model_validate_json(out)
+    code, out, err = line.run("generate", *hot, "--choice", "Goethe", "--choice", "Schiller", "--n", "2", "--json")
+    assert {sample["text"] for sample in json.loads(out)["samples"]} <= {"Goethe", "Schiller"}, err
+    code, out, err = line.run("generate", *hot, "--regex", "(?=a)b")
+    assert (code, out) == (2, "")
+    assert "structured_output: " in err
+    assert "look-ahead" in err
+
+
+def test_openais_client_parses_answers(line: Line) -> None:
+    http = read_status(Instance(line.home)).http_address
+    with openai.OpenAI(base_url=f"http://{http}/v1", api_key="none", timeout=PATIENCE) as ai:
+        asked: Any = {"model": "smollm2-135m-instruct", "temperature": 2.0, "timeout": PATIENCE}
+        messages: Any = [{"role": "user", "content": "Who wrote Faust?"}]
+        chat = ai.chat.completions.parse(messages=messages, response_format=Author, max_tokens=200, seed=1, **asked)
+        assert isinstance(chat.choices[0].message.parsed, Author)
+        response = ai.responses.parse(input="Who wrote Faust?", text_format=Author, max_output_tokens=200, **asked)
+        assert isinstance(response.output_parsed, Author)
+        no_schema: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"uniqueItems": True}}}
+        with pytest.raises(openai.BadRequestError, match=r"response_format\.json_schema\.schema: .*'uniqueItems'"):
+            ai.chat.completions.create(messages=messages, response_format=no_schema, **asked)
+        cut = ai.chat.completions.create(
+            messages=messages, response_format={"type": "json_object"}, max_tokens=1, **asked
+        )
+        assert cut.choices[0].finish_reason == "length"
 
 
 def test_interrupt_frees_the_executor(line: Line) -> None:

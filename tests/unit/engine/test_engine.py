@@ -61,6 +61,9 @@ class ScriptedStep:
     script: Script
     sampled: SampledBatch
 
+    def draw(self) -> None:
+        """Nothing: no sample has a grammar."""
+
     def wait(self) -> SampledBatch:
         self.script.clock.advance(1.0)
         if self.script.wait_error is not None:

@@ -62,6 +62,9 @@ class ProbedStep:
     def __init__(self, probe: Probe, number: int, inner: engine_kit.FakeStep) -> None:
         self._probe, self._number, self._inner = probe, number, inner
 
+    def draw(self) -> None:
+        """Nothing: no sample has a grammar."""
+
     def wait(self) -> SampledBatch:
         self._probe.events.append(("wait", self._number))
         sampled = self._inner.wait()

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import engine_kit
+from grammar_kit import VOCABULARY
 from kernels import Capability, select_ops
 from kernels.dispatch import Backend
 from runner_kit import CPU, MODEL
 from services.executor.engine.engine import Engine
+from services.executor.grammar import LlGrammarCompiler
 from services.executor.models import (
     CausalLM,
     DecodeRows,
@@ -61,7 +63,7 @@ def test_steps_are_the_same_bit_by_bit() -> None:
         assert torch.equal(ours.k, others.k)
         assert torch.equal(ours.v, others.v)
     caches[0].v[0, 0, 0, 0] = torch.nan  # of the first row
-    assert sorted(recorded._recordings) == [(2, False), (4, False)]
+    assert sorted(recorded._recordings) == [(2, None), (4, None)]
     got = recorded.run(4, pytest.fail)
     assert got is not None
     assert got.finite.tolist() == [False, True, True, True]
@@ -88,19 +90,25 @@ def test_recorded_draws_are_those_of_torch() -> None:
         {"temperature": 1.0, "logprobs": 2, "max_tokens": 4},
         {"temperature": 0.7, "min_p": 0.1},
         {"temperature": 0.0, "presence_penalty": 1.5, "max_tokens": 6},
+        {"temperature": 1.5, "grammar": "start: /[a-f]{3,20}/"},
     ]
+    compiler = LlGrammarCompiler(VOCABULARY, {engine_kit.EOS})
+    compiler.start("start: /[a-f]{3,20}/", [[]]).matchers()
     outputs = []
-    for overrides in ({}, {"sample": "torch"}):
+    for overrides in ({}, {"sample": "torch", "apply_logits_processors_": "torch"}):
         model = model_of("int8", **overrides)
         config = engine_kit.make_config(vocab_size=WIDE.vocab_size, max_num_seqs=4, block_size=16)
         caches = allocate_kv_caches(
             WIDE, config.num_blocks, config.block_size, dtype=torch.float32, device=CPU, ops=model.runtime.ops
         )
         runner = ModelRunner(model, caches, config, CpuDevice())
-        engine = Engine(config, runner)
-        for handle in range(12):
+        engine = Engine(config, runner, grammars=compiler)
+        for handle in range(14):
             shared = {"seed": handle, "max_tokens": 6 + handle, "ignore_eos": True}
-            engine.add(engine_kit.make_request(handle, [handle + 3, 5, 8], **(shared | kinds[handle % 6])))
+            engine.add(engine_kit.make_request(handle, [handle + 3, 5, 8], **(shared | kinds[handle % 7])))
         outputs.append(engine_kit.run(engine).tokens)
+        recorded = {draw.__name__ for _, draw in runner._recorded._recordings if draw is not None}
+        assert recorded == {"_draw", "_draw_masked"}
         assert any(step.result.drawn for step in runner._recorded._recordings.values()) is (not overrides)
+    compiler.close()
     assert outputs[0] == outputs[1]

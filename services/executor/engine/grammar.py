@@ -1,0 +1,36 @@
+"""What the engine knows of grammars, which say what the texts of samples must be."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class GrammarError(Exception):
+    """A grammar cannot be understood, or takes too long; the message is for the client to read."""
+
+
+class Matcher(Protocol):
+    """Follows the text of one sample through its grammar. Used by one thread at a time."""
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        """Take note of the sample's output tokens; those of earlier calls come first, and cost nothing again."""
+
+
+class Compilation(Protocol):
+    """Matchers in the making, elsewhere."""
+
+    @property
+    def is_done(self) -> bool:
+        """True once `matchers` returns or raises at once."""
+
+    def matchers(self) -> Sequence[Matcher]:
+        """Return one matcher per sample, each behind the sample's tokens. Raises GrammarError."""
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+
+
+class GrammarCompiler(Protocol):
+    """Makes matchers without holding up the caller."""
+
+    def start(self, grammar: str, outputs: Sequence[Sequence[int]]) -> Compilation:
+        """Begin with one matcher per sample, given the tokens that each has emitted already."""

@@ -1,0 +1,67 @@
+"""What the engine says of itself: gauges and counters, put together from its parts."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from services.executor.engine.batch_scheduler import BatchScheduler
+from services.executor.engine.block_manager import BlockManager
+from services.executor.engine.ledger import EngineLoad, EngineStats, Ledger
+from services.executor.engine.request import RequestStatus
+from services.executor.engine.swap import Swapper
+
+_ENDED_BY_LINKS = (RequestStatus.CANCELLED, RequestStatus.SUPERSEDED, RequestStatus.MOVED)
+_FAILED = (RequestStatus.INTERNAL, RequestStatus.INVALID)
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """What steps did since start, as in EngineStats."""
+
+    steps: int = 0
+    failed_steps: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+
+
+def make_load(blocks: BlockManager, ledger: Ledger, scheduler: BatchScheduler, swapper: Swapper) -> EngineLoad:
+    """Return the gauges; O(1)."""
+    return EngineLoad(
+        free_blocks=blocks.num_free,
+        cached_blocks=blocks.num_cached,
+        total_blocks=blocks.num_blocks,
+        running=len(ledger) - ledger.waiting,
+        waiting=ledger.waiting,
+        running_sequences=scheduler.num_running,
+        waiting_sequences=scheduler.num_waiting,
+        waiting_prefill_tokens=scheduler.waiting_tokens,
+        free_host_blocks=swapper.num_free,
+        total_host_blocks=swapper.num_blocks,
+    )
+
+
+def make_stats(counts: StepCounts, ledger: Ledger, scheduler: BatchScheduler, swapper: Swapper) -> EngineStats:
+    """Return the counters; O(1)."""
+
+    def ended(statuses: Collection[RequestStatus]) -> int:
+        return sum(ledger.ended[status] for status in statuses)
+
+    return EngineStats(
+        accepted=ledger.accepted,
+        rejected=ledger.rejected,
+        finished=ended((RequestStatus.OK,)),
+        cancelled=ended(_ENDED_BY_LINKS),
+        deadline_exceeded=ended((RequestStatus.DEADLINE_EXCEEDED,)),
+        failed=ended(_FAILED),
+        preemptions=scheduler.num_preemptions,
+        swaps=swapper.num_swaps,
+        swapped_out_blocks=swapper.num_blocks_out,
+        swapped_in_blocks=swapper.num_blocks_in,
+        steps=counts.steps,
+        failed_steps=counts.failed_steps,
+        computed_tokens=counts.computed_tokens,
+        generated_tokens=counts.generated_tokens,
+        prefix_cache_queries=counts.prefix_cache_queries,
+        prefix_cache_hits=counts.prefix_cache_hits,
+    )

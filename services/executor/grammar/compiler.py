@@ -1,0 +1,128 @@
+"""Compiles grammars in a thread of its own, and bounds what they may cost."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from services.common.vocabulary import Vocabulary
+from services.executor.engine.grammar import GrammarError
+from services.executor.grammar.matcher import LlMatcher, error_of
+
+_NUM_KEPT = 32
+"""Compiled grammars that are kept: clients send the same one again and again."""
+
+_OPTIONS = '\n%llguidance {"no_forcing": true}\n'
+"""Where only one text is possible, the model still chooses how to spell it in tokens: it knows its tokenizer's way, and
+the tokenizer is not here."""
+
+
+class LlGrammarCompiler:
+    """Makes matchers by llguidance, which works without the interpreter lock. Every limit is one of work, not of time:
+    whether a grammar is too much does not depend on the machine or on who else is there.
+
+    Args:
+        vocabulary: of the model.
+        eos_token_ids: tokens that end a sample: they are drawn where a text is complete, and never as a part of it.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, eos_token_ids: Collection[int]) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._limits = LLParserLimits(
+            # Of compiling: some 20 ms.
+            initial_lexer_fuel=1_000_000,
+            max_grammar_size=100_000,
+            # Of one mask: some 5 ms.
+            step_lexer_fuel=50_000,
+            step_max_items=20_000,
+            # Of memory: one or two kB each, for every sample.
+            max_lexer_states=10_000,
+            verbose_errors=False,
+        )
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        # Takes a second for a large vocabulary, while the weights are loaded.
+        self._tokenizer = self._thread.submit(_make_tokenizer, vocabulary, sorted(eos_token_ids))
+
+    def start(self, grammar: str, outputs: Sequence[Sequence[int]]) -> LlCompilation:
+        """Begin with one matcher per sample, given the tokens that each has emitted already."""
+        return LlCompilation(self._thread.submit(self._compile, grammar, outputs))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _compile(self, grammar: str, outputs: Sequence[Sequence[int]]) -> list[LlMatcher]:
+        """In the thread."""
+        compiled = self._compiled.pop(grammar, None) or self._compile_anew(grammar)
+        self._compiled[grammar] = compiled
+        if len(self._compiled) > _NUM_KEPT:
+            self._compiled.popitem(last=False)
+        matchers = []
+        for output in outputs:
+            matcher = LlMatcher(compiled.deep_copy())
+            if output:
+                matcher.follow(output)
+                matcher.matcher.compute_bitmask()
+                if message := matcher.error:
+                    raise GrammarError(message)
+            matchers.append(matcher)
+        return matchers
+
+    def _compile_anew(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer.result(), grammar + _OPTIONS, log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first mask takes longest, and its copies profit from it
+        if message := error_of(matcher):
+            raise GrammarError(message)
+        return matcher
+
+
+class LlCompilation:
+    """Matchers that a thread is making."""
+
+    def __init__(self, future: Future[list[LlMatcher]]) -> None:
+        self._future = future
+
+    @property
+    def is_done(self) -> bool:
+        """True once `matchers` returns or raises at once."""
+        return self._future.done()
+
+    def matchers(self) -> Sequence[LlMatcher]:
+        """Return one matcher per sample. Raises GrammarError."""
+        try:
+            return self._future.result()
+        except CancelledError:
+            raise GrammarError("it was cancelled") from None
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; one that has begun is finished all the same."""
+        self._future.cancel()
+
+
+class _Spelling:
+    """A vocabulary as llguidance wants it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary, eos_token_ids: Sequence[int]) -> None:
+        self.tokens = vocabulary.tokens
+        # What ends a sample is never text, whatever the files say.
+        self.special_token_ids = sorted(vocabulary.special_ids | set(eos_token_ids))
+        self.eos_token_id = eos_token_ids[0]
+        self.tokenizer: LLTokenizer | None = None
+
+    def __call__(self, text: str) -> list[int]:
+        """Return tokens of a text that a grammar leaves no choice about, where its author wants it to be forced."""
+        return [] if self.tokenizer is None else self.tokenizer.greedy_tokenize(text)
+
+
+def _make_tokenizer(vocabulary: Vocabulary, eos_token_ids: Sequence[int]) -> LLTokenizer:
+    spelling = _Spelling(vocabulary, eos_token_ids)
+    tokenizer = LLTokenizer(spelling, eos_token=list(eos_token_ids))  # type: ignore[arg-type]
+    spelling.tokenizer = tokenizer
+    return tokenizer

@@ -1,0 +1,71 @@
+"""Which tokens the samples of a step may go on with, as bits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from llguidance import LLExecutor
+from torch import Tensor
+
+from services.executor.engine.batch import ScheduledSequence
+from services.executor.grammar.matcher import LlMatcher
+
+_ALL = -1  # every bit of a word
+_WORD_BITS = 32
+_WORD = 2**_WORD_BITS - 1
+
+
+class Masks:
+    """The masks of a step, at the same place in each step.
+
+    Args:
+        num_rows: most samples of a step.
+        vocab_size: tokens of the model.
+
+    Attributes:
+        words: `[num_rows, ceil(vocab_size / 32)]` i32; bit t % 32 of word t // 32 is set if token t may be drawn.
+    """
+
+    def __init__(self, num_rows: int, vocab_size: int) -> None:
+        self._rows = np.full((num_rows, -(-vocab_size // _WORD_BITS)), _ALL, np.int32)
+        self.words: Tensor = torch.from_numpy(self._rows)
+        self._filled = np.zeros(num_rows, np.bool_)
+        self._executor: LLExecutor | None = None
+
+    def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
+        """Write the masks of these samples, in order; those without a grammar may go on with any token.
+
+        Their matchers take note of the tokens that are known by now. Returns the messages of the grammars that gave an
+        error, by place: what is drawn for these means nothing.
+        """
+        matchers: dict[int, LlMatcher] = {}
+        for place, one in enumerate(scheduled):
+            matcher = one.seq.matcher
+            if isinstance(matcher, LlMatcher):
+                matcher.follow(one.seq.token_ids[one.seq.group.num_prompt_tokens :])
+                matchers[place] = matcher
+            elif self._filled[place]:
+                self._rows[place] = _ALL
+            self._filled[place] = place in matchers
+        if not matchers:
+            return {}
+        if self._executor is None:
+            self._executor = LLExecutor()
+        width = self._rows.shape[1] * self._rows.itemsize
+        pairs = [(matcher.matcher, place) for place, matcher in matchers.items()]
+        self._executor.unsafe_compute_mask_ptr(pairs, self._rows.ctypes.data, width, len(scheduled))
+        errors = {place: message for place, matcher in matchers.items() if (message := matcher.error)}
+        for place in matchers.keys() - errors.keys():
+            if banned := scheduled[place].seq.group.banned_at(scheduled[place].num_output_tokens):
+                self._ban(place, banned)
+        return errors
+
+    def _ban(self, place: int, token_ids: Collection[int]) -> None:
+        """Take tokens out of a mask, unless nothing else is in it."""
+        rest = self._rows[place].view(np.uint32).copy()
+        for token_id in token_ids:
+            rest[token_id // _WORD_BITS] &= np.uint32(_WORD ^ 1 << token_id % _WORD_BITS)
+        if rest.any():
+            self._rows[place] = rest.view(np.int32)

@@ -1,0 +1,44 @@
+"""One sample on its way through its grammar."""
+
+import re
+from collections.abc import Sequence
+
+from llguidance import LLMatcher
+
+_LONGEST_MESSAGE = 400
+_INNER_STATE = re.compile("<state>|<non-verbose/>")
+
+
+class LlMatcher:
+    """A matcher of llguidance, and how many of the sample's tokens it knows.
+
+    Args:
+        matcher: behind the sample's first `num_known` output tokens.
+        num_known: see above.
+    """
+
+    __slots__ = ("_num_known", "matcher")
+
+    def __init__(self, matcher: LLMatcher, num_known: int = 0) -> None:
+        self.matcher = matcher
+        self._num_known = num_known
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        """Take note of the output tokens since the last call. One that does not fit the grammar is an error of it."""
+        new = token_ids[self._num_known :]
+        if new:
+            self.matcher.consume_tokens(list(new))
+            self._num_known = len(token_ids)
+
+    @property
+    def error(self) -> str:
+        """What is wrong with the grammar, in a line or a few; empty while nothing is."""
+        return error_of(self.matcher)
+
+
+def error_of(matcher: LLMatcher) -> str:
+    """Return why a matcher cannot go on, empty while it can."""
+    if not matcher.is_error():
+        return ""
+    told = _INNER_STATE.split(matcher.get_error())[0].strip() or "it cannot be kept to"
+    return told if len(told) <= _LONGEST_MESSAGE else f"{told[:_LONGEST_MESSAGE]}..."
