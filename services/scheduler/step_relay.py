@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from scalellm.v1 import link_pb2
-from services.common.link import ProgressError
+from services.common.link import ProgressError, token_runs
 from services.scheduler.books import Books
 from services.scheduler.client_side import ClientSide
 
@@ -30,7 +30,7 @@ def relay_step(step: link_pb2.StepOutput, running: Mapping[int, ClientSide], boo
     books.tokens_received += len(token_ids)
     broken: list[tuple[int, str]] = []
     if not _relay_decodes(handles, indices, offsets, counts, token_ids, running):
-        books.tokens_dropped += _relay_tokens(handles, indices, offsets, counts, token_ids, running, broken)
+        books.tokens_dropped += _relay_tokens(step, running, broken)
     for logprobs in step.logprobs:
         if (client := running.get(logprobs.handle)) is None:
             continue
@@ -95,22 +95,13 @@ def _relay_decodes(
     return True
 
 
-def _relay_tokens(
-    handles: list[int],
-    indices: list[int],
-    offsets: list[int],
-    counts: list[int],
-    token_ids: list[int],
-    running: Mapping[int, ClientSide],
-    broken: list[tuple[int, str]],
-) -> int:
+def _relay_tokens(step: link_pb2.StepOutput, running: Mapping[int, ClientSide], broken: list[tuple[int, str]]) -> int:
     """Pass on whatever tokens there are. Returns how many nobody was to see; adds to `broken`."""
-    start = num_dropped = 0
-    for handle, index, offset, count in zip(handles, indices, offsets, counts, strict=True):
-        stop = start + count
-        client = running.get(handle)
+    num_dropped = 0
+    for handle, index, offset, token_ids in token_runs(step):
+        client, count = running.get(handle), len(token_ids)
         if client is not None:
-            new = token_ids[start:stop]
+            new = token_ids
             emitted = client.emitted
             if index < len(emitted) and len(tokens := emitted[index]) == offset:
                 tokens += new
@@ -127,5 +118,4 @@ def _relay_tokens(
                 client.link.add_tokens(client.handle, index, offset, new)
         else:
             num_dropped += count
-        start = stop
     return num_dropped

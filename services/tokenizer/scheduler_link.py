@@ -13,7 +13,7 @@ import grpc
 
 from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import PLAINTEXT, Handles, LinkClient, LinkDialer, LinkTraffic, ModelIdentity
+from services.common.link import PLAINTEXT, Handles, LinkClient, LinkDialer, LinkTraffic, ModelIdentity, token_runs
 from services.tokenizer.token_receiver import TokenReceiver
 
 _log = logging.getLogger(__name__)
@@ -166,9 +166,6 @@ class SchedulerLink:
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
         """Distribute a frame."""
-        # Lists: protobuf's own columns make an object per access, which costs more than all the rest of the loop.
-        handles, indices, offsets, counts = step.handles[:], step.indices[:], step.offsets[:], step.counts[:]
-        token_ids = step.token_ids[:]
         now = self._clock()
         get = self._handles.get
         for entry in step.logprobs:
@@ -177,15 +174,13 @@ class SchedulerLink:
         for entry in step.prompt_logprobs:
             if (receiver := get(entry.handle)) is not None:
                 receiver.on_prompt_logprobs(entry)
-        start = num_discarded = 0
-        for handle, index, offset, count in zip(handles, indices, offsets, counts, strict=True):
-            end = start + count
+        num_discarded = 0
+        for handle, index, offset, token_ids in token_runs(step):
             if (receiver := get(handle)) is not None:
-                receiver.on_tokens(index, offset, token_ids[start:end], now)
+                receiver.on_tokens(index, offset, token_ids, now)
             else:
-                num_discarded += count
-            start = end
-        self._counts.tokens += len(token_ids) - num_discarded
+                num_discarded += len(token_ids)
+        self._counts.tokens += len(step.token_ids) - num_discarded
         self._counts.discarded_tokens += num_discarded
         for sample_finish in step.finished_samples:
             if (receiver := get(sample_finish.handle)) is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from scalellm.v1 import common_pb2, executor_pb2_grpc, link_pb2
+from services.common.link import add_tokens
 
 VOCAB = 5003
 
@@ -202,11 +203,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
                 tokens = running.samples[index]
                 previous = tokens[-1] if tokens else prompt[-1]
                 token = next_token(previous, len(prompt) + len(tokens), index)
-                step.handles.append(handle)
-                step.indices.append(index)
-                step.offsets.append(len(tokens))
-                step.counts.append(1)
-                step.token_ids.append(token)
+                add_tokens(step, handle, index, len(tokens), [token])
                 if submit.sampling.HasField("logprobs"):
                     values = common_pb2.TokenLogprobs(logprobs=[-float(token)])
                     step.logprobs.add(handle=handle, index=index, offset=len(tokens), values=values)

@@ -11,7 +11,7 @@ from unittest import mock
 
 from scalellm.v1 import common_pb2, link_pb2
 from services.common.errors import StatusError
-from services.common.link import check_submit
+from services.common.link import add_tokens, check_submit
 from services.tokenizer.scheduler_link import SchedulerLink
 from services.tokenizer.schedulers import Schedulers
 from services.tokenizer.token_receiver import TokenReceiver
@@ -117,11 +117,7 @@ class FakeScheduler:
         known = running.done.get(index, 0)
         start, end = max(0, known - replay), min(known + chunk, LENGTH)
         running.done[index] = end
-        step.handles.append(handle)
-        step.indices.append(index)
-        step.offsets.append(start)
-        step.counts.append(end - start)
-        step.token_ids.extend(token(index, place) for place in range(start, end))
+        add_tokens(step, handle, index, start, [token(index, place) for place in range(start, end)])
         if running.submit.sampling.HasField("logprobs"):
             values = common_pb2.TokenLogprobs(logprobs=[logprob(index, place) for place in range(start, end)])
             step.logprobs.add(handle=handle, index=index, offset=start, values=values)

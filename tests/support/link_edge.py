@@ -8,6 +8,7 @@ import grpc
 from fake_executor_link import VOCAB, expected_tokens
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2_grpc
 from service_processes import PATIENCE
+from services.common.link import token_runs
 
 
 @dataclass
@@ -126,16 +127,14 @@ class LinkEdge:
             self.frames += 1
             if step.load.draining:
                 self.draining = True
-            start = 0
             assert sum(step.counts) == len(step.token_ids)
-            for handle, index, offset, count in zip(step.handles, step.indices, step.offsets, step.counts, strict=True):
+            for handle, index, offset, token_ids in token_runs(step):
                 stream = self.streams[handle]
                 tokens = stream.samples.setdefault(index, [])
                 assert offset == len(tokens), "a token is missing or repeated"
                 assert stream.finish is None
                 assert index not in stream.ended
-                tokens += step.token_ids[start : start + count]
-                start += count
+                tokens += token_ids
             for logprobs in step.logprobs:
                 values = self.streams[logprobs.handle].logprobs.setdefault(logprobs.index, [])
                 assert logprobs.offset == len(values)

@@ -12,6 +12,7 @@ import grpc
 
 from scalellm.v1 import common_pb2, link_pb2
 from service_processes import PATIENCE
+from services.common.link import token_runs
 
 
 class LinkPeer:
@@ -71,13 +72,11 @@ class LinkPeer:
 
     def _take(self, step: link_pb2.StepOutput) -> None:
         self.num_frames += 1
-        place = 0
-        for handle, index, offset, count in zip(step.handles, step.indices, step.offsets, step.counts, strict=True):
+        assert sum(step.counts) == len(step.token_ids)
+        for handle, index, offset, token_ids in token_runs(step):
             tokens = self.tokens[handle, index]
             assert offset == len(tokens), f"handle {handle}: offset {offset} after {len(tokens)} tokens"
-            tokens.extend(step.token_ids[place : place + count])
-            place += count
-        assert place == len(step.token_ids)
+            tokens.extend(token_ids)
         for sample in step.finished_samples:
             assert (sample.handle, sample.index) not in self.sample_reasons
             self.sample_reasons[sample.handle, sample.index] = sample.reason

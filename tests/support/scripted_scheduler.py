@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2_grpc
-from services.common.link import ServerLink
+from services.common.link import ServerLink, add_tokens
 
 MAX_MODEL_LEN = 2048
 EXECUTOR = "executor-1:50061"
@@ -232,11 +232,7 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
                     first = max(0, start - script.chunk) if script.repeat else start
                     if script.skip_offset is not None and start <= script.skip_offset < end:
                         first = script.skip_offset + 1
-                    step.handles.append(handle)
-                    step.indices.append(index)
-                    step.offsets.append(first)
-                    step.counts.append(end - first)
-                    step.token_ids.extend(tokens[first:end])
+                    add_tokens(step, handle, index, first, tokens[first:end])
                     if sampling.HasField("logprobs"):
                         step.logprobs.append(_logprobs(handle, index, first, end - first, sampling.logprobs))
                     usage.completion_tokens += end - start

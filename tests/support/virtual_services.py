@@ -16,7 +16,7 @@ from typing import Any
 from scalellm.v1 import executor_pb2, link_pb2
 from services.common.errors import StatusError
 from services.common.health import Heartbeat
-from services.common.link import LinkTraffic
+from services.common.link import LinkTraffic, token_runs
 from services.executor.build import LoadedEngine
 from services.executor.engine.batch import CompletedStep, Logprobs, PendingStep, SampledBatch, ScheduledBatch
 from services.executor.engine.config import EngineConfig
@@ -270,11 +270,8 @@ class _EngineOnTurns:
 
     def _record(self, message: Message) -> None:
         step = link_pb2.ServerFrame.FromString(message.payload).step
-        start = 0
-        for handle, index, offset, count in zip(step.handles, step.indices, step.offsets, step.counts, strict=True):
-            request_id = self._requests[message.link, handle]
-            self._journal.record(request_id, index, offset, step.token_ids[start : start + count])
-            start += count
+        for handle, index, offset, token_ids in token_runs(step):
+            self._journal.record(self._requests[message.link, handle], index, offset, token_ids)
 
     def _schedule(self, seconds: float) -> None:
         if self._timer is not None:

@@ -10,6 +10,7 @@ from services.common.link.client_frames import (
     read_hello,
     tenant_weight,
 )
+from services.common.link.columns import add_tokens, token_runs
 from services.common.link.dialer import PLAINTEXT, LinkDialer
 from services.common.link.handles import Handles
 from services.common.link.identity import ModelIdentity
@@ -37,6 +38,7 @@ __all__ = [
     "ProgressError",
     "RequestProgress",
     "ServerLink",
+    "add_tokens",
     "check_submit",
     "check_tokenizer",
     "copy_logprobs",
@@ -47,4 +49,5 @@ __all__ = [
     "parse_client_frame",
     "read_hello",
     "tenant_weight",
+    "token_runs",
 ]

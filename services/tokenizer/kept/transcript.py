@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.common.errors import StatusError
-from services.common.link import copy_logprobs
+from services.common.link import add_tokens, copy_logprobs, token_runs
 from services.tokenizer.limits import MAX_ANSWER_TOKENS
 from services.tokenizer.token_receiver import TokenBatch
 
@@ -98,16 +98,14 @@ class Transcript:
         for entry in step.prompt_logprobs:
             self.add_prompt_logprobs(entry.offset, entry.values)
         logprobs = {(entry.index, entry.offset): entry.values for entry in step.logprobs}
-        start = 0
-        for index, offset, count in zip(step.indices, step.offsets, step.counts, strict=True):
+        for _, index, offset, token_ids in token_runs(step):
             sample = self.samples[index]
             known = len(sample.token_ids) - offset
             if known < 0:
                 raise ValueError(f"tokens {len(sample.token_ids)} to {offset - 1} of sample {index} are missing")
-            sample.token_ids.extend(step.token_ids[start + known : start + count] if known < count else ())
+            sample.token_ids.extend(token_ids[known:])
             if (values := logprobs.get((index, offset))) is not None:
                 _append(sample.logprobs, values, len(sample.logprobs.logprobs) - offset)
-            start += count
         for finish in step.finished_samples:
             self.samples[finish.index].finish = finish
         self._wake()
@@ -127,11 +125,7 @@ class Transcript:
         for index, sample in enumerate(self.samples):
             offset, num_tokens = mark.num_tokens[index], len(sample.token_ids)
             if num_tokens > offset:
-                step.handles.append(0)
-                step.indices.append(index)
-                step.offsets.append(offset)
-                step.counts.append(num_tokens - offset)
-                step.token_ids.extend(sample.token_ids[offset:])
+                add_tokens(step, 0, index, offset, sample.token_ids[offset:])
                 if self._has_logprobs:
                     logprobs = step.logprobs.add(index=index, offset=offset)
                     logprobs.values.CopyFrom(copy_logprobs(sample.logprobs, offset, num_tokens))
