@@ -156,10 +156,16 @@ class HttpFace:
             return response
         except web.HTTPException as error:  # of the router: no such path, or another method
             what = f"{request.method} {request.path[:256]}: {error.reason.lower()}"
+            if error.status == web.HTTPNotFound.status_code:  # mostly of a base URL without /v1, or with it twice
+                what += f"; served are {self._served(request)}"
             failure = HttpError(error.status, what, grpc.StatusCode.NOT_FOUND)
             headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
             body = OPENAI_ERRORS.body(failure)
             return web.Response(status=error.status, headers=headers, body=body, content_type=_JSON)
+
+    @staticmethod
+    def _served(request: web.Request) -> str:
+        return ", ".join(sorted({resource.canonical for resource in request.app.router.resources()}))
 
     async def _on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         headers = response.headers

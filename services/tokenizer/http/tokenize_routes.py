@@ -108,7 +108,7 @@ class TokenizeRoutes:
         return json_answer({"prompt": answer.text})
 
     async def info(self, call: HttpCall) -> web.StreamResponse:
-        """What is known of the tokenizer."""
+        """What is known of the tokenizer. `bos_token` and the like stand where tokenizer_config.json has them."""
         info, model = self._tokenizing.info(), self._edge.prompts.model
         return json_answer(
             {
@@ -116,6 +116,7 @@ class TokenizeRoutes:
                 "vocab_size": info.vocab_size,
                 "max_model_len": info.max_model_len or None,
                 "eos_token_ids": list(info.eos_token_ids),
+                **model.special_tokens,
                 "special_tokens": dict(self._edge.prompts.texts.special_ids),
                 "chat_template": model.chat_template,
                 "sha256": info.tokenizer_sha256.hex(),

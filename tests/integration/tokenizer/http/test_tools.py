@@ -51,6 +51,7 @@ async def test_refusals_name_the_field(http, path, body, param):
 async def test_what_is_served_here(http, service, tokenizer):
     info = (await http.get("/tokenizer_info")).json
     assert info["special_tokens"]["<|im_end|>"] == tokenizer.token_to_id("<|im_end|>")
+    assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
     assert "im_start" in info["chat_template"]
     assert (await http.get("/version")).json == {"version": __version__}
     models = (await http.get("/v1/models")).json["data"]
