@@ -2,14 +2,14 @@
 
 The engine is the fake one with an H200's step times, so that little is needed to fill it; everything else is real. Each
 crowd of clients is a process of its own. On a machine with few cores clients and services share them: compare a phase
-with its neighbours in the same run.
+with its neighbours in the same run. CPU time of each process says what a refusal costs on any machine, however busy.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import typer
 
 from bench.overload.clients import Crowd, Outcome, processes, start
 from bench.peers.report import machine
-from bench.services.processes import Service, Workplace
+from bench.services.processes import Service, Workplace, cpu_seconds
 from scalellm import __version__
 from services.common.api_keys import Role, key_entry, new_key
 from services.common.model_store import pull, resolve
@@ -45,12 +45,22 @@ class Line:
     """A line to overload, and a key of each of two tenants."""
 
     tokenizer: Service
+    scheduler: Service
+    executor: Service
     keys: tuple[str, str]
 
     @property
     def address(self) -> str:
         """Address for clients."""
         return self.tokenizer.address
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time since the start of each kind of process."""
+        seconds: dict[str, float] = defaultdict(float)
+        for service in (self.tokenizer, self.scheduler, self.executor):
+            for role, found in service.processes.items():
+                seconds[role] += sum(map(cpu_seconds, found))
+        return seconds
 
     def worker_mib(self) -> float:
         """Memory of the tokenizer's workers."""
@@ -71,7 +81,7 @@ def _line(model: Path, queue: int) -> Iterator[Line]:
         queued = ("--max-queued-requests", str(queue))
         scheduler = place.service("scheduler", "--executors", executor.address, "--redis-url", redis.url, *queued)
         flags = ("--scheduler", scheduler.address, "--model", str(model), "--redis-url", redis.url)
-        yield Line(place.service("tokenizer", *flags, "--api-keys", str(file)), keys)
+        yield Line(place.service("tokenizer", *flags, "--api-keys", str(file)), scheduler, executor, keys)
 
 
 def _overload(line: Line, seconds: float) -> dict[str, Any]:
@@ -80,20 +90,26 @@ def _overload(line: Line, seconds: float) -> dict[str, Any]:
     def crowd(clients: int, **more: float) -> Crowd:
         return Crowd(line.address, line.keys[0], clients, _TOKENS, seconds, **more)
 
-    phases, memory = {}, [line.worker_mib()]
+    phases: dict[str, dict[str, Any]] = {}
+    memory = [line.worker_mib()]
     with processes(2) as pool:
         full = crowd(ROWS + 4)
         for name, others in (("before", full), ("overload", crowd(10 * (ROWS + QUEUE))), ("after", full)):
+            began = line.cpu_seconds()
             running = start(pool, others)
             probe = start(pool, crowd(1, after_refusal=0.1, starts_after=1)) if name == "overload" else None
-            phases[name] = _figures(running.result(), seconds)
+            report = running.result()
+            phases[name] = _figures(report.outcomes, seconds)
             if probe is not None:
-                phases["probe"] = _figures(probe.result(), seconds)
+                phases["probe"] = _figures(probe.result().outcomes, seconds)
+            spent = {role: after - began[role] for role, after in line.cpu_seconds().items()}
+            phases[name]["CPU s"] = {**spent, "clients": report.cpu_s}
             memory.append(line.worker_mib())
     peak = max(phases["before"]["admitted per s"], phases["after"]["admitted per s"])
     return {
         **phases,
         "admitted share of the peak": phases["overload"]["admitted per s"] / peak,
+        "CPU us per refusal": _cost_of_refusals(phases["before"], phases["overload"]),
         "MiB of the workers": memory,
     }
 
@@ -105,7 +121,17 @@ def _beside(line: Line, seconds: float, flood: tuple[int, int] | None) -> dict[s
         if flood is not None:
             clients, tokens = flood
             start(pool, Crowd(line.address, line.keys[1], clients, tokens, seconds + 4))
-        return _figures(start(pool, quiet).result(), seconds)
+        return _figures(start(pool, quiet).result().outcomes, seconds)
+
+
+def _cost_of_refusals(full: dict[str, Any], overload: dict[str, Any]) -> dict[str, float]:
+    """CPU microseconds of each kind of process: what overload took beyond what its admitted requests take without."""
+    refused = overload["codes"].get("RESOURCE_EXHAUSTED", 0)
+    share = overload["admitted per s"] / max(full["admitted per s"], 1e-9)
+    return {
+        role: round(1e6 * (seconds - share * full["CPU s"][role]) / max(1, refused))
+        for role, seconds in overload["CPU s"].items()
+    }
 
 
 def _figures(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:

@@ -69,6 +69,19 @@ class Outcome:
         return self.ended_at - self.started_at
 
 
+@dataclass(frozen=True)
+class Report:
+    """What came of a crowd.
+
+    Attributes:
+        outcomes: Of every request that ended while it was there.
+        cpu_s: CPU seconds that the clients took.
+    """
+
+    outcomes: list[Outcome]
+    cpu_s: float
+
+
 @contextmanager
 def processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for so many crowds at once."""
@@ -76,13 +89,15 @@ def processes(count: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def start(pool: ProcessPoolExecutor, crowd: Crowd) -> Future[list[Outcome]]:
-    """Let a crowd loose; the result is every request that ended while it was there."""
+def start(pool: ProcessPoolExecutor, crowd: Crowd) -> Future[Report]:
+    """Let a crowd loose."""
     return pool.submit(_run, crowd)
 
 
-def _run(crowd: Crowd) -> list[Outcome]:
-    return asyncio.run(_ask_all(crowd))
+def _run(crowd: Crowd) -> Report:
+    began = time.process_time()
+    outcomes = asyncio.run(_ask_all(crowd))
+    return Report(outcomes, time.process_time() - began)
 
 
 async def _ask_all(crowd: Crowd) -> list[Outcome]:
