@@ -39,18 +39,11 @@ def guarded(
             response = await behaviour(request, context)
             code = grpc.StatusCode.OK
             return response
-        except StatusError as error:
-            failure = error
-            code = error.code
-            drop_tracebacks(error)
         except grpc.aio.BaseError:
             raise
         except Exception as error:
-            code = grpc.StatusCode.INTERNAL
-            failure = StatusError(code, "internal error; the server's log says more")
-            if limit.admit() is not None:
-                _log.exception("%s failed; its client gets INTERNAL", method)
-            drop_tracebacks(error)
+            failure = status_of(error, method, limit)
+            code = failure.code
         finally:
             if on_end is not None:
                 on_end(method, code)
@@ -58,6 +51,24 @@ def guarded(
         return None
 
     return call
+
+
+def status_of(error: Exception, method: str, limit: LineLimit) -> StatusError:
+    """Return the status with which a call ends that raised; of an error that is no status, a mistake of ours, the log
+    has the traceback. To be called where the error is handled.
+
+    Args:
+        error: What was raised. It forgets where it came from.
+        method: What was called.
+        limit: Of lines in the log.
+    """
+    failure = error if isinstance(error, StatusError) else None
+    if failure is None:
+        failure = StatusError(grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
+        if limit.admit() is not None:
+            _log.exception("%s failed; its client is told INTERNAL", method)
+    drop_tracebacks(error)
+    return failure
 
 
 def drop_tracebacks(error: BaseException) -> None:

@@ -26,12 +26,26 @@ _SALT_BYTES = 16
 _DEFAULT_SECRET = b"scalellm prefix cache"
 
 
-def cache_salt(secret: str, tenant: Tenant = DEFAULT_TENANT, request_salt: str = "") -> bytes:
-    """Derive a prefix-cache salt from a tenant and what a request says: the same in all workers and after restarts."""
-    salt = hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant.name.encode(), hashlib.sha256)
-    if request_salt:
-        salt = hmac.digest(salt, request_salt.encode(), hashlib.sha256)
-    return salt[:_SALT_BYTES]
+class TenantSalt:
+    """What keeps a tenant's cached prefixes from others: the same in all workers and after restarts.
+
+    Args:
+        secret: Nobody else's, where there is one.
+        tenant: Whose requests they are.
+
+    Attributes:
+        tenant: Stands for the tenant on links.
+    """
+
+    def __init__(self, secret: str, tenant: Tenant = DEFAULT_TENANT) -> None:
+        self._key = hmac.digest(secret.encode() or _DEFAULT_SECRET, tenant.name.encode(), hashlib.sha256)
+        self.tenant = self._key[:_SALT_BYTES]
+
+    def of_request(self, request_salt: str) -> bytes:
+        """The salt of a request: the tenant's, or one of its own that follows from what the request says."""
+        if not request_salt:
+            return self.tenant
+        return hmac.digest(self._key, request_salt.encode(), hashlib.sha256)[:_SALT_BYTES]
 
 
 @dataclass(frozen=True, slots=True)

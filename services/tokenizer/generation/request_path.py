@@ -18,7 +18,7 @@ from services.common.link import LONGEST_NS
 from services.common.logs import RequestFields, request_fields
 from services.tokenizer.generation.answer import Answer, Event, make_samples
 from services.tokenizer.generation.caller import Caller
-from services.tokenizer.generation.edge import Edge, cache_salt
+from services.tokenizer.generation.edge import Edge, TenantSalt
 from services.tokenizer.generation.ending import count_shown, make_finished, save_turn
 from services.tokenizer.generation.submission import raise_failure, wait_accepted
 from services.tokenizer.kept.following import follow
@@ -200,7 +200,8 @@ class Generation(Call):
                         yield event
                 return
         # Before all that costs something: under overload most requests end here.
-        edge.schedulers.check_room(cache_salt(edge.salt_secret, self._tenant))
+        salt = TenantSalt(edge.salt_secret, self._tenant)
+        edge.schedulers.check_room(salt.tenant)
         # Before anything is checked: a request that is refused counts as well.
         self._lease = await edge.quotas.admit(self._tenant, max(request.priority, MIN_PRIORITY))
         validate_generate(request, edge.limits, edge.vocab_size)
@@ -208,7 +209,7 @@ class Generation(Call):
         if request.HasField("structured_output"):
             grammar = grammar_of(request.structured_output, edge.limits, edge.prompts.texts.special_ids)
         session = await self._load_session()
-        prompt, submit = await self._prepare(session)
+        prompt, submit = await self._prepare(session, salt)
         submit.grammar = grammar
         if self._lease is not None:
             await self._lease.reserve(len(submit.token_ids) + submit.sampling.n * submit.sampling.max_tokens)
@@ -280,7 +281,7 @@ class Generation(Call):
         trace.session_ns = trace.now() - trace.session_at
         return session
 
-    async def _prepare(self, session: Session | None) -> tuple[Prompt, link_pb2.Submit]:
+    async def _prepare(self, session: Session | None, salt: TenantSalt) -> tuple[Prompt, link_pb2.Submit]:
         edge, request, trace = self._edge, self._request, self.trace
         welcome = await edge.schedulers.wait_up(_LINK_WAIT)
         trace.tokenize_at = trace.now()
@@ -292,9 +293,10 @@ class Generation(Call):
             self._num_tokens = len(prompt.token_ids)  # encoding is work that counts, also where the request is refused
         if edge.tokenizer_size > edge.vocab_size:
             check_prompt_tokens(request, prompt.token_ids, edge.vocab_size, edge.prompts.model.tokenizer.id_to_token)
-        return prompt, self._make_submit(prompt, fit_context(request, len(prompt.token_ids), welcome.max_model_len))
+        max_tokens = fit_context(request, len(prompt.token_ids), welcome.max_model_len)
+        return prompt, self._make_submit(prompt, max_tokens, salt)
 
-    def _make_submit(self, prompt: Prompt, max_tokens: int) -> link_pb2.Submit:
+    def _make_submit(self, prompt: Prompt, max_tokens: int, salt: TenantSalt) -> link_pb2.Submit:
         request = self._request
         sampling = with_defaults(request.sampling, self._edge.sampling_defaults)
         sampling.n = sampling.n or 1
@@ -307,8 +309,8 @@ class Generation(Call):
             token_ids=prompt.token_ids,
             sampling=sampling,
             priority=request.priority,
-            cache_salt=cache_salt(self._edge.salt_secret, self._tenant, request.cache_salt),
-            tenant=cache_salt(self._edge.salt_secret, self._tenant),
+            cache_salt=salt.of_request(request.cache_salt),
+            tenant=salt.tenant,
             tenant_weight=self._tenant.limits.weight,
             traceparent=headers.traceparent,
             tracestate=headers.tracestate,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import grpc
 from aiohttp import hdrs, web
 
 from services.common.errors import StatusError
-from services.common.guarded import OnEnd, drop_tracebacks
+from services.common.guarded import OnEnd, status_of
 from services.common.logs import LineLimit
 from services.tokenizer.call_bytes import CallAccount, CallBytes
 from services.tokenizer.generation.edge import Edge
@@ -19,8 +18,6 @@ from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.errors import OPENAI_ERRORS, ErrorFormat, HttpError, error_headers, http_status
 from services.tokenizer.json_object import JsonObject
 from services.tokenizer.rpc import CallGate
-
-_log = logging.getLogger(__name__)
 
 _JSON = "application/json"
 _CALL = web.RequestKey("call", HttpCall)
@@ -114,18 +111,11 @@ class HttpFace:
             response = await handler(call)
             code = grpc.StatusCode.OK
             return response
-        except StatusError as error:
-            failure = error
-            code = error.code
-            drop_tracebacks(error)
         except ConnectionError:  # the client has gone
             raise
         except Exception as error:
-            code = grpc.StatusCode.INTERNAL
-            failure = StatusError(code, "internal error; the server's log says more")
-            if self._log_limit.admit() is not None:
-                _log.exception("%s failed; its client gets 500", call.path)
-            drop_tracebacks(error)
+            failure = status_of(error, call.path, self._log_limit)
+            code = failure.code
         finally:
             if call.stream is not None and code is grpc.StatusCode.CANCELLED:
                 call.stream.abandon()

@@ -11,10 +11,10 @@ import pytest
 from fake_scheduler_link import LENGTH, Line, unconnected, welcome
 from scalellm.v1 import link_pb2, scheduler_pb2
 from service_processes import PATIENCE
-from services.common.api_keys import Tenant
+from services.common.api_keys import DEFAULT_TENANT, Tenant
 from services.common.errors import StatusError
 from services.common.link import LinkClient
-from services.tokenizer.generation.edge import cache_salt
+from services.tokenizer.generation.edge import TenantSalt
 
 CONNECT = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name["Connect"]
 
@@ -91,11 +91,15 @@ async def test_a_write_after_the_end_tells_why_the_link_ended():
         await client._write(EndedCall())
 
 
+def salt_of(secret: str, tenant: Tenant = DEFAULT_TENANT, said: str = "") -> bytes:
+    return TenantSalt(secret, tenant).of_request(said)
+
+
 def test_salts():
-    assert cache_salt("") == cache_salt("")
-    assert len({cache_salt(""), cache_salt("one"), cache_salt("two"), cache_salt("one", Tenant("other"))}) == 4
-    assert all(len(cache_salt(secret)) == 16 for secret in ("", "one"))
+    assert salt_of("") == salt_of("")
+    assert len({salt_of(""), salt_of("one"), salt_of("two"), salt_of("one", Tenant("other"))}) == 4
+    assert all(len(salt_of(secret)) == 16 for secret in ("", "one"))
     acme, other = Tenant("acme"), Tenant("other")
-    salts = [cache_salt("s", tenant, said) for tenant in (acme, other) for said in ("", "acme", "other", "x")]
+    salts = [salt_of("s", tenant, said) for tenant in (acme, other) for said in ("", "acme", "other", "x")]
     assert len(set(salts)) == len(salts)
-    assert cache_salt("s", acme, "x") == cache_salt("s", acme, "x")
+    assert salt_of("s", acme, "x") == salt_of("s", acme, "x")
