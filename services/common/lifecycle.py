@@ -126,7 +126,8 @@ class GrpcService:
         self._health_task = asyncio.create_task(self.health.run())
 
     async def stop(self, grace: float) -> None:
-        """Let handlers refuse calls and send their last words for `grace` seconds, then cut all connections.
+        """Let handlers refuse calls and send their last words for `grace` seconds, then let nobody in any more and cut
+        all connections.
 
         gRPC's own way would close the listener and answer everything that comes on a connection that stands with a bare
         CANCELLED, which no client retries. Cut off, the same calls end UNAVAILABLE.
@@ -135,16 +136,21 @@ class GrpcService:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
             await asyncio.sleep(grace)
-            _cut_connections(self._port)
+            # The listener first: whoever came after the connections were looked at would not be cut off.
+            _shut_down(psutil.CONN_LISTEN, self._port)
+            _shut_down(psutil.CONN_ESTABLISHED, self._port)
         await self.server.stop(None)
 
 
-def _cut_connections(port: int) -> None:
-    """Close what clients have open to `port` of this process. What was written before still arrives."""
+def _shut_down(status: str, port: int) -> None:
+    """End the sockets of this process that are in this state of TCP on `port`. What was written before still arrives.
+
+    Where the system shuts no listener down, as on macOS, it stays open until gRPC closes it.
+    """
     for connection in psutil.Process().net_connections("tcp"):
-        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as client:
-                client.shutdown(socket.SHUT_RDWR)
+        if connection.status == status and connection.laddr.port == port:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as ours:
+                ours.shutdown(socket.SHUT_RDWR)
 
 
 def announce(path: Path | None, *lines: str) -> None:
