@@ -24,6 +24,10 @@ PATIENCE = 120.0
 """Seconds for what takes a moment. It ends a test that hangs, and says nothing of how fast anything is: on a machine
 that does other work, too, a moment may be half a minute."""
 
+DIES_WITH_TESTS = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
+"""Begins the command of a process that is to end with the thread that starts it, also when the tests are killed. Its
+own children see the end of their parent by themselves. Of util-linux; elsewhere such processes stay."""
+
 
 @dataclass
 class ServiceProcess:
@@ -100,7 +104,7 @@ def spawner(folder: Path) -> Iterator[Spawn]:
         with log.open("wb") as stream:
             command = [*prefix, sys.executable, "-m", f"services.{service}", "--port", "0", "--announce", str(announce)]
             process = subprocess.Popen(
-                [*command, *flags],
+                [*DIES_WITH_TESTS, *command, *flags],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
@@ -152,7 +156,8 @@ def start_redis(folder: Path, *more: str) -> RedisProcess:
     """Start one, with more options if wanted."""
     path = Path(f"/tmp/scalellm-test-{uuid.uuid4().hex[:12]}.sock")  # a socket's path may have 108 bytes at most
     flags = ["--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no", "--dir", str(folder)]
-    process = subprocess.Popen([redis_server(), *flags, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [*DIES_WITH_TESTS, redis_server(), *flags, *more]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + PATIENCE
     while not _is_listening(path):
         if process.poll() is not None or time.monotonic() > deadline:
