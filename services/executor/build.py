@@ -17,12 +17,11 @@ from services.executor.config import ExecutorSettings
 from services.executor.engine.config import EngineConfigError
 from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
+from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError
-from services.executor.grammar import LlGrammarCompiler
-from services.executor.model_engine import build_model_engine, engine_config
-from services.executor.models import PRESETS, ModelConfig, UnsupportedModelError
-from services.executor.placement import Placement, choose_placement, dtype_name
-from services.executor.weights import read_model_config
+from services.executor.limits import choose_limits, engine_config
+from services.executor.model_config import PRESETS, ModelConfig, UnsupportedModelError
+from services.executor.model_config.files import read_shape
 
 _log = logging.getLogger(__name__)
 
@@ -60,12 +59,7 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
     Raises StartError.
     """
     try:
-        placement = choose_placement(settings)
-        found = _find_model(settings)
-        if settings.engine == "fake":
-            return _describe(found, _fake_engine(settings, placement, found.config), _placed(placement, backend="fake"))
-        weights = None if settings.load_format == "dummy" else found.path
-        built = build_model_engine(settings, placement, weights, found.config, progress, _grammars(found))
+        return _fake_engine(settings) if settings.engine == "fake" else _model_engine(settings, progress)
     except (
         ModelStoreError,
         UnsupportedModelError,
@@ -74,15 +68,33 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
         EngineConfigError,
     ) as error:
         raise StartError(str(error)) from error
-    compiled = next((backend for backend in built.ops.backends.values() if backend != "torch"), "torch")
-    info = _placed(placement, backend=compiled)
-    info.quantization = "" if settings.quantization == "none" else settings.quantization
-    info.kernels.update(built.ops.backends)
+
+
+def _model_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -> LoadedEngine:
+    # Not at the top: torch takes three seconds to load, and the fake engine does without.
+    from services.executor.model_engine import build_model_engine
+    from services.executor.placement import choose_placement, dtype_name
+    from services.executor.weights import read_model_config
+
+    placement = choose_placement(settings)
+    found = _find_model(settings, read_model_config)
+    weights = None if settings.load_format == "dummy" else found.path
+    built = build_model_engine(settings, placement, weights, found.config, progress, _grammars(found))
+    info = executor_pb2.GetExecutorInfoResponse(
+        device=placement.device.torch_device.type,
+        dtype=dtype_name(placement.dtype),
+        kv_cache_dtype=dtype_name(placement.kv_cache_dtype),
+        backend=next((backend for backend in built.ops.backends.values() if backend != "torch"), "torch"),
+        quantization="" if settings.quantization == "none" else settings.quantization,
+        kernels=dict(built.ops.backends),
+    )
     return replace(_describe(found, built.engine, info), late_compiles=lambda: len(built.runner.late_compiles))
 
 
-def _grammars(model: _FoundModel) -> LlGrammarCompiler | None:
+def _grammars(model: _FoundModel) -> GrammarCompiler | None:
     """What compiles grammars; None where no answer can be kept to one."""
+    from services.executor.grammar import LlGrammarCompiler
+
     if model.path is None or not model.config.eos_token_ids:
         return None
     try:
@@ -93,25 +105,28 @@ def _grammars(model: _FoundModel) -> LlGrammarCompiler | None:
     return LlGrammarCompiler(vocabulary, model.config.eos_token_ids)
 
 
-def _find_model(settings: ExecutorSettings) -> _FoundModel:
+def _fake_engine(settings: ExecutorSettings) -> LoadedEngine:
+    found, limits = _find_model(settings, read_shape), choose_limits(settings, on_gpu=False)
+    model, step_time = found.config, STEP_TIME_PRESETS[settings.fake_preset]
+    max_model_len = settings.max_model_len or model.max_position_embeddings
+    num_blocks = settings.num_blocks or max(_FAKE_BLOCKS, -(-max_model_len // limits.block_size))
+    # A modelled GPU overlaps its steps, as a real one does.
+    overlaps = settings.fake_preset != "instant"
+    runner = FakeModelRunner(model.vocab_size, model.eos_token_ids, step_time, overlaps=overlaps)
+    engine = Engine(engine_config(settings, limits, model, num_blocks, max_model_len), runner)
+    return _describe(found, engine, executor_pb2.GetExecutorInfoResponse(device="cpu", backend="fake"))
+
+
+def _find_model(settings: ExecutorSettings, read: Callable[[Path], ModelConfig]) -> _FoundModel:
     if settings.load_format == "dummy" and settings.model in PRESETS:
         # Without a tokenizer text cannot be served, but token ids can.
         return _FoundModel(None, settings.model_name or settings.model, PRESETS[settings.model], b"")
     path = resolve(settings.model, settings.home)
     name = settings.model_name or name_of(settings.model)
-    config = read_model_config(path)
+    config = read(path)
     if settings.load_format == "dummy":
         config = replace(config, stored_linears=None)  # random weights do not follow the checkpoint's form
     return _FoundModel(path, name, config, tokenizer_sha256(path))
-
-
-def _placed(placement: Placement, *, backend: str) -> executor_pb2.GetExecutorInfoResponse:
-    return executor_pb2.GetExecutorInfoResponse(
-        device=placement.device.torch_device.type,
-        dtype=dtype_name(placement.dtype),
-        kv_cache_dtype=dtype_name(placement.kv_cache_dtype),
-        backend=backend,
-    )
 
 
 def _describe(model: _FoundModel, engine: Engine, info: executor_pb2.GetExecutorInfoResponse) -> LoadedEngine:
@@ -134,13 +149,3 @@ def _describe(model: _FoundModel, engine: Engine, info: executor_pb2.GetExecutor
         grammars=engine.takes_grammars,
     )
     return LoadedEngine(engine, welcome, info)
-
-
-def _fake_engine(settings: ExecutorSettings, placement: Placement, model: ModelConfig) -> Engine:
-    step_time = STEP_TIME_PRESETS[settings.fake_preset]
-    max_model_len = settings.max_model_len or model.max_position_embeddings
-    num_blocks = settings.num_blocks or max(_FAKE_BLOCKS, -(-max_model_len // placement.block_size))
-    # A modelled GPU overlaps its steps, as a real one does.
-    overlaps = settings.fake_preset != "instant"
-    runner = FakeModelRunner(model.vocab_size, model.eos_token_ids, step_time, overlaps=overlaps)
-    return Engine(engine_config(settings, placement, model, num_blocks, max_model_len), runner)

@@ -12,10 +12,11 @@ import torch
 from kernels import Ops, select_ops
 from services.common.lifecycle import StartError
 from services.executor.config import ExecutorSettings
-from services.executor.engine.config import CapacityPolicy, EngineConfig
+from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
 from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.kv_cache_size import num_kv_blocks
+from services.executor.limits import engine_config
 from services.executor.models import (
     CausalLM,
     ModelConfig,
@@ -25,6 +26,7 @@ from services.executor.models import (
     allocate_kv_caches,
     dummy_model,
 )
+from services.executor.models.context import kv_bytes_per_token
 from services.executor.placement import Placement, dtype_name
 from services.executor.runner import ModelRunner
 from services.executor.runner.warm_up import run_largest_step, warm_up
@@ -33,7 +35,6 @@ from services.executor.weights import load_model, weight_bytes
 
 _LEAST_MODEL_LEN = 256
 _GIB = 1024**3
-_CPU_RUN = 64  # tokens that attention reads together, and the CPU itself ahead where their blocks are neighbours
 _WAITING_IN_TORCH = ("fused_moe", "fused_moe_wna16", "paged_attention_decode", "qk_norm_rope_and_cache")
 """Ops of a decode step whose torch forms read values of the device on the host: no graph can be captured of them."""
 
@@ -87,10 +88,10 @@ def build_model_engine(
     if device.overlaps:
         # What a step takes beside weights and cache is known once the largest one ran; torch keeps that memory.
         run_largest_step(
-            model, engine_config(settings, placement, model_config, *sizes), device, placement.kv_cache_dtype
+            model, _engine_config(settings, placement, model_config, *sizes), device, placement.kv_cache_dtype
         )
         sizes = _size_cache(settings, placement, model_config, sizes[1], device.free_memory())
-    config = engine_config(settings, placement, model_config, *sizes)
+    config = _engine_config(settings, placement, model_config, *sizes)
     threads = f"; {torch.get_num_threads()} threads" if torch_device.type == "cpu" else ""
     swap = f"; {config.num_host_blocks} more in host memory" if config.num_host_blocks else ""
     progress(
@@ -115,24 +116,11 @@ def build_model_engine(
     return ModelEngine(engine, runner, runtime.ops)
 
 
-def engine_config(
+def _engine_config(
     settings: ExecutorSettings, placement: Placement, model: ModelConfig, num_blocks: int, max_model_len: int
 ) -> EngineConfig:
-    """Return the engine's limits and policies."""
-    return EngineConfig(
-        num_blocks=num_blocks,
-        max_model_len=max_model_len,
-        vocab_size=model.vocab_size,
-        eos_token_ids=frozenset(model.eos_token_ids),
-        block_size=placement.block_size,
-        max_num_seqs=placement.max_num_seqs,
-        max_num_batched_tokens=placement.max_num_batched_tokens,
-        capacity_policy=CapacityPolicy(settings.capacity_policy),
-        enable_prefix_cache=settings.prefix_cache,
-        num_host_blocks=placement.swap_space // placement.block_bytes(model),
-        block_run=max(1, _CPU_RUN // placement.block_size) if placement.device.torch_device.type == "cpu" else 1,
-        target_itl=settings.target_itl_ms / 1e3 if settings.target_itl_ms is not None else None,
-    )
+    num_host_blocks = placement.swap_space // placement.block_bytes(model)
+    return engine_config(settings, placement.limits, model, num_blocks, max_model_len, num_host_blocks=num_host_blocks)
 
 
 def _select_ops(settings: ExecutorSettings, placement: Placement) -> Ops:
@@ -195,7 +183,7 @@ def _size_cache(
     settings: ExecutorSettings, placement: Placement, model: ModelConfig, longest: int, free: int
 ) -> tuple[int, int]:
     """Number of blocks, and max_model_len: an unset one shrinks to what the cache holds, a set one must fit."""
-    block_bytes, block_size = placement.block_bytes(model), placement.block_size
+    block_bytes, block_size = placement.block_bytes(model), placement.limits.block_size
     num_blocks = settings.num_blocks
     if num_blocks is None and settings.kv_cache_memory is not None:
         num_blocks = max(1, settings.kv_cache_memory // block_bytes)
@@ -203,7 +191,7 @@ def _size_cache(
         fitting = num_blocks or int(free * placement.memory_fraction) // block_bytes
         longest = max(min(longest, fitting * block_size), min(longest, _LEAST_MODEL_LEN))
     blocks = num_kv_blocks(
-        bytes_per_token=model.kv_bytes_per_token(placement.kv_cache_dtype),
+        bytes_per_token=kv_bytes_per_token(model, placement.kv_cache_dtype),
         block_size=block_size,
         max_model_len=longest,
         num_blocks=num_blocks,

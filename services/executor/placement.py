@@ -8,8 +8,10 @@ import torch
 
 from services.common.lifecycle import StartError
 from services.executor.config import ExecutorSettings
+from services.executor.limits import Limits, choose_limits
 from services.executor.memory import free_memory
 from services.executor.models import ModelConfig
+from services.executor.models.context import kv_bytes_per_token
 from services.executor.runner import CpuDevice, CudaDevice, Device
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,34 +27,27 @@ class Placement:
     device: Device
     dtype: torch.dtype
     kv_cache_dtype: torch.dtype
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    limits: Limits
     memory_fraction: float
     swap_space: int
 
     def block_bytes(self, model: ModelConfig) -> int:
         """Return the bytes of a cache block in all layers."""
-        return model.kv_bytes_per_token(self.kv_cache_dtype) * self.block_size
+        return kv_bytes_per_token(model, self.kv_cache_dtype) * self.limits.block_size
 
 
 def choose_placement(settings: ExecutorSettings) -> Placement:
     """Find the device and fill in what depends on it. Raises StartError when the device asked for is not there."""
-    on_gpu = settings.engine == "model" and _use_gpu(settings)
+    on_gpu = _use_gpu(settings)
     device: Device = CudaDevice(has_graphs=not settings.enforce_eager) if on_gpu else CpuDevice()
     dtype = _DTYPES.get(settings.dtype, torch.bfloat16 if on_gpu else torch.float32)
     if on_gpu and settings.block_size not in (None, *_PAGE_SIZES):
         raise StartError(f"--block-size {settings.block_size}: a GPU's kernels take pages of {_PAGE_SIZES} tokens")
-    max_num_seqs = settings.max_num_seqs or (256 if on_gpu else 64)
-    # A GPU's kernels load a block table's entry per tile of keys, so that a page should be as long as a tile; a chunk
-    # of 8192 tokens fills it. A CPU is full at a few hundred, and smaller pages share more.
     return Placement(
         device=device,
         dtype=dtype,
         kv_cache_dtype=_kv_cache_dtype(settings, dtype, on_gpu),
-        block_size=settings.block_size or (64 if on_gpu else 16),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(settings.max_num_batched_tokens or (8192 if on_gpu else 512), max_num_seqs),
+        limits=choose_limits(settings, on_gpu=on_gpu),
         memory_fraction=settings.memory_fraction or (0.9 if on_gpu else 0.25),
         swap_space=_swap_space(settings, on_gpu),
     )
@@ -74,8 +69,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _swap_space(settings: ExecutorSettings, on_gpu: bool) -> int:
-    if settings.engine == "fake":
-        return 0  # it has no cache to keep
     free = free_memory()
     if settings.swap_space is None:
         return min(4 * _GIB, free // 2) if on_gpu else 0

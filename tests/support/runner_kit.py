@@ -3,8 +3,8 @@
 import torch
 
 from services.executor.engine import EngineConfig
+from services.executor.model_config.rope import RopeConfig
 from services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
-from services.executor.models.rope import RopeConfig
 from services.executor.runner import Device, ModelRunner
 
 CPU = torch.device("cpu")

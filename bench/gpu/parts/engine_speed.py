@@ -10,6 +10,7 @@ from bench.gpu.part import Bench, Findings, UnavailableError
 from bench.gpu.roofline import Ceilings, ModelShape, step_floor_us
 from services.executor.engine import Engine
 from services.executor.models import PRESETS
+from services.executor.models.context import kv_bytes_per_token
 from services.executor.runner.warm_up import warm_up
 
 _MODEL = "llama-3.1-8b"
@@ -35,7 +36,7 @@ class EngineSpeed:
     def _measure(self, form: Format, load: Load, bench: Bench, found: Findings) -> None:
         device = bench.device
         config = tiny(_MODEL) if device.dry_run else PRESETS[_MODEL]
-        cache_bytes = load.num_blocks * PAGE * config.kv_bytes_per_token(form.cache_dtype)
+        cache_bytes = load.num_blocks * PAGE * kv_bytes_per_token(config, form.cache_dtype)
         if 1.1 * (weight_bytes(config, form) + cache_bytes) > device.free_bytes():
             raise UnavailableError(f"{_MODEL} {form.name} and its cache do not fit in memory")
         limits = engine_config(config, load, batched_tokens=16 if device.dry_run else 8192)

@@ -19,6 +19,7 @@ from bench.gpu.models import (
 from bench.gpu.part import Bench, Findings
 from bench.gpu.roofline import Ceilings, ModelShape, Precision, step_floor_us
 from services.executor.models import PRESETS, ModelConfig
+from services.executor.models.context import kv_bytes_per_token
 
 _TARGET = 0.75  # of the roofline, for decode steps
 _TARGET_ROWS = (1, 64)
@@ -82,7 +83,7 @@ class ModelSpeed:
     ) -> None:
         device = bench.device
         model = make_model(config, form, device, max_model_len=max(sizes.context, 64))
-        per_row = config.kv_bytes_per_token(form.cache_dtype) * -(-sizes.context // PAGE) * PAGE
+        per_row = kv_bytes_per_token(config, form.cache_dtype) * -(-sizes.context // PAGE) * PAGE
         most = min(max(sizes.batches), (device.free_bytes() - _ROOM) // per_row)
         if most < 1:
             found.note(f"{name} {form.name}: left out: no room for a cache")

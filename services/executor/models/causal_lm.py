@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from services.executor.models.config import ModelConfig
+from services.executor.model_config.config import ModelConfig
 from services.executor.models.context import ForwardContext, KVCache
 from services.executor.models.gemma3 import Gemma3DecoderLayer
 from services.executor.models.layers import RMSNorm

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import Ops
 from kernels.cpu.cache import CACHE_OPS, bytes_shape, can_have_bytes, can_have_layout, keys_by_token
 from kernels.reference.cache import SCALE_BYTES
-from services.executor.models.config import ModelConfig
+from services.executor.model_config.config import ModelConfig
 from services.executor.models.weight_memory import zero_pages
 
 
@@ -66,6 +66,12 @@ class ForwardContext:
     prefill: PrefillRows | None
 
 
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of KV cache one token takes over all layers."""
+    row = config.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
+    return 2 * config.num_layers * config.num_kv_heads * row
+
+
 def allocate_kv_caches(
     config: ModelConfig,
     num_blocks: int,
@@ -75,7 +81,7 @@ def allocate_kv_caches(
     device: torch.device,
     ops: Ops | None = None,
 ) -> list[KVCache]:
-    """Return one zeroed cache per layer; the memory is `num_blocks * page_size * config.kv_bytes_per_token(dtype)`.
+    """Return one zeroed cache per layer; the memory is `num_blocks * page_size * kv_bytes_per_token(config, dtype)`.
 
     Keys lie as the C++ forms read them where `ops` has these (`kernels.cpu.cache`), else token by token.
     """

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from services.executor.model_config.config import ModelConfig
 from services.executor.models.causal_lm import CausalLM
-from services.executor.models.config import ModelConfig
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot, finish_all
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels import Ops
-from services.executor.models.config import ModelConfig
-from services.executor.models.errors import UnsupportedModelError
+from services.executor.model_config.config import ModelConfig
+from services.executor.model_config.errors import UnsupportedModelError
 from services.executor.models.linear import (
     CheckpointFormat,
     DenseWeight,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from services.executor.models.config import ModelConfig
+from services.executor.model_config.config import ModelConfig
 from services.executor.models.context import ForwardContext, KVCache
 from services.executor.models.layers import Attention, GatedMLP, RMSNorm
 from services.executor.models.linear import LinearInput

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
 
 from services.common.model_files import shown
-from services.executor.models.errors import UnsupportedModelError
+from services.executor.model_config.errors import UnsupportedModelError
 from services.executor.models.linear.checkpoint import CheckpointFormat
 from services.executor.models.linear.ignored import IgnoredLayers
 from services.executor.models.linear.stored_fp8 import StoredFp8

@@ -8,9 +8,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from services.executor.models.config import ModelConfig
+from services.executor.model_config.config import ModelConfig
+from services.executor.model_config.errors import UnsupportedModelError
 from services.executor.models.context import ForwardContext, KVCache
-from services.executor.models.errors import UnsupportedModelError
 from services.executor.models.linear import LinearInput, PackedLinear
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot

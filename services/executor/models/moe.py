@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.executor.models.config import ModelConfig
+from services.executor.model_config.config import ModelConfig
 from services.executor.models.experts import Experts
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot

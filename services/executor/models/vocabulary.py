@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.rows import gather_rows
-from services.executor.models.config import ModelConfig
+from services.executor.model_config.config import ModelConfig
 from services.executor.models.linear import DenseWeight, IntWeight, build_weight
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot, finish_with

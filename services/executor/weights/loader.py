@@ -7,26 +7,18 @@ from pathlib import Path
 
 import torch
 
-from services.common.end_tokens import end_token_ids
-from services.common.gguf_metadata import GgufError
-from services.common.gguf_parts import gguf_models
-from services.common.model_files import ModelFileError, read_json_object, shown_name
+from services.common.model_files import shown_name
+from services.executor.gguf_file import GgufFile
+from services.executor.model_config import ModelConfig, UnsupportedModelError
+from services.executor.model_config.files import config_of_directory, config_of_gguf, locate
 from services.executor.models.causal_lm import CausalLM
-from services.executor.models.config import ModelConfig
-from services.executor.models.errors import UnsupportedModelError
-from services.executor.models.gguf_config import config_from_gguf
-from services.executor.models.hf_config import config_from_hf
 from services.executor.models.linear.stored_gguf import StoredGguf
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot, finish_all
-from services.executor.weights.gguf_file import GgufFile
 from services.executor.weights.gguf_source import GgufSource
 from services.executor.weights.safetensors_source import SafetensorsSource
 from services.executor.weights.source import WeightSource
 
-GGUF_FILE = "model.gguf"
-_EMBEDDING = "token_embd.weight"
-_ROPE_FACTORS = "rope_freqs.weight"
 # Tensors a checkpoint may hold that the model does not read: both are recomputed from the configuration.
 _REDUNDANT = re.compile(r".*\.rotary_emb\.inv_freq|rope_freqs\.weight")
 
@@ -36,11 +28,12 @@ def read_model_config(path: Path) -> ModelConfig:
 
     Raises UnsupportedModelError.
     """
-    located = _locate(path)
+    located = locate(path)
     if located.is_dir():
-        return _with_ends(path, _hf_config(located))
+        return config_of_directory(path, located)
     with GgufFile(located) as file:
-        return _with_ends(path, _gguf_config(file))
+        config = config_of_gguf(path, file)
+        return replace(config, stored_linears=StoredGguf(GgufSource(file, config).types))
 
 
 def weight_bytes(config: ModelConfig, runtime: ModelRuntime, *, max_model_len: int | None = None) -> int:
@@ -64,7 +57,7 @@ def load_model(
     quantisation, and for missing, damaged or surplus tensors.
     """
     config = config or read_model_config(path)
-    path = _locate(path)
+    path = locate(path)
     if path.is_dir():
         with SafetensorsSource(path) as source:
             _check_tied(path, config, source)
@@ -155,54 +148,3 @@ def _check_tied(path: Path, config: ModelConfig, source: SafetensorsSource) -> N
             f"{path}: config.json: tie_word_embeddings is true, but {head} differs from {embedding}; "
             f"set it to false, or leave {head} out"
         )
-
-
-def _locate(path: Path) -> Path:
-    """Return the GGUF file, or the directory of safetensors, that `path` stands for."""
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UnsupportedModelError(f"{path}: a model file must be a .gguf file")
-        return path
-    if not path.is_dir():
-        raise UnsupportedModelError(f"{path} does not exist; a model is a directory or a .gguf file")
-    if (path / GGUF_FILE).is_file():
-        return path / GGUF_FILE
-    if (path / "config.json").is_file():
-        return path
-    files = gguf_models(path)
-    if len(files) == 1:
-        return files[0]
-    if files:
-        raise UnsupportedModelError(
-            f"{path} holds {len(files)} .gguf files; give the path of one, or name it {GGUF_FILE}"
-        )
-    raise UnsupportedModelError(f"{path} holds neither a .gguf file nor a config.json with safetensors")
-
-
-def _with_ends(path: Path, config: ModelConfig) -> ModelConfig:
-    try:
-        return replace(config, eos_token_ids=end_token_ids(path, config.vocab_size))
-    except (ModelFileError, GgufError) as error:
-        raise UnsupportedModelError(str(error)) from error
-
-
-def _hf_config(directory: Path) -> ModelConfig:
-    try:
-        raw = read_json_object(directory / "config.json")
-        modelopt = read_json_object(directory / "hf_quant_config.json", missing={})
-    except ModelFileError as error:
-        raise UnsupportedModelError(str(error)) from error
-    if not raw.get("quantization_config") and modelopt:  # where ModelOpt wrote it before it was in both
-        raw["quantization_config"] = {"quant_method": "modelopt"} | (modelopt.get("quantization") or {})
-    return config_from_hf(raw)
-
-
-def _gguf_config(file: GgufFile) -> ModelConfig:
-    try:
-        if _EMBEDDING not in file.tensors:
-            raise UnsupportedModelError(f"GGUF: the tensor {_EMBEDDING} is missing")
-        factors = file.dequantize(_ROPE_FACTORS).tolist() if _ROPE_FACTORS in file.tensors else None
-        config = config_from_gguf(file.metadata, set(file.tensors), file.tensors[_EMBEDDING].shape[0], factors)
-    except GgufError as error:  # values are decoded when asked for
-        raise UnsupportedModelError(str(error)) from error
-    return replace(config, stored_linears=StoredGguf(GgufSource(file, config).types))

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from services.common.model_files import ModelFileError, brief, read_json_object, shown, shown_name
-from services.executor.models.errors import UnsupportedModelError
+from services.executor.model_config.errors import UnsupportedModelError
 from services.executor.models.weight_slot import WeightSlot
 
 SINGLE_FILE = "model.safetensors"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import Ops, select_ops
+from services.executor.model_config.hf_config import config_from_hf
 from services.executor.models import (
     CausalLM,
     DecodeRows,
@@ -12,7 +13,6 @@ from services.executor.models import (
     PrefillRows,
     allocate_kv_caches,
 )
-from services.executor.models.hf_config import config_from_hf
 from services.executor.models.quantization import Quantization
 
 CPU = torch.device("cpu")

@@ -60,7 +60,7 @@ def test_graphs_of_ops_that_wait_for_the_device(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu = replace(choose_placement(ExecutorSettings(device="cpu")), device=FakeCudaDevice(), dtype=torch.bfloat16)
-    monkeypatch.setattr("services.executor.build.choose_placement", lambda settings: on_gpu)
+    monkeypatch.setattr("services.executor.placement.choose_placement", lambda settings: on_gpu)
     message = refusal(model_dir("smollm2-135m-instruct"), kernels={"paged_attention_decode": "torch"})
     assert message.startswith("paged_attention_decode: ")
     assert "--enforce-eager" in message

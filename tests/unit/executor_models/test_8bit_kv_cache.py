@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels import Capability, select_ops
 from services.executor.models import ModelRuntime, allocate_kv_caches
+from services.executor.models.context import kv_bytes_per_token
 from services.executor.weights import UnsupportedModelError, load_model
 
 E4M3 = torch.float8_e4m3fn
@@ -59,7 +60,7 @@ def test_memory_is_what_a_token_is_said_to_take(kernels: str, hf_model: Callable
     for dtype in (torch.float32, torch.float16, E4M3, torch.int8):
         caches = allocate_kv_caches(config, 3, 16, dtype=dtype, device=torch.device("cpu"), ops=ops)
         taken = sum(part.numel() * part.element_size() for cache in caches for part in cache)
-        assert taken == 3 * 16 * config.kv_bytes_per_token(dtype)
+        assert taken == 3 * 16 * kv_bytes_per_token(config, dtype)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from services.executor.model_config.hf_config import config_from_hf
 from services.executor.models import (
     PRESETS,
     ModelConfig,
@@ -16,7 +17,6 @@ from services.executor.models import (
     dummy_model,
     preset_config,
 )
-from services.executor.models.hf_config import config_from_hf
 from services.executor.weights import weight_bytes
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
+from services.executor.model_config.errors import UnsupportedModelError
+from services.executor.model_config.hf_config import config_from_hf
 from services.executor.models import ModelRuntime
-from services.executor.models.errors import UnsupportedModelError
-from services.executor.models.hf_config import config_from_hf
 from services.executor.weights import load_model, read_model_config
 
 TEXT = {

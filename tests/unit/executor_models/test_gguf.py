@@ -13,15 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from services.common.tokenizer_digest import tokenizer_sha256
-from services.executor.models import ModelRuntime, Quantization
-from services.executor.models.errors import UnsupportedModelError
-from services.executor.models.rope import (
+from services.executor.model_config.errors import UnsupportedModelError
+from services.executor.model_config.rope import (
     FrequencyFactors,
     LinearScaling,
     RopeConfig,
     YarnScaling,
     yarn_attention_factor,
 )
+from services.executor.models import ModelRuntime, Quantization
 from services.executor.weights import load_model, read_model_config, weight_bytes
 
 CPU = torch.device("cpu")

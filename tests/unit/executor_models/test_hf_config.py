@@ -12,14 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from services.executor.models.hf_config import config_from_hf
-from services.executor.models.rope import (
-    FrequencyFactors,
-    Llama3Scaling,
-    RopeConfig,
-    YarnScaling,
-    inverse_frequencies,
-)
+from services.executor.model_config.hf_config import config_from_hf
+from services.executor.model_config.rope import FrequencyFactors, Llama3Scaling, RopeConfig, YarnScaling
+from services.executor.models.context import kv_bytes_per_token
+from services.executor.models.rope import inverse_frequencies
 from services.executor.weights import read_model_config
 
 CPU = torch.device("cpu")
@@ -210,7 +206,7 @@ def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
 
 def test_kv_bytes_per_token() -> None:
     # Llama 3.2 1B: 16 layers, 8 kv heads of 64, keys and values, 2 bytes each.
-    assert config_from_hf(LLAMA_32_1B).kv_bytes_per_token(torch.bfloat16) == 32768
+    assert kv_bytes_per_token(config_from_hf(LLAMA_32_1B), torch.bfloat16) == 32768
 
 
 @given(

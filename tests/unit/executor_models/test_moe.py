@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig
 
+from services.executor.model_config.hf_config import config_from_hf
 from services.executor.models import ModelRuntime
-from services.executor.models.hf_config import config_from_hf
 from services.executor.models.moe import MoeMLP
 from services.executor.weights import UnsupportedModelError, load_model, read_model_config
 

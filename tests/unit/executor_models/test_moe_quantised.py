@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.executor.model_config.hf_config import config_from_hf
 from services.executor.models import ModelConfig, ModelRuntime, UnsupportedModelError
-from services.executor.models.hf_config import config_from_hf
 from services.executor.models.linear import Fp8Weight
 from services.executor.models.moe import MoeMLP
 from services.executor.models.quantization import Quantization

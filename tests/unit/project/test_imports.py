@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVICES = ("tokenizer", "scheduler", "executor")
-ENGINE = tuple(f"services/executor/{part}" for part in ("engine", "models", "runner", "weights"))
+ENGINE = tuple(f"services/executor/{part}" for part in ("engine", "model_config", "models", "runner", "weights"))
 TEXT_CORE = ("services/tokenizer/text",)
 CLIENTS = ("clients", "scalellm.client")
 
@@ -101,5 +101,19 @@ _HEAVY = ("torch", "triton", "kernels", "transformers", "numpy", "gguf")
 )
 def test_what_must_start_in_an_instant_imports_nothing_heavy(module: str, heavy: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_an_engine_without_a_model_loads_no_torch(model_dir: Callable[[str], Path]) -> None:
+    """It takes three seconds of the CPU, at each start of an engine."""
+    code = f"""
+import sys
+import services.executor.engine_process
+from services.executor.build import build_engine
+from services.executor.config import ExecutorSettings
+build_engine(ExecutorSettings(engine="fake", model={str(model_dir("smollm2-135m-instruct"))!r}), print)
+print(*(name for name in ("torch", "triton", "kernels", "transformers") if name in sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from services.executor.models.errors import UnsupportedModelError
+from services.executor.model_config.errors import UnsupportedModelError
 from services.executor.models.linear.dense import DenseWeight
 from services.executor.models.linear.fp8 import Fp8Weight
 from services.executor.models.linear.packing import per_word

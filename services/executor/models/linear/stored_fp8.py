@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from services.executor.models.errors import UnsupportedModelError
+from services.executor.model_config.errors import UnsupportedModelError
 from services.executor.models.linear.checkpoint import FilledWeight, stacked
 from services.executor.models.linear.fp8 import E4M3, Fp8Weight
 from services.executor.models.linear.ignored import IgnoredLayers

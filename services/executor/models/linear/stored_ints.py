@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from services.executor.models.errors import UnsupportedModelError
+from services.executor.model_config.errors import UnsupportedModelError
 from services.executor.models.linear.checkpoint import FilledWeight, stacked
 from services.executor.models.linear.ignored import IgnoredLayers
 from services.executor.models.linear.packing import pack_rows, per_word, unpack_rows

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from services.common.gguf_metadata import GgufError, GgufMetadata
 from services.common.gguf_parts import gguf_parts
 from services.common.model_files import shown, shown_name
-from services.executor.models.errors import UnsupportedModelError
+from services.executor.model_config.errors import UnsupportedModelError
 
 _DEFAULT_ALIGNMENT = 32
 _MOST_ALIGNMENT = 1 << 20

@@ -1,14 +1,15 @@
 """ModelConfig: the shape and the arithmetic of a decoder model, whatever file it came from."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from services.executor.model_config.errors import UnsupportedModelError
+from services.executor.model_config.rope import FrequencyFactors, RopeConfig
 
-from kernels.reference.cache import SCALE_BYTES
-from services.executor.models.errors import UnsupportedModelError
-from services.executor.models.linear import CheckpointFormat
-from services.executor.models.rope import FrequencyFactors, RopeConfig
+if TYPE_CHECKING:
+    from services.executor.models.linear import CheckpointFormat
 
 Architecture = Literal[
     "LlamaForCausalLM",
@@ -117,8 +118,3 @@ class ModelConfig:
     def layer_rope(self, layer: int) -> RopeConfig:
         """Return the rotary settings of this layer."""
         return self.local_rope if self.sliding_layers[layer] else self.rope
-
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Return the bytes of KV cache one token takes over all layers."""
-        row = self.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
-        return 2 * self.num_layers * self.num_kv_heads * row

@@ -3,12 +3,14 @@
 Where a key is absent the default is that of the transformers class, so that the same file means the same model.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from services.common.model_files import shown
-from services.executor.models.config import Activation, Architecture, ModelConfig
-from services.executor.models.config_keys import (
+from services.executor.model_config.config import Activation, Architecture, ModelConfig
+from services.executor.model_config.config_keys import (
     ACCEPTED_VALUES,
     IRRELEVANT_KEYS,
     MOST_HEADS,
@@ -16,10 +18,8 @@ from services.executor.models.config_keys import (
     MOST_POSITIONS,
     ConfigKeys,
 )
-from services.executor.models.errors import UnsupportedModelError
-from services.executor.models.hf_quantization import stored_linears
-from services.executor.models.linear import CheckpointFormat
-from services.executor.models.rope import (
+from services.executor.model_config.errors import UnsupportedModelError
+from services.executor.model_config.rope import (
     LinearScaling,
     Llama3Scaling,
     RopeConfig,
@@ -27,6 +27,9 @@ from services.executor.models.rope import (
     YarnScaling,
     yarn_attention_factor,
 )
+
+if TYPE_CHECKING:
+    from services.executor.models.linear import CheckpointFormat
 
 _MODEL_TYPES: Mapping[Architecture, str] = {
     "LlamaForCausalLM": "llama",
@@ -128,6 +131,9 @@ def _stored_linears(keys: ConfigKeys) -> CheckpointFormat | None:
         if config is not None and not isinstance(config, Mapping):
             raise keys.refusal(key, "it must be an object")
         if config:
+            # Not at the top: it imports torch, which takes three seconds, and an engine without weights does without.
+            from services.executor.models.hf_quantization import stored_linears
+
             return stored_linears(config)
     return None
 

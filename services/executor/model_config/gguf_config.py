@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from services.common.model_files import shown
-from services.executor.models.config import Architecture, ModelConfig
-from services.executor.models.config_keys import (
+from services.executor.model_config.config import Architecture, ModelConfig
+from services.executor.model_config.config_keys import (
     ACCEPTED_GGUF_VALUES,
     IRRELEVANT_GGUF_KEYS,
     MOST_HEADS,
@@ -14,8 +14,8 @@ from services.executor.models.config_keys import (
     MOST_POSITIONS,
     ConfigKeys,
 )
-from services.executor.models.errors import UnsupportedModelError
-from services.executor.models.rope import (
+from services.executor.model_config.errors import UnsupportedModelError
+from services.executor.model_config.rope import (
     FrequencyFactors,
     LinearScaling,
     RopeConfig,

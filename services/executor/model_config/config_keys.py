@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from services.common.model_files import shown
-from services.executor.models.errors import UnsupportedModelError
+from services.executor.model_config.errors import UnsupportedModelError
 
 MOST_SIZE = 1 << 24
 """Largest dimension of a tensor."""
