@@ -15,6 +15,8 @@ from link_peer import open_link
 from scalellm.v1 import common_pb2, executor_pb2, executor_pb2_grpc, link_pb2, scheduler_pb2_grpc
 from service_processes import PATIENCE, ServiceProcess, Spawn, eventually
 from services.common.link import API_MINOR
+from services.common.settings import load_settings
+from services.executor.config import ExecutorSettings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -34,6 +36,15 @@ def flags(model: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def executor(module_spawn: Spawn, model_dir) -> ServiceProcess:
     return module_spawn("executor", *flags(model_dir("smollm2-135m-instruct")))
+
+
+@pytest.fixture(scope="module")
+def paced(module_spawn: Spawn, model_dir) -> ServiceProcess:
+    """One with few rows whose steps take as long as a GPU's, so that what runs can be seen running."""
+    return module_spawn(
+        "executor",
+        *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b", "--max-num-seqs", "4"),
+    )
 
 
 def sampling(**fields) -> common_pb2.SamplingParams:
@@ -107,14 +118,10 @@ async def test_refusals_name_the_field_and_give_credits_back(executor: ServicePr
         assert (await peer.finish(5)).status.code == 0
 
 
-async def test_requests_that_were_not_granted_end_the_link(spawn: Spawn, model_dir) -> None:
-    # Slow and small, so that none of the few granted requests has ended when one too many comes. Nothing is written
-    # after that one: a write that races the end of its call spoils the status the client sees.
-    executor = spawn(
-        "executor",
-        *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b", "--max-num-seqs", "4"),
-    )
-    async with open_link(execute, executor.address) as good, open_link(execute, executor.address) as greedy:
+async def test_requests_that_were_not_granted_end_the_link(paced: ServiceProcess) -> None:
+    # None of the few granted requests has ended when one too many comes. Nothing is written after that one: a write
+    # that races the end of its call spoils the status the client sees.
+    async with open_link(execute, paced.address) as good, open_link(execute, paced.address) as greedy:
         for handle in range(greedy.welcome.load.granted_requests + 1):
             await greedy.submit(handle, [5], sampling=sampling(max_tokens=500, ignore_eos=True))
         assert await greedy.status() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -166,8 +173,8 @@ async def test_abort_and_a_dropped_link_free_everything(spawn: Spawn, model_dir)
     assert state.accepted == state.finished + state.cancelled + state.rejected == 6
 
 
-async def test_engine_death_ends_the_links_and_a_new_engine_comes(spawn: Spawn, model_dir) -> None:
-    executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b"))
+async def test_engine_death_ends_the_links_and_a_new_engine_comes(paced: ServiceProcess) -> None:
+    executor = paced
     first = (await info(executor.address)).instance_id
     async with open_link(execute, executor.address) as peer:
         await peer.submit(1, [5], sampling=sampling(max_tokens=400, ignore_eos=True))
@@ -187,8 +194,9 @@ async def test_engine_death_ends_the_links_and_a_new_engine_comes(spawn: Spawn, 
         assert (await peer.finish(1)).status.code == 0
 
 
-async def test_sigterm_finishes_what_runs_and_refuses_the_rest(spawn: Spawn, model_dir) -> None:
-    executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b"))
+async def test_sigterm_finishes_what_runs_and_refuses_the_rest(paced: ServiceProcess) -> None:
+    """The last that uses it."""
+    executor = paced
     async with open_link(execute, executor.address) as peer:
         await peer.submit(1, [5], sampling=sampling(max_tokens=500, ignore_eos=True))
         await peer.until(lambda: bool(peer.tokens[1, 0]))
@@ -289,33 +297,45 @@ async def test_kill_9_of_the_front_leaves_no_engine(spawn: Spawn, model_dir) -> 
     await eventually(lambda: not engine.is_running() or engine.status() == "zombie")
 
 
+def test_refuses_to_start_in_one_line(spawn: Spawn, model_dir) -> None:
+    """By its settings, by its engine, by its front."""
+    refusals = {
+        words: spawn("executor", *flags(model_dir("smollm2-135m-instruct"), *more), wait=False)
+        for words, more in (
+            ("--capacity-policy", ["--capacity-policy", "hope"]),
+            ("num_blocks", ["--num-blocks", "1"]),
+            ("/nowhere/model", ["--model", "/nowhere/model"]),
+            ("/nowhere/address", ["--announce", "/nowhere/address"]),
+        )
+    }
+    for words, executor in refusals.items():
+        assert executor.process.wait(PATIENCE) in (1, 2)
+        errors = [line for line in executor.log.read_text().splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert words in errors[0]
+        assert "Traceback" not in executor.log.read_text()
+
+
 @pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--model", "/nowhere/model"], "/nowhere/model"),
-        (["--fake-preset", "abacus"], "instant"),
-        (["--num-blocks", "1"], "num_blocks"),
-        (["--max-num-seqs", "0"], "--max-num-seqs"),
-        (["--capacity-policy", "hope"], "--capacity-policy"),
-        (["--announce", "/nowhere/address"], "/nowhere/address"),
-    ],
+    ("option", "value", "words"), [("--fake-preset", "abacus", "instant"), ("--max-num-seqs", "0", "--max-num-seqs")]
 )
-def test_refuses_to_start_in_one_line(spawn: Spawn, model_dir, more: list[str], words: str) -> None:
-    executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), *more), wait=False)
-    assert executor.process.wait(PATIENCE) in (1, 2)
-    errors = [line for line in executor.log.read_text().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert words in errors[0]
-    assert "Traceback" not in executor.log.read_text()
+def test_settings_that_cannot_be_are_refused_by_name(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        load_settings(ExecutorSettings, [option, value])
+    assert refused.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert words in error
 
 
-def test_a_port_in_use_is_said_plainly(spawn: Spawn, model_dir) -> None:
-    first = spawn("executor", *flags(model_dir("smollm2-135m-instruct")))
-    port = first.address.rpartition(":")[2]
+def test_a_port_in_use_is_said_plainly(executor: ServiceProcess, spawn: Spawn, model_dir) -> None:
+    port = executor.address.rpartition(":")[2]
     second = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--port", port), wait=False)
+    third = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--metrics-port", port), wait=False)
     assert second.process.wait(PATIENCE) == 1
     assert f"cannot listen on 127.0.0.1:{port}" in second.log.read_text()
-    third = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--metrics-port", port), wait=False)
     assert third.process.wait(PATIENCE) == 1
     (line,) = third.log.read_text().splitlines()
     assert line.startswith(f"error: cannot listen on 127.0.0.1:{port} for metrics")
