@@ -18,11 +18,11 @@ NUM_REQUESTS = 8
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "1024", "--fake-preset", "h200-llama-8b")
 
 
-@pytest.fixture
-def line(spawn: Spawn, redis, model_dir) -> Line:
-    flags = ("--num-blocks", "256", "--max-model-len", "1024", "--num-threads", "1")
+@pytest.fixture(scope="module")
+def fake_line(module_spawn: Spawn, module_redis, model_dir) -> Line:
+    """One executor, and a scheduler that does not wait for it when nobody answers."""
     model = model_dir("smollm2-135m-instruct")
-    return start_line(spawn, redis, model, executors=(flags, flags), scheduler=("--executor-grace-s", "2"))
+    return start_line(module_spawn, module_redis, model, executors=(FAKE,), scheduler=("--executor-grace-s", "0"))
 
 
 def request(number: int, max_tokens: int = 32) -> generation_pb2.GenerateRequest:
@@ -39,7 +39,9 @@ def request(number: int, max_tokens: int = 32) -> generation_pb2.GenerateRequest
     )
 
 
-async def test_kill_9_of_an_executor_loses_and_repeats_nothing(line: Line) -> None:
+async def test_kill_9_of_an_executor_loses_and_repeats_nothing(spawn: Spawn, redis, model_dir) -> None:
+    flags = ("--num-blocks", "256", "--max-model-len", "1024", "--num-threads", "1")
+    line = start_line(spawn, redis, model_dir("smollm2-135m-instruct"), executors=(flags, flags))
     async with line.channel() as channel:
         undisturbed = [await generate(channel, request(number)) for number in range(NUM_REQUESTS)]
         assert all(answer.code is grpc.StatusCode.OK for answer in undisturbed)
@@ -73,28 +75,9 @@ async def test_kill_9_of_an_executor_loses_and_repeats_nothing(line: Line) -> No
     assert info.load.free_blocks == info.load.total_blocks
 
 
-async def test_without_any_executor_requests_end_promptly(line: Line) -> None:
-    async with line.channel() as channel:
-        # Long enough to be running still when the last executor is gone, however fast they are.
-        running = asyncio.create_task(generate(channel, request(1, max_tokens=900)))
-        async with asyncio.timeout(PATIENCE):
-            while (await line.scheduler_state()).running == 0:
-                await asyncio.sleep(0.02)
-        for executor in line.executors:
-            executor.kill_tree()
-        answer = await asyncio.wait_for(running, PATIENCE)
-        assert answer.code is grpc.StatusCode.UNAVAILABLE
-        later = await asyncio.wait_for(generate(channel, request(2)), PATIENCE)
-        assert later.code is grpc.StatusCode.UNAVAILABLE
-
-
-async def test_the_requests_of_the_only_executor_wait_while_its_engine_starts_again(
-    spawn: Spawn, redis, model_dir
-) -> None:
+async def test_the_requests_of_the_only_executor_wait_while_its_engine_starts_again(fake_line: Line) -> None:
     """However short the grace: the front answers, and says that there will be an engine."""
-    line = start_line(
-        spawn, redis, model_dir("smollm2-135m-instruct"), executors=(FAKE,), scheduler=("--executor-grace-s", "0")
-    )
+    line = fake_line
     async with line.channel() as channel:
         undisturbed = [await generate(channel, request(number)) for number in range(NUM_REQUESTS)]
         seen = [Answer() for _ in range(NUM_REQUESTS)]
@@ -113,3 +96,20 @@ async def test_the_requests_of_the_only_executor_wait_while_its_engine_starts_ag
     state = await line.scheduler_state()
     assert state.resubmitted > 0
     assert state.running == state.queued == 0
+
+
+async def test_without_any_executor_requests_end_promptly(fake_line: Line) -> None:
+    """The last of the file: it ends the executor."""
+    line = fake_line
+    async with line.channel() as channel:
+        # Long enough to be running still when the last executor is gone, however fast they are.
+        running = asyncio.create_task(generate(channel, request(1, max_tokens=900)))
+        async with asyncio.timeout(PATIENCE):
+            while (await line.scheduler_state()).running == 0:
+                await asyncio.sleep(0.02)
+        for executor in line.executors:
+            executor.kill_tree()
+        answer = await asyncio.wait_for(running, PATIENCE)
+        assert answer.code is grpc.StatusCode.UNAVAILABLE
+        later = await asyncio.wait_for(generate(channel, request(2)), PATIENCE)
+        assert later.code is grpc.StatusCode.UNAVAILABLE

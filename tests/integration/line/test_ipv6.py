@@ -31,7 +31,7 @@ def line(module_spawn: Spawn, module_redis, model_dir) -> Iterator[Line]:
         module_spawn,
         module_redis,
         model_dir("smollm2-135m-instruct"),
-        executors=((*FAKE, "--host", "::1", *METRICS), (*FAKE, "--host", "[::1]", *METRICS)),
+        executors=((*FAKE, "--host", "[::1]", *METRICS),),
         scheduler=("--host", "::1", *METRICS),
         tokenizer=("--host", "::", "--metrics-host", "::", "--workers", "2"),
     )

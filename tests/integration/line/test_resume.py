@@ -23,7 +23,7 @@ async def test_another_tokenizer_goes_on_with_the_very_same_tokens(spawn, redis,
     )
     request = generation_pb2.GenerateRequest(
         prompt="Once upon a time",
-        sampling=common_pb2.SamplingParams(max_tokens=600, seed=3, n=2, ignore_eos=True),
+        sampling=common_pb2.SamplingParams(max_tokens=300, seed=3, n=2, ignore_eos=True),
         output=generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS,
     )
     async with line.channel() as channel:
