@@ -22,7 +22,7 @@ COPY pyproject.toml ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 print(*p['dependencies'], *p['optional-dependencies']['executor'], sep='\n')" >requirements.txt \
     && pip install -r requirements.txt
-COPY README.md ./
+COPY README.md LICENSE NOTICE ./
 COPY protos/gen protos/gen
 COPY kernels kernels
 COPY services services

@@ -15,7 +15,7 @@ COPY constraints.txt pyproject.toml ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
         >requirements.txt \
     && pip install -r requirements.txt
-COPY README.md ./
+COPY README.md LICENSE NOTICE ./
 COPY protos/gen protos/gen
 COPY kernels kernels
 COPY services services
