@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from services.common.errors import StatusError
 from services.tokenizer.config import TokenizerSettings
 from services.tokenizer.generation.caller import Caller
 from services.tokenizer.generation.edge import Edge
-from services.tokenizer.generation.request_path import Generation
+from services.tokenizer.generation.request_path import Generation, Resumption
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import Prompt
@@ -34,6 +35,8 @@ class Ledger:
     """Quotas that let everything in and write down what is paid."""
 
     def __init__(self) -> None:
+        self.max_readers = 1
+        self.num_readers = 0
         self.reserved: list[int] = []
         self.paid: list[int] = []
 
@@ -45,6 +48,16 @@ class Ledger:
 
     def end(self, tokens: int) -> None:
         self.paid.append(tokens)
+
+    @asynccontextmanager
+    async def reading(self, tenant: object) -> AsyncIterator[None]:
+        if self.num_readers >= self.max_readers:
+            raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "concurrent_requests: ...")
+        self.num_readers += 1
+        try:
+            yield
+        finally:
+            self.num_readers -= 1
 
 
 class Schedulers:
@@ -120,16 +133,7 @@ def loses_its_scheduler(receiver: TokenReceiver) -> None:
     receiver.fail(StatusError.unavailable("lost"))
 
 
-async def charge(texts: object, play: Play, then: Play | None = None, **fields: Any) -> tuple[Ledger, int, Any]:
-    """Return what was paid for a request, the tokens its client saw, and how it ended.
-
-    Args:
-        texts: What tokens mean.
-        play: What the scheduler says when the request comes.
-        then: What it says when the client has seen that.
-        fields: Of the request.
-    """
-    ledger = Ledger()
+def make_edge(texts: object, play: Play) -> SimpleNamespace:
     edge = SimpleNamespace(
         model_name="m",
         prompts=Prompts(texts),
@@ -140,12 +144,26 @@ async def charge(texts: object, play: Play, then: Play | None = None, **fields: 
         metrics=EdgeMetrics(CollectorRegistry()),
         salt_secret="",
         access=Access(),
-        quotas=ledger,
+        quotas=Ledger(),
         request_log=RequestLog(TokenizerSettings(model="m")),
         tracer=None,
         sampling_defaults=common_pb2.SamplingParams(),
     )
     assert set(vars(edge)) <= {*Edge.__dataclass_fields__, "vocab_size"}
+    return edge
+
+
+async def charge(texts: object, play: Play, then: Play | None = None, **fields: Any) -> tuple[Ledger, int, Any]:
+    """Return what was paid for a request, the tokens its client saw, and how it ended.
+
+    Args:
+        texts: What tokens mean.
+        play: What the scheduler says when the request comes.
+        then: What it says when the client has seen that.
+        fields: Of the request.
+    """
+    edge = make_edge(texts, play)
+    ledger = edge.quotas
     if "tokens" not in fields:
         fields["prompt"] = "text"
     sampling = common_pb2.SamplingParams(max_tokens=fields.pop("max_tokens", MAX_TOKENS), seed=1)
@@ -209,3 +227,22 @@ async def test_a_refusal_before_it_costs_what_was_encoded(texts, fields, paid):
     ledger, seen, ended = await charge(texts, tokens(0), **fields)
     assert (seen, ended) == (0, grpc.StatusCode.INVALID_ARGUMENT)
     assert (ledger.reserved, ledger.paid) == ([], [paid])
+
+
+async def test_who_reads_a_kept_answer_holds_a_place_until_it_leaves(texts):
+    edge = make_edge(texts, tokens(0))
+    looked_up = []
+
+    async def find(*_: object) -> None:
+        looked_up.append(edge.quotas.num_readers)
+        raise StatusError(grpc.StatusCode.NOT_FOUND, "no such request")
+
+    edge.kept = SimpleNamespace(find=find)
+    for places, code in ((1, grpc.StatusCode.NOT_FOUND), (0, grpc.StatusCode.RESOURCE_EXHAUSTED)):
+        edge.quotas = Ledger()
+        edge.quotas.max_readers = places
+        with pytest.raises(StatusError) as error:
+            async with Resumption(edge, generation_pb2.ResumeRequest(request_id="r"), Client()) as call:
+                await anext(call.events)
+        assert error.value.code is code
+    assert looked_up == [1], "what is refused costs no look-up"

@@ -102,6 +102,7 @@ async def test_whoever_has_a_request_is_told_to_cancel_it(own_redis):
         assert not await two.cancel(TENANT, "r"), "there is none"
         await one.create(TENANT, head(), 1, None)
         assert not (await two.read(TENANT, "r", 0)).is_cancelled
+        assert not await two.cancel(OTHER, "r"), "it is another tenant's"
         for _ in range(2):
             assert await two.cancel(TENANT, "r")
         assert (await two.read(TENANT, "r", 0)).is_cancelled
