@@ -111,7 +111,7 @@ class Entry:
         tenant: Whose it is.
         request_id: Its id.
         fence: The writer's.
-        num_bytes: What the tail has.
+        num_bytes: What the tail has, by the last answer.
         step: What came.
         end: How it ended.
         gives_up: Others may take it over at once.
@@ -230,8 +230,8 @@ class Journal:
         async with self._reach() as redis:
             return bool(await redis.eval(journal_script.CANCEL, 1, _Keys(tenant, request_id).head))
 
-    async def write(self, entries: Sequence[Entry]) -> list[Written]:
-        """Write what came of several requests, in one round trip."""
+    async def write(self, entries: Sequence[Entry]) -> list[tuple[Written, int]]:
+        """Write what came of several requests, in one round trip. Returns how many bytes each tail has then, too."""
         if not entries:
             return []
         calls = [self._write_call(entry) for entry in entries]
@@ -246,7 +246,7 @@ class Journal:
                     answers[place] = await redis.eval(journal_script.WRITE, 4, *keys, *arguments)
                 elif isinstance(answer, Exception):
                     raise answer
-        return [Written(answer) for answer in answers]
+        return [(Written(code), num_bytes) for code, num_bytes in answers]
 
     async def forget(self, tenant: Tenant, request_id: str, fence: int) -> None:
         """Remove a journal, if it is still this worker's: its id stands for nothing any more."""

@@ -67,27 +67,29 @@ WRITE = (
     _STORE
     + """
 -- Adds to the tail and renews the lease. ARGV: prefix of heads, id, limit, ttl ms, lease ms (0 = give it up), fence,
--- bytes that the tail has, what is added, name ('' = none) and value of the field with the end.
--- Returns 1: done, 2: done, and the request is to be cancelled, 0: it is another worker's now, -1: no room, the journal
--- is gone, -2: there is none, or Redis evicted its tail.
+-- bytes that the tail has, what is added, name ('' = none) and value of the field with the end. The tail has more
+-- bytes where the answer to an earlier write did not come, as its worker was being stopped, say: what is added then
+-- repeats some of it, which readers skip.
+-- Returns two numbers. 1: done, 2: done, and the request is to be cancelled, 0: it is another worker's now, -1: no
+-- room, the journal is gone, -2: there is none, or Redis evicted its tail; and the bytes that the tail has now.
 local id, ttl, lease = ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5])
 local fence = redis.call('HGET', head, 'fence')
-if not fence then return -2 end
-if fence ~= ARGV[6] then return 0 end
+if not fence then return {-2, 0} end
+if fence ~= ARGV[6] then return {0, 0} end
 local length, before, data = redis.call('STRLEN', tail), tonumber(ARGV[7]), ARGV[8]
 if length == before + #data then
   data = ''  -- was added the first time
-elseif length ~= before then
+elseif length < before then
   redis.call('DEL', head, tail)
   forget(id)
-  return -2
+  return {-2, 0}
 end
 local more = #data + #ARGV[10]
 if more > 0 then
   if not has_room(more, tonumber(ARGV[3]), ARGV[1]) then
     redis.call('DEL', head, tail)
     forget(id)
-    return -1
+    return {-1, 0}
   end
   if #data > 0 then redis.call('APPEND', tail, data) end
   if ARGV[9] ~= '' then redis.call('HSET', head, ARGV[9], ARGV[10]) end
@@ -95,7 +97,8 @@ if more > 0 then
 end
 redis.call('HSET', head, 'lease', lease > 0 and now + lease or 0)
 keep(id, ttl)
-return ARGV[9] == '' and redis.call('HEXISTS', head, 'cancel') == 1 and 2 or 1
+local is_cancelled = ARGV[9] == '' and redis.call('HEXISTS', head, 'cancel') == 1
+return {is_cancelled and 2 or 1, redis.call('STRLEN', tail)}
 """
 )
 

@@ -191,15 +191,15 @@ class KeptRequest:
             return None
         return Entry(self.tenant, self.head.request_id, self._fence, self._num_bytes, data, end)
 
-    async def wrote(self, entry: Entry, outcome: Written | None) -> None:
-        """An entry was written, or not: None = Redis did not answer."""
+    async def wrote(self, entry: Entry, outcome: Written | None, num_bytes: int = 0) -> None:
+        """An entry was written, and the tail has so many bytes now; or it was not: None = Redis did not answer."""
         self.is_journaled = outcome in (Written.DONE, Written.CANCELLED)
         if outcome is None:
             return
         self._renewed_at = time.monotonic()
         if self.is_journaled:
             self._mark = self._next_mark
-            self._num_bytes += len(entry.step)
+            self._num_bytes = num_bytes
             self._end_is_written = entry.end is not None
             if self._end_is_written:
                 self._written.set()
@@ -247,7 +247,8 @@ class KeptRequest:
                 try:
                     await asyncio.shield(self._owning)
                 except asyncio.CancelledError:
-                    if not self._owning.done():  # it is us who are stopped
+                    assert self._task is not None
+                    if self._task.cancelling():  # it is us who are stopped, be it together with what we wait for
                         self._owning.cancel()
                         await asyncio.gather(self._owning, return_exceptions=True)
                         raise

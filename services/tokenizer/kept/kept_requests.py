@@ -178,8 +178,8 @@ class KeptRequests:
         due = [(kept, entry) for kept in self._all if (entry := kept.entry(self._renew_every)) is not None]
         try:
             outcomes = await self._journal.write([entry for _, entry in due])
-            for (kept, entry), outcome in zip(due, outcomes, strict=True):
-                await kept.wrote(entry, outcome)
+            for (kept, entry), (outcome, num_bytes) in zip(due, outcomes, strict=True):
+                await kept.wrote(entry, outcome, num_bytes)
         except StatusError as error:
             for kept, entry in due:
                 await kept.wrote(entry, None)

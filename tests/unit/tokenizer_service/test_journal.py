@@ -16,6 +16,7 @@ from services.common.api_keys import Tenant, TenantLimits
 from services.common.errors import StatusError
 from services.common.redis_client import open_redis
 from services.tokenizer.kept.journal import Entry, Head, Journal, Written
+from services.tokenizer.kept.transcript import Transcript
 
 TENANT = Tenant("acme", TenantLimits(kept_bytes=20_000))
 OTHER = Tenant("other")
@@ -54,6 +55,11 @@ def step(offset: int, *tokens: int) -> bytes:
     ).SerializeToString()
 
 
+async def write(journal: Journal, entry: Entry) -> Written:
+    ((outcome, _),) = await journal.write([entry])
+    return outcome
+
+
 def entry(fence: int, num_bytes: int, data: bytes = b"", **more: object) -> Entry:
     return Entry(TENANT, "r", fence, num_bytes, data, **more)  # type: ignore[arg-type]
 
@@ -69,8 +75,8 @@ async def test_what_one_wrote_another_reads(own_redis):
         assert await two.head(TENANT, "r") == head()
         first = step(0, 5, 6)
         for _ in range(2):  # the second time as after a connection that broke
-            assert await one.write([entry(1, 0, first)]) == [Written.DONE]
-        assert await one.write([entry(1, len(first), step(2, 7), end=END)]) == [Written.DONE]
+            assert await write(one, entry(1, 0, first)) is Written.DONE
+        assert await write(one, entry(1, len(first), step(2, 7), end=END)) is Written.DONE
         reading = await two.read(TENANT, "r", 0)
         assert list(reading.steps.token_ids) == [5, 6, 7]
         assert reading.end == END
@@ -78,6 +84,27 @@ async def test_what_one_wrote_another_reads(own_redis):
         rest = await two.read(TENANT, "r", len(first))
         assert list(rest.steps.token_ids) == [7]
         assert await two.take(TENANT, "r", 1) == 0, "it has ended"
+
+
+async def test_a_write_whose_answer_was_lost_loses_nothing(own_redis):
+    """As when a worker is stopped within a write: its last one says more, and knows nothing of the one before."""
+    async with journals(own_redis) as journal:
+        one, two = journal("one"), journal("two")
+        await one.create(TENANT, head(), 1, None)
+        first, longer = step(0, 5, 6), step(0, 5, 6, 7)
+        await one.write([entry(1, 0, first)])
+        ((outcome, num_bytes),) = await one.write([entry(1, 0, longer)])
+        assert outcome is Written.DONE
+        middle = await two.read(TENANT, "r", len(first))
+        assert middle.num_bytes == num_bytes
+        assert await write(one, entry(1, num_bytes, step(3, 8), gives_up=True)) is Written.DONE
+        late, early = Transcript(head().submit), Transcript(head().submit)
+        late.apply((await two.read(TENANT, "r", 0)).steps)
+        early.apply(link_pb2.StepOutput.FromString(first))
+        early.apply(middle.steps)
+        early.apply((await two.read(TENANT, "r", middle.num_bytes)).steps)
+        assert [list(transcript.samples[0].token_ids) for transcript in (late, early)] == [[5, 6, 7, 8]] * 2
+        assert await two.take(TENANT, "r", 1) == 2
 
 
 async def test_one_owner_at_a_time(own_redis):
@@ -89,10 +116,10 @@ async def test_one_owner_at_a_time(own_redis):
         assert fence == 2
         assert await two.take(TENANT, "r", 1) == 2, "the same again: its answer was lost"
         assert await three.take(TENANT, "r", 1) == 0
-        assert await one.write([entry(1, 0, step(0, 5))]) == [Written.TAKEN]
+        assert await write(one, entry(1, 0, step(0, 5))) is Written.TAKEN
         assert (await one.read(TENANT, "r", 0)).steps == link_pb2.StepOutput()
         await one.forget(TENANT, "r", 1)  # no longer its own
-        assert await two.write([entry(2, 0, step(0, 5), gives_up=True)]) == [Written.DONE]
+        assert await write(two, entry(2, 0, step(0, 5), gives_up=True)) is Written.DONE
         assert await three.take(TENANT, "r", 2) == 3
 
 
@@ -107,8 +134,8 @@ async def test_whoever_has_a_request_is_told_to_cancel_it(own_redis):
             assert await two.cancel(TENANT, "r")
         assert (await two.read(TENANT, "r", 0)).is_cancelled
         data = step(0, 5)
-        assert await one.write([entry(1, 0, data)]) == [Written.CANCELLED]
-        assert await one.write([entry(1, len(data), end=END)]) == [Written.DONE], "it ended first"
+        assert await write(one, entry(1, 0, data)) is Written.CANCELLED
+        assert await write(one, entry(1, len(data), end=END)) is Written.DONE, "it ended first"
 
 
 async def test_a_renewed_lease_is_respected(own_redis):
@@ -116,7 +143,7 @@ async def test_a_renewed_lease_is_respected(own_redis):
         one, two = journal("one"), journal("two")
         await one.create(TENANT, head(), 1, None)
         assert await two.take(TENANT, "r", 1) == 0
-        assert await one.write([entry(1, 0)]) == [Written.DONE]
+        assert await write(one, entry(1, 0)) is Written.DONE
         assert (await two.read(TENANT, "r", 0)).lease_left > 0
 
 
@@ -128,11 +155,11 @@ async def test_what_redis_lost_is_told(own_redis):
         data = step(0, 5, 6)
         await one.write([entry(1, 0, data)])
         store.delete("scalellm:request-tail:{acme}:r")  # as when memory is short
-        assert await one.write([entry(1, len(data), step(2, 7))]) == [Written.GONE]
+        assert await write(one, entry(1, len(data), step(2, 7))) is Written.GONE
         assert await one.read(TENANT, "r", 0) is None
         assert await one.create(TENANT, head(), 1, None) is Written.DONE
         store.script_flush()
-        assert await one.write([entry(1, 0, data)]) == [Written.DONE]
+        assert await write(one, entry(1, 0, data)) is Written.DONE
     store.close()
 
 
@@ -149,7 +176,7 @@ async def test_bytes_of_a_tenant_are_bounded(own_redis):
         assert used <= 20_000
         await one.forget(TENANT, "r0", 1)
         assert await one.create(TENANT, head(), 1, None) is Written.DONE
-        assert await one.write([entry(1, 0, b"\0" * 15_000)]) == [Written.FULL]
+        assert await write(one, entry(1, 0, b"\0" * 15_000)) is Written.FULL
         assert await one.read(TENANT, "r", 0) is None, "a journal with a gap is none"
         for number in range(created):
             await one.forget(TENANT, f"r{number}", 1)
