@@ -19,6 +19,9 @@ from fault_trials import Trials, unpromised
 
 _SAMPLE_SECONDS = 2.0
 _AT_ONCE = 24
+_HEALING = 5.0
+"""Seconds in which services notice that Redis is back; they look every second, and wait for a second."""
+
 _GROWTH = 1.1
 _GROWTH_BYTES = 12 * 2**20
 """By how much a process may have grown over the last three quarters of its life: allocators breathe."""
@@ -97,7 +100,8 @@ class Soak:
             self._faults.append((time.monotonic(), float("inf"), FAULTS[name]))
             await FAULTS[name].inject(Scene(self.line, 3, self.rng))
             await self.line.wait_linked()
-            self._faults[place] = (self._faults[place][0], time.monotonic(), FAULTS[name])
+            healing = _HEALING if FAULTS[name].unsaved else 0.0
+            self._faults[place] = (self._faults[place][0], time.monotonic() + healing, FAULTS[name])
             self.counts["faults"] += 1
 
     async def _watch(self) -> None:
