@@ -45,7 +45,7 @@ def secured(module_scheduler, module_spawn, module_redis, model_dir, keys, tmp_p
     folder = tmp_path_factory.mktemp("keys")
     file = folder / "keys.toml"
     entries = "".join(key_entry(key, tenant, Role.USER) for tenant, key in keys.items())
-    file.write_text(entries + "[tenants.narrow]\nconcurrent_requests = 1\n")
+    file.write_text(entries + "[tenants.narrow]\nconcurrent_requests = 1\n[tenants.other]\nweight = 4\n")
     service = module_spawn(
         "tokenizer", "--scheduler", module_scheduler.address, "--model", str(model_dir("smollm2-135m-instruct")),
         "--workers", "1", "--redis-url", module_redis.url, "--metrics-port", "0", "--api-keys", str(file),
@@ -147,11 +147,28 @@ async def test_a_request_is_the_same_for_the_scheduler_and_its_client(face: Face
     assert mine == theirs
 
 
-async def test_tenants_have_salts_of_their_own(face: Face, scheduler: ScriptedScheduler) -> None:
+async def test_tenants_have_salts_and_weights_of_their_own(face: Face, scheduler: ScriptedScheduler) -> None:
     for tenant in ("acme", "acme", "other"):
         await face.ask(tenant)
     first, second, other = (submit.cache_salt for submit in scheduler.submits)
     assert first == second != other
+    assert [submit.tenant_weight for submit in scheduler.submits] == [1.0, 1.0, 4.0]
+
+
+async def test_a_tenant_without_room_is_refused_at_the_edge_and_no_other(
+    face: Face, scheduler: ScriptedScheduler
+) -> None:
+    full = link_pb2.LinkStatus(code=8, message="the admission queue is full", retry_after_ns=10**9)
+    scheduler.play = lambda submit: Script(refuse=full, full=3600.0)
+    assert [(await face.ask("acme")).code for _ in range(3)] == ["RESOURCE_EXHAUSTED"] * 3
+    assert len(scheduler.submits) == 1
+    scheduler.play = lambda submit: Script()
+    assert (await face.ask("other")).code == "OK"
+    scheduler.break_links()
+    deadline = asyncio.get_running_loop().time() + PATIENCE
+    while (await face.ask("acme")).code != "OK":
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.05)
 
 
 async def test_a_place_is_held_until_the_request_ends(face: Face, scheduler: ScriptedScheduler) -> None:
