@@ -26,7 +26,7 @@ from bench.load.self_test import self_test, self_test_text
 from bench.load.session import Session
 from bench.load.target import Target, UsageError
 from bench.load.vocabulary import Vocabulary
-from bench.load.workload import Load, Shape, WorkloadName
+from bench.load.workload import JSON_SCHEMA, Load, Shape, WorkloadName
 
 
 def main(
@@ -42,7 +42,7 @@ def main(
     ] = 0,
     warm_up: Annotated[int, typer.Option(min=0, help="Short requests before the first step, not counted.")] = 2,
     workload: Annotated[
-        str, typer.Option(help="fixed; chat (log-normal lengths); shared (one system prompt); sessions (turns).")
+        str, typer.Option(help="fixed; chat (log-normal lengths); shared (one system prompt); sessions (turns); json.")
     ] = "fixed",
     input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens; the median for chat.")] = 128,
     output_len: Annotated[int, typer.Option(min=1, help="Generated tokens; the median for chat.")] = 128,
@@ -86,7 +86,8 @@ def main(
         shape = Shape(name, input_len, output_len, max_len, prefix_len, turns, think_s, cancel_share)
         loads, limits = _loads(concurrency, rate, sweep), Slo.parse(slo)
         words = Vocabulary.of_words(tokenizer) if tokenizer is not None else None
-        make_target = _target(target, model, connections, api_key, respect_eos)
+        schema = JSON_SCHEMA if workload == "json" else None
+        make_target = _target(target, model, connections, api_key, respect_eos, schema)
         options = {
             "shape": asdict(shape),
             "seed": seed,
@@ -118,14 +119,15 @@ def _loads(concurrency: int | None, rate: float | None, sweep: str | None) -> li
 
 
 def _target(
-    address: str, model: str | None, connections: int, api_key: str | None, respect_eos: bool
+    address: str, model: str | None, connections: int, api_key: str | None, respect_eos: bool, json_schema: str | None
 ) -> Callable[[], Target]:
     scheme, found, rest = address.partition("://")
     if found and rest and scheme == "grpc":
-        return partial(GrpcTarget, rest, connections=connections, respect_eos=respect_eos)
+        return partial(GrpcTarget, rest, connections=connections, respect_eos=respect_eos, json_schema=json_schema)
     if found and rest and scheme in ("openai+http", "openai+https"):
         base_url = address.removeprefix("openai+")
-        return partial(OpenAiTarget, base_url, model=model, api_key=api_key, respect_eos=respect_eos)
+        options: dict[str, Any] = {"model": model, "api_key": api_key, "respect_eos": respect_eos}
+        return partial(OpenAiTarget, base_url, json_schema=json_schema, **options)
     raise UsageError(f"--target: {address!r} begins with none of grpc://, openai+http://, openai+https://")
 
 

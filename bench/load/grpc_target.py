@@ -32,14 +32,24 @@ class GrpcTarget:
             connection meets one of them.
         respect_eos: Let answers end where the model ends them, instead of at the planned length.
         as_text: Send text, which the server encodes, where ids would do.
+        json_schema: What answers are to be.
     """
 
-    def __init__(self, address: str, *, connections: int = 1, respect_eos: bool = False, as_text: bool = False) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        connections: int = 1,
+        respect_eos: bool = False,
+        as_text: bool = False,
+        json_schema: str | None = None,
+    ) -> None:
         self.takes_token_ids = not as_text
         self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for _ in range(connections)]
         stubs = [generation_pb2_grpc.GenerationStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
         self._stubs = cycle(stubs)
         self._ignore_eos = not respect_eos
+        self._json_schema = json_schema
 
     async def info(self) -> TargetInfo:
         """Ask the tokenizer service."""
@@ -91,6 +101,8 @@ class GrpcTarget:
             stream_interval=1 if request.stream else _WHOLE_ANSWER,
             session_id=request.session_id,
         )
+        if self._json_schema is not None:
+            message.structured_output.json_schema = self._json_schema
         if request.session_id is not None:
             message.chat.messages.add(role="user", content=request.text)
         elif self.takes_token_ids:

@@ -28,12 +28,19 @@ class OpenAiTarget:
         api_key: Sent as a bearer token where given.
         respect_eos: Let answers end where the model ends them. Otherwise `ignore_eos` is sent, which is no part of
             OpenAI's API but known to the servers that people run themselves.
+        json_schema: What answers are to be: sent as `response_format`.
     """
 
     takes_token_ids = False
 
     def __init__(
-        self, base_url: str, *, model: str | None = None, api_key: str | None = None, respect_eos: bool = False
+        self,
+        base_url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        respect_eos: bool = False,
+        json_schema: str | None = None,
     ) -> None:
         self._client = httpx.AsyncClient(
             base_url=base_url.rstrip("/") + "/",
@@ -45,6 +52,7 @@ class OpenAiTarget:
         )
         self._model = model
         self._ignore_eos = not respect_eos
+        self._json_schema = json_schema
 
     async def info(self) -> TargetInfo:
         """Ask for the list of models."""
@@ -113,6 +121,9 @@ class OpenAiTarget:
             body["stream_options"] = {"include_usage": True}
         if self._ignore_eos:
             body["ignore_eos"] = True
+        if self._json_schema is not None:
+            schema = {"name": "answer", "schema": json.loads(self._json_schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
         if request.session_id is None:
             return "completions", {**body, "prompt": request.text}
         return "chat/completions", {**body, "messages": request.messages()}

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-WorkloadName = Literal["fixed", "chat", "shared", "sessions"]
+WorkloadName = Literal["fixed", "chat", "shared", "sessions", "json"]
+
+JSON_SCHEMA = (
+    '{"type": "array", "minItems": 4096, "items": {"type": "object", "additionalProperties": false, '
+    '"required": ["name", "tags", "age", "active"], "properties": {"name": {"type": "string", "maxLength": 40}, '
+    '"tags": {"type": "array", "maxItems": 3, "items": {"enum": ["red", "green", "blue"]}}, '
+    '"age": {"type": "integer", "minimum": 0, "maximum": 120}, "active": {"type": "boolean"}}}}'
+)
+"""What the answers of the workload `json` are: records without an end, so that they are as long as those of `fixed`."""
 
 # Spread of the chat mix's lengths: the natural logarithm's standard deviation. About what public chat logs show: the
 # 90th percentile is four times the median for prompts and three times for answers.
@@ -23,7 +31,7 @@ class Shape:
     Attributes:
         workload: `fixed`: every prompt and answer as long as stated. `chat`: log-normal lengths with the stated ones as
             medians. `shared`: fixed, after a prefix that all prompts of a step share. `sessions`: conversations of
-            `turns` turns, each a fixed message and answer.
+            `turns` turns, each a fixed message and answer. `json`: fixed, and answers are JSON of `JSON_SCHEMA`.
         input_len: Prompt tokens, without a shared prefix or history.
         output_len: Tokens generated.
         max_len: The chat mix is cut where prompt and answer together are longer.

@@ -60,7 +60,9 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
         credit_tokens: int = 256,
         max_running: int = 64,
         step_time: float = 0.001,
+        takes_grammars: bool = False,
     ) -> None:
+        self.takes_grammars = takes_grammars
         self.instance_id = instance_id or f"instance-{id(self):x}"
         self.model, self.tokenizer_sha256, self.max_model_len = model, tokenizer_sha256, max_model_len
         self.credit_tokens, self.max_running, self.step_time = credit_tokens, max_running, step_time
@@ -117,6 +119,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
             max_num_seqs=self.max_running,
             vocab_size=VOCAB,
             load=self._load(link),
+            grammars=self.takes_grammars,
         )
         await context.write(link_pb2.ServerFrame(welcome=welcome))
         self.links.append(link)

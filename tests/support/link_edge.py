@@ -81,6 +81,7 @@ class LinkEdge:
         finished: dict[int, common_pb2.FinishReason] | None = None,
         handle: int | None = None,
         attempt: int = 0,
+        grammar: str = "",
         **sampling: int,
     ) -> Stream:
         handle = handle if handle is not None else self._next
@@ -95,6 +96,7 @@ class LinkEdge:
             session_id=session_id,
             cache_salt=cache_salt,
             attempt=attempt,
+            grammar=grammar,
         )
         if time_remaining is not None:
             submit.time_remaining_ns = int(time_remaining * 1e9)

@@ -89,6 +89,7 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
         self.tokenizer_sha256 = b""
         self.model = "scripted"
         self.vocab_size = 49152
+        self.takes_grammars = True
         self.port = 0
         self._server: grpc.aio.Server | None = None
 
@@ -138,6 +139,7 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
             block_size=16,
             num_blocks=1000,
             max_num_seqs=64,
+            grammars=self.takes_grammars,
         )
         serving = asyncio.create_task(
             link.server_link.run(

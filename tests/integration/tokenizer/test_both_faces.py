@@ -77,11 +77,16 @@ class Face:
     async def _by_grpc(self, tenant: str, timeout: float, trace: str, **fields: Any) -> Ended:
         fields = {"max_tokens": 4, "seed": 7, **fields}
         session, request_id = fields.pop("session_id", None), fields.pop("request_id", None)
+        shape = fields.pop("shape", None)
         chat = generation_pb2.Chat(
             messages=[generation_pb2.ChatMessage(role="user", content=HELLO)], content_is_text=True
         )
         request = generation_pb2.GenerateRequest(
-            chat=chat, sampling=common_pb2.SamplingParams(**fields), session_id=session, request_id=request_id
+            chat=chat,
+            sampling=common_pb2.SamplingParams(**fields),
+            session_id=session,
+            request_id=request_id,
+            structured_output=shape and generation_pb2.StructuredOutput(**shape[0]),
         )
         headers = (("authorization", f"Bearer {self.keys[tenant]}"), ("traceparent", trace))
         call = generation_pb2_grpc.GenerationStub(self.channel).Generate(request, timeout=timeout, metadata=headers)
@@ -98,6 +103,8 @@ class Face:
         return ended
 
     async def _by_http(self, tenant: str, timeout: float, trace: str, **fields: Any) -> Ended:
+        shape = fields.pop("shape", None)
+        fields |= shape[1] if shape else {}
         body = {"messages": [{"role": "user", "content": HELLO}], "max_tokens": 4, "seed": 7, **fields}
         headers = {
             "authorization": f"Bearer {self.keys[tenant]}",
@@ -145,6 +152,40 @@ async def test_a_request_is_the_same_for_the_scheduler_and_its_client(face: Face
         mine.ClearField(field)
         theirs.ClearField(field)
     assert mine == theirs
+
+
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
+NO_SCHEMA = '{"type": "array", "uniqueItems": true}'
+
+
+def schema_format(schema: str) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": json.loads(schema)}}
+
+
+@pytest.mark.parametrize(
+    ("shape", "code"),
+    [
+        (({"json_schema": SCHEMA}, {"response_format": schema_format(SCHEMA)}), "OK"),
+        (({"json_object": {}}, {"response_format": {"type": "json_object"}}), "OK"),
+        (({"regex": "a/b+"}, {"structured_outputs": {"regex": "a/b+"}}), "OK"),
+        (({"choice": {"texts": ["a", "b"]}}, {"guided_choice": ["a", "b"]}), "OK"),
+        (({"lark": 'start: "a"'}, {"structured_outputs": {"grammar": 'start: "a"'}}), "OK"),
+        (({"json_schema": NO_SCHEMA}, {"response_format": schema_format(NO_SCHEMA)}), "INVALID_ARGUMENT"),
+        (({"regex": "a" * 2**16}, {"guided_regex": "a" * 2**16}), "INVALID_ARGUMENT"),
+    ],
+)
+async def test_shapes_of_answers(face: Face, scheduler: ScriptedScheduler, shape: Any, code: str) -> None:
+    """The grammar is the same by either, and one that is refused goes nowhere."""
+    other = Face({"grpc": "http", "http": "grpc"}[face.name], face.service, face.keys)
+    ends = [(await one.ask(shape=shape)).code for one in (face, other)]
+    await other.close()
+    assert ends == [code, code]
+    if code == "OK":
+        mine, theirs = (submit.grammar for submit in scheduler.submits)
+        assert mine == theirs
+        assert mine.startswith("start: ")
+    else:
+        assert not scheduler.submits
 
 
 async def test_tenants_have_salts_and_weights_of_their_own(face: Face, scheduler: ScriptedScheduler) -> None:

@@ -24,7 +24,7 @@ def test_arrivals_follow_the_seed_and_the_rate():
     assert gaps.std() == pytest.approx(0.05, rel=0.08)
 
 
-@given(st.sampled_from(["fixed", "chat", "shared", "sessions"]), st.integers(1, 60), st.integers(0, 5))
+@given(st.sampled_from(["fixed", "chat", "shared", "sessions", "json"]), st.integers(1, 60), st.integers(0, 5))
 def test_conversations_are_what_was_asked_for(workload, num_requests, seed):
     shape = Shape(workload, input_len=9, output_len=7, max_len=40, prefix_len=5, turns=3)
     planned = conversations(shape, ALPHABET, num_requests, str(seed))

@@ -277,6 +277,38 @@ def test_a_grammar_that_becomes_too_much_ends_its_own_request(model, compiler, d
         assert collector.tokens[request.key, 0] == calm(request)[0]
 
 
+HOSTILE = {
+    "many states": r"start: /(.|\n)*a.{30}b.{30}c.{30}/",
+    "complements": "start: A\nA: /(?s:.*)/ & ~/(?s:.*)abc(?s:.*)/ & ~/(?s:.*)x.{15}y(?s:.*)/ & /(?s:.*)q.{15}(?s:.*)/",
+    "many rules": f"start: {' | '.join(f'r{i}' for i in range(3000))}\n"
+    + "\n".join(f'r{i}: /[a-z]+/ "x{i}"' for i in range(3000)),
+    "ambiguous": 'start: start start start | /a+/ | /a*b?/ | ""',
+    "nested counts": "start: /((((a{1,10}){1,10}){1,10}){1,10}){1,10}/",
+    "allOf": json_grammar(
+        json.dumps(
+            {"allOf": [{"anyOf": [{"type": "string", "minLength": i * 8 + j} for j in range(4)]} for i in range(8)]}
+        )
+    ),
+    "deep": json_grammar('{"items": ' * 60 + "{}" + "}" * 60),
+    "recursive": 'start: "(" start | start ")" | start start | "x"',
+    "large enum": json_grammar(json.dumps({"enum": [f"v{i:06d}" for i in range(5000)]})),
+    "wide": json_grammar(json.dumps({"properties": {f"p{i}": {"type": ["string", "null"]} for i in range(1000)}})),
+    "64 KiB": f"start: /{'(a|b)' * 13_000}/",
+}
+
+
+def test_hostile_grammars_end_at_their_limits_and_neighbours_go_on(model, compiler, calm) -> None:
+    good, free = ask(100, KINDS[0][0]), ask(101, "")
+    hostile = [ask(handle, grammar, max_tokens=8) for handle, grammar in enumerate(HOSTILE.values())]
+    result = run(make_engine(model, compiler), [*hostile, good, free])
+    for name, request in zip(HOSTILE, hostile, strict=True):
+        finish = result.finished[request.key]
+        assert finish.status in (RequestStatus.OK, RequestStatus.INVALID), name
+        assert bool(finish.message) == (finish.status is RequestStatus.INVALID)
+    for request in (good, free):
+        assert result.tokens[request.key, 0] == calm(request)[0]
+
+
 class _Endless:
     """A compiler that is never done."""
 
