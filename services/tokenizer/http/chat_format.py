@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from scalellm.v1 import generation_pb2
 from services.tokenizer.http.chat_request import ChatRequest
 from services.tokenizer.http.logprobs import chat_entries, prompt_entries
+from services.tokenizer.http.stream_usage import StreamUsage
 from services.tokenizer.http.wire import (
     DONE,
     answer_head,
@@ -40,20 +41,17 @@ class ChatStream:
         self._echo = quote(echo)
         self._head = "data: " + answer_head("chat.completion.chunk", answer_id, model)
         self._heads: list[str] = []
-        usage = ',"usage":null' if request.includes_usage else ""
-        self._tail = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+        self._usage = StreamUsage(request)
         self._is_plain = not (request.logprobs or request.return_token_ids or request.continuous_usage)
-        self._tokens: list[int] = []
         self._began: list[bool] = []
-        self._prompt_tokens = 0
         self._prompt_ids = ""
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
         """Nothing: the first chunk comes with the first token, by which clients measure."""
         count = self._request.n or 1  # which is within bounds now
         self._heads = [f'{self._head}{{"index":{index},"delta":{{"content":' for index in range(count)]
-        self._tokens, self._began = [0] * count, [False] * count
-        self._prompt_tokens = started.prompt_tokens
+        self._began = [False] * count
+        self._usage.prompt_tokens = started.prompt_tokens
         if self._request.return_token_ids:
             self._prompt_ids = f',"prompt_token_ids":{dump(list(started.prompt_token_ids))}'
         return ""
@@ -61,24 +59,28 @@ class ChatStream:
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
         """A chunk without a choice."""
         entries = prompt_entries(part, self._texts, self._request.prompt_logprobs or 0)
-        return f'{self._head}],"prompt_logprobs":[{entries}]{self._usage()}}}\n\n'
+        return f'{self._head}],"prompt_logprobs":[{entries}]{self._usage.shown()}}}\n\n'
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """A chunk."""
         index = delta.index
-        self._tokens[index] += delta.num_tokens
-        chunk = f"{self._heads[index]}{quote(delta.text)}}}{self._tail}" if self._is_plain else self._rich(delta)
+        self._usage.completion_tokens += delta.num_tokens
+        chunk = (
+            f"{self._heads[index]}{quote(delta.text)}}}{self._usage.plain_tail}"
+            if self._is_plain
+            else self._rich(delta)
+        )
         return chunk if self._began[index] else self._role(index) + chunk
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
         """How each choice ended, the usage, and the end."""
         (last,) = finished
-        parts = []
+        parts, so_far = [], self._usage.shown()
         for sample in last.samples:
             role = "" if self._began[sample.index] else self._role(sample.index)
             reason = f'"finish_reason":"{finish_reason(sample)}","stop_reason":{dump(stop_reason(sample))}'
             parts.append(
-                f'{role}{self._head}{{"index":{sample.index},"delta":{{}},"logprobs":null,{reason}}}]{self._usage()}}}\n\n'
+                f'{role}{self._head}{{"index":{sample.index},"delta":{{}},"logprobs":null,{reason}}}]{so_far}}}\n\n'
             )
         if self._request.includes_usage:
             usage = last.usage
@@ -90,7 +92,7 @@ class ChatStream:
         self._began[index] = True
         return (
             f'{self._head}{{"index":{index},"delta":{{"role":"assistant","content":{self._echo}}},"logprobs":null,'
-            f'"finish_reason":null}}]{self._prompt_ids}{self._usage()}}}\n\n'
+            f'"finish_reason":null}}]{self._prompt_ids}{self._usage.shown()}}}\n\n'
         )
 
     def _rich(self, delta: Delta) -> str:
@@ -103,13 +105,8 @@ class ChatStream:
         ids = f',"token_ids":{dump(delta.token_ids)}' if self._request.return_token_ids else ""
         return (
             f'{self._heads[delta.index]}{quote(delta.text)}}},"logprobs":{logprobs}{ids},'
-            f'"finish_reason":null}}]{self._usage()}}}\n\n'
+            f'"finish_reason":null}}]{self._usage.shown()}}}\n\n'
         )
-
-    def _usage(self) -> str:
-        if self._request.continuous_usage:
-            return f',"usage":{usage_json(self._prompt_tokens, sum(self._tokens))}'
-        return ',"usage":null' if self._request.includes_usage else ""
 
 
 class ChatDocument:

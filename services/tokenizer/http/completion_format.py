@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from scalellm.v1 import generation_pb2
 from services.tokenizer.http.completion_request import CompletionRequest
 from services.tokenizer.http.logprobs import CompletionLogprobs, prompt_entries
+from services.tokenizer.http.stream_usage import StreamUsage
 from services.tokenizer.http.wire import (
     DONE,
     answer_head,
@@ -146,15 +147,13 @@ class CompletionStream(_Format):
         super().__init__(request, answer_id, model, texts, echoes)
         self._head = f"data: {self._head}"
         self._is_echo = bool(request.echo)
-        usage = ',"usage":null' if request.includes_usage else ""
-        self._tail = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+        self._usage = StreamUsage(request)
         self._is_plain = request.logprobs is None and not request.return_token_ids and not request.continuous_usage
-        self._prompt_tokens = self._tokens = 0
         self._began: set[int] = set()
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
         """Nothing: the prompt is told with the first token."""
-        self._prompt_tokens += started.prompt_tokens
+        self._usage.prompt_tokens += started.prompt_tokens
         return super().start(prompt, started)
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
@@ -166,7 +165,7 @@ class CompletionStream(_Format):
         choice = self._choice_of(prompt, 0)
         return (
             f'{self._head}{{"index":{choice},"text":"","logprobs":null{entries},"finish_reason":null}}]'
-            f"{self._usage()}}}\n\n"
+            f"{self._usage.shown()}}}\n\n"
         )
 
     def delta(self, prompt: int, delta: Delta) -> str:
@@ -177,8 +176,8 @@ class CompletionStream(_Format):
             self._began.add(choice)
             text = self._prompts[prompt].text + text
         if self._is_plain:
-            return f'{self._head}{{"index":{choice},"text":{quote(text)}{self._tail}'
-        self._tokens += delta.num_tokens if self._shows_tokens else 0
+            return f'{self._head}{{"index":{choice},"text":{quote(text)}{self._usage.plain_tail}'
+        self._usage.completion_tokens += delta.num_tokens if self._shows_tokens else 0
         shown = "null"
         if (logprobs := self._logprobs_of(prompt, choice)) is not None:
             if self._shows_tokens and delta.logprobs is not None:
@@ -188,7 +187,7 @@ class CompletionStream(_Format):
         ids += self._ids_of(prompt, choice)
         return (
             f'{self._head}{{"index":{choice},"text":{quote(text)},"logprobs":{shown}{ids},'
-            f'"finish_reason":null}}]{self._usage()}}}\n\n'
+            f'"finish_reason":null}}]{self._usage.shown()}}}\n\n'
         )
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
@@ -199,17 +198,12 @@ class CompletionStream(_Format):
             ids = self._ids_of(prompt, choice)
             parts.append(
                 f'{self._head}{{"index":{choice},"text":{quote(text)},"logprobs":null{ids},{self._end_of(sample)}}}]'
-                f"{self._usage()}}}\n\n"
+                f"{self._usage.shown()}}}\n\n"
             )
         if self._request.includes_usage:
             usage = self._usage_of(finished)
             parts.append(f'{self._head}],"usage":{usage},"latency":{latency_json(finished)}}}\n\n')
         return "".join(parts) + DONE
-
-    def _usage(self) -> str:
-        if self._request.continuous_usage:
-            return f',"usage":{usage_json(self._prompt_tokens, self._tokens)}'
-        return ',"usage":null' if self._request.includes_usage else ""
 
 
 class CompletionDocument(_Format):

@@ -51,7 +51,10 @@ def choices(events):
     ("path", "asked"),
     [
         (CHAT[0], {**CHAT[1], "n": 3}),
-        (CHAT[0], {**CHAT[1], "logprobs": True, "top_logprobs": 1, "stream_options": {"include_usage": True}}),
+        (
+            CHAT[0],
+            {**CHAT[1], "logprobs": True, "prompt_logprobs": 0, "stream_options": {"include_usage": True}},
+        ),
         (COMPLETE[0], {**COMPLETE[1], "n": 2}),
     ],
 )
@@ -67,6 +70,9 @@ async def test_a_stream_that_was_left_goes_on(http, scheduler, path, asked):
             ids = [event.id for event in events if event.id]
             events += await read(http, path, body, 23, last_event_id=ids[-1])
         assert choices(events) == choices(undisturbed)
+        assert sum("prompt_logprobs" in event.data for event in events) == sum(
+            "prompt_logprobs" in event.data for event in undisturbed
+        )
         names = {json.loads(event.data)["id"] for event in events[:-1]}
         assert len(names) == 1
     assert len(scheduler.submits) == len({submit.request_id for submit in scheduler.submits}), "each ran once"

@@ -1,0 +1,31 @@
+"""What the chunks of OpenAI's streams say of usage: nothing, null until the last one, or what was used so far."""
+
+from __future__ import annotations
+
+from services.tokenizer.http.api_request import SamplingRequest
+from services.tokenizer.http.wire import usage_json
+
+
+class StreamUsage:
+    """Counts what a stream used, and writes it as its request wants it.
+
+    Args:
+        request: What was asked.
+
+    Attributes:
+        plain_tail: End of a chunk that has neither log-probabilities nor token ids nor usage so far.
+        prompt_tokens: Of all prompts.
+        completion_tokens: That were sent.
+    """
+
+    def __init__(self, request: SamplingRequest) -> None:
+        self._is_continuous = request.continuous_usage
+        self._null = ',"usage":null' if request.includes_usage else ""
+        self.plain_tail = f',"logprobs":null,"finish_reason":null}}]{self._null}}}\n\n'
+        self.prompt_tokens = self.completion_tokens = 0
+
+    def shown(self) -> str:
+        """The field of a chunk, with a comma before it; empty where there is none."""
+        if self._is_continuous:
+            return f',"usage":{usage_json(self.prompt_tokens, self.completion_tokens)}'
+        return self._null
