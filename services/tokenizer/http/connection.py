@@ -58,8 +58,14 @@ class BoundedConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
-        if self._transport is not None:
-            self._inner.data_received(data)
+        if self._transport is None:
+            return
+        # The error of a request that is no HTTP holds the frames that it passed, and they hold it, until the garbage
+        # collector comes by. What they were given is emptied, so that nothing that a client sent stays with them.
+        view = memoryview(data)
+        del data
+        self._inner.data_received(view)  # type: ignore[arg-type]
+        view.release()
 
     def eof_received(self) -> bool | None:
         """No more bytes will come."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import ssl
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import trustme
@@ -164,3 +167,29 @@ async def test_a_client_that_takes_nothing_is_cut_off(monkeypatch: pytest.Monkey
     connection.connection_lost(None)
     assert len(cancelled) == 2
     assert limits.open == set()
+
+
+async def test_what_was_no_request_is_not_kept() -> None:
+    class Bytes(bytearray):
+        """Of which one can tell whether they are there."""
+
+    runner = web.AppRunner(web.Application())
+    await runner.setup()
+    assert runner.server is not None
+    limits = ConnectionLimits(10)
+    transport = Mock(asyncio.Transport)
+    connection = BoundedConnection(runner.server(), limits)
+    connection.connection_made(transport)
+    gc.disable()
+    try:
+        sent = []
+        for number in range(10):
+            data = Bytes(b"GET / HTTP/1.1\r\nx: " + b"a" * 2**16)
+            sent.append(weakref.ref(data))
+            connection.data_received(data)  # type: ignore[arg-type]
+            del data
+            assert sent[number]() is None
+    finally:
+        gc.enable()
+        connection.connection_lost(None)
+        await runner.cleanup()
