@@ -50,7 +50,7 @@ test-compose-faults: setup-dev ## kill, pause, cut off and upgrade containers un
 		$(python) -m pytest -n 0 -v tests/compose/test_faults.py $(PYTEST_ARGS)
 
 # HOSTILE_SEED=7 repeats a run; each message and mutant that fails is named with the seed of its own run.
-test-hostile: setup-dev ## attack a line: HTTP/2 abuses, odd messages for ten minutes, lying model files (an hour)
+test-hostile: setup-dev ## attack a line: HTTP and HTTP/2 abuses, odd messages, lying model files (an hour)
 	$(test-env) HOSTILE_SECONDS=$${HOSTILE_SECONDS:-600} HOSTILE_MUTANTS=$${HOSTILE_MUTANTS:-2000} \
 		HOSTILE_SEED=$${HOSTILE_SEED:-$$RANDOM} $(python) -m pytest -n 0 -v tests/integration/hostile $(PYTEST_ARGS)
 

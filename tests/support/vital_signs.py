@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import aiohttp
 import grpc
 import psutil
 
@@ -102,17 +102,43 @@ def assert_silent(line: Line) -> None:
         assert len(text) < 2**20, f"{name} has written {len(text)} characters of log"
 
 
+Ask = Callable[[], Awaitable[None]]
+"""Asks once. Raises AssertionError unless it is answered."""
+
+
 @asynccontextmanager
-async def neighbour(line: Line) -> AsyncIterator[Neighbour]:
+async def _asking_by_grpc(line: Line) -> AsyncIterator[Ask]:
+    async with line.channel() as channel:
+
+        async def ask() -> None:
+            answer = await generate(channel, REQUEST, timeout=PATIENCE)
+            assert answer.code is grpc.StatusCode.OK, f"the neighbour got {answer.code}: {answer.details}"
+
+        yield ask
+
+
+@asynccontextmanager
+async def _asking_by_http(line: Line) -> AsyncIterator[Ask]:
+    url = f"http://{line.tokenizer.http_address}/v1/completions"
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as session:
+
+        async def ask() -> None:
+            async with session.post(url, json={"prompt": "Hi", "max_tokens": 3}) as response:
+                body = await response.text()
+            assert response.status == 200, f"the neighbour got {response.status}: {body}"
+
+        yield ask
+
+
+@asynccontextmanager
+async def neighbour(line: Line, *, by_http: bool = False) -> AsyncIterator[Neighbour]:
     """Somebody who asks one thing after the other on a connection of their own, and is answered each time."""
-    counts, codes, is_over = Neighbour(), Counter[grpc.StatusCode | None](), False
+    counts, is_over = Neighbour(), False
 
     async def ask() -> None:
-        async with line.channel() as channel:
+        async with (_asking_by_http if by_http else _asking_by_grpc)(line) as ask_once:
             while not is_over or not counts.num_answers:
-                answer = await generate(channel, REQUEST, timeout=PATIENCE)
-                assert answer.code is grpc.StatusCode.OK, f"the neighbour got {answer.code}: {answer.details}"
-                codes[answer.code] += 1
+                await ask_once()
                 counts.num_answers += 1
                 await asyncio.sleep(0.05)
 

@@ -7,22 +7,21 @@ A failure names the seed and the number of the message, from which it follows:
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import pytest
 
+from hostile_send import attack, describe
 from line import Line
 from scalellm.v1 import generation_pb2, link_pb2, sessions_pb2, tokenizer_pb2
 from service_processes import PATIENCE
 from services.common.link import API_MINOR
 from structured_messages import structured
-from vital_signs import assert_silent, neighbour, rest, services
+from vital_signs import services
 
 HELLO = link_pb2.ClientFrame(hello=link_pb2.Hello(client_id="hostile", api_minor=API_MINOR)).SerializeToString()
 SERVICES = (
@@ -35,11 +34,7 @@ PUBLIC = tuple(
 )
 LINKS = {"scheduler": "/scalellm.v1.Scheduler/Connect", "executor": "/scalellm.v1.Executor/Execute"}
 CRASHES = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE}
-AT_ONCE = 6
 OWN = [("grpc.use_local_subchannel_pool", 1)]
-
-Counts = Counter[str]
-Send = Callable[[int], Awaitable[str]]
 
 
 def code_of(call: Any) -> grpc.StatusCode:
@@ -52,40 +47,6 @@ def code_of(call: Any) -> grpc.StatusCode:
     code = call.code()
     assert code not in CRASHES, f"ended {code.name}: {call.details()}"
     return code
-
-
-async def send_for(seconds: float, send: Send, what: str) -> Counts:
-    """Send message after message, some at once, until the time is up. A message follows from its number."""
-    counts, end = Counts(), time.monotonic() + seconds
-    numbers = iter([int(only)] if (only := os.environ.get("HOSTILE_ONLY")) else range(10**9))
-
-    async def one_after_the_other() -> None:
-        for number in numbers:
-            try:
-                counts[await send(number)] += 1
-            except AssertionError as error:
-                raise AssertionError(f"{what}, message {number}: {error!r}") from error
-            if time.monotonic() > end:
-                return
-
-    await asyncio.gather(*(one_after_the_other() for _ in range(AT_ONCE)))
-    return counts
-
-
-async def attack(line: Line, table: list[str], name: str, seconds: float, send: Send) -> None:
-    async with neighbour(line) as other:
-        # What the first messages make grow for good is not what all the others may.
-        await send_for(min(10, seconds / 4), send, name)
-        before = await rest(line)
-        counts = await send_for(seconds, send, name)
-    after = await rest(line, before)
-    assert_silent(line)
-    memory = ", ".join(f"{service} {before.rss[service] >> 20} -> {after.rss[service] >> 20}" for service in after.rss)
-    table.append(f"{name}: {counts.total()} sent, neighbour {other.num_answers}, MiB of {memory}: {dict(counts)}")
-
-
-def describe(run_seed: int, name: str) -> str:
-    return f"{name} (HOSTILE_SEED={run_seed})"
 
 
 async def test_public_messages(line: Line, table: list[str], seconds: float, run_seed: int) -> None:
