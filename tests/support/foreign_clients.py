@@ -23,6 +23,8 @@ from services.tokenizer.text.loading import load_model_tokenizer
 LITELLM = Recipe("litellm", (("install", "litellm==1.110.2"),))
 LANGCHAIN = Recipe("langchain", (("install", "langchain-openai==1.7.4"),))
 AIPERF = Recipe("aiperf", (("install", "aiperf==0.13.0"),))
+# It asks for any torch and would take the newest, with gigabytes for GPUs.
+GUIDELLM = Recipe("guidellm", (("install", "torch==2.13.0"), ("install", "guidellm==0.8.1")))
 VERCEL = ("ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "@ai-sdk/openai@4.0.118")
 
 _HOME = Path(os.environ.get("SCALELLM_HOME") or Path.home() / ".cache" / "scalellm") / "clients"

@@ -1,4 +1,4 @@
-"""aiperf loads a line, and what it counts is what the line counts."""
+"""aiperf and guidellm load a line, and what they count is what the line counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from foreign_clients import AIPERF, environment, run, tokenizer_folder
+from foreign_clients import AIPERF, GUIDELLM, environment, run, tokenizer_folder
 from line import Line, scrape
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -52,3 +52,31 @@ def test_aiperf(fake_line: Line, tokenizer: Path, tmp_path: Path) -> None:
     # It reads our metrics beside the API.
     metrics = json.loads((tmp_path / "server_metrics_export.json").read_text())
     assert metrics["summary"]["endpoints_successful"] == [f"http://{fake_line.tokenizer.http_address}/metrics"]
+
+
+def test_guidellm(fake_line: Line, tokenizer: Path, tmp_path: Path) -> None:
+    scenario = {
+        "backend": {
+            "kind": "openai_http",
+            "target": f"http://{fake_line.tokenizer.http_address}",
+            "model": MODEL,
+        },
+        "profile": {"kind": "concurrent", "streams": [4]},
+        "constraints": [{"kind": "max_requests", "count": NUM_REQUESTS}],
+        "tokenizer": {"kind": "huggingface_auto", "model": str(tokenizer)},
+        "data": [{"kind": "synthetic_text", "prompt_tokens": PROMPT_LEN, "output_tokens": MAX_TOKENS}],
+        # Otherwise it makes thousands of prompts before it begins.
+        "data_loader": {"kind": "pytorch", "samples": NUM_REQUESTS},
+        "outputs": [{"kind": "json", "path": str(tmp_path / "report.json")}],
+    }
+    (tmp_path / "scenario.json").write_text(json.dumps({"spec": scenario}))
+    before = counts(fake_line)
+    command = [environment(GUIDELLM).program("guidellm"), "run", "--config", str(tmp_path / "scenario.json")]
+    run([*command, "--disable-console-interactive"], HF_HUB_OFFLINE="1")
+    (benchmark,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"], totals["incomplete"]) == (NUM_REQUESTS, 0, 0)
+    names = ("prompt_token_count", "output_token_count")
+    tokens = [benchmark["metrics"][name]["successful"]["total_sum"] for name in names]
+    assert (NUM_REQUESTS, *tokens) == more_than(before, fake_line)
+    assert tokens[1] == NUM_REQUESTS * MAX_TOKENS
