@@ -88,7 +88,7 @@ class Peer:
                 if not part:
                     break
                 found = found[-64:] + part
-                for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", found):
+                for status in re.findall(rb"HTTP/1\.[01] (\d{3}) ", found):
                     self._counts[status.decode()] += 1
                 found = found[-20:] if found.endswith(b"\n") or len(found) > 20 else found
         except TimeoutError:
@@ -296,11 +296,10 @@ async def odd_heads(address: str) -> Counts:
                 data[local.randrange(len(data))] = local.randrange(256)
         peer = Peer(counts)
         if await peer.open(address) and await peer.send(bytes(data)):
-            peer.end()
             await peer.read(1.0)
         peer.close()
 
-    return await _each(1500, one, 50)
+    return await _each(1500, one, 150)
 
 
 ABUSES: dict[str, Abuse] = {
