@@ -22,8 +22,9 @@ _LENGTH = 16_384
 """Characters of a probe. One attempt whose steps grow with the square of the text is given up by the engine at this
 length; where each attempt takes as many steps as the text has characters, the time tells."""
 
-_MOST_SECONDS = 0.5
-"""Of CPU time for one probe: milliseconds where it grows with the length, seconds where with the length squared."""
+_MOST_SECONDS = 0.1
+"""Of CPU time for one probe: some milliseconds where it grows with the length, half a second and more where with the
+length squared."""
 
 _KINDS = ("a", "A", "1", " ", "\n", "_", ".", "'", "é", "中")
 """A character of each kind that patterns tell apart."""

@@ -269,7 +269,7 @@ def test_the_shell_can_complete_commands_and_options(cli: StartCli) -> None:
         asked = {"_SCALELLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         return finish(cli(env=asked))[1].split()
 
-    assert complete("scalellm se") == ["sessions"]
+    assert complete("scalellm se") == ["serve", "sessions"]
     assert complete("scalellm up --quant") == ["--quantization"]
 
 

@@ -8,8 +8,8 @@ import time
 import grpc
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from gguf_oracle import load_gguf_oracle
 from line import Line, generate, start_line
 from scalellm.v1 import (
     common_pb2,
@@ -163,9 +163,7 @@ async def test_logprobs_reach_the_client(line: Line, model_dir) -> None:
     assert list(prompt.token_ids) == list(ids)
     assert len(prompt.logprobs.logprobs) == len(ids)
     assert prompt.logprobs.logprobs[0] == 0
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir("smollm2-135m-instruct"), gguf_file="model.gguf", dtype=torch.float32
-    )
+    model = load_gguf_oracle(model_dir("smollm2-135m-instruct"), 49152)
     with torch.inference_mode():
         scores = torch.log_softmax(model(input_ids=torch.tensor([list(ids)])).logits[0], dim=-1)[:-1]
     of_prompt = scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gguf_oracle import load_gguf_oracle
 from kernels import Capability, select_ops
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
@@ -116,15 +117,15 @@ def run_engine() -> Callable[..., list[Outcome]]:
 
 @pytest.fixture(scope="module")
 def load() -> Callable[[Path, bool], LoadedModel]:
-    """Load a model and its oracle: from a GGUF file (transformers reads it itself), or a Hugging Face directory."""
+    """Load a model and its oracle: from a GGUF file (transformers reads it itself) or a Hugging Face directory."""
 
     def load_both(path: Path, gguf: bool) -> LoadedModel:
         ops = select_ops(Capability.of(CPU), dtype=torch.float32)  # what serving chooses
         model, config = load_model(path, ModelRuntime(ops))
-        source = {"gguf_file": "model.gguf"} if gguf else {}
-        oracle = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", **source
-        ).eval()
+        if gguf:
+            oracle = load_gguf_oracle(path, config.vocab_size)
+        else:
+            oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
         return LoadedModel(model, config, oracle)
 
     return load_both

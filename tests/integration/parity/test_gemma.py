@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from prompts import PROMPTS
 from services.executor.engine.sampling_params import SamplingParams
 from services.tokenizer.text.loading import load_model_tokenizer
 
 
+@pytest.mark.slow
 def test_gemma_3_equals_transformers(load, model_dir, run_engine) -> None:
     model = load(model_dir("gemma3-270m"), True)
     tokenizer = load_model_tokenizer(model_dir("gemma3-270m")).tokenizer

@@ -1,16 +1,13 @@
 """Published GGUF models against transformers' own loading of the same file."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from gguf_oracle import load_gguf_oracle
 from services.executor.models import ModelRuntime, Quantization
 from services.executor.weights import load_model
 
@@ -27,40 +24,6 @@ GEMMA3_PROMPTS = [
     [2, 2063, 10779, 78113, 236769, 236749, 1473, 107, 140, 584, 538, 655, 236743, 236778, 236787, 107, 144, 994],
     [2, 14946, 3324, 496, 990, 236764, 528, 496, 1944, 9744, 684, 506, 5442, 236764],
 ]
-
-
-class VocabularySkippingReader(gguf.GGUFReader):  # type: ignore[misc]
-    """The gguf package's reader without the vocabulary, of which it makes an object per entry: up to half a minute."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        size, parts, data, types = orig_offs, [], [], [gguf.GGUFValueType(raw_type)]
-        if types[0] != gguf.GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        item = gguf.GGUFValueType(int.from_bytes(self.data[orig_offs : orig_offs + 4].tobytes(), "little"))
-        length = int.from_bytes(self.data[orig_offs + 4 : orig_offs + 12].tobytes(), "little")
-        size = orig_offs + 12
-        if item != gguf.GGUFValueType.STRING:
-            size += length * self.gguf_scalar_to_np[item]().nbytes
-        else:
-            for _ in range(length):
-                size += 8 + int.from_bytes(self.data[size : size + 8].tobytes(), "little")
-        return size - orig_offs, parts, data, types
-
-
-@pytest.fixture
-def oracle(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], Any]:
-    def load(path: Path, vocab_size: int) -> Any:
-        monkeypatch.setattr(gguf, "GGUFReader", VocabularySkippingReader)
-        # transformers builds this table anew for each of its 400 modules.
-        monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
-        settings = load_gguf_checkpoint(str(path))["config"]
-        config = AutoConfig.for_model(**{**settings, "vocab_size": vocab_size})
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
-        tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-        assert model.load_state_dict(tensors, strict=False).missing_keys == ["lm_head.weight"]  # tied
-        return model
-
-    return load
 
 
 def check_logits(reference: Any, ours: Any, vocab_size: int, lengths: tuple[int, int]) -> None:
@@ -87,18 +50,18 @@ def check_greedy(reference: Any, ours: Any, prompts: list[list[int]]) -> None:
         assert text[len(prompt) :] == preferred[len(prompt) - 1 :].tolist()
 
 
-def test_smollm2(model_dir: Callable[[str], Path], oracle: Any, paged: Any) -> None:
+def test_smollm2(model_dir: Callable[[str], Path], paged: Any) -> None:
     directory = model_dir("smollm2-135m-instruct")
-    reference = oracle(directory / "model.gguf", 49152)
+    reference = load_gguf_oracle(directory, 49152)
     model, config = load_model(directory, ModelRuntime())
     check_logits(reference, paged(model, config), config.vocab_size, (70, 50))
     check_greedy(reference, paged(model, config, num_sequences=3, max_tokens=64), SMOLLM2_PROMPTS)
 
 
 @pytest.mark.slow
-def test_gemma3(model_dir: Callable[[str], Path], oracle: Any, paged: Any) -> None:
+def test_gemma3(model_dir: Callable[[str], Path], paged: Any) -> None:
     directory = model_dir("gemma3-270m")
-    reference = oracle(directory / "model.gguf", 262144)
+    reference = load_gguf_oracle(directory, 262144)
     model, config = load_model(directory, ModelRuntime())
     # Past the sliding window, 512 tokens.
     check_logits(reference, paged(model, config, max_tokens=640), config.vocab_size, (400, 200))
