@@ -8,18 +8,15 @@ from typing import Any
 
 import grpc
 
+from scalellm.client.base_client import BaseClient
 from scalellm.client.credentials import NO_CREDENTIALS, Credentials
-from scalellm.client.errors import ClientError
-from scalellm.client.received import Received
-from scalellm.client.reconnection import Reconnection
-from scalellm.client.requests import CHANNEL_OPTIONS, SESSION_PAGE_SIZE, chat_request, turn_page
+from scalellm.client.requests import CHANNEL_OPTIONS, SESSION_PAGE_SIZE, turn_page
 from scalellm.client.stream import AsyncGenerationStream
-from scalellm.v1 import generation_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
-from scalellm.v1.common_pb2 import SamplingParams
-from scalellm.v1.generation_pb2 import CancelRequest, Chat, GenerateRequest, ResumeRequest
+from scalellm.v1 import sessions_pb2, tokenizer_pb2
+from scalellm.v1.generation_pb2 import CancelRequest, Chat
 
 
-class AsyncClient:
+class AsyncClient(BaseClient[AsyncGenerationStream]):
     """Calls one ScaleLLM server, in the event loop in which it was made.
 
     Close it, or use it in an `async with` block.
@@ -33,73 +30,8 @@ class AsyncClient:
     """
 
     def __init__(self, address: str, *, timeout: float = 10.0, credentials: Credentials = NO_CREDENTIALS) -> None:
-        self.address = address
-        self._timeout = timeout
-        self._credentials = credentials
-        self._metadata = credentials.metadata
-        self._channel = credentials.open_async_channel(address, CHANNEL_OPTIONS)
-        self._generation = generation_pb2_grpc.GenerationStub(self._channel)  # type: ignore[no-untyped-call]
-        self._tokenizer = tokenizer_pb2_grpc.TokenizerStub(self._channel)  # type: ignore[no-untyped-call]
-        self._sessions = sessions_pb2_grpc.SessionsStub(self._channel)  # type: ignore[no-untyped-call]
-
-    def generate(
-        self,
-        request: GenerateRequest,
-        *,
-        timeout: float | None = None,
-        metadata: Sequence[tuple[str, str]] = (),
-    ) -> AsyncGenerationStream:
-        """Start a generation.
-
-        Args:
-            request: What to generate.
-            timeout: Seconds; the request's deadline on every hop. None: no deadline.
-            metadata: Sent along, such as `traceparent` and `tracestate` of the trace that the call belongs to.
-        """
-        call = self._generation.Generate(request, timeout=timeout, metadata=(*self._metadata, *metadata))
-        return AsyncGenerationStream(
-            call, Received(), self.address, self._credentials, Reconnection(self._resume, timeout)
-        )
-
-    def complete(
-        self, prompt: str, sampling: SamplingParams | None = None, *, timeout: float | None = None
-    ) -> AsyncGenerationStream:
-        """Continue a text. Args as of `generate`; `sampling` says how tokens are drawn, None: the model's defaults."""
-        return self.generate(GenerateRequest(prompt=prompt, sampling=sampling), timeout=timeout)
-
-    def chat(
-        self,
-        messages: Sequence[tuple[str, str]],
-        sampling: SamplingParams | None = None,
-        *,
-        session_id: str | None = None,
-        timeout: float | None = None,
-    ) -> AsyncGenerationStream:
-        """Answer messages.
-
-        Args:
-            messages: (role, content) pairs; with a session, only those that are new.
-            sampling: How tokens are drawn; None: the model's defaults.
-            session_id: Conversation that the server keeps: this one is continued, or begun.
-            timeout: Seconds; the request's deadline on every hop. None: no deadline.
-        """
-        return self.generate(chat_request(messages, sampling, session_id), timeout=timeout)
-
-    def resume(
-        self, request_id: str, offsets: Sequence[int] = (), *, timeout: float | None = None
-    ) -> AsyncGenerationStream:
-        """Go on with the answer to a request that was sent with ON_DISCONNECT_KEEP.
-
-        Args:
-            request_id: As `stream.started` told it.
-            offsets: What was received, as `stream.offsets` tells it; empty: the answer is streamed from its beginning.
-            timeout: Seconds for this call; it is not the request's deadline. None: no deadline.
-
-        The stream raises ClientError with NOT_FOUND when the answer is no longer kept.
-        """
-        call = self._resume(request_id, offsets, timeout)
-        reconnection = Reconnection(self._resume, timeout)
-        return AsyncGenerationStream(call, Received(offsets), self.address, self._credentials, reconnection)
+        channel = credentials.open_async_channel(address, CHANNEL_OPTIONS)
+        super().__init__(channel, AsyncGenerationStream, address, timeout, credentials)
 
     async def cancel(self, request_id: str) -> None:
         """End a request of ON_DISCONNECT_KEEP, if it has not ended; NOT_FOUND once it is no longer kept."""
@@ -176,12 +108,8 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _resume(self, request_id: str, offsets: Sequence[int], timeout: float | None) -> Any:
-        request = ResumeRequest(request_id=request_id, offsets=offsets)
-        return self._generation.Resume(request, timeout=timeout, metadata=self._metadata)
-
     async def _call(self, method: Any, request: Any) -> Any:
         try:
             return await method(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise ClientError.from_rpc(error, self.address, self._credentials) from None
+            raise self._error(error) from None
