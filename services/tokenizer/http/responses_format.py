@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -180,22 +181,13 @@ class ResponseStream(ResponseDocument):
         starting_after: Events up to this number are left out.
     """
 
-    def __init__(
-        self,
-        request: ResponsesRequest,
-        response_id: str,
-        created_at: int,
-        model: str,
-        texts: TokenTexts,
-        sampling: common_pb2.SamplingParams,
-        *,
-        is_stored: bool,
-    ) -> None:
-        super().__init__(request, response_id, created_at, model, texts, sampling, is_stored=is_stored)
-        self.starting_after = -1
-        self._number = -1
-        self._num_tokens = 0
-        self._place = f'"item_id":"{self.message_id}","output_index":0,"content_index":0'
+    starting_after = -1
+    _number = -1
+    _num_tokens = 0
+
+    @cached_property
+    def _place(self) -> str:
+        return f'"item_id":"{self.message_id}","output_index":0,"content_index":0'
 
     @property
     def _token_number(self) -> int:

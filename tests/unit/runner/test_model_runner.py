@@ -18,23 +18,13 @@ from services.executor.models import (
     PrefillRows,
     allocate_kv_caches,
 )
-from services.executor.runner import CpuDevice, Device, FakeCudaDevice, ModelRunner
+from services.executor.runner import CpuDevice, Device, ModelRunner
 from services.tokenizer.token_receiver import TokenReceiver
 
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
     return random_model()
-
-
-@pytest.fixture(params=["cpu", "graphs", "eager"])
-def device(request: pytest.FixtureRequest) -> Device:
-    """The CPU, and what stands for a CUDA device, with and without decode graphs."""
-    if request.param == "cpu":
-        return CpuDevice()
-    fake = FakeCudaDevice()
-    fake.has_graphs = request.param == "graphs"
-    return fake
 
 
 def make_engine(model: CausalLM, device: Device, **changes: object) -> Engine:

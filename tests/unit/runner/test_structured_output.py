@@ -28,7 +28,7 @@ from services.executor.engine import (
 )
 from services.executor.grammar import LlGrammarCompiler
 from services.executor.models import CausalLM
-from services.executor.runner import CpuDevice, Device, FakeCudaDevice
+from services.executor.runner import CpuDevice, Device
 
 SCHEMAS = [
     '{"type": "object", "required": ["a", "b"], "additionalProperties": false, "properties": '
@@ -66,15 +66,6 @@ def compiler() -> Iterator[LlGrammarCompiler]:
     made = make_compiler()
     yield made
     made.close()
-
-
-@pytest.fixture(params=["cpu", "graphs", "eager"])
-def device(request: pytest.FixtureRequest) -> Device:
-    if request.param == "cpu":
-        return CpuDevice()
-    fake = FakeCudaDevice()
-    fake.has_graphs = request.param == "graphs"
-    return fake
 
 
 def make_engine(
