@@ -17,7 +17,7 @@ JSON_SCHEMA = (
     '"tags": {"type": "array", "maxItems": 3, "items": {"enum": ["red", "green", "blue"]}}, '
     '"age": {"type": "integer", "minimum": 0, "maximum": 120}, "active": {"type": "boolean"}}}}'
 )
-"""What the answers of the workload `json` are: records without an end, so that they are as long as those of `fixed`."""
+"""Schema of the answers of the workload `json`: records without an end, to be as long as those of `fixed`."""
 
 # Spread of the chat mix's lengths: the natural logarithm's standard deviation. About what public chat logs show: the
 # 90th percentile is four times the median for prompts and three times for answers.

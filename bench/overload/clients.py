@@ -71,7 +71,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a crowd.
+    """Result of a crowd.
 
     Attributes:
         outcomes: Of every request that ended while it was there.

@@ -187,7 +187,7 @@ def _figures(window: Window) -> Table:
 
 
 def _schedulers(window: Window) -> Table:
-    """Where the tokenizers' requests go."""
+    """Table of schedulers: the requests that the tokenizers send to each."""
     table = _table("sent to", "run", "req/s")
     for address in window.labels("scalellm_tokenizer_requests_sent_total", "scheduler"):
         table.add_row(

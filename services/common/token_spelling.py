@@ -1,4 +1,4 @@
-"""How vocabularies write tokens, and what a token contributes to a text: one rule for edge and executor.
+"""Spelling of tokens in vocabularies, and the text that a token contributes: one rule for edge and executor.
 
 Two kinds of decoder cover language models:
 
@@ -41,7 +41,7 @@ def byte_level_bytes(token: str | None, alphabet: Mapping[str, int]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class PieceRule:
-    """How the tokens of a piece decoder become text.
+    """Rules by which a piece decoder turns tokens into text.
 
     `replaced` is applied to each token; with `drops_first`, Metaspace's habit, the first token loses its replacement
     characters instead. `strip` characters, at most `strip_count`, are taken off the start of the whole text.

@@ -92,7 +92,7 @@ def _model_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -
 
 
 def _grammars(model: _FoundModel) -> GrammarCompiler | None:
-    """What compiles grammars; None where no answer can be kept to one."""
+    """Compiler of grammars; None where no answer can be kept to one."""
     from services.executor.grammar import LlGrammarCompiler
 
     if model.path is None or not model.config.eos_token_ids:

@@ -19,7 +19,7 @@ _Field = descriptor_pb2.FieldDescriptorProto
 
 @dataclass(frozen=True, slots=True)
 class ErrorDetails:
-    """What a server says of a failed call beside code and message.
+    """Details of a failed call, beside its code and message.
 
     Attributes:
         field: The request's field at fault; empty: none is named.

@@ -1,4 +1,4 @@
-"""What a client has received of an answer."""
+"""The received part of an answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scalellm.v1.generation_pb2 import Finished, GenerateResponse, PromptLogprob
 
 
 class Received:
-    """How far an answer was received: enough to go on with it by `resume`.
+    """The received part of an answer: enough to go on with it by `resume`.
 
     Attributes:
         started: The first message; None before it came.

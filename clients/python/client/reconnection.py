@@ -1,4 +1,4 @@
-"""When and how a stream goes on by itself whose connection broke."""
+"""Automatic resumption of a stream whose connection broke."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from scalellm.v1.generation_pb2 import Finished, GenerateResponse, Started
 
 
 class _Stream:
-    """What both kinds of streams have in common.
+    """Base of both kinds of streams.
 
     Args:
         call: The server-streaming gRPC call.

@@ -53,7 +53,7 @@ def read_hello(message: bytes) -> link_pb2.Hello:
 
 
 def tenant_weight(submit: link_pb2.Submit) -> float:
-    """What the tenant of a request is to have in relation to others; 1 also where check_submit refuses what it says."""
+    """Share of the request's tenant in relation to others; 1 also for a weight that check_submit refuses."""
     weight: float = submit.tenant_weight
     return weight if submit.HasField("tenant_weight") and _is_weight(weight) else 1.0
 
