@@ -6,6 +6,11 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import cast
 
+from aiohttp import web
+from aiohttp.http import RawRequestMessage
+
+from services.common.guarded import drop_tracebacks
+
 
 @dataclass(slots=True)
 class ConnectionLimits:
@@ -27,15 +32,16 @@ class BoundedConnection(asyncio.Protocol):
     """Passes everything on to the protocol that speaks HTTP, and cuts the connection off where a limit is reached.
 
     Args:
-        inner: The protocol that speaks HTTP.
+        inner: aiohttp's, which speaks HTTP.
         limits: Of all connections together.
     """
 
-    def __init__(self, inner: asyncio.Protocol, limits: ConnectionLimits) -> None:
+    def __init__(self, inner: web.RequestHandler, limits: ConnectionLimits) -> None:
         self._inner = inner
         self._limits = limits
         self._transport: asyncio.Transport | None = None
         self._stall: asyncio.TimerHandle | None = None
+        self._is_malformed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client is there."""
@@ -60,16 +66,15 @@ class BoundedConnection(asyncio.Protocol):
         """Bytes came."""
         if self._transport is None:
             return
-        # The error of a request that is no HTTP holds the frames that it passed, and they hold it, until the garbage
-        # collector comes by. What they were given is emptied, so that nothing that a client sent stays with them.
-        view = memoryview(data)
-        del data
-        self._inner.data_received(view)  # type: ignore[arg-type]
-        view.release()
+        if self._is_malformed:
+            return
+        self._inner.data_received(data)
+        self._look_for_error()
 
-    def eof_received(self) -> bool | None:
+    def eof_received(self) -> None:
         """No more bytes will come."""
-        return self._inner.eof_received() if self._transport is not None else None
+        if self._transport is not None:
+            self._inner.eof_received()
 
     def pause_writing(self) -> None:
         """What was written is not taken."""
@@ -88,6 +93,19 @@ class BoundedConnection(asyncio.Protocol):
         """End the connection now."""
         if self._transport is not None:
             self._transport.abort()
+
+    def _look_for_error(self) -> None:
+        """Take note of a request that is no HTTP, which is refused and ends the connection.
+
+        aiohttp does that a few turns of the event loop later. Until then it would make an error of each piece that
+        comes, and quote the piece in it. And each error is in a reference cycle with the frames that it passed, which
+        would keep all of it until the garbage collector comes by.
+        """
+        if queue := self._inner._messages:  # aiohttp tells of it in no other way
+            message, _ = queue[-1]
+            if not isinstance(message, RawRequestMessage):
+                self._is_malformed = True
+                drop_tracebacks(message.exc)
 
     def _end_stall(self) -> None:
         if self._stall is not None:

@@ -7,13 +7,15 @@ import contextlib
 import logging
 import resource
 import socket
+from collections.abc import Awaitable, Callable
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from services.common.addresses import bound_socket, join_address
 from services.common.lifecycle import StartError
 from services.common.tls import TlsFiles, listener_context
 from services.tokenizer.http.connection import BoundedConnection, ConnectionLimits
+from services.tokenizer.http.errors import OPENAI_ERRORS, HttpError
 
 _IDLE = 75.0
 """Seconds within which the head of a request has to be complete, from the connection's start or the last answer's
@@ -23,6 +25,7 @@ _LINGER = 2.0
 """Seconds for which the rest of a request is read that was refused, so that its client sees the answer."""
 
 _BACKLOG = 1024
+_CONTINUE = "100-continue"
 
 # As gRPC's keepalive: a client that vanished without closing its connection is noticed within half a minute.
 _KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 30_000))
@@ -30,6 +33,9 @@ _KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("
 # aiohttp logs what clients do wrong as errors with tracebacks. What we do wrong is logged where it happens.
 _silent = logging.getLogger(f"{__name__}.aiohttp")
 _silent.disabled = True
+
+
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class HttpListener:
@@ -72,6 +78,7 @@ class HttpListener:
         await self._runner.setup()
         make_inner = self._runner.server
         assert make_inner is not None
+        make_inner.request_handler = _refusing_expectations(make_inner.request_handler)
         try:
             listener = bound_socket(self._host, self._port, shares_port=True)
         except OSError:
@@ -98,3 +105,18 @@ class HttpListener:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._server.wait_closed()
+
+
+def _refusing_expectations(handler: _Handler) -> _Handler:
+    """A handler that refuses what clients cannot expect, as all else is refused.
+
+    An application would do that before it calls any handler of ours, and fail with 500 for bytes that are not UTF-8.
+    """
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        if request.headers.get(hdrs.EXPECT, _CONTINUE).lower() == _CONTINUE:
+            return await handler(request)
+        failure = HttpError(417, "expect: must be absent or 100-continue", field="expect")
+        return web.Response(status=failure.status, body=OPENAI_ERRORS.body(failure), content_type="application/json")
+
+    return handle

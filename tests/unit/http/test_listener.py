@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import socket
 import ssl
-import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import trustme
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from certificates import Identity, issue
 from service_processes import PATIENCE, eventually
@@ -169,27 +170,44 @@ async def test_a_client_that_takes_nothing_is_cut_off(monkeypatch: pytest.Monkey
     assert limits.open == set()
 
 
-async def test_what_was_no_request_is_not_kept() -> None:
-    class Bytes(bytearray):
-        """Of which one can tell whether they are there."""
+@pytest.mark.parametrize("path", [b"/", b"/nothing"])
+@pytest.mark.parametrize("value", [b"nothing", b"100-con\xa5inue"])
+async def test_what_cannot_be_expected_is_refused_in_json(path: bytes, value: bytes) -> None:
+    async with listening() as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET %s HTTP/1.1\r\nhost: x\r\nexpect: %s\r\nconnection: close\r\n\r\n" % (path, value))
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    assert head.startswith(b"HTTP/1.1 417 Expectation Failed\r\n")
+    error = json.loads(body)["error"]
+    assert (error["param"], error["message"]) == ("expect", "expect: must be absent or 100-continue")
 
-    runner = web.AppRunner(web.Application())
+
+async def test_what_is_no_request_makes_one_error_which_is_not_kept() -> None:
+    app = web.Application()
+    app.router.add_get("/", hello)
+    runner = web.AppRunner(app)
     await runner.setup()
     assert runner.server is not None
-    limits = ConnectionLimits(10)
-    transport = Mock(asyncio.Transport)
-    connection = BoundedConnection(runner.server(), limits)
-    connection.connection_made(transport)
+    connection, transport = BoundedConnection(runner.server(), ConnectionLimits(10)), Mock(asyncio.Transport)
+    gc.collect()
     gc.disable()
     try:
-        sent = []
-        for number in range(10):
-            data = Bytes(b"GET / HTTP/1.1\r\nx: " + b"a" * 2**16)
-            sent.append(weakref.ref(data))
-            connection.data_received(data)  # type: ignore[arg-type]
-            del data
-            assert sent[number]() is None
+        connection.connection_made(transport)
+        connection.data_received(GET + GET)
+        assert num_errors() == 0
+        for _ in range(10):
+            connection.data_received(b"GET / HTTP/1.1\r\nx: " + b"a" * 2**16)
+        assert num_errors() == 1
+        await eventually(lambda: transport.close.called)
+        connection.connection_lost(None)
+        del connection
+        await eventually(lambda: num_errors() == 0)
     finally:
         gc.enable()
-        connection.connection_lost(None)
         await runner.cleanup()
+
+
+def num_errors() -> int:
+    """Errors of malformed requests that are there."""
+    return sum(isinstance(found, HttpProcessingError) for found in gc.get_objects())
