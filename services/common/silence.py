@@ -1,9 +1,12 @@
-"""When a peer counts as dead although its connection stands."""
+"""When a peer counts as dead although its connection stands: after turns of this process's own event loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+_PARTS = 4
 
 
 async def until_silent(limit: float, num_heard: Callable[[], int], is_due: Callable[[], bool] = lambda: True) -> None:
@@ -17,9 +20,36 @@ async def until_silent(limit: float, num_heard: Callable[[], int], is_due: Calla
         num_heard: What was heard so far; any other number than the one before ends a silence.
         is_due: Whether the peer has to say anything now.
     """
-    pause = min(1.0, limit / 4)
+    pause = min(1.0, limit / _PARTS)
     silent, heard = 0.0, num_heard()
     while silent <= limit:
         await asyncio.sleep(pause)
         last, heard = heard, num_heard()
         silent = silent + pause if heard == last and is_due() else 0.0
+
+
+@asynccontextmanager
+async def silence_limit(limit: float) -> AsyncIterator[None]:
+    """As `asyncio.timeout`, but counted as by `until_silent`: what came while this process stood still is read before
+    its sender is given up. Raises TimeoutError.
+
+    Args:
+        limit: Seconds.
+    """
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle | None = None
+
+    def wait(parts: int) -> None:
+        nonlocal timer
+        if parts:
+            timer = loop.call_later(limit / _PARTS, wait, parts - 1)
+        else:
+            timeout.reschedule(loop.time())
+
+    async with asyncio.timeout(None) as timeout:
+        wait(_PARTS)
+        try:
+            yield
+        finally:
+            assert timer is not None
+            timer.cancel()

@@ -5,7 +5,6 @@ Keys begin with the tenant: no tenant reaches, lists or counts what is another's
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import enum
 import logging
@@ -23,6 +22,7 @@ from services.common.errors import StatusError
 from services.common.logs import LineLimit
 from services.common.redis_client import KEY_PREFIX
 from services.common.redis_health import REDIS_ERRORS, RedisFault
+from services.common.silence import silence_limit
 from services.tokenizer import session_script
 from services.tokenizer.page_token import bad_page_token, make_page_token, read_page_token
 from services.tokenizer.session import (
@@ -241,7 +241,7 @@ class SessionStore:
             raise StatusError.unavailable("sessions are off: the service was started without --redis-url")
         try:
             with cancellable():
-                async with asyncio.timeout(self._timeout):
+                async with silence_limit(self._timeout):
                     yield self._redis
         except REDIS_ERRORS as error:
             self._failures.count += 1
