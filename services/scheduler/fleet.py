@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import islice
 
 import grpc
 
@@ -11,8 +12,10 @@ from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
 from services.common.link import API_MINOR, PLAINTEXT, LinkDialer, ModelIdentity
 from services.scheduler.client_link import client_load
+from services.scheduler.prefix_index import PrefixIndex
 from services.scheduler.replica_link import ReplicaLink, ReplicaListener
 from services.scheduler.request import Request
+from services.scheduler.router import Router
 
 _log = logging.getLogger(__name__)
 
@@ -21,25 +24,40 @@ _RETRY_AFTER = 5.0
 _MAX_COUNT = 2**32 - 1
 """Of a uint32 field."""
 
+_MOST_REASONS = 8
+"""Executors of which a refusal says why they take no requests."""
+
 
 class Fleet:
     """The replicas by address. The first one that is ready defines the model; others with another one are refused.
+
+    Whatever changes about one executor costs the same, however many others there are.
 
     Args:
         instance_id: Of this scheduler.
         silence_limit: Seconds of silence after which an executor with work counts as dead.
         dialer: How to connect to them.
+
+    Attributes:
+        replicas: All that are known, by address.
+        ready: Those that take new requests, by address.
+        router: Chooses among these.
+        identity: The model; None until the first executor is ready.
     """
 
     def __init__(self, instance_id: str, silence_limit: float, dialer: LinkDialer = PLAINTEXT) -> None:
         self.replicas: dict[str, ReplicaLink] = {}
-        self.ready: list[ReplicaLink] = []
+        self.ready: dict[str, ReplicaLink] = {}
+        self.router = Router(PrefixIndex())
         self.identity: ModelIdentity | None = None
         self._hello = link_pb2.Hello(client_id=instance_id, api_minor=API_MINOR)
         self._told_demand: tuple[int, ...] = (0, 0, 0)
         self._silence_limit = silence_limit
         self._dialer = dialer
         self._closing: set[asyncio.Task[None]] = set()
+        self._reachable: set[str] = set()  # addresses
+        self._instances: dict[str, str] = {}  # of the links that are up, by address
+        self._addresses: dict[str, str] = {}  # the reverse
         self._listener: ReplicaListener
 
     def start(self, listener: ReplicaListener) -> None:
@@ -55,11 +73,16 @@ class Fleet:
         """Requests that run on executors."""
         return sum(len(replica.running) for replica in self.replicas.values())
 
+    @property
+    def is_reachable(self) -> bool:
+        """True if some executor answers and may take requests before long."""
+        return bool(self._reachable)
+
     def make_welcome(self, instance_id: str) -> link_pb2.Welcome:
         """What a client link is told: what every ready executor can keep."""
         if self.identity is None or not self.ready:
             raise self.describe_absence()
-        welcomes = [replica.welcome for replica in self.ready if replica.welcome is not None]
+        welcomes = [replica.welcome for replica in self.ready.values() if replica.welcome is not None]
         return link_pb2.Welcome(
             instance_id=instance_id,
             api_minor=API_MINOR,
@@ -74,17 +97,13 @@ class Fleet:
             grammars=True,  # they go to executors that take them
         )
 
-    def able(self, request: Request) -> list[ReplicaLink]:
-        """Return the ready executors that know how to run a request."""
-        return [replica for replica in self.ready if replica.can_run(request)]
-
     def check(self, request: Request, *, is_given_up: bool) -> None:
         """Raise UNAVAILABLE while nobody waits for an executor any more, UNIMPLEMENTED for a request that none of those
         that are ready knows how to run.
         """
         if is_given_up:
             raise self.describe_absence()
-        if self.ready and not self.able(request):
+        if not self.router.can_any_run(needs_grammars=request.needs_grammars):
             message = (
                 "structured_output: no executor can keep to one: they have no tokenizer, or are of an older version"
             )
@@ -92,10 +111,11 @@ class Fleet:
 
     def describe_absence(self) -> StatusError:
         """Why no request can run."""
-        reasons = [f"{replica.address}: {_why(replica)}" for replica in self.replicas.values()]
-        return StatusError.unavailable(
-            f"no executor is available ({'; '.join(reasons) or 'none is known'})", retry_after=_RETRY_AFTER
-        )
+        some = islice(self.replicas.values(), _MOST_REASONS)
+        reasons = "; ".join(f"{replica.address}: {_why(replica)}" for replica in some) or "none is known"
+        if (num_others := len(self.replicas) - _MOST_REASONS) > 0:
+            reasons += f"; and {num_others} others"
+        return StatusError.unavailable(f"no executor is available ({reasons})", retry_after=_RETRY_AFTER)
 
     # ExecutorSet: which executors there are.
 
@@ -134,12 +154,12 @@ class Fleet:
         StatusError for one that cannot serve beside the others.
         """
         identity = ModelIdentity.of(welcome)
-        others = [other for other in self.replicas.values() if other is not replica and other.is_up]
-        for other in others:
-            if other.instance_id == welcome.instance_id:
-                raise _incompatible(f"{replica.address} is the same executor as {other.address}")
+        namesake = self._addresses.get(welcome.instance_id, replica.address)
+        if namesake != replica.address:
+            raise _incompatible(f"{replica.address} is the same executor as {namesake}")
         if identity == self.identity:
             return False
+        others = self._instances.keys() - {replica.address}
         if others and self.identity is not None:
             raise _incompatible(
                 f"{replica.address} runs {identity.model!r}, the others run {self.identity.model!r}: "
@@ -149,21 +169,44 @@ class Fleet:
         self.identity = identity
         return is_new_model
 
-    def refresh(self) -> bool:
-        """Let go of replicas that are gone, and look who is ready. Returns whether others are than before."""
-        for replica in [replica for replica in self.replicas.values() if replica.is_gone]:
-            _log.info("executor %s left", replica.address)
-            del self.replicas[replica.address]
-            # Not awaited: this may run inside the very task that is to be stopped.
-            closing = asyncio.create_task(replica.stop())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-        ready = [replica for replica in self.replicas.values() if replica.is_ready]
-        changed = ready != self.ready
-        self.ready = ready
+    def refresh(self, replica: ReplicaLink) -> bool:
+        """Take over how a replica is; let go of it when it is gone. Returns True if it began or ceased to be ready."""
+        address = replica.address
+        if self.replicas.get(address) is not replica:  # its link is being closed
+            return False
+        if (instance_id := self._instances.pop(address, None)) is not None:
+            del self._addresses[instance_id]
+        if replica.is_up:
+            self._instances[address] = replica.instance_id
+            self._addresses[replica.instance_id] = address
+        if replica.is_reachable:
+            self._reachable.add(address)
+        else:
+            self._reachable.discard(address)
+        changed = replica.is_ready != (address in self.ready)
+        if changed and replica.is_ready:
+            self.ready[address] = replica
+            self.router.join(replica)
+        elif changed:
+            del self.ready[address]
+            self.router.leave(replica)
         if changed:
-            _log.info("ready executors: %s", ", ".join(replica.address for replica in ready) or "none")
+            state = "is ready" if replica.is_ready else "takes no requests now"
+            _log.info("executor %s %s; %d are ready", address, state, len(self.ready))
+        if replica.is_gone:
+            self._let_go(replica)
         return changed
+
+    def _let_go(self, replica: ReplicaLink) -> None:
+        _log.info("executor %s left", replica.address)
+        del self.replicas[replica.address]
+        self._reachable.discard(replica.address)
+        if (instance_id := self._instances.pop(replica.address, None)) is not None:
+            del self._addresses[instance_id]
+        # Not awaited: this may run inside the very task that is to be stopped.
+        closing = asyncio.create_task(replica.stop())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
 
 def _incompatible(message: str) -> StatusError:

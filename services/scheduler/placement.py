@@ -18,12 +18,12 @@ from services.scheduler.books import Books
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.fleet import Fleet
 from services.scheduler.outage import Outage
-from services.scheduler.prefix_index import PrefixIndex, block_hashes
+from services.scheduler.prefix_index import block_hashes
 from services.scheduler.quarantine import Quarantine
 from services.scheduler.rates import DrainRate
 from services.scheduler.replica_link import ReplicaLink
 from services.scheduler.request import Request, RequestState
-from services.scheduler.router import Router, Verdict
+from services.scheduler.router import Verdict
 from services.scheduler.row_recall import RowRecall
 from services.scheduler.session_lookup import SessionLookup
 from services.scheduler.step_relay import relay_step
@@ -65,11 +65,11 @@ class Placement:
         self._sessions = SessionLookup(affinity, self._schedule_pump)
         self._heartbeat = heartbeat
         self._loop = asyncio.get_running_loop()
-        self._prefixes = PrefixIndex()
-        self._router = Router(self._prefixes)
+        self._router = fleet.router
         self.quarantine = Quarantine(settings.max_executor_deaths)
         self._recall = RowRecall(self.service)
         self._rate = DrainRate()
+        self._uncharged: dict[ReplicaLink, None] = {}  # those that sent tokens since outputs were charged last
         self._pump_due = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -77,7 +77,7 @@ class Placement:
     def start(self) -> None:
         """Begin; how long the first executor is waited for counts from here."""
         self._fleet.start(self)
-        self._refresh()
+        self.outage.update(is_ready=False, is_reachable=False)
 
     def stop(self) -> None:
         """Place nothing more."""
@@ -177,16 +177,27 @@ class Placement:
 
     def replica_changed(self, replica: ReplicaLink) -> None:
         """Take over who is ready."""
-        self._refresh()
+        changed = self._fleet.refresh(replica)
+        if not replica.running:
+            self._uncharged.pop(replica, None)
+        self.outage.update(is_ready=bool(self._fleet.ready), is_reachable=self._fleet.is_reachable)
+        if changed:
+            self._rate.reset()  # other executors: what was measured is void
+            self._schedule_pump()
+
+    def load_changed(self, replica: ReplicaLink) -> None:
+        """Take over what it takes."""
+        self._router.update(replica)
 
     def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
         """An executor sent a frame: pass it on."""
+        if step.handles:
+            self._uncharged[replica] = None
         for handle, problem in relay_step(step, replica.clients, self.books):
             request = replica.running.get(handle)
             if request is not None:
-                id_ = {"request_id": request.submit.request_id}
-                _log.error("executor %s broke the protocol, the request ends: %s", replica.address, problem, extra=id_)
                 error = f"executor {replica.address} broke the protocol: {problem}"
+                _log.error("a request ends: %s", error, extra={"request_id": request.submit.request_id})
                 self.abandon(request, StatusError(grpc.StatusCode.INTERNAL, error))
         for finish in step.finished:
             request = replica.running.get(finish.handle)
@@ -206,26 +217,17 @@ class Placement:
     def replica_lost(self, replica: ReplicaLink, requests: list[Request], instance_id: str, error: StatusError) -> None:
         """An executor's link broke: go on elsewhere."""
         is_planned = replica.is_leaving or replica.load.draining
-        self._refresh()
+        self.replica_changed(replica)
         if requests:
             _log.warning("executor %s is lost, %d requests move: %s", replica.address, len(requests), error.message)
             self._move_all(requests, error, died_on="" if is_planned else instance_id)
 
     # The way of a request.
 
-    def _refresh(self) -> None:
-        changed = self._fleet.refresh()
-        is_reachable = any(replica.is_reachable for replica in self._fleet.replicas.values())
-        self.outage.update(is_ready=bool(self._fleet.ready), is_reachable=is_reachable)
-        if changed:
-            self._rate.reset()  # other executors: what was measured is void
-            self._schedule_pump()
-
     def _on_given_up(self) -> None:
         """No executor came back in time: nothing that waits can run."""
         error = self._fleet.describe_absence()
-        # Whoever waits for a first executor is starting.
-        level = logging.INFO if self._fleet.identity is None else logging.ERROR
+        level = logging.INFO if self._fleet.identity is None else logging.ERROR  # or it is starting
         _log.log(level, "requests end with UNAVAILABLE: %s", error.message)
         for request in list(self.queue.in_order()):
             self.end(request, request.make_finish(error))
@@ -242,29 +244,27 @@ class Placement:
         if self.queue and self.service.num_active > 1:
             self._charge_outputs()
         sent: list[Request] = []
-        if self._has_credit():
+        if self._router.has_credit():
             for request in self.queue.in_order():
                 if self._may_go(request):
                     with self._ending_what_fails(request):
                         if self._place(request, now):
                             sent.append(request)
-                    if not self._has_credit():
+                    if not self._router.has_credit():
                         break
         if self.queue and self.service.num_active > 1:
             self._recall_rows(now)
-        held_back = bool(self.queue and self._fleet.ready) and not self._has_credit()
+        held_back = bool(self.queue and self._fleet.ready) and not self._router.has_credit()
         self._rate.update(now, len(sent), sum(request.num_prompt_tokens for request in sent), held_back)
         self._fleet.announce_demand(self.demand())
 
     def _charge_outputs(self) -> None:
-        for replica in self._fleet.ready:
+        for replica in self._uncharged:
             self.service.charge_outputs(replica.running.values())
+        self._uncharged.clear()
 
     def _may_go(self, request: Request) -> bool:
         return not request.executor.awaits_session and self.quarantine.may_run(request)
-
-    def _has_credit(self) -> bool:
-        return any(replica.has_credit for replica in self._fleet.ready)
 
     @contextmanager
     def _ending_what_fails(self, request: Request) -> Iterator[None]:
@@ -288,12 +288,12 @@ class Placement:
     def _recall_rows(self, now: float) -> None:
         """Take rows back for tenants that are behind, one each: for their next requests when the next step has come."""
         for request in self.queue.heads():
-            if self._may_go(request) and not self._has_credit():
+            if self._may_go(request) and not self._router.has_credit():
                 with self._ending_what_fails(request):
                     self._place_on_recalled_row(request, now)
 
     def _place_on_recalled_row(self, request: Request, now: float) -> bool:
-        found = self._recall.find(request, self._fleet.ready)
+        found = self._recall.find(request, self._fleet.ready.values())
         if found is None:
             return False
         replica, victims = found
@@ -307,10 +307,10 @@ class Placement:
     def _route(self, request: Request, now: float) -> ReplicaLink | None:
         executor = request.executor
         choice = self._router.route(
-            self._fleet.able(request),
             num_prompt_tokens=request.num_prompt_tokens,
             max_len=request.max_len,
             hashes=executor.hashes,
+            needs_grammars=request.needs_grammars,
             session_address=executor.session_address,
             may_wait=executor.session_wait_until is None or now < executor.session_wait_until,
             refused_by=executor.refused_by,
@@ -332,14 +332,14 @@ class Placement:
         is_first = executor.dispatches == 0
         if request.trace is not None:
             request.trace.dispatch(replica.address)
-        cached = self._prefixes.matched_tokens(executor.hashes, replica.instance_id)
+        cached = self._router.matched_tokens(executor.hashes, replica)
         replica.dispatch(request, now, cached, ahead=self.service.goes_ahead(request))
         self.service.on_dispatch(request, is_first=is_first)
         self.quarantine.on_dispatch(request)
         self.books.dispatched += 1
         if is_first:
             self.books.queue_time.observe(request.times.admission_seconds)
-        self._prefixes.record(executor.hashes, replica.instance_id)
+        self._router.record(executor.hashes, replica)
         if request.session_id:
             self._affinity.record(request.session_id, replica.address)
 

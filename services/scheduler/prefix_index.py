@@ -1,11 +1,13 @@
-"""Which executor has probably cached which prompt prefix."""
+"""Which executors have probably cached which prompt prefix."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 BLOCK_TOKENS = 64
+
+_SPARE_PLACES = 64
+"""Places that instances which left may keep, beyond as many as there are others."""
 
 
 def block_hashes(token_ids: Sequence[int], salt: bytes) -> list[int]:
@@ -30,35 +32,99 @@ class PrefixIndex:
     """An approximate map from prompt prefixes to executors.
 
     Built from this scheduler's own routing alone, so it may claim what an executor has evicted: a wrong guess costs
-    time, never correctness. Executors are named by instance, so that a restarted one, whose cache is empty, matches
-    nothing; what was known of the old instance ages out.
+    time, never correctness. Executors are known by instance, so that a restarted one, whose cache is empty, matches
+    nothing; one whose link was cut finds what was known of it when it comes back.
+
+    Each instance has a place, which is the number of its bit in masks. A block's hash leads to the mask of those that
+    have the block, so one look per block answers for all executors. Masks are kept in two generations: what is routed
+    goes into the younger one, and when that is full it takes the place of the elder one, which is forgotten.
 
     Args:
-        capacity: Most (block, executor) pairs; the least recently routed are forgotten first.
+        capacity: (Block, executor) pairs of a generation: so many of the latest are remembered at least, and twice as
+            many at most.
     """
 
     def __init__(self, capacity: int = 131_072) -> None:
         self._capacity = capacity
-        self._pairs: OrderedDict[tuple[int, str], None] = OrderedDict()
+        self._young: dict[int, int] = {}
+        self._old: dict[int, int] = {}
+        self._num_young = self._num_old = 0
+        self._places: dict[str, int] = {}
+        self._free_places: list[int] = []
+        self._joined: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return self._num_young + self._num_old
 
-    def record(self, hashes: Sequence[int], instance_id: str) -> None:
-        """A prompt with these block hashes was routed to this executor."""
-        pairs = self._pairs
+    def join(self, instance_id: str) -> int:
+        """An instance is there (again). Returns its place."""
+        place = self._places.get(instance_id)
+        if place is None:
+            if not self._free_places and len(self._places) >= 2 * len(self._joined) + _SPARE_PLACES:
+                self._forget_absent()
+            place = self._free_places.pop() if self._free_places else len(self._places)
+            self._places[instance_id] = place
+        self._joined.add(instance_id)
+        return place
+
+    def leave(self, instance_id: str) -> None:
+        """An instance is gone, perhaps for a moment only."""
+        self._joined.discard(instance_id)
+
+    def record(self, hashes: Sequence[int], place: int) -> None:
+        """A prompt with these block hashes was routed to the executor with this place."""
+        bit = 1 << place
         # Last block first: when a prefix ages out it does so from its end, as in the executor's own cache.
         for block in reversed(hashes):
-            pairs[block, instance_id] = None
-            pairs.move_to_end((block, instance_id))
-        while len(pairs) > self._capacity:
-            pairs.popitem(last=False)
+            mask = self._young.get(block, 0)
+            if not mask & bit:
+                if self._num_young == self._capacity:
+                    self._old, self._num_old = self._young, self._num_young
+                    self._young, self._num_young, mask = {}, 0, 0
+                self._young[block] = mask | bit
+                self._num_young += 1
 
-    def matched_tokens(self, hashes: Sequence[int], instance_id: str) -> int:
-        """Leading prompt tokens that this executor has probably cached."""
+    def matched_tokens(self, hashes: Sequence[int], place: int) -> int:
+        """Leading prompt tokens that the executor with this place has probably cached."""
+        return self.by_matched_tokens(hashes, 1 << place)[0][0]
+
+    def by_matched_tokens(self, hashes: Sequence[int], among: int) -> list[tuple[int, int]]:
+        """Divide executors by how much of a prompt they have probably cached.
+
+        Args:
+            hashes: `block_hashes` of the prompt.
+            among: Mask of the executors; not 0.
+
+        Returns:
+            Pairs of leading prompt tokens and the mask of those that have cached just these, the most tokens first.
+            Each executor is in one of them.
+        """
+        young, old = self._young, self._old
+        found = []
         matched = 0
         for block in hashes:
-            if (block, instance_id) not in self._pairs:
-                break
+            having = among & (young.get(block, 0) | old.get(block, 0))
+            if having != among:
+                found.append((matched, among ^ having))
+                among = having
+                if not among:
+                    break
             matched += BLOCK_TOKENS
-        return matched
+        if among:
+            found.append((matched, among))
+        found.reverse()
+        return found
+
+    def _forget_absent(self) -> None:
+        """Free the places of instances that left, and what they had."""
+        kept = 0
+        for instance_id, place in tuple(self._places.items()):
+            if instance_id in self._joined:
+                kept |= 1 << place
+            else:
+                del self._places[instance_id]
+                self._free_places.append(place)
+        self._young = {block: mask & kept for block, mask in self._young.items() if mask & kept}
+        self._old = {block: mask & kept for block, mask in self._old.items() if mask & kept}
+        self._num_young = sum(mask.bit_count() for mask in self._young.values())
+        self._num_old = sum(mask.bit_count() for mask in self._old.values())

@@ -31,6 +31,9 @@ class ReplicaListener(Protocol):
     def replica_changed(self, replica: ReplicaLink) -> None:
         """Whether it takes requests, or is needed at all, may have changed."""
 
+    def load_changed(self, replica: ReplicaLink) -> None:
+        """Its load, its credits or the doubts about it may have changed."""
+
     def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
         """It sent a frame; its load is already taken over."""
 
@@ -134,6 +137,7 @@ class ReplicaLink:
         self.clients[handle] = request.client
         request.start(self, handle, now)
         self._client.submit(submit)
+        self._listener.load_changed(self)
 
     def announce_demand(self) -> None:
         """Tell the executor, which may serve other schedulers as well, what waits here for credits."""
@@ -148,6 +152,7 @@ class ReplicaLink:
         request.executor.is_recalled = True
         self._recalled[handle] = 0 if request.num_new_tokens else request.executor.charged_tokens
         self._client.abort(handle, link_pb2.ABORT_REASON_MOVE)
+        self._listener.load_changed(self)
 
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
         """Ask the executor to end a request, or one sample of it."""
@@ -157,6 +162,7 @@ class ReplicaLink:
         """The request is no business of this link any more."""
         self.running.pop(handle, None)
         self.clients.pop(handle, None)
+        self._listener.load_changed(self)
         if self.is_leaving and not self.running:
             self._listener.replica_changed(self)
 
@@ -229,7 +235,12 @@ class ReplicaLink:
 
     def can_run(self, request: Request) -> bool:
         """True if it knows all that the request asks for."""
-        return not request.submit.grammar or (self.welcome is not None and self.welcome.grammars)
+        return self.takes_grammars or not request.needs_grammars
+
+    @property
+    def takes_grammars(self) -> bool:
+        """True if it runs requests with a grammar."""
+        return self.welcome is not None and self.welcome.grammars
 
     @property
     def _owes_answers(self) -> bool:
@@ -313,6 +324,7 @@ class ReplicaLink:
             self._tokens_since_load = 0
             if self.load.draining != was_draining:
                 self._listener.replica_changed(self)
+        self._listener.load_changed(self)
         self._listener.replica_stepped(self, step)
 
     def on_down(self, error: StatusError) -> None:

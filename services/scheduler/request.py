@@ -93,6 +93,11 @@ class Request:
         return self.client.progress.ended.count(common_pb2.FINISH_REASON_UNSPECIFIED)
 
     @property
+    def needs_grammars(self) -> bool:
+        """True if only an executor that takes grammars can run it."""
+        return bool(self.submit.grammar)
+
+    @property
     def num_new_tokens(self) -> int:
         """Tokens since it was sent off last."""
         return self.client.progress.num_tokens - self.executor.num_resumed

@@ -3,54 +3,22 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Sequence
-from typing import Protocol, TypeVar
+from bisect import bisect_left, insort
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from services.scheduler.prefix_index import PrefixIndex
+
+if TYPE_CHECKING:
+    from services.scheduler.replica_link import ReplicaLink
 
 # What one running sequence costs a newcomer, in prefill tokens: it takes a row of each decode step. A rough weight,
 # there to spread equal requests evenly; a cached prefix of a few blocks outweighs a handful of sequences.
 _TOKENS_PER_RUNNING = 16
 
-
-class Candidate(Protocol):
-    """What the router must know of an executor that is ready and not draining."""
-
-    @property
-    def address(self) -> str:
-        """host:port."""
-
-    @property
-    def instance_id(self) -> str:
-        """Its incarnation."""
-
-    @property
-    def has_credit(self) -> bool:
-        """Whether it takes another request now."""
-
-    @property
-    def is_suspect(self) -> bool:
-        """Whether this incarnation lost its requests before and has shown no progress since."""
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus output, in tokens."""
-
-    @property
-    def block_size(self) -> int:
-        """Tokens per cache block."""
-
-    @property
-    def free_blocks(self) -> int:
-        """Cache blocks that are free or can be evicted."""
-
-    @property
-    def pending_prefill_tokens(self) -> int:
-        """Prompt tokens that wait there to be computed."""
-
-    @property
-    def num_running(self) -> int:
-        """Sequences that run there."""
+_FEW = 16
+"""Executors that are looked at one by one; of more of them, the order of all is followed until one of them comes."""
 
 
 class Verdict(enum.Enum):
@@ -64,7 +32,30 @@ class Verdict(enum.Enum):
     """All have refused it."""
 
 
-CandidateT = TypeVar("CandidateT", bound=Candidate)
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """An executor that is ready.
+
+    Attributes:
+        replica: The executor.
+        instance_id: Its incarnation.
+        place: Its place in the prefix index.
+        bit: The same as a mask.
+        rank: Its element of the order; None while it has no credit.
+    """
+
+    replica: ReplicaLink
+    instance_id: str
+    place: int
+    bit: int
+    rank: _Rank | None = None
+
+
+_Rank = tuple[int, int, str, _Entry]
+"""Load in prefill tokens, requests, address, executor. Addresses differ, so no two executors are ever compared."""
+
+_Choice = tuple[int, int, str, _Entry]
+"""The same with the cost of one request in place of the load."""
 
 
 class Router:
@@ -79,58 +70,170 @@ class Router:
     that would have to be taken from others. A suspect executor (a hanging engine behind a live front looks idle, which
     would attract everything) is the last choice.
 
+    What a request costs here hardly grows with the number of executors. Filters are masks with a bit per executor.
+    Those that take requests are kept in the order of their load; it is followed only until even an executor without
+    any other cost could not win any more.
+
     Args:
         prefixes: Where prompt prefixes are cached.
     """
 
     def __init__(self, prefixes: PrefixIndex) -> None:
         self._prefixes = prefixes
+        self._entries: dict[str, _Entry] = {}  # by address
+        self._by_instance: dict[str, _Entry] = {}
+        self._at_place: dict[int, _Entry] = {}
+        self._order: list[_Rank] = []
+        self._ready = self._takes = self._suspect = self._knows_grammars = 0  # masks
+        self._lengths: dict[int, int] = {}  # masks of those with this max_model_len
+
+    def has_credit(self) -> bool:
+        """True if some executor takes another request now."""
+        return bool(self._takes)
+
+    # Which executors there are, and how they are.
+
+    def join(self, replica: ReplicaLink) -> None:
+        """An executor is ready."""
+        place = self._prefixes.join(replica.instance_id)
+        entry = _Entry(replica, replica.instance_id, place, 1 << place)
+        self._entries[replica.address] = self._by_instance[entry.instance_id] = self._at_place[place] = entry
+        self._ready |= entry.bit
+        if replica.takes_grammars:
+            self._knows_grammars |= entry.bit
+        self._lengths[replica.max_model_len] = self._lengths.get(replica.max_model_len, 0) | entry.bit
+        self.update(replica)
+
+    def leave(self, replica: ReplicaLink) -> None:
+        """An executor is not ready any more."""
+        entry = self._entries.pop(replica.address)
+        del self._by_instance[entry.instance_id], self._at_place[entry.place]
+        self._prefixes.leave(entry.instance_id)
+        self._set_rank(entry, None)
+        self._ready &= ~entry.bit
+        self._suspect &= ~entry.bit
+        self._knows_grammars &= ~entry.bit
+        self._lengths = {length: mask for length, before in self._lengths.items() if (mask := before & ~entry.bit)}
+
+    def update(self, replica: ReplicaLink) -> None:
+        """The load, the credits or the doubts about an executor may have changed."""
+        entry = self._entries.get(replica.address)
+        if entry is None:
+            return
+        rank: _Rank | None = None
+        if replica.has_credit:
+            running = replica.num_running
+            load = replica.pending_prefill_tokens + _TOKENS_PER_RUNNING * running
+            rank = (load, running, replica.address, entry)
+        if rank != entry.rank:
+            self._set_rank(entry, rank)
+        if replica.is_suspect != bool(self._suspect & entry.bit):
+            self._suspect ^= entry.bit
+
+    def _set_rank(self, entry: _Entry, rank: _Rank | None) -> None:
+        if entry.rank is not None:
+            del self._order[bisect_left(self._order, entry.rank)]
+            self._takes &= ~entry.bit
+        entry.rank = rank
+        if rank is not None:
+            insort(self._order, rank)
+            self._takes |= entry.bit
+
+    # Where requests go.
+
+    def can_any_run(self, *, needs_grammars: bool) -> bool:
+        """True if some executor knows all that a request asks for, or none is ready."""
+        return not self._ready or not needs_grammars or bool(self._knows_grammars)
 
     def route(
         self,
-        candidates: Sequence[CandidateT],
         *,
         num_prompt_tokens: int,
         max_len: int,
         hashes: Sequence[int],
+        needs_grammars: bool = False,
         session_address: str | None = None,
         may_wait: bool = False,
         refused_by: Collection[str] = (),
-    ) -> CandidateT | Verdict:
-        """Choose.
+    ) -> ReplicaLink | Verdict:
+        """Choose among the executors that are ready.
 
         Args:
-            candidates: Executors that are ready and know how to run it.
             num_prompt_tokens: Tokens of the prompt.
             max_len: Tokens of the prompt and of the longest output that it may have.
             hashes: `block_hashes` of the prompt.
+            needs_grammars: True if only an executor that takes grammars can run it.
             session_address: The executor that ran the session last.
-            may_wait: Whether it may still wait for that one.
+            may_wait: True if it may still wait for that one.
             refused_by: Instances that refused this request.
         """
-        if not candidates:
+        able = self._knows_grammars if needs_grammars else self._ready
+        if not able:
             return Verdict.NO_CREDIT
-        willing = [candidate for candidate in candidates if candidate.instance_id not in refused_by]
-        if not willing:
+        for instance_id in refused_by:
+            if (refusing := self._by_instance.get(instance_id)) is not None:
+                able &= ~refusing.bit
+        if not able:
             return Verdict.REFUSED_BY_ALL
-        # Where no executor is long enough, the longest comes nearest; it may say so to the client.
-        enough = min(max_len, max(candidate.max_model_len for candidate in willing))
-        able = [candidate for candidate in willing if candidate.max_model_len >= enough]
-        free = [candidate for candidate in able if candidate.has_credit]
+        able = self._long_enough(able, max_len)
+        free = able & self._takes
         if not free:
             return Verdict.NO_CREDIT
-        for candidate in able:
-            if candidate.address == session_address and not candidate.is_suspect:
-                if candidate.has_credit:
-                    return candidate
-                if may_wait:
-                    return Verdict.WAIT_FOR_SESSION
-        return min(free, key=lambda candidate: self._cost(candidate, num_prompt_tokens, hashes))
+        home = self._entries.get(session_address) if session_address is not None else None
+        if home is not None and home.bit & able & ~self._suspect:
+            if home.bit & free:
+                return home.replica
+            if may_wait:
+                return Verdict.WAIT_FOR_SESSION
+        return self._cheapest(free & ~self._suspect or free, num_prompt_tokens, hashes).replica
 
-    def _cost(self, candidate: Candidate, num_prompt_tokens: int, hashes: Sequence[int]) -> tuple[bool, int, int, str]:
-        cached = self._prefixes.matched_tokens(hashes, candidate.instance_id)
-        to_compute = num_prompt_tokens - cached
-        missing = max(0, to_compute - candidate.free_blocks * candidate.block_size)
-        running = candidate.num_running
-        cost = to_compute + missing + candidate.pending_prefill_tokens + _TOKENS_PER_RUNNING * running
-        return candidate.is_suspect, cost, running, candidate.address
+    def matched_tokens(self, hashes: Sequence[int], replica: ReplicaLink) -> int:
+        """Leading prompt tokens that an executor, which is ready, has probably cached."""
+        return self._prefixes.matched_tokens(hashes, self._entries[replica.address].place)
+
+    def record(self, hashes: Sequence[int], replica: ReplicaLink) -> None:
+        """A prompt was sent to an executor, which is ready."""
+        self._prefixes.record(hashes, self._entries[replica.address].place)
+
+    def _long_enough(self, willing: int, max_len: int) -> int:
+        able = longest = 0
+        for length, mask in self._lengths.items():
+            if mask & willing:
+                longest = max(longest, length)
+                if length >= max_len:
+                    able |= mask
+        # Where no executor is long enough, the longest comes nearest; it may say so to the client.
+        return willing & (able or self._lengths[longest])
+
+    def _cheapest(self, members: int, num_prompt_tokens: int, hashes: Sequence[int]) -> _Entry:
+        best: _Choice | None = None
+        for cached, alike in self._prefixes.by_matched_tokens(hashes, members):
+            best = self._cheapest_alike(alike, num_prompt_tokens - cached, best)
+        assert best is not None
+        return best[-1]
+
+    def _cheapest_alike(self, members: int, to_compute: int, best: _Choice | None) -> _Choice | None:
+        """The cheapest of executors that would compute the same number of tokens, or `best` if that is cheaper."""
+        for load, running, address, entry in self._by_load(members):
+            cost = load + to_compute
+            if best is not None and (cost, running, address) >= best[:3]:
+                break  # so it is for all that follow
+            if members & entry.bit:
+                replica = entry.replica
+                cost += max(0, to_compute - replica.free_blocks * replica.block_size)
+                if best is None or (cost, running, address) < best[:3]:
+                    best = (cost, running, address, entry)
+        return best
+
+    def _by_load(self, members: int) -> Iterable[_Rank]:
+        """Executors that take requests in the order of their load: `members`, and perhaps others."""
+        if members.bit_count() > _FEW:
+            return self._order
+        return sorted(rank for place in _places(members) if (rank := self._at_place[place].rank) is not None)
+
+
+def _places(mask: int) -> Iterator[int]:
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from services.scheduler.replica_link import ReplicaLink
 from services.scheduler.request import Request
@@ -29,7 +29,7 @@ class RowRecall:
     def __init__(self, service: TokenService) -> None:
         self._service = service
 
-    def find(self, request: Request, replicas: Sequence[ReplicaLink]) -> tuple[ReplicaLink, list[Request]] | None:
+    def find(self, request: Request, replicas: Iterable[ReplicaLink]) -> tuple[ReplicaLink, list[Request]] | None:
         """Choose an executor for a request that none would take, and what is taken back there to make room for it.
 
         Of the requests of the tenant that gives, the least urgent and the newest go, so that its older ones end first.

@@ -1,6 +1,7 @@
 """Router: whatever the candidates look like, filters hold and affinity is kept as promised."""
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +21,10 @@ class Replica:
     free_blocks: int = 1000
     pending_prefill_tokens: int = 0
     num_running: int = 0
+    takes_grammars: bool = True
 
 
-def replicas(**fields):
+def replicas(max_size=6, **fields):
     field = {
         "has_credit": st.booleans(),
         "is_suspect": st.booleans(),
@@ -31,14 +33,39 @@ def replicas(**fields):
         "pending_prefill_tokens": st.integers(0, 5000),
         "num_running": st.integers(0, 64),
     } | fields
-    return st.lists(st.builds(Replica, **field), min_size=1, max_size=6).map(
+    return st.lists(st.builds(Replica, **field), min_size=1, max_size=max_size).map(
         lambda found: [replace(r, address=f"host:{i}", instance_id=f"i{i}") for i, r in enumerate(found)]
     )
 
 
-def route(candidates, prefixes=None, tokens=100, output=1, hashes=(), **options):
-    router = Router(prefixes if prefixes is not None else PrefixIndex())
-    return router.route(candidates, num_prompt_tokens=tokens, max_len=tokens + output, hashes=hashes, **options)
+def route(candidates, tokens=100, output=1, hashes=(), routed=(), **options):
+    """Where a request goes; `routed` says which prompts went where before it, as pairs of hashes and an instance."""
+    prefixes = PrefixIndex()
+    for prompt, instance_id in routed:
+        prefixes.record(prompt, prefixes.join(instance_id))
+    router = Router(prefixes)
+    for candidate in candidates:
+        router.join(candidate)
+    return router.route(num_prompt_tokens=tokens, max_len=tokens + output, hashes=hashes, **options)
+
+
+def common(hashes, others):
+    """Tokens of the longest common prefix with any of the others."""
+    lengths = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(hashes, o, strict=False))) for o in others]
+    return BLOCK_TOKENS * max(lengths, default=0)
+
+
+def least(candidates, tokens, hashes, routed):
+    """The rule: the least of what is to be computed, by asking each executor for each block of the prompt."""
+
+    def cost(candidate):
+        cached = common(hashes, [prompt for prompt, instance_id in routed if instance_id == candidate.instance_id])
+        to_compute = tokens - cached
+        missing = max(0, to_compute - candidate.free_blocks * candidate.block_size)
+        load = candidate.pending_prefill_tokens + 16 * candidate.num_running
+        return candidate.is_suspect, to_compute + missing + load, candidate.num_running, candidate.address
+
+    return min(candidates, key=cost)
 
 
 @given(
@@ -94,12 +121,10 @@ def test_the_order_of_candidates_does_not_matter(order):
 
 
 def test_prefix_affinity_outweighs_a_little_load_and_not_a_lot():
-    prefixes = PrefixIndex()
     prompt = list(range(8 * BLOCK_TOKENS))
     hashes = block_hashes(prompt, b"")
-    prefixes.record(hashes, "warm")
     cold = Replica("a:1", "cold")
-    options = {"prefixes": prefixes, "tokens": len(prompt), "hashes": hashes}
+    options = {"routed": [(hashes, "warm")], "tokens": len(prompt), "hashes": hashes}
     assert route([cold, Replica("b:1", "warm", num_running=8)], **options).instance_id == "warm"
     assert route([cold, Replica("b:1", "warm", num_running=60)], **options).instance_id == "cold"
     assert route([cold, Replica("b:1", "warm", pending_prefill_tokens=4000)], **options).instance_id == "cold"
@@ -110,3 +135,62 @@ def test_blocks_that_must_be_taken_from_others_count():
     full = Replica("a:1", "full", free_blocks=0)
     roomy = Replica("b:1", "roomy", num_running=4)
     assert route([full, roomy], tokens=200).instance_id == "roomy"
+
+
+prompt_hashes = st.lists(st.integers(0, 1), max_size=12).map(
+    lambda blocks: block_hashes([b for b in blocks for _ in range(BLOCK_TOKENS)], b"")
+)
+coarse = {
+    "pending_prefill_tokens": st.sampled_from([0, 64, 640]),
+    "num_running": st.integers(0, 4),
+    "free_blocks": st.sampled_from([0, 8, 1000]),
+}
+
+
+@given(
+    candidates=replicas(max_size=40, **coarse),
+    tail=st.integers(0, 63),
+    hashes=prompt_hashes,
+    routed=st.lists(st.tuples(prompt_hashes, st.integers(0, 39).map("i{}".format)), max_size=60),
+)
+def test_the_choice_is_that_of_the_rule(candidates, tail, hashes, routed):
+    tokens = len(hashes) * BLOCK_TOKENS + max(tail, not hashes)
+    longest = max(candidate.max_model_len for candidate in candidates)
+    able = [c for c in candidates if tokens + 1 <= c.max_model_len or c.max_model_len == longest]
+    free = [candidate for candidate in able if candidate.has_credit]
+    choice = route(candidates, tokens=tokens, hashes=hashes, routed=routed)
+    assert choice is (least(free, tokens, hashes, routed) if free else Verdict.NO_CREDIT)
+
+
+@given(data=st.data())
+def test_the_choice_follows_every_change(data):
+    states = replicas(max_size=1, **coarse).map(lambda found: found[0])
+    router, ready = Router(PrefixIndex()), {}
+    for step in range(data.draw(st.integers(1, 30))):
+        number = data.draw(st.integers(0, 19))
+        address = f"host:{number}"
+        if address in ready and data.draw(st.booleans()):
+            router.leave(ready.pop(address))
+        elif address in ready:
+            for name, value in vars(data.draw(states)).items():
+                if name not in ("address", "instance_id", "max_model_len"):
+                    object.__setattr__(ready[address], name, value)
+            router.update(ready[address])
+        else:
+            ready[address] = replace(data.draw(states), address=address, instance_id=f"i{number} {step}")
+            router.join(ready[address])
+        free = [candidate for candidate in ready.values() if candidate.has_credit]
+        assert router.has_credit() == bool(free)
+        choice = router.route(num_prompt_tokens=100, max_len=64, hashes=[])
+        assert choice is (least(free, 100, [], []) if free else Verdict.NO_CREDIT)
+
+
+def test_an_executor_that_knows_no_grammars_gets_none():
+    old, new = Replica("a:1", "old", takes_grammars=False), Replica("b:1", "new", num_running=9)
+    assert route([old, new]).instance_id == "old"
+    assert route([old, new], needs_grammars=True).instance_id == "new"
+    router = Router(PrefixIndex())
+    assert router.can_any_run(needs_grammars=True)  # whoever comes may
+    router.join(old)
+    assert not router.can_any_run(needs_grammars=True)
+    assert router.can_any_run(needs_grammars=False)
