@@ -17,6 +17,7 @@ from clients.cli.text import require_utf8
 from clients.cli.word_wrap import WordWrap
 from scalellm.client import ClientError
 from scalellm.v1.tokenizer_pb2 import GetInfoResponse
+from services.common.field_rules import SAMPLING
 
 HELP = """Talk with the model, turn by turn, on a session that the server keeps.
 
@@ -58,7 +59,10 @@ def chat(
     temperature: Annotated[
         float | None,
         typer.Option(
-            min=0, help="0: the most likely token each time. Default: the model's own, or 0.7.", show_default=False
+            min=SAMPLING["temperature"].low,
+            max=SAMPLING["temperature"].high,
+            help="0: the most likely token each time. Default: the model's own, or 0.7.",
+            show_default=False,
         ),
     ] = None,
     timeout: Annotated[

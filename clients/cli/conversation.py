@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import grpc
 
@@ -12,17 +13,14 @@ from clients.cli.generate import run_streaming, warn_about_session
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
 from scalellm.client import Client, ClientError
-from scalellm.v1.common_pb2 import SamplingParams
 from scalellm.v1.generation_pb2 import ON_DISCONNECT_KEEP, Chat, ChatMessage, GenerateRequest
 from scalellm.v1.sessions_pb2 import Session
+from services.common.field_rules import SAMPLING
 
-_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed")
-_NUMBERS = (
-    *("temperature", "top_p", "min_p"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+SETTINGS = MappingProxyType(
+    {name: rule for name, rule in SAMPLING.items() if name not in ("n", "ignore_eos", "logprobs", "prompt_logprobs")}
 )
-SETTINGS = (*_NUMBERS, *_INTEGERS)
-"""Settings of `/set`: fields of SamplingParams."""
+"""Settings of `/set`: the sampling fields that make sense in a chat."""
 
 _Message = tuple[str, str]
 
@@ -96,12 +94,14 @@ class Conversation:
         if value == "default":
             self._settings.pop(name, None)
             return
+        rule = SETTINGS[name]
         try:
-            number = int(value) if name in _INTEGERS else float(value)
-            setattr(SamplingParams(), name, number)  # what does not fit the field
+            number = rule.kind(value)
         except ValueError:
-            kind = "a whole number" if name in _INTEGERS else "a number"
-            raise CliError(f"{name}: {value!r} is not {kind} that it can have", ExitCode.USAGE) from None
+            kind = "a whole number" if rule.kind is int else "a number"
+            raise CliError(f"{name}: {value!r} is not {kind}", ExitCode.USAGE) from None
+        if fault := rule.fault(number):
+            raise CliError(f"{name}: {fault}", ExitCode.USAGE)
         self._settings[name] = number
 
     def settings(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ from clients.cli.context import CliContext, CliError, ExitCode, check_timeout
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
 from clients.cli.output import write_json, write_text
+from clients.cli.sampling_options import help_of, with_sampling_options
 from clients.cli.shape import read_shape
 from clients.cli.text import read_text
 from scalellm.v1.common_pb2 import SamplingParams
@@ -23,6 +24,7 @@ from scalellm.v1.generation_pb2 import (
     GenerateRequest,
     SessionOutcome,
 )
+from services.common.field_rules import MAX_STRUCTURE_BYTES, REQUEST, STRUCTURE_LISTS
 
 HELP = """Generate text, streaming.
 
@@ -44,6 +46,7 @@ def _option(help_text: str, metavar: str = "NUMBER", *names: str) -> Any:
     return typer.Option(*names, help=help_text, metavar=metavar, show_default=False)
 
 
+@with_sampling_options
 def generate(
     ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The text; - or nothing: standard input.")] = None,
@@ -51,62 +54,39 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message to answer.")] = False,
     system: Annotated[str | None, _option("Instructions for the model; needs --chat.", "TEXT")] = None,
     session: Annotated[str | None, _option("Continue this conversation; needs --chat.", "ID")] = None,
-    max_tokens: Annotated[int | None, _option("Most tokens to generate. Default: what the context holds.")] = None,
-    min_tokens: Annotated[int | None, _option("Do not end before this many tokens.")] = None,
-    temperature: Annotated[
-        float | None, _option("0: the most likely token each time. Default: the model's own, or 1.")
-    ] = None,
-    top_k: Annotated[int | None, _option("Choose among the k most likely tokens. 0: off.")] = None,
-    top_p: Annotated[float | None, _option("Choose among the likeliest tokens that make up p.")] = None,
-    min_p: Annotated[float | None, _option("Drop tokens below min-p times the likeliest one.")] = None,
-    presence_penalty: Annotated[float | None, _option("-2..2, once per token already generated.")] = None,
-    frequency_penalty: Annotated[float | None, _option("-2..2, per occurrence in the output.")] = None,
-    repetition_penalty: Annotated[float | None, _option("Above 1: avoid what was read or written.")] = None,
+    sampling: Mapping[str, Any],
     logit_bias: Annotated[list[str] | None, _option("Add VALUE to a token's logit; repeatable.", "ID=VALUE")] = None,
-    seed: Annotated[int | None, _option("The same seed repeats the same answer.")] = None,
-    n: Annotated[int | None, _option("Independent samples of the same prompt.", "NUMBER", "--n", "-n")] = None,
     stop: Annotated[list[str] | None, _option("End at this text; repeatable. \\n is a line break.", "TEXT")] = None,
     include_stop: Annotated[bool, typer.Option("--include-stop", help="Keep the stop text.")] = False,
     keep: Annotated[
         bool, typer.Option("--keep", help="Go on where the answer was, if the connection or the server is lost.")
     ] = False,
     stop_token_id: Annotated[list[int] | None, _option("End at this token; repeatable.", "ID")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
-    json_schema: Annotated[Path | None, _option("Write JSON of this schema.", "FILE")] = None,
+    json_schema: Annotated[
+        Path | None, _option(f"Write JSON of this schema; at most {MAX_STRUCTURE_BYTES} bytes.", "FILE")
+    ] = None,
     regex: Annotated[str | None, _option("Write a text that this expression matches as a whole.", "REGEX")] = None,
-    choice: Annotated[list[str] | None, _option("Write one of these texts; repeatable.", "TEXT")] = None,
-    logprobs: Annotated[int | None, _option("With --json: log-probabilities and this many alternatives.")] = None,
-    prompt_logprobs: Annotated[int | None, _option("With --json: the same for the prompt.")] = None,
-    priority: Annotated[int | None, _option("-100..100; lower runs first.")] = None,
+    choice: Annotated[
+        list[str] | None,
+        _option(f"Write one of these texts; repeatable, {STRUCTURE_LISTS['choice.texts'].limits}.", "TEXT"),
+    ] = None,
+    priority: Annotated[int | None, _option(help_of(REQUEST["priority"]))] = None,
     request_id: Annotated[str | None, _option("Name of the request in logs.", "ID")] = None,
     timeout: Annotated[float | None, _option("Deadline of the request.", "SECONDS")] = None,
     show_latency: Annotated[bool, typer.Option("--show-latency", help="Show where the time went.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON document at the end; --logprobs and --prompt-logprobs need it."),
+    ] = False,
     address: Annotated[str, _option("Server to call.", "HOST:PORT")] = "",
 ) -> None:
     """One request."""
     if not chat and (system is not None or session is not None):
         raise CliError("--system and --session need --chat", ExitCode.USAGE)
-    if not as_json and (logprobs is not None or prompt_logprobs is not None):
+    if not as_json and not sampling.keys().isdisjoint(("logprobs", "prompt_logprobs")):
         raise CliError("--logprobs and --prompt-logprobs need --json", ExitCode.USAGE)
     context = CliContext.of(ctx)
     request = GenerateRequest()
-    sampling: dict[str, Any] = {
-        "n": n,
-        "max_tokens": max_tokens,
-        "min_tokens": min_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "ignore_eos": ignore_eos or None,
-        "logprobs": logprobs,
-        "prompt_logprobs": prompt_logprobs,
-    }
     _fill(request.sampling, sampling)
     _fill(request, {"priority": priority, "request_id": request_id, "session_id": session})
     for text in logit_bias or ():
@@ -132,7 +112,7 @@ def generate(
         request.prompt = text
 
     generation = Generation()
-    is_streamed = not as_json and n in (None, 1)
+    is_streamed = not as_json and sampling.get("n", 1) == 1
     with context.connect(address) as client:
         run_streaming(client, request, generation, is_streamed=is_streamed, timeout=timeout)
     if as_json:

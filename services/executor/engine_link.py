@@ -64,7 +64,7 @@ frame may have, whatever the tokens of a step."""
 
 def sampling_from_wire(wire: common_pb2.SamplingParams) -> SamplingParams:
     """The engine's parameters; a field that is not set takes the engine's default. Raises InvalidRequestError."""
-    check_num_logit_bias(len(wire.logit_bias))
+    check_num_logit_bias(wire.logit_bias)
     values: dict[str, object] = {
         field.name: value for field, value in wire.ListFields() if field.name not in ("logit_bias", "stop_token_ids")
     }

@@ -49,8 +49,8 @@ class TokenizerSettings(LinkingSettings):
     model_name: str = ""
     """Name under which the model is served; default: its own, or that of the directory or file."""
     generation_config: Literal["auto", "none"] = "auto"
-    """auto: temperature, top_p, top_k, min_p and repetition_penalty that a request does not set are those of the
-    model's generation_config.json. none: temperature 1 and nothing else, whatever the model."""
+    """auto: how tokens are drawn, where a request does not say, is what the model's generation_config.json says.
+    none: temperature 1 and nothing else, whatever the model."""
     home: Path = Path.home() / ".cache" / "scalellm"
     """Where `scalellm models pull` puts models."""
     workers: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=_default_workers)

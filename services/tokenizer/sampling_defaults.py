@@ -6,17 +6,15 @@ from pathlib import Path
 
 from scalellm.v1 import common_pb2
 from services.common.errors import StatusError
+from services.common.field_rules import SAMPLING
 from services.common.lifecycle import StartError
 from services.common.model_files import ModelFileError, read_json_object, shown
-from services.tokenizer.limits import RequestLimits
 from services.tokenizer.validation import validate_sampling
 
 _FILE = "generation_config.json"
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
-_COUNTS = ("top_k",)
 
 
-def read_sampling_defaults(model: Path, limits: RequestLimits) -> common_pb2.SamplingParams:
+def read_sampling_defaults(model: Path) -> common_pb2.SamplingParams:
     """Return what the file of a model directory says, empty where there is none.
 
     The keys are those that vLLM takes. A GGUF file has none. Raises StartError for a value that no request could have.
@@ -25,15 +23,15 @@ def read_sampling_defaults(model: Path, limits: RequestLimits) -> common_pb2.Sam
     defaults = common_pb2.SamplingParams()
     try:
         config = read_json_object(path, missing={}) if model.is_dir() else {}
-        for name in (*_NUMBERS, *_COUNTS):
-            if (value := config.get(name)) is None:
+        for name, rule in SAMPLING.items():
+            if not rule.is_model_default or (value := config.get(name)) is None:
                 continue
-            kinds = (int,) if name in _COUNTS else (int, float)
+            kinds = (int,) if rule.kind is int else (int, float)
             if not isinstance(value, kinds) or isinstance(value, bool) or not -1 <= value < 2**31:
                 raise ModelFileError(f"{path}: {name} is {shown(value)}; it must be a number")
-            # -1 is how other servers write that it is off.
-            setattr(defaults, name, 0 if name in _COUNTS and value < 0 else value)
-        validate_sampling(defaults, limits, vocab_size=0)
+            # -1 is how other servers write that top_k is off.
+            setattr(defaults, name, 0 if rule.kind is int and value < 0 else value)
+        validate_sampling(defaults, vocab_size=0)
     except ModelFileError as error:
         raise StartError(f"{error}; correct it, or start with --generation-config none") from None
     except StatusError as error:

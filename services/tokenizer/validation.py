@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common.errors import StatusError
+from services.common.field_rules import MAX_N, REQUEST, SAMPLING_LISTS, sampling_faults
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.template_kwargs import read_template_kwargs
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-MIN_PRIORITY = -100
 
 
 def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLimits, vocab_size: int) -> None:
@@ -35,54 +34,33 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
             _check_token_ids(request.tokens.ids, vocab_size, "tokens.ids")
         case _:
             raise StatusError.invalid("input", "one of prompt, chat and tokens must be set")
-    validate_sampling(request.sampling, limits, vocab_size)
+    validate_sampling(request.sampling, vocab_size)
     _validate_stops(request.stop, limits)
     if request.HasField("session_id"):
         _validate_session(request)
     if request.HasField("cache_salt"):
         _check_length(request.cache_salt, limits.max_cache_salt_bytes, "cache_salt")
-    if not MIN_PRIORITY <= request.priority <= 100:
-        raise StatusError.invalid("priority", f"must be in [-100, 100], got {request.priority}")
+    _check_numbers(request)
     if request.on_disconnect not in generation_pb2.OnDisconnect.values():
         raise StatusError.invalid("on_disconnect", f"must be a value of OnDisconnect, got {request.on_disconnect}")
     if request.output not in generation_pb2.Output.values():
         raise StatusError.invalid("output", f"must be a value of Output, got {request.output}")
     if request.output == generation_pb2.OUTPUT_TOKEN_IDS and request.stop:
         raise StatusError.invalid("stop", "needs text: must be empty with output OUTPUT_TOKEN_IDS")
-    if request.HasField("stream_interval"):
-        _check_count(request.stream_interval, 1, limits.max_stream_interval, "stream_interval")
 
 
-def validate_resume(request: generation_pb2.ResumeRequest, limits: RequestLimits) -> None:
+def validate_resume(request: generation_pb2.ResumeRequest) -> None:
     """Check a request as far as the request itself goes."""
     validate_id(request.request_id, "request_id")
-    if len(request.offsets) > limits.max_n:
-        raise StatusError.invalid("offsets", f"must have at most {limits.max_n} entries, got {len(request.offsets)}")
-    if request.HasField("stream_interval"):
-        _check_count(request.stream_interval, 1, limits.max_stream_interval, "stream_interval")
+    if len(request.offsets) > MAX_N:
+        raise StatusError.invalid("offsets", f"must have at most {MAX_N} entries, got {len(request.offsets)}")
+    _check_numbers(request)
 
 
-def validate_sampling(sampling: common_pb2.SamplingParams, limits: RequestLimits, vocab_size: int) -> None:
+def validate_sampling(sampling: common_pb2.SamplingParams, vocab_size: int) -> None:
     """Check every field of the sampling parameters."""
-    if sampling.HasField("n"):
-        _check_count(sampling.n, 1, limits.max_n, "sampling.n")
-    if sampling.HasField("max_tokens"):
-        if sampling.max_tokens < 1:
-            raise StatusError.invalid("sampling.max_tokens", "must be at least 1, got 0")
-        if sampling.min_tokens > sampling.max_tokens:
-            raise StatusError.invalid(
-                "sampling.min_tokens", f"must be at most max_tokens ({sampling.max_tokens}), got {sampling.min_tokens}"
-            )
-    _check_range(sampling, "temperature", 0.0, 100.0)
-    _check_range(sampling, "top_p", 0.0, 1.0, low_open=True)
-    _check_range(sampling, "min_p", 0.0, 1.0)
-    _check_range(sampling, "presence_penalty", -2.0, 2.0)
-    _check_range(sampling, "frequency_penalty", -2.0, 2.0)
-    _check_range(sampling, "repetition_penalty", 0.0, 2.0, low_open=True)
-    if len(sampling.logit_bias) > limits.max_logit_bias:
-        raise StatusError.invalid(
-            "sampling.logit_bias", f"must have at most {limits.max_logit_bias} entries, got {len(sampling.logit_bias)}"
-        )
+    for name, fault in sampling_faults({field.name: value for field, value in sampling.ListFields()}):
+        raise StatusError.invalid(f"sampling.{name}", fault)
     biased: set[int] = set()
     for index, entry in enumerate(sampling.logit_bias):
         field = f"sampling.logit_bias[{index}]"
@@ -93,17 +71,9 @@ def validate_sampling(sampling: common_pb2.SamplingParams, limits: RequestLimits
         if entry.token_id in biased:
             raise StatusError.invalid(f"{field}.token_id", f"must be named once, got {entry.token_id} again")
         biased.add(entry.token_id)
-        if not -100.0 <= entry.bias <= 100.0:
-            raise StatusError.invalid(f"{field}.bias", f"must be in [-100, 100], got {entry.bias:g}")
-    if len(sampling.stop_token_ids) > limits.max_stop_token_ids:
-        raise StatusError.invalid(
-            "sampling.stop_token_ids",
-            f"must have at most {limits.max_stop_token_ids} entries, got {len(sampling.stop_token_ids)}",
-        )
+        if fault := SAMPLING_LISTS["logit_bias"].entry_fault(entry.bias):
+            raise StatusError.invalid(f"{field}.bias", fault)
     _check_token_ids(sampling.stop_token_ids, vocab_size, "sampling.stop_token_ids")
-    for name in ("logprobs", "prompt_logprobs"):
-        if sampling.HasField(name):
-            _check_count(getattr(sampling, name), 0, limits.max_logprobs, f"sampling.{name}")
 
 
 def validate_chat(chat: generation_pb2.Chat, limits: RequestLimits) -> None:
@@ -225,6 +195,13 @@ def validate_id(value: str, field: str) -> None:
         raise StatusError.invalid(field, f"must be 1 to 128 characters of [A-Za-z0-9._:-], got {got}")
 
 
+def _check_numbers(request: generation_pb2.GenerateRequest | generation_pb2.ResumeRequest) -> None:
+    """Check the fields beside the sampling parameters that hold a number."""
+    for field, value in request.ListFields():
+        if (rule := REQUEST.get(field.name)) is not None and (fault := rule.fault(value)):
+            raise StatusError.invalid(field.name, fault)
+
+
 def _validate_session(request: generation_pb2.GenerateRequest) -> None:
     validate_id(request.session_id, "session_id")
     if request.WhichOneof("input") != "chat":
@@ -272,17 +249,6 @@ def _check_length(text: str, limit: int, field: str) -> int:
     if not 1 <= size <= limit:
         raise StatusError.invalid(field, f"must have 1 to {limit} bytes, got {size}")
     return size
-
-
-def _check_range(
-    sampling: common_pb2.SamplingParams, name: str, low: float, high: float, *, low_open: bool = False
-) -> None:
-    if not sampling.HasField(name):
-        return
-    value = getattr(sampling, name)
-    if not (low < value if low_open else low <= value) or not value <= high:
-        bracket = "(" if low_open else "["
-        raise StatusError.invalid(f"sampling.{name}", f"must be in {bracket}{low:g}, {high:g}], got {value:g}")
 
 
 def _check_bytes(text: str, limit: int, field: str) -> None:

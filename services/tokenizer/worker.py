@@ -101,7 +101,7 @@ class Worker:
         model, limits = builder.model, RequestLimits()
         sampling_defaults = common_pb2.SamplingParams()
         if settings.generation_config == "auto":
-            sampling_defaults = read_sampling_defaults(model_store.resolve(settings.model, settings.home), limits)
+            sampling_defaults = read_sampling_defaults(model_store.resolve(settings.model, settings.home))
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(
             redis, settings.session_ttl_s, max_bytes=settings.max_session_bytes, refused=self._metrics.count_limited

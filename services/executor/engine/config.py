@@ -3,6 +3,8 @@
 import enum
 from dataclasses import dataclass
 
+from services.common.field_rules import MAX_LOGPROBS
+
 
 class CapacityPolicy(enum.Enum):
     """What happens when the KV cache cannot hold all that runs; the names are TensorRT-LLM's."""
@@ -37,7 +39,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     capacity_policy: CapacityPolicy = CapacityPolicy.MAX_UTILIZATION
     enable_prefix_cache: bool = True
-    max_logprobs: int = 20
+    max_logprobs: int = MAX_LOGPROBS
     target_itl: float | None = None
     min_prefill_chunk: int = 32
     num_host_blocks: int = 0

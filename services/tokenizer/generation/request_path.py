@@ -14,6 +14,7 @@ import grpc
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.common.api_keys import DEFAULT_TENANT
 from services.common.errors import StatusError
+from services.common.field_rules import MIN_PRIORITY
 from services.common.link import LONGEST_NS
 from services.common.logs import RequestFields, request_fields
 from services.tokenizer.generation.answer import Answer, Event, make_samples
@@ -33,14 +34,7 @@ from services.tokenizer.sample_stream import OutputOptions
 from services.tokenizer.sampling_defaults import with_defaults
 from services.tokenizer.session import Session, new_session
 from services.tokenizer.structure import grammar_of
-from services.tokenizer.validation import (
-    MIN_PRIORITY,
-    check_prompt_tokens,
-    fit_context,
-    is_id,
-    validate_generate,
-    validate_resume,
-)
+from services.tokenizer.validation import check_prompt_tokens, fit_context, is_id, validate_generate, validate_resume
 
 _LINK_WAIT = 1.5
 """Seconds a new request waits for the link to come (back): a scheduler that restarts is not an error to its clients."""
@@ -207,7 +201,7 @@ class Generation(Call):
         validate_generate(request, edge.limits, edge.vocab_size)
         grammar = ""
         if request.HasField("structured_output"):
-            grammar = grammar_of(request.structured_output, edge.limits, edge.prompts.texts.special_ids)
+            grammar = grammar_of(request.structured_output, edge.prompts.texts.special_ids)
         session = await self._load_session()
         prompt, submit = await self._prepare(session, salt)
         submit.grammar = grammar
@@ -368,7 +362,7 @@ class Resumption(Call):
     async def _run(self) -> AsyncGenerator[Event, None]:
         edge, resume = self._edge, self._resume
         self._identify(resume.request_id if is_id(resume.request_id) else "")
-        validate_resume(resume, edge.limits)
+        validate_resume(resume)
         async with edge.quotas.reading(self._tenant):
             kept = await edge.kept.find(edge, self._tenant, resume.request_id)
             if self._again is not None:

@@ -6,7 +6,7 @@ fields, and `param_of` says what the client called them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalellm.v1 import common_pb2, generation_pb2
 from services.common.errors import StatusError
+from services.common.field_rules import SAMPLING
 from services.tokenizer.json_object import JsonObject
 
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -137,7 +138,7 @@ class SamplingRequest(ApiRequest):
         return request
 
     def _set_sampling(self, sampling: common_pb2.SamplingParams) -> None:
-        set_present(sampling, self, _SAMPLING)
+        set_present(sampling, self, _SAME)
         if self.top_k is not None:
             if self.top_k < -1:
                 raise StatusError.invalid("top_k", f"must be at least -1, which is off as 0 is, got {self.top_k}")
@@ -167,13 +168,11 @@ class SamplingRequest(ApiRequest):
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
-_SAMPLING = (
-    *("n", "max_tokens", "min_tokens", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "ignore_eos", "prompt_logprobs"),
-)
+_SAME = tuple(name for name in SAMPLING if name in SamplingRequest.model_fields and name not in ("top_k", "seed"))
+"""Sampling fields that mean the same here as in our own API."""
 
 
-def set_present(target: object, source: object, names: Sequence[str]) -> None:
+def set_present(target: object, source: object, names: Iterable[str]) -> None:
     """Copy the attributes that have a value."""
     for name in names:
         if (value := getattr(source, name)) is not None:

@@ -13,6 +13,7 @@ from google.protobuf.json_format import MessageToDict
 
 from scalellm.v1 import common_pb2, generation_pb2
 from services.common.errors import StatusError
+from services.common.field_rules import SAMPLING
 from services.tokenizer.http.errors import error_code
 from services.tokenizer.http.logprobs import chat_entries
 from services.tokenizer.http.responses_request import ResponsesRequest
@@ -77,12 +78,12 @@ class ResponseDocument:
             "previous_response_id": request.previous_response_id,
             "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
             "store": is_stored,
-            "temperature": used.get("temperature", 1.0),
+            "temperature": used.get("temperature", SAMPLING["temperature"].default),
             "text": {"format": request.text_format},
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": self._num_top,
-            "top_p": used.get("top_p", 1.0),
+            "top_p": used.get("top_p", SAMPLING["top_p"].default),
             "truncation": "disabled",
             "usage": None,
             "user": request.user,

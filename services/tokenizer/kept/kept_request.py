@@ -15,6 +15,7 @@ import grpc
 from scalellm.v1 import generation_pb2
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
+from services.common.field_rules import MIN_PRIORITY
 from services.tokenizer.kept.journal import Entry, Head, Journal, Written
 from services.tokenizer.kept.run import Run
 from services.tokenizer.kept.transcript import Transcript
@@ -22,7 +23,6 @@ from services.tokenizer.latency import LatencyTrace
 from services.tokenizer.prompt_builder import Prompt
 from services.tokenizer.quotas import Lease
 from services.tokenizer.session import Session
-from services.tokenizer.validation import MIN_PRIORITY
 
 if TYPE_CHECKING:
     from services.tokenizer.generation.edge import Edge

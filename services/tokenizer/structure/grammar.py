@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
-from services.tokenizer.limits import RequestLimits
+from services.common.field_rules import MAX_STRUCTURE_BYTES, STRUCTURE_LISTS
 from services.tokenizer.structure import lark
 from services.tokenizer.structure.json_schema import checked_schema
 
@@ -15,14 +15,11 @@ _ANY_OBJECT = '{"type": "object"}'
 _ANY_VALUE = "true"
 
 
-def grammar_of(
-    structured: generation_pb2.StructuredOutput, limits: RequestLimits, special_ids: Mapping[str, int]
-) -> str:
+def grammar_of(structured: generation_pb2.StructuredOutput, special_ids: Mapping[str, int]) -> str:
     """Return the grammar of a shape.
 
     Args:
         structured: What the client asks for.
-        limits: Limits on it.
         special_ids: The model's special tokens, by their texts.
 
     Raises StatusError that names the field and the limit. Whether a regular expression or a grammar makes sense is the
@@ -33,10 +30,8 @@ def grammar_of(
         shapes = "json_schema, json_object, regex, choice, lark and structural_tag"
         raise StatusError.invalid(_FIELD, f"one of {shapes} must be set")
     size = structured.ByteSize()
-    if size > limits.max_structure_bytes:
-        raise StatusError.invalid(
-            f"{_FIELD}.{kind}", f"must have at most {limits.max_structure_bytes} bytes, got {size}"
-        )
+    if size > MAX_STRUCTURE_BYTES:
+        raise StatusError.invalid(f"{_FIELD}.{kind}", f"must have at most {MAX_STRUCTURE_BYTES} bytes, got {size}")
     match kind:
         case "json_schema":
             return _start(lark.json_value(checked_schema(structured.json_schema, f"{_FIELD}.json_schema")))
@@ -47,33 +42,32 @@ def grammar_of(
                 raise StatusError.invalid(f"{_FIELD}.regex", "must not be empty")
             return _start(lark.regex(structured.regex))
         case "choice":
-            return _start(" | ".join(map(lark.text, _choices(structured.choice, limits))))
+            return _start(" | ".join(map(lark.text, _choices(structured.choice))))
         case "lark":
             if not structured.lark.strip():
                 raise StatusError.invalid(f"{_FIELD}.lark", "must not be empty")
             return structured.lark
         case _:
-            return _tagged(structured.structural_tag, limits, special_ids)
+            return _tagged(structured.structural_tag, special_ids)
 
 
 def _start(rule: str) -> str:
     return f"start: {rule}\n"
 
 
-def _choices(choice: generation_pb2.Choice, limits: RequestLimits) -> Sequence[str]:
-    field = f"{_FIELD}.choice.texts"
-    _check_count(choice.texts, limits.max_choices, field)
+def _choices(choice: generation_pb2.Choice) -> Sequence[str]:
+    _check_count("choice.texts", choice.texts)
     for index, text in enumerate(choice.texts):
         if not text:
-            raise StatusError.invalid(f"{field}[{index}]", "must not be empty")
+            raise StatusError.invalid(f"{_FIELD}.choice.texts[{index}]", "must not be empty")
     return choice.texts
 
 
-def _tagged(tag: generation_pb2.StructuralTag, limits: RequestLimits, special_ids: Mapping[str, int]) -> str:
+def _tagged(tag: generation_pb2.StructuralTag, special_ids: Mapping[str, int]) -> str:
     """Any text, until one of the triggers comes: then one of the structures that begin with it."""
     field = f"{_FIELD}.structural_tag"
-    _check_count(tag.structures, limits.max_tag_structures, f"{field}.structures")
-    _check_count(tag.triggers, limits.max_tag_structures, f"{field}.triggers")
+    _check_count("structural_tag.structures", tag.structures)
+    _check_count("structural_tag.triggers", tag.triggers)
     if "" in tag.triggers:
         raise StatusError.invalid(f"{field}.triggers[{list(tag.triggers).index('')}]", "must not be empty")
     rules = [
@@ -97,6 +91,6 @@ def _tagged(tag: generation_pb2.StructuralTag, limits: RequestLimits, special_id
     return "\n".join(rules) + "\n"
 
 
-def _check_count(values: Sequence[object], most: int, field: str) -> None:
-    if not 1 <= len(values) <= most:
-        raise StatusError.invalid(field, f"must hold 1 to {most} entries, got {len(values)}")
+def _check_count(name: str, values: Sequence[object]) -> None:
+    if fault := STRUCTURE_LISTS[name].fault(values):
+        raise StatusError.invalid(f"{_FIELD}.{name}", fault)

@@ -8,9 +8,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from services.common.errors import StatusError
-
-MAX_DEPTH = 64
-"""Levels of objects and lists within each other."""
+from services.common.field_rules import MAX_SCHEMA_DEPTH
 
 FORMATS = frozenset(
     {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
@@ -77,7 +75,7 @@ def _parsed(text: str, field: str) -> Any:
     except json.JSONDecodeError as error:
         _refuse(field, f"is not JSON: {error.msg} at character {error.pos}")
     except RecursionError:
-        _refuse(field, f"must be at most {MAX_DEPTH} levels deep")
+        _refuse(field, f"must be at most {MAX_SCHEMA_DEPTH} levels deep")
     except ValueError:  # of int(): thousands of digits
         _refuse(field, "holds a number with too many digits")
 
@@ -91,8 +89,8 @@ def _check_depth(schema: Any, field: str) -> None:
         for inner in (value.values() if isinstance(value, dict) else value)
     ]:
         depth += 1
-        if depth > MAX_DEPTH:
-            _refuse(field, f"must be at most {MAX_DEPTH} levels deep")
+        if depth > MAX_SCHEMA_DEPTH:
+            _refuse(field, f"must be at most {MAX_SCHEMA_DEPTH} levels deep")
 
 
 def _schemas(schema: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -163,7 +163,7 @@ def test_settings_system_and_retry(cli: StartCli, fake_server: Any) -> None:
         assert (request.sampling.temperature, request.sampling.seed) == (pytest.approx(0.2), 7)
         assert request.session_id == "s1"
     assert [message.content for message in fake_server.sessions["s1"]] == ["first", "first", "second", "second"]
-    assert "no setting 'colour'; there are: temperature, " in shown
+    assert "no setting 'colour'; there are: max_tokens, " in shown
     assert "top_k: '1.5' is not a whole number" in shown
     assert "temperature 0.2" in shown
     assert not last.sampling.HasField("seed")

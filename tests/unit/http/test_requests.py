@@ -34,7 +34,7 @@ def check(request: generation_pb2.GenerateRequest) -> None:
     """Look at a request as the request path does."""
     validate_generate(request, LIMITS, VOCAB)
     if request.HasField("structured_output"):
-        grammar_of(request.structured_output, LIMITS, {})
+        grammar_of(request.structured_output, {})
 
 
 def chat(is_strict: bool = False, **fields: Any) -> generation_pb2.GenerateRequest:

@@ -10,13 +10,12 @@ import pytest
 
 from scalellm.v1.common_pb2 import SamplingParams
 from services.common.lifecycle import StartError
-from services.tokenizer.limits import RequestLimits
 from services.tokenizer.sampling_defaults import read_sampling_defaults, with_defaults
 
 
 def read(folder: Path, config: Any) -> SamplingParams:
     (folder / "generation_config.json").write_text(json.dumps(config))
-    return read_sampling_defaults(folder, RequestLimits())
+    return read_sampling_defaults(folder)
 
 
 def test_what_a_published_model_says(tmp_path: Path) -> None:
@@ -50,7 +49,7 @@ def test_other_files(tmp_path: Path, config: dict[str, Any], expected: SamplingP
 def test_models_without_the_file(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     for model in (tmp_path, tmp_path / "model.gguf"):
-        assert read_sampling_defaults(model, RequestLimits()) == SamplingParams()
+        assert read_sampling_defaults(model) == SamplingParams()
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,15 @@ import pytest
 
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
-from services.tokenizer.limits import RequestLimits
+from services.common.field_rules import MAX_SCHEMA_DEPTH
 from services.tokenizer.structure import grammar_of
-from services.tokenizer.structure.json_schema import MAX_DEPTH, checked_schema
+from services.tokenizer.structure.json_schema import checked_schema
 
-LIMITS = RequestLimits()
 OBJECT = '{"type": "object"}'
 
 
 def grammar(special_ids: dict[str, int] | None = None, **shape: Any) -> str:
-    return grammar_of(generation_pb2.StructuredOutput(**shape), LIMITS, special_ids or {})
+    return grammar_of(generation_pb2.StructuredOutput(**shape), special_ids or {})
 
 
 def refusal(**shape: Any) -> StatusError:
@@ -54,7 +53,7 @@ def tag(begin: str, *triggers: str, schema: str = "") -> generation_pb2.Structur
         ({"json_schema": '{"minimum": 1e999}'}, "structured_output.json_schema", "too large"),
         ({"json_schema": '{"minimum": ' + "9" * 5000 + "}"}, "structured_output.json_schema", "too many digits"),
         ({"json_schema": "[" * 60_000}, "structured_output.json_schema", "levels deep"),
-        ({"json_schema": nested(MAX_DEPTH + 1)}, "structured_output.json_schema", f"{MAX_DEPTH} levels"),
+        ({"json_schema": nested(MAX_SCHEMA_DEPTH + 1)}, "structured_output.json_schema", f"{MAX_SCHEMA_DEPTH} levels"),
         ({"json_schema": '{"uniqueItems": true}'}, "structured_output.json_schema", "'uniqueItems' at #,"),
         ({"json_schema": '{"nullable": true}'}, "structured_output.json_schema", "'nullable'"),
         ({"json_schema": '{"x-guidance": {"lenient": true}}'}, "structured_output.json_schema", "'x-guidance'"),

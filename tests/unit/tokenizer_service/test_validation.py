@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common.errors import StatusError
+from services.common.field_rules import SAMPLING_LISTS
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.template_kwargs import read_template_kwargs
 from services.tokenizer.validation import (
@@ -39,7 +40,7 @@ def just_beyond(value: float, towards: float) -> float:
 
 
 def check_sampling(**fields: object) -> None:
-    validate_sampling(common_pb2.SamplingParams(**fields), LIMITS, VOCAB)
+    validate_sampling(common_pb2.SamplingParams(**fields), VOCAB)
 
 
 def bias(token_id: int, value: float) -> common_pb2.LogitBias:
@@ -183,8 +184,8 @@ def test_an_answer_goes_on_with_the_last_message_or_begins_one():
 
 def test_the_largest_requests_fit_a_message():
     sampling = common_pb2.SamplingParams(
-        logit_bias=[bias(2**20 + token_id, 1.5) for token_id in range(LIMITS.max_logit_bias)],
-        stop_token_ids=[2**20] * LIMITS.max_stop_token_ids,
+        logit_bias=[bias(2**20 + token_id, 1.5) for token_id in range(SAMPLING_LISTS["logit_bias"].most)],
+        stop_token_ids=[2**20] * SAMPLING_LISTS["stop_token_ids"].most,
     )
     stops = ["x" * LIMITS.max_stop_bytes] * LIMITS.max_stops
     role, content = "r" * LIMITS.max_role_bytes, "c" * (LIMITS.max_prompt_bytes // LIMITS.max_messages - 64)

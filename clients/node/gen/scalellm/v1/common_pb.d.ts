@@ -21,14 +21,14 @@ export declare const file_scalellm_v1_common: GenFile;
  */
 export declare type SamplingParams = Message<"scalellm.v1.SamplingParams"> & {
   /**
-   * Independent samples of the same prompt. 1..16, default 1. The prompt is computed once and shared.
+   * Independent samples of the same prompt. [1, 16], default 1. The prompt is computed once and shared.
    *
    * @generated from field: optional uint32 n = 1;
    */
   n?: number | undefined;
 
   /**
-   * Most tokens to generate per sample. >= 1. Default: what fits the model's context after the prompt.
+   * Most tokens to generate per sample. At least 1. Not set: what fits the model's context after the prompt.
    *
    * @generated from field: optional uint32 max_tokens = 2;
    */
@@ -36,21 +36,21 @@ export declare type SamplingParams = Message<"scalellm.v1.SamplingParams"> & {
 
   /**
    * End-of-sequence and stop tokens are not drawn before this many tokens, and no stop text ends the sample with one of
-   * them: it may begin there. 0..max_tokens, default 0.
+   * them: it may begin there. At least 0, default 0; at most max_tokens.
    *
    * @generated from field: optional uint32 min_tokens = 3;
    */
   minTokens?: number | undefined;
 
   /**
-   * 0 is greedy; otherwise logits are divided by it. 0..100, default 1.
+   * 0 is greedy; otherwise logits are divided by it. [0, 100], default 1.
    *
    * @generated from field: optional float temperature = 4;
    */
   temperature?: number | undefined;
 
   /**
-   * Keep the k most likely tokens. 0 = off (default).
+   * Keep the k most likely tokens. At least 0, default 0 (off).
    *
    * @generated from field: optional uint32 top_k = 5;
    */
@@ -100,14 +100,14 @@ export declare type SamplingParams = Message<"scalellm.v1.SamplingParams"> & {
 
   /**
    * With the same seed, prompt and parameters the same tokens come out, wherever and beside whatever they are computed.
-   * Default: drawn at random by the server.
+   * [0, 18446744073709551615]. Not set: drawn at random by the server.
    *
    * @generated from field: optional uint64 seed = 12;
    */
   seed?: bigint | undefined;
 
   /**
-   * Token ids that end a sample beside the model's own end-of-sequence ids. At most 64. The token is kept in token ids,
+   * Token ids that end a sample beside the model's own end-of-sequence ids. At most 64 entries. The token is kept in token ids,
    * not in the text.
    *
    * @generated from field: repeated uint32 stop_token_ids = 13;
@@ -122,14 +122,14 @@ export declare type SamplingParams = Message<"scalellm.v1.SamplingParams"> & {
   ignoreEos?: boolean | undefined;
 
   /**
-   * Report the log-probability of every generated token and of this many most likely ones. 0..20; unset = none.
+   * Report the log-probability of every generated token and of this many most likely ones. [0, 20]. Not set: none.
    *
    * @generated from field: optional uint32 logprobs = 15;
    */
   logprobs?: number | undefined;
 
   /**
-   * The same for the tokens of the prompt. 0..20; unset = none. The prefix cache is not used for such a request.
+   * The same for the tokens of the prompt. [0, 20]. Not set: none. The prefix cache is not used for such a request.
    *
    * @generated from field: optional uint32 prompt_logprobs = 16;
    */
@@ -157,7 +157,7 @@ export declare type LogitBias = Message<"scalellm.v1.LogitBias"> & {
   tokenId: number;
 
   /**
-   * -100..100.
+   * [-100, 100].
    *
    * @generated from field: float bias = 2;
    */

@@ -93,7 +93,7 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
   sessionId?: string | undefined;
 
   /**
-   * Lower runs first. -100..100, default 0. Where API keys are configured, below 0 only as far as the tenant's
+   * Lower runs first. [-100, 100], default 0. Where API keys are configured, below 0 only as far as the tenant's
    * min_priority grants it: such requests run before those of all other tenants.
    *
    * @generated from field: optional int32 priority = 9;
@@ -115,7 +115,7 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
   skipSpecialTokens?: boolean | undefined;
 
   /**
-   * Least tokens per message after the first, so that fast streams cost fewer messages. 1..1024, default 1.
+   * Least tokens per message after the first, so that fast streams cost fewer messages. [1, 1024], default 1.
    *
    * @generated from field: optional uint32 stream_interval = 12;
    */
@@ -261,7 +261,7 @@ export declare const JsonObjectSchema: GenMessage<JsonObject>;
  */
 export declare type Choice = Message<"scalellm.v1.Choice"> & {
   /**
-   * 1..1024 texts, none of them empty.
+   * 1 to 1024 entries, none of them empty.
    *
    * @generated from field: repeated string texts = 1;
    */
@@ -281,14 +281,14 @@ export declare const ChoiceSchema: GenMessage<Choice>;
  */
 export declare type StructuralTag = Message<"scalellm.v1.StructuralTag"> & {
   /**
-   * What the parts are. 1..64.
+   * What the parts are. 1 to 64 entries.
    *
    * @generated from field: repeated scalellm.v1.TagStructure structures = 1;
    */
   structures: TagStructure[];
 
   /**
-   * Texts at which a part begins: each structure's `begin` starts with one of them. 1..64, none of them empty. One that is
+   * Texts at which a part begins: each structure's `begin` starts with one of them. 1 to 64 entries, none of them empty. One that is
    * exactly the text of a special token stands for that token.
    *
    * @generated from field: repeated string triggers = 2;

@@ -1,0 +1,202 @@
+"""The table of what the fields of a request may hold: names, ranges, defaults and limits.
+
+The edge, the engine, HTTP and the command line read it, so a rule stands here and nowhere else. Clients read the same
+in the comments of `protos/scalellm/v1`, which a test compares with the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+Number = int | float
+"""What a field of numbers holds; a bool is an int."""
+
+
+@dataclass(frozen=True, slots=True)
+class NumberRule:
+    """What a field with one number, or with true or false, may hold.
+
+    Attributes:
+        name: Of the field in the protos.
+        kind: int, float or bool.
+        meaning: What it does, for whoever sets it.
+        default: Its value where nobody sets it; None: it has none.
+        low: The least that it may be; None: true and false have no range.
+        high: The most that it may be; None: what its type on the wire holds.
+        is_above_low: `low` itself is too little.
+        is_model_default: A model's generation_config.json may hold another default.
+    """
+
+    name: str
+    kind: type[Number]
+    meaning: str = ""
+    default: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
+    is_above_low: bool = False
+    is_model_default: bool = False
+
+    @property
+    def interval(self) -> str:
+        """The range, such as "(0, 1]" or "at least 1"; empty without one."""
+        if self.low is None:
+            return ""
+        if self.high is None:
+            return f"at least {_shown(self.low)}"
+        return f"{'(' if self.is_above_low else '['}{_shown(self.low)}, {_shown(self.high)}]"
+
+    @property
+    def limits(self) -> str:
+        """The range and the default, as documents write them."""
+        default = "" if self.default is None else f"default {_shown(self.default)}"
+        return ", ".join(part for part in (self.interval, default) if part)
+
+    def fault(self, value: Number) -> str:
+        """Return what a value must be and is not, empty if nothing is wrong. NaN is out of every range."""
+        if self.low is None:
+            return ""
+        is_high_enough = value > self.low if self.is_above_low else value >= self.low
+        if is_high_enough and (self.high is None or value <= self.high):
+            return ""
+        return f"must be {'in ' if self.high is not None else ''}{self.interval}, got {_shown(value)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ListRule:
+    """How many entries a field may hold, and what the number in each of them may be.
+
+    Attributes:
+        name: Of the field in the protos.
+        most: The most entries.
+        least: The fewest entries.
+        entry: The rule of each entry's number, where it has a range.
+    """
+
+    name: str
+    most: int
+    least: int = 0
+    entry: NumberRule | None = None
+
+    @property
+    def limits(self) -> str:
+        """The numbers of entries, as documents write them."""
+        return f"{self.least} to {self.most} entries" if self.least else f"at most {self.most} entries"
+
+    def fault(self, values: Sized) -> str:
+        """Return how many entries there must be and how many there are, empty if nothing is wrong."""
+        return "" if self.least <= len(values) <= self.most else f"must have {self.limits}, got {len(values)}"
+
+    def entry_fault(self, value: Number) -> str:
+        """Return what the number of an entry must be and is not, empty if nothing is wrong."""
+        return "" if self.entry is None else self.entry.fault(value)
+
+
+def sampling_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each sampling field that holds what it may not, with what is wrong.
+
+    Args:
+        values: What the fields hold, by name; None, and a name that is not there: not set.
+    """
+    rules: Mapping[str, NumberRule | ListRule] = {**SAMPLING, **SAMPLING_LISTS}
+    for name, rule in rules.items():
+        if (value := values.get(name)) is not None and (fault := rule.fault(value)):
+            yield name, fault
+    fewest, most = values.get("min_tokens") or 0, values.get("max_tokens")
+    if most is not None and fewest > most:
+        yield "min_tokens", f"must be at most max_tokens ({most}), got {fewest}"
+
+
+def _shown(value: Number) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def _numbers(*rules: NumberRule) -> Mapping[str, NumberRule]:
+    return MappingProxyType({rule.name: rule for rule in rules})
+
+
+def _lists(*rules: ListRule) -> Mapping[str, ListRule]:
+    return MappingProxyType({rule.name: rule for rule in rules})
+
+
+MAX_N = 16
+"""Most samples of a request."""
+
+MAX_LOGPROBS = 20
+"""Most alternatives of a token whose log-probabilities are told."""
+
+SAMPLING = _numbers(
+    NumberRule("n", int, "Independent samples of the same prompt.", 1, low=1, high=MAX_N),
+    NumberRule("max_tokens", int, "Most tokens to generate; not set: what the context holds.", low=1),
+    NumberRule("min_tokens", int, "Do not end before this many tokens.", 0, low=0),
+    NumberRule(
+        *("temperature", float, "0: the most likely token each time; more: less likely ones as well.", 1.0),
+        low=0.0,
+        high=100.0,
+        is_model_default=True,
+    ),
+    NumberRule("top_k", int, "Keep the k most likely tokens; 0: all.", 0, low=0, is_model_default=True),
+    NumberRule(
+        *("top_p", float, "Keep the likeliest tokens that make up p together.", 1.0),
+        low=0.0,
+        high=1.0,
+        is_above_low=True,
+        is_model_default=True,
+    ),
+    NumberRule(
+        *("min_p", float, "Drop tokens less likely than min_p times the likeliest one.", 0.0),
+        low=0.0,
+        high=1.0,
+        is_model_default=True,
+    ),
+    NumberRule(
+        *("presence_penalty", float, "Above 0: avoid tokens that were generated before.", 0.0), low=-2.0, high=2.0
+    ),
+    NumberRule(
+        *("frequency_penalty", float, "Above 0: avoid tokens the more, the more often they were generated.", 0.0),
+        low=-2.0,
+        high=2.0,
+    ),
+    NumberRule(
+        *("repetition_penalty", float, "Above 1: avoid tokens that were read or generated before.", 1.0),
+        low=0.0,
+        high=2.0,
+        is_above_low=True,
+        is_model_default=True,
+    ),
+    NumberRule("seed", int, "The same seed repeats the same answer.", low=0, high=2**64 - 1),
+    NumberRule("ignore_eos", bool, "Go on after the model's end token.", False),
+    NumberRule("logprobs", int, "Tell log-probabilities, and this many alternatives.", low=0, high=MAX_LOGPROBS),
+    NumberRule("prompt_logprobs", int, "Tell the same of the prompt's tokens.", low=0, high=MAX_LOGPROBS),
+)
+"""Fields of SamplingParams that hold one value."""
+
+SAMPLING_LISTS = _lists(
+    ListRule("logit_bias", 1024, entry=NumberRule("bias", float, low=-100.0, high=100.0)),
+    ListRule("stop_token_ids", 64),
+)
+"""Fields of SamplingParams that hold several values."""
+
+MAX_STRUCTURE_BYTES = 2**16
+"""Most bytes of a StructuredOutput."""
+
+MAX_SCHEMA_DEPTH = 64
+"""Most levels of objects and lists within each other in a JSON Schema."""
+
+STRUCTURE_LISTS = _lists(
+    ListRule("choice.texts", 1024, least=1),
+    ListRule("structural_tag.structures", 64, least=1),
+    ListRule("structural_tag.triggers", 64, least=1),
+)
+"""Fields of StructuredOutput that hold several values."""
+
+MIN_PRIORITY = -100
+"""The most urgent."""
+
+REQUEST = _numbers(
+    NumberRule("priority", int, "Lower runs first.", 0, low=MIN_PRIORITY, high=100),
+    NumberRule("stream_interval", int, "Least tokens per message after the first.", 1, low=1, high=1024),
+)
+"""Fields of GenerateRequest that hold a number."""
