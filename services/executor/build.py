@@ -19,6 +19,7 @@ from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError
+from services.executor.late_grammars import LateGrammars
 from services.executor.limits import choose_limits, engine_config
 from services.executor.model_config import PRESETS, ModelConfig, UnsupportedModelError
 from services.executor.model_config.files import read_shape
@@ -112,8 +113,12 @@ def _fake_engine(settings: ExecutorSettings) -> LoadedEngine:
     num_blocks = settings.num_blocks or max(_FAKE_BLOCKS, -(-max_model_len // limits.block_size))
     # A modelled GPU overlaps its steps, as a real one does.
     overlaps = settings.fake_preset != "instant"
-    runner = FakeModelRunner(model.vocab_size, model.eos_token_ids, step_time, overlaps=overlaps)
-    engine = Engine(engine_config(settings, limits, model, num_blocks, max_model_len), runner)
+    config = engine_config(settings, limits, model, num_blocks, max_model_len)
+    grammars = None
+    if found.path is not None and model.eos_token_ids:
+        grammars = LateGrammars(found.path, config.max_num_seqs, model.vocab_size, model.eos_token_ids)
+    runner = FakeModelRunner(model.vocab_size, model.eos_token_ids, step_time, overlaps=overlaps, masks=grammars)
+    engine = Engine(config, runner, grammars=grammars)
     return _describe(found, engine, executor_pb2.GetExecutorInfoResponse(device="cpu", backend="fake"))
 
 

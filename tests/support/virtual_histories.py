@@ -7,6 +7,7 @@ engine emitted is in a journal, and every client's tokens are compared with both
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ import grpc
 
 from scalellm.v1 import link_pb2
 from services.common.errors import StatusError
+from shaped_answers import GRAMMARS, problem, shaped_tokens
 from virtual_loop import run_virtually
 from virtual_network import Network
-from virtual_services import Journal, VirtualEdge, VirtualExecutor, VirtualScheduler, scripted_token
+from virtual_services import Journal, VirtualEdge, VirtualExecutor, VirtualScheduler, script, scripted_token
 
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
 _PATIENCE = 600.0
@@ -39,6 +41,7 @@ class VirtualStream:
     cancel_after: int | None = None
     stop_after: int | None = None
     timeout: float | None = None
+    grammar: str = ""
     tokens: dict[int, list[int]] = field(default_factory=dict)
     codes: list[grpc.StatusCode] = field(default_factory=list)
     details: str = ""
@@ -46,12 +49,13 @@ class VirtualStream:
 
     @staticmethod
     def draw(name: str, rng: random.Random) -> VirtualStream:
-        kind = rng.choice(("plain", "plain", "samples", "logprobs", "session", "stop", "deadline", "cancel"))
+        kinds = ("plain", "samples", "logprobs", "session", "stop", "deadline", "cancel", "shaped", "shaped samples")
+        kind = rng.choice(kinds)
         return VirtualStream(
             name,
             [rng.randrange(1, 1000) for _ in range(rng.randint(1, 40))],
             rng.getrandbits(32),
-            rng.randint(2, 3) if kind == "samples" else 1,
+            rng.randint(2, 3) if kind.endswith("samples") else 1,
             rng.randint(1, 40),
             rng.uniform(0, 0.5),
             logprobs=kind == "logprobs",
@@ -59,6 +63,7 @@ class VirtualStream:
             cancel_after=rng.randint(0, 20) if kind == "cancel" else None,
             stop_after=rng.randint(1, 20) if kind == "stop" else None,
             timeout=rng.uniform(0.05, 2) if kind == "deadline" else None,
+            grammar=rng.choice(GRAMMARS) if kind.startswith("shaped") else "",
         )
 
     def make_submit(self) -> link_pb2.Submit:
@@ -66,7 +71,8 @@ class VirtualStream:
         submit.sampling.n = self.num_samples
         submit.sampling.seed = self.seed
         submit.sampling.max_tokens = self.max_tokens
-        submit.sampling.ignore_eos = True
+        submit.sampling.ignore_eos = not self.grammar
+        submit.grammar = self.grammar
         if self.logprobs:
             submit.sampling.logprobs = 1
         if self.timeout is not None:
@@ -115,27 +121,37 @@ class VirtualStream:
         found = []
         if len(self.codes) != 1:
             found.append(f"ended {len(self.codes)} times: {self.codes}")
+        due = [self._due(index) for index in range(self.num_samples)]
         for index, ids in self.tokens.items():
-            past = self.prompt[-1]
-            for offset, token in enumerate(ids):
-                wanted = scripted_token(self.seed, index, offset, past)
+            for offset, (token, wanted) in enumerate(zip(ids, due[index], strict=False)):
                 if token != wanted:
                     found.append(f"sample {index}, token {offset} is {token}, not {wanted}")
                     break
                 if journal.tokens.get((self.name, index, offset)) != {token}:
                     emitted = journal.tokens.get((self.name, index, offset))
                     found.append(f"sample {index}, token {offset} is {token}; engines emitted {emitted}")
-                past = token
-            if len(ids) > self.max_tokens:
-                found.append(f"sample {index} has {len(ids)} tokens, more than {self.max_tokens}")
+            if len(ids) > len(due[index]):
+                found.append(f"sample {index} has {len(ids)} tokens, more than {len(due[index])}")
         if self.codes[:1] == [OK]:
-            for index in range(self.num_samples):
-                count, least = len(self.tokens.get(index, ())), self.max_tokens
+            for index, wanted in enumerate(due):
+                ids, least = self.tokens.get(index, []), len(wanted)
                 if self.stop_after is not None:
                     least = min(least, self.stop_after)
-                if count < least:
-                    found.append(f"sample {index} ended OK with {count} tokens, {least} are due")
-        return [f"{self.name}: {problem}" for problem in found]
+                if len(ids) < least:
+                    found.append(f"sample {index} ended OK with {len(ids)} tokens, {least} are due")
+                if self.grammar and (said := problem(self.grammar, ids, self.max_tokens)):
+                    found.append(f"sample {index}: {said}")
+        return [f"{self.name}: {what}" for what in found]
+
+    def _due(self, index: int) -> list[int]:
+        """The tokens of a sample that nothing ends early."""
+        if self.grammar:
+            numbers = functools.partial(script, self.seed, index)
+            return shaped_tokens(self.grammar, numbers, self.prompt[-1], self.max_tokens)
+        ids = [self.prompt[-1]]
+        for offset in range(self.max_tokens):
+            ids.append(scripted_token(self.seed, index, offset, ids[-1]))
+        return ids[1:]
 
 
 @dataclass

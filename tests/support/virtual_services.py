@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +18,13 @@ from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.common.link import LinkTraffic, token_runs
 from services.executor.build import LoadedEngine
-from services.executor.engine.batch import CompletedStep, Logprobs, PendingStep, SampledBatch, ScheduledBatch
+from services.executor.engine.batch import ScheduledSequence
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
+from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from services.executor.engine_process import EngineLoop
 from services.executor.front import ExecutorServicer
+from services.executor.grammar import Masks
 from services.executor.ipc import Kind, Message
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.config import SchedulerSettings
@@ -31,10 +33,11 @@ from services.scheduler.intake import Intake
 from services.scheduler.placement import Placement
 from services.scheduler.service import SchedulerService
 from services.tokenizer.schedulers import Schedulers
+from shaped_answers import EOS, SIZE, CompilesAtOnce
 from virtual_loop import VirtualLoop
 from virtual_network import Network, VirtualDialer, VirtualProcess
 
-VOCABULARY = 1000
+VOCABULARY = SIZE
 TOKENIZER = b"virtual"
 SILENCE_LIMIT = 3.0
 LEASE = 2.0
@@ -42,10 +45,15 @@ _BEAT = 0.5
 _START_LIMIT = 2.0
 
 
+def script(seed: int, index: int, offset: int, previous: int) -> int:
+    """What says which token sample `index` has at `offset`, modulo how many there are to choose from."""
+    mixed = (seed * 2654435761 + index * 40503 + offset * 2246822519 + previous * 3266489917 + 374761393) % 2**32
+    return mixed ^ (mixed >> 15)
+
+
 def scripted_token(seed: int, index: int, offset: int, previous: int) -> int:
     """The token that sample `index` has at `offset`: no two samples, offsets or pasts have the same, but by chance."""
-    mixed = (seed * 2654435761 + index * 40503 + offset * 2246822519 + previous * 3266489917 + 374761393) % 2**32
-    return 1 + (mixed ^ (mixed >> 15)) % (VOCABULARY - 1)
+    return 1 + script(seed, index, offset, previous) % (VOCABULARY - 1)
 
 
 class Journal:
@@ -62,38 +70,18 @@ class Journal:
             self.emissions += 1
 
 
-class _ScriptedRunner:
-    """Answers at once; how long a step takes is the engine's business."""
+class ScriptedRunner(FakeModelRunner):
+    """Answers at once, by the script; how long a step takes is the engine's business."""
 
-    overlaps: bool
+    def __init__(self, num_rows: int, clock: Callable[[], float], *, overlaps: bool) -> None:
+        masks = Masks(num_rows, VOCABULARY)
+        times = STEP_TIME_PRESETS["instant"]
+        super().__init__(VOCABULARY, {EOS}, times, clock=clock, overlaps=overlaps, masks=masks)
 
-    def __init__(self, *, overlaps: bool) -> None:
-        self.overlaps = overlaps
-        self._sampled: dict[int, int] = {}
-
-    def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
-        """There is no cache."""
-
-    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """There is no cache."""
-
-    def check_device(self) -> None:
-        """There is no device."""
-
-    def launch(self, batch: ScheduledBatch) -> PendingStep:
-        """Draw the tokens."""
-        sampled = SampledBatch([])
-        for scheduled in batch.sequences:
-            if scheduled.samples:
-                seq = scheduled.seq
-                sampling = seq.group.request.sampling
-                previous = self._sampled[seq.row] if scheduled.token_pending else seq.token_ids[-1]
-                offset = scheduled.position - seq.group.num_prompt_tokens
-                token = self._sampled[seq.row] = scripted_token(sampling.seed, seq.index, offset, previous)
-                if sampling.logprobs is not None:
-                    sampled.logprobs[len(sampled.token_ids)] = Logprobs(-1.0, [(token, -1.0)] * bool(sampling.logprobs))
-                sampled.token_ids.append(token)
-        return CompletedStep(sampled)
+    def number(self, previous: int, scheduled: ScheduledSequence) -> int:
+        """By the sample's seed, index and offset as well."""
+        seq = scheduled.seq
+        return script(seq.group.request.sampling.seed or 0, seq.index, scheduled.num_output_tokens, previous)
 
 
 class VirtualExecutor:
@@ -114,10 +102,6 @@ class VirtualExecutor:
         servicer = ExecutorServicer(self.front, SimpleNamespace(drain_limit_s=1.0, lease_s=LEASE))
         self._network.serve(self.address, self.process, servicer.Execute)
 
-    def make_runner(self) -> _ScriptedRunner:
-        """The model of an engine."""
-        return _ScriptedRunner(overlaps=self._rng.random() < 0.5)
-
     def new_engine(self) -> tuple[Engine, link_pb2.Welcome]:
         """The next incarnation."""
         self._num_starts += 1
@@ -125,12 +109,12 @@ class VirtualExecutor:
             num_blocks=64,
             max_model_len=256,
             vocab_size=VOCABULARY,
-            eos_token_ids=frozenset({0}),
+            eos_token_ids=frozenset({EOS}),
             block_size=4,
             max_num_seqs=8,
             max_num_batched_tokens=64,
         )
-        engine = Engine(config, self.make_runner(), clock=asyncio.get_running_loop().time)
+        engine = self.make_engine(config)
         welcome = link_pb2.Welcome(
             instance_id=f"{self.address}#{self._num_starts}",
             model="virtual",
@@ -140,8 +124,15 @@ class VirtualExecutor:
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             vocab_size=VOCABULARY,
+            grammars=True,
         )
         return engine, welcome
+
+    def make_engine(self, config: EngineConfig) -> Engine:
+        """One of this size."""
+        clock = asyncio.get_running_loop().time
+        runner = ScriptedRunner(config.max_num_seqs, clock, overlaps=self._rng.random() < 0.5)
+        return Engine(config, runner, clock, grammars=CompilesAtOnce())
 
     def die(self) -> None:
         """Front and engine, as by kill -9 of the front: the engine follows."""

@@ -1,11 +1,20 @@
 """A model runner without a model: scripted tokens and the step times of a device that is not there."""
 
+import functools
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from services.executor.engine.batch import CompletedStep, Logprobs, PendingStep, SampledBatch, ScheduledBatch
+from services.executor.engine.batch import (
+    CompletedStep,
+    Logprobs,
+    PendingStep,
+    SampledBatch,
+    ScheduledBatch,
+    ScheduledSequence,
+)
+from services.executor.engine.grammar import StepMasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +47,27 @@ STEP_TIME_PRESETS = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
 class _TimedStep:
-    sampled: SampledBatch
-    done_at: float
-    sleep: Callable[[float], None]
-    clock: Callable[[], float]
+    """A step whose tokens are there after some time.
+
+    Args:
+        answer: Draws its tokens.
+        draws_late: It waits with that until `draw`.
+        wait: Waits for as long as the step takes.
+    """
+
+    def __init__(self, answer: Callable[[], SampledBatch], wait: Callable[[], None], *, draws_late: bool) -> None:
+        self._answer = answer
+        self._wait = wait
+        self._sampled = None if draws_late else answer()
 
     def draw(self) -> None:
-        """Nothing: the tokens are known."""
+        if self._sampled is None:
+            self._sampled = self._answer()
 
     def wait(self) -> SampledBatch:
-        left = self.done_at - self.clock()
-        if left > 0:
-            self.sleep(left)
-        return self.sampled
+        self._wait()
+        return SampledBatch([]) if self._sampled is None else self._sampled
 
 
 class FakeModelRunner:
@@ -62,8 +77,8 @@ class FakeModelRunner:
     is left of it; without, launching sleeps through it.
 
     The next token is a function of the previous token and its position alone (`next_token`), never one of
-    `special_token_ids`; seeds, penalties, biases and min_tokens change nothing. Log-probabilities are 0, with the
-    token itself as the only alternative.
+    `special_token_ids`; seeds, penalties, biases and min_tokens change nothing. A sample with a grammar goes on with
+    one of the tokens that `masks` allow. Log-probabilities are 0, with the token itself as the only alternative.
     """
 
     def __init__(
@@ -75,6 +90,7 @@ class FakeModelRunner:
         clock: Callable[[], float] = time.monotonic,
         *,
         overlaps: bool = False,
+        masks: StepMasks | None = None,
     ) -> None:
         self._ordinary = sorted(set(range(vocab_size)) - set(special_token_ids))
         if not self._ordinary:
@@ -83,6 +99,7 @@ class FakeModelRunner:
         self._sleep = sleep
         self._clock = clock
         self._overlaps = overlaps
+        self._masks = masks
         self._busy_until = float("-inf")
         self._sampled: dict[int, int] = {}
 
@@ -93,8 +110,11 @@ class FakeModelRunner:
 
     def next_token(self, previous: int, position: int) -> int:
         """Return the token at `position` that follows `previous`: a multiplicative hash over the ordinary tokens."""
-        mixed = (previous * 2654435761 + position * 2246822519 + 374761393) % 2**32
-        return self._ordinary[(mixed ^ (mixed >> 15)) % len(self._ordinary)]
+        return self._ordinary[_mixed(previous, position) % len(self._ordinary)]
+
+    def number(self, previous: int, scheduled: ScheduledSequence) -> int:
+        """Return the number that says, modulo how many tokens there are to choose from, which follows `previous`."""
+        return _mixed(previous, scheduled.position)
 
     def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
         """Copy nothing: there is no cache."""
@@ -111,12 +131,22 @@ class FakeModelRunner:
         if not self._overlaps:
             if seconds > 0:
                 self._sleep(seconds)
-            return CompletedStep(self._answer(batch))
-        self._busy_until = max(self._busy_until, self._clock()) + seconds
-        return _TimedStep(self._answer(batch), self._busy_until, self._sleep, self._clock)
+            return CompletedStep(self._answer(batch, is_late=False))
+        self._busy_until = done_at = max(self._busy_until, self._clock()) + seconds
 
-    def _answer(self, batch: ScheduledBatch) -> SampledBatch:
+        def wait() -> None:
+            if (left := done_at - self._clock()) > 0:
+                self._sleep(left)
+
+        is_late = batch.draws_late
+        return _TimedStep(functools.partial(self._answer, batch, is_late=is_late), wait, draws_late=is_late)
+
+    def _answer(self, batch: ScheduledBatch, *, is_late: bool) -> SampledBatch:
+        """Draw the tokens; with `is_late` those of the step before are known, and sequences may have ended since."""
         sampled = SampledBatch([])
+        drawn = [scheduled for scheduled in batch.sequences if scheduled.samples]
+        if self._masks is not None and any(scheduled.seq.matcher is not None for scheduled in drawn):
+            sampled.misfits = self._masks.fill(drawn)
         for place, scheduled in enumerate(batch.sequences):
             seq = scheduled.seq
             if scheduled.prompt_logprobs:
@@ -125,8 +155,14 @@ class FakeModelRunner:
                     for position in scheduled.prompt_logprobs
                 ]
             if scheduled.samples:
-                last = self._sampled[seq.row] if scheduled.token_pending else seq.token_ids[-1]
-                token_id = self._sampled[seq.row] = self.next_token(last, scheduled.position)
+                is_unknown = scheduled.token_pending and not is_late
+                last = self._sampled[seq.row] if is_unknown else seq.token_ids[-1]
+                number = self.number(last, scheduled)
+                if self._masks is None or seq.matcher is None:
+                    token_id = self._ordinary[number % len(self._ordinary)]
+                else:
+                    token_id = self._masks.pick(len(sampled.token_ids), number)
+                self._sampled[seq.row] = token_id
                 wanted = seq.group.request.sampling.logprobs
                 if wanted is not None:
                     sampled.logprobs[len(sampled.token_ids)] = Logprobs(0.0, self._top(token_id, wanted))
@@ -136,3 +172,8 @@ class FakeModelRunner:
     @staticmethod
     def _top(token_id: int, count: int | None) -> list[tuple[int, float]]:
         return [(token_id, 0.0)] if count else []
+
+
+def _mixed(previous: int, position: int) -> int:
+    mixed = (previous * 2654435761 + position * 2246822519 + 374761393) % 2**32
+    return mixed ^ (mixed >> 15)

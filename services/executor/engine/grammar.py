@@ -1,7 +1,12 @@
 """What the engine knows of grammars, which say what the texts of samples must be."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from services.executor.engine.batch import ScheduledSequence
 
 
 class GrammarError(Exception):
@@ -34,3 +39,17 @@ class GrammarCompiler(Protocol):
 
     def start(self, grammar: str, outputs: Sequence[Sequence[int]]) -> Compilation:
         """Begin with one matcher per sample, given the tokens that each has emitted already."""
+
+
+class StepMasks(Protocol):
+    """The tokens that the samples of a step may go on with."""
+
+    def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
+        """Find them out, now that all tokens of these samples are known. Returns the messages of the grammars that gave
+        an error, by place: what is drawn for these means nothing.
+        """
+
+    def pick(self, place: int, number: int) -> int:
+        """Return one of the tokens that the sample at a place may go on with: that with this number, modulo how many
+        there are; 0 if there is none.
+        """

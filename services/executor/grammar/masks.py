@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from llguidance import LLExecutor
-from torch import Tensor
 
 from services.executor.engine.batch import ScheduledSequence
 from services.executor.grammar.matcher import LlMatcher
@@ -25,12 +24,12 @@ class Masks:
         vocab_size: tokens of the model.
 
     Attributes:
-        words: `[num_rows, ceil(vocab_size / 32)]` i32; bit t % 32 of word t // 32 is set if token t may be drawn.
+        rows: `[num_rows, ceil(vocab_size / 32)]` i32; bit t % 32 of word t // 32 is set if token t may be drawn.
     """
 
     def __init__(self, num_rows: int, vocab_size: int) -> None:
-        self._rows = np.full((num_rows, -(-vocab_size // _WORD_BITS)), _ALL, np.int32)
-        self.words: Tensor = torch.from_numpy(self._rows)
+        self.rows: npt.NDArray[np.int32] = np.full((num_rows, -(-vocab_size // _WORD_BITS)), _ALL, np.int32)
+        self._vocab_size = vocab_size
         self._filled = np.zeros(num_rows, np.bool_)
         self._executor: LLExecutor | None = None
 
@@ -47,25 +46,33 @@ class Masks:
                 matcher.follow(one.seq.token_ids[one.seq.group.num_prompt_tokens :])
                 matchers[place] = matcher
             elif self._filled[place]:
-                self._rows[place] = _ALL
+                self.rows[place] = _ALL
             self._filled[place] = place in matchers
         if not matchers:
             return {}
         if self._executor is None:
             self._executor = LLExecutor()
-        width = self._rows.shape[1] * self._rows.itemsize
+        width = self.rows.shape[1] * self.rows.itemsize
         pairs = [(matcher.matcher, place) for place, matcher in matchers.items()]
-        self._executor.unsafe_compute_mask_ptr(pairs, self._rows.ctypes.data, width, len(scheduled))
+        self._executor.unsafe_compute_mask_ptr(pairs, self.rows.ctypes.data, width, len(scheduled))
         errors = {place: message for place, matcher in matchers.items() if (message := matcher.error)}
         for place in matchers.keys() - errors.keys():
             if banned := scheduled[place].seq.group.banned_at(scheduled[place].num_output_tokens):
                 self._ban(place, banned)
         return errors
 
+    def pick(self, place: int, number: int) -> int:
+        """Return one of the tokens that the sample at a place may go on with: that with this number, modulo how many
+        there are; 0 if there is none.
+        """
+        bits = np.unpackbits(self.rows[place].view(np.uint8), count=self._vocab_size, bitorder="little")
+        token_ids = np.flatnonzero(bits)
+        return int(token_ids[number % len(token_ids)]) if len(token_ids) else 0
+
     def _ban(self, place: int, token_ids: Collection[int]) -> None:
         """Take tokens out of a mask, unless nothing else is in it."""
-        rest = self._rows[place].view(np.uint32).copy()
+        rest = self.rows[place].view(np.uint32).copy()
         for token_id in token_ids:
             rest[token_id // _WORD_BITS] &= np.uint32(_WORD ^ 1 << token_id % _WORD_BITS)
         if rest.any():
-            self._rows[place] = rest.view(np.int32)
+            self.rows[place] = rest.view(np.int32)

@@ -78,6 +78,7 @@ class Sampler:
         self._is_plain_row = np.ones(num_rows, np.bool_)
         self._is_plain = True
         self._masks = Masks(num_rows, config.vocab_size)
+        self._mask_rows = torch.from_numpy(self._masks.rows)
         self._is_masked = False
 
     def set_row(self, seq: Sequence) -> None:
@@ -170,7 +171,7 @@ class Sampler:
         return self._draw(logits)
 
     def _bitmask(self, count: int) -> Tensor:
-        return self._device.to_device(self._masks.words[:count])
+        return self._device.to_device(self._mask_rows[:count])
 
     def _draw(
         self, logits: Tensor, *, num_logprobs: int | None = None, logprob_logits: Tensor | None = None

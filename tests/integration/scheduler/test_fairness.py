@@ -42,7 +42,7 @@ class Executor(VirtualExecutor):
             max_num_seqs=ROWS,
             max_num_batched_tokens=512,
         )
-        engine = Engine(config, self.make_runner(), clock=asyncio.get_running_loop().time)
+        engine = self.make_engine(config)
         for name in ("block_size", "num_blocks", "max_model_len", "max_num_seqs"):
             setattr(welcome, name, getattr(config, name))
         return engine, welcome
