@@ -121,7 +121,7 @@ def test_stop_conditions(
         ({"prompt": [1, VOCAB]}, "prompt", f"between 0 and {VOCAB - 1}"),
         ({"prompt": [1, -1]}, "prompt", f"between 0 and {VOCAB - 1}"),
         ({"n": 9}, "n", r"at most max_num_seqs \(8\), got 9"),
-        ({"n": 0}, "n", "in [1, 16], got 0"),
+        ({"n": 0}, "n", r"in \[1, 16\], got 0"),
         ({"max_tokens": 0}, "max_tokens", "at least 1, got 0"),
         ({"resumed": (ResumedSample(1, ()),)}, "resumed", "sample 1 is not one of 0..0"),
         ({"resumed": (ResumedSample(0, ()), ResumedSample(0, ()))}, "resumed", "each once"),
