@@ -9,30 +9,22 @@
 // of rows, in the order in which they are used: codes [k / 4, rows of the block, 4].
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <utility>
 
 #include "dot.h"
 #include "parallel.h"
 #include "recording.h"
 #include "round8.h"
+#include "scratch.h"
+#include "tile.h"
 
 namespace {
 
-constexpr int kTile = 32;  // `TILE` in gemm_wna16.py
 constexpr int kFewRows = kLanes == 16 ? 8 : 4;    // in a block: as many sums as there are registers for
 constexpr int kManyRows = kLanes == 16 ? 6 : 4;   // the same, of calls with kMany: results have registers, too
 constexpr int64_t kMany = 64;                     // rows: what is done once per tile counts for little
 constexpr int kAhead = 8192;                      // bytes of words that are asked for ahead, into the second-level cache
 constexpr double kItemNs = 6000;                  // work worth another thread's taking
-
-// Rows are in as few blocks as can be, of even sizes.
-struct Blocks {
-  int64_t rows, most, count;
-
-  explicit Blocks(int64_t m) : rows(m), most(m < kMany ? kFewRows : kManyRows), count((m + most - 1) / most) {}
-  int64_t start(int64_t block) const { return rows * block / count; }
-};
 
 template <class T>
 struct Problem {
@@ -206,25 +198,6 @@ void tiles(const Problem<T>& p, const Blocks& blocks, int64_t from, int64_t to, 
   }
 }
 
-// Memory that is kept from one call to the next: new memory for each would have to be zeroed by the system.
-template <class T>
-class Scratch {
- public:
-  // Returns room for so many, whose values are not said.
-  T* of(int64_t count) {
-    if (count > count_) {
-      data_.reset();
-      data_.reset(new T[count]);
-      count_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  std::unique_ptr<T[]> data_;
-  int64_t count_ = 0;
-};
-
 // What the inputs of a call become. It is the calling thread's, whoever helps it.
 struct RoundedInputs {
   Scratch<int8_t> codes;
@@ -245,7 +218,7 @@ void gemm(const void* x, const void* words, const void* scales, const void* zero
   float* input_sums = rounded.sums.of(m * groups);
   // So that no zero point is left to subtract except those of `zeros`.
   const int32_t start = zeros != nullptr ? kCentre<Bits> : kCentre<Bits> - (1 << (Bits - 1));
-  const Blocks blocks(m);
+  const Blocks blocks(m, m < kMany ? kFewRows : kManyRows);
   parallel_ranges(blocks.count, 65536 / (k * blocks.most) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = blocks.start(block), rows = blocks.start(block + 1) - row;

@@ -11,11 +11,9 @@ weight makes a `TiledWeight` of it once.
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CODES, CpuLibrary
+from kernels.cpu.library import CODES, TILE, CpuLibrary
 from kernels.cpu.rows import check_ids
 from kernels.reference import w4a16 as reference
-
-TILE = 32  # columns; `kTile` in gemm_wna16.cpp
 
 
 class TiledWeight:

@@ -34,6 +34,7 @@ CODES: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.float16: 3, torch.int8: 4}
 )
 
+TILE = 32  # columns of a product whose weights lie together in memory; `kTile` in tile.h
 LANES = 16  # of the widest vectors: rows whose length is a multiple need no special case on any machine
 
 # Every exported function and its arguments, without the number of threads, an int64, which is the last of each: p a
@@ -46,6 +47,8 @@ FUNCTIONS: Mapping[str, str] = MappingProxyType(
         "gated_activation": "iippiiii",
         "gather_packed_rows": "iipppppiiiif",
         "gather_rows": "ipppiiif",
+        "gather_tiled_rows": "ipppiiif",
+        "gemm_dense": "ippppiii",
         "gemm_wna16": "iipppppiiii",
         "mask_logits": "ppiiii",
         "paged_attention_decode": "iippppppiiiiiiiiiiifff",

@@ -4,12 +4,12 @@
 
 #include "parallel.h"
 #include "recording.h"
+#include "tile.h"
 #include "vec.h"
 
 namespace {
 
 constexpr int64_t kGrain = 65536;  // elements; fewer are done before another thread would be awake
-constexpr int64_t kTile = 32;      // `TILE` in gemm_wna16.py
 constexpr int64_t kPiece = 64;     // numbers that are unpacked at a time
 
 template <class T>
@@ -90,7 +90,22 @@ EXPORT int64_t gather_rows(int64_t dtype, const void* matrix, const int64_t* ids
 }
 RECORDABLE(gather_rows)
 
-// out [rows, size] = columns `ids` of a weight [size, num_ids] in the tiles of gemm_wna16.cpp, times scale.
+// out [rows, size] float32 = rows `ids` of a weight [num_ids, size] in tiles, times scale.
+EXPORT int64_t gather_tiled_rows(int64_t weight_dtype, const void* weight, const int64_t* ids, float* out, int64_t rows,
+                                 int64_t size, int64_t num_ids, double scale, int64_t threads) {
+  const auto run = [&](auto type) {
+    using W = decltype(type);
+    return for_ids(ids, rows, num_ids, size, threads, [&](int64_t row, int64_t id) {
+      const W* from = static_cast<const W*>(weight) + id / kTile * size * kTile + place_in_tile<W>(id % kTile);
+      float* to = out + row * size;
+      for (int64_t i = 0; i < size; ++i, from += kTile) to[i] = load(from, 1)[0] * float(scale);
+    });
+  };
+  return weight_dtype == kFloat32 ? run(float{}) : weight_dtype == kBFloat16 ? run(BFloat16{}) : run(Float16{});
+}
+RECORDABLE(gather_tiled_rows)
+
+// out [rows, size] = columns `ids` of a weight [size, num_ids] of packed integers in tiles, times scale.
 EXPORT int64_t gather_packed_rows(int64_t bits, int64_t dtype, const void* words, const void* scales, const void* zeros,
                                   const int64_t* ids, void* out, int64_t rows, int64_t size, int64_t num_ids,
                                   int64_t group, double scale, int64_t threads) {

@@ -60,7 +60,7 @@ inline V read(const void* p) {
   return v;
 }
 
-inline Vec splat(float value) { return Vec{} + value; }
+inline Vec splat(float value) { return value - Vec{}; }  // not +, which compilers must compute: -0 + 0 is 0
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 inline Vec load(const float* p) { return read<Vec>(p); }

@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.rows import gather_rows
 from services.executor.model_config.config import ModelConfig
 from services.executor.models.linear import DenseWeight, IntWeight, build_weight
 from services.executor.models.runtime import ModelRuntime
@@ -32,16 +30,11 @@ class Vocabulary:
 
     def embed(self, input_ids: Tensor, *, scale: float = 1.0) -> Tensor:
         """`[T]` i64 -> `[T, H]`, times `scale`."""
-        if isinstance(self._embedding, IntWeight):
-            return self._embedding.rows(input_ids, scale=scale)
-        if self._runtime.ops.library is not None:
-            return gather_rows(self._runtime.ops.library, self._embedding.weight, input_ids.contiguous(), scale=scale)
-        rows = F.embedding(input_ids, self._embedding.weight)
-        return rows if scale == 1.0 else rows.mul_(scale)
+        return self._embedding.rows(input_ids, scale=scale)
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """`[R, H]` -> `[R, V]` float32, in `out` where it is given."""
-        if isinstance(self._head, IntWeight) and self._runtime.dtype == torch.float32:
+        if self._runtime.dtype == torch.float32:
             return self._head.product(hidden, None, out=out)
         product = self._head.product(hidden, None)
         return product.float() if out is None else out.copy_(product)

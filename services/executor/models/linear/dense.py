@@ -3,18 +3,31 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.gemm_dense import TiledMatrix
 from services.executor.models.linear.quantised import LinearInput
 from services.executor.models.runtime import ModelRuntime
 
 
 class DenseWeight:
-    """A weight `[N, K]` of the runtime's dtype."""
+    """A weight `[N, K]` of the runtime's dtype, or of `dtype` where C++ multiplies it.
 
-    def __init__(self, rows: int, columns: int, runtime: ModelRuntime) -> None:
-        self.weight = runtime.empty(rows, columns)
+    On a CPU with C++ forms and float32 activations, `finish` puts the weight into the order in which C++ reads it;
+    `weight` is not to be read or written from then on.
+    """
+
+    def __init__(self, rows: int, columns: int, runtime: ModelRuntime, *, dtype: torch.dtype | None = None) -> None:
+        self.weight = runtime.empty(rows, columns, dtype=dtype)
+        self._library = runtime.ops.library if self.is_multiplied_in_cpp(runtime) else None
+        self._tiled: TiledMatrix | None = None
+
+    @staticmethod
+    def is_multiplied_in_cpp(runtime: ModelRuntime) -> bool:
+        """Return whether a weight of such a runtime may have a dtype of its own."""
+        return runtime.ops.library is not None and runtime.dtype == torch.float32
 
     def part(self, rows: slice) -> tuple[Tensor, ...]:
         """Return some of the rows."""
@@ -25,12 +38,24 @@ class DenseWeight:
         return (matrix,)
 
     def finish(self) -> None:
-        """Do nothing: it is ready."""
+        """Put the weight into the order in which C++ multiplies it, if C++ does."""
+        if self._library is not None and self._tiled is None:
+            self._tiled = TiledMatrix(self._library, self.weight)
 
-    def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
-        """Return `x W^T + bias`."""
+    def rows(self, indices: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Return rows `[n, K]` of W, times `scale`, in the runtime's dtype."""
+        if self._tiled is not None:
+            return self._tiled.rows(indices, scale=scale)
+        rows = F.embedding(indices, self.weight)
+        return rows if scale == 1.0 else rows.mul_(scale)
+
+    def product(self, x: LinearInput, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        """Return `x W^T + bias`, in `out` where it is given."""
         assert isinstance(x, Tensor)
-        return F.linear(x, self.weight, bias)
+        if self._tiled is not None:
+            return self._tiled.product(x, bias, out=out)
+        y = F.linear(x, self.weight, bias)
+        return y if out is None else out.copy_(y)
 
     def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
         """Call the op."""

@@ -1,0 +1,61 @@
+"""Products of float32 inputs with weights of 16 or 32 bit floating point numbers in C++, in float32.
+
+A sum has one order whatever rows are computed together, so a row's result does not depend on the other rows, which it
+does with torch's products. A weight of 16 bits is read as it is and widened in registers.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.cpu.library import CODES, TILE, CpuLibrary
+from kernels.cpu.rows import check_ids
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TiledMatrix:
+    """A weight `[N, K]` of one of DTYPES, in tiles of TILE rows, which are columns of the product.
+
+    The memory of `matrix`, which is contiguous, becomes that of the tiles if N is a multiple of TILE.
+    """
+
+    def __init__(self, library: CpuLibrary, matrix: Tensor) -> None:
+        self._library = library
+        self._num_rows, self._num_inputs = matrix.shape
+        self._dtype = CODES[matrix.dtype]
+        padded = pad(matrix, (0, 0, 0, -self._num_rows % TILE)) if self._num_rows % TILE else matrix
+        self._tiles = padded.view(-1, TILE, self._num_inputs)
+        for tile in self._tiles:
+            columns = tile.T
+            if matrix.dtype == torch.bfloat16:  # `place_in_tile` in tile.h
+                columns = columns.unflatten(1, (2, TILE // 2)).transpose(1, 2)
+            tile.view(columns.shape).copy_(columns.clone(memory_format=torch.contiguous_format))
+
+    def rows(self, indices: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Return rows `indices [n]` i64 of the weight, times `scale`, `[n, K]` float32.
+
+        Raises:
+            ValueError: an index is not that of a row.
+        """
+        indices = indices.contiguous()
+        out = torch.empty(indices.shape[0], self._num_inputs, dtype=torch.float32)
+        fault = self._library.call(
+            "gather_tiled_rows",
+            *(self._dtype, self._tiles.data_ptr(), indices.data_ptr(), out.data_ptr()),
+            *(indices.shape[0], self._num_inputs, self._num_rows, scale),
+        )
+        check_ids(fault, indices, self._num_rows)
+        return out
+
+    def product(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+        """Return `x W^T + bias`, `[T, N]`, in `out` where it is given; `x [T, K]`, `bias [N]` and result float32."""
+        x = x.contiguous()
+        if out is None:
+            out = x.new_empty(x.shape[0], self._num_rows)
+        self._library.call(
+            "gemm_dense",
+            *(self._dtype, x.data_ptr(), self._tiles.data_ptr(), None if bias is None else bias.data_ptr()),
+            *(out.data_ptr(), x.shape[0], self._num_rows, self._num_inputs),
+        )
+        return out
