@@ -11,7 +11,6 @@ import typer
 
 from clients.cli.context import CliContext, CliError, ExitCode
 from clients.cli.output import write_line
-from services.common.api_keys import Role, key_entry, new_key
 
 app = typer.Typer(help="API keys for a secured server.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -38,6 +37,8 @@ def create(
         raise CliError(
             f"--tenant: use 1 to 64 letters, digits, dots, dashes or underscores, got {tenant!r}", ExitCode.USAGE
         )
+    from services.common.api_keys import Role, key_entry, new_key  # only here: importing it takes a while
+
     key = new_key()
     entry = key_entry(key, tenant, Role.ADMIN if admin else Role.USER)
     if file is None:

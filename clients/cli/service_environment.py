@@ -9,7 +9,6 @@ import typer
 from clients.cli.config import variables_of
 from clients.cli.context import CliContext, CliError, ExitCode
 from clients.cli.service_settings import check_values, check_variables
-from services.common.api_keys import DEFAULT_TENANT, Role, key_entry
 from services.common.new_file import write_new
 
 _API_KEYS = "SCALELLM_TOKENIZER_API_KEYS"
@@ -43,6 +42,8 @@ def service_environment(
     environment = {**variables_of(ctx), **variables, **chosen}
     check_values(environment, {name: names[name] for name in chosen})
     if api_key:
+        from services.common.api_keys import DEFAULT_TENANT, Role, key_entry  # only here: importing it takes a while
+
         if environment.get(_API_KEYS):
             raise CliError(f"--api-key: {_API_KEYS} names a file of keys already; add one there", ExitCode.USAGE)
         path = context.environment.home / "keys" / f"{context.instance.name}.toml"

@@ -6,12 +6,13 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Annotated, Any
 
 from clients.cli.context import CliError, ExitCode
-from services.common.settings import ServiceSettings, did_you_mean
+from services.common.similar_names import did_you_mean
+
+if TYPE_CHECKING:
+    from services.common.settings import ServiceSettings
 
 _MANAGED = frozenset({"host", "port", "http_port", "metrics_port", "announce", "model", "model_name", "home", "engine"})
 """Settings that `up` gives to services itself, by options of its own."""
@@ -125,6 +126,8 @@ def check_values(variables: Mapping[str, str], sources: Mapping[str, str]) -> No
         variables: What is set.
         sources: What to call a variable that was set by an option.
     """
+    from pydantic import TypeAdapter, ValidationError  # only here: importing it takes longer than most commands
+
     for service, settings in _services().items():
         for name, field in settings.model_fields.items():
             variable = f"SCALELLM_{service.upper()}_{name.upper()}"

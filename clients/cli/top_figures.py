@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import repeat
+from typing import TYPE_CHECKING
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
-from prometheus_client import Metric
-from prometheus_client.parser import text_string_to_metric_families
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 _TIMEOUT = 1.5
 _CHARSET = "utf-8"
@@ -73,6 +74,8 @@ def _scrape(address: str, tls: ssl.SSLContext | None) -> Scrape:
 
 def read_samples(exposition: str) -> dict[str, dict[Labels, float]]:
     """The samples by name and labels; an empty family is there, too. Raises ValueError for what is no exposition."""
+    from prometheus_client.parser import text_string_to_metric_families  # only here: importing it takes a while
+
     samples: dict[str, dict[Labels, float]] = {}
     try:
         family: Metric

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -16,6 +15,7 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, Settings
 from services.common.addresses import bare_host, split_address
 from services.common.link.dialer import LinkDialer
 from services.common.logs import LogFormat, tell_errors
+from services.common.similar_names import did_you_mean
 from services.common.tls import TlsFiles
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -194,12 +194,6 @@ def _check_variables(cls: type[BaseSettings], prefix: str) -> None:
     for name in sorted(os.environ):
         if name.upper().startswith(prefix) and name.upper() not in known:
             raise SettingsError(f"{name} is no setting of this service{did_you_mean(name, known)}")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a refusal of an unknown name: the one it is nearest to. Empty where none is near."""
-    nearest = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _log_format(cls: type[BaseSettings], arguments: list[str]) -> LogFormat:

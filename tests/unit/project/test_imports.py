@@ -96,7 +96,7 @@ _HEAVY = ("torch", "triton", "kernels", "transformers", "numpy", "gguf")
         ("services.scheduler.__main__", _HEAVY),
         ("services.tokenizer.__main__", (*_HEAVY, "tokenizers")),
         ("services.tokenizer.worker", _HEAVY),
-        ("clients.cli.main", (*_HEAVY, "tokenizers", "redis")),
+        ("clients.cli.main", (*_HEAVY, "tokenizers", "redis", "pydantic", "prometheus_client")),
     ],
 )
 def test_what_must_start_in_an_instant_imports_nothing_heavy(module: str, heavy: tuple[str, ...]) -> None:
