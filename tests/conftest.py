@@ -43,3 +43,17 @@ def model_dir() -> Callable[[str], Path]:
         return model_store.pull(name, home)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def shallow_model(model_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of SmolLM2 with four of its thirty layers, for a quarter of the work.
+
+    What it answers means nothing; its vocabulary and the sizes of its numbers are those of a real model.
+    """
+    from shallow_gguf import write_shallow  # only here: it imports numpy
+
+    folder = tmp_path_factory.mktemp("models") / "smollm2-shallow"
+    folder.mkdir()
+    write_shallow(model_dir("smollm2-135m-instruct") / "model.gguf", folder / "model.gguf", 4)
+    return folder

@@ -39,9 +39,9 @@ def request(number: int, max_tokens: int = 32) -> generation_pb2.GenerateRequest
     )
 
 
-async def test_kill_9_of_an_executor_loses_and_repeats_nothing(spawn: Spawn, redis, model_dir) -> None:
+async def test_kill_9_of_an_executor_loses_and_repeats_nothing(spawn: Spawn, redis, shallow_model) -> None:
     flags = ("--num-blocks", "256", "--max-model-len", "1024", "--num-threads", "1")
-    line = start_line(spawn, redis, model_dir("smollm2-135m-instruct"), executors=(flags, flags))
+    line = start_line(spawn, redis, shallow_model, executors=(flags, flags), tokenizer=("--workers", "1"))
     async with line.channel() as channel:
         undisturbed = [await generate(channel, request(number)) for number in range(NUM_REQUESTS)]
         assert all(answer.code is grpc.StatusCode.OK for answer in undisturbed)
