@@ -30,7 +30,7 @@ class Script:
         samples: Tokens per sample; default: `default_tokens`.
         chunk: Tokens of a sample per step.
         delay: Seconds before each step.
-        hold_after: Steps after which nothing comes until the request is aborted.
+        hold_after: Steps after which nothing comes until `go` is set, or without one until the request is aborted.
         refuse: Answer with this status at once.
         full: Seconds for which that is said to hold for all requests of the tenant.
         fail_after: Steps after which the request ends with `status`.
@@ -43,7 +43,7 @@ class Script:
         repeat: Send every chunk again with the next one, as a replay would.
         cached_tokens: For the usage.
         merged: Steps that leave as one frame.
-        go: Waited for before the first step.
+        go: Waited for after so many steps as `hold_after` says; default: before the first one.
     """
 
     samples: list[list[int]] | None = None
@@ -208,8 +208,8 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
                 half = len(submit.token_ids) // 2
                 for start, end in ((0, half), (half, len(submit.token_ids))):
                     send(prompt_logprobs=[_logprobs(handle, 0, start, end - start, sampling.prompt_logprobs)])
-            if script.go is not None:
-                await script.go.wait()
+            go = script.go or asyncio.Event()
+            hold_after = 0 if script.hold_after is None and script.go is not None else script.hold_after
             samples = script.samples or [default_tokens(submit, index) for index in range(sampling.n)]
             done = [0] * len(samples)
             ended = [False] * len(samples)
@@ -219,8 +219,8 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
                     ended[sample.index] = bool(sample.finished)
             num_steps = 0
             while not all(ended):
-                if script.hold_after is not None and num_steps >= script.hold_after:
-                    await asyncio.Event().wait()
+                if hold_after is not None and num_steps >= hold_after:
+                    await go.wait()
                 if script.fail_after is not None and num_steps >= script.fail_after:
                     finish(script.status)
                     return

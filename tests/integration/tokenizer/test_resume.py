@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from kept_client import Client, ids, request, serving
+from line import scrape
 from scalellm.v1 import generation_pb2, link_pb2
 from scripted_scheduler import Script, default_tokens
 from service_processes import PATIENCE, eventually
@@ -178,18 +179,27 @@ async def test_a_turn_is_stored_once(client, scheduler):
 # Workers, services and Redis that go away: services of the test's own.
 
 
+def held_once(submit: link_pb2.Submit) -> Script:
+    """The first attempt stands still after twenty tokens of each sample; a later one goes on to the end."""
+    return Script(start_at_resumed=True, hold_after=20 if submit.attempt == 0 else None)
+
+
+def num_redis_failures(service) -> float:
+    return scrape(service)["scalellm_tokenizer_redis_failures_total"]
+
+
 async def test_another_service_goes_on_after_a_kill(client, scheduler, start, connect, open_keys):
-    scheduler.play = lambda submit: Script(delay=0.005, start_at_resumed=True)
-    messages = [await shaped(client, shape, 300) for shape in SHAPES]
+    messages = [await shaped(client, shape, 60) for shape in SHAPES]
     references = [await undisturbed(client, message) for message in messages]
     first, second = start(), start()
     one, two = await serving(connect, first), await serving(connect, second)
     chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Hi")])
     await Client(request(5, chat=chat, session_id="moved")).begin(one)
     scheduler.submits.clear()
+    scheduler.play = held_once
     readers = [Client(message) for message in messages]
     left = [Client(copied(message)) for message in messages]
-    turn = Client(request(300, chat=chat, session_id="moved"))
+    turn = Client(request(60, chat=chat, session_id="moved"))
     await asyncio.gather(*(reader.begin(one, limit=1) for reader in left))
     reading = [asyncio.create_task(reader.begin(one)) for reader in (*readers, turn)]
     await eventually(lambda: all(sum(reader.offsets) > 5 for reader in (*readers, turn)))
@@ -218,11 +228,11 @@ async def test_another_service_goes_on_after_a_kill(client, scheduler, start, co
 
 
 async def test_others_go_on_when_a_worker_is_killed_and_when_a_service_drains(client, scheduler, start, connect):
-    scheduler.play = lambda submit: Script(delay=0.01, start_at_resumed=True)
-    reference = await undisturbed(client, request(300))
+    reference = await undisturbed(client, request(60))
+    scheduler.play = held_once
     first, second = start("--drain-limit-s", "0.2"), start()
     one = await serving(connect, first)
-    mine = Client(request(300))
+    mine = Client(request(60))
     reading = asyncio.create_task(mine.begin(one))
     await eventually(lambda: sum(mine.offsets) > 5)
     (worker,) = [child for child in first.children() if "services.tokenizer.worker" in child.cmdline()]
@@ -234,7 +244,7 @@ async def test_others_go_on_when_a_worker_is_killed_and_when_a_service_drains(cl
     mine.check(reference)
 
     two = await serving(connect, second)
-    mine = Client(request(300))
+    mine = Client(request(60))
     reading = asyncio.create_task(mine.begin(again))
     await eventually(lambda: sum(mine.offsets) > 5)
     first.terminate()
@@ -248,15 +258,20 @@ async def test_others_go_on_when_a_worker_is_killed_and_when_a_service_drains(cl
 
 
 async def test_a_stream_goes_on_without_redis(client, scheduler, start, connect, redis, open_keys):
-    scheduler.play = lambda submit: Script(delay=0.01, start_at_resumed=True)
-    reference = await undisturbed(client, request(300))
-    one = await serving(connect, start())
+    reference = await undisturbed(client, request(60))
+    service = start()
+    one = await serving(connect, service)
 
     async def disturb(stop) -> Client:
-        mine = Client(request(300))
+        go = asyncio.Event()
+        scheduler.play = lambda submit: Script(hold_after=20, go=go)
+        mine = Client(request(60))
         reading = asyncio.create_task(mine.begin(one))
         await eventually(lambda: sum(mine.offsets) > 5)
+        failures = num_redis_failures(service)
         stop()
+        await eventually(lambda: num_redis_failures(service) > failures)
+        go.set()
         await reading
         mine.check(reference)
         assert mine.started.resumable
