@@ -85,9 +85,9 @@ class Tenant:
 
 
 class FairLine:
-    """An executor, a scheduler, and an edge for each tenant."""
+    """An executor, a scheduler, and an edge for each tenant, or one for all of them."""
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, *, is_edge_shared: bool = False, **settings: object) -> None:
         rng = random.Random(7)
         self.network = Network(rng)
         self.journal = Journal()
@@ -97,13 +97,18 @@ class FairLine:
             self.network, "10.0.1.1:50052", [self.executor.address], SchedulerSettings(**settings)
         )
         self.sent: list[VirtualStream] = []
+        self._shared_edge: VirtualEdge | None = None
         self.flooding: list[asyncio.Task[None]] = []
+        if is_edge_shared:
+            self._shared_edge = self.edge("shared")
 
     @property
     def engine(self) -> Engine:
         return self.executor.front.engine.engine
 
     def edge(self, name: str) -> VirtualEdge:
+        if self._shared_edge is not None:
+            return self._shared_edge
         return VirtualEdge(self.network, name, [self.scheduler.address])
 
     def flood(
@@ -177,10 +182,10 @@ FLOODS: dict[str, Callable[[FairLine], None]] = {
 }
 
 
-@pytest.mark.parametrize("shape", FLOODS)
-def test_no_flood_delays_a_quiet_tenant_by_more_than_two_steps_and_a_chunk_of_prefill(shape):
+@pytest.mark.parametrize(("shape", "is_edge_shared"), [*((shape, False) for shape in FLOODS), ("short answers", True)])
+def test_no_flood_delays_a_quiet_tenant_by_more_than_two_steps_and_a_chunk_of_prefill(shape, is_edge_shared):
     alone, _ = run_virtually(quiet_beside(None), "alone")
-    beside, line = run_virtually(quiet_beside(FLOODS[shape]), shape)
+    beside, line = run_virtually(quiet_beside(FLOODS[shape], is_edge_shared=is_edge_shared), shape)
     assert median(beside) <= median(alone) + 3, (alone, beside)
     assert 0 < line.scheduler.placement.books.recalled <= 2 * NUM_QUIET, "no more than is needed"
     assert sum(map(len, flood_tokens(line))) > 100, "the flood is served, too"
