@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -88,6 +89,9 @@ an end to what a key opens whose removal cannot be read."""
 
 Metadata = Iterable[tuple[str, str | bytes]] | None
 
+_principal: ContextVar[Principal | None] = ContextVar("principal", default=None)
+"""Who makes the call that the current task serves: a call has a task of its own."""
+
 
 class Access:
     """Recognises callers by the secret in their `authorization` metadata: an API key or the link token.
@@ -137,20 +141,29 @@ class Access:
         limit = time.monotonic() - _STALE_LIMIT
         return any(source.failing_since is not None and source.failing_since <= limit for source in self._sources)
 
-    def tenant(self, metadata: Metadata) -> Tenant:
-        """On whose behalf a call runs. Raises StatusError UNAUTHENTICATED."""
-        return DEFAULT_TENANT if self.is_open else self._identify(metadata).tenant
+    def tenant(self) -> Tenant:
+        """On whose behalf the current call runs, as `check` found. Raises StatusError UNAUTHENTICATED without that."""
+        if self.is_open:
+            return DEFAULT_TENANT
+        principal = _principal.get()
+        if principal is None:
+            raise _unauthenticated("was not looked at in this call")
+        return principal.tenant
 
     def check(self, method: str, metadata: Metadata) -> None:
-        """Raise StatusError UNAUTHENTICATED or PERMISSION_DENIED unless the call is allowed."""
+        """Recognise the caller of the current call, once for all that it does.
+
+        Raises StatusError UNAUTHENTICATED or PERMISSION_DENIED unless the call is allowed.
+        """
         roles = METHODS.get(method, ROUTES.get(method))
         if roles is _EVERYBODY or (roles is _LINKS and self._links_are_known):
             return
-        role = self._identify(metadata).role
-        if roles is None or role not in roles:
+        principal = self._identify(metadata)
+        if roles is None or principal.role not in roles:
             raise StatusError(
-                grpc.StatusCode.PERMISSION_DENIED, f"authorization: {method} is not open to the role {role}"
+                grpc.StatusCode.PERMISSION_DENIED, f"authorization: {method} is not open to the role {principal.role}"
             )
+        _principal.set(principal)
 
     def _refresh(self) -> None:
         now = time.monotonic()

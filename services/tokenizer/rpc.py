@@ -69,10 +69,10 @@ class CallGate:
         return self._running
 
 
-TenantOf = Callable[[grpc.aio.ServicerContext], Tenant]
-"""On whose behalf a call runs; raises StatusError."""
+TenantOf = Callable[[], Tenant]
+"""On whose behalf the current call runs; raises StatusError."""
 
-Admit = Callable[[grpc.aio.ServicerContext], AbstractAsyncContextManager[None]]
+Admit = Callable[[Tenant], AbstractAsyncContextManager[None]]
 """Around a call that counts as a request of its tenant; raises StatusError when that is over a limit."""
 
 _VERDICT = 0.05
@@ -104,7 +104,7 @@ def add_service(
     for method in service.methods:
         answering = _answering(getattr(servicer, method.name))
         if admit is not None and method.name not in _FREE:
-            answering = _admitted(answering, admit)
+            answering = _admitted(answering, admit, tenant_of)
         # As if both sides streamed: gRPC would leave a call whose client closes its side without a message alone.
         handlers[method.name] = grpc.stream_stream_rpc_method_handler(
             guarded(_reading(answering, method, gate, held, tenant_of), method.full_name, on_end),
@@ -147,9 +147,9 @@ def _answering(behaviour: _Behaviour) -> _Answering:
     return call
 
 
-def _admitted(answering: _Answering, admit: Admit) -> _Answering:
+def _admitted(answering: _Answering, admit: Admit, tenant_of: TenantOf) -> _Answering:
     async def call(request: Any, context: grpc.aio.ServicerContext, account: CallAccount) -> None:
-        async with admit(context):
+        async with admit(tenant_of()):
             await answering(request, context, account)
 
     return call
@@ -162,7 +162,7 @@ def _reading(
     name = method.input_type.full_name
 
     async def call(_: object, context: grpc.aio.ServicerContext) -> None:
-        async with held.call(tenant_of(context).name, context.peer()) as account:
+        async with held.call(tenant_of().name, context.peer()) as account:
             async with account.reading():
                 request = await context.read()
             with gate.running():

@@ -48,7 +48,7 @@ class SessionsServicer:
         self, request: sessions_pb2.GetSessionRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.GetSessionResponse:
         """One session with its messages, or with a page of them."""
-        sessions = self._sessions(context)
+        sessions = self._sessions()
         page_size = validate_page_size(request, self._limits)
         session, remaining = await _load(sessions, request.session_id)
         if page_size is None and not request.page_token:
@@ -65,7 +65,7 @@ class SessionsServicer:
         self, request: sessions_pb2.ListSessionsRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.ListSessionsResponse:
         """A page of sessions, without their messages."""
-        sessions = self._sessions(context)
+        sessions = self._sessions()
         page_size = validate_page_size(request, self._limits) or _DEFAULT_PAGE_SIZE
         infos, token = await sessions.list(page_size, request.page_token)
         return sessions_pb2.ListSessionsResponse(sessions=map(_info_to_wire, infos), next_page_token=token)
@@ -74,7 +74,7 @@ class SessionsServicer:
         self, request: sessions_pb2.ForkSessionRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.ForkSessionResponse:
         """A copy that goes on separately."""
-        sessions = self._sessions(context)
+        sessions = self._sessions()
         validate_id(request.new_session_id, "new_session_id")
         session, _ = await _load(sessions, request.session_id)
         num_turns = request.num_turns if request.HasField("num_turns") else len(session.turns)
@@ -97,14 +97,14 @@ class SessionsServicer:
         self, request: sessions_pb2.DeleteSessionRequest, context: grpc.aio.ServicerContext
     ) -> sessions_pb2.DeleteSessionResponse:
         """End a session."""
-        sessions = self._sessions(context)
+        sessions = self._sessions()
         validate_id(request.session_id, "session_id")
         if not await sessions.delete(request.session_id):
             _raise_unknown(request.session_id)
         return sessions_pb2.DeleteSessionResponse()
 
-    def _sessions(self, context: grpc.aio.ServicerContext) -> SessionStore:
-        return self._store.of(self._access.tenant(context.invocation_metadata()))
+    def _sessions(self) -> SessionStore:
+        return self._store.of(self._access.tenant())
 
 
 async def _load(sessions: SessionStore, session_id: str) -> tuple[Session, float]:

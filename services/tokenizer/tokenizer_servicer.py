@@ -24,19 +24,19 @@ class TokenizerServicer:
         self, request: tokenizer_pb2.EncodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.EncodeResponse:
         """Text to token ids."""
-        return await self._tokenizing.encode(request, self._caller(context))
+        return await self._tokenizing.encode(request, self._caller())
 
     async def Decode(
         self, request: tokenizer_pb2.DecodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.DecodeResponse:
         """Token ids to text."""
-        return await self._tokenizing.decode(request, self._caller(context))
+        return await self._tokenizing.decode(request, self._caller())
 
     async def ApplyChatTemplate(
         self, request: tokenizer_pb2.ApplyChatTemplateRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.ApplyChatTemplateResponse:
         """Messages to the text and the tokens that Generate would use."""
-        return await self._tokenizing.apply_chat_template(request, self._caller(context))
+        return await self._tokenizing.apply_chat_template(request, self._caller())
 
     async def GetInfo(
         self, request: tokenizer_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
@@ -44,5 +44,5 @@ class TokenizerServicer:
         """What is served here, and the limits in force."""
         return self._tokenizing.info()
 
-    def _caller(self, context: grpc.aio.ServicerContext) -> str:
-        return self._access.tenant(context.invocation_metadata()).name
+    def _caller(self) -> str:
+        return self._access.tenant().name

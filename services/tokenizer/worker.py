@@ -11,11 +11,9 @@ import gc
 import logging
 import os
 import sys
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
-import grpc
 import uvloop
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -23,7 +21,6 @@ from redis.asyncio import Redis
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from services.common import model_store
 from services.common.access import Access, open_access
-from services.common.api_keys import Tenant
 from services.common.json_lines import read_line, write_line
 from services.common.lifecycle import LAST_WORDS, GrpcService, StartError, stop_event
 from services.common.logs import configure_logging
@@ -168,20 +165,13 @@ class Worker:
                 SessionsServicer(sessions, access, settings.session_ttl_s, edge.limits),
             )
 
-            def tenant_of(context: grpc.aio.ServicerContext) -> Tenant:
-                return access.tenant(context.invocation_metadata())
-
-            def admit(context: grpc.aio.ServicerContext) -> AbstractAsyncContextManager[None]:
-                return quotas.admitted(tenant_of(context))
-
             # Tokens count in the first, which admits calls itself.
-            for descriptor, servicer, who in zip(_SERVICES, servicers, (None, admit, admit), strict=True):
-                add_service(
-                    service.server, descriptor, servicer, self._gate, self._metrics.count_call, held, tenant_of, who
-                )
+            admits = (None, quotas.admitted, quotas.admitted)
+            on_end = self._metrics.count_call
+            for descriptor, servicer, admit in zip(_SERVICES, servicers, admits, strict=True):
+                add_service(service.server, descriptor, servicer, self._gate, on_end, held, access.tenant, admit)
             http: HttpListener | None = None
             if self._http_port is not None:
-                on_end = self._metrics.count_call
                 http = make_listener(edge, settings, self._http_port, self._gate, held, on_end, is_ready)
             self._follow(schedulers, kept, prompts, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)

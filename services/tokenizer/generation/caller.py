@@ -19,7 +19,7 @@ class Caller(ABC):
         transport: Name of the protocol in metrics: grpc or http.
         method: What was called, as spans are named.
         span_attributes: Of the call's span: what OpenTelemetry wants to know of the protocol.
-        metadata: Headers, names in lower case: `authorization`, `traceparent` and `tracestate` are read.
+        metadata: Headers, names in lower case: `traceparent` and `tracestate` are read.
     """
 
     transport: str

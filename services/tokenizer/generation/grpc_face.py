@@ -60,7 +60,7 @@ class GenerationServicer:
     ) -> generation_pb2.CancelResponse:
         """End a request that is kept. It is not counted by quotas: it gives back what it ends."""
         validate_id(request.request_id, "request_id")
-        tenant = self._edge.access.tenant(context.invocation_metadata())
+        tenant = self._edge.access.tenant()
         await self._edge.kept.cancel(self._edge, tenant, request.request_id)
         return generation_pb2.CancelResponse()
 

@@ -123,7 +123,7 @@ class Call(ABC):
     def _identify(self, request_id: str) -> None:
         """Who calls, and about which request. Raises StatusError."""
         edge = self._edge
-        self._tenant = edge.access.tenant(self._caller.metadata)
+        self._tenant = edge.access.tenant()
         if not edge.access.is_open:
             self._fields.tenant = self._tenant.name
         self._fields.request_id = request_id
@@ -157,8 +157,11 @@ class Call(ABC):
 
     def _end(self, error: StatusError | None) -> None:
         """Say how it went, in the log and the trace. `error` is its status; None = OK."""
+        is_logged = self._edge.request_log.wants(error)
+        if not is_logged and self._spans is None:
+            return
         end = RequestEnd(self._request, error, self._known_latency(), self._usage())
-        if self._edge.request_log.wants(error):
+        if is_logged:
             self._edge.request_log.write(end)
         if self._spans is not None:
             self._spans.end(end, self._fields, self._finish, self._ended_samples)

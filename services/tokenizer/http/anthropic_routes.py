@@ -49,7 +49,7 @@ class AnthropicRoutes:
     async def count(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Tokens of a conversation, as the model would read it."""
         edge = self._edge
-        tenant = call.tenant(edge.access)
+        tenant = edge.access.tenant()
         async with edge.quotas.admitted(tenant):
             request = self._read(body)
             chat = request.chat(content_is_text=edge.prompts.can_take_content_as_text)

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 import grpc
 from aiohttp import web
 
-from services.common.access import Access
-from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.tokenizer.call_bytes import CallAccount
 from services.tokenizer.http.deadline import Deadline
@@ -46,10 +44,6 @@ class HttpCall:
         self.metadata = _metadata(request.headers)
         self.stream: EventStream | None = None
         self.error_event: Callable[[StatusError], bytes] | None = None
-
-    def tenant(self, access: Access) -> Tenant:
-        """On whose behalf it runs. Raises StatusError UNAUTHENTICATED."""
-        return access.tenant(self.metadata)
 
     @property
     def peer(self) -> str:

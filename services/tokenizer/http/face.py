@@ -94,7 +94,7 @@ class HttpFace:
         """Serve POST of a path by a handler of its JSON body, as a call that the drain waits for."""
 
         async def read(call: HttpCall) -> web.StreamResponse:
-            async with self.held.call(call.tenant(self.edge.access).name, call.peer) as account:
+            async with self.held.call(self.edge.access.tenant().name, call.peer) as account:
                 if self.gate.is_closed:  # said before a long body is waited for
                     self.gate.enter()
                 body = await call.read_json(account, self.edge.limits.max_body_bytes)

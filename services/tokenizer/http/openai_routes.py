@@ -92,7 +92,7 @@ class OpenAiRoutes:
         num_tokens = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
         if num_tokens <= INLINE_TOKENS:
             return [_text_of(prompt, builder.texts) for prompt in prompts]
-        caller = call.tenant(self._edge.access).name
+        caller = self._edge.access.tenant().name
         return await builder.run(caller, lambda: [_text_of(prompt, builder.texts) for prompt in prompts])
 
 

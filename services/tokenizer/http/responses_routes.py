@@ -61,7 +61,7 @@ class ResponsesRoutes:
         request = ResponsesRequest.read(body, is_strict=self._is_strict)
         check_model(request.model, edge)
         request.check(can_keep=edge.sessions.is_on)
-        tenant = call.tenant(edge.access)
+        tenant = edge.access.tenant()
         said = request.said()
         history: Said = ()
         if request.previous_response_id is not None:
@@ -111,7 +111,7 @@ class ResponsesRoutes:
 
     async def get(self, call: HttpCall) -> web.StreamResponse:
         """A response as it is now, or with `stream=true` its events from `starting_after` on."""
-        tenant, response_id = call.tenant(self._edge.access), call.request.match_info["response_id"]
+        tenant, response_id = self._edge.access.tenant(), call.request.match_info["response_id"]
         if call.request.query.get("stream", "").lower() in ("true", "1"):
             return await self._stream(call, tenant, response_id)
         async with self._edge.quotas.reading(tenant):
@@ -146,7 +146,7 @@ class ResponsesRoutes:
     async def delete(self, call: HttpCall) -> web.StreamResponse:
         """Forget a response, and end it if it runs. Those behind it stay."""
         response_id = call.request.match_info["response_id"]
-        tenant = call.tenant(self._edge.access)
+        tenant = self._edge.access.tenant()
         kept = await self._kept.find(tenant, response_id) if is_id(response_id) else None
         if kept is None:
             await self._load(tenant, response_id)
@@ -157,7 +157,7 @@ class ResponsesRoutes:
 
     async def cancel(self, call: HttpCall) -> web.StreamResponse:
         """End a response that outlives its call. One that has ended stays as it is."""
-        tenant, response_id = call.tenant(self._edge.access), call.request.match_info["response_id"]
+        tenant, response_id = self._edge.access.tenant(), call.request.match_info["response_id"]
         kept = await self._kept.find(tenant, response_id) if is_id(response_id) else None
         if kept is not None:
             await kept.cancel()
@@ -173,7 +173,7 @@ class ResponsesRoutes:
 
     async def input_items(self, call: HttpCall) -> web.StreamResponse:
         """What a response answers, from the beginning of the conversation on."""
-        session, _ = await self._load(call.tenant(self._edge.access), call.request.match_info["response_id"])
+        session, _ = await self._load(self._edge.access.tenant(), call.request.match_info["response_id"])
         items = [_item(f"msg_{index}", role, content) for index, (role, content) in enumerate(session.messages[:-1])]
         if call.request.query.get("order", "desc") != "asc":
             items.reverse()

@@ -60,7 +60,7 @@ class TokenizeRoutes:
 
     async def tokenize(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Text or messages to token ids: what a request with them would give the model."""
-        tenant = call.tenant(self._edge.access)
+        tenant = self._edge.access.tenant()
         async with self._edge.quotas.admitted(tenant):
             request = TokenizeRequest.read(body, is_strict=self._is_strict)
             check_model(request.model, self._edge)
@@ -94,7 +94,7 @@ class TokenizeRoutes:
 
     async def detokenize(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Token ids to text."""
-        tenant = call.tenant(self._edge.access)
+        tenant = self._edge.access.tenant()
         async with self._edge.quotas.admitted(tenant):
             request = DetokenizeRequest.read(body, is_strict=self._is_strict)
             check_model(request.model, self._edge)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextvars
+
 import grpc
 import pytest
 from google.protobuf.descriptor_pool import Default
 
 from scalellm.v1 import executor_pb2, generation_pb2, scheduler_pb2, sessions_pb2, tokenizer_pb2
 from services.common.access import METHODS, Access, open_access
-from services.common.api_keys import DEFAULT_TENANT, Role, TenantLimits, key_entry, new_key, read_api_keys
+from services.common.api_keys import DEFAULT_TENANT, Role, Tenant, TenantLimits, key_entry, new_key, read_api_keys
 from services.common.errors import StatusError
 from services.common.reload import ConfigFileError
 from services.scheduler.config import SchedulerSettings
@@ -30,6 +32,16 @@ def code(access, method, metadata=()):
     except StatusError as error:
         return error.code
     return grpc.StatusCode.OK
+
+
+def tenant_of(access, key, method=GENERATE):
+    """Whom a call has that shows a key, in a context of its own as calls have."""
+
+    def call():
+        access.check(method, bearer(key))
+        return access.tenant()
+
+    return contextvars.Context().run(call)
 
 
 @pytest.fixture
@@ -69,7 +81,7 @@ def test_without_files_everything_is_open():
     access = Access()
     assert access.is_open
     assert access.interceptors == ()
-    assert access.tenant(()) is DEFAULT_TENANT
+    assert access.tenant() is DEFAULT_TENANT
 
 
 def test_roles(key_file, token_file, user_key, admin_key):
@@ -97,9 +109,17 @@ def test_roles(key_file, token_file, user_key, admin_key):
     assert {
         method: tuple(code(access, method, metadata) for metadata in callers.values()) for method in expected
     } == expected
-    assert access.tenant(bearer(user_key)).name == "acme"
-    assert access.tenant(bearer(user_key)).limits == TenantLimits(tokens_per_minute=1000)
-    assert access.tenant(bearer(admin_key)).limits == TenantLimits(concurrent_requests=7)
+    assert tenant_of(access, user_key) == Tenant("acme", TenantLimits(tokens_per_minute=1000))
+    assert tenant_of(access, admin_key) == Tenant("ops", TenantLimits(concurrent_requests=7))
+
+
+def test_each_call_has_the_tenant_that_it_showed(key_file, user_key, admin_key):
+    access = Access(key_file)
+    assert [tenant_of(access, key).name for key in (user_key, admin_key)] == ["acme", "ops"]
+    for method, key in ((HEALTH, user_key), (DRAIN, user_key), (GENERATE, new_key())):
+        with pytest.raises(StatusError) as error:
+            tenant_of(access, key, method)
+        assert error.value.code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED), method
 
 
 def test_links_are_known_by_certificate_where_there_is_no_token(key_file):

@@ -136,7 +136,7 @@ async def test_requests(how: str, code: grpc.StatusCode) -> None:
             CallGate(),
             lambda method, code: None,
             CallBytes(),
-            lambda context: Tenant("acme"),
+            lambda: Tenant("acme"),
         )
         timeout = 0.2 if how == "cancelled" else PATIENCE
         assert await call_often(channel, "/scalellm.v1.Generation/Generate", request, timeout) == {code}

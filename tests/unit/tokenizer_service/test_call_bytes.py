@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 
 import grpc
 import pytest
@@ -38,8 +39,23 @@ class Servicer:
     Encode = ApplyChatTemplate = GetInfo = Decode
 
 
+class Recognition(grpc.aio.ServerInterceptor):
+    """Knows tenants by their metadata."""
+
+    def __init__(self) -> None:
+        self._name: ContextVar[str] = ContextVar("name")
+
+    async def intercept_service(self, continuation, details):
+        self._name.set(dict(details.invocation_metadata)["tenant"])
+        return await continuation(details)
+
+    def tenant(self) -> Tenant:
+        name = self._name.get()
+        return Tenant(name, TenantLimits(concurrent_requests=2 if name == "small" else None))
+
+
 class Worker:
-    """The edge's calls in front of a servicer; tenants are known by their metadata."""
+    """The edge's calls in front of a servicer."""
 
     def __init__(self, **limits: int | float) -> None:
         self.servicer = Servicer()
@@ -47,7 +63,8 @@ class Worker:
         self.held = CallBytes(**limits)  # type: ignore[arg-type]
         self.gate = CallGate()
         self.codes: list[grpc.StatusCode] = []
-        self.service = GrpcService("127.0.0.1", 0, services=[], is_ready=lambda: True)
+        recognition = Recognition()
+        self.service = GrpcService("127.0.0.1", 0, services=[], is_ready=lambda: True, interceptors=(recognition,))
         add_service(
             self.service.server,
             SERVICE,
@@ -55,14 +72,9 @@ class Worker:
             self.gate,
             lambda method, code: self.codes.append(code),
             self.held,
-            self.tenant,
-            lambda context: self.quotas.admitted(self.tenant(context)),
+            recognition.tenant,
+            self.quotas.admitted,
         )
-
-    @staticmethod
-    def tenant(context: grpc.aio.ServicerContext) -> Tenant:
-        name = dict(context.invocation_metadata())["tenant"]
-        return Tenant(name, TenantLimits(concurrent_requests=2 if name == "small" else None))
 
 
 @asynccontextmanager
