@@ -205,7 +205,7 @@ class AdmissionQueue(Generic[EntryT]):
             retry_after = min(max(max(excess, self.num_tokens / 10) / tokens_per_second, shortest), longest)
         return StatusError(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"the admission queue is full: {why}; retry in {retry_after:.1f} s",
+            f"the admission queue is full: {why}",
             retry_after=retry_after,
         )
 

@@ -176,6 +176,8 @@ class Schedulers:
         request = self._requests.pop(receiver, None)
         if request is not None:
             self._waiting.pop(request, None)
+            if request.link is not None:
+                self._full.count_end(request.tenant, self._clock())
             request.release(reason)
 
     def end_all(self, why: str) -> None:
