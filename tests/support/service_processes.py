@@ -13,8 +13,10 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -24,9 +26,18 @@ PATIENCE = 120.0
 """Seconds for what takes a moment. It ends a test that hangs, and says nothing of how fast anything is: on a machine
 that does other work, too, a moment may be half a minute."""
 
-DIES_WITH_TESTS = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
-"""Begins the command of a process that is to end with the thread that starts it, also when the tests are killed. Its
-own children see the end of their parent by themselves. Of util-linux; elsewhere such processes stay."""
+_DIES_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
+"""Begins the command of a process that is to end with the thread that starts it. Of util-linux."""
+
+_STARTER = ThreadPoolExecutor(1, "starter")
+"""A thread that lives as long as the tests do, which those that asyncio makes for an event loop do not."""
+
+
+def start_process(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process that ends with the tests, also when those are killed, by whichever thread this is called. Its own
+    children see the end of their parent by themselves. Without setpriv it stays.
+    """
+    return _STARTER.submit(subprocess.Popen, [*_DIES_WITH_PARENT, *command], **options).result()
 
 
 @dataclass
@@ -103,8 +114,8 @@ def spawner(folder: Path) -> Iterator[Spawn]:
         log, announce = folder / f"{name}.log", folder / f"{name}.addr"
         with log.open("wb") as stream:
             command = [*prefix, sys.executable, "-m", f"services.{service}", "--port", "0", "--announce", str(announce)]
-            process = subprocess.Popen(
-                [*DIES_WITH_TESTS, *command, *flags],
+            process = start_process(
+                [*command, *flags],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
@@ -156,8 +167,8 @@ def start_redis(folder: Path, *more: str) -> RedisProcess:
     """Start one, with more options if wanted."""
     path = Path(f"/tmp/scalellm-test-{uuid.uuid4().hex[:12]}.sock")  # a socket's path may have 108 bytes at most
     flags = ["--port", "0", "--unixsocket", str(path), "--save", "", "--appendonly", "no", "--dir", str(folder)]
-    command = [*DIES_WITH_TESTS, redis_server(), *flags, *more]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [redis_server(), *flags, *more]
+    process = start_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + PATIENCE
     while not _is_listening(path):
         if process.poll() is not None or time.monotonic() > deadline:
