@@ -151,6 +151,14 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
    * @generated from field: optional bool return_prompt_token_ids = 16;
    */
   returnPromptTokenIds?: boolean | undefined;
+
+  /**
+   * How the model reasons, and what is told of it. Set: reasoning is told apart from text, in Delta.parts. Default: what
+   * the model writes is text, its marks of reasoning included, unless Chat.tools are given.
+   *
+   * @generated from field: scalellm.v1.ReasoningOptions reasoning = 17;
+   */
+  reasoning?: ReasoningOptions | undefined;
 };
 
 /**
@@ -158,6 +166,42 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
  * Use `create(GenerateRequestSchema)` to create a new message.
  */
 export declare const GenerateRequestSchema: GenMessage<GenerateRequest>;
+
+/**
+ * How a model reasons before it answers. Where its chat template knows no reasoning, all is text, and a budget is refused.
+ *
+ * @generated from message scalellm.v1.ReasoningOptions
+ */
+export declare type ReasoningOptions = Message<"scalellm.v1.ReasoningOptions"> & {
+  /**
+   * How much: the template's variable `reasoning_effort`, such as `low` or `high`; `none` also sets its variables
+   * `enable_thinking` and `thinking` to false. 1..32 bytes. Default: the template's own.
+   *
+   * @generated from field: optional string effort = 1;
+   */
+  effort?: string | undefined;
+
+  /**
+   * Most tokens of reasoning; behind them the model's mark of the end is drawn. 0..262,144. Default: no limit but
+   * max_tokens. Not with a structured_output of its own grammar (`lark`).
+   *
+   * @generated from field: optional uint32 budget_tokens = 2;
+   */
+  budgetTokens?: number | undefined;
+
+  /**
+   * Tell the reasoning. Default true.
+   *
+   * @generated from field: optional bool include = 3;
+   */
+  include?: boolean | undefined;
+};
+
+/**
+ * Describes the message scalellm.v1.ReasoningOptions.
+ * Use `create(ReasoningOptionsSchema)` to create a new message.
+ */
+export declare const ReasoningOptionsSchema: GenMessage<ReasoningOptions>;
 
 /**
  * The shape of an answer. Tokens that cannot lead to a text of this shape are not drawn, whatever the other parameters
@@ -449,6 +493,28 @@ export declare type Chat = Message<"scalellm.v1.Chat"> & {
    * @generated from field: optional bool continue_final_message = 5;
    */
   continueFinalMessage?: boolean | undefined;
+
+  /**
+   * Functions that the model may call. At most 128; their texts count with those of the messages. What the model writes is
+   * then told in Delta.parts, and a call is of one of these functions by construction.
+   *
+   * @generated from field: repeated scalellm.v1.Tool tools = 6;
+   */
+  tools: Tool[];
+
+  /**
+   * Whether the model calls functions. Default: as it likes.
+   *
+   * @generated from field: scalellm.v1.ToolChoice tool_choice = 7;
+   */
+  toolChoice?: ToolChoice | undefined;
+
+  /**
+   * A JSON list: the template's variable `documents`. Its text counts with those of the messages.
+   *
+   * @generated from field: string documents = 8;
+   */
+  documents: string;
 };
 
 /**
@@ -456,6 +522,116 @@ export declare type Chat = Message<"scalellm.v1.Chat"> & {
  * Use `create(ChatSchema)` to create a new message.
  */
 export declare const ChatSchema: GenMessage<Chat>;
+
+/**
+ * A function that the model may call. The client runs it, and sends what it returned in a message.
+ *
+ * @generated from message scalellm.v1.Tool
+ */
+export declare type Tool = Message<"scalellm.v1.Tool"> & {
+  /**
+   * 1..64 characters of [A-Za-z0-9._-], each tool its own.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * What it does, for the model.
+   *
+   * @generated from field: string description = 2;
+   */
+  description: string;
+
+  /**
+   * Its arguments: a JSON Schema of an object, as StructuredOutput.json_schema. Default: none.
+   *
+   * @generated from field: string parameters = 3;
+   */
+  parameters: string;
+
+  /**
+   * Arguments follow the schema; a keyword that is not supported is refused by its name. False: arguments are any JSON
+   * object, and the schema is for the model to read. Default true. Schemas to follow have at most 64 KiB in all.
+   *
+   * @generated from field: optional bool strict = 4;
+   */
+  strict?: boolean | undefined;
+};
+
+/**
+ * Describes the message scalellm.v1.Tool.
+ * Use `create(ToolSchema)` to create a new message.
+ */
+export declare const ToolSchema: GenMessage<Tool>;
+
+/**
+ * Whether the model calls functions, and which.
+ *
+ * @generated from message scalellm.v1.ToolChoice
+ */
+export declare type ToolChoice = Message<"scalellm.v1.ToolChoice"> & {
+  /**
+   * Default TOOL_CHOICE_MODE_AUTO.
+   *
+   * @generated from field: scalellm.v1.ToolChoiceMode mode = 1;
+   */
+  mode: ToolChoiceMode;
+
+  /**
+   * Only these, of Chat.tools. The model is told of all. Default: all.
+   *
+   * @generated from field: repeated string names = 2;
+   */
+  names: string[];
+
+  /**
+   * At most one call in an answer. Default false: up to 128.
+   *
+   * @generated from field: bool single = 3;
+   */
+  single: boolean;
+};
+
+/**
+ * Describes the message scalellm.v1.ToolChoice.
+ * Use `create(ToolChoiceSchema)` to create a new message.
+ */
+export declare const ToolChoiceSchema: GenMessage<ToolChoice>;
+
+/**
+ * A function call of the model.
+ *
+ * @generated from message scalellm.v1.ToolCall
+ */
+export declare type ToolCall = Message<"scalellm.v1.ToolCall"> & {
+  /**
+   * Names it, for the message with what the function returned. 1..128 bytes.
+   *
+   * @generated from field: string id = 1;
+   */
+  id: string;
+
+  /**
+   * The function.
+   *
+   * @generated from field: string name = 2;
+   */
+  name: string;
+
+  /**
+   * A JSON object, as the model wrote it.
+   *
+   * @generated from field: string arguments = 3;
+   */
+  arguments: string;
+};
+
+/**
+ * Describes the message scalellm.v1.ToolCall.
+ * Use `create(ToolCallSchema)` to create a new message.
+ */
+export declare const ToolCallSchema: GenMessage<ToolCall>;
 
 /**
  * One message of a conversation.
@@ -477,6 +653,27 @@ export declare type ChatMessage = Message<"scalellm.v1.ChatMessage"> & {
    * @generated from field: string content = 2;
    */
   content: string;
+
+  /**
+   * Functions that the assistant called. At most 128, all for role assistant.
+   *
+   * @generated from field: repeated scalellm.v1.ToolCall tool_calls = 3;
+   */
+  toolCalls: ToolCall[];
+
+  /**
+   * Of role tool: the call whose function returned `content`.
+   *
+   * @generated from field: string tool_call_id = 4;
+   */
+  toolCallId: string;
+
+  /**
+   * What the assistant thought before. Most templates leave it out.
+   *
+   * @generated from field: string reasoning = 5;
+   */
+  reasoning: string;
 };
 
 /**
@@ -634,7 +831,8 @@ export declare type Delta = Message<"scalellm.v1.Delta"> & {
   index: number;
 
   /**
-   * New text. May be empty while a character or a possible stop text is incomplete.
+   * New text. May be empty while a character or a possible stop text is incomplete. Without reasoning and calls, where these
+   * are told apart.
    *
    * @generated from field: string text = 2;
    */
@@ -667,6 +865,14 @@ export declare type Delta = Message<"scalellm.v1.Delta"> & {
    * @generated from field: scalellm.v1.TokenLogprobs logprobs = 6;
    */
   logprobs?: TokenLogprobs | undefined;
+
+  /**
+   * What is new, in order, where Chat.tools or GenerateRequest.reasoning are given. White space around reasoning and calls
+   * is left out.
+   *
+   * @generated from field: repeated scalellm.v1.DeltaPart parts = 7;
+   */
+  parts: DeltaPart[];
 };
 
 /**
@@ -674,6 +880,92 @@ export declare type Delta = Message<"scalellm.v1.Delta"> & {
  * Use `create(DeltaSchema)` to create a new message.
  */
 export declare const DeltaSchema: GenMessage<Delta>;
+
+/**
+ * New reasoning, text, or call.
+ *
+ * @generated from message scalellm.v1.DeltaPart
+ */
+export declare type DeltaPart = Message<"scalellm.v1.DeltaPart"> & {
+  /**
+   * One is set.
+   *
+   * @generated from oneof scalellm.v1.DeltaPart.part
+   */
+  part: {
+    /**
+     * More text.
+     *
+     * @generated from field: string text = 1;
+     */
+    value: string;
+    case: "text";
+  } | {
+    /**
+     * More reasoning.
+     *
+     * @generated from field: string reasoning = 2;
+     */
+    value: string;
+    case: "reasoning";
+  } | {
+    /**
+     * A call, or more of one.
+     *
+     * @generated from field: scalellm.v1.ToolCallDelta tool_call = 3;
+     */
+    value: ToolCallDelta;
+    case: "toolCall";
+  } | { case: undefined; value?: undefined };
+};
+
+/**
+ * Describes the message scalellm.v1.DeltaPart.
+ * Use `create(DeltaPartSchema)` to create a new message.
+ */
+export declare const DeltaPartSchema: GenMessage<DeltaPart>;
+
+/**
+ * A call, or more of one.
+ *
+ * @generated from message scalellm.v1.ToolCallDelta
+ */
+export declare type ToolCallDelta = Message<"scalellm.v1.ToolCallDelta"> & {
+  /**
+   * Which call of the sample, from 0 on.
+   *
+   * @generated from field: uint32 index = 1;
+   */
+  index: number;
+
+  /**
+   * Where the call begins: its id.
+   *
+   * @generated from field: string id = 2;
+   */
+  id: string;
+
+  /**
+   * Where the call begins: its function.
+   *
+   * @generated from field: string name = 3;
+   */
+  name: string;
+
+  /**
+   * More of its arguments. All of them are a JSON object, unless the sample ended for another reason than
+   * FINISH_REASON_STOP before.
+   *
+   * @generated from field: string arguments = 4;
+   */
+  arguments: string;
+};
+
+/**
+ * Describes the message scalellm.v1.ToolCallDelta.
+ * Use `create(ToolCallDeltaSchema)` to create a new message.
+ */
+export declare const ToolCallDeltaSchema: GenMessage<ToolCallDelta>;
 
 /**
  * Log-probabilities of consecutive tokens of the prompt. A prompt of more than 4096 tokens comes in several parts, one after
@@ -793,6 +1085,13 @@ export declare type SampleFinished = Message<"scalellm.v1.SampleFinished"> & {
     value: number;
     case: "stopTokenId";
   } | { case: undefined; value?: undefined };
+
+  /**
+   * Functions that it called.
+   *
+   * @generated from field: uint32 num_tool_calls = 5;
+   */
+  numToolCalls: number;
 };
 
 /**
@@ -873,6 +1172,46 @@ export enum Output {
  * Describes the enum scalellm.v1.Output.
  */
 export declare const OutputSchema: GenEnum<Output>;
+
+/**
+ * Whether the model calls functions.
+ *
+ * @generated from enum scalellm.v1.ToolChoiceMode
+ */
+export enum ToolChoiceMode {
+  /**
+   * TOOL_CHOICE_MODE_AUTO.
+   *
+   * @generated from enum value: TOOL_CHOICE_MODE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * As it likes.
+   *
+   * @generated from enum value: TOOL_CHOICE_MODE_AUTO = 1;
+   */
+  AUTO = 1,
+
+  /**
+   * It does not, and is told of none.
+   *
+   * @generated from enum value: TOOL_CHOICE_MODE_NONE = 2;
+   */
+  NONE = 2,
+
+  /**
+   * It does nothing else, but for reasoning before.
+   *
+   * @generated from enum value: TOOL_CHOICE_MODE_REQUIRED = 3;
+   */
+  REQUIRED = 3,
+}
+
+/**
+ * Describes the enum scalellm.v1.ToolChoiceMode.
+ */
+export declare const ToolChoiceModeSchema: GenEnum<ToolChoiceMode>;
 
 /**
  * What became of the session after the turn.

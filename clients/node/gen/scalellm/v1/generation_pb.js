@@ -12,7 +12,7 @@ import { file_scalellm_v1_common } from "./common_pb.js";
  * Describes the file scalellm/v1/generation.proto.
  */
 export const file_scalellm_v1_generation = /*@__PURE__*/
-  fileDesc("ChxzY2FsZWxsbS92MS9nZW5lcmF0aW9uLnByb3RvEgtzY2FsZWxsbS52MSK8BQoPR2VuZXJhdGVSZXF1ZXN0EhcKCnJlcXVlc3RfaWQYASABKAlIAYgBARIQCgZwcm9tcHQYAiABKAlIABIhCgRjaGF0GAMgASgLMhEuc2NhbGVsbG0udjEuQ2hhdEgAEicKBnRva2VucxgEIAEoCzIVLnNjYWxlbGxtLnYxLlRva2VuSWRzSAASLQoIc2FtcGxpbmcYBSABKAsyGy5zY2FsZWxsbS52MS5TYW1wbGluZ1BhcmFtcxIMCgRzdG9wGAYgAygJEhkKDGluY2x1ZGVfc3RvcBgHIAEoCEgCiAEBEhcKCnNlc3Npb25faWQYCCABKAlIA4gBARIVCghwcmlvcml0eRgJIAEoBUgEiAEBEiMKBm91dHB1dBgKIAEoDjITLnNjYWxlbGxtLnYxLk91dHB1dBIgChNza2lwX3NwZWNpYWxfdG9rZW5zGAsgASgISAWIAQESHAoPc3RyZWFtX2ludGVydmFsGAwgASgNSAaIAQESFwoKY2FjaGVfc2FsdBgNIAEoCUgHiAEBEjAKDW9uX2Rpc2Nvbm5lY3QYDiABKA4yGS5zY2FsZWxsbS52MS5PbkRpc2Nvbm5lY3QSOAoRc3RydWN0dXJlZF9vdXRwdXQYDyABKAsyHS5zY2FsZWxsbS52MS5TdHJ1Y3R1cmVkT3V0cHV0EiQKF3JldHVybl9wcm9tcHRfdG9rZW5faWRzGBAgASgISAiIAQFCBwoFaW5wdXRCDQoLX3JlcXVlc3RfaWRCDwoNX2luY2x1ZGVfc3RvcEINCgtfc2Vzc2lvbl9pZEILCglfcHJpb3JpdHlCFgoUX3NraXBfc3BlY2lhbF90b2tlbnNCEgoQX3N0cmVhbV9pbnRlcnZhbEINCgtfY2FjaGVfc2FsdEIaChhfcmV0dXJuX3Byb21wdF90b2tlbl9pZHMi4AEKEFN0cnVjdHVyZWRPdXRwdXQSFQoLanNvbl9zY2hlbWEYASABKAlIABIuCgtqc29uX29iamVjdBgCIAEoCzIXLnNjYWxlbGxtLnYxLkpzb25PYmplY3RIABIPCgVyZWdleBgDIAEoCUgAEiUKBmNob2ljZRgEIAEoCzITLnNjYWxlbGxtLnYxLkNob2ljZUgAEg4KBGxhcmsYBSABKAlIABI0Cg5zdHJ1Y3R1cmFsX3RhZxgGIAEoCzIaLnNjYWxlbGxtLnYxLlN0cnVjdHVyYWxUYWdIAEIHCgVzaGFwZSIMCgpKc29uT2JqZWN0IhcKBkNob2ljZRINCgV0ZXh0cxgBIAMoCSJQCg1TdHJ1Y3R1cmFsVGFnEi0KCnN0cnVjdHVyZXMYASADKAsyGS5zY2FsZWxsbS52MS5UYWdTdHJ1Y3R1cmUSEAoIdHJpZ2dlcnMYAiADKAkiPwoMVGFnU3RydWN0dXJlEg0KBWJlZ2luGAEgASgJEhMKC2pzb25fc2NoZW1hGAIgASgJEgsKA2VuZBgDIAEoCSJmCg1SZXN1bWVSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDwoHb2Zmc2V0cxgCIAMoDRIcCg9zdHJlYW1faW50ZXJ2YWwYAyABKA1IAIgBAUISChBfc3RyZWFtX2ludGVydmFsIiMKDUNhbmNlbFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCSIQCg5DYW5jZWxSZXNwb25zZSL7AQoEQ2hhdBIqCghtZXNzYWdlcxgBIAMoCzIYLnNjYWxlbGxtLnYxLkNoYXRNZXNzYWdlEiIKFWFkZF9nZW5lcmF0aW9uX3Byb21wdBgCIAEoCEgAiAEBEhwKD2NvbnRlbnRfaXNfdGV4dBgDIAEoCEgBiAEBEhcKD3RlbXBsYXRlX2t3YXJncxgEIAEoCRIjChZjb250aW51ZV9maW5hbF9tZXNzYWdlGAUgASgISAKIAQFCGAoWX2FkZF9nZW5lcmF0aW9uX3Byb21wdEISChBfY29udGVudF9pc190ZXh0QhkKF19jb250aW51ZV9maW5hbF9tZXNzYWdlIiwKC0NoYXRNZXNzYWdlEgwKBHJvbGUYASABKAkSDwoHY29udGVudBgCIAEoCSIXCghUb2tlbklkcxILCgNpZHMYASADKA0izAEKEEdlbmVyYXRlUmVzcG9uc2USJwoHc3RhcnRlZBgBIAEoCzIULnNjYWxlbGxtLnYxLlN0YXJ0ZWRIABIjCgVkZWx0YRgCIAEoCzISLnNjYWxlbGxtLnYxLkRlbHRhSAASKQoIZmluaXNoZWQYAyABKAsyFS5zY2FsZWxsbS52MS5GaW5pc2hlZEgAEjYKD3Byb21wdF9sb2dwcm9icxgEIAEoCzIbLnNjYWxlbGxtLnYxLlByb21wdExvZ3Byb2JzSABCBwoFZXZlbnQilQEKB1N0YXJ0ZWQSEgoKcmVxdWVzdF9pZBgBIAEoCRINCgVtb2RlbBgCIAEoCRIVCg1wcm9tcHRfdG9rZW5zGAMgASgNEgwKBHNlZWQYBCABKAQSFQoNc2Vzc2lvbl90dXJucxgFIAEoDRIRCglyZXN1bWFibGUYBiABKAgSGAoQcHJvbXB0X3Rva2VuX2lkcxgHIAMoDSKJAQoFRGVsdGESDQoFaW5kZXgYASABKA0SDAoEdGV4dBgCIAEoCRIRCgl0b2tlbl9pZHMYAyADKA0SDgoGb2Zmc2V0GAQgASgNEhIKCm51bV90b2tlbnMYBSABKA0SLAoIbG9ncHJvYnMYBiABKAsyGi5zY2FsZWxsbS52MS5Ub2tlbkxvZ3Byb2JzImEKDlByb21wdExvZ3Byb2JzEhEKCXRva2VuX2lkcxgBIAMoDRIsCghsb2dwcm9icxgCIAEoCzIaLnNjYWxlbGxtLnYxLlRva2VuTG9ncHJvYnMSDgoGb2Zmc2V0GAMgASgNIrkBCghGaW5pc2hlZBIsCgdzYW1wbGVzGAEgAygLMhsuc2NhbGVsbG0udjEuU2FtcGxlRmluaXNoZWQSIQoFdXNhZ2UYAiABKAsyEi5zY2FsZWxsbS52MS5Vc2FnZRIuCgdsYXRlbmN5GAMgASgLMh0uc2NhbGVsbG0udjEuTGF0ZW5jeUJyZWFrZG93bhIsCgdzZXNzaW9uGAQgASgOMhsuc2NhbGVsbG0udjEuU2Vzc2lvbk91dGNvbWUifgoOU2FtcGxlRmluaXNoZWQSDQoFaW5kZXgYASABKA0SKQoGcmVhc29uGAIgASgOMhkuc2NhbGVsbG0udjEuRmluaXNoUmVhc29uEg4KBHN0b3AYAyABKAlIABIXCg1zdG9wX3Rva2VuX2lkGAQgASgNSABCCQoHbWF0Y2hlZCpfCgxPbkRpc2Nvbm5lY3QSHQoZT05fRElTQ09OTkVDVF9VTlNQRUNJRklFRBAAEhgKFE9OX0RJU0NPTk5FQ1RfQ0FOQ0VMEAESFgoST05fRElTQ09OTkVDVF9LRUVQEAIqZgoGT3V0cHV0EhYKEk9VVFBVVF9VTlNQRUNJRklFRBAAEg8KC09VVFBVVF9URVhUEAESFAoQT1VUUFVUX1RPS0VOX0lEUxACEh0KGU9VVFBVVF9URVhUX0FORF9UT0tFTl9JRFMQAyqlAQoOU2Vzc2lvbk91dGNvbWUSHwobU0VTU0lPTl9PVVRDT01FX1VOU1BFQ0lGSUVEEAASGQoVU0VTU0lPTl9PVVRDT01FX1NBVkVEEAESHAoYU0VTU0lPTl9PVVRDT01FX0NPTkZMSUNUEAISHwobU0VTU0lPTl9PVVRDT01FX1VOQVZBSUxBQkxFEAMSGAoUU0VTU0lPTl9PVVRDT01FX0ZVTEwQBDLhAQoKR2VuZXJhdGlvbhJJCghHZW5lcmF0ZRIcLnNjYWxlbGxtLnYxLkdlbmVyYXRlUmVxdWVzdBodLnNjYWxlbGxtLnYxLkdlbmVyYXRlUmVzcG9uc2UwARJFCgZSZXN1bWUSGi5zY2FsZWxsbS52MS5SZXN1bWVSZXF1ZXN0Gh0uc2NhbGVsbG0udjEuR2VuZXJhdGVSZXNwb25zZTABEkEKBkNhbmNlbBIaLnNjYWxlbGxtLnYxLkNhbmNlbFJlcXVlc3QaGy5zY2FsZWxsbS52MS5DYW5jZWxSZXNwb25zZUI5Cg9jb20uc2NhbGVsbG0udjFQAVoWc2NhbGVsbG0vdjE7c2NhbGVsbG12MaoCC1NjYWxlTExNLlYxYgZwcm90bzM", [file_scalellm_v1_common]);
+  fileDesc("ChxzY2FsZWxsbS92MS9nZW5lcmF0aW9uLnByb3RvEgtzY2FsZWxsbS52MSLuBQoPR2VuZXJhdGVSZXF1ZXN0EhcKCnJlcXVlc3RfaWQYASABKAlIAYgBARIQCgZwcm9tcHQYAiABKAlIABIhCgRjaGF0GAMgASgLMhEuc2NhbGVsbG0udjEuQ2hhdEgAEicKBnRva2VucxgEIAEoCzIVLnNjYWxlbGxtLnYxLlRva2VuSWRzSAASLQoIc2FtcGxpbmcYBSABKAsyGy5zY2FsZWxsbS52MS5TYW1wbGluZ1BhcmFtcxIMCgRzdG9wGAYgAygJEhkKDGluY2x1ZGVfc3RvcBgHIAEoCEgCiAEBEhcKCnNlc3Npb25faWQYCCABKAlIA4gBARIVCghwcmlvcml0eRgJIAEoBUgEiAEBEiMKBm91dHB1dBgKIAEoDjITLnNjYWxlbGxtLnYxLk91dHB1dBIgChNza2lwX3NwZWNpYWxfdG9rZW5zGAsgASgISAWIAQESHAoPc3RyZWFtX2ludGVydmFsGAwgASgNSAaIAQESFwoKY2FjaGVfc2FsdBgNIAEoCUgHiAEBEjAKDW9uX2Rpc2Nvbm5lY3QYDiABKA4yGS5zY2FsZWxsbS52MS5PbkRpc2Nvbm5lY3QSOAoRc3RydWN0dXJlZF9vdXRwdXQYDyABKAsyHS5zY2FsZWxsbS52MS5TdHJ1Y3R1cmVkT3V0cHV0EiQKF3JldHVybl9wcm9tcHRfdG9rZW5faWRzGBAgASgISAiIAQESMAoJcmVhc29uaW5nGBEgASgLMh0uc2NhbGVsbG0udjEuUmVhc29uaW5nT3B0aW9uc0IHCgVpbnB1dEINCgtfcmVxdWVzdF9pZEIPCg1faW5jbHVkZV9zdG9wQg0KC19zZXNzaW9uX2lkQgsKCV9wcmlvcml0eUIWChRfc2tpcF9zcGVjaWFsX3Rva2Vuc0ISChBfc3RyZWFtX2ludGVydmFsQg0KC19jYWNoZV9zYWx0QhoKGF9yZXR1cm5fcHJvbXB0X3Rva2VuX2lkcyKCAQoQUmVhc29uaW5nT3B0aW9ucxITCgZlZmZvcnQYASABKAlIAIgBARIaCg1idWRnZXRfdG9rZW5zGAIgASgNSAGIAQESFAoHaW5jbHVkZRgDIAEoCEgCiAEBQgkKB19lZmZvcnRCEAoOX2J1ZGdldF90b2tlbnNCCgoIX2luY2x1ZGUi4AEKEFN0cnVjdHVyZWRPdXRwdXQSFQoLanNvbl9zY2hlbWEYASABKAlIABIuCgtqc29uX29iamVjdBgCIAEoCzIXLnNjYWxlbGxtLnYxLkpzb25PYmplY3RIABIPCgVyZWdleBgDIAEoCUgAEiUKBmNob2ljZRgEIAEoCzITLnNjYWxlbGxtLnYxLkNob2ljZUgAEg4KBGxhcmsYBSABKAlIABI0Cg5zdHJ1Y3R1cmFsX3RhZxgGIAEoCzIaLnNjYWxlbGxtLnYxLlN0cnVjdHVyYWxUYWdIAEIHCgVzaGFwZSIMCgpKc29uT2JqZWN0IhcKBkNob2ljZRINCgV0ZXh0cxgBIAMoCSJQCg1TdHJ1Y3R1cmFsVGFnEi0KCnN0cnVjdHVyZXMYASADKAsyGS5zY2FsZWxsbS52MS5UYWdTdHJ1Y3R1cmUSEAoIdHJpZ2dlcnMYAiADKAkiPwoMVGFnU3RydWN0dXJlEg0KBWJlZ2luGAEgASgJEhMKC2pzb25fc2NoZW1hGAIgASgJEgsKA2VuZBgDIAEoCSJmCg1SZXN1bWVSZXF1ZXN0EhIKCnJlcXVlc3RfaWQYASABKAkSDwoHb2Zmc2V0cxgCIAMoDRIcCg9zdHJlYW1faW50ZXJ2YWwYAyABKA1IAIgBAUISChBfc3RyZWFtX2ludGVydmFsIiMKDUNhbmNlbFJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCSIQCg5DYW5jZWxSZXNwb25zZSLeAgoEQ2hhdBIqCghtZXNzYWdlcxgBIAMoCzIYLnNjYWxlbGxtLnYxLkNoYXRNZXNzYWdlEiIKFWFkZF9nZW5lcmF0aW9uX3Byb21wdBgCIAEoCEgAiAEBEhwKD2NvbnRlbnRfaXNfdGV4dBgDIAEoCEgBiAEBEhcKD3RlbXBsYXRlX2t3YXJncxgEIAEoCRIjChZjb250aW51ZV9maW5hbF9tZXNzYWdlGAUgASgISAKIAQESIAoFdG9vbHMYBiADKAsyES5zY2FsZWxsbS52MS5Ub29sEiwKC3Rvb2xfY2hvaWNlGAcgASgLMhcuc2NhbGVsbG0udjEuVG9vbENob2ljZRIRCglkb2N1bWVudHMYCCABKAlCGAoWX2FkZF9nZW5lcmF0aW9uX3Byb21wdEISChBfY29udGVudF9pc190ZXh0QhkKF19jb250aW51ZV9maW5hbF9tZXNzYWdlIl0KBFRvb2wSDAoEbmFtZRgBIAEoCRITCgtkZXNjcmlwdGlvbhgCIAEoCRISCgpwYXJhbWV0ZXJzGAMgASgJEhMKBnN0cmljdBgEIAEoCEgAiAEBQgkKB19zdHJpY3QiVgoKVG9vbENob2ljZRIpCgRtb2RlGAEgASgOMhsuc2NhbGVsbG0udjEuVG9vbENob2ljZU1vZGUSDQoFbmFtZXMYAiADKAkSDgoGc2luZ2xlGAMgASgIIjcKCFRvb2xDYWxsEgoKAmlkGAEgASgJEgwKBG5hbWUYAiABKAkSEQoJYXJndW1lbnRzGAMgASgJIoABCgtDaGF0TWVzc2FnZRIMCgRyb2xlGAEgASgJEg8KB2NvbnRlbnQYAiABKAkSKQoKdG9vbF9jYWxscxgDIAMoCzIVLnNjYWxlbGxtLnYxLlRvb2xDYWxsEhQKDHRvb2xfY2FsbF9pZBgEIAEoCRIRCglyZWFzb25pbmcYBSABKAkiFwoIVG9rZW5JZHMSCwoDaWRzGAEgAygNIswBChBHZW5lcmF0ZVJlc3BvbnNlEicKB3N0YXJ0ZWQYASABKAsyFC5zY2FsZWxsbS52MS5TdGFydGVkSAASIwoFZGVsdGEYAiABKAsyEi5zY2FsZWxsbS52MS5EZWx0YUgAEikKCGZpbmlzaGVkGAMgASgLMhUuc2NhbGVsbG0udjEuRmluaXNoZWRIABI2Cg9wcm9tcHRfbG9ncHJvYnMYBCABKAsyGy5zY2FsZWxsbS52MS5Qcm9tcHRMb2dwcm9ic0gAQgcKBWV2ZW50IpUBCgdTdGFydGVkEhIKCnJlcXVlc3RfaWQYASABKAkSDQoFbW9kZWwYAiABKAkSFQoNcHJvbXB0X3Rva2VucxgDIAEoDRIMCgRzZWVkGAQgASgEEhUKDXNlc3Npb25fdHVybnMYBSABKA0SEQoJcmVzdW1hYmxlGAYgASgIEhgKEHByb21wdF90b2tlbl9pZHMYByADKA0isAEKBURlbHRhEg0KBWluZGV4GAEgASgNEgwKBHRleHQYAiABKAkSEQoJdG9rZW5faWRzGAMgAygNEg4KBm9mZnNldBgEIAEoDRISCgpudW1fdG9rZW5zGAUgASgNEiwKCGxvZ3Byb2JzGAYgASgLMhouc2NhbGVsbG0udjEuVG9rZW5Mb2dwcm9icxIlCgVwYXJ0cxgHIAMoCzIWLnNjYWxlbGxtLnYxLkRlbHRhUGFydCJpCglEZWx0YVBhcnQSDgoEdGV4dBgBIAEoCUgAEhMKCXJlYXNvbmluZxgCIAEoCUgAEi8KCXRvb2xfY2FsbBgDIAEoCzIaLnNjYWxlbGxtLnYxLlRvb2xDYWxsRGVsdGFIAEIGCgRwYXJ0IksKDVRvb2xDYWxsRGVsdGESDQoFaW5kZXgYASABKA0SCgoCaWQYAiABKAkSDAoEbmFtZRgDIAEoCRIRCglhcmd1bWVudHMYBCABKAkiYQoOUHJvbXB0TG9ncHJvYnMSEQoJdG9rZW5faWRzGAEgAygNEiwKCGxvZ3Byb2JzGAIgASgLMhouc2NhbGVsbG0udjEuVG9rZW5Mb2dwcm9icxIOCgZvZmZzZXQYAyABKA0iuQEKCEZpbmlzaGVkEiwKB3NhbXBsZXMYASADKAsyGy5zY2FsZWxsbS52MS5TYW1wbGVGaW5pc2hlZBIhCgV1c2FnZRgCIAEoCzISLnNjYWxlbGxtLnYxLlVzYWdlEi4KB2xhdGVuY3kYAyABKAsyHS5zY2FsZWxsbS52MS5MYXRlbmN5QnJlYWtkb3duEiwKB3Nlc3Npb24YBCABKA4yGy5zY2FsZWxsbS52MS5TZXNzaW9uT3V0Y29tZSKWAQoOU2FtcGxlRmluaXNoZWQSDQoFaW5kZXgYASABKA0SKQoGcmVhc29uGAIgASgOMhkuc2NhbGVsbG0udjEuRmluaXNoUmVhc29uEg4KBHN0b3AYAyABKAlIABIXCg1zdG9wX3Rva2VuX2lkGAQgASgNSAASFgoObnVtX3Rvb2xfY2FsbHMYBSABKA1CCQoHbWF0Y2hlZCpfCgxPbkRpc2Nvbm5lY3QSHQoZT05fRElTQ09OTkVDVF9VTlNQRUNJRklFRBAAEhgKFE9OX0RJU0NPTk5FQ1RfQ0FOQ0VMEAESFgoST05fRElTQ09OTkVDVF9LRUVQEAIqZgoGT3V0cHV0EhYKEk9VVFBVVF9VTlNQRUNJRklFRBAAEg8KC09VVFBVVF9URVhUEAESFAoQT1VUUFVUX1RPS0VOX0lEUxACEh0KGU9VVFBVVF9URVhUX0FORF9UT0tFTl9JRFMQAyqHAQoOVG9vbENob2ljZU1vZGUSIAocVE9PTF9DSE9JQ0VfTU9ERV9VTlNQRUNJRklFRBAAEhkKFVRPT0xfQ0hPSUNFX01PREVfQVVUTxABEhkKFVRPT0xfQ0hPSUNFX01PREVfTk9ORRACEh0KGVRPT0xfQ0hPSUNFX01PREVfUkVRVUlSRUQQAyqlAQoOU2Vzc2lvbk91dGNvbWUSHwobU0VTU0lPTl9PVVRDT01FX1VOU1BFQ0lGSUVEEAASGQoVU0VTU0lPTl9PVVRDT01FX1NBVkVEEAESHAoYU0VTU0lPTl9PVVRDT01FX0NPTkZMSUNUEAISHwobU0VTU0lPTl9PVVRDT01FX1VOQVZBSUxBQkxFEAMSGAoUU0VTU0lPTl9PVVRDT01FX0ZVTEwQBDLhAQoKR2VuZXJhdGlvbhJJCghHZW5lcmF0ZRIcLnNjYWxlbGxtLnYxLkdlbmVyYXRlUmVxdWVzdBodLnNjYWxlbGxtLnYxLkdlbmVyYXRlUmVzcG9uc2UwARJFCgZSZXN1bWUSGi5zY2FsZWxsbS52MS5SZXN1bWVSZXF1ZXN0Gh0uc2NhbGVsbG0udjEuR2VuZXJhdGVSZXNwb25zZTABEkEKBkNhbmNlbBIaLnNjYWxlbGxtLnYxLkNhbmNlbFJlcXVlc3QaGy5zY2FsZWxsbS52MS5DYW5jZWxSZXNwb25zZUI5Cg9jb20uc2NhbGVsbG0udjFQAVoWc2NhbGVsbG0vdjE7c2NhbGVsbG12MaoCC1NjYWxlTExNLlYxYgZwcm90bzM", [file_scalellm_v1_common]);
 
 /**
  * Describes the message scalellm.v1.GenerateRequest.
@@ -22,123 +22,165 @@ export const GenerateRequestSchema = /*@__PURE__*/
   messageDesc(file_scalellm_v1_generation, 0);
 
 /**
+ * Describes the message scalellm.v1.ReasoningOptions.
+ * Use `create(ReasoningOptionsSchema)` to create a new message.
+ */
+export const ReasoningOptionsSchema = /*@__PURE__*/
+  messageDesc(file_scalellm_v1_generation, 1);
+
+/**
  * Describes the message scalellm.v1.StructuredOutput.
  * Use `create(StructuredOutputSchema)` to create a new message.
  */
 export const StructuredOutputSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 1);
+  messageDesc(file_scalellm_v1_generation, 2);
 
 /**
  * Describes the message scalellm.v1.JsonObject.
  * Use `create(JsonObjectSchema)` to create a new message.
  */
 export const JsonObjectSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 2);
+  messageDesc(file_scalellm_v1_generation, 3);
 
 /**
  * Describes the message scalellm.v1.Choice.
  * Use `create(ChoiceSchema)` to create a new message.
  */
 export const ChoiceSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 3);
+  messageDesc(file_scalellm_v1_generation, 4);
 
 /**
  * Describes the message scalellm.v1.StructuralTag.
  * Use `create(StructuralTagSchema)` to create a new message.
  */
 export const StructuralTagSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 4);
+  messageDesc(file_scalellm_v1_generation, 5);
 
 /**
  * Describes the message scalellm.v1.TagStructure.
  * Use `create(TagStructureSchema)` to create a new message.
  */
 export const TagStructureSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 5);
+  messageDesc(file_scalellm_v1_generation, 6);
 
 /**
  * Describes the message scalellm.v1.ResumeRequest.
  * Use `create(ResumeRequestSchema)` to create a new message.
  */
 export const ResumeRequestSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 6);
+  messageDesc(file_scalellm_v1_generation, 7);
 
 /**
  * Describes the message scalellm.v1.CancelRequest.
  * Use `create(CancelRequestSchema)` to create a new message.
  */
 export const CancelRequestSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 7);
+  messageDesc(file_scalellm_v1_generation, 8);
 
 /**
  * Describes the message scalellm.v1.CancelResponse.
  * Use `create(CancelResponseSchema)` to create a new message.
  */
 export const CancelResponseSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 8);
+  messageDesc(file_scalellm_v1_generation, 9);
 
 /**
  * Describes the message scalellm.v1.Chat.
  * Use `create(ChatSchema)` to create a new message.
  */
 export const ChatSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 9);
+  messageDesc(file_scalellm_v1_generation, 10);
+
+/**
+ * Describes the message scalellm.v1.Tool.
+ * Use `create(ToolSchema)` to create a new message.
+ */
+export const ToolSchema = /*@__PURE__*/
+  messageDesc(file_scalellm_v1_generation, 11);
+
+/**
+ * Describes the message scalellm.v1.ToolChoice.
+ * Use `create(ToolChoiceSchema)` to create a new message.
+ */
+export const ToolChoiceSchema = /*@__PURE__*/
+  messageDesc(file_scalellm_v1_generation, 12);
+
+/**
+ * Describes the message scalellm.v1.ToolCall.
+ * Use `create(ToolCallSchema)` to create a new message.
+ */
+export const ToolCallSchema = /*@__PURE__*/
+  messageDesc(file_scalellm_v1_generation, 13);
 
 /**
  * Describes the message scalellm.v1.ChatMessage.
  * Use `create(ChatMessageSchema)` to create a new message.
  */
 export const ChatMessageSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 10);
+  messageDesc(file_scalellm_v1_generation, 14);
 
 /**
  * Describes the message scalellm.v1.TokenIds.
  * Use `create(TokenIdsSchema)` to create a new message.
  */
 export const TokenIdsSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 11);
+  messageDesc(file_scalellm_v1_generation, 15);
 
 /**
  * Describes the message scalellm.v1.GenerateResponse.
  * Use `create(GenerateResponseSchema)` to create a new message.
  */
 export const GenerateResponseSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 12);
+  messageDesc(file_scalellm_v1_generation, 16);
 
 /**
  * Describes the message scalellm.v1.Started.
  * Use `create(StartedSchema)` to create a new message.
  */
 export const StartedSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 13);
+  messageDesc(file_scalellm_v1_generation, 17);
 
 /**
  * Describes the message scalellm.v1.Delta.
  * Use `create(DeltaSchema)` to create a new message.
  */
 export const DeltaSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 14);
+  messageDesc(file_scalellm_v1_generation, 18);
+
+/**
+ * Describes the message scalellm.v1.DeltaPart.
+ * Use `create(DeltaPartSchema)` to create a new message.
+ */
+export const DeltaPartSchema = /*@__PURE__*/
+  messageDesc(file_scalellm_v1_generation, 19);
+
+/**
+ * Describes the message scalellm.v1.ToolCallDelta.
+ * Use `create(ToolCallDeltaSchema)` to create a new message.
+ */
+export const ToolCallDeltaSchema = /*@__PURE__*/
+  messageDesc(file_scalellm_v1_generation, 20);
 
 /**
  * Describes the message scalellm.v1.PromptLogprobs.
  * Use `create(PromptLogprobsSchema)` to create a new message.
  */
 export const PromptLogprobsSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 15);
+  messageDesc(file_scalellm_v1_generation, 21);
 
 /**
  * Describes the message scalellm.v1.Finished.
  * Use `create(FinishedSchema)` to create a new message.
  */
 export const FinishedSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 16);
+  messageDesc(file_scalellm_v1_generation, 22);
 
 /**
  * Describes the message scalellm.v1.SampleFinished.
  * Use `create(SampleFinishedSchema)` to create a new message.
  */
 export const SampleFinishedSchema = /*@__PURE__*/
-  messageDesc(file_scalellm_v1_generation, 17);
+  messageDesc(file_scalellm_v1_generation, 23);
 
 /**
  * Describes the enum scalellm.v1.OnDisconnect.
@@ -169,10 +211,24 @@ export const Output = /*@__PURE__*/
   tsEnum(OutputSchema);
 
 /**
+ * Describes the enum scalellm.v1.ToolChoiceMode.
+ */
+export const ToolChoiceModeSchema = /*@__PURE__*/
+  enumDesc(file_scalellm_v1_generation, 2);
+
+/**
+ * Whether the model calls functions.
+ *
+ * @generated from enum scalellm.v1.ToolChoiceMode
+ */
+export const ToolChoiceMode = /*@__PURE__*/
+  tsEnum(ToolChoiceModeSchema);
+
+/**
  * Describes the enum scalellm.v1.SessionOutcome.
  */
 export const SessionOutcomeSchema = /*@__PURE__*/
-  enumDesc(file_scalellm_v1_generation, 2);
+  enumDesc(file_scalellm_v1_generation, 3);
 
 /**
  * What became of the session after the turn.
