@@ -8,28 +8,39 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import grpc
 
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
+from services.tokenizer.dialect.dialect import ToolsInPrompt
 from services.tokenizer.json_object import JsonObject
+from services.tokenizer.message import Message, for_template
 from services.tokenizer.session import Session
-from services.tokenizer.template_kwargs import read_template_kwargs
+from services.tokenizer.template_kwargs import read_template_kwargs, with_effort
 from services.tokenizer.text.chat_renderer import ChatRenderer
 from services.tokenizer.text.chat_template import ChatTemplateError
 from services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
 from services.tokenizer.text.conversation import Continuation, ConversationEncoder
-from services.tokenizer.text.detokenizer import TokenTexts
 from services.tokenizer.text.encoder import EncodeBatcher, TooManyTokensError
 from services.tokenizer.text.model_tokenizer import ModelTokenizer
+from services.tokenizer.tools import documents_for_template, tools_for_template
 from services.tokenizer.validation import context_exceeded, too_many_tokens
+from services.tokenizer.writing import Writing
 
 _log = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
-Message = dict[str, str]
+
+
+class _Told(NamedTuple):
+    """What a chat template is told beside what the server says."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    documents: list[Any] | None
+    kwargs: JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +61,17 @@ class PromptBuilder:
 
     Args:
         model: The model's tokenizer.
+
+    Attributes:
+        model: See above.
+        writing: How the model writes.
+        texts: What tokens mean.
     """
 
     def __init__(self, model: ModelTokenizer) -> None:
         self.model = model
-        self.texts = TokenTexts(model.tokenizer)
+        self.writing = Writing(model)
+        self.texts = self.writing.texts
         self._encoder = EncodeBatcher(model.tokenizer)
         self._conversations = ConversationEncoder(model.tokenizer)
         self._renderer: ChatRenderer | None = None
@@ -116,23 +133,36 @@ class PromptBuilder:
         try:
             if request.WhichOneof("input") == "prompt":
                 return Prompt(await self._encoder.encode(request.prompt, caller=caller, max_tokens=max_model_len - 1))
+            effort = request.reasoning.effort
             if session is None:
-                return Prompt(await encode(await self.render(request.chat, caller=caller)))
-            rendered = await self.render(request.chat, session.messages, caller=caller)
+                return Prompt(await encode(await self.render(request.chat, caller=caller, effort=effort)))
+            rendered = await self.render(request.chat, session.messages, caller=caller, effort=effort)
             continuation = await self._conversations.extend(session.segments, rendered, encode)
         except TooManyTokensError as error:
             raise context_exceeded(request, max_model_len, f"at least {error.at_least}") from None
         return Prompt(continuation.token_ids, continuation)
 
     async def render(
-        self, chat: generation_pb2.Chat, history: Sequence[tuple[str, str]] = (), *, caller: str
+        self, chat: generation_pb2.Chat, history: Sequence[Message] = (), *, caller: str, effort: str = ""
     ) -> MarkedText:
-        """Return the text of a conversation: `history`, then `chat`, marked as that says. Raises StatusError."""
+        """Return the text of a conversation: `history`, then `chat`, marked as that says. Raises StatusError.
+
+        Args:
+            chat: What is new.
+            history: What was said before.
+            caller: Whose turn a long text takes: a tenant's name.
+            effort: See ReasoningOptions.effort.
+        """
         if self._renderer is None:
             raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, f"chat: {self._no_renderer}", field="chat")
-        messages = [{"role": role, "content": content} for role, content in history]
-        messages += [{"role": message.role, "content": message.content} for message in chat.messages]
-        kwargs = read_template_kwargs(chat.template_kwargs)
+        tools = tools_for_template(chat)
+        messages = for_template([*history, *map(Message.of_wire, chat.messages)], tools, self.writing.dialect)
+        told = _Told(
+            messages,
+            tools if self.writing.dialect.tools is not ToolsInPrompt.WRITTEN_OUT else [],
+            documents_for_template(chat),
+            with_effort(read_template_kwargs(chat.template_kwargs), effort),
+        )
         mark = ""
         if chat.content_is_text:
             special = self._encoder.special_texts
@@ -143,17 +173,19 @@ class PromptBuilder:
                     "from one that stands alone",
                     field="chat.content_is_text",
                 )
-            mark, messages, kwargs = await self._encoder.run(caller, partial(self._mark, special, messages, kwargs))
+            mark, told = await self._encoder.run(caller, partial(self._mark, special, told))
         adds_header = chat.add_generation_prompt or not (
             chat.HasField("add_generation_prompt") or chat.continue_final_message
         )
         try:
             text = await self._renderer.render(
-                messages,
+                told.messages,
                 caller=caller,
                 add_generation_prompt=adds_header,
                 continue_final_message=chat.continue_final_message,
-                kwargs=kwargs,
+                tools=told.tools or None,
+                documents=told.documents,
+                kwargs=told.kwargs,
             )
         except ChatTemplateError as error:
             raise StatusError.invalid("chat", str(error).replace(mark, "") if mark else str(error)) from None
@@ -176,12 +208,10 @@ class PromptBuilder:
             raise too_many_tokens(field, max_tokens, str(len(ids)))
         return ids
 
-    def _mark(
-        self, special: SpecialTexts, messages: list[Message], kwargs: JsonObject
-    ) -> tuple[str, list[Message], JsonObject]:
-        texts = json.dumps([messages, kwargs], ensure_ascii=False)
+    def _mark(self, special: SpecialTexts, told: _Told) -> tuple[str, _Told]:
+        texts = json.dumps(told, ensure_ascii=False)
         mark = special.choose_mark([texts, self.model.chat_template or ""])
-        return mark, special.mark_all(messages, mark), special.mark_all(kwargs, mark)
+        return mark, _Told(*(special.mark_all(value, mark) for value in told))
 
     async def _encode_rendered(self, text: MarkedText, *, caller: str, max_tokens: int) -> list[int]:
         if text.mark:

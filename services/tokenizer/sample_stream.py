@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from scalellm.v1 import common_pb2, generation_pb2
 from services.common.link import cut_logprobs
+from services.tokenizer.dialect import Part, PartKind
+from services.tokenizer.dialect.splitter import Splitter
 from services.tokenizer.text.detokenizer import Detokenizer, TokenTexts
 from services.tokenizer.text.stop_strings import StopStrings
 from services.tokenizer.text.text_stream import TextStream
@@ -26,6 +28,7 @@ class Delta:
         text: New text; empty where none is wanted, or while a character or a possible stop text is incomplete.
         offset: Tokens of the sample before these.
         num_tokens: New tokens.
+        parts: What is new of reasoning, text and calls, where these are told apart; `text` is then the text in them.
         token_ids: Their ids, when asked for.
         logprobs: One entry per token, when asked for.
     """
@@ -36,6 +39,7 @@ class Delta:
     num_tokens: int
     token_ids: Sequence[int] = ()
     logprobs: common_pb2.TokenLogprobs | None = None
+    parts: Sequence[Part] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,8 @@ class OutputOptions:
         include_stop: Whether the stop text stays in the text.
         min_tokens: Tokens of which none completes a stop text.
         logprobs: Whether deltas carry log-probabilities.
-        keep_answer: Whether text and token ids are also kept for a session.
+        keep_answer: Whether text, parts and token ids are also kept for a session.
+        reasoning: Whether parts that are reasoning are shown.
     """
 
     text: bool = True
@@ -59,6 +64,7 @@ class OutputOptions:
     min_tokens: int = 0
     logprobs: bool = False
     keep_answer: bool = False
+    reasoning: bool = True
 
     @classmethod
     def from_request(cls, request: generation_pb2.GenerateRequest) -> OutputOptions:
@@ -71,6 +77,7 @@ class OutputOptions:
             min_tokens=request.sampling.min_tokens,
             logprobs=request.sampling.HasField("logprobs"),
             keep_answer=request.HasField("session_id"),
+            reasoning=not request.reasoning.HasField("include") or request.reasoning.include,
         )
 
 
@@ -82,17 +89,27 @@ class SampleStream:
         options: What the client wants to see.
         texts: What tokens mean.
         stops: Stop strings, or None without any.
+        splitter: Tells reasoning, text and calls apart; None where all is text.
 
     Attributes:
         num_tokens: Tokens shown so far.
         ended: How it ended; None while it runs.
         answer_text: All text so far, when kept.
+        answer_parts: All parts so far, when kept.
         answer_ids: All token ids so far, when kept.
     """
 
-    def __init__(self, index: int, options: OutputOptions, texts: TokenTexts, stops: StopStrings | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        options: OutputOptions,
+        texts: TokenTexts,
+        stops: StopStrings | None = None,
+        splitter: Splitter | None = None,
+    ) -> None:
         self._index = index
         self._options = options
+        self._splitter = splitter
         self._text: TextStream | None = None
         self._detokenizer: Detokenizer | None = None
         if stops is not None:
@@ -108,6 +125,7 @@ class SampleStream:
         self.num_tokens = 0
         self.ended: generation_pb2.SampleFinished | None = None
         self.answer_text: list[str] = []
+        self.answer_parts: list[Part] = []
         self.answer_ids: list[int] = []
 
     def push(self, batch: TokenBatch) -> Delta | None:
@@ -149,15 +167,26 @@ class SampleStream:
 
     def _respond(self, batch: TokenBatch, text: str, num_tokens: int) -> Delta | None:
         options = self._options
+        parts: list[Part] = []
+        if self._splitter is not None:
+            parts = self._splitter.push(text)
+            if self.ended is not None:
+                parts += self._splitter.flush()
+                self.ended.num_tool_calls = self._splitter.num_calls
         token_ids = batch.token_ids if num_tokens == len(batch.token_ids) else batch.token_ids[:num_tokens]
         if options.keep_answer:
             self.answer_text.append(text)
+            self.answer_parts += parts
             self.answer_ids += token_ids
         if not options.text:
-            text = ""
-        if not num_tokens and not text:
+            text, parts = "", []
+        elif self._splitter is not None:
+            text = "".join([part.text for part in parts if part.kind is PartKind.TEXT])
+            if not options.reasoning:
+                parts = [part for part in parts if part.kind is not PartKind.REASONING]
+        if not num_tokens and not text and not parts:
             return None
-        delta = Delta(self._index, text, self.num_tokens, num_tokens)
+        delta = Delta(self._index, text, self.num_tokens, num_tokens, parts=parts)
         if options.token_ids:
             delta.token_ids = token_ids
         if options.logprobs and batch.logprobs is not None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from services.tokenizer.message import Message
 from services.tokenizer.text.conversation import Continuation, Segment
 
 
@@ -40,7 +41,7 @@ class Session:
     """A conversation.
 
     Attributes:
-        messages: (role, content) pairs, questions and answers.
+        messages: Questions and answers.
         segments: What the model has read and written so far, with the exact token ids.
         turns: The borders of the turns in both.
         created: When its first turn was stored, seconds since the epoch.
@@ -50,7 +51,7 @@ class Session:
         document: What the API of its last turn keeps beside it; another turn drops it.
     """
 
-    messages: tuple[tuple[str, str], ...]
+    messages: tuple[Message, ...]
     segments: tuple[Segment, ...]
     turns: tuple[Turn, ...]
     created: float
@@ -64,12 +65,12 @@ class Session:
         return sum(len(segment.token_ids) for segment in self.segments)
 
     def add_turn(
-        self, new_messages: Sequence[tuple[str, str]], continuation: Continuation, answer: Segment, content: str
+        self, new_messages: Sequence[Message], continuation: Continuation, written: Segment, answer: Message
     ) -> Session:
-        """Return the session with one more turn: what was said, what the model read, what it wrote."""
+        """Return the session with one more turn: what was said, what the model read, what it wrote, what that says."""
         kept = len(continuation.kept)
-        segments = (*continuation.segments, *([answer] if answer.token_ids else []))
-        messages = (*self.messages, *new_messages, ("assistant", content))
+        segments = (*continuation.segments, *([written] if written.token_ids else []))
+        messages = (*self.messages, *new_messages, answer)
         # Where the template rewrote the past, earlier turns have no segments of their own any more.
         turns = [Turn(turn.num_messages, min(turn.num_segments, kept)) for turn in self.turns]
         turns.append(Turn(len(messages), len(segments)))
@@ -108,7 +109,7 @@ def encode_session(session: Session, version: str = "") -> tuple[str, dict[str, 
         "num_tokens": str(len(token_ids)),
         "created": repr(session.created),
         "updated": repr(session.updated),
-        "messages": json.dumps(session.messages),
+        "messages": json.dumps([message.stored() for message in session.messages]),
         "turns": json.dumps([(turn.num_messages, turn.num_segments) for turn in session.turns]),
         "segments": json.dumps([(segment.text, len(segment.token_ids)) for segment in session.segments]),
         "token_ids": token_ids.tobytes(),
@@ -126,7 +127,7 @@ def decode_session(fields: Mapping[bytes, bytes]) -> Session:
         texts: list[tuple[str, int]] = json.loads(fields[b"segments"])
         ends = list(accumulate((count for _, count in texts), initial=0))
         return Session(
-            messages=tuple((role, content) for role, content in json.loads(fields[b"messages"])),
+            messages=tuple(map(Message.of_stored, json.loads(fields[b"messages"]))),
             segments=tuple(
                 Segment(text, token_ids[start : start + count])
                 for (text, count), start in zip(texts, ends, strict=False)
@@ -137,7 +138,7 @@ def decode_session(fields: Mapping[bytes, bytes]) -> Session:
             version=fields[b"version"].decode(),
             document=fields.get(b"document", b"").decode(),
         )
-    except (KeyError, TypeError, ValueError, struct.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:
         # Not the error's own words: they may quote what is stored, which is what users wrote.
         raise ValueError(f"not a session ({type(error).__name__})") from error
 

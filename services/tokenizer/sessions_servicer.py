@@ -10,10 +10,11 @@ from typing import NoReturn
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from scalellm.v1 import generation_pb2, sessions_pb2
+from scalellm.v1 import sessions_pb2
 from services.common.access import Access
 from services.common.errors import StatusError
 from services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
+from services.tokenizer.message import Message
 from services.tokenizer.page_token import bad_page_token, make_page_token, read_page_token
 from services.tokenizer.session import Session, SessionInfo
 from services.tokenizer.session_store import SessionStore
@@ -25,7 +26,7 @@ _PAGE_BYTES = MAX_ANSWER_BYTES - 2**16
 """Most bytes of the messages of a page: an answer has room for what stands beside them."""
 
 _MESSAGE_BYTES = 32
-"""Of tags and lengths around a message's texts, at most."""
+"""Of the tag and the length around a message, at most."""
 
 
 class SessionsServicer:
@@ -129,12 +130,11 @@ def _first_of_page(token: str, session: Session) -> int:
     return start
 
 
-def _end_of_page(messages: Sequence[tuple[str, str]], start: int, page_size: int) -> int:
+def _end_of_page(messages: Sequence[Message], start: int, page_size: int) -> int:
     """Number of the message after the last one of a page, which has at least one message."""
     end, room = start, _PAGE_BYTES
     while end < min(start + page_size, len(messages)):
-        role, content = messages[end]
-        room -= len(role.encode()) + len(content.encode()) + _MESSAGE_BYTES
+        room -= messages[end].to_wire().ByteSize() + _MESSAGE_BYTES
         if room < 0 and end > start:
             break
         end += 1
@@ -144,7 +144,7 @@ def _end_of_page(messages: Sequence[tuple[str, str]], start: int, page_size: int
 def _to_wire(session_id: str, session: Session, remaining: float) -> sessions_pb2.Session:
     return sessions_pb2.Session(
         session_id=session_id,
-        messages=[generation_pb2.ChatMessage(role=role, content=content) for role, content in session.messages],
+        messages=[message.to_wire() for message in session.messages],
         num_turns=len(session.turns),
         num_tokens=session.num_tokens,
         create_time=_timestamp(session.created),

@@ -35,6 +35,15 @@ def read_template_kwargs(text: str) -> JsonObject:
     return kwargs
 
 
+def with_effort(kwargs: JsonObject, effort: str) -> JsonObject:
+    """Return the variables with those that say how much the model reasons, unless they are given. See
+    ReasoningOptions.effort; empty: not said."""
+    if not effort:
+        return kwargs
+    off: JsonObject = {"enable_thinking": False, "thinking": False} if effort == "none" else {}
+    return {"reasoning_effort": effort, **off, **kwargs}
+
+
 def _is_deeper(value: object, levels: int) -> bool:
     if not isinstance(value, dict | list):
         return False

@@ -14,6 +14,7 @@ from services.common.errors import StatusError
 from services.common.field_rules import MAX_N, REQUEST, SAMPLING_LISTS, sampling_faults
 from services.tokenizer.limits import RequestLimits
 from services.tokenizer.template_kwargs import read_template_kwargs
+from services.tokenizer.tools import validate_tools
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -47,6 +48,14 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
         raise StatusError.invalid("output", f"must be a value of Output, got {request.output}")
     if request.output == generation_pb2.OUTPUT_TOKEN_IDS and request.stop:
         raise StatusError.invalid("stop", "needs text: must be empty with output OUTPUT_TOKEN_IDS")
+    if request.reasoning.HasField("effort"):
+        _check_length(request.reasoning.effort, limits.max_effort_bytes, "reasoning.effort")
+    if request.reasoning.HasField("budget_tokens"):
+        most = limits.max_token_ids
+        if request.reasoning.budget_tokens > most:
+            raise StatusError.invalid(
+                "reasoning.budget_tokens", f"must be at most {most}, got {request.reasoning.budget_tokens}"
+            )
 
 
 def validate_resume(request: generation_pb2.ResumeRequest) -> None:
@@ -87,6 +96,7 @@ def validate_chat(chat: generation_pb2.Chat, limits: RequestLimits) -> None:
     for index, message in enumerate(messages):
         total += _check_length(message.role, limits.max_role_bytes, f"chat.messages[{index}].role")
         total += _num_bytes(message.content)
+    total += validate_tools(chat, limits)
     if total > limits.max_prompt_bytes:
         raise StatusError.invalid(
             "chat.messages", f"must hold at most {limits.max_prompt_bytes} bytes of text in all, got {total}"

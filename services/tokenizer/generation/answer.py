@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
+from services.tokenizer.generation.answer_shape import make_splitters
 from services.tokenizer.latency import LatencyTrace
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.sample_stream import Delta, OutputOptions, SampleStream
-from services.tokenizer.text.detokenizer import TokenTexts
 from services.tokenizer.text.stop_strings import StopStrings
 from services.tokenizer.token_receiver import TokenBatch
+from services.tokenizer.writing import Writing
 
 Event = generation_pb2.Started | generation_pb2.PromptLogprobs | Delta | generation_pb2.Finished
 """What happened to a request. First Started, last Finished; log-probabilities of the prompt come before any Delta."""
 
 
 def make_samples(
-    request: generation_pb2.GenerateRequest, options: OutputOptions, submit: link_pb2.Submit, texts: TokenTexts
+    request: generation_pb2.GenerateRequest, options: OutputOptions, submit: link_pb2.Submit, writing: Writing
 ) -> list[SampleStream]:
     """Return the samples of a request, nothing of them seen yet.
 
@@ -27,11 +28,15 @@ def make_samples(
         request: What the client asked for.
         options: What is wanted of it.
         submit: What became of it.
-        texts: What tokens mean.
+        writing: How the model writes.
     """
     stops = StopStrings(request.stop) if request.stop else None
-    texts = texts.after(submit.token_ids)
-    return [SampleStream(index, options, texts, stops) for index in range(submit.sampling.n)]
+    splitters = make_splitters(request, submit, writing)
+    texts = (writing.texts if splitters is None else writing.marked_texts).after(submit.token_ids)
+    return [
+        SampleStream(index, options, texts, stops, splitters[index] if splitters is not None else None)
+        for index in range(submit.sampling.n)
+    ]
 
 
 class TokenSource(Protocol):

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.common.api_keys import Tenant
+from services.tokenizer.generation.answer_shape import splits
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.latency import LatencyTrace
+from services.tokenizer.message import Message
 from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import Prompt
 from services.tokenizer.sample_stream import SampleStream
@@ -53,11 +55,12 @@ async def save_turn(
         version: That the session has then; empty = a new one. Storing the same one again changes nothing.
     """
     assert prompt.continuation is not None
-    content = "".join(sample.answer_text)
-    texts = edge.prompts.texts.after(prompt.token_ids)
-    answer = answer_segment(texts, sample.answer_ids, content)
-    new_messages = [(message.role, message.content) for message in request.chat.messages]
-    extended = session.add_turn(new_messages, prompt.continuation, answer, content)
+    text, writing = "".join(sample.answer_text), edge.prompts.writing
+    answer = Message.answer(sample.answer_parts) if splits(request) else Message("assistant", text)
+    texts = (writing.marked_texts if splits(request) else writing.texts).after(prompt.token_ids)
+    written = answer_segment(texts, sample.answer_ids, text)
+    new_messages = list(map(Message.of_wire, request.chat.messages))
+    extended = session.add_turn(new_messages, prompt.continuation, written, answer)
     return _SESSION_OUTCOMES[await edge.sessions.of(tenant).save(request.session_id, extended, version)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from scalellm.v1 import generation_pb2
+from services.tokenizer.dialect import Part, PartKind
 from services.tokenizer.generation.answer import Event
 from services.tokenizer.generation.caller import Caller
 from services.tokenizer.generation.edge import Edge
@@ -86,6 +87,8 @@ def to_wire(event: Event) -> generation_pb2.GenerateResponse:
         delta.num_tokens = event.num_tokens
         if event.token_ids:
             delta.token_ids.extend(event.token_ids)
+        if event.parts:
+            delta.parts.extend(map(_part_to_wire, event.parts))
         if event.logprobs is not None:
             delta.logprobs.CopyFrom(event.logprobs)
     elif isinstance(event, generation_pb2.Started):
@@ -95,3 +98,12 @@ def to_wire(event: Event) -> generation_pb2.GenerateResponse:
     elif isinstance(event, generation_pb2.PromptLogprobs):
         response.prompt_logprobs.CopyFrom(event)
     return response
+
+
+def _part_to_wire(part: Part) -> generation_pb2.DeltaPart:
+    if part.kind is PartKind.TEXT:
+        return generation_pb2.DeltaPart(text=part.text)
+    if part.kind is PartKind.REASONING:
+        return generation_pb2.DeltaPart(reasoning=part.text)
+    call = generation_pb2.ToolCallDelta(index=part.number, id=part.call_id, name=part.name, arguments=part.text)
+    return generation_pb2.DeltaPart(tool_call=call)

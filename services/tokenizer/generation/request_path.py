@@ -18,6 +18,7 @@ from services.common.field_rules import MIN_PRIORITY
 from services.common.link import LONGEST_NS
 from services.common.logs import RequestFields, request_fields
 from services.tokenizer.generation.answer import Answer, Event, make_samples
+from services.tokenizer.generation.answer_shape import AnswerShape
 from services.tokenizer.generation.caller import Caller
 from services.tokenizer.generation.edge import Edge, TenantSalt
 from services.tokenizer.generation.ending import count_shown, make_finished, save_turn
@@ -33,7 +34,6 @@ from services.tokenizer.request_trace import RequestTrace
 from services.tokenizer.sample_stream import OutputOptions
 from services.tokenizer.sampling_defaults import with_defaults
 from services.tokenizer.session import Session, new_session
-from services.tokenizer.structure import grammar_of
 from services.tokenizer.validation import check_prompt_tokens, fit_context, is_id, validate_generate, validate_resume
 
 _LINK_WAIT = 1.5
@@ -202,12 +202,10 @@ class Generation(Call):
         # Before anything is checked: a request that is refused counts as well.
         self._lease = await edge.quotas.admit(self._tenant, max(request.priority, MIN_PRIORITY))
         validate_generate(request, edge.limits, edge.vocab_size)
-        grammar = ""
-        if request.HasField("structured_output"):
-            grammar = grammar_of(request.structured_output, edge.prompts.texts.special_ids)
+        shape = AnswerShape(request, edge.prompts.writing)
         session = await self._load_session()
         prompt, submit = await self._prepare(session, salt)
-        submit.grammar = grammar
+        submit.grammar = shape.grammar(submit.token_ids)
         if self._lease is not None:
             await self._lease.reserve(len(submit.token_ids) + submit.sampling.n * submit.sampling.max_tokens)
         await edge.schedulers.wait_up(_LINK_WAIT)  # again: encoding and quotas took their time
@@ -215,7 +213,7 @@ class Generation(Call):
             async for event in self._follow(kept, (), request.stream_interval or 1):
                 yield event
             return
-        samples = make_samples(request, OutputOptions.from_request(request), submit, edge.prompts.texts)
+        samples = make_samples(request, OutputOptions.from_request(request), submit, edge.prompts.writing)
         trace.submitted_at = trace.now()
         edge.metrics.submitted.inc()
         receiver = edge.schedulers.submit(submit, min_tokens=request.stream_interval or 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from typing import TypeVar
 
 import grpc
@@ -14,10 +15,11 @@ from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.http.responses_format import ResponseDocument
-from services.tokenizer.http.responses_request import ResponsesRequest, Said
+from services.tokenizer.http.responses_request import ResponsesRequest
 from services.tokenizer.kept.following import follow
 from services.tokenizer.kept.kept_request import KeptRequest
 from services.tokenizer.latency import LatencyTrace
+from services.tokenizer.message import Message
 from services.tokenizer.sample_stream import Delta
 from services.tokenizer.session import Session, Turn
 from services.tokenizer.session_store import SaveOutcome
@@ -86,7 +88,7 @@ class KeptResponses:
             await self.store(tenant, format, said(kept, format.request))
         return format
 
-    async def store(self, tenant: Tenant, format: ResponseDocument, messages: Said) -> None:
+    async def store(self, tenant: Tenant, format: ResponseDocument, messages: Sequence[Message]) -> None:
         """Store a response with the conversation before it, unless its client does not want that.
 
         The answer says whether it was done. Storing a response again changes nothing.
@@ -99,11 +101,11 @@ class KeptResponses:
         format.response["store"] = outcome is SaveOutcome.SAVED
 
 
-def as_session(format: ResponseDocument, messages: Said) -> Session:
+def as_session(format: ResponseDocument, messages: Sequence[Message]) -> Session:
     """Return a response as a session of one turn: the conversation up to it, and its document."""
     now = time.time()
     turn = Turn(len(messages) + 1, 0)
-    return Session((*messages, ("assistant", format.text)), (), (turn,), now, now, document=format.whole())
+    return Session((*messages, Message("assistant", format.text)), (), (turn,), now, now, document=format.whole())
 
 
 def asked_for(request: ResponsesRequest, created_at: int) -> bytes:
@@ -112,7 +114,7 @@ def asked_for(request: ResponsesRequest, created_at: int) -> bytes:
     return json.dumps({"created_at": created_at, "request": fields}).encode()
 
 
-def said(kept: KeptRequest, request: ResponsesRequest) -> Said:
+def said(kept: KeptRequest, request: ResponsesRequest) -> Sequence[Message]:
     """Return the conversation that a response answers, without its instructions."""
-    messages = [(message.role, message.content) for message in kept.head.request.chat.messages]
+    messages = list(map(Message.of_wire, kept.head.request.chat.messages))
     return messages[1 if request.instructions else 0 :]

@@ -15,9 +15,7 @@ from services.tokenizer.http.api_request import ApiRequest, OnDisconnect, UInt32
 from services.tokenizer.http.messages import add_messages
 from services.tokenizer.http.structure_fields import Shape, shape_of_format
 from services.tokenizer.http.template_fields import set_kwargs
-
-Said = Sequence[tuple[str, str]]
-"""Messages: who, and what."""
+from services.tokenizer.message import Message
 
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -93,12 +91,12 @@ class ResponsesRequest(ApiRequest):
                 field="background",
             )
 
-    def said(self) -> list[tuple[str, str]]:
+    def said(self) -> list[Message]:
         """Return the messages of the input. Raises StatusError."""
         if self.input is None:
             raise StatusError.invalid("input", "is required")
         if isinstance(self.input, str):
-            return [("user", as_text(self.input, "input"))]
+            return [Message("user", as_text(self.input, "input"))]
         if isinstance(self.input, list):
             for index, item in enumerate(self.input):
                 kind = item.get("type", "message") if isinstance(item, dict) else "message"
@@ -107,10 +105,10 @@ class ResponsesRequest(ApiRequest):
                     raise StatusError.invalid(f"input[{index}].type", f"must be message, got {shown}")
         chat = generation_pb2.Chat()
         add_messages(chat, self.input, "input")
-        return [(message.role, message.content) for message in chat.messages]
+        return list(map(Message.of_wire, chat.messages))
 
     def to_generate(
-        self, request_id: str, history: Said, said: Said, *, content_is_text: bool
+        self, request_id: str, history: Sequence[Message], said: Sequence[Message], *, content_is_text: bool
     ) -> generation_pb2.GenerateRequest:
         """Return the request. Raises StatusError.
 
@@ -125,9 +123,8 @@ class ResponsesRequest(ApiRequest):
             request.on_disconnect = generation_pb2.ON_DISCONNECT_KEEP
         request.chat.content_is_text = content_is_text
         # Of this response alone: the next one has its own, or none.
-        instructions = [("system", as_text(self.instructions, "instructions"))] if self.instructions else []
-        for role, content in (*instructions, *history, *said):
-            request.chat.messages.add(role=role, content=content)
+        instructions = [Message("system", as_text(self.instructions, "instructions"))] if self.instructions else []
+        request.chat.messages.extend(message.to_wire() for message in (*instructions, *history, *said))
         if self.reasoning is not None and self.reasoning.effort is not None:
             set_kwargs(request.chat, {"reasoning_effort": as_text(self.reasoning.effort, "reasoning.effort")})
         set_present(request.sampling, self, ("temperature", "top_p"))

@@ -22,10 +22,11 @@ from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.face import HttpFace
 from services.tokenizer.http.kept_responses import KeptResponses, as_session, asked_for, said
 from services.tokenizer.http.responses_format import HEAD_EVENTS, ResponseDocument, ResponseStream
-from services.tokenizer.http.responses_request import ResponsesRequest, Said
+from services.tokenizer.http.responses_request import ResponsesRequest
 from services.tokenizer.http.service_routes import check_model, json_answer
 from services.tokenizer.http.sink import HttpCaller, OnFinished, serve
 from services.tokenizer.json_object import JsonObject
+from services.tokenizer.message import Message
 from services.tokenizer.sampling_defaults import with_defaults
 from services.tokenizer.session import Session
 from services.tokenizer.validation import is_id
@@ -63,7 +64,7 @@ class ResponsesRoutes:
         request.check(can_keep=edge.sessions.is_on)
         tenant = edge.access.tenant()
         said = request.said()
-        history: Said = ()
+        history: Sequence[Message] = ()
         if request.previous_response_id is not None:
             history = await self._history(tenant, request.previous_response_id)
         if request.store:
@@ -174,13 +175,15 @@ class ResponsesRoutes:
     async def input_items(self, call: HttpCall) -> web.StreamResponse:
         """What a response answers, from the beginning of the conversation on."""
         session, _ = await self._load(self._edge.access.tenant(), call.request.match_info["response_id"])
-        items = [_item(f"msg_{index}", role, content) for index, (role, content) in enumerate(session.messages[:-1])]
+        items = [
+            _item(f"msg_{index}", message.role, message.content) for index, message in enumerate(session.messages[:-1])
+        ]
         if call.request.query.get("order", "desc") != "asc":
             items.reverse()
         ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
         return json_answer({"object": "list", "data": items, **ends, "has_more": False})
 
-    async def _history(self, tenant: Tenant, response_id: str) -> Said:
+    async def _history(self, tenant: Tenant, response_id: str) -> Sequence[Message]:
         """The conversation up to a response, its answer included. Raises StatusError."""
         field = "previous_response_id"
         session, status = await self._load(tenant, response_id, field)
@@ -205,7 +208,7 @@ class ResponsesRoutes:
             field=field,
         )
 
-    def _storing(self, tenant: Tenant, format: ResponseDocument, messages: Said) -> OnFinished:
+    def _storing(self, tenant: Tenant, format: ResponseDocument, messages: Sequence[Message]) -> OnFinished:
         async def on_finished(finished: Sequence[generation_pb2.Finished]) -> None:
             format.finish(finished)
             await self._kept.store(tenant, format, messages)

@@ -43,7 +43,7 @@ async def follow(
         )
     offsets = [*offsets, *[0] * (num_samples - len(offsets))]
     options = OutputOptions.from_request(head.request)
-    samples = make_samples(head.request, options, head.submit, edge.prompts.texts)
+    samples = make_samples(head.request, options, head.submit, edge.prompts.writing)
     answer = Answer(head.submit.token_ids, samples, trace, edge.metrics, lambda index: None, () if repeats else offsets)
     with kept.followed(), transcript.reader(offsets, min_tokens, repeats=repeats) as reader:
         await kept.wait_accepted()

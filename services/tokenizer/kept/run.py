@@ -112,7 +112,7 @@ class Run:
         """Samples that find stop texts and keep what sessions need, in the state of the transcript."""
         request = self._head.request
         options = dataclasses.replace(OutputOptions.from_request(request), text=False, token_ids=False, logprobs=False)
-        samples = make_samples(request, options, self._head.submit, self._edge.prompts.texts)
+        samples = make_samples(request, options, self._head.submit, self._edge.prompts.writing)
         for index, log in enumerate(self._transcript.samples):
             if log.token_ids or log.finish is not None:
                 samples[index].push(TokenBatch(index, log.token_ids.tolist(), None, log.finish))

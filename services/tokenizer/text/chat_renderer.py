@@ -79,6 +79,8 @@ class ChatRenderer:
         caller: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
         kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Return the text that the model reads.
@@ -88,6 +90,8 @@ class ChatRenderer:
             caller: Whose turn it takes: a tenant's name.
             add_generation_prompt: See ChatTemplate.render, as for the rest.
             continue_final_message: See there.
+            tools: See there.
+            documents: See there.
             kwargs: See there.
 
         Raises:
@@ -97,6 +101,8 @@ class ChatRenderer:
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
+            "tools": tools,
+            "documents": documents,
             "kwargs": dict(kwargs),
         }
         render = _Render(caller=caller, request=request)

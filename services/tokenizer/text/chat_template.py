@@ -91,6 +91,8 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
         kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Return the text that the model reads.
@@ -99,6 +101,8 @@ class ChatTemplate:
             messages: JSON values only, at least `role` and `content` each.
             add_generation_prompt: Append the header of the assistant's answer.
             continue_final_message: Leave out what the template writes after the last message's content.
+            tools: What the model may call, JSON values only; None where there are none.
+            documents: What the model may look up, JSON values only; None where there are none.
             kwargs: Other variables of the template, JSON values only.
 
         Raises:
@@ -111,8 +115,8 @@ class ChatTemplate:
             **self._special_tokens,
             **kwargs,
             "messages": messages,
-            "tools": None,
-            "documents": None,
+            "tools": tools,
+            "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
         pieces: list[str] = []

@@ -14,7 +14,7 @@ Two kinds of decoder cover language models:
 import codecs
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol, Self
 
 from tokenizers import Tokenizer
@@ -89,6 +89,19 @@ class TokenTexts:
         continued = copy.copy(self)
         continued._preceding = token_ids
         return continued
+
+    def showing(self, token_ids: Collection[int]) -> "TokenTexts":
+        """Return the same for texts in which these special tokens are never left out."""
+        if not token_ids:
+            return self
+        shown = copy.copy(self)
+        if self._bytes is not None:
+            every, visible = self._bytes
+            shown._bytes = every, [every[at] if at in token_ids else data for at, data in enumerate(visible)]
+        else:
+            whole, part = self._pieces
+            shown._pieces = whole, part.showing(whole, token_ids)
+        return shown
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes that a token contributes where it stands behind others; special tokens have their text."""
@@ -185,6 +198,16 @@ class _PieceTable:
         self.first: list[str | None] = (
             [token and token.replace(rule.drops_first, "") for token in tokens] if rule.drops_first else []
         )
+
+    def showing(self, whole: "_PieceTable", token_ids: Collection[int]) -> "_PieceTable":
+        """Return this table with some entries of one that has all."""
+        shown = copy.copy(self)
+        shown.entries, shown.first = list(self.entries), list(self.first)
+        for token_id in token_ids:
+            shown.entries[token_id] = whole.entries[token_id]
+            if shown.first:
+                shown.first[token_id] = whole.first[token_id]
+        return shown
 
 
 class _PieceDetokenizer:

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
+from services.tokenizer.message import Message
 from services.tokenizer.session import new_session
 from services.tokenizer.session_store import SessionStore
 from services.tokenizer.text.conversation import Continuation, Segment
@@ -178,7 +179,10 @@ async def store_large(redis_url, session_id):
         question, answer = contents[2 * number : 2 * number + 2]
         segment = Segment(answer, (number,))
         session = session.add_turn(
-            [("user", question)], Continuation(session.segments, Segment(question, (1, 2))), segment, answer
+            [Message("user", question)],
+            Continuation(session.segments, Segment(question, (1, 2))),
+            segment,
+            Message("assistant", answer),
         )
     async with Redis.from_url(redis_url) as redis:
         assert await SessionStore(redis, 3600, timeout=PATIENCE).create(session_id, session)

@@ -16,6 +16,7 @@ from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from services.common.access import Access
 from services.common.errors import StatusError
 from services.tokenizer.config import TokenizerSettings
+from services.tokenizer.dialect import Dialect
 from services.tokenizer.generation.caller import Caller
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.generation.request_path import Generation, Resumption
@@ -24,6 +25,7 @@ from services.tokenizer.metrics import EdgeMetrics
 from services.tokenizer.prompt_builder import Prompt
 from services.tokenizer.request_log import RequestLog
 from services.tokenizer.sample_stream import Delta
+from services.tokenizer.text.detokenizer import TokenTexts
 from services.tokenizer.token_receiver import TokenReceiver
 
 PROMPT = [11, 12, 13, 14]
@@ -90,8 +92,9 @@ class Schedulers:
 class Prompts:
     """Every text has the same tokens, each token is one letter."""
 
-    def __init__(self, texts: object) -> None:
+    def __init__(self, texts: TokenTexts) -> None:
         self.texts = texts
+        self.writing = SimpleNamespace(texts=texts, dialect=Dialect(), added_ids={}, end_ids=())
 
     async def build(self, request: generation_pb2.GenerateRequest, session: None, **how: object) -> Prompt:
         return Prompt(request.tokens.ids if request.HasField("tokens") else PROMPT)

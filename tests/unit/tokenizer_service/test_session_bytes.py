@@ -16,6 +16,7 @@ from service_processes import PATIENCE, RedisProcess, start_redis
 from services.common.api_keys import Tenant, TenantLimits
 from services.common.errors import StatusError
 from services.common.redis_client import open_redis
+from services.tokenizer.message import Message
 from services.tokenizer.quotas import TenantQuotas
 from services.tokenizer.session import Session, Turn, new_session
 from services.tokenizer.session_store import SaveOutcome, SessionStore
@@ -44,7 +45,7 @@ async def stores(redis: RedisProcess, ttl: float = 100.0) -> AsyncIterator[Calla
 
 
 def session(num_bytes: int) -> Session:
-    return replace(new_session(), messages=(("user", "x" * num_bytes),), turns=(Turn(1, 0),))
+    return replace(new_session(), messages=(Message("user", "x" * num_bytes),), turns=(Turn(1, 0),))
 
 
 async def fill(store: SessionStore, num_bytes: int = 50 * KIB) -> int:
@@ -103,7 +104,7 @@ async def test_a_turn_that_does_not_fit_is_told_and_a_full_tenant_is_told_before
         assert await store.save("more", session(200 * KIB)) is SaveOutcome.FULL
         stored = await store.load("long")
         assert stored is not None
-        grown = replace(stored, messages=(("user", "y" * 550 * KIB),))
+        grown = replace(stored, messages=(Message("user", "y" * 550 * KIB),))
         assert await store.save("long", grown) is SaveOutcome.SAVED, "only what is new counts"
         number = 0
         while await store.save(f"small{number}", session(KIB)) is SaveOutcome.SAVED:

@@ -15,12 +15,15 @@ from service_processes import PATIENCE
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.common.redis_client import open_redis
+from services.tokenizer.message import FunctionCall, Message
 from services.tokenizer.session import Session, Turn, decode_session, encode_session, new_session
 from services.tokenizer.session_store import SaveOutcome, SessionStore
 from services.tokenizer.text.conversation import Continuation, Segment
 
 ids = st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple)
 texts = st.text(max_size=10)
+calls = st.lists(st.builds(FunctionCall, texts, texts, texts), max_size=2).map(tuple)
+messages = st.builds(Message, texts, texts, texts, calls, texts)
 segments = st.lists(st.builds(Segment, texts, ids), max_size=4).map(tuple)
 
 
@@ -28,7 +31,7 @@ def with_turn(session: Session, number: int) -> Session:
     kept = session.segments
     continuation = Continuation(kept, Segment(f"<q{number}>", (number, 10 * number)))
     answer = Segment(f"<a{number}>", (number, 20 * number, 2))
-    return session.add_turn([("user", f"q{number}")], continuation, answer, f"a{number}")
+    return session.add_turn([Message("user", f"q{number}")], continuation, answer, Message("assistant", f"a{number}"))
 
 
 @pytest_asyncio.fixture
@@ -42,7 +45,7 @@ async def store(redis_process):
 @given(
     session=st.builds(
         Session,
-        st.lists(st.tuples(texts, texts), max_size=3).map(tuple),
+        st.lists(messages, max_size=3).map(tuple),
         segments,
         st.lists(st.builds(Turn, st.integers(0, 9), st.integers(0, 9)), max_size=3).map(tuple),
         st.floats(0, 2e9),
@@ -98,7 +101,7 @@ async def test_a_deleted_session_stays_deleted(store):
     # Also when another session has begun under the same name, with as many turns.
     await store.save("s", with_turn(new_session(), 7))
     assert await store.save("s", with_turn(old, 2)) is SaveOutcome.CONFLICT
-    assert (await store.load("s")).messages[0] == ("user", "q7")
+    assert (await store.load("s")).messages[0] == Message("user", "q7")
 
 
 async def test_two_first_turns_conflict(store):
@@ -120,10 +123,10 @@ def test_first_turns():
 def test_rewritten_past_costs_only_the_earlier_borders():
     session = with_turn(with_turn(new_session(), 1), 2)
     rewritten = session.add_turn(
-        [("user", "q3")],
+        [Message("user", "q3")],
         Continuation(session.segments[:1], Segment("all the rest", (1, 2, 3))),
         Segment("a3", (4,)),
-        "a3",
+        Message("assistant", "a3"),
     )
     assert [turn.num_segments for turn in rewritten.turns] == [1, 1, 3]
     assert rewritten.first_turns(2).segments == session.segments[:1]
@@ -172,7 +175,7 @@ async def test_a_tenants_sessions_are_its_own(store):
         assert await stranger.list(10, "") == ([], "")
         assert not await stranger.delete("s")
         assert await stranger.create("s", with_turn(new_session(), 3))
-    assert (await acme.load("s")).messages[0] == ("user", "q1")
+    assert (await acme.load("s")).messages[0] == Message("user", "q1")
     infos, token = await acme.list(1, "")
     assert [info.session_id for info in (await other.list(10, token))[0]] == ["s"]  # its own, whosever the token was
     assert {*(info.session_id for info in infos), (await acme.list(1, token))[0][0].session_id} == {"s", "2:s"}

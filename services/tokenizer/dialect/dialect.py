@@ -1,0 +1,107 @@
+"""The description of how a model writes reasoning and function calls.
+
+Data only: `constraint` makes a grammar of it, and `splitter` reads what was written by it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Texts around the reasoning, which comes before all else."""
+
+    begin: str
+    end: str
+
+
+@dataclass(frozen=True, slots=True)
+class JsonArguments:
+    """Arguments are one JSON object."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedArguments:
+    """Arguments come one after the other, each as `before` key `between` value `after`.
+
+    A value that is a string by its schema is written as it is, any other one as JSON.
+    """
+
+    before: str
+    between: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallFormat:
+    """How calls are written: `begin` call (`separator` call)* `end`, where a call is `before` name `between` arguments
+    `after`.
+
+    Attributes:
+        trigger: With what calls begin, and no other text: the first characters of `begin` and `before`.
+        arguments: How arguments are written.
+        is_numbered: A name is followed by `:` and a number, and the id of a call is `functions.` name `:` number.
+        is_whole: Calls are the whole answer: it either begins with them or has none.
+    """
+
+    trigger: str
+    before: str
+    between: str
+    after: str
+    begin: str = ""
+    separator: str = ""
+    end: str = ""
+    arguments: JsonArguments | TaggedArguments = field(default_factory=JsonArguments)
+    is_numbered: bool = False
+    is_whole: bool = False
+
+    @property
+    def opening(self) -> str:
+        """All that is written before the first name."""
+        return self.begin + self.before
+
+
+class ToolsInPrompt(enum.Enum):
+    """How a model is told of tools, calls and results."""
+
+    NATIVE = enum.auto()
+    """Its template is, in objects: arguments are objects."""
+    AS_SENT = enum.auto()
+    """Its template is, in OpenAI's messages: arguments are JSON as a text, and a message without text has null."""
+    WRITTEN_OUT = enum.auto()
+    """Its template knows none: they are written into messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How a model writes.
+
+    Attributes:
+        reasoning: Around its reasoning; None: it does not reason in a way that is known here.
+        calls: How it writes calls; None: in a way that is not known here.
+        tools: How it is told of tools.
+        short_ids: Ids of calls are nine letters and digits: its template refuses others.
+    """
+
+    reasoning: Marks | None = None
+    calls: CallFormat | None = None
+    tools: ToolsInPrompt = ToolsInPrompt.NATIVE
+    short_ids: bool = False
+
+    def marker_ids(self, special_ids: Mapping[str, int]) -> frozenset[int]:
+        """Return the special tokens that it writes with, by which reasoning and calls are told.
+
+        Args:
+            special_ids: The model's special tokens, by their texts.
+        """
+        texts = [] if self.reasoning is None else [self.reasoning.begin, self.reasoning.end]
+        if (calls := self.calls) is not None:
+            texts += [calls.begin, calls.before, calls.between, calls.after, calls.separator, calls.end]
+            if isinstance(arguments := calls.arguments, TaggedArguments):
+                texts += [arguments.before, arguments.between, arguments.after]
+        return frozenset(
+            token_id for special, token_id in special_ids.items() if special and any(special in text for text in texts)
+        )

@@ -1,0 +1,32 @@
+"""What an answer consists of."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class PartKind(enum.Enum):
+    """What a part of an answer is."""
+
+    TEXT = enum.auto()
+    REASONING = enum.auto()
+    CALL = enum.auto()
+
+
+class Part(NamedTuple):
+    """A part of an answer, or more of one.
+
+    Attributes:
+        kind: What it is.
+        text: What is new of it; of a call, its arguments as JSON.
+        number: Which call of the answer, from 0 on.
+        call_id: Id of a call that begins; empty where one goes on.
+        name: Function of a call that begins.
+    """
+
+    kind: PartKind
+    text: str
+    number: int = 0
+    call_id: str = ""
+    name: str = ""

@@ -1,0 +1,110 @@
+"""The shape of a request's answers: one grammar of tools, structured output and reasoning, and what tells the parts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import grpc
+
+from scalellm.v1 import generation_pb2, link_pb2
+from services.common.errors import StatusError
+from services.tokenizer.dialect.constraint import AnswerGrammar
+from services.tokenizer.dialect.splitter import Splitter
+from services.tokenizer.structure import grammar_of
+from services.tokenizer.tools import ArgumentTexts, calls_of, offered
+from services.tokenizer.writing import Writing
+
+
+class AnswerShape:
+    """What a request says of the shape of its answers. Raises StatusError.
+
+    Args:
+        request: It passed validation.
+        writing: How the model writes.
+    """
+
+    def __init__(self, request: generation_pb2.GenerateRequest, writing: Writing) -> None:
+        self._writing = writing
+        self._calls = calls_of(request.chat)
+        self._shape = ""
+        if request.HasField("structured_output"):
+            self._shape = grammar_of(request.structured_output, writing.texts.special_ids)
+        self._budget = request.reasoning.budget_tokens if request.reasoning.HasField("budget_tokens") else None
+        self._grammar = AnswerGrammar(writing.dialect, writing.texts.special_ids, writing.added_ids, writing.end_ids)
+        self._is_own = request.structured_output.WhichOneof("shape") == "lark"
+        self._splits = splits(request)
+        if self._calls is not None and writing.dialect.calls is None:
+            raise StatusError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "chat.tools: how this model writes calls is not known: its chat template has none of the known marks",
+                field="chat.tools",
+            )
+        if self._calls is not None and self._calls.are_required and self._shape:
+            raise StatusError.invalid("structured_output", "must not be set where a call is required: there is no text")
+        if self._is_own and (self._calls is not None or self._budget is not None):
+            beside = "chat.tools" if self._calls is not None else "reasoning.budget_tokens"
+            raise StatusError.invalid("structured_output.lark", f"must not be set beside {beside}")
+        if self._budget is not None and not self._grammar.can_bound_reasoning:
+            raise StatusError.invalid(
+                "reasoning.budget_tokens", "is not supported: this model has no token that ends its reasoning"
+            )
+
+    def grammar(self, prompt_ids: Sequence[int]) -> str:
+        """Return the grammar of the answers to a prompt, empty where they may be anything. Raises StatusError.
+
+        Args:
+            prompt_ids: The prompt; where it ends in a mark of reasoning, answers begin behind that.
+        """
+        if self._is_own or not self._splits:
+            return self._shape
+        return self._grammar.of(self._calls, self._shape, self._writing.opening(prompt_ids), self._budget)
+
+
+def splits(request: generation_pb2.GenerateRequest) -> bool:
+    """Return whether reasoning, text and calls are told apart."""
+    return request.HasField("reasoning") or bool(offered(request.chat))
+
+
+def make_splitters(
+    request: generation_pb2.GenerateRequest, submit: link_pb2.Submit, writing: Writing
+) -> list[Splitter] | None:
+    """Return what tells the parts of each sample apart; None where all is text.
+
+    Args:
+        request: What the client asked for.
+        submit: What became of it.
+        writing: How the model writes.
+    """
+    if not splits(request):
+        return None
+    opening, texts = writing.opening(submit.token_ids), ArgumentTexts(request.chat)
+    has_calls = bool(offered(request.chat)) and request.structured_output.WhichOneof("shape") != "lark"
+    return [
+        Splitter(
+            writing.dialect,
+            opening,
+            has_calls=has_calls,
+            make_id=_CallIds(submit.request_id, index, is_short=writing.dialect.short_ids),
+            texts_of=texts.of,
+        )
+        for index in range(submit.sampling.n)
+    ]
+
+
+class _CallIds:
+    """Makes ids of calls that follow from the request, so that a resumed stream has the same ones.
+
+    Args:
+        request_id: Of the request.
+        sample: Which sample.
+        is_short: Nine letters and digits.
+    """
+
+    def __init__(self, request_id: str, sample: int, *, is_short: bool) -> None:
+        self._begin = f"{request_id}/{sample}/"
+        self._is_short = is_short
+
+    def __call__(self, number: int) -> str:
+        digest = hashlib.sha256(f"{self._begin}{number}".encode()).hexdigest()
+        return digest[:9] if self._is_short else f"call_{digest[:24]}"

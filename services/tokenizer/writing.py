@@ -1,0 +1,41 @@
+"""How a model writes: what its tokens mean in its answers, and the marks of reasoning and calls among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.tokenizer.dialect import dialect_of
+from services.tokenizer.dialect.splitter import Opening
+from services.tokenizer.text.detokenizer import TokenTexts
+from services.tokenizer.text.model_tokenizer import ModelTokenizer
+
+_OPENING_TOKENS = 16
+"""Of a prompt: as many as have the mark of reasoning with which an answer may begin."""
+
+
+class Writing:
+    """How one model writes. Immutable.
+
+    Args:
+        model: Its tokenizer.
+
+    Attributes:
+        texts: What tokens mean.
+        marked_texts: The same in answers from which reasoning and calls are told: marks are never left out.
+        dialect: How reasoning and calls are written.
+        added_ids: Tokens that are cut out of a text before all others, special or not, by their texts.
+        end_ids: Tokens that end an answer.
+    """
+
+    def __init__(self, model: ModelTokenizer) -> None:
+        self.texts = TokenTexts(model.tokenizer)
+        self.dialect = dialect_of(model.chat_template)
+        added = model.tokenizer.get_added_tokens_decoder()
+        self.added_ids = {token.content: token_id for token_id, token in added.items()}
+        self.marked_texts = self.texts.showing(self.dialect.marker_ids(self.texts.special_ids))
+        self.end_ids = model.eos_token_ids
+
+    def opening(self, prompt_ids: Sequence[int]) -> Opening:
+        """Return where an answer behind a prompt begins."""
+        detokenizer = self.texts.detokenizer(skip_special_tokens=False)
+        return Opening.of(detokenizer.push(prompt_ids[-_OPENING_TOKENS:]) + detokenizer.flush(), self.dialect)
