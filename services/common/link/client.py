@@ -31,6 +31,9 @@ FrameT = TypeVar("FrameT")
 _FIRST_DELAY, _LONGEST_DELAY = 0.05, 2.0
 _HANDSHAKE_LIMIT = 10.0
 
+_FRAMES_PER_COUNT = 8
+"""Frames of the peer after which it is told that they were taken: fewer than it writes without being told."""
+
 _RENEWALS_PER_LEASE = 6
 _DEMAND_PAUSE = 0.05
 """Seconds between two renewals at least, however often the demand changes."""
@@ -93,6 +96,9 @@ class LinkClient:
         self._is_busy = is_busy
         self._outbox: deque[link_pb2.ClientFrame] = deque()
         self._renewal: link_pb2.Renewal | None = None  # the next one: a peer that does not read finds one, not a heap
+        self._counts_frames = False
+        self._num_read = 0
+        self._count_due = False
         self._demand = demand
         self._demand_changed = asyncio.Event()
         self._wake = asyncio.Event()
@@ -155,6 +161,7 @@ class LinkClient:
             self._up = False
             self._outbox.clear()
             self._renewal = None
+            self._count_due = False
             self._handler.on_down(error)
             # From attempt to attempt: a peer that is starting lets its callers wait for a while, which is pause enough.
             # Jitter, so that the links of many processes do not return in the same instant.
@@ -178,6 +185,7 @@ class LinkClient:
                     raise StatusError.unavailable(f"{self.address} did not answer with a Welcome")
                 welcome = self._take(first, read_welcome)
                 self._handler.on_up(welcome)
+                self._counts_frames, self._num_read = welcome.counts_frames, 0
                 self._up = True
                 _log.info("link to %s is up: %s", self.address, welcome.model)
                 await self._serve(call, welcome)
@@ -201,6 +209,10 @@ class LinkClient:
     async def _read(self, call: Any, read: Callable[[bytes], link_pb2.StepOutput]) -> None:
         while (message := await call.read()) is not grpc.aio.EOF:
             self._handler.on_step(self._take(message, read))
+            self._num_read += 1
+            if self._counts_frames and self._num_read % _FRAMES_PER_COUNT == 0:
+                self._count_due = True
+                self._wake.set()
         await self._raise_status(call)
 
     def _take(self, message: bytes, read: Callable[[bytes], FrameT]) -> FrameT:
@@ -235,6 +247,9 @@ class LinkClient:
             await self._wake.wait()
 
     def _next_frame(self) -> link_pb2.ClientFrame | None:
+        if self._count_due:
+            self._count_due = False
+            return link_pb2.ClientFrame(taken=link_pb2.Taken(frames=self._num_read))
         if self._outbox:
             return self._outbox.popleft()
         renewal, self._renewal = self._renewal, None

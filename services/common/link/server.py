@@ -9,11 +9,19 @@ from typing import Protocol
 
 from scalellm.v1 import link_pb2
 from services.common.errors import StatusError
+from services.common.link.client_frames import parse_client_frame
 from services.common.link.traffic import LinkTraffic
 from services.common.silence import until_silent
 
 # Far below gRPC's limit on a message, which would break the link of a reader that was slow for long.
 _MERGE_BYTES = 1 << 20
+
+_MOST_UNREAD = 16
+"""Frames that are written and that the reader has not taken. What the transport holds is out of reach: small frames lay
+there for seconds, each read by itself, before a busy reader saw the last one."""
+
+_TAKEN_TAG = b"\x2a"
+"""First byte of a frame that says `taken`: that field's number, and that its length follows."""
 
 
 class FrameWriter(Protocol):
@@ -28,7 +36,8 @@ class ServerLink:
 
     Frames are serialised `ServerFrame` messages. While the reader is slow they pile up here as bytes and leave merged,
     about a megabyte at a time: concatenated protobuf messages parse as their merge, and StepOutput is made to be
-    merged. So a slow reader costs memory bounded by the tokens of its own requests, and never holds up the step loop.
+    merged. So a slow reader costs memory bounded by the tokens of its own requests, never holds up the step loop, and
+    has fewer frames to read the slower it is. A reader counts as slow when it has not taken the last few frames.
 
     Args:
         traffic: Counts what passes; default: an object of its own.
@@ -40,6 +49,8 @@ class ServerLink:
         self._wake = asyncio.Event()
         self._closed = False
         self._num_received = 0
+        self._num_written = 0
+        self._num_taken: int | None = None  # until the reader says: it may be of a version that does not
 
     @property
     def is_closed(self) -> bool:
@@ -75,9 +86,8 @@ class ServerLink:
             lease: Seconds without a client frame after which the link ends with UNAVAILABLE, be it that the client
                 hangs or that its connection is half open; the client is told, and renews. None = it does not renew.
         """
-        if lease is not None:
-            told = link_pb2.Welcome(lease_ns=int(lease * 1e9))
-            welcome += link_pb2.ServerFrame(welcome=told).SerializeToString()  # merged by whoever parses it
+        told = link_pb2.Welcome(counts_frames=True, lease_ns=int(lease * 1e9) if lease is not None else 0)
+        welcome += link_pb2.ServerFrame(welcome=told).SerializeToString()  # merged by whoever parses it
         try:
             self._traffic.on_sent(welcome)
             await writer.write(welcome)
@@ -115,7 +125,27 @@ class ServerLink:
                 return
             self._traffic.on_received(frame)
             self._num_received += 1
-            on_frame(frame)
+            if not self._is_count(frame):
+                on_frame(frame)
+
+    def _is_count(self, frame: bytes) -> bool:
+        """Take note of what the reader has taken, if the frame says so. Raises StatusError, which ends the link."""
+        if not frame.startswith(_TAKEN_TAG):
+            return False
+        parsed = parse_client_frame(frame)
+        if parsed.WhichOneof("frame") != "taken":
+            return False
+        least, count = self._num_taken or 0, parsed.taken.frames
+        if not least <= count <= self._num_written:
+            raise StatusError.invalid("taken.frames", f"must be in [{least}, {self._num_written}], got {count}")
+        self._num_taken = count
+        self._wake.set()
+        return True
+
+    @property
+    def _may_write(self) -> bool:
+        """Whether the reader has taken enough of what was written; it is not waited for at the end of the link."""
+        return self._closed or self._num_taken is None or self._num_written - self._num_taken < _MOST_UNREAD
 
     async def _watch(self, lease: float) -> None:
         await until_silent(lease, lambda: self._num_received)
@@ -123,8 +153,9 @@ class ServerLink:
 
     async def _write(self, writer: FrameWriter) -> None:
         while True:
-            while self._pending:
+            while self._pending and self._may_write:
                 message = self._take()
+                self._num_written += 1
                 self._traffic.on_sent(message)
                 await writer.write(message)
             if self._closed:

@@ -37,16 +37,23 @@ class Handler:
 
 
 class Call:
-    """A call of a peer that gives a lease, if it welcomes the client, and says nothing until it ends the call."""
+    """A call of a peer that gives a lease, if it welcomes the client, and says nothing more, or some steps, until it
+    ends the call.
+    """
 
-    def __init__(self, is_welcome: bool = True) -> None:
+    def __init__(self, is_welcome: bool = True, *, num_steps: int = 0, counts_frames: bool = False) -> None:
         sizes = {"block_size": 16, "num_blocks": 8, "max_num_seqs": 4, "max_model_len": 64, "vocab_size": 10}
         welcome = link_pb2.Welcome(api_minor=API_MINOR, model="m", lease_ns=60 * 10**9, **sizes)
-        self._answers = [link_pb2.ServerFrame(welcome=welcome).SerializeToString()] if is_welcome else []
+        welcome.counts_frames = counts_frames
+        step = link_pb2.ServerFrame(step=link_pb2.StepOutput()).SerializeToString()
+        self._answers = [step] * num_steps
+        if is_welcome:
+            self._answers.append(link_pb2.ServerFrame(welcome=welcome).SerializeToString())
         self.ended = asyncio.Event()
+        self.written: list[link_pb2.ClientFrame] = []
 
     async def write(self, message: bytes) -> None:
-        pass
+        self.written.append(link_pb2.ClientFrame.FromString(message))
 
     async def read(self) -> object:
         if self._answers:
@@ -113,6 +120,23 @@ async def test_a_link_ends_although_the_demand_changes_at_that_moment(num_turns:
     for _ in range(100):
         await asyncio.sleep(0)
     assert handler.num_down == 1
+    await end(running)
+
+
+@pytest.mark.parametrize("counts_frames", [True, False])
+async def test_a_peer_that_counts_frames_is_told_which_were_taken(counts_frames: bool) -> None:
+    handler, call = Handler(), Call(num_steps=30, counts_frames=counts_frames)
+    client = LinkClient("127.0.0.1:1", CONNECT, link_pb2.Hello(), handler, dialer=Dialer(call))
+    running = asyncio.create_task(client.run())
+    await handler.is_up.wait()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    told = [frame.taken.frames for frame in call.written if frame.WhichOneof("frame") == "taken"]
+    if counts_frames:
+        assert 24 <= told[-1] <= 30
+        assert told == sorted(told)
+    else:
+        assert not told
     await end(running)
 
 

@@ -46,12 +46,85 @@ async def test_what_waited_for_a_slow_reader_leaves_merged_and_never_too_large_f
     link.close()
     await asyncio.wait_for(serving, PATIENCE)
     welcome, *messages = reader.messages
-    assert welcome == b"welcome"
+    assert welcome.startswith(b"welcome")
     assert len(messages) < len(sent)
     assert max(map(len, messages)) <= MAX_FRAME_BYTES
     steps = [link_pb2.ServerFrame.FromString(message).step for message in messages]
     assert [handle for step in steps for handle in step.handles] == sent
     assert steps[-1].seq == sent[-1]
+
+
+def step_frame(number: int) -> bytes:
+    step = link_pb2.StepOutput(handles=[number], token_ids=[7], seq=number)
+    return link_pb2.ServerFrame(step=step).SerializeToString()
+
+
+def count_frame(number: int) -> bytes:
+    return link_pb2.ClientFrame(taken=link_pb2.Taken(frames=number)).SerializeToString()
+
+
+class Transport:
+    """Takes every message at once, however slow the reader is."""
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+        self.frames: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def write(self, message: bytes) -> None:
+        self.messages.append(message)
+
+    async def read(self) -> AsyncIterator[bytes]:
+        while True:
+            yield await self.frames.get()
+
+    @property
+    def handles(self) -> list[list[int]]:
+        """Of each message but the Welcome."""
+        return [list(link_pb2.ServerFrame.FromString(message).step.handles) for message in self.messages[1:]]
+
+
+async def settle() -> None:
+    """Let all tasks do what they can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_reader_that_tells_what_it_took_finds_few_frames_however_much_the_transport_holds() -> None:
+    link, transport, others = ServerLink(), Transport(), []
+    serving = asyncio.create_task(link.run(b"", transport.read(), transport, others.append))
+
+    async def send(numbers: range) -> None:
+        for number in numbers:
+            link.send(step_frame(number))
+            await settle()
+
+    await send(range(40))
+    assert transport.handles == [[number] for number in range(40)], "it has not told anything: it may be an older one"
+    transport.frames.put_nowait(count_frame(32))
+    await settle()
+    await send(range(40, 100))
+    assert len(transport.handles) == 32 + 16
+    transport.frames.put_nowait(count_frame(40))
+    await settle()
+    assert transport.handles[48] == list(range(48, 100)), "what waited comes as one"
+    assert not others
+    await send(range(100, 120))
+    link.close()
+    await asyncio.wait_for(serving, PATIENCE)
+    assert [handle for handles in transport.handles for handle in handles] == list(range(120)), "the end does not wait"
+
+
+@pytest.mark.parametrize("counts", [(3,), (2, 1)])
+async def test_counts_of_what_was_not_written_end_the_link(counts: tuple[int, ...]) -> None:
+    link, transport = ServerLink(), Transport()
+    serving = asyncio.create_task(link.run(b"", transport.read(), transport, lambda frame: None))
+    for number in range(2):
+        link.send(step_frame(number))
+        await settle()
+    for count in counts:
+        transport.frames.put_nowait(count_frame(count))
+    with pytest.raises(StatusError, match=r"taken.frames: must be in \[[02], 2\], got [13]"):
+        await asyncio.wait_for(serving, PATIENCE)
 
 
 async def test_a_link_whose_client_left_before_its_welcome_is_closed() -> None:

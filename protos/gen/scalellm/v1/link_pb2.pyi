@@ -22,16 +22,24 @@ ABORT_REASON_DEADLINE: AbortReason
 ABORT_REASON_MOVE: AbortReason
 
 class ClientFrame(_message.Message):
-    __slots__ = ("hello", "submit", "abort", "renewal")
+    __slots__ = ("hello", "submit", "abort", "renewal", "taken")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RENEWAL_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     abort: Abort
     renewal: Renewal
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., renewal: _Optional[_Union[Renewal, _Mapping]] = ...) -> None: ...
+    taken: Taken
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., renewal: _Optional[_Union[Renewal, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ...) -> None: ...
+
+class Taken(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: int
+    def __init__(self, frames: _Optional[int] = ...) -> None: ...
 
 class Renewal(_message.Message):
     __slots__ = ("queued_requests", "queued_tokens", "queued_tenants")
@@ -62,7 +70,7 @@ class Hello(_message.Message):
     def __init__(self, client_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., tokenizer_sha256: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("instance_id", "api_minor", "model", "tokenizer_sha256", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "load", "lease_ns", "grammars")
+    __slots__ = ("instance_id", "api_minor", "model", "tokenizer_sha256", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "load", "lease_ns", "grammars", "counts_frames")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     API_MINOR_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +83,7 @@ class Welcome(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     LEASE_NS_FIELD_NUMBER: _ClassVar[int]
     GRAMMARS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FRAMES_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     api_minor: int
     model: str
@@ -87,7 +96,8 @@ class Welcome(_message.Message):
     load: Load
     lease_ns: int
     grammars: bool
-    def __init__(self, instance_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer_sha256: _Optional[bytes] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., lease_ns: _Optional[int] = ..., grammars: _Optional[bool] = ...) -> None: ...
+    counts_frames: bool
+    def __init__(self, instance_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer_sha256: _Optional[bytes] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., lease_ns: _Optional[int] = ..., grammars: _Optional[bool] = ..., counts_frames: _Optional[bool] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("handle", "request_id", "token_ids", "resumed", "sampling", "priority", "time_remaining_ns", "cache_salt", "traceparent", "session_id", "tracestate", "charged_tokens", "tenant", "execution_id", "attempt", "grammar", "tenant_weight")
