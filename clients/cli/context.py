@@ -80,7 +80,8 @@ class Environment:
         address: SCALELLM_ADDRESS: host:port of the server to call; empty: the instance's.
         redis_url: REDIS_URL: the Redis to use; empty: an embedded one.
         variables: All of them, for the services.
-        credentials: SCALELLM_API_KEY, SCALELLM_TLS_CA, SCALELLM_TLS_CERT, SCALELLM_TLS_KEY: for a secured server.
+        credentials: SCALELLM_API_KEY, SCALELLM_TLS, SCALELLM_TLS_CA, SCALELLM_TLS_CERT, SCALELLM_TLS_KEY: for a secured
+            server.
         metrics_credentials: SCALELLM_METRICS_TLS_CA, _CERT, _KEY: for metrics endpoints that speak TLS.
     """
 
@@ -105,6 +106,7 @@ class Environment:
                 _path(variables, "SCALELLM_TLS_CA"),
                 _path(variables, "SCALELLM_TLS_CERT"),
                 _path(variables, "SCALELLM_TLS_KEY"),
+                tls=variables.get("SCALELLM_TLS", "").lower() not in ("", "0", "false"),
             ),
             metrics_credentials=Credentials(
                 "",
@@ -212,7 +214,8 @@ def check_timeout(seconds: float | None) -> None:
 
 def in_options(message: str) -> str:
     """Name options of the command line where the client library names fields of its Credentials."""
-    return re.sub(r"(?<![\w./-])tls_(ca|cert|key)(?![\w./-])", r"--tls-\1", message)
+    names = re.compile(r"(?<![\w./-])tls(_(ca|cert|key))?(?![\w./-])")
+    return names.sub(lambda name: f"--{name[0].replace('_', '-')}", message)
 
 
 def explain(error: ClientError) -> tuple[str, ExitCode]:

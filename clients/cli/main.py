@@ -44,7 +44,8 @@ Environment:
   SCALELLM_INSTANCE  which set of services (default: default)
   SCALELLM_ADDRESS   host:port of the server to call (default: the instance's)
   SCALELLM_API_KEY   key for a server that asks for one
-  SCALELLM_TLS_CA    PEM file with the authorities of servers: connect over TLS
+  SCALELLM_TLS       true: connect over TLS to a server with a certificate of a public authority
+  SCALELLM_TLS_CA    PEM file with the authorities of servers, in place of the public ones: connect over TLS
   SCALELLM_TLS_CERT, SCALELLM_TLS_KEY
                      PEM files to show to a server that asks for a certificate
   REDIS_URL          Redis for sessions (default: an embedded redis-server)
@@ -142,18 +143,20 @@ def root(
     api_key: Annotated[
         str, typer.Option(metavar="KEY", help="For a secured server; other users can read it here: SCALELLM_API_KEY.")
     ] = "",
-    tls_ca: Annotated[Path | None, typer.Option(metavar="FILE", help="Authorities of servers: use TLS.")] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Use TLS; servers show a certificate of a public authority.")
+    ] = False,
+    tls_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Use TLS; authorities of servers, if not the public ones.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate to show.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key.")] = None,
 ) -> None:
     """What stands before the command."""
     if instance:
         ctx.obj = CliContext.of(ctx).with_instance(instance)
-    if given := {
-        name: value
-        for name, value in (("api_key", api_key), ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key))
-        if value
-    }:
+    options = {"api_key": api_key, "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
+    if given := {name: value for name, value in options.items() if value}:
         ctx.obj = CliContext.of(ctx).with_credentials(given)
 
 

@@ -18,7 +18,7 @@ _MANAGED = frozenset({"host", "port", "http_port", "metrics_port", "announce", "
 """Settings that `up` gives to services itself, by options of its own."""
 
 _COMMAND_LINE = (
-    *("HOME", "INSTANCE", "ADDRESS", "API_KEY", "KEEP_ENVIRONMENT", "SERVICE_LOG"),
+    *("HOME", "INSTANCE", "ADDRESS", "API_KEY", "TLS", "KEEP_ENVIRONMENT", "SERVICE_LOG"),
     *(f"{prefix}TLS_{end}" for prefix in ("", "METRICS_", "HEALTH_") for end in ("CA", "CERT", "KEY", "NAME")),
 )
 _COMPOSE = (

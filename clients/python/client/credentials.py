@@ -76,7 +76,7 @@ class Credentials:
     def _channel_credentials(self) -> grpc.ChannelCredentials | None:
         if not self.uses_tls:
             if self.tls_cert is not None or self.tls_key is not None:
-                raise CredentialsError("tls_ca is missing: a certificate is shown over TLS only")
+                raise CredentialsError("neither tls nor tls_ca is given: a certificate is shown over TLS only")
             return None
         if (self.tls_cert is None) != (self.tls_key is None):
             raise CredentialsError("tls_cert and tls_key are given together")

@@ -95,7 +95,7 @@ def _tls_advice(message: str, shown: Credentials) -> str:
     if _REJECTED_BY_THEM.search(message) is None:
         return ""
     if not shown.uses_tls:
-        return "does it expect TLS? Give tls_ca"
+        return "does it expect TLS? Give tls_ca, or tls for a public authority"
     if shown.tls_cert is None:
         return "does it ask clients for a certificate? Give tls_cert and tls_key"
     return f"does it trust the authority of {shown.tls_cert} (tls_cert)?"

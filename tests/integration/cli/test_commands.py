@@ -280,6 +280,18 @@ def test_a_model_that_is_none_is_wrong_usage(run_cli: RunCli) -> None:
         assert "gpt-9" in err
 
 
+def test_a_server_with_a_certificate_of_a_public_authority(cli: StartCli, secured_server: Any) -> None:
+    identity, address = secured_server.identity, secured_server.server.address
+    shown = ("--tls-cert", str(identity.cert), "--tls-key", str(identity.key))
+    public = {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(identity.ca), "SCALELLM_API_KEY": "slm-secret"}
+    by_option = cli("--tls", *shown, "generate", "yes", address=address, env=public)
+    by_variable = cli(*shown, "generate", "yes", address=address, env={**public, "SCALELLM_TLS": "true"})
+    without = cli(*shown, "generate", "yes", address=address, env=public)
+    assert finish(by_option) == finish(by_variable) == (0, "yes \n", "")
+    code, _, err = finish(without)
+    assert (code, "neither --tls nor --tls-ca is given: a certificate is shown over TLS only" in err) == (1, True), err
+
+
 def test_tokenize(run_cli: RunCli, fake_server: Any) -> None:
     def run(*arguments: str) -> str:
         code, out, err = run_cli("tokenize", *arguments, address=fake_server.address)

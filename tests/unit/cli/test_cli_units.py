@@ -259,7 +259,12 @@ def test_who_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("shown", "happened", "advice", "code"),
     [
-        (Credentials(), "Socket closed", "does it expect TLS? Give --tls-ca", ExitCode.BUSY),
+        (
+            Credentials(),
+            "Socket closed",
+            "does it expect TLS? Give --tls-ca, or --tls for a public authority",
+            ExitCode.BUSY,
+        ),
         (
             TLS,
             "Tls handshake failed (TSI_PROTOCOL_FAILURE): error:100000f7:SSL:WRONG_VERSION_NUMBER: x",
