@@ -8,9 +8,13 @@ SHELL := /bin/bash
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
-# Test processes share the machine: one thread each, and no thread that spins while it waits. A file stays in one
-# process: its tests share what they start. Files come in order of their names: the slow ones are not left for the end.
+# Test processes share the machine: one thread each, and no thread that spins while it waits. There are two for each
+# core, since tests mostly wait for services to start; each takes up to 1.5 GB with what it starts, hence at most 8. A
+# file stays in one process: its tests share what they start. Files come in order of their names: the slow ones are not
+# left for the end.
 test-env := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 PYTHONDONTWRITEBYTECODE=
+test-run := $(python) -m pytest -n $(shell n=$$((2 * $$(getconf _NPROCESSORS_ONLN))); echo $$((n < 8 ? n : 8))) \
+	--dist loadfile --no-loadscope-reorder -q
 export PROMPT GPU_PYTHON
 
 help: ## show this list
@@ -37,10 +41,10 @@ chat: setup ## chat on a session; starts the services when they are not running
 	@$(scalellm) chat
 
 test: setup-dev ## run the tests but the slow ones
-	$(test-env) $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m "not slow" $(PYTEST_ARGS)
+	$(test-env) $(test-run) -m "not slow" $(PYTEST_ARGS)
 
 test-all: setup-dev ## run all tests; those of the monitoring files need Prometheus: apt-get install prometheus
-	$(test-env) $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(PYTEST_ARGS)
+	$(test-env) $(test-run) $(PYTEST_ARGS)
 
 test-compose: setup-dev ## run the containers for real: up, scale, crash, upgrade, down (needs Docker; minutes)
 	$(test-env) $(python) -m pytest -n 0 -v tests/compose --ignore tests/compose/test_faults.py $(PYTEST_ARGS)

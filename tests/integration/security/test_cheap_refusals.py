@@ -89,4 +89,4 @@ async def test_half_a_million_empty_messages_are_forgotten(line: Line) -> None:
         return psutil.Process(worker.pid).memory_info().rss
 
     before = await call(3)
-    assert await call(20) - before < 100 * 2**20
+    assert await call(8) - before < 100 * 2**20

@@ -193,16 +193,17 @@ async def test_what_is_no_request_makes_one_error_which_is_not_kept() -> None:
     gc.collect()
     gc.disable()
     try:
+        before = num_errors()  # of other tests
         connection.connection_made(transport)
         connection.data_received(GET + GET)
-        assert num_errors() == 0
+        assert num_errors() == before
         for _ in range(10):
             connection.data_received(b"GET / HTTP/1.1\r\nx: " + b"a" * 2**16)
-        assert num_errors() == 1
+        assert num_errors() == before + 1
         await eventually(lambda: transport.close.called)
         connection.connection_lost(None)
         del connection
-        await eventually(lambda: num_errors() == 0)
+        await eventually(lambda: num_errors() <= before)
     finally:
         gc.enable()
         await runner.cleanup()

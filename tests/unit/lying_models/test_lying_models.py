@@ -23,11 +23,11 @@ def test_models_that_are_made_to_lie_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_mutants_are_loaded_or_refused_in_a_line(name: str, tmp_path: Path) -> None:
     """More of them are tried by `make test-hostile`."""
-    ends = [(str(mutant), end) for mutant, end in outcomes(mutants(name, seed=0, count=100), tmp_path)]
-    assert len(ends) == 100
+    ends = [(str(mutant), end) for mutant, end in outcomes(mutants(name, seed=0, count=50), tmp_path)]
+    assert len(ends) == 50
     assert [end for end in ends if not is_fine(end[1])] == []
-    assert sum(end == "loaded" for _, end in ends) > 5
-    assert sum(end != "loaded" for _, end in ends) > 40
+    assert sum(end == "loaded" for _, end in ends) > 2
+    assert sum(end != "loaded" for _, end in ends) > 20
 
 
 def test_equal_seeds_give_equal_mutants() -> None:

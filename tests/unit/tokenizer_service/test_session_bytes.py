@@ -24,6 +24,8 @@ from services.tokenizer.session_store import SaveOutcome, SessionStore
 KIB = 2**10
 LIMIT = 600 * KIB
 GREEDY = Tenant("greedy", TenantLimits(session_bytes=LIMIT))
+BRIEF = 3.0
+"""Seconds after which sessions expire: more than it takes to create eleven, also on a busy machine."""
 OTHER = Tenant("other", TenantLimits(concurrent_requests=8))
 
 
@@ -115,13 +117,13 @@ async def test_a_turn_that_does_not_fit_is_told_and_a_full_tenant_is_told_before
 
 
 async def test_counts_follow_expiry_eviction_and_deletion(redis_process) -> None:
-    async with stores(redis_process, ttl=0.5) as brief:
+    async with stores(redis_process, ttl=BRIEF) as brief:
         assert await fill(brief(GREEDY)) == 11
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(BRIEF + 0.1)
         assert await fill(brief(GREEDY)) == 11, "what expired counts no more"
     async with stores(redis_process) as store_of:
         store = store_of(GREEDY)
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(BRIEF + 0.1)
         assert await fill(store) == 11
         with Redis(unix_socket_path=redis_process.url.removeprefix("unix://")) as redis:
             redis.delete(*(f"scalellm:session:{{greedy}}:s{number}" for number in range(5)))  # as an eviction does
