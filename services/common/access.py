@@ -61,6 +61,7 @@ ROUTES: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
         "POST /v1/chat/completions": _CALLERS,
         "POST /v1/completions": _CALLERS,
+        "POST /v1/requests/{request_id}/cancel": _CALLERS,
         "POST /v1/responses": _CALLERS,
         "GET /v1/responses/{response_id}": _CALLERS,
         "DELETE /v1/responses/{response_id}": _CALLERS,

@@ -1,10 +1,10 @@
-"""OpenAI's /v1/chat/completions and /v1/completions."""
+"""OpenAI's /v1/chat/completions and /v1/completions, and the end of those that outlive their calls."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
@@ -18,11 +18,12 @@ from services.tokenizer.http.completion_format import CompletionDocument, Comple
 from services.tokenizer.http.completion_request import CompletionRequest, Prompt, split_prompts
 from services.tokenizer.http.event_ids import HEADER, NumberedFormat, Place
 from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.service_routes import check_model
+from services.tokenizer.http.service_routes import check_model, json_answer
 from services.tokenizer.http.sink import Format, serve
 from services.tokenizer.json_object import JsonObject
 from services.tokenizer.limits import INLINE_TOKENS
 from services.tokenizer.text.detokenizer import TokenTexts
+from services.tokenizer.validation import validate_id
 
 
 class OpenAiRoutes:
@@ -41,6 +42,7 @@ class OpenAiRoutes:
         """Add the routes."""
         face.add_body(app, "/v1/chat/completions", self.chat)
         face.add_body(app, "/v1/completions", self.complete)
+        face.add(app, hdrs.METH_POST, "/v1/requests/{request_id}/cancel", self.cancel, is_long=True)
 
     async def chat(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Answer a conversation."""
@@ -54,6 +56,13 @@ class OpenAiRoutes:
         echo = request.echoed(requests[0].chat)
         format = make(request, answer_id, edge.model_name, edge.prompts.texts, echo)
         return await self._serve(call, request, requests, [request.names], format, place)
+
+    async def cancel(self, call: HttpCall) -> web.StreamResponse:
+        """End a request that is kept, which OpenAI has no call for. One that has ended stays as it is."""
+        request_id = call.request.match_info["request_id"]
+        validate_id(request_id, "request_id")
+        await self._edge.kept.cancel(self._edge, self._edge.access.tenant(), request_id)
+        return json_answer({"id": request_id, "object": "request", "status": "ended"})
 
     async def complete(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Continue prompts."""

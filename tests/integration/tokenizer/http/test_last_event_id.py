@@ -7,6 +7,7 @@ import json
 import pytest
 from openai._streaming import SSEDecoder
 
+from scalellm.v1 import link_pb2
 from scripted_scheduler import Script
 from service_processes import eventually
 
@@ -91,6 +92,23 @@ async def test_an_answer_is_also_had_again_by_its_id(http, scheduler):
     assert len(scheduler.submits) == 1
     other = await http.post(path, {**body, "max_tokens": 29})
     assert (other.status, other.error["code"]) == (409, "already_exists")
+
+
+async def test_what_runs_without_a_client_is_cancelled_by_its_id(http, scheduler):
+    path, asked = CHAT
+    scheduler.play = lambda submit: Script(hold_after=5)
+    events = await read(http, path, {**BODY, **asked}, 4)
+    request_id = events[-1].id.partition("/")[0]
+    assert scheduler.num_running == 1
+    for _ in range(2):  # what has ended stays ended
+        reply = await http.post(f"/v1/requests/{request_id}/cancel", {})
+        assert (reply.status, reply.json) == (200, {"id": request_id, "object": "request", "status": "ended"})
+    await eventually(lambda: scheduler.num_running == 0)
+    assert [abort.reason for abort in scheduler.aborts] == [link_pb2.ABORT_REASON_CANCELLED]
+    rest = await read(http, path, {**BODY, **asked}, last_event_id=events[-1].id)
+    assert json.loads(rest[-1].data)["error"]["code"] == "cancelled"
+    for gone, status in (("no-such", 404), ("no%20id", 400)):
+        assert (await http.post(f"/v1/requests/{gone}/cancel", {})).status == status
 
 
 @pytest.mark.parametrize(
