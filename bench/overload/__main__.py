@@ -85,31 +85,37 @@ def _line(model: Path, queue: int) -> Iterator[Line]:
 
 
 def _overload(line: Line, seconds: float) -> dict[str, Any]:
-    """A full load, ten times as much, and a full load again. A probe of its own sees what a refusal costs."""
+    """A full load, ten times as much, first of clients that come back when they are told and then of such that come
+    back after a second, and a full load again. A probe of its own sees what a refusal costs.
+    """
 
-    def crowd(clients: int, **more: float) -> Crowd:
+    def crowd(clients: int, **more: float | None) -> Crowd:
         return Crowd(line.address, line.keys[0], clients, _TOKENS, seconds, **more)
 
     phases: dict[str, dict[str, Any]] = {}
     memory = [line.worker_mib()]
     with processes(2) as pool:
-        full = crowd(ROWS + 4)
-        for name, others in (("before", full), ("overload", crowd(10 * (ROWS + QUEUE))), ("after", full)):
+        full, many = crowd(ROWS + 4), 10 * (ROWS + QUEUE)
+        overloads = {
+            "overload": crowd(many),
+            "overload, clients come back after a second": crowd(many, after_refusal=1.0),
+        }
+        for name, others in {"before": full, **overloads, "after": full}.items():
             began = line.cpu_seconds()
             running = start(pool, others)
-            probe = start(pool, crowd(1, after_refusal=0.1, starts_after=1)) if name == "overload" else None
+            probe = start(pool, crowd(1, after_refusal=0.1, starts_after=1)) if name in overloads else None
             report = running.result()
             phases[name] = _figures(report.outcomes, seconds)
             if probe is not None:
-                phases["probe"] = _figures(probe.result().outcomes, seconds)
+                phases[f"{name}, probe"] = _figures(probe.result().outcomes, seconds)
             spent = {role: after - began[role] for role, after in line.cpu_seconds().items()}
             phases[name]["CPU s"] = {**spent, "clients": report.cpu_s}
             memory.append(line.worker_mib())
     peak = max(phases["before"]["admitted per s"], phases["after"]["admitted per s"])
     return {
         **phases,
-        "admitted share of the peak": phases["overload"]["admitted per s"] / peak,
-        "CPU us per refusal": _cost_of_refusals(phases["before"], phases["overload"]),
+        "admitted share of the peak": {name: phases[name]["admitted per s"] / peak for name in overloads},
+        "CPU us per refusal": {name: _cost_of_refusals(phases["before"], phases[name]) for name in overloads},
         "MiB of the workers": memory,
     }
 
@@ -144,7 +150,8 @@ def _figures(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
         "ttft p99 ms": _quantile([outcome.ttft for outcome in served], 0.99),
         "refusal p50 ms": _quantile([outcome.seconds for outcome in refused], 0.5),
         "refusal p99 ms": _quantile([outcome.seconds for outcome in refused], 0.99),
-        "refusals without RetryInfo": sum(not outcome.may_retry for outcome in refused),
+        "refusals without RetryInfo": sum(outcome.told is None for outcome in refused),
+        "told to wait p50 ms": _quantile([outcome.told for outcome in refused if outcome.told is not None], 0.5),
     }
 
 

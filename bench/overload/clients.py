@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
 
 from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc
+from services.common.errors import StatusError
 
 _PER_CONNECTION = 100
 
@@ -29,7 +29,7 @@ class Crowd:
         max_tokens: Of an answer.
         seconds: For how long new requests are sent. Those that run then are cancelled.
         pause: Seconds between an answer and the client's next request.
-        after_refusal: Seconds that a refused client waits.
+        after_refusal: Seconds that a refused client waits; None: as long as it was told, as clients should.
         starts_after: Seconds before the first request.
     """
 
@@ -39,7 +39,7 @@ class Crowd:
     max_tokens: int
     seconds: float
     pause: float = 0.0
-    after_refusal: float = 1.0
+    after_refusal: float | None = None
     starts_after: float = 0.0
 
 
@@ -49,14 +49,14 @@ class Outcome:
 
     Attributes:
         first_at: When the first tokens came; 0: none did.
-        may_retry: The refusal said when to try again.
+        told: Seconds after which a refused client was told to try again; None: it was not.
     """
 
     started_at: float
     first_at: float
     ended_at: float
     code: str
-    may_retry: bool = False
+    told: float | None = None
 
     @property
     def ttft(self) -> float:
@@ -129,20 +129,20 @@ async def _ask(crowd: Crowd, stub: generation_pb2_grpc.GenerationStub, number: i
     metadata = (("authorization", f"Bearer {crowd.key}"),)
     while True:
         started_at, first_at = time.monotonic(), 0.0
-        code, may_retry = "OK", False
+        code, told = "OK", None
         try:
             async for response in stub.Generate(request, metadata=metadata):
                 if not first_at and response.WhichOneof("event") == "delta":
                     first_at = time.monotonic()
         except grpc.aio.AioRpcError as error:
-            code, may_retry = error.code().name, _says_when(error)
-        outcomes.append(Outcome(started_at, first_at, time.monotonic(), code, may_retry))
-        await asyncio.sleep(crowd.pause if code == "OK" else crowd.after_refusal)
+            code, told = error.code().name, _retry_after(error)
+        outcomes.append(Outcome(started_at, first_at, time.monotonic(), code, told))
+        if code == "OK":
+            await asyncio.sleep(crowd.pause)
+        else:
+            await asyncio.sleep(crowd.after_refusal if crowd.after_refusal is not None else told or 1.0)
 
 
-def _says_when(error: grpc.aio.AioRpcError) -> bool:
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
-            status = status_pb2.Status.FromString(value)
-            return any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details)
-    return False
+def _retry_after(error: grpc.aio.AioRpcError) -> float | None:
+    metadata = error.trailing_metadata() or ()
+    return StatusError.from_rpc(error.code(), error.details() or "", metadata).retry_after
