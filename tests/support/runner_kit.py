@@ -46,7 +46,7 @@ def random_model(runtime: ModelRuntime | None = None) -> CausalLM:
 
 def make_runner(model: CausalLM, config: EngineConfig, device: Device, *, capture: bool = True) -> ModelRunner:
     caches = allocate_kv_caches(
-        MODEL,
+        model.config,
         config.num_blocks,
         config.block_size,
         dtype=torch.float32,

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from services.common.errors import StatusError
 from services.common.field_rules import MAX_SCHEMA_DEPTH
+from services.tokenizer.structure.lark import ascii_classes
 
 FORMATS = frozenset(
     {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
@@ -61,6 +62,10 @@ def checked_schema(text: str, field: str) -> str:
             continue
         for keyword, value in part.items():
             _check_keyword(keyword, value, part, path, field)
+        if isinstance(pattern := part.get("pattern"), str):
+            part["pattern"] = ascii_classes(pattern)
+        if isinstance(patterns := part.get("patternProperties"), dict):
+            part["patternProperties"] = {ascii_classes(pattern): inner for pattern, inner in patterns.items()}
     if isinstance(schema, dict):
         schema = {"x-guidance": dict(_OPTIONS), **schema}
     try:
@@ -121,10 +126,19 @@ def _check_keyword(keyword: str, value: Any, schema: Mapping[str, Any], path: st
         _refuse(field, f"has the format {_shown(value)} at {_shown_path(path)}; supported are {supported}")
     if keyword == "$ref" and not (isinstance(value, str) and value.startswith("#")):
         _refuse(field, f"has a $ref at {_shown_path(path)} that does not begin with '#': nothing is fetched")
-    if keyword == "minProperties" and isinstance(value, int):
+    if keyword in ("minProperties", "maxProperties") and isinstance(value, int):
         required = schema.get("required")
-        enforced = max(1, len(required) if isinstance(required, list) else 0)
-        if value > enforced:  # the grammar cannot tell that a name comes twice
+        required = required if isinstance(required, list) else []
+        named = schema.get("properties")
+        optional = [name for name in named if name not in required] if isinstance(named, dict) else []
+        if optional and (value or keyword == "maxProperties"):
+            _refuse(
+                field,
+                f"has {keyword} at {_shown_path(path)}, which is supported only where all of `properties` are "
+                f"required, beside the optional property {_shown(optional[0])}",
+            )
+        enforced = max(1, len(required))
+        if keyword == "minProperties" and value > enforced:  # the grammar cannot tell that a name comes twice
             _refuse(
                 field,
                 f"has minProperties {_shown(value)} at {_shown_path(path)}; supported are 1 and the number of required "

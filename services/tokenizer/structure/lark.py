@@ -1,6 +1,14 @@
 """Parts of grammars in llguidance's variant of Lark."""
 
 import json
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+_ASCII_CLASSES: Mapping[str, str] = MappingProxyType(
+    {"d": "[0-9]", "D": "[^0-9]", "w": "[0-9A-Za-z_]", "W": "[^0-9A-Za-z_]"}
+)
 
 
 def text(value: str) -> str:
@@ -8,11 +16,19 @@ def text(value: str) -> str:
     return json.dumps(value) if value else ""
 
 
+def ascii_classes(pattern: str) -> str:
+    """Return a regular expression in which \\d and \\w mean what they do in JSON Schema: characters of ASCII.
+
+    To the executor they are those of all scripts, and a model that draws at random finds them.
+    """
+    return _ESCAPED.sub(lambda found: _ASCII_CLASSES.get(found[1], found[0]), pattern)
+
+
 def regex(pattern: str) -> str:
     """Return the terminal of a regular expression, which is written between slashes on one line."""
     written = []
     is_escaped = False
-    for char in pattern:
+    for char in ascii_classes(pattern):
         if is_escaped:
             # A backslash before a character that means nothing special, as these two, stands for the character.
             written.append({"\n": "n"}.get(char, char))

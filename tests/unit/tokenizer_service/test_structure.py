@@ -61,6 +61,12 @@ def tag(begin: str, *triggers: str, schema: str = "") -> generation_pb2.Structur
         ({"json_schema": '{"format": "color"}'}, "structured_output.json_schema", "'color' at #;"),
         ({"json_schema": '{"$ref": "http://x/y"}'}, "structured_output.json_schema", "nothing is fetched"),
         ({"json_schema": '{"minProperties": 2}'}, "structured_output.json_schema", "minProperties 2"),
+        (
+            {"json_schema": '{"properties": {"a": {}, "b": {}}, "required": ["a"], "maxProperties": 2}'},
+            "structured_output.json_schema",
+            "maxProperties at #, which is supported only where all of `properties` are required, beside the optional "
+            "property 'b'",
+        ),
         ({"json_schema": '"' + "a" * 2**16 + '"'}, "structured_output.json_schema", "65536 bytes"),
         ({"regex": ""}, "structured_output.regex", "empty"),
         ({"regex": "a" * 2**16}, "structured_output.regex", "65536 bytes"),
@@ -104,6 +110,7 @@ def test_names_of_properties_and_values_are_no_keywords() -> None:
         "properties": {"not": {"enum": [{"not": 1}], "default": {"if": 1}}},
         "examples": [{"contains": 1}],
         "x-order": 3,
+        "required": ["not"],
         "minProperties": 1,
     }
     told = json.loads(checked_schema(json.dumps(schema), "f"))
@@ -129,3 +136,13 @@ def test_texts_are_quoted() -> None:
 def test_a_trigger_that_is_a_special_token_stands_for_the_token() -> None:
     assert 'trigger_0[lazy]: TEXT "<f"\n' in grammar(structural_tag=tag("<f>", "<f"))
     assert "part_0: TEXT <[7]> " in grammar({"<f>": 7}, structural_tag=tag("<f>", "<f", "<f>"))
+
+
+def test_classes_of_characters_are_those_of_ascii() -> None:
+    """As JSON Schema has it; what is escaped itself, or is no class, stays."""
+    assert grammar(regex=r"\d+[\w.]\\d\s\D") == "start: /[0-9]+[[0-9A-Za-z_].]\\\\d\\s[^0-9]/\n"
+    schema = {"pattern": r"^\d$", "patternProperties": {r"\w": {"pattern": r"\W"}}, "const": {"pattern": r"\d"}}
+    told = json.loads(checked_schema(json.dumps(schema), "f"))
+    assert told["pattern"] == "^[0-9]$"
+    assert told["patternProperties"] == {"[0-9A-Za-z_]": {"pattern": "[^0-9A-Za-z_]"}}
+    assert told["const"] == schema["const"]

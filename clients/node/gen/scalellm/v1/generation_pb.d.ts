@@ -225,11 +225,11 @@ export declare type StructuredOutput = Message<"scalellm.v1.StructuredOutput"> &
     /**
      * JSON that this JSON Schema (draft 2020-12) describes, written as JSON itself. A keyword that is not supported is
      * refused by its name. Supported are type, enum, const, anyOf, oneOf of alternatives that exclude each other, allOf,
-     * $ref within the schema; properties, required, additionalProperties, patternProperties, minProperties of at most 1
-     * or the number of required ones, maxProperties; items, prefixItems, additionalItems, minItems, maxItems; minLength,
-     * maxLength, pattern without look-around, the formats date-time, date, time, duration, email, hostname, ipv4, ipv6,
-     * uuid and uri; minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf. Properties come in the order of the
-     * schema. At most 64 levels deep.
+     * $ref within the schema; properties, required, additionalProperties, patternProperties, and where all of `properties`
+     * are required maxProperties and minProperties (at most 1 or the number of required ones); items, prefixItems,
+     * additionalItems, minItems, maxItems; minLength, maxLength, pattern as in regex, the formats date-time, date,
+     * time, duration, email, hostname, ipv4, ipv6, uuid and uri; minimum, maximum, exclusiveMinimum, exclusiveMaximum,
+     * multipleOf. Properties come in the order of the schema. At most 64 levels deep.
      *
      * @generated from field: string json_schema = 1;
      */
@@ -245,7 +245,8 @@ export declare type StructuredOutput = Message<"scalellm.v1.StructuredOutput"> &
     case: "jsonObject";
   } | {
     /**
-     * A text that this regular expression matches as a whole: the syntax of Rust's `regex`, no look-around.
+     * A text that this regular expression matches as a whole: the syntax of Rust's `regex`, no look-around; \d and \w are
+     * characters of ASCII.
      *
      * @generated from field: string regex = 3;
      */
