@@ -28,7 +28,7 @@ class Delta:
         text: New text; empty where none is wanted, or while a character or a possible stop text is incomplete.
         offset: Tokens of the sample before these.
         num_tokens: New tokens.
-        parts: What is new of reasoning, text and calls, where these are told apart; `text` is then the text in them.
+        parts: What is new of reasoning, text and calls; None where they are not told apart. `text` is the text in them.
         token_ids: Their ids, when asked for.
         logprobs: One entry per token, when asked for.
     """
@@ -39,7 +39,7 @@ class Delta:
     num_tokens: int
     token_ids: Sequence[int] = ()
     logprobs: common_pb2.TokenLogprobs | None = None
-    parts: Sequence[Part] = ()
+    parts: Sequence[Part] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,9 @@ class SampleStream:
                 parts = [part for part in parts if part.kind is not PartKind.REASONING]
         if not num_tokens and not text and not parts:
             return None
-        delta = Delta(self._index, text, self.num_tokens, num_tokens, parts=parts)
+        delta = Delta(self._index, text, self.num_tokens, num_tokens)
+        if self._splitter is not None and options.text:
+            delta.parts = parts
         if options.token_ids:
             delta.token_ids = token_ids
         if options.logprobs and batch.logprobs is not None:

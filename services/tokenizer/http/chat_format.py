@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from scalellm.v1 import generation_pb2
+from services.tokenizer.dialect import Part
+from services.tokenizer.http.chat_parts import message_json, part_json
 from services.tokenizer.http.chat_request import ChatRequest
 from services.tokenizer.http.logprobs import chat_entries, prompt_entries
 from services.tokenizer.http.stream_usage import StreamUsage
@@ -20,6 +22,7 @@ from services.tokenizer.http.wire import (
     total_usage,
     usage_json,
 )
+from services.tokenizer.message import Message
 from services.tokenizer.sample_stream import Delta
 from services.tokenizer.text.detokenizer import TokenTexts
 
@@ -49,7 +52,7 @@ class ChatStream:
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
         """Nothing: the first chunk comes with the first token, by which clients measure."""
         count = self._request.n or 1  # which is within bounds now
-        self._heads = [f'{self._head}{{"index":{index},"delta":{{"content":' for index in range(count)]
+        self._heads = [f'{self._head}{{"index":{index},"delta":{{' for index in range(count)]
         self._began = [False] * count
         self._usage.prompt_tokens = started.prompt_tokens
         if self._request.return_token_ids:
@@ -65,12 +68,15 @@ class ChatStream:
         """A chunk."""
         index = delta.index
         self._usage.completion_tokens += delta.num_tokens
-        chunk = (
-            f"{self._heads[index]}{quote(delta.text)}}}{self._usage.plain_tail}"
-            if self._is_plain
-            else self._rich(delta)
-        )
-        return chunk if self._began[index] else self._role(index) + chunk
+        told = [f'"content":{quote(delta.text)}'] if delta.parts is None else list(map(part_json, delta.parts))
+        if self._is_plain:
+            chunk = "".join([f"{self._heads[index]}{part}}}{self._usage.plain_tail}" for part in told])
+        else:
+            # What is told of the tokens stands in the first of their chunks.
+            chunk = self._rich(delta, told[0] if told else "") + "".join(
+                [f"{self._heads[index]}{part}}}{self._usage.plain_tail}" for part in told[1:]]
+            )
+        return chunk if self._began[index] or not chunk else self._role(index) + chunk
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
         """How each choice ended, the usage, and the end."""
@@ -95,7 +101,7 @@ class ChatStream:
             f'"finish_reason":null}}]{self._prompt_ids}{self._usage.shown()}}}\n\n'
         )
 
-    def _rich(self, delta: Delta) -> str:
+    def _rich(self, delta: Delta, told: str) -> str:
         logprobs = "null"
         if self._request.logprobs and delta.logprobs is not None:
             num_top = self._request.top_logprobs or 0
@@ -104,7 +110,7 @@ class ChatStream:
             )
         ids = f',"token_ids":{dump(delta.token_ids)}' if self._request.return_token_ids else ""
         return (
-            f'{self._heads[delta.index]}{quote(delta.text)}}},"logprobs":{logprobs}{ids},'
+            f'{self._heads[delta.index]}{told}}},"logprobs":{logprobs}{ids},'
             f'"finish_reason":null}}]{self._usage.shown()}}}\n\n'
         )
 
@@ -118,6 +124,7 @@ class ChatDocument:
         self._echo = echo
         self._head = answer_head("chat.completion", answer_id, model)
         self._contents: defaultdict[int, list[str]] = defaultdict(list)
+        self._parts: defaultdict[int, list[Part]] = defaultdict(list)
         self._logprobs: defaultdict[int, list[str]] = defaultdict(list)
         self._ids: defaultdict[int, list[int]] = defaultdict(list)
         self._prompt: list[str] = []
@@ -138,6 +145,8 @@ class ChatDocument:
     def delta(self, prompt: int, delta: Delta) -> str:
         """Kept."""
         self._contents[delta.index].append(delta.text)
+        if delta.parts is not None:
+            self._parts[delta.index] += delta.parts
         if self._request.return_token_ids:
             self._ids[delta.index] += delta.token_ids
         if self._request.logprobs and delta.logprobs is not None and delta.token_ids:
@@ -156,13 +165,15 @@ class ChatDocument:
 
     def _choice(self, sample: generation_pb2.SampleFinished) -> str:
         index = sample.index
-        content = quote(self._echo + "".join(self._contents[index]))
+        text = self._echo + "".join(self._contents[index])
+        said = message_json(Message.answer(self._parts[index]))
+        content = quote(text) if text or not said else "null"
         logprobs = "null"
         if self._request.logprobs:
             logprobs = f'{{"content":[{",".join(self._logprobs[index])}],"refusal":null}}'
         ids = f',"token_ids":{dump(self._ids[index])}' if self._request.return_token_ids else ""
         return (
-            f'{{"index":{index},"message":{{"role":"assistant","content":{content},"refusal":null}},'
+            f'{{"index":{index},"message":{{"role":"assistant","content":{content},"refusal":null{said}}},'
             f'"logprobs":{logprobs},"finish_reason":"{finish_reason(sample)}",'
             f'"stop_reason":{dump(stop_reason(sample))}{ids}}}'
         )

@@ -11,13 +11,20 @@ from services.tokenizer.http.api_request import SamplingRequest, UInt32, as_text
 from services.tokenizer.http.messages import add_messages
 from services.tokenizer.http.shaped_request import ShapedRequest
 from services.tokenizer.http.template_fields import TemplateFields
+from services.tokenizer.http.tool_fields import json_text, set_tools, tool_names
 
 
 class ChatRequest(ShapedRequest, TemplateFields):
     """A chat completion."""
 
     messages: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    documents: Any = None
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: UInt32 | None = None
     max_completion_tokens: UInt32 | None = None
     logprobs: bool | None = None
     top_logprobs: UInt32 | None = None
@@ -27,15 +34,12 @@ class ChatRequest(ShapedRequest, TemplateFields):
     refused = MappingProxyType(
         {
             **ShapedRequest.refused,
-            "tools": ([],),
-            "tool_choice": ("none", "auto"),
             "functions": ([],),
             "function_call": ("none", "auto"),
             "modalities": (["text"], []),
             "audio": (),
             "web_search_options": (),
             "chat_template": (),
-            "documents": ([],),
             "use_beam_search": (False,),
             "length_penalty": (1, 1.0),
             "bad_words": ([],),
@@ -46,24 +50,30 @@ class ChatRequest(ShapedRequest, TemplateFields):
         }
     )
     ignored = SamplingRequest.ignored | {
-        "parallel_tool_calls",
         "prediction",
         "detokenize",
         "spaces_between_special_tokens",
         "top_a",
     }
 
-    def requests(self, request_id: str, *, content_is_text: bool) -> list[generation_pb2.GenerateRequest]:
+    def requests(
+        self, request_id: str, *, content_is_text: bool, tells_reasoning: bool = False
+    ) -> list[generation_pb2.GenerateRequest]:
         """Return the one request. Raises StatusError.
 
         Args:
             request_id: Its id, unless it names one itself.
             content_is_text: Take special tokens' texts in messages for text.
+            tells_reasoning: The model reasons: tell that apart from text.
         """
         request = self.to_generate(request_id)
         add_messages(request.chat, self.messages)
         request.chat.content_is_text = content_is_text
-        self.set_template(request.chat, self.reasoning_effort)
+        self.set_template(request.chat)
+        set_tools(request.chat, self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
+        if self.documents:
+            request.chat.documents = json_text(self.documents, "documents")
+        self._set_reasoning(request, tells_reasoning=tells_reasoning)
         if self.max_completion_tokens is not None:
             request.sampling.max_tokens = self.max_completion_tokens
         if self.session_id is not None:
@@ -75,6 +85,18 @@ class ChatRequest(ShapedRequest, TemplateFields):
         if self.logprobs or self.return_token_ids:
             request.output = generation_pb2.OUTPUT_TEXT_AND_TOKEN_IDS
         return [request]
+
+    def _set_reasoning(self, request: generation_pb2.GenerateRequest, *, tells_reasoning: bool) -> None:
+        if tells_reasoning:
+            request.reasoning.SetInParent()
+        if (effort := self.reasoning_effort) is not None:
+            request.reasoning.effort = as_text(effort, "reasoning_effort")
+            if (self.chat_template_kwargs or {}).get("reasoning_effort", effort) != effort:
+                raise StatusError.invalid("reasoning_effort", "must be the same as in chat_template_kwargs")
+        if self.include_reasoning is not None:
+            request.reasoning.include = self.include_reasoning
+        if self.thinking_token_budget is not None:
+            request.reasoning.budget_tokens = self.thinking_token_budget
 
     def echoed(self, chat: generation_pb2.Chat) -> str:
         """Return what the answer begins with: the last message, where that is wanted and its speaker also answers."""
@@ -88,10 +110,17 @@ class ChatRequest(ShapedRequest, TemplateFields):
     def names(self) -> dict[str, str]:
         """What our fields are called here, where that differs from the rule."""
         most = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        kwargs = "reasoning_effort" if self.chat_template_kwargs is None else "chat_template_kwargs"
-        return {
+        names = {
             "sampling.max_tokens": most,
             "sampling.logprobs": "top_logprobs",
-            "chat.template_kwargs": kwargs,
+            "reasoning.effort": "reasoning_effort",
+            "reasoning.budget_tokens": "thinking_token_budget",
+            **tool_names(self.tools, ".function"),
             **self.shape.names,
         }
+        for number, message in enumerate(self.messages if isinstance(self.messages, list) else ()):
+            calls = message.get("tool_calls") if isinstance(message, dict) else None
+            for index in range(len(calls) if isinstance(calls, list) else 0):
+                field = f"messages[{number}].tool_calls[{index}]"
+                names |= {f"chat.{field}.{name}": f"{field}.function.{name}" for name in ("name", "arguments")}
+        return names

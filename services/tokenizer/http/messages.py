@@ -1,4 +1,4 @@
-"""Conversations as JSON: messages with texts in them, and nothing but texts."""
+"""Conversations as JSON: messages with texts, calls of functions and what these returned."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
 from services.tokenizer.http.api_request import as_text
+from services.tokenizer.http.tool_fields import add_calls
 
 # What else a message may hold would have to reach the model, or the answer would be to another conversation.
-_REFUSED = ("tool_calls", "function_call", "audio", "tool_call_id")
+_REFUSED = ("function_call", "audio")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_REASONING = ("reasoning", "reasoning_content")
 _ROLES = {"developer": "system"}
 """Roles that chat templates do not know, and what they stand for."""
 
@@ -28,7 +30,14 @@ def add_messages(chat: generation_pb2.Chat, value: object, param: str = "message
                 raise StatusError.invalid(f"{where}.{name}", "is not supported here")
         role = as_text(item.get("role"), f"{where}.role")
         content = text_of(item.get("content"), f"{where}.content")
-        chat.messages.add(role=_ROLES.get(role, role), content=content)
+        message = chat.messages.add(role=_ROLES.get(role, role), content=content)
+        if item.get("tool_calls"):
+            add_calls(message, item["tool_calls"], f"{where}.tool_calls")
+        if item.get("tool_call_id"):
+            message.tool_call_id = as_text(item["tool_call_id"], f"{where}.tool_call_id")
+        for name in _REASONING:
+            if item.get(name):
+                message.reasoning = as_text(item[name], f"{where}.{name}")
 
 
 def text_of(content: object, param: str) -> str:

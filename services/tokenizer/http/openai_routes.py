@@ -50,7 +50,11 @@ class OpenAiRoutes:
         request = ChatRequest.read(body, is_strict=self._is_strict)
         check_model(request.model, edge)
         place = _place(call, request)
-        requests = request.requests(call.request_id, content_is_text=edge.prompts.can_take_content_as_text)
+        requests = request.requests(
+            call.request_id,
+            content_is_text=edge.prompts.can_take_content_as_text,
+            tells_reasoning=edge.prompts.writing.dialect.reasoning is not None,
+        )
         answer_id = f"chatcmpl-{requests[0].request_id}"
         make = ChatStream if request.stream else ChatDocument
         echo = request.echoed(requests[0].chat)

@@ -14,7 +14,6 @@ from services.common.errors import StatusError
 from services.tokenizer.http.api_request import ApiRequest, OnDisconnect, UInt32, as_text, set_present
 from services.tokenizer.http.messages import add_messages
 from services.tokenizer.http.structure_fields import Shape, shape_of_format
-from services.tokenizer.http.template_fields import set_kwargs
 from services.tokenizer.message import Message
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -126,7 +125,7 @@ class ResponsesRequest(ApiRequest):
         instructions = [Message("system", as_text(self.instructions, "instructions"))] if self.instructions else []
         request.chat.messages.extend(message.to_wire() for message in (*instructions, *history, *said))
         if self.reasoning is not None and self.reasoning.effort is not None:
-            set_kwargs(request.chat, {"reasoning_effort": as_text(self.reasoning.effort, "reasoning.effort")})
+            request.reasoning.effort = as_text(self.reasoning.effort, "reasoning.effort")
         set_present(request.sampling, self, ("temperature", "top_p"))
         if self.max_output_tokens is not None:
             request.sampling.max_tokens = self.max_output_tokens
@@ -159,7 +158,6 @@ class ResponsesRequest(ApiRequest):
         return {
             "chat": "input",
             "chat.messages": "input",
-            "chat.template_kwargs": "reasoning.effort",
             "sampling.max_tokens": "max_output_tokens",
             "sampling.logprobs": "top_logprobs",
             **items,

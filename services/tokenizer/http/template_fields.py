@@ -19,26 +19,13 @@ class TemplateFields(ApiRequest):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def set_template(self, chat: generation_pb2.Chat, effort: str | None = None) -> None:
-        """Say it to a conversation. Raises StatusError.
-
-        Args:
-            chat: The conversation.
-            effort: `reasoning_effort`, which is one of the template's variables.
-        """
+    def set_template(self, chat: generation_pb2.Chat) -> None:
+        """Say it to a conversation. Raises StatusError."""
         set_present(chat, self, ("add_generation_prompt", "continue_final_message"))
-        kwargs = dict(self.chat_template_kwargs or {})
-        if effort is not None and kwargs.setdefault("reasoning_effort", as_text(effort, "reasoning_effort")) != effort:
-            raise StatusError.invalid("reasoning_effort", f"must be the same as in {_KWARGS}")
-        set_kwargs(chat, kwargs)
-
-
-def set_kwargs(chat: generation_pb2.Chat, kwargs: dict[str, Any]) -> None:
-    """Give variables to the template of a conversation. Raises StatusError."""
-    if not kwargs:
-        return
-    try:
-        text = json.dumps(kwargs, ensure_ascii=False, separators=(",", ":"))
-    except RecursionError:
-        raise StatusError.invalid(_KWARGS, "is nested too deeply") from None
-    chat.template_kwargs = as_text(text, _KWARGS)
+        if not self.chat_template_kwargs:
+            return
+        try:
+            text = json.dumps(self.chat_template_kwargs, ensure_ascii=False, separators=(",", ":"))
+        except RecursionError:
+            raise StatusError.invalid(_KWARGS, "is nested too deeply") from None
+        chat.template_kwargs = as_text(text, _KWARGS)

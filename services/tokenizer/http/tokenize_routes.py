@@ -17,6 +17,7 @@ from services.tokenizer.http.face import HttpFace
 from services.tokenizer.http.messages import add_messages
 from services.tokenizer.http.service_routes import check_model, json_answer
 from services.tokenizer.http.template_fields import TemplateFields
+from services.tokenizer.http.tool_fields import set_tools, tool_names
 from services.tokenizer.json_object import JsonObject
 from services.tokenizer.tokenizing import Tokenizing
 
@@ -27,6 +28,7 @@ class TokenizeRequest(TemplateFields):
     model: str | None = None
     prompt: str | None = None
     messages: Any = None
+    tools: Any = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -67,7 +69,7 @@ class TokenizeRoutes:
             try:
                 token_ids = await self._encode(request, tenant.name)
             except StatusError as error:
-                raise renamed(error, _NAMES) from None
+                raise renamed(error, {**_NAMES, **tool_names(request.tools, ".function")}) from None
         welcome, tokens = self._edge.schedulers.welcome, self._edge.prompts.texts.tokens
         return json_answer(
             {
@@ -90,6 +92,7 @@ class TokenizeRoutes:
         add_messages(asked.chat, request.messages)
         asked.chat.content_is_text = self._edge.prompts.can_take_content_as_text
         request.set_template(asked.chat)
+        set_tools(asked.chat, request.tools, None, is_parallel=None)
         return list((await self._tokenizing.apply_chat_template(asked, caller)).token_ids)
 
     async def detokenize(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:

@@ -36,6 +36,8 @@ def answer_head(kind: str, answer_id: str, model: str) -> str:
 
 def finish_reason(sample: generation_pb2.SampleFinished) -> str:
     """Why a sample ended, in OpenAI's words."""
+    if sample.num_tool_calls and sample.reason == common_pb2.FINISH_REASON_STOP:
+        return "tool_calls"
     return _REASONS.get(sample.reason, "stop")
 
 

@@ -19,6 +19,7 @@ HONOURED: dict[type[ApiRequest], tuple[str, ...]] = {
     ChatRequest: (
         *("messages", "model", "max_completion_tokens", "logprobs", "top_logprobs", "reasoning_effort", "session_id"),
         *("chat_template_kwargs", "add_generation_prompt", "continue_final_message", "echo", *SAMPLING, *STREAMS),
+        *("tools", "tool_choice", "parallel_tool_calls", "documents", "include_reasoning", "thinking_token_budget"),
         *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
     ),
     CompletionRequest: ("prompt", "model", "echo", "logprobs", "best_of", *SAMPLING, *STREAMS),
@@ -26,7 +27,6 @@ HONOURED: dict[type[ApiRequest], tuple[str, ...]] = {
 IGNORED: dict[type[ApiRequest], tuple[str, ...]] = {
     ChatRequest: (
         *("store", "service_tier", "safety_identifier", "verbosity", "prompt_cache_key", "user", "metadata"),
-        "parallel_tool_calls",
     ),
     CompletionRequest: ("user", "metadata", "store"),
 }
@@ -41,7 +41,6 @@ REFUSED: dict[type[ApiRequest], dict[str, object]] = {
         "bad_words": ["a"],
         "logits_processors": ["a"],
         "chat_template": "a",
-        "documents": [{"title": "a"}],
     },
     CompletionRequest: {"suffix": "a", "use_beam_search": True, "bad_words": ["a"], "prompt_embeds": "a"},
 }

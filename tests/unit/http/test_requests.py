@@ -121,7 +121,8 @@ def test_what_goes_to_the_template() -> None:
         add_generation_prompt=False,
         return_token_ids=True,
     )
-    assert json.loads(made.chat.template_kwargs) == {"enable_thinking": False, "é": [1], "reasoning_effort": "low"}
+    assert json.loads(made.chat.template_kwargs) == {"enable_thinking": False, "é": [1]}
+    assert made.reasoning.effort == "low"
     assert made.chat.continue_final_message
     assert not made.chat.add_generation_prompt
     assert made.return_prompt_token_ids
@@ -182,7 +183,7 @@ def test_contents_are_text() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "user", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0].function"),
         ({"messages": HELLO * 1025}, "messages"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": "\ud800"}}, "chat_template_kwargs"),
@@ -234,7 +235,7 @@ def test_contents_are_text() -> None:
         ({"stream_options": []}, "stream_options"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream_interval": 0}, "stream_interval"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"functions": [{}]}, "functions"),
         ({"function_call": {"name": "f"}}, "function_call"),
         ({"response_format": 3}, "response_format"),

@@ -1,0 +1,185 @@
+"""What the APIs say about functions that the model may call: three ways to write the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from scalellm.v1 import generation_pb2
+from services.common.errors import StatusError
+from services.tokenizer.http.api_request import as_text
+
+_MODES: Mapping[str, generation_pb2.ToolChoiceMode] = {
+    "none": generation_pb2.TOOL_CHOICE_MODE_NONE,
+    "required": generation_pb2.TOOL_CHOICE_MODE_REQUIRED,
+}
+
+
+def set_tools(chat: generation_pb2.Chat, tools: object, choice: object, *, is_parallel: bool | None) -> None:
+    """Say to a conversation what OpenAI's `tools` and `tool_choice` say. Raises StatusError.
+
+    Args:
+        chat: The conversation.
+        tools: As chats have them, or flat as responses do; None: there are none.
+        choice: As chats have it, or flat as responses do; None: as the model likes.
+        is_parallel: False: one call at most.
+    """
+    _add_tools(chat, tools, _openai_tool)
+    if is_parallel is False and chat.tools:
+        chat.tool_choice.single = True
+    if choice is None:
+        return
+    if isinstance(choice, str):
+        _set_mode(chat, choice, "tool_choice")
+    elif not isinstance(choice, dict):
+        raise StatusError.invalid("tool_choice", "must be a string or an object")
+    elif choice.get("type") == "function":
+        _choose_one(chat, _named(choice, "tool_choice"))
+    elif choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
+        if not isinstance(allowed, dict) or not isinstance(allowed.get("tools"), list):
+            raise StatusError.invalid(f"{where}.tools", "must be a list of tools")
+        _set_mode(chat, allowed.get("mode", "auto"), f"{where}.mode")
+        chat.tool_choice.names.extend(
+            _named(tool, f"{where}.tools[{index}]") for index, tool in enumerate(allowed["tools"])
+        )
+        if not allowed["tools"]:
+            raise StatusError.invalid(f"{where}.tools", "must not be empty")
+    else:
+        raise StatusError.invalid("tool_choice.type", f"must be function or allowed_tools, got {_shown(choice)}")
+
+
+def set_anthropic_tools(chat: generation_pb2.Chat, tools: object, choice: object) -> None:
+    """Say to a conversation what Anthropic's `tools` and `tool_choice` say. Raises StatusError."""
+    _add_tools(chat, tools, _anthropic_tool)
+    if choice is None:
+        return
+    if not isinstance(choice, dict):
+        raise StatusError.invalid("tool_choice", "must be an object")
+    if choice.get("disable_parallel_tool_use") and chat.tools:
+        chat.tool_choice.single = True
+    match choice.get("type"):
+        case "auto":
+            pass
+        case "none":
+            chat.tool_choice.mode = generation_pb2.TOOL_CHOICE_MODE_NONE
+        case "any":
+            chat.tool_choice.mode = generation_pb2.TOOL_CHOICE_MODE_REQUIRED
+        case "tool":
+            _choose_one(chat, as_text(choice.get("name"), "tool_choice.name"))
+        case _:
+            raise StatusError.invalid("tool_choice.type", f"must be auto, any, tool or none, got {_shown(choice)}")
+
+
+def add_calls(message: generation_pb2.ChatMessage, calls: object, param: str) -> None:
+    """Add the `tool_calls` of a chat's message to it. Raises StatusError."""
+    if not isinstance(calls, list):
+        raise StatusError.invalid(param, "must be a list of calls")
+    for index, call in enumerate(calls):
+        where = f"{param}[{index}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise StatusError.invalid(f"{where}.function", "must be an object: only functions are called")
+        message.tool_calls.add(
+            id=as_text(call.get("id"), f"{where}.id"),
+            name=as_text(function.get("name"), f"{where}.function.name"),
+            arguments=json_text(function.get("arguments", ""), f"{where}.function.arguments"),
+        )
+
+
+def json_text(value: object, param: str) -> str:
+    """Return JSON as text, which clients send as it is or as a text. Raises StatusError."""
+    if isinstance(value, str):
+        return as_text(value, param)
+    try:
+        return as_text(json.dumps(value, ensure_ascii=False), param)
+    except (RecursionError, ValueError):
+        raise StatusError.invalid(param, "is nested too deeply, or holds what is no JSON") from None
+
+
+def tool_names(tools: object, inner: str = "") -> dict[str, str]:
+    """What a client calls our fields of tools.
+
+    Args:
+        tools: As it sent them.
+        inner: Where a tool's own fields stand in it: `.function` in chats, nothing elsewhere.
+    """
+    names = {"chat.tools": "tools", "chat.tool_choice": "tool_choice", "chat.documents": "documents"}
+    for index in range(len(tools) if isinstance(tools, list) else 0):
+        names[f"chat.tools[{index}]"] = f"tools[{index}]{inner}"
+    return names
+
+
+def _add_tools(chat: generation_pb2.Chat, tools: object, read: Callable[[Any, str, generation_pb2.Tool], None]) -> None:
+    if tools is None:
+        return
+    if not isinstance(tools, list):
+        raise StatusError.invalid("tools", "must be a list of tools")
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if not isinstance(tool, dict):
+            raise StatusError.invalid(where, "must be an object")
+        read(tool, where, chat.tools.add())
+
+
+def _openai_tool(tool: dict[str, Any], where: str, made: generation_pb2.Tool) -> None:
+    if tool.get("type") != "function":
+        raise StatusError.invalid(
+            f"{where}.type", f"must be function: nothing else can be called here, got {_shown(tool)}"
+        )
+    function = tool.get("function", tool)
+    if "function" in tool:
+        where = f"{where}.function"
+    if not isinstance(function, dict):
+        raise StatusError.invalid(where, "must be an object")
+    _fill(made, function, "parameters", where)
+
+
+def _anthropic_tool(tool: dict[str, Any], where: str, made: generation_pb2.Tool) -> None:
+    if tool.get("type") not in (None, "custom"):
+        raise StatusError.invalid(
+            f"{where}.type", f"must be custom: the server itself runs nothing, got {_shown(tool)}"
+        )
+    _fill(made, tool, "input_schema", where)
+
+
+def _fill(made: generation_pb2.Tool, function: dict[str, Any], schema: str, where: str) -> None:
+    made.name = as_text(function.get("name"), f"{where}.name")
+    if function.get("description") is not None:
+        made.description = as_text(function["description"], f"{where}.description")
+    if function.get(schema) is not None:
+        if not isinstance(function[schema], dict):
+            raise StatusError.invalid(f"{where}.{schema}", "must be a JSON schema")
+        made.parameters = json_text(function[schema], f"{where}.{schema}")
+    if (strict := function.get("strict")) is not None:
+        if not isinstance(strict, bool):
+            raise StatusError.invalid(f"{where}.strict", "must be true or false")
+        made.strict = strict
+
+
+def _choose_one(chat: generation_pb2.Chat, name: str) -> None:
+    choice = chat.tool_choice
+    choice.mode, choice.single = generation_pb2.TOOL_CHOICE_MODE_REQUIRED, True
+    choice.names.append(name)
+
+
+def _named(tool: Any, where: str) -> str:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict):
+        raise StatusError.invalid(where, "must be an object with the name of a function")
+    return as_text(function.get("name"), f"{where}.function.name" if "function" in tool else f"{where}.name")
+
+
+def _set_mode(chat: generation_pb2.Chat, value: object, where: str) -> None:
+    if value == "auto":
+        return
+    if not isinstance(value, str) or value not in _MODES:
+        raise StatusError.invalid(where, f"must be auto, {', '.join(_MODES)} or an object, got {str(value)[:64]!r}")
+    chat.tool_choice.mode = _MODES[value]
+
+
+def _shown(value: Mapping[str, Any]) -> str:
+    kind = value.get("type")
+    return repr(kind[:64]) if isinstance(kind, str) else "none"
