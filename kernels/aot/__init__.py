@@ -4,6 +4,7 @@
     python -m kernels.aot --write    # ... and make what came out the new baseline
 
 Triton brings the whole compiler, down to ptxas. What it tells of a kernel without running it: registers, memory that
-registers were spilled to, shared memory, and whether matrix products became wgmma (Hopper), tcgen05 (Blackwell) or mma
-instructions. TRITON_INTERPRET must not be set.
+registers were spilled to, shared memory, how far loops load ahead (tiles in shared memory / loads under way while the
+loop computes), and whether matrix products became wgmma (Hopper), tcgen05 (Blackwell) or mma instructions.
+TRITON_INTERPRET must not be set.
 """

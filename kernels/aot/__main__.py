@@ -39,7 +39,8 @@ def main() -> int:
     failures = []
     for (sm, name), report in sorted(reports.items()):
         numbers = f"{report.registers:4} regs {report.stack:5} stack {report.shared:7} smem {report.wide:3} wide"
-        print(f"sm_{sm:<4}{name:76}{numbers}  {report.mma}")
+        ahead = " ".join(f"{loop.buffers}/{loop.in_flight}" for loop in report.loops)
+        print(f"sm_{sm:<4}{name:76}{numbers}  {report.mma:8}{ahead}".rstrip())
         # Without a baseline for this version of Triton, what holds for any version is held.
         failures += violations(sm, name, report, baseline.get(f"sm_{sm} {name}") if baseline else report)
     named = {f"sm_{sm} {name}": report for (sm, name), report in reports.items()}

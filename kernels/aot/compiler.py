@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -16,14 +17,28 @@ from kernels.aot.recorder import Variant
 
 # Most specific first: a kernel may use plain mma beside the instructions of its generation.
 _MMA = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
+_BUFFER = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d")
+_WAIT = re.compile(r"ttg\.async_wait .*\{num = (\d+) : i32\}")
 _WIDE = re.compile(r"(?:ld|st)\.global\S*\.(?:v4\.\w32|v2\.\w64|v8\.\w+)|cp\.async\.cg\.|cp\.async\.bulk\.")
+
+
+class Loop(NamedTuple):
+    """A loop that loads ahead into shared memory: how many tiles of an operand that holds, and how many loads are still
+    under way when the loop waits for those of its next turn. Of several operands and waits, the least.
+
+    One buffer and none under way is a loop that waits for memory in every turn.
+    """
+
+    buffers: int
+    in_flight: int
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """Of one program. `stack` is bytes of local memory per thread: registers that did not fit. `shared` is bytes.
 
-    `wide` counts instructions that move 128 bits or more between a thread and device memory.
+    `wide` counts instructions that move 128 bits or more between a thread and device memory; `loops` are the loops that
+    load ahead, in the order of the program.
     """
 
     registers: int
@@ -31,6 +46,12 @@ class Report:
     shared: int
     mma: str
     wide: int
+    loops: tuple[Loop, ...]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Report":
+        """Undo `asdict` and JSON."""
+        return cls(**{**values, "loops": tuple(Loop(*loop) for loop in values["loops"])})
 
 
 def compile_variant(variant: Variant, sm: int, cache: Path) -> Report:
@@ -40,18 +61,39 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Report:
     identity = f"{triton.__version__} {found} {source.hash()} {sm} {sorted(variant.options.items())}"
     cached = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
     if cached.exists():
-        return Report(**json.loads(cached.read_text()))
+        return Report.from_json(json.loads(cached.read_text()))
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=variant.options)
     registers, stack = _resource_usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     mma = next((name for name, instruction in _MMA.items() if instruction in ptx), "none")
-    report = Report(registers, stack, compiled.metadata.shared, mma, wide=len(_WIDE.findall(ptx)))
+    wide, loops = len(_WIDE.findall(ptx)), pipelined_loops(compiled.asm["ttgir"])
+    report = Report(registers, stack, compiled.metadata.shared, mma, wide, loops)
     cache.mkdir(parents=True, exist_ok=True)
     # Several processes share the folder: a file appears whole or not at all.
     with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:
         json.dump(asdict(report), file)
     Path(file.name).replace(cached)
     return report
+
+
+def pipelined_loops(ttgir: str) -> tuple[Loop, ...]:
+    """Read the loops that load ahead from Triton's last representation of its own."""
+    found: list[Loop] = []
+    buffers: list[int] = []  # of the loop that follows
+    waits: list[int] = []  # in the outermost loop that the line is in
+    end = ""  # the line that closes it
+    for line in ttgir.splitlines():
+        if not end and (buffer := _BUFFER.search(line)):
+            buffers.append(int(buffer[1]))
+        elif not end and "scf.for " in line:
+            end = line[: len(line) - len(line.lstrip())] + "}"
+        elif end and line.startswith(end):
+            if waits:
+                found.append(Loop(min(buffers), min(waits)))
+            buffers, waits, end = [], [], ""
+        elif end and (wait := _WAIT.search(line)):
+            waits.append(int(wait[1]))
+    return tuple(found)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -25,6 +25,12 @@ def violations(sm: int, name: str, now: Report, before: Report | None) -> list[s
             found.append(f"registers: {before.registers} -> {now.registers}")
         if now.mma != before.mma:
             found.append(f"matrix instructions: {before.mma} -> {now.mma}")
+        if len(now.loops) < len(before.loops):
+            found.append(f"loops that load ahead: {len(before.loops)} -> {len(now.loops)}")
+        for i, (loop, earlier) in enumerate(zip(now.loops, before.loops, strict=False)):
+            if loop.buffers < earlier.buffers or loop.in_flight < earlier.in_flight:
+                was = f"{earlier.buffers} buffers with {earlier.in_flight} loads under way"
+                found.append(f"loop {i + 1} loads less ahead: {was} -> {loop.buffers} with {loop.in_flight}")
         if before.wide and not now.wide:
             found.append("no access to device memory has 128 bits any more")
     return [f"sm_{sm} {name}: {text}" for text in found]
@@ -34,7 +40,7 @@ def read_baseline(path: Path) -> dict[str, Report]:
     """Return the reports by "sm_90 case kernel"."""
     if not path.exists():
         return {}
-    return {name: Report(**fields) for name, fields in json.loads(path.read_text()).items()}
+    return {name: Report.from_json(fields) for name, fields in json.loads(path.read_text()).items()}
 
 
 def write_baseline(path: Path, reports: Mapping[str, Report]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import Capability, select_ops
-from kernels.aot.compiler import Report
+from kernels.aot.compiler import Loop, Report, pipelined_loops
 from kernels.aot.gate import violations
 from kernels.aot.manifest import CASES
 from kernels.aot.recorder import Recorder
@@ -66,10 +66,45 @@ def test_every_triton_op_has_a_case():
         ({"wide": 1}, None),
         ({"wide": 0}, "no access to device memory has 128 bits any more"),
         ({"mma": "mma"}, "matrix instructions: wgmma -> mma"),
+        ({"loops": (Loop(3, 4), Loop(2, 2), Loop(1, 0))}, None),
+        ({"loops": (Loop(3, 4),)}, "loops that load ahead: 2 -> 1"),
+        (
+            {"loops": (Loop(3, 4), Loop(1, 0))},
+            "loop 2 loads less ahead: 2 buffers with 2 loads under way -> 1 with 0",
+        ),
     ],
 )
 def test_gate(change, message):
-    before = Report(registers=100, stack=0, shared=1000, mma="wgmma", wide=4)
+    before = Report(registers=100, stack=0, shared=1000, mma="wgmma", wide=4, loops=(Loop(3, 4), Loop(2, 2)))
     expected = [] if message is None else [f"sm_90 x: {message}"]
     assert violations(90, "x", replace(before, **change), before) == expected
     assert violations(90, "x", before, None) == ["sm_90 x: is not in the baseline"]
+
+
+TTGIR = """
+    %q_1 = ttg.local_alloc %q_0 : (tensor<16x128xbf16, #blocked>) -> !ttg.memdesc<16x128xbf16, #shared, #smem>
+    %k = ttg.local_alloc : () -> !ttg.memdesc<2x128x64xbf16, #shared2, #smem, mutable>
+    %v = ttg.local_alloc : () -> !ttg.memdesc<3x64x128xbf16, #shared, #smem, mutable>
+    %9 = ttg.async_wait %8 {num = 0 : i32}
+    %acc:2 = scf.for %i = %a to %b step %c iter_args(%arg = %z) -> (tensor<16xf32>) : i32 {
+      %w = ttg.async_wait %x, %y {num = 2 : i32}
+      %p = ttg.local_alloc %o : (tensor<16x64xbf16, #mma>) -> !ttg.memdesc<16x64xbf16, #shared, #smem>
+      %n = scf.for %j = %a to %b step %c iter_args(%arg = %z) -> (i32) : i32 {
+        scf.yield %j : i32
+      }
+      %u = ttg.async_wait %x {num = 3 : i32}
+      scf.yield %u : i32
+    }
+    %10 = ttg.async_wait {num = 0 : i32}
+    %11 = scf.for %i = %a to %b step %c iter_args(%arg = %z) -> (i32) : i32 {
+      scf.yield %i : i32
+    }
+    %t = ttg.local_alloc : () -> !ttg.memdesc<1x64xbf16, #shared, #smem, mutable>
+    scf.for %i = %a to %b step %c : i32 {
+      %w = ttg.async_wait %x {num = 0 : i32}
+    } {tt.num_stages = 2 : i32}
+"""
+
+
+def test_how_far_loops_load_ahead_is_read_from_the_compiler():
+    assert pipelined_loops(TTGIR) == (Loop(2, 2), Loop(1, 0))
