@@ -8,12 +8,14 @@ from kernels.tiles import tile_table
 
 
 def num_decode_splits(capability: Capability, num_seqs: int, num_kv_heads: int) -> int:
-    """Return `num_splits` for `paged_attention_decode`: a power of two, 4 to 64 in the tables.
+    """Return `num_splits` for `paged_attention_decode`: a power of two, 8 to 64 in the tables.
 
     As many as give each processor a few programs: enough loads in flight to keep memory busy, and shares small enough
     to even out. Chosen from shapes alone, so that it is the same whenever a captured graph runs and a sequence's result
-    does not depend on how long its neighbours are. Never fewer than 4: a single long sequence in a large batch would
-    otherwise be read by one processor per head while the others wait. A share without keys costs next to nothing.
+    does not depend on how long its neighbours are. Never fewer than the table's `fewest`: a single long sequence in a
+    large batch would otherwise be read by a few processors per head while the others wait. Of a batch that has that
+    number, shares have `least_keys` at least (see `least_tiles`), so that short sequences are not cut up for nothing;
+    a share without keys costs next to nothing.
     """
     tile = tile_table("num_decode_splits", capability).choose()
     wanted = tile["programs_per_sm"] * capability.num_sms / max(1, num_seqs * num_kv_heads)
@@ -21,6 +23,12 @@ def num_decode_splits(capability: Capability, num_seqs: int, num_kv_heads: int) 
     while splits < wanted and splits < tile["most"]:
         splits *= 2
     return splits
+
+
+def least_tiles(capability: Capability, num_splits: int, block_n: int) -> int:
+    """Return how many tiles of `block_n` keys a share of a sequence has at least, the last one excepted."""
+    tile = tile_table("num_decode_splits", capability).choose()
+    return max(1, tile["least_keys"] // block_n) if num_splits == tile["fewest"] else 1
 
 
 def decode_workspace(

@@ -71,7 +71,15 @@ _SCHEMAS: Mapping[str, _Schema] = MappingProxyType(
             {"block_m": _Range(16, 128), "block_n": _BLOCK, "words": _Range(16, 64)} | _LAUNCH,
         ),
         # Splits come before the call that uses them, so they have a table of their own.
-        "num_decode_splits": _Schema((), {"fewest": _Range(1, 64), "most": _Range(1, 64), "programs_per_sm": _COUNT}),
+        "num_decode_splits": _Schema(
+            (),
+            {
+                "fewest": _Range(1, 64),
+                "most": _Range(1, 64),
+                "programs_per_sm": _COUNT,
+                "least_keys": _Range(16, 4096),
+            },
+        ),
         "paged_attention_decode": _Schema(("element_size", "head_dim"), {"block_n": _BLOCK} | _LAUNCH),
         "unified_attention": _Schema(
             ("element_size", "head_dim", "rows"), {"block_m": _BLOCK, "block_n": _BLOCK} | _LAUNCH

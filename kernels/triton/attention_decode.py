@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kernels.launch import Launch, next_power_of_2
 from kernels.reference.quant import E4M3
-from kernels.splits import decode_workspace
-from kernels.triton.attention import LOG2E
+from kernels.splits import decode_workspace, least_tiles
+from kernels.triton.attention import LOG2E, as_multiplied, blocks_of, capped, slots_of
 from kernels.triton.quantise import scale_of
 
 
@@ -45,6 +45,7 @@ def paged_attention_decode(
     group = q_heads // kv_heads
     tile = launch.tile("paged_attention_decode", element_size=q.element_size(), head_dim=head_dim)
     block_n = tile["block_n"]
+    least = least_tiles(launch.capability, num_splits, block_n)
     parts = out  # one split writes the result itself
     if num_splits > 1:
         size = num_seqs * q_heads * num_splits
@@ -81,6 +82,7 @@ def paged_attention_decode(
         BLOCK_H=max(16, next_power_of_2(group)),
         BLOCK_N=block_n,
         NUM_SPLITS=num_splits,
+        LEAST_TILES=least,
         WINDOW=window,
         SOFTCAP=softcap > 0,
         K_SCALE_IN_MEMORY=isinstance(k_scale, Tensor),
@@ -103,20 +105,21 @@ def paged_attention_decode(
             BLOCK_N=block_n,
             NUM_SPLITS=num_splits,
             PADDED_SPLITS=next_power_of_2(num_splits),
+            LEAST_TILES=least,
             WINDOW=window,
         )
     return out
 
 
 @triton.jit
-def _shares(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr):
+def _shares(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, LEAST_TILES: tl.constexpr, WINDOW: tl.constexpr):
     """Return the first key a query sees, the tile it is in, and the keys of a share, a multiple of the tile."""
     start = 0
     if WINDOW > 0:
         start = tl.maximum(0, length - WINDOW)
     first_tile = start // BLOCK_N
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N) - first_tile, NUM_SPLITS) * BLOCK_N
-    return start, first_tile * BLOCK_N, share
+    tiles = tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_N) - first_tile, NUM_SPLITS), LEAST_TILES)
+    return start, first_tile * BLOCK_N, tiles * BLOCK_N
 
 
 @triton.jit(do_not_specialize=["block_table_stride"])
@@ -144,6 +147,7 @@ def _decode_split(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     K_SCALE_IN_MEMORY: tl.constexpr,
@@ -153,7 +157,7 @@ def _decode_split(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(seq_lens_ptr + seq)
-    start, first, share = _shares(length, BLOCK_N, NUM_SPLITS, WINDOW)
+    start, first, share = _shares(length, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
     first += split * share
     stop = tl.minimum(first + share, length)
     if NUM_SPLITS > 1 and first >= stop:
@@ -164,26 +168,23 @@ def _decode_split(
     head = kv_head * GROUP + row
     mask = (row < GROUP)[:, None] & (dim < D)[None, :]
     q = tl.load(q_ptr + seq * Q_STRIDE_S + head[:, None] * Q_STRIDE_H + dim[None, :], mask=mask, other=0.0)
+    q = as_multiplied(q, k_ptr.dtype.element_ty)
     score_scale *= scale_of(k_scale, K_SCALE_IN_MEMORY)
 
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     weighted = tl.zeros([BLOCK_H, PADDED_D], tl.float32)
     table = block_table_ptr + seq * block_table_stride
+    block = blocks_of(table, first, start, stop, PAGE, BLOCK_N)
     for at in range(first, stop, BLOCK_N):
         key = at + tl.arange(0, BLOCK_N)
         live = (key >= start) & (key < stop)  # one at least: each tile gives every row a finite maximum
-        if PAGE % BLOCK_N == 0:  # the tile is in one page
-            block = tl.load(table + at // PAGE).to(tl.int64)
-            slot = block * PAGE + at % PAGE + tl.arange(0, BLOCK_N)
-        else:
-            block = tl.load(table + key // PAGE, mask=live, other=0).to(tl.int64)
-            slot = block * PAGE + key % PAGE
-        base = slot * (KV_HEADS * D) + kv_head * D
+        base = slots_of(block, at, PAGE, BLOCK_N) * (KV_HEADS * D) + kv_head * D
+        block = blocks_of(table, at + BLOCK_N, start, stop, PAGE, BLOCK_N)
         k = tl.load(k_ptr + base[None, :] + dim[:, None], mask=live[None, :] & (dim < D)[:, None], other=0.0)
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * score_scale
         if SOFTCAP:
-            scores = cap - 2.0 * cap / (tl.math.exp2(scores * 2.8853900817779268) + 1.0)  # cap * tanh(scores)
+            scores = capped(scores, cap)
         scores = tl.where(live[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.math.exp2(scores - new_highest[:, None])
@@ -218,12 +219,13 @@ def _decode_reduce(
     BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
     seq = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     length = tl.load(seq_lens_ptr + seq)
-    _, first, share = _shares(length, BLOCK_N, NUM_SPLITS, WINDOW)
+    _, first, share = _shares(length, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
     split = tl.arange(0, PADDED_SPLITS)
     dim = tl.arange(0, PADDED_D)
     written = (split < NUM_SPLITS) & (first + split * share < length)

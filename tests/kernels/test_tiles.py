@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from kernels import Capability, gemm_wna16_workspace_size, num_decode_splits
+from kernels.splits import least_tiles
 from kernels.tiles import _ROOT, TILED_OPS, device_slug, read_table, tile_table, tuned_devices
 
 A100, H200, B200 = Capability(80, 108), Capability(90, 132, "NVIDIA H200"), Capability(100, 148)
@@ -115,7 +116,9 @@ def test_the_folders_are_those_of_ops():
 
 
 def test_splits_follow_the_device_and_the_shapes():
-    assert [num_decode_splits(H200, batch, 8) for batch in (1, 2, 8, 64, 256)] == [64, 64, 16, 4, 4]
+    assert [num_decode_splits(H200, batch, 8) for batch in (1, 2, 8, 64, 256)] == [64, 64, 16, 8, 8]
+    # 256 keys at least where the batch fills the device, and a tile where only many shares do.
+    assert [least_tiles(H200, splits, 64) for splits in (64, 16, 8)] == [1, 1, 4]
 
 
 def test_scratch_of_packed_products():

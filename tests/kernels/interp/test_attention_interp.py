@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import decode_workspace
+from kernels import decode_workspace, num_decode_splits
+from kernels.splits import least_tiles
 from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -136,6 +137,29 @@ def test_decode_in_shares(ops, paged_case, attention_oracle, q_heads, kv_heads, 
     lens = [0, 1, 32, 33, 130]
     case = paged_case(lens, [1] * len(lens), q_heads=q_heads, kv_heads=kv_heads, dtype=dtype)
     check(decode(ops, case, num_splits), attention_oracle(case, scale=0.125), dtype)
+
+
+def test_shares_of_a_full_batch_have_no_fewer_keys_than_the_table_says(ops, launch, paged_case, attention_oracle):
+    splits = num_decode_splits(launch.capability, 1000, 1)
+    assert least_tiles(launch.capability, splits, 64) == 4
+    case = paged_case([0, 1, 256, 257, 700], [1] * 5, q_heads=2, kv_heads=1, page=64, dtype=torch.bfloat16)
+    expected = attention_oracle(case, scale=0.125)
+    check(decode(ops, case, splits), expected, torch.bfloat16)
+    windowed = paged_case([0, 300, 700], [1] * 3, q_heads=2, kv_heads=1, page=64, dtype=torch.bfloat16, window=290)
+    expected = attention_oracle(windowed, scale=0.125, window=290)
+    check(decode(ops, windowed, splits, window=290), expected, torch.bfloat16)
+
+
+def test_queries_beyond_float16_with_an_e4m3_cache_stay_finite_and_others_stay_seen(ops, paged_case, attention_oracle):
+    case = e4m3(paged_case([17, 33], [1, 1], dtype=torch.bfloat16), 1.0, 1.0)
+    case.q[0] *= 1e5
+    expected = attention_oracle(case, scale=0.125)
+    for result in (decode(ops, case, 2), unified(ops, case)):
+        check(result, expected, torch.bfloat16)
+    case.q[1, 0, 0] = torch.nan
+    for result in (decode(ops, case, 2), unified(ops, case)):
+        assert result[1, 0].isnan().all()
+        assert result[0].isfinite().all()
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_its_place(ops, paged_case):
