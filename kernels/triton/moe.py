@@ -1,9 +1,11 @@
 """The expert layer of a mixture.
 
-For few tokens, time is that of reading the experts that were hit: a grouped product whose blocks of 16 or 64 rows have
+For few tokens, time is that of reading the experts that were hit: a grouped product whose blocks of 16 to 64 rows have
 one expert each, in the layout of `moe_align_block_size`; its grid is an upper bound, and programs past the last block
-leave at once. For many tokens of unquantised weights, torch's grouped product. Either way the outputs of a token's
-experts are written apart and added in a fixed order.
+leave at once. Blocks are the grid's fastest dimension: those of one expert ask for a tile of its weight at about the
+same time, and only the first reads it from memory. (An expert of Mixtral is larger than an H200's second-level cache,
+so one block after the other would read all of it anew.) For many tokens of unquantised weights, torch's grouped
+product. Either way the outputs of a token's experts are written apart and added in a fixed order.
 """
 
 import torch
@@ -41,12 +43,12 @@ def _grouped_gemm(
     BLOCK_K: tl.constexpr,
 ):
     """Write, for each pair, its row of x times its expert's weight [N, K] to its row of `out` [pairs, N]."""
-    block = tl.program_id(1)
+    block = tl.program_id(0)
     if block * BLOCK_M < tl.load(used):
         pair = tl.load(sorted_token_ids + block * BLOCK_M + tl.arange(0, BLOCK_M))
         live = pair < pairs
         expert = tl.load(expert_ids + block).to(tl.int64)
-        columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         live_columns = columns < N
         inner = tl.arange(0, BLOCK_K)
         x_at = x + (pair // PAIRS_PER_ROW).to(tl.int64)[:, None] * X_STRIDE + inner[None, :]
@@ -130,7 +132,7 @@ def _grouped(
     blocks = min(pairs, layout[1].shape[0])  # every block has a pair
     launch(
         _grouped_gemm,
-        (triton.cdiv(n, tile["block_n"]), blocks),
+        (blocks, triton.cdiv(n, tile["block_n"])),
         x,
         weight,
         scale,

@@ -41,12 +41,12 @@ def _grouped_gemm_packed(
 ):
     """Write, for each pair, its row of x times its expert's weight [K, N] to its row of `out` [pairs, N]."""
     PACK: tl.constexpr = 32 // BITS
-    block = tl.program_id(1)
+    block = tl.program_id(0)
     if block * BLOCK_M < tl.load(used):
         pair = tl.load(sorted_token_ids + block * BLOCK_M + tl.arange(0, BLOCK_M))
         live = pair < pairs
         expert = tl.load(expert_ids + block).to(tl.int64)
-        columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         x_rows = x + (pair // PAIRS_PER_ROW).to(tl.int64) * X_STRIDE
         words += expert * (K // PACK) * N
         scales += expert * (K // GROUP) * N
@@ -115,7 +115,7 @@ def _grouped(
     blocks = min(pairs, layout[1].shape[0])  # every block has a pair
     launch(
         _grouped_gemm_packed,
-        (triton.cdiv(columns, tile["block_n"]), blocks),
+        (blocks, triton.cdiv(columns, tile["block_n"])),
         x,
         *weight,
         *layout,

@@ -114,15 +114,20 @@ def _align(ops: Ops) -> None:
 
 
 CASES = (
+    _moe("Mixtral few", 16, 8, 2, 4096, 14336),
     _moe("Mixtral", 64, 8, 2, 4096, 14336),
+    _moe("Mixtral many", 240, 8, 2, 4096, 14336),
     _moe("Mixtral prefill", 1024, 8, 2, 4096, 14336),
+    _moe("Mixtral e4m3 few", 16, 8, 2, 4096, 14336, dtype=_E4M3),
     _moe("Mixtral e4m3", 64, 8, 2, 4096, 14336, dtype=_E4M3),
     _moe("Mixtral e4m3 prefill", 1024, 8, 2, 4096, 14336, dtype=_E4M3),
     _moe("Mixtral float16 prefill", 1024, 8, 2, 4096, 14336, dtype=torch.float16),
     _moe("Qwen3", 64, 128, 8, 2048, 768),
     _moe("Qwen3 e4m3 blocks", 64, 128, 8, 2048, 768, dtype=_E4M3, block=128),
+    _packed("Mixtral int4 few", 16, 8, 2, 4096, 14336, bits=4, zeros=True),
     _packed("Mixtral int4", 64, 8, 2, 4096, 14336, bits=4, zeros=True),
     _packed("Mixtral int8", 64, 8, 2, 4096, 14336, bits=8),
+    _packed("Mixtral int4 groups of 32 few", 16, 8, 2, 4096, 14336, bits=4, group=32),
     _packed("Mixtral int4 groups of 32", 64, 8, 2, 4096, 14336, bits=4, group=32),
     _packed("Mixtral int4 prefill", 1024, 8, 2, 4096, 14336, bits=4, zeros=True),
     _packed("Mixtral int4 float16 prefill", 1024, 8, 2, 4096, 14336, bits=4, dtype=torch.float16),
