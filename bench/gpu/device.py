@@ -5,13 +5,21 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from kernels import Capability
 
 Call = Callable[[], object]
+
+
+class Span(NamedTuple):
+    """Of a kernel or copy on the device, in microseconds."""
+
+    name: str
+    start_us: float
+    end_us: float
 
 
 class Device(Protocol):
@@ -36,6 +44,9 @@ class Device(Protocol):
 
         With `flush` the second-level cache holds nothing of the call's data before each repetition.
         """
+
+    def profile(self, call: Call) -> list[Span]:
+        """Return the kernels and copies that `call` queues, in the order of their begin."""
 
     def free_bytes(self) -> int:
         """Return bytes of memory that can still be had."""
@@ -77,6 +88,18 @@ class CudaDevice:
         self.synchronize()
         return 1e3 * statistics.median(start.elapsed_time(end) for start, end in pairs)
 
+    def profile(self, call: Call) -> list[Span]:
+        call()
+        self.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            call()
+            self.synchronize()
+        events = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+        return sorted(
+            (Span(event.name, event.time_range.start, event.time_range.end) for event in events),
+            key=lambda span: span.start_us,
+        )
+
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.target)[0])
 
@@ -113,6 +136,9 @@ class DryRunDevice:
     def time(self, call: Call, *, flush: bool, repeats: int = 15) -> float:
         call()
         return 1.0
+
+    def profile(self, call: Call) -> list[Span]:
+        return [Span("dry run", 0.0, 1.0), Span("dry run", 3.0, 4.0)]
 
     def free_bytes(self) -> int:
         return 64 << 30

@@ -84,6 +84,7 @@ def tiny(name: str) -> ModelConfig:
         head_dim=64,
         attention_scale=64**-0.5,
         max_position_embeddings=1024,
+        eos_token_ids=(0,),
     )
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # the process that starts workers does without torch
     from bench.gpu.device import Device
 
 State = Literal["passed", "failed", "skipped"]
+Kind = Literal["begin", "row", "check", "note", "shared", "end"]
+Sink = Callable[[Kind, dict[str, Any]], None]
 DEVICE_LOST = 3  # exit code of a worker: the parts that it has not run need a new process
 
 
@@ -20,34 +25,58 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Something that has to hold. `passed` is None where a dry run cannot tell."""
+    """Something that has to hold. `passed` is None where a dry run cannot tell. A `target` is of speed."""
 
     name: str
     passed: bool | None
     detail: str = ""
+    target: bool = False
 
 
-@dataclass(slots=True)
 class Findings:
-    """What a part has found so far; kept when the part fails half way."""
+    """Takes what a part finds, and hands each piece on at once: what comes later may end the process, or the run."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    shared: dict[str, Any] = field(default_factory=dict)
-    """What later parts use, as plain JSON: the measured ceilings."""
+    def __init__(self, sink: Sink = lambda kind, value: None) -> None:
+        self._sink = sink
+        self.num_rows = 0
+        self.failed = False
 
     def row(self, **values: Any) -> None:
         """Add a row of the part's table; all rows of one part have the same columns."""
-        self.rows.append(values)
+        self.num_rows += 1
+        self._sink("row", values)
 
-    def check(self, name: str, passed: bool | None, detail: str = "") -> None:
+    def check(self, name: str, passed: bool | None, detail: str = "", *, target: bool = False) -> None:
         """Note whether something held."""
-        self.checks.append(Check(name, passed, detail))
+        self.failed |= passed is False
+        self._sink("check", asdict(Check(name, passed, detail, target)))
 
     def note(self, text: str) -> None:
         """Say something that is neither figure nor check."""
-        self.notes.append(text)
+        self._sink("note", {"text": text})
+
+    def share(self, **values: Any) -> None:
+        """Leave plain JSON for later parts: the measured ceilings."""
+        self._sink("shared", values)
+
+    @contextmanager
+    def attempt(self, name: str, device: Device) -> Iterator[None]:
+        """Try one case, model or workload: whatever it raises is a failed check of this name, and the part goes on.
+
+        Triton's OutOfResources and CompilationError are no RuntimeErrors, so every kind of exception is meant.
+
+        Raises:
+            RuntimeError: the device is lost, which ends the part.
+        """
+        try:
+            yield
+        except UnavailableError as error:
+            self.note(f"{name}: left out: {error}")
+        except Exception as error:
+            traceback.print_exc()
+            self.check(name, False, f"{type(error).__name__}: {error}"[:500])
+        device.synchronize()
+        device.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +85,13 @@ class Bench:
 
     device: Device
     deadline: float
-    """By `time.monotonic`."""
+    """By `time.monotonic`: the end of this part's share of the budget."""
     shared: Mapping[str, Any]
     options: Mapping[str, Any]
-    """Of this run of the part, for a part that starts processes of its own."""
+    """Of the part's specification, and of this run of it where a part starts processes of its own."""
 
     def seconds_left(self) -> float:
-        """Return seconds until the budget of the whole run is spent."""
+        """Return seconds until the part's share of the budget is spent."""
         return self.deadline - time.monotonic()
 
 
@@ -81,7 +110,8 @@ class Part(Protocol):
 class PartSpec:
     """How a part is found and what it takes; known without importing it.
 
-    `seconds` is what it takes on an H200, cold. `timeout` is when it is given up.
+    `seconds` is what it takes on an H200, cold: the budget is divided in proportion to it. `timeout` is when it is
+    given up. `options` say which of a part's cases are meant.
     """
 
     name: str
@@ -90,32 +120,38 @@ class PartSpec:
     seconds: float
     timeout: float
     title: str
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"options": dict(self.options)}
 
 
 @dataclass(slots=True)
 class PartResult:
-    """How a part ended."""
+    """What is known of a part: all that it found until it ended, or was ended."""
 
     name: str
-    state: State
+    state: State = "failed"
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
+    error: str | None = "did not end"
 
-    @classmethod
-    def of(cls, name: str, found: Findings, seconds: float, error: str | None = None) -> PartResult:
-        """Judge what a part found."""
-        failed = error is not None or any(check.passed is False for check in found.checks)
-        state: State = "failed" if failed else "passed"
-        return cls(name, state, round(seconds, 2), found.rows, found.checks, found.notes, found.shared, error)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> PartResult:
-        """Undo `to_json`."""
-        return cls(**{**values, "checks": [Check(**check) for check in values["checks"]]})
+    def take(self, kind: Kind, value: dict[str, Any]) -> None:
+        """Add what the part found, or how it ended."""
+        if kind == "row":
+            self.rows.append(value)
+        elif kind == "check":
+            self.checks.append(Check(**value))
+        elif kind == "note":
+            self.notes.append(value["text"])
+        elif kind == "shared":
+            self.shared |= value
+        elif kind == "end":
+            self.state, self.seconds, self.error = value["state"], value["seconds"], value["error"]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from bench.gpu.part import PartResult
+from bench.gpu.ledger import plain
+from bench.gpu.part import Check, Kind, PartResult
 
 _NO_FIGURES = "dry run: no figures"
 _MOST_FAILURES = 25
@@ -19,7 +20,7 @@ def record(results: Sequence[PartResult], *, dry_run: bool, budget_s: float, sec
     parts = [result.to_json() for result in results]
     for part in parts:
         del part["shared"]
-        part["rows"] = [{key: _plain(value, dry_run) for key, value in row.items()} for row in part["rows"]]
+        part["rows"] = [{key: plain(value, dry_run=dry_run) for key, value in row.items()} for row in part["rows"]]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "dry_run": dry_run,
@@ -46,8 +47,25 @@ def passed(results: Sequence[PartResult]) -> bool:
     return all(result.state != "failed" for result in results)
 
 
+def line_of(part: str, kind: Kind, value: dict[str, Any], *, dry_run: bool) -> str:
+    """Return the line that a finding is, as it comes."""
+    if kind == "row":
+        words = ", ".join(f"{name} {_cell(name, item, dry_run)}" for name, item in value.items())
+    elif kind == "check":
+        words = _judged(Check(**value))
+    elif kind == "begin":
+        words = f"begins, with {value['seconds']:.0f} s"
+    elif kind == "end":
+        words = f"{value['state']} in {value['seconds']:.0f} s{'' if value['error'] is None else ': ' + value['error']}"
+    elif kind == "note":
+        words = value["text"]
+    else:
+        words = f"shares {', '.join(value)}"
+    return f"{part}: {words}"[:300]
+
+
 def text(results: Sequence[PartResult], *, dry_run: bool, seconds: float) -> str:
-    """Return the table for people."""
+    """Return the report for people. What failed and how the targets stand comes last: a terminal keeps the end."""
     shared = shared_of(results)
     device, versions = shared.get("device", {}), shared.get("versions", {})
     title = f"{device.get('name', 'no device')}, " + ", ".join(f"{name} {value}" for name, value in versions.items())
@@ -61,15 +79,30 @@ def text(results: Sequence[PartResult], *, dry_run: bool, seconds: float) -> str
         counts = f"{good} of {len(result.checks)} checks hold" + (f", {unknown} not judged" if unknown else "")
         lines.append(f"{result.name:<16}{result.state:<10}{result.seconds:>6.0f} s  {counts if result.checks else ''}")
         lines += [f"    {note}"[:200] for note in result.notes]
-        if result.error is not None:
-            lines.append(f"    error: {result.error.splitlines()[0]}"[:200])
-    failures = [check for result in results for check in result.checks if check.passed is False]
-    lines += [f"FAILED {check.name}: {check.detail}"[:200] for check in failures[:_MOST_FAILURES]]
+    targets = [check for result in results for check in result.checks if check.target]
+    if targets:
+        lines.append(f"{' Targets ':-^110}")
+        lines += [_judged(check)[:200] for check in targets]
+    failures = [
+        f"FAILED {check.name}: {check.detail}"
+        for result in results
+        for check in result.checks
+        if check.passed is False and not check.target
+    ]
+    failures += [f"FAILED {result.name}: {result.error.splitlines()[0]}" for result in results if result.error]
+    if failures:
+        lines.append(f"{' Failures ':-^110}")
+        lines += [failure[:200] for failure in failures[:_MOST_FAILURES]]
     if len(failures) > _MOST_FAILURES:
         lines.append(f"and {len(failures) - _MOST_FAILURES} more: see the JSON")
     verdict = "passed" if passed(results) else "FAILED"
     lines.append(f" {verdict} in {seconds:.0f} s{f', {_NO_FIGURES}' if dry_run else ''} ".center(110, "="))
     return "\n".join(lines)
+
+
+def _judged(check: Check) -> str:
+    verdict = {True: "holds ", False: "FAILED", None: "not judged"}[check.passed]
+    return f"{verdict} {check.name}{f': {check.detail}' if check.detail else ''}"
 
 
 def _table(result: PartResult, dry_run: bool) -> list[str]:
@@ -99,9 +132,3 @@ def _cell(column: str, value: Any, dry_run: bool) -> str:
             return f"{value:.0%}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)
-
-
-def _plain(value: Any, dry_run: bool) -> Any:
-    if isinstance(value, float) and (dry_run or value != value or abs(value) == float("inf")):
-        return None  # JSON has no NaN
-    return value

@@ -18,39 +18,60 @@ Precision = Literal["bf16", "fp8", "int4"]
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the device did in this run: GB/s, TFLOP/s, and microseconds between two kernels of a graph."""
+    """What the device did in this run: GB/s of a copy (read and written) and of reading alone, TFLOP/s, and
+    microseconds between two kernels of a graph.
+    """
 
-    bandwidth: float
+    copy: float
+    read: float
     bf16: float
     fp8: float
     gap_us: float
 
     @classmethod
     def of(cls, shared: Mapping[str, Any]) -> Ceilings:
-        """Return what the environment part shared."""
-        return cls(**shared["ceilings"])
+        """Return what the environment part shared; of a run in which that was stopped, what is assumed."""
+        return cls(**shared["ceilings"]) if "ceilings" in shared else ASSUMED
+
+    def move_us(self, num_bytes: float, written: float = 0.0) -> float:
+        """Return the least microseconds in which so many bytes are moved, `written` of them written, the rest read.
+
+        A copy's time is that of its reads and that of its writes; reading alone tells the first.
+        """
+        read_us = 1.0 / (max(self.read, self.copy) * 1e3)  # of a byte
+        written_us = max(0.0, 2.0 / (self.copy * 1e3) - read_us)
+        return (num_bytes - written) * read_us + written * written_us
 
     def to_json(self) -> dict[str, float]:
         """Return plain values."""
         return asdict(self)
 
 
+# Of an H200: the copy and the bf16 product were measured on one, the others follow from them.
+ASSUMED = Ceilings(copy=4300.0, read=4300.0, bf16=790.0, fp8=1580.0, gap_us=1.2)
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Bytes moved and floating-point operations of the products, by the precision they can be formed in."""
+    """Bytes moved, those of them that are written, and floating-point operations of the products, by the precision
+    that these can be formed in.
+
+    `written` may be left out where it is next to nothing of what is moved.
+    """
 
     num_bytes: float
     bf16_flops: float = 0.0
     fp8_flops: float = 0.0
+    written: float = 0.0
 
     def floor_us(self, ceilings: Ceilings) -> float:
         """Return the least microseconds."""
         arithmetic = self.bf16_flops / (ceilings.bf16 * 1e6) + self.fp8_flops / (ceilings.fp8 * 1e6)
-        return max(self.num_bytes / (ceilings.bandwidth * 1e3), arithmetic)
+        return max(ceilings.move_us(self.num_bytes, self.written), arithmetic)
 
     def is_bandwidth(self, ceilings: Ceilings) -> bool:
         """Whether moving bytes takes longer than arithmetic."""
-        return self.num_bytes / (ceilings.bandwidth * 1e3) >= self.floor_us(ceilings)
+        return ceilings.move_us(self.num_bytes, self.written) >= self.floor_us(ceilings)
 
 
 @dataclass(frozen=True, slots=True)

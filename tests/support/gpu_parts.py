@@ -11,7 +11,7 @@ class Works:
         found.row(name="row", figure=1.5, count=3)
         found.check("holds", True)
         found.check("a figure of the device", None)
-        found.shared["left"] = bench.seconds_left() > 0
+        found.share(left=bench.seconds_left() > 0)
 
 
 class Fails:
@@ -29,12 +29,28 @@ class Raises:
 
 class Dies:
     def run(self, bench, found):
+        found.row(name="before", figure=0.5, count=1)
         os._exit(7)
 
 
 class Hangs:
     def run(self, bench, found):
+        found.row(name="before", figure=0.5, count=1)
+        found.check("before", True)
         time.sleep(600)
+
+
+class NoRuntimeError(Exception):
+    """As Triton's OutOfResources and CompilationError are none."""
+
+
+class OneCaseRaises:
+    def run(self, bench, found):
+        for name in ("first", "second", "third"):
+            with found.attempt(name, bench.device):
+                if name == "second":
+                    raise NoRuntimeError("out of resource: shared memory")
+                found.row(name=name)
 
 
 class Unavailable:

@@ -8,6 +8,7 @@ from bench.gpu.part import PartSpec
 ENVIRONMENT = PartSpec(
     "environment", "bench.gpu.parts.environment", "Environment", 15, 90, "the device, and what it can do at most"
 )
+_ENGINE = PartSpec("engine-speed", "bench.gpu.parts.engine_speed", "EngineSpeed", 45, 180, "the engine at 64 sequences")
 PARTS = (
     ENVIRONMENT,
     PartSpec("parity", "bench.gpu.parts.parity", "Parity", 60, 300, "every op against float64"),
@@ -15,9 +16,40 @@ PARTS = (
     PartSpec("model-parity", "bench.gpu.parts.model_parity", "ModelParity", 50, 180, "whole models against the CPU"),
     PartSpec("roofline", "bench.gpu.parts.roofline", "Roofline", 60, 240, "each op, and torch's own beside it"),
     PartSpec("model-speed", "bench.gpu.parts.model_speed", "ModelSpeed", 90, 240, "decode steps and prompts"),
-    PartSpec("engine-speed", "bench.gpu.parts.engine_speed", "EngineSpeed", 45, 180, "the engine at 64 sequences"),
+    _ENGINE,
     PartSpec("sanitizer", "bench.gpu.parts.sanitizer", "ComputeSanitizer", 40, 180, "compute-sanitizer"),
     PartSpec(
         "transformers", "bench.gpu.parts.continuous_batching", "ContinuousBatching", 50, 150, "transformers beside us"
     ),
+)
+# What is wanted of a machine that is there for minutes; the other parts get what these leave.
+FIRST = (
+    ENVIRONMENT,
+    PartSpec("compile", "bench.gpu.parts.compile", "Compile", 40, 120, "what serving compiles, in a pool"),
+    PartSpec("ops", "bench.gpu.parts.ops", "OpsOnce", 25, 90, "one case of each op and dtype, eager and captured"),
+    PartSpec(
+        "steps",
+        "bench.gpu.parts.model_speed",
+        "ModelSpeed",
+        45,
+        120,
+        "decode steps of Llama-3.1-8B and the kernels of a replay",
+        {
+            "models": [["llama-3.1-8b", "bf16"], ["llama-3.1-8b", "fp8"]],
+            "batches": [1, 64, 256],
+            "prompts": False,
+            "profile": True,
+        },
+    ),
+    PartSpec("projections", "bench.gpu.parts.projections", "Projections", 25, 90, "cuBLAS and scaled_mm by rows"),
+    PartSpec(
+        "kernels",
+        "bench.gpu.parts.roofline",
+        "Roofline",
+        45,
+        120,
+        "the ops that a step is made of",
+        {"ops": ["paged_attention_decode", "unified_attention", "fused_moe", "w4a16_gemm"]},
+    ),
+    _ENGINE,
 )

@@ -54,7 +54,7 @@ class ContinuousBatching:
             ceiling=decode * floor / 1e6 / seqs,
             version=transformers.__version__,
         )
-        found.shared["transformers_decode_tokens_per_s"] = decode
+        found.share(transformers_decode_tokens_per_s=decode)
 
     @staticmethod
     def _generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from bench.gpu.device import Device
 from bench.gpu.part import Bench, Findings
 from bench.gpu.probes import ReadOnly, add_one
-from bench.gpu.roofline import Ceilings
+from bench.gpu.roofline import ASSUMED, Ceilings
 from kernels import fp8_gemm
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -23,29 +24,29 @@ class Environment:
     """Measures bandwidth, both matrix rates and the gap between kernels."""
 
     def run(self, bench: Bench, found: Findings) -> None:
-        """Measure; the ceilings are shared with later parts."""
+        """Measure; the ceilings are shared with later parts. One that cannot be measured is assumed, and a failure."""
         device = bench.device
-        found.shared["device"] = _describe(device)
-        found.shared["versions"] = _versions()
-        self._bf16(device)  # clocks rise from idle meanwhile
-        copy, read = self._copy(device), self._read(device, found)
-        device.release()
-        bf16, fp8 = self._bf16(device), 0.0
+        found.share(device=_describe(device), versions=_versions())
+        found.note(f"clocks at rest: {_clocks(device)}")
+        values = ASSUMED.to_json()
+
+        def measure(name: str, figure: str, unit: str, call: Callable[[], float]) -> None:
+            with found.attempt(figure, device):
+                values[name] = call()
+                found.row(figure=figure, value=values[name], unit=unit)
+
+        with found.attempt("warm-up", device):
+            self._bf16(device)  # clocks rise from idle meanwhile
+        measure("copy", "device-to-device copy, read + written", "GB/s", lambda: self._copy(device))
+        measure("read", "read only", "GB/s", lambda: self._read(device, found))
+        measure("bf16", "bf16 product", "TFLOP/s", lambda: self._bf16(device))
+        found.note(f"clocks under load: {_clocks(device)}")
         if device.capability.has_e4m3:
-            try:
-                fp8 = self._fp8(device)
-            except RuntimeError as error:  # the others are needed all the same
-                found.check("the e4m3 product runs", False, str(error)[:300])
-        device.release()
-        gap = self._gap(device)
-        # One figure for all that moves bytes: the better of the two, so that no op is held to less.
-        ceilings = Ceilings(max(copy, read), bf16, fp8 or bf16, gap)
-        found.shared["ceilings"] = ceilings.to_json()
-        found.row(figure="device-to-device copy, read + written", value=copy, unit="GB/s")
-        found.row(figure="read only", value=read, unit="GB/s")
-        found.row(figure="bf16 product", value=bf16, unit="TFLOP/s")
-        found.row(figure="e4m3 product (scaled_mm)", value=fp8 or None, unit="TFLOP/s")
-        found.row(figure="one of many smallest kernels in a graph", value=gap, unit="us")
+            measure("fp8", "e4m3 product (scaled_mm)", "TFLOP/s", lambda: self._fp8(device))
+        else:
+            values["fp8"] = values["bf16"]
+        measure("gap_us", "one of many smallest kernels in a graph", "us", lambda: self._gap(device))
+        found.share(ceilings=Ceilings(**values).to_json())
 
     @staticmethod
     def _copy(device: Device) -> float:
@@ -106,6 +107,13 @@ def _describe(device: Device) -> dict[str, object]:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
     }
+
+
+def _clocks(device: Device) -> str:
+    if device.dry_run:
+        return "dry run"
+    wanted = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,power.limit,temperature.gpu"
+    return _output("nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader").split("\n")[0] or "unknown"
 
 
 def _versions() -> dict[str, str]:

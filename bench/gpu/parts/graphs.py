@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bench.gpu.cases import all_cases
 from bench.gpu.cases.case import Case, Maker, bit_equal
+from bench.gpu.device import Device
 from bench.gpu.part import Bench, Findings
 from kernels import Launch, select_ops
 from kernels.dispatch import OP_NAMES
@@ -23,33 +24,32 @@ class Graphs:
                 break
             if bench.device.capability.sm < case.min_sm or bench.device.free_bytes() < case.gibibytes * _GIB:
                 continue
-            variants = self._replay(case, bench, found)
-            if variants is not None:
-                counts[case.op].append(variants)
-            bench.device.release()
+            with found.attempt(f"graph {case.name}", bench.device):
+                variants = replay(case, bench.device, found)
+                if variants is not None:
+                    counts[case.op].append(variants)
         for op, of_cases in counts.items():
             if of_cases:
                 found.row(op=op, cases=len(of_cases), variants=sum(of_cases))
 
-    @staticmethod
-    def _replay(case: Case, bench: Bench, found: Findings) -> int | None:
-        """Return how many variants the op compiled, None where it is in plain torch."""
-        device = bench.device
-        launch = Launch(device.capability)
-        ops = select_ops(device.capability, dtype=case.dtype, kv_cache_dtype=case.kv_cache_dtype, launch=launch)
-        if ops.backends[case.op] == "torch":
-            return None
-        bound = case.bind(ops, Maker.on(device.target))
-        launch.warm_up([bound.run])
-        eager = bound.snapshot()
-        replay = device.capture(bound.run)
-        different = []
-        for _ in range(2):  # what the first replay left in scratch must not show in the second
-            bound.reset()
-            replay()
-            device.synchronize()
-            different += [name for name, value in bound.results.items() if not bit_equal(value, eager[name])]
-        found.check(f"graph {case.name}", not different, f"different: {', '.join(different)}" if different else "")
-        late = launch.late_variants
-        found.check(f"no late compile {case.name}", not late, f"compiled late: {', '.join(late)}" if late else "")
-        return launch.num_variants
+
+def replay(case: Case, device: Device, found: Findings) -> int | None:
+    """Check replays of a case against the call; returns how many variants it compiled, None if it is in plain torch."""
+    launch = Launch(device.capability)
+    ops = select_ops(device.capability, dtype=case.dtype, kv_cache_dtype=case.kv_cache_dtype, launch=launch)
+    if ops.backends[case.op] == "torch":
+        return None
+    bound = case.bind(ops, Maker.on(device.target))
+    launch.warm_up([bound.run])
+    eager = bound.snapshot()
+    captured = device.capture(bound.run)
+    different = []
+    for _ in range(2):  # what the first replay left in scratch must not show in the second
+        bound.reset()
+        captured()
+        device.synchronize()
+        different += [name for name, value in bound.results.items() if not bit_equal(value, eager[name])]
+    found.check(f"graph {case.name}", not different, f"different: {', '.join(different)}" if different else "")
+    late = launch.late_variants
+    found.check(f"no late compile {case.name}", not late, f"compiled late: {', '.join(late)}" if late else "")
+    return launch.num_variants

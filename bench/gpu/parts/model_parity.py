@@ -53,20 +53,22 @@ class ModelParity:
             if bench.seconds_left() < 0:
                 found.note(f"{name} {form.name}: left out: the budget is spent")
                 continue
-            layers = 1 if PRESETS[name].num_experts or form.precision == "int4" else 2
-            config = tiny(name) if device.dry_run else shortened(name, layers)
-            model = make_model(config, form, device, max_model_len=_LEN)
-            error, limit = self._against_cpu(model, form, sizes), _TOLERANCE[form.precision]
-            found.check(f"{name} {form.name} equals the CPU's", error <= limit, f"error {error:.1e} of {limit:.0e}")
-            equal, padded, late = self._graphs(model, form, device, sizes)
-            found.check(f"{name} {form.name} replay equals eager bit by bit", equal)
-            found.check(f"{name} {form.name} padding changes no live row", padded)
-            found.check(f"{name} {form.name} no late compile", not late, ", ".join(late))
-            alike = self._engines(model, form, device, sizes)
-            found.check(f"{name} {form.name} the engine answers alike with graphs and without", alike)
-            found.row(model=name, format=form.name, of_limit=error / limit, replay=equal, padded=padded, engine=alike)
-            del model
-            device.release()
+            with found.attempt(f"{name} {form.name}", device):
+                self._compare(name, form, device, sizes, found)
+
+    def _compare(self, name: str, form: Format, device: Device, sizes: _Sizes, found: Findings) -> None:
+        layers = 1 if PRESETS[name].num_experts or form.precision == "int4" else 2
+        config = tiny(name) if device.dry_run else shortened(name, layers)
+        model = make_model(config, form, device, max_model_len=_LEN)
+        error, limit = self._against_cpu(model, form, sizes), _TOLERANCE[form.precision]
+        found.check(f"{name} {form.name} equals the CPU's", error <= limit, f"error {error:.1e} of {limit:.0e}")
+        equal, padded, late = self._graphs(model, form, device, sizes)
+        found.check(f"{name} {form.name} replay equals eager bit by bit", equal)
+        found.check(f"{name} {form.name} padding changes no live row", padded)
+        found.check(f"{name} {form.name} no late compile", not late, ", ".join(late))
+        alike = self._engines(model, form, device, sizes)
+        found.check(f"{name} {form.name} the engine answers alike with graphs and without", alike)
+        found.row(model=name, format=form.name, of_limit=error / limit, replay=equal, padded=padded, engine=alike)
 
     @staticmethod
     def _against_cpu(model: CausalLM, form: Format, sizes: _Sizes) -> float:

@@ -18,7 +18,8 @@ from bench.gpu.models import (
 )
 from bench.gpu.part import Bench, Findings
 from bench.gpu.roofline import Ceilings, ModelShape, Precision, step_floor_us
-from services.executor.models import PRESETS, ModelConfig
+from bench.gpu.timeline import kernels_of
+from services.executor.models import PRESETS, CausalLM, KVCache, ModelConfig
 from services.executor.models.context import kv_bytes_per_token
 
 _TARGET = 0.75  # of the roofline, for decode steps
@@ -61,22 +62,23 @@ class ModelSpeed:
     def run(self, bench: Bench, found: Findings) -> None:
         """Add rows for each preset and format that fits in memory and in the time left."""
         device = bench.device
-        batches = (1, 2) if device.dry_run else (1, 8, 64, 256)
-        sizes = _Sizes(batches, chunk=1 if device.dry_run else 8, context=20 if device.dry_run else 1024)
-        order = (_ORDER[0], _ORDER[2]) if device.dry_run else _ORDER
-        for name, precision in order:
-            form = FORMATS[precision]
+        batches = bench.options.get("batches", (1, 8, 64, 256))
+        if device.dry_run:
+            batches = (1,) if bench.options.get("profile") else (1, 2)
+        sizes = _Sizes(tuple(batches), chunk=1 if device.dry_run else 8, context=20 if device.dry_run else 1024)
+        order = [(name, FORMATS[precision]) for name, precision in bench.options.get("models", _ORDER)]
+        for name, form in order[:3:2] if device.dry_run and len(order) > 2 else order:
             config = tiny(name) if device.dry_run else PRESETS[name]
-            if precision == "fp8" and not device.capability.has_e4m3:
+            if form.precision == "fp8" and not device.capability.has_e4m3:
                 continue
             if bench.seconds_left() < 0:
-                found.note(f"{name} {form.name}: left out: the budget is spent")
+                found.note(f"{name} {form.name}: left out: the time is spent")
                 continue
             if weight_bytes(config, form) + _ROOM > device.free_bytes():
                 found.note(f"{name} {form.name}: left out: its weights do not fit")
                 continue
-            self._measure(name, config, form, sizes, bench, found)
-            device.release()
+            with found.attempt(f"{name} {form.name}", device):
+                self._measure(name, config, form, sizes, bench, found)
 
     def _measure(
         self, name: str, config: ModelConfig, form: Format, sizes: _Sizes, bench: Bench, found: Findings
@@ -94,24 +96,47 @@ class ModelSpeed:
             if rows > most:
                 found.note(f"{name} {form.name} {rows} x {sizes.context}: left out: its cache does not fit")
                 continue
-            step = DecodeStep(model, caches, rows, sizes.context, Maker.on(device.target))
-            step()  # compiles
-            device.synchronize()
-            us = device.time(device.capture(step), flush=False, repeats=7)
-            share = self._row(name, config, form, bench, found, us, rows, 1, sizes.context)
-            found.shared[f"decode_us {name} {form.precision} {rows}"] = us
-            finite = bool(step.logits.isfinite().all())
-            found.check(f"{name} {form.name} {rows} x {sizes.context}: logits are finite", finite)
-            if rows in _TARGET_ROWS:
-                self._judge(name, form, rows, us, share, bench, found)
-        for seqs in sizes.batches:
+            with found.attempt(f"{name} {form.name} decode {rows} x {sizes.context}", device):
+                self._decode(name, config, form, model, caches, rows, sizes.context, bench, found)
+        for seqs in sizes.batches if bench.options.get("prompts", True) else ():
             if (chunk := min(seqs, sizes.chunk)) <= most:
-                prompt = PromptStep(model, caches, chunk, sizes.context, Maker.on(device.target))
-                us = self._prompt_us(prompt, seqs // chunk, bench)
-                if us is None:
-                    found.note(f"{name} {form.name} prompt {seqs} x {sizes.context}: left out: too long for the budget")
-                else:
-                    self._row(name, config, form, bench, found, us, seqs, sizes.context, 0)
+                with found.attempt(f"{name} {form.name} prompt {seqs} x {sizes.context}", device):
+                    prompt = PromptStep(model, caches, chunk, sizes.context, Maker.on(device.target))
+                    us = self._prompt_us(prompt, seqs // chunk, bench)
+                    if us is None:
+                        found.note(
+                            f"{name} {form.name} prompt {seqs} x {sizes.context}: left out: too long for its time"
+                        )
+                    else:
+                        self._row(name, config, form, bench, found, us, seqs, sizes.context, 0)
+
+    def _decode(
+        self,
+        name: str,
+        config: ModelConfig,
+        form: Format,
+        model: CausalLM,
+        caches: list[KVCache],
+        rows: int,
+        context: int,
+        bench: Bench,
+        found: Findings,
+    ) -> None:
+        device = bench.device
+        step = DecodeStep(model, caches, rows, context, Maker.on(device.target))
+        step()  # compiles
+        device.synchronize()
+        replay = device.capture(step)
+        us = device.time(replay, flush=False, repeats=7)
+        share = self._row(name, config, form, bench, found, us, rows, 1, context)
+        found.share(**{f"decode_us {name} {form.precision} {rows}": us})
+        finite = bool(step.logits.isfinite().all())
+        found.check(f"{name} {form.name} {rows} x {context}: logits are finite", finite)
+        if rows in _TARGET_ROWS:
+            self._judge(name, form, rows, us, share, bench, found)
+        if bench.options.get("profile"):
+            for line in kernels_of(device.profile(replay)):
+                found.note(f"{name} {form.name} {rows} x {context}: {line}")
 
     @staticmethod
     def _prompt_us(prompt: PromptStep, steps: int, bench: Bench) -> float | None:
@@ -158,10 +183,14 @@ class ModelSpeed:
             f"{what}: at least {_TARGET:.0%} of the roofline",
             None if dry else share >= _TARGET,
             "" if dry else f"{share:.1%}",
+            target=True,
         )
         least = _H200_TARGETS.get((name, form.precision, rows))
         if least is not None and (dry or "H200" in bench.device.capability.name):
             rate = rows / us * 1e6
             found.check(
-                f"{what}: at least {least} tok/s", None if dry else rate >= least, "" if dry else f"{rate:,.0f} tok/s"
+                f"{what}: at least {least} tok/s",
+                None if dry else rate >= least,
+                "" if dry else f"{rate:,.0f} tok/s",
+                target=True,
             )

@@ -10,8 +10,8 @@ from typing import Any
 from bench.gpu.cases import all_checks
 from bench.gpu.cases.case import Case
 from bench.gpu.cases.draws import DrawCase
-from bench.gpu.part import Bench, Findings, PartResult, PartSpec
-from bench.gpu.supervisor import Supervisor
+from bench.gpu.part import Bench, Findings, Kind, PartSpec
+from bench.gpu.supervisor import Listener, Supervisor
 from kernels import Launch, select_ops
 from kernels.dispatch import OP_NAMES
 
@@ -25,25 +25,26 @@ class Parity:
     """Deals the cases out to processes and puts together what they found."""
 
     def run(self, bench: Bench, found: Findings) -> None:
-        """Run every case; a row for each op, a check for each case."""
+        """Run every case; a check for each as it ends, and a row for each op at the end."""
         shares = self._processes(bench)
-        results: list[PartResult] = []
+        rows: list[dict[str, Any]] = []
 
-        def run_share(i: int) -> None:
-            results.extend(self._share(bench, i, shares))
+        def listen(part: str, kind: Kind, value: dict[str, Any]) -> None:
+            if kind == "row":
+                rows.append(value)
+            elif kind == "check":
+                found.check(**value)
+            elif kind == "note":
+                found.note(value["text"])
+            elif kind == "end" and value["error"] is not None:
+                found.check("parity: a process of it", False, value["error"])
 
-        threads = [threading.Thread(target=run_share, args=(i,)) for i in range(shares)]
+        threads = [threading.Thread(target=self._share, args=(bench, i, shares, listen)) for i in range(shares)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        for result in results:
-            found.rows += result.rows
-            found.checks += result.checks
-            found.notes += result.notes
-            if result.error is not None:
-                found.check("parity: a process of it", False, result.error)
-        self._sum_up(found)
+        self._sum_up(rows, found)
 
     @staticmethod
     def _processes(bench: Bench) -> int:
@@ -52,41 +53,34 @@ class Parity:
         return max(1, min(_MOST_PROCESSES, os.cpu_count() or 1, bench.device.free_bytes() // _ROOM))
 
     @staticmethod
-    def _share(bench: Bench, share: int, of: int) -> list[PartResult]:
+    def _share(bench: Bench, share: int, of: int, listen: Listener) -> None:
         """Run a share, going on in a new process after a case that lost the device."""
-        results: list[PartResult] = []
         first = 0
         while True:
             seconds = min(_SECONDS, bench.seconds_left())
             spec = PartSpec("parity share", __name__, "ParityShare", 0, seconds, "")
-            supervisor = Supervisor(dry_run=bench.device.dry_run, budget_s=seconds)
+            supervisor = Supervisor(dry_run=bench.device.dry_run, budget_s=seconds, listen=listen)
             (result,) = supervisor.run([spec], options={"share": share, "of": of, "first": first})
-            results.append(result)
             first = result.shared.get("first", 0)
             if not first:
-                return results
+                return
 
     @staticmethod
-    def _sum_up(found: Findings) -> None:
+    def _sum_up(rows: list[dict[str, Any]], found: Findings) -> None:
         """Make the rows of cases rows of ops. An op without a case is a mistake."""
-        by_op: dict[str, list[dict[str, Any]]] = {name: [] for name in OP_NAMES}
-        for row in found.rows:
-            by_op[row["op"]].append(row)
-        found.rows = [
-            {
-                "op": op,
-                "form": rows[0]["form"],
-                "cases": len(rows),
-                "passed": sum(row["passed"] for row in rows),
-                "of limit": max(row["of_limit"] for row in rows),
-                "seconds": round(sum(row["seconds"] for row in rows), 1),
-            }
-            for op, rows in by_op.items()
-            if rows
-        ]
-        for op, rows in by_op.items():
-            if not rows:
+        for op in OP_NAMES:
+            of_op = [row for row in rows if row["op"] == op]
+            if not of_op:
                 found.check(f"parity {op}", False, "no case of it was run")
+                continue
+            found.row(
+                op=op,
+                form=of_op[0]["form"],
+                cases=len(of_op),
+                passed=sum(row["passed"] for row in of_op),
+                of_limit=max(row["of_limit"] for row in of_op),
+                seconds=round(sum(row["seconds"] for row in of_op), 1),
+            )
 
 
 class ParityShare:
@@ -108,7 +102,7 @@ class ParityShare:
                 found.note(f"parity {case.name}: left out, {obstacle}")
                 continue
             if not self._run_case(case, bench, launch, found):
-                found.shared["first"] = i + 1  # where a new process goes on
+                found.share(first=i + 1)  # where a new process goes on
                 return
 
     @staticmethod

@@ -17,22 +17,17 @@ class Roofline:
     """Times every workload."""
 
     def run(self, bench: Bench, found: Findings) -> None:
-        """Add a row for each workload, and a check for each that has a target."""
+        """Add a row for each workload as it is timed, and a check for each that has a target."""
         ceilings = Ceilings.of(bench.shared)
-        workloads = all_workloads(tiny=bench.device.dry_run)
+        workloads = _chosen(bench)
         launch = Launch(bench.device.capability)
         for i, workload in enumerate(workloads):
             if bench.seconds_left() < 0:
-                found.note(f"roofline: {len(workloads) - i} rows left out: the budget is spent")
+                found.note(f"roofline: {len(workloads) - i} rows left out: the time is spent")
                 break
-            if bench.device.capability.sm < workload.min_sm:
-                continue
-            try:
-                self._measure(workload, bench, launch, ceilings, found)
-            except (RuntimeError, ValueError) as error:
-                found.check(f"roofline {workload.name}", False, f"{type(error).__name__}: {error}"[:500])
-            # Raises if the device is lost, which ends the part.
-            bench.device.release()
+            if bench.device.capability.sm >= workload.min_sm:
+                with found.attempt(f"roofline {workload.name}", bench.device):
+                    self._measure(workload, bench, launch, ceilings, found)
 
     def _measure(self, workload: Workload, bench: Bench, launch: Launch, ceilings: Ceilings, found: Findings) -> None:
         device = bench.device
@@ -64,6 +59,7 @@ class Roofline:
                 f"{workload.name}: at least {workload.target:.0%} of the ceiling",
                 None if device.dry_run else share >= workload.target,
                 "" if device.dry_run else f"{share:.1%}",
+                target=True,
             )
 
     @staticmethod
@@ -73,6 +69,13 @@ class Roofline:
         make = Maker.on(bench.device.target)
         try:
             return time_op(bench.device, [workload.own(make) for _ in range(sets)], num_bytes)
-        except RuntimeError as error:  # its form may not be capturable, or want more memory: that is not ours to mend
+        except Exception as error:  # its form may not be capturable, or want more memory: that is not ours to mend
             found.note(f"{workload.name}: torch's own ({workload.own_name}) cannot be timed: {error}"[:300])
             return None
+
+
+def _chosen(bench: Bench) -> list[Workload]:
+    """Return the workloads of the ops that the part's options name, in that order; without any, all."""
+    workloads = all_workloads(tiny=bench.device.dry_run)
+    ops = bench.options.get("ops")
+    return workloads if ops is None else [workload for op in ops for workload in workloads if workload.op == op]

@@ -52,9 +52,11 @@ class ComputeSanitizer:
             if left < seconds / 2 and not bench.device.dry_run:
                 found.note(f"{tool}: left out: {left:.0f} s of the budget are left")
                 continue
-            verdict = self._watch(prefixes[tool], min(seconds, left), dry_run=bench.device.dry_run)
+            verdict = self._watch(
+                prefixes[tool], left if bench.device.dry_run else min(seconds, left), dry_run=bench.device.dry_run
+            )
             if verdict.clean is None:
-                if not found.rows:
+                if not found.num_rows:
                     raise UnavailableError(f"compute-sanitizer {tool}: {verdict.detail}")
                 found.note(f"{tool}: {verdict.detail}")
                 continue
@@ -68,7 +70,11 @@ class ComputeSanitizer:
         program = find_sanitizer()
         if program is None:
             raise UnavailableError("compute-sanitizer is neither on the PATH nor where CUDA puts it")
-        return {tool: [program, "--tool", tool, "--error-exitcode", str(_ERROR_CODE)] for tool, _ in _TOOLS}
+        # Calls of the driver that fail are torch's and Triton's ways of asking, and programs that these start (ptxas, a
+        # C compiler) have nothing on the device to watch.
+        options = ["--error-exitcode", str(_ERROR_CODE), "--report-api-errors", "no"]
+        options += ["--target-processes", "application-only"]
+        return {tool: [program, "--tool", tool, *options] for tool, _ in _TOOLS}
 
     @staticmethod
     def _watch(prefix: list[str], seconds: float, *, dry_run: bool) -> Verdict:

@@ -177,12 +177,12 @@ def workloads(*, tiny: bool) -> list[Workload]:
         ]
     hidden, up = LLAMA_8B.hidden, 2 * LLAMA_8B.intermediate
     return [
-        *(_packed(4, rows, hidden, up) for rows in (1, 8, 64)),
+        *(_packed(4, rows, hidden, up) for rows in (1, 8, 64, 65, 256)),
         *(_packed(4, rows, LLAMA_8B.intermediate, hidden) for rows in (1, 64)),
         *(_packed(4, rows, hidden, LLAMA_8B.qkv_columns) for rows in (1, 64)),
         *(_packed(8, rows, hidden, up) for rows in (1, 64)),
         *(_fp8(rows, hidden, up) for rows in (1, 64, 256, 1024)),
-        *(_experts(MIXTRAL, tokens, e4m3=True) for tokens in (1, 8, 64, 256)),
+        *(_experts(MIXTRAL, tokens, e4m3=True) for tokens in (1, 8, 64, 128, 240, 256)),
         *(_experts(MIXTRAL, tokens, e4m3=False) for tokens in (1, 64)),
         *(_packed_experts(MIXTRAL, tokens, 4) for tokens in (1, 64)),
         *_routing(MIXTRAL, 64),

@@ -23,7 +23,8 @@ _MANY = 8192  # rows of a batch in which bandwidth counts, and not the launch
 def _work(
     op: str,
     what: str,
-    num_bytes: float,
+    read: float,
+    written: float,
     bind: Callable[[Ops, Maker], Call],
     rows: int,
     own: Callable[[Maker], Call] | None = None,
@@ -31,9 +32,8 @@ def _work(
     **options: Any,
 ) -> Workload:
     target = _TARGET if rows >= _MANY else None
-    return Workload(
-        op, f"{rows} x {what}", Cost(num_bytes), bind, own, own_name, target, resident_bytes=num_bytes, **options
-    )
+    cost = Cost(read + written, written=written)
+    return Workload(op, f"{rows} x {what}", cost, bind, own, own_name, target, resident_bytes=cost.num_bytes, **options)
 
 
 def _norm(rows: int, width: int, *, e4m3: bool = False) -> Workload:
@@ -47,10 +47,10 @@ def _norm(rows: int, width: int, *, e4m3: bool = False) -> Workload:
         x, residual, weight = (make.randn(*size, dtype=_BF16) for size in ((rows, width), (rows, width), (width,)))
         return lambda: F.rms_norm(residual.add_(x), [width], weight, 1e-5)
 
-    num_bytes = float(rows * width * (7 if e4m3 else 8))
+    read, written = 4.0 * rows * width, rows * width * (3.0 if e4m3 else 4.0)
     what = f"{width}{' to e4m3' if e4m3 else ''}"
     baseline = (None, "") if e4m3 else (own, "add_, F.rms_norm")
-    return _work("fused_add_rms_norm", what, num_bytes, bind, rows, *baseline, min_sm=89 if e4m3 else 80)
+    return _work("fused_add_rms_norm", what, read, written, bind, rows, *baseline, min_sm=89 if e4m3 else 80)
 
 
 def _gated(rows: int, width: int, *, e4m3: bool = False) -> Workload:
@@ -64,10 +64,10 @@ def _gated(rows: int, width: int, *, e4m3: bool = False) -> Workload:
         gate, up = make.randn(rows, 2 * width, dtype=_BF16).chunk(2, -1)
         return lambda: F.silu(gate) * up
 
-    num_bytes = float(rows * width * (5 if e4m3 else 6))
+    read, written = 4.0 * rows * width, rows * width * (1.0 if e4m3 else 2.0)
     baseline = (None, "") if e4m3 else (own, "F.silu, mul")
     what = f"{width}{' to e4m3' if e4m3 else ''}"
-    return _work("silu_and_mul", what, num_bytes, bind, rows, *baseline, min_sm=89 if e4m3 else 80)
+    return _work("silu_and_mul", what, read, written, bind, rows, *baseline, min_sm=89 if e4m3 else 80)
 
 
 def _rope(rows: int, shape: ModelShape, cache_dtype: torch.dtype) -> Workload:
@@ -86,12 +86,12 @@ def _rope(rows: int, shape: ModelShape, cache_dtype: torch.dtype) -> Workload:
             q_norm=weight, k_norm=weight, k_scale=scale, v_scale=scale, out_q=out_q,
         )  # fmt: skip
 
-    written = shape.q_heads * dim * 2 + 2 * kv * dim * cache_dtype.itemsize
-    num_bytes = float(rows * (shape.qkv_columns * 2 + written + 4 * dim + 16))
+    written = float(rows * (shape.q_heads * dim * 2 + 2 * kv * dim * cache_dtype.itemsize))
+    read = float(rows * (shape.qkv_columns * 2 + 4 * dim + 16))
     what = f"{shape.q_heads}/{kv}x{dim}{' norm' if shape.qk_norm else ''} {'e4m3' if cache_dtype == E4M3 else 'bf16'}"
     e4m3 = cache_dtype == E4M3
     options = {"kv_cache_dtype": cache_dtype, "min_sm": 89 if e4m3 else 80}
-    return _work("qk_norm_rope_and_cache", what, num_bytes, bind, rows, **options)
+    return _work("qk_norm_rope_and_cache", what, read, written, bind, rows, **options)
 
 
 def _quant(rows: int, width: int) -> Workload:
@@ -100,7 +100,7 @@ def _quant(rows: int, width: int) -> Workload:
         out = torch.empty(rows, width, dtype=E4M3, device=make.device), make.poison(rows, 1)
         return lambda: ops.scaled_fp8_quant(x, out=out)
 
-    return _work("scaled_fp8_quant", f"{width} tokens", 3.0 * rows * width, bind, rows, min_sm=89)
+    return _work("scaled_fp8_quant", f"{width} tokens", 2.0 * rows * width, 1.0 * rows * width, bind, rows, min_sm=89)
 
 
 def _copy_blocks(count: int, shape: ModelShape) -> Workload:
@@ -114,9 +114,9 @@ def _copy_blocks(count: int, shape: ModelShape) -> Workload:
         return lambda: ops.copy_blocks_(k_cache, v_cache, pairs)
 
     # Bytes of both caches, read and written.
-    return Workload(
-        "copy_blocks_", f"{count} blocks", Cost(8.0 * count * block), bind, resident_bytes=8.0 * count * block
-    )
+    num_bytes = 8.0 * count * block
+    cost = Cost(num_bytes, written=num_bytes / 2)
+    return Workload("copy_blocks_", f"{count} blocks", cost, bind, resident_bytes=num_bytes)
 
 
 def workloads(*, tiny: bool) -> list[Workload]:

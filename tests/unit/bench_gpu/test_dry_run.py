@@ -18,6 +18,7 @@ def dry_run(tmp_path, *arguments):
     before = sorted((ROOT / "bench/results").iterdir())
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(path), *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["OUT"] = str(tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert sorted((ROOT / "bench/results").iterdir()) == before
     return done, json.loads(path.read_text())

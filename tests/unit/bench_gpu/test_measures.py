@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from bench.gpu.cases.case import E4M3, compare
-from bench.gpu.device import DryRunDevice
+from bench.gpu.device import DryRunDevice, Span
 from bench.gpu.parts.sanitizer import judge
-from bench.gpu.roofline import LLAMA_8B, MIXTRAL, Ceilings, Cost, step_floor_us
+from bench.gpu.roofline import ASSUMED, LLAMA_8B, MIXTRAL, Ceilings, Cost, step_floor_us
+from bench.gpu.timeline import kernels_of
 from bench.gpu.timing import num_sets, time_op
 
-H200 = Ceilings(bandwidth=4300, bf16=790, fp8=1580, gap_us=1.3)
+H200 = Ceilings(copy=4300, read=4300, bf16=790, fp8=1580, gap_us=1.3)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,31 @@ def test_the_longer_of_moving_and_computing_counts():
     assert Cost(4.3e9, bf16_flops=1).floor_us(H200) == pytest.approx(1000)
     assert Cost(1, bf16_flops=790e9).floor_us(H200) == pytest.approx(1000)
     assert not Cost(1, fp8_flops=790e9).is_bandwidth(H200)
+
+
+def test_reads_and_writes_have_their_own_ceilings():
+    ceilings = Ceilings(copy=4000, read=4800, bf16=790, fp8=1580, gap_us=1)
+    assert Cost(4.8e9).floor_us(ceilings) == pytest.approx(1000)
+    assert Cost(4e9, written=2e9).floor_us(ceilings) == pytest.approx(1000)  # a copy
+    assert 1000 < Cost(4.4e9, written=1.1e9).floor_us(ceilings) < 1050
+    assert Ceilings.of({}) == ASSUMED  # what measures them was stopped
+
+
+def test_the_time_of_a_replay_by_kernel_and_the_gaps_before_each():
+    spans = [
+        Span("gemm", 0, 10),
+        Span("norm", 12, 13),
+        Span("gemm", 13, 25),
+        Span("norm", 24, 26),
+        Span("gemm", 30, 31),
+    ]
+    assert kernels_of(spans) == [
+        "5 launches, 26.0 us in kernels, 6.0 us in gaps",
+        "   3 x      23.0 us, gaps     4.0 us  gemm",
+        "   2 x       3.0 us, gaps     2.0 us  norm",
+    ]
+    assert kernels_of([Span(f"kernel {i}", i, i + 1) for i in range(30)])[-1].endswith("of 6 others")
+    assert kernels_of([]) == ["0 launches, 0.0 us in kernels, 0.0 us in gaps"]
 
 
 def test_one_wrong_row_among_many_is_seen():

@@ -2,23 +2,31 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import gpu_parts
-from bench.gpu import supervisor
+from bench.gpu import report, supervisor, worker
 from bench.gpu.__main__ import main
-from bench.gpu.part import PartResult
+from bench.gpu.part import Check, PartResult
 from gpu_parts import spec
 
 
 @pytest.fixture(autouse=True)
-def workers_find_the_parts(monkeypatch):
+def workers_find_the_parts(monkeypatch, tmp_path):
     folders = [str(Path(gpu_parts.__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
+    monkeypatch.setenv("OUT", str(tmp_path))
+
+
+def findings(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "findings.jsonl").read_text().splitlines()]
 
 
 def run(kinds, tmp_path, capsys):
@@ -59,13 +67,86 @@ def test_without_a_failure_the_exit_code_is_0_and_a_dry_run_has_no_figures(tmp_p
     assert "1 of 2 checks hold, 1 not judged" in out
 
 
-def test_a_part_that_hangs_is_stopped():
-    heard: list[PartResult] = []
-    parts = [spec(gpu_parts.Works), spec(gpu_parts.Hangs, timeout=0.5), spec(gpu_parts.Unavailable)]
-    results = supervisor.Supervisor(dry_run=True, budget_s=1000).run(parts, on_result=heard.append)
-    assert [result.state for result in results] == ["passed", "failed", "skipped"]
-    assert results[1].error == "stopped: no result after 0 s"
-    assert heard == results
+def test_what_a_killed_part_had_found_is_kept(monkeypatch):
+    heard, clock = [], time.monotonic
+
+    def listen(part, kind, value):
+        heard.append((part, kind))
+        if (part, kind) == ("hangs", "check"):  # it finds nothing more
+            monkeypatch.setattr(time, "monotonic", lambda: clock() + 1e7)
+        if (part, kind) == ("hangs", "end"):
+            monkeypatch.setattr(time, "monotonic", clock)
+
+    parts = [spec(gpu_parts.Works), spec(gpu_parts.Hangs), spec(gpu_parts.Dies), spec(gpu_parts.Works)]
+    results = supervisor.Supervisor(dry_run=True, budget_s=1000, listen=listen).run(parts)
+    assert [result.state for result in results] == ["passed", "failed", "failed", "passed"]
+    assert [result.error for result in results[1:3]] == [
+        "stopped: did not end in 1000015 s",
+        "its process ended with code 7",
+    ]
+    for result in results[1:3]:
+        assert result.rows == [{"name": "before", "figure": 0.5, "count": 1}]
+    assert [check.name for check in results[1].checks] == ["before"]
+    assert [kind for part, kind in heard if part == "hangs"] == ["begin", "row", "check", "end"]
+
+
+def test_an_exception_of_one_case_costs_that_case(tmp_path, capsys):
+    code, content, out = run([gpu_parts.OneCaseRaises], tmp_path, capsys)
+    assert code == 1
+    part = content["parts"][0]
+    assert [row["name"] for row in part["rows"]] == ["first", "third"]
+    assert [check["name"] for check in part["checks"]] == ["second"]
+    assert "FAILED second: NoRuntimeError: out of resource: shared memory" in out
+    assert [row["row"]["name"] for row in findings(tmp_path) if "row" in row] == ["first", "third"]
+
+
+WHOLE_RUN = """
+import sys, gpu_parts
+from bench.gpu.__main__ import main
+sys.exit(main(["--dry-run"], [gpu_parts.spec(gpu_parts.Works), gpu_parts.spec(gpu_parts.Hangs)]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kill_of_the_whole_run_leaves_what_was_found_before(tmp_path, number):
+    with subprocess.Popen(
+        [sys.executable, "-c", WHOLE_RUN],
+        cwd=supervisor._ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stderr:  # a finding is said after it is kept
+            if line.startswith("hangs: holds"):
+                break
+        process.send_signal(number)
+        out, _ = process.communicate()
+    kept = [(finding["part"], next(iter(finding.keys() - {"part"}))) for finding in findings(tmp_path)]
+    begun = [("hangs", "begin"), ("hangs", "row"), ("hangs", "check")]
+    assert kept == [("works", k) for k in ("begin", "row", "check", "check", "shared", "end")] + begun
+    if number == signal.SIGTERM:
+        assert process.returncode == 1
+        assert out == (tmp_path / "report.txt").read_text()
+        assert "FAILED hangs: did not end" in out
+        assert "works" in out
+
+
+def test_a_slow_part_takes_no_time_from_the_others():
+    parts = [spec(gpu_parts.Works, seconds=n) for n in (30, 10, 20)]
+    assert worker.share_of(120, parts) == 60
+    assert worker.share_of(90, parts[1:]) == 30
+    assert worker.share_of(7, [spec(gpu_parts.Works, seconds=0)]) == 7
+
+
+def test_targets_and_failures_come_last():
+    result = PartResult("part", "failed", 1.0, error=None)
+    result.take("row", {"name": "a row", "figure": 1.0})
+    result.take("check", asdict(Check("fast enough", False, "70 %", target=True)))
+    result.take("check", asdict(Check("right", False, "wrong")))
+    lines = report.text([result, PartResult("stopped")], dry_run=False, seconds=2).splitlines()
+    assert [line.strip("- ") for line in lines[-6:-1]] == [
+        "Targets", "FAILED fast enough: 70 %", "Failures", "FAILED right: wrong", "FAILED stopped: did not end",
+    ]  # fmt: skip
 
 
 def test_a_machine_without_a_gpu_is_told_so(capsys):
