@@ -22,6 +22,7 @@ from services.tokenizer.text.loading import load_model_tokenizer
 
 LITELLM = Recipe("litellm", (("install", "litellm==1.110.2"),))
 LANGCHAIN = Recipe("langchain", (("install", "langchain-openai==1.7.4"),))
+LM_EVAL = Recipe("lm-eval", (("install", "lm-eval[api]==0.4.13"),))
 AIPERF = Recipe("aiperf", (("install", "aiperf==0.13.0"),))
 # It asks for any torch and would take the newest, with gigabytes for GPUs.
 GUIDELLM = Recipe("guidellm", (("install", "torch==2.13.0"), ("install", "guidellm==0.8.1")))

@@ -24,3 +24,9 @@ def fake_line(module_spawn: Spawn, module_redis, model_dir) -> Line:
     fake = ("--engine", "fake", "--fake-preset", "h200-llama-8b")
     model = model_dir("smollm2-135m-instruct")
     return start_line(module_spawn, module_redis, model, executors=(fake,), tokenizer=("--http-metrics",))
+
+
+@pytest.fixture(scope="module")
+def real_line(module_spawn: Spawn, module_redis, model_dir) -> Line:
+    """A line with the real model."""
+    return start_line(module_spawn, module_redis, model_dir("smollm2-135m-instruct"))
