@@ -43,7 +43,8 @@ def settings_config(service: str) -> SettingsConfigDict:
 class ServiceSettings(BaseSettings):
     """What every service can be told."""
 
-    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+    # Built when first used: the classes that only stand above others never are.
+    model_config = SettingsConfigDict(use_attribute_docstrings=True, defer_build=True)
 
     host: Host = "127.0.0.1"
     """Address to listen on: a name or an IP address; 0.0.0.0 or :: for all."""
