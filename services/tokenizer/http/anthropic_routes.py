@@ -41,7 +41,11 @@ class AnthropicRoutes:
     async def create(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Answer a conversation."""
         edge, request = self._edge, self._read(body)
-        made = request.to_generate(call.request_id, content_is_text=edge.prompts.can_take_content_as_text)
+        made = request.to_generate(
+            call.request_id,
+            content_is_text=edge.prompts.can_take_content_as_text,
+            tells_reasoning=edge.prompts.writing.dialect.reasoning is not None,
+        )
         make = MessageStream if request.stream else MessageDocument
         format = make(f"msg_{call.request_id}", edge.model_name)
         return await serve(edge, call, [made], [request.names], format, is_stream=bool(request.stream))

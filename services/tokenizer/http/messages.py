@@ -48,10 +48,11 @@ def text_of(content: object, param: str) -> str:
         return ""
     if not isinstance(content, list):
         raise StatusError.invalid(param, "must be a string or a list of parts")
-    return "\n".join(_part(part, f"{param}[{index}]") for index, part in enumerate(content))
+    return "\n".join(text_of_part(part, f"{param}[{index}]") for index, part in enumerate(content))
 
 
-def _part(part: object, param: str) -> str:
+def text_of_part(part: object, param: str) -> str:
+    """Return the text of a part of a message. Raises StatusError."""
     if isinstance(part, str):
         return as_text(part, param)
     if not isinstance(part, dict):

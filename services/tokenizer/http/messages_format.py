@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scalellm.v1 import common_pb2, generation_pb2
+from services.tokenizer.dialect import Part, PartKind
+from services.tokenizer.http.anthropic_content import input_of
 from services.tokenizer.http.wire import dump, latency_json, quote
 from services.tokenizer.sample_stream import Delta
 
@@ -25,9 +27,17 @@ def _usage(usage: common_pb2.Usage) -> str:
 def _end(sample: generation_pb2.SampleFinished) -> str:
     if sample.reason == common_pb2.FINISH_REASON_LENGTH:
         return '"stop_reason":"max_tokens","stop_sequence":null'
+    if sample.num_tool_calls:
+        return '"stop_reason":"tool_use","stop_sequence":null'
     if sample.WhichOneof("matched") == "stop":
         return f'"stop_reason":"stop_sequence","stop_sequence":{dump(sample.stop)}'
     return '"stop_reason":"end_turn","stop_sequence":null'
+
+
+def _parts(delta: Delta) -> Sequence[Part]:
+    if delta.parts is not None:
+        return delta.parts
+    return [Part(PartKind.TEXT, delta.text)] if delta.text else []
 
 
 class MessageStream:
@@ -40,32 +50,63 @@ class MessageStream:
 
     def __init__(self, answer_id: str, model: str) -> None:
         self._head = f'"id":{quote(answer_id)},"type":"message","role":"assistant","model":{quote(model)}'
+        self._index = -1
+        self._kind: PartKind | None = None
+        """What the block is that is open; None: none is."""
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """The message begins, and its only block."""
+        """The message begins."""
         usage = _usage(common_pb2.Usage(prompt_tokens=started.prompt_tokens))
         message = f'{{{self._head},"content":[],"stop_reason":null,"stop_sequence":null,"usage":{usage}}}'
-        block = ',"index":0,"content_block":{"type":"text","text":""}'
-        return _event("message_start", f',"message":{message}') + _event("content_block_start", block)
+        return _event("message_start", f',"message":{message}')
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
         """Nobody asks for them."""
         return ""
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """More text."""
-        if not delta.text:
-            return ""
-        return (
-            'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
-            f'{{"type":"text_delta","text":{quote(delta.text)}}}}}\n\n'
-        )
+        """More of a block, or another one."""
+        return "".join(map(self._part, _parts(delta)))
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """The block ends, and the message."""
+        """The last block ends, and the message."""
         (last,) = finished
         rest = f',"delta":{{{_end(last.samples[0])}}},"usage":{_usage(last.usage)},"latency":{latency_json(finished)}'
-        return _event("content_block_stop", ',"index":0') + _event("message_delta", rest) + _event("message_stop", "")
+        none = self._open(Part(PartKind.TEXT, "")) if self._index < 0 else ""
+        return none + self._close() + _event("message_delta", rest) + _event("message_stop", "")
+
+    def _part(self, part: Part) -> str:
+        begun = ""
+        if part.kind is not self._kind or part.call_id:
+            begun = self._close() + self._open(part)
+        match part.kind:
+            case PartKind.TEXT:
+                more = f'"type":"text_delta","text":{quote(part.text)}'
+            case PartKind.REASONING:
+                more = f'"type":"thinking_delta","thinking":{quote(part.text)}'
+            case PartKind.CALL:
+                more = f'"type":"input_json_delta","partial_json":{quote(part.text)}'
+        return (
+            begun + _event("content_block_delta", f',"index":{self._index},"delta":{{{more}}}') if part.text else begun
+        )
+
+    def _open(self, part: Part) -> str:
+        self._index += 1
+        self._kind = part.kind
+        match part.kind:
+            case PartKind.TEXT:
+                block = '"type":"text","text":""'
+            case PartKind.REASONING:
+                block = '"type":"thinking","thinking":"","signature":""'
+            case PartKind.CALL:
+                block = f'"type":"tool_use","id":{quote(part.call_id)},"name":{quote(part.name)},"input":{{}}'
+        return _event("content_block_start", f',"index":{self._index},"content_block":{{{block}}}')
+
+    def _close(self) -> str:
+        if self._kind is None:
+            return ""
+        self._kind = None
+        return _event("content_block_stop", f',"index":{self._index}')
 
 
 class MessageDocument:
@@ -73,7 +114,7 @@ class MessageDocument:
 
     def __init__(self, answer_id: str, model: str) -> None:
         self._head = f'"id":{quote(answer_id)},"type":"message","role":"assistant","model":{quote(model)}'
-        self._parts: list[str] = []
+        self._parts: list[Part] = []
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
         """Nothing."""
@@ -85,14 +126,30 @@ class MessageDocument:
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """Kept."""
-        self._parts.append(delta.text)
+        for part in _parts(delta):
+            last = self._parts[-1] if self._parts else None
+            if last is not None and part.kind is last.kind and not part.call_id:
+                self._parts[-1] = last._replace(text=last.text + part.text)
+            else:
+                self._parts.append(part)
         return ""
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
         """The document."""
         (last,) = finished
-        content = f'[{{"type":"text","text":{quote("".join(self._parts))}}}]'
+        blocks = [shown for part in self._parts if (shown := self._block(part))] or ['{"type":"text","text":""}']
         return (
-            f'{{{self._head},"content":{content},{_end(last.samples[0])},"usage":{_usage(last.usage)},'
+            f'{{{self._head},"content":[{",".join(blocks)}],{_end(last.samples[0])},"usage":{_usage(last.usage)},'
             f'"latency":{latency_json(finished)}}}'
         )
+
+    def _block(self, part: Part) -> str:
+        """Return a block; empty for a call that was cut off."""
+        match part.kind:
+            case PartKind.TEXT:
+                return f'{{"type":"text","text":{quote(part.text)}}}'
+            case PartKind.REASONING:
+                return f'{{"type":"thinking","thinking":{quote(part.text)},"signature":""}}'
+        if input_of(part.text) is None:
+            return ""
+        return f'{{"type":"tool_use","id":{quote(part.call_id)},"name":{quote(part.name)},"input":{part.text}}}'

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
+from services.tokenizer.http.anthropic_content import add_anthropic_messages
 from services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, set_present
-from services.tokenizer.http.messages import add_messages, last_role, text_of
-
-_ROLES = ("user", "assistant")
+from services.tokenizer.http.messages import last_role, text_of
+from services.tokenizer.http.tool_fields import set_anthropic_tools, tool_names
 
 
 class MessagesRequest(ApiRequest):
@@ -26,48 +27,76 @@ class MessagesRequest(ApiRequest):
     stop_sequences: list[str] | None = None
     stream: bool | None = None
 
-    refused = MappingProxyType(
-        {
-            "tools": ([],),
-            "tool_choice": ({"type": "auto"}, {"type": "none"}),
-            "thinking": ({"type": "disabled"},),
-            "mcp_servers": ([],),
-            "container": (),
-            "output_format": (),
-        }
-    )
+    tools: Any = None
+    tool_choice: Any = None
+    thinking: dict[str, Any] | None = None
+
+    refused = MappingProxyType({"mcp_servers": ([],), "container": (), "output_format": ()})
     ignored = frozenset({"metadata", "service_tier", "context_management", "cache_control", "inference_geo"})
 
     def chat(self, *, content_is_text: bool) -> generation_pb2.Chat:
         """Return the conversation. Raises StatusError."""
-        chat = generation_pb2.Chat(content_is_text=content_is_text)
-        if self.system is not None and (system := text_of(self.system, "system")):
-            chat.messages.add(role="system", content=system)
-        first = len(chat.messages)
-        add_messages(chat, self.messages)
-        for index, message in enumerate(chat.messages[first:]):
-            if message.role not in _ROLES:
-                raise StatusError.invalid(f"messages[{index}].role", f"must be one of {', '.join(_ROLES)}")
-        if last_role(chat) == "assistant":
-            chat.continue_final_message = True  # it is the beginning of the answer
+        chat, _ = self._conversation
+        chat.content_is_text = content_is_text
         return chat
 
-    def to_generate(self, request_id: str, *, content_is_text: bool) -> generation_pb2.GenerateRequest:
-        """Return the request. Raises StatusError."""
+    @cached_property
+    def _conversation(self) -> tuple[generation_pb2.Chat, dict[str, str]]:
+        """The conversation, and what the client calls its messages."""
+        chat, names = generation_pb2.Chat(), {}
+        if self.system is not None and (system := text_of(self.system, "system")):
+            chat.messages.add(role="system", content=system)
+            names["chat.messages[0]"] = "system"
+        names |= add_anthropic_messages(chat, self.messages)
+        if last_role(chat) == "assistant":
+            chat.continue_final_message = True  # it is the beginning of the answer
+        set_anthropic_tools(chat, self.tools, self.tool_choice)
+        return chat, names
+
+    def to_generate(
+        self, request_id: str, *, content_is_text: bool, tells_reasoning: bool = False
+    ) -> generation_pb2.GenerateRequest:
+        """Return the request. Raises StatusError.
+
+        Args:
+            request_id: Its id.
+            content_is_text: Take special tokens' texts in messages for text.
+            tells_reasoning: The model reasons: tell that apart from text.
+        """
         if self.max_tokens is None:
             raise StatusError.invalid("max_tokens", "is required")
         request = generation_pb2.GenerateRequest(request_id=request_id, chat=self.chat(content_is_text=content_is_text))
         set_present(request.sampling, self, ("max_tokens", "temperature", "top_k", "top_p"))
         for index, stop in enumerate(self.stop_sequences or ()):
             request.stop.append(as_text(stop, f"stop_sequences[{index}]"))
+        if tells_reasoning:
+            request.reasoning.include = False  # unless it is asked for
+        if self.thinking is not None:
+            self._set_thinking(request, self.thinking)
         return request
+
+    def _set_thinking(self, request: generation_pb2.GenerateRequest, thinking: dict[str, Any]) -> None:
+        match thinking.get("type"):
+            case "disabled":
+                request.reasoning.effort = "none"
+            case "enabled" | "adaptive":
+                request.reasoning.include = True
+                budget = thinking.get("budget_tokens")
+                if budget is not None:
+                    if type(budget) is not int or not 0 <= budget < 2**32:
+                        raise StatusError.invalid("thinking.budget_tokens", "must be a number of tokens")
+                    request.reasoning.budget_tokens = budget
+            case _:
+                raise StatusError.invalid("thinking.type", "must be enabled, adaptive or disabled")
 
     @property
     def names(self) -> dict[str, str]:
         """What our fields are called here."""
-        names = {"stop": "stop_sequences"}
-        if self.system:
-            count = len(self.messages) if isinstance(self.messages, list) else 0
-            names["chat.messages[0]"] = "system"
-            names |= {f"chat.messages[{index + 1}]": f"messages[{index}]" for index in range(count)}
-        return names
+        _, names = self._conversation
+        return {
+            "stop": "stop_sequences",
+            "reasoning.budget_tokens": "thinking.budget_tokens",
+            "reasoning.effort": "thinking",
+            **names,
+            **tool_names(self.tools, schema="input_schema"),
+        }

@@ -99,16 +99,19 @@ def json_text(value: object, param: str) -> str:
         raise StatusError.invalid(param, "is nested too deeply, or holds what is no JSON") from None
 
 
-def tool_names(tools: object, inner: str = "") -> dict[str, str]:
+def tool_names(tools: object, inner: str = "", schema: str = "parameters") -> dict[str, str]:
     """What a client calls our fields of tools.
 
     Args:
         tools: As it sent them.
         inner: Where a tool's own fields stand in it: `.function` in chats, nothing elsewhere.
+        schema: What the schema of its arguments is called.
     """
     names = {"chat.tools": "tools", "chat.tool_choice": "tool_choice", "chat.documents": "documents"}
     for index in range(len(tools) if isinstance(tools, list) else 0):
         names[f"chat.tools[{index}]"] = f"tools[{index}]{inner}"
+        if schema != "parameters":
+            names[f"chat.tools[{index}].parameters"] = f"tools[{index}].{schema}"
     return names
 
 

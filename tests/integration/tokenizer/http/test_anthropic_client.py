@@ -80,7 +80,13 @@ async def test_how_it_ended(ai, scheduler, tokenizer, stream):
         ({"model": "claude"}, anthropic.NotFoundError, "model: 'claude' is not served"),
         ({"messages": [{"role": "system", "content": "a"}]}, anthropic.BadRequestError, "messages[0].role: must be"),
         ({"stop_sequences": [""]}, anthropic.BadRequestError, "stop_sequences[0]: must have 1 to"),
-        ({"tools": [{"name": "f", "input_schema": {}}]}, anthropic.BadRequestError, "tools: is not supported"),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, anthropic.BadRequestError, "tools[0].name: must be 1 to 64"),
+        (
+            {"tools": [{"name": "f", "input_schema": {"not": {}}}]},
+            anthropic.BadRequestError,
+            "tools[0].input_schema: has the keyword 'not'",
+        ),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, anthropic.BadRequestError, "thinking.budget_tokens"),
     ],
 )
 async def test_refusals_are_its_errors(ai, scheduler, fields, error, words):
@@ -104,3 +110,70 @@ async def test_closing_a_stream_cancels(ai, scheduler):
     await anext(aiter(stream))
     await stream.close()
     await eventually(lambda: len(scheduler.aborts) == 1 and scheduler.num_running == 0)
+
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather of a town",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+async def test_tools_are_used_and_their_results_read(ai, scheduler, tokenizer, chunk):
+    def write(text: str) -> None:
+        tokens = [*tokenizer.encode(text).ids, tokenizer.token_to_id("<|im_end|>")]
+        stop = common_pb2.FINISH_REASON_STOP
+        scheduler.play = lambda submit: Script(samples=[tokens], reason=stop, stop_token=True, chunk=chunk)
+
+    write(f"I look.\n{CALL}\n{CALL}")
+    asked = message(max_tokens=200, tools=[WEATHER], tool_choice={"type": "auto"})
+    made = await ai.messages.create(**asked)
+    assert [block.type for block in made.content] == ["text", "tool_use", "tool_use"]
+    assert made.content[0].text == "I look."
+    assert [block.input for block in made.content[1:]] == [{"city": "Paris"}] * 2
+    assert made.stop_reason == "tool_use"
+    async with ai.messages.stream(**asked) as stream:
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_message()
+    assert "input_json" in kinds
+    assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 3
+    assert [(block.type, getattr(block, "input", None)) for block in final.content] == [
+        (block.type, getattr(block, "input", None)) for block in made.content
+    ]
+    write("Grey.")
+    results = [
+        {"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": f"grey {number}"}]}
+        for number, block in enumerate(made.content[1:])
+    ]
+    said = [
+        *HELLO,
+        {"role": "assistant", "content": [block.model_dump() for block in made.content]},
+        {"role": "user", "content": [*results, {"type": "text", "text": "So?"}]},
+    ]
+    answer = await ai.messages.create(**{**asked, "messages": said})
+    assert [block.text for block in answer.content] == ["Grey."]
+    assert answer.stop_reason == "end_turn"
+    prompt = tokenizer.decode(scheduler.submits[-1].token_ids, skip_special_tokens=False)
+    assert f"I look.\n{CALL}\n{CALL}<|im_end|>" in prompt
+    assert "grey 0\n</tool_response>\n<tool_response>\ngrey 1\n</tool_response><|im_end|>" in prompt
+    assert prompt.endswith("So?<|im_end|>\n<|im_start|>assistant\n")
+    counted = await ai.messages.count_tokens(model=MODEL, messages=said, tools=[WEATHER])
+    assert counted.input_tokens == len(scheduler.submits[-1].token_ids)
+
+
+@pytest.mark.parametrize(
+    ("choice", "has", "has_not"),
+    [
+        ({"type": "any"}, ("get_weather", "{0,127}"), ("trigger",)),
+        ({"type": "any", "disable_parallel_tool_use": True}, ("get_weather",), ("trigger", "{0,127}")),
+        ({"type": "tool", "name": "get_weather"}, ("get_weather",), ("trigger", "{0,127}")),
+        ({"type": "none"}, (), ("start",)),
+    ],
+)
+async def test_the_choice_of_tools(ai, scheduler, choice, has, has_not):
+    await ai.messages.create(**message(tools=[WEATHER], tool_choice=choice))
+    grammar = scheduler.submits[0].grammar
+    assert all(part in grammar for part in has)
+    assert not any(part in grammar for part in has_not)
