@@ -262,12 +262,12 @@ async def test_callers_take_turns_and_those_that_have_gone_are_not_rendered(monk
 
     monkeypatch.setattr(ChatRenderer, "_kill", counted)
     source = "{% if messages[0].content == 'slow' %}" + SLOW + "{% else %}fine{% endif %}"
-    async with ChatRenderer(source, {}, RenderLimits(time_limit=0.5)) as renderer:
+    async with ChatRenderer(source, {}, RenderLimits(time_limit=1.0)) as renderer:
 
         def slow(caller: str) -> asyncio.Task[str]:
             return asyncio.create_task(renderer.render([{"role": "user", "content": "slow"}], caller=caller))
 
-        hungry, gone = [slow("hungry") for _ in range(4)], [slow("gone") for _ in range(20)]
+        hungry, gone = [slow("hungry") for _ in range(3)], [slow("gone") for _ in range(20)]
         await asyncio.sleep(0)
         for task in gone:
             task.cancel()

@@ -213,7 +213,7 @@ async def test_a_stalled_redis_is_waited_for_once_and_nothing_is_forgotten(worke
     _, patient = workers
     tenant = Tenant("acme", TenantLimits(concurrent_requests=2, tokens_per_minute=600))
     clock = Clock()
-    redis = open_redis(redis_process.url, timeout=0.2)
+    redis = open_redis(redis_process.url, timeout=2.0)
     async with running(TenantQuotas(redis, "hasty", clock=clock)) as (hasty,):
         lease = await hasty.admit(tenant)
         redis_process.pause()

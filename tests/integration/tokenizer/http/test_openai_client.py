@@ -118,11 +118,11 @@ async def test_it_does_not_come_again_for_a_deadline(ai, scheduler):
 
 async def test_its_timeout_is_the_requests_deadline(ai, scheduler):
     scheduler.play = lambda submit: Script(hold_after=1)
-    patient = ai.with_options(timeout=1.0, max_retries=0)
+    patient = ai.with_options(timeout=3.0, max_retries=0)
     with pytest.raises((openai.APITimeoutError, openai.InternalServerError)):
         await patient.chat.completions.create(**chat())
     await eventually(lambda: scheduler.num_running == 0)
-    assert 0 < scheduler.submits[0].time_remaining_ns <= 1e9
+    assert 0 < scheduler.submits[0].time_remaining_ns <= 3e9
 
 
 async def test_closing_a_stream_cancels(ai, scheduler):
