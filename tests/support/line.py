@@ -21,7 +21,7 @@ from scalellm.v1 import (
     scheduler_pb2,
     scheduler_pb2_grpc,
 )
-from service_processes import PATIENCE, RedisProcess, ServiceProcess, Spawn
+from service_processes import PATIENCE, RedisProcess, ServiceProcess, Spawn, pause_since
 
 
 @dataclass
@@ -46,9 +46,13 @@ class Line:
         num_workers = sum("services.tokenizer.worker" in child.cmdline() for child in self.tokenizer.children())
         wanted = {"tokenizer": num_workers, "executor": len(self.executors)}
         deadline = time.monotonic() + PATIENCE
-        while {peer: scrape(self.scheduler)[f'scalellm_scheduler_links{{peer="{peer}"}}'] for peer in wanted} != wanted:
+        while True:
+            began = time.monotonic()
+            found = scrape(self.scheduler)
+            if {peer: found[f'scalellm_scheduler_links{{peer="{peer}"}}'] for peer in wanted} == wanted:
+                return
             assert time.monotonic() < deadline, self.scheduler.log.read_text() + self.tokenizer.log.read_text()
-            time.sleep(0.02)
+            time.sleep(pause_since(began))
 
     async def scheduler_state(self) -> scheduler_pb2.GetStateResponse:
         async with grpc.aio.insecure_channel(self.scheduler.address) as channel:

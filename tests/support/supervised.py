@@ -13,7 +13,7 @@ import redis
 
 from clients.launcher import Instance, InstanceStatus, State, read_status
 from clients.launcher.processes import find
-from service_processes import PATIENCE
+from service_processes import PATIENCE, pause_since
 
 
 class Silent:
@@ -31,17 +31,23 @@ class Silent:
 
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not condition():
+    while True:
+        began = time.monotonic()
+        if condition():
+            return
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(pause_since(began))
 
 
 def status_when(instance: Instance, condition: Callable[[InstanceStatus], bool]) -> InstanceStatus:
     """Each service is given two seconds to answer, which a busy machine may exceed."""
     deadline = time.monotonic() + PATIENCE
-    while not condition(status := read_status(instance)):
+    while True:
+        began = time.monotonic()
+        if condition(status := read_status(instance)):
+            return status
         assert time.monotonic() < deadline, status
-    return status
+        time.sleep(pause_since(began))
 
 
 def until_written(redis_url: str) -> None:
