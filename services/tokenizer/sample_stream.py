@@ -42,6 +42,13 @@ class Delta:
     parts: Sequence[Part] | None = None
 
 
+def parts_of(delta: Delta) -> Sequence[Part]:
+    """Return what is new, in order: all of it is text where reasoning and calls are not told apart."""
+    if delta.parts is not None:
+        return delta.parts
+    return [Part(PartKind.TEXT, delta.text)] if delta.text else []
+
+
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
     """What a client wants to see.

@@ -13,6 +13,7 @@ import grpc
 from scalellm.v1 import generation_pb2
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
+from services.tokenizer.generation.answer_shape import splits
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.http.responses_format import ResponseDocument
 from services.tokenizer.http.responses_request import ResponsesRequest
@@ -63,6 +64,7 @@ class KeptResponses:
             edge.prompts.texts,
             kept.head.submit.sampling,
             is_stored=request.store is not False,
+            has_items=splits(kept.head.request),
         )
 
     async def read(self, tenant: Tenant, kept: KeptRequest) -> ResponseDocument:
@@ -105,7 +107,7 @@ def as_session(format: ResponseDocument, messages: Sequence[Message]) -> Session
     """Return a response as a session of one turn: the conversation up to it, and its document."""
     now = time.time()
     turn = Turn(len(messages) + 1, 0)
-    return Session((*messages, Message("assistant", format.text)), (), (turn,), now, now, document=format.whole())
+    return Session((*messages, format.answer), (), (turn,), now, now, document=format.whole())
 
 
 def asked_for(request: ResponsesRequest, created_at: int) -> bytes:

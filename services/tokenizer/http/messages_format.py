@@ -8,7 +8,7 @@ from scalellm.v1 import common_pb2, generation_pb2
 from services.tokenizer.dialect import Part, PartKind
 from services.tokenizer.http.anthropic_content import input_of
 from services.tokenizer.http.wire import dump, latency_json, quote
-from services.tokenizer.sample_stream import Delta
+from services.tokenizer.sample_stream import Delta, parts_of
 
 
 def _event(name: str, rest: str) -> str:
@@ -32,12 +32,6 @@ def _end(sample: generation_pb2.SampleFinished) -> str:
     if sample.WhichOneof("matched") == "stop":
         return f'"stop_reason":"stop_sequence","stop_sequence":{dump(sample.stop)}'
     return '"stop_reason":"end_turn","stop_sequence":null'
-
-
-def _parts(delta: Delta) -> Sequence[Part]:
-    if delta.parts is not None:
-        return delta.parts
-    return [Part(PartKind.TEXT, delta.text)] if delta.text else []
 
 
 class MessageStream:
@@ -66,7 +60,7 @@ class MessageStream:
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """More of a block, or another one."""
-        return "".join(map(self._part, _parts(delta)))
+        return "".join(map(self._part, parts_of(delta)))
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
         """The last block ends, and the message."""
@@ -126,7 +120,7 @@ class MessageDocument:
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """Kept."""
-        for part in _parts(delta):
+        for part in parts_of(delta):
             last = self._parts[-1] if self._parts else None
             if last is not None and part.kind is last.kind and not part.call_id:
                 self._parts[-1] = last._replace(text=last.text + part.text)

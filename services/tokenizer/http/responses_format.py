@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -14,16 +13,25 @@ from google.protobuf.json_format import MessageToDict
 from scalellm.v1 import common_pb2, generation_pb2
 from services.common.errors import StatusError
 from services.common.field_rules import SAMPLING
+from services.tokenizer.dialect import Part, PartKind
 from services.tokenizer.http.errors import error_code
 from services.tokenizer.http.logprobs import chat_entries
+from services.tokenizer.http.responses_items import OutputItem
 from services.tokenizer.http.responses_request import ResponsesRequest
 from services.tokenizer.http.wire import dump, latency_json, quote
-from services.tokenizer.sample_stream import Delta
+from services.tokenizer.message import Message
+from services.tokenizer.sample_stream import Delta, parts_of
 from services.tokenizer.text.detokenizer import TokenTexts
 
-HEAD_EVENTS = 4
-"""Events of a stream before those with text. That of a kept one with the text up to token k has the number
-HEAD_EVENTS - 1 + k."""
+_HEAD_EVENTS = 4
+"""Events of a stream before those with text, where there is nothing but text. That of a kept one with the text up to
+token k has the number _HEAD_EVENTS - 1 + k."""
+
+_NUMBERS_PER_TOKEN = 16
+"""Where reasoning and calls are told apart, a token may begin or end several items: events up to token k of a kept
+stream have at most the number 1 + _NUMBERS_PER_TOKEN * k."""
+
+_NO_TEXT = Part(PartKind.TEXT, "")
 
 _UNFINISHED = MappingProxyType({"cancelled": "incomplete", "failed": "incomplete"})
 
@@ -39,6 +47,7 @@ class ResponseDocument:
         texts: What tokens mean.
         sampling: How they are drawn, the model's own settings included.
         is_stored: True if it will be stored.
+        has_items: Reasoning and calls are items of their own.
     """
 
     def __init__(
@@ -51,13 +60,16 @@ class ResponseDocument:
         sampling: common_pb2.SamplingParams,
         *,
         is_stored: bool,
+        has_items: bool,
     ) -> None:
         self.request = request
-        self.message_id = f"msg_{response_id.removeprefix('resp_')}"
+        self.has_items = has_items
+        self.items: list[OutputItem] = []
+        self.parts: list[Part] = []
+        if not has_items:
+            self._begin_item(_NO_TEXT, response_id)
         self._texts = texts
         self._num_top = request.top_logprobs or 0
-        self._parts: list[str] = []
-        self._logprobs: list[str] = []
         used = MessageToDict(
             sampling, preserving_proto_field_name=True
         )  # the shortest text of a float32, as it was given
@@ -74,14 +86,14 @@ class ResponseDocument:
             "metadata": request.metadata or {},
             "model": model,
             "output": [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": request.previous_response_id,
             "reasoning": {"effort": request.reasoning and request.reasoning.effort, "summary": None},
             "store": is_stored,
             "temperature": used.get("temperature", SAMPLING["temperature"].default),
             "text": {"format": request.text_format},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": request.tool_choice or "auto",
+            "tools": [{"strict": True, "parameters": None, **tool} for tool in request.tools or ()],
             "top_logprobs": self._num_top,
             "top_p": used.get("top_p", SAMPLING["top_p"].default),
             "truncation": "disabled",
@@ -90,9 +102,9 @@ class ResponseDocument:
         }
 
     @property
-    def text(self) -> str:
-        """All of the answer's text so far."""
-        return "".join(self._parts)
+    def answer(self) -> Message:
+        """The answer so far, as a message."""
+        return Message.answer(self.parts)
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
         """Nothing. Raises StatusError where a background response cannot be kept."""
@@ -106,17 +118,30 @@ class ResponseDocument:
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """Kept."""
+        for part in parts_of(delta):
+            self.add(part)
         self.keep(delta)
         return ""
 
     def keep(self, delta: Delta) -> str:
-        """Keep a part, and return its log-probabilities, with commas in between."""
-        self._parts.append(delta.text)
-        if delta.logprobs is None or not delta.token_ids:
+        """Keep the logprobs of a delta with the message that grows, and return them, with commas in between."""
+        if delta.logprobs is None or not delta.token_ids or not self.items or self.items[-1].kind is not PartKind.TEXT:
             return ""
         entries = chat_entries(delta.token_ids, delta.logprobs, self._texts, self._num_top)
-        self._logprobs.append(entries)
+        self.items[-1].logprobs.append(entries)
         return entries
+
+    def add(self, part: Part) -> bool:
+        """Keep a part. Returns whether it begins an item."""
+        is_new = not self.items or not self.items[-1].has_more(part)
+        if is_new:
+            self._begin_item(part, self.response["id"])
+        self.items[-1].texts.append(part.text)
+        self.parts.append(part)
+        return is_new
+
+    def _begin_item(self, part: Part, response_id: str) -> None:
+        self.items.append(OutputItem.begin(part, len(self.items), response_id))
 
     def finish(self, finished: Sequence[generation_pb2.Finished]) -> None:
         """Make the response complete, but for its output."""
@@ -151,25 +176,16 @@ class ResponseDocument:
         if self.response["status"] == "in_progress":
             return dump(self.response)
         rest = {name: value for name, value in self.response.items() if name != "output"}
-        return f'{dump(rest)[:-1]},"output":[{self.item()}]}}'
-
-    def item(self) -> str:
-        """The one item of the output."""
-        status = self.response["status"]
-        status = _UNFINISHED.get(status, status)
-        return (
-            f'{{"id":"{self.message_id}","type":"message","status":"{status}","role":"assistant",'
-            f'"content":[{self.part()}]}}'
-        )
-
-    def part(self) -> str:
-        """The one part of the item."""
-        return f'{{"type":"output_text","text":{quote(self.text)},"annotations":[],"logprobs":[{self.logprobs}]}}'
+        if not self.items:
+            self._begin_item(_NO_TEXT, self.response["id"])
+        items = [item.json("completed") for item in self.items[:-1]]
+        return f'{dump(rest)[:-1]},"output":[{",".join([*items, self.items[-1].json(self._status)])}]}}'
 
     @property
-    def logprobs(self) -> str:
-        """All log-probabilities so far, with commas in between."""
-        return ",".join(self._logprobs)
+    def _status(self) -> str:
+        """Of the last item, once the response has ended."""
+        status: str = self.response["status"]
+        return _UNFINISHED.get(status, status)
 
 
 class ResponseStream(ResponseDocument):
@@ -186,14 +202,21 @@ class ResponseStream(ResponseDocument):
     _number = -1
     _num_tokens = 0
 
-    @cached_property
+    @property
     def _place(self) -> str:
-        return f'"item_id":"{self.message_id}","output_index":0,"content_index":0'
+        """The item that grows."""
+        return f'"item_id":"{self.items[-1].item_id}","output_index":{len(self.items) - 1}'
 
     @property
     def _token_number(self) -> int:
         """What follows the last token has a number behind this one."""
-        return HEAD_EVENTS - 1 + self._num_tokens if self.request.is_kept else 0
+        if not self.request.is_kept:
+            return 0
+        return 1 + _NUMBERS_PER_TOKEN * self._num_tokens if self.has_items else _HEAD_EVENTS - 1 + self._num_tokens
+
+    def tokens_before(self, number: int) -> int:
+        """Return how many tokens a client has that has the events of a kept stream up to this number."""
+        return max(0, (number - 1) // _NUMBERS_PER_TOKEN if self.has_items else number - _HEAD_EVENTS + 1)
 
     def _event(self, name: str, rest: str, number: int = 0) -> str:
         self._number = max(self._number + 1, number)
@@ -202,42 +225,86 @@ class ResponseStream(ResponseDocument):
         return f'event: {name}\ndata: {{"type":"{name}","sequence_number":{self._number},{rest}}}\n\n'
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """The response begins, and its only item, and the only part of that."""
+        """The response begins, and its only item where there is but one."""
         super().start(prompt, started)
         begun = f'"response":{dump(self.response)}'
-        item = f'{{"id":"{self.message_id}","type":"message","status":"in_progress","role":"assistant","content":[]}}'
-        part = '{"type":"output_text","text":"","annotations":[],"logprobs":[]}'
-        return (
-            self._event("response.created", begun)
-            + self._event("response.in_progress", begun)
-            + self._event("response.output_item.added", f'"output_index":0,"item":{item}')
-            + self._event("response.content_part.added", f'{self._place},"part":{part}')
-        )
+        head = self._event("response.created", begun) + self._event("response.in_progress", begun)
+        return head if self.has_items else head + self._opened()
 
     def delta(self, prompt: int, delta: Delta) -> str:
-        """More text."""
+        """More of an item, or another one."""
+        if not self.has_items:
+            return self._text_alone(delta)
+        events = []
+        for part in parts_of(delta):
+            before = self.items[-1] if self.items else None
+            is_new = before is None or not before.has_more(part)
+            if is_new and before is not None:
+                events.append(self._closed("completed"))
+            self.add(part)
+            if is_new:
+                events.append(self._opened())
+            if part.text:
+                events.append(self._more(part.text))
+        self.keep(delta)
+        self._num_tokens += delta.num_tokens
+        self._number = max(self._number, self._token_number)
+        return "".join(events)
+
+    def _text_alone(self, delta: Delta) -> str:
+        self.add(Part(PartKind.TEXT, delta.text))
         logprobs = self.keep(delta)
         self._num_tokens += delta.num_tokens
         if not delta.text and not logprobs:
             return ""
-        return self._event(
-            "response.output_text.delta",
-            f'{self._place},"delta":{quote(delta.text)},"logprobs":[{logprobs}]',
-            self._token_number,
-        )
+        return self._more(delta.text, logprobs, self._token_number)
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """The part ends, the item, and the response."""
+        """The last item ends, and the response."""
         self._number = max(self._number, self._token_number)
         name = "response.completed" if self.response["status"] == "completed" else "response.incomplete"
-        return (
-            self._event(
-                "response.output_text.done", f'{self._place},"text":{quote(self.text)},"logprobs":[{self.logprobs}]'
-            )
-            + self._event("response.content_part.done", f'{self._place},"part":{self.part()}')
-            + self._event("response.output_item.done", f'"output_index":0,"item":{self.item()}')
-            + self._event(name, f'"response":{self.whole()}')
-        )
+        begun = ""
+        if not self.items:
+            self._begin_item(_NO_TEXT, self.response["id"])
+            begun = self._opened()
+        return begun + self._closed(self._status) + self._event(name, f'"response":{self.whole()}')
+
+    def _opened(self) -> str:
+        """Events with which an item begins."""
+        item = self.items[-1]
+        index = f'"output_index":{len(self.items) - 1}'
+        added = self._event("response.output_item.added", f'{index},"item":{item.json("in_progress", is_empty=True)}')
+        if item.kind is PartKind.CALL:
+            return added
+        part = item.part(is_empty=True)
+        return added + self._event("response.content_part.added", f'{self._place},"content_index":0,"part":{part}')
+
+    def _more(self, text: str, logprobs: str = "", number: int = 0) -> str:
+        rest = f'{self._place},"delta":{quote(text)}'
+        match self.items[-1].kind:
+            case PartKind.CALL:
+                return self._event("response.function_call_arguments.delta", rest, number)
+            case PartKind.REASONING:
+                return self._event("response.reasoning_text.delta", f'{rest},"content_index":0', number)
+        rest = f'{rest},"content_index":0,"logprobs":[{logprobs}]'
+        return self._event("response.output_text.delta", rest, number)
+
+    def _closed(self, status: str) -> str:
+        """Events with which an item ends."""
+        item, place = self.items[-1], self._place
+        if item.kind is PartKind.CALL:
+            rest = f'{place},"name":{quote(item.name)},"arguments":{quote(item.text)}'
+            done = self._event("response.function_call_arguments.done", rest)
+        else:
+            place += ',"content_index":0'
+            text = f'{place},"text":{quote(item.text)}'
+            if item.kind is PartKind.REASONING:
+                done = self._event("response.reasoning_text.done", text)
+            else:
+                done = self._event("response.output_text.done", f'{text},"logprobs":[{",".join(item.logprobs)}]')
+            done += self._event("response.content_part.done", f'{place},"part":{item.part()}')
+        index = f'"output_index":{len(self.items) - 1}'
+        return done + self._event("response.output_item.done", f'{index},"item":{item.json(status)}')
 
     def failed(self, error: StatusError) -> bytes:
         """The last event of a stream that failed."""

@@ -12,8 +12,9 @@ import grpc
 from scalellm.v1 import generation_pb2
 from services.common.errors import StatusError
 from services.tokenizer.http.api_request import ApiRequest, OnDisconnect, UInt32, as_text, set_present
-from services.tokenizer.http.messages import add_messages
+from services.tokenizer.http.responses_items import messages_of
 from services.tokenizer.http.structure_fields import Shape, shape_of_format
+from services.tokenizer.http.tool_fields import set_tools, tool_names
 from services.tokenizer.message import Message
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -49,6 +50,9 @@ class ResponsesRequest(ApiRequest):
     stream: bool | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
     background: bool | None = None
@@ -56,8 +60,6 @@ class ResponsesRequest(ApiRequest):
 
     refused = MappingProxyType(
         {
-            "tools": ([],),
-            "tool_choice": ("none", "auto"),
             "conversation": (),
             "prompt": (),
             "truncation": ("disabled",),
@@ -65,7 +67,7 @@ class ResponsesRequest(ApiRequest):
     )
     ignored = frozenset(
         {
-            *("parallel_tool_calls", "max_tool_calls", "service_tier", "safety_identifier"),
+            *("max_tool_calls", "service_tier", "safety_identifier"),
             *("prompt_cache_key", "prompt_cache_retention", "stream_options"),
         }
     )
@@ -94,20 +96,23 @@ class ResponsesRequest(ApiRequest):
         """Return the messages of the input. Raises StatusError."""
         if self.input is None:
             raise StatusError.invalid("input", "is required")
+        return self._input[0]
+
+    @cached_property
+    def _input(self) -> tuple[list[Message], list[int]]:
+        """The messages of the input, and which of its items each begins with."""
         if isinstance(self.input, str):
-            return [Message("user", as_text(self.input, "input"))]
-        if isinstance(self.input, list):
-            for index, item in enumerate(self.input):
-                kind = item.get("type", "message") if isinstance(item, dict) else "message"
-                if kind != "message":
-                    shown = repr(kind[:64]) if isinstance(kind, str) else "something else"
-                    raise StatusError.invalid(f"input[{index}].type", f"must be message, got {shown}")
-        chat = generation_pb2.Chat()
-        add_messages(chat, self.input, "input")
-        return list(map(Message.of_wire, chat.messages))
+            return [Message("user", as_text(self.input, "input"))], []
+        return messages_of(self.input)
 
     def to_generate(
-        self, request_id: str, history: Sequence[Message], said: Sequence[Message], *, content_is_text: bool
+        self,
+        request_id: str,
+        history: Sequence[Message],
+        said: Sequence[Message],
+        *,
+        content_is_text: bool,
+        tells_reasoning: bool = False,
     ) -> generation_pb2.GenerateRequest:
         """Return the request. Raises StatusError.
 
@@ -116,6 +121,7 @@ class ResponsesRequest(ApiRequest):
             history: What was said before.
             said: The input.
             content_is_text: Take special tokens' texts in messages for text.
+            tells_reasoning: The model reasons: tell that apart from text.
         """
         request = generation_pb2.GenerateRequest(request_id=request_id)
         if self.is_kept:
@@ -124,6 +130,9 @@ class ResponsesRequest(ApiRequest):
         # Of this response alone: the next one has its own, or none.
         instructions = [Message("system", as_text(self.instructions, "instructions"))] if self.instructions else []
         request.chat.messages.extend(message.to_wire() for message in (*instructions, *history, *said))
+        set_tools(request.chat, self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
+        if tells_reasoning:
+            request.reasoning.SetInParent()
         if self.reasoning is not None and self.reasoning.effort is not None:
             request.reasoning.effort = as_text(self.reasoning.effort, "reasoning.effort")
         set_present(request.sampling, self, ("temperature", "top_p"))
@@ -153,13 +162,14 @@ class ResponsesRequest(ApiRequest):
 
     def names(self, num_before: int) -> dict[str, str]:
         """What our fields are called here, with so many messages before those of the input."""
-        count = len(self.input) if isinstance(self.input, list) else 0
-        items = {f"chat.messages[{num_before + index}]": f"input[{index}]" for index in range(count)}
+        _, begins = self._input
+        items = {f"chat.messages[{num_before + number}]": f"input[{index}]" for number, index in enumerate(begins)}
         return {
             "chat": "input",
             "chat.messages": "input",
             "sampling.max_tokens": "max_output_tokens",
             "sampling.logprobs": "top_logprobs",
             **items,
+            **tool_names(self.tools),
             **self.shape.names,
         }

@@ -6,7 +6,6 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import grpc
 from aiohttp import hdrs, web
@@ -15,13 +14,15 @@ from scalellm.v1 import generation_pb2
 from services.common.api_keys import Tenant
 from services.common.errors import StatusError
 from services.tokenizer.call_bytes import CallAccount
+from services.tokenizer.generation.answer_shape import splits
 from services.tokenizer.generation.edge import Edge
 from services.tokenizer.generation.request_path import Generation
 from services.tokenizer.http.api_request import renamed
 from services.tokenizer.http.call import HttpCall
 from services.tokenizer.http.face import HttpFace
 from services.tokenizer.http.kept_responses import KeptResponses, as_session, asked_for, said
-from services.tokenizer.http.responses_format import HEAD_EVENTS, ResponseDocument, ResponseStream
+from services.tokenizer.http.responses_format import ResponseDocument, ResponseStream
+from services.tokenizer.http.responses_items import input_items
 from services.tokenizer.http.responses_request import ResponsesRequest
 from services.tokenizer.http.service_routes import check_model, json_answer
 from services.tokenizer.http.sink import HttpCaller, OnFinished, serve
@@ -72,13 +73,28 @@ class ResponsesRoutes:
         content_is_text = edge.prompts.can_take_content_as_text
         response_id, created_at = f"resp_{secrets.token_hex(16)}", int(time.time())
         request_id = response_id if request.is_kept else call.request_id
-        made = request.to_generate(request_id, history, said, content_is_text=content_is_text)
+        made = request.to_generate(
+            request_id,
+            history,
+            said,
+            content_is_text=content_is_text,
+            tells_reasoning=edge.prompts.writing.dialect.reasoning is not None,
+        )
         asked = asked_for(request, created_at) if request.is_kept else b""
         make = ResponseStream if request.stream else ResponseDocument
         is_stored = request.store is not False and edge.sessions.is_on
         sampling = with_defaults(made.sampling, edge.sampling_defaults)
         texts = edge.prompts.texts
-        format = make(request, response_id, created_at, edge.model_name, texts, sampling, is_stored=is_stored)
+        format = make(
+            request,
+            response_id,
+            created_at,
+            edge.model_name,
+            texts,
+            sampling,
+            is_stored=is_stored,
+            has_items=splits(made),
+        )
         names = request.names(len(made.chat.messages) - len(said))
         if request.background and not request.stream:
             return await self._begin(call, made, asked, format, names)
@@ -141,7 +157,7 @@ class ResponsesRoutes:
             format,
             is_stream=True,
             on_finished=self._storing(tenant, format, said(kept, format.request)),
-            seen=[[max(0, starting_after - HEAD_EVENTS + 1)]],
+            seen=[[format.tokens_before(starting_after)]],
         )
 
     async def delete(self, call: HttpCall) -> web.StreamResponse:
@@ -176,7 +192,7 @@ class ResponsesRoutes:
         """What a response answers, from the beginning of the conversation on."""
         session, _ = await self._load(self._edge.access.tenant(), call.request.match_info["response_id"])
         items = [
-            _item(f"msg_{index}", message.role, message.content) for index, message in enumerate(session.messages[:-1])
+            item for index, message in enumerate(session.messages[:-1]) for item in input_items(message, f"msg_{index}")
         ]
         if call.request.query.get("order", "desc") != "asc":
             items.reverse()
@@ -227,11 +243,3 @@ def _starting_after(call: HttpCall) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise StatusError.invalid("starting_after", "must be the sequence_number of an event")
     return int(text)
-
-
-def _item(item_id: str, role: str, content: str) -> dict[str, Any]:
-    kind = "output_text" if role == "assistant" else "input_text"
-    part: dict[str, Any] = {"type": kind, "text": content}
-    if role == "assistant":
-        part |= {"annotations": [], "logprobs": []}
-    return {"id": item_id, "type": "message", "status": "completed", "role": role, "content": [part]}

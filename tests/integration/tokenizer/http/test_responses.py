@@ -116,7 +116,7 @@ async def test_what_is_not_to_be_kept_is_not(ai):
     ("fields", "error", "param"),
     [
         ({"input": []}, openai.BadRequestError, "input"),
-        ({"input": [{"type": "function_call_output"}]}, openai.BadRequestError, "input[0].type"),
+        ({"input": [{"type": "computer_call"}]}, openai.BadRequestError, "input[0].type"),
         ({"input": [{"role": "", "content": "a"}]}, openai.BadRequestError, "input[0].role"),
         (
             {"instructions": "Be brief.", "input": [{"role": "", "content": ""}]},
@@ -127,7 +127,7 @@ async def test_what_is_not_to_be_kept_is_not(ai):
         ({"max_output_tokens": 0}, openai.BadRequestError, "max_output_tokens"),
         ({"previous_response_id": "resp_none"}, openai.NotFoundError, "previous_response_id"),
         ({"previous_response_id": "../x"}, openai.NotFoundError, "previous_response_id"),
-        ({"tools": [{"type": "web_search"}]}, openai.BadRequestError, "tools"),
+        ({"tools": [{"type": "web_search"}]}, openai.BadRequestError, "tools[0].type"),
         ({"background": True, "store": False}, openai.BadRequestError, "store"),
         ({"text": {"format": {"type": "poem"}}}, openai.BadRequestError, "text.format.type"),
     ],
