@@ -84,7 +84,11 @@ async def test_log_probabilities(ai, scheduler):
     [
         ({"temperature": 101}, openai.BadRequestError, "temperature"),
         ({"model": "gpt-5"}, openai.NotFoundError, "model"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            openai.BadRequestError,
+            "tools[0].function.name",
+        ),
     ],
 )
 async def test_refusals_are_its_errors(ai, scheduler, fields, error, param):
