@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .PHONY: help run up down status chat test test-all test-compose test-compose-faults test-hostile test-faults \
 	soak test-kernels aot lint format protos bench bench-load bench-tokenizer bench-scheduler bench-executor \
-	bench-line bench-peers gpu setup setup-dev clean
+	bench-line bench-fleet bench-peers gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
 python := .venv/bin/python
@@ -100,6 +100,9 @@ bench-executor: ## load the executor alone: fake engine, real model
 bench-line: ## load all services around a fake engine with an H200's step times
 bench-tokenizer bench-scheduler bench-executor bench-line: setup-dev
 	@$(python) -m bench.services $(@:bench-%=%) $(BENCH_ARGS)
+
+bench-fleet: setup-dev ## simulate a fleet of executors on virtual time (BENCH_ARGS="--help")
+	@$(python) -m bench.fleet $(BENCH_ARGS)
 
 bench-peers: setup-dev ## other systems and this one on the same weights and prompts (BENCH_ARGS="--help")
 	@$(python) -m bench.peers $(BENCH_ARGS)

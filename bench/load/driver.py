@@ -39,6 +39,7 @@ class Driver:
         session_prefix: Session ids begin with it; another one for each run, as servers keep sessions for a while.
         stream: Whether tokens are wanted as they come.
         deadline_s: Seconds that each request may take. It is sent along where the protocol can, and kept here.
+        clock: Seconds of the time in which the target answers.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class Driver:
         session_prefix: str = "bench",
         stream: bool = True,
         deadline_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.clock = clock
         self._target = target
         self._vocabulary = vocabulary
         self._session_prefix = session_prefix
@@ -62,18 +65,29 @@ class Driver:
         load: Load,
         seed: str,
         on_end: Callable[[RequestRecord], None] = lambda record: None,
+        times: Sequence[float] | None = None,
     ) -> StepRun:
-        """Send all conversations; returns when the last one has ended. `seed` is for the open loop's arrivals."""
+        """Send all conversations; returns when the last one has ended.
+
+        Args:
+            planned: What is sent.
+            load: When.
+            seed: For the open loop's arrivals.
+            on_end: Told of each request.
+            times: Seconds after the start at which the conversations begin, instead of by the load.
+        """
         await self._target.connect(min(load.concurrency or 0, len(planned)))
         step = _Step(self, f"{self._session_prefix}-{seed}".replace("/", "."), on_end)
         async with Meter() as meter, asyncio.TaskGroup() as group:
-            step.start = time.perf_counter()
-            if load.rate is None:
+            step.start = self.clock()
+            if times is None and load.rate is not None:
+                times = arrival_times(load.rate, len(planned), seed)
+            if times is None:
                 queue = iter(planned)
                 for _ in range(min(load.concurrency or 1, len(planned))):
                     group.create_task(step.work_off(queue))
             else:
-                for due, conversation in zip(arrival_times(load.rate, len(planned), seed), planned, strict=True):
+                for due, conversation in zip(times, planned, strict=True):
                     await asyncio.sleep(due - step.now())
                     group.create_task(step.converse(conversation, due))
         sent = sum(len(conversation.turns) for conversation in planned)
@@ -92,7 +106,7 @@ class Driver:
                         continue
                     texts.append(event.text)
                     if request.stream:
-                        record.arrivals.append(time.perf_counter() - start)
+                        record.arrivals.append(self.clock() - start)
                         record.counts.append(event.count)
                         received += event.count
                     if cancel_after is not None and received >= cancel_after:
@@ -102,7 +116,7 @@ class Driver:
             record.status, record.kind, record.message = "failed", error.kind, str(error)
         except TimeoutError:
             record.status, record.kind, record.message = "failed", "deadline", f"not over after {self._deadline_s} s"
-        record.ended = time.perf_counter() - start
+        record.ended = self.clock() - start
         return "".join(texts)
 
     def request(self, turn: Turn, session_id: str | None, history: Sequence[str]) -> Request:
@@ -125,7 +139,7 @@ class _Step:
         self._on_end = on_end
 
     def now(self) -> float:
-        return time.perf_counter() - self.start
+        return self._driver.clock() - self.start
 
     async def work_off(self, queue: Iterator[Conversation]) -> None:
         """One place of the closed loop."""

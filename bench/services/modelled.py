@@ -7,26 +7,12 @@ from dataclasses import dataclass
 
 from bench.services.neighbours.tally import Tally
 from bench.services.neighbours.wire import unique_ids
+from bench.virtual.executor import StepClock
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from services.executor.engine.request import EngineRequest
 from services.executor.engine.sampling_params import SamplingParams
-
-
-@dataclass
-class VirtualClock:
-    """Time that passes in sleep alone, in seconds."""
-
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        """The time."""
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        """Let time pass."""
-        self.now += seconds
 
 
 @dataclass(frozen=True)
@@ -48,7 +34,7 @@ def modelled(config: EngineConfig, preset: str, streams: int, prompt_len: int, m
         prompt_len: Tokens of each prompt; no two begin alike.
         max_tokens: Tokens of each answer.
     """
-    clock, tally = VirtualClock(), Tally()
+    clock, tally = StepClock(), Tally()
     model = STEP_TIME_PRESETS[preset]
     runner = FakeModelRunner(config.vocab_size, config.eos_token_ids, model, clock.sleep, clock, overlaps=True)
     engine = Engine(config, runner, clock)
@@ -68,16 +54,16 @@ def modelled(config: EngineConfig, preset: str, streams: int, prompt_len: int, m
     for step in range(3 * max_tokens):  # until each stream's first request has ended, then for two more
         if step == max_tokens:
             tally.take()
-            began = clock.now
+            began = clock()
         result = engine.step()
         for tokens in result.tokens:
             handle = tokens.key[1]
             tally.counts["tokens"] += len(tokens.token_ids)
             if handle in last:
-                tally.observe("itl", clock.now - last[handle])
-            last[handle] = clock.now
+                tally.observe("itl", clock() - last[handle])
+            last[handle] = clock()
         for finished in result.finished:
             del last[finished.key[1]]
             send(max_tokens)
     report = tally.take()
-    return Modelled(report["itl_ms"]["p50"], report["itl_ms"]["p99"], report["tokens"] / (clock.now - began))
+    return Modelled(report["itl_ms"]["p50"], report["itl_ms"]["p99"], report["tokens"] / (clock() - began))

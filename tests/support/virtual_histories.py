@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from bench.virtual.line import VirtualEdge
+from bench.virtual.loop import run_virtually
+from bench.virtual.network import Network
 from scalellm.v1 import link_pb2
 from services.common.errors import StatusError
 from shaped_answers import GRAMMARS, problem, shaped_tokens
-from virtual_loop import run_virtually
-from virtual_network import Network
-from virtual_services import Journal, VirtualEdge, VirtualExecutor, VirtualScheduler, script, scripted_token
+from virtual_services import Journal, ScriptedExecutor, WatchfulEdge, WatchfulScheduler, script, scripted_token
 
 OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
 _PATIENCE = 600.0
@@ -190,16 +191,16 @@ class _Line:
     def __init__(self, history: History, rng: random.Random) -> None:
         self.history, self.rng = history, rng
         self.loop = asyncio.get_running_loop()
-        self.network = Network(rng)
+        self.network = Network(lambda: 0.0002 * rng.uniform(0.5, 2))
         self.journal = Journal()
         addresses = [f"10.0.0.{number}:50061" for number in range(1, 1 + rng.randint(1, 3))]
-        self.executors = [VirtualExecutor(self.network, address, self.journal, rng) for address in addresses]
+        self.executors = [ScriptedExecutor(self.network, address, self.journal, rng) for address in addresses]
         self.schedulers = [
-            VirtualScheduler(self.network, f"10.0.1.{number}:50052", addresses)
+            WatchfulScheduler(self.network, f"10.0.1.{number}:50052", addresses)
             for number in range(1, 1 + rng.randint(1, 2))
         ]
         schedulers = [scheduler.address for scheduler in self.schedulers]
-        self.edges = [VirtualEdge(self.network, f"edge-{number}", schedulers) for number in (1, 2)]
+        self.edges = [WatchfulEdge(self.network, f"edge-{number}", schedulers) for number in (1, 2)]
 
     def note(self, what: str) -> None:
         self.history.events.append(f"{self.loop.time():8.3f} {what}")

@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
+from bench.virtual.network import Connection
 from virtual_histories import play
-from virtual_network import Connection
 
 NUM_HISTORIES = 60
 """Played by `make test`."""

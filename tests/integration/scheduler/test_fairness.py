@@ -13,39 +13,33 @@ from types import SimpleNamespace
 
 import pytest
 
+from bench.virtual.line import VirtualEdge
+from bench.virtual.loop import run_virtually
+from bench.virtual.network import Network
 from scalellm.v1 import link_pb2
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
-from services.scheduler.config import SchedulerSettings
 from services.scheduler.token_service import OUTPUT_COST
 from virtual_histories import OK, VirtualStream
-from virtual_loop import run_virtually
-from virtual_network import Network
-from virtual_services import VOCABULARY, Journal, VirtualEdge, VirtualExecutor, VirtualScheduler
+from virtual_services import VOCABULARY, Journal, ScriptedExecutor, WatchfulEdge, WatchfulScheduler
 
 STEP = 0.01
 ROWS = 36
 NUM_QUIET = 7
 
 
-class Executor(VirtualExecutor):
+class Executor(ScriptedExecutor):
     """Of a size at which a flood has to be large, with a chunk of prefill of 512 tokens."""
 
-    def new_engine(self) -> tuple[Engine, link_pb2.Welcome]:
-        _, welcome = super().new_engine()
-        config = EngineConfig(
-            num_blocks=ROWS * 160,
-            max_model_len=4096,
-            vocab_size=VOCABULARY,
-            eos_token_ids=frozenset({0}),
-            block_size=16,
-            max_num_seqs=ROWS,
-            max_num_batched_tokens=512,
-        )
-        engine = self.make_engine(config)
-        for name in ("block_size", "num_blocks", "max_model_len", "max_num_seqs"):
-            setattr(welcome, name, getattr(config, name))
-        return engine, welcome
+    config = EngineConfig(
+        num_blocks=ROWS * 160,
+        max_model_len=4096,
+        vocab_size=VOCABULARY,
+        eos_token_ids=frozenset({0}),
+        block_size=16,
+        max_num_seqs=ROWS,
+        max_num_batched_tokens=512,
+    )
 
 
 @dataclass
@@ -89,13 +83,11 @@ class FairLine:
 
     def __init__(self, *, is_edge_shared: bool = False, **settings: object) -> None:
         rng = random.Random(7)
-        self.network = Network(rng)
+        self.network = Network(lambda: 0.0002 * rng.uniform(0.5, 2))
         self.journal = Journal()
         even = SimpleNamespace(random=rng.random, uniform=lambda low, high: STEP)
         self.executor = Executor(self.network, "10.0.0.1:50061", self.journal, even)
-        self.scheduler = VirtualScheduler(
-            self.network, "10.0.1.1:50052", [self.executor.address], SchedulerSettings(**settings)
-        )
+        self.scheduler = WatchfulScheduler(self.network, "10.0.1.1:50052", [self.executor.address], **settings)
         self.sent: list[VirtualStream] = []
         self._shared_edge: VirtualEdge | None = None
         self.flooding: list[asyncio.Task[None]] = []
@@ -109,7 +101,7 @@ class FairLine:
     def edge(self, name: str) -> VirtualEdge:
         if self._shared_edge is not None:
             return self._shared_edge
-        return VirtualEdge(self.network, name, [self.scheduler.address])
+        return WatchfulEdge(self.network, name, [self.scheduler.address])
 
     def flood(
         self, name: str, num_clients: int, prompt_len: int, max_tokens: int, priority: int = 0, weight: float = 1.0

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from bench.virtual.loop import run_virtually
 from services.scheduler.outage import Outage
-from virtual_loop import run_virtually
 
 READY, STARTING, GONE = (True, True), (False, True), (False, False)
 

@@ -13,6 +13,8 @@ T = TypeVar("T")
 class VirtualLoop(asyncio.SelectorEventLoop):
     """Instead of waiting for sockets or for the next timer it moves its clock to that timer."""
 
+    _selector: Any  # of asyncio.BaseSelectorEventLoop
+
     def __init__(self) -> None:
         super().__init__()
         self._now = 0.0
@@ -23,7 +25,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 raise RuntimeError("all tasks wait for something that nobody will do")
             if timeout > 0:
                 self._now += timeout + 1e-9  # a timer that is due within the clock's resolution must be due
-            return select(0)
+            ready: list[Any] = select(0)
+            return ready
 
         self._selector.select = select_at_once
 

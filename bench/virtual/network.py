@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -18,7 +17,6 @@ from grpc_status import rpc_status
 from services.common.errors import StatusError
 from services.common.link import LinkDialer
 
-_LATENCY = 0.0002
 _WINDOW = 16
 """Messages of a reader that does not read which the transport takes before the writer waits."""
 
@@ -33,7 +31,7 @@ class VirtualProcess:
     def __init__(self, name: str) -> None:
         self.name = name
         self.is_alive = True
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}
 
     def die(self) -> None:
         """As by kill -9: what was on the way arrives, then its connections break."""
@@ -43,13 +41,17 @@ class VirtualProcess:
 
 
 class Network:
-    """Addresses, who serves there, and what gets through."""
+    """Addresses, who serves there, and what gets through.
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
+    Args:
+        latency: Seconds that the next message takes.
+    """
+
+    def __init__(self, latency: Callable[[], float]) -> None:
+        self.latency = latency
         self._servers: dict[str, tuple[VirtualProcess, Handler]] = {}
         self._cut: dict[str, asyncio.Event] = {}
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}
 
     def serve(self, address: str, process: VirtualProcess, handler: Handler) -> None:
         """From now on calls to the address go to this handler."""
@@ -81,7 +83,7 @@ class _Pipe:
 
     def __init__(self, network: Network, address: str) -> None:
         self._whole = network.whole(address)
-        self._rng = network.rng
+        self._latency = network.latency
         self._sent: deque[object] = deque()
         self._arrived: deque[object] = deque()
         self._changed = asyncio.Event()
@@ -95,7 +97,7 @@ class _Pipe:
 
     async def _carry(self) -> None:
         while self._sent:
-            await asyncio.sleep(_LATENCY * self._rng.uniform(0.5, 2))
+            await asyncio.sleep(self._latency())
             await self._whole.wait()
             # Whatever was sent within the latency comes together, as bytes on a stream do.
             while self._sent:
@@ -143,8 +145,8 @@ class Connection:
         self._is_over = asyncio.Event()
         self.reads_slowly_until = 0.0
         self._serving = asyncio.create_task(self._serve())
-        client.connections.add(self)
-        network.connections.add(self)
+        client.connections[self] = None
+        network.connections[self] = None
 
     # The client's end: what LinkClient needs of a grpc.aio call.
 
@@ -192,19 +194,19 @@ class Connection:
         if self._client.is_alive:
             self._up.put(_End(grpc.StatusCode.CANCELLED, "cancelled by the client"))
         self._end = self._end or _End(grpc.StatusCode.CANCELLED, "cancelled")
-        self._client.connections.discard(self)
+        self._client.connections.pop(self, None)
 
     # The server's end.
 
     async def _serve(self) -> None:
-        await asyncio.sleep(_LATENCY)
+        await asyncio.sleep(self._network.latency())
         await self._network.whole(self.address).wait()
         found = self._network.server(self.address)
         if found is None:
             self._down.put(_End(grpc.StatusCode.UNAVAILABLE, "connection refused"))
             return
         self._server, handler = found
-        self._server.connections.add(self)
+        self._server.connections[self] = None
         end = ServerEnd(self._server, self._down)
         handling = asyncio.create_task(self._handle(handler, end))
         reading = asyncio.create_task(self._feed(end))
@@ -214,8 +216,8 @@ class Connection:
             for task in (handling, reading):
                 task.cancel()
             await asyncio.gather(handling, reading, return_exceptions=True)
-            self._server.connections.discard(self)
-            self._network.connections.discard(self)
+            self._server.connections.pop(self, None)
+            self._network.connections.pop(self, None)
 
     async def _feed(self, end: ServerEnd) -> None:
         while not isinstance(item := await self._up.take(), _End):
@@ -238,7 +240,7 @@ class Connection:
             self._is_broken = True
             self._up.put(_End(grpc.StatusCode.UNAVAILABLE, "connection reset"))
             self._down.put(_End(grpc.StatusCode.UNAVAILABLE, "connection reset"))
-            self._client.connections.discard(self)
+            self._client.connections.pop(self, None)
 
 
 class ServerEnd:
@@ -263,6 +265,9 @@ class ServerEnd:
 
 class VirtualDialer(LinkDialer):
     """Connects one process to others on the network. In place of LinkDialer, whose interface it has."""
+
+    _network: Network
+    _process: VirtualProcess
 
     def __init__(self, network: Network, process: VirtualProcess) -> None:
         super().__init__()

@@ -1,0 +1,139 @@
+"""`python -m bench.fleet`: a fleet on virtual time, its calibration, and what follows for policies."""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from bench.fleet.calibration import calibrate
+from bench.fleet.fleet import VOCABULARY, FleetError, FleetPlan, Pool
+from bench.fleet.simulation import Faults, Simulated, simulate
+from bench.load.trace import read_trace
+from bench.load.vocabulary import Vocabulary
+from bench.load.workload import Load, Shape, WorkloadName, conversations
+from services.common.model_store import pull, resolve
+from services.common.model_store.catalogue import CATALOGUE
+from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
+
+app = typer.Typer(add_completion=False)
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    executors: Annotated[int, typer.Option(min=1, help="Executors.")] = 8,
+    preset: Annotated[
+        str, typer.Option(help=f"How long steps take: {', '.join(STEP_TIME_PRESETS)}.")
+    ] = "h200-llama-8b",
+    load: Annotated[str, typer.Option(help="8: eight requests at once; 20/s: as many a second (Poisson).")] = "20/s",
+    requests: Annotated[int, typer.Option(min=1, help="Requests in all; of a trace, at most.")] = 400,
+    workload: Annotated[str, typer.Option(help="As of bench.load: fixed, chat, shared, sessions.")] = "shared",
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens; the median for chat.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Generated tokens; the median for chat.")] = 64,
+    prefix_len: Annotated[int, typer.Option(min=1, help="shared: tokens of the shared prompt.")] = 512,
+    trace: Annotated[Path | None, typer.Option(help="A trace in Mooncake's format (JSON lines) instead.")] = None,
+    kills: Annotated[int, typer.Option(min=0, help="Executors that die under load.")] = 0,
+    drains: Annotated[int, typer.Option(min=0, help="Executors that leave in order under load.")] = 0,
+    latency_ms: Annotated[float, typer.Option(min=0, help="What a message takes from service to service.")] = 0.2,
+    seed: Annotated[str, typer.Option(help="Everything follows from it.")] = "0",
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the CPU time goes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small fleets of each kind, each run twice: a test.")] = False,
+) -> None:
+    """Simulate a fleet: the real scheduler and engines on virtual time."""
+    if context.invoked_subcommand is not None:
+        return
+    if quick:
+        _quick()
+        return
+    try:
+        when = Load.parse(load)
+        if preset not in STEP_TIME_PRESETS:
+            raise ValueError(f"--preset: {preset!r} is none of {', '.join(STEP_TIME_PRESETS)}")
+        if workload not in get_args(WorkloadName):
+            raise ValueError(f"--workload: {workload!r} is none of {', '.join(get_args(WorkloadName))}")
+        pool = Pool(executors, STEP_TIME_PRESETS[preset])
+        alphabet = Vocabulary.of_size(VOCABULARY).alphabet
+        times = None
+        if trace is not None:
+            planned, times = read_trace(trace, alphabet, max_len=pool.max_model_len, max_requests=requests)
+        else:
+            shape = Shape(
+                workload,  # type: ignore[arg-type]
+                input_len,
+                output_len,
+                pool.max_model_len,
+                prefix_len,
+            )
+            planned = conversations(shape, alphabet, requests, seed)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    profiler = cProfile.Profile()
+    if profile:
+        profiler.enable()
+    plan = FleetPlan((pool,), latency=latency_ms / 1e3)
+    done = _simulate_or_exit(
+        lambda: simulate(plan, planned, when, seed=seed, times=times, faults=Faults(kills, drains))
+    )
+    profiler.disable()
+    print(done.text(f"{executors} executors, {trace.name if trace is not None else when}"))
+    if profile:
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+def _quick() -> None:
+    alphabet = Vocabulary.of_size(VOCABULARY).alphabet
+    shape = Shape("shared", 64, 32, prefix_len=512)
+    for size, load, count in ((8, "20/s", 60), (8, "16", 48), (64, "50/s", 60)):
+        planned = conversations(shape, alphabet, count, "quick")
+        job = partial(simulate, FleetPlan((Pool(size),)), planned, Load.parse(load), faults=Faults(1, 1))
+        done = [_simulate_or_exit(job) for _ in range(2)]
+        if done[0].digest != done[1].digest:
+            print(f"two runs of {size} executors at {load} differ: {done[0].digest} and {done[1].digest}")
+            raise typer.Exit(1)
+        print(done[1].text(f"{size} executors, {load}"))
+
+
+def _simulate_or_exit(job: Callable[[], Simulated]) -> Simulated:
+    try:
+        return job()
+    except FleetError as error:
+        print(f"the simulated line failed: {error}")
+        raise typer.Exit(1) from None
+
+
+@app.command("calibrate")
+def _calibrate(
+    model: Annotated[str, typer.Option(help="Whose tokenizer the line has: a name, or a path.")] = (
+        "smollm2-135m-instruct"
+    ),
+    home: Annotated[Path, typer.Option(envvar="SCALELLM_HOME", help="The model store.")] = Path("~/.cache/scalellm"),
+    loads: Annotated[str, typer.Option(help="Requests in flight, separated by commas.")] = "4,8,16",
+    executors: Annotated[int, typer.Option(min=1, help="Executors.")] = 1,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 1024,
+    output_len: Annotated[int, typer.Option(min=2, help="Generated tokens.")] = 128,
+) -> None:
+    """Run a real line on the fake engine and the simulator on the same requests; exit 1 beyond 10 %.
+
+    On a machine that is busy the line's times are not its own.
+    """
+    home = home.expanduser()
+    if model in CATALOGUE:
+        pull(model, home)
+    shape = Shape(input_len=input_len, output_len=output_len)
+    plan, found = calibrate(resolve(model, home), [int(load) for load in loads.split(",")], shape, executors)
+    base = plan.pools[0].steps.base - STEP_TIME_PRESETS["h200-llama-8b"].base
+    print(f"fitted with one stream: {1e3 * plan.latency:.3f} ms per message, {1e3 * base:.3f} ms more per step")
+    for comparison in found:
+        print(comparison.text())
+    if not all(comparison.is_close for comparison in found):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

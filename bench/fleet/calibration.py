@@ -1,0 +1,140 @@
+"""The simulator against the real line: the same requests to both, and how far their times lie apart.
+
+The line has the fake engine, whose steps take what a model of a GPU says. What that model does not know is measured
+with one stream, where nothing waits for anything: how long a message takes from one service to the next, and what a
+step takes beyond its model. With these two figures the other loads are simulated, and compared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from bench.fleet.fleet import VOCABULARY, FleetPlan, Pool
+from bench.fleet.simulation import simulate
+from bench.load.driver import Driver
+from bench.load.grpc_target import GrpcTarget
+from bench.load.records import RequestRecord
+from bench.load.vocabulary import Vocabulary
+from bench.load.workload import Conversation, Load, Shape, conversations
+from bench.services.processes import Workplace
+from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
+
+PRESET = "h200-llama-8b"
+LIMIT = 0.10
+"""How far TTFT and ITL of the simulation may be from those of the line."""
+
+_HOPS = 4
+"""Messages that the simulator has before a first token: from the edge to the scheduler, to the executor, and back."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One load: medians in milliseconds of the real line and of the simulation."""
+
+    load: str
+    real_ttft: float
+    ttft: float
+    real_itl: float
+    itl: float
+
+    @property
+    def is_close(self) -> bool:
+        """True if both are within the limit."""
+        pairs = ((self.ttft, self.real_ttft), (self.itl, self.real_itl))
+        return all(abs(simulated - real) <= LIMIT * real for simulated, real in pairs)
+
+    def text(self) -> str:
+        """For people."""
+        ttft, itl = self.ttft / self.real_ttft - 1, self.itl / self.real_itl - 1
+        verdict = "within" if self.is_close else "NOT within"
+        return (
+            f"{self.load:>6}: TTFT {self.real_ttft:.2f} ms, simulated {self.ttft:.2f} ({ttft:+.1%}); "
+            f"ITL {self.real_itl:.3f} ms, simulated {self.itl:.3f} ({itl:+.1%}): {verdict} {LIMIT:.0%}"
+        )
+
+
+def calibrate(
+    model: Path, loads: Sequence[int], shape: Shape, num_executors: int
+) -> tuple[FleetPlan, list[Comparison]]:
+    """Record a line of real processes, fit the simulator with one stream, and compare both at the other loads.
+
+    Args:
+        model: A model's folder, for its tokenizer.
+        loads: Requests in flight, one run each.
+        shape: What is sent.
+        num_executors: Of the line, and of the fleet.
+
+    Returns:
+        The fleet's plan, and one comparison per load, that of one stream first.
+    """
+    pool = Pool(num_executors)
+    recorded = {}
+    planned = {load: _planned(load, shape) for load in (1, *loads)}
+    with _line(model, pool) as address:
+        for load, wanted in planned.items():
+            recorded[load] = asyncio.run(_record(address, wanted, load))
+    plan = _fit(FleetPlan((pool,), num_edges=1), planned[1], recorded[1])
+    return plan, [_compare(plan, wanted, load, recorded[load]) for load, wanted in planned.items()]
+
+
+def _planned(load: int, shape: Shape) -> list[Conversation]:
+    alphabet = Vocabulary.of_size(VOCABULARY).alphabet
+    return conversations(shape, alphabet, max(16, 4 * load), f"calibrate/{load}")
+
+
+@contextmanager
+def _line(model: Path, pool: Pool) -> Iterator[str]:
+    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "block_size")
+    flags = [part for name in limits for part in (f"--{name.replace('_', '-')}", str(getattr(pool, name)))]
+    flags += ["--model", str(model), "--engine", "fake", "--fake-preset", PRESET]
+    with Workplace() as place:
+        executors = [place.service("executor", *flags).address for _ in range(pool.size)]
+        scheduler = place.service("scheduler", "--executors", ",".join(executors))
+        tokenizer = place.service(
+            "tokenizer", "--scheduler", scheduler.address, "--model", str(model), "--workers", "1"
+        )
+        yield tokenizer.address
+
+
+async def _record(address: str, planned: Sequence[Conversation], load: int) -> list[RequestRecord]:
+    target = GrpcTarget(address)
+    try:
+        driver = Driver(target, Vocabulary(()))
+        warm_up = conversations(Shape(input_len=16, output_len=8), range(300, 400), 4, f"warm-up {load}")
+        await driver.run(warm_up, Load(concurrency=1), "warm-up")
+        return (await driver.run(planned, Load(concurrency=load), str(load))).records
+    finally:
+        await target.close()
+
+
+def _medians(records: Sequence[RequestRecord]) -> tuple[float, float]:
+    """Milliseconds: TTFT, and TPOT, which also means something where tokens came two in a message."""
+    done = [record for record in records if record.status == "ok"]
+    ttfts = [record.ttft for record in done if record.ttft is not None]
+    tpots = [record.tpot for record in done if record.tpot is not None]
+    return 1e3 * median(ttfts), 1e3 * median(tpots)
+
+
+def _fit(plan: FleetPlan, planned: Sequence[Conversation], recorded: Sequence[RequestRecord]) -> FleetPlan:
+    """Lay the differences at one stream to messages and to steps."""
+    ideal = replace(plan, latency=0.0)
+    ttft, itl = _medians(simulate(ideal, planned, Load(concurrency=1)).records)
+    real_ttft, real_itl = _medians(recorded)
+    per_step = max(0.0, real_itl - itl) / 1e3
+    latency = max(0.0, real_ttft - ttft - 1e3 * per_step) / 1e3 / _HOPS
+    steps = STEP_TIME_PRESETS[PRESET]
+    pool = replace(plan.pools[0], steps=replace(steps, base=steps.base + per_step))
+    return replace(plan, pools=(pool,), latency=latency)
+
+
+def _compare(
+    plan: FleetPlan, planned: Sequence[Conversation], load: int, recorded: Sequence[RequestRecord]
+) -> Comparison:
+    real_ttft, real_itl = _medians(recorded)
+    ttft, itl = _medians(simulate(plan, planned, Load(concurrency=load)).records)
+    return Comparison(str(load), real_ttft, ttft, real_itl, itl)
