@@ -30,14 +30,16 @@ class FaultRedis:
         self.can_fill = _may_mount()
         self._disk: subprocess.Popen[bytes] | None = None
         if self.can_fill:
-            mount = ["sh", "-c", 'mount -t tmpfs -o size=16m tmpfs "$0" && exec sleep infinity', str(self.folder)]
+            mount = ["sh", "-c", 'mount -t tmpfs -o size=64m tmpfs "$0" && exec sleep infinity', str(self.folder)]
             self._disk = subprocess.Popen(["unshare", "--mount", *mount])
             _wait_for(lambda: self._inside().stat().st_dev != self.folder.stat().st_dev, "the disk is not mounted")
         self.start()
 
     def start(self) -> None:
         flags = [redis_server(), "--port", "0", "--unixsocket", self.socket, "--save", "", "--appendonly", "yes"]
-        flags += ["--dir", str(self.folder), "--appendfsync", "everysec"]
+        # The file is written anew long before it fills that file system, which else would be a fault that nobody asked
+        # for: Redis' own limit is 64 MiB.
+        flags += ["--dir", str(self.folder), "--appendfsync", "everysec", "--auto-aof-rewrite-min-size", "8mb"]
         if self._disk is not None:
             flags = ["nsenter", f"--mount=/proc/{self._disk.pid}/ns/mnt", *flags]
         self.process = subprocess.Popen(flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

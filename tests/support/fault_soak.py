@@ -6,8 +6,10 @@ import asyncio
 import random
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import mean
 
 import psutil
 
@@ -23,8 +25,24 @@ _HEALING = 5.0
 """Seconds in which services notice that Redis is back; they look every second, and wait for a second."""
 
 _GROWTH = 1.1
-_GROWTH_BYTES = 12 * 2**20
-"""By how much a process may have grown over the last three quarters of its life: allocators breathe."""
+_MARGINS = {"MiB": 12.0, "open files": 16.0, "threads": 4.0}
+"""By how much a process may have grown over the last three quarters of its life: allocators breathe, Redis is asked on
+as many connections as there are calls at once, and pools of threads grow on demand."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What a process held at a moment, by the names of _MARGINS."""
+
+    at: float
+    values: Mapping[str, float]
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> _Sample:
+        """Raises psutil.Error."""
+        mib = process.memory_info().rss / 2**20
+        values = {"MiB": mib, "open files": process.num_fds(), "threads": process.num_threads()}
+        return cls(time.monotonic(), values)
 
 
 @dataclass
@@ -46,7 +64,7 @@ class Soak:
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     _faults: list[tuple[float, float, Fault]] = field(default_factory=list)
-    _rss: dict[tuple[str, int, float], list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+    _samples: dict[tuple[str, int, float], list[_Sample]] = field(default_factory=lambda: defaultdict(list))
     _number: int = 0
 
     async def run(self) -> None:
@@ -111,22 +129,23 @@ class Soak:
                     for process in await asyncio.to_thread(member.family):
                         with suppress(psutil.Error):
                             key = (member.name, process.pid, process.create_time())
-                            self._rss[key].append((time.monotonic(), process.memory_info().rss))
+                            self._samples[key].append(_Sample.of(process))
             await asyncio.sleep(_SAMPLE_SECONDS)
 
     def _growth(self) -> list[str]:
         """Processes that went on growing. Those that lived too short to tell are left out."""
         found = []
-        for (name, pid, _), samples in self._rss.items():
-            first, last = samples[0][0], samples[-1][0]
+        for (name, pid, _), samples in self._samples.items():
+            first, last = samples[0].at, samples[-1].at
             if last - first < self.seconds / 4:
                 continue
-            second = [rss for at, rss in samples if 0.25 <= (at - first) / (last - first) <= 0.5]
-            fourth = [rss for at, rss in samples if (at - first) / (last - first) >= 0.75]
-            before, after = sum(second) / len(second), sum(fourth) / len(fourth)
+            second = [sample for sample in samples if 0.25 <= (sample.at - first) / (last - first) <= 0.5]
+            fourth = [sample for sample in samples if (sample.at - first) / (last - first) >= 0.75]
             self.counts["processes watched"] += 1
-            if after > before * _GROWTH + _GROWTH_BYTES:
-                found.append(f"process {pid} of {name} grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB")
+            for what, margin in _MARGINS.items():
+                before, after = (mean(sample.values[what] for sample in part) for part in (second, fourth))
+                if after > before * _GROWTH + margin:
+                    found.append(f"process {pid} of {name} grew from {before:.0f} to {after:.0f} {what}")
         return found
 
 
