@@ -6,9 +6,8 @@ import asyncio
 import random
 import re
 import time
-from typing import Any
 
-from bench.services.neighbours.tally import Tally
+from bench.services.neighbours.closed_loop import ClosedLoop
 from bench.services.neighbours.wire import STAMPED, CompletionRequests, age
 from services.common.addresses import split_address
 
@@ -78,53 +77,33 @@ class _Connection(asyncio.Protocol):
             tally.observe("latency", age(int(stamp[1])))
 
 
-class HttpClients:
+class HttpClients(ClosedLoop[_Connection]):
     """Keeps `streams` completions running.
 
-    Args:
-        address: host:port of the tokenizer service's HTTP.
-        stamped: Whether tokens say when they were sent (the scheduler is simulated).
+    Attributes:
+        max_tokens: Of each request but the first ones.
     """
 
-    def __init__(self, address: str, stamped: bool) -> None:
-        self.stamped = stamped
-        self.tally = Tally()
-        self.max_tokens = 1
-        self._address = address
-        self._connections: list[_Connection] = []
-        self._requests: CompletionRequests
-        self._number = 0
-        self._running = False
+    max_tokens: int
+    _requests: CompletionRequests
 
     async def start(self, kind: str, streams: int, prompt_len: int, max_tokens: int = 1, text: bool = False) -> None:
         """Open the connections and send the first requests; `kind` is generate."""
         assert kind == "generate", kind
-        self._running = True
+        self.is_running = True
         self.max_tokens = max_tokens
         self._requests = CompletionRequests(prompt_len, text=text)
         rng = random.Random(streams)
         for place in range(streams):
             made = _Connection(self, place, rng.randint(1, max_tokens))
-            await asyncio.get_running_loop().create_connection(lambda made=made: made, *split_address(self._address))  # type: ignore[misc]
-            self._connections.append(made)
-
-    def take(self) -> dict[str, Any]:
-        """Counts since the last call."""
-        return self.tally.take()
-
-    async def stop(self) -> None:
-        """Drop all connections, and with them all requests."""
-        self._running = False
-        for connection in self._connections:
-            connection.close()
-        self._connections = []
+            await asyncio.get_running_loop().create_connection(lambda made=made: made, *split_address(self.address))  # type: ignore[misc]
+            self.connections.append(made)
 
     def next_request(self, max_tokens: int, *, stamps: bool) -> bytes:
         """One whole HTTP request."""
-        self._number += 1
-        return self._requests.make(self._number, max_tokens, stamps=stamps)
+        return self._requests.make(self.next_number(), max_tokens, stamps=stamps)
 
     def count_error(self) -> None:
         """A connection ended, by itself or because the load is taken away."""
-        if self._running:
+        if self.is_running:
             self.tally.counts["errors"] += 1
