@@ -41,4 +41,6 @@ def error_of(matcher: LLMatcher) -> str:
     if not matcher.is_error():
         return ""
     told = _INNER_STATE.split(matcher.get_error())[0].strip() or "it cannot be kept to"
+    if told.startswith("NoExtension"):
+        return "no token of the model's vocabulary goes on as it demands: some character cannot be written with them"
     return told if len(told) <= _LONGEST_MESSAGE else f"{told[:_LONGEST_MESSAGE]}..."

@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 import engine_kit
+from bench.hostile_grammars import HOSTILE
 from engine_kit import Collector
 from grammar_kit import EOS, ids_of, json_grammar, make_compiler, text_of
 from runner_kit import MODEL, make_runner, random_model
@@ -244,6 +245,15 @@ def test_what_is_no_grammar_ends_its_own_request(model, compiler, device) -> Non
     assert result.finished[good.key].status is result.finished[bad[3].key].status is RequestStatus.OK
 
 
+def test_a_text_that_the_vocabulary_cannot_write_ends_the_request_and_says_so(model, compiler, device) -> None:
+    request, good = ask(1, 'start: "aé"'), ask(2, KINDS[5][0])
+    result = run(make_engine(model, compiler, device), [request, good])
+    finish = result.finished[request.key]
+    assert finish.status is RequestStatus.INVALID
+    assert "no token of the model's vocabulary" in finish.message
+    assert result.finished[good.key].status is RequestStatus.OK
+
+
 def test_tokens_from_elsewhere_that_do_not_fit_end_the_request(model, compiler) -> None:
     request = ask(1, "start: /a{9}/", resumed=(ResumedSample(0, tuple(ids_of("ab"))),))
     result = run(make_engine(model, compiler), [request])
@@ -266,26 +276,6 @@ def test_a_grammar_that_becomes_too_much_ends_its_own_request(model, compiler, d
     assert (finish.status, len(collector.tokens[bad.key, 0]) < 9) == (RequestStatus.INVALID, True)
     for request in (good, free):
         assert collector.tokens[request.key, 0] == calm(request)[0]
-
-
-HOSTILE = {
-    "many states": r"start: /(.|\n)*a.{30}b.{30}c.{30}/",
-    "complements": "start: A\nA: /(?s:.*)/ & ~/(?s:.*)abc(?s:.*)/ & ~/(?s:.*)x.{15}y(?s:.*)/ & /(?s:.*)q.{15}(?s:.*)/",
-    "many rules": f"start: {' | '.join(f'r{i}' for i in range(3000))}\n"
-    + "\n".join(f'r{i}: /[a-z]+/ "x{i}"' for i in range(3000)),
-    "ambiguous": 'start: start start start | /a+/ | /a*b?/ | ""',
-    "nested counts": "start: /((((a{1,10}){1,10}){1,10}){1,10}){1,10}/",
-    "allOf": json_grammar(
-        json.dumps(
-            {"allOf": [{"anyOf": [{"type": "string", "minLength": i * 8 + j} for j in range(4)]} for i in range(8)]}
-        )
-    ),
-    "deep": json_grammar('{"items": ' * 60 + "{}" + "}" * 60),
-    "recursive": 'start: "(" start | start ")" | start start | "x"',
-    "large enum": json_grammar(json.dumps({"enum": [f"v{i:06d}" for i in range(5000)]})),
-    "wide": json_grammar(json.dumps({"properties": {f"p{i}": {"type": ["string", "null"]} for i in range(1000)}})),
-    "64 KiB": f"start: /{'(a|b)' * 13_000}/",
-}
 
 
 def test_hostile_grammars_end_at_their_limits_and_neighbours_go_on(model, compiler, calm) -> None:
