@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,12 +13,17 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import grpc
+import jsonschema
 
 from prompts import PROMPTS
 from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc
 from service_processes import PATIENCE
 
-KINDS = ("plain", "samples", "logprobs", "session", "stop", "deadline", "cancel", "kept", "kept samples")
+KINDS = (
+    *("plain", "samples", "logprobs", "session", "stop", "deadline", "cancel", "kept", "kept samples"),
+    *("shaped", "shaped samples"),
+)
+SHAPED = ("shaped", "shaped samples", "kept shaped")
 _CONNECTIONS = 8
 _FIRST_TURNS = 20
 
@@ -36,7 +43,7 @@ class Stream:
     """One request and what became of it.
 
     Attributes:
-        kind: One of KINDS.
+        kind: One of KINDS or SHAPED.
         request: What is sent.
         first_turn: Of a session: what is asked and answered before.
         timeout: The client's deadline in seconds.
@@ -99,6 +106,15 @@ class Stream:
             )
             ids.extend(piece.token_ids)
         return found
+
+    def misshapen(self) -> list[str]:
+        """What is wrong with the shapes of the texts that are complete."""
+        asked = self.request.structured_output
+        if not asked.WhichOneof("shape") or self.finished is None:
+            return []
+        ended = [sample.index for sample in self.finished.samples if sample.reason == common_pb2.FINISH_REASON_STOP]
+        wrong = [index for index in ended if not _has_shape(asked, self.texts.get(index, ""))]
+        return [f"stream {self.number}: sample {index} has another shape: {self.texts[index]!r}" for index in wrong]
 
     def longest_pause(self, since: float) -> float:
         """Longest time without a message, as far as it lies after `since`; in seconds."""
@@ -186,10 +202,12 @@ class Workload:
         seed: What everything random follows from.
         count: Streams.
         longest: Most tokens of a sample.
+        kinds: Kinds of streams, one after the other.
     """
 
-    def __init__(self, seed: int, count: int = 64, longest: int = 900) -> None:
+    def __init__(self, seed: int, count: int = 64, longest: int = 900, kinds: Sequence[str] = KINDS) -> None:
         self.seed = seed
+        self.kinds = tuple(kinds)
         self._count = count
         self._longest = longest
         self._stops: dict[int, str] = {}
@@ -212,7 +230,7 @@ class Workload:
 
     def _stream(self, number: int, name: str, is_undisturbed: bool) -> Stream:
         rng = random.Random(f"stream {self.seed} {number}")
-        kind = KINDS[number % len(KINDS)]
+        kind = self.kinds[number % len(self.kinds)]
         sampling = common_pb2.SamplingParams(
             max_tokens=rng.randint(self._longest // 3, self._longest),
             temperature=rng.choice((0.0, 0.9)),
@@ -235,6 +253,9 @@ class Workload:
             stream.first_turn.sampling.max_tokens = 16
         else:
             request.prompt = prompt
+        if "shaped" in kind:
+            sampling.ignore_eos = request.sampling.ignore_eos = False
+            request.structured_output.CopyFrom(_shape(rng, sampling.max_tokens))
         if kind.startswith("kept"):
             request.on_disconnect = generation_pb2.ON_DISCONNECT_KEEP
         if kind.endswith("samples"):
@@ -250,6 +271,36 @@ class Workload:
             elif kind == "cancel":
                 stream.cancel_after = rng.randint(1, sampling.max_tokens)
         return stream
+
+
+def _shape(rng: random.Random, max_tokens: int) -> generation_pb2.StructuredOutput:
+    """One whose texts are about so long, to the fake engine: some fit into so many tokens and some do not."""
+    if rng.random() < 0.5:
+        words = max_tokens // 4
+        return generation_pb2.StructuredOutput(regex=f"([a-z]{{2,9}} ){{{words},{words * 2}}}the end")
+    item = {
+        "type": "object",
+        "required": ["id", "kind", "ok"],
+        "additionalProperties": False,
+        "properties": {
+            "id": {"type": "integer", "minimum": 0, "maximum": 99999},
+            "kind": {"enum": ["leaf", "tree", None]},
+            "ok": {"type": "boolean"},
+        },
+    }
+    items = max(1, max_tokens // 40)
+    schema = {"type": "array", "minItems": items, "maxItems": items + 2, "items": item}
+    return generation_pb2.StructuredOutput(json_schema=json.dumps(schema))
+
+
+def _has_shape(shape: generation_pb2.StructuredOutput, text: str) -> bool:
+    if shape.regex:
+        return re.fullmatch(shape.regex, text) is not None
+    try:
+        jsonschema.validate(json.loads(text), json.loads(shape.json_schema))
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
 
 
 class Clients:
@@ -286,7 +337,7 @@ class Clients:
 
 def differences(disturbed: Stream, undisturbed: Stream) -> list[str]:
     """What a client saw that it would not have seen without the fault; its status aside."""
-    found = []
+    found = disturbed.misshapen()
     name = f"stream {disturbed.number} ({disturbed.kind}, {disturbed.code})"
     is_whole = disturbed.code is grpc.StatusCode.OK
     expected, seen = undisturbed.tokens(), disturbed.tokens()

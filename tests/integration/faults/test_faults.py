@@ -13,7 +13,7 @@ import pytest
 from fault_line import Shape
 from fault_namespace import why_no_namespace
 from fault_promises import FAULTS
-from fault_streams import Workload
+from fault_streams import KINDS, SHAPED, Workload
 from fault_trials import Tally, Trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -44,20 +44,44 @@ def prepared() -> Prepared:
 async def test_fault(
     lines, prepared: Prepared, table: list[str], rounds: int, seconds: float, seed: int, shape: Shape, name: str
 ) -> None:
-    fault = FAULTS[name]
+    await _break(lines, prepared, table, rounds, seconds, shape, name, Workload(seed))
+
+
+@pytest.mark.parametrize("name", ["engine: kill -9", "executor: kill -9", "executor: SIGTERM", "scheduler: kill -9"])
+async def test_fault_under_answers_of_a_given_shape(
+    lines, prepared: Prepared, table: list[str], rounds: int, seconds: float, seed: int, name: str
+) -> None:
+    """Fifty of them at once."""
+    await _break(
+        lines, prepared, table, rounds, seconds, Shape(), name, Workload(seed, count=50, longest=300, kinds=SHAPED)
+    )
+
+
+async def _break(
+    lines,
+    prepared: Prepared,
+    table: list[str],
+    rounds: int,
+    seconds: float,
+    shape: Shape,
+    name: str,
+    workload: Workload,
+) -> None:
+    fault, seed = FAULTS[name], workload.seed
     if fault.on_cable and (reason := why_no_namespace()):
         pytest.skip(reason)
     line = await lines.get(shape)
     if fault.needs_disk and not line.redis.can_fill:
         pytest.skip("only root can give Redis a file system of its own")
-    if prepared.trials is None or prepared.trials.line is not line:
-        prepared.trials = Trials(line, Workload(seed))
-    tally = Tally(f"{name}, {shape}")
+    known = prepared.trials
+    if known is None or known.line is not line or known.workload.kinds != workload.kinds:
+        prepared.trials = known = Trials(line, workload)
+    tally = Tally(f"{name}, {shape}{'' if workload.kinds == KINDS else ', shaped'}")
     try:
-        await prepared.trials.prepare()
+        await known.prepare()
         for number in range(rounds):
             rng = random.Random(f"{name} {seed} {number}")
-            await prepared.trials.run(fault, seconds, rng, tally)
+            await known.run(fault, seconds, rng, tally)
     except BaseException as error:
         await lines.discard()
         error.add_note(f"FAULTS_SEED={seed}, {name}, trial {tally.injected} of this run")
