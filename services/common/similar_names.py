@@ -1,4 +1,4 @@
-"""Names that are meant where an unknown one stands."""
+"""Finds the name that a misspelt one most likely means."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Script:
         repeat: Send every chunk again with the next one, as a replay would.
         cached_tokens: For the usage.
         merged: Steps that leave as one frame.
-        go: Waited for after so many steps as `hold_after` says; default: before the first one.
+        go: Waited for after `hold_after` steps, or before the first step if `hold_after` is None.
     """
 
     samples: list[list[int]] | None = None

@@ -183,9 +183,10 @@ def _is_listening(path: Path) -> bool:
 
 
 def pause_since(began: float) -> float:
-    """Return the seconds to wait after a look at a condition that began then: three times what it took, up to a second.
+    """Return how long to wait before a condition is checked again, in seconds, 1 at most.
 
-    A scrape or a status takes the CPU from what is waited for.
+    That is three times as long as the check took that started at `began` (of `time.monotonic`): a check that scrapes
+    metrics or asks services for their status takes CPU time from what it waits for.
     """
     return min(1.0, max(0.02, 3 * (time.monotonic() - began)))
 
