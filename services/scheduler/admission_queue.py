@@ -10,7 +10,7 @@ from typing import Generic, Protocol
 import grpc
 
 from services.common.errors import StatusError
-from services.scheduler.tenant_shares import EntryT, QueueEntry, TenantShares
+from services.scheduler.tenant_shares import EntryT, NoRoomError, QueueEntry, TenantShares
 
 _RETRY_AFTER_UNKNOWN = 1.0
 _RETRY_AFTER_RANGE = (0.1, 60.0)
@@ -187,10 +187,11 @@ class AdmissionQueue(Generic[EntryT]):
         excess = self.num_tokens + entry.num_prompt_tokens - self._max_tokens if self._num_requests else 0
         if num_excess <= 0 and excess <= 0:
             return []
-        dropped = self._shares.make_room(entry, (num_excess, excess))
-        if dropped is not None:
-            return dropped
-        if num_excess > 0 and (excess <= 0 or self._shares.make_room(entry, (num_excess, 0)) is None):
+        try:
+            return self._shares.make_room(entry, (num_excess, excess))
+        except NoRoomError as error:
+            lacks_requests = error.lacks_requests
+        if lacks_requests:
             full = self._full(f"{self._max_requests} requests wait", excess, tokens_per_second)
             tenth = self.num_tokens / 10 / tokens_per_second if tokens_per_second else _LONGEST_FULL
             raise QueueFullError(full.message, full.retry_after, min(tenth, _LONGEST_FULL))

@@ -50,6 +50,18 @@ class _Holding(Generic[EntryT]):
             self.amounts[resource] += sign * amount
 
 
+class NoRoomError(Exception):
+    """Too few requests may be dropped.
+
+    Attributes:
+        lacks_requests: Places of requests are lacking, whatever the prompt tokens; else the tokens alone.
+    """
+
+    def __init__(self, *, lacks_requests: bool) -> None:
+        super().__init__()
+        self.lacks_requests = lacks_requests
+
+
 class TenantShares(Generic[EntryT]):
     """The tenants' shares of a queue.
 
@@ -82,7 +94,7 @@ class TenantShares(Generic[EntryT]):
         if not holding.amounts[0]:
             del self._holdings[entry.tenant]
 
-    def make_room(self, entry: EntryT, excess: Sequence[int]) -> list[EntryT] | None:
+    def make_room(self, entry: EntryT, excess: Sequence[int]) -> list[EntryT]:
         """Choose what is dropped for a request that comes now; changes nothing.
 
         Of the tenant that holds most, that request goes which would be the last of its own to leave, as long as this
@@ -95,7 +107,9 @@ class TenantShares(Generic[EntryT]):
             excess: Requests and prompt tokens beyond the queue's limits, with the newcomer.
 
         Returns:
-            The requests to drop, or None where too few may be.
+            The requests to drop.
+
+        Raises NoRoomError.
         """
         held = {tenant: list(holding.amounts) for tenant, holding in self._holdings.items()}
         num_left = {tenant: len(holding.droppable) for tenant, holding in self._holdings.items()}
@@ -109,7 +123,7 @@ class TenantShares(Generic[EntryT]):
             heapify(largest)
             while missing[resource] > 0:
                 if not largest:
-                    return None
+                    raise NoRoomError(lacks_requests=resource == 0)
                 _, tenant = largest[0]
                 if not num_left[tenant]:
                     heappop(largest)
