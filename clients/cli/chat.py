@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from clients.cli.answer_view import AnswerView
 from clients.cli.context import MAX_UINT32, CliContext, CliError, check_timeout, explain
 from clients.cli.conversation import Conversation
 from clients.cli.line_input import LineInput
@@ -23,7 +24,8 @@ HELP = """Talk with the model, turn by turn, on a session that the server keeps.
 
 Each turn sends only what is new; the server computes only the new tokens. What is pasted is one message, and
 so is what stands between \"\"\" and \"\"\". Ctrl-C ends an answer, of which what was said is kept; at the prompt it
-ends the chat. In a pipe, each line is a turn and the answers are all that is printed.
+ends the chat. In a pipe, each line is a turn and the answers are all that is printed. On a terminal the
+model's reasoning is shown dimmed.
 
 \b
 Examples:
@@ -82,6 +84,12 @@ def chat(
         else:
             write_text(text)
 
+    thoughts = WordWrap(lambda text: context.out.print(Text(text, style="dim"), end=""), lambda: context.out.width)
+
+    def write_reasoning(text: str) -> None:
+        if sys.stdout.isatty():
+            thoughts.feed(text)
+
     with context.connect(address) as client:
         info = client.info()
         conversation = Conversation(
@@ -92,6 +100,7 @@ def chat(
             settings=_settings(info, max_tokens, temperature),
             timeout=timeout,
             write=write,
+            view=AnswerView(write, write_reasoning),
             show_latency=show_latency,
         )
         if sys.stdin.isatty():

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import grpc
 
+from clients.cli.answer_view import AnswerView
 from clients.cli.context import CliContext, CliError, ExitCode
 from clients.cli.generate import run_streaming, warn_about_session
 from clients.cli.generation import Generation
@@ -36,6 +37,7 @@ class Conversation:
         settings: How answers are drawn, for what the server's defaults are not to be.
         timeout: Deadline of an answer, in seconds; None: none.
         write: Gets the answers' text.
+        view: Gets the parts of answers that are told apart.
         show_latency: Show where the time went.
     """
 
@@ -49,12 +51,14 @@ class Conversation:
         settings: Mapping[str, float],
         timeout: float | None,
         write: Callable[[str], None],
+        view: AnswerView,
         show_latency: bool,
     ) -> None:
         self._context = context
         self._client = client
         self._timeout = timeout
         self._write = write
+        self._view = view
         self._settings = dict(settings)
         self.system = system
         self.show_latency = show_latency
@@ -128,15 +132,26 @@ class Conversation:
             session_id=self.session_id,
             on_disconnect=ON_DISCONNECT_KEEP,
         )
+        request.reasoning.SetInParent()
         for name, value in self._settings.items():
             setattr(request.sampling, name, value)
         generation = Generation()
         try:
-            run_streaming(self._client, request, generation, is_streamed=True, timeout=self._timeout, write=self._write)
+            run_streaming(
+                self._client,
+                request,
+                generation,
+                is_streamed=True,
+                timeout=self._timeout,
+                write=self._write,
+                show=self._view.show,
+            )
         except KeyboardInterrupt:
             said = generation.samples[0].text if generation.samples else ""
             self._unstored = [*messages, ("assistant", said)] if said.strip() else self._unstored
             raise
+        finally:
+            self._view.end()
         self._unstored = []
         self._last_sent = list(messages)
         if generation.started.session_turns < self.turns:

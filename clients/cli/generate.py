@@ -21,6 +21,7 @@ from scalellm.v1.generation_pb2 import (
     OUTPUT_TEXT_AND_TOKEN_IDS,
     Chat,
     ChatMessage,
+    DeltaPart,
     GenerateRequest,
     SessionOutcome,
 )
@@ -137,8 +138,12 @@ def run_streaming(
     is_streamed: bool,
     timeout: float | None,
     write: Callable[[str], None] = write_text,
+    show: Callable[[DeltaPart], None] | None = None,
 ) -> None:
-    """Run it, writing the text as it comes; a line that was begun is ended, however it goes."""
+    """Run it, writing the text as it comes; a line that was begun is ended, however it goes.
+
+    `show`, if there is one, gets what is told of reasoning, text and calls.
+    """
     begun = False
 
     def on_text(text: str) -> None:
@@ -147,8 +152,14 @@ def run_streaming(
             begun = True
             write(text)
 
+    def on_part(part: DeltaPart) -> None:
+        nonlocal begun
+        begun = True
+        assert show is not None
+        show(part)
+
     try:
-        generation.run(client, request, on_text, timeout=timeout)
+        generation.run(client, request, on_text, timeout=timeout, on_part=on_part if show is not None else None)
     except BrokenPipeError:
         begun = False
         raise

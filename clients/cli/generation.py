@@ -11,7 +11,15 @@ from google.protobuf.message import Message
 
 from scalellm.client import Client, ClientError
 from scalellm.v1.common_pb2 import FinishReason, TokenLogprobs
-from scalellm.v1.generation_pb2 import Delta, Finished, GenerateRequest, PromptLogprobs, SessionOutcome, Started
+from scalellm.v1.generation_pb2 import (
+    Delta,
+    DeltaPart,
+    Finished,
+    GenerateRequest,
+    PromptLogprobs,
+    SessionOutcome,
+    Started,
+)
 
 
 class Sample:
@@ -50,14 +58,17 @@ class Generation:
         on_text: Callable[[str], None],
         *,
         timeout: float | None = None,
+        on_part: Callable[[DeltaPart], None] | None = None,
     ) -> None:
         """Send the request and take in the answer; `on_text` gets each new piece of text. Raises ClientError.
+
+        `on_part`, if there is one, gets what is told of reasoning, text and calls in place of that.
 
         Any exception, Ctrl-C included, cancels the request down to the executor.
         """
         begun = time.monotonic_ns()
         try:
-            self._run(client, request, on_text, timeout, begun)
+            self._run(client, request, on_text, on_part, timeout, begun)
         except BaseException:
             if self.started.resumable:  # it would go on without us
                 with contextlib.suppress(ClientError):
@@ -69,6 +80,7 @@ class Generation:
         client: Client,
         request: GenerateRequest,
         on_text: Callable[[str], None],
+        on_part: Callable[[DeltaPart], None] | None,
         timeout: float | None,
         begun: int,
     ) -> None:
@@ -79,7 +91,10 @@ class Generation:
                         self.started = response.started
                     case "delta":
                         self.samples.setdefault(response.delta.index, Sample()).add(response.delta)
-                        if response.delta.text:
+                        if on_part is not None and response.delta.parts:
+                            for part in response.delta.parts:
+                                on_part(part)
+                        elif response.delta.text:
                             on_text(response.delta.text)
                     case "prompt_logprobs":
                         self.prompt += prompt_entries(response.prompt_logprobs)

@@ -6,10 +6,12 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import typer
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.table import Table
 from rich.text import Text
 
+from clients.cli.answer_view import calls_of
 from clients.cli.context import CliContext
 from clients.cli.output import one_line, write_json
 from scalellm.v1.sessions_pb2 import Session
@@ -51,7 +53,10 @@ def show(
     with context.connect(address) as client:
         session = client.get_session(session_id)
     if as_json:
-        messages = [{"role": message.role, "content": message.content} for message in session.messages]
+        messages = [
+            {"role": message.role, "content": "", **MessageToDict(message, preserving_proto_field_name=True)}
+            for message in session.messages
+        ]
         write_json({**_document(session), "messages": messages})
         return
     print_messages(context, session)
@@ -74,7 +79,9 @@ def delete(
 def print_messages(context: CliContext, session: Session) -> None:
     """Print the messages of a session, each after its role."""
     for message in session.messages:
-        text = Text.assemble((f"{one_line(message.role)}: ", "bold"), message.content)
+        reasoning = f"{message.reasoning}\n" if message.reasoning else ""
+        said = message.content + calls_of(message)
+        text = Text.assemble((f"{one_line(message.role)}: ", "bold"), (reasoning, "dim"), said)
         context.out.print(text, soft_wrap=True)
 
 
