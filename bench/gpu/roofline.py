@@ -7,8 +7,10 @@ follow each other, and there is nothing between them.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from services.executor.models import PRESETS, ModelConfig
@@ -117,6 +119,17 @@ LLAMA_8B = ModelShape.of("Llama-3.1-8B", PRESETS["llama-3.1-8b"])
 QWEN3_8B = ModelShape.of("Qwen3-8B", PRESETS["qwen3-8b"])
 MIXTRAL = ModelShape.of("Mixtral-8x7B", PRESETS["mixtral-8x7b"])
 
+# Tokens per second of a decode step on an H200, by preset, format and rows.
+H200_TARGETS: Mapping[tuple[str, Precision, int], int] = MappingProxyType(
+    {
+        ("llama-3.1-8b", "bf16", 1): 213,
+        ("llama-3.1-8b", "bf16", 64): 8500,
+        ("llama-3.1-8b", "fp8", 1): 370,
+        ("llama-3.1-8b", "fp8", 64): 15000,
+        ("mixtral-8x7b", "fp8", 64): 3900,
+    }
+)
+
 # Of a weight: 4 bits, and a bfloat16 scale and zero point for each 128.
 _WEIGHT_BYTES: Mapping[Precision, float] = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 4 / 128}
 
@@ -200,3 +213,17 @@ def step_floor_us(
 ) -> float:
     """Return the least microseconds of one step of the whole model, sampling included."""
     return sum(cost.floor_us(ceilings) for cost in step(shape, seqs, tokens, context, precision, kv_bytes))
+
+
+def main() -> None:
+    """Print what the model on paper says."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.roofline")
+    parser.add_argument("--predict", action="store_true", required=True, help="decode steps of an H200, on paper")
+    parser.parse_args()
+    from bench.gpu.prediction import table
+
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -17,21 +17,13 @@ from bench.gpu.models import (
     weight_bytes,
 )
 from bench.gpu.part import Bench, Findings
-from bench.gpu.roofline import Ceilings, ModelShape, Precision, step_floor_us
+from bench.gpu.roofline import H200_TARGETS, Ceilings, ModelShape, Precision, step_floor_us
 from bench.gpu.timeline import kernels_of
 from services.executor.models import PRESETS, CausalLM, KVCache, ModelConfig
 from services.executor.models.context import kv_bytes_per_token
 
 _TARGET = 0.75  # of the roofline, for decode steps
 _TARGET_ROWS = (1, 64)
-# Tokens per second on an H200, by preset, format and rows.
-_H200_TARGETS = {
-    ("llama-3.1-8b", "bf16", 1): 213,
-    ("llama-3.1-8b", "bf16", 64): 8500,
-    ("llama-3.1-8b", "fp8", 1): 370,
-    ("llama-3.1-8b", "fp8", 64): 15000,
-    ("mixtral-8x7b", "fp8", 64): 3900,
-}
 # The ones with targets first: what comes last is left out when time is short.
 _ORDER: tuple[tuple[str, Precision], ...] = (
     ("llama-3.1-8b", "bf16"),
@@ -185,7 +177,7 @@ class ModelSpeed:
             "" if dry else f"{share:.1%}",
             target=True,
         )
-        least = _H200_TARGETS.get((name, form.precision, rows))
+        least = H200_TARGETS.get((name, form.precision, rows))
         if least is not None and (dry or "H200" in bench.device.capability.name):
             rate = rows / us * 1e6
             found.check(

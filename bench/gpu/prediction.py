@@ -1,0 +1,182 @@
+"""What decode steps should take on an H200, from bytes, launches and waves: a model on paper, to be held against a run.
+
+    python -m bench.gpu.roofline --predict
+
+A step is its products, its attention, its small kernels and the gaps between all of them. Each moves the bytes that
+`roofline` counts, at a share of the bandwidth that is assumed here, in `Design`, for three states of the code: before
+the first review of the compiled kernels, now, and with what is still open. None of it was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil, comb
+from types import MappingProxyType
+
+from bench.gpu.roofline import (
+    ASSUMED,
+    H200_TARGETS,
+    LLAMA_8B,
+    MIXTRAL,
+    ModelShape,
+    Precision,
+    decode_attention,
+    experts_hit,
+    linear,
+    step_floor_us,
+)
+
+_CONTEXT = 1024
+_SMS, _GHZ = 132, 1.755
+_ISSUE_RATE = 0.6  # instructions of a scheduler in a cycle, in a loop that waits for shared memory and conversions
+_SHARED = 228 << 10  # bytes of a processor
+_CHAIN_US = 2.0  # of a program of attention: length, block id, first keys, one after the other
+_SMALLEST_US = 2.2  # a kernel that moves next to nothing
+_SAMPLER_US = 30.0  # and the copies around a step
+_ROWS: tuple[tuple[str, ModelShape, Precision, tuple[int, ...]], ...] = (
+    ("llama-3.1-8b", LLAMA_8B, "bf16", (1, 64, 256)),
+    ("llama-3.1-8b", LLAMA_8B, "fp8", (1, 64, 256)),
+    ("llama-3.1-8b", LLAMA_8B, "int4", (1, 64)),
+    ("mixtral-8x7b", MIXTRAL, "fp8", (64,)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """A state of the code. Shares are of the ceiling.
+
+    Attributes:
+        name: of the column.
+        products: the share of products by precision, with one row and with many.
+        attention_bytes: shared memory of a program of decode attention, by bytes of a cache's element (`make aot`).
+        attention_share: of bandwidth, in a loop with so many loads under way.
+        e4m3_instructions: of a warp, for 64 keys and values of 128 e4m3 numbers (`nvdisasm`).
+        expert_rows: rows of a block of an expert where the blocks of an expert read its weight one after the other;
+            0 where they read it together.
+        launches: of a layer beside its products, attention included.
+        gap_us: between two kernels of a graph.
+    """
+
+    name: str
+    products: Mapping[Precision, tuple[float, float]]
+    attention_bytes: Mapping[int, int]
+    attention_share: float
+    e4m3_instructions: int
+    expert_rows: int
+    launches: int
+    gap_us: float
+
+
+BEFORE = Design(
+    "before",
+    MappingProxyType({"bf16": (0.80, 0.77), "fp8": (0.66, 0.62), "int4": (0.50, 0.25)}),
+    MappingProxyType({2: 38_916, 1: 22_532}),
+    attention_share=0.85,
+    e4m3_instructions=798,
+    expert_rows=16,
+    launches=6,
+    gap_us=1.2,
+)
+NOW = replace(
+    BEFORE,
+    name="now",
+    attention_bytes=MappingProxyType({2: 71_680, 1: 38_912}),
+    attention_share=0.90,
+    e4m3_instructions=618,
+    expert_rows=0,
+)
+# Products of few rows of their own with the norm before and the activation after them, e4m3 with operands swapped, int4
+# with rows in the order of their words, the last program of attention adds its shares, launches that overlap.
+OPEN = replace(
+    NOW,
+    name="with what is open",
+    products=MappingProxyType({"bf16": (0.88, 0.84), "fp8": (0.85, 0.82), "int4": (0.75, 0.60)}),
+    launches=3,
+    gap_us=0.7,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Of a decode step: milliseconds at least, milliseconds expected, launches, and waves of attention's programs."""
+
+    floor_ms: float
+    ms: float
+    launches: int
+    waves: float
+
+
+def rereads(tokens: int, experts: int, choices: int, block_rows: int) -> float:
+    """Return how often the weight of an expert that is hit is read when each block of its rows reads it anew."""
+    p = choices / experts
+    odds = [comb(tokens, n) * p**n * (1 - p) ** (tokens - n) for n in range(tokens + 1)]
+    return sum(ceil(n / block_rows) * odd for n, odd in enumerate(odds)) / (1 - odds[0])
+
+
+def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) -> Prediction:
+    """Predict a decode step of `seqs` sequences with 1024 tokens each, sampling included."""
+    kv_bytes = 1 if precision == "fp8" else 2
+    share = design.products[precision][seqs > 1]
+    attention_width = shape.q_heads * shape.head_dim
+    products = [(shape.hidden, shape.qkv_columns), (attention_width, shape.hidden)]
+    if not shape.experts:
+        products += [(shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)]
+    us = sum(linear(seqs, *sizes, precision).floor_us(ASSUMED) for sizes in products) / share
+    launches = len(products) + design.launches
+    if shape.experts:
+        # Gate and up, and down, of every expert that is hit; routing and layout are five small kernels.
+        weights = experts_hit(shape, seqs) * 3 * shape.hidden * shape.intermediate * (1 if precision == "fp8" else 2)
+        times = rereads(seqs, shape.experts, shape.choices, design.expert_rows) if design.expert_rows else 1.0
+        us += ASSUMED.move_us(weights * times) / share + 5 * _SMALLEST_US
+        launches += 2 + 5
+    attention, waves = _attention_us(shape, seqs, kv_bytes, design)
+    us += attention + (design.launches - 2) * max(_SMALLEST_US, ASSUMED.move_us(8.0 * seqs * shape.hidden) / 0.8)
+    if precision == "int4":
+        launches += 3  # shares of products are added
+        us += 3 * _SMALLEST_US
+    us += launches * design.gap_us
+    head = linear(seqs, shape.hidden, shape.vocab, "bf16").floor_us(ASSUMED) / 0.9
+    sampling = _SAMPLER_US + 2 * ASSUMED.move_us(4.0 * seqs * shape.vocab)
+    floor = step_floor_us(shape, ASSUMED, seqs=seqs, context=_CONTEXT, precision=precision, kv_bytes=kv_bytes)
+    return Prediction(floor / 1e3, (us * shape.layers + head + sampling) / 1e3, launches * shape.layers, waves)
+
+
+def _attention_us(shape: ModelShape, seqs: int, kv_bytes: int, design: Design) -> tuple[float, float]:
+    """Return microseconds and waves of decode attention with shares of 256 keys, or of 64 where few sequences are."""
+    num_bytes = decode_attention(shape, seqs, _CONTEXT, kv_bytes).num_bytes
+    resident = _SHARED // (design.attention_bytes[kv_bytes] + 1024)
+    shares = _CONTEXT // (256 if seqs * shape.kv_heads * 4 >= 4 * _SMS else 64)
+    programs = seqs * shape.kv_heads * shares
+    us = ASSUMED.move_us(num_bytes) / design.attention_share
+    if kv_bytes == 1:
+        tiles = seqs * shape.kv_heads * _CONTEXT / 64
+        # The four warps of a program are on the four schedulers of a processor.
+        us = max(us, tiles * design.e4m3_instructions / _ISSUE_RATE / (_SMS * _GHZ * 1e3))
+    return us + _CHAIN_US + _SMALLEST_US, programs / (_SMS * resident)
+
+
+def table() -> str:
+    """Return the predictions as text."""
+    designs = (BEFORE, NOW, OPEN)
+    columns = "".join(f"{design.name:>32}" for design in designs)
+    lines = [
+        "A decode step on an H200, 1k of context, on paper: milliseconds, share of the least, tokens per second.",
+        f"{'':30}{'floor':>7}{columns}  target",
+    ]
+    for name, shape, precision, batches in _ROWS:
+        for seqs in batches:
+            found = [predict(shape, precision, seqs, design) for design in designs]
+            target = H200_TARGETS.get((name, precision, seqs))
+            cells = ""
+            for p in found:
+                rate = 1e3 * seqs / p.ms
+                mark = "" if target is None else "+" if rate >= target else "-"
+                cells += f"{p.ms:>11.1f}{p.floor_ms / p.ms:>7.0%}{rate:>12,.0f}{mark:>2}"
+            floor, wanted = found[0].floor_ms, "" if target is None else f"{target:,}"
+            lines.append(f"{name:14} {precision:5} at {seqs:<6}{floor:>7.2f}{cells}  {wanted}".rstrip())
+            lines.append(
+                f"{'':37}" + "".join(f"{p.launches:>14} launches{p.waves:>7.1f} waves  " for p in found).rstrip()
+            )
+    lines.append("+ reaches its target, - misses it. What is assumed stands in bench/gpu/prediction.py.")
+    return "\n".join(lines)
