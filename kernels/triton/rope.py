@@ -124,7 +124,17 @@ def _qk_norm_rope_and_cache(
     kv_head = tl.program_id(1)
     dim = tl.arange(0, PADDED_HALF)
     live = dim < HALF
+    # All that does not depend on another load comes first, so that all of it is under way at once.
     position = tl.load(positions_ptr + token)
+    slot = tl.load(slots_ptr + token)
+    one = tl.arange(0, 1)[:, None]
+    mask_kv = (one < 1) & live[None, :]
+    at_k = qkv_ptr + token * QKV_STRIDE + (KV_HEADS * GROUP + kv_head) * D + one + dim[None, :]
+    k_first = tl.load(at_k, mask=mask_kv, other=0.0).to(tl.float32)
+    k_second = tl.load(at_k + HALF, mask=mask_kv, other=0.0).to(tl.float32)
+    at_v = at_k + KV_HEADS * D
+    v_first = tl.load(at_v, mask=mask_kv)
+    v_second = tl.load(at_v + HALF, mask=mask_kv)
     cos = tl.load(cos_sin_ptr + position * D + dim, mask=live, other=0.0)[None, :]
     sin = tl.load(cos_sin_ptr + position * D + HALF + dim, mask=live, other=0.0)[None, :]
 
@@ -140,31 +150,21 @@ def _qk_norm_rope_and_cache(
     tl.store(at_out, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(at_out + HALF, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=mask)
 
-    slot = tl.load(slots_ptr + token)
-    if slot < 0:
-        return
-    one = tl.arange(0, 1)[:, None]
-    mask = (one < 1) & live[None, :]
-    at_k = qkv_ptr + token * QKV_STRIDE + (KV_HEADS * GROUP + kv_head) * D + one + dim[None, :]
-    first = tl.load(at_k, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(at_k + HALF, mask=mask, other=0.0).to(tl.float32)
     if k_norm_ptr is not None:
-        first, second = _norm(first, second, k_norm_ptr, dim, live, eps, HALF, GEMMA, DTYPE)
+        k_first, k_second = _norm(k_first, k_second, k_norm_ptr, dim, live, eps, HALF, GEMMA, DTYPE)
     # K is rounded to the dtype of activations before anything else happens to it.
-    k_first = (first * cos - second * sin).to(DTYPE)
-    k_second = (second * cos + first * sin).to(DTYPE)
-    at_v = at_k + KV_HEADS * D
-    v_first = tl.load(at_v, mask=mask)
-    v_second = tl.load(at_v + HALF, mask=mask)
+    first = (k_first * cos - k_second * sin).to(DTYPE)
+    second = (k_second * cos + k_first * sin).to(DTYPE)
     if E4M3_CACHE:
         k_divisor = scale_of(k_scale, K_SCALE_IN_MEMORY)
         v_divisor = scale_of(v_scale, V_SCALE_IN_MEMORY)
-        k_first = to_e4m3(k_first.to(tl.float32), k_divisor)
-        k_second = to_e4m3(k_second.to(tl.float32), k_divisor)
+        first = to_e4m3(first.to(tl.float32), k_divisor)
+        second = to_e4m3(second.to(tl.float32), k_divisor)
         v_first = to_e4m3(v_first.to(tl.float32), v_divisor)
         v_second = to_e4m3(v_second.to(tl.float32), v_divisor)
+    mask_written = mask_kv & (slot >= 0)
     at_cache = (slot * KV_HEADS + kv_head) * D + one + dim[None, :]
-    tl.store(k_cache_ptr + at_cache, k_first.to(k_cache_ptr.dtype.element_ty), mask=mask)
-    tl.store(k_cache_ptr + at_cache + HALF, k_second.to(k_cache_ptr.dtype.element_ty), mask=mask)
-    tl.store(v_cache_ptr + at_cache, v_first.to(v_cache_ptr.dtype.element_ty), mask=mask)
-    tl.store(v_cache_ptr + at_cache + HALF, v_second.to(v_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(k_cache_ptr + at_cache, first.to(k_cache_ptr.dtype.element_ty), mask=mask_written)
+    tl.store(k_cache_ptr + at_cache + HALF, second.to(k_cache_ptr.dtype.element_ty), mask=mask_written)
+    tl.store(v_cache_ptr + at_cache, v_first.to(v_cache_ptr.dtype.element_ty), mask=mask_written)
+    tl.store(v_cache_ptr + at_cache + HALF, v_second.to(v_cache_ptr.dtype.element_ty), mask=mask_written)
