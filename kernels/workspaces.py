@@ -7,7 +7,7 @@ from kernels.capability import Capability
 from kernels.tiles import Tile, tile_table
 
 SAMPLE_TILE = 1024  # logits of a row that one program has
-SAMPLE_CANDIDATES = 4096  # logits of a row that its buffer holds
+SAMPLE_CANDIDATES = 8192  # logits of a row that its buffer holds
 SAMPLE_PIVOTS = 16
 MOE_ONE_HOT = 8192  # elements of (pair, expert) that one program holds
 _MOE_BLOCKS = (16, 32, 64, 128)  # rows of an expert's block that tile tables may choose
@@ -21,7 +21,8 @@ def sample_workspace_size(rows: int, vocab: int, num_logprobs: int = 0) -> int:
 
 def sample_row_sizes(tiles: int) -> tuple[int, int, int]:
     """Return what a row needs of the workspace for its longs, floats and ints, in units of 8 bytes."""
-    return 2 * SAMPLE_PIVOTS * tiles + 1, (5 * tiles + SAMPLE_CANDIDATES + 3) // 2, tiles + 1
+    floats = 5 * tiles + SAMPLE_CANDIDATES + 3 + SAMPLE_PIVOTS
+    return 2 * SAMPLE_PIVOTS * tiles + 3, (floats + 1) // 2, tiles + 1
 
 
 def fused_moe_workspace_size(tokens: int, choices: int, experts: int, width: int, hidden: int) -> int:

@@ -230,29 +230,26 @@ def sample(
 
     launch(_tile_stats, grid, logits, logprob_logits, floats, **row, **sources, **split, **of_floats)
     filters = temperature, top_k, top_p
-    launch(
-        threshold.tile_pivots, grid, logits, *filters, floats, longs, **row, **split, **blocks, **of_floats, **of_longs
-    )
-    launch(
-        threshold.choose,
-        (rows,),
-        *filters,
-        floats,
-        ints,
-        longs,
-        num_warps=8,
-        V=vocab,
-        TILES=tiles,
-        **blocks,
-        **room,
-        **of_floats,
-        **of_ints,
-        **of_longs,
-    )
-    launch(threshold.compact, grid, logits, floats, ints, **row, **split, **room, **of_floats, **of_ints)
-    searched = logits, *filters, floats, ints, longs
     areas = {**of_floats, **of_ints, **of_longs}
-    launch(threshold.search, (rows,), *searched, num_warps=8, **row, **blocks, **room, **areas, BLOCK=_SEARCH_BLOCK)
+    searched = *filters, floats, ints, longs
+    for again in (False, True):
+        launch(threshold.tile_pivots, grid, logits, *searched, **row, **split, **blocks, **room, **areas, AGAIN=again)
+        launch(
+            threshold.choose,
+            (rows,),
+            *searched,
+            num_warps=8,
+            V=vocab,
+            TILES=tiles,
+            **blocks,
+            **room,
+            **areas,
+            AGAIN=again,
+        )
+    launch(threshold.compact, grid, logits, floats, ints, **row, **split, **room, **of_floats, **of_ints)
+    launch(
+        threshold.search, (rows,), logits, *searched, num_warps=8, **row, **blocks, **room, **areas, BLOCK=_SEARCH_BLOCK
+    )
     noise = seeds, positions, floats, ints
     launch(
         _tile_draw, grid, logits, temperature, min_p, *noise, **row, **split, **blocks, **room, **of_floats, **of_ints

@@ -1,10 +1,12 @@
 """The lowest logit that survives top-k and top-p, exactly and without a sort.
 
-A row is narrowed down in four launches, the first and third over its tiles so that few rows still fill the device:
-`_tile_pivots` counts each tile's logits above 16 depths below the maximum; `_choose` takes the shallowest depth that
-holds everything the filters can keep; `_compact` copies the logits above it, a few hundred as a rule, to a buffer; and
-`_search` bisects the bit patterns of floats over that buffer, or over the row itself where the buffer is too small (a
-flat distribution: correct, and slower). Rows without these filters leave every launch at once.
+A row is narrowed down in six launches, those over its tiles so that few rows still fill the device: `tile_pivots`
+counts each tile's logits above 16 depths below the maximum; `choose` takes the shallowest depth that holds everything
+the filters can keep. Where too many logits lie between this depth and the one before (a flat distribution, or top-k at
+a low temperature), both go on once more with 16 depths between these two. `compact` copies the logits between the two
+chosen depths, a few hundred as a rule, to a buffer; and `search` bisects the bit patterns of floats over that buffer,
+or over the row itself where it is still too small (thousands of equal logits: correct, and slower). Rows without these
+filters leave every launch at once.
 
 Probabilities are summed as integers, in units of 2**-40 of the largest: such sums do not depend on their order, so
 neither the tiling nor the buffer can change which token is the last one kept.
@@ -60,27 +62,49 @@ def _pivots(peak, temperature):
 
 
 @triton.jit
+def _between(low, high, peak, temperature):
+    """Return bounds, descending from `high` to `low`; towards -inf they double their depth below the peak every two."""
+    i = tl.arange(0, NUM_PIVOTS)
+    step = tl.where(low > float("-inf"), high - low, 0.0) / (NUM_PIVOTS - 1)
+    within = high - step * i.to(tl.float32)
+    beyond = peak - (peak - high) * tl.exp2(0.5 * i.to(tl.float32))
+    bounds = tl.where(low > float("-inf"), within, beyond)
+    return tl.where(i == NUM_PIVOTS - 1, low, tl.where(i == 0, high, bounds))
+
+
+@triton.jit
 def tile_pivots(
     logits,
     temperature,
     top_k,
     top_p,
     floats,
+    ints,
     longs,
     V: tl.constexpr,
     STRIDE: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     FLOATS: tl.constexpr,
+    INTS: tl.constexpr,
     LONGS: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """Write count and mass of the tile above each pivot; grid (rows, tiles)."""
+    """Write count and mass of the tile above each bound, `AGAIN` those that `choose` left; grid (rows, tiles)."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(temperature + row)
     peak = row_peak(floats + row * FLOATS, TILES, BLOCK_TILES)
-    if _is_searched(heat, peak, tl.load(top_k + row), tl.load(top_p + row), V):
-        bounds = _pivots(peak, heat)
+    if AGAIN:
+        wanted = tl.load(ints + row * INTS + 2 * TILES) < 0
+    else:
+        wanted = _is_searched(heat, peak, tl.load(top_k + row), tl.load(top_p + row), V)
+    if wanted:
+        if AGAIN:
+            bounds = tl.load(floats + row * FLOATS + 5 * TILES + CANDIDATES + 3 + tl.arange(0, NUM_PIVOTS))
+        else:
+            bounds = _pivots(peak, heat)
         count = tl.zeros([_SUBTILE, NUM_PIVOTS], tl.int32)
         mass = tl.zeros([_SUBTILE, NUM_PIVOTS], tl.int64)
         for start in range(0, TILE, _SUBTILE):
@@ -109,33 +133,62 @@ def choose(
     FLOATS: tl.constexpr,
     INTS: tl.constexpr,
     LONGS: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """Choose the pivot and each tile's place in the buffer; grid (rows,). A size of 0 sends the search to the row."""
+    """Choose the bounds of what is searched, and each tile's place in the buffer; grid (rows,).
+
+    Left for the others: how many logits are between the bounds, -1 where they are too many for the buffer; the lower
+    bound, which is enough, and the upper one, which is not, or infinity; count and mass above the upper one.
+    """
     row = tl.program_id(0).to(tl.int64)
     heat, k, p = tl.load(temperature + row), tl.load(top_k + row), tl.load(top_p + row)
     peak = row_peak(floats + row * FLOATS, TILES, BLOCK_TILES)
-    size = tl.zeros([], tl.int64)
-    if _is_searched(heat, peak, k, p, V):
+    places, bounds_at = ints + row * INTS, floats + row * FLOATS + 5 * TILES + CANDIDATES
+    sums = longs + row * LONGS + TILES * 2 * NUM_PIVOTS
+    if AGAIN:
+        wanted = tl.load(places + 2 * TILES) < 0
+    else:
+        wanted = _is_searched(heat, peak, k, p, V)
+    if wanted:
         tiles, pivots = tl.arange(0, BLOCK_TILES), tl.arange(0, NUM_PIVOTS)
         at = longs + row * LONGS + tiles[:, None] * 2 * NUM_PIVOTS + pivots[None, :]
         live = (tiles < TILES)[:, None]
         counts = tl.load(at, mask=live, other=0)
         count = tl.sum(counts, axis=0)
         mass = tl.sum(tl.load(at + NUM_PIVOTS, mask=live, other=0), axis=0)
-        total = tl.max(mass, axis=0)
-        if (k > 0) & (k < V):
+        if AGAIN:
+            bounds = tl.load(bounds_at + 3 + pivots)
+            total = tl.load(sums)
+        else:
+            bounds = _pivots(peak, heat)
+            total = tl.max(mass, axis=0)
+        by_count = (k > 0) & (k < V)
+        if by_count:
             enough = count >= k
         else:
             enough = mass.to(tl.float64) >= p.to(tl.float64) * total.to(tl.float64)
         pivot = tl.min(tl.where(enough, pivots, NUM_PIVOTS - 1), axis=0)
-        size = tl.sum(tl.where(pivots == pivot, count, 0), axis=0)
-        size = tl.where(size > CANDIDATES, 0, size)
-        mine = tl.sum(tl.where((pivots == pivot)[None, :], counts, 0), axis=1)
-        tl.store(ints + row * INTS + tiles, (tl.cumsum(mine, axis=0) - mine).to(tl.int32), mask=tiles < TILES)
-        bound = tl.max(tl.where(pivots == pivot, _pivots(peak, heat), float("-inf")), axis=0)
-        tl.store(floats + row * FLOATS + 5 * TILES + CANDIDATES, bound)
-        tl.store(longs + row * LONGS + TILES * 2 * NUM_PIVOTS, total)
-    tl.store(ints + row * INTS + 2 * TILES, size.to(tl.int32))
+        low = tl.max(tl.where(pivots == pivot, bounds, float("-inf")), axis=0)
+        before = tl.max(tl.where(pivots == pivot - 1, bounds, float("-inf")), axis=0)
+        # With both filters, the second search goes up from where the first ends: to the peak.
+        above = (pivots == pivot - 1) & ~(by_count & (p < 1.0))
+        high = tl.where(tl.sum(above.to(tl.int32), axis=0) > 0, before, float("inf"))
+        base_count, base_mass = tl.sum(tl.where(above, count, 0), axis=0), tl.sum(tl.where(above, mass, 0), axis=0)
+        size = tl.sum(tl.where(pivots == pivot, count, 0), axis=0) - base_count
+        size = tl.where(size > CANDIDATES, -1, size)
+        mine = tl.sum(tl.where((pivots == pivot)[None, :], counts, 0) - tl.where(above[None, :], counts, 0), axis=1)
+        tl.store(places + tiles, (tl.cumsum(mine, axis=0) - mine).to(tl.int32), mask=tiles < TILES)
+        tl.store(bounds_at, low)
+        tl.store(bounds_at + 2, high)
+        if not AGAIN:
+            tl.store(bounds_at + 3 + pivots, _between(low, tl.where(pivot > 0, before, peak), peak, heat))
+            tl.store(sums, total)
+        tl.store(sums + 1, base_count)
+        tl.store(sums + 2, base_mass)
+        tl.store(places + 2 * TILES, size.to(tl.int32))
+    else:
+        if not AGAIN:
+            tl.store(places + 2 * TILES, 0)
 
 
 @triton.jit
@@ -151,14 +204,15 @@ def compact(
     FLOATS: tl.constexpr,
     INTS: tl.constexpr,
 ):
-    """Copy the tile's logits above the chosen pivot to the buffer; grid (rows, tiles)."""
+    """Copy the tile's logits between the chosen bounds to the buffer; grid (rows, tiles)."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(ints + row * INTS + 2 * TILES) > 0:
+        bounds_at = floats + row * FLOATS + 5 * TILES + CANDIDATES
         ids = tile * TILE + tl.arange(0, TILE)
         x = tl.load(logits + row * STRIDE + ids, mask=ids < V, other=float("-inf"))
-        above = (x >= tl.load(floats + row * FLOATS + 5 * TILES + CANDIDATES)) & (ids < V)
-        place = tl.load(ints + row * INTS + tile) + tl.cumsum(above.to(tl.int32), axis=0) - 1
-        tl.store(floats + row * FLOATS + 5 * TILES + place, x, mask=above)
+        chosen = (x >= tl.load(bounds_at)) & (x < tl.load(bounds_at + 2)) & (ids < V)
+        place = tl.load(ints + row * INTS + tile) + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        tl.store(floats + row * FLOATS + 5 * TILES + place, x, mask=chosen)
 
 
 @triton.jit
@@ -220,29 +274,32 @@ def search(
     threshold = tl.full([], float("-inf"), tl.float32)
     if _is_searched(heat, peak, k, p, V):
         size = tl.load(ints + row * INTS + 2 * TILES)
-        total = tl.load(longs + row * LONGS + TILES * 2 * NUM_PIVOTS)
+        sums = longs + row * LONGS + TILES * 2 * NUM_PIVOTS
+        total, base_count, base_mass = tl.load(sums), tl.load(sums + 1), tl.load(sums + 2)
         source = floats + row * FLOATS + 5 * TILES
         n = size
-        low = key_of(tl.load(floats + row * FLOATS + 5 * TILES + CANDIDATES)).to(tl.int64)
-        if size == 0:
+        low = key_of(tl.load(source + CANDIDATES)).to(tl.int64)
+        upper = key_of(tl.load(source + CANDIDATES + 2)).to(tl.int64)
+        if size < 0:
             source = logits + row * STRIDE
             n = tl.full([], V, tl.int32)
-            low = key_of(tl.full([], float("-inf"), tl.float32)).to(tl.int64)
+            base_count, base_mass = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
         # Both searches keep: everything from `low` on is enough, and from beyond `high` on is not.
+        highest = tl.minimum(key_of(peak).to(tl.int64), upper - 1)
         if (k > 0) & (k < V):
-            high = key_of(peak).to(tl.int64)
+            high = highest
             while low < high:
                 middle = (low + high + 1) >> 1
-                count = _count_from(source, n, float_of(middle.to(tl.int32)), BLOCK)
+                count = base_count + _count_from(source, n, float_of(middle.to(tl.int32)), BLOCK)
                 low = tl.where(count >= k, middle, low)
                 high = tl.where(count == k, middle, tl.where(count > k, high, middle - 1))
-            total = _mass_from(source, n, float_of(low.to(tl.int32)), peak, heat, BLOCK)
+            total = base_mass + _mass_from(source, n, float_of(low.to(tl.int32)), peak, heat, BLOCK)
         if p < 1.0:
             target = p.to(tl.float64) * total.to(tl.float64)
-            high = key_of(peak).to(tl.int64)
+            high = highest
             while low < high:
                 middle = (low + high + 1) >> 1
-                mass = _mass_from(source, n, float_of(middle.to(tl.int32)), peak, heat, BLOCK)
+                mass = base_mass + _mass_from(source, n, float_of(middle.to(tl.int32)), peak, heat, BLOCK)
                 enough = mass.to(tl.float64) >= target
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle - 1)

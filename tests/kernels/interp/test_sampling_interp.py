@@ -107,6 +107,28 @@ def thresholds(ops, launch, logits, **filters):
     return logits >= floats[:, 5 * tiles + workspaces.SAMPLE_CANDIDATES + 1].unsqueeze(1)
 
 
+def sizes_searched(workspace, rows, vocab):
+    """Return how many logits of each row went through the buffer, -1 for a search of the row itself."""
+    tiles = -(-vocab // workspaces.SAMPLE_TILE)
+    *before, int_size = workspaces.sample_row_sizes(tiles)
+    ints = workspace[rows * sum(before) :][: rows * int_size].view(torch.int32).view(rows, -1)
+    return ints[:, 2 * tiles].tolist()
+
+
+def test_a_row_that_is_flat_at_its_temperature_goes_through_the_buffer(ops, monkeypatch):
+    monkeypatch.setattr(workspaces, "SAMPLE_CANDIDATES", 400)
+    rows, vocab = 4, 2000
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(5))
+    logits[3] = 1.0  # nothing tells these apart
+    workspace = torch.empty(sample_workspace_size(rows, vocab), dtype=torch.int64)
+    temperature, top_k = torch.tensor([1.0, 1.0, 0.01, 1.0]), torch.tensor([0, 1500, 300, 0])
+    top_p = torch.tensor([0.95, 1.0, 1.0, 0.95])
+    ops.sample(*arguments(logits, temperature=temperature, top_k=top_k, top_p=top_p), workspace=workspace)
+    *sizes, equal = sizes_searched(workspace, rows, vocab)
+    assert all(0 < size <= 400 for size in sizes)
+    assert equal == -1
+
+
 def sorted_survivors(row, k, p):
     """Return the tokens that top-k, then top-p keep, by sorting in float64."""
     values = sorted(set(row.tolist()), reverse=True)
@@ -120,8 +142,9 @@ def sorted_survivors(row, k, p):
     return kept > -torch.inf
 
 
-# With room for 8 candidates, nearly every search goes over the row itself; with 3 levels, every threshold is tied.
-@pytest.mark.parametrize(("candidates", "levels"), [(4096, 3), (4096, 100000), (8, 12)])
+# With room for 8 candidates of 12 levels, nearly every search goes over the row itself; with room for 64 and no equal
+# logits, most are narrowed down a second time; with 3 levels, every threshold is tied.
+@pytest.mark.parametrize(("candidates", "levels"), [(4096, 3), (4096, 100000), (64, 100000), (8, 12)])
 def test_the_survivors_are_those_of_a_sort(ops, launch, monkeypatch, candidates, levels):
     monkeypatch.setattr(workspaces, "SAMPLE_CANDIDATES", candidates)
     g = torch.Generator().manual_seed(levels)
