@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import jsonschema
@@ -106,9 +107,18 @@ def _case(name: str, has_shape: Callable[[str], bool], **shape: Any) -> ShapeCas
     return ShapeCase(name, grammar_of(generation_pb2.StructuredOutput(**shape), {}), has_shape)
 
 
+_FORMATS = jsonschema.FormatChecker(("email", "ipv4", "ipv6", "uuid"))
+
+
+@_FORMATS.checks("date", ValueError)
+def _is_date(value: object) -> bool:
+    """The grammar knows how many days months have, and not which years are leap years."""
+    return not isinstance(value, str) or bool(date.fromisoformat(f"2000{value[4:]}"))
+
+
 def schema_case(schema: Any) -> ShapeCase:
     """JSON of a schema, as `jsonschema` sees it."""
-    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    validator = jsonschema.Draft202012Validator(schema, format_checker=_FORMATS)
     text = json.dumps(schema)
 
     def has_shape(answer: str) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jsonschema
 import pytest
+from llguidance import LLExecutor, LLMatcher
 
 import engine_kit
 from bench.hostile_grammars import HOSTILE
@@ -288,6 +290,35 @@ def test_hostile_grammars_end_at_their_limits_and_neighbours_go_on(model, compil
         assert bool(finish.message) == (finish.status is RequestStatus.INVALID)
     for request in (good, free):
         assert result.tokens[request.key, 0] == calm(request)[0]
+
+
+def test_steps_compile_nothing_and_fill_all_masks_by_one_call(model, monkeypatch) -> None:
+    compiled_by: list[str] = []
+    calls: list[int] = []
+
+    def compiled(*args: Any, **options: Any) -> LLMatcher:
+        compiled_by.append(threading.current_thread().name)
+        return LLMatcher(*args, **options)
+
+    class Executor:
+        def __init__(self) -> None:
+            self.inner = LLExecutor()
+
+        def unsafe_compute_mask_ptr(self, pairs: list[Any], *rest: int) -> None:
+            calls.append(len(pairs))
+            self.inner.unsafe_compute_mask_ptr(pairs, *rest)
+
+    monkeypatch.setattr("services.executor.grammar.compiler.LLMatcher", compiled)
+    monkeypatch.setattr("services.executor.grammar.masks.LLExecutor", Executor)
+    fresh = make_compiler()
+    engine = make_engine(model, fresh)
+    hostile = [HOSTILE[name] for name in ("deep", "recursive", "large enum", "ambiguous")]
+    run(engine, [ask(handle, grammar, max_tokens=8) for handle, grammar in enumerate([*hostile, *hostile, ""])])
+    fresh.close()
+    assert len(compiled_by) == len(hostile)
+    assert all(name.startswith("grammar") for name in compiled_by)
+    assert max(calls) > 1
+    assert len(calls) <= engine.stats().steps
 
 
 class _Endless:
