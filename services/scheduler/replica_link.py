@@ -9,7 +9,7 @@ import grpc
 
 from scalellm.v1 import executor_pb2, link_pb2, scheduler_pb2
 from services.common.errors import StatusError
-from services.common.link import MOVES_SINCE, PLAINTEXT, LinkClient, LinkDialer, LinkTraffic
+from services.common.link import MOVES_SINCE, PLAINTEXT, Handles, LinkClient, LinkDialer, LinkTraffic
 from services.scheduler.client_side import ClientSide
 from services.scheduler.request import Request
 
@@ -64,7 +64,8 @@ class ReplicaLink:
         dialer: LinkDialer = PLAINTEXT,
     ) -> None:
         self.address = address
-        self.running: dict[int, Request] = {}
+        self._handles: Handles[Request] = Handles()
+        self.running = self._handles.requests
         self.clients: dict[int, ClientSide] = {}
         """Of the running requests, for the per-token path."""
         self.welcome: link_pb2.Welcome | None = None
@@ -77,10 +78,8 @@ class ReplicaLink:
         self._is_starting = False
         self._is_incompatible = False
         self._lost_instance = ""
-        self._next_handle = 0
         self._submitted_requests = 0
         self._submitted_tokens = 0
-        self._finished_requests = 0
         self._tokens_since_load = 0
         self._recalled: dict[int, int] = {}  # handles whose Finish is due, and the tokens for which credit comes back
         self._client = LinkClient(
@@ -124,16 +123,12 @@ class ReplicaLink:
         """Send a request, of whose prompt so much is probably cached there; uses up credit for the rest. ahead: it goes
         before what waits there with its own priority.
         """
-        while self._next_handle in self.running:
-            self._next_handle = (self._next_handle + 1) % 2**32
-        handle = self._next_handle
-        self._next_handle = (handle + 1) % 2**32
         charged_tokens = max(1, request.num_prompt_tokens - cached_tokens)
-        submit = request.make_submit(handle, now, charged_tokens, ahead=ahead)
+        submit = request.make_submit(now, charged_tokens, ahead=ahead)
+        submit.handle = handle = self._handles.take(request)
         self._submitted_requests += 1
         self._submitted_tokens += charged_tokens
         self._tokens_since_load += charged_tokens
-        self.running[handle] = request
         self.clients[handle] = request.client
         request.start(self, handle, now)
         self._client.submit(submit)
@@ -160,8 +155,9 @@ class ReplicaLink:
 
     def release(self, handle: int) -> None:
         """The request is no business of this link any more."""
-        self.running.pop(handle, None)
-        self.clients.pop(handle, None)
+        if handle in self.running:
+            self._handles.release(handle)
+            del self.clients[handle]
         self._listener.load_changed(self)
         if self.is_leaving and not self.running:
             self._listener.replica_changed(self)
@@ -245,7 +241,7 @@ class ReplicaLink:
     @property
     def _owes_answers(self) -> bool:
         """Whether a Finish is due, be it for a request that was given up here: a hanging executor owes that, too."""
-        return self._finished_requests < self._submitted_requests
+        return len(self._handles) > 0
 
     @property
     def max_model_len(self) -> int:
@@ -306,16 +302,14 @@ class ReplicaLink:
         self.load.CopyFrom(welcome.load)
         self.last_error = ""
         self.is_suspect = welcome.instance_id == self._lost_instance
-        self._submitted_requests = self._submitted_tokens = self._tokens_since_load = self._next_handle = 0
-        self._finished_requests = 0
+        self._submitted_requests = self._submitted_tokens = self._tokens_since_load = 0
         self._listener.replica_changed(self)
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
         """The executor sent a frame."""
-        self._finished_requests += len(step.finished)
-        if self._recalled:
-            for finish in step.finished:
-                self._recalled.pop(finish.handle, None)
+        ended = [finish.handle for finish in step.finished]  # the listener passes the frame's Finishes on, changed
+        for handle in ended:
+            self._recalled.pop(handle, None)
         if step.handles or step.finished:
             self.is_suspect = False
         if step.HasField("load"):
@@ -326,14 +320,15 @@ class ReplicaLink:
                 self._listener.replica_changed(self)
         self._listener.load_changed(self)
         self._listener.replica_stepped(self, step)
+        for handle in ended:
+            self._handles.finish(handle)
 
     def on_down(self, error: StatusError) -> None:
         """The link broke, or could not be made."""
         instance_id = self.instance_id
-        lost = sorted(self.running.values(), key=lambda request: request.arrival)
         if self.is_up and self._owes_answers:
             self._lost_instance = self.instance_id
-        self.running.clear()
+        lost = sorted(self._handles.clear(), key=lambda request: request.arrival)
         self.clients.clear()
         self._recalled.clear()
         self.welcome = None

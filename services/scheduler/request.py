@@ -140,12 +140,11 @@ class Request:
         if self.timer is not None:
             self.timer.cancel()
 
-    def make_submit(self, handle: int, now: float, charged_tokens: int, *, ahead: bool = False) -> link_pb2.Submit:
-        """The Submit for an executor, with what was emitted so far and the time that is left; ahead: it goes before
-        what waits there with its own priority.
+    def make_submit(self, now: float, charged_tokens: int, *, ahead: bool = False) -> link_pb2.Submit:
+        """The Submit for an executor, but for its handle there, with what was emitted so far and the time that is left;
+        ahead: it goes before what waits there with its own priority.
         """
         submit, client = self.submit, self.client
-        submit.handle = handle
         submit.charged_tokens = self.executor.charged_tokens = charged_tokens
         submit.priority = max(self.priority - ahead, LOWEST_PRIORITY)
         if self.deadline is not None:

@@ -30,7 +30,7 @@ class Fleet:
         for request in self.requests:
             if request.executor.replica is None and self.quarantine.may_run(request):
                 request.start(SimpleNamespace(), 1, 0.0)
-                request.make_submit(1, 0.0, 1)
+                request.make_submit(0.0, 1)
                 self.quarantine.on_dispatch(request)
                 sent.append(request)
         if self.guilty not in sent:
@@ -69,7 +69,7 @@ def test_one_that_goes_on_in_between_is_innocent_for_long():
     quarantine, request = Quarantine(2), make_request()
     for number in range(1, 8):
         request.start(SimpleNamespace(), 1, 0.0)
-        request.make_submit(1, 0.0, 1)
+        request.make_submit(0.0, 1)
         request.client.emitted[0].append(5)
         assert not quarantine.on_engine_lost([request], f"engine {number}", 0.0)
         request.requeue(lost=True)

@@ -62,9 +62,9 @@ def test_states():
 def test_a_submit_forwards_the_time_that_is_left():
     request = make_request(now=100.0, time_remaining_ns=5_000_000_000)
     assert request.deadline == 105.0
-    assert request.make_submit(3, 103.5, 3).time_remaining_ns == 1_500_000_000
-    assert request.make_submit(4, 109.0, 3).time_remaining_ns == 0
-    assert not make_request().make_submit(3, 5.0, 3).HasField("time_remaining_ns")
+    assert request.make_submit(103.5, 3).time_remaining_ns == 1_500_000_000
+    assert request.make_submit(109.0, 3).time_remaining_ns == 0
+    assert not make_request().make_submit(5.0, 3).HasField("time_remaining_ns")
 
 
 def test_a_resubmission_carries_each_sample():
@@ -72,14 +72,13 @@ def test_a_resubmission_carries_each_sample():
     request.client.emitted[0] += [11, 12]
     request.client.emitted[2] += [31]
     request.client.progress.end_sample(2, common_pb2.FINISH_REASON_LENGTH)
-    submit = request.make_submit(9, 0.0, 3)
-    assert submit.handle == 9
+    submit = request.make_submit(0.0, 3)
     assert [(s.index, list(s.token_ids), s.finished) for s in submit.resumed] == [
         (0, [11, 12], common_pb2.FINISH_REASON_UNSPECIFIED),
         (2, [31], common_pb2.FINISH_REASON_LENGTH),
     ]
     assert request.executor.num_resumed == 3
-    assert len(request.make_submit(10, 0.0, 3).resumed) == 2
+    assert len(request.make_submit(0.0, 3).resumed) == 2
 
 
 def test_a_request_that_ran_before_goes_on():
@@ -106,7 +105,7 @@ def test_samples_that_were_to_stop_end_when_nobody_is_left_to_do_it():
 
 def test_the_longest_time_remaining_goes_on_to_an_executor():
     request = make_request(time_remaining_ns=LONGEST_NS)
-    assert request.make_submit(9, 0.0, 3).time_remaining_ns == LONGEST_NS
+    assert request.make_submit(0.0, 3).time_remaining_ns == LONGEST_NS
     with pytest.raises(StatusError, match="time_remaining_ns: must be at most"):
         make_request(time_remaining_ns=2**64 - 1)
 
@@ -116,5 +115,5 @@ def test_fields_that_this_version_does_not_know_go_on_to_the_executor():
     unknown = b"\xaa\x3f\x02ab"  # field 1013, of two bytes
     request = Request(SimpleNamespace(), link_pb2.Submit.FromString(submit.SerializeToString() + unknown), 1, 0.0)
     request.check()
-    frame = link_pb2.ClientFrame(submit=request.make_submit(9, 0.0, 3))
+    frame = link_pb2.ClientFrame(submit=request.make_submit(0.0, 3))
     assert unknown in frame.SerializeToString()
