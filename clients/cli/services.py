@@ -24,6 +24,7 @@ from clients.cli.service_environment import service_environment
 from clients.launcher import (
     PUBLIC_PORT,
     EngineKind,
+    InstanceStatus,
     NotRunningError,
     ServiceStatus,
     State,
@@ -140,7 +141,7 @@ def up(
     ] = None,
     served_model_name: Annotated[str, _setting("Name by which clients know the model.", "NAME")] = "",
     api_key: Annotated[str, _setting("Key that clients have to show; SCALELLM_API_KEY shows it.", "KEY")] = "",
-    quantization: Annotated[str | None, _setting("int8, int4, fp8, keep (as the file has it), ...", "KIND")] = None,
+    quantization: Annotated[str | None, _setting("none, keep (as the file has it), int8, ...", "KIND")] = None,
     dtype: Annotated[str | None, _setting("Of activations: float32, bfloat16, float16.", "TYPE")] = None,
     kv_cache_dtype: Annotated[str | None, _setting("Of cached keys and values: int8, fp8, ...", "TYPE")] = None,
     max_model_len: Annotated[int | None, _setting("Longest prompt plus output, in tokens.", "TOKENS")] = None,
@@ -241,6 +242,8 @@ def status(
         where = f"{found.address or '(not serving)'}{_http(found.http_address)}"
         context.out.print(f"{found.model} at {where}", soft_wrap=True)
         context.table(_fitting_status_table(context.out, found.services))
+        for line in _weights(found):
+            context.out.print(Text(line), soft_wrap=True)
         for service in found.services:
             if restarts := str(service.restarts):
                 context.out.print(Text(f"{service.name}: {restarts}"), soft_wrap=True)
@@ -253,6 +256,12 @@ def status(
     if not found.healthy:
         context.error("not healthy; start what is missing with: scalellm up")
         raise typer.Exit(ExitCode.FAILED)
+
+
+def _weights(status: InstanceStatus) -> list[str]:
+    """A line for each form that executors hold their weights in."""
+    forms = {service.weights: None for service in status.services if service.weights}
+    return [f"weights: {form}" for form in forms]
 
 
 def _http(address: str) -> str:
@@ -308,6 +317,8 @@ def _answer(context: CliContext, state: State, prompt: str, max_tokens: int) -> 
         generation = Generation()
         run_streaming(client, request, generation, is_streamed=True, timeout=None)
         print_breakdown(context.err, generation.finished, generation.measured_ns)
+    for line in _weights(read_status(context.instance, context.environment.variables)):
+        context.note(line)
 
 
 def _bring_up(context: CliContext, options: UpOptions) -> State:

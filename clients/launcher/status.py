@@ -18,6 +18,7 @@ from clients.launcher.processes import find, last_error
 from clients.launcher.redis_server import check_redis, shown
 from clients.launcher.supervision import supervisor_of
 from scalellm.client import Credentials
+from scalellm.v1.executor_pb2 import GetExecutorInfoResponse
 from scalellm.v1.scheduler_pb2 import ExecutorPhase
 from services.common.health_check import SERVING
 
@@ -51,7 +52,8 @@ class ServiceStatus:
     """One service. `health` is `serving`, or what is wrong; `load` is empty when the service did not say.
 
     `pid`, `uptime_s` and `memory_bytes` (resident, with children) are None without a process of ours. An executor says
-    with `compute` where and in what its model runs, and with `kernels` which form each op has.
+    with `compute` where and in what its model runs, with `weights` in what form the weights are and what other one they
+    could have, and with `kernels` which form each op has.
     """
 
     name: str
@@ -64,6 +66,7 @@ class ServiceStatus:
     memory_bytes: int | None = None
     model: str = ""
     compute: str = ""
+    weights: str = ""
     kernels: Mapping[str, str] = field(default_factory=dict)
     load: Mapping[str, int] = field(default_factory=dict)
     last_error: str = ""
@@ -167,13 +170,14 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
     with Probe(status.address, credentials) as probe:
         health = probe.health()
         error = "" if health == SERVING else last_error(status.log)
-        model, compute, load = "", "", {}
+        model, compute, weights, load = "", "", "", {}
         kernels: dict[str, str] = {}
         if health == "unreachable":
             pass
         elif status.kind == EXECUTOR and (info := probe.executor()):
             model, kernels = info.model, dict(info.kernels)
             compute = ", ".join(filter(None, (info.device, info.dtype, info.quantization, info.backend)))
+            weights = _weights(info)
             if info.late_compiles:
                 error = error or f"{info.late_compiles} kernels were compiled while requests waited"
             load = {
@@ -194,7 +198,27 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
             error = error or "; ".join(executor.last_error for executor in missing)
         elif status.kind == TOKENIZER and (served := probe.tokenizer()):
             model = served.model
-    return replace(status, health=health, model=model, compute=compute, kernels=kernels, load=load, last_error=error)
+    return replace(
+        status,
+        health=health,
+        model=model,
+        compute=compute,
+        weights=weights,
+        kernels=kernels,
+        load=load,
+        last_error=error,
+    )
+
+
+def _weights(info: GetExecutorInfoResponse) -> str:
+    """In what form the weights are, and what another --quantization would make of them."""
+    if not info.HasField("weights"):
+        return ""
+    text = f"{info.weights.type}, {info.weights.bytes / 2**20:.0f} MiB"
+    if info.HasField("other_weights"):
+        other = info.other_weights
+        text += f" (--quantization {other.quantization}: {other.type}, {other.bytes / 2**20:.0f} MiB)"
+    return text
 
 
 def _memory(process: psutil.Process) -> int | None:

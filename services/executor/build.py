@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scalellm.v1 import executor_pb2, link_pb2
 from services.common.lifecycle import StartError
@@ -23,6 +24,9 @@ from services.executor.late_grammars import LateGrammars
 from services.executor.limits import choose_limits, engine_config
 from services.executor.model_config import PRESETS, ModelConfig, UnsupportedModelError
 from services.executor.model_config.files import read_shape
+
+if TYPE_CHECKING:
+    from services.executor.weight_form import WeightForm
 
 _log = logging.getLogger(__name__)
 
@@ -77,8 +81,8 @@ def _model_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -
     from services.executor.placement import choose_placement, dtype_name
     from services.executor.weights import read_model_config
 
-    placement = choose_placement(settings)
     found = _find_model(settings, read_model_config)
+    placement = choose_placement(settings, found.config)
     weights = None if settings.load_format == "dummy" else found.path
     built = build_model_engine(settings, placement, weights, found.config, progress, _grammars(found))
     info = executor_pb2.GetExecutorInfoResponse(
@@ -86,10 +90,16 @@ def _model_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -
         dtype=dtype_name(placement.dtype),
         kv_cache_dtype=dtype_name(placement.kv_cache_dtype),
         backend=next((backend for backend in built.ops.backends.values() if backend != "torch"), "torch"),
-        quantization="" if settings.quantization == "none" else settings.quantization,
+        quantization=built.form.type if built.form.type != dtype_name(placement.dtype) else "",
+        weights=_weights(built.form),
+        other_weights=_weights(built.other_forms[0]) if built.other_forms else None,
         kernels=dict(built.ops.backends),
     )
     return replace(_describe(found, built.engine, info), late_compiles=lambda: len(built.runner.late_compiles))
+
+
+def _weights(form: WeightForm) -> executor_pb2.WeightForm:
+    return executor_pb2.WeightForm(quantization=form.quantization, type=form.type, bytes=form.num_bytes)
 
 
 def _grammars(model: _FoundModel) -> GrammarCompiler | None:

@@ -41,13 +41,15 @@ class ExecutorSettings(LinkedSettings):
     """auto: the model's own weights. dummy: random ones, made on the device; --model may then be a preset, too."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations, and of weights that are not quantised; default: bfloat16 on a GPU, float32 on a CPU."""
-    quantization: Literal["none", "keep", "fp8", "fp8-tensor", "int8", "int4"] = "none"
-    """What becomes of the weights of linear layers when they are loaded: keep leaves them as a quantised checkpoint or
-    GGUF file has them; fp8 has a scale per row, fp8-tensor one per matrix; int8 one per 128 inputs; int4 a scale and a
-    zero point per 128 inputs, on a CPU per 32."""
+    quantization: Literal["auto", "none", "keep", "fp8", "fp8-tensor", "int8", "int4"] = "auto"
+    """What becomes of the weights of linear layers when they are loaded. none: --dtype; keep: as the file has them,
+    which includes the blocks of a GGUF file and, on a CPU, 16 bits; auto: keep on a CPU with a compiler, else none; fp8
+    has a scale per row, fp8-tensor one per matrix; int8 one per 128 inputs; int4 a scale and a zero point per 128
+    inputs, on a CPU per 32. A quantised checkpoint stays what it is."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = "auto"
-    """Type of cached keys and values. auto: that of activations, or int8 on a CPU with --quantization, as products
-    round inputs to 8 bits there; int8: a scale for each token and head; fp8: e4m3. A GPU takes auto and fp8."""
+    """Type of cached keys and values. auto: that of activations; on a CPU int8 beside quantised weights, as products
+    round inputs to 8 bits there, and 16 bits beside weights of 16 bits; int8: a scale for each token and head; fp8:
+    e4m3. A GPU takes auto and fp8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU where torch finds one."""
     kernels: Annotated[dict[str, Literal["torch", "triton", "cpp"]], NoDecode, BeforeValidator(_parse_kernels)] = Field(

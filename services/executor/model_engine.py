@@ -21,17 +21,17 @@ from services.executor.models import (
     CausalLM,
     ModelConfig,
     ModelRuntime,
-    Quantization,
     WeightMemory,
     allocate_kv_caches,
     dummy_model,
 )
 from services.executor.models.context import kv_bytes_per_token
-from services.executor.placement import Placement, dtype_name
+from services.executor.placement import Placement
 from services.executor.runner import ModelRunner
 from services.executor.runner.warm_up import run_largest_step, warm_up
 from services.executor.threads import choose_num_threads
-from services.executor.weights import load_model, weight_bytes
+from services.executor.weight_form import WeightForm, other_forms, quantization_of, weight_form
+from services.executor.weights import load_model
 
 _LEAST_MODEL_LEN = 256
 _GIB = 1024**3
@@ -41,11 +41,13 @@ _WAITING_IN_TORCH = ("fused_moe", "fused_moe_wna16", "paged_attention_decode", "
 
 @dataclass(frozen=True)
 class ModelEngine:
-    """An engine, and the runner and ops it works with."""
+    """An engine, the runner and ops it works with, the form of its weights and those they might have had."""
 
     engine: Engine
     runner: ModelRunner
     ops: Ops
+    form: WeightForm
+    other_forms: list[WeightForm]
 
 
 def build_model_engine(
@@ -65,23 +67,20 @@ def build_model_engine(
         _select_ops(settings, placement),
         placement.dtype,
         torch_device,
-        _quantization(settings, placement),
+        quantization_of(placement.quantization, on_gpu=torch_device.type != "cpu"),
         allocate=WeightMemory().allocate,
     )
     # Sized before anything is loaded: a refusal takes a second, not minutes of reading weights.
     longest = settings.max_model_len or model_config.max_position_embeddings
-    weights = weight_bytes(model_config, runtime, max_model_len=longest)
+    form = weight_form(placement.quantization, model_config, runtime, longest)
+    others = other_forms(form, model_config, runtime, longest)
     free = device.free_memory()
-    if weights >= free:
-        raise StartError(
-            f"{settings.model}: the weights take {weights / _GIB:.2f} GiB in {_weight_format(settings, placement)}, "
-            f"{free / _GIB:.2f} GiB of memory are free: free some, or choose a smaller model, --dtype bfloat16 or "
-            "--quantization"
-        )
-    sizes = _size_cache(settings, placement, model_config, longest, free - weights)
+    if form.num_bytes >= free:
+        raise StartError(f"{settings.model}: {_does_not_fit(form, others, free)}")
+    sizes = _size_cache(settings, placement, model_config, longest, free - form.num_bytes)
     if torch_device.type == "cpu" and settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    progress(f"loading {settings.model}: {weights / 2**20:.0f} MiB in {_weight_format(settings, placement)}")
+    progress(f"loading {settings.model}: {form}{_instead(others)}")
     model = _load(path, model_config, runtime, sizes[1], progress)
     if torch_device.type == "cpu" and not settings.num_threads:
         torch.set_num_threads(choose_num_threads(model.first_projection, model_config.hidden_size, placement.dtype))
@@ -113,7 +112,7 @@ def build_model_engine(
         progress(f"warm-up took {time.perf_counter() - started:.1f} s")
     swap_cost = None if runner.host_cache is None else runner.host_cache.measure()
     engine = Engine(config, runner, swap_cost=swap_cost, grammars=grammars)
-    return ModelEngine(engine, runner, runtime.ops)
+    return ModelEngine(engine, runner, runtime.ops, form, others)
 
 
 def _engine_config(
@@ -143,19 +142,16 @@ def _select_ops(settings: ExecutorSettings, placement: Placement) -> Ops:
     return ops
 
 
-def _quantization(settings: ExecutorSettings, placement: Placement) -> Quantization:
-    match settings.quantization:
-        case "fp8-tensor":
-            return Quantization("fp8", granularity="tensor")
-        case "int4" if placement.device.torch_device.type == "cpu":
-            return Quantization("int4", group_size=32)  # as GGUF files have them; GPUs take 128, which read less
-        case method:
-            return Quantization(method)
+def _does_not_fit(form: WeightForm, others: list[WeightForm], free: int) -> str:
+    fitting = [f"--quantization {other.quantization} ({other})" for other in others if other.num_bytes < free]
+    return (
+        f"the weights do not fit: {form}, and {free / 2**20:.0f} MiB of memory are free; free some, or take "
+        f"{fitting[0] if fitting else 'a smaller model'}"
+    )
 
 
-def _weight_format(settings: ExecutorSettings, placement: Placement) -> str:
-    dtype = dtype_name(placement.dtype)
-    return dtype if settings.quantization == "none" else f"{settings.quantization} and {dtype}"
+def _instead(others: list[WeightForm]) -> str:
+    return f" (--quantization {others[0].quantization}: {others[0]})" if others else ""
 
 
 def _load(

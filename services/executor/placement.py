@@ -13,6 +13,7 @@ from services.executor.memory import free_memory
 from services.executor.models import ModelConfig
 from services.executor.models.context import kv_bytes_per_token
 from services.executor.runner import CpuDevice, CudaDevice, Device
+from services.executor.weight_form import Choice, cache_dtype, choose_quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_CACHE_DTYPES = {**_DTYPES, "int8": torch.int8}
@@ -26,6 +27,7 @@ class Placement:
 
     device: Device
     dtype: torch.dtype
+    quantization: Choice
     kv_cache_dtype: torch.dtype
     limits: Limits
     memory_fraction: float
@@ -36,28 +38,33 @@ class Placement:
         return kv_bytes_per_token(model, self.kv_cache_dtype) * self.limits.block_size
 
 
-def choose_placement(settings: ExecutorSettings) -> Placement:
-    """Find the device and fill in what depends on it. Raises StartError when the device asked for is not there."""
+def choose_placement(settings: ExecutorSettings, model: ModelConfig) -> Placement:
+    """Find the device and fill in what depends on it and the model.
+
+    Raises StartError when the device asked for is not there.
+    """
     on_gpu = _use_gpu(settings)
     device: Device = CudaDevice(has_graphs=not settings.enforce_eager) if on_gpu else CpuDevice()
     dtype = _DTYPES.get(settings.dtype, torch.bfloat16 if on_gpu else torch.float32)
     if on_gpu and settings.block_size not in (None, *_PAGE_SIZES):
         raise StartError(f"--block-size {settings.block_size}: a GPU's kernels take pages of {_PAGE_SIZES} tokens")
+    quantization = choose_quantization(settings, dtype, on_gpu=on_gpu)
     return Placement(
         device=device,
         dtype=dtype,
-        kv_cache_dtype=_kv_cache_dtype(settings, dtype, on_gpu),
+        quantization=quantization,
+        kv_cache_dtype=_kv_cache_dtype(settings, dtype if on_gpu else cache_dtype(quantization, model, dtype), on_gpu),
         limits=choose_limits(settings, on_gpu=on_gpu),
         memory_fraction=settings.memory_fraction or (0.9 if on_gpu else 0.25),
         swap_space=_swap_space(settings, on_gpu),
     )
 
 
-def _kv_cache_dtype(settings: ExecutorSettings, dtype: torch.dtype, on_gpu: bool) -> torch.dtype:
+def _kv_cache_dtype(settings: ExecutorSettings, default: torch.dtype, on_gpu: bool) -> torch.dtype:
     if settings.kv_cache_dtype == "fp8":
         return torch.float8_e4m3fn
     if settings.kv_cache_dtype == "auto":
-        return dtype if on_gpu or settings.quantization == "none" else torch.int8
+        return default
     if on_gpu:
         raise StartError(f"--kv-cache-dtype {settings.kv_cache_dtype}: a GPU's kernels take auto and fp8")
     return _KV_CACHE_DTYPES[settings.kv_cache_dtype]

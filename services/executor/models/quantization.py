@@ -11,8 +11,9 @@ class Quantization:
     """What becomes of the weights of linear layers; norms and routers stay as they are, and so do the embedding and the
     output projection except on a CPU (`vocabulary.Vocabulary`).
 
-    none: full precision, except for a checkpoint that is quantised and has no other.
-    keep: as the checkpoint stores them, which includes the blocks of a GGUF file where there is an op for them.
+    none: the runtime's dtype, except for a checkpoint that is quantised and has no other.
+    keep: as the checkpoint stores them, where there is an op for that: the blocks of a GGUF file are kept, and on a CPU
+    numbers of 16 bits.
     fp8: e4m3, one scale per row or per matrix (`granularity`); inputs are quantised as well, per token.
     int8, int4: integers in groups of `group_size` inputs with a common scale and, with 4 bits, a common zero point;
     fewer, the greatest common divisor, where that does not divide their number.

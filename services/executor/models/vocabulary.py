@@ -17,7 +17,7 @@ class Vocabulary:
 
     They are in full precision, with one exception. On a CPU whose ops multiply 8-bit weights (`kernels.cpu`), where a
     small model's output projection is the largest matrix of every step, they have 8 bits whenever linear layers are
-    quantised to 8 or to 4, and the blocks of a GGUF file when those are kept.
+    quantised to 8 or to 4, and what the file has when that is kept.
     """
 
     def __init__(self, config: ModelConfig, runtime: ModelRuntime) -> None:

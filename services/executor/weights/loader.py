@@ -12,11 +12,12 @@ from services.executor.gguf_file import GgufFile
 from services.executor.model_config import ModelConfig, UnsupportedModelError
 from services.executor.model_config.files import config_of_directory, config_of_gguf, locate
 from services.executor.models.causal_lm import CausalLM
+from services.executor.models.linear.stored_dense import StoredDense
 from services.executor.models.linear.stored_gguf import StoredGguf
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot, finish_all
 from services.executor.weights.gguf_source import GgufSource
-from services.executor.weights.safetensors_source import SafetensorsSource
+from services.executor.weights.safetensors_source import SafetensorsSource, has_weights
 from services.executor.weights.source import WeightSource
 
 # Tensors a checkpoint may hold that the model does not read: both are recomputed from the configuration.
@@ -24,13 +25,17 @@ _REDUNDANT = re.compile(r".*\.rotary_emb\.inv_freq|rope_freqs\.weight")
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Return the configuration of a model directory or GGUF file without reading its weights.
+    """Return the configuration of a model directory or GGUF file without reading its weights, which need not be there.
 
     Raises UnsupportedModelError.
     """
     located = locate(path)
     if located.is_dir():
-        return config_of_directory(path, located)
+        config = config_of_directory(path, located)
+        if config.stored_linears is not None or not has_weights(located):
+            return config
+        with SafetensorsSource(located) as source:
+            return replace(config, stored_linears=StoredDense(source.dtypes))
     with GgufFile(located) as file:
         config = config_of_gguf(path, file)
         return replace(config, stored_linears=StoredGguf(GgufSource(file, config).types))

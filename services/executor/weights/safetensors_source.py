@@ -64,6 +64,12 @@ class SafetensorsSource:
         """Shape of every tensor in the checkpoint."""
         return self._shapes
 
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Dtype of every tensor that has one of those that can be loaded."""
+        by_name = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+        return {name: by_name[dtype] for name, dtype in self._dtypes.items() if dtype in by_name}
+
     def native_name(self, name: str) -> str:
         """Return the name that a tensor has in the files."""
         return self._stored_names.get(name, name)
@@ -110,6 +116,11 @@ class SafetensorsSource:
             raise UnsupportedModelError(
                 f"{path.parent / shown_name(path.name)}: not a complete safetensors file: {brief(error)}"
             ) from error
+
+
+def has_weights(directory: Path) -> bool:
+    """Return whether a directory holds a checkpoint, or the index of one."""
+    return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def _name_of_text(stored_name: str) -> str | None:

@@ -25,7 +25,7 @@ from service_processes import PATIENCE, Spawn
 
 @pytest.fixture(scope="module")
 def line(module_spawn: Spawn, module_redis, model_dir) -> Line:
-    flags = ("--num-blocks", "256", "--max-model-len", "1024", "--num-threads", "1")
+    flags = ("--num-blocks", "256", "--max-model-len", "1024", "--num-threads", "1", "--quantization", "none")
     return start_line(
         module_spawn,
         module_redis,

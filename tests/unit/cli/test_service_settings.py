@@ -222,4 +222,4 @@ def test_all_of_it_in_a_process_of_its_own(tmp_path: Path) -> None:
     environment = {**os.environ, "SCALELLM_HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --quantization: Input should be 'none', 'keep'")
+    assert done.stderr.startswith("error: --quantization: Input should be 'auto', 'none', 'keep'")

@@ -1,15 +1,22 @@
 """Settings that cannot work are refused in one sentence that says what would, before anything is loaded."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from kernels.cpu.library import default_build_dir, load_library
+from runner_kit import MODEL as TINY
 from services.common.lifecycle import StartError
 from services.executor.build import build_engine
 from services.executor.config import ExecutorSettings
+from services.executor.models.linear import CheckpointFormat
+from services.executor.models.linear.stored_dense import StoredDense
+from services.executor.models.linear.stored_gguf import StoredGguf
 from services.executor.placement import choose_placement
 from services.executor.runner import FakeCudaDevice
 
@@ -28,10 +35,59 @@ def test_a_gpu_that_is_not_there(model_dir: Callable[[str], Path]) -> None:
     assert "--device cpu" in message
 
 
+GGUF = StoredGguf({"model.layers.0.self_attn.q_proj.weight": "Q4_1", "model.norm.weight": "F32"})
+HALVES = StoredDense({"model.layers.0.self_attn.q_proj.weight": torch.bfloat16, "model.norm.weight": torch.float32})
+
+
+@pytest.mark.parametrize(
+    ("settings", "stored", "quantization", "cache_dtype"),
+    [
+        ({}, GGUF, "keep", torch.int8),
+        ({}, HALVES, "keep", torch.bfloat16),
+        ({"dtype": "bfloat16"}, HALVES, "keep", torch.bfloat16),
+        ({}, None, "keep", torch.float32),
+        ({"quantization": "none"}, GGUF, "none", torch.float32),
+        ({"kernels": "all=torch"}, GGUF, "none", torch.float32),
+        ({"kernels": "w8a16_gemm=torch"}, HALVES, "none", torch.float32),
+        ({"dtype": "float16"}, GGUF, "none", torch.float16),
+    ],
+)
+def test_what_auto_stands_for_on_a_cpu_with_a_compiler(
+    settings: dict[str, Any], stored: CheckpointFormat | None, quantization: str, cache_dtype: torch.dtype
+) -> None:
+    if load_library(default_build_dir()) is None:
+        pytest.skip("there is no compiler")
+    placement = choose_placement(ExecutorSettings(device="cpu", **settings), replace(TINY, stored_linears=stored))
+    assert (placement.quantization, placement.kv_cache_dtype) == (quantization, cache_dtype)
+
+
+def test_the_form_of_weights_is_reported_beside_another(model_dir: Callable[[str], Path]) -> None:
+    lines: list[str] = []
+    settings = ExecutorSettings(model=str(model_dir("smollm2-135m-instruct")), device="cpu", num_blocks=64)
+    info = build_engine(settings, lines.append).info
+    if load_library(settings.home / "kernels") is None:
+        pytest.skip("there is no compiler")
+    assert (info.quantization, info.dtype, info.kv_cache_dtype) == ("Q4_1", "float32", "int8")
+    ours, other = info.weights, info.other_weights
+    assert (ours.quantization, ours.type) == ("keep", "Q4_1")
+    assert (other.quantization, other.type) == ("none", "float32")
+    assert other.bytes > 4 * ours.bytes > 4 * 135e6 / 2  # of 135 million numbers
+    assert re.search(r": Q4_1, \d+ MiB \(--quantization none: float32, \d+ MiB\)", lines[0])
+
+
+def test_a_form_that_fits_is_named(model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.executor.runner.CpuDevice.free_memory", lambda self: 200 << 20)
+    message = refusal(model_dir("smollm2-135m-instruct"), device="cpu", quantization="none")
+    assert "float32, 515 MiB, and 200 MiB of memory are free" in message
+    assert "--quantization keep (Q4_1, " in message
+    monkeypatch.setattr("services.executor.runner.CpuDevice.free_memory", lambda self: 1 << 20)
+    assert "or take a smaller model" in refusal(model_dir("smollm2-135m-instruct"), device="cpu", quantization="none")
+
+
 @pytest.mark.parametrize(
     ("settings", "dtype"),
     [
-        ({}, torch.float32),
+        ({"quantization": "none"}, torch.float32),
         ({"quantization": "int8"}, torch.int8),
         ({"quantization": "int8", "kv_cache_dtype": "float16"}, torch.float16),
         ({"quantization": "int8", "kv_cache_dtype": "float32"}, torch.float32),
@@ -40,7 +96,8 @@ def test_a_gpu_that_is_not_there(model_dir: Callable[[str], Path]) -> None:
     ],
 )
 def test_type_of_keys_and_values_on_a_cpu(settings: dict[str, str], dtype: torch.dtype) -> None:
-    assert choose_placement(ExecutorSettings(device="cpu", **settings)).kv_cache_dtype == dtype  # type: ignore[arg-type]
+    placement = choose_placement(ExecutorSettings(device="cpu", **settings), TINY)  # type: ignore[arg-type]
+    assert placement.kv_cache_dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -59,8 +116,9 @@ def test_kernels_that_cannot_be_had(model_dir: Callable[[str], Path], kernels: d
 def test_graphs_of_ops_that_wait_for_the_device(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpu = replace(choose_placement(ExecutorSettings(device="cpu")), device=FakeCudaDevice(), dtype=torch.bfloat16)
-    monkeypatch.setattr("services.executor.placement.choose_placement", lambda settings: on_gpu)
+    on_cpu = choose_placement(ExecutorSettings(device="cpu", quantization="none"), TINY)
+    on_gpu = replace(on_cpu, device=FakeCudaDevice(), dtype=torch.bfloat16)
+    monkeypatch.setattr("services.executor.placement.choose_placement", lambda settings, model: on_gpu)
     message = refusal(model_dir("smollm2-135m-instruct"), kernels={"paged_attention_decode": "torch"})
     assert message.startswith("paged_attention_decode: ")
     assert "--enforce-eager" in message

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from bench.quality import TEXT, form_settings, mean_negative_logprob
 from kernels import Capability, Ops, select_ops
@@ -56,6 +57,34 @@ def test_models(
     with torch.inference_mode():
         expected = oracle(torch.tensor([TOKENS])).logits[0]
     assert 0 < (got - expected).norm() / expected.norm() < high
+
+
+@pytest.mark.parametrize("family", ["llama-tied-bias", "qwen2", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_kept(
+    ops: Ops,
+    family: str,
+    dtype: torch.dtype,
+    hf_model: Callable[..., Any],
+    paged: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """transformers computes with the same numbers in float32. A row alone is bit by bit that of many."""
+    hf_model(family, head_dim=16).to(dtype).save_pretrained(tmp_path)  # the C++ attention takes multiples of 16
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    sizes = [load_model(tmp_path, ModelRuntime(ops, quantization=Quantization(kind)), max_model_len=64)[0].num_bytes()
+             for kind in ("keep", "none")]  # fmt: skip
+    runtime = ModelRuntime(ops, quantization=Quantization("keep"))
+    model, config = load_model(tmp_path, runtime, max_model_len=64)
+    assert weight_bytes(read_model_config(tmp_path), runtime, max_model_len=64) == model.num_bytes()
+    assert sizes[0] < 0.6 * sizes[1]
+
+    ours = paged(model, config, num_sequences=2)
+    got = torch.cat([ours.step({0: TOKENS[:-2]})[0], *(ours.step({0: [token]})[0] for token in TOKENS[-2:])])
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([TOKENS])).logits[0]
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+    assert torch.equal(ours.step({1: TOKENS})[1], got)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ class GetExecutorInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetExecutorInfoResponse(_message.Message):
-    __slots__ = ("instance_id", "model", "architecture", "dtype", "device", "backend", "block_size", "max_model_len", "max_num_seqs", "load", "steps", "accepted", "finished", "cancelled", "rejected", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "kernels", "late_compiles", "kv_cache_dtype", "quantization", "swaps", "stats")
+    __slots__ = ("instance_id", "model", "architecture", "dtype", "device", "backend", "block_size", "max_model_len", "max_num_seqs", "load", "steps", "accepted", "finished", "cancelled", "rejected", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "kernels", "late_compiles", "kv_cache_dtype", "quantization", "swaps", "stats", "weights", "other_weights")
     class KernelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,8 @@ class GetExecutorInfoResponse(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     SWAPS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     model: str
     architecture: str
@@ -68,7 +70,19 @@ class GetExecutorInfoResponse(_message.Message):
     quantization: str
     swaps: int
     stats: EngineStats
-    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ..., late_compiles: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., swaps: _Optional[int] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ...) -> None: ...
+    weights: WeightForm
+    other_weights: WeightForm
+    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ..., late_compiles: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., swaps: _Optional[int] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., weights: _Optional[_Union[WeightForm, _Mapping]] = ..., other_weights: _Optional[_Union[WeightForm, _Mapping]] = ...) -> None: ...
+
+class WeightForm(_message.Message):
+    __slots__ = ("quantization", "type", "bytes")
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    quantization: str
+    type: str
+    bytes: int
+    def __init__(self, quantization: _Optional[str] = ..., type: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class EngineStats(_message.Message):
     __slots__ = ("generated_tokens", "computed_tokens", "failed_steps", "swapped_out_blocks", "swapped_in_blocks", "running_sequences", "waiting_sequences", "cached_blocks", "free_host_blocks", "total_host_blocks", "step_seconds", "step_tokens", "step_sequences", "queue_seconds")

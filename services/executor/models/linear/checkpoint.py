@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from services.executor.model_config.errors import UnsupportedModelError
@@ -23,15 +24,19 @@ FilledWeight = tuple[LinearWeight, list[WeightSlot]]
 
 
 class CheckpointFormat(Protocol):
-    """How a checkpoint stores the linear layers that it has quantised.
-
-    `is_choice` says that they can be had in full precision just as well, so that they are only kept as they are when
-    `Quantization.method` is `keep`.
-    """
+    """How a checkpoint stores its linear layers."""
 
     @property
     def is_choice(self) -> bool:
-        """See the class."""
+        """True if they can be had in the runtime's dtype as well: kept as they are only with `Quantization("keep")`."""
+
+    @property
+    def form(self) -> str:
+        """Name of the type of most of them, such as Q4_1 or bfloat16."""
+
+    @property
+    def dense_dtype(self) -> torch.dtype | None:
+        """The dtype of most of them; None if they are quantised."""
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return a weight that stacks the projections named in `parts`, with their sizes, and the slots to fill it.
@@ -58,17 +63,20 @@ def build_weight(
     rows = sum(parts.values())
     weight = _empty(next(iter(parts)), rows, in_features, runtime) if method != "none" else None
     weight = weight or DenseWeight(rows, in_features, runtime)
-    is_plain = isinstance(weight, DenseWeight)
-    slots = [
+    return weight, plain_slots(weight, parts, in_features)
+
+
+def plain_slots(weight: LinearWeight, parts: Mapping[str, int], in_features: int) -> list[WeightSlot]:
+    """Return the slots of a weight that is filled with matrices in full precision."""
+    return [
         WeightSlot(
             f"{name}.weight",
-            *weight.part(rows_of_part),
-            shape=(rows_of_part.stop - rows_of_part.start, in_features),
-            encode=None if is_plain else weight.encode,
+            *weight.part(rows),
+            shape=(rows.stop - rows.start, in_features),
+            encode=None if isinstance(weight, DenseWeight) else weight.encode,
         )
-        for name, rows_of_part in stacked(parts)
+        for name, rows in stacked(parts)
     ]
-    return weight, slots
 
 
 def bias_slots(parts: Mapping[str, int], bias: Tensor | None, stored: CheckpointFormat | None) -> list[WeightSlot]:

@@ -25,6 +25,8 @@ class StoredFp8:
     """
 
     is_choice: ClassVar[bool] = False
+    form: ClassVar[str] = "fp8"
+    dense_dtype: ClassVar[None] = None
 
     ignored: IgnoredLayers
     per_row: bool = False

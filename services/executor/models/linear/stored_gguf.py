@@ -1,8 +1,10 @@
-"""GGUF files whose blocks are kept as packed integers instead of being dequantised."""
+"""GGUF files whose blocks and 16-bit numbers are kept instead of being converted to the runtime's dtype."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -11,9 +13,12 @@ from torch import Tensor
 from services.executor.models.linear.checkpoint import FilledWeight, stacked
 from services.executor.models.linear.gguf_blocks import BLOCK_FORMATS, BlockFormat
 from services.executor.models.linear.packing import pack_rows
+from services.executor.models.linear.stored_dense import build_half
 from services.executor.models.linear.wna16 import IntWeight
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot
+
+_DENSE_TYPES: Mapping[str, torch.dtype] = MappingProxyType({"F16": torch.float16, "BF16": torch.bfloat16})
 
 
 @dataclass(frozen=True)
@@ -22,19 +27,30 @@ class StoredGguf:
 
     Projections that share a matrix, or are multiplied by one op as all experts of a layer are, may differ in type: they
     all take the widest numbers and the smallest groups, in which each is as exact as in its own. One of a type that is
-    not in `BLOCK_FORMATS` makes all of them dequantised.
+    not in `BLOCK_FORMATS` makes all of them dequantised, except where all are of one 16-bit type.
     """
 
     is_choice: ClassVar[bool] = True
 
     types: Mapping[str, str]
 
+    @cached_property
+    def form(self) -> str:
+        """The GGUF type of most tensors that are multiplied."""
+        counts = Counter(kind for name, kind in self.types.items() if name.endswith("_proj.weight"))
+        return counts.most_common(1)[0][0] if counts else "F32"
+
+    @property
+    def dense_dtype(self) -> torch.dtype | None:
+        """The dtype of that type; None if it is quantised."""
+        return None if self.form in BLOCK_FORMATS else _DENSE_TYPES.get(self.form, torch.float32)
+
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""
         kinds = {name: self.types.get(f"{name}.weight", "") for name in parts}
         alike = self._kinds_of_experts.get(_experts(next(iter(parts))), set()) | set(kinds.values())
         if not alike <= BLOCK_FORMATS.keys():
-            return None
+            return build_half(parts, in_features, runtime, {_DENSE_TYPES.get(kind) for kind in alike})
         formats = [BLOCK_FORMATS[kind] for kind in alike]
         weight = IntWeight(
             sum(parts.values()),

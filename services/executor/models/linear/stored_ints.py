@@ -32,6 +32,7 @@ class StoredInts:
     """
 
     is_choice: ClassVar[bool] = False
+    dense_dtype: ClassVar[None] = None
     index_name: ClassVar[str | None] = None
 
     ignored: IgnoredLayers
@@ -40,6 +41,11 @@ class StoredInts:
     symmetric: bool
     ordered: bool = False
     longest_group: int | None = field(default=None, kw_only=True)
+
+    @property
+    def form(self) -> str:
+        """The integers' type."""
+        return f"int{self.bits}"
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""

@@ -1,0 +1,53 @@
+"""Checkpoints in full precision whose 16-bit numbers are kept instead of being widened when they are loaded."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+
+from services.executor.models.linear.checkpoint import FilledWeight, plain_slots
+from services.executor.models.linear.dense import DenseWeight
+from services.executor.models.runtime import ModelRuntime
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class StoredDense:
+    """`dtypes` maps Hugging Face names of tensors to the dtypes that the checkpoint has them in."""
+
+    is_choice: ClassVar[bool] = True
+
+    dtypes: Mapping[str, torch.dtype]
+
+    @cached_property
+    def dense_dtype(self) -> torch.dtype:
+        """The dtype of most tensors that are multiplied."""
+        counts = Counter(dtype for name, dtype in self.dtypes.items() if name.endswith("_proj.weight"))
+        return counts.most_common(1)[0][0] if counts else torch.float32
+
+    @property
+    def form(self) -> str:
+        """The name of that dtype."""
+        return str(self.dense_dtype).removeprefix("torch.")
+
+    def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
+        """Return the weight and its slots."""
+        return build_half(parts, in_features, runtime, {self.dtypes.get(f"{name}.weight") for name in parts})
+
+
+def build_half(
+    parts: Mapping[str, int], in_features: int, runtime: ModelRuntime, dtypes: set[torch.dtype | None]
+) -> FilledWeight | None:
+    """Return a weight of the 16-bit dtype that all `parts` have, of `dtypes`, and its slots.
+
+    None where they have no such dtype in common, or where C++ does not multiply it: that of experts it does not.
+    """
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    if dtype not in _HALVES or not DenseWeight.is_multiplied_in_cpp(runtime) or ".experts." in next(iter(parts)):
+        return None
+    weight = DenseWeight(sum(parts.values()), in_features, runtime, dtype=dtype)
+    return weight, plain_slots(weight, parts, in_features)

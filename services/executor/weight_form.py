@@ -1,0 +1,105 @@
+"""In which form weights are held: what `--quantization auto` stands for, and what another choice would give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from kernels.cpu.library import load_library
+from services.executor.config import ExecutorSettings
+from services.executor.models import ModelConfig, ModelRuntime, Quantization
+from services.executor.models.linear import CheckpointFormat, DenseWeight
+from services.executor.weights import weight_bytes
+
+Choice = Literal["none", "keep", "fp8", "fp8-tensor", "int8", "int4"]
+_CPP_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightForm:
+    """A value of `--quantization`, what it makes of a model's weights, and their bytes.
+
+    `type` is that of most weights of linear layers: a GGUF type such as Q4_1, a dtype such as bfloat16, int8, ...
+    """
+
+    quantization: Choice
+    type: str
+    num_bytes: int
+
+    def __str__(self) -> str:
+        """Return type and size."""
+        return f"{self.type}, {self.num_bytes / 2**20:.0f} MiB"
+
+
+def choose_quantization(settings: ExecutorSettings, dtype: torch.dtype, *, on_gpu: bool) -> Choice:
+    """Return the setting, or what `auto` stands for.
+
+    That is `keep` on a CPU with C++ forms, which multiply what files hold faster than float32 because less has to be
+    read; elsewhere it is `none`.
+    """
+    if settings.quantization != "auto":
+        return settings.quantization
+    is_cpp = settings.kernels.get("w8a16_gemm", settings.kernels.get("all", "cpp")) == "cpp"
+    if on_gpu or not is_cpp or dtype not in _CPP_DTYPES or load_library(settings.home / "kernels") is None:
+        return "none"
+    return "keep"
+
+
+def quantization_of(choice: Choice, *, on_gpu: bool) -> Quantization:
+    """Return how weights are quantised when they are loaded."""
+    match choice:
+        case "fp8-tensor":
+            return Quantization("fp8", granularity="tensor")
+        case "int4" if not on_gpu:
+            return Quantization("int4", group_size=32)  # as GGUF files have them; GPUs take 128, which read less
+        case method:
+            return Quantization(method)
+
+
+def cache_dtype(choice: Choice, config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of keys and values on a CPU that is as exact as products with such weights are.
+
+    Products with integers round their inputs to 8 bits. Beside kept weights of 16 bits, keys and values have their
+    dtype.
+    """
+    stored = _kept(choice, config)
+    if stored is None:
+        return dtype if choice in ("none", "keep") else torch.int8
+    if stored.dense_dtype is None:
+        return torch.int8
+    return stored.dense_dtype if dtype == torch.float32 else dtype
+
+
+def weight_form(choice: Choice, config: ModelConfig, runtime: ModelRuntime, max_model_len: int) -> WeightForm:
+    """Return the form that a choice gives a model.
+
+    Raises UnsupportedModelError: the model cannot have it.
+    """
+    stored = _kept(choice, config)
+    if choice not in ("none", "keep"):
+        name: str = choice
+    elif stored is None or (stored.dense_dtype is not None and not DenseWeight.is_multiplied_in_cpp(runtime)):
+        name = str(runtime.dtype).removeprefix("torch.")
+    else:
+        name = stored.form
+    runtime = replace(runtime, quantization=quantization_of(choice, on_gpu=runtime.device.type != "cpu"))
+    return WeightForm(choice, name, weight_bytes(config, runtime, max_model_len=max_model_len))
+
+
+def other_forms(form: WeightForm, config: ModelConfig, runtime: ModelRuntime, max_model_len: int) -> list[WeightForm]:
+    """Return what a model's weights may be instead, the most exact first; nothing if the checkpoint is quantised."""
+    if config.stored_linears is not None and not config.stored_linears.is_choice:
+        return []
+    choices: tuple[Choice, ...] = ("none", "keep", "int8", "int4")
+    if runtime.device.type != "cpu":
+        choices = ("none", "fp8", "int4")
+    forms = (weight_form(choice, config, runtime, max_model_len) for choice in choices if choice != form.quantization)
+    return [other for other in forms if other.type != form.type]
+
+
+def _kept(choice: Choice, config: ModelConfig) -> CheckpointFormat | None:
+    """Return the format of the checkpoint if that is what the weights remain in."""
+    stored = config.stored_linears
+    return None if stored is None or (choice != "keep" and stored.is_choice) else stored
