@@ -28,5 +28,6 @@ def fake_line(module_spawn: Spawn, module_redis, model_dir) -> Line:
 
 @pytest.fixture(scope="module")
 def real_line(module_spawn: Spawn, module_redis, model_dir) -> Line:
-    """A line with the real model."""
-    return start_line(module_spawn, module_redis, model_dir("smollm2-135m-instruct"))
+    """A line with the real model in float32, as transformers has it."""
+    in_float32 = ("--quantization", "none")
+    return start_line(module_spawn, module_redis, model_dir("smollm2-135m-instruct"), executors=(in_float32,))
