@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import JustifyMethod
-from rich.table import Table
 from rich.text import Text
 
 from clients.cli.config import take_config
@@ -18,15 +15,14 @@ from clients.cli.generate import run_streaming
 from clients.cli.generation import Generation
 from clients.cli.latency import print_breakdown
 from clients.cli.models import fetch_model
-from clients.cli.output import Terminal, write_json, write_line
+from clients.cli.output import write_json, write_line
 from clients.cli.progress import StageReport
 from clients.cli.service_environment import service_environment
+from clients.cli.status_table import fitting_table, weight_lines
 from clients.launcher import (
     PUBLIC_PORT,
     EngineKind,
-    InstanceStatus,
     NotRunningError,
-    ServiceStatus,
     State,
     UpOptions,
     bring_down,
@@ -41,10 +37,6 @@ from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from services.common.addresses import bare_host
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-
-# What `status` leaves out, in this order, where one line per service needs it; --json and a pipe have all of it.
-_OPTIONAL_COLUMNS = ("compute", "restarts", "model", "memory", "address", "up")
-_ANY_WIDTH = 1000
 
 DEFAULT_PROMPT = "What is the capital of France, and what is it known for?"
 
@@ -241,8 +233,8 @@ def status(
     else:
         where = f"{found.address or '(not serving)'}{_http(found.http_address)}"
         context.out.print(f"{found.model} at {where}", soft_wrap=True)
-        context.table(_fitting_status_table(context.out, found.services))
-        for line in _weights(found):
+        context.table(fitting_table(context.out, found.services))
+        for line in weight_lines(found):
             context.out.print(Text(line), soft_wrap=True)
         for service in found.services:
             if restarts := str(service.restarts):
@@ -256,12 +248,6 @@ def status(
     if not found.healthy:
         context.error("not healthy; start what is missing with: scalellm up")
         raise typer.Exit(ExitCode.FAILED)
-
-
-def _weights(status: InstanceStatus) -> list[str]:
-    """A line for each form that executors hold their weights in."""
-    forms = {service.weights: None for service in status.services if service.weights}
-    return [f"weights: {form}" for form in forms]
 
 
 def _http(address: str) -> str:
@@ -317,7 +303,7 @@ def _answer(context: CliContext, state: State, prompt: str, max_tokens: int) -> 
         generation = Generation()
         run_streaming(client, request, generation, is_streamed=True, timeout=None)
         print_breakdown(context.err, generation.finished, generation.measured_ns)
-    for line in _weights(read_status(context.instance, context.environment.variables)):
+    for line in weight_lines(read_status(context.instance, context.environment.variables)):
         context.note(line)
 
 
@@ -348,64 +334,3 @@ def _bring_down(context: CliContext, limit: float | None) -> ExitCode:
     if result.logs:
         context.warn(f"the logs are kept in {result.logs}")
     return ExitCode.FAILED if result.killed else ExitCode.OK
-
-
-def _fitting_status_table(console: Terminal, services: tuple[ServiceStatus, ...]) -> Table:
-    """The table with the columns that leave each service its one line, where that can be had."""
-    for number in range(len(_OPTIONAL_COLUMNS) + 1):
-        table = _status_table(services, _OPTIONAL_COLUMNS[:number])
-        needed = console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum
-        if not console.is_terminal or needed <= console.width:
-            break
-    return table
-
-
-def _status_table(services: tuple[ServiceStatus, ...], left_out: tuple[str, ...] = ()) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    rows = [_status_cells(service) for service in services]
-    if not any(service.restarts.count for service in services):
-        left_out = (*left_out, "restarts")
-    columns = [column for column in rows[0] if column not in left_out]
-    for column in columns:
-        # On a narrow terminal these three go on in the next line, and the others stay as they are.
-        can_fold = column in ("address", "load", "model", "compute")
-        justify: JustifyMethod = "right" if column in ("pid", "up", "restarts", "memory") else "left"
-        table.add_column(column, no_wrap=not can_fold, overflow="fold", justify=justify)
-    for row in rows:
-        table.add_row(*(row[column] for column in columns))
-    return table
-
-
-def _status_cells(service: ServiceStatus) -> dict[str, str | Text]:
-    return {
-        "service": service.name,
-        "health": Text(service.health, style="green" if service.health == "serving" else "bold red"),
-        "pid": "-" if service.pid is None else str(service.pid),
-        "address": service.address or "-",
-        "up": "-" if service.uptime_s is None else _duration(service.uptime_s),
-        "restarts": str(service.restarts.count),
-        "memory": "-" if service.memory_bytes is None else f"{service.memory_bytes / 2**20:.0f} MiB",
-        "load": _load(service.load),
-        "model": service.model or "-",
-        "compute": service.compute or "-",
-    }
-
-
-def _load(load: Mapping[str, int]) -> str:
-    if not load:
-        return "-"
-    if "keys" in load:
-        return f"{load['keys']} keys"
-    if "queued" in load:
-        return (
-            f"{load['running']} running, {load['queued']} queued, "
-            f"{load['executors_ready']}/{load['executors']} executors"
-        )
-    used = load["total_blocks"] - load["free_blocks"]
-    return f"{load['running']} running, {load['waiting']} waiting, {used}/{load['total_blocks']} blocks"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

@@ -16,7 +16,7 @@ from clients.cli.context import CliContext, CliError, Environment, ExitCode, exp
 from clients.cli.generation import Generation, logprob_entries
 from clients.cli.latency import rows
 from clients.cli.main import app
-from clients.cli.services import _fitting_status_table, _status_table
+from clients.cli.status_table import fitting_table, status_table
 from clients.launcher import Instance, LauncherError, NotRunningError, ServiceStatus, State, UpOptions
 from clients.launcher.instance import ServiceRecord
 from clients.launcher.plan import check_ports, listeners, service_command, service_environment
@@ -93,7 +93,7 @@ def test_status_on_a_terminal_of_80_columns() -> None:
     service = ServiceStatus("executor-0", "executor", "not serving", "127.0.0.1:50061", pid=1234567, load=load)
     console = Console(file=StringIO(), width=80)
     service = replace(service, uptime_s=36000.0, memory_bytes=2**34, model="m")
-    console.print(_status_table((service,), left_out=("compute",)))
+    console.print(status_table((service,), left_out=("compute",)))
     head, row = console.file.getvalue().splitlines()[:2]
     assert [word for word in head.split() if word in ("service", "health", "pid", "up", "memory")] == [
         *("service", "health", "pid", "up", "memory")
@@ -307,7 +307,7 @@ def test_status_leaves_columns_out_before_it_folds_lines(width: int, columns: st
     service = replace(plain, uptime_s=9.0, memory_bytes=2**30, model="smollm2-135m-instruct")
     out = StringIO()
     console = Console(width=width, file=out, force_terminal=True, color_system=None)
-    console.print(_fitting_status_table(console, (service,)))
+    console.print(fitting_table(console, (service,)))
     head, row = out.getvalue().splitlines()
     assert head.split() == columns.split()
     assert "not serving" in row
