@@ -14,6 +14,7 @@ import typer
 from bench.fleet.calibration import calibrate
 from bench.fleet.fleet import VOCABULARY, FleetError, FleetPlan, Pool
 from bench.fleet.simulation import Faults, Simulated, simulate
+from bench.fleet.sweep import header, sweep
 from bench.load.trace import read_trace
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Load, Shape, WorkloadName, conversations
@@ -57,7 +58,7 @@ def run(
             raise ValueError(f"--preset: {preset!r} is none of {', '.join(STEP_TIME_PRESETS)}")
         if workload not in get_args(WorkloadName):
             raise ValueError(f"--workload: {workload!r} is none of {', '.join(get_args(WorkloadName))}")
-        pool = Pool(executors, STEP_TIME_PRESETS[preset])
+        pool = Pool(executors, steps=STEP_TIME_PRESETS[preset])
         alphabet = Vocabulary.of_size(VOCABULARY).alphabet
         times = None
         if trace is not None:
@@ -105,6 +106,19 @@ def _simulate_or_exit(job: Callable[[], Simulated]) -> Simulated:
     except FleetError as error:
         print(f"the simulated line failed: {error}")
         raise typer.Exit(1) from None
+
+
+@app.command("pools")
+def _pools(
+    clients: Annotated[str, typer.Option(help="Clients of the closed loops, separated by commas.")] = (
+        "1,2,4,8,16,32,64,128,256,512,1024"
+    ),
+) -> None:
+    """Compare one large replica, eight small ones, and both with each policy; prints a table."""
+    print(header())
+    for count in clients.split(","):
+        for point in sweep([int(count)]):
+            print(point.row(), flush=True)
 
 
 @app.command("calibrate")

@@ -16,7 +16,9 @@ from scalellm.v1 import link_pb2
 from services.common.errors import StatusError, code_name
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner, StepTimeModel
+from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
+from services.executor.engine.step_time import StepTimeModel
+from services.executor.engine.step_warm_up import fit_step_times
 from services.scheduler.config import SchedulerSettings
 
 VOCABULARY = 2048
@@ -38,6 +40,7 @@ class Pool:
 
     Attributes:
         size: How many.
+        tensor_parallel: Devices of each.
         steps: How long their steps take.
         overlaps: True if the next step is prepared while one runs, as on a GPU.
         max_num_seqs: Sequences that run at once.
@@ -45,9 +48,11 @@ class Pool:
         max_model_len: Longest prompt plus output.
         num_blocks: Cache blocks.
         block_size: Tokens of a block.
+        measures: True if an executor measures its steps before it serves, as those with other devices than a CPU do.
     """
 
     size: int
+    tensor_parallel: int = 1
     steps: StepTimeModel = STEP_TIME_PRESETS["h200-llama-8b"]
     overlaps: bool = True
     max_num_seqs: int = 256
@@ -55,6 +60,7 @@ class Pool:
     max_model_len: int = 16384
     num_blocks: int = 4096
     block_size: int = 64
+    measures: bool = False
 
     def make_engine(self, clock: StepClock) -> Engine:
         """An engine of this pool."""
@@ -68,7 +74,11 @@ class Pool:
             max_num_batched_tokens=self.max_num_batched_tokens,
         )
         runner = FakeModelRunner(VOCABULARY, {_EOS}, self.steps, clock.sleep, clock, overlaps=self.overlaps)
-        return Engine(config, runner, clock)
+        step_times = None
+        if self.measures:
+            step_times = fit_step_times(config, runner, clock)
+            runner = FakeModelRunner(VOCABULARY, {_EOS}, self.steps, clock.sleep, clock, overlaps=self.overlaps)
+        return Engine(config, runner, clock, step_times=step_times)
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,12 @@ class VirtualFleet:
         network = Network(lambda: plan.latency)
         pools = [pool for pool in plan.pools for _ in range(pool.size)]
         self.executors = [
-            VirtualExecutor(network, f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:50061", pool.make_engine)
+            VirtualExecutor(
+                network,
+                f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}:50061",
+                pool.make_engine,
+                tensor_parallel=pool.tensor_parallel,
+            )
             for number, pool in enumerate(pools)
         ]
         addresses = [executor.address for executor in self.executors]

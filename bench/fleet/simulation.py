@@ -54,6 +54,7 @@ class Simulated:
         engines_cpu_s: Of these, in engines.
         num_steps: Steps of all engines that are there at the end.
         num_resubmitted: Requests that lost their executor and went on.
+        num_pool_switches: How often new requests went to executors with another number of devices from then on.
     """
 
     records: Sequence[RequestRecord]
@@ -63,6 +64,7 @@ class Simulated:
     engines_cpu_s: float
     num_steps: int
     num_resubmitted: int
+    num_pool_switches: int
 
     @property
     def digest(self) -> str:
@@ -147,6 +149,7 @@ async def _simulate(
         sum(executor.cpu_s for executor in fleet.executors),
         sum(engine.engine.stats().steps for engine in engines),
         fleet.scheduler.placement.books.resubmitted,
+        fleet.scheduler.fleet.pools.num_switches,
     )
 
 

@@ -58,6 +58,7 @@ class VirtualExecutor:
         network: Where it listens.
         address: host:port.
         make_engine: Makes each incarnation's engine, on its clock.
+        tensor_parallel: Devices that it says it has.
         lease: See ExecutorSettings.lease_s.
         watch: Told of each message that the engine receives (True) or sends (False).
 
@@ -71,11 +72,13 @@ class VirtualExecutor:
         address: str,
         make_engine: Callable[[StepClock], Engine],
         *,
+        tensor_parallel: int = 1,
         lease: float = 30.0,
         watch: Callable[[Message, bool], None] | None = None,
     ) -> None:
         self.address = address
         self.watch = watch
+        self._tensor_parallel = tensor_parallel
         self.cpu_s = 0.0
         self._network = network
         self._make_engine = make_engine
@@ -105,7 +108,10 @@ class VirtualExecutor:
             max_num_seqs=config.max_num_seqs,
             vocab_size=config.vocab_size,
             grammars=engine.takes_grammars,
+            tensor_parallel=self._tensor_parallel,
+            devices=self._tensor_parallel,
         )
+        clock.ahead = 0.0  # what was measured before serving
         return LoadedEngine(engine, welcome, executor_pb2.GetExecutorInfoResponse())
 
     def die(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from typing import Any
 
 from bench.virtual.executor import TOKENIZER
 from bench.virtual.loop import VirtualLoop
@@ -13,6 +12,7 @@ from services.common.errors import StatusError
 from services.common.health import Heartbeat
 from services.scheduler.affinity_store import AffinityStore
 from services.scheduler.config import SchedulerSettings
+from services.scheduler.executor_discovery import ExecutorDiscovery
 from services.scheduler.fleet import Fleet
 from services.scheduler.intake import Intake
 from services.scheduler.placement import Placement
@@ -46,14 +46,15 @@ class VirtualScheduler:
         settings = self._settings
         instance = f"{self.address}#{self._num_starts}"
         self.process = VirtualProcess(instance)
-        self.fleet = Fleet(instance, settings.stall_limit_s, VirtualDialer(self._network, self.process))
+        dialer = VirtualDialer(self._network, self.process)
+        self.fleet = Fleet(instance, settings.stall_limit_s, dialer, settings.pool_policy)
         affinity = AffinityStore(None, 60)
         heartbeat = Heartbeat(settings.stall_limit_s, clock=asyncio.get_running_loop().time)
         self.placement = Placement(settings, self.fleet, affinity, heartbeat)
         self.intake = Intake(self.placement)
-        nobody: Any = None  # who looks up names
+        discovery = ExecutorDiscovery(self.fleet, settings.executor_resolve_s)
         self.service = SchedulerService(
-            instance, 1.0, self.intake, self.placement, self.fleet, nobody, affinity, settings.lease_s
+            instance, 1.0, self.intake, self.placement, self.fleet, discovery, affinity, settings.lease_s
         )
         self.placement.start()
         for address in self._executors:

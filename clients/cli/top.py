@@ -116,7 +116,9 @@ def _restarts_of(service: ServiceRecord) -> str:
 def frame(window: Window, restarts: Mapping[str, str] = _NOTHING) -> RenderableType:
     """One frame. `restarts`: of each service, by the address of its metrics, as far as they are known."""
     title = Text(f"scalellm top   {time.strftime('%H:%M:%S')}", style="bold")
-    tables = (_services(window, restarts), _figures(window), _schedulers(window), _executors(window))
+    tables = [_services(window, restarts), _figures(window), _schedulers(window), _executors(window)]
+    if len(window.labels("scalellm_scheduler_pool_executors", "tensor_parallel")) > 1:
+        tables.insert(-1, _pools(window))
     return Group(title, *(part for table in tables for part in (Text(), table)))
 
 
@@ -195,6 +197,22 @@ def _schedulers(window: Window) -> Table:
             _shown(window.gauge("scalellm_tokenizer_scheduler_requests", scheduler=address)),
             _shown(window.rate("scalellm_tokenizer_requests_sent_total", scheduler=address), digits=1),
         )
+    return table
+
+
+def _pools(window: Window) -> Table:
+    """Table of executors by their devices: where a scheduler sends new requests, and the predictions behind it."""
+    table = _table("scheduler", "devices each", "executors", "run", "predicted", "new requests")
+    for _, new in sorted(window.of("scheduler"), key=lambda pair: pair[1].address):
+        for devices in window.labels("scalellm_scheduler_pool_executors", "tensor_parallel"):
+            table.add_row(
+                new.address,
+                one_line(devices),
+                _shown(new.total("scalellm_scheduler_pool_executors", tensor_parallel=devices)),
+                _shown(new.total("scalellm_scheduler_pool_running", tensor_parallel=devices)),
+                _seconds(new.total("scalellm_scheduler_pool_predicted_seconds", tensor_parallel=devices)),
+                "here" if new.total("scalellm_scheduler_pool_chosen", tensor_parallel=devices) > 0 else "",
+            )
     return table
 
 

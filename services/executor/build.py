@@ -20,6 +20,7 @@ from services.executor.engine.engine import Engine
 from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError
+from services.executor.engine.step_warm_up import fit_step_times
 from services.executor.late_grammars import LateGrammars
 from services.executor.limits import choose_limits, engine_config
 from services.executor.model_config import PRESETS, ModelConfig, UnsupportedModelError
@@ -128,7 +129,9 @@ def _fake_engine(settings: ExecutorSettings) -> LoadedEngine:
     if found.path is not None and model.eos_token_ids:
         grammars = LateGrammars(found.path, config.max_num_seqs, model.vocab_size, model.eos_token_ids)
     runner = FakeModelRunner(model.vocab_size, model.eos_token_ids, step_time, overlaps=overlaps, masks=grammars)
-    engine = Engine(config, runner, grammars=grammars)
+    # A modelled device answers as fast as a real one.
+    step_times = fit_step_times(config, runner) if overlaps else None
+    engine = Engine(config, runner, grammars=grammars, step_times=step_times)
     return _describe(found, engine, executor_pb2.GetExecutorInfoResponse(device="cpu", backend="fake"))
 
 
@@ -162,5 +165,7 @@ def _describe(model: _FoundModel, engine: Engine, info: executor_pb2.GetExecutor
         max_num_seqs=config.max_num_seqs,
         vocab_size=config.vocab_size,
         grammars=engine.takes_grammars,
+        tensor_parallel=1,
+        devices=1,
     )
     return LoadedEngine(engine, welcome, info)

@@ -15,7 +15,6 @@ from services.common.errors import StatusError
 from services.common.link import API_MINOR, check_submit, check_tokenizer, parse_client_frame, read_hello
 from services.executor.credit_window import Claim
 from services.executor.engine.engine import Engine
-from services.executor.engine.ledger import EngineLoad
 from services.executor.engine.request import (
     AbortReason,
     EngineRequest,
@@ -29,6 +28,7 @@ from services.executor.engine.request import (
     TokenOutput,
 )
 from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams, check_num_logit_bias
+from services.executor.engine_load import load_to_wire
 from services.executor.request_trace import TracedRequests
 
 _REASONS = MappingProxyType(
@@ -75,18 +75,6 @@ def sampling_from_wire(wire: common_pb2.SamplingParams) -> SamplingParams:
     )
 
 
-def load_to_wire(load: EngineLoad, draining: bool) -> link_pb2.Load:
-    """The engine's state, without a link's credits."""
-    return link_pb2.Load(
-        free_blocks=load.free_blocks,
-        total_blocks=load.total_blocks,
-        running=load.running,
-        waiting=load.waiting,
-        waiting_prefill_tokens=load.waiting_prefill_tokens,
-        draining=draining,
-    )
-
-
 class EngineLink:
     """One link: its handles, its credits, its frames.
 
@@ -116,6 +104,7 @@ class EngineLink:
         self._refused_tokens = 0
         self._num_refused = 0
         self._last_load: link_pb2.Load | None = None
+        self._untold: link_pb2.StepTime | None = None
 
     def on_frame(self, payload: bytes, now: float, draining: bool) -> bytes | None:
         """Take one ClientFrame. Returns a ServerFrame when it is answered at once: a refused request.
@@ -234,7 +223,13 @@ class EngineLink:
         load.granted_prefill_tokens = credits.admitted_prefill_tokens + self._refused_tokens + self._token_share
         load.granted_requests = self._granted_requests
         self._most_granted = max(self._most_granted, load.granted_requests)
+        if self._untold is not None:
+            load.step_time.CopyFrom(self._untold)
         return load
+
+    def tell(self, step_time: link_pb2.StepTime) -> None:
+        """Say with the next frame how long steps take."""
+        self._untold = step_time
 
     def load_frame(self, draining: bool) -> bytes | None:
         """A frame with nothing but the load; None when that is what was sent last and no request is here.
@@ -253,6 +248,7 @@ class EngineLink:
         welcome.CopyFrom(info)
         welcome.api_minor = API_MINOR
         welcome.load.CopyFrom(self.load(draining))
+        self._untold = None
         return link_pb2.ServerFrame(welcome=welcome).SerializeToString()
 
     def step_frames(self, result: StepResult, draining: bool) -> list[bytes]:
@@ -298,8 +294,11 @@ class EngineLink:
     def _frame(self, step: link_pb2.StepOutput) -> bytes:
         self._seq += 1
         step.seq = self._seq
+        frame = link_pb2.ServerFrame(step=step).SerializeToString()
         self._last_load = step.load
-        return link_pb2.ServerFrame(step=step).SerializeToString()
+        self._last_load.ClearField("step_time")
+        self._untold = None
+        return frame
 
 
 def split_by_link(result: StepResult) -> Mapping[int, StepResult]:

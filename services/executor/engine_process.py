@@ -32,7 +32,9 @@ from services.executor.config import ExecutorSettings
 from services.executor.credit_window import divide
 from services.executor.engine.batch import DeviceLostError
 from services.executor.engine.request import EngineRequest
-from services.executor.engine_link import EngineLink, accept_hello, load_to_wire, split_by_link
+from services.executor.engine.step_time import StepTimeModel
+from services.executor.engine_link import EngineLink, accept_hello, split_by_link
+from services.executor.engine_load import load_to_wire, step_time_to_wire
 from services.executor.engine_stats import stats_to_wire
 from services.executor.ipc import EngineChannel, Kind, Message
 from services.executor.request_trace import TracedRequests
@@ -78,6 +80,7 @@ class EngineLoop:
         self._draining = False
         self._num_refused = 0
         self._last_load = self._last_stats = float("-inf")
+        self._told_line: StepTimeModel | None = None
         self._log_limit = LineLimit()
 
     def run(self) -> NoReturn:
@@ -127,6 +130,8 @@ class EngineLoop:
             traced=TracedRequests() if self._is_tracing else None,
         )
         self._links[message.link] = link
+        if (line := self._engine.step_time()) is not None:
+            link.tell(step_time_to_wire(line))
         others = [other for other in self._divide_windows() if other is not link]
         welcome = link.welcome_frame(self._loaded.welcome, self._draining)
         self._channel.send(Message(Kind.WELCOME, message.link, welcome))
@@ -198,6 +203,14 @@ class EngineLoop:
             self._announce_load(link for number, link in self._links.items() if number not in parts)
         if now - self._last_stats >= _STATS_INTERVAL:
             self._send_stats()
+            self._tell_step_time()
+
+    def _tell_step_time(self) -> None:
+        line = self._engine.step_time()
+        if line is not None and (self._told_line is None or not line.is_close(self._told_line)):
+            self._told_line = line
+            for link in self._links.values():
+                link.tell(step_time_to_wire(line))
 
     def _report_traced(self, link: EngineLink) -> None:
         if link.traced is not None:

@@ -16,6 +16,7 @@ from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
 from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.kv_cache_size import num_kv_blocks
+from services.executor.engine.step_warm_up import fit_step_times
 from services.executor.limits import engine_config
 from services.executor.models import (
     CausalLM,
@@ -106,12 +107,14 @@ def build_model_engine(
         ops=runtime.ops,
     )
     runner = ModelRunner(model, kv_caches, config, device)
+    step_times = None
     if runtime.ops.launch is not None or device.has_graphs:
         started = time.perf_counter()
         warm_up(runner, config, progress, grammars)
+        step_times = fit_step_times(config, runner)
         progress(f"warm-up took {time.perf_counter() - started:.1f} s")
     swap_cost = None if runner.host_cache is None else runner.host_cache.measure()
-    engine = Engine(config, runner, swap_cost=swap_cost, grammars=grammars)
+    engine = Engine(config, runner, swap_cost=swap_cost, grammars=grammars, step_times=step_times)
     return ModelEngine(engine, runner, runtime.ops, form, others)
 
 

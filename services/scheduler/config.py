@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from services.common.addresses import split_addresses
 from services.common.settings import LinkedSettings, LinkingSettings, Port, settings_config
+from services.scheduler.pools import PoolPolicy
 
 
 class SchedulerSettings(LinkedSettings, LinkingSettings):
@@ -31,6 +32,9 @@ class SchedulerSettings(LinkedSettings, LinkingSettings):
     """Seconds for which requests wait while no executor answers; covers one that its supervisor starts again."""
     engine_restart_limit_s: Annotated[float, Field(ge=0)] = 120.0
     """Seconds for which requests wait while none is ready but one answers; covers the loading of its model."""
+    pool_policy: PoolPolicy = "measured"
+    """Executors that new requests go to where their numbers of devices differ. measured: those with the lower predicted
+    time to the last token. fixed: those with most devices below 64 requests, those with fewest from 64 on. off: any."""
     executor_resolve_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between look-ups of executor names that are not plain addresses."""
     max_executor_deaths: Annotated[int, Field(ge=1)] = 2

@@ -12,10 +12,11 @@ from scalellm.v1 import link_pb2, scheduler_pb2
 from services.common.errors import StatusError
 from services.common.link import API_MINOR, PLAINTEXT, LinkDialer, ModelIdentity
 from services.scheduler.client_link import client_load
+from services.scheduler.pools import PoolPolicy, Pools
 from services.scheduler.prefix_index import PrefixIndex
 from services.scheduler.replica_link import ReplicaLink, ReplicaListener
 from services.scheduler.request import Request
-from services.scheduler.router import Router
+from services.scheduler.router import Router, Verdict
 
 _log = logging.getLogger(__name__)
 
@@ -37,18 +38,27 @@ class Fleet:
         instance_id: Of this scheduler.
         silence_limit: Seconds of silence after which an executor with work counts as dead.
         dialer: How to connect to them.
+        pool_policy: See Pools.
 
     Attributes:
         replicas: All that are known, by address.
         ready: Those that take new requests, by address.
         router: Chooses among these.
+        pools: Where they have different numbers of devices, those that new requests go to.
         identity: The model; None until the first executor is ready.
     """
 
-    def __init__(self, instance_id: str, silence_limit: float, dialer: LinkDialer = PLAINTEXT) -> None:
+    def __init__(
+        self,
+        instance_id: str,
+        silence_limit: float,
+        dialer: LinkDialer = PLAINTEXT,
+        pool_policy: PoolPolicy = "measured",
+    ) -> None:
         self.replicas: dict[str, ReplicaLink] = {}
         self.ready: dict[str, ReplicaLink] = {}
         self.router = Router(PrefixIndex())
+        self.pools = Pools(pool_policy)
         self.identity: ModelIdentity | None = None
         self._hello = link_pb2.Hello(client_id=instance_id, api_minor=API_MINOR)
         self._told_demand: tuple[int, ...] = (0, 0, 0)
@@ -108,6 +118,27 @@ class Fleet:
                 "structured_output: no executor can keep to one: they have no tokenizer, or are of an older version"
             )
             raise StatusError(grpc.StatusCode.UNIMPLEMENTED, message, field="structured_output")
+
+    def route(self, request: Request, *, num_requests: int, now: float, may_wait: bool) -> ReplicaLink | Verdict:
+        """Choose the executor of a request.
+
+        Args:
+            request: What is to run.
+            num_requests: All that wait or run, with this one.
+            now: Monotonic seconds.
+            may_wait: True if it may still wait for its session's executor.
+        """
+        executor = request.executor
+        return self.router.route(
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_len=request.max_len,
+            hashes=executor.hashes,
+            needs_grammars=request.needs_grammars,
+            session_address=executor.session_address,
+            may_wait=may_wait,
+            refused_by=executor.refused_by,
+            pool=self.pools.choose(num_requests, now),
+        )
 
     def describe_absence(self) -> StatusError:
         """Why no request can run."""
@@ -187,9 +218,11 @@ class Fleet:
         if changed and replica.is_ready:
             self.ready[address] = replica
             self.router.join(replica)
+            self.pools.join(replica)
         elif changed:
             del self.ready[address]
             self.router.leave(replica)
+            self.pools.leave(replica)
         if changed:
             state = "is ready" if replica.is_ready else "takes no requests now"
             _log.info("executor %s %s; %d are ready", address, state, len(self.ready))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ class _Snapshot:
     redis_failures: int | None
     keys_unread: bool
     num_client_links: int
+    num_pool_switches: int
     num_tasks: int
 
 
@@ -93,6 +95,7 @@ class SchedulerCollector(Collector):
         yield from _requests(snapshot)
         yield from _tokens(snapshot.books)
         yield from _executors(snapshot)
+        yield from _pools(snapshot)
         yield from _links(snapshot)
         if snapshot.redis_failures is not None:
             up = float(snapshot.state.redis_ok)
@@ -115,6 +118,7 @@ class SchedulerCollector(Collector):
             redis_failures=self._affinity.num_failures if self._affinity.has_redis else None,
             keys_unread=self._access.is_failing,
             num_client_links=self._intake.num_links,
+            num_pool_switches=self._fleet.pools.num_switches,
             num_tasks=len(asyncio.all_tasks()),
         )
 
@@ -156,6 +160,25 @@ def _executors(snapshot: _Snapshot) -> Iterator[Metric]:
     ):
         family = GaugeMetricFamily(f"{_PREFIX}_executor_{name}", text, labels=("executor",))
         yield filled(family, [((executor.address,), getattr(executor, field)) for executor in executors])
+
+
+def _pools(snapshot: _Snapshot) -> Iterator[Metric]:
+    pools = [((str(pool.tensor_parallel),), pool) for pool in snapshot.state.pools]
+    for name, text, value in (
+        ("executors", "Ready executors, by the devices that compute a token together.", lambda pool: pool.executors),
+        ("running", "Requests of this scheduler on these executors.", lambda pool: pool.running),
+        ("chosen", "Whether new requests go there.", lambda pool: float(pool.chosen)),
+        ("predicted_seconds", "Predicted time of a request if all were there.", _predicted),
+    ):
+        family = GaugeMetricFamily(f"{_PREFIX}_pool_{name}", text, labels=("tensor_parallel",))
+        yield filled(family, [(labels, value(pool)) for labels, pool in pools])
+    text = "How often new requests went to other executors from then on."
+    yield CounterMetricFamily(f"{_PREFIX}_pool_switches", text, value=snapshot.num_pool_switches)
+
+
+def _predicted(pool: scheduler_pb2.PoolState) -> float:
+    seconds: float = pool.predicted_s if pool.HasField("predicted_s") else math.nan
+    return seconds
 
 
 def _links(snapshot: _Snapshot) -> Iterator[Metric]:

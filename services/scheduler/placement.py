@@ -306,15 +306,8 @@ class Placement:
 
     def _route(self, request: Request, now: float) -> ReplicaLink | None:
         executor = request.executor
-        choice = self._router.route(
-            num_prompt_tokens=request.num_prompt_tokens,
-            max_len=request.max_len,
-            hashes=executor.hashes,
-            needs_grammars=request.needs_grammars,
-            session_address=executor.session_address,
-            may_wait=executor.session_wait_until is None or now < executor.session_wait_until,
-            refused_by=executor.refused_by,
-        )
+        may_wait = executor.session_wait_until is None or now < executor.session_wait_until
+        choice = self._fleet.route(request, num_requests=self.books.num_open, now=now, may_wait=may_wait)
         if isinstance(choice, ReplicaLink):
             return choice
         if choice is Verdict.WAIT_FOR_SESSION and executor.session_wait_until is None:
@@ -354,6 +347,8 @@ class Placement:
             died_on = replica.instance_id if has_run and not finish.moved else ""
             self._move_all([request], StatusError.from_link(finish.status), died_on)
             return
+        usage = finish.usage
+        self._fleet.pools.lengths.observe(max(0, usage.prompt_tokens - usage.cached_tokens), usage.completion_tokens)
         if executor.num_resumed:
             finish.usage.num_resumed = executor.num_resumed
         finish.timings.executor_id = replica.address

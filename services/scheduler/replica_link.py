@@ -244,6 +244,16 @@ class ReplicaLink:
         return len(self._handles) > 0
 
     @property
+    def tensor_parallel(self) -> int:
+        """Devices that compute each token together."""
+        return max(1, self.welcome.tensor_parallel) if self.welcome is not None else 1
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all."""
+        return max(1, self.welcome.devices) if self.welcome is not None else 1
+
+    @property
     def max_model_len(self) -> int:
         """Longest prompt plus output, in tokens."""
         return self.welcome.max_model_len if self.welcome is not None else 0
@@ -284,6 +294,7 @@ class ReplicaLink:
             last_error=self.last_error,
             model=self.welcome.model if self.welcome is not None else "",
             credit_requests=max(0, self.load.granted_requests - self._submitted_requests) if self.is_up else 0,
+            tensor_parallel=self.tensor_parallel,
             credit_tokens=max(0, self.load.granted_prefill_tokens - self._submitted_tokens) if self.is_up else 0,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,6 +86,7 @@ class Router:
         self._order: list[_Rank] = []
         self._ready = self._takes = self._suspect = self._knows_grammars = 0  # masks
         self._lengths: dict[int, int] = {}  # masks of those with this max_model_len
+        self._pools: dict[int, int] = {}  # masks of those with this tensor_parallel
 
     def has_credit(self) -> bool:
         """True if some executor takes another request now."""
@@ -102,6 +103,7 @@ class Router:
         if replica.takes_grammars:
             self._knows_grammars |= entry.bit
         self._lengths[replica.max_model_len] = self._lengths.get(replica.max_model_len, 0) | entry.bit
+        self._pools[replica.tensor_parallel] = self._pools.get(replica.tensor_parallel, 0) | entry.bit
         self.update(replica)
 
     def leave(self, replica: ReplicaLink) -> None:
@@ -113,7 +115,8 @@ class Router:
         self._ready &= ~entry.bit
         self._suspect &= ~entry.bit
         self._knows_grammars &= ~entry.bit
-        self._lengths = {length: mask for length, before in self._lengths.items() if (mask := before & ~entry.bit)}
+        self._lengths = _without(self._lengths, entry.bit)
+        self._pools = _without(self._pools, entry.bit)
 
     def update(self, replica: ReplicaLink) -> None:
         """The load, the credits or the doubts about an executor may have changed."""
@@ -155,6 +158,7 @@ class Router:
         session_address: str | None = None,
         may_wait: bool = False,
         refused_by: Collection[str] = (),
+        pool: int | None = None,
     ) -> ReplicaLink | Verdict:
         """Choose among the executors that are ready.
 
@@ -166,6 +170,7 @@ class Router:
             session_address: The executor that ran the session last.
             may_wait: True if it may still wait for that one.
             refused_by: Instances that refused this request.
+            pool: The tensor_parallel of the executors that it should go to; others take it where none of these does.
         """
         able = self._knows_grammars if needs_grammars else self._ready
         if not able:
@@ -185,7 +190,10 @@ class Router:
                 return home.replica
             if may_wait:
                 return Verdict.WAIT_FOR_SESSION
-        return self._cheapest(free & ~self._suspect or free, num_prompt_tokens, hashes).replica
+        free = free & ~self._suspect or free
+        if pool is not None:
+            free = free & self._pools.get(pool, 0) or free
+        return self._cheapest(free, num_prompt_tokens, hashes).replica
 
     def matched_tokens(self, hashes: Sequence[int], replica: ReplicaLink) -> int:
         """Leading prompt tokens that an executor, which is ready, has probably cached."""
@@ -230,6 +238,10 @@ class Router:
         if members.bit_count() > _FEW:
             return self._order
         return sorted(rank for place in _places(members) if (rank := self._at_place[place].rank) is not None)
+
+
+def _without(masks: Mapping[int, int], bit: int) -> dict[int, int]:
+    return {key: mask for key, before in masks.items() if (mask := before & ~bit)}
 
 
 def _places(mask: int) -> Iterator[int]:

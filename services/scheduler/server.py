@@ -44,7 +44,7 @@ class SchedulerServer:
         self._instance_id = uuid.uuid4().hex
         self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._affinity = AffinityStore(settings.redis_url, settings.session_ttl_s)
-        self._fleet = Fleet(self._instance_id, settings.stall_limit_s, settings.dialer)
+        self._fleet = Fleet(self._instance_id, settings.stall_limit_s, settings.dialer, settings.pool_policy)
         self._discovery = ExecutorDiscovery(self._fleet, settings.executor_resolve_s)
         self.placement = Placement(settings, self._fleet, self._affinity, self._heartbeat)
         self.intake = Intake(self.placement, tracer)

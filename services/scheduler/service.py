@@ -73,6 +73,7 @@ class SchedulerService:
             redis_ok=self._affinity.redis_ok,
         )
         state.executors.extend(replica.describe() for replica in self._fleet.replicas.values())
+        state.pools.extend(self._fleet.pools.describe())
         for name, error in self._discovery.errors.items():
             phase = scheduler_pb2.EXECUTOR_PHASE_CONNECTING
             state.executors.add(address=name, phase=phase, last_error=error)

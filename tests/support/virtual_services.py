@@ -15,7 +15,8 @@ from services.common.link import token_runs
 from services.executor.engine.batch import ScheduledBatch, ScheduledSequence
 from services.executor.engine.config import EngineConfig
 from services.executor.engine.engine import Engine
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner, StepTimeModel
+from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
+from services.executor.engine.step_time import StepTimeModel
 from services.executor.grammar import Masks
 from services.executor.ipc import Kind, Message
 from services.scheduler.config import SchedulerSettings

@@ -12,7 +12,7 @@ from services.executor.engine.batch import (
 )
 from services.executor.engine.config import CapacityPolicy, EngineConfig, EngineConfigError
 from services.executor.engine.engine import Engine
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner, StepTimeModel
+from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from services.executor.engine.grammar import Compilation, GrammarCompiler, GrammarError, Matcher
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError, num_kv_blocks
 from services.executor.engine.ledger import EngineLoad, EngineStats, LinkCredits
@@ -33,6 +33,7 @@ from services.executor.engine.request import (
     Usage,
 )
 from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams
+from services.executor.engine.step_time import StepTimeModel
 from services.executor.engine.swap import SwapCost
 
 __all__ = [

@@ -31,6 +31,7 @@ from services.executor.engine.request import (
 )
 from services.executor.engine.sampling_params import InvalidRequestError
 from services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
+from services.executor.engine.step_time import StepTimeFit, StepTimeModel
 from services.executor.engine.stop import stop_reason
 from services.executor.engine.swap import SwapCost, Swapper
 
@@ -59,6 +60,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         swap_cost: SwapCost | None = None,
         grammars: GrammarCompiler | None = None,
+        step_times: StepTimeFit | None = None,
     ) -> None:
         if config.num_host_blocks and swap_cost is None:
             raise EngineConfigError(f"num_host_blocks ({config.num_host_blocks}) need a swap_cost to be weighed by")
@@ -74,6 +76,7 @@ class Engine:
         )
         self._capacity = make_capacity(config)
         self._prefill_budget = PrefillBudget(config.target_itl, config.min_prefill_chunk)
+        self._step_times = step_times or StepTimeFit()
         self._swapper = Swapper(config.num_host_blocks, swap_cost, self._blocks, self._prefill_budget)
         self._scheduler = BatchScheduler(config, self._blocks, self._capacity, self._prefill_budget, self._swapper)
         self._pipeline = Pipeline(runner, clock)
@@ -200,6 +203,10 @@ class Engine:
         """Return the gauges; O(1)."""
         return make_load(self._blocks, self._ledger, self._scheduler, self._swapper)
 
+    def step_time(self) -> StepTimeModel | None:
+        """Return how long steps take, by those that were taken; None before there were enough."""
+        return self._step_times.line()
+
     def stats(self) -> EngineStats:
         """Return the counters; O(1)."""
         return make_stats(self._counts, self._ledger, self._scheduler, self._swapper)
@@ -273,6 +280,7 @@ class Engine:
         else:
             if not batch.has_swaps:  # their time would be put down to the tokens
                 self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, outcome.seconds)
+                self._step_times.observe(batch, outcome.seconds)
             self._process(batch, outcome.sampled, now)
 
     def _process(self, batch: ScheduledBatch, sampled: SampledBatch, now: float) -> None:

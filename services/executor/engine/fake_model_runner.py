@@ -3,7 +3,6 @@
 import functools
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from services.executor.engine.batch import (
@@ -15,27 +14,7 @@ from services.executor.engine.batch import (
     ScheduledSequence,
 )
 from services.executor.engine.grammar import StepMasks
-
-
-@dataclass(frozen=True, slots=True)
-class StepTimeModel:
-    """Seconds of a step: base, plus per prefill token, per decoding sequence, and per token of decode context."""
-
-    base: float
-    per_prefill_token: float
-    per_decode: float
-    per_context_token: float
-
-    def seconds(self, batch: ScheduledBatch) -> float:
-        """Return how long the step takes."""
-        context = sum(s.start + 1 for s in batch.sequences[: batch.num_decodes])
-        return (
-            self.base
-            + self.per_prefill_token * batch.num_prefill_tokens
-            + self.per_decode * batch.num_decodes
-            + self.per_context_token * context
-        )
-
+from services.executor.engine.step_time import StepTimeModel
 
 STEP_TIME_PRESETS = MappingProxyType(
     {

@@ -5,7 +5,7 @@ import pytest
 from bench.fleet.fleet import FleetPlan, Pool
 from bench.fleet.simulation import Faults, simulate
 from bench.load.workload import Load, Shape, conversations
-from services.executor.engine.fake_model_runner import StepTimeModel
+from services.executor.engine.step_time import StepTimeModel
 
 ALPHABET = range(256, 2048)
 
@@ -13,7 +13,7 @@ ALPHABET = range(256, 2048)
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_times_are_those_of_messages_and_steps(overlaps):
     steps = StepTimeModel(base=0.010, per_prefill_token=1e-4, per_decode=0.001, per_context_token=0.0)
-    plan = FleetPlan((Pool(1, steps, overlaps=overlaps),), num_edges=1, latency=0.001)
+    plan = FleetPlan((Pool(1, steps=steps, overlaps=overlaps),), num_edges=1, latency=0.001)
     planned = conversations(Shape(input_len=100, output_len=8), ALPHABET, 3, "times")
     done = simulate(plan, planned, Load(concurrency=1))
     for record in done.records:

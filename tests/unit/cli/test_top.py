@@ -139,6 +139,25 @@ def lines(frame: str) -> list[str]:
     return [" ".join(line.split()) for line in frame.splitlines()]
 
 
+def test_a_frame_tells_which_executors_new_requests_go_to() -> None:
+    pools = "".join(
+        f"# TYPE scalellm_scheduler_pool_{name} gauge\n"
+        f'scalellm_scheduler_pool_{name}{{tensor_parallel="1"}} {small}\n'
+        f'scalellm_scheduler_pool_{name}{{tensor_parallel="8"}} {large}\n'
+        for name, small, large in (
+            ("executors", 8, 1),
+            ("running", 0, 3),
+            ("chosen", 0, 1),
+            ("predicted_seconds", 0.542, 0.214),
+        )
+    )
+    found = shown((TOKENIZER, SCHEDULER + pools, EXECUTOR), (TOKENIZER, SCHEDULER + pools, EXECUTOR))
+    rows = [line.split() for line in found.splitlines()]
+    assert ["a:1", "1", "8", "0", "542.0", "ms"] in rows
+    assert ["a:1", "8", "1", "3", "214.0", "ms", "here"] in rows
+    assert "devices each" not in shown(HEALTHY, HEALTHY)
+
+
 def test_a_frame_of_healthy_services() -> None:
     found = lines(shown(HEALTHY, HEALTHY))
     assert "requests 3 running, 0 waiting" in found

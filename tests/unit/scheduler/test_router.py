@@ -22,6 +22,7 @@ class Replica:
     pending_prefill_tokens: int = 0
     num_running: int = 0
     takes_grammars: bool = True
+    tensor_parallel: int = 1
 
 
 def replicas(max_size=6, **fields):
@@ -183,6 +184,16 @@ def test_the_choice_follows_every_change(data):
         assert router.has_credit() == bool(free)
         choice = router.route(num_prompt_tokens=100, max_len=64, hashes=[])
         assert choice is (least(free, 100, [], []) if free else Verdict.NO_CREDIT)
+
+
+def test_a_request_leaves_its_pool_only_where_none_of_it_takes_it():
+    large = Replica("a:1", "large", tensor_parallel=8, num_running=50)
+    small = Replica("b:1", "small")
+    assert route([large, small], pool=8) is large
+    assert route([large, small], pool=1) is small
+    assert route([replace(large, has_credit=False), small], pool=8) is small
+    assert route([large, small], pool=4) is small  # whose executors have all left
+    assert route([large, small], pool=8, session_address="b:1") is small
 
 
 def test_an_executor_that_knows_no_grammars_gets_none():

@@ -70,7 +70,7 @@ class Hello(_message.Message):
     def __init__(self, client_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., tokenizer_sha256: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("instance_id", "api_minor", "model", "tokenizer_sha256", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "load", "lease_ns", "grammars", "counts_frames")
+    __slots__ = ("instance_id", "api_minor", "model", "tokenizer_sha256", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "load", "lease_ns", "grammars", "counts_frames", "tensor_parallel", "devices")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     API_MINOR_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,8 @@ class Welcome(_message.Message):
     LEASE_NS_FIELD_NUMBER: _ClassVar[int]
     GRAMMARS_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     api_minor: int
     model: str
@@ -97,7 +99,9 @@ class Welcome(_message.Message):
     lease_ns: int
     grammars: bool
     counts_frames: bool
-    def __init__(self, instance_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer_sha256: _Optional[bytes] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., lease_ns: _Optional[int] = ..., grammars: _Optional[bool] = ..., counts_frames: _Optional[bool] = ...) -> None: ...
+    tensor_parallel: int
+    devices: int
+    def __init__(self, instance_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., model: _Optional[str] = ..., tokenizer_sha256: _Optional[bytes] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., lease_ns: _Optional[int] = ..., grammars: _Optional[bool] = ..., counts_frames: _Optional[bool] = ..., tensor_parallel: _Optional[int] = ..., devices: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("handle", "request_id", "token_ids", "resumed", "sampling", "priority", "time_remaining_ns", "cache_salt", "traceparent", "session_id", "tracestate", "charged_tokens", "tenant", "execution_id", "attempt", "grammar", "tenant_weight")
@@ -258,7 +262,7 @@ class HopTimings(_message.Message):
     def __init__(self, executor_total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., prefill_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., preempted_ns: _Optional[int] = ..., scheduler_total_ns: _Optional[int] = ..., admission_ns: _Optional[int] = ..., failover_ns: _Optional[int] = ..., executor_id: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("free_blocks", "total_blocks", "running", "waiting", "waiting_prefill_tokens", "granted_prefill_tokens", "granted_requests", "draining")
+    __slots__ = ("free_blocks", "total_blocks", "running", "waiting", "waiting_prefill_tokens", "granted_prefill_tokens", "granted_requests", "draining", "step_time")
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +271,7 @@ class Load(_message.Message):
     GRANTED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GRANTED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    STEP_TIME_FIELD_NUMBER: _ClassVar[int]
     free_blocks: int
     total_blocks: int
     running: int
@@ -275,4 +280,17 @@ class Load(_message.Message):
     granted_prefill_tokens: int
     granted_requests: int
     draining: bool
-    def __init__(self, free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., granted_prefill_tokens: _Optional[int] = ..., granted_requests: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    step_time: StepTime
+    def __init__(self, free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., granted_prefill_tokens: _Optional[int] = ..., granted_requests: _Optional[int] = ..., draining: _Optional[bool] = ..., step_time: _Optional[_Union[StepTime, _Mapping]] = ...) -> None: ...
+
+class StepTime(_message.Message):
+    __slots__ = ("base", "per_row", "per_prompt_token", "per_context_token")
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    PER_ROW_FIELD_NUMBER: _ClassVar[int]
+    PER_PROMPT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PER_CONTEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    base: float
+    per_row: float
+    per_prompt_token: float
+    per_context_token: float
+    def __init__(self, base: _Optional[float] = ..., per_row: _Optional[float] = ..., per_prompt_token: _Optional[float] = ..., per_context_token: _Optional[float] = ...) -> None: ...

@@ -26,7 +26,7 @@ class GetStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStateResponse(_message.Message):
-    __slots__ = ("instance_id", "queued", "queued_tokens", "running", "accepted", "finished", "cancelled", "rejected", "resubmitted", "executors", "draining", "redis_ok")
+    __slots__ = ("instance_id", "queued", "queued_tokens", "running", "accepted", "finished", "cancelled", "rejected", "resubmitted", "executors", "draining", "redis_ok", "pools")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class GetStateResponse(_message.Message):
     EXECUTORS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     REDIS_OK_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     queued: int
     queued_tokens: int
@@ -51,10 +52,29 @@ class GetStateResponse(_message.Message):
     executors: _containers.RepeatedCompositeFieldContainer[ExecutorState]
     draining: bool
     redis_ok: bool
-    def __init__(self, instance_id: _Optional[str] = ..., queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., resubmitted: _Optional[int] = ..., executors: _Optional[_Iterable[_Union[ExecutorState, _Mapping]]] = ..., draining: _Optional[bool] = ..., redis_ok: _Optional[bool] = ...) -> None: ...
+    pools: _containers.RepeatedCompositeFieldContainer[PoolState]
+    def __init__(self, instance_id: _Optional[str] = ..., queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., resubmitted: _Optional[int] = ..., executors: _Optional[_Iterable[_Union[ExecutorState, _Mapping]]] = ..., draining: _Optional[bool] = ..., redis_ok: _Optional[bool] = ..., pools: _Optional[_Iterable[_Union[PoolState, _Mapping]]] = ...) -> None: ...
+
+class PoolState(_message.Message):
+    __slots__ = ("tensor_parallel", "executors", "devices", "running", "chosen", "predicted_s", "reason")
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    EXECUTORS_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    tensor_parallel: int
+    executors: int
+    devices: int
+    running: int
+    chosen: bool
+    predicted_s: float
+    reason: str
+    def __init__(self, tensor_parallel: _Optional[int] = ..., executors: _Optional[int] = ..., devices: _Optional[int] = ..., running: _Optional[int] = ..., chosen: _Optional[bool] = ..., predicted_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ExecutorState(_message.Message):
-    __slots__ = ("address", "instance_id", "phase", "load", "running", "last_error", "model", "credit_requests", "credit_tokens")
+    __slots__ = ("address", "instance_id", "phase", "load", "running", "last_error", "model", "credit_requests", "credit_tokens", "tensor_parallel")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +84,7 @@ class ExecutorState(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CREDIT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     CREDIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     address: str
     instance_id: str
     phase: ExecutorPhase
@@ -73,7 +94,8 @@ class ExecutorState(_message.Message):
     model: str
     credit_requests: int
     credit_tokens: int
-    def __init__(self, address: _Optional[str] = ..., instance_id: _Optional[str] = ..., phase: _Optional[_Union[ExecutorPhase, str]] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., running: _Optional[int] = ..., last_error: _Optional[str] = ..., model: _Optional[str] = ..., credit_requests: _Optional[int] = ..., credit_tokens: _Optional[int] = ...) -> None: ...
+    tensor_parallel: int
+    def __init__(self, address: _Optional[str] = ..., instance_id: _Optional[str] = ..., phase: _Optional[_Union[ExecutorPhase, str]] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., running: _Optional[int] = ..., last_error: _Optional[str] = ..., model: _Optional[str] = ..., credit_requests: _Optional[int] = ..., credit_tokens: _Optional[int] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)

@@ -1,0 +1,47 @@
+"""Before serving: how long steps take, from made-up requests."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from services.executor.engine.batch import ModelRunnerProtocol
+from services.executor.engine.config import CapacityPolicy, EngineConfig
+from services.executor.engine.engine import Engine
+from services.executor.engine.request import EngineRequest
+from services.executor.engine.sampling_params import SamplingParams
+from services.executor.engine.step_time import StepTimeFit
+
+_ROWS = (1, 8, 64)
+_PROMPT_LENS = (64, 512)
+_OUTPUT_LEN = 24
+
+
+def fit_step_times(
+    config: EngineConfig, runner: ModelRunnerProtocol, clock: Callable[[], float] = time.monotonic
+) -> StepTimeFit:
+    """Serve requests of several lengths, few and many at once, through an engine of its own.
+
+    Raises what a step does. What is left in the cache is never found again.
+    """
+    fit = StepTimeFit()
+    alone = replace(
+        config,
+        enable_prefix_cache=False,
+        target_itl=None,
+        capacity_policy=CapacityPolicy.MAX_UTILIZATION,
+        num_host_blocks=0,
+    )
+    engine = Engine(alone, runner, clock, step_times=fit)
+    sampling = SamplingParams(max_tokens=_OUTPUT_LEN, temperature=0.0, ignore_eos=True)
+    room = config.num_blocks * config.block_size
+    for num_rows in _ROWS:
+        for prompt_len in _PROMPT_LENS:
+            whole = prompt_len + _OUTPUT_LEN
+            if num_rows > config.max_num_seqs or whole > config.max_model_len or num_rows * whole > room:
+                continue
+            for number in range(num_rows):
+                engine.add(EngineRequest((0, number), str(number), (1,) * prompt_len, sampling))
+            while engine.has_unfinished():
+                if (error := engine.step().error) is not None:
+                    raise error
+    return fit
