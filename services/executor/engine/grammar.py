@@ -16,8 +16,8 @@ class GrammarError(Exception):
 class Matcher(Protocol):
     """Follows the text of one sample through its grammar. Used by one thread at a time."""
 
-    def follow(self, token_ids: Sequence[int]) -> None:
-        """Take note of the sample's output tokens; those of earlier calls come first, and cost nothing again."""
+    def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
+        """Take note of the sample's tokens from `start` on, its output; those of earlier calls cost nothing again."""
 
 
 class Compilation(Protocol):

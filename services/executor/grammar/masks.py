@@ -43,7 +43,7 @@ class Masks:
         for place, one in enumerate(scheduled):
             matcher = one.seq.matcher
             if isinstance(matcher, LlMatcher):
-                matcher.follow(one.seq.token_ids[one.seq.group.num_prompt_tokens :])
+                matcher.follow(one.seq.token_ids, one.seq.group.num_prompt_tokens)
                 matchers[place] = matcher
             elif self._filled[place]:
                 self.rows[place] = _ALL
@@ -71,8 +71,12 @@ class Masks:
 
     def _ban(self, place: int, token_ids: Collection[int]) -> None:
         """Take tokens out of a mask, unless nothing else is in it."""
-        rest = self.rows[place].view(np.uint32).copy()
-        for token_id in token_ids:
+        row = self.rows[place].view(np.uint32)
+        inside = [token_id for token_id in token_ids if int(row[token_id // _WORD_BITS]) >> token_id % _WORD_BITS & 1]
+        if not inside:  # mostly: the end is in it only where the text is complete
+            return
+        rest = row.copy()
+        for token_id in inside:
             rest[token_id // _WORD_BITS] &= np.uint32(_WORD ^ 1 << token_id % _WORD_BITS)
         if rest.any():
             self.rows[place] = rest.view(np.int32)

@@ -23,12 +23,17 @@ class LlMatcher:
         self.matcher = matcher
         self._num_known = num_known
 
-    def follow(self, token_ids: Sequence[int]) -> None:
-        """Take note of the output tokens since the last call. One that does not fit the grammar is an error of it."""
-        new = token_ids[self._num_known :]
+    def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
+        """Take note of the output tokens since the last call. One that does not fit the grammar is an error of it.
+
+        Args:
+            token_ids: Tokens of the sample.
+            start: Where its output begins among them.
+        """
+        new = token_ids[start + self._num_known :]
         if new:
             self.matcher.consume_tokens(list(new))
-            self._num_known = len(token_ids)
+            self._num_known += len(new)
 
     @property
     def error(self) -> str:
