@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -34,6 +35,9 @@ _ANNOTATIONS = frozenset(
     }
 )
 """Keywords that allow and forbid nothing."""
+
+_CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01]")
+"""In JSON text: a character that JSON writes as \\u and a number, which answers do not have (see `_OPTIONS`)."""
 
 _OPTIONS: Mapping[str, object] = MappingProxyType(
     {
@@ -124,6 +128,10 @@ def _check_keyword(keyword: str, value: Any, schema: Mapping[str, Any], path: st
     if keyword == "format" and value not in FORMATS:
         supported = ", ".join(sorted(FORMATS))
         _refuse(field, f"has the format {_shown(value)} at {_shown_path(path)}; supported are {supported}")
+    if keyword in ("const", "enum", "properties"):
+        written = list(value) if keyword == "properties" and isinstance(value, dict) else value
+        if _CONTROL.search(json.dumps(written, ensure_ascii=False)):
+            _refuse(field, f"has a control character in {keyword} at {_shown_path(path)}, which is not supported")
     if keyword == "$ref" and not (isinstance(value, str) and value.startswith("#")):
         _refuse(field, f"has a $ref at {_shown_path(path)} that does not begin with '#': nothing is fetched")
     if keyword in ("minProperties", "maxProperties") and isinstance(value, int):

@@ -60,6 +60,17 @@ def tag(begin: str, *triggers: str, schema: str = "") -> generation_pb2.Structur
         ({"json_schema": '{"items": 3}'}, "structured_output.json_schema", "at #/items, got 3"),
         ({"json_schema": '{"format": "color"}'}, "structured_output.json_schema", "'color' at #;"),
         ({"json_schema": '{"$ref": "http://x/y"}'}, "structured_output.json_schema", "nothing is fetched"),
+        (
+            {"json_schema": r'{"enum": [{"a": ["\u0011"]}]}'},
+            "structured_output.json_schema",
+            "control character in enum",
+        ),
+        ({"json_schema": r'{"const": "a\\\u0001"}'}, "structured_output.json_schema", "control character in const"),
+        (
+            {"json_schema": r'{"properties": {"\u001f": {}}}'},
+            "structured_output.json_schema",
+            "control character in prop",
+        ),
         ({"json_schema": '{"minProperties": 2}'}, "structured_output.json_schema", "minProperties 2"),
         (
             {"json_schema": '{"properties": {"a": {}, "b": {}}, "required": ["a"], "maxProperties": 2}'},
@@ -110,6 +121,8 @@ def test_names_of_properties_and_values_are_no_keywords() -> None:
         "properties": {"not": {"enum": [{"not": 1}], "default": {"if": 1}}},
         "examples": [{"contains": 1}],
         "x-order": 3,
+        "description": "\x01",
+        "const": "\\u0001 \n\t\x7f",
         "required": ["not"],
         "minProperties": 1,
     }
