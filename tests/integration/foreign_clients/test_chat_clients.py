@@ -78,4 +78,9 @@ async def test_vercel(fake_line, base_url: str, answer: dict[str, Any], programs
     assert (found["completions"], found["responses"], found["responsesStreamed"]) == (4, NUM_TOKENS, NUM_TOKENS)
     assert found["topP"] == [400, "top_p: must be in (0, 1], got 7"]
     assert found["aborted"] == "abort"
+    keys = ["city", "days"]
+    assert (
+        found["shaped"]
+        == [{"called": ["tool-calls", "weather", keys], "streamed": ["weather", keys], "object": keys}] * 3
+    )
     await eventually(lambda: scrape(fake_line.tokenizer).get(cancelled, 0) == before + 1)

@@ -2,10 +2,11 @@
 
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { generateText, streamText } from "ai";
+import { generateObject, generateText, jsonSchema, streamText, tool } from "ai";
 
 const [baseURL, name] = process.argv.slice(2);
-const compatible = createOpenAICompatible({ name: "scalellm", baseURL, apiKey: "none", includeUsage: true });
+const settings = { name: "scalellm", baseURL, apiKey: "none", includeUsage: true, supportsStructuredOutputs: true };
+const compatible = createOpenAICompatible(settings);
 const call = { model: compatible(name), prompt: "Hello", seed: 7, maxRetries: 0 };
 const openai = createOpenAI({ baseURL, apiKey: "none" });
 
@@ -36,6 +37,28 @@ async function refused(options) {
   return [0, ""];
 }
 
+const schema = jsonSchema({
+  type: "object",
+  properties: { city: { type: "string", maxLength: 12 }, days: { type: "integer", minimum: 1, maximum: 7 } },
+  required: ["city", "days"],
+  additionalProperties: false,
+});
+
+/** Makes a model call a function, whole and as a stream, and make an object: the names of what they hold. */
+async function shaped(model) {
+  const asked = { model, prompt: "How is the weather?", maxOutputTokens: 1500, maxRetries: 0, temperature: 1 };
+  // Without `strict` the SDK says to /v1/responses that arguments may be any object.
+  const tools = { weather: tool({ description: "The weather of a town", inputSchema: schema, strict: true }) };
+  const calling = { ...asked, tools, toolChoice: { type: "tool", toolName: "weather" } };
+  const answer = await generateText(calling);
+  const [made] = answer.toolCalls;
+  const found = { called: [answer.finishReason, made.toolName, Object.keys(made.input)] };
+  for await (const part of streamText({ ...calling, onError() {} }).fullStream)
+    if (part.type === "tool-call") found.streamed ??= [part.toolName, Object.keys(part.input)];
+  found.object = Object.keys((await generateObject({ ...asked, schema })).object);
+  return found;
+}
+
 const whole = await generateText({ ...call, maxOutputTokens: 24 });
 const responses = await generateText({ model: openai(name), prompt: "Hello", maxOutputTokens: 24, maxRetries: 0 });
 const found = {
@@ -49,5 +72,6 @@ const found = {
     .usage,
   aborted: await aborted(),
   topP: await refused({ topP: 7 }),
+  shaped: [await shaped(compatible(name)), await shaped(openai.chat(name)), await shaped(openai(name))],
 };
 console.log(JSON.stringify(found));

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import pytest
 import pytest_asyncio
 
+from scalellm.v1 import common_pb2
+from scripted_scheduler import Script
 from service_processes import PATIENCE
 
 
@@ -69,3 +72,19 @@ async def http(service, client) -> AsyncIterator[HttpClient]:
     made = HttpClient(service.http_address)
     yield made
     await made.session.close()
+
+
+@pytest.fixture
+def write(scheduler, tokenizer) -> Callable[..., None]:
+    """Let the model write a text; it ends by itself, or is cut off. `chunk`: tokens that come at once."""
+
+    def write(text: str, *, is_cut: bool = False, chunk: int = 1) -> None:
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
+        if is_cut:
+            scheduler.play = lambda submit: Script(samples=[tokens], chunk=chunk)
+        else:
+            tokens.append(tokenizer.token_to_id("<|im_end|>"))
+            stop = common_pb2.FINISH_REASON_STOP
+            scheduler.play = lambda submit: Script(samples=[tokens], reason=stop, stop_token=True, chunk=chunk)
+
+    return write

@@ -121,13 +121,8 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</
 
 
 @pytest.mark.parametrize("chunk", [1, 1000])
-async def test_tools_are_used_and_their_results_read(ai, scheduler, tokenizer, chunk):
-    def write(text: str) -> None:
-        tokens = [*tokenizer.encode(text).ids, tokenizer.token_to_id("<|im_end|>")]
-        stop = common_pb2.FINISH_REASON_STOP
-        scheduler.play = lambda submit: Script(samples=[tokens], reason=stop, stop_token=True, chunk=chunk)
-
-    write(f"I look.\n{CALL}\n{CALL}")
+async def test_tools_are_used_and_their_results_read(ai, scheduler, tokenizer, write, chunk):
+    write(f"I look.\n{CALL}\n{CALL}", chunk=chunk)
     asked = message(max_tokens=200, tools=[WEATHER], tool_choice={"type": "auto"})
     made = await ai.messages.create(**asked)
     assert [block.type for block in made.content] == ["text", "tool_use", "tool_use"]

@@ -10,8 +10,7 @@ import pytest
 import pytest_asyncio
 from tokenizers import AddedToken
 
-from scalellm.v1 import common_pb2
-from scripted_scheduler import Script, ScriptedScheduler
+from scripted_scheduler import ScriptedScheduler
 from service_processes import PATIENCE
 from services.tokenizer.text.loading import load_model_tokenizer
 from tool_templates import HERMES
@@ -68,24 +67,12 @@ async def ai(service, client):
         yield made
 
 
-@pytest.fixture
-def write(scheduler, tokenizer):
-    """Let the model write a text, and end."""
-
-    def write(text: str = ANSWER) -> None:
-        tokens = [*tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id("<|im_end|>")]
-        stop = common_pb2.FINISH_REASON_STOP
-        scheduler.play = lambda submit: Script(samples=[tokens], reason=stop, stop_token=True, chunk=2)
-
-    return write
-
-
 def asked(**fields):
     return {"model": MODEL, "messages": HELLO, "max_tokens": 100, **fields}
 
 
 async def test_chats_have_it_beside_their_content(ai, write):
-    write()
+    write(ANSWER, chunk=2)
     message = (await ai.chat.completions.create(**asked())).choices[0].message
     assert message.content == "Yes, it is."
     assert message.reasoning_content == "Only 1 and 7\ndivide it."
@@ -100,7 +87,7 @@ async def test_chats_have_it_beside_their_content(ai, write):
 
 
 async def test_messages_and_responses_have_it_as_a_part(ai, service, write):
-    write()
+    write(ANSWER, chunk=2)
     made = await ai.responses.create(model=MODEL, input="Is 7 prime?")
     assert [item.type for item in made.output] == ["reasoning", "message"]
     assert made.output[0].content[0].text == "Only 1 and 7\ndivide it."
@@ -122,7 +109,7 @@ async def test_messages_and_responses_have_it_as_a_part(ai, service, write):
 
 
 async def test_a_budget_is_a_part_of_the_grammar(ai, scheduler, write, tokenizer):
-    write()
+    write(ANSWER, chunk=2)
     end = tokenizer.token_to_id("</think>")
     await ai.chat.completions.create(**asked(extra_body={"thinking_token_budget": 5}))
     await ai.chat.completions.create(**asked())
@@ -139,7 +126,7 @@ async def test_a_shape_is_that_of_the_text(ai, scheduler, write):
 
 
 async def test_a_session_gives_it_back_to_the_template(ai, scheduler, write, tokenizer):
-    write()
+    write(ANSWER, chunk=2)
     await ai.chat.completions.create(**asked(extra_body={"session_id": "thought"}))
     write("No.")
     await ai.chat.completions.create(**asked(extra_body={"session_id": "thought"}))

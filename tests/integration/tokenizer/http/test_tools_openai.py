@@ -10,8 +10,6 @@ import pytest_asyncio
 from openai import pydantic_function_tool
 from pydantic import BaseModel
 
-from scalellm.v1 import common_pb2
-from scripted_scheduler import Script
 from service_processes import PATIENCE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -41,22 +39,6 @@ async def ai(service, client):
     options = {"api_key": "none", "timeout": PATIENCE, "_strict_response_validation": True}
     async with openai.AsyncOpenAI(base_url=f"http://{service.http_address}/v1", **options) as made:
         yield made
-
-
-@pytest.fixture
-def write(scheduler, tokenizer):
-    """Let the model write a text; it ends by itself, or is cut off."""
-
-    def write(text: str, *, is_cut: bool = False, chunk: int = 1) -> None:
-        tokens = tokenizer.encode(text).ids
-        if is_cut:
-            scheduler.play = lambda submit: Script(samples=[tokens], chunk=chunk)
-        else:
-            tokens.append(tokenizer.token_to_id("<|im_end|>"))
-            stop = common_pb2.FINISH_REASON_STOP
-            scheduler.play = lambda submit: Script(samples=[tokens], reason=stop, stop_token=True, chunk=chunk)
-
-    return write
 
 
 def asked(**fields):

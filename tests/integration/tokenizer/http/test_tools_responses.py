@@ -8,8 +8,6 @@ import openai
 import pytest
 import pytest_asyncio
 
-from scalellm.v1 import common_pb2
-from scripted_scheduler import Script
 from service_processes import PATIENCE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -37,18 +35,6 @@ async def ai(service, client):
         yield made
 
 
-@pytest.fixture
-def write(scheduler, tokenizer):
-    """Let the model write a text, and end."""
-
-    def write(text: str, chunk: int = 1) -> None:
-        tokens = [*tokenizer.encode(text).ids, tokenizer.token_to_id("<|im_end|>")]
-        stop = common_pb2.FINISH_REASON_STOP
-        scheduler.play = lambda submit: Script(samples=[tokens], reason=stop, stop_token=True, chunk=chunk)
-
-    return write
-
-
 def asked(**fields):
     return {"model": MODEL, "input": "Weather?", "max_output_tokens": 200, "tools": [TOOL], **fields}
 
@@ -65,7 +51,7 @@ ITEMS = [("message", "I look."), ("function_call", {"city": "Paris"}), ("functio
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 async def test_events_build_the_items_of_the_document(ai, write, chunk):
-    write(f"I look.\n{CALL}\n{CALL}", chunk)
+    write(f"I look.\n{CALL}\n{CALL}", chunk=chunk)
     whole = await ai.responses.create(**asked(parallel_tool_calls=True))
     assert shown(whole.output) == ITEMS
     assert whole.tools[0].name == "get_weather"
