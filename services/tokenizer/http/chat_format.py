@@ -68,15 +68,19 @@ class ChatStream:
         """A chunk."""
         index = delta.index
         self._usage.completion_tokens += delta.num_tokens
-        told = [f'"content":{quote(delta.text)}'] if delta.parts is None else list(map(part_json, delta.parts))
-        if self._is_plain:
-            chunk = "".join([f"{self._heads[index]}{part}}}{self._usage.plain_tail}" for part in told])
+        if delta.parts is not None:
+            chunk = self._parts(delta, delta.parts)
+        elif self._is_plain:  # almost always
+            chunk = f'{self._heads[index]}"content":{quote(delta.text)}}}{self._usage.plain_tail}'
         else:
-            # What is told of the tokens stands in the first of their chunks.
-            chunk = self._rich(delta, told[0] if told else "") + "".join(
-                [f"{self._heads[index]}{part}}}{self._usage.plain_tail}" for part in told[1:]]
-            )
+            chunk = self._rich(delta, f'"content":{quote(delta.text)}')
         return chunk if self._began[index] or not chunk else self._role(index) + chunk
+
+    def _parts(self, delta: Delta, parts: Sequence[Part]) -> str:
+        """A chunk for each part, and one without where there is none but the tokens are told of."""
+        told = list(map(part_json, parts))
+        first = "" if self._is_plain else self._rich(delta, told.pop(0) if told else "")
+        return first + "".join([f"{self._heads[delta.index]}{part}}}{self._usage.plain_tail}" for part in told])
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
         """How each choice ended, the usage, and the end."""
