@@ -48,9 +48,11 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[PartSpec] = PAR
     )
     args = parser.parse_args(arguments)
     groups: list[Sequence[PartSpec]] = [parts]
-    if args.first:  # a dry run of the rest is that without --first
-        rest = [spec for spec in parts if spec.name not in {first.name for first in FIRST}]
-        groups = [FIRST] if args.dry_run else [FIRST, rest]
+    if args.first:
+        rest = [spec for spec in parts if spec not in FIRST]
+        # A dry run without --first takes the paths of the rest, and of what both have.
+        only_first = [spec for spec in FIRST if spec not in PARTS or spec == ENVIRONMENT]
+        groups = [only_first] if args.dry_run else [FIRST, rest]
     groups = _choose(parser, groups, args.only)
     budget_s = args.budget_s or (_FIRST_BUDGET_S if args.first else _BUDGET_S)
 

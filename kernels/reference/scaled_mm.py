@@ -21,8 +21,17 @@ def can_scale_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out: Te
     return whole_or_rows and aligned and out.dtype == torch.bfloat16 and a.is_contiguous() and b.is_contiguous()
 
 
-def scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Write `(a * a_scale) @ (b * b_scale).T + bias` to `out` [M, N] bfloat16; sums are float32, not the faster kind.
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    fast_sums: bool = False,
+) -> Tensor:
+    """Write `(a * a_scale) @ (b * b_scale).T + bias` to `out` [M, N] bfloat16.
 
     Args:
         a: [M, K] e4m3.
@@ -31,6 +40,8 @@ def scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tens
         b_scale: f32, one element or [N, 1]. When only one of the scales has rows, the other is spread over its own.
         bias: [N] or None.
         out: receives the result.
+        fast_sums: leave sums in Hopper's accumulators of 14 bits instead of adding them up in float32 now and then.
+            Served models do not; `make gpu` measures what it would bring.
     """
     rows = a_scale.numel() > 1 or b_scale.numel() > 1
     if rows:
@@ -39,7 +50,11 @@ def scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tens
     if bias is not None:
         bias = bias.to(out.dtype)
     if hasattr(torch, "_scaled_mm"):  # takes `out`, as the public function of torch 2.13 does not
-        return torch._scaled_mm(a, b.t(), a_scale, b_scale, bias=bias, out_dtype=out.dtype, out=out)
+        return torch._scaled_mm(
+            a, b.t(), a_scale, b_scale, bias=bias, out_dtype=out.dtype, out=out, use_fast_accum=fast_sums
+        )
     recipe = F.ScalingType.RowWise if rows else F.ScalingType.TensorWise
-    result = F.scaled_mm(a, b.t(), a_scale, recipe, b_scale, recipe, bias=bias, output_dtype=out.dtype)
+    result = F.scaled_mm(
+        a, b.t(), a_scale, recipe, b_scale, recipe, bias=bias, output_dtype=out.dtype, use_fast_accum=fast_sums
+    )
     return out.copy_(result)

@@ -20,6 +20,10 @@ _OF_A_DRY_RUN = 8  # cases
 class CompilingLaunch(Launch):
     """Compiles into Triton's cache instead of launching; tensors need no memory."""
 
+    def __init__(self, capability: Capability) -> None:
+        super().__init__(capability)
+        self.compiled = 0
+
     def __call__(
         self,
         kernel: Any,
@@ -33,10 +37,6 @@ class CompilingLaunch(Launch):
         tail = (constexprs[name] for name in kernel.arg_names[len(args) :])
         kernel.warmup(*args, *tail, grid=grid, num_warps=num_warps, num_stages=num_stages)
         self.compiled += 1
-
-    def __init__(self, capability: Capability) -> None:
-        super().__init__(capability)
-        self.compiled = 0
 
 
 class Compile:

@@ -40,8 +40,8 @@ class OpsOnce:
 
 
 def one_of_each(cases: list[Case]) -> list[Case]:
-    """Return the first case of each op, dtype and dtype of the cache."""
+    """Return the first case of each op, dtype and dtype of the cache, of those that take the least memory."""
     chosen: dict[tuple[object, ...], Case] = {}
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.gibibytes):
         chosen.setdefault((case.op, case.dtype, case.kv_cache_dtype, case.min_sm), case)
     return list(chosen.values())
