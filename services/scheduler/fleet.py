@@ -128,7 +128,10 @@ class Fleet:
             now: Monotonic seconds.
             may_wait: True if it may still wait for its session's executor.
         """
-        executor = request.executor
+        executor, sampling = request.executor, request.submit.sampling
+        self.pools.lengths.expect(
+            request.num_prompt_tokens, sampling.max_tokens if sampling.HasField("max_tokens") else 0
+        )
         return self.router.route(
             num_prompt_tokens=request.num_prompt_tokens,
             max_len=request.max_len,

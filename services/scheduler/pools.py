@@ -41,11 +41,18 @@ class Lengths:
     """
 
     def __init__(self) -> None:
-        self.prompt = _FIRST_PROMPT
-        self.answer = _FIRST_ANSWER
+        self.prompt: float = _FIRST_PROMPT
+        self.answer: float = _FIRST_ANSWER
+        self._has_ended = False
+
+    def expect(self, prompt: int, answer: int) -> None:
+        """A request has come: what it asks for counts until one has ended; answer: 0 where it sets no limit."""
+        if not self._has_ended:
+            self.prompt, self.answer = prompt, answer or _FIRST_ANSWER
 
     def observe(self, prompt: int, answer: int) -> None:
         """A request has ended."""
+        self._has_ended = True
         self.prompt += _WEIGHT * (prompt - self.prompt)
         self.answer += _WEIGHT * (max(1, answer) - self.answer)
 

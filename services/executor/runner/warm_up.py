@@ -11,6 +11,7 @@ from services.executor.engine.engine import Engine
 from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.request import EngineRequest
 from services.executor.engine.sampling_params import SamplingParams
+from services.executor.engine.step_warm_up import fit_step_times
 from services.executor.models import CausalLM, ForwardContext, PrefillRows, allocate_kv_caches
 from services.executor.runner.device import Device
 from services.executor.runner.model_runner import ModelRunner
@@ -64,6 +65,7 @@ def warm_up(
     for count in (1, _MANY_COPIES):
         if count < config.num_blocks:
             runner.copy_blocks([(0, target) for target in range(1, count + 1)])
+    fit_step_times(config, runner)  # whose variants are reached by this; the times are taken later, without compiling
     runner.seal()
 
 

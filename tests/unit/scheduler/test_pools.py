@@ -92,6 +92,8 @@ def test_measured_leaves_a_pool_only_for_a_gain_of_a_tenth_that_holds():
 
 def test_the_prediction_is_the_time_of_the_slower_steps():
     lengths = Lengths()
+    lengths.expect(700, 90)
+    assert (lengths.prompt, lengths.answer) == (700, 90)
     for _ in range(500):
         lengths.observe(100, 50)
     assert (lengths.prompt, lengths.answer) == (pytest.approx(100, rel=1e-3), pytest.approx(50, rel=1e-3))
