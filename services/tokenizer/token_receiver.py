@@ -34,12 +34,15 @@ class TokenBatch:
     logprobs: common_pb2.TokenLogprobs | None = None
     finish: link_pb2.LinkSampleFinish | None = None
 
-    def parts(self) -> list[TokenBatch]:
-        """The same as batches that one message each can hold; the end is told by the last."""
+    def parts(self, most: int = MAX_ANSWER_TOKENS) -> list[TokenBatch]:
+        """Return the same as batches of at most `most` tokens, by default what one message can hold.
+
+        The end is told by the last.
+        """
         count = len(self.token_ids)
         parts = []
-        for start in range(0, count, MAX_ANSWER_TOKENS):
-            stop = start + MAX_ANSWER_TOKENS
+        for start in range(0, max(1, count), most):
+            stop = start + most
             logprobs = None if self.logprobs is None else cut_logprobs(self.logprobs, start, stop)
             finish = self.finish if stop >= count else None
             parts.append(TokenBatch(self.index, self.token_ids[start:stop], logprobs, finish))

@@ -64,6 +64,7 @@ class Answer:
         metrics: Told of times between messages.
         stop_sample: Called with the index of a sample that a stop text ended.
         seen: Tokens of each sample that the client has seen, where there are any: no Delta tells of them.
+        by_token: Make a Delta of each token, so that Deltas are the same whenever the answer is read.
     """
 
     prompt_ids: Sequence[int]
@@ -72,6 +73,7 @@ class Answer:
     metrics: EdgeMetrics
     stop_sample: Callable[[int], None]
     seen: Sequence[int] = ()
+    by_token: bool = False
     _sent_at: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,7 +97,10 @@ class Answer:
             for offset, logprobs in parts:
                 token_ids = self.prompt_ids[offset : offset + len(logprobs.logprobs)]
                 events.append(generation_pb2.PromptLogprobs(token_ids=token_ids, logprobs=logprobs, offset=offset))
-        for batch in receiver.take():
+        batches = receiver.take()
+        if self.by_token:
+            batches = [part for batch in batches for part in batch.parts(1)]
+        for batch in batches:
             index = batch.index
             sample = self.samples[index]
             had_ended = sample.ended is not None

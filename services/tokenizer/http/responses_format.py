@@ -193,6 +193,8 @@ class ResponseStream(ResponseDocument):
 
     Events are numbered. Where the response is kept, the number of an event follows from the tokens before it, however
     they come, so that a client can go on from it: numbers are left out where one event has the text of several tokens.
+    Where there are items, Deltas of a kept response are of one token each (`Answer.by_token`), as a client may go on
+    between the events of one.
 
     Attributes:
         starting_after: Events up to this number are left out.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from services.common.errors import StatusError
 from services.tokenizer.generation.answer import Answer, Event, make_samples
+from services.tokenizer.generation.answer_shape import splits
 from services.tokenizer.kept.kept_request import KeptRequest
 from services.tokenizer.latency import LatencyTrace
 from services.tokenizer.sample_stream import OutputOptions
@@ -44,7 +45,16 @@ async def follow(
     offsets = [*offsets, *[0] * (num_samples - len(offsets))]
     options = OutputOptions.from_request(head.request)
     samples = make_samples(head.request, options, head.submit, edge.prompts.writing)
-    answer = Answer(head.submit.token_ids, samples, trace, edge.metrics, lambda index: None, () if repeats else offsets)
+    answer = Answer(
+        head.submit.token_ids,
+        samples,
+        trace,
+        edge.metrics,
+        lambda index: None,
+        () if repeats else offsets,
+        # Several parts of an answer may come with one token: whoever goes on in between is told the rest of them.
+        by_token=splits(head.request),
+    )
     with kept.followed(), transcript.reader(offsets, min_tokens, repeats=repeats) as reader:
         await kept.wait_accepted()
         yield head.started

@@ -124,3 +124,21 @@ def test_a_gap_is_not_taken():
     step = link_pb2.StepOutput(handles=[0], indices=[0], offsets=[1], counts=[1], token_ids=[5])
     with pytest.raises(ValueError, match="tokens 0 to 0 of sample 0 are missing"):
         transcript.apply(step)
+
+
+def test_an_end_behind_the_tokens_is_read():
+    transcript = Transcript(make_submit(1, logprobs=False))
+    finish = link_pb2.LinkSampleFinish(index=0, reason=common_pb2.FINISH_REASON_LENGTH)
+    with transcript.reader([0], 1) as reader:
+        transcript.add(TokenBatch(0, [5, 6]))
+        assert reader.take() == [TokenBatch(0, [5, 6])]
+        transcript.add(TokenBatch(0, [], None, finish))
+        assert reader.take() == [TokenBatch(0, [], None, finish)]
+        assert reader.take() == []
+
+
+def test_parts_of_a_batch():
+    finish = link_pb2.LinkSampleFinish(index=0, reason=common_pb2.FINISH_REASON_LENGTH)
+    batch = TokenBatch(0, [5, 6, 7], values(0, 3), finish)
+    assert batch.parts(2) == [TokenBatch(0, [5, 6], values(0, 2)), TokenBatch(0, [7], values(2, 3), finish)]
+    assert TokenBatch(0, [], None, finish).parts(2) == [TokenBatch(0, [], None, finish)]

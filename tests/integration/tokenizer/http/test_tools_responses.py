@@ -96,12 +96,14 @@ async def test_a_conversation_goes_on_behind_its_calls(ai, scheduler, write, tok
     assert items[1].call_id == items[2].call_id == call.call_id
 
 
-async def test_a_stream_of_calls_is_gone_on_with(ai, write):
-    write(f"I look.\n{CALL}")
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+async def test_a_stream_of_calls_is_gone_on_with(ai, write, chunk):
+    """Between any two events, however many tokens came at once at first and come at once now."""
+    write(f"I look.\n{CALL}", chunk=chunk)
     stream = await ai.responses.create(**asked(stream=True, background=True))
     events = [event async for event in stream]
     response_id = events[0].response.id
-    for last in events[::7]:
+    for last in events[::3]:
         rest = await ai.responses.retrieve(response_id, stream=True, starting_after=last.sequence_number)
         seen = [event for event in events if event.sequence_number <= last.sequence_number]
         again = [*seen, *[event async for event in rest]]
