@@ -119,8 +119,10 @@ async def test_workers_share_the_port_and_survive_a_crash(start, own_scheduler, 
 
 
 def metrics_files(family: list[psutil.Process]) -> list[Path]:
-    folders = Path(tempfile.gettempdir()).glob("scalellm-tokenizer-*")
-    return [path for folder in folders for process in family for path in folder.glob(f"*_{process.pid}.db")]
+    """Files of these processes; older ones are of processes that were killed and had the same ids."""
+    folders = [*Path(tempfile.gettempdir()).glob("scalellm-tokenizer-*")]
+    found = [(path, process) for folder in folders for process in family for path in folder.glob(f"*_{process.pid}.db")]
+    return [path for path, process in found if path.stat().st_mtime >= process.create_time()]
 
 
 async def test_worker_that_keeps_crashing_ends_the_service(start, own_scheduler):
