@@ -132,7 +132,15 @@ class ConfigKeys:
 IRRELEVANT_KEYS = frozenset(
     {
         # What the file is, and which software wrote it or is to read it.
-        *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "tokenizer_class", "auto_map"),
+        *(
+            "_name_or_path",
+            "_model_name_or_path",
+            "name_or_path",
+            "_commit_hash",
+            "transformers_version",
+            "tokenizer_class",
+            "auto_map",
+        ),
         *(
             "torch_dtype",
             "dtype",
