@@ -19,6 +19,7 @@ from services.common.errors import StatusError
 from services.common.link import LinkTraffic
 from services.executor.build import LoadedEngine
 from services.executor.engine.engine import Engine
+from services.executor.engine_load import welcome
 from services.executor.engine_process import EngineLoop
 from services.executor.front import ExecutorServicer
 from services.executor.ipc import Kind, Message
@@ -97,22 +98,15 @@ class VirtualExecutor:
         """The next incarnation."""
         self._num_starts += 1
         engine = self._make_engine(clock)
-        config = engine.config
-        welcome = link_pb2.Welcome(
+        greeting = welcome(
+            engine,
             instance_id=f"{self.address}#{self._num_starts}",
             model="virtual",
             tokenizer_sha256=TOKENIZER,
-            block_size=config.block_size,
-            num_blocks=config.num_blocks,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            vocab_size=config.vocab_size,
-            grammars=engine.takes_grammars,
             tensor_parallel=self._tensor_parallel,
-            devices=self._tensor_parallel,
         )
         clock.ahead = 0.0  # what was measured before serving
-        return LoadedEngine(engine, welcome, executor_pb2.GetExecutorInfoResponse())
+        return LoadedEngine(engine, greeting, executor_pb2.GetExecutorInfoResponse())
 
     def die(self) -> None:
         """Front and engine, as by kill -9 of the front: the engine follows."""
@@ -253,7 +247,7 @@ class VirtualEngine:
     # What EngineLoop needs of its channel.
 
     def receive(self, timeout: float) -> Iterator[Message]:
-        """What has come."""
+        """Yield the messages that have come."""
         while self._inbox:
             yield self._inbox.popleft()
 

@@ -21,6 +21,7 @@ from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeMo
 from services.executor.engine.grammar import GrammarCompiler
 from services.executor.engine.kv_cache_size import KVCacheTooSmallError
 from services.executor.engine.step_warm_up import fit_step_times
+from services.executor.engine_load import welcome
 from services.executor.late_grammars import LateGrammars
 from services.executor.limits import choose_limits, engine_config
 from services.executor.model_config import PRESETS, ModelConfig, UnsupportedModelError
@@ -79,7 +80,8 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
 def _model_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -> LoadedEngine:
     # Not at the top: torch takes three seconds to load, and the fake engine does without.
     from services.executor.model_engine import build_model_engine
-    from services.executor.placement import choose_placement, dtype_name
+    from services.executor.models.runtime import dtype_name
+    from services.executor.placement import choose_placement
     from services.executor.weights import read_model_config
 
     found = _find_model(settings, read_model_config)
@@ -93,7 +95,7 @@ def _model_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -
         backend=next((backend for backend in built.ops.backends.values() if backend != "torch"), "torch"),
         quantization=built.form.type if built.form.type != dtype_name(placement.dtype) else "",
         weights=_weights(built.form),
-        other_weights=_weights(built.other_forms[0]) if built.other_forms else None,
+        other_weights=None if built.other_form is None else _weights(built.other_form),
         kernels=dict(built.ops.backends),
     )
     return replace(_describe(found, built.engine, info), late_compiles=lambda: len(built.runner.late_compiles))
@@ -155,17 +157,5 @@ def _describe(model: _FoundModel, engine: Engine, info: executor_pb2.GetExecutor
     info.block_size = config.block_size
     info.max_model_len = config.max_model_len
     info.max_num_seqs = config.max_num_seqs
-    welcome = link_pb2.Welcome(
-        instance_id=info.instance_id,
-        model=model.name,
-        tokenizer_sha256=model.tokenizer_sha256,
-        block_size=config.block_size,
-        num_blocks=config.num_blocks,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        vocab_size=config.vocab_size,
-        grammars=engine.takes_grammars,
-        tensor_parallel=1,
-        devices=1,
-    )
-    return LoadedEngine(engine, welcome, info)
+    greeting = welcome(engine, instance_id=info.instance_id, model=model.name, tokenizer_sha256=model.tokenizer_sha256)
+    return LoadedEngine(engine, greeting, info)

@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 from scalellm.v1 import link_pb2
+from services.executor.engine.engine import Engine
 from services.executor.engine.ledger import EngineLoad
 from services.executor.engine.step_time import StepTimeModel
+
+
+def welcome(
+    engine: Engine, *, instance_id: str, model: str, tokenizer_sha256: bytes, tensor_parallel: int = 1
+) -> link_pb2.Welcome:
+    """Return an engine's greeting to a link; it has a device for each of its tensor parallel parts."""
+    config = engine.config
+    return link_pb2.Welcome(
+        instance_id=instance_id,
+        model=model,
+        tokenizer_sha256=tokenizer_sha256,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=config.vocab_size,
+        grammars=engine.takes_grammars,
+        tensor_parallel=tensor_parallel,
+        devices=tensor_parallel,
+    )
 
 
 def load_to_wire(load: EngineLoad, draining: bool) -> link_pb2.Load:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +42,13 @@ _WAITING_IN_TORCH = ("fused_moe", "fused_moe_wna16", "paged_attention_decode", "
 
 @dataclass(frozen=True)
 class ModelEngine:
-    """An engine, the runner and ops it works with, the form of its weights and those they might have had."""
+    """An engine, the runner and ops it works with, the form of its weights and one that they might have had."""
 
     engine: Engine
     runner: ModelRunner
     ops: Ops
     form: WeightForm
-    other_forms: list[WeightForm]
+    other_form: WeightForm | None
 
 
 def build_model_engine(
@@ -78,10 +78,11 @@ def build_model_engine(
     free = device.free_memory()
     if form.num_bytes >= free:
         raise StartError(f"{settings.model}: {_does_not_fit(form, others, free)}")
+    other_form = next(others, None)  # no more of them: each is a model laid out
     sizes = _size_cache(settings, placement, model_config, longest, free - form.num_bytes)
     if torch_device.type == "cpu" and settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    progress(f"loading {settings.model}: {form}{_instead(others)}")
+    progress(f"loading {settings.model}: {form}{_instead(other_form)}")
     model = _load(path, model_config, runtime, sizes[1], progress)
     if torch_device.type == "cpu" and not settings.num_threads:
         torch.set_num_threads(choose_num_threads(model.first_projection, model_config.hidden_size, placement.dtype))
@@ -115,7 +116,7 @@ def build_model_engine(
         progress(f"warm-up took {time.perf_counter() - started:.1f} s")
     swap_cost = None if runner.host_cache is None else runner.host_cache.measure()
     engine = Engine(config, runner, swap_cost=swap_cost, grammars=grammars, step_times=step_times)
-    return ModelEngine(engine, runner, runtime.ops, form, others)
+    return ModelEngine(engine, runner, runtime.ops, form, other_form)
 
 
 def _engine_config(
@@ -145,16 +146,16 @@ def _select_ops(settings: ExecutorSettings, placement: Placement) -> Ops:
     return ops
 
 
-def _does_not_fit(form: WeightForm, others: list[WeightForm], free: int) -> str:
-    fitting = [f"--quantization {other.quantization} ({other})" for other in others if other.num_bytes < free]
+def _does_not_fit(form: WeightForm, others: Iterator[WeightForm], free: int) -> str:
+    fitting = (f"--quantization {other.quantization} ({other})" for other in others if other.num_bytes < free)
     return (
         f"the weights do not fit: {form}, and {free / 2**20:.0f} MiB of memory are free; free some, or take "
-        f"{fitting[0] if fitting else 'a smaller model'}"
+        f"{next(fitting, 'a smaller model')}"
     )
 
 
-def _instead(others: list[WeightForm]) -> str:
-    return f" (--quantization {others[0].quantization}: {others[0]})" if others else ""
+def _instead(other: WeightForm | None) -> str:
+    return "" if other is None else f" (--quantization {other.quantization}: {other})"
 
 
 def _load(

@@ -70,11 +70,6 @@ def _kv_cache_dtype(settings: ExecutorSettings, default: torch.dtype, on_gpu: bo
     return _KV_CACHE_DTYPES[settings.kv_cache_dtype]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name as settings and reports have it."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _swap_space(settings: ExecutorSettings, on_gpu: bool) -> int:
     free = free_memory()
     if settings.swap_space is None:

@@ -1,7 +1,8 @@
-"""In which form weights are held: what `--quantization auto` stands for, and what another choice would give."""
+"""The form that weights are held in: the meaning of `--quantization auto`, and what another choice would give."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,8 +10,11 @@ import torch
 
 from kernels.cpu.library import load_library
 from services.executor.config import ExecutorSettings
-from services.executor.models import ModelConfig, ModelRuntime, Quantization
-from services.executor.models.linear import CheckpointFormat, DenseWeight
+from services.executor.models import ModelConfig, ModelRuntime, Quantization, UnsupportedModelError
+from services.executor.models.linear import DenseWeight
+from services.executor.models.linear.checkpoint import kept
+from services.executor.models.quantization import Method
+from services.executor.models.runtime import dtype_name
 from services.executor.weights import weight_bytes
 
 Choice = Literal["none", "keep", "fp8", "fp8-tensor", "int8", "int4"]
@@ -47,6 +51,10 @@ def choose_quantization(settings: ExecutorSettings, dtype: torch.dtype, *, on_gp
     return "keep"
 
 
+def _method(choice: Choice) -> Method:
+    return "fp8" if choice == "fp8-tensor" else choice
+
+
 def quantization_of(choice: Choice, *, on_gpu: bool) -> Quantization:
     """Return how weights are quantised when they are loaded."""
     match choice:
@@ -54,8 +62,8 @@ def quantization_of(choice: Choice, *, on_gpu: bool) -> Quantization:
             return Quantization("fp8", granularity="tensor")
         case "int4" if not on_gpu:
             return Quantization("int4", group_size=32)  # as GGUF files have them; GPUs take 128, which read less
-        case method:
-            return Quantization(method)
+        case _:
+            return Quantization(_method(choice))
 
 
 def cache_dtype(choice: Choice, config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
@@ -64,7 +72,7 @@ def cache_dtype(choice: Choice, config: ModelConfig, dtype: torch.dtype) -> torc
     Products with integers round their inputs to 8 bits. Beside kept weights of 16 bits, keys and values have their
     dtype.
     """
-    stored = _kept(choice, config)
+    stored = kept(config.stored_linears, _method(choice))
     if stored is None:
         return dtype if choice in ("none", "keep") else torch.int8
     if stored.dense_dtype is None:
@@ -77,29 +85,32 @@ def weight_form(choice: Choice, config: ModelConfig, runtime: ModelRuntime, max_
 
     Raises UnsupportedModelError: the model cannot have it.
     """
-    stored = _kept(choice, config)
+    stored = kept(config.stored_linears, _method(choice))
     if choice not in ("none", "keep"):
         name: str = choice
     elif stored is None or (stored.dense_dtype is not None and not DenseWeight.is_multiplied_in_cpp(runtime)):
-        name = str(runtime.dtype).removeprefix("torch.")
+        name = dtype_name(runtime.dtype)
     else:
         name = stored.form
     runtime = replace(runtime, quantization=quantization_of(choice, on_gpu=runtime.device.type != "cpu"))
     return WeightForm(choice, name, weight_bytes(config, runtime, max_model_len=max_model_len))
 
 
-def other_forms(form: WeightForm, config: ModelConfig, runtime: ModelRuntime, max_model_len: int) -> list[WeightForm]:
-    """Return what a model's weights may be instead, the most exact first; nothing if the checkpoint is quantised."""
+def other_forms(
+    form: WeightForm, config: ModelConfig, runtime: ModelRuntime, max_model_len: int
+) -> Iterator[WeightForm]:
+    """Yield the forms that a model may have instead, the most exact first; none if the checkpoint is quantised."""
     if config.stored_linears is not None and not config.stored_linears.is_choice:
-        return []
+        return
     choices: tuple[Choice, ...] = ("none", "keep", "int8", "int4")
     if runtime.device.type != "cpu":
         choices = ("none", "fp8", "int4")
-    forms = (weight_form(choice, config, runtime, max_model_len) for choice in choices if choice != form.quantization)
-    return [other for other in forms if other.type != form.type]
-
-
-def _kept(choice: Choice, config: ModelConfig) -> CheckpointFormat | None:
-    """Return the format of the checkpoint if that is what the weights remain in."""
-    stored = config.stored_linears
-    return None if stored is None or (choice != "keep" and stored.is_choice) else stored
+    for choice in choices:
+        if choice == form.quantization:
+            continue
+        try:
+            other = weight_form(choice, config, runtime, max_model_len)
+        except UnsupportedModelError:
+            continue  # a model whose sizes do not divide into such groups
+        if other.type != form.type:
+            yield other

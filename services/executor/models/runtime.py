@@ -10,6 +10,11 @@ from kernels import Ops
 from services.executor.models.quantization import Quantization
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as settings and reports have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class ModelRuntime:
     """The ops a model calls, the dtype of its activations and of weights that are not quantised, its device, and how

@@ -14,11 +14,13 @@ from runner_kit import MODEL as TINY
 from services.common.lifecycle import StartError
 from services.executor.build import build_engine
 from services.executor.config import ExecutorSettings
+from services.executor.models import ModelRuntime, UnsupportedModelError
 from services.executor.models.linear import CheckpointFormat
 from services.executor.models.linear.stored_dense import StoredDense
 from services.executor.models.linear.stored_gguf import StoredGguf
 from services.executor.placement import choose_placement
 from services.executor.runner import FakeCudaDevice
+from services.executor.weight_form import other_forms, weight_form
 
 
 def refusal(model: Path, **settings: object) -> str:
@@ -82,6 +84,16 @@ def test_a_form_that_fits_is_named(model_dir: Callable[[str], Path], monkeypatch
     assert "--quantization keep (Q4_1, " in message
     monkeypatch.setattr("services.executor.runner.CpuDevice.free_memory", lambda self: 1 << 20)
     assert "or take a smaller model" in refusal(model_dir("smollm2-135m-instruct"), device="cpu", quantization="none")
+
+
+def test_a_form_that_a_model_cannot_have_is_not_told_of() -> None:
+    """36 inputs are groups of 4 numbers, of which 8 bits make words and 4 bits do not."""
+    runtime = ModelRuntime()
+    config = replace(TINY, hidden_size=36)
+    with pytest.raises(UnsupportedModelError, match="quantization int4"):
+        weight_form("int4", config, runtime, 16)
+    form = weight_form("none", config, runtime, 16)
+    assert [other.quantization for other in other_forms(form, config, runtime, 16)] == ["int8"]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from services.executor.models.linear.fp8 import Fp8Weight
 from services.executor.models.linear.packing import per_word
 from services.executor.models.linear.quantised import LinearWeight
 from services.executor.models.linear.wna16 import Bits, IntWeight
+from services.executor.models.quantization import Method
 from services.executor.models.runtime import ModelRuntime
 from services.executor.models.weight_slot import WeightSlot
 
 _log = logging.getLogger(__name__)
 
+_Kind = TypeVar("_Kind")
 FilledWeight = tuple[LinearWeight, list[WeightSlot]]
 
 
@@ -45,6 +48,17 @@ class CheckpointFormat(Protocol):
         """
 
 
+def kept(stored: CheckpointFormat | None, method: Method) -> CheckpointFormat | None:
+    """Return the checkpoint's format if that is what a quantisation leaves the weights in."""
+    return None if stored is None or (stored.is_choice and method != "keep") else stored
+
+
+def commonest_projection(kinds: Mapping[str, _Kind], default: _Kind) -> _Kind:
+    """Return what most of a checkpoint's projections are of, given it for all of its tensors by their names."""
+    counts = Counter(kind for name, kind in kinds.items() if name.endswith("_proj.weight"))
+    return counts.most_common(1)[0][0] if counts else default
+
+
 def build_weight(
     parts: Mapping[str, int], in_features: int, stored: CheckpointFormat | None, runtime: ModelRuntime
 ) -> FilledWeight:
@@ -54,7 +68,7 @@ def build_weight(
         UnsupportedModelError: the checkpoint is quantised already, or the sizes are not those of such a weight.
     """
     method = runtime.quantization.method
-    if stored is not None and not (stored.is_choice and method != "keep"):
+    if (stored := kept(stored, method)) is not None:
         if method not in ("none", "keep"):
             raise UnsupportedModelError(f"quantization {method}: the checkpoint is quantised already; leave it out")
         if (filled := stored.build(parts, in_features, runtime)) is not None:

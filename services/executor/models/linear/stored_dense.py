@@ -1,6 +1,5 @@
 """Checkpoints in full precision whose 16-bit numbers are kept instead of being widened when they are loaded."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from services.executor.models.linear.checkpoint import FilledWeight, plain_slots
+from services.executor.models.linear.checkpoint import FilledWeight, commonest_projection, plain_slots
 from services.executor.models.linear.dense import DenseWeight
-from services.executor.models.runtime import ModelRuntime
+from services.executor.models.runtime import ModelRuntime, dtype_name
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -26,13 +25,12 @@ class StoredDense:
     @cached_property
     def dense_dtype(self) -> torch.dtype:
         """The dtype of most tensors that are multiplied."""
-        counts = Counter(dtype for name, dtype in self.dtypes.items() if name.endswith("_proj.weight"))
-        return counts.most_common(1)[0][0] if counts else torch.float32
+        return commonest_projection(self.dtypes, torch.float32)
 
     @property
     def form(self) -> str:
         """The name of that dtype."""
-        return str(self.dense_dtype).removeprefix("torch.")
+        return dtype_name(self.dense_dtype)
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""

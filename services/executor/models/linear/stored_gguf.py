@@ -1,6 +1,5 @@
 """GGUF files whose blocks and 16-bit numbers are kept instead of being converted to the runtime's dtype."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from services.executor.models.linear.checkpoint import FilledWeight, stacked
+from services.executor.models.linear.checkpoint import FilledWeight, commonest_projection, stacked
 from services.executor.models.linear.gguf_blocks import BLOCK_FORMATS, BlockFormat
 from services.executor.models.linear.packing import pack_rows
 from services.executor.models.linear.stored_dense import build_half
@@ -37,8 +36,7 @@ class StoredGguf:
     @cached_property
     def form(self) -> str:
         """The GGUF type of most tensors that are multiplied."""
-        counts = Counter(kind for name, kind in self.types.items() if name.endswith("_proj.weight"))
-        return counts.most_common(1)[0][0] if counts else "F32"
+        return commonest_projection(self.types, "F32")
 
     @property
     def dense_dtype(self) -> torch.dtype | None:
