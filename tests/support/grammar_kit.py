@@ -1,9 +1,12 @@
 """A vocabulary for the tiny model of runner_kit, in which every token but three is a character of ASCII."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 from runner_kit import MODEL
 from services.common.vocabulary import Vocabulary
+from services.executor.engine.engine import Engine
+from services.executor.engine.request import StepResult
 from services.executor.grammar import LlGrammarCompiler
 from services.tokenizer.structure.json_schema import checked_schema
 
@@ -16,6 +19,14 @@ VOCABULARY = Vocabulary(
 
 def make_compiler() -> LlGrammarCompiler:
     return LlGrammarCompiler(VOCABULARY, MODEL.eos_token_ids)
+
+
+def steps(engine: Engine) -> Iterator[StepResult]:
+    """Take an engine's steps until it has nothing left to do."""
+    while engine.has_unfinished():
+        if engine.only_compiles:
+            time.sleep(1e-3)
+        yield engine.step()
 
 
 def ids_of(text: str) -> list[int]:

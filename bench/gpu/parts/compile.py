@@ -12,6 +12,7 @@ from bench.gpu.part import Bench, Findings
 from bench.gpu.worker import die_with_parent
 from kernels import Capability, Launch, select_ops
 from kernels.aot.manifest import CASES
+from kernels.launch import check_arguments
 
 _MOST_PROCESSES = 12
 _OF_A_DRY_RUN = 8  # cases
@@ -34,7 +35,7 @@ class CompilingLaunch(Launch):
         **constexprs: Any,
     ) -> None:
         """Compile the variant that this launch would need."""
-        tail = (constexprs[name] for name in kernel.arg_names[len(args) :])
+        tail = check_arguments(kernel, args, constexprs)
         kernel.warmup(*args, *tail, grid=grid, num_warps=num_warps, num_stages=num_stages)
         self.compiled += 1
 

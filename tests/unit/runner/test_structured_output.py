@@ -17,7 +17,7 @@ from llguidance import LLExecutor, LLMatcher
 import engine_kit
 from bench.hostile_grammars import HOSTILE
 from engine_kit import Collector
-from grammar_kit import EOS, ids_of, json_grammar, make_compiler, text_of
+from grammar_kit import EOS, ids_of, json_grammar, make_compiler, steps, text_of
 from runner_kit import MODEL, make_runner, random_model
 from services.executor.engine import (
     AbortReason,
@@ -85,10 +85,8 @@ def run(engine: Engine, requests: Sequence[EngineRequest]) -> Collector:
     for request in requests:
         engine.add(request)
     collector = Collector()
-    while engine.has_unfinished():
-        if engine.only_compiles:
-            time.sleep(1e-3)
-        collector.take(engine.step())
+    for result in steps(engine):
+        collector.take(result)
         engine.check_integrity()
     return collector
 

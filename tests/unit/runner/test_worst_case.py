@@ -7,7 +7,6 @@ worse than a trained one does. The slow test takes five hundred shapes and the r
 from __future__ import annotations
 
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 
 import engine_kit
 from engine_kit import Collector
+from grammar_kit import steps
 from kernels import select_ops
 from kernels.capability import Capability
 from random_schemas import ShapeCase, other_cases, schema_cases
@@ -66,10 +66,8 @@ def run(engine: Engine, requests: Sequence[EngineRequest]) -> Collector:
     for request in requests:
         engine.add(request)
     collector = Collector()
-    while engine.has_unfinished():
-        if engine.only_compiles:
-            time.sleep(1e-3)
-        collector.take(engine.step())
+    for result in steps(engine):
+        collector.take(result)
     engine.check_integrity()
     assert engine.load().free_blocks == engine.load().total_blocks
     return collector
