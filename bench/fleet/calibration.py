@@ -26,7 +26,7 @@ from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
 
 PRESET = "h200-llama-8b"
 LIMIT = 0.10
-"""How far TTFT and ITL of the simulation may be from those of the line."""
+"""Largest allowed error of the simulation's TTFT and ITL, as a share of the line's."""
 
 _HOPS = 4
 """Messages that the simulator has before a first token: from the edge to the scheduler, to the executor, and back."""

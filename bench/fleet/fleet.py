@@ -83,7 +83,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """What a fleet is made of.
+    """The parts of a fleet.
 
     Attributes:
         pools: Its executors.

@@ -27,7 +27,7 @@ from bench.virtual.loop import run_virtually
 
 @dataclass(frozen=True)
 class Faults:
-    """What breaks, spread evenly over the requests; always the busiest executor.
+    """Failures of a run, spread evenly over the requests; always the busiest executor.
 
     Attributes:
         kills: Executors that die.
@@ -44,7 +44,7 @@ class Faults:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What came of it.
+    """Results of a run.
 
     Attributes:
         records: One per request, on virtual time.

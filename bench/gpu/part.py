@@ -129,7 +129,7 @@ class PartSpec:
 
 @dataclass(slots=True)
 class PartResult:
-    """What is known of a part: all that it found until it ended, or was ended."""
+    """A part's findings: all that it found until it ended, or was ended."""
 
     name: str
     state: State = "failed"

@@ -1,4 +1,4 @@
-"""What decode steps should take on an H200, from bytes, launches and waves: a model on paper, to be held against a run.
+"""Predicted times of decode steps on an H200, from bytes, launches and waves: to be compared with a run.
 
     python -m bench.gpu.roofline --predict
 

@@ -20,7 +20,7 @@ Precision = Literal["bf16", "fp8", "int4"]
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the device did in this run: GB/s of a copy (read and written) and of reading alone, TFLOP/s, and
+    """Rates that the device reached in this run: GB/s of a copy (read and written) and of reading alone, TFLOP/s, and
     microseconds between two kernels of a graph.
     """
 

@@ -1,4 +1,4 @@
-"""What the time of one replay went to."""
+"""The time of one replay, by kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `scalellm status` shows services."""
+"""The table of `scalellm status`."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
 
 
 def _weights(info: GetExecutorInfoResponse) -> str:
-    """In what form the weights are, and what another --quantization would make of them."""
+    """The form of the weights, and what another --quantization would make of them."""
     if not info.HasField("weights"):
         return ""
     text = f"{info.weights.type}, {info.weights.bytes / 2**20:.0f} MiB"

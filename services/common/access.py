@@ -91,7 +91,7 @@ an end to what a key opens whose removal cannot be read."""
 Metadata = Iterable[tuple[str, str | bytes]] | None
 
 _principal: ContextVar[Principal | None] = ContextVar("principal", default=None)
-"""Who makes the call that the current task serves: a call has a task of its own."""
+"""The caller of the call that the current task serves: a call has a task of its own."""
 
 
 class Access:

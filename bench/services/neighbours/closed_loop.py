@@ -1,4 +1,4 @@
-"""What clients of either protocol have in common: as many calls at once as they were told, counted, until they stop."""
+"""Closed-loop clients of either protocol: as many calls at once as they were told, counted, until they stop."""
 
 from __future__ import annotations
 
