@@ -72,7 +72,7 @@ test-kernels: setup-dev ## run the Triton kernels on the interpreter (no GPU nee
 	$(test-env) TRITON_INTERPRET=1 $(python) -m pytest -n 2 --dist worksteal -q tests/kernels/interp $(PYTEST_ARGS)
 
 aot: setup-dev ## compile the Triton kernels for sm_80, sm_90 and sm_100 and compare (AOT_ARGS="--help")
-	TRITON_CACHE_DIR=build/aot/triton $(python) -m kernels.aot $(AOT_ARGS)
+	TRITON_CACHE_DIR=build/aot/triton $(python) -m scalellm.kernels.aot $(AOT_ARGS)
 
 lint: setup-dev ## format check, lint, types, contracts, file length
 	.venv/bin/ruff format --check .

@@ -32,12 +32,12 @@ from bench.load.run import Run, Step, run_step
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Load, Shape, conversations, digest
 from bench.services.processes import cpu_seconds, family, service_module
-from clients.launcher import Instance, State, UpOptions, bring_down, bring_up
-from services.common.model_store import pull, resolve
-from services.common.model_store.catalogue import CATALOGUE
-from services.executor.engine_supervisor import engine_environment
-from services.executor.threads import choose_num_threads
-from services.executor.weights import read_model_config
+from scalellm.launcher import Instance, State, UpOptions, bring_down, bring_up
+from scalellm.services.common.model_store import pull, resolve
+from scalellm.services.common.model_store.catalogue import CATALOGUE
+from scalellm.services.executor.engine_supervisor import engine_environment
+from scalellm.services.executor.threads import choose_num_threads
+from scalellm.services.executor.weights import read_model_config
 
 
 class _Quiet:
@@ -172,7 +172,7 @@ def main(
             "model": model,
             "cpus": len(os.sched_getaffinity(0)),
             "threads": threads,
-            "versions": {name: version(name) for name in ("scalellm", "torch", "grpcio", "protobuf")},
+            "versions": {name: version(name) for name in ("scalellm-server", "torch", "grpcio", "protobuf")},
             "cpu_us_per_token": cpu_us,
             "runs": [run.as_json() for run in (alone, line)],
         }

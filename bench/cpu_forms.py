@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
 
 
 @dataclass

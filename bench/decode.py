@@ -16,12 +16,12 @@ from typing import Annotated
 import typer
 
 from bench.quality import FORMS, form_settings
-from services.common.model_store import resolve
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.common.model_store import resolve
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
 
 _PROMPT_LEN = 128
 _KV_CACHE_BYTES = 1 << 30  # room for all sequences at once, in float32

@@ -14,11 +14,11 @@ from typing import Any
 from bench.load.records import Ended, RequestRecord
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Conversation, Shape, conversations
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
 
 
 def run_engine(engine: Engine, planned: list[Conversation], concurrency: int) -> list[RequestRecord]:

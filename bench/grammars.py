@@ -23,12 +23,12 @@ import typer
 from bench.hostile_grammars import HOSTILE, json_grammar
 from bench.load.workload import JSON_SCHEMA
 from bench.quality import form_settings
-from services.common.model_store import resolve
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.common.model_store import resolve
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
 
 _PROMPT_LEN = 8
 _KV_CACHE_BYTES = 1 << 30

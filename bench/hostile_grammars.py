@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from services.tokenizer.structure.json_schema import checked_schema
+from scalellm.services.tokenizer.structure.json_schema import checked_schema
 
 
 def json_grammar(schema: Any) -> str:

@@ -16,13 +16,13 @@ from typing import Annotated
 
 import typer
 
-from services.common.model_store import resolve
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.common.model_store import resolve
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 FORMS = ("float32", "bfloat16", "int8", "int4", "keep")

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.services.processes import BenchError, cpu_seconds, family
-from clients.launcher import Instance
+from scalellm.launcher import Instance
 from scalellm.v1 import generation_pb2, generation_pb2_grpc
 
 _LOG_TIME = "%Y-%m-%d %H:%M:%S,%f"
@@ -55,7 +55,7 @@ def _first_token(address: str) -> None:
 def start_once(home: Path, model: str, environment: Mapping[str, str]) -> tuple[dict[str, float], dict[str, float]]:
     """Bring an instance up and down. Returns when what had happened, in seconds since the command, and CPU seconds."""
     instance = Instance(home, f"startup-{os.getpid()}")
-    command = [sys.executable, "-m", "clients.cli.main", "--instance", instance.name]
+    command = [sys.executable, "-m", "scalellm.cli.main", "--instance", instance.name]
     # Services of their own, whatever address or Redis the user has.
     variables = {**environment, "SCALELLM_HOME": str(home), "REDIS_URL": "", "SCALELLM_ADDRESS": ""}
     began = time.time()

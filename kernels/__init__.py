@@ -8,23 +8,23 @@ an underscore change their first argument. A cache is `[num_blocks, page_size, H
 or 64; a slot is `block_id * page_size + offset`. A batch may be empty.
 """
 
-from kernels.capability import Capability
-from kernels.dispatch import Backend, Ops, select_ops
-from kernels.launch import Launch
-from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
-from kernels.reference.attention import paged_attention_decode, unified_attention
-from kernels.reference.cache import copy_blocks_, swap_blocks
-from kernels.reference.logits import apply_logits_processors_
-from kernels.reference.lora import lora_expand, lora_shrink
-from kernels.reference.moe import fused_moe, fused_moe_wna16, moe_align_block_size, topk_softmax
-from kernels.reference.norm import fused_add_rms_norm
-from kernels.reference.quant import fp8_gemm, scaled_fp8_quant
-from kernels.reference.rng import sample_seed
-from kernels.reference.rope import qk_norm_rope_and_cache
-from kernels.reference.sampling import SampleOutput, sample
-from kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
-from kernels.splits import decode_workspace, num_decode_splits
-from kernels.workspaces import fused_moe_workspace_size, gemm_wna16_workspace_size, sample_workspace_size
+from scalellm.kernels.capability import Capability
+from scalellm.kernels.dispatch import Backend, Ops, select_ops
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
+from scalellm.kernels.reference.attention import paged_attention_decode, unified_attention
+from scalellm.kernels.reference.cache import copy_blocks_, swap_blocks
+from scalellm.kernels.reference.logits import apply_logits_processors_
+from scalellm.kernels.reference.lora import lora_expand, lora_shrink
+from scalellm.kernels.reference.moe import fused_moe, fused_moe_wna16, moe_align_block_size, topk_softmax
+from scalellm.kernels.reference.norm import fused_add_rms_norm
+from scalellm.kernels.reference.quant import fp8_gemm, scaled_fp8_quant
+from scalellm.kernels.reference.rng import sample_seed
+from scalellm.kernels.reference.rope import qk_norm_rope_and_cache
+from scalellm.kernels.reference.sampling import SampleOutput, sample
+from scalellm.kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
+from scalellm.kernels.splits import decode_workspace, num_decode_splits
+from scalellm.kernels.workspaces import fused_moe_workspace_size, gemm_wna16_workspace_size, sample_workspace_size
 
 __all__ = [
     "Backend",

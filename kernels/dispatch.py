@@ -29,21 +29,21 @@ from typing import Any, Literal
 
 import torch
 
-from kernels.capability import Capability
-from kernels.cpu.library import CpuLibrary, default_build_dir, load_library
-from kernels.launch import Launch
-from kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
-from kernels.reference.attention import paged_attention_decode, unified_attention
-from kernels.reference.cache import copy_blocks_, swap_blocks
-from kernels.reference.logits import apply_logits_processors_
-from kernels.reference.lora import lora_expand, lora_shrink
-from kernels.reference.moe import fused_moe, fused_moe_wna16, moe_align_block_size, topk_softmax
-from kernels.reference.norm import fused_add_rms_norm
-from kernels.reference.quant import E4M3, fp8_gemm, scaled_fp8_quant
-from kernels.reference.rope import qk_norm_rope_and_cache
-from kernels.reference.sampling import sample
-from kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
-from kernels.tiles import TILED_OPS, tile_table
+from scalellm.kernels.capability import Capability
+from scalellm.kernels.cpu.library import CpuLibrary, default_build_dir, load_library
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
+from scalellm.kernels.reference.attention import paged_attention_decode, unified_attention
+from scalellm.kernels.reference.cache import copy_blocks_, swap_blocks
+from scalellm.kernels.reference.logits import apply_logits_processors_
+from scalellm.kernels.reference.lora import lora_expand, lora_shrink
+from scalellm.kernels.reference.moe import fused_moe, fused_moe_wna16, moe_align_block_size, topk_softmax
+from scalellm.kernels.reference.norm import fused_add_rms_norm
+from scalellm.kernels.reference.quant import E4M3, fp8_gemm, scaled_fp8_quant
+from scalellm.kernels.reference.rope import qk_norm_rope_and_cache
+from scalellm.kernels.reference.sampling import sample
+from scalellm.kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
+from scalellm.kernels.tiles import TILED_OPS, tile_table
 
 Backend = Literal["torch", "triton", "cpp"]
 
@@ -202,7 +202,7 @@ def select_ops(
 
 
 def _form(module: str, name: str, started_by: object) -> Callable[..., Any]:
-    return functools.partial(getattr(importlib.import_module(f"kernels.{module}"), name), started_by)
+    return functools.partial(getattr(importlib.import_module(f"scalellm.kernels.{module}"), name), started_by)
 
 
 def _obstacle(name: str, backend: Backend, capability: Capability, dtype: torch.dtype, build_dir: Path) -> str | None:

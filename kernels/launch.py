@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kernels.capability import Capability
-from kernels.tiles import Tile, tile_table
+from scalellm.kernels.capability import Capability
+from scalellm.kernels.tiles import Tile, tile_table
 
 
 class Launch:

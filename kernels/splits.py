@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.capability import Capability
-from kernels.tiles import tile_table
+from scalellm.kernels.capability import Capability
+from scalellm.kernels.tiles import tile_table
 
 
 def num_decode_splits(capability: Capability, num_seqs: int, num_kv_heads: int) -> int:

@@ -20,9 +20,9 @@ from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import Any
 
-from kernels.capability import Capability
+from scalellm.kernels.capability import Capability
 
-_ROOT: Traversable = files("kernels") / "configs"
+_ROOT: Traversable = files("scalellm.kernels") / "configs"
 _DEFAULT = re.compile(r"sm_(\d+)\.json")
 
 

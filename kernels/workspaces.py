@@ -3,8 +3,8 @@
 The sizes that the layouts of scratch are made of are here as well, for the kernels to take them from.
 """
 
-from kernels.capability import Capability
-from kernels.tiles import Tile, tile_table
+from scalellm.kernels.capability import Capability
+from scalellm.kernels.tiles import Tile, tile_table
 
 SAMPLE_TILE = 1024  # logits of a row that one program has
 SAMPLE_CANDIDATES = 8192  # logits of a row that its buffer holds

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from services.common import model_store
+from scalellm.services.common import model_store
 
 # Whether the suite passes must not depend on how fast the machine is just then, nor on what is drawn today: the same
 # examples every time. To look for others: pytest --hypothesis-profile=default.

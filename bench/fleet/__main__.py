@@ -18,9 +18,9 @@ from bench.fleet.sweep import header, sweep
 from bench.load.trace import read_trace
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Load, Shape, WorkloadName, conversations
-from services.common.model_store import pull, resolve
-from services.common.model_store.catalogue import CATALOGUE
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
+from scalellm.services.common.model_store import pull, resolve
+from scalellm.services.common.model_store.catalogue import CATALOGUE
+from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
 
 app = typer.Typer(add_completion=False)
 

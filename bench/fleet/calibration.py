@@ -22,7 +22,7 @@ from bench.load.records import RequestRecord
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Conversation, Load, Shape, conversations
 from bench.services.processes import Workplace
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
+from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
 
 PRESET = "h200-llama-8b"
 LIMIT = 0.10

@@ -12,14 +12,14 @@ from bench.load.target import TargetInfo
 from bench.virtual.executor import StepClock, VirtualExecutor
 from bench.virtual.line import VirtualEdge, VirtualScheduler
 from bench.virtual.network import Network
+from scalellm.services.common.errors import StatusError, code_name
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
+from scalellm.services.executor.engine.step_time import StepTimeModel
+from scalellm.services.executor.engine.step_warm_up import fit_step_times
+from scalellm.services.scheduler.config import SchedulerSettings
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError, code_name
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.engine import Engine
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
-from services.executor.engine.step_time import StepTimeModel
-from services.executor.engine.step_warm_up import fit_step_times
-from services.scheduler.config import SchedulerSettings
 
 VOCABULARY = 2048
 """Token ids: small, as each engine's model keeps a list of them."""

@@ -14,7 +14,7 @@ from bench.fleet.fleet import VOCABULARY, FleetPlan, Pool
 from bench.fleet.simulation import simulate
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Load, Shape, conversations
-from services.executor.engine.step_time import StepTimeModel
+from scalellm.services.executor.engine.step_time import StepTimeModel
 
 _PROMPT_LEN, _OUTPUT_LEN = 64, 48
 _ROUNDS, _LEAST = 4, 24

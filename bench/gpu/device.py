@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from kernels import Capability
+from scalellm.kernels import Capability
 
 Call = Callable[[], object]
 

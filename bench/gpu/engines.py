@@ -10,9 +10,9 @@ import torch
 
 from bench.gpu.device import Device
 from bench.gpu.models import PAGE, Format
-from services.executor.engine import Engine, EngineConfig, EngineRequest, SamplingParams
-from services.executor.models import CausalLM, ModelConfig, allocate_kv_caches
-from services.executor.runner import CudaDevice, FakeCudaDevice, ModelRunner
+from scalellm.services.executor.engine import Engine, EngineConfig, EngineRequest, SamplingParams
+from scalellm.services.executor.models import CausalLM, ModelConfig, allocate_kv_caches
+from scalellm.services.executor.runner import CudaDevice, FakeCudaDevice, ModelRunner
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,16 @@ from torch import Tensor
 from bench.gpu.cases.case import E4M3, Maker
 from bench.gpu.device import Device
 from bench.gpu.roofline import Precision
-from kernels import Launch, Ops, SampleOutput, decode_workspace, num_decode_splits, sample_workspace_size, select_ops
-from services.executor.models import (
+from scalellm.kernels import (
+    Launch,
+    Ops,
+    SampleOutput,
+    decode_workspace,
+    num_decode_splits,
+    sample_workspace_size,
+    select_ops,
+)
+from scalellm.services.executor.models import (
     PRESETS,
     CausalLM,
     DecodeRows,
@@ -26,7 +34,7 @@ from services.executor.models import (
     Quantization,
     allocate_kv_caches,
 )
-from services.executor.models.dummy import dummy_model
+from scalellm.services.executor.models.dummy import dummy_model
 
 PAGE = 64
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from services.executor.models import PRESETS, ModelConfig
+from scalellm.services.executor.models import PRESETS, ModelConfig
 
 Precision = Literal["bf16", "fp8", "int4"]
 

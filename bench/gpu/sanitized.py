@@ -15,7 +15,7 @@ import torch
 
 from bench.gpu.cases import all_cases
 from bench.gpu.worker import make_device
-from kernels import Launch, select_ops
+from scalellm.kernels import Launch, select_ops
 
 OPS = ("unified_attention", "paged_attention_decode", "qk_norm_rope_and_cache", "copy_blocks_", "fused_moe", "sample")
 _MOST_GIBIBYTES = 4

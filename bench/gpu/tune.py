@@ -29,8 +29,8 @@ from bench.gpu.timing import num_sets, time_op
 from bench.gpu.worker import make_device
 from bench.gpu.workloads import all_workloads
 from bench.gpu.workloads.workload import Workload
-from kernels import Capability, Launch, Ops, select_ops
-from kernels.tiles import Tile, TileTable, device_slug, read_table, tile_table
+from scalellm.kernels import Capability, Launch, Ops, select_ops
+from scalellm.kernels.tiles import Tile, TileTable, device_slug, read_table, tile_table
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "kernels/configs"
 _GAIN = 0.98  # of the time before: less is noise

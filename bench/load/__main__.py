@@ -137,7 +137,7 @@ def _surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in ("scalellm", "grpcio", "protobuf", "httpx2")},
+        "versions": {name: version(name) for name in ("scalellm-server", "grpcio", "protobuf", "httpx2")},
     }
 
 

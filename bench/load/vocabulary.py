@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from services.tokenizer.text.loading import load_model_tokenizer
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 _LEAST_WORDS = 64
 

@@ -22,9 +22,9 @@ from bench.overload.clients import Crowd, Outcome, processes, start
 from bench.peers.report import machine
 from bench.services.processes import Service, Workplace, cpu_seconds
 from scalellm import __version__
-from services.common.api_keys import Role, key_entry, new_key
-from services.common.model_store import pull, resolve
-from services.common.model_store.catalogue import CATALOGUE
+from scalellm.services.common.api_keys import Role, key_entry, new_key
+from scalellm.services.common.model_store import pull, resolve
+from scalellm.services.common.model_store.catalogue import CATALOGUE
 
 ROWS = 36
 """Sequences that the engine runs at once."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
 from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc
-from services.common.errors import StatusError
 
 _PER_CONNECTION = 100
 

@@ -23,8 +23,8 @@ from bench.peers.report import Report, console, machine
 from bench.peers.systems import PEERS, Form, System
 from bench.peers.weights import Weights
 from bench.peers.workloads import Workload, workloads
-from services.common.model_store import pull, resolve
-from services.common.model_store.catalogue import CATALOGUE
+from scalellm.services.common.model_store import pull, resolve
+from scalellm.services.common.model_store.catalogue import CATALOGUE
 
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
 # A system this many times slower than the fastest one so far is not waited for under more and longer loads.

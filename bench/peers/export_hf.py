@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 # What transformers takes by these names; templates may use others, which are text of the template there.
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")

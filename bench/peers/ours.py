@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.load.grpc_target import GrpcTarget
 from bench.peers.environments import PeerError
 from bench.peers.systems import Form, Need, Served, Setup
-from clients.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
+from scalellm.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
 
 _FORMS = {"keep": ("keep", 4), "int8": ("int8", 8), "float32": ("none", 32)}
 
@@ -51,7 +51,7 @@ class Ours:
 
     def prepare(self) -> Mapping[str, str]:
         """See System."""
-        return {name: version(name) for name in ("scalellm", "torch", "grpcio", "protobuf")}
+        return {name: version(name) for name in ("scalellm-server", "torch", "grpcio", "protobuf")}
 
     def setup(self, form: Form, need: Need) -> Setup:
         """See System. The settings are the defaults but for the form of the weights."""

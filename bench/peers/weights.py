@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 _CONVERTED = {
     "F16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),

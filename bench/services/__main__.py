@@ -16,8 +16,8 @@ import typer
 from bench.services import executor, line, scheduler, tokenizer
 from bench.services.measure import FULL, QUICK
 from bench.services.report import report
-from services.common.model_store import pull, resolve
-from services.common.model_store.catalogue import CATALOGUE
+from scalellm.services.common.model_store import pull, resolve
+from scalellm.services.common.model_store.catalogue import CATALOGUE
 
 
 class Target(enum.StrEnum):

@@ -12,8 +12,8 @@ from bench.services.measure import QUICK, Measurement, Timing
 from bench.services.modelled import Modelled, modelled
 from bench.services.processes import Workplace
 from bench.services.report import Section
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
 
 _PRESET = "h200-llama-8b"
 _PROMPT_LEN, _MAX_TOKENS = 128, 256

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from bench.services.neighbours.tally import Tally
 from bench.services.neighbours.wire import unique_ids
 from bench.virtual.executor import StepClock
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.engine import Engine
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import Any, Self
 import psutil
 import redis
 
-from clients.launcher.health import Probe
-from clients.launcher.redis_server import choose_socket, find_redis_server, redis_command, remove_scratch
-from services.common.health_check import SERVING
+from scalellm.launcher.health import Probe
+from scalellm.launcher.redis_server import choose_socket, find_redis_server, redis_command, remove_scratch
+from scalellm.services.common.health_check import SERVING
 
 _START_LIMIT = 120.0
-_ROLES = {"services.tokenizer.worker": "worker", "services.executor.engine_process": "engine"}
+_ROLES = {"scalellm.services.tokenizer.worker": "worker", "scalellm.services.executor.engine_process": "engine"}
 
 
 class BenchError(Exception):
@@ -38,7 +38,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 def service_module(process: psutil.Process) -> str:
     """The module of `services` that a process runs; empty: none."""
-    return next((word for word in process.cmdline() if word.startswith("services.")), "")
+    return next((word for word in process.cmdline() if word.startswith("scalellm.services.")), "")
 
 
 def cpu_seconds(process: psutil.Process) -> float:
@@ -70,10 +70,10 @@ class Service:
         http_address: The same of its HTTP, where it has one.
     """
 
-    def __init__(self, name: str, flags: tuple[str, ...], folder: Path, package: str = "services") -> None:
+    def __init__(self, name: str, flags: tuple[str, ...], folder: Path, package: str = "scalellm.services") -> None:
         self.name = name
         number = len(list(folder.iterdir()))
-        if name == "tokenizer" and package == "services":
+        if name == "tokenizer" and package == "scalellm.services":
             flags = ("--http-port", "0", *flags)
         self._log = folder / f"{name}-{number}.log"
         announced = folder / f"{name}-{number}.address"
@@ -195,7 +195,7 @@ class Workplace:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def service(self, name: str, *flags: str, package: str = "services") -> Service:
+    def service(self, name: str, *flags: str, package: str = "scalellm.services") -> Service:
         """Start a service and wait until it is ready."""
         service = Service(name, flags, self._folder, package)
         self._stack.callback(service.close)

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import uvloop
 
-from services.common.lifecycle import CHANNEL_OPTIONS, SERVER_OPTIONS, announce
+from scalellm.services.common.lifecycle import CHANNEL_OPTIONS, SERVER_OPTIONS, announce
 
 
 class Relay:

@@ -130,7 +130,7 @@ def report(service: str, sections: Sequence[Section], output: Path | None) -> No
             "service": service,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "cpus": len(os.sched_getaffinity(0)),
-            "versions": {name: version(name) for name in ("scalellm", "grpcio", "protobuf")},
+            "versions": {name: version(name) for name in ("scalellm-server", "grpcio", "protobuf")},
             "max_tokens_per_s": highest(sections, "tokens"),
             "max_requests_per_s": highest(sections, "requests"),
             "sections": [

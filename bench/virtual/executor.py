@@ -14,15 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.virtual.network import Network, VirtualProcess
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import LinkTraffic
+from scalellm.services.executor.build import LoadedEngine
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine_load import welcome
+from scalellm.services.executor.engine_process import EngineLoop
+from scalellm.services.executor.front import ExecutorServicer
+from scalellm.services.executor.ipc import Kind, Message
 from scalellm.v1 import executor_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import LinkTraffic
-from services.executor.build import LoadedEngine
-from services.executor.engine.engine import Engine
-from services.executor.engine_load import welcome
-from services.executor.engine_process import EngineLoop
-from services.executor.front import ExecutorServicer
-from services.executor.ipc import Kind, Message
 
 TOKENIZER = b"virtual"
 _START_LIMIT = 2.0

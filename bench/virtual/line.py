@@ -8,16 +8,16 @@ from collections.abc import Collection
 from bench.virtual.executor import TOKENIZER
 from bench.virtual.loop import VirtualLoop
 from bench.virtual.network import Network, VirtualDialer, VirtualProcess
-from services.common.errors import StatusError
-from services.common.health import Heartbeat
-from services.scheduler.affinity_store import AffinityStore
-from services.scheduler.config import SchedulerSettings
-from services.scheduler.executor_discovery import ExecutorDiscovery
-from services.scheduler.fleet import Fleet
-from services.scheduler.intake import Intake
-from services.scheduler.placement import Placement
-from services.scheduler.service import SchedulerService
-from services.tokenizer.schedulers import Schedulers
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.health import Heartbeat
+from scalellm.services.scheduler.affinity_store import AffinityStore
+from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.scheduler.executor_discovery import ExecutorDiscovery
+from scalellm.services.scheduler.fleet import Fleet
+from scalellm.services.scheduler.intake import Intake
+from scalellm.services.scheduler.placement import Placement
+from scalellm.services.scheduler.service import SchedulerService
+from scalellm.services.tokenizer.schedulers import Schedulers
 
 
 class VirtualScheduler:

@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 from grpc_status import rpc_status
 
-from services.common.errors import StatusError
-from services.common.link import LinkDialer
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import LinkDialer
 
 _WINDOW = 16
 """Messages of a reader that does not read which the transport takes before the writer waits."""

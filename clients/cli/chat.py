@@ -8,17 +8,17 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from clients.cli.answer_view import AnswerView
-from clients.cli.context import MAX_UINT32, CliContext, CliError, check_timeout, explain
-from clients.cli.conversation import Conversation
-from clients.cli.line_input import LineInput
-from clients.cli.output import one_line, write_text
-from clients.cli.sessions import print_messages
-from clients.cli.text import require_utf8
-from clients.cli.word_wrap import WordWrap
+from scalellm.cli.answer_view import AnswerView
+from scalellm.cli.context import MAX_UINT32, CliContext, CliError, check_timeout, explain
+from scalellm.cli.conversation import Conversation
+from scalellm.cli.line_input import LineInput
+from scalellm.cli.output import one_line, write_text
+from scalellm.cli.sessions import print_messages
+from scalellm.cli.text import require_utf8
+from scalellm.cli.word_wrap import WordWrap
 from scalellm.client import ClientError
+from scalellm.services.common.field_rules import SAMPLING
 from scalellm.v1.tokenizer_pb2 import GetInfoResponse
-from services.common.field_rules import SAMPLING
 
 HELP = """Talk with the model, turn by turn, on a session that the server keeps.
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from clients.cli.context import CliContext
-from clients.cli.output import write_line
-from clients.cli.service_settings import check_options, document, option_lines, read_config
+from scalellm.cli.context import CliContext
+from scalellm.cli.output import write_line
+from scalellm.cli.service_settings import check_options, document, option_lines, read_config
 
 app = typer.Typer(help="Settings: which there are, what they are.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -16,10 +16,10 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from clients.cli.output import Terminal, one_line
-from clients.launcher import PUBLIC_PORT, Instance, NotRunningError
+from scalellm.cli.output import Terminal, one_line
 from scalellm.client import NO_CREDENTIALS, Client, ClientError, Credentials
-from services.common.addresses import is_loopback, split_address
+from scalellm.launcher import PUBLIC_PORT, Instance, NotRunningError
+from scalellm.services.common.addresses import is_loopback, split_address
 
 
 class ExitCode(IntEnum):

@@ -8,15 +8,15 @@ from types import MappingProxyType
 
 import grpc
 
-from clients.cli.answer_view import AnswerView
-from clients.cli.context import CliContext, CliError, ExitCode
-from clients.cli.generate import run_streaming, warn_about_session
-from clients.cli.generation import Generation
-from clients.cli.latency import print_breakdown
+from scalellm.cli.answer_view import AnswerView
+from scalellm.cli.context import CliContext, CliError, ExitCode
+from scalellm.cli.generate import run_streaming, warn_about_session
+from scalellm.cli.generation import Generation
+from scalellm.cli.latency import print_breakdown
 from scalellm.client import Client, ClientError
+from scalellm.services.common.field_rules import SAMPLING
 from scalellm.v1.generation_pb2 import ON_DISCONNECT_KEEP, Chat, ChatMessage, GenerateRequest
 from scalellm.v1.sessions_pb2 import Session
-from services.common.field_rules import SAMPLING
 
 SETTINGS = MappingProxyType(
     {name: rule for name, rule in SAMPLING.items() if name not in ("n", "ignore_eos", "logprobs", "prompt_logprobs")}

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from clients.cli.context import CliContext, CliError, ExitCode, check_timeout
-from clients.cli.generation import Generation
-from clients.cli.latency import print_breakdown
-from clients.cli.output import write_json, write_text
-from clients.cli.sampling_options import help_of, with_sampling_options
-from clients.cli.shape import read_shape
-from clients.cli.text import read_text
+from scalellm.cli.context import CliContext, CliError, ExitCode, check_timeout
+from scalellm.cli.generation import Generation
+from scalellm.cli.latency import print_breakdown
+from scalellm.cli.output import write_json, write_text
+from scalellm.cli.sampling_options import help_of, with_sampling_options
+from scalellm.cli.shape import read_shape
+from scalellm.cli.text import read_text
+from scalellm.services.common.field_rules import MAX_STRUCTURE_BYTES, REQUEST, STRUCTURE_LISTS
 from scalellm.v1.common_pb2 import SamplingParams
 from scalellm.v1.generation_pb2 import (
     ON_DISCONNECT_KEEP,
@@ -25,7 +26,6 @@ from scalellm.v1.generation_pb2 import (
     GenerateRequest,
     SessionOutcome,
 )
-from services.common.field_rules import MAX_STRUCTURE_BYTES, REQUEST, STRUCTURE_LISTS
 
 HELP = """Generate text, streaming.
 

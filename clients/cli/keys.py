@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from clients.cli.context import CliContext, CliError, ExitCode
-from clients.cli.output import write_line
+from scalellm.cli.context import CliContext, CliError, ExitCode
+from scalellm.cli.output import write_line
 
 app = typer.Typer(help="API keys for a secured server.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -37,7 +37,7 @@ def create(
         raise CliError(
             f"--tenant: use 1 to 64 letters, digits, dots, dashes or underscores, got {tenant!r}", ExitCode.USAGE
         )
-    from services.common.api_keys import Role, key_entry, new_key  # only here: importing it takes a while
+    from scalellm.services.common.api_keys import Role, key_entry, new_key  # only here: importing it takes a while
 
     key = new_key()
     entry = key_entry(key, tenant, Role.ADMIN if admin else Role.USER)

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 from rich.table import Table
 
-from clients.cli.output import Terminal, one_line
+from scalellm.cli.output import Terminal, one_line
 from scalellm.v1.common_pb2 import LatencyBreakdown
 from scalellm.v1.generation_pb2 import Finished
 

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from clients.cli.context import CliContext, CliError, ExitCode
-from clients.cli.output import write_line
-from clients.launcher import Instance, NotRunningError
-from clients.launcher.service_logs import LogFollower, merged, shown_line
+from scalellm.cli.context import CliContext, CliError, ExitCode
+from scalellm.cli.output import write_line
+from scalellm.launcher import Instance, NotRunningError
+from scalellm.launcher.service_logs import LogFollower, merged, shown_line
 
 HELP = """Show the logs of the services, by time, each line behind its service's name.
 

@@ -14,14 +14,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from clients.cli import chat, config, generate, keys, logs, models, services, sessions, tokenize, top
-from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain, in_options
-from clients.cli.output import Terminal, write_line
-from clients.cli.text import require_utf8
-from clients.launcher import LauncherError, NotRunningError
 from scalellm import __version__
+from scalellm.cli import chat, config, generate, keys, logs, models, services, sessions, tokenize, top
+from scalellm.cli.context import CliContext, CliError, Environment, ExitCode, explain, in_options
+from scalellm.cli.output import Terminal, write_line
+from scalellm.cli.text import require_utf8
 from scalellm.client import ClientError, CredentialsError
-from services.common.model_store import ModelStoreError, UnknownModelError
+from scalellm.launcher import LauncherError, NotRunningError
+from scalellm.services.common.model_store import ModelStoreError, UnknownModelError
 
 _HELP = """ScaleLLM: LLM serving over gRPC.
 

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from clients.cli.context import CliContext, CliError
-from clients.cli.output import write_json, write_line
-from clients.cli.progress import pull_progress
-from services.common import model_store
+from scalellm.cli.context import CliContext, CliError
+from scalellm.cli.output import write_json, write_line
+from scalellm.cli.progress import pull_progress
+from scalellm.services.common import model_store
 
 PULL_HELP = """Fetch models, as `scalellm up` does when it needs one.
 

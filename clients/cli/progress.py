@@ -10,8 +10,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.status import Status
 from rich.text import Text
 
-from clients.cli.output import Terminal
-from services.common.model_store import ProgressCallback, PullProgress
+from scalellm.cli.output import Terminal
+from scalellm.services.common.model_store import ProgressCallback, PullProgress
 
 _PLAIN_INTERVAL = 10.0
 _SPINNER_WIDTH = 2

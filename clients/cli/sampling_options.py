@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from services.common.field_rules import SAMPLING, NumberRule
+from scalellm.services.common.field_rules import SAMPLING, NumberRule
 
 
 def with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import typer
 
-from clients.cli.config import variables_of
-from clients.cli.context import CliContext, CliError, ExitCode
-from clients.cli.service_settings import check_values, check_variables
-from services.common.new_file import write_new
+from scalellm.cli.config import variables_of
+from scalellm.cli.context import CliContext, CliError, ExitCode
+from scalellm.cli.service_settings import check_values, check_variables
+from scalellm.services.common.new_file import write_new
 
 _API_KEYS = "SCALELLM_TOKENIZER_API_KEYS"
 _SETTING_OPTIONS = {
@@ -42,7 +42,11 @@ def service_environment(
     environment = {**variables_of(ctx), **variables, **chosen}
     check_values(environment, {name: names[name] for name in chosen})
     if api_key:
-        from services.common.api_keys import DEFAULT_TENANT, Role, key_entry  # only here: importing it takes a while
+        from scalellm.services.common.api_keys import (  # only here: importing it takes a while
+            DEFAULT_TENANT,
+            Role,
+            key_entry,
+        )
 
         if environment.get(_API_KEYS):
             raise CliError(f"--api-key: {_API_KEYS} names a file of keys already; add one there", ExitCode.USAGE)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from clients.cli.context import CliError, ExitCode
-from services.common.similar_names import did_you_mean
+from scalellm.cli.context import CliError, ExitCode
+from scalellm.services.common.similar_names import did_you_mean
 
 if TYPE_CHECKING:
-    from services.common.settings import ServiceSettings
+    from scalellm.services.common.settings import ServiceSettings
 
 _MANAGED = frozenset({"host", "port", "http_port", "metrics_port", "announce", "model", "model_name", "home", "engine"})
 """Settings that `up` gives to services itself, by options of its own."""
@@ -178,9 +178,9 @@ def document(variables: Mapping[str, str], sources: Mapping[str, str]) -> Iterat
 
 def _services() -> Mapping[str, type[ServiceSettings]]:
     # Only where they are needed: they take a while to import.
-    from services.executor.config import ExecutorSettings
-    from services.scheduler.config import SchedulerSettings
-    from services.tokenizer.config import TokenizerSettings
+    from scalellm.services.executor.config import ExecutorSettings
+    from scalellm.services.scheduler.config import SchedulerSettings
+    from scalellm.services.tokenizer.config import TokenizerSettings
 
     return {"executor": ExecutorSettings, "scheduler": SchedulerSettings, "tokenizer": TokenizerSettings}
 

@@ -9,17 +9,17 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from clients.cli.config import take_config
-from clients.cli.context import DEFAULT_INSTANCE, MAX_UINT32, CliContext, ExitCode
-from clients.cli.generate import run_streaming
-from clients.cli.generation import Generation
-from clients.cli.latency import print_breakdown
-from clients.cli.models import fetch_model
-from clients.cli.output import write_json, write_line
-from clients.cli.progress import StageReport
-from clients.cli.service_environment import service_environment
-from clients.cli.status_table import fitting_table, weight_lines
-from clients.launcher import (
+from scalellm.cli.config import take_config
+from scalellm.cli.context import DEFAULT_INSTANCE, MAX_UINT32, CliContext, ExitCode
+from scalellm.cli.generate import run_streaming
+from scalellm.cli.generation import Generation
+from scalellm.cli.latency import print_breakdown
+from scalellm.cli.models import fetch_model
+from scalellm.cli.output import write_json, write_line
+from scalellm.cli.progress import StageReport
+from scalellm.cli.service_environment import service_environment
+from scalellm.cli.status_table import fitting_table, weight_lines
+from scalellm.launcher import (
     PUBLIC_PORT,
     EngineKind,
     NotRunningError,
@@ -32,9 +32,9 @@ from clients.launcher import (
     run_in_foreground,
     running_state,
 )
-from clients.launcher.instance import TOKENIZER
+from scalellm.launcher.instance import TOKENIZER
+from scalellm.services.common.addresses import bare_host
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
-from services.common.addresses import bare_host
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 

@@ -11,9 +11,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from rich.table import Table
 from rich.text import Text
 
-from clients.cli.answer_view import calls_of
-from clients.cli.context import CliContext
-from clients.cli.output import one_line, write_json
+from scalellm.cli.answer_view import calls_of
+from scalellm.cli.context import CliContext
+from scalellm.cli.output import one_line, write_json
 from scalellm.v1.sessions_pb2 import Session
 
 app = typer.Typer(help="Conversations that the server keeps: list, show, delete.", no_args_is_help=True)

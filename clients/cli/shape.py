@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from clients.cli.context import CliError, ExitCode
+from scalellm.cli.context import CliError, ExitCode
 from scalellm.v1.generation_pb2 import Choice, StructuredOutput
 
 

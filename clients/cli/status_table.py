@@ -8,8 +8,8 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from clients.cli.output import Terminal
-from clients.launcher import InstanceStatus, ServiceStatus
+from scalellm.cli.output import Terminal
+from scalellm.launcher import InstanceStatus, ServiceStatus
 
 # What is left out, in this order, where one line per service needs it; --json and a pipe have all of it.
 _OPTIONAL_COLUMNS = ("compute", "restarts", "model", "memory", "address", "up")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from clients.cli.context import CliError, ExitCode
+from scalellm.cli.context import CliError, ExitCode
 
 
 def read_text(argument: str | None, what: str) -> str:

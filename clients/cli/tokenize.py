@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from clients.cli.context import CliContext, CliError, ExitCode
-from clients.cli.output import write_json, write_text
-from clients.cli.text import read_text
+from scalellm.cli.context import CliContext, CliError, ExitCode
+from scalellm.cli.output import write_json, write_text
+from scalellm.cli.text import read_text
 from scalellm.v1.generation_pb2 import Chat, ChatMessage
 
 HELP = """Show the tokens of a text, or the text of tokens.

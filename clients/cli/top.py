@@ -21,12 +21,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from clients.cli.context import CliContext, CliError, ExitCode
-from clients.cli.output import one_line
-from clients.cli.top_figures import Scrape, Window, increase, quantile, rate, scrape
-from clients.launcher import NotRunningError
-from clients.launcher.instance import ServiceRecord
-from services.common.addresses import local_address
+from scalellm.cli.context import CliContext, CliError, ExitCode
+from scalellm.cli.output import one_line
+from scalellm.cli.top_figures import Scrape, Window, increase, quantile, rate, scrape
+from scalellm.launcher import NotRunningError
+from scalellm.launcher.instance import ServiceRecord
+from scalellm.services.common.addresses import local_address
 
 HELP = """Show live what the services do: requests, tokens, latencies, caches.
 

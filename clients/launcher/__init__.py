@@ -1,14 +1,14 @@
 """Starts, stops and describes the services of one machine."""
 
-from clients.launcher.down import DownResult, bring_down
-from clients.launcher.errors import LauncherError, NotRunningError
-from clients.launcher.foreground import run_in_foreground
-from clients.launcher.instance import Instance, State
-from clients.launcher.launch import Report
-from clients.launcher.plan import PUBLIC_PORT, EngineKind, UpOptions
-from clients.launcher.status import InstanceStatus, ServiceStatus, read_status
-from clients.launcher.supervision import check_not_running, running_state
-from clients.launcher.up import bring_up
+from scalellm.launcher.down import DownResult, bring_down
+from scalellm.launcher.errors import LauncherError, NotRunningError
+from scalellm.launcher.foreground import run_in_foreground
+from scalellm.launcher.instance import Instance, State
+from scalellm.launcher.launch import Report
+from scalellm.launcher.plan import PUBLIC_PORT, EngineKind, UpOptions
+from scalellm.launcher.status import InstanceStatus, ServiceStatus, read_status
+from scalellm.launcher.supervision import check_not_running, running_state
+from scalellm.launcher.up import bring_up
 
 __all__ = [
     "PUBLIC_PORT",

@@ -6,12 +6,12 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from clients.launcher.errors import LauncherError
-from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER, Instance
 from scalellm.client.credentials import Credentials
-from services.common.link_token import read_token
-from services.common.new_file import write_new
-from services.common.reload import ConfigFileError
+from scalellm.launcher.errors import LauncherError
+from scalellm.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER, Instance
+from scalellm.services.common.link_token import read_token
+from scalellm.services.common.new_file import write_new
+from scalellm.services.common.reload import ConfigFileError
 
 _LINK_TOKEN_FILES = tuple(f"SCALELLM_{kind.upper()}_LINK_TOKEN_FILE" for kind in (TOKENIZER, SCHEDULER, EXECUTOR))
 

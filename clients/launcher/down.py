@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from clients.launcher.errors import NotRunningError
-from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance
-from clients.launcher.processes import find, terminate
-from clients.launcher.redis_server import remove_scratch
-from clients.launcher.supervision import stand_down
+from scalellm.launcher.errors import NotRunningError
+from scalellm.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance
+from scalellm.launcher.processes import find, terminate
+from scalellm.launcher.redis_server import remove_scratch
+from scalellm.launcher.supervision import stand_down
 
 # Work comes in at the front: each service is gone before what it sends its work to.
 _ORDER = (TOKENIZER, SCHEDULER, EXECUTOR, REDIS)

@@ -12,14 +12,14 @@ import logging
 import signal
 from collections.abc import Callable, Mapping
 
-from clients.launcher.down import bring_down
-from clients.launcher.errors import LauncherError
-from clients.launcher.instance import SUPERVISOR, Instance
-from clients.launcher.notify import notify
-from clients.launcher.plan import UpOptions
-from clients.launcher.service_logs import LogFollower, shown_line
-from clients.launcher.supervision import Supervisor
-from services.common.logs import LogFormat, log_formatter
+from scalellm.launcher.down import bring_down
+from scalellm.launcher.errors import LauncherError
+from scalellm.launcher.instance import SUPERVISOR, Instance
+from scalellm.launcher.notify import notify
+from scalellm.launcher.plan import UpOptions
+from scalellm.launcher.service_logs import LogFollower, shown_line
+from scalellm.launcher.supervision import Supervisor
+from scalellm.services.common.logs import LogFormat, log_formatter
 
 _log = logging.getLogger(SUPERVISOR)
 

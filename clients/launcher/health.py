@@ -9,9 +9,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from scalellm.client.credentials import NO_CREDENTIALS, Credentials
+from scalellm.services.common.health_check import SERVING
 from scalellm.v1 import executor_pb2, executor_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc, tokenizer_pb2
 from scalellm.v1 import tokenizer_pb2_grpc as tokenizer_grpc
-from services.common.health_check import SERVING
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),

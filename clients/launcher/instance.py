@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clients.launcher.errors import LauncherError
-from services.common.new_file import write_new
+from scalellm.launcher.errors import LauncherError
+from scalellm.services.common.new_file import write_new
 
 REDIS, EXECUTOR, SCHEDULER, TOKENIZER = "redis", "executor", "scheduler", "tokenizer"
 SUPERVISOR = "supervisor"

@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from clients.launcher.credentials import make_link_token, service_credentials, with_link_token
-from clients.launcher.errors import LauncherError
-from clients.launcher.health import Probe
-from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
-from clients.launcher.plan import Listener, UpOptions, check_ports, listeners, service_command, service_environment
-from clients.launcher.processes import FoundProcess, find, last_error, last_lines, last_message, spawn, terminate
-from clients.launcher.redis_server import (
+from scalellm.launcher.credentials import make_link_token, service_credentials, with_link_token
+from scalellm.launcher.errors import LauncherError
+from scalellm.launcher.health import Probe
+from scalellm.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
+from scalellm.launcher.plan import Listener, UpOptions, check_ports, listeners, service_command, service_environment
+from scalellm.launcher.processes import FoundProcess, find, last_error, last_lines, last_message, spawn, terminate
+from scalellm.launcher.redis_server import (
     ask_redis,
     choose_socket,
     find_redis_server,
@@ -28,10 +28,10 @@ from clients.launcher.redis_server import (
     remove_scratch,
     shown,
 )
-from services.common.addresses import local_address, split_address
-from services.common.child_environment import child_environment
-from services.common.child_process import ChildProcess, describe_exit
-from services.common.health_check import SERVING
+from scalellm.services.common.addresses import local_address, split_address
+from scalellm.services.common.child_environment import child_environment
+from scalellm.services.common.child_process import ChildProcess, describe_exit
+from scalellm.services.common.health_check import SERVING
 
 _POLL = 0.05
 _REDIS_START_LIMIT = 60.0

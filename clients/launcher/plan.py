@@ -14,11 +14,11 @@ from typing import Any
 
 import psutil
 
-from clients.launcher.errors import LauncherError
-from clients.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER
-from services.common.addresses import bound_socket, join_address
-from services.common.child_environment import EXPORT, child_environment
-from services.common.logs import LogFormat
+from scalellm.launcher.errors import LauncherError
+from scalellm.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER
+from scalellm.services.common.addresses import bound_socket, join_address
+from scalellm.services.common.child_environment import EXPORT, child_environment
+from scalellm.services.common.logs import LogFormat
 
 PUBLIC_PORT = 50051
 HTTP_PORT = 8000
@@ -37,7 +37,7 @@ class EngineKind(StrEnum):
 
 
 def _service_modules() -> Mapping[str, Sequence[str]]:
-    return {kind: (sys.executable, "-m", f"services.{kind}") for kind in (EXECUTOR, SCHEDULER, TOKENIZER)}
+    return {kind: (sys.executable, "-m", f"scalellm.services.{kind}") for kind in (EXECUTOR, SCHEDULER, TOKENIZER)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 
-from clients.launcher.errors import LauncherError
-from clients.launcher.instance import ServiceRecord
-from services.common.child_environment import SERVICE_LOG
-from services.common.child_process import ChildProcess
-from services.common.log_file import log_files
-from services.common.new_file import create_file
+from scalellm.launcher.errors import LauncherError
+from scalellm.launcher.instance import ServiceRecord
+from scalellm.services.common.child_environment import SERVICE_LOG
+from scalellm.services.common.child_process import ChildProcess
+from scalellm.services.common.log_file import log_files
+from scalellm.services.common.new_file import create_file
 
 # psutil derives a process's creation time from the wall clock at boot, which time synchronisation may move a little.
 _CLOCK_SLACK = 5.0

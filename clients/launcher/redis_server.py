@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.launcher.errors import LauncherError
+from scalellm.launcher.errors import LauncherError
 
 # Sessions are small (a few bytes per token); beyond this the ones nearest to their end go first.
 MAX_MEMORY = "256mb"
@@ -45,9 +45,9 @@ async def ask_redis(url: str, timeout: float = 2.0) -> RedisHealth:
     # Not at the top: a third of what the command line would import, and most commands need none.
     from redis import exceptions
 
-    from services.common.lifecycle import StartError
-    from services.common.redis_client import open_redis
-    from services.common.redis_health import REDIS_ERRORS, RedisFault, probe_redis
+    from scalellm.services.common.lifecycle import StartError
+    from scalellm.services.common.redis_client import open_redis
+    from scalellm.services.common.redis_health import REDIS_ERRORS, RedisFault, probe_redis
 
     try:
         async with asyncio.timeout(timeout), open_redis(url, timeout=timeout) as client:
@@ -67,7 +67,7 @@ async def ask_redis(url: str, timeout: float = 2.0) -> RedisHealth:
 
 def shown(url: str) -> str:
     """The URL without its password."""
-    from services.common.redis_client import shown_url
+    from scalellm.services.common.redis_client import shown_url
 
     return shown_url(url)
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from services.common.log_file import log_files
+from scalellm.services.common.log_file import log_files
 
 _CHUNK = 2**16
 

@@ -10,17 +10,17 @@ from types import MappingProxyType
 
 import psutil
 
-from clients.launcher.credentials import service_credentials, with_link_token
-from clients.launcher.errors import NotRunningError
-from clients.launcher.health import Probe
-from clients.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
-from clients.launcher.processes import find, last_error
-from clients.launcher.redis_server import check_redis, shown
-from clients.launcher.supervision import supervisor_of
 from scalellm.client import Credentials
+from scalellm.launcher.credentials import service_credentials, with_link_token
+from scalellm.launcher.errors import NotRunningError
+from scalellm.launcher.health import Probe
+from scalellm.launcher.instance import EXECUTOR, REDIS, SCHEDULER, TOKENIZER, Instance, ServiceRecord, State
+from scalellm.launcher.processes import find, last_error
+from scalellm.launcher.redis_server import check_redis, shown
+from scalellm.launcher.supervision import supervisor_of
+from scalellm.services.common.health_check import SERVING
 from scalellm.v1.executor_pb2 import GetExecutorInfoResponse
 from scalellm.v1.scheduler_pb2 import ExecutorPhase
-from services.common.health_check import SERVING
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _EXPECTED = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)

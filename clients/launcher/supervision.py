@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from clients.launcher.errors import LauncherError
-from clients.launcher.instance import SUPERVISOR, Instance, ServiceRecord, State
-from clients.launcher.launch import Launch, Report, explain_end
-from clients.launcher.plan import UpOptions
-from clients.launcher.processes import find, record_of, terminate
-from clients.launcher.redis_server import remove_scratch, shown
-from services.common.child_process import Restarts, describe_exit
-from services.common.log_file import log_files
+from scalellm.launcher.errors import LauncherError
+from scalellm.launcher.instance import SUPERVISOR, Instance, ServiceRecord, State
+from scalellm.launcher.launch import Launch, Report, explain_end
+from scalellm.launcher.plan import UpOptions
+from scalellm.launcher.processes import find, record_of, terminate
+from scalellm.launcher.redis_server import remove_scratch, shown
+from scalellm.services.common.child_process import Restarts, describe_exit
+from scalellm.services.common.log_file import log_files
 
 _log = logging.getLogger("supervisor")
 

@@ -1,4 +1,4 @@
-"""The supervisor of an instance that runs in the background: `python -m clients.launcher.supervisor_process`.
+"""The supervisor of an instance that runs in the background: `python -m scalellm.launcher.supervisor_process`.
 
 `scalellm up` starts it, tells it on standard input what to start, and reads on standard output how far it is. Once all
 is healthy it closes both and goes on alone; should `up` end before that, it undoes what it has begun and ends, too.
@@ -12,13 +12,13 @@ import os
 import signal
 import sys
 
-from clients.launcher.errors import LauncherError
-from clients.launcher.instance import SUPERVISOR, Instance
-from clients.launcher.supervision import Supervisor
-from clients.launcher.up import read_assignment
-from services.common.json_lines import read_line, write_line
-from services.common.log_file import BoundedLog
-from services.common.logs import LogFormat, log_handler
+from scalellm.launcher.errors import LauncherError
+from scalellm.launcher.instance import SUPERVISOR, Instance
+from scalellm.launcher.supervision import Supervisor
+from scalellm.launcher.up import read_assignment
+from scalellm.services.common.json_lines import read_line, write_line
+from scalellm.services.common.log_file import BoundedLog
+from scalellm.services.common.logs import LogFormat, log_handler
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 

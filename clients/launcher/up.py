@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from clients.launcher.errors import LauncherError
-from clients.launcher.instance import Instance, State
-from clients.launcher.launch import Report
-from clients.launcher.plan import UpOptions
-from services.common.child_environment import child_environment
-from services.common.child_process import ChildProcess, describe_exit, python_module
-from services.common.json_lines import Message
+from scalellm.launcher.errors import LauncherError
+from scalellm.launcher.instance import Instance, State
+from scalellm.launcher.launch import Report
+from scalellm.launcher.plan import UpOptions
+from scalellm.services.common.child_environment import child_environment
+from scalellm.services.common.child_process import ChildProcess, describe_exit, python_module
+from scalellm.services.common.json_lines import Message
 
 # The supervisor undoes what it has begun: services that do not end are killed after some seconds.
 _UNDO_LIMIT = 30.0
@@ -28,7 +28,7 @@ def bring_up(instance: Instance, options: UpOptions, report: Report) -> State:
 
 async def _bring_up(instance: Instance, options: UpOptions, report: Report) -> State:
     supervisor = await ChildProcess.start(
-        python_module("clients.launcher.supervisor_process"), child_environment(options.environment), own_session=True
+        python_module("scalellm.launcher.supervisor_process"), child_environment(options.environment), own_session=True
     )
     try:
         message = await supervisor.ask(assignment(instance, options))

@@ -23,7 +23,7 @@ RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['p
 print(*p['dependencies'], *p['optional-dependencies']['executor'], sep='\n')" >requirements.txt \
     && pip install -r requirements.txt
 COPY README.md LICENSE NOTICE ./
-COPY protos/gen protos/gen
+COPY scalellm scalellm
 COPY kernels kernels
 COPY services services
 COPY clients clients
@@ -51,5 +51,5 @@ ENV SCALELLM_EXECUTOR_HOME=/var/lib/scalellm \
     SCALELLM_EXECUTOR_METRICS_HOST=0.0.0.0 SCALELLM_EXECUTOR_METRICS_PORT=9161
 EXPOSE 50061 9161
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["python", "-IS", "/opt/scalellm/services/common/health_check.py", "127.0.0.1:50061"]
-CMD ["python", "-m", "services.executor"]
+    CMD ["python", "-IS", "/opt/scalellm/scalellm/services/common/health_check.py", "127.0.0.1:50061"]
+CMD ["python", "-m", "scalellm.services.executor"]

@@ -16,7 +16,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
         >requirements.txt \
     && pip install -r requirements.txt
 COPY README.md LICENSE NOTICE ./
-COPY protos/gen protos/gen
+COPY scalellm scalellm
 COPY kernels kernels
 COPY services services
 COPY clients clients
@@ -38,5 +38,5 @@ ENV SCALELLM_SCHEDULER_HOST=0.0.0.0 SCALELLM_SCHEDULER_PORT=50052 \
     SCALELLM_SCHEDULER_METRICS_HOST=0.0.0.0 SCALELLM_SCHEDULER_METRICS_PORT=9152
 EXPOSE 50052 9152
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["python", "-IS", "/opt/scalellm/services/common/health_check.py", "127.0.0.1:50052"]
-CMD ["python", "-m", "services.scheduler"]
+    CMD ["python", "-IS", "/opt/scalellm/scalellm/services/common/health_check.py", "127.0.0.1:50052"]
+CMD ["python", "-m", "scalellm.services.scheduler"]

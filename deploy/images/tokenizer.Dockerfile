@@ -16,7 +16,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
         >requirements.txt \
     && pip install -r requirements.txt
 COPY README.md LICENSE NOTICE ./
-COPY protos/gen protos/gen
+COPY scalellm scalellm
 COPY kernels kernels
 COPY services services
 COPY clients clients
@@ -40,5 +40,5 @@ ENV SCALELLM_HOME=/var/lib/scalellm SCALELLM_TOKENIZER_HOME=/var/lib/scalellm \
     SCALELLM_TOKENIZER_METRICS_HOST=0.0.0.0 SCALELLM_TOKENIZER_METRICS_PORT=9151
 EXPOSE 50051 8000 9151
 HEALTHCHECK --interval=5s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["python", "-IS", "/opt/scalellm/services/common/health_check.py", "127.0.0.1:50051"]
-CMD ["python", "-m", "services.tokenizer"]
+    CMD ["python", "-IS", "/opt/scalellm/scalellm/services/common/health_check.py", "127.0.0.1:50051"]
+CMD ["python", "-m", "scalellm.services.tokenizer"]

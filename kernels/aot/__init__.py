@@ -1,7 +1,7 @@
 """Compiles every kernel variant for every supported GPU without having one, and holds what comes out.
 
-    python -m kernels.aot            # compile, print the table, compare with the baseline
-    python -m kernels.aot --write    # ... and make what came out the new baseline
+    python -m scalellm.kernels.aot            # compile, print the table, compare with the baseline
+    python -m scalellm.kernels.aot --write    # ... and make what came out the new baseline
 
 Triton brings the whole compiler, down to ptxas. What it tells of a kernel without running it: registers, memory that
 registers were spilled to, shared memory, how far loops load ahead (tiles in shared memory / loads under way while the

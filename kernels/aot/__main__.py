@@ -9,10 +9,10 @@ from pathlib import Path
 
 import triton
 
-from kernels.aot.compiler import Report, compile_variant
-from kernels.aot.gate import read_baseline, violations, write_baseline
-from kernels.aot.manifest import CASES
-from kernels.aot.recorder import record
+from scalellm.kernels.aot.compiler import Report, compile_variant
+from scalellm.kernels.aot.gate import read_baseline, violations, write_baseline
+from scalellm.kernels.aot.manifest import CASES
+from scalellm.kernels.aot.recorder import record
 
 _SMS = (80, 90, 100)
 _BASELINE = Path(__file__).with_name(f"baseline-triton-{triton.__version__}.json")
@@ -20,7 +20,7 @@ _BASELINE = Path(__file__).with_name(f"baseline-triton-{triton.__version__}.json
 
 def main() -> int:
     """Compile, print, compare."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot")
+    parser = argparse.ArgumentParser(prog="python -m scalellm.kernels.aot")
     parser.add_argument("--write", action="store_true", help=f"make the result the new {_BASELINE.name}")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="processes")

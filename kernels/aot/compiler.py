@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.aot.recorder import Variant
+from scalellm.kernels.aot.recorder import Variant
 
 # Most specific first: a kernel may use plain mma beside the instructions of its generation.
 _MMA = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from kernels.aot.compiler import Report
+from scalellm.kernels.aot.compiler import Report
 
 _SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one program can have
 _MORE_REGISTERS = 16  # fewer is noise of the allocator

@@ -3,8 +3,20 @@
 A case is named after its op and what is special about it; a new file of cases is added to `CASES`.
 """
 
-from kernels.aot.cases import activation, attention, cache, gemm_fp8, gemm_wna16, lora, moe, norm, quant, rope, sampling
-from kernels.aot.recorder import Case
+from scalellm.kernels.aot.cases import (
+    activation,
+    attention,
+    cache,
+    gemm_fp8,
+    gemm_wna16,
+    lora,
+    moe,
+    norm,
+    quant,
+    rope,
+    sampling,
+)
+from scalellm.kernels.aot.recorder import Case
 
 CASES: tuple[Case, ...] = (
     *activation.CASES,

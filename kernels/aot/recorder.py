@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.capability import Capability
-from kernels.dispatch import Ops, select_ops
-from kernels.launch import Launch, check_arguments
-from kernels.tiles import Tile, tuned_devices
+from scalellm.kernels.capability import Capability
+from scalellm.kernels.dispatch import Ops, select_ops
+from scalellm.kernels.launch import Launch, check_arguments
+from scalellm.kernels.tiles import Tile, tuned_devices
 
 _TYPES = {
     torch.float32: "fp32",

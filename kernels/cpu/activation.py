@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CODES, CpuLibrary
-from kernels.reference import activation as reference
+from scalellm.kernels.cpu.library import CODES, CpuLibrary
+from scalellm.kernels.reference import activation as reference
 
 _SILU, _GELU_TANH = 0, 1
 

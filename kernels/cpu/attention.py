@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.cache import cache_sizes, has_layout, require_rows
-from kernels.cpu.library import CODES, CpuLibrary
-from kernels.reference import attention as reference
+from scalellm.kernels.cpu.cache import cache_sizes, has_layout, require_rows
+from scalellm.kernels.cpu.library import CODES, CpuLibrary
+from scalellm.kernels.reference import attention as reference
 
 
 def unified_attention(

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import LANES
-from kernels.reference.cache import SCALE_BYTES, head_dim_of
+from scalellm.kernels.cpu.library import LANES
+from scalellm.kernels.reference.cache import SCALE_BYTES, head_dim_of
 
 CACHE_OPS = ("paged_attention_decode", "qk_norm_rope_and_cache", "unified_attention")
 _PART = 16  # `kPart` in cache8.h

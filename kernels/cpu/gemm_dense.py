@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels.cpu.library import CODES, TILE, CpuLibrary
-from kernels.cpu.rows import check_ids
+from scalellm.kernels.cpu.library import CODES, TILE, CpuLibrary
+from scalellm.kernels.cpu.rows import check_ids
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

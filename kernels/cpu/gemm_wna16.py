@@ -11,9 +11,9 @@ weight makes a `TiledWeight` of it once.
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CODES, TILE, CpuLibrary
-from kernels.cpu.rows import check_ids
-from kernels.reference import w4a16 as reference
+from scalellm.kernels.cpu.library import CODES, TILE, CpuLibrary
+from scalellm.kernels.cpu.rows import check_ids
+from scalellm.kernels.reference import w4a16 as reference
 
 
 class TiledWeight:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CpuLibrary
-from kernels.reference import logits as reference
+from scalellm.kernels.cpu.library import CpuLibrary
+from scalellm.kernels.reference import logits as reference
 
 
 def apply_logits_processors_(

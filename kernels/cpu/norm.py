@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CODES, LANES, CpuLibrary
-from kernels.reference import norm as reference
+from scalellm.kernels.cpu.library import CODES, LANES, CpuLibrary
+from scalellm.kernels.reference import norm as reference
 
 
 def fused_add_rms_norm(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.cpu.library import FUNCTIONS, Call, CpuLibrary
+from scalellm.kernels.cpu.library import FUNCTIONS, Call, CpuLibrary
 
 _NEW = ("aten::empty", "aten::empty_like", "aten::new_empty")
 _Result = TypeVar("_Result")

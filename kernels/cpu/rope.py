@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.cache import MAX_HEAD_DIM, cache_sizes, has_layout, require_rows
-from kernels.cpu.library import CODES, LANES, CpuLibrary
-from kernels.reference import rope as reference
+from scalellm.kernels.cpu.cache import MAX_HEAD_DIM, cache_sizes, has_layout, require_rows
+from scalellm.kernels.cpu.library import CODES, LANES, CpuLibrary
+from scalellm.kernels.reference import rope as reference
 
 
 def qk_norm_rope_and_cache(

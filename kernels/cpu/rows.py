@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CODES, CpuLibrary
+from scalellm.kernels.cpu.library import CODES, CpuLibrary
 
 
 def finite_rows(library: CpuLibrary, x: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CpuLibrary
-from kernels.reference import sampling as reference
-from kernels.reference.sampling import SampleOutput
+from scalellm.kernels.cpu.library import CpuLibrary
+from scalellm.kernels.reference import sampling as reference
+from scalellm.kernels.reference.sampling import SampleOutput
 
 
 def sample(

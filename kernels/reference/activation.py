@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference.quant import E4M3, check_epilogue, quantise_tokens, to_e4m3
+from scalellm.kernels.reference.quant import E4M3, check_epilogue, quantise_tokens, to_e4m3
 
 
 def silu_and_mul(

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference.cache import from_int8_rows, head_dim_of
-from kernels.reference.quant import E4M3
+from scalellm.kernels.reference.cache import from_int8_rows, head_dim_of
+from scalellm.kernels.reference.quant import E4M3
 
 # Decode rows are gathered in groups of about this many K elements: large enough to hide the cost of a torch call,
 # small enough that what was gathered is still in the core's cache when the products read it (measured: 1.3 times

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.reference.activation import silu_and_mul
-from kernels.reference.quant import dequantise
-from kernels.reference.w4a16 import check_shapes, dequantise_packed
+from scalellm.kernels.reference.activation import silu_and_mul
+from scalellm.kernels.reference.quant import dequantise
+from scalellm.kernels.reference.w4a16 import check_shapes, dequantise_packed
 
 
 def topk_softmax(

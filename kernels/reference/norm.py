@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.reference.quant import check_epilogue, quantise_tokens, to_e4m3
+from scalellm.kernels.reference.quant import check_epilogue, quantise_tokens, to_e4m3
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, gemma: bool) -> Tensor:

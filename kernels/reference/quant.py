@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.reference.scaled_mm import can_scale_mm, has_e4m3_units, scaled_mm
+from scalellm.kernels.reference.scaled_mm import can_scale_mm, has_e4m3_units, scaled_mm
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.reference.cache import head_dim_of, to_int8_rows
-from kernels.reference.norm import rms_norm
-from kernels.reference.quant import E4M3, to_e4m3
+from scalellm.kernels.reference.cache import head_dim_of, to_int8_rows
+from scalellm.kernels.reference.norm import rms_norm
+from scalellm.kernels.reference.quant import E4M3, to_e4m3
 
 
 def qk_norm_rope_and_cache(

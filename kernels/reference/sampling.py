@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.reference import search
-from kernels.reference.rng import BITS, gumbel, noise_bits, noise_keys
+from scalellm.kernels.reference import search
+from scalellm.kernels.reference.rng import BITS, gumbel, noise_bits, noise_keys
 
 # Bounds used to evaluate the noise for few tokens without changing the draw; see `_Draw` and `_best`.
 _MAX_NOISE = -math.log(-math.log1p(-(2.0 ** -(BITS + 1))))

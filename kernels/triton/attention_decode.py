@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch, next_power_of_2
-from kernels.reference.quant import E4M3
-from kernels.splits import decode_workspace, least_tiles
-from kernels.triton.attention import LOG2E, as_multiplied, blocks_of, capped, slots_of
-from kernels.triton.quantise import scale_of
+from scalellm.kernels.launch import Launch, next_power_of_2
+from scalellm.kernels.reference.quant import E4M3
+from scalellm.kernels.splits import decode_workspace, least_tiles
+from scalellm.kernels.triton.attention import LOG2E, as_multiplied, blocks_of, capped, slots_of
+from scalellm.kernels.triton.quantise import scale_of
 
 
 def paged_attention_decode(

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
-from kernels.reference import cache as reference
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.reference import cache as reference
 
 # One program holds its words of all pairs in registers, so that every source is read before anything is written: this
 # many pairs of 64 bytes are 64 registers of a thread, for K and V together.

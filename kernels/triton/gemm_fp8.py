@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch, next_power_of_2
-from kernels.reference.scaled_mm import can_scale_mm, has_e4m3_units, scaled_mm
+from scalellm.kernels.launch import Launch, next_power_of_2
+from scalellm.kernels.reference.scaled_mm import can_scale_mm, has_e4m3_units, scaled_mm
 
 _MIN_BLOCK_K = 32  # of a product of e4m3
 

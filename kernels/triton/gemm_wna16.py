@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
-from kernels.reference.w4a16 import check_shapes
-from kernels.workspaces import wna16_shares
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.reference.w4a16 import check_shapes
+from scalellm.kernels.workspaces import wna16_shares
 
 _DEQUANTISE_BLOCK_N = 1024  # a thread moves 128 bits at a time
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
-from kernels.reference.logits import _entries
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.reference.logits import _entries
 
 _TILE = 1024
 _ENTRIES = 256

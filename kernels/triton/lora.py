@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
+from scalellm.kernels.launch import Launch
 
 _BLOCK_R = 8
 _BLOCK_H = 512

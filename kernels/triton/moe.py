@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch, next_power_of_2
-from kernels.reference.quant import E4M3
-from kernels.tiles import Tile
-from kernels.triton.activation import silu_and_mul
-from kernels.triton.moe_layer import MANY_ROWS, Layout, combine, lay_out, many_tokens
+from scalellm.kernels.launch import Launch, next_power_of_2
+from scalellm.kernels.reference.quant import E4M3
+from scalellm.kernels.tiles import Tile
+from scalellm.kernels.triton.activation import silu_and_mul
+from scalellm.kernels.triton.moe_layer import MANY_ROWS, Layout, combine, lay_out, many_tokens
 
 _MIN_BLOCK_K = 16
 

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
-from kernels.triton.activation import silu_and_mul
-from kernels.triton.moe_routing import moe_align_block_size
-from kernels.workspaces import fused_moe_parts
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.triton.activation import silu_and_mul
+from scalellm.kernels.triton.moe_routing import moe_align_block_size
+from scalellm.kernels.workspaces import fused_moe_parts
 
 MANY_ROWS = 64  # of an expert, on average: from here on, the experts are not what is waited for
 _COMBINE = 1024

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
-from kernels.workspaces import ceil_div, moe_chunk, moe_layout_sizes
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.workspaces import ceil_div, moe_chunk, moe_layout_sizes
 
 
 @triton.jit

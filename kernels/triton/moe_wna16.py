@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
-from kernels.reference.moe import check_packed_experts
-from kernels.tiles import Tile
-from kernels.triton.activation import silu_and_mul
-from kernels.triton.gemm_wna16 import dequantised, packed_product
-from kernels.triton.moe_layer import MANY_ROWS, Layout, combine, lay_out, many_tokens
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.reference.moe import check_packed_experts
+from scalellm.kernels.tiles import Tile
+from scalellm.kernels.triton.activation import silu_and_mul
+from scalellm.kernels.triton.gemm_wna16 import dequantised, packed_product
+from scalellm.kernels.triton.moe_layer import MANY_ROWS, Layout, combine, lay_out, many_tokens
 
 
 @triton.jit(do_not_specialize=["pairs"])

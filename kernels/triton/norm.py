@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
-from kernels.reference.quant import E4M3, check_epilogue
-from kernels.triton.quantise import largest_as_scale, scale_of, to_e4m3
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.reference.quant import E4M3, check_epilogue
+from scalellm.kernels.triton.quantise import largest_as_scale, scale_of, to_e4m3
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.reference.quant import MIN_SCALE
+from scalellm.kernels.reference.quant import MIN_SCALE
 
 E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
 _MIN_SCALE: tl.constexpr = tl.constexpr(MIN_SCALE)

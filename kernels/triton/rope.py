@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch, next_power_of_2
-from kernels.reference.quant import E4M3
-from kernels.triton.quantise import scale_of, to_e4m3
+from scalellm.kernels.launch import Launch, next_power_of_2
+from scalellm.kernels.reference.quant import E4M3
+from scalellm.kernels.triton.quantise import scale_of, to_e4m3
 
 
 def qk_norm_rope_and_cache(

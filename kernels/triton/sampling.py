@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import workspaces
-from kernels.launch import Launch
-from kernels.reference.sampling import SampleOutput
-from kernels.triton import threshold
-from kernels.triton.noise import gumbel32, gumbel64, noise_bits, noise_key
-from kernels.triton.threshold import float_of, is_drawn, key_of, row_peak, scaled_logits
+from scalellm.kernels import workspaces
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.reference.sampling import SampleOutput
+from scalellm.kernels.triton import threshold
+from scalellm.kernels.triton.noise import gumbel32, gumbel64, noise_bits, noise_key
+from scalellm.kernels.triton.threshold import float_of, is_drawn, key_of, row_peak, scaled_logits
 
 _SEARCH_BLOCK = 1024
 _LOWEST: tl.constexpr = tl.constexpr(-9223372036854775808)

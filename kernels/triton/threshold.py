@@ -15,7 +15,7 @@ neither the tiling nor the buffer can change which token is the last one kept.
 import triton
 import triton.language as tl
 
-from kernels.workspaces import SAMPLE_PIVOTS
+from scalellm.kernels.workspaces import SAMPLE_PIVOTS
 
 NUM_PIVOTS: tl.constexpr = tl.constexpr(SAMPLE_PIVOTS)
 _SUBTILE: tl.constexpr = tl.constexpr(128)

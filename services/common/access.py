@@ -12,12 +12,12 @@ from typing import Any
 
 import grpc
 
-from services.common.addresses import is_loopback
-from services.common.api_keys import DEFAULT_TENANT, Principal, Role, Tenant, digest, read_api_keys
-from services.common.errors import StatusError
-from services.common.link_token import read_token
-from services.common.reload import ConfigFileError, Reloaded
-from services.common.settings import ServiceSettings
+from scalellm.services.common.addresses import is_loopback
+from scalellm.services.common.api_keys import DEFAULT_TENANT, Principal, Role, Tenant, digest, read_api_keys
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link_token import read_token
+from scalellm.services.common.reload import ConfigFileError, Reloaded
+from scalellm.services.common.settings import ServiceSettings
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.common.reload import ConfigFileError, read_file
+from scalellm.services.common.reload import ConfigFileError, read_file
 
 OPTION = "--api-keys"
 _KEY_PREFIX = "slm-"

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from services.common.json_lines import Message, to_line
+from scalellm.services.common.json_lines import Message, to_line
 
 PIPE = subprocess.PIPE
 

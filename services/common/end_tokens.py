@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.common.gguf_metadata import GgufMetadata
-from services.common.gguf_parts import gguf_models
-from services.common.model_files import read_json_object, shown
+from scalellm.services.common.gguf_metadata import GgufMetadata
+from scalellm.services.common.gguf_parts import gguf_models
+from scalellm.services.common.model_files import read_json_object, shown
 
 _log = logging.getLogger(__name__)
 

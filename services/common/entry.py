@@ -8,10 +8,10 @@ from typing import NoReturn, TypeVar
 
 import uvloop
 
-from services.common.access import warn_if_exposed
-from services.common.lifecycle import StartError
-from services.common.logs import configure_logging, tell_errors
-from services.common.settings import ServiceSettings, load_settings
+from scalellm.services.common.access import warn_if_exposed
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.logs import configure_logging, tell_errors
+from scalellm.services.common.settings import ServiceSettings, load_settings
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.common.model_files import shown
+from scalellm.services.common.model_files import shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

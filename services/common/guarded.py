@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import grpc
 
-from services.common.errors import StatusError
-from services.common.logs import LineLimit
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.logs import LineLimit
 
 _log = logging.getLogger(__name__)
 

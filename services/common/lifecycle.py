@@ -14,10 +14,10 @@ import grpc
 import psutil
 from grpc_health.v1 import health, health_pb2_grpc
 
-from services.common.addresses import join_address
-from services.common.health import HealthReporter
-from services.common.new_file import write_new
-from services.common.reflection import add_reflection
+from scalellm.services.common.addresses import join_address
+from scalellm.services.common.health import HealthReporter
+from scalellm.services.common.new_file import write_new
+from scalellm.services.common.reflection import add_reflection
 
 MAX_FRAME_BYTES = 16 * 2**20
 """Of a message between services. Messages of clients are smaller: the tokenizer sets limits of its own."""

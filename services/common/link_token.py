@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.common.reload import ConfigFileError, read_file
+from scalellm.services.common.reload import ConfigFileError, read_file
 
 _MIN_LENGTH = 32
 OPTION = "--link-token-file"

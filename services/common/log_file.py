@@ -9,7 +9,7 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
-from services.common.new_file import create_file
+from scalellm.services.common.new_file import create_file
 
 LOG_BYTES = 16 * 2**20
 """Size, about, at which a log is put aside."""

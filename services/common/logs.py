@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from services.common.child_environment import SERVICE_LOG
-from services.common.log_file import BoundedLog
+from scalellm.services.common.child_environment import SERVICE_LOG
+from scalellm.services.common.log_file import BoundedLog
 
 if TYPE_CHECKING:
-    from services.common.settings import ServiceSettings
+    from scalellm.services.common.settings import ServiceSettings
 
 _log = logging.getLogger(__name__)
 

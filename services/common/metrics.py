@@ -19,13 +19,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from scalellm import __version__
-from services.common.addresses import join_address
-from services.common.lifecycle import StartError
-from services.common.metrics_server import MetricsServer
-from services.common.tls import PLAINTEXT, TlsFiles
+from scalellm.services.common.addresses import join_address
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.metrics_server import MetricsServer
+from scalellm.services.common.tls import PLAINTEXT, TlsFiles
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Tracer
+    from scalellm.services.common.tracing.tracer import Tracer
 
 _LAG_INTERVAL = 0.5
 

@@ -11,9 +11,9 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from services.common.addresses import bound_socket, join_address
-from services.common.reload import Reloaded
-from services.common.tls import TlsFiles, server_context
+from scalellm.services.common.addresses import bound_socket, join_address
+from scalellm.services.common.reload import Reloaded
+from scalellm.services.common.tls import TlsFiles, server_context
 
 
 class MetricsServer:

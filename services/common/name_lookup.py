@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from services.common.addresses import look_up
+from scalellm.services.common.addresses import look_up
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from services.common.lifecycle import StartError
+from scalellm.services.common.lifecycle import StartError
 
 KEY_PREFIX = "scalellm:"
 

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from redis import exceptions
 from redis.asyncio import Redis
 
-from services.common.cancellation import cancellable
-from services.common.redis_client import KEY_PREFIX
+from scalellm.services.common.cancellation import cancellable
+from scalellm.services.common.redis_client import KEY_PREFIX
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from services.common.lifecycle import StartError
+from scalellm.services.common.lifecycle import StartError
 
 _log = logging.getLogger(__name__)
 

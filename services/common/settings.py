@@ -12,11 +12,11 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
-from services.common.addresses import bare_host, split_address
-from services.common.link.dialer import LinkDialer
-from services.common.logs import LogFormat, tell_errors
-from services.common.similar_names import did_you_mean
-from services.common.tls import TlsFiles
+from scalellm.services.common.addresses import bare_host, split_address
+from scalellm.services.common.link.dialer import LinkDialer
+from scalellm.services.common.logs import LogFormat, tell_errors
+from scalellm.services.common.similar_names import did_you_mean
+from scalellm.services.common.tls import TlsFiles
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Host = Annotated[str, AfterValidator(bare_host)]
@@ -28,7 +28,7 @@ def settings_config(service: str) -> SettingsConfigDict:
     """The way every service reads its settings: `--some-name` or `SCALELLM_<SERVICE>_SOME_NAME`."""
     return SettingsConfigDict(
         env_prefix=f"SCALELLM_{service.upper()}_",
-        cli_prog_name=f"python -m services.{service}",
+        cli_prog_name=f"python -m scalellm.services.{service}",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 
-from services.common.reload import ConfigFileError, Reloaded, read_file
+from scalellm.services.common.reload import ConfigFileError, Reloaded, read_file
 
 
 @dataclass(frozen=True, slots=True)

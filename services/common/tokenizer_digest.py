@@ -7,8 +7,8 @@ from the tokenizer's source, which needs no tokenizer to be built; a pair that d
 import hashlib
 from pathlib import Path
 
-from services.common.gguf_metadata import GgufError, GgufMetadata
-from services.common.gguf_parts import gguf_models
+from scalellm.services.common.gguf_metadata import GgufError, GgufMetadata
+from scalellm.services.common.gguf_parts import gguf_models
 
 TOKENIZER_JSON = "tokenizer.json"
 _GGUF_PREFIX = "tokenizer."

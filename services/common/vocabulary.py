@@ -8,11 +8,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from services.common.end_tokens import GGUF_CONTROL
-from services.common.gguf_metadata import GgufError, GgufMetadata
-from services.common.model_files import ModelFileError, read_json_object, shown
-from services.common.token_spelling import SpellingError, token_bytes
-from services.common.tokenizer_digest import TOKENIZER_JSON, TokenizerSourceError, tokenizer_source
+from scalellm.services.common.end_tokens import GGUF_CONTROL
+from scalellm.services.common.gguf_metadata import GgufError, GgufMetadata
+from scalellm.services.common.model_files import ModelFileError, read_json_object, shown
+from scalellm.services.common.token_spelling import SpellingError, token_bytes
+from scalellm.services.common.tokenizer_digest import TOKENIZER_JSON, TokenizerSourceError, tokenizer_source
 
 _SENTENCE_PIECE: Mapping[str, Any] = MappingProxyType(
     {

@@ -1,4 +1,4 @@
-"""Entry point: `python -m services.executor`."""
+"""Entry point: `python -m scalellm.services.executor`."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.registry import Collector
 
-from services.common.access import Access, open_access
-from services.common.entry import run_service
-from services.common.histogram import LAG_SECONDS, Histogram
-from services.common.lifecycle import LAST_WORDS, GrpcService, announce, stop_event
-from services.common.link import link_service_handler
-from services.common.metrics import LoopLag, MetricsEndpoint
-from services.common.tls import server_credentials
-from services.common.tracing import open_tracer
-from services.common.vllm_metrics import WithVllmNames
-from services.executor.config import ExecutorSettings
-from services.executor.engine_supervisor import EngineSupervisor
-from services.executor.front import SERVICE, ExecutorServicer
-from services.executor.metrics import ExecutorCollector
-from services.executor.request_trace import record
+from scalellm.services.common.access import Access, open_access
+from scalellm.services.common.entry import run_service
+from scalellm.services.common.histogram import LAG_SECONDS, Histogram
+from scalellm.services.common.lifecycle import LAST_WORDS, GrpcService, announce, stop_event
+from scalellm.services.common.link import link_service_handler
+from scalellm.services.common.metrics import LoopLag, MetricsEndpoint
+from scalellm.services.common.tls import server_credentials
+from scalellm.services.common.tracing import open_tracer
+from scalellm.services.common.vllm_metrics import WithVllmNames
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine_supervisor import EngineSupervisor
+from scalellm.services.executor.front import SERVICE, ExecutorServicer
+from scalellm.services.executor.metrics import ExecutorCollector
+from scalellm.services.executor.request_trace import record
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Tracer
+    from scalellm.services.common.tracing.tracer import Tracer
 
-_log = logging.getLogger("services.executor")
+_log = logging.getLogger("scalellm.services.executor")
 
 
 async def serve(settings: ExecutorSettings) -> None:

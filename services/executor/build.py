@@ -9,26 +9,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.model_store import ModelStoreError, name_of, resolve
+from scalellm.services.common.tokenizer_digest import TokenizerSourceError, tokenizer_sha256
+from scalellm.services.common.vocabulary import VocabularyError, read_vocabulary
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.config import EngineConfigError
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
+from scalellm.services.executor.engine.grammar import GrammarCompiler
+from scalellm.services.executor.engine.kv_cache_size import KVCacheTooSmallError
+from scalellm.services.executor.engine.step_warm_up import fit_step_times
+from scalellm.services.executor.engine_load import welcome
+from scalellm.services.executor.late_grammars import LateGrammars
+from scalellm.services.executor.limits import choose_limits, engine_config
+from scalellm.services.executor.model_config import PRESETS, ModelConfig, UnsupportedModelError
+from scalellm.services.executor.model_config.files import read_shape
 from scalellm.v1 import executor_pb2, link_pb2
-from services.common.lifecycle import StartError
-from services.common.model_store import ModelStoreError, name_of, resolve
-from services.common.tokenizer_digest import TokenizerSourceError, tokenizer_sha256
-from services.common.vocabulary import VocabularyError, read_vocabulary
-from services.executor.config import ExecutorSettings
-from services.executor.engine.config import EngineConfigError
-from services.executor.engine.engine import Engine
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
-from services.executor.engine.grammar import GrammarCompiler
-from services.executor.engine.kv_cache_size import KVCacheTooSmallError
-from services.executor.engine.step_warm_up import fit_step_times
-from services.executor.engine_load import welcome
-from services.executor.late_grammars import LateGrammars
-from services.executor.limits import choose_limits, engine_config
-from services.executor.model_config import PRESETS, ModelConfig, UnsupportedModelError
-from services.executor.model_config.files import read_shape
 
 if TYPE_CHECKING:
-    from services.executor.weight_form import WeightForm
+    from scalellm.services.executor.weight_form import WeightForm
 
 _log = logging.getLogger(__name__)
 
@@ -79,10 +79,10 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
 
 def _model_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -> LoadedEngine:
     # Not at the top: torch takes three seconds to load, and the fake engine does without.
-    from services.executor.model_engine import build_model_engine
-    from services.executor.models.runtime import dtype_name
-    from services.executor.placement import choose_placement
-    from services.executor.weights import read_model_config
+    from scalellm.services.executor.model_engine import build_model_engine
+    from scalellm.services.executor.models.runtime import dtype_name
+    from scalellm.services.executor.placement import choose_placement
+    from scalellm.services.executor.weights import read_model_config
 
     found = _find_model(settings, read_model_config)
     placement = choose_placement(settings, found.config)
@@ -107,7 +107,7 @@ def _weights(form: WeightForm) -> executor_pb2.WeightForm:
 
 def _grammars(model: _FoundModel) -> GrammarCompiler | None:
     """Compiler of grammars; None where no answer can be kept to one."""
-    from services.executor.grammar import LlGrammarCompiler
+    from scalellm.services.executor.grammar import LlGrammarCompiler
 
     if model.path is None or not model.config.eos_token_ids:
         return None

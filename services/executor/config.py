@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ByteSize, Field
 from pydantic_settings import NoDecode
 
-from services.common.settings import LinkedSettings, Port, settings_config
+from scalellm.services.common.settings import LinkedSettings, Port, settings_config
 
 
 def _parse_kernels(value: Any) -> Any:

@@ -10,12 +10,11 @@ from types import MappingProxyType
 
 import grpc
 
-from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import API_MINOR, check_submit, check_tokenizer, parse_client_frame, read_hello
-from services.executor.credit_window import Claim
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import (
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import API_MINOR, check_submit, check_tokenizer, parse_client_frame, read_hello
+from scalellm.services.executor.credit_window import Claim
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import (
     AbortReason,
     EngineRequest,
     FinishReason,
@@ -27,9 +26,10 @@ from services.executor.engine.request import (
     SupersededError,
     TokenOutput,
 )
-from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams, check_num_logit_bias
-from services.executor.engine_load import load_to_wire
-from services.executor.request_trace import TracedRequests
+from scalellm.services.executor.engine.sampling_params import InvalidRequestError, SamplingParams, check_num_logit_bias
+from scalellm.services.executor.engine_load import load_to_wire
+from scalellm.services.executor.request_trace import TracedRequests
+from scalellm.v1 import common_pb2, link_pb2
 
 _REASONS = MappingProxyType(
     {

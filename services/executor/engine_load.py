@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.ledger import EngineLoad
+from scalellm.services.executor.engine.step_time import StepTimeModel
 from scalellm.v1 import link_pb2
-from services.executor.engine.engine import Engine
-from services.executor.engine.ledger import EngineLoad
-from services.executor.engine.step_time import StepTimeModel
 
 
 def welcome(

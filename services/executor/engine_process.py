@@ -1,8 +1,8 @@
 """The engine process: loads the model, then alternates between reading messages and taking steps.
 
-Started by the front as `python -m services.executor.engine_process SOCKET STACKS`, two descriptors, with its settings
-as one JSON line on standard input. It is a process of its own because a step loop and an event loop in one process
-fight for the GIL, and because a fault on the device must not take down the process that has to report it.
+Started by the front as `python -m scalellm.services.executor.engine_process SOCKET STACKS`, two descriptors, with its
+settings as one JSON line on standard input. It is a process of its own because a step loop and an event loop in one
+process fight for the GIL, and because a fault on the device must not take down the process that has to report it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from typing import NoReturn
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.json_lines import read_line
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.link import lease_of
+from scalellm.services.common.logs import LineLimit, configure_logging
+from scalellm.services.executor.build import LoadedEngine, build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.credit_window import divide
+from scalellm.services.executor.engine.batch import DeviceLostError
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.step_time import StepTimeModel
+from scalellm.services.executor.engine_link import EngineLink, accept_hello, split_by_link
+from scalellm.services.executor.engine_load import load_to_wire, step_time_to_wire
+from scalellm.services.executor.engine_stats import stats_to_wire
+from scalellm.services.executor.ipc import EngineChannel, Kind, Message
+from scalellm.services.executor.request_trace import TracedRequests
+from scalellm.services.executor.stall_report import write_stacks_to
 from scalellm.v1 import executor_pb2
-from services.common.errors import StatusError
-from services.common.json_lines import read_line
-from services.common.lifecycle import StartError
-from services.common.link import lease_of
-from services.common.logs import LineLimit, configure_logging
-from services.executor.build import LoadedEngine, build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.credit_window import divide
-from services.executor.engine.batch import DeviceLostError
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.step_time import StepTimeModel
-from services.executor.engine_link import EngineLink, accept_hello, split_by_link
-from services.executor.engine_load import load_to_wire, step_time_to_wire
-from services.executor.engine_stats import stats_to_wire
-from services.executor.ipc import EngineChannel, Kind, Message
-from services.executor.request_trace import TracedRequests
-from services.executor.stall_report import write_stacks_to
 
 _log = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from scalellm.services.common.histogram import Histogram
+from scalellm.services.executor.engine.engine import Engine
 from scalellm.v1 import executor_pb2
-from services.common.histogram import Histogram
-from services.executor.engine.engine import Engine
 
 
 def stats_to_wire(engine: Engine) -> executor_pb2.EngineStats:

@@ -11,16 +11,16 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from scalellm.services.common.child_environment import child_environment
+from scalellm.services.common.child_process import ChildProcess, Restarts, describe_exit, python_module
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.health import Heartbeat
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.link import LinkTraffic
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.ipc import FrontChannel, Kind, Message
+from scalellm.services.executor.stall_report import StackFile
 from scalellm.v1 import executor_pb2, link_pb2
-from services.common.child_environment import child_environment
-from services.common.child_process import ChildProcess, Restarts, describe_exit, python_module
-from services.common.errors import StatusError
-from services.common.health import Heartbeat
-from services.common.lifecycle import StartError
-from services.common.link import LinkTraffic
-from services.executor.config import ExecutorSettings
-from services.executor.ipc import FrontChannel, Kind, Message
-from services.executor.stall_report import StackFile
 
 _log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class EngineSupervisor:
         with theirs:
             descriptors = (theirs.fileno(), self._stacks.fileno())
             self._process = await ChildProcess.start(
-                python_module("services.executor.engine_process", *map(str, descriptors)),
+                python_module("scalellm.services.executor.engine_process", *map(str, descriptors)),
                 engine_environment(os.environ),
                 output=None,
                 pass_fds=descriptors,

@@ -8,11 +8,11 @@ from functools import partial
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import LinkTraffic, ServerLink, first_frame, lease_of, read_hello
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine_supervisor import EngineSupervisor
 from scalellm.v1 import executor_pb2
-from services.common.errors import StatusError
-from services.common.link import LinkTraffic, ServerLink, first_frame, lease_of, read_hello
-from services.executor.config import ExecutorSettings
-from services.executor.engine_supervisor import EngineSupervisor
 
 SERVICE = executor_pb2.DESCRIPTOR.services_by_name["Executor"]
 

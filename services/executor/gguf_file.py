@@ -13,10 +13,10 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from services.common.gguf_metadata import GgufError, GgufMetadata
-from services.common.gguf_parts import gguf_parts
-from services.common.model_files import shown, shown_name
-from services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.common.gguf_metadata import GgufError, GgufMetadata
+from scalellm.services.common.gguf_parts import gguf_parts
+from scalellm.services.common.model_files import shown, shown_name
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
 
 _DEFAULT_ALIGNMENT = 32
 _MOST_ALIGNMENT = 1 << 20

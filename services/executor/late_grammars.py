@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.common.vocabulary import VocabularyError, read_vocabulary
-from services.executor.engine.batch import ScheduledSequence
-from services.executor.engine.grammar import Compilation, GrammarCompiler, GrammarError, Matcher, StepMasks
+from scalellm.services.common.vocabulary import VocabularyError, read_vocabulary
+from scalellm.services.executor.engine.batch import ScheduledSequence
+from scalellm.services.executor.engine.grammar import Compilation, GrammarCompiler, GrammarError, Matcher, StepMasks
 
 if TYPE_CHECKING:
-    from services.executor.grammar import LlGrammarCompiler, Masks
+    from scalellm.services.executor.grammar import LlGrammarCompiler, Masks
 
 
 class LateGrammars(GrammarCompiler, StepMasks):
@@ -49,7 +49,7 @@ class LateGrammars(GrammarCompiler, StepMasks):
 
     def _load(self) -> tuple[LlGrammarCompiler, Masks]:
         if self._loaded is None:
-            from services.executor.grammar import LlGrammarCompiler, Masks
+            from scalellm.services.executor.grammar import LlGrammarCompiler, Masks
 
             vocabulary = read_vocabulary(self._model, self._vocab_size)
             compiler = LlGrammarCompiler(vocabulary, self._eos_token_ids)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.executor.config import ExecutorSettings
-from services.executor.engine.config import CapacityPolicy, EngineConfig
-from services.executor.model_config import ModelConfig
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.config import CapacityPolicy, EngineConfig
+from scalellm.services.executor.model_config import ModelConfig
 
 _CPU_RUN = 64  # tokens that attention reads together, and the CPU itself ahead where their blocks are neighbours
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from scalellm.services.common.access import Access
+from scalellm.services.common.histogram import SEQUENCE_COUNTS, STEP_SECONDS, TOKEN_COUNTS, WAIT_SECONDS, Histogram
+from scalellm.services.common.metrics import filled, histogram_metric
+from scalellm.services.executor.engine_supervisor import EngineSupervisor
 from scalellm.v1 import executor_pb2
-from services.common.access import Access
-from services.common.histogram import SEQUENCE_COUNTS, STEP_SECONDS, TOKEN_COUNTS, WAIT_SECONDS, Histogram
-from services.common.metrics import filled, histogram_metric
-from services.executor.engine_supervisor import EngineSupervisor
 
 _PREFIX = "scalellm_executor"
 _INFO_LABELS = ("model", "architecture", "device", "dtype", "kv_cache_dtype", "quantization", "backend")

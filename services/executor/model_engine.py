@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from kernels import Ops, select_ops
-from services.common.lifecycle import StartError
-from services.executor.config import ExecutorSettings
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.engine import Engine
-from services.executor.engine.grammar import GrammarCompiler
-from services.executor.engine.kv_cache_size import num_kv_blocks
-from services.executor.engine.step_warm_up import fit_step_times
-from services.executor.limits import engine_config
-from services.executor.models import (
+from scalellm.kernels import Ops, select_ops
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.grammar import GrammarCompiler
+from scalellm.services.executor.engine.kv_cache_size import num_kv_blocks
+from scalellm.services.executor.engine.step_warm_up import fit_step_times
+from scalellm.services.executor.limits import engine_config
+from scalellm.services.executor.models import (
     CausalLM,
     ModelConfig,
     ModelRuntime,
@@ -26,13 +26,13 @@ from services.executor.models import (
     allocate_kv_caches,
     dummy_model,
 )
-from services.executor.models.context import kv_bytes_per_token
-from services.executor.placement import Placement
-from services.executor.runner import ModelRunner
-from services.executor.runner.warm_up import run_largest_step, warm_up
-from services.executor.threads import choose_num_threads
-from services.executor.weight_form import WeightForm, other_forms, quantization_of, weight_form
-from services.executor.weights import load_model
+from scalellm.services.executor.models.context import kv_bytes_per_token
+from scalellm.services.executor.placement import Placement
+from scalellm.services.executor.runner import ModelRunner
+from scalellm.services.executor.runner.warm_up import run_largest_step, warm_up
+from scalellm.services.executor.threads import choose_num_threads
+from scalellm.services.executor.weight_form import WeightForm, other_forms, quantization_of, weight_form
+from scalellm.services.executor.weights import load_model
 
 _LEAST_MODEL_LEN = 256
 _GIB = 1024**3

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from services.common.lifecycle import StartError
-from services.executor.config import ExecutorSettings
-from services.executor.limits import Limits, choose_limits
-from services.executor.memory import free_memory
-from services.executor.models import ModelConfig
-from services.executor.models.context import kv_bytes_per_token
-from services.executor.runner import CpuDevice, CudaDevice, Device
-from services.executor.weight_form import Choice, cache_dtype, choose_quantization
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.limits import Limits, choose_limits
+from scalellm.services.executor.memory import free_memory
+from scalellm.services.executor.models import ModelConfig
+from scalellm.services.executor.models.context import kv_bytes_per_token
+from scalellm.services.executor.runner import CpuDevice, CudaDevice, Device
+from scalellm.services.executor.weight_form import Choice, cache_dtype, choose_quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_CACHE_DTYPES = {**_DTYPES, "int8": torch.int8}

@@ -8,14 +8,14 @@ from typing import Literal
 
 import torch
 
-from kernels.cpu.library import load_library
-from services.executor.config import ExecutorSettings
-from services.executor.models import ModelConfig, ModelRuntime, Quantization, UnsupportedModelError
-from services.executor.models.linear import DenseWeight
-from services.executor.models.linear.checkpoint import kept
-from services.executor.models.quantization import Method
-from services.executor.models.runtime import dtype_name
-from services.executor.weights import weight_bytes
+from scalellm.kernels.cpu.library import load_library
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.models import ModelConfig, ModelRuntime, Quantization, UnsupportedModelError
+from scalellm.services.executor.models.linear import DenseWeight
+from scalellm.services.executor.models.linear.checkpoint import kept
+from scalellm.services.executor.models.quantization import Method
+from scalellm.services.executor.models.runtime import dtype_name
+from scalellm.services.executor.weights import weight_bytes
 
 Choice = Literal["none", "keep", "fp8", "fp8-tensor", "int8", "int4"]
 _CPP_DTYPES = (torch.float32, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Entry point: `python -m services.scheduler`."""
+"""Entry point: `python -m scalellm.services.scheduler`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import gc
 import logging
 from typing import TYPE_CHECKING
 
-from services.common.entry import run_service
-from services.common.lifecycle import announce, stop_event
-from services.common.tracing import open_tracer
-from services.scheduler.config import SchedulerSettings
-from services.scheduler.server import SchedulerServer
+from scalellm.services.common.entry import run_service
+from scalellm.services.common.lifecycle import announce, stop_event
+from scalellm.services.common.tracing import open_tracer
+from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.scheduler.server import SchedulerServer
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Tracer
+    from scalellm.services.common.tracing.tracer import Tracer
 
 
 async def _serve(settings: SchedulerSettings) -> None:

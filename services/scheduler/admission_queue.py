@@ -9,8 +9,8 @@ from typing import Generic, Protocol
 
 import grpc
 
-from services.common.errors import StatusError
-from services.scheduler.tenant_shares import EntryT, NoRoomError, QueueEntry, TenantShares
+from scalellm.services.common.errors import StatusError
+from scalellm.services.scheduler.tenant_shares import EntryT, NoRoomError, QueueEntry, TenantShares
 
 _RETRY_AFTER_UNKNOWN = 1.0
 _RETRY_AFTER_RANGE = (0.1, 60.0)

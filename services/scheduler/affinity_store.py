@@ -8,9 +8,9 @@ from collections import OrderedDict
 
 from redis.asyncio import Redis
 
-from services.common.cancellation import cancellable
-from services.common.redis_client import KEY_PREFIX, open_redis
-from services.common.redis_health import REDIS_ERRORS, RedisWatch
+from scalellm.services.common.cancellation import cancellable
+from scalellm.services.common.redis_client import KEY_PREFIX, open_redis
+from scalellm.services.common.redis_health import REDIS_ERRORS, RedisWatch
 
 _log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import grpc
 
-from services.common.histogram import WAIT_SECONDS, Histogram
-from services.common.link import LinkTraffic
+from scalellm.services.common.histogram import WAIT_SECONDS, Histogram
+from scalellm.services.common.link import LinkTraffic
 
 _OK = grpc.StatusCode.OK.value[0]
 _ENDED_BY_CLIENT = (grpc.StatusCode.CANCELLED.value[0], grpc.StatusCode.DEADLINE_EXCEEDED.value[0])

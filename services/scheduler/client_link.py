@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from scalellm.services.common.link import ServerLink
+from scalellm.services.scheduler.books import Books
+from scalellm.services.scheduler.request import Request
 from scalellm.v1 import link_pb2
-from services.common.link import ServerLink
-from services.scheduler.books import Books
-from services.scheduler.request import Request
 
 # Uncounted credit: the edge shall not queue. What does not fit into the admission queue is refused with a retry time.
 _UNLIMITED = 2**63

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import MAX_SAMPLES, RequestProgress
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import MAX_SAMPLES, RequestProgress
 
 if TYPE_CHECKING:
-    from services.scheduler.client_link import ClientLink
+    from scalellm.services.scheduler.client_link import ClientLink
 
 _ENDS = {
     link_pb2.ABORT_REASON_STOP: common_pb2.FINISH_REASON_STOP,

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from services.common.addresses import split_addresses
-from services.common.settings import LinkedSettings, LinkingSettings, Port, settings_config
-from services.scheduler.pools import PoolPolicy
+from scalellm.services.common.addresses import split_addresses
+from scalellm.services.common.settings import LinkedSettings, LinkingSettings, Port, settings_config
+from scalellm.services.scheduler.pools import PoolPolicy
 
 
 class SchedulerSettings(LinkedSettings, LinkingSettings):

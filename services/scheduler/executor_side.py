@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from services.scheduler.replica_link import ReplicaLink
+    from scalellm.services.scheduler.replica_link import ReplicaLink
 
 
 class ExecutorSide:

@@ -8,15 +8,15 @@ from itertools import islice
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import API_MINOR, PLAINTEXT, LinkDialer, ModelIdentity
+from scalellm.services.scheduler.client_link import client_load
+from scalellm.services.scheduler.pools import PoolPolicy, Pools
+from scalellm.services.scheduler.prefix_index import PrefixIndex
+from scalellm.services.scheduler.replica_link import ReplicaLink, ReplicaListener
+from scalellm.services.scheduler.request import Request
+from scalellm.services.scheduler.router import Router, Verdict
 from scalellm.v1 import link_pb2, scheduler_pb2
-from services.common.errors import StatusError
-from services.common.link import API_MINOR, PLAINTEXT, LinkDialer, ModelIdentity
-from services.scheduler.client_link import client_load
-from services.scheduler.pools import PoolPolicy, Pools
-from services.scheduler.prefix_index import PrefixIndex
-from services.scheduler.replica_link import ReplicaLink, ReplicaListener
-from services.scheduler.request import Request
-from services.scheduler.router import Router, Verdict
 
 _log = logging.getLogger(__name__)
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.scheduler.client_link import ClientLink
+from scalellm.services.scheduler.placement import Placement
+from scalellm.services.scheduler.request import Request
+from scalellm.services.scheduler.request_trace import RequestTrace
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
-from services.scheduler.client_link import ClientLink
-from services.scheduler.placement import Placement
-from services.scheduler.request import Request
-from services.scheduler.request_trace import RequestTrace
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Tracer
+    from scalellm.services.common.tracing.tracer import Tracer
 
 _RETRY_AFTER = 1.0
 _EARLIER = 2**62

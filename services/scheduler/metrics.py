@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from scalellm.services.common.access import Access
+from scalellm.services.common.errors import code_name
+from scalellm.services.common.histogram import Histogram
+from scalellm.services.common.link import LinkTraffic
+from scalellm.services.common.metrics import filled, histogram_metric
+from scalellm.services.scheduler.affinity_store import AffinityStore
+from scalellm.services.scheduler.books import Books, outcome_of
+from scalellm.services.scheduler.fleet import Fleet
+from scalellm.services.scheduler.intake import Intake
 from scalellm.v1 import scheduler_pb2
-from services.common.access import Access
-from services.common.errors import code_name
-from services.common.histogram import Histogram
-from services.common.link import LinkTraffic
-from services.common.metrics import filled, histogram_metric
-from services.scheduler.affinity_store import AffinityStore
-from services.scheduler.books import Books, outcome_of
-from services.scheduler.fleet import Fleet
-from services.scheduler.intake import Intake
 
 _PREFIX = "scalellm_scheduler"
 _PHASES = {

@@ -9,25 +9,25 @@ from contextlib import contextmanager, suppress
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.health import Heartbeat
+from scalellm.services.scheduler.admission_queue import AdmissionQueue
+from scalellm.services.scheduler.affinity_store import AffinityStore
+from scalellm.services.scheduler.books import Books
+from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.scheduler.fleet import Fleet
+from scalellm.services.scheduler.outage import Outage
+from scalellm.services.scheduler.prefix_index import block_hashes
+from scalellm.services.scheduler.quarantine import Quarantine
+from scalellm.services.scheduler.rates import DrainRate
+from scalellm.services.scheduler.replica_link import ReplicaLink
+from scalellm.services.scheduler.request import Request, RequestState
+from scalellm.services.scheduler.router import Verdict
+from scalellm.services.scheduler.row_recall import RowRecall
+from scalellm.services.scheduler.session_lookup import SessionLookup
+from scalellm.services.scheduler.step_relay import relay_step
+from scalellm.services.scheduler.token_service import TokenService
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
-from services.common.health import Heartbeat
-from services.scheduler.admission_queue import AdmissionQueue
-from services.scheduler.affinity_store import AffinityStore
-from services.scheduler.books import Books
-from services.scheduler.config import SchedulerSettings
-from services.scheduler.fleet import Fleet
-from services.scheduler.outage import Outage
-from services.scheduler.prefix_index import block_hashes
-from services.scheduler.quarantine import Quarantine
-from services.scheduler.rates import DrainRate
-from services.scheduler.replica_link import ReplicaLink
-from services.scheduler.request import Request, RequestState
-from services.scheduler.router import Verdict
-from services.scheduler.row_recall import RowRecall
-from services.scheduler.session_lookup import SessionLookup
-from services.scheduler.step_relay import relay_step
-from services.scheduler.token_service import TokenService
 
 _log = logging.getLogger(__name__)
 

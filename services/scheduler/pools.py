@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from scalellm.v1 import link_pb2, scheduler_pb2
 
 if TYPE_CHECKING:
-    from services.scheduler.replica_link import ReplicaLink
+    from scalellm.services.scheduler.replica_link import ReplicaLink
 
 PoolPolicy = Literal["fixed", "measured", "off"]
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.scheduler.request import Request
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.scheduler.request import Request
 
 _log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from typing import Protocol
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import MOVES_SINCE, PLAINTEXT, Handles, LinkClient, LinkDialer, LinkTraffic
+from scalellm.services.scheduler.client_side import ClientSide
+from scalellm.services.scheduler.request import Request
 from scalellm.v1 import executor_pb2, link_pb2, scheduler_pb2
-from services.common.errors import StatusError
-from services.common.link import MOVES_SINCE, PLAINTEXT, Handles, LinkClient, LinkDialer, LinkTraffic
-from services.scheduler.client_side import ClientSide
-from services.scheduler.request import Request
 
 _CONNECTING = scheduler_pb2.EXECUTOR_PHASE_CONNECTING
 _READY = scheduler_pb2.EXECUTOR_PHASE_READY

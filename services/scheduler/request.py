@@ -6,18 +6,18 @@ import asyncio
 import enum
 from typing import TYPE_CHECKING
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import LOWEST_PRIORITY, check_submit, tenant_weight
+from scalellm.services.scheduler.admission_queue import QueueFullError
+from scalellm.services.scheduler.client_side import ClientSide
+from scalellm.services.scheduler.executor_side import ExecutorSide
+from scalellm.services.scheduler.request_times import RequestTimes
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import LOWEST_PRIORITY, check_submit, tenant_weight
-from services.scheduler.admission_queue import QueueFullError
-from services.scheduler.client_side import ClientSide
-from services.scheduler.executor_side import ExecutorSide
-from services.scheduler.request_times import RequestTimes
 
 if TYPE_CHECKING:
-    from services.scheduler.client_link import ClientLink
-    from services.scheduler.replica_link import ReplicaLink
-    from services.scheduler.request_trace import RequestTrace
+    from scalellm.services.scheduler.client_link import ClientLink
+    from scalellm.services.scheduler.replica_link import ReplicaLink
+    from scalellm.services.scheduler.request_trace import RequestTrace
 
 
 class RequestState(enum.Enum):

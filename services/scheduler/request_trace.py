@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.tracing import TraceHeaders
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
-from services.common.tracing import TraceHeaders
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Span, Tracer
+    from scalellm.services.common.tracing.tracer import Span, Tracer
 
 _LINK = "scalellm.v1.Executor/Execute"
 

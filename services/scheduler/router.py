@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from services.scheduler.prefix_index import PrefixIndex
+from scalellm.services.scheduler.prefix_index import PrefixIndex
 
 if TYPE_CHECKING:
-    from services.scheduler.replica_link import ReplicaLink
+    from scalellm.services.scheduler.replica_link import ReplicaLink
 
 # What one running sequence costs a newcomer, in prefill tokens: it takes a row of each decode step. A rough weight,
 # there to spread equal requests evenly; a cached prefix of a few blocks outweighs a handful of sequences.

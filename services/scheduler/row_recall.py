@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from services.scheduler.replica_link import ReplicaLink
-from services.scheduler.request import Request
-from services.scheduler.token_service import OUTPUT_COST, TenantAccount, TokenService
+from scalellm.services.scheduler.replica_link import ReplicaLink
+from scalellm.services.scheduler.request import Request
+from scalellm.services.scheduler.token_service import OUTPUT_COST, TenantAccount, TokenService
 
 _MIN_TOKENS = 4
 """Tokens that a request has emitted, since it was sent off last, before its row is taken."""

@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.registry import Collector
 
-from services.common.access import open_access
-from services.common.errors import StatusError
-from services.common.health import Heartbeat
-from services.common.histogram import LAG_SECONDS, Histogram
-from services.common.lifecycle import LAST_WORDS, GrpcService
-from services.common.link import link_service_handler
-from services.common.metrics import LoopLag, MetricsEndpoint
-from services.common.tls import server_credentials
-from services.common.vllm_metrics import WithVllmNames
-from services.scheduler.affinity_store import AffinityStore
-from services.scheduler.config import SchedulerSettings
-from services.scheduler.executor_discovery import ExecutorDiscovery
-from services.scheduler.fleet import Fleet
-from services.scheduler.intake import Intake
-from services.scheduler.metrics import SchedulerCollector
-from services.scheduler.placement import Placement
-from services.scheduler.service import SERVICE, SchedulerService
+from scalellm.services.common.access import open_access
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.health import Heartbeat
+from scalellm.services.common.histogram import LAG_SECONDS, Histogram
+from scalellm.services.common.lifecycle import LAST_WORDS, GrpcService
+from scalellm.services.common.link import link_service_handler
+from scalellm.services.common.metrics import LoopLag, MetricsEndpoint
+from scalellm.services.common.tls import server_credentials
+from scalellm.services.common.vllm_metrics import WithVllmNames
+from scalellm.services.scheduler.affinity_store import AffinityStore
+from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.scheduler.executor_discovery import ExecutorDiscovery
+from scalellm.services.scheduler.fleet import Fleet
+from scalellm.services.scheduler.intake import Intake
+from scalellm.services.scheduler.metrics import SchedulerCollector
+from scalellm.services.scheduler.placement import Placement
+from scalellm.services.scheduler.service import SERVICE, SchedulerService
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Tracer
+    from scalellm.services.common.tracing.tracer import Tracer
 
 
 class SchedulerServer:

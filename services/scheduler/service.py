@@ -6,15 +6,15 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import check_tokenizer, first_frame, lease_of, parse_client_frame, read_hello
+from scalellm.services.scheduler.affinity_store import AffinityStore
+from scalellm.services.scheduler.client_link import ClientLink
+from scalellm.services.scheduler.executor_discovery import ExecutorDiscovery
+from scalellm.services.scheduler.fleet import Fleet
+from scalellm.services.scheduler.intake import Intake
+from scalellm.services.scheduler.placement import Placement
 from scalellm.v1 import link_pb2, scheduler_pb2
-from services.common.errors import StatusError
-from services.common.link import check_tokenizer, first_frame, lease_of, parse_client_frame, read_hello
-from services.scheduler.affinity_store import AffinityStore
-from services.scheduler.client_link import ClientLink
-from services.scheduler.executor_discovery import ExecutorDiscovery
-from services.scheduler.fleet import Fleet
-from services.scheduler.intake import Intake
-from services.scheduler.placement import Placement
 
 SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"]
 

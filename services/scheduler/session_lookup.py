@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from services.scheduler.affinity_store import AffinityStore
-from services.scheduler.request import Request
+from scalellm.services.scheduler.affinity_store import AffinityStore
+from scalellm.services.scheduler.request import Request
 
 
 class SessionLookup:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from scalellm.services.common.link import ProgressError, token_runs
+from scalellm.services.scheduler.books import Books
+from scalellm.services.scheduler.client_side import ClientSide
 from scalellm.v1 import link_pb2
-from services.common.link import ProgressError, token_runs
-from services.scheduler.books import Books
-from services.scheduler.client_side import ClientSide
 
 
 def relay_step(step: link_pb2.StepOutput, running: Mapping[int, ClientSide], books: Books) -> list[tuple[int, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from services.scheduler.request import Request
+from scalellm.services.scheduler.request import Request
 
 OUTPUT_COST = 4
 """What an output token counts, in prompt tokens: it takes a row of a step, which computes hundreds of prompt tokens."""

@@ -1,4 +1,4 @@
-"""Entry point: `python -m services.tokenizer`."""
+"""Entry point: `python -m scalellm.services.tokenizer`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from services.common import model_store
-from services.common.addresses import join_address
-from services.common.entry import run_service
-from services.common.lifecycle import StartError, announce, stop_event
-from services.common.metrics import MetricsEndpoint
-from services.common.vllm_metrics import WithVllmNames
-from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.metrics import WorkersCollector
-from services.tokenizer.port import PortReservation
-from services.tokenizer.supervisor import Supervisor
+from scalellm.services.common import model_store
+from scalellm.services.common.addresses import join_address
+from scalellm.services.common.entry import run_service
+from scalellm.services.common.lifecycle import StartError, announce, stop_event
+from scalellm.services.common.metrics import MetricsEndpoint
+from scalellm.services.common.vllm_metrics import WithVllmNames
+from scalellm.services.tokenizer.config import TokenizerSettings
+from scalellm.services.tokenizer.metrics import WorkersCollector
+from scalellm.services.tokenizer.port import PortReservation
+from scalellm.services.tokenizer.supervisor import Supervisor
 
-_log = logging.getLogger("services.tokenizer")
+_log = logging.getLogger("scalellm.services.tokenizer")
 
 
 async def serve(settings: TokenizerSettings) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from services.common.errors import StatusError
+from scalellm.services.common.errors import StatusError
 
 _MAX_READING = 64
 """Calls of one tenant and connection whose requests are read at once; the others' are bounded by flow control."""

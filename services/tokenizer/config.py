@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from services.common.addresses import split_addresses
-from services.common.model_store import name_of
-from services.common.settings import LinkingSettings, Port, settings_config
+from scalellm.services.common.addresses import split_addresses
+from scalellm.services.common.model_store import name_of
+from scalellm.services.common.settings import LinkingSettings, Port, settings_config
 
 
 def _default_workers() -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
+from scalellm.services.common.errors import StatusError
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
 
 _LONGEST_WAIT = 60 * 10**9
 """Nanoseconds: the longest time to a retry that a caller is told of."""

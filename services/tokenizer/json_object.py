@@ -6,7 +6,7 @@ import json
 from functools import partial
 from typing import NoReturn
 
-from services.common.errors import StatusError
+from scalellm.services.common.errors import StatusError
 
 JsonObject = dict[str, object]
 

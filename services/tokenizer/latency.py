@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from scalellm.services.tokenizer.token_receiver import Resubmission, TokenReceiver
 from scalellm.v1 import common_pb2, link_pb2
-from services.tokenizer.token_receiver import Resubmission, TokenReceiver
 
 _HOP_PARTS = ("admission_ns", "queue_ns", "prefill_ns", "decode_ns", "failover_ns")
 _TIMING_NAMES = (

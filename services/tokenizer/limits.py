@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scalellm.services.common.field_rules import MAX_LOGPROBS, MAX_N, MAX_STRUCTURE_BYTES, SAMPLING_LISTS
 from scalellm.v1 import tokenizer_pb2
-from services.common.field_rules import MAX_LOGPROBS, MAX_N, MAX_STRUCTURE_BYTES, SAMPLING_LISTS
 
 MAX_ANSWER_BYTES = 4 * 2**20
 """Of one message to a client: what gRPC clients take unless they are told otherwise."""

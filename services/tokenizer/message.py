@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from scalellm.services.tokenizer.dialect import Dialect, JsonArguments, Part, PartKind
+from scalellm.services.tokenizer.dialect.dialect import ToolsInPrompt
+from scalellm.services.tokenizer.dialect.known import HERMES
 from scalellm.v1 import generation_pb2
-from services.tokenizer.dialect import Dialect, JsonArguments, Part, PartKind
-from services.tokenizer.dialect.dialect import ToolsInPrompt
-from services.tokenizer.dialect.known import HERMES
 
 
 class FunctionCall(NamedTuple):

@@ -18,14 +18,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
+from scalellm.services.common.api_keys import TenantLimits
+from scalellm.services.common.histogram import LAG_SECONDS
+from scalellm.services.common.metrics import DROPPED_SPANS, EXPORT_FAILED, QUEUE_FULL
+from scalellm.services.tokenizer.running_request import Move
 from scalellm.v1 import common_pb2
-from services.common.api_keys import TenantLimits
-from services.common.histogram import LAG_SECONDS
-from services.common.metrics import DROPPED_SPANS, EXPORT_FAILED, QUEUE_FULL
-from services.tokenizer.running_request import Move
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Tracer
+    from scalellm.services.common.tracing.tracer import Tracer
 
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),

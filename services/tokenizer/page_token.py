@@ -7,7 +7,7 @@ import binascii
 import json
 from typing import Any
 
-from services.common.errors import StatusError
+from scalellm.services.common.errors import StatusError
 
 
 def make_page_token(*place: float | str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from services.common.addresses import bound_socket, join_address
-from services.common.lifecycle import StartError
+from scalellm.services.common.addresses import bound_socket, join_address
+from scalellm.services.common.lifecycle import StartError
 
 
 class PortReservation:

@@ -12,22 +12,22 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.dialect.dialect import ToolsInPrompt
+from scalellm.services.tokenizer.json_object import JsonObject
+from scalellm.services.tokenizer.message import Message, for_template
+from scalellm.services.tokenizer.session import Session
+from scalellm.services.tokenizer.template_kwargs import read_template_kwargs, with_effort
+from scalellm.services.tokenizer.text.chat_renderer import ChatRenderer
+from scalellm.services.tokenizer.text.chat_template import ChatTemplateError
+from scalellm.services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
+from scalellm.services.tokenizer.text.conversation import Continuation, ConversationEncoder
+from scalellm.services.tokenizer.text.encoder import EncodeBatcher, TooManyTokensError
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
+from scalellm.services.tokenizer.tools import documents_for_template, tools_for_template
+from scalellm.services.tokenizer.validation import context_exceeded, too_many_tokens
+from scalellm.services.tokenizer.writing import Writing
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.dialect.dialect import ToolsInPrompt
-from services.tokenizer.json_object import JsonObject
-from services.tokenizer.message import Message, for_template
-from services.tokenizer.session import Session
-from services.tokenizer.template_kwargs import read_template_kwargs, with_effort
-from services.tokenizer.text.chat_renderer import ChatRenderer
-from services.tokenizer.text.chat_template import ChatTemplateError
-from services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
-from services.tokenizer.text.conversation import Continuation, ConversationEncoder
-from services.tokenizer.text.encoder import EncodeBatcher, TooManyTokensError
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
-from services.tokenizer.tools import documents_for_template, tools_for_template
-from services.tokenizer.validation import context_exceeded, too_many_tokens
-from services.tokenizer.writing import Writing
 
 _log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import grpc
 from redis.asyncio import Redis
 
-from services.common.api_keys import Tenant, TenantLimits
-from services.common.cancellation import cancellable
-from services.common.errors import StatusError
-from services.common.redis_client import KEY_PREFIX
-from services.common.redis_health import REDIS_ERRORS, RedisFault
-from services.tokenizer.quota_script import QUOTA_SCRIPT
+from scalellm.services.common.api_keys import Tenant, TenantLimits
+from scalellm.services.common.cancellation import cancellable
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.redis_client import KEY_PREFIX
+from scalellm.services.common.redis_health import REDIS_ERRORS, RedisFault
+from scalellm.services.tokenizer.quota_script import QUOTA_SCRIPT
 
 _log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.logs import LineLimit
+from scalellm.services.tokenizer.config import TokenizerSettings
 from scalellm.v1 import common_pb2, generation_pb2
-from services.common.errors import StatusError
-from services.common.logs import LineLimit
-from services.tokenizer.config import TokenizerSettings
 
-_log = logging.getLogger("services.tokenizer.requests")
+_log = logging.getLogger("scalellm.services.tokenizer.requests")
 
 _OURS = frozenset(
     {

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from scalellm.services.common.logs import RequestFields
+from scalellm.services.common.tracing import TraceHeaders
+from scalellm.services.tokenizer.generation.caller import Caller
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.request_log import RequestEnd
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.common.logs import RequestFields
-from services.common.tracing import TraceHeaders
-from services.tokenizer.generation.caller import Caller
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.request_log import RequestEnd
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Attributes, Span, Tracer
+    from scalellm.services.common.tracing.tracer import Attributes, Span, Tracer
 
 _LINK = "scalellm.v1.Scheduler/Connect"
 

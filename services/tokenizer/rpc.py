@@ -12,11 +12,11 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from services.common.api_keys import Tenant
-from services.common.errors import StatusError
-from services.common.guarded import OnEnd, guarded
-from services.tokenizer.call_bytes import CallAccount, CallBytes
-from services.tokenizer.limits import MAX_ANSWER_BYTES
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.guarded import OnEnd, guarded
+from scalellm.services.tokenizer.call_bytes import CallAccount, CallBytes
+from scalellm.services.tokenizer.limits import MAX_ANSWER_BYTES
 
 _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message | None]]
 _Answering = Callable[[Any, grpc.aio.ServicerContext, CallAccount], Awaitable[None]]

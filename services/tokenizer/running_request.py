@@ -9,11 +9,11 @@ import math
 import os
 from array import array
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import ModelIdentity
+from scalellm.services.tokenizer.scheduler_link import SchedulerLink
+from scalellm.services.tokenizer.token_receiver import Resubmission, TokenReceiver
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import ModelIdentity
-from services.tokenizer.scheduler_link import SchedulerLink
-from services.tokenizer.token_receiver import Resubmission, TokenReceiver
 
 _BLOCK_TOKENS = 64
 """Tokens at the beginning of a prompt that decide where it goes: those of a block, as schedulers know prefixes."""

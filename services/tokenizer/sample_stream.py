@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scalellm.services.common.link import cut_logprobs
+from scalellm.services.tokenizer.dialect import Part, PartKind
+from scalellm.services.tokenizer.dialect.splitter import Splitter
+from scalellm.services.tokenizer.text.detokenizer import Detokenizer, TokenTexts
+from scalellm.services.tokenizer.text.stop_strings import StopStrings
+from scalellm.services.tokenizer.text.text_stream import TextStream
+from scalellm.services.tokenizer.token_receiver import TokenBatch
 from scalellm.v1 import common_pb2, generation_pb2
-from services.common.link import cut_logprobs
-from services.tokenizer.dialect import Part, PartKind
-from services.tokenizer.dialect.splitter import Splitter
-from services.tokenizer.text.detokenizer import Detokenizer, TokenTexts
-from services.tokenizer.text.stop_strings import StopStrings
-from services.tokenizer.text.text_stream import TextStream
-from services.tokenizer.token_receiver import TokenBatch
 
 
 @dataclass(slots=True)

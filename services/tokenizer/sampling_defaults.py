@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import SAMPLING
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.model_files import ModelFileError, read_json_object, shown
+from scalellm.services.tokenizer.validation import validate_sampling
 from scalellm.v1 import common_pb2
-from services.common.errors import StatusError
-from services.common.field_rules import SAMPLING
-from services.common.lifecycle import StartError
-from services.common.model_files import ModelFileError, read_json_object, shown
-from services.tokenizer.validation import validate_sampling
 
 _FILE = "generation_config.json"
 

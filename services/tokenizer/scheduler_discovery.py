@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from services.common.addresses import split_address
-from services.common.name_lookup import NameLookup
+from scalellm.services.common.addresses import split_address
+from scalellm.services.common.name_lookup import NameLookup
 
 
 class SchedulerSet(Protocol):

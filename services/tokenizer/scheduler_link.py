@@ -11,10 +11,18 @@ from typing import Protocol
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import (
+    PLAINTEXT,
+    Handles,
+    LinkClient,
+    LinkDialer,
+    LinkTraffic,
+    ModelIdentity,
+    token_runs,
+)
+from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import link_pb2, scheduler_pb2
-from services.common.errors import StatusError
-from services.common.link import PLAINTEXT, Handles, LinkClient, LinkDialer, LinkTraffic, ModelIdentity, token_runs
-from services.tokenizer.token_receiver import TokenReceiver
 
 _log = logging.getLogger(__name__)
 

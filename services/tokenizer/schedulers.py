@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
+from scalellm.services.common.addresses import is_ip_address
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import API_MINOR, PLAINTEXT, LinkDialer
+from scalellm.services.tokenizer.full_queues import FullQueues
+from scalellm.services.tokenizer.running_request import Move, RunningRequest
+from scalellm.services.tokenizer.scheduler_discovery import SchedulerDiscovery
+from scalellm.services.tokenizer.scheduler_link import LinkCounts, SchedulerLink
+from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import link_pb2
-from services.common.addresses import is_ip_address
-from services.common.errors import StatusError
-from services.common.link import API_MINOR, PLAINTEXT, LinkDialer
-from services.tokenizer.full_queues import FullQueues
-from services.tokenizer.running_request import Move, RunningRequest
-from services.tokenizer.scheduler_discovery import SchedulerDiscovery
-from services.tokenizer.scheduler_link import LinkCounts, SchedulerLink
-from services.tokenizer.token_receiver import TokenReceiver
 
 _log = logging.getLogger(__name__)
 

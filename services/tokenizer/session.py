@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from services.tokenizer.message import Message
-from services.tokenizer.text.conversation import Continuation, Segment
+from scalellm.services.tokenizer.message import Message
+from scalellm.services.tokenizer.text.conversation import Continuation, Segment
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,16 +16,16 @@ from typing import Any
 import grpc
 from redis.asyncio import Redis
 
-from services.common.api_keys import DEFAULT_TENANT, Tenant
-from services.common.cancellation import cancellable
-from services.common.errors import StatusError
-from services.common.logs import LineLimit
-from services.common.redis_client import KEY_PREFIX
-from services.common.redis_health import REDIS_ERRORS, RedisFault
-from services.common.silence import silence_limit
-from services.tokenizer import session_script
-from services.tokenizer.page_token import bad_page_token, make_page_token, read_page_token
-from services.tokenizer.session import (
+from scalellm.services.common.api_keys import DEFAULT_TENANT, Tenant
+from scalellm.services.common.cancellation import cancellable
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.logs import LineLimit
+from scalellm.services.common.redis_client import KEY_PREFIX
+from scalellm.services.common.redis_health import REDIS_ERRORS, RedisFault
+from scalellm.services.common.silence import silence_limit
+from scalellm.services.tokenizer import session_script
+from scalellm.services.tokenizer.page_token import bad_page_token, make_page_token, read_page_token
+from scalellm.services.tokenizer.session import (
     INFO_FIELDS,
     Session,
     SessionInfo,
@@ -33,7 +33,7 @@ from services.tokenizer.session import (
     decode_session,
     encode_session,
 )
-from services.tokenizer.validation import is_id
+from scalellm.services.tokenizer.validation import is_id
 
 _log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from typing import NoReturn
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from scalellm.services.common.access import Access
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
+from scalellm.services.tokenizer.message import Message
+from scalellm.services.tokenizer.page_token import bad_page_token, make_page_token, read_page_token
+from scalellm.services.tokenizer.session import Session, SessionInfo
+from scalellm.services.tokenizer.session_store import SessionStore
+from scalellm.services.tokenizer.validation import validate_id, validate_page_size
 from scalellm.v1 import sessions_pb2
-from services.common.access import Access
-from services.common.errors import StatusError
-from services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
-from services.tokenizer.message import Message
-from services.tokenizer.page_token import bad_page_token, make_page_token, read_page_token
-from services.tokenizer.session import Session, SessionInfo
-from services.tokenizer.session_store import SessionStore
-from services.tokenizer.validation import validate_id, validate_page_size
 
 _DEFAULT_PAGE_SIZE = 100
 

@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from services.common.child_environment import EXPORT, child_environment
-from services.common.child_process import ChildProcess, Restarts, describe_exit, python_module
-from services.common.lifecycle import StartError
-from services.tokenizer.config import TokenizerSettings
+from scalellm.services.common.child_environment import EXPORT, child_environment
+from scalellm.services.common.child_process import ChildProcess, Restarts, describe_exit, python_module
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.tokenizer.config import TokenizerSettings
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +109,9 @@ class Supervisor:
 
     async def _start(self) -> ChildProcess:
         # Ctrl-C goes to the whole process group of a terminal; here the parent tells the workers.
-        return await ChildProcess.start(python_module("services.tokenizer.worker"), self._environment, own_session=True)
+        return await ChildProcess.start(
+            python_module("scalellm.services.tokenizer.worker"), self._environment, own_session=True
+        )
 
     async def _serves(self, process: ChildProcess) -> bool:
         """Wait for a worker's first report. False when it ended without one; raises StartError when it cannot start."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from services.common.errors import StatusError
-from services.tokenizer.json_object import JsonObject, parse_object
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.json_object import JsonObject, parse_object
 
 _FIELD = "chat.template_kwargs"
 _MAX_DEPTH = 16

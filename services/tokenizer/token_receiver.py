@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import ProgressError, RequestProgress, cut_logprobs
+from scalellm.services.tokenizer.limits import MAX_ANSWER_TOKENS
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import ProgressError, RequestProgress, cut_logprobs
-from services.tokenizer.limits import MAX_ANSWER_TOKENS
 
 
 @dataclass(slots=True)

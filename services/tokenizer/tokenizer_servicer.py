@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import grpc
 
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.tokenizing import Tokenizing
 from scalellm.v1 import tokenizer_pb2
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.tokenizing import Tokenizing
 
 
 class TokenizerServicer:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from scalellm import __version__
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.limits import INLINE_TOKENS
+from scalellm.services.tokenizer.validation import validate_chat, validate_decode, validate_encode
 from scalellm.v1 import tokenizer_pb2
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.limits import INLINE_TOKENS
-from services.tokenizer.validation import validate_chat, validate_decode, validate_encode
 
 
 class Tokenizing:

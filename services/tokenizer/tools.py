@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import MAX_STRUCTURE_BYTES
+from scalellm.services.tokenizer.dialect.constraint import MAX_CALLS, CalledTool, Calls, is_text
+from scalellm.services.tokenizer.json_object import parse_object
+from scalellm.services.tokenizer.limits import RequestLimits
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.common.field_rules import MAX_STRUCTURE_BYTES
-from services.tokenizer.dialect.constraint import MAX_CALLS, CalledTool, Calls, is_text
-from services.tokenizer.json_object import parse_object
-from services.tokenizer.limits import RequestLimits
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NO_ARGUMENTS = '{"type": "object", "properties": {}, "additionalProperties": false}'

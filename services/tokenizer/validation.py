@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import MAX_N, REQUEST, SAMPLING_LISTS, sampling_faults
+from scalellm.services.tokenizer.limits import RequestLimits
+from scalellm.services.tokenizer.template_kwargs import read_template_kwargs
+from scalellm.services.tokenizer.tools import validate_tools
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
-from services.common.errors import StatusError
-from services.common.field_rules import MAX_N, REQUEST, SAMPLING_LISTS, sampling_faults
-from services.tokenizer.limits import RequestLimits
-from services.tokenizer.template_kwargs import read_template_kwargs
-from services.tokenizer.tools import validate_tools
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 

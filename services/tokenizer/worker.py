@@ -1,7 +1,7 @@
 """A worker process: one event loop, a link to each scheduler, all public services on the shared port.
 
-Started by the supervisor as `python -m services.tokenizer.worker`. Its assignment is one JSON line on stdin, which then
-stays open as long as the supervisor lives; what it has to report are JSON lines on stdout.
+Started by the supervisor as `python -m scalellm.services.tokenizer.worker`. Its assignment is one JSON line on
+stdin, which then stays open as long as the supervisor lives; it reports in JSON lines on stdout.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ import uvloop
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
+from scalellm.services.common import model_store
+from scalellm.services.common.access import Access, open_access
+from scalellm.services.common.json_lines import read_line, write_line
+from scalellm.services.common.lifecycle import LAST_WORDS, GrpcService, StartError, stop_event
+from scalellm.services.common.logs import configure_logging
+from scalellm.services.common.metrics import LoopLag
+from scalellm.services.common.redis_client import open_redis
+from scalellm.services.common.redis_health import RedisWatch
+from scalellm.services.common.tls import server_credentials
+from scalellm.services.common.tracing import open_tracer
+from scalellm.services.tokenizer.call_bytes import CallBytes
+from scalellm.services.tokenizer.config import TokenizerSettings
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.generation.grpc_face import GenerationServicer
+from scalellm.services.tokenizer.http.build import make_listener
+from scalellm.services.tokenizer.http.listener import HttpListener
+from scalellm.services.tokenizer.kept.journal import Journal
+from scalellm.services.tokenizer.kept.kept_requests import KeptRequests
+from scalellm.services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
+from scalellm.services.tokenizer.metrics import EdgeMetrics
+from scalellm.services.tokenizer.prompt_builder import PromptBuilder
+from scalellm.services.tokenizer.quotas import TenantQuotas
+from scalellm.services.tokenizer.request_log import RequestLog
+from scalellm.services.tokenizer.rpc import CallGate, add_service
+from scalellm.services.tokenizer.sampling_defaults import read_sampling_defaults
+from scalellm.services.tokenizer.schedulers import Schedulers
+from scalellm.services.tokenizer.session_store import SessionStore
+from scalellm.services.tokenizer.sessions_servicer import SessionsServicer
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+from scalellm.services.tokenizer.tokenizer_servicer import TokenizerServicer
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
-from services.common import model_store
-from services.common.access import Access, open_access
-from services.common.json_lines import read_line, write_line
-from services.common.lifecycle import LAST_WORDS, GrpcService, StartError, stop_event
-from services.common.logs import configure_logging
-from services.common.metrics import LoopLag
-from services.common.redis_client import open_redis
-from services.common.redis_health import RedisWatch
-from services.common.tls import server_credentials
-from services.common.tracing import open_tracer
-from services.tokenizer.call_bytes import CallBytes
-from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.generation.grpc_face import GenerationServicer
-from services.tokenizer.http.build import make_listener
-from services.tokenizer.http.listener import HttpListener
-from services.tokenizer.kept.journal import Journal
-from services.tokenizer.kept.kept_requests import KeptRequests
-from services.tokenizer.limits import MAX_ANSWER_BYTES, RequestLimits
-from services.tokenizer.metrics import EdgeMetrics
-from services.tokenizer.prompt_builder import PromptBuilder
-from services.tokenizer.quotas import TenantQuotas
-from services.tokenizer.request_log import RequestLog
-from services.tokenizer.rpc import CallGate, add_service
-from services.tokenizer.sampling_defaults import read_sampling_defaults
-from services.tokenizer.schedulers import Schedulers
-from services.tokenizer.session_store import SessionStore
-from services.tokenizer.sessions_servicer import SessionsServicer
-from services.tokenizer.text.loading import load_model_tokenizer
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
-from services.tokenizer.tokenizer_servicer import TokenizerServicer
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Tracer
+    from scalellm.services.common.tracing.tracer import Tracer
 
-_log = logging.getLogger("services.tokenizer")
+_log = logging.getLogger("scalellm.services.tokenizer")
 
 _SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["Generation"],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.tokenizer.dialect import dialect_of
-from services.tokenizer.dialect.splitter import Opening
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
+from scalellm.services.tokenizer.dialect import dialect_of
+from scalellm.services.tokenizer.dialect.splitter import Opening
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 _OPENING_TOKENS = 16
 """Of a prompt: as many as have the mark of reasoning with which an answer may begin."""

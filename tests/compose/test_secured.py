@@ -18,8 +18,8 @@ import trustme
 from certificates import issue
 from compose_stack import ROOT, ComposeStack
 from scalellm.client import Client, ClientError, Credentials
+from scalellm.services.common.api_keys import Role, key_entry, new_key
 from scalellm.v1 import generation_pb2
-from services.common.api_keys import Role, key_entry, new_key
 
 INTRUDER = """
 import grpc

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Capability, Ops, select_ops
-from kernels.cpu.cache import can_have_layout, keys_by_token
+from scalellm.kernels import Capability, Ops, select_ops
+from scalellm.kernels.cpu.cache import can_have_layout, keys_by_token
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ beside them.
 import pytest
 import torch
 
-import kernels
-from kernels import select_ops
-from kernels.dispatch import OP_NAMES
+from scalellm import kernels
+from scalellm.kernels import select_ops
+from scalellm.kernels.dispatch import OP_NAMES
 
 E4M3 = torch.float8_e4m3fn
 

@@ -9,11 +9,11 @@ pytest.importorskip("triton")
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import Capability, select_ops
-from kernels.aot.compiler import Loop, Report, pipelined_loops
-from kernels.aot.gate import violations
-from kernels.aot.manifest import CASES
-from kernels.aot.recorder import Recorder
+from scalellm.kernels import Capability, select_ops
+from scalellm.kernels.aot.compiler import Loop, Report, pipelined_loops
+from scalellm.kernels.aot.gate import violations
+from scalellm.kernels.aot.manifest import CASES
+from scalellm.kernels.aot.recorder import Recorder
 
 
 class NoAllocation(TorchDispatchMode):

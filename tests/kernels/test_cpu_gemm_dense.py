@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.cpu.gemm_dense import DTYPES, TiledMatrix
-from kernels.cpu.library import default_build_dir, load_library
+from scalellm.kernels.cpu.gemm_dense import DTYPES, TiledMatrix
+from scalellm.kernels.cpu.library import default_build_dir, load_library
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
-from kernels import Capability, Ops, select_ops
-from kernels.cpu.gemm_wna16 import TiledWeight
-from kernels.reference.w4a16 import dequantise_packed
+from scalellm import kernels
+from scalellm.kernels import Capability, Ops, select_ops
+from scalellm.kernels.cpu.gemm_wna16 import TiledWeight
+from scalellm.kernels.reference.w4a16 import dequantise_packed
 
 CPU = Capability(sm=0, num_sms=1)
 

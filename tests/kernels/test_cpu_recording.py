@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import Capability, Ops, select_ops
-from kernels.cpu.recording import NotRecordableError, Recorder
+from scalellm.kernels import Capability, Ops, select_ops
+from scalellm.kernels.cpu.recording import NotRecordableError, Recorder
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kernels import Capability, select_ops
-from kernels.cpu.gemm_wna16 import TiledWeight
-from kernels.cpu.library import CpuLibrary
-from kernels.cpu.rows import finite_rows, gather_rows
-from kernels.reference.w4a16 import dequantise_packed
+from scalellm.kernels import Capability, select_ops
+from scalellm.kernels.cpu.gemm_wna16 import TiledWeight
+from scalellm.kernels.cpu.library import CpuLibrary
+from scalellm.kernels.cpu.rows import finite_rows, gather_rows
+from scalellm.kernels.reference.w4a16 import dequantise_packed
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import Capability, Ops, SampleOutput, apply_logits_processors_, sample, select_ops
+from scalellm.kernels import Capability, Ops, SampleOutput, apply_logits_processors_, sample, select_ops
 
 
 @pytest.fixture(scope="module")

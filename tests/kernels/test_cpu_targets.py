@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from int8_case import Q_HEADS, Int8Case
-from kernels import Capability, Ops, select_ops
-from kernels.cpu import library
-from kernels.reference.w4a16 import dequantise_packed
+from scalellm.kernels import Capability, Ops, select_ops
+from scalellm.kernels.cpu import library
+from scalellm.kernels.reference.w4a16 import dequantise_packed
 
 CPU = Capability(sm=0, num_sms=1)
 AVX2 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-import kernels
-from kernels import Capability, Ops, select_ops
-from kernels.dispatch import OP_NAMES
+from scalellm import kernels
+from scalellm.kernels import Capability, Ops, select_ops
+from scalellm.kernels.dispatch import OP_NAMES
 
 CPU, A100, H200 = Capability(sm=0, num_sms=1), Capability(sm=80, num_sms=108), Capability(sm=90, num_sms=132)
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -118,7 +118,7 @@ def test_impossible_overrides_are_refused(capability, name, message):
 
 
 def test_importing_kernels_does_not_import_triton():
-    code = "import sys; sys.modules['triton'] = None; import kernels; kernels.select_ops"
+    code = "import sys; sys.modules['triton'] = None; from scalellm import kernels; kernels.select_ops"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

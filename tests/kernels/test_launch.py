@@ -10,8 +10,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels import Capability, Launch
-from kernels.launch import next_power_of_2
+from scalellm.kernels import Capability, Launch
+from scalellm.kernels.launch import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["count"])

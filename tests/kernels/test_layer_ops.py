@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from kernels import Ops, copy_blocks_, sample, scaled_fp8_quant, swap_blocks
+from scalellm.kernels import Ops, copy_blocks_, sample, scaled_fp8_quant, swap_blocks
 
 E4M3 = torch.float8_e4m3fn
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of one result

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from kernels import apply_logits_processors_
+from scalellm.kernels import apply_logits_processors_
 
 
 def logits_of(rows=3, vocab=70, seed=0):

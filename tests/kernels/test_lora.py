@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import lora_expand, lora_shrink
+from scalellm.kernels import lora_expand, lora_shrink
 
 
 def randn(*shape, seed=0):

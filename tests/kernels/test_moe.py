@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from kernels import fused_moe, moe_align_block_size, topk_softmax
+from scalellm.kernels import fused_moe, moe_align_block_size, topk_softmax
 
 
 def randn(*shape, seed=0):

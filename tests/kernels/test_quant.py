@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kernels import fp8_gemm, scaled_fp8_quant, w4a16_gemm, w8a16_gemm
-from kernels.reference.scaled_mm import can_scale_mm, scaled_mm
+from scalellm.kernels import fp8_gemm, scaled_fp8_quant, w4a16_gemm, w8a16_gemm
+from scalellm.kernels.reference.scaled_mm import can_scale_mm, scaled_mm
 
 E4M3 = torch.float8_e4m3fn
 

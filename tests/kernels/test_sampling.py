@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import sample_seed
+from scalellm.kernels import sample_seed
 
 MASK = (1 << 64) - 1
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from kernels import Capability, gemm_wna16_workspace_size, num_decode_splits
-from kernels.splits import least_tiles
-from kernels.tiles import _ROOT, TILED_OPS, device_slug, read_table, tile_table, tuned_devices
+from scalellm.kernels import Capability, gemm_wna16_workspace_size, num_decode_splits
+from scalellm.kernels.splits import least_tiles
+from scalellm.kernels.tiles import _ROOT, TILED_OPS, device_slug, read_table, tile_table, tuned_devices
 
 A100, H200, B200 = Capability(80, 108), Capability(90, 132, "NVIDIA H200"), Capability(100, 148)
 RULE = {"block_n": 64, "num_warps": 4, "num_stages": 3}
@@ -95,8 +95,8 @@ def committed():
 @pytest.mark.parametrize(("op", "file"), list(committed()))
 def test_every_committed_rule_is_compiled_ahead_of_time(op, file):
     pytest.importorskip("triton")
-    from kernels.aot.manifest import CASES
-    from kernels.aot.recorder import NUM_SMS, recorded
+    from scalellm.kernels.aot.manifest import CASES
+    from scalellm.kernels.aot.recorder import NUM_SMS, recorded
 
     sm = json.loads(file.read_text())["compute_capability"]
     assert sm in NUM_SMS, "the gate compiles for other devices"

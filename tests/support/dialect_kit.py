@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from services.common.vocabulary import Vocabulary
-from services.executor.grammar import LlGrammarCompiler
-from services.tokenizer.dialect import Dialect, Part
-from services.tokenizer.dialect.constraint import AnswerGrammar
-from services.tokenizer.dialect.splitter import Opening, Splitter
+from scalellm.services.common.vocabulary import Vocabulary
+from scalellm.services.executor.grammar import LlGrammarCompiler
+from scalellm.services.tokenizer.dialect import Dialect, Part
+from scalellm.services.tokenizer.dialect.constraint import AnswerGrammar
+from scalellm.services.tokenizer.dialect.splitter import Opening, Splitter
 
 SPECIAL = (
     *("<eos>", "[TOOL_CALLS]", "[ARGS]", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),

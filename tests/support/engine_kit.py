@@ -5,7 +5,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.executor.engine import (
+from scalellm.services.executor.engine import (
     Engine,
     EngineConfig,
     EngineRequest,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from scalellm.services.common.link import add_tokens
 from scalellm.v1 import common_pb2, executor_pb2_grpc, link_pb2
-from services.common.link import add_tokens
 
 VOCAB = 5003
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import add_tokens, check_submit
+from scalellm.services.tokenizer.scheduler_link import SchedulerLink
+from scalellm.services.tokenizer.schedulers import Schedulers
+from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import add_tokens, check_submit
-from services.tokenizer.scheduler_link import SchedulerLink
-from services.tokenizer.schedulers import Schedulers
-from services.tokenizer.token_receiver import TokenReceiver
 
 PROMPT = [5, 6, 7, 8]
 LENGTH = 12

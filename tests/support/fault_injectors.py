@@ -40,9 +40,9 @@ class Scene:
 
 
 CHILDREN = {
-    "engine": ("executor", "services.executor.engine_process"),
-    "worker": ("tokenizer", "services.tokenizer.worker"),
-    "template renderer": ("tokenizer", "services.tokenizer.text.chat_render_process"),
+    "engine": ("executor", "scalellm.services.executor.engine_process"),
+    "worker": ("tokenizer", "scalellm.services.tokenizer.worker"),
+    "template renderer": ("tokenizer", "scalellm.services.tokenizer.text.chat_render_process"),
 }
 """Processes that a service starts, and starts again."""
 

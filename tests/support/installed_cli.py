@@ -17,7 +17,7 @@ class Cli:
 
     def run(self, *arguments: str, **variables: str) -> tuple[int, str, str]:
         done = subprocess.run(
-            [sys.executable, "-m", "clients.cli.main", *arguments],
+            [sys.executable, "-m", "scalellm.cli.main", *arguments],
             env={**self.environment, **variables},
             capture_output=True,
             text=True,

@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels.cpu.cache import bytes_shape, can_have_bytes
-from kernels.reference.cache import from_int8_rows, to_int8_rows
+from scalellm.kernels.cpu.cache import bytes_shape, can_have_bytes
+from scalellm.kernels.reference.cache import from_int8_rows, to_int8_rows
 
 Q_HEADS, KV_HEADS = 9, 3
 

@@ -43,7 +43,9 @@ class Line:
 
     def wait_linked(self) -> None:
         """Wait for all links: a request waits for its worker's, but not for as long as a busy machine may take."""
-        num_workers = sum("services.tokenizer.worker" in child.cmdline() for child in self.tokenizer.children())
+        num_workers = sum(
+            "scalellm.services.tokenizer.worker" in child.cmdline() for child in self.tokenizer.children()
+        )
         wanted = {"tokenizer": num_workers, "executor": len(self.executors)}
         deadline = time.monotonic() + PATIENCE
         while True:

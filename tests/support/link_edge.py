@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import grpc
 
 from fake_executor_link import VOCAB, expected_tokens
+from scalellm.services.common.link import token_runs
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2_grpc
 from service_processes import PATIENCE
-from services.common.link import token_runs
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from extreme_messages import altered
+from scalellm.services.common.link import API_MINOR
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.link import API_MINOR
 
 HANDLES = (1, 2, 3)
 """Few: so that they are used twice, and aborted while they run."""

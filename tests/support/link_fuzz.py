@@ -17,30 +17,30 @@ from types import SimpleNamespace
 import engine_kit
 from fake_scheduler_link import unconnected
 from link_frames import HELLO, WELCOME
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.health import Heartbeat
+from scalellm.services.common.link.client_frames import check_submit, parse_client_frame
+from scalellm.services.common.link.server_frames import read_step, read_welcome
+from scalellm.services.common.tracing.tracer import Tracer
+from scalellm.services.executor.build import LoadedEngine
+from scalellm.services.executor.engine import Engine
+from scalellm.services.executor.engine_process import EngineLoop
+from scalellm.services.executor.ipc import Kind, Message
+from scalellm.services.scheduler.affinity_store import AffinityStore
+from scalellm.services.scheduler.client_link import ClientLink
+from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.scheduler.fleet import Fleet
+from scalellm.services.scheduler.intake import Intake
+from scalellm.services.scheduler.placement import Placement
+from scalellm.services.scheduler.replica_link import ReplicaLink
+from scalellm.services.scheduler.service import SchedulerService
+from scalellm.services.tokenizer.generation.grpc_face import to_wire
+from scalellm.services.tokenizer.latency import LatencyTrace, server_timing
+from scalellm.services.tokenizer.sample_stream import OutputOptions, SampleStream
+from scalellm.services.tokenizer.schedulers import Schedulers
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.stop_strings import StopStrings
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.health import Heartbeat
-from services.common.link.client_frames import check_submit, parse_client_frame
-from services.common.link.server_frames import read_step, read_welcome
-from services.common.tracing.tracer import Tracer
-from services.executor.build import LoadedEngine
-from services.executor.engine import Engine
-from services.executor.engine_process import EngineLoop
-from services.executor.ipc import Kind, Message
-from services.scheduler.affinity_store import AffinityStore
-from services.scheduler.client_link import ClientLink
-from services.scheduler.config import SchedulerSettings
-from services.scheduler.fleet import Fleet
-from services.scheduler.intake import Intake
-from services.scheduler.placement import Placement
-from services.scheduler.replica_link import ReplicaLink
-from services.scheduler.service import SchedulerService
-from services.tokenizer.generation.grpc_face import to_wire
-from services.tokenizer.latency import LatencyTrace, server_timing
-from services.tokenizer.sample_stream import OutputOptions, SampleStream
-from services.tokenizer.schedulers import Schedulers
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.stop_strings import StopStrings
 
 _NEIGHBOUR = link_pb2.ClientFrame(
     submit=link_pb2.Submit(handle=77, token_ids=[1, 2], sampling=common_pb2.SamplingParams(max_tokens=2, seed=1))
@@ -63,7 +63,7 @@ class _Faults(logging.Handler):
 
 @contextmanager
 def _without_faults() -> Iterator[None]:
-    handler, logger = _Faults(), logging.getLogger("services")
+    handler, logger = _Faults(), logging.getLogger("scalellm.services")
     logger.addHandler(handler)
     try:
         yield

@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 
+from scalellm.services.common.link import token_runs
 from scalellm.v1 import common_pb2, link_pb2
 from service_processes import PATIENCE
-from services.common.link import token_runs
 
 
 class LinkPeer:

@@ -11,8 +11,8 @@ from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lying_gguf import ARRAY, F32, I32, STRING, U32, Gguf
-from services.executor.model_config.hf_config import config_from_hf
-from services.executor.models import CausalLM, ModelRuntime
+from scalellm.services.executor.model_config.hf_config import config_from_hf
+from scalellm.services.executor.models import CausalLM, ModelRuntime
 
 _HIDDEN, _INNER, _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM, _EXPERTS = 32, 32, 2, 4, 2, 8, 3
 _END = "<|im_end|>"

@@ -24,15 +24,15 @@ import torch
 from lying_bases import gguf_bases, hugging_face_bases
 from lying_gguf import mutate_gguf
 from lying_json import mutate_json
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 from scalellm.v1 import tokenizer_pb2
-from services.common.lifecycle import StartError
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.loading import load_model_tokenizer
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 FORMATS = ("config", "tokenizer", "gguf", "safetensors")
 CPU_SECONDS = 30

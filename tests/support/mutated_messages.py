@@ -6,8 +6,8 @@ import random
 
 from hypothesis import strategies as st
 
+from scalellm.services.common.link import API_MINOR
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.link import API_MINOR
 
 SAMPLING = common_pb2.SamplingParams(
     max_tokens=3, n=2, temperature=0.5, logit_bias=[{"token_id": 5, "bias": 1.5}], stop_token_ids=[7]

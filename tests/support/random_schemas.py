@@ -14,9 +14,9 @@ import jsonschema
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from scalellm.services.tokenizer.structure import grammar_of
+from scalellm.services.tokenizer.structure.json_schema import FORMATS
 from scalellm.v1 import generation_pb2
-from services.tokenizer.structure import grammar_of
-from services.tokenizer.structure.json_schema import FORMATS
 
 PATTERNS = (
     *("^[a-z]{2,5}$", "^(red|green|blue)( (light|dark))?$", r"^\d{3}-\d{4}$", "[0-9]+$", "^x", r"^[^\s]{1,6}$"),

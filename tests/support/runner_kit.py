@@ -2,10 +2,10 @@
 
 import torch
 
-from services.executor.engine import EngineConfig
-from services.executor.model_config.rope import RopeConfig
-from services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
-from services.executor.runner import Device, ModelRunner
+from scalellm.services.executor.engine import EngineConfig
+from scalellm.services.executor.model_config.rope import RopeConfig
+from scalellm.services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
+from scalellm.services.executor.runner import Device, ModelRunner
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(

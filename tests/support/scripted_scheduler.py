@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from scalellm.services.common.link import ServerLink, add_tokens
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2_grpc
-from services.common.link import ServerLink, add_tokens
 
 MAX_MODEL_LEN = 2048
 EXECUTOR = "executor-1:50061"

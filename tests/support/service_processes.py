@@ -113,7 +113,16 @@ def spawner(folder: Path) -> Iterator[Spawn]:
         name = f"{service}-{uuid.uuid4().hex[:8]}"
         log, announce = folder / f"{name}.log", folder / f"{name}.addr"
         with log.open("wb") as stream:
-            command = [*prefix, sys.executable, "-m", f"services.{service}", "--port", "0", "--announce", str(announce)]
+            command = [
+                *prefix,
+                sys.executable,
+                "-m",
+                f"scalellm.services.{service}",
+                "--port",
+                "0",
+                "--announce",
+                str(announce),
+            ]
             process = start_process(
                 [*command, *flags],
                 stdout=stream,

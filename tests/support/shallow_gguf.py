@@ -6,8 +6,8 @@ import re
 import struct
 from pathlib import Path
 
-from services.common.gguf_metadata import GgufMetadata
-from services.executor.gguf_file import GgufFile
+from scalellm.services.common.gguf_metadata import GgufMetadata
+from scalellm.services.executor.gguf_file import GgufFile
 
 _UINT32 = 4
 _ALIGNMENT = 32

@@ -13,10 +13,10 @@ from typing import Any
 import jsonschema
 import numpy as np
 
-from services.common.vocabulary import Vocabulary
-from services.executor.engine import GrammarError
-from services.executor.grammar import LlGrammarCompiler
-from services.tokenizer.structure.json_schema import checked_schema
+from scalellm.services.common.vocabulary import Vocabulary
+from scalellm.services.executor.engine import GrammarError
+from scalellm.services.executor.grammar import LlGrammarCompiler
+from scalellm.services.tokenizer.structure.json_schema import checked_schema
 
 SIZE = 1000
 EOS = 0

@@ -10,12 +10,12 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from services.tokenizer.http.api_request import ApiRequest
-from services.tokenizer.http.chat_request import ChatRequest
-from services.tokenizer.http.completion_request import CompletionRequest
-from services.tokenizer.http.messages_request import MessagesRequest
-from services.tokenizer.http.responses_request import ResponsesRequest
-from services.tokenizer.http.tokenize_routes import DetokenizeRequest, TokenizeRequest
+from scalellm.services.tokenizer.http.api_request import ApiRequest
+from scalellm.services.tokenizer.http.chat_request import ChatRequest
+from scalellm.services.tokenizer.http.completion_request import CompletionRequest
+from scalellm.services.tokenizer.http.messages_request import MessagesRequest
+from scalellm.services.tokenizer.http.responses_request import ResponsesRequest
+from scalellm.services.tokenizer.http.tokenize_routes import DetokenizeRequest, TokenizeRequest
 
 ENDPOINTS: Mapping[str, type[ApiRequest]] = {
     "/v1/chat/completions": ChatRequest,

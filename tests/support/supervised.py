@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import redis
 
-from clients.launcher import Instance, InstanceStatus, State, read_status
-from clients.launcher.processes import find
+from scalellm.launcher import Instance, InstanceStatus, State, read_status
+from scalellm.launcher.processes import find
 from service_processes import PATIENCE, pause_since
 
 

@@ -17,8 +17,8 @@ import grpc
 from bench.virtual.line import VirtualEdge
 from bench.virtual.loop import run_virtually
 from bench.virtual.network import Network
+from scalellm.services.common.errors import StatusError
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
 from shaped_answers import GRAMMARS, problem, shaped_tokens
 from virtual_services import Journal, ScriptedExecutor, WatchfulEdge, WatchfulScheduler, script, scripted_token
 

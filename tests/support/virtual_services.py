@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection
 from bench.virtual.executor import StepClock, VirtualExecutor
 from bench.virtual.line import VirtualEdge, VirtualScheduler
 from bench.virtual.network import Network
+from scalellm.services.common.link import token_runs
+from scalellm.services.executor.engine.batch import ScheduledBatch, ScheduledSequence
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
+from scalellm.services.executor.engine.step_time import StepTimeModel
+from scalellm.services.executor.grammar import Masks
+from scalellm.services.executor.ipc import Kind, Message
+from scalellm.services.scheduler.config import SchedulerSettings
 from scalellm.v1 import link_pb2
-from services.common.link import token_runs
-from services.executor.engine.batch import ScheduledBatch, ScheduledSequence
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.engine import Engine
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
-from services.executor.engine.step_time import StepTimeModel
-from services.executor.grammar import Masks
-from services.executor.ipc import Kind, Message
-from services.scheduler.config import SchedulerSettings
 from shaped_answers import EOS, SIZE, CompilesAtOnce
 
 VOCABULARY = SIZE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases.case import E4M3, Bound, Case, Maker
-from kernels import Ops, decode_workspace, num_decode_splits
+from scalellm.kernels import Ops, decode_workspace, num_decode_splits
 
 _BF16 = torch.bfloat16
 

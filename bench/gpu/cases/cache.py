@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases.case import E4M3, Bound, Case, Maker
-from kernels import Ops
+from scalellm.kernels import Ops
 
 _BF16 = torch.bfloat16
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Ops
+from scalellm.kernels import Ops
 
 E4M3 = torch.float8_e4m3fn
 

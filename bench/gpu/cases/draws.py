@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases.case import Maker, Outcome
-from kernels import Ops
+from scalellm.kernels import Ops
 
 _FP32 = torch.float32
 

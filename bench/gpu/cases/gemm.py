@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases.case import E4M3, Bound, Case, Maker
-from kernels import Ops, gemm_wna16_workspace_size
+from scalellm.kernels import Ops, gemm_wna16_workspace_size
 
 _BF16 = torch.bfloat16
 

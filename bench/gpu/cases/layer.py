@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.cases.case import E4M3, Bound, Case, Maker
-from kernels import Ops, qk_norm_rope_and_cache
+from scalellm.kernels import Ops, qk_norm_rope_and_cache
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _E4M3_MAX = 448.0

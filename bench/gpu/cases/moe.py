@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.gpu.cases.case import E4M3, Bound, Case, Maker
 from bench.gpu.cases.gemm import pack
-from kernels import Ops, fused_moe_workspace_size, moe_align_block_size, topk_softmax
+from scalellm.kernels import Ops, fused_moe_workspace_size, moe_align_block_size, topk_softmax
 
 _BF16 = torch.bfloat16
 

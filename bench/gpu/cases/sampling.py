@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases.case import Bound, Case, Maker
-from kernels import Ops, SampleOutput, apply_logits_processors_, sample, sample_workspace_size
+from scalellm.kernels import Ops, SampleOutput, apply_logits_processors_, sample, sample_workspace_size
 
 _FP32, _LONG, _INT = torch.float32, torch.int64, torch.int32
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from bench.gpu.part import Bench, Findings
 from bench.gpu.worker import die_with_parent
-from kernels import Capability, Launch, select_ops
-from kernels.aot.manifest import CASES
-from kernels.launch import check_arguments
+from scalellm.kernels import Capability, Launch, select_ops
+from scalellm.kernels.aot.manifest import CASES
+from scalellm.kernels.launch import check_arguments
 
 _MOST_PROCESSES = 12
 _OF_A_DRY_RUN = 8  # cases
@@ -74,7 +74,7 @@ def compile_case(index: int, capability: Capability, dry_run: bool) -> int:
     """Compile what one case launches, and return the number of its launches."""
     case = CASES[index]
     if dry_run:
-        from kernels.aot.recorder import recorded
+        from scalellm.kernels.aot.recorder import recorded
 
         return len(recorded(case, capability).variants)
     launch = CompilingLaunch(capability)

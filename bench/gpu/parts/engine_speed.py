@@ -8,10 +8,10 @@ from bench.gpu.engines import Load, engine_config, make_runner, serve
 from bench.gpu.models import FORMATS, PAGE, Format, make_model, tiny, weight_bytes
 from bench.gpu.part import Bench, Findings, UnavailableError
 from bench.gpu.roofline import Ceilings, ModelShape, step_floor_us
-from services.executor.engine import Engine
-from services.executor.models import PRESETS
-from services.executor.models.context import kv_bytes_per_token
-from services.executor.runner.warm_up import warm_up
+from scalellm.services.executor.engine import Engine
+from scalellm.services.executor.models import PRESETS
+from scalellm.services.executor.models.context import kv_bytes_per_token
+from scalellm.services.executor.runner.warm_up import warm_up
 
 _MODEL = "llama-3.1-8b"
 _HIDDEN = 0.9  # share of a step's time that the device works, from which on the host's is hidden

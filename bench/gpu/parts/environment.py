@@ -14,7 +14,7 @@ from bench.gpu.device import Device
 from bench.gpu.part import Bench, Findings
 from bench.gpu.probes import ReadOnly, add_one
 from bench.gpu.roofline import ASSUMED, Ceilings
-from kernels import fp8_gemm
+from scalellm.kernels import fp8_gemm
 
 _ROOT = Path(__file__).resolve().parents[3]
 _GAPS = 200

@@ -6,8 +6,8 @@ from bench.gpu.cases import all_cases
 from bench.gpu.cases.case import Case, Maker, bit_equal
 from bench.gpu.device import Device
 from bench.gpu.part import Bench, Findings
-from kernels import Launch, select_ops
-from kernels.dispatch import OP_NAMES
+from scalellm.kernels import Launch, select_ops
+from scalellm.kernels.dispatch import OP_NAMES
 
 _GIB = 2**30
 

@@ -22,9 +22,9 @@ from bench.gpu.models import (
     tiny,
 )
 from bench.gpu.part import Bench, Findings
-from kernels import Launch
-from services.executor.engine import Engine
-from services.executor.models import PRESETS, CausalLM, allocate_kv_caches
+from scalellm.kernels import Launch
+from scalellm.services.executor.engine import Engine
+from scalellm.services.executor.models import PRESETS, CausalLM, allocate_kv_caches
 
 # Of a row's norm. Activations are rounded to bfloat16 several times a layer on one side and not on the other. Where
 # they are quantised, roundings move some codes by one, 6 to 12 % of a value.

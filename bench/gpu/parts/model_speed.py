@@ -19,8 +19,8 @@ from bench.gpu.models import (
 from bench.gpu.part import Bench, Findings
 from bench.gpu.roofline import H200_TARGETS, Ceilings, ModelShape, Precision, step_floor_us
 from bench.gpu.timeline import kernels_of
-from services.executor.models import PRESETS, CausalLM, KVCache, ModelConfig
-from services.executor.models.context import kv_bytes_per_token
+from scalellm.services.executor.models import PRESETS, CausalLM, KVCache, ModelConfig
+from scalellm.services.executor.models.context import kv_bytes_per_token
 
 _TARGET = 0.75  # of the roofline, for decode steps
 _TARGET_ROWS = (1, 64)

@@ -6,7 +6,7 @@ from bench.gpu.cases import all_cases
 from bench.gpu.cases.case import Case
 from bench.gpu.part import Bench, Findings
 from bench.gpu.parts.graphs import replay
-from kernels import Launch, select_ops
+from scalellm.kernels import Launch, select_ops
 
 _GIB = 2**30
 

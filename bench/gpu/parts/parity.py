@@ -12,8 +12,8 @@ from bench.gpu.cases.case import Case
 from bench.gpu.cases.draws import DrawCase
 from bench.gpu.part import Bench, Findings, Kind, PartSpec
 from bench.gpu.supervisor import Listener, Supervisor
-from kernels import Launch, select_ops
-from kernels.dispatch import OP_NAMES
+from scalellm.kernels import Launch, select_ops
+from scalellm.kernels.dispatch import OP_NAMES
 
 _MOST_PROCESSES = 8
 _GIB = 2**30

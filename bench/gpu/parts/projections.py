@@ -10,7 +10,7 @@ from bench.gpu.device import Call
 from bench.gpu.part import Bench, Findings
 from bench.gpu.roofline import LLAMA_8B, Ceilings, linear
 from bench.gpu.timing import num_sets, time_op
-from kernels.reference.scaled_mm import scaled_mm
+from scalellm.kernels.reference.scaled_mm import scaled_mm
 
 _ROWS = (1, 8, 16, 64, 256)
 

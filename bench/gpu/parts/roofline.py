@@ -10,7 +10,7 @@ from bench.gpu.roofline import Ceilings
 from bench.gpu.timing import Timing, num_sets, time_op
 from bench.gpu.workloads import all_workloads
 from bench.gpu.workloads.workload import Workload
-from kernels import Launch, select_ops
+from scalellm.kernels import Launch, select_ops
 
 
 class Roofline:

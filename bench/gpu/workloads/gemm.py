@@ -12,7 +12,7 @@ from bench.gpu.cases.moe import route
 from bench.gpu.device import Call
 from bench.gpu.roofline import LLAMA_8B, MIXTRAL, Cost, ModelShape, expert_layer, linear
 from bench.gpu.workloads.workload import Workload
-from kernels import Ops, fused_moe_workspace_size
+from scalellm.kernels import Ops, fused_moe_workspace_size
 
 _BF16 = torch.bfloat16
 _GROUP = 128

@@ -13,7 +13,7 @@ from bench.gpu.cases.case import E4M3, Maker
 from bench.gpu.device import Call
 from bench.gpu.roofline import LLAMA_8B, QWEN3_8B, Cost, ModelShape
 from bench.gpu.workloads.workload import Workload
-from kernels import Ops
+from scalellm.kernels import Ops
 
 _BF16 = torch.bfloat16
 _TARGET = 0.85

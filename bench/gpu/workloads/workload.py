@@ -10,7 +10,7 @@ import torch
 from bench.gpu.cases.case import Maker
 from bench.gpu.device import Call
 from bench.gpu.roofline import Cost
-from kernels import Ops
+from scalellm.kernels import Ops
 
 
 @dataclass(frozen=True, slots=True)

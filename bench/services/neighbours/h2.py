@@ -11,7 +11,7 @@ import asyncio
 import struct
 from collections.abc import Callable
 
-from services.common.addresses import split_address
+from scalellm.services.common.addresses import split_address
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _WINDOW_UPDATE = 0x0, 0x1, 0x3, 0x4, 0x6, 0x8

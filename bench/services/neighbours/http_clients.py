@@ -9,7 +9,7 @@ import time
 
 from bench.services.neighbours.closed_loop import ClosedLoop
 from bench.services.neighbours.wire import STAMPED, CompletionRequests, age
-from services.common.addresses import split_address
+from scalellm.services.common.addresses import split_address
 
 _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 _TOKEN_IDS = re.compile(rb'"token_ids":\[(\d+)')

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.aot.recorder import Case
-from kernels.dispatch import Ops
-from kernels.splits import decode_workspace, num_decode_splits
+from scalellm.kernels.aot.recorder import Case
+from scalellm.kernels.dispatch import Ops
+from scalellm.kernels.splits import decode_workspace, num_decode_splits
 
 _BF16, _E4M3, _F32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
 _SEQS = 64

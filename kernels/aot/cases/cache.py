@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels.aot.recorder import Case
-from kernels.dispatch import Ops
+from scalellm.kernels.aot.recorder import Case
+from scalellm.kernels.dispatch import Ops
 
 
 def _copy_blocks(name: str, count: int) -> Case:

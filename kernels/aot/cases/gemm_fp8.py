@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.aot.recorder import Case
-from kernels.dispatch import Ops
+from scalellm.kernels.aot.recorder import Case
+from scalellm.kernels.dispatch import Ops
 
 _E4M3, _INNER, _BLOCK = torch.float8_e4m3fn, 4096, 128
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.aot.recorder import Case
-from kernels.dispatch import Ops
+from scalellm.kernels.aot.recorder import Case
+from scalellm.kernels.dispatch import Ops
 
 _TOKENS, _ADAPTERS, _HIDDEN = 64, 4, 4096
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels.aot.recorder import Case
-from kernels.dispatch import Ops
+from scalellm.kernels.aot.recorder import Case
+from scalellm.kernels.dispatch import Ops
 
 _BF16, _E4M3 = torch.bfloat16, torch.float8_e4m3fn
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels import SampleOutput
-from kernels.aot.recorder import Case
-from kernels.dispatch import Ops
+from scalellm.kernels import SampleOutput
+from scalellm.kernels.aot.recorder import Case
+from scalellm.kernels.dispatch import Ops
 
 _ROWS, _ENTRIES = 64, 1000
 _SCRATCH_OF_A_ROW = 1 << 15  # enough for the largest

@@ -1,7 +1,7 @@
 """The one implementation of both internal links (tokenizer to scheduler, scheduler to executor)."""
 
-from services.common.link.client import LinkClient, LinkHandler
-from services.common.link.client_frames import (
+from scalellm.services.common.link.client import LinkClient, LinkHandler
+from scalellm.services.common.link.client_frames import (
     LONGEST_NS,
     LOWEST_PRIORITY,
     MAX_SAMPLES,
@@ -10,17 +10,17 @@ from services.common.link.client_frames import (
     read_hello,
     tenant_weight,
 )
-from services.common.link.columns import add_tokens, token_runs
-from services.common.link.dialer import PLAINTEXT, LinkDialer
-from services.common.link.handles import Handles
-from services.common.link.identity import ModelIdentity
-from services.common.link.logprobs import copy_logprobs, cut_logprobs
-from services.common.link.opening import check_tokenizer, first_frame, lease_of
-from services.common.link.progress import ProgressError, RequestProgress
-from services.common.link.registration import link_service_handler
-from services.common.link.server import ServerLink
-from services.common.link.traffic import LinkTraffic
-from services.common.link.version import API_MINOR, MOVES_SINCE
+from scalellm.services.common.link.columns import add_tokens, token_runs
+from scalellm.services.common.link.dialer import PLAINTEXT, LinkDialer
+from scalellm.services.common.link.handles import Handles
+from scalellm.services.common.link.identity import ModelIdentity
+from scalellm.services.common.link.logprobs import copy_logprobs, cut_logprobs
+from scalellm.services.common.link.opening import check_tokenizer, first_frame, lease_of
+from scalellm.services.common.link.progress import ProgressError, RequestProgress
+from scalellm.services.common.link.registration import link_service_handler
+from scalellm.services.common.link.server import ServerLink
+from scalellm.services.common.link.traffic import LinkTraffic
+from scalellm.services.common.link.version import API_MINOR, MOVES_SINCE
 
 __all__ = [
     "API_MINOR",

@@ -14,15 +14,15 @@ from typing import Any, Protocol, TypeVar
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 
+from scalellm.services.common.cancellation import cancellable
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.guarded import drop_tracebacks
+from scalellm.services.common.link.dialer import PLAINTEXT, LinkDialer
+from scalellm.services.common.link.server_frames import read_step, read_welcome
+from scalellm.services.common.link.traffic import LinkTraffic
+from scalellm.services.common.reload import ConfigFileError
+from scalellm.services.common.silence import until_silent
 from scalellm.v1 import link_pb2
-from services.common.cancellation import cancellable
-from services.common.errors import StatusError
-from services.common.guarded import drop_tracebacks
-from services.common.link.dialer import PLAINTEXT, LinkDialer
-from services.common.link.server_frames import read_step, read_welcome
-from services.common.link.traffic import LinkTraffic
-from services.common.reload import ConfigFileError
-from services.common.silence import until_silent
 
 _log = logging.getLogger(__name__)
 

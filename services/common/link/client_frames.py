@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from google.protobuf.message import DecodeError
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link.version import check_api_minor
+from scalellm.services.common.tracing.headers import LONGEST_STATE, TraceHeaders
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link.version import check_api_minor
-from services.common.tracing.headers import LONGEST_STATE, TraceHeaders
 
 MAX_SAMPLES = 16
 """Samples of one request."""

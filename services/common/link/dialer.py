@@ -7,9 +7,9 @@ from pathlib import Path
 
 import grpc
 
-from services.common.lifecycle import CHANNEL_OPTIONS
-from services.common.link_token import read_token
-from services.common.tls import TlsFiles, channel_credentials
+from scalellm.services.common.lifecycle import CHANNEL_OPTIONS
+from scalellm.services.common.link_token import read_token
+from scalellm.services.common.tls import TlsFiles, channel_credentials
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link.version import LEASES_SINCE
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
-from services.common.link.version import LEASES_SINCE
 
 _HELLO_LIMIT = 10.0
 

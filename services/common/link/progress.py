@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from scalellm.services.common.link.logprobs import skip_logprobs
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.link.logprobs import skip_logprobs
 
 
 class ProgressError(Exception):

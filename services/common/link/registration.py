@@ -6,7 +6,7 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
-from services.common.guarded import guarded
+from scalellm.services.common.guarded import guarded
 
 
 def link_service_handler(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:

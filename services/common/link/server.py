@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link.client_frames import parse_client_frame
+from scalellm.services.common.link.traffic import LinkTraffic
+from scalellm.services.common.silence import until_silent
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
-from services.common.link.client_frames import parse_client_frame
-from services.common.link.traffic import LinkTraffic
-from services.common.silence import until_silent
 
 # Far below gRPC's limit on a message, which would break the link of a reader that was slow for long.
 _MERGE_BYTES = 1 << 20

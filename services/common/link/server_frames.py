@@ -5,10 +5,10 @@ from __future__ import annotations
 import grpc
 from google.protobuf.message import DecodeError
 
+from scalellm.services.common.errors import LONGEST_MESSAGE, StatusError
+from scalellm.services.common.link.client_frames import LONGEST_NS
+from scalellm.services.common.link.version import check_api_minor
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import LONGEST_MESSAGE, StatusError
-from services.common.link.client_frames import LONGEST_NS
-from services.common.link.version import check_api_minor
 
 _CODES = frozenset(code.value[0] for code in grpc.StatusCode)
 _REASONS = frozenset(common_pb2.FinishReason.values()) - {common_pb2.FINISH_REASON_UNSPECIFIED}

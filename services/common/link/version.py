@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from services.common.errors import StatusError
+from scalellm.services.common.errors import StatusError
 
 API_MINOR = 2
 """What this service speaks. It rises with each change that a peer must know of before it may be used."""

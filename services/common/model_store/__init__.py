@@ -1,8 +1,8 @@
 """Models by name: the catalogue, the Hugging Face Hub, and what is on disk."""
 
-from services.common.model_store.catalogue import CATALOGUE, CatalogueModel, Chunk
-from services.common.model_store.errors import ModelStoreError, UnknownModelError
-from services.common.model_store.store import (
+from scalellm.services.common.model_store.catalogue import CATALOGUE, CatalogueModel, Chunk
+from scalellm.services.common.model_store.errors import ModelStoreError, UnknownModelError
+from scalellm.services.common.model_store.store import (
     ModelEntry,
     ProgressCallback,
     PullProgress,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from services.common.model_store.errors import ModelStoreError
+from scalellm.services.common.model_store.errors import ModelStoreError
 
 POLL_SECONDS = 0.2
 

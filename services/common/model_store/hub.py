@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from services.common.gguf_parts import split_name
-from services.common.model_store.errors import ModelStoreError, UnknownModelError
+from scalellm.services.common.gguf_parts import split_name
+from scalellm.services.common.model_store.errors import ModelStoreError, UnknownModelError
 
 _NAME = re.compile(
     r"(?P<repo>[\w][\w.-]{0,95}/[\w][\w.-]{0,95})(?:@(?P<revision>[\w][\w./-]{0,255}))?(?::(?P<choice>[\w.-]{1,128}))?",

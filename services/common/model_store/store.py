@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from services.common.model_store.catalogue import CATALOGUE, CatalogueModel
-from services.common.model_store.download import download_wheel
-from services.common.model_store.errors import ModelStoreError, UnknownModelError
-from services.common.model_store.hub import HubModel, find_cached, list_cached, pull_from_hub, remove_cached
+from scalellm.services.common.model_store.catalogue import CATALOGUE, CatalogueModel
+from scalellm.services.common.model_store.download import download_wheel
+from scalellm.services.common.model_store.errors import ModelStoreError, UnknownModelError
+from scalellm.services.common.model_store.hub import HubModel, find_cached, list_cached, pull_from_hub, remove_cached
 
 MODEL_FILE = "model.gguf"
 MANIFEST_FILE = "model.json"

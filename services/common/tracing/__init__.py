@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from services.common.tracing.headers import TraceHeaders
+from scalellm.services.common.tracing.headers import TraceHeaders
 
 if TYPE_CHECKING:
-    from services.common.settings import ServiceSettings
-    from services.common.tracing.tracer import Tracer
+    from scalellm.services.common.settings import ServiceSettings
+    from scalellm.services.common.tracing.tracer import Tracer
 
 __all__ = ["TraceHeaders", "open_tracer"]
 
@@ -34,7 +34,7 @@ def open_tracer(service: str, settings: ServiceSettings, sample_ratio: float = 0
         yield None
         return
     # OpenTelemetry is imported only where it is used.
-    from services.common.tracing.tracer import Tracer
+    from scalellm.services.common.tracing.tracer import Tracer
 
     tracer = Tracer(service, settings, sample_ratio)
     try:

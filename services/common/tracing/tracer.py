@@ -17,12 +17,12 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from scalellm import __version__
-from services.common.tracing.clock import WallClock
-from services.common.tracing.export import BoundedProcessor, file_exporter, otlp_exporter
-from services.common.tracing.headers import TraceHeaders
+from scalellm.services.common.tracing.clock import WallClock
+from scalellm.services.common.tracing.export import BoundedProcessor, file_exporter, otlp_exporter
+from scalellm.services.common.tracing.headers import TraceHeaders
 
 if TYPE_CHECKING:
-    from services.common.settings import ServiceSettings
+    from scalellm.services.common.settings import ServiceSettings
 
 Attributes = Mapping[str, AttributeValue]
 Kind = Literal["server", "client", "internal"]

@@ -1,6 +1,6 @@
 """The engine core: continuous batching, paged KV cache and sampling over a model runner. No RPC in here."""
 
-from services.executor.engine.batch import (
+from scalellm.services.executor.engine.batch import (
     CompletedStep,
     DeviceLostError,
     Logprobs,
@@ -10,13 +10,13 @@ from services.executor.engine.batch import (
     ScheduledBatch,
     ScheduledSequence,
 )
-from services.executor.engine.config import CapacityPolicy, EngineConfig, EngineConfigError
-from services.executor.engine.engine import Engine
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
-from services.executor.engine.grammar import Compilation, GrammarCompiler, GrammarError, Matcher
-from services.executor.engine.kv_cache_size import KVCacheTooSmallError, num_kv_blocks
-from services.executor.engine.ledger import EngineLoad, EngineStats, LinkCredits
-from services.executor.engine.request import (
+from scalellm.services.executor.engine.config import CapacityPolicy, EngineConfig, EngineConfigError
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
+from scalellm.services.executor.engine.grammar import Compilation, GrammarCompiler, GrammarError, Matcher
+from scalellm.services.executor.engine.kv_cache_size import KVCacheTooSmallError, num_kv_blocks
+from scalellm.services.executor.engine.ledger import EngineLoad, EngineStats, LinkCredits
+from scalellm.services.executor.engine.request import (
     AbortReason,
     EngineRequest,
     FinishReason,
@@ -32,9 +32,9 @@ from services.executor.engine.request import (
     TokenOutput,
     Usage,
 )
-from services.executor.engine.sampling_params import InvalidRequestError, SamplingParams
-from services.executor.engine.step_time import StepTimeModel
-from services.executor.engine.swap import SwapCost
+from scalellm.services.executor.engine.sampling_params import InvalidRequestError, SamplingParams
+from scalellm.services.executor.engine.step_time import StepTimeModel
+from scalellm.services.executor.engine.swap import SwapCost
 
 __all__ = [
     "STEP_TIME_PRESETS",

@@ -1,8 +1,8 @@
 """Which requests the engine accepts."""
 
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import InvalidRequestError
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import InvalidRequestError
 
 
 def check_request(request: EngineRequest, config: EngineConfig) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from services.executor.engine.request import TopLogprobs
-from services.executor.engine.sequence import Sequence, SequenceGroup
+from scalellm.services.executor.engine.request import TopLogprobs
+from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup
 
 
 @dataclass(slots=True)

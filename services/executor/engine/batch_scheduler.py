@@ -2,14 +2,14 @@
 
 from collections.abc import Container
 
-from services.executor.engine.batch import ScheduledBatch, ScheduledSequence
-from services.executor.engine.block_manager import BlockManager
-from services.executor.engine.capacity import Capacity
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.prefill_budget import PrefillBudget
-from services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
-from services.executor.engine.sequence_queue import SequenceQueue
-from services.executor.engine.swap import Swapper
+from scalellm.services.executor.engine.batch import ScheduledBatch, ScheduledSequence
+from scalellm.services.executor.engine.block_manager import BlockManager
+from scalellm.services.executor.engine.capacity import Capacity
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.prefill_budget import PrefillBudget
+from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
+from scalellm.services.executor.engine.sequence_queue import SequenceQueue
+from scalellm.services.executor.engine.swap import Swapper
 
 
 class BatchScheduler:

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from services.executor.engine.block_pool import BlockPool
-from services.executor.engine.prefix_cache import PrefixCache
-from services.executor.engine.sequence import Sequence
+from scalellm.services.executor.engine.block_pool import BlockPool
+from scalellm.services.executor.engine.prefix_cache import PrefixCache
+from scalellm.services.executor.engine.sequence import Sequence
 
 
 class BlockManager:

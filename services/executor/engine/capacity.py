@@ -2,9 +2,9 @@
 
 from typing import Protocol
 
-from services.executor.engine.config import CapacityPolicy, EngineConfig
-from services.executor.engine.sampling_params import InvalidRequestError
-from services.executor.engine.sequence import SequenceGroup
+from scalellm.services.executor.engine.config import CapacityPolicy, EngineConfig
+from scalellm.services.executor.engine.sampling_params import InvalidRequestError
+from scalellm.services.executor.engine.sequence import SequenceGroup
 
 
 class Capacity(Protocol):

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from services.executor.engine.grammar import GrammarCompiler, GrammarError
-from services.executor.engine.sampling_params import InvalidRequestError
-from services.executor.engine.sequence import SequenceGroup
+from scalellm.services.executor.engine.grammar import GrammarCompiler, GrammarError
+from scalellm.services.executor.engine.sampling_params import InvalidRequestError
+from scalellm.services.executor.engine.sequence import SequenceGroup
 
 
 class Compiling:

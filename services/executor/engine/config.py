@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass
 
-from services.common.field_rules import MAX_LOGPROBS
+from scalellm.services.common.field_rules import MAX_LOGPROBS
 
 
 class CapacityPolicy(enum.Enum):

@@ -4,20 +4,20 @@ import os
 import time
 from collections.abc import Callable
 
-from services.executor.engine.admission_check import check_request
-from services.executor.engine.batch import ModelRunnerProtocol, SampledBatch, ScheduledBatch, ScheduledSequence
-from services.executor.engine.batch_scheduler import BatchScheduler
-from services.executor.engine.block_manager import BlockManager
-from services.executor.engine.capacity import make_capacity
-from services.executor.engine.compiling import Compiling
-from services.executor.engine.config import EngineConfig, EngineConfigError
-from services.executor.engine.fault_search import FaultSearch
-from services.executor.engine.grammar import GrammarCompiler
-from services.executor.engine.ledger import EngineHistograms, EngineLoad, EngineStats, Ledger, LinkCredits
-from services.executor.engine.pipeline import Pipeline
-from services.executor.engine.prefill_budget import PrefillBudget
-from services.executor.engine.reports import StepCounts, make_load, make_stats
-from services.executor.engine.request import (
+from scalellm.services.executor.engine.admission_check import check_request
+from scalellm.services.executor.engine.batch import ModelRunnerProtocol, SampledBatch, ScheduledBatch, ScheduledSequence
+from scalellm.services.executor.engine.batch_scheduler import BatchScheduler
+from scalellm.services.executor.engine.block_manager import BlockManager
+from scalellm.services.executor.engine.capacity import make_capacity
+from scalellm.services.executor.engine.compiling import Compiling
+from scalellm.services.executor.engine.config import EngineConfig, EngineConfigError
+from scalellm.services.executor.engine.fault_search import FaultSearch
+from scalellm.services.executor.engine.grammar import GrammarCompiler
+from scalellm.services.executor.engine.ledger import EngineHistograms, EngineLoad, EngineStats, Ledger, LinkCredits
+from scalellm.services.executor.engine.pipeline import Pipeline
+from scalellm.services.executor.engine.prefill_budget import PrefillBudget
+from scalellm.services.executor.engine.reports import StepCounts, make_load, make_stats
+from scalellm.services.executor.engine.request import (
     AbortReason,
     EngineRequest,
     FinishReason,
@@ -29,11 +29,11 @@ from services.executor.engine.request import (
     SupersededError,
     TokenOutput,
 )
-from services.executor.engine.sampling_params import InvalidRequestError
-from services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
-from services.executor.engine.step_time import StepTimeFit, StepTimeModel
-from services.executor.engine.stop import stop_reason
-from services.executor.engine.swap import SwapCost, Swapper
+from scalellm.services.executor.engine.sampling_params import InvalidRequestError
+from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
+from scalellm.services.executor.engine.step_time import StepTimeFit, StepTimeModel
+from scalellm.services.executor.engine.stop import stop_reason
+from scalellm.services.executor.engine.swap import SwapCost, Swapper
 
 _ABORTS = {
     AbortReason.CANCELLED: (FinishReason.CANCELLED, RequestStatus.CANCELLED),

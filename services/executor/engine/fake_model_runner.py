@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Collection
 from types import MappingProxyType
 
-from services.executor.engine.batch import (
+from scalellm.services.executor.engine.batch import (
     CompletedStep,
     Logprobs,
     PendingStep,
@@ -13,8 +13,8 @@ from services.executor.engine.batch import (
     ScheduledBatch,
     ScheduledSequence,
 )
-from services.executor.engine.grammar import StepMasks
-from services.executor.engine.step_time import StepTimeModel
+from scalellm.services.executor.engine.grammar import StepMasks
+from scalellm.services.executor.engine.step_time import StepTimeModel
 
 STEP_TIME_PRESETS = MappingProxyType(
     {

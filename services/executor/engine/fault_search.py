@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from services.executor.engine.sequence import SequenceGroup, SequenceStatus
+from scalellm.services.executor.engine.sequence import SequenceGroup, SequenceStatus
 
 
 @dataclass(frozen=True, slots=True)

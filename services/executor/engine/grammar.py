@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from services.executor.engine.batch import ScheduledSequence
+    from scalellm.services.executor.engine.batch import ScheduledSequence
 
 
 class GrammarError(Exception):

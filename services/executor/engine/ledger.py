@@ -3,10 +3,10 @@
 import heapq
 from dataclasses import dataclass, field
 
-from services.common.histogram import SEQUENCE_COUNTS, STEP_SECONDS, TOKEN_COUNTS, WAIT_SECONDS, Histogram
-from services.executor.engine.request import RequestFinish, RequestKey, RequestStatus
-from services.executor.engine.sampling_params import InvalidRequestError
-from services.executor.engine.sequence import SequenceGroup
+from scalellm.services.common.histogram import SEQUENCE_COUNTS, STEP_SECONDS, TOKEN_COUNTS, WAIT_SECONDS, Histogram
+from scalellm.services.executor.engine.request import RequestFinish, RequestKey, RequestStatus
+from scalellm.services.executor.engine.sampling_params import InvalidRequestError
+from scalellm.services.executor.engine.sequence import SequenceGroup
 
 
 @dataclass(frozen=True, slots=True)

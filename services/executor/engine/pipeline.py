@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from services.executor.engine.batch import (
+from scalellm.services.executor.engine.batch import (
     CompletedStep,
     DeviceLostError,
     ModelRunnerProtocol,

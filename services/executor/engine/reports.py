@@ -3,11 +3,11 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from services.executor.engine.batch_scheduler import BatchScheduler
-from services.executor.engine.block_manager import BlockManager
-from services.executor.engine.ledger import EngineLoad, EngineStats, Ledger
-from services.executor.engine.request import RequestStatus
-from services.executor.engine.swap import Swapper
+from scalellm.services.executor.engine.batch_scheduler import BatchScheduler
+from scalellm.services.executor.engine.block_manager import BlockManager
+from scalellm.services.executor.engine.ledger import EngineLoad, EngineStats, Ledger
+from scalellm.services.executor.engine.request import RequestStatus
+from scalellm.services.executor.engine.swap import Swapper
 
 _ENDED_BY_LINKS = (RequestStatus.CANCELLED, RequestStatus.SUPERSEDED, RequestStatus.MOVED)
 _FAILED = (RequestStatus.INTERNAL, RequestStatus.INVALID)

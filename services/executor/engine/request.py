@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass, field
 
-from services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.executor.engine.sampling_params import SamplingParams
 
 RequestKey = tuple[int, int]
 """(link, handle): unique among the requests that are in the engine."""

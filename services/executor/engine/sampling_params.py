@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.common.field_rules import SAMPLING, SAMPLING_LISTS, sampling_faults
+from scalellm.services.common.field_rules import SAMPLING, SAMPLING_LISTS, sampling_faults
 
 
 class InvalidRequestError(ValueError):

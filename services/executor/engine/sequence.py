@@ -3,8 +3,8 @@
 import enum
 from dataclasses import dataclass, field
 
-from services.executor.engine.grammar import Compilation, Matcher
-from services.executor.engine.request import EngineRequest, FinishReason, RequestKey, Timings, Usage
+from scalellm.services.executor.engine.grammar import Compilation, Matcher
+from scalellm.services.executor.engine.request import EngineRequest, FinishReason, RequestKey, Timings, Usage
 
 
 class SequenceStatus(enum.Enum):

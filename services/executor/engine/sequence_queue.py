@@ -3,7 +3,7 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from services.executor.engine.sequence import Sequence
+from scalellm.services.executor.engine.sequence import Sequence
 
 
 def _sort_key(seq: Sequence) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-from services.executor.engine.batch import ScheduledBatch
+from scalellm.services.executor.engine.batch import ScheduledBatch
 
 _EVERY = 4
 """Of so many steps one is looked at: a line changes slowly, and steps are many."""

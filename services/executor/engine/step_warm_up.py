@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from services.executor.engine.batch import ModelRunnerProtocol
-from services.executor.engine.config import CapacityPolicy, EngineConfig
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
-from services.executor.engine.step_time import StepTimeFit
+from scalellm.services.executor.engine.batch import ModelRunnerProtocol
+from scalellm.services.executor.engine.config import CapacityPolicy, EngineConfig
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.executor.engine.step_time import StepTimeFit
 
 _ROWS = (1, 8, 64)
 _PROMPT_LENS = (64, 512)

@@ -1,7 +1,7 @@
 """When a sample ends by itself."""
 
-from services.executor.engine.request import FinishReason
-from services.executor.engine.sequence import Sequence
+from scalellm.services.executor.engine.request import FinishReason
+from scalellm.services.executor.engine.sequence import Sequence
 
 
 def stop_reason(seq: Sequence) -> tuple[FinishReason, int | None] | None:

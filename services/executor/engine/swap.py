@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from services.executor.engine.block_manager import BlockManager
-from services.executor.engine.host_block_pool import HostBlockPool
-from services.executor.engine.prefill_budget import PrefillBudget
-from services.executor.engine.sequence import HostCopy, Sequence
+from scalellm.services.executor.engine.block_manager import BlockManager
+from scalellm.services.executor.engine.host_block_pool import HostBlockPool
+from scalellm.services.executor.engine.prefill_budget import PrefillBudget
+from scalellm.services.executor.engine.sequence import HostCopy, Sequence
 
 
 @dataclass(frozen=True, slots=True)

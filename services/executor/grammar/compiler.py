@@ -8,9 +8,9 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from services.common.vocabulary import Vocabulary
-from services.executor.engine.grammar import GrammarError
-from services.executor.grammar.matcher import LlMatcher, error_of
+from scalellm.services.common.vocabulary import Vocabulary
+from scalellm.services.executor.engine.grammar import GrammarError
+from scalellm.services.executor.grammar.matcher import LlMatcher, error_of
 
 _NUM_KEPT = 32
 """Compiled grammars that are kept: clients send the same one again and again."""

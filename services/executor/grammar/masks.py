@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor
 
-from services.executor.engine.batch import ScheduledSequence
-from services.executor.grammar.matcher import LlMatcher
+from scalellm.services.executor.engine.batch import ScheduledSequence
+from scalellm.services.executor.grammar.matcher import LlMatcher
 
 _ALL = -1  # every bit of a word
 _WORD_BITS = 32

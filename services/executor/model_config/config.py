@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.model_config.rope import FrequencyFactors, RopeConfig
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.model_config.rope import FrequencyFactors, RopeConfig
 
 if TYPE_CHECKING:
-    from services.executor.models.linear import CheckpointFormat
+    from scalellm.services.executor.models.linear import CheckpointFormat
 
 Architecture = Literal[
     "LlamaForCausalLM",
@@ -32,7 +32,7 @@ class ModelConfig:
     `attention_scale` multiplies the query-key products; `embedding_scale` the token embeddings. A softcap of 0 means
     none. Layer `i` is a sliding-window layer when `sliding_layers[i]`: it sees the last `sliding_window` positions,
     its own included, and uses `local_rope`; every other layer sees everything and uses `rope`.
-    `eos_token_ids` are all the ids that end an answer (`services.common.end_tokens`).
+    `eos_token_ids` are all the ids that end an answer (`scalellm.services.common.end_tokens`).
     Where `sparse_layers[i]`, the MLP of layer `i` is a mixture of `num_experts` experts of `moe_intermediate_size`, of
     which a token takes the `num_experts_per_token` most probable; `norm_topk_prob` makes their weights add up to 1. A
     dense model has no such layers.

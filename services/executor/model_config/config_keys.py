@@ -7,8 +7,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from services.common.model_files import shown
-from services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.common.model_files import shown
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
 
 MOST_SIZE = 1 << 24
 """Largest dimension of a tensor."""
@@ -174,7 +174,7 @@ IRRELEVANT_KEYS = frozenset(
         *("attention_probs_dropout_prob", "hidden_dropout_prob", "embedding_dropout", "residual_dropout"),
         *("classifier_dropout", "gradient_checkpointing", "router_aux_loss_coef", "router_jitter_noise"),
         *("output_router_logits", "max_sequence_length", "max_seq_len", "seq_length", "model_max_length", "seq_len"),
-        # Tokens, which are the tokenizer's and `services.common.end_tokens`', and settings of transformers' generation.
+        # Tokens, read by the tokenizer and by services/common/end_tokens.py, and settings of transformers' generation.
         *(
             "bos_token_id",
             "eos_token_id",

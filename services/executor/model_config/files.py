@@ -3,15 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from services.common.end_tokens import end_token_ids
-from services.common.gguf_metadata import GgufError
-from services.common.gguf_parts import gguf_models
-from services.common.model_files import ModelFileError, read_json_object
-from services.executor.gguf_file import GgufFile
-from services.executor.model_config.config import ModelConfig
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.model_config.gguf_config import config_from_gguf
-from services.executor.model_config.hf_config import config_from_hf
+from scalellm.services.common.end_tokens import end_token_ids
+from scalellm.services.common.gguf_metadata import GgufError
+from scalellm.services.common.gguf_parts import gguf_models
+from scalellm.services.common.model_files import ModelFileError, read_json_object
+from scalellm.services.executor.gguf_file import GgufFile
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.model_config.gguf_config import config_from_gguf
+from scalellm.services.executor.model_config.hf_config import config_from_hf
 
 GGUF_FILE = "model.gguf"
 _EMBEDDING = "token_embd.weight"

@@ -4,9 +4,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from services.common.model_files import shown
-from services.executor.model_config.config import Architecture, ModelConfig
-from services.executor.model_config.config_keys import (
+from scalellm.services.common.model_files import shown
+from scalellm.services.executor.model_config.config import Architecture, ModelConfig
+from scalellm.services.executor.model_config.config_keys import (
     ACCEPTED_GGUF_VALUES,
     IRRELEVANT_GGUF_KEYS,
     MOST_HEADS,
@@ -14,8 +14,8 @@ from services.executor.model_config.config_keys import (
     MOST_POSITIONS,
     ConfigKeys,
 )
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.model_config.rope import (
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.model_config.rope import (
     FrequencyFactors,
     LinearScaling,
     RopeConfig,

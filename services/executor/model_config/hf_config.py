@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
-from services.common.model_files import shown
-from services.executor.model_config.config import Activation, Architecture, ModelConfig
-from services.executor.model_config.config_keys import (
+from scalellm.services.common.model_files import shown
+from scalellm.services.executor.model_config.config import Activation, Architecture, ModelConfig
+from scalellm.services.executor.model_config.config_keys import (
     ACCEPTED_VALUES,
     IRRELEVANT_KEYS,
     MOST_HEADS,
@@ -18,8 +18,8 @@ from services.executor.model_config.config_keys import (
     MOST_POSITIONS,
     ConfigKeys,
 )
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.model_config.rope import (
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.model_config.rope import (
     LinearScaling,
     Llama3Scaling,
     RopeConfig,
@@ -29,7 +29,7 @@ from services.executor.model_config.rope import (
 )
 
 if TYPE_CHECKING:
-    from services.executor.models.linear import CheckpointFormat
+    from scalellm.services.executor.models.linear import CheckpointFormat
 
 _MODEL_TYPES: Mapping[Architecture, str] = {
     "LlamaForCausalLM": "llama",
@@ -132,7 +132,7 @@ def _stored_linears(keys: ConfigKeys) -> CheckpointFormat | None:
             raise keys.refusal(key, "it must be an object")
         if config:
             # Not at the top: it imports torch, which takes three seconds, and an engine without weights does without.
-            from services.executor.models.hf_quantization import stored_linears
+            from scalellm.services.executor.models.hf_quantization import stored_linears
 
             return stored_linears(config)
     return None

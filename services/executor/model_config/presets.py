@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from services.executor.model_config.config import ModelConfig
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.model_config.rope import Llama3Scaling, RopeConfig
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.model_config.rope import Llama3Scaling, RopeConfig
 
 
 def preset_config(name: str) -> ModelConfig:

@@ -5,15 +5,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from services.executor.model_config.config import ModelConfig
-from services.executor.models.context import ForwardContext, KVCache
-from services.executor.models.gemma3 import Gemma3DecoderLayer
-from services.executor.models.layers import RMSNorm
-from services.executor.models.llama import LlamaDecoderLayer
-from services.executor.models.rope import build_cos_sin_cache
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.vocabulary import Vocabulary
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.models.context import ForwardContext, KVCache
+from scalellm.services.executor.models.gemma3 import Gemma3DecoderLayer
+from scalellm.services.executor.models.layers import RMSNorm
+from scalellm.services.executor.models.llama import LlamaDecoderLayer
+from scalellm.services.executor.models.rope import build_cos_sin_cache
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.vocabulary import Vocabulary
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
 class CausalLM:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import Ops
-from kernels.cpu.cache import CACHE_OPS, bytes_shape, can_have_bytes, can_have_layout, keys_by_token
-from kernels.reference.cache import SCALE_BYTES
-from services.executor.model_config.config import ModelConfig
-from services.executor.models.weight_memory import zero_pages
+from scalellm.kernels import Ops
+from scalellm.kernels.cpu.cache import CACHE_OPS, bytes_shape, can_have_bytes, can_have_layout, keys_by_token
+from scalellm.kernels.reference.cache import SCALE_BYTES
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.models.weight_memory import zero_pages
 
 
 class KVCache(NamedTuple):

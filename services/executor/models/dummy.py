@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from services.executor.model_config.config import ModelConfig
-from services.executor.models.causal_lm import CausalLM
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot, finish_all
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.models.causal_lm import CausalLM
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot, finish_all
 
 _E4M3_NAN = 127  # and, with the sign, 255
 

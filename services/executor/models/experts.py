@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import Ops
-from services.executor.model_config.config import ModelConfig
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.models.linear import (
+from scalellm.kernels import Ops
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.models.linear import (
     CheckpointFormat,
     DenseWeight,
     Fp8Weight,
@@ -20,9 +20,9 @@ from services.executor.models.linear import (
     bias_slots,
     build_weight,
 )
-from services.executor.models.linear.stored_ints import StoredInts
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.models.linear.stored_ints import StoredInts
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
 class Experts:

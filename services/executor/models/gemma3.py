@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from services.executor.model_config.config import ModelConfig
-from services.executor.models.context import ForwardContext, KVCache
-from services.executor.models.layers import Attention, GatedMLP, RMSNorm
-from services.executor.models.linear import LinearInput
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.models.context import ForwardContext, KVCache
+from scalellm.services.executor.models.layers import Attention, GatedMLP, RMSNorm
+from scalellm.services.executor.models.linear import LinearInput
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
 class Gemma3DecoderLayer:

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
 
-from services.common.model_files import shown
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.models.linear.checkpoint import CheckpointFormat
-from services.executor.models.linear.ignored import IgnoredLayers
-from services.executor.models.linear.stored_fp8 import StoredFp8
-from services.executor.models.linear.stored_ints import StoredAwq, StoredGptq, StoredInt8, StoredPacked
-from services.executor.models.linear.wna16 import Bits
+from scalellm.services.common.model_files import shown
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.models.linear.checkpoint import CheckpointFormat
+from scalellm.services.executor.models.linear.ignored import IgnoredLayers
+from scalellm.services.executor.models.linear.stored_fp8 import StoredFp8
+from scalellm.services.executor.models.linear.stored_ints import StoredAwq, StoredGptq, StoredInt8, StoredPacked
+from scalellm.services.executor.models.linear.wna16 import Bits
 
 _log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from services.executor.model_config.config import ModelConfig
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.models.context import ForwardContext, KVCache
-from services.executor.models.linear import LinearInput, PackedLinear
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.models.context import ForwardContext, KVCache
+from scalellm.services.executor.models.linear import LinearInput, PackedLinear
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
 class RMSNorm:

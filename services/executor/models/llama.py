@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from services.executor.model_config.config import ModelConfig
-from services.executor.models.context import ForwardContext, KVCache
-from services.executor.models.layers import Attention, GatedMLP, RMSNorm
-from services.executor.models.linear import LinearInput
-from services.executor.models.moe import MoeMLP
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.models.context import ForwardContext, KVCache
+from scalellm.services.executor.models.layers import Attention, GatedMLP, RMSNorm
+from scalellm.services.executor.models.linear import LinearInput
+from scalellm.services.executor.models.moe import MoeMLP
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
 class LlamaDecoderLayer:

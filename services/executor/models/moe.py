@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.executor.model_config.config import ModelConfig
-from services.executor.models.experts import Experts
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.models.experts import Experts
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
 class MoeMLP:

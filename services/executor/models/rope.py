@@ -5,7 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from services.executor.model_config.rope import FrequencyFactors, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from scalellm.services.executor.model_config.rope import (
+    FrequencyFactors,
+    LinearScaling,
+    Llama3Scaling,
+    RopeConfig,
+    YarnScaling,
+)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels import Ops
-from services.executor.models.quantization import Quantization
+from scalellm.kernels import Ops
+from scalellm.services.executor.models.quantization import Quantization
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from services.executor.model_config.config import ModelConfig
-from services.executor.models.linear import DenseWeight, IntWeight, build_weight
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot, finish_with
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.models.linear import DenseWeight, IntWeight, build_weight
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot, finish_with
 
 
 class Vocabulary:

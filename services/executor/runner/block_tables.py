@@ -5,10 +5,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CpuLibrary
-from kernels.cpu.rows import gather_rows
-from services.executor.engine.batch import ScheduledSequence
-from services.executor.runner.device import Device
+from scalellm.kernels.cpu.library import CpuLibrary
+from scalellm.kernels.cpu.rows import gather_rows
+from scalellm.services.executor.engine.batch import ScheduledSequence
+from scalellm.services.executor.runner.device import Device
 
 
 class BlockTables:

@@ -4,7 +4,7 @@ import bisect
 import functools
 from collections.abc import Callable
 
-from services.executor.runner.device import Device, Graph
+from scalellm.services.executor.runner.device import Device, Graph
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:

@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels import Capability
-from services.executor.memory import free_memory
+from scalellm.kernels import Capability
+from scalellm.services.executor.memory import free_memory
 
 
 class Event(Protocol):

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import Capability
-from services.executor.runner.device import CpuDevice, Graph
+from scalellm.kernels import Capability
+from scalellm.services.executor.runner.device import CpuDevice, Graph
 
 
 class FakeCudaDevice(CpuDevice):

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.reference.cache import block_bytes
-from services.executor.engine.swap import SwapCost
-from services.executor.models import KVCache
-from services.executor.runner.device import Device
+from scalellm.kernels.reference.cache import block_bytes
+from scalellm.services.executor.engine.swap import SwapCost
+from scalellm.services.executor.models import KVCache
+from scalellm.services.executor.runner.device import Device
 
 _GROUP = 16  # blocks gathered at a time: bounds the scratch on the device
 _CHUNK = 1 << 30  # bytes allocated at a time: torch rounds page-locked memory up to a power of two

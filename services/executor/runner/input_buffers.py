@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import CpuLibrary
-from services.executor.engine.batch import ScheduledBatch, ScheduledSequence
-from services.executor.engine.config import EngineConfig
-from services.executor.models import DecodeRows, ForwardContext, PrefillRows
-from services.executor.runner.block_tables import BlockTables
-from services.executor.runner.device import Device
-from services.executor.runner.staging import HostArrays, StagedArrays
+from scalellm.kernels.cpu.library import CpuLibrary
+from scalellm.services.executor.engine.batch import ScheduledBatch, ScheduledSequence
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.models import DecodeRows, ForwardContext, PrefillRows
+from scalellm.services.executor.runner.block_tables import BlockTables
+from scalellm.services.executor.runner.device import Device
+from scalellm.services.executor.runner.staging import HostArrays, StagedArrays
 
 _PENDING = -1  # stands for a token id that only the device knows
 

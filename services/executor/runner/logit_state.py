@@ -5,7 +5,7 @@ from collections.abc import Sequence as ReadOnlySequence
 import numpy as np
 import numpy.typing as npt
 
-from services.executor.engine.sequence import Sequence
+from scalellm.services.executor.engine.sequence import Sequence
 
 _Ids = npt.NDArray[np.int64]
 _Counts = npt.NDArray[np.int32]

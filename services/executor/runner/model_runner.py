@@ -8,17 +8,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-import kernels
-from services.executor.engine.batch import SampledBatch, ScheduledBatch, ScheduledSequence
-from services.executor.engine.config import EngineConfig
-from services.executor.models import CausalLM, KVCache
-from services.executor.runner.decode_graphs import DecodeGraphs, decode_buckets
-from services.executor.runner.device import Device, Event
-from services.executor.runner.host_cache import HostCache
-from services.executor.runner.input_buffers import DecodeAttention, InputBuffers
-from services.executor.runner.prompt_scores import PromptScores, score_prompt
-from services.executor.runner.recorded_decode import DecodeStep, RecordedDecode
-from services.executor.runner.sampler import Draw, Sampler
+from scalellm import kernels
+from scalellm.services.executor.engine.batch import SampledBatch, ScheduledBatch, ScheduledSequence
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.models import CausalLM, KVCache
+from scalellm.services.executor.runner.decode_graphs import DecodeGraphs, decode_buckets
+from scalellm.services.executor.runner.device import Device, Event
+from scalellm.services.executor.runner.host_cache import HostCache
+from scalellm.services.executor.runner.input_buffers import DecodeAttention, InputBuffers
+from scalellm.services.executor.runner.prompt_scores import PromptScores, score_prompt
+from scalellm.services.executor.runner.recorded_decode import DecodeStep, RecordedDecode
+from scalellm.services.executor.runner.sampler import Draw, Sampler
 
 
 class ModelRunner:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.executor.engine.batch import Logprobs, ScheduledSequence
-from services.executor.models import CausalLM
-from services.executor.runner.device import Device
+from scalellm.services.executor.engine.batch import Logprobs, ScheduledSequence
+from scalellm.services.executor.models import CausalLM
+from scalellm.services.executor.runner.device import Device
 
 _ROWS = 256  # logits rows held at once: a chunk's worth times the vocabulary would be gigabytes
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import SampleOutput
-from kernels.cpu.library import CpuLibrary
-from kernels.cpu.recording import NotRecordableError, Recorder, Recording
-from kernels.cpu.rows import finite_rows
-from services.executor.models import CausalLM, ForwardContext, KVCache
+from scalellm.kernels import SampleOutput
+from scalellm.kernels.cpu.library import CpuLibrary
+from scalellm.kernels.cpu.recording import NotRecordableError, Recorder, Recording
+from scalellm.kernels.cpu.rows import finite_rows
+from scalellm.services.executor.models import CausalLM, ForwardContext, KVCache
 
 _MAX_ROWS = 64  # a step of more takes so long that its calls do not count
 

@@ -10,14 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-import kernels
-from services.executor.engine.batch import Logprobs, ScheduledSequence
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.sequence import Sequence
-from services.executor.grammar import Masks
-from services.executor.runner.device import Device
-from services.executor.runner.logit_state import Bias, SeenTokens
-from services.executor.runner.staging import StagedArrays
+from scalellm import kernels
+from scalellm.services.executor.engine.batch import Logprobs, ScheduledSequence
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.sequence import Sequence
+from scalellm.services.executor.grammar import Masks
+from scalellm.services.executor.runner.device import Device
+from scalellm.services.executor.runner.logit_state import Bias, SeenTokens
+from scalellm.services.executor.runner.staging import StagedArrays
 
 _GREEDY_BELOW = 1e-5  # dividing by less overflows float32 logits to infinity
 _PARAMETERS = {

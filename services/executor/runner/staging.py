@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.executor.runner.device import Device
+from scalellm.services.executor.runner.device import Device
 
 HostArrays = Mapping[str, npt.NDArray[Any]]
 

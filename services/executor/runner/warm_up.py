@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from services.executor.engine.config import CapacityPolicy, EngineConfig
-from services.executor.engine.engine import Engine
-from services.executor.engine.grammar import GrammarCompiler
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
-from services.executor.engine.step_warm_up import fit_step_times
-from services.executor.models import CausalLM, ForwardContext, PrefillRows, allocate_kv_caches
-from services.executor.runner.device import Device
-from services.executor.runner.model_runner import ModelRunner
+from scalellm.services.executor.engine.config import CapacityPolicy, EngineConfig
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.grammar import GrammarCompiler
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.executor.engine.step_warm_up import fit_step_times
+from scalellm.services.executor.models import CausalLM, ForwardContext, PrefillRows, allocate_kv_caches
+from scalellm.services.executor.runner.device import Device
+from scalellm.services.executor.runner.model_runner import ModelRunner
 
 _LINK = 0
 _GRAMMAR = "start: /(.|\\n){100}/"

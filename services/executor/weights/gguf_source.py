@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from services.executor.gguf_file import GgufFile, GgufTensor
-from services.executor.model_config.config import ModelConfig
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.gguf_file import GgufFile, GgufTensor
+from scalellm.services.executor.model_config.config import ModelConfig
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 _TOP_LEVEL = {
     "token_embd": "model.embed_tokens",

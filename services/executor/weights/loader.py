@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from services.common.model_files import shown_name
-from services.executor.gguf_file import GgufFile
-from services.executor.model_config import ModelConfig, UnsupportedModelError
-from services.executor.model_config.files import config_of_directory, config_of_gguf, locate
-from services.executor.models.causal_lm import CausalLM
-from services.executor.models.linear.stored_dense import StoredDense
-from services.executor.models.linear.stored_gguf import StoredGguf
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot, finish_all
-from services.executor.weights.gguf_source import GgufSource
-from services.executor.weights.safetensors_source import SafetensorsSource, has_weights
-from services.executor.weights.source import WeightSource
+from scalellm.services.common.model_files import shown_name
+from scalellm.services.executor.gguf_file import GgufFile
+from scalellm.services.executor.model_config import ModelConfig, UnsupportedModelError
+from scalellm.services.executor.model_config.files import config_of_directory, config_of_gguf, locate
+from scalellm.services.executor.models.causal_lm import CausalLM
+from scalellm.services.executor.models.linear.stored_dense import StoredDense
+from scalellm.services.executor.models.linear.stored_gguf import StoredGguf
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot, finish_all
+from scalellm.services.executor.weights.gguf_source import GgufSource
+from scalellm.services.executor.weights.safetensors_source import SafetensorsSource, has_weights
+from scalellm.services.executor.weights.source import WeightSource
 
 # Tensors a checkpoint may hold that the model does not read: both are recomputed from the configuration.
 _REDUNDANT = re.compile(r".*\.rotary_emb\.inv_freq|rope_freqs\.weight")

@@ -10,9 +10,9 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from services.common.model_files import ModelFileError, brief, read_json_object, shown, shown_name
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.common.model_files import ModelFileError, brief, read_json_object, shown, shown_name
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

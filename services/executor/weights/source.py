@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
 class WeightSource(Protocol):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import NoReturn
 
-from services.tokenizer.dialect.dialect import TaggedArguments
+from scalellm.services.tokenizer.dialect.dialect import TaggedArguments
 
 _OF_NOTE = re.compile(r'["\\{}\[\]]')
 

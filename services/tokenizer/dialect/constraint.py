@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.common.errors import StatusError
-from services.tokenizer.dialect.dialect import CallFormat, Dialect, TaggedArguments
-from services.tokenizer.dialect.splitter import Opening
-from services.tokenizer.structure import lark
-from services.tokenizer.structure.json_schema import checked_schema
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.dialect.dialect import CallFormat, Dialect, TaggedArguments
+from scalellm.services.tokenizer.dialect.splitter import Opening
+from scalellm.services.tokenizer.structure import lark
+from scalellm.services.tokenizer.structure.json_schema import checked_schema
 
 MAX_CALLS = 128
 """Calls in one answer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from services.tokenizer.dialect.dialect import CallFormat, Dialect, Marks, TaggedArguments, ToolsInPrompt
+from scalellm.services.tokenizer.dialect.dialect import CallFormat, Dialect, Marks, TaggedArguments, ToolsInPrompt
 
 HERMES = CallFormat(
     trigger="<tool_call>",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 
-from services.tokenizer.dialect.arguments import JsonReader, TaggedReader
-from services.tokenizer.dialect.dialect import CallFormat, Dialect, TaggedArguments
-from services.tokenizer.dialect.parts import Part, PartKind
+from scalellm.services.tokenizer.dialect.arguments import JsonReader, TaggedReader
+from scalellm.services.tokenizer.dialect.dialect import CallFormat, Dialect, TaggedArguments
+from scalellm.services.tokenizer.dialect.parts import Part, PartKind
 
 
 class Opening(enum.Enum):

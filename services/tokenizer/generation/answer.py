@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from scalellm.services.tokenizer.generation.answer_shape import make_splitters
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.metrics import EdgeMetrics
+from scalellm.services.tokenizer.sample_stream import Delta, OutputOptions, SampleStream
+from scalellm.services.tokenizer.text.stop_strings import StopStrings
+from scalellm.services.tokenizer.token_receiver import TokenBatch
+from scalellm.services.tokenizer.writing import Writing
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.tokenizer.generation.answer_shape import make_splitters
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.metrics import EdgeMetrics
-from services.tokenizer.sample_stream import Delta, OutputOptions, SampleStream
-from services.tokenizer.text.stop_strings import StopStrings
-from services.tokenizer.token_receiver import TokenBatch
-from services.tokenizer.writing import Writing
 
 Event = generation_pb2.Started | generation_pb2.PromptLogprobs | Delta | generation_pb2.Finished
 """What happened to a request. First Started, last Finished; log-probabilities of the prompt come before any Delta."""

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.dialect.constraint import AnswerGrammar
+from scalellm.services.tokenizer.dialect.splitter import Splitter
+from scalellm.services.tokenizer.structure import grammar_of
+from scalellm.services.tokenizer.tools import ArgumentTexts, calls_of, offered
+from scalellm.services.tokenizer.writing import Writing
 from scalellm.v1 import generation_pb2, link_pb2
-from services.common.errors import StatusError
-from services.tokenizer.dialect.constraint import AnswerGrammar
-from services.tokenizer.dialect.splitter import Splitter
-from services.tokenizer.structure import grammar_of
-from services.tokenizer.tools import ArgumentTexts, calls_of, offered
-from services.tokenizer.writing import Writing
 
 
 class AnswerShape:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.tracing import TraceHeaders
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
-from services.common.tracing import TraceHeaders
 
 
 class Caller(ABC):

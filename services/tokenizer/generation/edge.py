@@ -7,20 +7,20 @@ import hmac
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from scalellm.services.common.access import Access
+from scalellm.services.common.api_keys import DEFAULT_TENANT, Tenant
+from scalellm.services.tokenizer.limits import RequestLimits
+from scalellm.services.tokenizer.metrics import EdgeMetrics
+from scalellm.services.tokenizer.prompt_builder import PromptBuilder
+from scalellm.services.tokenizer.quotas import TenantQuotas
+from scalellm.services.tokenizer.request_log import RequestLog
+from scalellm.services.tokenizer.schedulers import Schedulers
+from scalellm.services.tokenizer.session_store import SessionStore
 from scalellm.v1 import common_pb2
-from services.common.access import Access
-from services.common.api_keys import DEFAULT_TENANT, Tenant
-from services.tokenizer.limits import RequestLimits
-from services.tokenizer.metrics import EdgeMetrics
-from services.tokenizer.prompt_builder import PromptBuilder
-from services.tokenizer.quotas import TenantQuotas
-from services.tokenizer.request_log import RequestLog
-from services.tokenizer.schedulers import Schedulers
-from services.tokenizer.session_store import SessionStore
 
 if TYPE_CHECKING:
-    from services.common.tracing.tracer import Tracer
-    from services.tokenizer.kept.kept_requests import KeptRequests
+    from scalellm.services.common.tracing.tracer import Tracer
+    from scalellm.services.tokenizer.kept.kept_requests import KeptRequests
 
 _SALT_BYTES = 16
 _DEFAULT_SECRET = b"scalellm prefix cache"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.tokenizer.generation.answer_shape import splits
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.message import Message
+from scalellm.services.tokenizer.metrics import EdgeMetrics
+from scalellm.services.tokenizer.prompt_builder import Prompt
+from scalellm.services.tokenizer.sample_stream import SampleStream
+from scalellm.services.tokenizer.session import Session
+from scalellm.services.tokenizer.session_store import SaveOutcome
+from scalellm.services.tokenizer.text.conversation import answer_segment
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.common.api_keys import Tenant
-from services.tokenizer.generation.answer_shape import splits
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.message import Message
-from services.tokenizer.metrics import EdgeMetrics
-from services.tokenizer.prompt_builder import Prompt
-from services.tokenizer.sample_stream import SampleStream
-from services.tokenizer.session import Session
-from services.tokenizer.session_store import SaveOutcome
-from services.tokenizer.text.conversation import answer_segment
 
 _SESSION_OUTCOMES = {
     SaveOutcome.SAVED: generation_pb2.SESSION_OUTCOME_SAVED,

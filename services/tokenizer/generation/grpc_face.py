@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import grpc
 
+from scalellm.services.tokenizer.dialect import Part, PartKind
+from scalellm.services.tokenizer.generation.answer import Event
+from scalellm.services.tokenizer.generation.caller import Caller
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.generation.request_path import Call, Generation, Resumption
+from scalellm.services.tokenizer.sample_stream import Delta
+from scalellm.services.tokenizer.validation import validate_id
 from scalellm.v1 import generation_pb2
-from services.tokenizer.dialect import Part, PartKind
-from services.tokenizer.generation.answer import Event
-from services.tokenizer.generation.caller import Caller
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.generation.request_path import Call, Generation, Resumption
-from services.tokenizer.sample_stream import Delta
-from services.tokenizer.validation import validate_id
 
 _SERVICE = "scalellm.v1.Generation"
 

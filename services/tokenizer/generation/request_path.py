@@ -11,30 +11,36 @@ from typing import Self
 
 import grpc
 
+from scalellm.services.common.api_keys import DEFAULT_TENANT
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import MIN_PRIORITY
+from scalellm.services.common.link import LONGEST_NS
+from scalellm.services.common.logs import RequestFields, request_fields
+from scalellm.services.tokenizer.generation.answer import Answer, Event, make_samples
+from scalellm.services.tokenizer.generation.answer_shape import AnswerShape
+from scalellm.services.tokenizer.generation.caller import Caller
+from scalellm.services.tokenizer.generation.edge import Edge, TenantSalt
+from scalellm.services.tokenizer.generation.ending import count_shown, make_finished, save_turn
+from scalellm.services.tokenizer.generation.submission import raise_failure, wait_accepted
+from scalellm.services.tokenizer.kept.following import follow
+from scalellm.services.tokenizer.kept.journal import Head, digest
+from scalellm.services.tokenizer.kept.kept_request import KeptRequest
+from scalellm.services.tokenizer.latency import LatencyTrace, server_timing
+from scalellm.services.tokenizer.prompt_builder import Prompt
+from scalellm.services.tokenizer.quotas import Lease
+from scalellm.services.tokenizer.request_log import RequestEnd
+from scalellm.services.tokenizer.request_trace import RequestTrace
+from scalellm.services.tokenizer.sample_stream import OutputOptions
+from scalellm.services.tokenizer.sampling_defaults import with_defaults
+from scalellm.services.tokenizer.session import Session, new_session
+from scalellm.services.tokenizer.validation import (
+    check_prompt_tokens,
+    fit_context,
+    is_id,
+    validate_generate,
+    validate_resume,
+)
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.common.api_keys import DEFAULT_TENANT
-from services.common.errors import StatusError
-from services.common.field_rules import MIN_PRIORITY
-from services.common.link import LONGEST_NS
-from services.common.logs import RequestFields, request_fields
-from services.tokenizer.generation.answer import Answer, Event, make_samples
-from services.tokenizer.generation.answer_shape import AnswerShape
-from services.tokenizer.generation.caller import Caller
-from services.tokenizer.generation.edge import Edge, TenantSalt
-from services.tokenizer.generation.ending import count_shown, make_finished, save_turn
-from services.tokenizer.generation.submission import raise_failure, wait_accepted
-from services.tokenizer.kept.following import follow
-from services.tokenizer.kept.journal import Head, digest
-from services.tokenizer.kept.kept_request import KeptRequest
-from services.tokenizer.latency import LatencyTrace, server_timing
-from services.tokenizer.prompt_builder import Prompt
-from services.tokenizer.quotas import Lease
-from services.tokenizer.request_log import RequestEnd
-from services.tokenizer.request_trace import RequestTrace
-from services.tokenizer.sample_stream import OutputOptions
-from services.tokenizer.sampling_defaults import with_defaults
-from services.tokenizer.session import Session, new_session
-from services.tokenizer.validation import check_prompt_tokens, fit_context, is_id, validate_generate, validate_resume
 
 _LINK_WAIT = 1.5
 """Seconds a new request waits for the link to come (back): a scheduler that restarts is not an error to its clients."""

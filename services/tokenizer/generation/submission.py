@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
-from services.tokenizer.token_receiver import TokenReceiver
 
 _ACCEPTANCE = 0.05
 """Seconds given to the scheduler to refuse a request before Started says that it was accepted. A refusal before the

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.api_request import as_text
+from scalellm.services.tokenizer.http.messages import text_of, text_of_part
+from scalellm.services.tokenizer.http.tool_fields import json_text
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.api_request import as_text
-from services.tokenizer.http.messages import text_of, text_of_part
-from services.tokenizer.http.tool_fields import json_text
 
 _ROLES = ("user", "assistant")
 _OF_ASSISTANT = ("thinking", "redacted_thinking", "tool_use")

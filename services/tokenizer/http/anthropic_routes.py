@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.call_bytes import CallAccount
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.http.api_request import renamed
+from scalellm.services.tokenizer.http.call import HttpCall
+from scalellm.services.tokenizer.http.errors import ANTHROPIC_ERRORS
+from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.services.tokenizer.http.messages_format import MessageDocument, MessageStream
+from scalellm.services.tokenizer.http.messages_request import MessagesRequest
+from scalellm.services.tokenizer.http.service_routes import check_model, json_answer
+from scalellm.services.tokenizer.http.sink import serve
+from scalellm.services.tokenizer.json_object import JsonObject
+from scalellm.services.tokenizer.tokenizing import Tokenizing
 from scalellm.v1 import tokenizer_pb2
-from services.common.errors import StatusError
-from services.tokenizer.call_bytes import CallAccount
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.http.api_request import renamed
-from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.errors import ANTHROPIC_ERRORS
-from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.messages_format import MessageDocument, MessageStream
-from services.tokenizer.http.messages_request import MessagesRequest
-from services.tokenizer.http.service_routes import check_model, json_answer
-from services.tokenizer.http.sink import serve
-from services.tokenizer.json_object import JsonObject
-from services.tokenizer.tokenizing import Tokenizing
 
 
 class AnthropicRoutes:

@@ -12,10 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import SAMPLING
+from scalellm.services.tokenizer.json_object import JsonObject
 from scalellm.v1 import common_pb2, generation_pb2
-from services.common.errors import StatusError
-from services.common.field_rules import SAMPLING
-from services.tokenizer.json_object import JsonObject
 
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]

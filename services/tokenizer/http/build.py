@@ -9,19 +9,19 @@ from pathlib import Path
 
 from aiohttp import web
 
-from services.common.guarded import OnEnd
-from services.tokenizer.call_bytes import CallBytes
-from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.http.anthropic_routes import AnthropicRoutes
-from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.listener import HttpListener
-from services.tokenizer.http.metrics_route import MetricsRoute
-from services.tokenizer.http.openai_routes import OpenAiRoutes
-from services.tokenizer.http.responses_routes import ResponsesRoutes
-from services.tokenizer.http.service_routes import ServiceRoutes
-from services.tokenizer.http.tokenize_routes import TokenizeRoutes
-from services.tokenizer.rpc import CallGate
+from scalellm.services.common.guarded import OnEnd
+from scalellm.services.tokenizer.call_bytes import CallBytes
+from scalellm.services.tokenizer.config import TokenizerSettings
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.http.anthropic_routes import AnthropicRoutes
+from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.services.tokenizer.http.listener import HttpListener
+from scalellm.services.tokenizer.http.metrics_route import MetricsRoute
+from scalellm.services.tokenizer.http.openai_routes import OpenAiRoutes
+from scalellm.services.tokenizer.http.responses_routes import ResponsesRoutes
+from scalellm.services.tokenizer.http.service_routes import ServiceRoutes
+from scalellm.services.tokenizer.http.tokenize_routes import TokenizeRoutes
+from scalellm.services.tokenizer.rpc import CallGate
 
 _log = logging.getLogger(__name__)
 

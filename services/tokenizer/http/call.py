@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 import grpc
 from aiohttp import web
 
-from services.common.errors import StatusError
-from services.tokenizer.call_bytes import CallAccount
-from services.tokenizer.http.deadline import Deadline
-from services.tokenizer.http.errors import HttpError
-from services.tokenizer.http.event_stream import EventStream
-from services.tokenizer.json_object import JsonObject, parse_object
-from services.tokenizer.validation import is_id
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.call_bytes import CallAccount
+from scalellm.services.tokenizer.http.deadline import Deadline
+from scalellm.services.tokenizer.http.errors import HttpError
+from scalellm.services.tokenizer.http.event_stream import EventStream
+from scalellm.services.tokenizer.json_object import JsonObject, parse_object
+from scalellm.services.tokenizer.validation import is_id
 
 _TOTAL_TIMEOUT = "request-timeout-ms"
 _READ_TIMEOUT = "x-stainless-read-timeout"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from scalellm.v1 import generation_pb2
-from services.tokenizer.dialect import Part
-from services.tokenizer.http.chat_parts import message_json, part_json
-from services.tokenizer.http.chat_request import ChatRequest
-from services.tokenizer.http.logprobs import chat_entries, prompt_entries
-from services.tokenizer.http.stream_usage import StreamUsage
-from services.tokenizer.http.wire import (
+from scalellm.services.tokenizer.dialect import Part
+from scalellm.services.tokenizer.http.chat_parts import message_json, part_json
+from scalellm.services.tokenizer.http.chat_request import ChatRequest
+from scalellm.services.tokenizer.http.logprobs import chat_entries, prompt_entries
+from scalellm.services.tokenizer.http.stream_usage import StreamUsage
+from scalellm.services.tokenizer.http.wire import (
     DONE,
     answer_head,
     dump,
@@ -22,9 +21,10 @@ from services.tokenizer.http.wire import (
     total_usage,
     usage_json,
 )
-from services.tokenizer.message import Message
-from services.tokenizer.sample_stream import Delta
-from services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.message import Message
+from scalellm.services.tokenizer.sample_stream import Delta
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.v1 import generation_pb2
 
 
 class ChatStream:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from services.tokenizer.dialect import Part, PartKind
-from services.tokenizer.http.wire import quote
-from services.tokenizer.message import Message
+from scalellm.services.tokenizer.dialect import Part, PartKind
+from scalellm.services.tokenizer.http.wire import quote
+from scalellm.services.tokenizer.message import Message
 
 
 def part_json(part: Part) -> str:

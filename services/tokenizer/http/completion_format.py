@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from scalellm.v1 import generation_pb2
-from services.tokenizer.http.completion_request import CompletionRequest
-from services.tokenizer.http.logprobs import CompletionLogprobs, prompt_entries
-from services.tokenizer.http.stream_usage import StreamUsage
-from services.tokenizer.http.wire import (
+from scalellm.services.tokenizer.http.completion_request import CompletionRequest
+from scalellm.services.tokenizer.http.logprobs import CompletionLogprobs, prompt_entries
+from scalellm.services.tokenizer.http.stream_usage import StreamUsage
+from scalellm.services.tokenizer.http.wire import (
     DONE,
     answer_head,
     dump,
@@ -20,8 +19,9 @@ from services.tokenizer.http.wire import (
     total_usage,
     usage_json,
 )
-from services.tokenizer.sample_stream import Delta
-from services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.sample_stream import Delta
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.v1 import generation_pb2
 
 
 class _Prompt:

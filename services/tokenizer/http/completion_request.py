@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.api_request import SamplingRequest, UInt32, as_text
+from scalellm.services.tokenizer.http.shaped_request import ShapedRequest
+from scalellm.services.tokenizer.limits import RequestLimits
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.api_request import SamplingRequest, UInt32, as_text
-from services.tokenizer.http.shaped_request import ShapedRequest
-from services.tokenizer.limits import RequestLimits
 
 _DEFAULT_TOKENS = 16
 """OpenAI's: a completion that does not say how long it may be is short."""

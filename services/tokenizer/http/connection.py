@@ -9,7 +9,7 @@ from typing import cast
 from aiohttp import web
 from aiohttp.http import RawRequestMessage
 
-from services.common.guarded import drop_tracebacks
+from scalellm.services.common.guarded import drop_tracebacks
 
 
 @dataclass(slots=True)

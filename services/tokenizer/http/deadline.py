@@ -8,7 +8,7 @@ from typing import Self
 
 import grpc
 
-from services.common.errors import StatusError
+from scalellm.services.common.errors import StatusError
 
 
 class Deadline:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import grpc
 
-from services.common.errors import StatusError
+from scalellm.services.common.errors import StatusError
 
 _Code = grpc.StatusCode
 

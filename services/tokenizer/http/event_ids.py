@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Self
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.sink import Format
+from scalellm.services.tokenizer.sample_stream import Delta
+from scalellm.services.tokenizer.validation import is_id
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.sink import Format
-from services.tokenizer.sample_stream import Delta
-from services.tokenizer.validation import is_id
 
 HEADER = "last-event-id"
 _COUNTS = re.compile(r"\d{1,9}(,\d{1,9})*", re.ASCII)

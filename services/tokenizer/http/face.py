@@ -9,15 +9,15 @@ from typing import Any
 import grpc
 from aiohttp import hdrs, web
 
-from services.common.errors import StatusError
-from services.common.guarded import OnEnd, status_of
-from services.common.logs import LineLimit
-from services.tokenizer.call_bytes import CallAccount, CallBytes
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.errors import OPENAI_ERRORS, ErrorFormat, HttpError, error_headers, http_status
-from services.tokenizer.json_object import JsonObject
-from services.tokenizer.rpc import CallGate
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.guarded import OnEnd, status_of
+from scalellm.services.common.logs import LineLimit
+from scalellm.services.tokenizer.call_bytes import CallAccount, CallBytes
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.http.call import HttpCall
+from scalellm.services.tokenizer.http.errors import OPENAI_ERRORS, ErrorFormat, HttpError, error_headers, http_status
+from scalellm.services.tokenizer.json_object import JsonObject
+from scalellm.services.tokenizer.rpc import CallGate
 
 _JSON = "application/json"
 _CALL = web.RequestKey("call", HttpCall)

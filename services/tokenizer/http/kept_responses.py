@@ -10,20 +10,20 @@ from typing import TypeVar
 
 import grpc
 
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.generation.answer_shape import splits
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.http.responses_format import ResponseDocument
+from scalellm.services.tokenizer.http.responses_request import ResponsesRequest
+from scalellm.services.tokenizer.kept.following import follow
+from scalellm.services.tokenizer.kept.kept_request import KeptRequest
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.message import Message
+from scalellm.services.tokenizer.sample_stream import Delta
+from scalellm.services.tokenizer.session import Session, Turn
+from scalellm.services.tokenizer.session_store import SaveOutcome
 from scalellm.v1 import generation_pb2
-from services.common.api_keys import Tenant
-from services.common.errors import StatusError
-from services.tokenizer.generation.answer_shape import splits
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.http.responses_format import ResponseDocument
-from services.tokenizer.http.responses_request import ResponsesRequest
-from services.tokenizer.kept.following import follow
-from services.tokenizer.kept.kept_request import KeptRequest
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.message import Message
-from services.tokenizer.sample_stream import Delta
-from services.tokenizer.session import Session, Turn
-from services.tokenizer.session_store import SaveOutcome
 
 _Format = TypeVar("_Format", bound=ResponseDocument)
 

@@ -11,11 +11,11 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import hdrs, web
 
-from services.common.addresses import bound_socket, join_address
-from services.common.lifecycle import StartError
-from services.common.tls import TlsFiles, listener_context
-from services.tokenizer.http.connection import BoundedConnection, ConnectionLimits
-from services.tokenizer.http.errors import OPENAI_ERRORS, HttpError
+from scalellm.services.common.addresses import bound_socket, join_address
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.tls import TlsFiles, listener_context
+from scalellm.services.tokenizer.http.connection import BoundedConnection, ConnectionLimits
+from scalellm.services.tokenizer.http.errors import OPENAI_ERRORS, HttpError
 
 _IDLE = 75.0
 """Seconds within which the head of a request has to be complete, from the connection's start or the last answer's

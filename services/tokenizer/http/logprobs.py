@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scalellm.services.tokenizer.http.wire import dump, quote
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.v1 import common_pb2, generation_pb2
-from services.tokenizer.http.wire import dump, quote
-from services.tokenizer.text.detokenizer import TokenTexts
 
 _LOWEST = -9999.0
 """For a probability of 0, as vLLM has it: JSON has no infinity."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.api_request import as_text
+from scalellm.services.tokenizer.http.tool_fields import add_calls
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.api_request import as_text
-from services.tokenizer.http.tool_fields import add_calls
 
 # What else a message may hold would have to reach the model, or the answer would be to another conversation.
 _REFUSED = ("function_call", "audio")

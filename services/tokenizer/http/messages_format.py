@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scalellm.services.tokenizer.dialect import Part, PartKind
+from scalellm.services.tokenizer.http.anthropic_content import input_of
+from scalellm.services.tokenizer.http.wire import dump, latency_json, quote
+from scalellm.services.tokenizer.sample_stream import Delta, parts_of
 from scalellm.v1 import common_pb2, generation_pb2
-from services.tokenizer.dialect import Part, PartKind
-from services.tokenizer.http.anthropic_content import input_of
-from services.tokenizer.http.wire import dump, latency_json, quote
-from services.tokenizer.sample_stream import Delta, parts_of
 
 
 def _event(name: str, rest: str) -> str:

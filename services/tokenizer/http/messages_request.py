@@ -6,12 +6,12 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.anthropic_content import add_anthropic_messages
+from scalellm.services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, set_present
+from scalellm.services.tokenizer.http.messages import last_role, text_of
+from scalellm.services.tokenizer.http.tool_fields import set_anthropic_tools, tool_names
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.anthropic_content import add_anthropic_messages
-from services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, set_present
-from services.tokenizer.http.messages import last_role, text_of
-from services.tokenizer.http.tool_fields import set_anthropic_tools, tool_names
 
 
 class MessagesRequest(ApiRequest):

@@ -8,12 +8,12 @@ from pathlib import Path
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from services.common.metrics import make_registry
-from services.common.vllm_metrics import WithVllmNames
-from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.face import HttpFace
-from services.tokenizer.metrics import WorkersCollector
+from scalellm.services.common.metrics import make_registry
+from scalellm.services.common.vllm_metrics import WithVllmNames
+from scalellm.services.tokenizer.config import TokenizerSettings
+from scalellm.services.tokenizer.http.call import HttpCall
+from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.services.tokenizer.metrics import WorkersCollector
 
 
 class MetricsRoute:

@@ -6,24 +6,24 @@ from collections.abc import Mapping, Sequence
 
 from aiohttp import hdrs, web
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.call_bytes import CallAccount
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.http.api_request import SamplingRequest
+from scalellm.services.tokenizer.http.call import HttpCall
+from scalellm.services.tokenizer.http.chat_format import ChatDocument, ChatStream
+from scalellm.services.tokenizer.http.chat_request import ChatRequest
+from scalellm.services.tokenizer.http.completion_format import CompletionDocument, CompletionStream
+from scalellm.services.tokenizer.http.completion_request import CompletionRequest, Prompt, split_prompts
+from scalellm.services.tokenizer.http.event_ids import HEADER, NumberedFormat, Place
+from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.services.tokenizer.http.service_routes import check_model, json_answer
+from scalellm.services.tokenizer.http.sink import Format, serve
+from scalellm.services.tokenizer.json_object import JsonObject
+from scalellm.services.tokenizer.limits import INLINE_TOKENS
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.validation import validate_id
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.call_bytes import CallAccount
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.http.api_request import SamplingRequest
-from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.chat_format import ChatDocument, ChatStream
-from services.tokenizer.http.chat_request import ChatRequest
-from services.tokenizer.http.completion_format import CompletionDocument, CompletionStream
-from services.tokenizer.http.completion_request import CompletionRequest, Prompt, split_prompts
-from services.tokenizer.http.event_ids import HEADER, NumberedFormat, Place
-from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.service_routes import check_model, json_answer
-from services.tokenizer.http.sink import Format, serve
-from services.tokenizer.json_object import JsonObject
-from services.tokenizer.limits import INLINE_TOKENS
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.validation import validate_id
 
 
 class OpenAiRoutes:

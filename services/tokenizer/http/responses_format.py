@@ -10,18 +10,18 @@ from typing import Any
 import grpc
 from google.protobuf.json_format import MessageToDict
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import SAMPLING
+from scalellm.services.tokenizer.dialect import Part, PartKind
+from scalellm.services.tokenizer.http.errors import error_code
+from scalellm.services.tokenizer.http.logprobs import chat_entries
+from scalellm.services.tokenizer.http.responses_items import OutputItem
+from scalellm.services.tokenizer.http.responses_request import ResponsesRequest
+from scalellm.services.tokenizer.http.wire import dump, latency_json, quote
+from scalellm.services.tokenizer.message import Message
+from scalellm.services.tokenizer.sample_stream import Delta, parts_of
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.v1 import common_pb2, generation_pb2
-from services.common.errors import StatusError
-from services.common.field_rules import SAMPLING
-from services.tokenizer.dialect import Part, PartKind
-from services.tokenizer.http.errors import error_code
-from services.tokenizer.http.logprobs import chat_entries
-from services.tokenizer.http.responses_items import OutputItem
-from services.tokenizer.http.responses_request import ResponsesRequest
-from services.tokenizer.http.wire import dump, latency_json, quote
-from services.tokenizer.message import Message
-from services.tokenizer.sample_stream import Delta, parts_of
-from services.tokenizer.text.detokenizer import TokenTexts
 
 _HEAD_EVENTS = 4
 """Events of a stream before those with text, where there is nothing but text. That of a kept one with the text up to

@@ -9,13 +9,13 @@ from typing import Any
 
 import grpc
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.api_request import ApiRequest, OnDisconnect, UInt32, as_text, set_present
+from scalellm.services.tokenizer.http.responses_items import messages_of
+from scalellm.services.tokenizer.http.structure_fields import Shape, shape_of_format
+from scalellm.services.tokenizer.http.tool_fields import set_tools, tool_names
+from scalellm.services.tokenizer.message import Message
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.api_request import ApiRequest, OnDisconnect, UInt32, as_text, set_present
-from services.tokenizer.http.responses_items import messages_of
-from services.tokenizer.http.structure_fields import Shape, shape_of_format
-from services.tokenizer.http.tool_fields import set_tools, tool_names
-from services.tokenizer.message import Message
 
 _LOGPROBS = "message.output_text.logprobs"
 

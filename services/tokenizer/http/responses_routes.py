@@ -10,27 +10,27 @@ from collections.abc import Mapping, Sequence
 import grpc
 from aiohttp import hdrs, web
 
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.call_bytes import CallAccount
+from scalellm.services.tokenizer.generation.answer_shape import splits
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.generation.request_path import Generation
+from scalellm.services.tokenizer.http.api_request import renamed
+from scalellm.services.tokenizer.http.call import HttpCall
+from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.services.tokenizer.http.kept_responses import KeptResponses, as_session, asked_for, said
+from scalellm.services.tokenizer.http.responses_format import ResponseDocument, ResponseStream
+from scalellm.services.tokenizer.http.responses_items import input_items
+from scalellm.services.tokenizer.http.responses_request import ResponsesRequest
+from scalellm.services.tokenizer.http.service_routes import check_model, json_answer
+from scalellm.services.tokenizer.http.sink import HttpCaller, OnFinished, serve
+from scalellm.services.tokenizer.json_object import JsonObject
+from scalellm.services.tokenizer.message import Message
+from scalellm.services.tokenizer.sampling_defaults import with_defaults
+from scalellm.services.tokenizer.session import Session
+from scalellm.services.tokenizer.validation import is_id
 from scalellm.v1 import generation_pb2
-from services.common.api_keys import Tenant
-from services.common.errors import StatusError
-from services.tokenizer.call_bytes import CallAccount
-from services.tokenizer.generation.answer_shape import splits
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.generation.request_path import Generation
-from services.tokenizer.http.api_request import renamed
-from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.kept_responses import KeptResponses, as_session, asked_for, said
-from services.tokenizer.http.responses_format import ResponseDocument, ResponseStream
-from services.tokenizer.http.responses_items import input_items
-from services.tokenizer.http.responses_request import ResponsesRequest
-from services.tokenizer.http.service_routes import check_model, json_answer
-from services.tokenizer.http.sink import HttpCaller, OnFinished, serve
-from services.tokenizer.json_object import JsonObject
-from services.tokenizer.message import Message
-from services.tokenizer.sampling_defaults import with_defaults
-from services.tokenizer.session import Session
-from services.tokenizer.validation import is_id
 
 _PATH = "/v1/responses"
 _ONE = f"{_PATH}/{{response_id}}"

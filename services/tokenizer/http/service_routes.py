@@ -10,10 +10,10 @@ import grpc
 from aiohttp import hdrs, web
 
 from scalellm import __version__
-from services.common.errors import StatusError
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.face import HttpFace
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.http.call import HttpCall
+from scalellm.services.tokenizer.http.face import HttpFace
 
 
 class ServiceRoutes:

@@ -7,9 +7,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from scalellm.services.tokenizer.http.api_request import SamplingRequest
+from scalellm.services.tokenizer.http.structure_fields import Shape, shape_of
 from scalellm.v1 import generation_pb2
-from services.tokenizer.http.api_request import SamplingRequest
-from services.tokenizer.http.structure_fields import Shape, shape_of
 
 _FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 

@@ -8,16 +8,16 @@ from typing import Protocol
 
 from aiohttp import web
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.generation.caller import Caller
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.generation.request_path import Call, Generation, Resumption
+from scalellm.services.tokenizer.http.api_request import renamed
+from scalellm.services.tokenizer.http.call import HttpCall
+from scalellm.services.tokenizer.http.deadline import Deadline
+from scalellm.services.tokenizer.http.event_stream import EventStream
+from scalellm.services.tokenizer.sample_stream import Delta
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.generation.caller import Caller
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.generation.request_path import Call, Generation, Resumption
-from services.tokenizer.http.api_request import renamed
-from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.deadline import Deadline
-from services.tokenizer.http.event_stream import EventStream
-from services.tokenizer.sample_stream import Delta
 
 
 class HttpCaller(Caller):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from services.tokenizer.http.api_request import SamplingRequest
-from services.tokenizer.http.wire import usage_json
+from scalellm.services.tokenizer.http.api_request import SamplingRequest
+from scalellm.services.tokenizer.http.wire import usage_json
 
 
 class StreamUsage:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.api_request import as_text
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.api_request import as_text
 
 _OURS = "structured_output"
 _NO_NAMES: Mapping[str, str] = MappingProxyType({})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.api_request import ApiRequest, as_text, set_present
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.api_request import ApiRequest, as_text, set_present
 
 _KWARGS = "chat_template_kwargs"
 

@@ -7,19 +7,19 @@ from typing import Any
 
 from aiohttp import hdrs, web
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.call_bytes import CallAccount
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, renamed
+from scalellm.services.tokenizer.http.call import HttpCall
+from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.services.tokenizer.http.messages import add_messages
+from scalellm.services.tokenizer.http.service_routes import check_model, json_answer
+from scalellm.services.tokenizer.http.template_fields import TemplateFields
+from scalellm.services.tokenizer.http.tool_fields import set_tools, tool_names
+from scalellm.services.tokenizer.json_object import JsonObject
+from scalellm.services.tokenizer.tokenizing import Tokenizing
 from scalellm.v1 import tokenizer_pb2
-from services.common.errors import StatusError
-from services.tokenizer.call_bytes import CallAccount
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, renamed
-from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.face import HttpFace
-from services.tokenizer.http.messages import add_messages
-from services.tokenizer.http.service_routes import check_model, json_answer
-from services.tokenizer.http.template_fields import TemplateFields
-from services.tokenizer.http.tool_fields import set_tools, tool_names
-from services.tokenizer.json_object import JsonObject
-from services.tokenizer.tokenizing import Tokenizing
 
 
 class TokenizeRequest(TemplateFields):

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.api_request import as_text
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.api_request import as_text
 
 _MODES: Mapping[str, generation_pb2.ToolChoiceMode] = {
     "none": generation_pb2.TOOL_CHOICE_MODE_NONE,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING
 
-from services.common.errors import StatusError
-from services.tokenizer.generation.answer import Answer, Event, make_samples
-from services.tokenizer.generation.answer_shape import splits
-from services.tokenizer.kept.kept_request import KeptRequest
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.sample_stream import OutputOptions
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.generation.answer import Answer, Event, make_samples
+from scalellm.services.tokenizer.generation.answer_shape import splits
+from scalellm.services.tokenizer.kept.kept_request import KeptRequest
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.sample_stream import OutputOptions
 
 if TYPE_CHECKING:
-    from services.tokenizer.generation.edge import Edge
+    from scalellm.services.tokenizer.generation.edge import Edge
 
 
 async def follow(

@@ -17,13 +17,13 @@ from google.protobuf.message import DecodeError
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.cancellation import cancellable
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.redis_client import KEY_PREFIX
+from scalellm.services.common.redis_health import REDIS_ERRORS, RedisFault
+from scalellm.services.tokenizer.kept import journal_script
 from scalellm.v1 import generation_pb2, link_pb2
-from services.common.api_keys import Tenant
-from services.common.cancellation import cancellable
-from services.common.errors import StatusError
-from services.common.redis_client import KEY_PREFIX
-from services.common.redis_health import REDIS_ERRORS, RedisFault
-from services.tokenizer.kept import journal_script
 
 _WRITE_SHA = hashlib.sha1(journal_script.WRITE.encode(), usedforsecurity=False).hexdigest()
 

@@ -11,7 +11,7 @@ All times are Redis' own. A client repeats a script when a connection breaks bef
 nothing.
 """
 
-from services.tokenizer.session_script import BOOKS
+from scalellm.services.tokenizer.session_script import BOOKS
 
 _STORE = (
     BOOKS

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import MIN_PRIORITY
+from scalellm.services.tokenizer.kept.journal import Entry, Head, Journal, Written
+from scalellm.services.tokenizer.kept.run import Run
+from scalellm.services.tokenizer.kept.transcript import Transcript
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.prompt_builder import Prompt
+from scalellm.services.tokenizer.quotas import Lease
+from scalellm.services.tokenizer.session import Session
 from scalellm.v1 import generation_pb2
-from services.common.api_keys import Tenant
-from services.common.errors import StatusError
-from services.common.field_rules import MIN_PRIORITY
-from services.tokenizer.kept.journal import Entry, Head, Journal, Written
-from services.tokenizer.kept.run import Run
-from services.tokenizer.kept.transcript import Transcript
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.prompt_builder import Prompt
-from services.tokenizer.quotas import Lease
-from services.tokenizer.session import Session
 
 if TYPE_CHECKING:
-    from services.tokenizer.generation.edge import Edge
+    from scalellm.services.tokenizer.generation.edge import Edge
 
 _log = logging.getLogger(__name__)
 

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.logs import LineLimit
+from scalellm.services.tokenizer.kept.journal import Head, Journal, Written
+from scalellm.services.tokenizer.kept.kept_request import KeptRequest, no_request
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.prompt_builder import Prompt
+from scalellm.services.tokenizer.quotas import Lease
+from scalellm.services.tokenizer.rpc import CallGate
+from scalellm.services.tokenizer.session import Session
 from scalellm.v1 import generation_pb2
-from services.common.api_keys import Tenant
-from services.common.errors import StatusError
-from services.common.logs import LineLimit
-from services.tokenizer.kept.journal import Head, Journal, Written
-from services.tokenizer.kept.kept_request import KeptRequest, no_request
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.prompt_builder import Prompt
-from services.tokenizer.quotas import Lease
-from services.tokenizer.rpc import CallGate
-from services.tokenizer.session import Session
 
 if TYPE_CHECKING:
-    from services.tokenizer.generation.edge import Edge
+    from scalellm.services.tokenizer.generation.edge import Edge
 
 _log = logging.getLogger(__name__)
 

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import LONGEST_NS, copy_logprobs
+from scalellm.services.tokenizer.generation.answer import make_samples
+from scalellm.services.tokenizer.generation.ending import count_shown, make_finished, save_turn
+from scalellm.services.tokenizer.generation.submission import raise_failure, wait_accepted
+from scalellm.services.tokenizer.kept.journal import Head
+from scalellm.services.tokenizer.kept.transcript import Transcript
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.prompt_builder import Prompt
+from scalellm.services.tokenizer.sample_stream import OutputOptions, SampleStream
+from scalellm.services.tokenizer.session import Session, new_session
+from scalellm.services.tokenizer.token_receiver import TokenBatch, TokenReceiver
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.common.api_keys import Tenant
-from services.common.errors import StatusError
-from services.common.link import LONGEST_NS, copy_logprobs
-from services.tokenizer.generation.answer import make_samples
-from services.tokenizer.generation.ending import count_shown, make_finished, save_turn
-from services.tokenizer.generation.submission import raise_failure, wait_accepted
-from services.tokenizer.kept.journal import Head
-from services.tokenizer.kept.transcript import Transcript
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.prompt_builder import Prompt
-from services.tokenizer.sample_stream import OutputOptions, SampleStream
-from services.tokenizer.session import Session, new_session
-from services.tokenizer.token_receiver import TokenBatch, TokenReceiver
 
 if TYPE_CHECKING:
-    from services.tokenizer.generation.edge import Edge
+    from scalellm.services.tokenizer.generation.edge import Edge
 
 _ATTEMPTS_PER_FENCE = 2**16
 """What a worker takes over has a higher attempt than whatever the one before may still send."""

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import add_tokens, copy_logprobs, token_runs
+from scalellm.services.tokenizer.limits import MAX_ANSWER_TOKENS
+from scalellm.services.tokenizer.token_receiver import TokenBatch
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import add_tokens, copy_logprobs, token_runs
-from services.tokenizer.limits import MAX_ANSWER_TOKENS
-from services.tokenizer.token_receiver import TokenBatch
 
 
 @dataclass(slots=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import MAX_STRUCTURE_BYTES, STRUCTURE_LISTS
+from scalellm.services.tokenizer.structure import lark
+from scalellm.services.tokenizer.structure.json_schema import checked_schema
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.common.field_rules import MAX_STRUCTURE_BYTES, STRUCTURE_LISTS
-from services.tokenizer.structure import lark
-from services.tokenizer.structure.json_schema import checked_schema
 
 _FIELD = "structured_output"
 _ANY_OBJECT = '{"type": "object"}'

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from services.common.errors import StatusError
-from services.common.field_rules import MAX_SCHEMA_DEPTH
-from services.tokenizer.structure.lark import ascii_classes
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import MAX_SCHEMA_DEPTH
+from scalellm.services.tokenizer.structure.lark import ascii_classes
 
 FORMATS = frozenset(
     {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}

@@ -8,8 +8,8 @@ import signal
 import sys
 from typing import Any
 
-from services.common.json_lines import read_line, write_line
-from services.tokenizer.text.chat_template import ChatTemplate, ChatTemplateError
+from scalellm.services.common.json_lines import read_line, write_line
+from scalellm.services.tokenizer.text.chat_template import ChatTemplate, ChatTemplateError
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
-from services.common.child_environment import child_environment
-from services.common.child_process import ChildProcess, python_module
-from services.tokenizer.text.chat_template import ChatTemplateError
-from services.tokenizer.text.turns import Job, Turns
+from scalellm.services.common.child_environment import child_environment
+from scalellm.services.common.child_process import ChildProcess, python_module
+from scalellm.services.tokenizer.text.chat_template import ChatTemplateError
+from scalellm.services.tokenizer.text.turns import Job, Turns
 
 _START_SECONDS = 120.0
 
@@ -146,7 +146,7 @@ class ChatRenderer:
         if self._child is not None and self._child.is_running:
             return self._child
         self._child = await ChildProcess.start(
-            python_module("services.tokenizer.text.chat_render_process"),
+            python_module("scalellm.services.tokenizer.text.chat_render_process"),
             child_environment(os.environ),
             max_answer=self._limits.max_chars * _BYTES_PER_CHAR + _MAX_ERROR_BYTES,
         )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from services.tokenizer.text.content_as_text import MarkedText
-from services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.content_as_text import MarkedText
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,14 @@ from typing import Any, Protocol, Self
 
 from tokenizers import Tokenizer
 
-from services.common.token_spelling import PieceRule, SpellingError, byte_alphabet, byte_level_bytes, piece_rule
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+from scalellm.services.common.token_spelling import (
+    PieceRule,
+    SpellingError,
+    byte_alphabet,
+    byte_level_bytes,
+    piece_rule,
+)
+from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 _UTF8_DECODER = codecs.getincrementaldecoder("utf-8")
 _LONGEST_CHARACTER = 4  # bytes of UTF-8

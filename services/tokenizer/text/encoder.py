@@ -11,9 +11,9 @@ from typing import Any, Self, TypeVar
 
 from tokenizers import Tokenizer
 
-from services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
-from services.tokenizer.text.token_bound import TokenBound
-from services.tokenizer.text.turns import Job, Turns
+from scalellm.services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
+from scalellm.services.tokenizer.text.token_bound import TokenBound
+from scalellm.services.tokenizer.text.turns import Job, Turns
 
 INLINE_CHARS = 1024
 """Texts up to this length are encoded on the event loop: about 0.3 us per character, while handing a text to the thread

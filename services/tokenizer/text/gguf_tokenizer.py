@@ -11,11 +11,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from services.common.end_tokens import GGUF_CONTROL, drawable
-from services.common.gguf_metadata import GgufMetadata
-from services.common.model_files import shown
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError, from_library
-from services.tokenizer.text.pre_tokenizers import PRE_TOKENIZERS
+from scalellm.services.common.end_tokens import GGUF_CONTROL, drawable
+from scalellm.services.common.gguf_metadata import GgufMetadata
+from scalellm.services.common.model_files import shown
+from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError, from_library
+from scalellm.services.tokenizer.text.pre_tokenizers import PRE_TOKENIZERS
 
 _NORMAL, _USER_DEFINED = 1, 4
 _ROLES = {

@@ -6,20 +6,20 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from services.common.end_tokens import end_token_ids
-from services.common.gguf_metadata import GgufError, GgufMetadata
-from services.common.model_files import ModelFileError, brief, read_json_object, shown
-from services.common.tokenizer_digest import (
+from scalellm.services.common.end_tokens import end_token_ids
+from scalellm.services.common.gguf_metadata import GgufError, GgufMetadata
+from scalellm.services.common.model_files import ModelFileError, brief, read_json_object, shown
+from scalellm.services.common.tokenizer_digest import (
     TOKENIZER_JSON,
     TokenizerSourceError,
     gguf_tokenizer_sha256,
     tokenizer_sha256,
     tokenizer_source,
 )
-from services.tokenizer.text.gguf_tokenizer import build_gguf_tokenizer, token_roles
-from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError, from_library
-from services.tokenizer.text.pattern_probe import check_patterns
-from services.tokenizer.text.tokenizer_bounds import check_bounds
+from scalellm.services.tokenizer.text.gguf_tokenizer import build_gguf_tokenizer, token_roles
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError, from_library
+from scalellm.services.tokenizer.text.pattern_probe import check_patterns
+from scalellm.services.tokenizer.text.tokenizer_bounds import check_bounds
 
 _TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tokenizers import Tokenizer
 
-from services.common.model_files import brief
+from scalellm.services.common.model_files import brief
 
 _T = TypeVar("_T")
 
@@ -33,7 +33,7 @@ class ModelTokenizer:
     Attributes:
         tokenizer: Without truncation or padding. Encoding with special tokens applies the model's own rule (usually a
             beginning-of-sequence token in front).
-        sha256: Digest of the source (services.common.tokenizer_digest), 32 bytes.
+        sha256: Digest of the source (scalellm.services.common.tokenizer_digest), 32 bytes.
         eos_token_ids: Tokens that end an answer, ascending.
         special_tokens: Texts of the tokens with a role, by the name that chat templates use (`bos_token`, ...).
         chat_templates: Jinja source by template name; "default" is the one for plain chat. Empty for a base model.

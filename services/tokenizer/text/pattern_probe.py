@@ -14,9 +14,9 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, normalizers
 
-from services.common.model_files import shown
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError, from_library
-from services.tokenizer.text.pre_tokenizers import KNOWN_PATTERNS
+from scalellm.services.common.model_files import shown
+from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError, from_library
+from scalellm.services.tokenizer.text.pre_tokenizers import KNOWN_PATTERNS
 
 _LENGTH = 16_384
 """Characters of a probe. One attempt whose steps grow with the square of the text is given up by the engine at this

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.stop_strings import StopMatcher, StopStrings
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.stop_strings import StopMatcher, StopStrings
 
 
 @dataclass(frozen=True, slots=True)

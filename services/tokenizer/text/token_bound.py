@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from services.common.token_spelling import byte_alphabet
+from scalellm.services.common.token_spelling import byte_alphabet
 
 _SPACE_MARK = "▁"
 _BYTES = range(256)

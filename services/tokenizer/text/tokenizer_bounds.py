@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from services.common.model_files import shown
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+from scalellm.services.common.model_files import shown
+from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 _MOST_TOKENS = 1 << 22
 _MOST_GROWTH = 64

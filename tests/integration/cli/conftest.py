@@ -22,9 +22,9 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from certificates import Identity, issue
-from clients.cli import main
-from clients.launcher import Instance, UpOptions, bring_down
 from hostile_text import HOSTILE, fill
+from scalellm.cli import main
+from scalellm.launcher import Instance, UpOptions, bring_down
 from scalellm.v1 import (
     common_pb2,
     generation_pb2,
@@ -269,7 +269,7 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         environment = {**os.environ, "SCALELLM_HOME": str(tmp_path), "SCALELLM_ADDRESS": address, "REDIS_URL": ""}
         environment.update(options.pop("env", {}))
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        command = [sys.executable, "-m", "clients.cli.main", *arguments]
+        command = [sys.executable, "-m", "scalellm.cli.main", *arguments]
         return subprocess.Popen(command, text=True, env=environment, **{**pipes, **options})
 
     return start

@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from hostile_text import HOSTILE, fill
+from scalellm.services.common.addresses import join_address
 from scalellm.v1 import (
     executor_pb2,
     executor_pb2_grpc,
@@ -25,7 +26,6 @@ from scalellm.v1 import (
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
-from services.common.addresses import join_address
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from clients.launcher import Instance, LauncherError, UpOptions, run_in_foreground
+from scalellm.launcher import Instance, LauncherError, UpOptions, run_in_foreground
 
 
 def main() -> int:

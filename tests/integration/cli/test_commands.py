@@ -136,7 +136,7 @@ def test_closed_streams(cli: StartCli, fake_server: Any) -> None:
         environment = {
             **os.environ,
             "SCALELLM_ADDRESS": fake_server.address,
-            "CLI": f"{sys.executable} -m clients.cli.main",
+            "CLI": f"{sys.executable} -m scalellm.cli.main",
         }
         process = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         return process.returncode, process.stdout, process.stderr

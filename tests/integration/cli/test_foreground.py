@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
+from scalellm.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
 from service_processes import PATIENCE, ROOT
 from supervised import Silent, kill, processes_of, state_of, status_when, until
 

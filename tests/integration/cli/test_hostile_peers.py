@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from clients.launcher import Instance, UpOptions, bring_up
 from hostile_text import HOSTILE, harmful_in
+from scalellm.launcher import Instance, UpOptions, bring_up
 from service_processes import PATIENCE
 
 StartCli = Callable[..., subprocess.Popen[str]]

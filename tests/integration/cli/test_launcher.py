@@ -14,7 +14,7 @@ import psutil
 import pytest
 import redis
 
-from clients.launcher import (
+from scalellm.launcher import (
     Instance,
     InstanceStatus,
     LauncherError,
@@ -25,7 +25,7 @@ from clients.launcher import (
     bring_up,
     read_status,
 )
-from clients.launcher.processes import session_of
+from scalellm.launcher.processes import session_of
 from service_processes import PATIENCE
 
 MakeOptions = Callable[..., UpOptions]

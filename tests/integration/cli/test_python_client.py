@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from clients.cli.generation import Generation
+from scalellm.cli.generation import Generation
 from scalellm.client import AsyncClient, Client, ClientError, Credentials
 from scalellm.client.error_details import ErrorDetails, read_details
 from scalellm.client.received import Received

@@ -17,8 +17,8 @@ import psutil
 import pydantic
 import pytest
 
-from clients.launcher import Instance, read_status
 from scalellm.client import Client
+from scalellm.launcher import Instance, read_status
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from service_processes import PATIENCE
 
@@ -44,7 +44,7 @@ class Line:
 def start_cli(home: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "SCALELLM_HOME": str(home), "SCALELLM_ADDRESS": "", "REDIS_URL": ""}
     environment |= {"SCALELLM_TOKENIZER_WORKERS": "1"}
-    command = [sys.executable, "-m", "clients.cli.main", *arguments]
+    command = [sys.executable, "-m", "scalellm.cli.main", *arguments]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, env=environment, **pipes)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clients.launcher import Instance
 from installed_cli import Cli
 from scalellm.client import Client, ClientError
+from scalellm.launcher import Instance
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from service_processes import PATIENCE
 from supervised import kill, processes_of, state_of, status_when, until, until_written
@@ -31,7 +31,7 @@ def instance(cli: Cli, model_dir: Callable[[str], Path]) -> Iterator[Instance]:
     """Brought up by two commands at once, which ignore SIGINT, as those do that a shell starts with `&`."""
     instance = Instance(Path(cli.environment["SCALELLM_HOME"]))
     model = str(model_dir("smollm2-135m-instruct"))
-    command = [sys.executable, "-m", "clients.cli.main", "up", "--port", "0", "--executor", "fake", "--model", model]
+    command = [sys.executable, "-m", "scalellm.cli.main", "up", "--port", "0", "--executor", "fake", "--model", model]
     rivals = [
         subprocess.Popen(
             command,

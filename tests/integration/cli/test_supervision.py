@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from clients.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
-from clients.launcher.supervision import stand_down
+from scalellm.launcher import Instance, LauncherError, UpOptions, bring_down, bring_up
+from scalellm.launcher.supervision import stand_down
 from supervised import Silent, kill, kill_supervisor, pids, processes_of, state_of, status_when, until, until_written
 
 MakeOptions = Callable[..., UpOptions]
@@ -121,7 +121,7 @@ def test_down_while_things_crash_leaves_nothing(
     assert processes_of(instance.folder) == []
 
     # Nor does a supervisor that does not answer keep anything running; it is not waited for here as long as elsewhere.
-    monkeypatch.setattr("clients.launcher.down.stand_down", partial(stand_down, limit=0.5))
+    monkeypatch.setattr("scalellm.launcher.down.stand_down", partial(stand_down, limit=0.5))
     state = bring_up(instance, up_options(), Silent())
     assert state.supervisor is not None
     os.kill(state.supervisor.pid, signal.SIGSTOP)

@@ -75,7 +75,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 def build_wheel(folder: Path) -> Path:
     """Build the sdist from what is checked out, and the wheel from the sdist."""
     shutil.copytree(ROOT / "clients" / "python", folder / "clients" / "python", symlinks=True)
-    shutil.copytree(ROOT / "protos" / "gen", folder / "protos" / "gen", symlinks=True)
+    shutil.copytree(ROOT / "scalellm", folder / "scalellm", symlinks=True)
     for name in ("LICENSE", "NOTICE"):  # the client's are links to these
         shutil.copy(ROOT / name, folder)
     build = "from setuptools import build_meta; build_meta.build_sdist({!r})"

@@ -14,12 +14,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import API_MINOR
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine_supervisor import EngineEnd, EngineSupervisor
 from scalellm.v1 import common_pb2, link_pb2
 from service_processes import PATIENCE, ROOT, eventually
-from services.common.errors import StatusError
-from services.common.link import API_MINOR
-from services.executor.config import ExecutorSettings
-from services.executor.engine_supervisor import EngineEnd, EngineSupervisor
 
 POISON = 666
 """The token on which the engine ends."""
@@ -28,7 +28,7 @@ POISON = 666
 INTERPRETER = f"""#!{sys.executable}
 import ctypes, runpy, sys
 sys.path[:0] = [{str(ROOT)!r}]
-from services.executor.engine import FakeModelRunner
+from scalellm.services.executor.engine import FakeModelRunner
 launch = FakeModelRunner.launch
 def launch_or_end(self, batch):
     if any({POISON} in scheduled.seq.token_ids for scheduled in batch.sequences):
@@ -37,7 +37,7 @@ def launch_or_end(self, batch):
 FakeModelRunner.launch = launch_or_end
 %s
 sys.argv = sys.argv[2:]
-runpy.run_module("services.executor.engine_process", run_name="__main__", alter_sys=True)
+runpy.run_module("scalellm.services.executor.engine_process", run_name="__main__", alter_sys=True)
 """
 
 # It sleeps within a call of the C library, with the interpreter's lock held.

@@ -12,11 +12,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from link_peer import open_link
+from scalellm.services.common.link import API_MINOR
+from scalellm.services.common.settings import load_settings
+from scalellm.services.executor.config import ExecutorSettings
 from scalellm.v1 import common_pb2, executor_pb2, executor_pb2_grpc, link_pb2, scheduler_pb2_grpc
 from service_processes import PATIENCE, ServiceProcess, Spawn, eventually
-from services.common.link import API_MINOR
-from services.common.settings import load_settings
-from services.executor.config import ExecutorSettings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 

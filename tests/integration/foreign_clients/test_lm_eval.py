@@ -12,7 +12,7 @@ import torch
 from foreign_clients import LM_EVAL, environment, run
 from gguf_oracle import load_gguf_oracle
 from line import Line
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

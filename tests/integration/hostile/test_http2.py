@@ -6,9 +6,9 @@ import pytest
 
 from http2_abuses import ABUSES
 from line import Line
+from scalellm.services.common.link import API_MINOR
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2, tokenizer_pb2
 from service_processes import PATIENCE
-from services.common.link import API_MINOR
 from vital_signs import assert_silent, neighbour, rest, services
 
 HELLO = link_pb2.ClientFrame(hello=link_pb2.Hello(client_id="hostile", api_minor=API_MINOR))

@@ -17,9 +17,9 @@ import pytest
 
 from hostile_send import attack, describe
 from line import Line
+from scalellm.services.common.link import API_MINOR
 from scalellm.v1 import generation_pb2, link_pb2, sessions_pb2, tokenizer_pb2
 from service_processes import PATIENCE
-from services.common.link import API_MINOR
 from structured_messages import structured
 from vital_signs import services
 

@@ -16,9 +16,9 @@ from bench.load.grpc_target import GrpcTarget
 from bench.services.neighbours import h2
 from line import Line, generate, scrape, start_line
 from scalellm.client import Client
+from scalellm.services.common.health_check import main as health_check
 from scalellm.v1 import generation_pb2
 from service_processes import PATIENCE, Spawn
-from services.common.health_check import main as health_check
 
 FAKE = ("--engine", "fake", "--fake-preset", "h200-llama-8b")
 METRICS = ("--metrics-host", "::1")
@@ -38,7 +38,7 @@ def line(module_spawn: Spawn, module_redis, model_dir) -> Iterator[Line]:
 
 
 def cli(*arguments: str, **variables: str) -> str:
-    command = [sys.executable, "-m", "clients.cli.main", *arguments]
+    command = [sys.executable, "-m", "scalellm.cli.main", *arguments]
     environment = {**os.environ, **variables}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,9 @@ import grpc
 import pytest
 
 from line import Line, start_line
+from scalellm.services.tokenizer.limits import MAX_ANSWER_BYTES, MAX_ANSWER_TOKENS
 from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from service_processes import PATIENCE, Spawn
-from services.tokenizer.limits import MAX_ANSWER_BYTES, MAX_ANSWER_TOKENS
 
 CONTEXT = 65_536
 FAKE = ("--engine", "fake", "--max-model-len", str(CONTEXT), "--num-blocks", "8192", "--max-num-batched-tokens", "8192")

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from clients.cli.main import run
 from line import Line, scrape, start_line
 from mixed_load import PRESSED, Seen, check_books, laws_at_rest, run_mixed_load
+from scalellm.cli.main import run
 from service_processes import PATIENCE, ROOT, Spawn
 
 VLLM = {

@@ -13,14 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gguf_oracle import load_gguf_oracle
-from kernels import Capability, select_ops
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import EngineRequest, RequestFinish, RequestStatus
-from services.executor.engine.sampling_params import SamplingParams
-from services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
-from services.executor.runner import CpuDevice, ModelRunner
-from services.executor.weights import load_model
+from scalellm.kernels import Capability, select_ops
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import EngineRequest, RequestFinish, RequestStatus
+from scalellm.services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
+from scalellm.services.executor.runner import CpuDevice, ModelRunner
+from scalellm.services.executor.weights import load_model
 
 CPU = torch.device("cpu")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from services.common.gguf_metadata import GgufMetadata
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.engine.request import EngineRequest, FinishReason
-from services.executor.engine.sampling_params import SamplingParams
-from services.tokenizer.text.chat_template import ChatTemplate
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.common.gguf_metadata import GgufMetadata
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.request import EngineRequest, FinishReason
+from scalellm.services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.tokenizer.text.chat_template import ChatTemplate
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 _EOS = "tokenizer.ggml.eos_token_id"
 _END_OF_TEXT, _END_OF_TURN = 0, 2

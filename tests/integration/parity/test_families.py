@@ -18,7 +18,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.executor.engine.sampling_params import SamplingParams
 
 SMALL = {
     "vocab_size": 320,

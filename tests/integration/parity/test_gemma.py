@@ -7,8 +7,8 @@ import random
 import pytest
 
 from prompts import PROMPTS
-from services.executor.engine.sampling_params import SamplingParams
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 
 @pytest.mark.slow

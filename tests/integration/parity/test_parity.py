@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from prompts import PROMPTS
-from services.executor.engine.config import CapacityPolicy
-from services.executor.engine.sampling_params import SamplingParams
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.executor.engine.config import CapacityPolicy
+from scalellm.services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 
 def greedy(max_tokens: int, **more) -> SamplingParams:

@@ -14,10 +14,10 @@ from redis import ConnectionError, Redis
 
 from fake_executor_link import FakeExecutor
 from link_edge import LinkEdge
+from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.scheduler.server import SchedulerServer
 from scalellm.v1 import scheduler_pb2
 from service_processes import PATIENCE
-from services.scheduler.config import SchedulerSettings
-from services.scheduler.server import SchedulerServer
 
 
 async def _eventually(condition: Callable[[], object], limit: float = PATIENCE) -> None:

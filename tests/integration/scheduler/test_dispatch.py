@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
+from scalellm.services.common.link import API_MINOR
 from scalellm.v1 import common_pb2, link_pb2, scheduler_pb2
 from service_processes import PATIENCE
-from services.common.link import API_MINOR
 
 RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]

@@ -16,10 +16,10 @@ import pytest
 from bench.virtual.line import VirtualEdge
 from bench.virtual.loop import run_virtually
 from bench.virtual.network import Network
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.scheduler.token_service import OUTPUT_COST
 from scalellm.v1 import link_pb2
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.engine import Engine
-from services.scheduler.token_service import OUTPUT_COST
 from virtual_histories import OK, VirtualStream
 from virtual_services import VOCABULARY, Journal, ScriptedExecutor, WatchfulEdge, WatchfulScheduler
 

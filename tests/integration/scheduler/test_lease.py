@@ -4,8 +4,8 @@ import contextlib
 
 import grpc
 
+from scalellm.services.common.link import API_MINOR
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.link import API_MINOR
 
 
 async def test_what_no_worker_renews_is_freed(make_line, make_edge, eventually):

@@ -81,7 +81,7 @@ async def test_affinity_survives_a_restart_of_the_scheduler(
     make_line, make_scheduler, make_edge, redis_server, eventually, monkeypatch
 ):
     # A hint that comes late is done without.
-    monkeypatch.setattr("services.scheduler.affinity_store._LOOK_UP_LIMIT", PATIENCE)
+    monkeypatch.setattr("scalellm.services.scheduler.affinity_store._LOOK_UP_LIMIT", PATIENCE)
     _, url = redis_server
     line = await make_line(3, redis_url=url, session_ttl_s=100)
     await eventually(lambda: line.state().redis_ok)
@@ -241,7 +241,7 @@ async def test_the_process_drains_on_sigterm_and_exits_0(make_executor, make_edg
     announced = tmp_path / "address"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "services.scheduler", "--port", "0", "--metrics-port", "0", "--announce", str(announced)),
+        *("-m", "scalellm.services.scheduler", "--port", "0", "--metrics-port", "0", "--announce", str(announced)),
         *("--executors", executor.address, "--drain-limit-s", str(PATIENCE)),
     )
     try:
@@ -274,7 +274,7 @@ async def test_what_keeps_it_from_starting_is_one_clear_line(make_scheduler, fla
     server = await make_scheduler()
     port = server.address.rpartition(":")[2]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.scheduler", *(flag.format(port=port) for flag in flags)),
+        *(sys.executable, "-m", "scalellm.services.scheduler", *(flag.format(port=port) for flag in flags)),
         stderr=asyncio.subprocess.PIPE,
     )
     _, stderr = await asyncio.wait_for(process.communicate(), PATIENCE)

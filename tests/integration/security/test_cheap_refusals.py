@@ -9,9 +9,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from line import Line, generate, start_line
 from raw_http2 import connect
+from scalellm.services.tokenizer.limits import RequestLimits
 from scalellm.v1 import common_pb2, generation_pb2
 from service_processes import PATIENCE, ServiceProcess, Spawn
-from services.tokenizer.limits import RequestLimits
 
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "512")
 MAX_REQUEST_BYTES = RequestLimits().max_request_bytes
@@ -78,7 +78,9 @@ async def test_half_a_million_empty_messages_are_forgotten(line: Line) -> None:
         chat=generation_pb2.Chat(messages=[generation_pb2.ChatMessage()] * num_messages)
     ).SerializeToString()
     assert MAX_REQUEST_BYTES - 32 < len(message) <= MAX_REQUEST_BYTES
-    worker = next(child for child in line.tokenizer.children() if "services.tokenizer.worker" in child.cmdline())
+    worker = next(
+        child for child in line.tokenizer.children() if "scalellm.services.tokenizer.worker" in child.cmdline()
+    )
 
     async def call(times: int) -> int:
         async with line.channel() as channel:

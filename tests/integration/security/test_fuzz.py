@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from line import Line, generate, start_line
 from mutated_messages import FRAMES, SAMPLING, mutations
+from scalellm.services.common.access import METHODS
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from service_processes import PATIENCE, Spawn
-from services.common.access import METHODS
 
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "512")
 EXAMPLES = 120

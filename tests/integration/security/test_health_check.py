@@ -6,8 +6,8 @@ import pytest
 import trustme
 
 from certificates import issue
+from scalellm.services.common.health_check import main
 from service_processes import Spawn
-from services.common.health_check import main
 
 
 def test_serving_only_to_whom_the_service_knows(spawn: Spawn, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,9 @@ async def test_a_thousand_idle_and_256_active_streams(spawn: Spawn, redis, model
         executors=((*FAKE, "--max-num-seqs", str(ACTIVE)),),
         tokenizer=("--workers", "1"),
     )
-    worker = next(child for child in line.tokenizer.children() if "services.tokenizer.worker" in child.cmdline())
+    worker = next(
+        child for child in line.tokenizer.children() if "scalellm.services.tokenizer.worker" in child.cmdline()
+    )
     request = generation_pb2.GenerateRequest(
         prompt="Once upon a time", sampling=common_pb2.SamplingParams(max_tokens=4000, ignore_eos=True)
     )

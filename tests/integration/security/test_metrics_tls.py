@@ -10,12 +10,12 @@ import pytest
 import trustme
 
 from certificates import Identity, issue
-from clients.cli.top_figures import scrape
+from scalellm.cli.top_figures import scrape
 from scalellm.client import Credentials
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.metrics import MetricsEndpoint
+from scalellm.services.common.tls import TlsFiles
 from service_processes import PATIENCE, Spawn
-from services.common.lifecycle import StartError
-from services.common.metrics import MetricsEndpoint
-from services.common.tls import TlsFiles
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
 
 from certificates import issue
+from scalellm.services.common.link_token import read_token
+from scalellm.services.common.redis_client import open_redis
+from scalellm.services.common.redis_health import probe_redis
+from scalellm.services.common.tls import TlsFiles
 from service_processes import PATIENCE, ROOT, start_redis
-from services.common.link_token import read_token
-from services.common.redis_client import open_redis
-from services.common.redis_health import probe_redis
-from services.common.tls import TlsFiles
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 

@@ -13,11 +13,11 @@ import pytest
 import trustme
 
 from certificates import issue
+from scalellm.services.common.access import METHODS, Access
+from scalellm.services.common.api_keys import Role, key_entry, new_key
+from scalellm.services.common.lifecycle import GrpcService
+from scalellm.services.common.tls import TlsFiles, server_credentials
 from service_processes import PATIENCE
-from services.common.access import METHODS, Access
-from services.common.api_keys import Role, key_entry, new_key
-from services.common.lifecycle import GrpcService
-from services.common.tls import TlsFiles, server_credentials
 
 OK, DENIED = grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED
 UNKNOWN, CUT_OFF = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE

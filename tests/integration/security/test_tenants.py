@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from line import Line, generate, scrape, start_line
+from scalellm.services.common.api_keys import Role, key_entry, new_key
 from scalellm.v1 import (
     common_pb2,
     generation_pb2,
@@ -19,7 +20,6 @@ from scalellm.v1 import (
     tokenizer_pb2_grpc,
 )
 from service_processes import PATIENCE, RedisProcess, Spawn, eventually
-from services.common.api_keys import Role, key_entry, new_key
 
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "512", "--fake-preset", "h200-llama-8b")
 PROMPT = "What one tenant has asked is nobody else's business. " * 8

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from line import scrape
+from scalellm.services.common.api_keys import Role, key_entry, new_key
 from service_processes import ServiceProcess, Spawn, eventually
-from services.common.api_keys import Role, key_entry, new_key
 
 
 def unread(service: ServiceProcess, name: str) -> float:

@@ -16,10 +16,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from tokenizers import Tokenizer
 
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 from scalellm.v1 import generation_pb2, generation_pb2_grpc, sessions_pb2_grpc, tokenizer_pb2_grpc
 from scripted_scheduler import ScriptedScheduler
 from service_processes import PATIENCE, RedisProcess, ServiceProcess, Spawn
-from services.tokenizer.text.loading import load_model_tokenizer
 
 
 class EdgeClient:

@@ -14,10 +14,10 @@ import pytest
 import pytest_asyncio
 
 from line import scrape
+from scalellm.services.common.api_keys import Role, key_entry, new_key
 from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc, link_pb2
 from scripted_scheduler import Script, ScriptedScheduler
 from service_processes import PATIENCE, ServiceProcess, eventually
-from services.common.api_keys import Role, key_entry, new_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

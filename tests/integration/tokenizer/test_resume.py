@@ -235,7 +235,7 @@ async def test_others_go_on_when_a_worker_is_killed_and_when_a_service_drains(cl
     mine = Client(request(60))
     reading = asyncio.create_task(mine.begin(one))
     await eventually(lambda: sum(mine.offsets) > 5)
-    (worker,) = [child for child in first.children() if "services.tokenizer.worker" in child.cmdline()]
+    (worker,) = [child for child in first.children() if "scalellm.services.tokenizer.worker" in child.cmdline()]
     worker.kill()
     with pytest.raises(grpc.aio.AioRpcError):
         await reading

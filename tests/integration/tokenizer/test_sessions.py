@@ -9,13 +9,13 @@ import grpc
 import pytest
 from redis.asyncio import Redis
 
+from scalellm.services.tokenizer.message import Message
+from scalellm.services.tokenizer.session import new_session
+from scalellm.services.tokenizer.session_store import SessionStore
+from scalellm.services.tokenizer.text.conversation import Continuation, Segment
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
-from services.tokenizer.message import Message
-from services.tokenizer.session import new_session
-from services.tokenizer.session_store import SessionStore
-from services.tokenizer.text.conversation import Continuation, Segment
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

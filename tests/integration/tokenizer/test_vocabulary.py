@@ -9,9 +9,9 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 from scalellm.v1 import common_pb2, generation_pb2, tokenizer_pb2
 from scripted_scheduler import Script, ScriptedScheduler
-from services.tokenizer.text.loading import load_model_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

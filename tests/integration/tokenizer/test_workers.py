@@ -57,7 +57,7 @@ def start(spawn, own_scheduler, model_dir):
 
 
 def workers_of(service) -> list[psutil.Process]:
-    return [child for child in service.children() if "services.tokenizer.worker" in child.cmdline()]
+    return [child for child in service.children() if "scalellm.services.tokenizer.worker" in child.cmdline()]
 
 
 async def clients_of_both(connect, service, scheduler):

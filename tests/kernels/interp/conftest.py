@@ -26,7 +26,7 @@ def pytest_configure(config):
 @pytest.fixture
 def launch():
     """A device of few processors, so that grids sized by them stay small."""
-    from kernels import Capability, Launch
+    from scalellm.kernels import Capability, Launch
 
     return Launch(Capability(sm=90, num_sms=4))
 
@@ -34,7 +34,7 @@ def launch():
 @pytest.fixture
 def ops(launch):
     """All ops that have one in their Triton form."""
-    from kernels import select_ops
+    from scalellm.kernels import select_ops
 
     return select_ops(launch.capability, dtype=torch.bfloat16, launch=launch)
 

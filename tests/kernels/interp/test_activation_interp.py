@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import gelu_tanh_and_mul, silu_and_mul
+from scalellm.kernels import gelu_tanh_and_mul, silu_and_mul
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the sigmoid of a gate far below 0
 

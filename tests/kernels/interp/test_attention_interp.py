@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import decode_workspace, num_decode_splits
-from kernels.splits import least_tiles
+from scalellm.kernels import decode_workspace, num_decode_splits
+from scalellm.kernels.splits import least_tiles
 from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn

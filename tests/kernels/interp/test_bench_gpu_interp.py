@@ -8,9 +8,9 @@ from bench.gpu.cases import all_cases, all_checks
 from bench.gpu.cases.case import Maker
 from bench.gpu.device import DryRunDevice
 from bench.gpu.workloads import all_workloads
-from kernels import select_ops
-from kernels.dispatch import OP_NAMES
-from kernels.tiles import TILED_OPS, read_table, tile_table
+from scalellm.kernels import select_ops
+from scalellm.kernels.dispatch import OP_NAMES
+from scalellm.kernels.tiles import TILED_OPS, read_table, tile_table
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import fp8_gemm
+from scalellm.kernels import fp8_gemm
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import gemm_wna16_workspace_size
+from scalellm.kernels import gemm_wna16_workspace_size
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 

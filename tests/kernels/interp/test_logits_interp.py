@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import apply_logits_processors_
+from scalellm.kernels import apply_logits_processors_
 
 PENALTIES = {
     "repetition_penalty": torch.tensor([1.0, 1.3, 0.8]),

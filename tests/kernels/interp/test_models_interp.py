@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import Ops, select_ops
-from services.executor.model_config.hf_config import config_from_hf
-from services.executor.models import (
+from scalellm.kernels import Ops, select_ops
+from scalellm.services.executor.model_config.hf_config import config_from_hf
+from scalellm.services.executor.models import (
     CausalLM,
     DecodeRows,
     ForwardContext,
@@ -13,7 +13,7 @@ from services.executor.models import (
     PrefillRows,
     allocate_kv_caches,
 )
-from services.executor.models.quantization import Quantization
+from scalellm.services.executor.models.quantization import Quantization
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 16

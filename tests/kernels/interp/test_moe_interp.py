@@ -1,8 +1,15 @@
 import pytest
 import torch
 
-from kernels import fused_moe, fused_moe_wna16, fused_moe_workspace_size, moe_align_block_size, topk_softmax, workspaces
-from kernels.triton import moe, moe_wna16
+from scalellm.kernels import (
+    fused_moe,
+    fused_moe_wna16,
+    fused_moe_workspace_size,
+    moe_align_block_size,
+    topk_softmax,
+    workspaces,
+)
+from scalellm.kernels.triton import moe, moe_wna16
 from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn

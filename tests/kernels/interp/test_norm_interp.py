@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import fused_add_rms_norm
+from scalellm.kernels import fused_add_rms_norm
 
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels import scaled_fp8_quant
+from scalellm.kernels import scaled_fp8_quant
 
 E4M3 = torch.float8_e4m3fn
 

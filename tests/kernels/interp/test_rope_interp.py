@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import qk_norm_rope_and_cache
+from scalellm.kernels import qk_norm_rope_and_cache
 from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn

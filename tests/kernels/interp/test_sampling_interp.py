@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import SampleOutput, sample, sample_workspace_size, workspaces
-from kernels.reference.rng import gumbel, noise_bits, noise_keys
-from kernels.triton import noise
+from scalellm.kernels import SampleOutput, sample, sample_workspace_size, workspaces
+from scalellm.kernels.reference.rng import gumbel, noise_bits, noise_keys
+from scalellm.kernels.triton import noise
 
 # Rows without a finite maximum, and temperatures next to 0.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

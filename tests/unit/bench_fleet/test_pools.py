@@ -9,7 +9,7 @@ from bench.fleet.fleet import FleetPlan, Pool, VirtualFleet
 from bench.fleet.simulation import simulate
 from bench.load.workload import Load, Shape, conversations
 from bench.virtual.loop import run_virtually
-from services.executor.engine.step_time import StepTimeModel
+from scalellm.services.executor.engine.step_time import StepTimeModel
 
 ALPHABET = range(256, 2048)
 SMALL = Pool(2, 1, steps=StepTimeModel(11.1e-3, 88e-6, 68e-6, 0.0), max_num_seqs=64, measures=True)

@@ -5,7 +5,7 @@ import pytest
 from bench.fleet.fleet import FleetPlan, Pool
 from bench.fleet.simulation import Faults, simulate
 from bench.load.workload import Load, Shape, conversations
-from services.executor.engine.step_time import StepTimeModel
+from scalellm.services.executor.engine.step_time import StepTimeModel
 
 ALPHABET = range(256, 2048)
 

@@ -5,7 +5,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-ABSENT = ("gguf", "google.protobuf", "grpc", "hiredis", "pydantic", "pydantic_settings", "redis", "scalellm", "typer")
+ABSENT = (
+    "gguf",
+    "google.protobuf",
+    "grpc",
+    "hiredis",
+    "pydantic",
+    "pydantic_settings",
+    "redis",
+    "scalellm.v1",
+    "typer",
+)
 PROGRAM = f"""
 import importlib, sys
 from pathlib import Path

@@ -10,8 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from bench.gpu.parts.compile import compile_case
-from kernels import Capability
-from kernels.aot.manifest import CASES
+from scalellm.kernels import Capability
+from scalellm.kernels.aot.manifest import CASES
 
 
 class CompilerOnly:

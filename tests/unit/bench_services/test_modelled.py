@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.services.modelled import modelled
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
 
 PRESET = "h200-llama-8b"
 CONFIG = EngineConfig(num_blocks=512, max_model_len=512, vocab_size=50_000, eos_token_ids=frozenset(), max_num_seqs=16)

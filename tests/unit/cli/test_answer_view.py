@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clients.cli.answer_view import AnswerView, calls_of
+from scalellm.cli.answer_view import AnswerView, calls_of
 from scalellm.v1.generation_pb2 import ChatMessage, DeltaPart, ToolCall, ToolCallDelta
 
 

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from clients.cli.context import CliContext, CliError, Environment, ExitCode, explain
-from clients.cli.generation import Generation, logprob_entries
-from clients.cli.latency import rows
-from clients.cli.main import app
-from clients.cli.status_table import fitting_table, status_table
-from clients.launcher import Instance, LauncherError, NotRunningError, ServiceStatus, State, UpOptions
-from clients.launcher.instance import ServiceRecord
-from clients.launcher.plan import check_ports, listeners, service_command, service_environment
-from clients.launcher.processes import last_error
-from clients.launcher.redis_server import shown
+from scalellm.cli.context import CliContext, CliError, Environment, ExitCode, explain
+from scalellm.cli.generation import Generation, logprob_entries
+from scalellm.cli.latency import rows
+from scalellm.cli.main import app
+from scalellm.cli.status_table import fitting_table, status_table
 from scalellm.client import ClientError, Credentials
+from scalellm.launcher import Instance, LauncherError, NotRunningError, ServiceStatus, State, UpOptions
+from scalellm.launcher.instance import ServiceRecord
+from scalellm.launcher.plan import check_ports, listeners, service_command, service_environment
+from scalellm.launcher.processes import last_error
+from scalellm.launcher.redis_server import shown
+from scalellm.services.common.errors import StatusError
 from scalellm.v1.common_pb2 import LatencyBreakdown, TokenLogprobs
 from scalellm.v1.generation_pb2 import GenerateRequest, GenerateResponse, PromptLogprobs
-from services.common.errors import StatusError
 
 DURATION = st.integers(0, 10**13)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from clients.cli.output import Terminal, one_line, printable, write_json, write_text
 from hostile_text import HOSTILE, harmful_in, is_harmful
+from scalellm.cli.output import Terminal, one_line, printable, write_json, write_text
 
 ANY_TEXT = st.text(st.characters(codec=None, categories=None))
 

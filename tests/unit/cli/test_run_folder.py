@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from clients.launcher import Instance, LauncherError, State
-from clients.launcher.credentials import make_link_token, with_link_token
-from clients.launcher.processes import spawn
-from services.common.lifecycle import StartError, announce
-from services.common.new_file import create_file, write_new
+from scalellm.launcher import Instance, LauncherError, State
+from scalellm.launcher.credentials import make_link_token, with_link_token
+from scalellm.launcher.processes import spawn
+from scalellm.services.common.lifecycle import StartError, announce
+from scalellm.services.common.new_file import create_file, write_new
 
 STATE = State(model="m", redis_url="redis://:secret@h", drain_limit=1.0)
 

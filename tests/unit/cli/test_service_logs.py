@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from clients.launcher.service_logs import LogFollower, merged, shown_line
-from services.common.log_file import log_files
+from scalellm.launcher.service_logs import LogFollower, merged, shown_line
+from scalellm.services.common.log_file import log_files
 
 
 def put_aside(log: Path) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from clients.cli import main, services
-from clients.cli.service_settings import all_settings, check_values, check_variables
-from clients.launcher import UpOptions
-from services.common.api_keys import read_api_keys
-from services.common.settings import ServiceSettings, load_settings
-from services.executor.config import ExecutorSettings
-from services.scheduler.config import SchedulerSettings
-from services.tokenizer.config import TokenizerSettings
+from scalellm.cli import main, services
+from scalellm.cli.service_settings import all_settings, check_values, check_variables
+from scalellm.launcher import UpOptions
+from scalellm.services.common.api_keys import read_api_keys
+from scalellm.services.common.settings import ServiceSettings, load_settings
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.tokenizer.config import TokenizerSettings
 
 ROOT = Path(__file__).parents[3]
 Run = Callable[..., tuple[int, str, str]]
@@ -218,7 +218,7 @@ def test_serve_is_up_in_the_foreground(run: Run, monkeypatch: pytest.MonkeyPatch
 
 
 def test_all_of_it_in_a_process_of_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "clients.cli.main", "up", "--quantization", "int9"]
+    command = [sys.executable, "-m", "scalellm.cli.main", "up", "--quantization", "int9"]
     environment = {**os.environ, "SCALELLM_HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.cli.output import Terminal
-from clients.cli.top import frame
-from clients.cli.top_figures import Scrape, Window, increase, quantile, rate, read_samples
-from clients.cli.top_figures import scrape as scrape_all
 from hostile_text import HOSTILE, harmful_in
+from scalellm.cli.output import Terminal
+from scalellm.cli.top import frame
+from scalellm.cli.top_figures import Scrape, Window, increase, quantile, rate, read_samples
+from scalellm.cli.top_figures import scrape as scrape_all
 
 
 def scrape(at: float, **samples: dict[str, float]) -> Scrape:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from clients.cli.word_wrap import WordWrap
+from scalellm.cli.word_wrap import WordWrap
 
 
 def wrapped(pieces: list[str], width: int) -> str:

@@ -8,12 +8,20 @@ import grpc
 import pytest
 from google.protobuf.descriptor_pool import Default
 
+from scalellm.services.common.access import METHODS, Access, open_access
+from scalellm.services.common.api_keys import (
+    DEFAULT_TENANT,
+    Role,
+    Tenant,
+    TenantLimits,
+    key_entry,
+    new_key,
+    read_api_keys,
+)
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.reload import ConfigFileError
+from scalellm.services.scheduler.config import SchedulerSettings
 from scalellm.v1 import executor_pb2, generation_pb2, scheduler_pb2, sessions_pb2, tokenizer_pb2
-from services.common.access import METHODS, Access, open_access
-from services.common.api_keys import DEFAULT_TENANT, Role, Tenant, TenantLimits, key_entry, new_key, read_api_keys
-from services.common.errors import StatusError
-from services.common.reload import ConfigFileError
-from services.scheduler.config import SchedulerSettings
 
 GENERATE = "/scalellm.v1.Generation/Generate"
 CONNECT = "/scalellm.v1.Scheduler/Connect"
@@ -130,7 +138,7 @@ def test_links_are_known_by_certificate_where_there_is_no_token(key_file):
 
 
 def test_changes_are_taken_over_and_mistakes_are_not(key_file, user_key, monkeypatch, caplog):
-    monkeypatch.setattr("services.common.access._REFRESH_INTERVAL", 0.0)
+    monkeypatch.setattr("scalellm.services.common.access._REFRESH_INTERVAL", 0.0)
     access = Access(key_file)
     key_file.write_text("[[keys]]\n")
     assert code(access, GENERATE, bearer(user_key)) is grpc.StatusCode.OK
@@ -143,7 +151,7 @@ def test_changes_are_taken_over_and_mistakes_are_not(key_file, user_key, monkeyp
 
 @pytest.mark.parametrize("how", ["gone", "broken"])
 def test_keys_that_cannot_be_read_for_long_open_nothing(key_file, user_key, monkeypatch, how):
-    monkeypatch.setattr("services.common.access._REFRESH_INTERVAL", 0.0)
+    monkeypatch.setattr("scalellm.services.common.access._REFRESH_INTERVAL", 0.0)
     access, text = Access(key_file), key_file.read_text()
     assert not access.is_failing
     if how == "gone":
@@ -152,7 +160,7 @@ def test_keys_that_cannot_be_read_for_long_open_nothing(key_file, user_key, monk
         key_file.write_text("[[keys]]")
     assert code(access, GENERATE, bearer(user_key)) is grpc.StatusCode.OK
     assert (access.is_failing, access.is_stale) == (True, False)
-    monkeypatch.setattr("services.common.access._STALE_LIMIT", 0.0)
+    monkeypatch.setattr("scalellm.services.common.access._STALE_LIMIT", 0.0)
     assert access.is_stale
     assert code(access, GENERATE, bearer(user_key)) is grpc.StatusCode.UNAVAILABLE
     assert code(access, HEALTH) is grpc.StatusCode.OK

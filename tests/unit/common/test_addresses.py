@@ -9,9 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.addresses import bare_host, bound_socket, is_loopback, join_address, local_address, split_address
-from services.common.settings import ServiceSettings
-from services.tokenizer.config import TokenizerSettings
+from scalellm.services.common.addresses import (
+    bare_host,
+    bound_socket,
+    is_loopback,
+    join_address,
+    local_address,
+    split_address,
+)
+from scalellm.services.common.settings import ServiceSettings
+from scalellm.services.tokenizer.config import TokenizerSettings
 
 PORTS = st.integers(1, 65535)
 HOSTS = st.one_of(

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from clients.launcher import UpOptions
-from clients.launcher.plan import service_environment
-from services.common.child_environment import child_environment
+from scalellm.launcher import UpOptions
+from scalellm.launcher.plan import service_environment
+from scalellm.services.common.child_environment import child_environment
 
 SECRETS = {
     "REDIS_URL": "redis://:hunter2@host",

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scalellm.services.common.child_process import ChildProcess, Restarts, describe_exit
 from service_processes import PATIENCE
-from services.common.child_process import ChildProcess, Restarts, describe_exit
 
 ECHO = """
 import sys
-from services.common.json_lines import read_line, write_line
+from scalellm.services.common.json_lines import read_line, write_line
 while (told := read_line(sys.stdin.buffer)) is not None:
     write_line(sys.stdout.buffer, told)
 sys.exit(3)

@@ -12,9 +12,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hyperframe.frame import PingFrame, SettingsFrame
 
 from raw_http2 import connect
+from scalellm.services.common.lifecycle import MAX_METADATA_BYTES, GrpcService
+from scalellm.services.common.settings import ServiceSettings
 from service_processes import PATIENCE
-from services.common.lifecycle import MAX_METADATA_BYTES, GrpcService
-from services.common.settings import ServiceSettings
 
 HEALTH = health_pb2.HealthCheckRequest()
 PING = PingFrame(0, b"12345678").serialize()

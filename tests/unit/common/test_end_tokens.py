@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from lying_bases import gguf_bases
 from lying_gguf import ARRAY, I32, STRING, U32, Gguf
-from services.common.end_tokens import end_token_ids
-from services.common.model_files import ModelFileError
+from scalellm.services.common.end_tokens import end_token_ids
+from scalellm.services.common.model_files import ModelFileError
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "</s>", "<end_of_turn>"]
 
@@ -84,8 +84,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_edge_and_executor_agree(tmp_path: Path) -> None:
-    from services.executor.weights import read_model_config
-    from services.tokenizer.text.loading import load_model_tokenizer
+    from scalellm.services.executor.weights import read_model_config
+    from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
     for number, file in enumerate(gguf_bases()):
         path = tmp_path / f"{number}.gguf"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.common.link import Handles
+from scalellm.services.common.link import Handles
 
 
 def test_a_handle_is_kept_until_its_finish() -> None:

@@ -6,9 +6,9 @@ import asyncio
 import sys
 from pathlib import Path
 
+from scalellm.services.common import health_check
+from scalellm.services.common.lifecycle import GrpcService
 from service_processes import PATIENCE
-from services.common import health_check
-from services.common.lifecycle import GrpcService
 
 
 async def run_check(address: str) -> tuple[int | None, str]:

@@ -8,8 +8,8 @@ from collections import Counter
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from scalellm.services.common.lifecycle import GrpcService
 from service_processes import PATIENCE
-from services.common.lifecycle import GrpcService
 
 OWN = [("grpc.use_local_subchannel_pool", 1)]
 

@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager, suppress
 import grpc
 import pytest
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import API_MINOR, LinkClient
 from scalellm.v1 import link_pb2, scheduler_pb2
 from service_processes import PATIENCE, eventually
-from services.common.errors import StatusError
-from services.common.link import API_MINOR, LinkClient
 
 CONNECT = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name["Connect"]
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from clients.launcher.processes import last_error, last_message, spawn
+from scalellm.launcher.processes import last_error, last_message, spawn
+from scalellm.services.common.log_file import LOG_BYTES, log_files
 from service_processes import PATIENCE
-from services.common.log_file import LOG_BYTES, log_files
 
 WRITER = """
 import logging, os, pathlib, subprocess, sys
-from services.common.log_file import BoundedLog
+from scalellm.services.common.log_file import BoundedLog
 limit, writers, lines, name = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 handler = logging.StreamHandler(sys.stderr)
 handler.setFormatter(logging.Formatter("12:00:00 %(levelname)s x: %(message)s"))
@@ -79,7 +79,8 @@ def test_a_service_bounds_its_log_and_starts_with_none(tmp_path: Path) -> None:
         file.write_text("of an earlier start")
     script = (
         f"import os, logging; os.write(2, b'x' * {LOG_BYTES - 1} + b'\\n'); "
-        "from services.common.logs import configure_logging; from services.common.settings import ServiceSettings; "
+        "from scalellm.services.common.logs import configure_logging; "
+        "from scalellm.services.common.settings import ServiceSettings; "
         "configure_logging('scheduler', ServiceSettings()); logging.info('after it'); os.write(1, b'printed\\n')"
     )
     assert run("scheduler", [sys.executable, "-c", script], log) == 0

@@ -14,9 +14,9 @@ from typing import Literal
 
 import pytest
 
-from clients.launcher.processes import last_error, last_message
+from scalellm.launcher.processes import last_error, last_message
+from scalellm.services.common.logs import LineLimit, RequestFields, log_handler, request_fields
 from service_processes import PATIENCE
-from services.common.logs import LineLimit, RequestFields, log_handler, request_fields
 
 
 class Lines:
@@ -87,9 +87,9 @@ def test_status_reads_json_lines(tmp_path) -> None:
 
 PROGRAM = """
 import asyncio, sys, threading, warnings, weakref
-from services.common.entry import run_service
-from services.common.lifecycle import StartError
-from services.common.settings import ServiceSettings, settings_config
+from scalellm.services.common.entry import run_service
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.settings import ServiceSettings, settings_config
 
 class Settings(ServiceSettings):
     model_config = settings_config("test")

@@ -10,8 +10,8 @@ from grpc_health.v1 import health_pb2
 from hyperframe.frame import SettingsFrame
 
 from raw_http2 import connect
+from scalellm.services.common.lifecycle import GrpcService
 from service_processes import PATIENCE
-from services.common.lifecycle import GrpcService
 
 CHECK = "/grpc.health.v1.Health/Check"
 

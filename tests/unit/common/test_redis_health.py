@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from clients.launcher.redis_server import check_redis
+from scalellm.launcher.redis_server import check_redis
+from scalellm.services.common.redis_client import open_redis
+from scalellm.services.common.redis_health import REDIS_ERRORS, RedisFault, RedisWatch, probe_redis
 from service_processes import PATIENCE, RedisProcess, eventually, start_redis
-from services.common.redis_client import open_redis
-from services.common.redis_health import REDIS_ERRORS, RedisFault, RedisWatch, probe_redis
 
 Start = Callable[..., RedisProcess]
 

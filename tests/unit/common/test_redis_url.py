@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.common.lifecycle import StartError
-from services.common.redis_client import open_redis, shown_url
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.redis_client import open_redis, shown_url
 
 # No letter of a password is one of what surrounds it, so that any of its letters in the output is a leak.
 RAW = st.text(alphabet="QXZ" + "@/#:?&=%[]. " + "\n", min_size=1, max_size=12).map(lambda text: f"Q{text}Q")

@@ -15,19 +15,19 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
+from scalellm.services.common.access import Access
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.lifecycle import GrpcService
+from scalellm.services.common.link import link_service_handler
+from scalellm.services.executor.front import SERVICE as EXECUTOR
+from scalellm.services.executor.front import ExecutorServicer
+from scalellm.services.scheduler.service import SERVICE as SCHEDULER
+from scalellm.services.scheduler.service import SchedulerService
+from scalellm.services.tokenizer.call_bytes import CallBytes
+from scalellm.services.tokenizer.rpc import CallGate, add_service
 from scalellm.v1 import executor_pb2, generation_pb2, link_pb2, scheduler_pb2
 from service_processes import PATIENCE, eventually
-from services.common.access import Access
-from services.common.api_keys import Tenant
-from services.common.errors import StatusError
-from services.common.lifecycle import GrpcService
-from services.common.link import link_service_handler
-from services.executor.front import SERVICE as EXECUTOR
-from services.executor.front import ExecutorServicer
-from services.scheduler.service import SERVICE as SCHEDULER
-from services.scheduler.service import SchedulerService
-from services.tokenizer.call_bytes import CallBytes
-from services.tokenizer.rpc import CallGate, add_service
 
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["Generation"]
 CALLS = 5

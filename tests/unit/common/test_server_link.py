@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 import pytest
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.lifecycle import MAX_FRAME_BYTES
+from scalellm.services.common.link import ServerLink
+from scalellm.services.common.silence import until_silent
 from scalellm.v1 import link_pb2
 from service_processes import PATIENCE
-from services.common.errors import StatusError
-from services.common.lifecycle import MAX_FRAME_BYTES
-from services.common.link import ServerLink
-from services.common.silence import until_silent
 
 
 class SlowReader:
@@ -145,7 +145,7 @@ class Turns:
         self.slept: list[float] = []
         self._work, self._num_turns = work, num_turns
         self._sleep = asyncio.sleep
-        monkeypatch.setattr("services.common.silence.asyncio.sleep", self.sleep)
+        monkeypatch.setattr("scalellm.services.common.silence.asyncio.sleep", self.sleep)
 
     async def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from services.common.silence import silence_limit
+from scalellm.services.common.silence import silence_limit
 
 
 async def test_what_came_while_this_process_stood_still_is_read() -> None:

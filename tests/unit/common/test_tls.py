@@ -6,9 +6,9 @@ import pytest
 import trustme
 
 from certificates import issue
-from services.common.link import LinkDialer
-from services.common.reload import ConfigFileError
-from services.common.tls import TlsFiles, channel_credentials, server_credentials
+from scalellm.services.common.link import LinkDialer
+from scalellm.services.common.reload import ConfigFileError
+from scalellm.services.common.tls import TlsFiles, channel_credentials, server_credentials
 
 
 @pytest.fixture(scope="module")

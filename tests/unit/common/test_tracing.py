@@ -12,13 +12,13 @@ import grpc
 import pytest
 
 from otlp import read_trace_file
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.metrics import DroppedSpansCollector
+from scalellm.services.common.settings import ServiceSettings, load_settings
+from scalellm.services.common.tracing import TraceHeaders, open_tracer
+from scalellm.services.common.tracing.clock import WallClock
+from scalellm.services.scheduler.config import SchedulerSettings
 from service_processes import PATIENCE
-from services.common.lifecycle import StartError
-from services.common.metrics import DroppedSpansCollector
-from services.common.settings import ServiceSettings, load_settings
-from services.common.tracing import TraceHeaders, open_tracer
-from services.common.tracing.clock import WallClock
-from services.scheduler.config import SchedulerSettings
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -73,8 +73,8 @@ def dropped(collector: DroppedSpansCollector) -> dict[str, float]:
 
 def test_spans_that_are_lost_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that takes nothing: what waits finds no room after a while, and what was taken is lost."""
-    monkeypatch.setattr("services.common.tracing.export._QUEUE_SPANS", 1024)
-    monkeypatch.setattr("services.common.tracing.tracer._FLUSH_LIMIT", PATIENCE)
+    monkeypatch.setattr("scalellm.services.common.tracing.export._QUEUE_SPANS", 1024)
+    monkeypatch.setattr("scalellm.services.common.tracing.tracer._FLUSH_LIMIT", PATIENCE)
     taking = threading.Event()
 
     def write(file: int, line: bytes) -> int:
@@ -85,7 +85,7 @@ def test_spans_that_are_lost_are_counted(tmp_path: Path, monkeypatch: pytest.Mon
         assert tracer is not None
         collector = DroppedSpansCollector(tracer)
         assert dropped(collector) == {"queue_full": 0, "export_failed": 0}
-        monkeypatch.setattr("services.common.tracing.export.os.write", write)
+        monkeypatch.setattr("scalellm.services.common.tracing.export.os.write", write)
         for _ in range(3000):
             span = tracer.begin("schedule", TraceHeaders(TRACEPARENT), 1_000)
             assert span is not None
@@ -115,7 +115,8 @@ def test_services_without_traces_do_not_load_an_exporter() -> None:
     # redis loads OpenTelemetry's metrics where they are installed; what makes and exports spans is ours to avoid.
     heavy = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "pythonjsonlogger")
     code = (
-        "import sys, services.tokenizer.worker, services.scheduler.server, services.executor.front\n"
+        "import sys, scalellm.services.executor.front, scalellm.services.scheduler.server\n"
+        "import scalellm.services.tokenizer.worker\n"
         f"found = [name for name in sys.modules if name.startswith({heavy})]\n"
         "assert not found, found"
     )

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from services.common.vocabulary import VocabularyError, read_vocabulary
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.common.vocabulary import VocabularyError, read_vocabulary
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", pytest.param("gemma3-270m", marks=pytest.mark.slow)])

@@ -10,12 +10,12 @@ import jsonschema
 import pytest
 
 from dialect_kit import accepts, answer_grammar, draw, make_compiler, split
-from services.common.errors import StatusError
-from services.executor.grammar import LlGrammarCompiler
-from services.tokenizer.dialect import Dialect, Marks, PartKind, TaggedArguments
-from services.tokenizer.dialect import known as formats
-from services.tokenizer.dialect.constraint import CalledTool, Calls
-from services.tokenizer.dialect.splitter import Opening
+from scalellm.services.common.errors import StatusError
+from scalellm.services.executor.grammar import LlGrammarCompiler
+from scalellm.services.tokenizer.dialect import Dialect, Marks, PartKind, TaggedArguments
+from scalellm.services.tokenizer.dialect import known as formats
+from scalellm.services.tokenizer.dialect.constraint import CalledTool, Calls
+from scalellm.services.tokenizer.dialect.splitter import Opening
 
 THINK = Marks("<think>", "</think>")
 FORMATS = {

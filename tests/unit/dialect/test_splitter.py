@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dialect_kit import split
-from services.tokenizer.dialect import Dialect, Marks, Part, PartKind
-from services.tokenizer.dialect.known import (
+from scalellm.services.tokenizer.dialect import Dialect, Marks, Part, PartKind
+from scalellm.services.tokenizer.dialect.known import (
     DEEPSEEK,
     DEEPSEEK_V31,
     GLM,
@@ -22,7 +22,7 @@ from services.tokenizer.dialect.known import (
     MISTRAL_LIST,
     QWEN_CODER,
 )
-from services.tokenizer.dialect.splitter import Opening
+from scalellm.services.tokenizer.dialect.splitter import Opening
 
 THINK = Marks("<think>", "</think>")
 

@@ -3,7 +3,7 @@
 import pytest
 
 import engine_kit
-from services.executor.engine import Engine, InvalidRequestError, RequestStatus, SupersededError
+from scalellm.services.executor.engine import Engine, InvalidRequestError, RequestStatus, SupersededError
 
 
 def make_engine(overlap: engine_kit.Overlap) -> Engine:

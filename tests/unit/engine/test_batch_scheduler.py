@@ -6,8 +6,8 @@ import pytest
 
 import engine_kit
 from engine_kit import Overlap
-from services.executor.engine import CapacityPolicy, Engine, EngineConfig, InvalidRequestError, ScheduledBatch
-from services.executor.engine.prefill_budget import PrefillBudget
+from scalellm.services.executor.engine import CapacityPolicy, Engine, EngineConfig, InvalidRequestError, ScheduledBatch
+from scalellm.services.executor.engine.prefill_budget import PrefillBudget
 
 
 class Recorder:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import engine_kit
-from services.executor.engine.block_manager import BlockManager
-from services.executor.engine.block_pool import BlockPool
-from services.executor.engine.sequence import Sequence, SequenceGroup
+from scalellm.services.executor.engine.block_manager import BlockManager
+from scalellm.services.executor.engine.block_pool import BlockPool
+from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup
 
 SIZE = 3
 NUM_BLOCKS = 14

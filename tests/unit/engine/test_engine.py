@@ -7,7 +7,7 @@ import pytest
 
 import engine_kit
 from engine_kit import EOS, VOCAB
-from services.executor.engine import (
+from scalellm.services.executor.engine import (
     STEP_TIME_PRESETS,
     AbortReason,
     Engine,

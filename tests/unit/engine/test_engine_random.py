@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import engine_kit
-from services.executor.engine import (
+from scalellm.services.executor.engine import (
     AbortReason,
     CapacityPolicy,
     Engine,

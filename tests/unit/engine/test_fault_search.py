@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine_kit
-from services.executor.engine import (
+from scalellm.services.executor.engine import (
     CapacityPolicy,
     DeviceLostError,
     Engine,

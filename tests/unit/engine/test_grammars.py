@@ -15,8 +15,8 @@ import pytest
 
 import engine_kit
 from engine_kit import Collector, SimClock
-from services.executor.engine import Engine, EngineRequest, FinishReason, RequestStatus, ResumedSample
-from services.executor.grammar.matcher import LlMatcher
+from scalellm.services.executor.engine import Engine, EngineRequest, FinishReason, RequestStatus, ResumedSample
+from scalellm.services.executor.grammar.matcher import LlMatcher
 from shaped_answers import EOS, GRAMMARS, SIZE, CompilesAtOnce, problem, shaped_tokens
 from virtual_services import ScriptedRunner, script, scripted_token
 

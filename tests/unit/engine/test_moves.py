@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import engine_kit
-from services.executor.engine import AbortReason, Engine, FinishReason, RequestStatus, ResumedSample
+from scalellm.services.executor.engine import AbortReason, Engine, FinishReason, RequestStatus, ResumedSample
 
 
 @pytest.mark.parametrize("overlap", engine_kit.Overlap)

@@ -7,7 +7,7 @@ import pytest
 
 import engine_kit
 from engine_kit import EOS, VOCAB, Overlap
-from services.executor.engine import (
+from scalellm.services.executor.engine import (
     AbortReason,
     Engine,
     EngineConfig,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import engine_kit
-from services.executor.engine import (
+from scalellm.services.executor.engine import (
     STEP_TIME_PRESETS,
     Engine,
     FakeModelRunner,
@@ -14,7 +14,7 @@ from services.executor.engine import (
     SamplingParams,
     num_kv_blocks,
 )
-from services.executor.memory import free_memory
+from scalellm.services.executor.memory import free_memory
 
 NAN, INF = float("nan"), float("inf")
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.executor.engine.config import EngineConfig
-from services.executor.engine.fake_model_runner import FakeModelRunner
-from services.executor.engine.step_time import StepTimeFit, StepTimeModel
-from services.executor.engine.step_warm_up import fit_step_times
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.fake_model_runner import FakeModelRunner
+from scalellm.services.executor.engine.step_time import StepTimeFit, StepTimeModel
+from scalellm.services.executor.engine.step_warm_up import fit_step_times
 
 TRUE = StepTimeModel(base=4e-3, per_prefill_token=20e-6, per_decode=30e-6, per_context_token=50e-9)
 SLOWER = StepTimeModel(base=8e-3, per_prefill_token=40e-6, per_decode=60e-6, per_context_token=100e-9)

@@ -4,7 +4,7 @@ import pytest
 
 import engine_kit
 from engine_kit import Overlap
-from services.executor.engine import (
+from scalellm.services.executor.engine import (
     Engine,
     EngineConfigError,
     EngineRequest,
@@ -12,11 +12,11 @@ from services.executor.engine import (
     ScheduledBatch,
     SwapCost,
 )
-from services.executor.engine.block_manager import BlockManager
-from services.executor.engine.host_block_pool import HostBlockPool
-from services.executor.engine.prefill_budget import PrefillBudget
-from services.executor.engine.sequence import Sequence, SequenceGroup
-from services.executor.engine.swap import Swapper
+from scalellm.services.executor.engine.block_manager import BlockManager
+from scalellm.services.executor.engine.host_block_pool import HostBlockPool
+from scalellm.services.executor.engine.prefill_budget import PrefillBudget
+from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup
+from scalellm.services.executor.engine.swap import Swapper
 
 FREE = SwapCost(bytes_per_block=1, bytes_per_second=1e12)
 

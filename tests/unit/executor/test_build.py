@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.cpu.library import default_build_dir, load_library
 from runner_kit import MODEL as TINY
-from services.common.lifecycle import StartError
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.models import ModelRuntime, UnsupportedModelError
-from services.executor.models.linear import CheckpointFormat
-from services.executor.models.linear.stored_dense import StoredDense
-from services.executor.models.linear.stored_gguf import StoredGguf
-from services.executor.placement import choose_placement
-from services.executor.runner import FakeCudaDevice
-from services.executor.weight_form import other_forms, weight_form
+from scalellm.kernels.cpu.library import default_build_dir, load_library
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.models import ModelRuntime, UnsupportedModelError
+from scalellm.services.executor.models.linear import CheckpointFormat
+from scalellm.services.executor.models.linear.stored_dense import StoredDense
+from scalellm.services.executor.models.linear.stored_gguf import StoredGguf
+from scalellm.services.executor.placement import choose_placement
+from scalellm.services.executor.runner import FakeCudaDevice
+from scalellm.services.executor.weight_form import other_forms, weight_form
 
 
 def refusal(model: Path, **settings: object) -> str:
@@ -78,11 +78,11 @@ def test_the_form_of_weights_is_reported_beside_another(model_dir: Callable[[str
 
 
 def test_a_form_that_fits_is_named(model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.executor.runner.CpuDevice.free_memory", lambda self: 200 << 20)
+    monkeypatch.setattr("scalellm.services.executor.runner.CpuDevice.free_memory", lambda self: 200 << 20)
     message = refusal(model_dir("smollm2-135m-instruct"), device="cpu", quantization="none")
     assert "float32, 515 MiB, and 200 MiB of memory are free" in message
     assert "--quantization keep (Q4_1, " in message
-    monkeypatch.setattr("services.executor.runner.CpuDevice.free_memory", lambda self: 1 << 20)
+    monkeypatch.setattr("scalellm.services.executor.runner.CpuDevice.free_memory", lambda self: 1 << 20)
     assert "or take a smaller model" in refusal(model_dir("smollm2-135m-instruct"), device="cpu", quantization="none")
 
 
@@ -130,7 +130,7 @@ def test_graphs_of_ops_that_wait_for_the_device(
 ) -> None:
     on_cpu = choose_placement(ExecutorSettings(device="cpu", quantization="none"), TINY)
     on_gpu = replace(on_cpu, device=FakeCudaDevice(), dtype=torch.bfloat16)
-    monkeypatch.setattr("services.executor.placement.choose_placement", lambda settings, model: on_gpu)
+    monkeypatch.setattr("scalellm.services.executor.placement.choose_placement", lambda settings, model: on_gpu)
     message = refusal(model_dir("smollm2-135m-instruct"), kernels={"paged_attention_decode": "torch"})
     assert message.startswith("paged_attention_decode: ")
     assert "--enforce-eager" in message

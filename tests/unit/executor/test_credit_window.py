@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine_kit
+from scalellm.services.common.link import API_MINOR
+from scalellm.services.executor.build import LoadedEngine
+from scalellm.services.executor.credit_window import Claim, divide
+from scalellm.services.executor.engine import Engine
+from scalellm.services.executor.engine_process import EngineLoop
+from scalellm.services.executor.ipc import Kind, Message
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
-from services.common.link import API_MINOR
-from services.executor.build import LoadedEngine
-from services.executor.credit_window import Claim, divide
-from services.executor.engine import Engine
-from services.executor.engine_process import EngineLoop
-from services.executor.ipc import Kind, Message
 
 claims = st.lists(st.builds(Claim, st.integers(0, 50), st.integers(0, 50), st.integers(1, 5)), min_size=1, max_size=6)
 

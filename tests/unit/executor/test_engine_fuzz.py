@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 import engine_kit
 from mutated_messages import FRAMES, mutations
+from scalellm.services.executor.build import LoadedEngine
+from scalellm.services.executor.engine import Engine
+from scalellm.services.executor.engine_process import EngineLoop
+from scalellm.services.executor.ipc import EngineChannel, Kind, Message
 from scalellm.v1 import executor_pb2, link_pb2
-from services.executor.build import LoadedEngine
-from services.executor.engine import Engine
-from services.executor.engine_process import EngineLoop
-from services.executor.ipc import EngineChannel, Kind, Message
 
 ANSWERS = {Kind.WELCOME, Kind.REFUSE, Kind.FRAME, Kind.STATS}
 HELLO = FRAMES[0].SerializeToString()

@@ -7,17 +7,17 @@ import socket
 import pytest
 
 import engine_kit
+from scalellm.services.common.link import API_MINOR
+from scalellm.services.common.link.server_frames import read_step
+from scalellm.services.executor.build import LoadedEngine
+from scalellm.services.executor.engine import Engine, StepResult, TokenOutput
+from scalellm.services.executor.engine.request import PromptLogprobs
+from scalellm.services.executor.engine.sampling_params import InvalidRequestError
+from scalellm.services.executor.engine_link import EngineLink, sampling_from_wire
+from scalellm.services.executor.engine_process import EngineLoop
+from scalellm.services.executor.ipc import EngineChannel, Kind, Message
+from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
-from services.common.link import API_MINOR
-from services.common.link.server_frames import read_step
-from services.executor.build import LoadedEngine
-from services.executor.engine import Engine, StepResult, TokenOutput
-from services.executor.engine.request import PromptLogprobs
-from services.executor.engine.sampling_params import InvalidRequestError
-from services.executor.engine_link import EngineLink, sampling_from_wire
-from services.executor.engine_process import EngineLoop
-from services.executor.ipc import EngineChannel, Kind, Message
-from services.tokenizer.token_receiver import TokenReceiver
 
 
 def run_loop(sent: list[Message], seconds_per_step: float, num_steps: int) -> list[Message]:

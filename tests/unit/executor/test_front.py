@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from link_frames import HELLO
-from services.common.link import LinkTraffic
-from services.executor.config import ExecutorSettings
-from services.executor.front import ExecutorServicer
+from scalellm.services.common.link import LinkTraffic
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.front import ExecutorServicer
 
 
 class Supervisor:

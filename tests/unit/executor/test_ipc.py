@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scalellm.services.executor.ipc import EngineChannel, FrontChannel, Kind, Message
 from service_processes import PATIENCE
-from services.executor.ipc import EngineChannel, FrontChannel, Kind, Message
 
 messages = st.lists(
     st.builds(Message, st.sampled_from(Kind), st.integers(0, 2**32 - 1), st.binary(max_size=300)), max_size=20

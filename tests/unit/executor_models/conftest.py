@@ -18,7 +18,14 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from services.executor.models import CausalLM, DecodeRows, ForwardContext, ModelConfig, PrefillRows, allocate_kv_caches
+from scalellm.services.executor.models import (
+    CausalLM,
+    DecodeRows,
+    ForwardContext,
+    ModelConfig,
+    PrefillRows,
+    allocate_kv_caches,
+)
 
 PAGE_SIZE = 16
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kernels import Capability, select_ops
-from services.executor.models import ModelRuntime, allocate_kv_caches
-from services.executor.models.context import kv_bytes_per_token
-from services.executor.weights import UnsupportedModelError, load_model
+from scalellm.kernels import Capability, select_ops
+from scalellm.services.executor.models import ModelRuntime, allocate_kv_caches
+from scalellm.services.executor.models.context import kv_bytes_per_token
+from scalellm.services.executor.weights import UnsupportedModelError, load_model
 
 E4M3 = torch.float8_e4m3fn
 TOKENS = torch.randint(211, (40,), generator=torch.Generator().manual_seed(5)).tolist()

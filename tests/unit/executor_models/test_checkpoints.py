@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from services.executor.models import CausalLM, ModelRuntime
-from services.executor.weights import UnsupportedModelError, load_model, read_model_config, weight_bytes
+from scalellm.services.executor.models import CausalLM, ModelRuntime
+from scalellm.services.executor.weights import UnsupportedModelError, load_model, read_model_config, weight_bytes
 
 CPU = torch.device("cpu")
 

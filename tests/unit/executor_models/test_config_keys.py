@@ -23,9 +23,9 @@ from transformers import (
 
 from lying_bases import gguf_bases
 from lying_gguf import F32, U32, Value
-from services.executor.model_config.hf_config import config_from_hf
-from services.executor.models import ModelRuntime
-from services.executor.weights import UnsupportedModelError, load_model, read_model_config
+from scalellm.services.executor.model_config.hf_config import config_from_hf
+from scalellm.services.executor.models import ModelRuntime
+from scalellm.services.executor.weights import UnsupportedModelError, load_model, read_model_config
 
 CONFIGS = (
     (LlamaConfig, "LlamaForCausalLM"),

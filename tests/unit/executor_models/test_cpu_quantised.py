@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.quality import TEXT, form_settings, mean_negative_logprob
-from kernels import Capability, Ops, select_ops
-from services.executor.build import build_engine
-from services.executor.engine.engine import Engine
-from services.executor.engine.request import EngineRequest
-from services.executor.engine.sampling_params import SamplingParams
-from services.executor.models import ModelRuntime, Quantization
-from services.executor.weights import load_model, read_model_config, weight_bytes
-from services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.kernels import Capability, Ops, select_ops
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
+from scalellm.services.executor.models import ModelRuntime, Quantization
+from scalellm.services.executor.weights import load_model, read_model_config, weight_bytes
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(211, (40,), generator=torch.Generator().manual_seed(5)).tolist()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from services.executor.model_config.hf_config import config_from_hf
-from services.executor.models import (
+from scalellm.services.executor.model_config.hf_config import config_from_hf
+from scalellm.services.executor.models import (
     PRESETS,
     ModelConfig,
     ModelRuntime,
@@ -17,7 +17,7 @@ from services.executor.models import (
     dummy_model,
     preset_config,
 )
-from services.executor.weights import weight_bytes
+from scalellm.services.executor.weights import weight_bytes
 
 
 def small(config: ModelConfig) -> ModelConfig:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.model_config.hf_config import config_from_hf
-from services.executor.models import ModelRuntime
-from services.executor.weights import load_model, read_model_config
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.model_config.hf_config import config_from_hf
+from scalellm.services.executor.models import ModelRuntime
+from scalellm.services.executor.weights import load_model, read_model_config
 
 TEXT = {
     "vocab_size": 211,

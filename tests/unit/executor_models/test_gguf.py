@@ -12,17 +12,17 @@ from gguf import GGMLQuantizationType as T
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from services.common.tokenizer_digest import tokenizer_sha256
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.model_config.rope import (
+from scalellm.services.common.tokenizer_digest import tokenizer_sha256
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.model_config.rope import (
     FrequencyFactors,
     LinearScaling,
     RopeConfig,
     YarnScaling,
     yarn_attention_factor,
 )
-from services.executor.models import ModelRuntime, Quantization
-from services.executor.weights import load_model, read_model_config, weight_bytes
+from scalellm.services.executor.models import ModelRuntime, Quantization
+from scalellm.services.executor.weights import load_model, read_model_config, weight_bytes
 
 CPU = torch.device("cpu")
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 200, 64, 96, 3, 4, 2

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.executor.models import ModelRuntime, Quantization
-from services.executor.models.linear import PackedLinear
-from services.executor.models.linear.gguf_blocks import BLOCK_FORMATS
-from services.executor.models.linear.stored_gguf import StoredGguf
+from scalellm.services.executor.models import ModelRuntime, Quantization
+from scalellm.services.executor.models.linear import PackedLinear
+from scalellm.services.executor.models.linear.gguf_blocks import BLOCK_FORMATS
+from scalellm.services.executor.models.linear.stored_gguf import StoredGguf
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 6, 512

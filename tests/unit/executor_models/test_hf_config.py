@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from services.executor.model_config.hf_config import config_from_hf
-from services.executor.model_config.rope import FrequencyFactors, Llama3Scaling, RopeConfig, YarnScaling
-from services.executor.models.context import kv_bytes_per_token
-from services.executor.models.rope import inverse_frequencies
-from services.executor.weights import read_model_config
+from scalellm.services.executor.model_config.hf_config import config_from_hf
+from scalellm.services.executor.model_config.rope import FrequencyFactors, Llama3Scaling, RopeConfig, YarnScaling
+from scalellm.services.executor.models.context import kv_bytes_per_token
+from scalellm.services.executor.models.rope import inverse_frequencies
+from scalellm.services.executor.weights import read_model_config
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.executor.models import ModelRuntime
-from services.executor.weights import load_model
+from scalellm.services.executor.models import ModelRuntime
+from scalellm.services.executor.weights import load_model
 
 PROMPT_LENGTHS = (70, 1, 33)
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig
 
-from services.executor.model_config.hf_config import config_from_hf
-from services.executor.models import ModelRuntime
-from services.executor.models.moe import MoeMLP
-from services.executor.weights import UnsupportedModelError, load_model, read_model_config
+from scalellm.services.executor.model_config.hf_config import config_from_hf
+from scalellm.services.executor.models import ModelRuntime
+from scalellm.services.executor.models.moe import MoeMLP
+from scalellm.services.executor.weights import UnsupportedModelError, load_model, read_model_config
 
 TOKENS = torch.randint(211, (24,), generator=torch.Generator().manual_seed(3))
 

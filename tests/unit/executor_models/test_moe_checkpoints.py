@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from services.executor.models import ModelRuntime
-from services.executor.weights import UnsupportedModelError, load_model
+from scalellm.services.executor.models import ModelRuntime
+from scalellm.services.executor.weights import UnsupportedModelError, load_model
 
 EXPERT = re.compile(r".*\.experts\.\d+\.(\w+)\.weight")
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [8, 24]}

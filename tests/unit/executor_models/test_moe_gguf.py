@@ -13,9 +13,9 @@ from gguf import GGMLQuantizationType as T
 from safetensors.torch import load_file
 from torch import Tensor
 
-from services.executor.models import ModelRuntime
-from services.executor.models.quantization import Quantization
-from services.executor.weights import UnsupportedModelError, load_model, read_model_config
+from scalellm.services.executor.models import ModelRuntime
+from scalellm.services.executor.models.quantization import Quantization
+from scalellm.services.executor.weights import UnsupportedModelError, load_model, read_model_config
 
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)\.weight")
 _SPLIT = {"w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"}

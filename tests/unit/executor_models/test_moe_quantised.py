@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.executor.model_config.hf_config import config_from_hf
-from services.executor.models import ModelConfig, ModelRuntime, UnsupportedModelError
-from services.executor.models.linear import Fp8Weight
-from services.executor.models.moe import MoeMLP
-from services.executor.models.quantization import Quantization
+from scalellm.services.executor.model_config.hf_config import config_from_hf
+from scalellm.services.executor.models import ModelConfig, ModelRuntime, UnsupportedModelError
+from scalellm.services.executor.models.linear import Fp8Weight
+from scalellm.services.executor.models.moe import MoeMLP
+from scalellm.services.executor.models.quantization import Quantization
 
 CPU = torch.device("cpu")
 CONFIG = config_from_hf(

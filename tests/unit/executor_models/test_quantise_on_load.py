@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import Ops
-from services.executor.models import ModelRuntime, Quantization, UnsupportedModelError
-from services.executor.models.linear import LinearWeight, PackedLinear, QuantisedInput
-from services.executor.models.linear.packing import pack_rows, unpack_rows
-from services.executor.weights import load_model, read_model_config, weight_bytes
+from scalellm.kernels import Ops
+from scalellm.services.executor.models import ModelRuntime, Quantization, UnsupportedModelError
+from scalellm.services.executor.models.linear import LinearWeight, PackedLinear, QuantisedInput
+from scalellm.services.executor.models.linear.packing import pack_rows, unpack_rows
+from scalellm.services.executor.weights import load_model, read_model_config, weight_bytes
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(211, (40,), generator=torch.Generator().manual_seed(5)).tolist()

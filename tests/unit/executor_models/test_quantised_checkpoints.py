@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantised_checkpoints import Encoder, awq, fp8, gptq, int8, packed, write_checkpoint
-from services.executor.models import ModelRuntime, Quantization
-from services.executor.weights import UnsupportedModelError, load_model, read_model_config, weight_bytes
+from scalellm.services.executor.models import ModelRuntime, Quantization
+from scalellm.services.executor.weights import UnsupportedModelError, load_model, read_model_config, weight_bytes
 
 GROUP = 16
 TOKENS = torch.randint(211, (40,), generator=torch.Generator().manual_seed(5))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gguf_oracle import load_gguf_oracle
-from services.executor.models import ModelRuntime, Quantization
-from services.executor.weights import load_model
+from scalellm.services.executor.models import ModelRuntime, Quantization
+from scalellm.services.executor.weights import load_model
 
 CPU = torch.device("cpu")
 

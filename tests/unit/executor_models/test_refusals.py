@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from services.executor.models import ModelRuntime
-from services.executor.weights import UnsupportedModelError, load_model, read_model_config
+from scalellm.services.executor.models import ModelRuntime
+from scalellm.services.executor.weights import UnsupportedModelError, load_model, read_model_config
 
 CPU = torch.device("cpu")
 

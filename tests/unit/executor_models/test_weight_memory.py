@@ -2,7 +2,7 @@
 
 import torch
 
-from services.executor.models import WeightMemory
+from scalellm.services.executor.models import WeightMemory
 
 CPU = torch.device("cpu")
 

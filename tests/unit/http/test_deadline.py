@@ -8,9 +8,9 @@ from collections.abc import Callable
 import grpc
 import pytest
 
-from services.common.errors import StatusError
-from services.tokenizer.http import deadline as module
-from services.tokenizer.http.deadline import Deadline
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http import deadline as module
+from scalellm.services.tokenizer.http.deadline import Deadline
 
 
 class Timer:

@@ -7,7 +7,7 @@ import asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from services.tokenizer.http.event_stream import EventStream
+from scalellm.services.tokenizer.http.event_stream import EventStream
 
 
 async def test_a_silent_stream_sends_comments_until_it_ends() -> None:

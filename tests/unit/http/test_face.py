@@ -16,16 +16,16 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from services.common.access import ROUTES, Access
-from services.common.api_keys import Role, key_entry, new_key
-from services.common.errors import StatusError
-from services.tokenizer.call_bytes import CallBytes
-from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.http.build import make_application
-from services.tokenizer.http.call import HttpCall
-from services.tokenizer.http.face import HttpFace
-from services.tokenizer.limits import RequestLimits
-from services.tokenizer.rpc import CallGate
+from scalellm.services.common.access import ROUTES, Access
+from scalellm.services.common.api_keys import Role, key_entry, new_key
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.call_bytes import CallBytes
+from scalellm.services.tokenizer.config import TokenizerSettings
+from scalellm.services.tokenizer.http.build import make_application
+from scalellm.services.tokenizer.http.call import HttpCall
+from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.services.tokenizer.limits import RequestLimits
+from scalellm.services.tokenizer.rpc import CallGate
 
 PUBLIC, ADMINS = {"GET /health", "GET /ping"}, {"GET /metrics"}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from services.common.errors import StatusError
-from services.tokenizer.http.api_request import ApiRequest
-from services.tokenizer.http.chat_request import ChatRequest
-from services.tokenizer.http.completion_request import CompletionRequest
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.api_request import ApiRequest
+from scalellm.services.tokenizer.http.chat_request import ChatRequest
+from scalellm.services.tokenizer.http.completion_request import CompletionRequest
 
 SAMPLING = (
     *("max_tokens", "n", "temperature", "top_p", "stop", "presence_penalty", "frequency_penalty", "logit_bias", "seed"),

@@ -18,11 +18,11 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
 from certificates import Identity, issue
+from scalellm.services.common.addresses import bound_socket
+from scalellm.services.common.tls import PLAINTEXT, TlsFiles
+from scalellm.services.tokenizer.http.connection import BoundedConnection, ConnectionLimits
+from scalellm.services.tokenizer.http.listener import HttpListener
 from service_processes import PATIENCE, eventually
-from services.common.addresses import bound_socket
-from services.common.tls import PLAINTEXT, TlsFiles
-from services.tokenizer.http.connection import BoundedConnection, ConnectionLimits
-from services.tokenizer.http.listener import HttpListener
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -155,7 +155,7 @@ async def test_a_client_that_takes_nothing_is_cut_off(monkeypatch: pytest.Monkey
             due.append(callback)
             return type("Timer", (), {"cancel": lambda self: cancelled.append(self)})()
 
-    monkeypatch.setattr("services.tokenizer.http.connection.asyncio.get_running_loop", Loop)
+    monkeypatch.setattr("scalellm.services.tokenizer.http.connection.asyncio.get_running_loop", Loop)
     limits = ConnectionLimits(10)
     connection, transport = BoundedConnection(asyncio.Protocol(), limits), Transport()
     connection.connection_made(transport)

@@ -9,14 +9,14 @@ from typing import Any
 import grpc
 import pytest
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.http.api_request import param_of, renamed
+from scalellm.services.tokenizer.http.chat_request import ChatRequest
+from scalellm.services.tokenizer.http.completion_request import CompletionRequest, split_prompts
+from scalellm.services.tokenizer.limits import RequestLimits
+from scalellm.services.tokenizer.structure import grammar_of
+from scalellm.services.tokenizer.validation import validate_generate
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.tokenizer.http.api_request import param_of, renamed
-from services.tokenizer.http.chat_request import ChatRequest
-from services.tokenizer.http.completion_request import CompletionRequest, split_prompts
-from services.tokenizer.limits import RequestLimits
-from services.tokenizer.structure import grammar_of
-from services.tokenizer.validation import validate_generate
 
 LIMITS = RequestLimits()
 VOCAB = 1000

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scalellm.services.common.link import add_tokens, token_runs
 from scalellm.v1 import link_pb2
-from services.common.link import add_tokens, token_runs
 
 NUMBERS = st.integers(0, 2**32 - 1)
 RUNS = st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS, st.lists(NUMBERS, max_size=4)), max_size=8)

@@ -7,10 +7,10 @@ import pytest
 
 from link_frames import STEPS, SUBMITS, TRACEPARENT, WELCOME
 from link_fuzz import play_to_engine, play_to_scheduler
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import API_MINOR, LONGEST_NS, check_submit, lease_of, read_hello
+from scalellm.services.common.link.server_frames import read_step, read_welcome
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import API_MINOR, LONGEST_NS, check_submit, lease_of, read_hello
-from services.common.link.server_frames import read_step, read_welcome
 
 INVALID = str(grpc.StatusCode.INVALID_ARGUMENT.value[0])
 
@@ -76,7 +76,7 @@ def test_what_is_at_its_limit_is_served() -> None:
 
 def test_a_request_that_cannot_be_sent_ends_and_takes_no_credit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is wrong with one, those behind it are sent."""
-    from services.scheduler.request import Request
+    from scalellm.services.scheduler.request import Request
 
     make_submit = Request.make_submit
 

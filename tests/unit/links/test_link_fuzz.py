@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models
 
 from link_frames import client_frames, steps
 from link_fuzz import make_tracer, play_to_engine, play_to_scheduler, play_to_worker
-from services.common.tracing.tracer import Tracer
-from services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.common.tracing.tracer import Tracer
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 
 EXAMPLES = 300
 

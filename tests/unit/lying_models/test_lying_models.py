@@ -11,7 +11,7 @@ import pytest
 from lying_bases import gguf_bases, hugging_face_bases
 from lying_gguf import U32, Value
 from lying_models import FORMATS, Mutant, is_fine, mutants, outcome, outcomes
-from services.executor.engine.config import EngineConfig, EngineConfigError
+from scalellm.services.executor.engine.config import EngineConfig, EngineConfigError
 
 
 def test_models_that_are_made_to_lie_load(tmp_path: Path) -> None:

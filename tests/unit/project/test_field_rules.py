@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
-from scalellm.v1 import common_pb2, generation_pb2
-from services.common.field_rules import (
+from scalellm.services.common.field_rules import (
     MAX_SCHEMA_DEPTH,
     MAX_STRUCTURE_BYTES,
     REQUEST,
@@ -22,7 +21,8 @@ from services.common.field_rules import (
     NumberRule,
     sampling_faults,
 )
-from services.tokenizer.http.api_request import SamplingRequest
+from scalellm.services.tokenizer.http.api_request import SamplingRequest
+from scalellm.v1 import common_pb2, generation_pb2
 
 PROTOS = Path(__file__).resolve().parents[3] / "protos" / "scalellm" / "v1"
 KINDS = {

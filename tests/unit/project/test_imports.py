@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SERVICES = ("tokenizer", "scheduler", "executor")
 ENGINE = tuple(f"services/executor/{part}" for part in ("engine", "model_config", "models", "runner", "weights"))
 TEXT_CORE = ("services/tokenizer/text",)
-CLIENTS = ("clients", "scalellm.client")
+CLIENTS = ("scalellm.cli", "scalellm.launcher", "scalellm.client")
 
 
 def modules(folder: str) -> list[Path]:
@@ -41,29 +41,40 @@ def offenders(folder: str, *forbidden: str) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("folder", ["kernels", "services", "clients", "bench", "tests"])
+def test_modules_are_named_by_the_package(folder: str) -> None:
+    """By the name of its folder a module would be loaded a second time, and only a checkout has it."""
+    assert offenders(folder, "services", "kernels", "clients") == []
+
+
 def test_kernels_import_nothing_of_ours() -> None:
-    assert offenders("kernels", "services", "clients", "scalellm", "bench", "grpc", "transformers", "numpy") == []
+    assert (
+        offenders("kernels", "scalellm.services", "scalellm.v1", *CLIENTS, "bench", "grpc", "transformers", "numpy")
+        == []
+    )
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_services_do_not_import_each_other(service: str) -> None:
-    others = [f"services.{other}" for other in SERVICES if other != service]
+    others = [f"scalellm.services.{other}" for other in SERVICES if other != service]
     assert offenders(f"services/{service}", *others, *CLIENTS, "bench") == []
 
 
 def test_common_imports_no_service() -> None:
-    assert offenders("services/common", *(f"services.{service}" for service in SERVICES), *CLIENTS, "bench") == []
+    assert (
+        offenders("services/common", *(f"scalellm.services.{service}" for service in SERVICES), *CLIENTS, "bench") == []
+    )
 
 
 @pytest.mark.parametrize("folder", [*ENGINE, *TEXT_CORE])
 def test_cores_know_no_wire(folder: str) -> None:
     assert modules(folder), f"{folder} is gone"
-    assert offenders(folder, "grpc", "google.protobuf", "scalellm") == []
+    assert offenders(folder, "grpc", "google.protobuf", "scalellm.v1") == []
 
 
 @pytest.mark.parametrize("folder", ["services/tokenizer", "services/scheduler"])
 def test_only_the_executor_computes(folder: str) -> None:
-    assert offenders(folder, "torch", "kernels", "transformers") == []
+    assert offenders(folder, "torch", "scalellm.kernels", "transformers") == []
 
 
 def test_the_client_needs_grpc_and_protobuf_only() -> None:
@@ -86,17 +97,17 @@ def test_no_code_over_the_wire() -> None:
             assert not names & {"eval", "exec"}, path
 
 
-_HEAVY = ("torch", "triton", "kernels", "transformers", "numpy", "gguf")
+_HEAVY = ("torch", "triton", "scalellm.kernels", "transformers", "numpy", "gguf")
 
 
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("services.executor.__main__", _HEAVY),  # the front; the engine is another process
-        ("services.scheduler.__main__", _HEAVY),
-        ("services.tokenizer.__main__", (*_HEAVY, "tokenizers")),
-        ("services.tokenizer.worker", _HEAVY),
-        ("clients.cli.main", (*_HEAVY, "tokenizers", "redis", "pydantic", "prometheus_client")),
+        ("scalellm.services.executor.__main__", _HEAVY),  # the front; the engine is another process
+        ("scalellm.services.scheduler.__main__", _HEAVY),
+        ("scalellm.services.tokenizer.__main__", (*_HEAVY, "tokenizers")),
+        ("scalellm.services.tokenizer.worker", _HEAVY),
+        ("scalellm.cli.main", (*_HEAVY, "tokenizers", "redis", "pydantic", "prometheus_client")),
     ],
 )
 def test_what_must_start_in_an_instant_imports_nothing_heavy(module: str, heavy: tuple[str, ...]) -> None:
@@ -109,11 +120,11 @@ def test_an_engine_without_a_model_loads_no_torch(model_dir: Callable[[str], Pat
     """It takes three seconds of the CPU, at each start of an engine."""
     code = f"""
 import sys
-import services.executor.engine_process
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
+import scalellm.services.executor.engine_process
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
 build_engine(ExecutorSettings(engine="fake", model={str(model_dir("smollm2-135m-instruct"))!r}), print)
-print(*(name for name in ("torch", "triton", "kernels", "transformers") if name in sys.modules))
+print(*(name for name in ("torch", "triton", "scalellm.kernels", "transformers") if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.executor.runner import CpuDevice, Device, FakeCudaDevice
+from scalellm.services.executor.runner import CpuDevice, Device, FakeCudaDevice
 
 
 @pytest.fixture(params=["cpu", "graphs", "eager"])

@@ -16,12 +16,12 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 import engine_kit
-from kernels import Capability, select_ops
 from runner_kit import CPU, MODEL
-from services.executor.engine import Engine
-from services.executor.models import CausalLM, ModelConfig, ModelRuntime, Quantization, allocate_kv_caches
-from services.executor.runner import FakeCudaDevice, ModelRunner
-from services.executor.runner.warm_up import run_largest_step, warm_up
+from scalellm.kernels import Capability, select_ops
+from scalellm.services.executor.engine import Engine
+from scalellm.services.executor.models import CausalLM, ModelConfig, ModelRuntime, Quantization, allocate_kv_caches
+from scalellm.services.executor.runner import FakeCudaDevice, ModelRunner
+from scalellm.services.executor.runner.warm_up import run_largest_step, warm_up
 
 E4M3 = torch.float8_e4m3fn
 LLAMA = replace(

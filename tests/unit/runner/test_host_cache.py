@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from services.executor.models import KVCache
-from services.executor.runner import FakeCudaDevice, host_cache
-from services.executor.runner.host_cache import HostCache
+from scalellm.services.executor.models import KVCache
+from scalellm.services.executor.runner import FakeCudaDevice, host_cache
+from scalellm.services.executor.runner.host_cache import HostCache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 import engine_kit
-import kernels
 from runner_kit import CPU, MODEL, make_runner, random_model
-from scalellm.v1 import link_pb2
-from services.executor.engine import Engine, EngineConfig, EngineRequest, RequestStatus
-from services.executor.engine_link import EngineLink
-from services.executor.models import (
+from scalellm import kernels
+from scalellm.services.executor.engine import Engine, EngineConfig, EngineRequest, RequestStatus
+from scalellm.services.executor.engine_link import EngineLink
+from scalellm.services.executor.models import (
     CausalLM,
     ForwardContext,
     ModelRuntime,
     PrefillRows,
     allocate_kv_caches,
 )
-from services.executor.runner import CpuDevice, Device, ModelRunner
-from services.tokenizer.token_receiver import TokenReceiver
+from scalellm.services.executor.runner import CpuDevice, Device, ModelRunner
+from scalellm.services.tokenizer.token_receiver import TokenReceiver
+from scalellm.v1 import link_pb2
 
 
 @pytest.fixture(scope="module")

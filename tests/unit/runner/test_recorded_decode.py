@@ -7,12 +7,12 @@ import torch
 
 import engine_kit
 from grammar_kit import VOCABULARY
-from kernels import Capability, select_ops
-from kernels.dispatch import Backend
 from runner_kit import CPU, MODEL
-from services.executor.engine.engine import Engine
-from services.executor.grammar import LlGrammarCompiler
-from services.executor.models import (
+from scalellm.kernels import Capability, select_ops
+from scalellm.kernels.dispatch import Backend
+from scalellm.services.executor.engine.engine import Engine
+from scalellm.services.executor.grammar import LlGrammarCompiler
+from scalellm.services.executor.models import (
     CausalLM,
     DecodeRows,
     ForwardContext,
@@ -21,9 +21,9 @@ from services.executor.models import (
     allocate_kv_caches,
     dummy_model,
 )
-from services.executor.runner.device import CpuDevice
-from services.executor.runner.model_runner import ModelRunner
-from services.executor.runner.recorded_decode import RecordedDecode
+from scalellm.services.executor.runner.device import CpuDevice
+from scalellm.services.executor.runner.model_runner import ModelRunner
+from scalellm.services.executor.runner.recorded_decode import RecordedDecode
 
 WIDE = replace(MODEL, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, head_dim=32)
 

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from scalellm.services.common.vocabulary import read_vocabulary
+from scalellm.services.executor.grammar import LlGrammarCompiler
+from scalellm.services.tokenizer.structure import grammar_of
 from scalellm.v1 import generation_pb2
-from services.common.vocabulary import read_vocabulary
-from services.executor.grammar import LlGrammarCompiler
-from services.tokenizer.structure import grammar_of
 
 xgrammar = pytest.importorskip("xgrammar")
 

@@ -19,7 +19,7 @@ from bench.hostile_grammars import HOSTILE
 from engine_kit import Collector
 from grammar_kit import EOS, ids_of, json_grammar, make_compiler, steps, text_of
 from runner_kit import MODEL, make_runner, random_model
-from services.executor.engine import (
+from scalellm.services.executor.engine import (
     AbortReason,
     Engine,
     EngineRequest,
@@ -29,9 +29,9 @@ from services.executor.engine import (
     RequestStatus,
     ResumedSample,
 )
-from services.executor.grammar import LlGrammarCompiler
-from services.executor.models import CausalLM
-from services.executor.runner import CpuDevice, Device
+from scalellm.services.executor.grammar import LlGrammarCompiler
+from scalellm.services.executor.models import CausalLM
+from scalellm.services.executor.runner import CpuDevice, Device
 
 SCHEMAS = [
     '{"type": "object", "required": ["a", "b"], "additionalProperties": false, "properties": '
@@ -306,8 +306,8 @@ def test_steps_compile_nothing_and_fill_all_masks_by_one_call(model, monkeypatch
             calls.append(len(pairs))
             self.inner.unsafe_compute_mask_ptr(pairs, *rest)
 
-    monkeypatch.setattr("services.executor.grammar.compiler.LLMatcher", compiled)
-    monkeypatch.setattr("services.executor.grammar.masks.LLExecutor", Executor)
+    monkeypatch.setattr("scalellm.services.executor.grammar.compiler.LLMatcher", compiled)
+    monkeypatch.setattr("scalellm.services.executor.grammar.masks.LLExecutor", Executor)
     fresh = make_compiler()
     engine = make_engine(model, fresh)
     hostile = [HOSTILE[name] for name in ("deep", "recursive", "large enum", "ambiguous")]

@@ -4,8 +4,8 @@ import pytest
 
 import engine_kit
 from runner_kit import MODEL, make_runner, random_model
-from services.executor.engine import Engine, EngineConfig, SwapCost
-from services.executor.runner import CpuDevice, Device, FakeCudaDevice
+from scalellm.services.executor.engine import Engine, EngineConfig, SwapCost
+from scalellm.services.executor.runner import CpuDevice, Device, FakeCudaDevice
 
 
 def run(device: Device, num_blocks: int, num_host_blocks: int) -> tuple[dict[int, list[int]], Engine]:

@@ -5,10 +5,10 @@ import torch
 
 import engine_kit
 from runner_kit import MODEL, make_runner, random_model
-from services.executor.engine import Engine
-from services.executor.runner import FakeCudaDevice
-from services.executor.runner.decode_graphs import decode_buckets
-from services.executor.runner.warm_up import run_largest_step, warm_up
+from scalellm.services.executor.engine import Engine
+from scalellm.services.executor.runner import FakeCudaDevice
+from scalellm.services.executor.runner.decode_graphs import decode_buckets
+from scalellm.services.executor.runner.warm_up import run_largest_step, warm_up
 
 
 def test_buckets_cover_every_size_and_end_with_the_largest() -> None:

@@ -18,18 +18,18 @@ import torch
 import engine_kit
 from engine_kit import Collector
 from grammar_kit import steps
-from kernels import select_ops
-from kernels.capability import Capability
 from random_schemas import ShapeCase, other_cases, schema_cases
 from runner_kit import CPU, MODEL, make_runner
-from services.common.vocabulary import Vocabulary, read_vocabulary
-from services.executor.build import build_engine
-from services.executor.config import ExecutorSettings
-from services.executor.engine import Engine, EngineRequest, FinishReason, RequestStatus
-from services.executor.grammar import LlGrammarCompiler
-from services.executor.models import ModelRuntime, Quantization
-from services.executor.models.dummy import dummy_model
-from services.executor.runner import CpuDevice
+from scalellm.kernels import select_ops
+from scalellm.kernels.capability import Capability
+from scalellm.services.common.vocabulary import Vocabulary, read_vocabulary
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine import Engine, EngineRequest, FinishReason, RequestStatus
+from scalellm.services.executor.grammar import LlGrammarCompiler
+from scalellm.services.executor.models import ModelRuntime, Quantization
+from scalellm.services.executor.models.dummy import dummy_model
+from scalellm.services.executor.runner import CpuDevice
 
 VOCAB_SIZE, EOS = 49152, 2
 ROWS = 64

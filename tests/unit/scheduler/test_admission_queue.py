@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.common.errors import StatusError
-from services.scheduler.admission_queue import AdmissionQueue, QueueFullError
+from scalellm.services.common.errors import StatusError
+from scalellm.services.scheduler.admission_queue import AdmissionQueue, QueueFullError
 
 
 @dataclass(eq=False)

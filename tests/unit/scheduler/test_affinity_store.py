@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
+from scalellm.services.common import redis_health
+from scalellm.services.scheduler import affinity_store
+from scalellm.services.scheduler.affinity_store import AffinityStore
 from service_processes import PATIENCE
-from services.common import redis_health
-from services.scheduler import affinity_store
-from services.scheduler.affinity_store import AffinityStore
 
 
 class FakeRedisThatLosesCancellations:

@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
+from scalellm.services.scheduler.books import Books
+from scalellm.services.scheduler.client_link import ClientLink
+from scalellm.services.scheduler.request import Request
 from scalellm.v1 import common_pb2, link_pb2
 from service_processes import PATIENCE
-from services.scheduler.books import Books
-from services.scheduler.client_link import ClientLink
-from services.scheduler.request import Request
 
 BEAT = 0.005
 

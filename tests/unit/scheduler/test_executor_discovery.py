@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
+from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.scheduler.executor_discovery import ExecutorDiscovery
 from service_processes import PATIENCE
-from services.scheduler.config import SchedulerSettings
-from services.scheduler.executor_discovery import ExecutorDiscovery
 
 
 class Fleet:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from bench.virtual.loop import run_virtually
-from services.scheduler.outage import Outage
+from scalellm.services.scheduler.outage import Outage
 
 READY, STARTING, GONE = (True, True), (False, True), (False, False)
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from scalellm.services.scheduler.pools import Lengths, Pools, predict
 from scalellm.v1 import link_pb2
-from services.scheduler.pools import Lengths, Pools, predict
 
 SMALL = link_pb2.StepTime(base=11.1e-3, per_row=68e-6, per_prompt_token=88e-6, per_context_token=0.0)
 LARGE = link_pb2.StepTime(base=4.25e-3, per_row=85e-6, per_prompt_token=88e-6, per_context_token=0.0)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.prefix_index import BLOCK_TOKENS, PrefixIndex, block_hashes
+from scalellm.services.scheduler.prefix_index import BLOCK_TOKENS, PrefixIndex, block_hashes
 
 prompts = st.lists(st.integers(0, 3), max_size=6).map(lambda blocks: [b for b in blocks for _ in range(BLOCK_TOKENS)])
 

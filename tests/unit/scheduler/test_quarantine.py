@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.scheduler.quarantine import Quarantine
+from scalellm.services.scheduler.request import Request
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.scheduler.quarantine import Quarantine
-from services.scheduler.request import Request
 
 
 def make_request(number: int = 1, **sampling: object) -> Request:

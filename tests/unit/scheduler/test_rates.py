@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.rates import DrainRate
+from scalellm.services.scheduler.rates import DrainRate
 
 
 @given(rate=st.floats(1, 1e5), interval=st.floats(0.001, 2), count=st.integers(5, 200))

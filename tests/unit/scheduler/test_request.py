@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import LONGEST_NS
+from scalellm.services.scheduler.request import Request, RequestState
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.link import LONGEST_NS
-from services.scheduler.request import Request, RequestState
 
 
 def make_request(now=0.0, **fields):

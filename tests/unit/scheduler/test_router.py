@@ -6,8 +6,8 @@ from itertools import takewhile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.prefix_index import BLOCK_TOKENS, PrefixIndex, block_hashes
-from services.scheduler.router import Router, Verdict
+from scalellm.services.scheduler.prefix_index import BLOCK_TOKENS, PrefixIndex, block_hashes
+from scalellm.services.scheduler.router import Router, Verdict
 
 
 @dataclass(frozen=True)

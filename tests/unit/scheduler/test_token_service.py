@@ -1,6 +1,6 @@
 """TokenService: who was served least, and what those are owed who were away."""
 
-from services.scheduler.token_service import TokenService
+from scalellm.services.scheduler.token_service import TokenService
 
 
 def test_a_tenant_that_was_away_is_owed_no_more_than_a_short_request():

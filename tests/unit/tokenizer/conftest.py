@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.loading import load_model_tokenizer
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 CORPUS = [
     "The committee met on Tuesday, 14 March 2023, to discuss naïve proposals: (a) build; (b) wait.",

@@ -8,10 +8,10 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from scalellm.services.tokenizer.text.chat_renderer import ChatRenderer, RenderLimits
+from scalellm.services.tokenizer.text.chat_template import ChatTemplate, ChatTemplateError
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 from service_processes import PATIENCE
-from services.tokenizer.text.chat_renderer import ChatRenderer, RenderLimits
-from services.tokenizer.text.chat_template import ChatTemplate, ChatTemplateError
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 CHATML = """\
 {%- if messages[0].role == 'system' -%}

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
-from services.tokenizer.text.encoder import EncodeBatcher
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
+from scalellm.services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
+from scalellm.services.tokenizer.text.encoder import EncodeBatcher
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 CONTENTS = st.lists(

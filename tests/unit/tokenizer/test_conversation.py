@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from services.tokenizer.text.chat_template import ChatTemplate
-from services.tokenizer.text.content_as_text import MarkedText
-from services.tokenizer.text.conversation import ConversationEncoder, Segment, answer_segment
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
+from scalellm.services.tokenizer.text.chat_template import ChatTemplate
+from scalellm.services.tokenizer.text.content_as_text import MarkedText
+from scalellm.services.tokenizer.text.conversation import ConversationEncoder, Segment, answer_segment
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 IM_END = 2
 

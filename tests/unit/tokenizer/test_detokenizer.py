@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 NAMES = ["smollm2", "gemma3", "byte_level", "byte_fallback", "unigram"]
 FIXTURES_ARE_CONSTANT = settings(max_examples=150)

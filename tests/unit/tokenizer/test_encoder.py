@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, processors
 
-from services.tokenizer.text.encoder import (
+from scalellm.services.tokenizer.text.encoder import (
     BATCH_CHARS,
     INLINE_CHARS,
     EncodeBatcher,
     TokenizerPanicError,
     TooManyTokensError,
 )
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 
 def some_text(rng: random.Random, length: int) -> str:

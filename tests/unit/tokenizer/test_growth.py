@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from scalellm.services.tokenizer.limits import RequestLimits
+from scalellm.services.tokenizer.sample_stream import OutputOptions, SampleStream
+from scalellm.services.tokenizer.text.conversation import Segment, answer_segment
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.stop_strings import StopStrings
+from scalellm.services.tokenizer.token_receiver import TokenBatch, TokenReceiver
+from scalellm.services.tokenizer.validation import validate_chat
 from scalellm.v1 import generation_pb2
-from services.tokenizer.limits import RequestLimits
-from services.tokenizer.sample_stream import OutputOptions, SampleStream
-from services.tokenizer.text.conversation import Segment, answer_segment
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.stop_strings import StopStrings
-from services.tokenizer.token_receiver import TokenBatch, TokenReceiver
-from services.tokenizer.validation import validate_chat
 
 SIZE = 2000
 ANSWER = "The committee met on Tuesday, 14 March 2023. "

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import GemmaTokenizerFast, GPT2TokenizerFast, LlamaTokenizerFast, Qwen2TokenizerFast
 
-from services.common.tokenizer_digest import tokenizer_sha256
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.loading import load_model_tokenizer
-from services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError
+from scalellm.services.common.tokenizer_digest import tokenizer_sha256
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer, UnsupportedTokenizerError
 
 SAMPLES = [
     "",

@@ -8,9 +8,9 @@ from itertools import chain, repeat
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
-from services.tokenizer.text.pattern_probe import check_patterns
-from services.tokenizer.text.pre_tokenizers import PRE_TOKENIZERS
+from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
+from scalellm.services.tokenizer.text.pattern_probe import check_patterns
+from scalellm.services.tokenizer.text.pre_tokenizers import PRE_TOKENIZERS
 
 GPT_4O = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -54,12 +54,12 @@ def test_a_single_long_measurement_is_repeated(monkeypatch: pytest.MonkeyPatch) 
         call()
         return next(seconds)
 
-    monkeypatch.setattr("services.tokenizer.text.pattern_probe._cpu_seconds", measured)
+    monkeypatch.setattr("scalellm.services.tokenizer.text.pattern_probe._cpu_seconds", measured)
     check_patterns(tokenizer_with(r"\p{N}{1,3}"), "model/tokenizer.json")
 
 
 def test_patterns_that_are_known_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.tokenizer.text.pattern_probe._MOST_SECONDS", -1.0)
+    monkeypatch.setattr("scalellm.services.tokenizer.text.pattern_probe._MOST_SECONDS", -1.0)
     for rule in PRE_TOKENIZERS.values():
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = rule.build()

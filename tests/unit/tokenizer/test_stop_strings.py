@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.tokenizer.text.stop_strings import StopMatcher, StopStrings
+from scalellm.services.tokenizer.text.stop_strings import StopMatcher, StopStrings
 
 LETTERS = st.sampled_from("ab]^-\\\n😀")
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.stop_strings import StopStrings
-from services.tokenizer.text.text_stream import TextStream
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.stop_strings import StopStrings
+from scalellm.services.tokenizer.text.text_stream import TextStream
 
 Outcome = tuple[str, int, str | None]
 

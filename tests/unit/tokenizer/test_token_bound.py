@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
-from services.tokenizer.text.token_bound import TokenBound
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
+from scalellm.services.tokenizer.text.token_bound import TokenBound
 
 NAMES = ["smollm2", "gemma3", "byte_level", "byte_fallback", "unigram"]
 RUNS = st.builds(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 from service_processes import RedisProcess, start_redis
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.text.loading import load_model_tokenizer
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 
 @pytest.fixture(scope="session")

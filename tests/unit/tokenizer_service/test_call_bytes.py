@@ -12,13 +12,13 @@ import pytest
 from hyperframe.frame import SettingsFrame
 
 from raw_http2 import connect
+from scalellm.services.common.api_keys import Tenant, TenantLimits
+from scalellm.services.common.lifecycle import GrpcService
+from scalellm.services.tokenizer.call_bytes import CallBytes
+from scalellm.services.tokenizer.quotas import TenantQuotas
+from scalellm.services.tokenizer.rpc import CallGate, add_service
 from scalellm.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from service_processes import PATIENCE, eventually
-from services.common.api_keys import Tenant, TenantLimits
-from services.common.lifecycle import GrpcService
-from services.tokenizer.call_bytes import CallBytes
-from services.tokenizer.quotas import TenantQuotas
-from services.tokenizer.rpc import CallGate, add_service
 
 SERVICE = tokenizer_pb2.DESCRIPTOR.services_by_name["Tokenizer"]
 DECODE = "/scalellm.v1.Tokenizer/Decode"

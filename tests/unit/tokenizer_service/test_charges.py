@@ -12,21 +12,21 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from scalellm.services.common.access import Access
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.config import TokenizerSettings
+from scalellm.services.tokenizer.dialect import Dialect
+from scalellm.services.tokenizer.generation.caller import Caller
+from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.generation.request_path import Generation, Resumption
+from scalellm.services.tokenizer.limits import RequestLimits
+from scalellm.services.tokenizer.metrics import EdgeMetrics
+from scalellm.services.tokenizer.prompt_builder import Prompt
+from scalellm.services.tokenizer.request_log import RequestLog
+from scalellm.services.tokenizer.sample_stream import Delta
+from scalellm.services.tokenizer.text.detokenizer import TokenTexts
+from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.common.access import Access
-from services.common.errors import StatusError
-from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.dialect import Dialect
-from services.tokenizer.generation.caller import Caller
-from services.tokenizer.generation.edge import Edge
-from services.tokenizer.generation.request_path import Generation, Resumption
-from services.tokenizer.limits import RequestLimits
-from services.tokenizer.metrics import EdgeMetrics
-from services.tokenizer.prompt_builder import Prompt
-from services.tokenizer.request_log import RequestLog
-from services.tokenizer.sample_stream import Delta
-from services.tokenizer.text.detokenizer import TokenTexts
-from services.tokenizer.token_receiver import TokenReceiver
 
 PROMPT = [11, 12, 13, 14]
 MAX_TOKENS = 6

@@ -6,8 +6,8 @@ import grpc
 import pytest
 
 from fake_scheduler_link import Line, unconnected
+from scalellm.services.common.errors import StatusError
 from scalellm.v1 import link_pb2
-from services.common.errors import StatusError
 
 SECOND = 10**9
 FULL = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the admission queue is full", retry_after=0.5).to_link()

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from scalellm.services.common.api_keys import Tenant, TenantLimits
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.redis_client import open_redis
+from scalellm.services.tokenizer.kept.journal import Entry, Head, Journal, Written
+from scalellm.services.tokenizer.kept.transcript import Transcript
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from service_processes import PATIENCE, RedisProcess, start_redis
-from services.common.api_keys import Tenant, TenantLimits
-from services.common.errors import StatusError
-from services.common.redis_client import open_redis
-from services.tokenizer.kept.journal import Entry, Head, Journal, Written
-from services.tokenizer.kept.transcript import Transcript
 
 TENANT = Tenant("acme", TenantLimits(kept_bytes=20_000))
 OTHER = Tenant("other")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.errors import StatusError
-from services.tokenizer.json_object import parse_object
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.json_object import parse_object
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

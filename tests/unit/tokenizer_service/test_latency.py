@@ -7,8 +7,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scalellm.services.tokenizer.latency import LatencyTrace, server_timing
 from scalellm.v1 import common_pb2, link_pb2
-from services.tokenizer.latency import LatencyTrace, server_timing
 
 NOT_PARTS = {"total_ns", "preempted_ns", "ttft_ns", "detokenize_cpu_ns", "executor_id"}
 HOPS = ("admission_ns", "queue_ns", "prefill_ns", "decode_ns", "failover_ns")

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from services.common.lifecycle import StartError
-from services.tokenizer.port import PortReservation
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.tokenizer.port import PortReservation
 
 
 def listen(port: int, *, share: bool) -> socket.socket:

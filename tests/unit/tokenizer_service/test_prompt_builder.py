@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from scalellm.services.tokenizer.prompt_builder import PromptBuilder
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 from scalellm.v1 import generation_pb2
-from services.tokenizer.prompt_builder import PromptBuilder
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 TEMPLATE = """\
 {%- for message in messages %}

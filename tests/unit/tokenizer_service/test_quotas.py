@@ -9,11 +9,11 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from scalellm.services.common.api_keys import DEFAULT_TENANT, Tenant, TenantLimits
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.redis_client import open_redis
+from scalellm.services.tokenizer.quotas import TenantQuotas
 from service_processes import PATIENCE, eventually
-from services.common.api_keys import DEFAULT_TENANT, Tenant, TenantLimits
-from services.common.errors import StatusError
-from services.common.redis_client import open_redis
-from services.tokenizer.quotas import TenantQuotas
 
 
 class Clock:

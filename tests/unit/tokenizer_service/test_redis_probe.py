@@ -6,14 +6,14 @@ import asyncio
 
 from redis import Redis
 
+from scalellm.services.common.api_keys import Tenant, TenantLimits
+from scalellm.services.common.redis_client import open_redis
+from scalellm.services.common.redis_health import probe_redis
+from scalellm.services.scheduler.affinity_store import AffinityStore
+from scalellm.services.tokenizer.quotas import TenantQuotas
+from scalellm.services.tokenizer.session import new_session
+from scalellm.services.tokenizer.session_store import SessionStore
 from service_processes import PATIENCE, RedisProcess, eventually
-from services.common.api_keys import Tenant, TenantLimits
-from services.common.redis_client import open_redis
-from services.common.redis_health import probe_redis
-from services.scheduler.affinity_store import AffinityStore
-from services.tokenizer.quotas import TenantQuotas
-from services.tokenizer.session import new_session
-from services.tokenizer.session_store import SessionStore
 
 OF_THE_TEST = {"config|resetstat", "config", "info", "client|setinfo", "client", "hello", "select", "auth"}
 

@@ -7,11 +7,11 @@ import logging
 import grpc
 import pytest
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.settings import load_settings
+from scalellm.services.tokenizer.config import TokenizerSettings
+from scalellm.services.tokenizer.request_log import RequestEnd, RequestLog
 from scalellm.v1 import common_pb2, generation_pb2
-from services.common.errors import StatusError
-from services.common.settings import load_settings
-from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.request_log import RequestEnd, RequestLog
 
 MARKER = "marmalade"
 CHAT = generation_pb2.GenerateRequest(
@@ -28,7 +28,7 @@ def written(settings: TokenizerSettings, *ends: RequestEnd) -> list[logging.LogR
     log, records = RequestLog(settings), []
     handler = logging.Handler()
     handler.emit = records.append
-    logger = logging.getLogger("services.tokenizer.requests")
+    logger = logging.getLogger("scalellm.services.tokenizer.requests")
     logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.INFO)

@@ -9,15 +9,15 @@ import grpc
 
 from fake_scheduler_link import Line, unconnected
 from otlp import read_trace_file
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.logs import RequestFields
+from scalellm.services.common.settings import ServiceSettings
+from scalellm.services.common.tracing import open_tracer
+from scalellm.services.tokenizer.generation.caller import Caller
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.request_log import RequestEnd
+from scalellm.services.tokenizer.request_trace import RequestTrace
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.common.errors import StatusError
-from services.common.logs import RequestFields
-from services.common.settings import ServiceSettings
-from services.common.tracing import open_tracer
-from services.tokenizer.generation.caller import Caller
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.request_log import RequestEnd
-from services.tokenizer.request_trace import RequestTrace
 
 
 class SomeCaller(Caller):

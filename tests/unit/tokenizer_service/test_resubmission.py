@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_scheduler_link import LENGTH, PROMPT, Line, Taker, logprob, token, unconnected, welcome
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.running_request import Move
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.tokenizer.running_request import Move
 
 
 @pytest.fixture(autouse=True)

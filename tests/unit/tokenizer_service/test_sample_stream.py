@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scalellm.services.tokenizer.sample_stream import OutputOptions, SampleStream
+from scalellm.services.tokenizer.text.stop_strings import StopStrings
+from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import common_pb2, link_pb2
-from services.tokenizer.sample_stream import OutputOptions, SampleStream
-from services.tokenizer.text.stop_strings import StopStrings
-from services.tokenizer.token_receiver import TokenReceiver
 
 EVERYTHING = OutputOptions(token_ids=True, keep_answer=True, logprobs=True)
 VOCAB = 49152

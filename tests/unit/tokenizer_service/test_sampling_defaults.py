@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from scalellm.services.common.lifecycle import StartError
+from scalellm.services.tokenizer.sampling_defaults import read_sampling_defaults, with_defaults
 from scalellm.v1.common_pb2 import SamplingParams
-from services.common.lifecycle import StartError
-from services.tokenizer.sampling_defaults import read_sampling_defaults, with_defaults
 
 
 def read(folder: Path, config: Any) -> SamplingParams:

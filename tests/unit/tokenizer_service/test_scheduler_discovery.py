@@ -9,11 +9,11 @@ import pytest
 from pydantic import ValidationError
 
 from fake_scheduler_link import unconnected
+from scalellm.services.common.link import LinkDialer
+from scalellm.services.tokenizer.config import TokenizerSettings
+from scalellm.services.tokenizer.scheduler_discovery import SchedulerDiscovery
+from scalellm.services.tokenizer.schedulers import Schedulers
 from service_processes import PATIENCE
-from services.common.link import LinkDialer
-from services.tokenizer.config import TokenizerSettings
-from services.tokenizer.scheduler_discovery import SchedulerDiscovery
-from services.tokenizer.schedulers import Schedulers
 
 
 class Found:

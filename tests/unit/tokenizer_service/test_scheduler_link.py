@@ -9,12 +9,12 @@ import grpc
 import pytest
 
 from fake_scheduler_link import LENGTH, Line, unconnected, welcome
+from scalellm.services.common.api_keys import DEFAULT_TENANT, Tenant
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.link import LinkClient
+from scalellm.services.tokenizer.generation.edge import TenantSalt
 from scalellm.v1 import link_pb2, scheduler_pb2
 from service_processes import PATIENCE
-from services.common.api_keys import DEFAULT_TENANT, Tenant
-from services.common.errors import StatusError
-from services.common.link import LinkClient
-from services.tokenizer.generation.edge import TenantSalt
 
 CONNECT = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name["Connect"]
 

@@ -12,14 +12,14 @@ import grpc
 import pytest
 from redis import Redis
 
+from scalellm.services.common.api_keys import Tenant, TenantLimits
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.redis_client import open_redis
+from scalellm.services.tokenizer.message import Message
+from scalellm.services.tokenizer.quotas import TenantQuotas
+from scalellm.services.tokenizer.session import Session, Turn, new_session
+from scalellm.services.tokenizer.session_store import SaveOutcome, SessionStore
 from service_processes import PATIENCE, RedisProcess, start_redis
-from services.common.api_keys import Tenant, TenantLimits
-from services.common.errors import StatusError
-from services.common.redis_client import open_redis
-from services.tokenizer.message import Message
-from services.tokenizer.quotas import TenantQuotas
-from services.tokenizer.session import Session, Turn, new_session
-from services.tokenizer.session_store import SaveOutcome, SessionStore
 
 KIB = 2**10
 LIMIT = 600 * KIB

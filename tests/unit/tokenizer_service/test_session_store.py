@@ -11,14 +11,14 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scalellm.services.common.api_keys import Tenant
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.redis_client import open_redis
+from scalellm.services.tokenizer.message import FunctionCall, Message
+from scalellm.services.tokenizer.session import Session, Turn, decode_session, encode_session, new_session
+from scalellm.services.tokenizer.session_store import SaveOutcome, SessionStore
+from scalellm.services.tokenizer.text.conversation import Continuation, Segment
 from service_processes import PATIENCE
-from services.common.api_keys import Tenant
-from services.common.errors import StatusError
-from services.common.redis_client import open_redis
-from services.tokenizer.message import FunctionCall, Message
-from services.tokenizer.session import Session, Turn, decode_session, encode_session, new_session
-from services.tokenizer.session_store import SaveOutcome, SessionStore
-from services.tokenizer.text.conversation import Continuation, Segment
 
 ids = st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple)
 texts = st.text(max_size=10)

@@ -8,11 +8,11 @@ from typing import Any
 import grpc
 import pytest
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import MAX_SCHEMA_DEPTH
+from scalellm.services.tokenizer.structure import grammar_of
+from scalellm.services.tokenizer.structure.json_schema import checked_schema
 from scalellm.v1 import generation_pb2
-from services.common.errors import StatusError
-from services.common.field_rules import MAX_SCHEMA_DEPTH
-from services.tokenizer.structure import grammar_of
-from services.tokenizer.structure.json_schema import checked_schema
 
 OBJECT = '{"type": "object"}'
 

@@ -7,10 +7,10 @@ import asyncio
 import grpc
 import pytest
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.limits import MAX_ANSWER_TOKENS
+from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import common_pb2, link_pb2
-from services.common.errors import StatusError
-from services.tokenizer.limits import MAX_ANSWER_TOKENS
-from services.tokenizer.token_receiver import TokenReceiver
 
 
 async def error_of(receiver: TokenReceiver) -> StatusError:

@@ -9,11 +9,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from scalellm.services.tokenizer.dialect import dialect_of
+from scalellm.services.tokenizer.dialect import known as formats
+from scalellm.services.tokenizer.prompt_builder import PromptBuilder
+from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 from scalellm.v1 import generation_pb2
-from services.tokenizer.dialect import dialect_of
-from services.tokenizer.dialect import known as formats
-from services.tokenizer.prompt_builder import PromptBuilder
-from services.tokenizer.text.model_tokenizer import ModelTokenizer
 from tool_templates import TEMPLATES
 
 FORMATS = {

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scalellm.services.tokenizer.generation.answer import Answer, make_samples
+from scalellm.services.tokenizer.kept.transcript import Transcript
+from scalellm.services.tokenizer.latency import LatencyTrace
+from scalellm.services.tokenizer.sample_stream import OutputOptions
+from scalellm.services.tokenizer.token_receiver import TokenBatch
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
-from services.tokenizer.generation.answer import Answer, make_samples
-from services.tokenizer.kept.transcript import Transcript
-from services.tokenizer.latency import LatencyTrace
-from services.tokenizer.sample_stream import OutputOptions
-from services.tokenizer.token_receiver import TokenBatch
 
 PROMPT = [7, 8, 9]
 

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
-from services.common.errors import StatusError
-from services.common.field_rules import SAMPLING_LISTS
-from services.tokenizer.limits import RequestLimits
-from services.tokenizer.template_kwargs import read_template_kwargs
-from services.tokenizer.validation import (
+from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import SAMPLING_LISTS
+from scalellm.services.tokenizer.limits import RequestLimits
+from scalellm.services.tokenizer.template_kwargs import read_template_kwargs
+from scalellm.services.tokenizer.validation import (
     fit_context,
     validate_chat,
     validate_decode,
@@ -25,6 +24,7 @@ from services.tokenizer.validation import (
     validate_page_size,
     validate_sampling,
 )
+from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 
 VOCAB = 1000
 LIMITS = RequestLimits()

@@ -1,11 +1,11 @@
 """Linear layers: how their weights lie in memory, how they multiply, and which tensors of a checkpoint fill them."""
 
-from services.executor.models.linear.checkpoint import CheckpointFormat, bias_slots, build_weight
-from services.executor.models.linear.dense import DenseWeight
-from services.executor.models.linear.fp8 import Fp8Weight
-from services.executor.models.linear.packed import PackedLinear
-from services.executor.models.linear.quantised import LinearInput, LinearWeight, QuantisedInput
-from services.executor.models.linear.wna16 import IntWeight
+from scalellm.services.executor.models.linear.checkpoint import CheckpointFormat, bias_slots, build_weight
+from scalellm.services.executor.models.linear.dense import DenseWeight
+from scalellm.services.executor.models.linear.fp8 import Fp8Weight
+from scalellm.services.executor.models.linear.packed import PackedLinear
+from scalellm.services.executor.models.linear.quantised import LinearInput, LinearWeight, QuantisedInput
+from scalellm.services.executor.models.linear.wna16 import IntWeight
 
 __all__ = [
     "CheckpointFormat",

@@ -10,15 +10,15 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.models.linear.dense import DenseWeight
-from services.executor.models.linear.fp8 import Fp8Weight
-from services.executor.models.linear.packing import per_word
-from services.executor.models.linear.quantised import LinearWeight
-from services.executor.models.linear.wna16 import Bits, IntWeight
-from services.executor.models.quantization import Method
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.models.linear.dense import DenseWeight
+from scalellm.services.executor.models.linear.fp8 import Fp8Weight
+from scalellm.services.executor.models.linear.packing import per_word
+from scalellm.services.executor.models.linear.quantised import LinearWeight
+from scalellm.services.executor.models.linear.wna16 import Bits, IntWeight
+from scalellm.services.executor.models.quantization import Method
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 _log = logging.getLogger(__name__)
 

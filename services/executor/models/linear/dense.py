@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.gemm_dense import TiledMatrix
-from services.executor.models.linear.quantised import LinearInput
-from services.executor.models.runtime import ModelRuntime
+from scalellm.kernels.cpu.gemm_dense import TiledMatrix
+from scalellm.services.executor.models.linear.quantised import LinearInput
+from scalellm.services.executor.models.runtime import ModelRuntime
 
 
 class DenseWeight:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kernels import scaled_fp8_quant
-from services.executor.models.linear.quantised import LinearInput, QuantisedInput
-from services.executor.models.runtime import ModelRuntime
+from scalellm.kernels import scaled_fp8_quant
+from scalellm.services.executor.models.linear.quantised import LinearInput, QuantisedInput
+from scalellm.services.executor.models.runtime import ModelRuntime
 
 E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = 448.0

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from services.executor.models.linear.wna16 import Bits
+from scalellm.services.executor.models.linear.wna16 import Bits
 
 
 class Groups(NamedTuple):

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from services.common.model_files import brief, shown
-from services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.common.model_files import brief, shown
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from services.executor.models.linear.checkpoint import CheckpointFormat, bias_slots, build_weight
-from services.executor.models.linear.quantised import LinearInput
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot, finish_with
+from scalellm.services.executor.models.linear.checkpoint import CheckpointFormat, bias_slots, build_weight
+from scalellm.services.executor.models.linear.quantised import LinearInput
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot, finish_with
 
 
 class PackedLinear:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from services.executor.models.linear.checkpoint import FilledWeight, commonest_projection, plain_slots
-from services.executor.models.linear.dense import DenseWeight
-from services.executor.models.runtime import ModelRuntime, dtype_name
+from scalellm.services.executor.models.linear.checkpoint import FilledWeight, commonest_projection, plain_slots
+from scalellm.services.executor.models.linear.dense import DenseWeight
+from scalellm.services.executor.models.runtime import ModelRuntime, dtype_name
 
 _HALVES = (torch.bfloat16, torch.float16)
 

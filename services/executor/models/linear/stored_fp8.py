@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.models.linear.checkpoint import FilledWeight, stacked
-from services.executor.models.linear.fp8 import E4M3, Fp8Weight
-from services.executor.models.linear.ignored import IgnoredLayers
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.models.linear.checkpoint import FilledWeight, stacked
+from scalellm.services.executor.models.linear.fp8 import E4M3, Fp8Weight
+from scalellm.services.executor.models.linear.ignored import IgnoredLayers
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from services.executor.models.linear.checkpoint import FilledWeight, commonest_projection, stacked
-from services.executor.models.linear.gguf_blocks import BLOCK_FORMATS, BlockFormat
-from services.executor.models.linear.packing import pack_rows
-from services.executor.models.linear.stored_dense import build_half
-from services.executor.models.linear.wna16 import IntWeight
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.models.linear.checkpoint import FilledWeight, commonest_projection, stacked
+from scalellm.services.executor.models.linear.gguf_blocks import BLOCK_FORMATS, BlockFormat
+from scalellm.services.executor.models.linear.packing import pack_rows
+from scalellm.services.executor.models.linear.stored_dense import build_half
+from scalellm.services.executor.models.linear.wna16 import IntWeight
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 _DENSE_TYPES: Mapping[str, torch.dtype] = MappingProxyType({"F16": torch.float16, "BF16": torch.bfloat16})
 

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from services.executor.model_config.errors import UnsupportedModelError
-from services.executor.models.linear.checkpoint import FilledWeight, stacked
-from services.executor.models.linear.ignored import IgnoredLayers
-from services.executor.models.linear.packing import pack_rows, per_word, unpack_rows
-from services.executor.models.linear.wna16 import Bits, IntWeight
-from services.executor.models.runtime import ModelRuntime
-from services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.model_config.errors import UnsupportedModelError
+from scalellm.services.executor.models.linear.checkpoint import FilledWeight, stacked
+from scalellm.services.executor.models.linear.ignored import IgnoredLayers
+from scalellm.services.executor.models.linear.packing import pack_rows, per_word, unpack_rows
+from scalellm.services.executor.models.linear.wna16 import Bits, IntWeight
+from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.weight_slot import WeightSlot
 
 _WORDS = (torch.int32,)
 _INDICES = (torch.int32, torch.int64)

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kernels.cpu.gemm_wna16 import TiledWeight
-from services.executor.models.linear.packing import pack_rows, per_word, unpack_rows
-from services.executor.models.linear.quantised import LinearInput
-from services.executor.models.runtime import ModelRuntime
+from scalellm.kernels.cpu.gemm_wna16 import TiledWeight
+from scalellm.services.executor.models.linear.packing import pack_rows, per_word, unpack_rows
+from scalellm.services.executor.models.linear.quantised import LinearInput
+from scalellm.services.executor.models.runtime import ModelRuntime
 
 Bits = Literal[4, 8]
 

@@ -123,7 +123,7 @@ async def test_a_bad_request_has_its_status(http, scheduler, name):
 
 
 async def test_connections_that_come_and_go_leave_nothing(http, service, scheduler):
-    worker = next(child for child in service.children() if "services.tokenizer.worker" in child.cmdline())
+    worker = next(child for child in service.children() if "scalellm.services.tokenizer.worker" in child.cmdline())
     await http.post(CHAT, json.loads(HELLO))
     before = worker.num_fds()
     host, port = http.base.removeprefix("http://").rsplit(":", 1)

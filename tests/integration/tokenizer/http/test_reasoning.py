@@ -10,9 +10,9 @@ import pytest
 import pytest_asyncio
 from tokenizers import AddedToken
 
+from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 from scripted_scheduler import ScriptedScheduler
 from service_processes import PATIENCE
-from services.tokenizer.text.loading import load_model_tokenizer
 from tool_templates import HERMES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
