@@ -193,14 +193,16 @@ class LinkClient:
                 call.cancel()
 
     async def _serve(self, call: Any, welcome: link_pb2.Welcome) -> None:
-        steps = [self._read(call, partial(read_step, vocab_size=welcome.vocab_size)), self._write(call), self._watch()]
+        # The writer first: what it raises tells more where the same event ended both.
+        steps = [self._write(call), self._read(call, partial(read_step, vocab_size=welcome.vocab_size)), self._watch()]
         if welcome.lease_ns:
             steps.append(self._renew(welcome.lease_ns / 1e9))
         tasks = [asyncio.create_task(step) for step in steps]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
         finally:
             for task in tasks:
                 task.cancel()
@@ -226,7 +228,12 @@ class LinkClient:
     async def _send_frame(self, call: Any, frame: link_pb2.ClientFrame) -> None:
         message = frame.SerializeToString()
         self.traffic.on_sent(message)
-        await call.write(message)
+        try:
+            await call.write(message)
+        except grpc.aio.AioRpcError:
+            # A peer that ends the call while a frame is written: gRPC reports INTERNAL in place of the peer's status,
+            # which is lost. The next attempt, due at once, tells how the peer is.
+            raise StatusError.unavailable(f"{self.address} ended the link", retry_after=0.0) from None
 
     async def _raise_status(self, call: Any) -> None:
         """Raise StatusError with how a call ended, unless it is OK."""

@@ -24,6 +24,7 @@ class Handler:
 
     def __init__(self) -> None:
         self.num_down = 0
+        self.errors: list[StatusError] = []
         self.is_up = asyncio.Event()
 
     def on_up(self, welcome: link_pb2.Welcome) -> None:
@@ -34,6 +35,7 @@ class Handler:
 
     def on_down(self, error: StatusError) -> None:
         self.num_down += 1
+        self.errors.append(error)
 
 
 class Call:
@@ -177,3 +179,27 @@ async def test_a_cancellation_that_grpc_takes_for_its_own_ends_the_link(monkeypa
     await end(running)
     assert running.cancelled()
     assert handler.num_down == 0
+
+
+async def test_a_peer_that_ends_the_call_during_a_write_is_asked_again_at_once() -> None:
+    """gRPC hides the peer's status then, so that it must not be taken for the word of a peer that is broken."""
+
+    class Ending(Call):
+        async def write(self, message: bytes) -> None:
+            await super().write(message)
+            if len(self.written) > 1:
+                self.ended.set()
+                nothing = grpc.aio.Metadata()
+                raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, "Internal error from Core")
+
+        async def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.INTERNAL
+
+    handler, call = Handler(), Ending()
+    client = LinkClient("127.0.0.1:1", CONNECT, link_pb2.Hello(), handler, dialer=Dialer(call))
+    running = asyncio.create_task(client.run())
+    await handler.is_up.wait()
+    client.abort(1, link_pb2.ABORT_REASON_CANCELLED)
+    await eventually(lambda: handler.errors)
+    await end(running)
+    assert (handler.errors[0].code, handler.errors[0].retry_after) == (grpc.StatusCode.UNAVAILABLE, 0.0)
