@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .PHONY: help run up down status chat test test-all test-compose test-compose-faults test-hostile test-faults \
-	soak test-kernels aot lint format protos bench bench-load bench-tokenizer bench-scheduler bench-executor \
+	soak test-kernels aot lint format protos docs docs-check bench bench-load bench-tokenizer bench-scheduler bench-executor \
 	bench-line bench-fleet bench-peers gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
@@ -74,12 +74,13 @@ test-kernels: setup-dev ## run the Triton kernels on the interpreter (no GPU nee
 aot: setup-dev ## compile the Triton kernels for sm_80, sm_90 and sm_100 and compare (AOT_ARGS="--help")
 	TRITON_CACHE_DIR=build/aot/triton $(python) -m scalellm.kernels.aot $(AOT_ARGS)
 
-lint: setup-dev ## format check, lint, types, contracts, file length
+lint: setup-dev ## format check, lint, types, contracts, file length, generated references
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	scripts/protos --check
 	$(python) scripts/file_length
+	$(python) scripts/reference.py --check
 
 format: setup-dev ## format and fix what can be fixed
 	.venv/bin/ruff format .
@@ -87,6 +88,12 @@ format: setup-dev ## format and fix what can be fixed
 
 protos: setup-dev ## generate the stubs from protos/
 	scripts/protos
+
+docs: setup-dev ## write the API and settings references in docs/reference
+	$(python) scripts/reference.py
+
+docs-check: setup-dev ## check the documents: links, names of files and functions, commands, references
+	$(test-env) $(python) -m pytest -n 2 -q tests/unit/project/test_documents.py
 
 bench: setup-dev ## measure the engine and the whole line (BENCH_ARGS="--help")
 	@$(python) -m bench $(BENCH_ARGS)

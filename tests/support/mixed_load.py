@@ -128,7 +128,7 @@ def check_books(line: Line) -> None:
 
 
 def laws_at_rest(line: Line, seen: Seen) -> dict[str, tuple[float, float]]:
-    """Every law's two sides, when nothing is under way: docs/operations.md says them in words."""
+    """Every law's two sides, when nothing is under way: docs/operations/observe.md says them in words."""
     edge, core = scrape(line.tokenizer), scrape(line.scheduler)
     engines = [scrape(executor) for executor in line.executors]
 

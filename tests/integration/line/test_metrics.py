@@ -66,7 +66,9 @@ def families(line: Line, prefix: str) -> set[str]:
 
 
 def test_what_is_promised_is_there_and_what_is_there_is_documented(line: Line) -> None:
-    documented = re.findall(r"^\| `scalellm_(\w+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    documented = re.findall(
+        r"^\| `scalellm_(\w+)` \|", (ROOT / "docs" / "operations" / "observe.md").read_text(), re.MULTILINE
+    )
     assert len(documented) == len(set(documented))
     assert families(line, "scalellm_") == set(documented)
     assert families(line, "vllm:") == VLLM

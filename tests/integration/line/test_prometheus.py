@@ -170,7 +170,9 @@ def test_after_a_mixed_load_everything_is_there_and_agrees(line: Line, prometheu
     first_tokens = prometheus.value("sum(scalellm_time_to_first_token_seconds_count)")
     assert 0 <= first_tokens - seen.with_first_token <= seen.perhaps_with_first_token
 
-    documented = re.findall(r"^\| `(scalellm_\w+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    documented = re.findall(
+        r"^\| `(scalellm_\w+)` \|", (ROOT / "docs" / "operations" / "observe.md").read_text(), re.MULTILINE
+    )
     settled(lambda: [name for name in documented if not prometheus.query(f'{{__name__=~"{name}(_bucket)?"}}')])
     settled(lambda: [(title, query) for title, query in dashboard_queries() if not prometheus.query(query)])
 
@@ -191,7 +193,7 @@ def test_every_rule_is_evaluated_and_none_of_them_alarms_a_sound_line(prometheus
 def test_every_runbook_is_there() -> None:
     rules = (MONITORING / "rules.yml").read_text()
     alerts = re.findall(r"- alert: (\w+)", rules)
-    runbooks = re.findall(r"runbook: docs/operations.md#(\w+)", rules)
+    runbooks = re.findall(r"runbook: docs/operations/observe.md#(\w+)", rules)
     assert runbooks == [alert.lower() for alert in alerts]
-    headings = re.findall(r"^#### (\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "operations" / "observe.md").read_text(), re.MULTILINE)
     assert sorted(headings) == sorted(set(alerts))

@@ -70,6 +70,6 @@ def test_nobody_knows_the_password_of_grafana() -> None:
 
 def test_every_variable_is_in_the_manual() -> None:
     named = set(VARIABLE.findall((ROOT / "compose.yaml").read_text()))
-    manual = (ROOT / "docs" / "operations.md").read_text()
+    manual = (ROOT / "docs" / "operations" / "deploy.md").read_text()
     # A list of several goes on with their ends: `SCALELLM_MEMORY_TOKENIZER`, `_SCHEDULER`.
     assert {name for name in named if not re.search(rf"`{name}`|`_{name.rpartition('_')[2]}`", manual)} == set()
