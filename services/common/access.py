@@ -48,6 +48,11 @@ METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/scalellm.v1.Executor/Execute": _LINKS,
         "/scalellm.v1.Executor/GetInfo": _OPERATORS,
         "/scalellm.v1.Executor/Drain": _OPERATORS,
+        # KEDA shows no key. It is told what the metrics tell: numbers, of nobody in particular.
+        "/externalscaler.ExternalScaler/IsActive": _EVERYBODY,
+        "/externalscaler.ExternalScaler/StreamIsActive": _EVERYBODY,
+        "/externalscaler.ExternalScaler/GetMetricSpec": _EVERYBODY,
+        "/externalscaler.ExternalScaler/GetMetrics": _EVERYBODY,
         # Probes carry no secrets.
         "/grpc.health.v1.Health/Check": _EVERYBODY,
         "/grpc.health.v1.Health/Watch": _EVERYBODY,

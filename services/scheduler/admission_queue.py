@@ -104,6 +104,10 @@ class AdmissionQueue(Generic[EntryT]):
             heads.update({tenant: line.first for tenant, line in self._lines[priority].items()})
         return sorted(heads.values(), key=lambda entry: (entry.priority, self._served(entry.tenant), entry.arrival))
 
+    def firsts(self) -> Iterator[EntryT]:
+        """The next entry of each tenant and priority, in no order."""
+        return (line.first for lines in self._lines.values() for line in lines.values())
+
     def admit(self, entry: EntryT, remaining: float | None, tokens_per_second: float | None) -> list[EntryT]:
         """Take a new request, or refuse it at once rather than let it wait in vain.
 

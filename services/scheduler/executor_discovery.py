@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from scalellm.services.common.addresses import split_address
@@ -40,6 +40,11 @@ class ExecutorDiscovery:
         self._removed: set[str] = set()
         self._lookup = NameLookup("executor")
         self.errors = self._lookup.errors
+
+    @property
+    def names(self) -> Mapping[str, frozenset[str]]:
+        """The listed names, each with the addresses that it stands for."""
+        return self._names
 
     async def add(self, names: Iterable[str]) -> None:
         """List names and look them up once. Raises ValueError for what is not host:port."""

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -21,6 +21,7 @@ from scalellm.services.scheduler.affinity_store import AffinityStore
 from scalellm.services.scheduler.books import Books, outcome_of
 from scalellm.services.scheduler.fleet import Fleet
 from scalellm.services.scheduler.intake import Intake
+from scalellm.services.scheduler.scaling import ALL, PoolState, Scaling
 from scalellm.v1 import scheduler_pb2
 
 _PREFIX = "scalellm_scheduler"
@@ -44,6 +45,7 @@ class _Snapshot:
     keys_unread: bool
     num_client_links: int
     num_pool_switches: int
+    scaling: Mapping[str, PoolState]
     num_tasks: int
 
 
@@ -58,6 +60,7 @@ class SchedulerCollector(Collector):
         books: What became of the requests.
         intake: Has the links of clients.
         fleet: Has the links to executors.
+        scaling: Knows how many executors there should be.
         affinity: Knows how Redis is.
         access: Knows whether keys can be read.
         loop_lag: How late the event loop was.
@@ -70,6 +73,7 @@ class SchedulerCollector(Collector):
         books: Books,
         intake: Intake,
         fleet: Fleet,
+        scaling: Scaling,
         affinity: AffinityStore,
         access: Access,
         loop_lag: Histogram,
@@ -79,6 +83,7 @@ class SchedulerCollector(Collector):
         self._books = books
         self._intake = intake
         self._fleet = fleet
+        self._scaling = scaling
         self._affinity = affinity
         self._access = access
         self._loop_lag = loop_lag
@@ -96,6 +101,7 @@ class SchedulerCollector(Collector):
         yield from _tokens(snapshot.books)
         yield from _executors(snapshot)
         yield from _pools(snapshot)
+        yield from _scaling(snapshot)
         yield from _links(snapshot)
         if snapshot.redis_failures is not None:
             up = float(snapshot.state.redis_ok)
@@ -119,6 +125,7 @@ class SchedulerCollector(Collector):
             keys_unread=self._access.is_failing,
             num_client_links=self._intake.num_links,
             num_pool_switches=self._fleet.pools.num_switches,
+            scaling=self._scaling.states,
             num_tasks=len(asyncio.all_tasks()),
         )
 
@@ -179,6 +186,18 @@ def _pools(snapshot: _Snapshot) -> Iterator[Metric]:
 def _predicted(pool: scheduler_pb2.PoolState) -> float:
     seconds: float = pool.predicted_s if pool.HasField("predicted_s") else math.nan
     return seconds
+
+
+def _scaling(snapshot: _Snapshot) -> Iterator[Metric]:
+    pools = [((name or "all",), pool) for name, pool in snapshot.scaling.items()]
+    for name, text, field in (
+        ("saturation", "Share of their rows or cache that what runs or waits would take.", "saturation"),
+        ("wanted_executors", "Executors that there should be.", "wanted"),
+    ):
+        family = GaugeMetricFamily(f"{_PREFIX}_{name}", text, labels=("executors",))
+        yield filled(family, [(labels, getattr(pool, field)) for labels, pool in pools])
+    text = "Seconds that the oldest request has waited."
+    yield GaugeMetricFamily(f"{_PREFIX}_oldest_request_seconds", text, value=snapshot.scaling[ALL].oldest_s)
 
 
 def _links(snapshot: _Snapshot) -> Iterator[Metric]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 
@@ -17,10 +18,15 @@ class Outage:
         grace: Seconds without a front that answers.
         restart_limit: Seconds without a ready executor while a front answers. Never less than `grace`.
         on_given_up: Called when nobody should wait any more.
+
+    Attributes:
+        is_given_up: True while requests are refused.
+        turned_away_at: When a request was last refused, in seconds of the event loop's clock.
     """
 
     def __init__(self, grace: float, restart_limit: float, on_given_up: Callable[[], None]) -> None:
         self.is_given_up = False
+        self.turned_away_at = -math.inf
         self._grace = grace
         self._restart_limit = max(grace, restart_limit)
         self._on_given_up = on_given_up
@@ -56,6 +62,11 @@ class Outage:
             if self._unreachable_since is not None:
                 limit = min(limit, self._unreachable_since + self._grace)
             self._timer = self._loop.call_at(limit, self._give_up)
+
+    def note_request(self, now: float) -> None:
+        """A request is there, which is refused if nobody should wait."""
+        if self.is_given_up:
+            self.turned_away_at = now
 
     async def wait_decided(self, timeout: float) -> None:
         """Wait until an executor is ready or the wait for one is given up, no longer than `timeout` seconds."""

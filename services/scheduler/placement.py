@@ -96,6 +96,7 @@ class Placement:
 
     def enter(self, request: Request, now: float) -> None:
         """Queue a request that was counted in. Raises StatusError for one that is refused."""
+        self.outage.note_request(now)
         self._fleet.check(request, is_given_up=self.outage.is_given_up)
         self.quarantine.check(request.submit, now)
         if request.submit.attempt:
@@ -230,6 +231,7 @@ class Placement:
         level = logging.INFO if self._fleet.identity is None else logging.ERROR  # or it is starting
         _log.log(level, "requests end with UNAVAILABLE: %s", error.message)
         for request in list(self.queue.in_order()):
+            self.outage.note_request(self._loop.time())
             self.end(request, request.make_finish(error))
 
     def _schedule_pump(self) -> None:

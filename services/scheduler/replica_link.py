@@ -217,10 +217,9 @@ class ReplicaLink:
     def lacks_room(self, request: Request) -> bool:
         """Whether a request that is sent now would wait for a row or for cache blocks."""
         num_rows = sum(other.executor.num_rows for other in self.running.values() if not other.executor.is_recalled)
-        rows = self.welcome.max_num_seqs if self.welcome is not None else 0
         return (
             not self._has_request_credit
-            or num_rows + request.num_rows > rows
+            or num_rows + request.num_rows > self.max_num_seqs
             or self.free_blocks * self.block_size < request.num_prompt_tokens
         )
 
@@ -267,6 +266,21 @@ class ReplicaLink:
     def free_blocks(self) -> int:
         """Cache blocks that are free or can be evicted, at the last report."""
         return self.load.free_blocks
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that it runs at once."""
+        return self.welcome.max_num_seqs if self.welcome is not None else 0
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that its cache holds."""
+        return self.welcome.num_blocks * self.welcome.block_size if self.welcome is not None else 0
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait there: as known here, or, when other schedulers use it as well, as reported."""
+        return max(len(self.running), self.load.running + self.load.waiting)
 
     @property
     def pending_prefill_tokens(self) -> int:

@@ -23,6 +23,11 @@ class RequestTimes:
         self._since = now
         self._was_lost = False
 
+    @property
+    def waits_since(self) -> float:
+        """Since when a queued request waits; one that came back, since it was sent to where it came back from."""
+        return self._since
+
     def leave_queue(self, now: float) -> None:
         """It waited until now."""
         if self._was_lost:

@@ -20,10 +20,13 @@ from scalellm.services.common.vllm_metrics import WithVllmNames
 from scalellm.services.scheduler.affinity_store import AffinityStore
 from scalellm.services.scheduler.config import SchedulerSettings
 from scalellm.services.scheduler.executor_discovery import ExecutorDiscovery
+from scalellm.services.scheduler.external_scaler import SERVICE as SCALER_SERVICE
+from scalellm.services.scheduler.external_scaler import ExternalScaler
 from scalellm.services.scheduler.fleet import Fleet
 from scalellm.services.scheduler.intake import Intake
 from scalellm.services.scheduler.metrics import SchedulerCollector
 from scalellm.services.scheduler.placement import Placement
+from scalellm.services.scheduler.scaling import Scaling
 from scalellm.services.scheduler.service import SERVICE, SchedulerService
 
 if TYPE_CHECKING:
@@ -48,6 +51,9 @@ class SchedulerServer:
         self._discovery = ExecutorDiscovery(self._fleet, settings.executor_resolve_s)
         self.placement = Placement(settings, self._fleet, self._affinity, self._heartbeat)
         self.intake = Intake(self.placement, tracer)
+        self.scaling = Scaling(
+            self._fleet, self.placement, lambda: self._discovery.names, asyncio.get_running_loop().time
+        )
         self.service = SchedulerService(
             self._instance_id,
             settings.drain_limit_s,
@@ -63,13 +69,17 @@ class SchedulerServer:
         self._grpc = GrpcService(
             settings.host,
             settings.port,
-            services=[SERVICE.full_name],
+            services=[SERVICE.full_name, SCALER_SERVICE.full_name],
             is_ready=self._is_ready,
             options=settings.connection_options,
             credentials=server_credentials(settings.tls_files),
             interceptors=self._access.interceptors,
         )
-        self._grpc.server.add_generic_rpc_handlers((link_service_handler(SERVICE, self.service),))
+        handlers = (
+            link_service_handler(SERVICE, self.service),
+            link_service_handler(SCALER_SERVICE, ExternalScaler(self.scaling)),
+        )
+        self._grpc.server.add_generic_rpc_handlers(handlers)
         self._metrics: MetricsEndpoint | None = None
         self._loop_lag = Histogram(LAG_SECONDS)
         self._tasks: list[asyncio.Task[None]] = []
@@ -93,6 +103,7 @@ class SchedulerServer:
         self._tasks = [
             asyncio.create_task(self._affinity.run(), name="affinity"),
             asyncio.create_task(self._discovery.run(), name="discovery"),
+            asyncio.create_task(self.scaling.run(), name="scaling"),
             asyncio.create_task(LoopLag(self._loop_lag.observe).run(), name="loop lag"),
         ]
         await self._discovery.add(self._settings.executor_addresses)
@@ -119,6 +130,7 @@ class SchedulerServer:
             self.placement.books,
             self.intake,
             self._fleet,
+            self.scaling,
             self._affinity,
             self._access,
             self._loop_lag,

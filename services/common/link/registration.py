@@ -13,8 +13,8 @@ def link_service_handler(service: ServiceDescriptor, servicer: object) -> grpc.G
     """Serve `service` with the methods of `servicer`, which carry the RPCs' names.
 
     A bidirectional method is a link and deals in bytes both ways: its frames are serialised once, by whoever makes
-    them, and merged as bytes. The other methods get and return messages. All of them raise StatusError for every
-    outcome but OK.
+    them, and merged as bytes. The other methods get and return messages, or write them to the context. All of them
+    raise StatusError for every outcome but OK.
     """
     handlers = {}
     for method in service.methods:
@@ -22,7 +22,10 @@ def link_service_handler(service: ServiceDescriptor, servicer: object) -> grpc.G
         if method.client_streaming and method.server_streaming:
             handlers[method.name] = grpc.stream_stream_rpc_method_handler(behaviour)
         else:
-            handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+            make = (
+                grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+            )
+            handlers[method.name] = make(
                 behaviour,
                 request_deserializer=GetMessageClass(method.input_type).FromString,
                 response_serializer=GetMessageClass(method.output_type).SerializeToString,

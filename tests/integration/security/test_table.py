@@ -25,6 +25,7 @@ UNKNOWN, CUT_OFF = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE
 CALLERS = ("no key", "wrong key", "user's key", "other tenant's key", "admin key", "link token")
 EXPECTED = {
     "Health": (OK, OK, OK, OK, OK, OK),
+    "ExternalScaler": (OK, OK, OK, OK, OK, OK),
     "ServerReflection": (UNKNOWN, UNKNOWN, OK, OK, OK, OK),
     "Generation": (UNKNOWN, UNKNOWN, OK, OK, OK, DENIED),
     "Tokenizer": (UNKNOWN, UNKNOWN, OK, OK, OK, DENIED),

@@ -1,0 +1,1 @@
+"""Generated from protos/scalellm/keda by `make protos`; not edited by hand."""

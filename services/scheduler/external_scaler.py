@@ -1,0 +1,67 @@
+"""externalscaler.ExternalScaler on gRPC: tells KEDA how many executors there should be."""
+
+from __future__ import annotations
+
+import grpc
+
+from scalellm.keda import externalscaler_pb2 as pb
+from scalellm.services.common.errors import StatusError
+from scalellm.services.scheduler.scaling import ALL, PoolState, Scaling
+
+SERVICE = pb.DESCRIPTOR.services_by_name["ExternalScaler"]
+
+_METRIC = "wanted-executors"
+
+_POOL_KEY = "executors"
+"""Key of a trigger's metadata with the name under which a pool's executors are listed, host:port. Without it: all."""
+
+
+class ExternalScaler:
+    """Answers the RPCs. The metric is the number of executors itself, and one executor is good for one of it.
+
+    Every method ends NOT_FOUND for a name of executors that is not listed.
+
+    Args:
+        scaling: Knows the numbers.
+    """
+
+    def __init__(self, scaling: Scaling) -> None:
+        self._scaling = scaling
+
+    async def IsActive(self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext) -> pb.IsActiveResponse:
+        """Whether any executor is needed."""
+        return pb.IsActiveResponse(result=self._state(request).is_active)
+
+    async def StreamIsActive(self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext) -> None:
+        """The same at once, and whenever it changes; until the caller ends it."""
+        told: bool | None = None
+        while True:
+            if (is_active := self._state(request).is_active) is not told:
+                told = is_active
+                await context.write(pb.IsActiveResponse(result=is_active))
+            await self._scaling.next_look()
+
+    async def GetMetricSpec(
+        self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext
+    ) -> pb.GetMetricSpecResponse:
+        """One metric."""
+        self._state(request)
+        return pb.GetMetricSpecResponse(
+            metricSpecs=[pb.MetricSpec(metricName=_METRIC, targetSize=1, targetSizeFloat=1.0)]
+        )
+
+    async def GetMetrics(
+        self, request: pb.GetMetricsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetMetricsResponse:
+        """Its value."""
+        wanted = self._state(request.scaledObjectRef).wanted
+        return pb.GetMetricsResponse(
+            metricValues=[pb.MetricValue(metricName=_METRIC, metricValue=wanted, metricValueFloat=wanted)]
+        )
+
+    def _state(self, scaled: pb.ScaledObjectRef) -> PoolState:
+        name = next((entry.value for entry in scaled.scalerMetadata if entry.key == _POOL_KEY), ALL)
+        if (state := self._scaling.states.get(name)) is None:
+            message = f"{_POOL_KEY}: {name!r} is no name of executors that this scheduler was told of"
+            raise StatusError(grpc.StatusCode.NOT_FOUND, message)
+        return state

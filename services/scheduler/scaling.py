@@ -1,0 +1,137 @@
+"""How full the pools of executors are, and how many executors each should have: looked at again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from scalellm.services.common.addresses import is_ip_address, split_address
+from scalellm.services.scheduler.scaling_rule import PoolDemand, ScalingRule
+
+if TYPE_CHECKING:
+    from scalellm.services.scheduler.fleet import Fleet
+    from scalellm.services.scheduler.placement import Placement
+    from scalellm.services.scheduler.replica_link import ReplicaLink
+
+ALL = ""
+"""Name of the pool of all executors."""
+
+_LOOK_S = 1.0
+
+_REMEMBERED_S = 60.0
+"""Seconds for which a request that found no executor counts as wanting one: its client comes back sooner."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """A pool at the last look.
+
+    Attributes:
+        ready: Executors that take requests.
+        saturation: Share of their rows or cache, whichever is more, that all requests that run or wait would take;
+            above 1 they do not fit. With no executor ready, as a share of one.
+        oldest_s: Seconds that the oldest request has waited; 0 = none waits.
+        wanted: Executors that there should be.
+        is_active: False while no executor is needed at all.
+    """
+
+    ready: int = 0
+    saturation: float = 0.0
+    oldest_s: float = 0.0
+    wanted: int = 0
+    is_active: bool = False
+
+
+class Scaling:
+    """Looks at all pools every second. A pool is what one name of executors stands for, or all executors.
+
+    Requests that wait are not given to a pool before an executor takes them: they count in full for each pool. Of what
+    other schedulers sent to an executor, its reports tell; what waits in them is known to them alone.
+
+    Args:
+        fleet: The executors.
+        placement: What waits for them.
+        names: The addresses that each listed name stands for now.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        placement: Placement,
+        names: Callable[[], Mapping[str, frozenset[str]]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._placement = placement
+        self._names = names
+        self._clock = clock
+        self._pools: dict[str, _Pool] = {ALL: _Pool()}
+        self._looked = asyncio.Event()
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            self.look()
+            await asyncio.sleep(_LOOK_S)
+
+    def look(self) -> None:
+        """Bring all pools up to date."""
+        now = self._clock()
+        # An address is one executor for ever: nobody scales it.
+        named = {
+            name: addresses for name, addresses in self._names().items() if not is_ip_address(split_address(name)[0])
+        }
+        self._pools = {name: self._pools.get(name) or _Pool() for name in (ALL, *named)}
+        for name, pool in self._pools.items():
+            ready = self._fleet.ready
+            members = ready.values() if name == ALL else (ready[one] for one in named[name] if one in ready)
+            pool.look(members, self._placement, now)
+        looked, self._looked = self._looked, asyncio.Event()
+        looked.set()
+
+    @property
+    def states(self) -> Mapping[str, PoolState]:
+        """All pools by name."""
+        return {name: pool.state for name, pool in self._pools.items()}
+
+    async def next_look(self) -> None:
+        """Wait until the pools were looked at again."""
+        await self._looked.wait()
+
+
+class _Pool:
+    """One pool, from look to look."""
+
+    def __init__(self) -> None:
+        self.state = PoolState()
+        self._rule = ScalingRule()
+        self._rows = self._tokens = math.inf  # of one executor; those of the last that were ready
+
+    def look(self, members: Iterable[ReplicaLink], placement: Placement, now: float) -> None:
+        ready = list(members)
+        if ready:
+            self._rows = max(1.0, sum(replica.max_num_seqs for replica in ready) / len(ready))
+            self._tokens = max(1.0, sum(replica.cache_tokens for replica in ready) / len(ready))
+        queue = placement.queue
+        work = sum(map(_share_in_use, ready)) + max(len(queue) / self._rows, queue.num_tokens / self._tokens)
+        oldest = max((now - since for since in _waiting_since(placement)), default=0.0)
+        is_wanted = placement.books.num_open > 0 or now - placement.outage.turned_away_at < _REMEMBERED_S
+        stuck = 0.0 if any(replica.has_credit for replica in ready) else oldest
+        wanted = self._rule.update(PoolDemand(len(ready), work, stuck, is_wanted), now)
+        self.state = PoolState(len(ready), work / max(1, len(ready)), oldest, wanted, is_active=wanted > 0)
+
+
+def _share_in_use(replica: ReplicaLink) -> float:
+    """Of an executor's rows or of its cache, whichever is more; above 1 where requests wait there."""
+    rows = replica.num_requests / max(1, replica.max_num_seqs)
+    cache = 1.0 - replica.load.free_blocks / replica.load.total_blocks if replica.load.total_blocks else 0.0
+    return max(rows, cache)
+
+
+def _waiting_since(placement: Placement) -> Iterator[float]:
+    """Since when the next requests of each tenant and priority wait: the oldest is among them, or hardly younger."""
+    return (request.times.waits_since for request in placement.queue.firsts())
