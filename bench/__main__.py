@@ -72,7 +72,7 @@ def _line(model: str, path: Path, home: Path, settings: dict[str, str]) -> Itera
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What both are given at one concurrency."""
+    """The load of both runs at one concurrency."""
 
     shape: Shape
     concurrency: int

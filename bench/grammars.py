@@ -45,7 +45,7 @@ class Steps:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rows."""
+        """Tokens per second of all rows."""
         return self.tokens / sum(self.wall) * 1e3
 
     def percentile(self, share: float) -> float:

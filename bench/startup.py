@@ -34,7 +34,7 @@ _TARGET_S = 8.0
 
 
 def _logged(log: str, beginning: str) -> float:
-    """When a service first logged a message that begins so, in seconds of the system's clock."""
+    """Return when a service first logged a message that begins so, in seconds of the system's clock."""
     for stamp, message in _LOG_LINE.findall(Path(log).read_text(encoding="utf-8")):
         if message.startswith(beginning):
             return datetime.strptime(stamp, _LOG_TIME).timestamp()

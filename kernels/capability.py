@@ -1,4 +1,4 @@
-"""What is known of a device when ops are chosen."""
+"""The facts about a device by which ops are chosen."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ _E4M3_MIN_SM = 89  # conversions to and from e4m3 exist from here on; an older d
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """What is known of a device when ops are chosen.
+    """The facts about a device by which ops are chosen.
 
     `sm` is ten times the CUDA compute capability (80 A100, 89 L40S, 90 H100 and H200, 100 B200) and 0 elsewhere;
     `num_sms` is the number of streaming multiprocessors; `name` is the driver's, by which a device can have tile tables
@@ -30,7 +30,7 @@ class Capability:
 
     @property
     def has_e4m3(self) -> bool:
-        """Whether the device converts to and from e4m3."""
+        """True if the device converts to and from e4m3."""
         return self.sm >= _E4M3_MIN_SM
 
     def require_e4m3(self, argument: str) -> None:

@@ -1,4 +1,4 @@
-"""Which form of each op runs: plain torch, a Triton kernel, or C++ on the CPU (see `kernels.cpu`).
+"""The choice of a form for each op: plain torch, a Triton kernel, or C++ on the CPU (see `kernels.cpu`).
 
     ops = select_ops(Capability.of(device), dtype=torch.bfloat16)
     ops.silu_and_mul(x, out=y)
@@ -50,7 +50,7 @@ Backend = Literal["torch", "triton", "cpp"]
 
 @dataclass(frozen=True, slots=True)
 class TritonForm:
-    """Where the Triton form of an op is, and what it needs."""
+    """The module of an op's Triton form, and its needs."""
 
     module: str  # under kernels.triton; the function has the op's name
     min_sm: int = 80  # bfloat16 and asynchronous copies
@@ -59,7 +59,7 @@ class TritonForm:
 
 @dataclass(frozen=True, slots=True)
 class CppForm:
-    """Where the C++ form of an op is, and what it takes."""
+    """The module of an op's C++ form, and its limits."""
 
     module: str  # under kernels.cpu; the function has the op's name
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
@@ -206,7 +206,7 @@ def _form(module: str, name: str, started_by: object) -> Callable[..., Any]:
 
 
 def _obstacle(name: str, backend: Backend, capability: Capability, dtype: torch.dtype, build_dir: Path) -> str | None:
-    """Why the form of an op for this backend cannot be used, or None."""
+    """Return the reason why the form of an op for this backend cannot be used, or None."""
     form = _TRITON.get(name) if backend == "triton" else _CPP.get(name)
     if form is None:
         return "it has no such form"

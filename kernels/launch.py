@@ -113,7 +113,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def _specialisation(value: Any) -> Any:
-    """What Triton makes of the value of a runtime argument besides passing it on: a tensor, float, int or None."""
+    """Return Triton's specialisation on a runtime argument, besides passing it on: a tensor, float, int or None."""
     kind = type(value)
     if kind is float or value is None:
         return kind

@@ -1,4 +1,4 @@
-"""How the keys of a decode batch are divided among the processors of a device."""
+"""The division of a decode batch's keys among the processors of a device."""
 
 import torch
 from torch import Tensor

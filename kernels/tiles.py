@@ -43,7 +43,7 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Schema:
-    """What rules of an op may bound, and what each has to set."""
+    """The names that rules of an op may bound, and those that each has to set."""
 
     sizes: tuple[str, ...]
     settings: Mapping[str, _Range]

@@ -54,11 +54,11 @@ class Point:
 
     @property
     def excess(self) -> float:
-        """By what share the measured policy is slower than the better static layout."""
+        """The share by which the measured policy is slower than the better static layout."""
         return self.latency_ms["both, measured"] / min(self.latency_ms["8xTP1"], self.latency_ms["1xTP8"]) - 1
 
     def row(self) -> str:
-        """Of a table in Markdown."""
+        """Return a row of a table in Markdown."""
         figures = " | ".join(f"{value:.0f}" for value in self.latency_ms.values())
         return f"| {self.clients} | {figures} | {self.excess:+.1%} | {max(self.switches.values())} |"
 

@@ -15,7 +15,7 @@ Call = Callable[[], object]
 
 
 class Span(NamedTuple):
-    """Of a kernel or copy on the device, in microseconds."""
+    """The span of a kernel or copy on the device, in microseconds."""
 
     name: str
     start_us: float
@@ -23,7 +23,7 @@ class Span(NamedTuple):
 
 
 class Device(Protocol):
-    """Where ops run and how they are timed."""
+    """A device on which ops run and are timed."""
 
     dry_run: bool
     target: torch.device

@@ -36,7 +36,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What came back: seconds and tokens of each step, and per request its tokens and their log-probabilities."""
+    """The results of a run: seconds and tokens of each step, and per request its tokens and their log-probabilities."""
 
     steps: list[tuple[float, int]]
     answers: dict[int, list[tuple[int, float]]]

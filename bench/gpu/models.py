@@ -41,7 +41,7 @@ PAGE = 64
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What weights and cache are held in."""
+    """The formats of weights and cache."""
 
     precision: Precision
     quantization: Quantization

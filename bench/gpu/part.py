@@ -1,4 +1,4 @@
-"""What a part of the run is, and what it leaves behind."""
+"""A part of the run, and its findings."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What a part is given: the device, the time that is left, and what earlier parts shared."""
+    """The arguments of a part: the device, the time that is left, and results of earlier parts."""
 
     device: Device
     deadline: float
     """By `time.monotonic`: the end of this part's share of the budget."""
     shared: Mapping[str, Any]
     options: Mapping[str, Any]
-    """Of the part's specification, and of this run of it where a part starts processes of its own."""
+    """Options of the part's specification, and of this run of it where a part starts processes of its own."""
 
     def seconds_left(self) -> float:
         """Return seconds until the part's share of the budget is spent."""
@@ -108,7 +108,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PartSpec:
-    """How a part is found and what it takes; known without importing it.
+    """The name and cost of a part; known without importing it.
 
     `seconds` is what it takes on an H200, cold: the budget is divided in proportion to it. `timeout` is when it is
     given up. `options` say which of a part's cases are meant.

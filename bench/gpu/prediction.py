@@ -99,7 +99,7 @@ OPEN = replace(
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Of a decode step: milliseconds at least, milliseconds expected, launches, and waves of attention's programs."""
+    """The prediction of a decode step: least and expected milliseconds, launches, and waves of attention's programs."""
 
     floor_ms: float
     ms: float

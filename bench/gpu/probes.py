@@ -40,7 +40,7 @@ class ReadOnly:
         _sum_blocks[(self._programs,)](self._x, self._out, BLOCK=self._block, STEPS=self._steps, num_warps=8)
 
     def exact(self) -> bool:
-        """Whether the sums are right, so that nothing was left unread."""
+        """True if the sums are right, so that nothing was left unread."""
         expected = self._x.view(self._programs, -1).double().sum(1)
         return torch.allclose(self._out.double(), expected, rtol=1e-4, atol=1e-2)
 

@@ -43,7 +43,7 @@ def shared_of(results: Sequence[PartResult]) -> dict[str, Any]:
 
 
 def passed(results: Sequence[PartResult]) -> bool:
-    """Whether nothing failed; what was left out did not."""
+    """True if nothing failed; what was left out did not."""
     return all(result.state != "failed" for result in results)
 
 

@@ -72,7 +72,7 @@ class Cost:
         return max(ceilings.move_us(self.num_bytes, self.written), arithmetic)
 
     def is_bandwidth(self, ceilings: Ceilings) -> bool:
-        """Whether moving bytes takes longer than arithmetic."""
+        """True if moving bytes takes longer than arithmetic."""
         return ceilings.move_us(self.num_bytes, self.written) >= self.floor_us(ceilings)
 
 

@@ -1,4 +1,4 @@
-"""How long an op takes: alone in a graph, and among many of its kind."""
+"""Time of an op: alone in a graph, and among many of its kind."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _UNLIMITED = 1e6  # seconds: a dry run shows that everything is run, however bus
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Which parts to run and with what."""
+    """The parts to run and their arguments."""
 
     parts: list[PartSpec]
     dry_run: bool
@@ -95,7 +95,7 @@ def run_part(spec: PartSpec, bench: Bench, found: Findings) -> tuple[State, str 
 
 
 def is_lost(device: Device) -> bool:
-    """Whether an error of the device has ended this process's use of it."""
+    """True if an error of the device has ended this process's use of it."""
     try:
         device.synchronize()
         device.release()

@@ -13,7 +13,7 @@ _CONDITIONS = ("shape", "seed", "stream", "respect_eos", "deadline_s", "slo_ms")
 
 
 def ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """By load that both have and by figure: the first's, the second's, second over first."""
+    """Return, by load that both have and by figure: the first's, the second's, second over first."""
     seconds = {step["load"]: step for step in second["steps"]}
     compared: dict[str, dict[str, tuple[float, float, float]]] = {}
     for step in first["steps"]:
@@ -28,7 +28,7 @@ def ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, dict[str,
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Why the runs may not be comparable."""
+    """Return the reasons why the runs may not be comparable."""
     found = [
         f"{name} differs: {first['options'].get(name)} and {second['options'].get(name)}"
         for name in _CONDITIONS

@@ -36,7 +36,7 @@ class Slo:
         return cls(limits)
 
     def is_met(self, record: RequestRecord) -> bool:
-        """Whether the request ended well and within all limits. What was not measured meets no limit on it."""
+        """True if the request ended well and within all limits. What was not measured meets no limit on it."""
         seconds = {"ttft": record.ttft, "tpot": record.tpot, "itl": max(record.itls, default=None), "e2e": record.e2e}
         # A single message has no gaps, and a single token no time per further token.
         if len(record.arrivals) == 1:

@@ -41,7 +41,7 @@ async def serve_http(handler: Handler, port: int = 0) -> asyncio.Server:
 
 
 def port_of(server: asyncio.Server) -> int:
-    """Where it listens."""
+    """Return the port of a server."""
     port: int = server.sockets[0].getsockname()[1]
     return port
 

@@ -1,4 +1,4 @@
-"""What the generator itself costs: its figures are only worth something while it keeps up."""
+"""The generator's own use of the machine: its figures are only worth something while it keeps up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUSY_LAG_MS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class GeneratorUse:
-    """What the generator did in one step.
+    """The generator's use of the machine in one step.
 
     Attributes:
         cpu_share: CPU time of the process, all its threads, over wall time. Its event loop is one thread: 1 is all.
@@ -30,7 +30,7 @@ class GeneratorUse:
     messages_per_cpu_s: float
 
     def warnings(self) -> list[str]:
-        """Why the figures may be the generator's and not the server's; empty while it keeps up."""
+        """The reasons why the figures may be the generator's and not the server's; empty while it keeps up."""
         found = []
         if self.cpu_share > BUSY_CPU:
             found.append(f"the load generator used {self.cpu_share:.0%} of a CPU: it may be the bottleneck")
@@ -53,7 +53,7 @@ class Meter:
         self._watching.cancel()
 
     def use(self, num_messages: int) -> GeneratorUse:
-        """What was measured, after the context was left."""
+        """The measured use, after the context was left."""
         lags = 1e3 * np.asarray(self._lags or [0.0])
         return GeneratorUse(
             cpu_share=self._cpu / self._wall,

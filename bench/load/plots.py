@@ -43,7 +43,7 @@ class Axis:
         return cls(label, 10.0**low, 10.0 ** max(high, low + 1), True)
 
     def place(self, value: float) -> float:
-        """Where the value is, from 0 to 1."""
+        """Return the position of a value, from 0 to 1."""
         if not self.is_log:
             return (value - self.low) / (self.high - self.low)
         clipped = max(value, self.low)

@@ -1,4 +1,4 @@
-"""What one request is, what comes back of it, and what is kept of it."""
+"""One request, its answer, and the record of it."""
 
 from __future__ import annotations
 

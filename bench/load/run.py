@@ -40,7 +40,7 @@ class Step:
     records: list[RequestRecord]
 
     def warnings(self) -> list[str]:
-        """Why the figures may not mean what they seem to."""
+        """The reasons why the figures may not mean what they seem to."""
         found = self.generator.warnings() if self.generator is not None else []
         if self.not_sent:
             found.append(f"{self.not_sent} turns of sessions were not sent: an earlier turn did not end well")
@@ -115,7 +115,7 @@ async def run_step(
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """What `Run.write` wrote to PREFIX.json. ValueError names the file and what is wrong with it."""
+    """Read the file that `Run.write` wrote to PREFIX.json. ValueError names the file and the error in it."""
     try:
         run: dict[str, Any] = json.loads(path.read_text())
         schema = run["schema"]

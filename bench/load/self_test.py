@@ -1,4 +1,4 @@
-"""What the generator can do on this machine, by protocol, when the server costs nothing.
+"""The generator's limits on this machine, by protocol, when the server costs nothing.
 
 The echo server is a process of its own, so that what is measured is the generator alone. It paces its tokens, as
 servers do: messages that pile up would be read many at a time, for less than they cost when they come one by one.
@@ -67,7 +67,7 @@ async def self_test(concurrency: int = 64, num_requests: int = 128, output_len: 
 
 
 def self_test_text(steps: dict[str, Step]) -> str:
-    """What it can do, in messages a second."""
+    """Return the generator's limits as text, in messages per second."""
     lines = [f"{' Load generator against an echo server ':=^66}"]
     lines.append(f"{'':<10}{'messages/s of CPU':>20}{'CPU used':>12}{'loop lag p99 ms':>18}")
     for protocol, step in steps.items():

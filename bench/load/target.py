@@ -1,4 +1,4 @@
-"""Whom the load goes to."""
+"""Targets of the load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.load.records import Ended, Request, Tokens
 
 @dataclass(frozen=True, slots=True)
 class TargetInfo:
-    """What a server says of itself.
+    """A server's description of itself.
 
     Attributes:
         model: Name of the model that answers.
@@ -50,4 +50,4 @@ class Target(Protocol):
 
 
 class UsageError(Exception):
-    """What was asked for does not fit; the message names the option and the limit."""
+    """A request does not fit the target; the message names the option and the limit."""

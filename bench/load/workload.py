@@ -1,4 +1,4 @@
-"""What is sent, and when: everything follows from a seed, and is the same for every target."""
+"""The requests and their times: everything follows from a seed, and is the same for every target."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How requests are sent: `concurrency` at any time (closed loop), or `rate` a second, whatever comes back (open
-    loop, Poisson). Sessions count as one from their first turn to their last. Exactly one of the two is set.
+    """The load: `concurrency` requests at any time (closed loop), or `rate` a second, whatever comes back (open loop,
+    Poisson). Sessions count as one from their first turn to their last. Exactly one of the two is set.
     """
 
     concurrency: int | None = None

@@ -23,7 +23,7 @@ class PeerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How an environment is made.
+    """The recipe of an environment.
 
     Attributes:
         name: Of its folder.

@@ -82,7 +82,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How often and how long.
+    """The number and length of measurements.
 
     Attributes:
         rounds: Times that each load is run, each with prompts of its own.
@@ -175,7 +175,7 @@ async def _step(make_target: Callable[[], Target], load: Workload, number: int, 
 
 
 def warm_up(load: Workload, alphabet: Sequence[int], seed: str) -> list[Conversation]:
-    """What is sent before a load: as many requests as it has at once, whose answers end one after the other.
+    """Return the requests sent before a load: as many as it has at once, whose answers end one after the other.
 
     So batches of all sizes occur: systems compile, record or choose something for each when it first does.
     """

@@ -19,7 +19,7 @@ _FORMS = {"keep": ("keep", 4), "int8": ("int8", 8), "float32": ("none", 32)}
 
 
 class _Silent:
-    """Where the launcher says how far it is."""
+    """A launcher's progress that prints nothing."""
 
     def begin(self, stage: str, detail: str) -> None:
         pass

@@ -49,7 +49,7 @@ class Report:
         self.measurements.append(found)
 
     def notes(self) -> list[str]:
-        """What has to be known to read the figures, beyond each measurement's own notes."""
+        """Return the facts needed to read the figures, beyond each measurement's own notes."""
         found = []
         for load in _loads(self.measurements):
             entries = [entry for entry in self.measurements if entry.workload == load]
@@ -148,7 +148,7 @@ def console() -> Console:
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on."""
+    """Describe the machine of the measurements."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = set(told.get("flags", "").split())

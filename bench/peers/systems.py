@@ -1,4 +1,4 @@
-"""What is compared: a system, the forms of the weights it can run, how it is started for a load."""
+"""The compared systems: the forms of the weights that each can run, and its start for a load."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a load needs of a server.
+    """A load's needs of a server.
 
     Attributes:
         streams: Requests at once.
@@ -47,7 +47,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a server is started. Loads with an equal setup share one server.
+    """The start of a server. Loads with an equal setup share one server.
 
     Attributes:
         command: Program and arguments; `{port}` stands for the port.
@@ -84,7 +84,7 @@ class System(Protocol):
         """Make everything that is made once; versions by package. Raises PeerError when it cannot run here."""
 
     def setup(self, form: Form, need: Need) -> Setup:
-        """How to start it for this load."""
+        """Return the setup for this load."""
 
     def serve(self, setup: Setup, folder: Path) -> AbstractContextManager[Served]:
         """Start it, logs in `folder`. Raises PeerError when it does not start."""

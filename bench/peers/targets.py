@@ -1,4 +1,4 @@
-"""What must be reached, and whether it is."""
+"""The targets, and the check if they are reached."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Target:
 
     @property
     def is_reached(self) -> bool:
-        """Whether it is."""
+        """True if the figure meets its target."""
         return self.ratio <= self.limit if self.is_time else self.ratio >= self.limit
 
     def as_json(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _CONVERTED = {
     "Q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
 ROOT = Path(__file__).resolve().parents[2]
-"""Where `python -m bench...` is run."""
+"""Folder in which `python -m bench...` is run."""
 
 _DIGEST_LEN = 12
 _CHUNK = 2**22
@@ -40,7 +40,7 @@ class Weights:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the source."""
+        """Digest of the source."""
         digest = hashlib.sha256()
         with self.source.open("rb") as file:
             while chunk := file.read(_CHUNK):

@@ -30,12 +30,12 @@ class Workload:
 
     @property
     def is_prefix(self) -> bool:
-        """Whether it is about computed prompts that can be used again."""
+        """True if the workload is about prompts whose computed beginnings can be used again."""
         return self.shape.workload != "fixed"
 
     @property
     def need(self) -> Need:
-        """What a server has to hold."""
+        """A server's room for this load."""
         shape = self.shape
         turns = shape.turns if shape.workload == "sessions" else 1
         prefix = shape.prefix_len if shape.workload == "shared" else 0

@@ -21,7 +21,7 @@ from scalellm.services.common.model_store.catalogue import CATALOGUE
 
 
 class Target(enum.StrEnum):
-    """What is measured."""
+    """The measured service."""
 
     TOKENIZER = "tokenizer"
     SCHEDULER = "scheduler"

@@ -31,22 +31,22 @@ QUICK = Timing(0.2, 0.4)
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one load gave. `counts` are the neighbours' (tokens, messages, requests, errors, and others by role)."""
+    """The results of one load. `counts` are the neighbours': tokens, messages, requests, errors, and others by role."""
 
     load: Mapping[str, Any]
-    """What was asked for: streams, steps_per_s, prompt_len, ..."""
+    """Arguments of the measurement: streams, steps_per_s, prompt_len, ..."""
     seconds: float
     counts: Mapping[str, int]
     latencies: Mapping[str, Mapping[str, float]]
     """Milliseconds: `latency` from the far neighbour to the near one, `request`, `ttft`, `itl`; p50, p99, count."""
     cpu_s: Mapping[str, float]
-    """Of the service's processes, by role."""
+    """CPU seconds of the service's processes, by role."""
     neighbour_cores: Mapping[str, float]
     """Cores that each neighbour used."""
     memory: int
     """Bytes of all of the service's processes, under load."""
     idle_cores: float
-    """Of the machine, whoever used the others."""
+    """Cores of the machine that nobody used."""
     extra: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -70,7 +70,7 @@ class Measurement:
 
     @property
     def bottleneck(self) -> str:
-        """What limits this measurement beside the service; empty when nothing does."""
+        """The limit of this measurement beside the service; empty when there is none."""
         busy = [role for role, cores in self.neighbour_cores.items() if cores > _BUSY]
         if busy:
             return f"the simulated {' and '.join(busy)}"
@@ -158,7 +158,7 @@ class Bench:
 
     @staticmethod
     def _take(neighbours: Sequence[Neighbour], seconds: float) -> list[dict[str, Any]]:
-        """What they counted in so many seconds, or in more where not one token came in these."""
+        """Return the counts of so many seconds, or of more where not one token came in these."""
         deadline = time.monotonic() + _PATIENCE
         totals: list[dict[str, Any]] = [{} for _ in neighbours]
         while True:

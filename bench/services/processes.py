@@ -52,7 +52,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 def memory_bytes(process: psutil.Process) -> int:
-    """What would be free without the process."""
+    """Return the memory that would be free without the process."""
     return int(process.memory_full_info().uss)
 
 
@@ -102,7 +102,7 @@ class Service:
 
     @property
     def processes(self) -> dict[str, list[psutil.Process]]:
-        """By role: the service's own name, `worker`, `engine`."""
+        """The processes by role: the service's own name, `worker`, `engine`."""
         main, *offspring = family(self._popen.pid)
         found = {self.name: [main]}
         for child in offspring:
@@ -111,7 +111,7 @@ class Service:
 
     @property
     def log(self) -> str:
-        """What it logged."""
+        """Return the service's log."""
         return self._log.read_text()
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class Neighbour:
         self._ask({"do": "start", **load})
 
     def take(self) -> dict[str, Any]:
-        """What it counted since the last call."""
+        """Return the counts since the last call."""
         return self._ask({"do": "take"})
 
     def stop(self) -> None:

@@ -26,7 +26,7 @@ Handler = Callable[[AsyncIterator[bytes], "ServerEnd"], Awaitable[None]]
 
 
 class VirtualProcess:
-    """What dies and hangs as one. The dead send nothing, and those who hang read and write later."""
+    """A process that dies or hangs as one. A dead one sends nothing; one that hangs reads and writes later."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -58,7 +58,7 @@ class Network:
         self._servers[address] = (process, handler)
 
     def server(self, address: str) -> tuple[VirtualProcess, Handler] | None:
-        """Who serves there; None: connections are refused."""
+        """The server at an address; None: connections are refused."""
         found = self._servers.get(address)
         return found if found is not None and found[0].is_alive else None
 
@@ -70,11 +70,11 @@ class Network:
         return self._cut[address]
 
     def cut(self, address: str) -> None:
-        """What is sent waits, and nobody is told."""
+        """Cut the link: messages wait, and nobody is told."""
         self.whole(address).clear()
 
     def mend(self, address: str) -> None:
-        """What waited arrives."""
+        """Mend the link: waiting messages arrive."""
         self.whole(address).set()
 
 
@@ -172,13 +172,13 @@ class Connection:
         return item
 
     async def code(self) -> grpc.StatusCode:
-        """How the call ended."""
+        """The status code of the call."""
         while self._end is None:
             await self.read()
         return self._end.code
 
     async def details(self) -> str:
-        """Why."""
+        """The message of the status."""
         await self.code()
         assert self._end is not None
         return self._end.details
@@ -244,7 +244,7 @@ class Connection:
 
 
 class ServerEnd:
-    """What a link's server needs of a gRPC context, and the client's frames."""
+    """The server's end of a link, with the parts of a gRPC context that it needs, and the client's frames."""
 
     def __init__(self, process: VirtualProcess, down: _Pipe) -> None:
         self.frames: asyncio.Queue[bytes] = asyncio.Queue()

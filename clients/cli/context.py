@@ -1,4 +1,4 @@
-"""What every command needs: the environment as read in main, where to write, and how to end."""
+"""The context of every command: the environment as read in main, the output, and exit codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from scalellm.services.common.addresses import is_loopback, split_address
 
 
 class ExitCode(IntEnum):
-    """What the process exits with; `scalellm --help` lists them."""
+    """The exit codes of the process; `scalellm --help` lists them."""
 
     OK = 0
     FAILED = 1
@@ -56,7 +56,7 @@ DEFAULT_INSTANCE = "default"
 
 
 MAX_UINT32 = 2**32 - 1
-"""What a count in a request can be at most."""
+"""Largest count in a request."""
 
 # gRPC counts a deadline in nanoseconds of a 64-bit clock; a century is beyond any use and far from its end.
 _MAX_TIMEOUT = 3_000_000_000
@@ -158,7 +158,7 @@ class CliContext:
         return replace(self, environment=replace(self.environment, credentials=credentials))
 
     def address(self, given: str) -> str:
-        """Where to call: as given, as in the environment, where the instance runs, or the default port.
+        """Return the address to call: as given, as in the environment, where the instance runs, or the default port.
 
         Raises NotRunningError for an instance that was named and does not run: the default port is another's.
         """

@@ -103,7 +103,7 @@ class Generation:
                         self.measured_ns = time.monotonic_ns() - begun
 
     def to_json(self) -> dict[str, Any]:
-        """What `generate --json` prints."""
+        """Return the document that `generate --json` prints."""
         document: dict[str, Any] = {
             "request_id": self.started.request_id,
             "model": self.started.model,

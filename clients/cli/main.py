@@ -85,7 +85,7 @@ class _Root(TyperGroup):
 
 
 def _discard_output() -> None:
-    """What is still buffered would fail again, loudly, when the interpreter closes the stream."""
+    """Discard buffered output, which would fail again, loudly, when the interpreter closes the stream."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -152,7 +152,7 @@ def root(
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate to show.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key.")] = None,
 ) -> None:
-    """What stands before the command."""
+    """Options before the command."""
     if instance:
         ctx.obj = CliContext.of(ctx).with_instance(instance)
     options = {"api_key": api_key, "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}

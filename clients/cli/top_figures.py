@@ -90,7 +90,7 @@ def read_samples(exposition: str) -> dict[str, dict[Labels, float]]:
 
 
 class Window:
-    """What happened between two scrapes of the same services.
+    """The difference between two scrapes of the same services.
 
     Args:
         old: The earlier ones.

@@ -1,4 +1,4 @@
-"""How the launcher asks services that are secured, from the environment that they were started with."""
+"""The launcher's credentials for secured services, from the environment that these were started with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LINK_TOKEN_FILES = tuple(f"SCALELLM_{kind.upper()}_LINK_TOKEN_FILE" for kind in
 
 
 def service_credentials(kind: str, variables: Mapping[str, str]) -> Credentials:
-    """What a service of this kind is shown.
+    """Return the credentials that a service of this kind is shown.
 
     The public service gets what every client shows (SCALELLM_API_KEY, SCALELLM_TLS_*), an internal one what the
     scheduler shows to executors (SCALELLM_SCHEDULER_LINK_*). Raises LauncherError.

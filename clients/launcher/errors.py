@@ -1,4 +1,4 @@
-"""What the launcher can fail with."""
+"""Errors of the launcher."""
 
 
 class LauncherError(Exception):

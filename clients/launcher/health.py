@@ -47,7 +47,7 @@ class Probe:
         return SERVING if status == health_pb2.HealthCheckResponse.SERVING else "not serving"
 
     def executor(self) -> executor_pb2.GetExecutorInfoResponse | None:
-        """What an executor says of itself; None when it does not answer."""
+        """Return an executor's state; None when it does not answer."""
         stub = executor_pb2_grpc.ExecutorStub(self._channel)  # type: ignore[no-untyped-call]
         info: executor_pb2.GetExecutorInfoResponse | None = self._ask(
             stub.GetInfo, executor_pb2.GetExecutorInfoRequest()
@@ -55,13 +55,13 @@ class Probe:
         return info
 
     def scheduler(self) -> scheduler_pb2.GetStateResponse | None:
-        """What a scheduler says of itself; None when it does not answer."""
+        """Return a scheduler's state; None when it does not answer."""
         stub = scheduler_pb2_grpc.SchedulerStub(self._channel)  # type: ignore[no-untyped-call]
         state: scheduler_pb2.GetStateResponse | None = self._ask(stub.GetState, scheduler_pb2.GetStateRequest())
         return state
 
     def tokenizer(self) -> tokenizer_pb2.GetInfoResponse | None:
-        """What a tokenizer says of itself; None when it does not answer."""
+        """Return a tokenizer's state; None when it does not answer."""
         stub = tokenizer_grpc.TokenizerStub(self._channel)  # type: ignore[no-untyped-call]
         info: tokenizer_pb2.GetInfoResponse | None = self._ask(stub.GetInfo, tokenizer_pb2.GetInfoRequest())
         return info

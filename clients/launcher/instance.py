@@ -1,4 +1,4 @@
-"""What the launcher remembers of an instance: `<home>/run/<name>/`, gone once the instance is down.
+"""The stored state of an instance: `<home>/run/<name>/`, gone once the instance is down.
 
 The folder holds the state file, the services' logs and announced addresses, and the embedded Redis's socket and data.
 It is also the lock: one `up` or `down` at a time holds an flock on it, which the kernel releases whatever happens to
@@ -197,11 +197,11 @@ class Instance:
             return stream.read()
 
     def log_file(self, service: str) -> Path:
-        """Where a service's output goes."""
+        """Return the file of a service's output."""
         return self.logs / f"{service}.log"
 
     def announce_file(self, service: str) -> Path:
-        """Where a service says at which address it listens."""
+        """Return the file in which a service names the address at which it listens."""
         return self.folder / f"{service}.address"
 
     def remove(self, *, keep_logs: bool, keep_data: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What to start and how: the options of `up`, turned into commands."""
+"""The plan of a start: the options of `up`, turned into commands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _METRICS_OFFSET = -40900  # 50051 -> 9151, 50052 -> 9152, 50061 -> 9161
 
 
 class EngineKind(StrEnum):
-    """What the executors run."""
+    """The kind of engine in the executors."""
 
     MODEL = "model"
     FAKE = "fake"
@@ -42,7 +42,7 @@ def _service_modules() -> Mapping[str, Sequence[str]]:
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """What `up` was asked for.
+    """The options of `up`.
 
     Args:
         model: Name under which the model is served.
@@ -94,14 +94,14 @@ class UpOptions:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What tells two instances apart: not the environment, nor what only whoever starts them goes by."""
+        """The options that tell two instances apart: not the environment, nor options only for the starting process."""
         aside = ("environment", "programs", "start_limit", "max_restarts")
         return {name: value for name, value in self.to_message().items() if name not in aside}
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Where a service is to listen; ports of 0 are free ones. Only the public one listens for HTTP."""
+    """The address at which a service is to listen; ports of 0 are free ones. Only the public one listens for HTTP."""
 
     host: str
     port: int
@@ -162,7 +162,7 @@ def _is_free(host: str, port: int) -> bool:
 
 
 def _user_of(port: int) -> str:
-    """Who listens on the port, as far as this user may know."""
+    """Return the process that listens on the port, as far as this user may know."""
     try:
         for connection in psutil.net_connections("tcp"):
             laddr = connection.laddr

@@ -94,7 +94,7 @@ def _open_log(log: Path, again: bool) -> int:
 
 
 def record_of(pid: int, name: str, kind: str, log: Path) -> ServiceRecord:
-    """What tells a process that was just started from a later one with its number."""
+    """Return a record that tells a process that was just started from a later one with its number."""
     try:
         create_time = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:  # it is our child and not waited for, so only a reaper could have taken it
@@ -114,7 +114,7 @@ def find(record: ServiceRecord) -> psutil.Process | None:
 
 
 def session_of(record: ServiceRecord) -> list[psutil.Process]:
-    """What still runs of the session that `record` leads: its process and, also after its death, their offspring."""
+    """Return the running processes of the session that `record` leads: its own and, also after its death, offspring."""
     try:
         leader = psutil.Process(record.pid)
         if abs(leader.create_time() - record.create_time) > _CLOCK_SLACK:
@@ -205,7 +205,7 @@ def last_error(log: str) -> str:
 
 
 def last_message(log: str) -> str:
-    """What a service last said it was doing, without time and place; empty when it has said nothing."""
+    """Return the last message of a service, without time and place; empty when there is none."""
     for line in map(_shown, reversed(last_lines(log))):
         head, separator, message = line.partition(": ")
         if separator and " INFO " in head:

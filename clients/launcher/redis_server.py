@@ -89,7 +89,7 @@ def find_redis_server() -> str:
 
 
 def choose_socket(folder: Path) -> tuple[Path, str]:
-    """Where the embedded Redis listens, and the folder that was made for it where `folder` has too long a path."""
+    """Return the embedded Redis's socket, and the folder that was made for it where `folder` has too long a path."""
     socket = folder / "redis.sock"
     if len(os.fsencode(socket)) <= _MAX_SOCKET_PATH:
         return socket, ""

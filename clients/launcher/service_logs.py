@@ -148,7 +148,7 @@ def _parsed(line: str) -> dict[str, object] | None:
 
 
 def _time(line: str) -> float | None:
-    """When a line was logged, in seconds since the epoch; None when it does not say."""
+    """Return when a line was logged, in seconds since the epoch; None when it does not say."""
     try:
         if (entry := _parsed(line)) is not None:
             return datetime.fromisoformat(str(entry.get("timestamp"))).timestamp()

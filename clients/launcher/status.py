@@ -1,4 +1,4 @@
-"""How an instance is: what each process, each health service and each set of books says."""
+"""The state of an instance, from its processes, health services and request counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _EXPECTED = (REDIS, EXECUTOR, SCHEDULER, TOKENIZER)
 
 @dataclass(frozen=True, slots=True)
 class Restarts:
-    """How often a service was started again; when (seconds since the epoch) and how it ended the last time."""
+    """Restarts of a service: their number; when (seconds since the epoch) and how it ended the last time."""
 
     count: int = 0
     last_end: float | None = None

@@ -104,7 +104,7 @@ class Supervisor:
 
     @property
     def has_services(self) -> bool:
-        """Whether anything is there to be kept running."""
+        """True if anything is there to be kept running."""
         return any(process.is_running for process in self._launch.processes.values())
 
     async def keep(self) -> str:

@@ -50,7 +50,7 @@ async def _bring_up(instance: Instance, options: UpOptions, report: Report) -> S
 
 
 def assignment(instance: Instance, options: UpOptions) -> Message:
-    """What the supervisor's process is told."""
+    """Return the instructions for the supervisor's process."""
     return {"home": str(instance.home), "name": instance.name, "options": options.to_message()}
 
 

@@ -35,7 +35,7 @@ class Loop(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Of one program. `stack` is bytes of local memory per thread: registers that did not fit. `shared` is bytes.
+    """A compiled program. `stack` is bytes of local memory per thread: registers that did not fit. `shared` is bytes.
 
     `wide` counts instructions that move 128 bits or more between a thread and device memory; `loops` are the loops that
     load ahead, in the order of the program.

@@ -1,4 +1,4 @@
-"""What a change may not do to compiled kernels."""
+"""The limits on changes of compiled kernels."""
 
 import json
 from collections.abc import Mapping

@@ -44,7 +44,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What the compiler needs for one launch."""
+    """The compiler's inputs for one launch."""
 
     name: str
     kernel: Any

@@ -1,4 +1,4 @@
-"""How the paged cache lies in memory for the C++ forms.
+"""The layout of the paged cache in memory for the C++ forms.
 
 Its tensors have the shape that all forms know, `[num_blocks, page_size, Hkv, D]`. Keys are strided: the tokens of a
 page lie side by side, `[num_blocks, Hkv, D, page_size]`, so that scores of many tokens are vectors without shuffles.
@@ -21,7 +21,7 @@ MAX_HEAD_DIM = 256  # for which there is room in C++ where a head is rotated and
 
 
 class CacheSizes(NamedTuple):
-    """What a cache has room for."""
+    """The capacity of a cache."""
 
     num_blocks: int
     page_size: int
@@ -49,7 +49,7 @@ def keys_by_token(memory: Tensor) -> Tensor:
 
 
 def can_have_bytes(page_size: int, head_dim: int) -> bool:
-    """Whether the C++ forms read, and write, pages and heads of these sizes in 8 bits."""
+    """True if the C++ forms read, and write, pages and heads of these sizes in 8 bits."""
     return page_size % _PART == 0 and head_dim % (2 * LANES) == 0 and head_dim <= MAX_HEAD_DIM
 
 
@@ -60,12 +60,12 @@ def require_rows(*caches: Tensor) -> None:
 
 
 def can_have_layout(page_size: int, head_dim: int) -> bool:
-    """Whether the C++ forms take pages and heads of these sizes: multiples of the widest vectors."""
+    """True if the C++ forms take pages and heads of these sizes: multiples of the widest vectors."""
     return page_size % LANES == 0 and head_dim % LANES == 0
 
 
 def has_layout(k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether a cache lies in memory as the C++ forms read it."""
+    """True if a cache lies in memory as the C++ forms read it."""
     sizes = cache_sizes(k_cache)
     if not (
         can_have_layout(sizes.page_size, sizes.head_dim)

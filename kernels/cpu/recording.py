@@ -23,7 +23,7 @@ _Result = TypeVar("_Result")
 
 
 class NotRecordableError(Exception):
-    """What was run computes something outside the library."""
+    """The recorded work computes something outside the library."""
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""What a cache of 8 bits holds, and copies of whole cache blocks."""
+"""The values of a cache of 8 bits, and copies of whole cache blocks."""
 
 import torch
 from torch import Tensor

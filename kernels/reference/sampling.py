@@ -24,7 +24,7 @@ _CHUNK_ELEMENTS = 1 << 18
 
 
 class SampleOutput(NamedTuple):
-    """What `sample` returns; S rows, k = num_logprobs, 0 for None.
+    """The result of `sample`; S rows, k = num_logprobs, 0 for None.
 
     Attributes:
         token_ids: [S] i64, the drawn tokens.

@@ -8,12 +8,12 @@ _MULTIPLE = 16  # of both dimensions of the weight: what cuBLAS and CUTLASS want
 
 
 def has_e4m3_units(device: torch.device) -> bool:
-    """Whether the matrix units of a device multiply e4m3."""
+    """True if the matrix units of a device multiply e4m3."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def can_scale_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, out: Tensor) -> bool:
-    """Whether `scaled_mm` takes these: scales of a tensor or of its rows, bfloat16 results, dimensions in sixteens."""
+    """True if `scaled_mm` takes these: scales of a tensor or of its rows, bfloat16 results, dimensions in sixteens."""
     whole_or_rows = (a_scale.numel() == 1 or a_scale.shape[1:] == (1,)) and (
         b_scale.numel() == 1 or (b_scale.shape[1:] == (1,) and b_scale.shape[0] == b.shape[0])
     )

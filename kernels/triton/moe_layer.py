@@ -1,4 +1,4 @@
-"""What expert layers of any kind of weight have in common: scratch, the way of many tokens, and the sum of experts."""
+"""The common part of expert layers with any kind of weight: scratch, the way of many tokens, and the sum of experts."""
 
 from collections.abc import Callable
 

@@ -31,7 +31,7 @@ def row_peak(stats, TILES: tl.constexpr, BLOCK_TILES: tl.constexpr):
 
 @triton.jit
 def is_drawn(temperature, peak):
-    """Whether a row is drawn from at all, rather than greedy."""
+    """True if a row is drawn from at all, rather than greedy."""
     return (temperature > 0) & (peak > float("-inf")) & (peak < float("inf"))
 
 

@@ -1,1 +1,1 @@
-"""What at least two services share."""
+"""Code that at least two services share."""

@@ -1,4 +1,4 @@
-"""Who may call which method: denied unless it is listed here, wherever keys or a link token are configured."""
+"""Access control: every method is denied unless it is listed here, wherever keys or a link token are configured."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Access:
 
     @property
     def is_open(self) -> bool:
-        """Whether everybody may call everything."""
+        """True if everybody may call everything."""
         return not self._sources
 
     @property
@@ -219,7 +219,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 def open_access(settings: ServiceSettings, *, serves_links: bool) -> Access:
-    """What the settings of a service ask for. Raises ConfigFileError.
+    """Return the access control that the settings of a service ask for. Raises ConfigFileError.
 
     Args:
         settings: The service's.

@@ -29,7 +29,7 @@ _Count = Annotated[int, Field(ge=1, le=2**53)]
 
 
 class Role(StrEnum):
-    """What a caller may do."""
+    """The rights of a caller."""
 
     USER = "user"
     """Generate, and what belongs to it, within its tenant."""
@@ -40,7 +40,7 @@ class Role(StrEnum):
 
 
 class TenantLimits(BaseModel):
-    """What a tenant may use, over all processes that serve it. None: any amount.
+    """The most that a tenant may use, over all processes that serve it. None: any amount.
 
     Attributes:
         session_bytes: Most bytes of its sessions; None: what the tokenizer's settings say.
@@ -63,7 +63,7 @@ class TenantLimits(BaseModel):
 
     @property
     def is_counted(self) -> bool:
-        """Whether its use has to be known."""
+        """True if the tenant's use has to be counted."""
         return not (self.concurrent_requests is self.requests_per_minute is self.tokens_per_minute is None)
 
 
@@ -107,7 +107,7 @@ class _KeyFile(BaseModel):
 
 
 def digest(secret: str) -> bytes:
-    """What is kept of a secret."""
+    """Return the digest that is stored in place of a secret."""
     return hashlib.sha256(secret.encode()).digest()
 
 
@@ -117,7 +117,7 @@ def new_key() -> str:
 
 
 def key_entry(key: str, tenant: str, role: Role) -> str:
-    """What the file has to say about a key."""
+    """Return the entry of a key for the file of keys."""
     return f'[[keys]]\nsha256 = "{digest(key).hex()}"\ntenant = "{tenant}"\nrole = "{role}"\n'
 
 

@@ -29,7 +29,7 @@ def python_module(module: str, *arguments: str) -> list[str]:
 
 
 def describe_exit(code: int) -> str:
-    """How a process ended, such as `signal SIGKILL` or `exit code 3`.
+    """Describe the end of a process, such as `signal SIGKILL` or `exit code 3`.
 
     Args:
         code: Its exit code, negative for a signal, as in `subprocess`.

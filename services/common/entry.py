@@ -1,4 +1,4 @@
-"""What `python -m services.<name>` does, whichever service it is."""
+"""The common part of `python -m scalellm.services.<name>`."""
 
 from __future__ import annotations
 

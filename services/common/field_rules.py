@@ -12,12 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 Number = int | float
-"""What a field of numbers holds; a bool is an int."""
+"""A value of a numeric field; a bool is an int."""
 
 
 @dataclass(frozen=True, slots=True)
 class NumberRule:
-    """What a field with one number, or with true or false, may hold.
+    """The values that a field with one number, or with true or false, may hold.
 
     Attributes:
         name: Of the field in the protos.
@@ -66,7 +66,7 @@ class NumberRule:
 
 @dataclass(frozen=True, slots=True)
 class ListRule:
-    """How many entries a field may hold, and what the number in each of them may be.
+    """The number of entries that a field may hold, and the range of the number in each of them.
 
     Attributes:
         name: Of the field in the protos.

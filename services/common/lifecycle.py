@@ -1,4 +1,4 @@
-"""Starts and ends a gRPC service: port, reflection, health, signals, drain."""
+"""The gRPC server of a service, from its start to its end: port, limits, reflection, health, signals, drain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scalellm.services.common.new_file import write_new
 from scalellm.services.common.reflection import add_reflection
 
 MAX_FRAME_BYTES = 16 * 2**20
-"""Of a message between services. Messages of clients are smaller: the tokenizer sets limits of its own."""
+"""Most bytes of a message between services. Messages of clients are smaller: the tokenizer sets limits of its own."""
 
 MAX_METADATA_BYTES = 16 * 2**10
 

@@ -30,7 +30,7 @@ LogFormat = Literal["text", "json"]
 
 @dataclass(slots=True)
 class RequestFields:
-    """What every line that is logged on behalf of a request carries; empty where it is not known.
+    """The fields of every line that is logged on behalf of a request; empty where a value is not known.
 
     Attributes:
         request_id: The request's id.
@@ -63,7 +63,7 @@ def configure_logging(service: str, settings: ServiceSettings) -> None:
 
 
 def log_handler(service: str, log_format: LogFormat, stream: TextIO) -> logging.Handler:
-    """What writes the lines of a service."""
+    """Return the handler that writes the lines of a service."""
     handler = logging.StreamHandler(stream)
     handler.addFilter(_add_request_fields)
     handler.setFormatter(log_formatter(service, log_format))
@@ -71,12 +71,12 @@ def log_handler(service: str, log_format: LogFormat, stream: TextIO) -> logging.
 
 
 def log_formatter(service: str, log_format: LogFormat) -> logging.Formatter:
-    """How the lines of a service look."""
+    """Return the formatter of a service's lines."""
     return _json_formatter(service) if log_format == "json" else _TextFormatter(service)
 
 
 def tell_errors(service: str, log_format: LogFormat, errors: Iterable[str]) -> None:
-    """Why a service does not start: lines of `error: ...` for people, or such as all others. Logging may be off."""
+    """Print why a service does not start, in the service's log format. Works before logging is set up."""
     handler = log_handler(service, log_format, sys.stderr)
     for error in errors:
         if log_format == "json":
@@ -155,7 +155,7 @@ class LineLimit:
         self._held_back = 0
 
     def admit(self) -> int | None:
-        """How many lines were held back since the last one that may pass; None: this one is held back, too."""
+        """Return the number of lines held back since the last one that passed; None: this one is held back, too."""
         now = self._clock()
         if now - self._began >= self._seconds:
             self._began, self._passed = now, 0

@@ -128,7 +128,7 @@ DROPPED_SPANS = ("scalellm_trace_spans_dropped", "Spans of traces that were lost
 """Name, text and labels of the counter; there while traces are on."""
 
 QUEUE_FULL, EXPORT_FAILED = "queue_full", "export_failed"
-"""Why spans are lost: more waited than there is room for, or nobody took them."""
+"""Reasons of lost spans: more waited than there is room for, or nobody took them."""
 
 
 class _PoliteRegistry(CollectorRegistry):

@@ -1,4 +1,4 @@
-"""How every service reaches Redis: bounded waits, because Redis may stall and the service must not."""
+"""The Redis client of every service: waits are bounded, because Redis may stall and the service must not."""
 
 from __future__ import annotations
 

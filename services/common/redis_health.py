@@ -22,7 +22,7 @@ REDIS_ERRORS = (exceptions.RedisError, OSError, TimeoutError)
 """All that an operation raises which Redis did not do."""
 
 _TTL_MS = "10000"
-"""Of the keys that are tried, should nobody be there to delete them."""
+"""Time to live of the keys that are tried, should nobody be there to delete them."""
 _NUM_SLOTS_TRIED = 16
 """Single keys, which lie anywhere: of a cluster's nodes each has some."""
 

@@ -20,7 +20,7 @@ class ConfigFileError(StartError):
 
 
 class Reloaded(Generic[T]):
-    """What some files hold, read again when one of them was changed or replaced.
+    """The contents of some files, read again when one of them is changed or replaced.
 
     A change with a mistake in it is logged once and leaves the value as it was: a service that runs is not ended by a
     certificate that is half copied.

@@ -41,7 +41,7 @@ def settings_config(service: str) -> SettingsConfigDict:
 
 
 class ServiceSettings(BaseSettings):
-    """What every service can be told."""
+    """Settings of every service."""
 
     # Built when first used: the classes that only stand above others never are.
     model_config = SettingsConfigDict(use_attribute_docstrings=True, defer_build=True)
@@ -92,7 +92,7 @@ class ServiceSettings(BaseSettings):
     """Seconds without progress, while there is work, after which the service calls itself unhealthy, what it is linked
     to takes it for dead, and an executor ends its engine and starts another: more than the longest step takes."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much is logged."""
+    """The least severe level that is logged."""
     log_format: LogFormat = "text"
     """text: lines for people. json: one object per line, for collectors."""
     otlp_endpoint: str | None = None
@@ -115,7 +115,7 @@ class ServiceSettings(BaseSettings):
 
     @property
     def is_tracing(self) -> bool:
-        """Whether spans are recorded."""
+        """True if spans are recorded."""
         return self.otlp_endpoint is not None or self.trace_file is not None
 
     @property
@@ -130,17 +130,17 @@ class ServiceSettings(BaseSettings):
 
     @property
     def tls_files(self) -> TlsFiles:
-        """What the listener shows and trusts."""
+        """The TLS files of the listener."""
         return TlsFiles(self.tls_cert, self.tls_key, self.tls_ca)
 
     @property
     def metrics_tls_files(self) -> TlsFiles:
-        """What the Prometheus endpoint shows and trusts."""
+        """The TLS files of the Prometheus endpoint."""
         return TlsFiles(self.metrics_tls_cert, self.metrics_tls_key, self.metrics_tls_ca, option="--metrics-tls")
 
 
 class LinkedSettings(ServiceSettings):
-    """What a service can be told that gets its work from other ones."""
+    """Settings of a service that gets its work from other ones."""
 
     lease_s: Annotated[float, Field(ge=0.1, le=3600)] = 30.0
     """Seconds without any sign of life after which the requests of a client service are freed: it hangs, or its
@@ -148,7 +148,7 @@ class LinkedSettings(ServiceSettings):
 
 
 class LinkingSettings(ServiceSettings):
-    """What a service can be told that sends its work to another one."""
+    """Settings of a service that sends its work to another one."""
 
     link_tls_ca: Path | None = None
     """PEM file with the authorities of the services that this one connects to; unset: plaintext."""
@@ -162,7 +162,7 @@ class LinkingSettings(ServiceSettings):
 
     @property
     def dialer(self) -> LinkDialer:
-        """How the links are opened."""
+        """The dialer that opens links with these settings."""
         files = TlsFiles(self.link_tls_cert, self.link_tls_key, self.link_tls_ca, option="--link-tls")
         return LinkDialer(files, self.link_tls_name, self.link_token_file)
 
@@ -198,7 +198,7 @@ def _check_variables(cls: type[BaseSettings], prefix: str) -> None:
 
 
 def _log_format(cls: type[BaseSettings], arguments: list[str]) -> LogFormat:
-    """How a service was told to log whose settings are wrong."""
+    """Return the log format of a service whose settings are wrong."""
 
     class LogSettings(BaseSettings):
         model_config = SettingsConfigDict(

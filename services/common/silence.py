@@ -1,4 +1,4 @@
-"""When a peer counts as dead although its connection stands: after turns of this process's own event loop."""
+"""Detection of peers that are silent on a standing connection, counted in turns of this process's event loop."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class TlsFiles:
         return self.read()
 
     def _check(self, material: TlsMaterial) -> None:
-        """What gRPC would say about wrong files names neither the file nor the reason."""
+        """Check the files, because gRPC's error about wrong ones names neither the file nor the reason."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         if self.cert is not None and self.key is not None:
             try:
@@ -85,7 +85,7 @@ class TlsMaterial:
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials | None:
-    """What a listener shows and asks for; None without files: plaintext.
+    """Return the credentials of a listener; None without files: plaintext.
 
     The files are looked at with every handshake, so connections that stand keep their certificate and new ones get the
     present one. Raises ConfigFileError.
@@ -142,7 +142,7 @@ def listener_context(files: TlsFiles) -> ssl.SSLContext | None:
 
 
 def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials | None:
-    """What a new connection shows and trusts, read now; None without files: plaintext. Raises ConfigFileError."""
+    """Return the credentials of a new connection, read now; None without files: plaintext. Raises ConfigFileError."""
     if not files.paths:
         return None
     material = files.read()

@@ -1,4 +1,4 @@
-"""Where a model's tokenizer comes from, and the digest that tells two tokenizers apart.
+"""The files of a model's tokenizer, and the digest that tells two tokenizers apart.
 
 Text edge and executors exchange token ids, so they must mean the same tokens by them. Both sides compute this digest
 from the tokenizer's source, which needs no tokenizer to be built; a pair that differs is refused at the handshake.

@@ -20,7 +20,7 @@ def _parse_kernels(value: Any) -> Any:
 
 
 class ExecutorSettings(LinkedSettings):
-    """The GPU executor: runs token sequences through the model, owns the paged KV cache."""
+    """Settings of the executor, which runs token sequences through the model, owns the paged KV cache."""
 
     model_config = settings_config("executor")
 
@@ -32,7 +32,7 @@ class ExecutorSettings(LinkedSettings):
     model_name: str = ""
     """Name under which the model is served; default: its own, or that of the directory or file."""
     home: Path = Path.home() / ".cache" / "scalellm"
-    """Where `scalellm models pull` puts models."""
+    """Folder into which `scalellm models pull` puts models."""
     engine: Literal["model", "fake"] = "model"
     """model, or fake: scripted tokens and modelled step times on the real block manager, for load and fault tests."""
     fake_preset: Literal["instant", "h200-llama-8b"] = "instant"
@@ -42,7 +42,7 @@ class ExecutorSettings(LinkedSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations, and of weights that are not quantised; default: bfloat16 on a GPU, float32 on a CPU."""
     quantization: Literal["auto", "none", "keep", "fp8", "fp8-tensor", "int8", "int4"] = "auto"
-    """What becomes of the weights of linear layers when they are loaded. none: --dtype; keep: as the file has them,
+    """Form of the weights of linear layers. none: --dtype; keep: as the file has them,
     which includes the blocks of a GGUF file and, on a CPU, 16 bits; auto: keep on a CPU with a compiler, else none; fp8
     has a scale per row, fp8-tensor one per matrix; int8 one per 128 inputs; int4 a scale and a zero point per 128
     inputs, on a CPU per 32. A quantised checkpoint stays what it is."""
@@ -51,7 +51,7 @@ class ExecutorSettings(LinkedSettings):
     round inputs to 8 bits there, and 16 bits beside weights of 16 bits; int8: a scale for each token and head; fp8:
     e4m3. A GPU takes auto and fp8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes a GPU where torch finds one."""
+    """Device of the model; auto takes a GPU where torch finds one."""
     kernels: Annotated[dict[str, Literal["torch", "triton", "cpp"]], NoDecode, BeforeValidator(_parse_kernels)] = Field(
         default_factory=dict
     )

@@ -1,6 +1,6 @@
 """The engine's side of the links: protobuf frames to engine calls, step results to one StepOutput per link.
 
-This is the only part of the engine process that knows the wire format.
+Of the engine process, this module, `engine_load` and `engine_stats` know the messages; `engine` knows none.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ class EngineLink:
         return self._engine.link_credits(self.link).completed_requests + self._num_refused + self._request_share
 
     def claims(self, request_window: int, token_window: int) -> tuple[Claim, Claim]:
-        """What this link holds and wants of the requests that may be here at once, and of the prompt tokens that may
-        wait for their first step.
+        """Return this link's share, held and wanted, of the requests that may be here at once, and of the prompt tokens
+        that may wait for their first step.
         """
         demand, credits = self.demand, self._engine.link_credits(self.link)
         waiting_tokens = self._accepted_tokens - credits.admitted_prefill_tokens
@@ -252,7 +252,7 @@ class EngineLink:
         return link_pb2.ServerFrame(welcome=welcome).SerializeToString()
 
     def step_frames(self, result: StepResult, draining: bool) -> list[bytes]:
-        """What a step did for this link, as serialised ServerFrames.
+        """Return the results of a step for this link, as serialised ServerFrames.
 
         It is one frame, unless prompts have so many log-probabilities that these go before it in frames of their own.
         """

@@ -1,4 +1,4 @@
-"""What the engine says of itself on links: its load, and how long its steps take."""
+"""The engine's load and step times, as links carry them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_to_wire(load: EngineLoad, draining: bool) -> link_pb2.Load:
 
 
 def step_time_to_wire(line: StepTimeModel) -> link_pb2.StepTime:
-    """How long steps take."""
+    """Return the model of step times as a message."""
     return link_pb2.StepTime(
         base=line.base,
         per_row=line.per_decode,

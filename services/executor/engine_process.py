@@ -1,4 +1,4 @@
-"""The engine process: loads the model, then alternates between reading messages and taking steps.
+"""The engine process: loads the model, then takes in messages, takes a step, sends its results, and so on.
 
 Started by the front as `python -m scalellm.services.executor.engine_process SOCKET STACKS`, two descriptors, with its
 settings as one JSON line on standard input. It is a process of its own because a step loop and an event loop in one
@@ -46,17 +46,17 @@ _IDLE_BEAT = 0.5
 _COMPILING_BEAT = 0.002
 _LOAD_INTERVAL = 0.1
 _STATS_INTERVAL = 0.5
-"""Nothing else computes meanwhile, and on caches that a step left cold the figures take a third of a millisecond."""
+"""Seconds. The engine does not compute while it sends figures, which takes a third of a millisecond on cold caches."""
 
 
 class EngineLoop:
-    """Messages in, steps, messages out.
+    """Takes in the front's messages, takes steps of the engine, and sends results and figures to the front.
 
     Args:
         loaded: The engine and what is known of its model.
         channel: The connection to the front.
         clock: The engine's clock, in seconds.
-        is_tracing: Whether traced requests are reported to the front.
+        is_tracing: True if traced requests are reported to the front.
     """
 
     def __init__(

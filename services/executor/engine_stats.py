@@ -1,4 +1,4 @@
-"""What the engine counted, as it goes to the front."""
+"""The engine's counters, as they go to the front."""
 
 from __future__ import annotations
 

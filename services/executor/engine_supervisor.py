@@ -36,7 +36,7 @@ _LINK_PATIENCE = 5.0
 
 
 class EngineEnd(enum.Enum):
-    """Why an engine process ended and is started again."""
+    """The reason for which an engine process ended and is started again."""
 
     CRASH = "crash"
     """It ended on its own."""
@@ -45,7 +45,7 @@ class EngineEnd(enum.Enum):
 
 
 class LinkPort(Protocol):
-    """Where the engine's messages for one link go."""
+    """The receiver of the engine's messages for one link."""
 
     def on_welcome(self, frame: bytes) -> None:
         """The engine accepted the link."""

@@ -42,7 +42,7 @@ class ExecutorServicer:
     async def GetInfo(
         self, request: executor_pb2.GetExecutorInfoRequest, context: grpc.aio.ServicerContext
     ) -> executor_pb2.GetExecutorInfoResponse:
-        """What is loaded, and the books."""
+        """Return the loaded model and the request counts."""
         if not self._supervisor.info.instance_id:
             raise StatusError.unavailable("the engine is starting", retry_after=1.0)
         return self._supervisor.info

@@ -29,7 +29,7 @@ allocator reuses their pages, a file is read five times as fast as with 1 MiB.""
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies; `shape` is row-major (GGUF itself lists the fastest dimension first).
+    """The place of a tensor in a file; `shape` is row-major (GGUF itself lists the fastest dimension first).
 
     `part` numbers the files of a split model from 0 on; `offset` is one in that file.
     """

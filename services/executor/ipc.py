@@ -20,7 +20,7 @@ _READ_BYTES = 1 << 18
 
 
 class Kind(enum.IntEnum):
-    """What a message is about. The payload stands behind the dash."""
+    """The kind of a message. The payload stands behind the dash."""
 
     OPEN = 1
     """Front: a scheduler opened a link - ClientFrame with its Hello."""

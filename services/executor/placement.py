@@ -1,4 +1,4 @@
-"""Where the model runs, and what is left to the device to decide."""
+"""The device of the model, and the choices that depend on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the threads of a process are doing that stands still, be it in native code."""
+"""Stacks of all threads of a process that stands still, also in native code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STATES = {
 
 
 class StackFile:
-    """Where a child process writes its threads' stacks, when it is asked to and when it dies of a fault.
+    """The file to which a child process writes its threads' stacks, when it is asked to and when it dies of a fault.
 
     It writes them from a signal handler in C, which needs neither the interpreter's lock nor a main thread that runs
     Python: so they also come from a process that hangs within a call of a library.
@@ -37,7 +37,7 @@ class StackFile:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
 
     def fileno(self) -> int:
-        """What the child inherits, and gives to `write_stacks_to`."""
+        """The file descriptor that the child inherits, and gives to `write_stacks_to`."""
         return self._file.fileno()
 
     def close(self) -> None:
@@ -45,7 +45,7 @@ class StackFile:
         self._file.close()
 
     def read(self) -> str:
-        """What was written so far: Python's frames of each thread, the innermost first."""
+        """Return everything written so far: Python's frames of each thread, the innermost first."""
         return os.pread(self.fileno(), _MOST_BYTES, 0).decode(errors="replace").strip()
 
     async def ask(self, pid: int) -> str:

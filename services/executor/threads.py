@@ -1,4 +1,4 @@
-"""How many threads the engine's matrix products should use on this CPU, found by trying."""
+"""The best number of threads for the engine's matrix products on this CPU, found by trying."""
 
 from __future__ import annotations
 

@@ -35,13 +35,13 @@ class QueueFullError(StatusError):
 
 
 class TenantAccounts(Protocol):
-    """What the queue asks about the tenants whose requests wait in it, or come to it."""
+    """The accounts of the tenants whose requests wait in the queue, or come to it."""
 
     def served(self, tenant: bytes) -> float:
-        """What it was served so far, by its weight; only compared."""
+        """Tokens served so far, divided by the tenant's weight; only compared."""
 
     def weight(self, tenant: bytes) -> float:
-        """What it is to have in relation to others."""
+        """The tenant's share in relation to others."""
 
 
 class AdmissionQueue(Generic[EntryT]):

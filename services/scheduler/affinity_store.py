@@ -1,4 +1,4 @@
-"""Which executor ran a session last: in memory, with a copy in Redis for the time after a restart."""
+"""The last executor of each session: in memory, with a copy in Redis for the time after a restart."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class AffinityStore:
 
     @property
     def has_redis(self) -> bool:
-        """Whether there is to be one."""
+        """True if a Redis is configured."""
         return self._redis is not None
 
     def get(self, session_id: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What became of the requests and their tokens."""
+"""Counts of requests and tokens by how they ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ENDED_BY_CLIENT = (grpc.StatusCode.CANCELLED.value[0], grpc.StatusCode.DEADLINE
 
 
 def outcome_of(code: int) -> str:
-    """What a google.rpc.Code means for a request: finished, cancelled (by its client or its deadline) or rejected."""
+    """Return the outcome of a google.rpc.Code: finished, cancelled (by the client or the deadline) or rejected."""
     if code == _OK:
         return "finished"
     return "cancelled" if code in _ENDED_BY_CLIENT else "rejected"

@@ -20,7 +20,7 @@ _ENDS = {
 
 
 class ClientSide:
-    """What the per-token path touches of a request; it knows nothing of executors.
+    """The part of a request that the per-token path touches; it knows nothing of executors.
 
     Attributes:
         link: The client link it came on.

@@ -1,4 +1,4 @@
-"""Which executors there are: addresses and names that were listed, looked up again and again."""
+"""Discovery of executors: listed addresses and names, looked up again and again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scalellm.services.common.name_lookup import NameLookup
 
 
 class ExecutorSet(Protocol):
-    """Who is told which executors there are."""
+    """The receiver of discovered executors."""
 
     def add(self, address: str) -> None:
         """An executor is there. Idempotent."""

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class ExecutorSide:
-    """What placement notes about a request.
+    """The part of a request that belongs to placement.
 
     Attributes:
         replica: The executor that has it now; None = none.

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 _RETRY_AFTER = 5.0
 
 _MAX_COUNT = 2**32 - 1
-"""Of a uint32 field."""
+"""The largest value of a uint32 field."""
 
 _MOST_REASONS = 8
 """Executors of which a refusal says why they take no requests."""
@@ -89,7 +89,7 @@ class Fleet:
         return bool(self._reachable)
 
     def make_welcome(self, instance_id: str) -> link_pb2.Welcome:
-        """What a client link is told: what every ready executor can keep."""
+        """Make the Welcome of a client link: the limits that every ready executor can keep."""
         if self.identity is None or not self.ready:
             raise self.describe_absence()
         welcomes = [replica.welcome for replica in self.ready.values() if replica.welcome is not None]
@@ -144,7 +144,7 @@ class Fleet:
         )
 
     def describe_absence(self) -> StatusError:
-        """Why no request can run."""
+        """Return the error that says why no request can run."""
         some = islice(self.replicas.values(), _MOST_REASONS)
         reasons = "; ".join(f"{replica.address}: {_why(replica)}" for replica in some) or "none is known"
         if (num_others := len(self.replicas) - _MOST_REASONS) > 0:

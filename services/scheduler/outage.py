@@ -1,4 +1,4 @@
-"""How long requests wait while no executor is ready."""
+"""Waiting of requests while no executor is ready."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ class Placement:
             self._schedule_pump()
 
     def demand(self) -> link_pb2.Renewal:
-        """What is queued."""
+        """Return the demand: what is queued."""
         queue = self.queue
         return link_pb2.Renewal(
             queued_requests=len(queue), queued_tokens=queue.num_tokens, queued_tenants=queue.num_tenants

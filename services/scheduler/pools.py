@@ -26,7 +26,7 @@ _GAIN, _HELD = 0.10, 2.0
 """measured: by what share another pool must be predicted to be faster, and for how many seconds without a break."""
 
 _WEIGHT = 0.05
-"""What one request counts in the mean lengths."""
+"""Weight of one request in the mean lengths."""
 
 _FIRST_PROMPT, _FIRST_ANSWER = 256.0, 128.0
 """Mean lengths before the first request has ended."""
@@ -112,7 +112,7 @@ class Pool:
 
 
 class Pools:
-    """Which pool new requests go to. What runs stays where it is.
+    """Chooses the pool of new requests. Running requests stay where they are.
 
     Args:
         policy: `fixed`: by the number of requests. `measured`: to the pool with the lower predicted time to the last

@@ -1,4 +1,4 @@
-"""Which executors have probably cached which prompt prefix."""
+"""An index of the executors that have probably cached a prompt prefix."""
 
 from __future__ import annotations
 

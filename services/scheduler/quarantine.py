@@ -52,7 +52,7 @@ class Quarantine:
             raise StatusError(grpc.StatusCode.INTERNAL, f"{message} (SHA-256 {digest.hex()})")
 
     def may_run(self, request: Request) -> bool:
-        """Whether a request may be sent off now: of suspect ones, one at a time."""
+        """True if a request may be sent off now: of suspect ones, one at a time."""
         trial = self._on_trial
         if trial is not None and (trial.executor.replica is None or trial.num_new_tokens):
             if trial.num_new_tokens:
@@ -105,7 +105,7 @@ def _count_death(request: Request, instance_id: str) -> None:
 
 
 def _digest(submit: link_pb2.Submit) -> bytes:
-    """Of what makes engines do the same again: tokens and parameters, but not the seed, which is drawn anew."""
+    """Digest of whatever makes engines do the same again: tokens and parameters, but not the seed, which is redrawn."""
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(submit.sampling)
     sampling.ClearField("seed")

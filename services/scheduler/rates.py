@@ -1,4 +1,4 @@
-"""How fast the admission queue drains, measured."""
+"""The measured rate at which the admission queue drains."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ class ReplicaListener(Protocol):
         """Raise StatusError when this executor cannot serve beside the others."""
 
     def demand(self) -> link_pb2.Renewal:
-        """What waits for credits, of whichever executor."""
+        """Return the requests that wait for credits, of whichever executor."""
 
     def replica_changed(self, replica: ReplicaLink) -> None:
-        """Whether it takes requests, or is needed at all, may have changed."""
+        """The executor may take requests now or no longer, or may not be needed at all any more."""
 
     def load_changed(self, replica: ReplicaLink) -> None:
         """Its load, its credits or the doubts about it may have changed."""
@@ -67,7 +67,7 @@ class ReplicaLink:
         self._handles: Handles[Request] = Handles()
         self.running = self._handles.requests
         self.clients: dict[int, ClientSide] = {}
-        """Of the running requests, for the per-token path."""
+        """The client's sides of the running requests, for the per-token path."""
         self.welcome: link_pb2.Welcome | None = None
         self.load = link_pb2.Load()
         self.is_leaving = False
@@ -164,7 +164,7 @@ class ReplicaLink:
 
     @property
     def phase(self) -> scheduler_pb2.ExecutorPhase:
-        """Whether new requests go there."""
+        """The phase of the executor, which decides if it gets new requests."""
         if self._is_incompatible:
             return _INCOMPATIBLE
         if self.is_leaving or (self.welcome is not None and self.load.draining):
@@ -173,22 +173,22 @@ class ReplicaLink:
 
     @property
     def is_up(self) -> bool:
-        """Whether the link stands."""
+        """True if the link stands."""
         return self.welcome is not None
 
     @property
     def is_reachable(self) -> bool:
-        """Whether it answers and may take requests before long: its engine starts, or another will take its place."""
+        """True if the executor answers and may take requests soon: its engine starts, or another takes its place."""
         return not self.is_leaving and not self._is_incompatible and (self.is_up or self._is_starting)
 
     @property
     def is_gone(self) -> bool:
-        """Whether nothing is to be expected of it any more."""
+        """True if the executor is not expected to come back."""
         return (self.is_leaving and not self.running) or (self.is_forgotten_when_down and not self.is_up)
 
     @property
     def is_ready(self) -> bool:
-        """Whether new requests may go there."""
+        """True if new requests may go to this executor."""
         return self.phase == _READY
 
     @property
@@ -198,7 +198,7 @@ class ReplicaLink:
 
     @property
     def has_credit(self) -> bool:
-        """Whether it takes another request now. A request may be larger than what is left of the tokens.
+        """True if the executor takes another request now. A request may be larger than what is left of the tokens.
 
         A suspect executor is tried with one request at a time.
         """
@@ -215,7 +215,7 @@ class ReplicaLink:
         return self._submitted_tokens + 1 - granted
 
     def lacks_room(self, request: Request) -> bool:
-        """Whether a request that is sent now would wait for a row or for cache blocks."""
+        """True if a request that is sent now would wait for a row or for cache blocks."""
         num_rows = sum(other.executor.num_rows for other in self.running.values() if not other.executor.is_recalled)
         return (
             not self._has_request_credit
@@ -225,7 +225,7 @@ class ReplicaLink:
 
     @property
     def takes_moves(self) -> bool:
-        """Whether it gives requests back."""
+        """True if the executor gives requests back."""
         return self.welcome is not None and self.welcome.api_minor >= MOVES_SINCE
 
     def can_run(self, request: Request) -> bool:
@@ -239,7 +239,7 @@ class ReplicaLink:
 
     @property
     def _owes_answers(self) -> bool:
-        """Whether a Finish is due, be it for a request that was given up here: a hanging executor owes that, too."""
+        """True if a Finish is due, also for a request that was given up here: a hanging executor owes that, too."""
         return len(self._handles) > 0
 
     @property
@@ -294,7 +294,7 @@ class ReplicaLink:
 
     @property
     def traffic(self) -> LinkTraffic:
-        """What went over the link, over all incarnations."""
+        """Messages and bytes of the link, over all incarnations."""
         return self._client.traffic
 
     def describe(self) -> scheduler_pb2.ExecutorState:

@@ -1,4 +1,4 @@
-"""Where the time of a request went."""
+"""Times of a request, for the latency breakdown."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _FEW = 16
 
 
 class Verdict(enum.Enum):
-    """Why no executor was picked."""
+    """The reason why no executor was picked."""
 
     NO_CREDIT = enum.auto()
     """Those that could run it are busy, or not there."""

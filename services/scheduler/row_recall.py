@@ -12,11 +12,11 @@ _MIN_TOKENS = 4
 """Tokens that a request has emitted, since it was sent off last, before its row is taken."""
 
 _LEAD = 256 * OUTPUT_COST
-"""How much more a tenant was served than the one that takes a row of its, so that rows do not go to and fro."""
+"""The least lead in tokens of a tenant that loses a row to another, so that rows do not go to and fro."""
 
 
 class RowRecall:
-    """Whose row is taken, and for whom.
+    """Chooses the rows that are taken from one tenant for another.
 
     The tenant that holds most rows, by weight, gives one to a tenant that waits, if it was served more and has still at
     least as many as that one when it has given it. So rows move until they are shared alike, and no further; a tenant
@@ -50,7 +50,7 @@ class RowRecall:
         return best
 
     def may_take(self, request: Request, giver: TenantAccount) -> bool:
-        """Whether a request's tenant is far enough behind another one."""
+        """True if a request's tenant is far enough behind another one."""
         taker = self._service[request.tenant]
         return (
             giver.rows_per_weight(-1) >= taker.rows_per_weight(request.num_rows)
@@ -58,7 +58,7 @@ class RowRecall:
         )
 
     def _victims(self, request: Request, replica: ReplicaLink, tenant: bytes) -> list[Request]:
-        """What has to go there, all of one tenant; nothing where that would not help."""
+        """Return the requests of one tenant that have to leave an executor; empty where that would not help."""
         candidates = [
             other
             for other in replica.running.values()

@@ -136,7 +136,7 @@ class SchedulerServer:
             self._loop_lag,
         )
         if self._settings.vllm_metrics:
-            # Of no engine: what waits here is not yet given to one.
+            # Queued requests have no engine yet; label them engine="scheduler".
             collector = WithVllmNames(collector, "scheduler", self._model_name)
         settings, tracer = self._settings, self._tracer
         return MetricsEndpoint(

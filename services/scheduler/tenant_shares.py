@@ -18,7 +18,7 @@ class QueueEntry(Protocol):
 
     @property
     def tenant(self) -> bytes:
-        """Whose it is; among equal priorities, who was served least goes first."""
+        """The tenant; among equal priorities the one that was served least goes first."""
 
     @property
     def arrival(self) -> int:

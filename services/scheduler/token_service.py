@@ -1,4 +1,4 @@
-"""What each tenant has been served, in tokens, and what it holds: the account of fairness between tenants."""
+"""The account of fairness between tenants: tokens that each has been served, and what it holds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from scalellm.services.scheduler.request import Request
 
 OUTPUT_COST = 4
-"""What an output token counts, in prompt tokens: it takes a row of a step, which computes hundreds of prompt tokens."""
+"""Cost of an output token, in prompt tokens: it takes a row of a step, which computes hundreds of prompt tokens."""
 
 _IDLE_CREDIT = 4096
-"""How far behind the others a tenant may begin that was away, in prompt tokens: enough for a short request or two."""
+"""Most prompt tokens by which a returning tenant may begin behind the others: enough for a short request or two."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,11 +62,11 @@ class TokenService:
         return self._active[tenant]
 
     def served(self, tenant: bytes) -> float:
-        """What an active tenant has been served, divided by its weight."""
+        """Tokens that an active tenant has been served, divided by its weight."""
         return self._active[tenant].served
 
     def weight(self, tenant: bytes) -> float:
-        """What an active tenant is to have in relation to others."""
+        """The share of an active tenant in relation to others."""
         return self._active[tenant].weight
 
     def enter(self, tenant: bytes, weight: float = 1.0) -> None:
@@ -97,7 +97,7 @@ class TokenService:
         return max(self._active.items(), key=lambda item: item[1].rows_per_weight())
 
     def goes_ahead(self, request: Request) -> bool:
-        """Whether those of its priority that wait on an executor, of tenants that hold more, do not go before it."""
+        """True if a request may pass those of its priority that wait on an executor, of tenants that hold more."""
         if len(self._active) < 2:
             return False
         own, most = self._active[request.tenant], self.richest()[1]

@@ -19,7 +19,7 @@ def _default_workers() -> int:
 
 
 class TokenizerSettings(LinkingSettings):
-    """The text edge: takes prompts and chats, streams text back, keeps sessions."""
+    """Settings of the tokenizer service, which takes prompts and chats, streams text back and keeps sessions."""
 
     model_config = settings_config("tokenizer")
 
@@ -52,13 +52,13 @@ class TokenizerSettings(LinkingSettings):
     """auto: how tokens are drawn, where a request does not say, is what the model's generation_config.json says.
     none: temperature 1 and nothing else, whatever the model."""
     home: Path = Path.home() / ".cache" / "scalellm"
-    """Where `scalellm models pull` puts models."""
+    """Folder into which `scalellm models pull` puts models."""
     workers: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=_default_workers)
     """Processes that share the port; default: half the cores, at most 8."""
     max_worker_restarts: Annotated[int, Field(ge=0)] = 3
     """Crashes of one worker within a minute after which the service gives up."""
     redis_url: str | None = Field(default=None, repr=False)
-    """Where sessions are kept: redis://host:port/db or unix://path; unset: no sessions."""
+    """Redis that keeps sessions: redis://host:port/db or unix://path; unset: no sessions."""
     session_ttl_s: Annotated[float, Field(ge=1, le=1e9)] = 3600.0
     """Seconds after its last turn for which a session is kept."""
     max_session_bytes: Annotated[int, Field(ge=1, le=2**53)] = 128 * 2**20

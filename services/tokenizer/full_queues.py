@@ -1,4 +1,4 @@
-"""What schedulers said of their queues: that these have no room for a tenant, for a moment."""
+"""Schedulers' queues that have no room for a tenant, remembered for a moment."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class FullQueues:
 
 
 class _Returns:
-    """When the refused callers of one tenant are told to come back.
+    """The times at which the refused callers of one tenant are told to come back.
 
     One after the other, at twice the rate at which the tenant's requests end, and not all of them a second later: so
     however many callers there are, in each second about as many are refused again as are served.

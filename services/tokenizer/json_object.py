@@ -55,7 +55,7 @@ def parse_object(data: bytes, field: str = "body") -> JsonObject:
 
 
 class _RefusedError(Exception):
-    """What is wrong."""
+    """The text is not an object that is accepted; the message says why."""
 
 
 def _refuse_constant(name: str) -> NoReturn:

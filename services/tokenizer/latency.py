@@ -1,4 +1,4 @@
-"""Where one request's time went: the breakdown in its last message, and the same as `server-timing` metadata."""
+"""The latency breakdown of one request: in its last message, and as `server-timing` metadata."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class LatencyTrace:
         return (self.first_token_at - self.arrived_at) / 1e9
 
     def breakdown(self, timings: link_pb2.HopTimings | None) -> common_pb2.LatencyBreakdown:
-        """What is known now; the parts add up to the total exactly.
+        """Return the breakdown as known now; the parts add up to the total exactly.
 
         What the hops below measured happened between two stamps of our own clock, and is cut to that span should a
         clock of theirs run differently: so the remainder, `network_ns`, is never negative.

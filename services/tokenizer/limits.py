@@ -11,7 +11,7 @@ from scalellm.services.common.field_rules import MAX_LOGPROBS, MAX_N, MAX_STRUCT
 from scalellm.v1 import tokenizer_pb2
 
 MAX_ANSWER_BYTES = 4 * 2**20
-"""Of one message to a client: what gRPC clients take unless they are told otherwise."""
+"""Most bytes of one message to a client: what gRPC clients take unless they are told otherwise."""
 
 MAX_ANSWER_TOKENS = 4096
 """Tokens whose text, ids and log-probabilities one message of a stream holds: below 1 MiB with 20 alternatives each."""
@@ -25,7 +25,7 @@ _MAX_BESIDE_INPUT_BYTES = 2**16
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request may hold. Sizes of texts are in bytes of UTF-8."""
+    """The limits of a request. Sizes of texts are in bytes of UTF-8."""
 
     max_prompt_bytes: int = 2**20
     max_messages: int = 1024
@@ -42,8 +42,8 @@ class RequestLimits:
 
     @property
     def max_request_bytes(self) -> int:
-        """Of one message from a client: its text or its token ids, the shape of its answer, and 64 KiB for all that
-        stands beside them.
+        """Most bytes of one message from a client: its text or its token ids, the shape of its answer, and 64 KiB for
+        all other fields.
 
         It is what a request costs before anything in it is looked at: protobuf makes 28 MiB of objects, in some 40 ms,
         of a MiB of empty chat messages.
@@ -53,7 +53,7 @@ class RequestLimits:
 
     @property
     def max_body_bytes(self) -> int:
-        """Of the JSON that an HTTP client sends: JSON may write each byte of a text as three, as \\u0451 for ё."""
+        """Most bytes of an HTTP client's JSON, which may write each byte of a text as three, as \u0451 for ё."""
         return 3 * (self.max_prompt_bytes + MAX_STRUCTURE_BYTES) + _MAX_BESIDE_INPUT_BYTES
 
     def to_wire(self) -> tokenizer_pb2.Limits:

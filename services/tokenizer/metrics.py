@@ -40,14 +40,14 @@ _PREFIX = "scalellm_tokenizer_requests"
 _ACCEPTED, _ENDED, _RUNNING = f"{_PREFIX}_accepted", f"{_PREFIX}_ended", f"{_PREFIX}_running"
 _LOST = {"outcome": "rejected", "code": "UNAVAILABLE"}
 _TRANSPORTS = ("grpc", "http")
-"""How calls end whose worker dies, as their clients see it."""
+"""Status of calls whose worker dies, as their clients see it."""
 
 _MAX_NOTES = 1000
 """Observations after which `flush` is not waited for."""
 
 
 class Outcome(enum.StrEnum):
-    """How a Generate call ended."""
+    """The outcome of a Generate call."""
 
     FINISHED = "finished"
     """OK."""
@@ -58,7 +58,7 @@ class Outcome(enum.StrEnum):
 
     @classmethod
     def of(cls, code: grpc.StatusCode) -> Outcome:
-        """What a status means."""
+        """Return the outcome of a status."""
         if code is grpc.StatusCode.OK:
             return cls.FINISHED
         by_client = code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -66,7 +66,7 @@ class Outcome(enum.StrEnum):
 
 
 class EdgeMetrics:
-    """What one worker counts. `requests_running` is derived from the counters, see WorkersCollector."""
+    """The counters of one worker. `requests_running` is derived from the counters, see WorkersCollector."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
@@ -221,7 +221,7 @@ class EdgeMetrics:
         self._followed[counter] = (read, 0)
 
     def tell_schedulers(self, num_sent: Mapping[str, int], num_running: Mapping[str, int]) -> None:
-        """What was sent to each scheduler so far, and what runs there now, by its address."""
+        """Set the requests sent to each scheduler so far, and those that run there now, by its address."""
         for address, count in num_sent.items():
             sent, last = self._sent_to.get(address) or (self._sent.labels(address), 0)
             sent.inc(count - last)
@@ -299,7 +299,7 @@ class WorkersCollector(Collector):
         partial.replace(self._crash_file)
 
     def _read_crashes(self) -> tuple[int, dict[str, float]]:
-        """How many workers crashed, and by transport the calls that ended with them."""
+        """Return the number of crashed workers, and by transport the calls that ended with them."""
         try:
             crashes, lost = json.loads(self._crash_file.read_text())
         except FileNotFoundError:

@@ -35,7 +35,7 @@ ResultT = TypeVar("ResultT")
 
 
 class _Told(NamedTuple):
-    """What a chat template is told beside what the server says."""
+    """The variables of a chat template beside those of the server."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
@@ -45,7 +45,7 @@ class _Told(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads.
+    """The model's input.
 
     Attributes:
         token_ids: All of it.
@@ -95,12 +95,12 @@ class PromptBuilder:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether chats can be rendered."""
+        """True if chats can be rendered."""
         return self._renderer is not None
 
     @property
     def can_take_content_as_text(self) -> bool:
-        """Whether special tokens' texts in contents can be text: where they cannot, such chats are refused."""
+        """True if special tokens' texts in contents can be text: where they cannot, such chats are refused."""
         return self._encoder.special_texts.are_alone
 
     @property

@@ -1,4 +1,4 @@
-"""What a tenant may use, counted over all worker processes in Redis.
+"""Tenants' limits, counted over all worker processes in Redis.
 
 A request that is limited costs one round trip, before anything else is done for it; one that is not costs none. Ends of
 requests are reported beside the requests' path.
@@ -128,7 +128,7 @@ class TenantQuotas:
 
     @property
     def is_degraded(self) -> bool:
-        """Whether the limits should hold over all processes, and do not."""
+        """True if the limits should hold over all processes, but hold in this one alone."""
         return self.redis is not None and not self.is_shared
 
     async def admit(self, tenant: Tenant, priority: int = 0) -> Lease | None:

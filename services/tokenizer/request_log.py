@@ -32,7 +32,7 @@ _LONGEST_PROMPT = 4096
 
 @dataclass(slots=True)
 class RequestEnd:
-    """How a request ended.
+    """The end of a request.
 
     Attributes:
         request: What the client asked for.
@@ -65,7 +65,7 @@ class RequestLog:
         self._limit = LineLimit()
 
     def wants(self, error: StatusError | None) -> bool:
-        """Whether a request that ended so may be written."""
+        """True if a request that ended in this way may be logged."""
         return self._all or (error is not None and error.code in _OURS)
 
     def write(self, end: RequestEnd) -> None:

@@ -54,7 +54,7 @@ class RequestTrace:
 
     @property
     def trace_id(self) -> str:
-        """Of the trace that this is a part of."""
+        """The id of the trace that this is a part of."""
         return self._span.headers.trace_id
 
     def submit(self) -> TraceHeaders:

@@ -33,7 +33,7 @@ class CallGate:
 
     @property
     def is_closed(self) -> bool:
-        """Whether new calls are refused."""
+        """True if new calls are refused."""
         return self._closed
 
     def enter(self) -> None:

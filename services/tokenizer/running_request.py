@@ -20,7 +20,7 @@ _BLOCK_TOKENS = 64
 
 
 class Move(enum.Enum):
-    """How a request loses its scheduler. The values are labels of metrics."""
+    """The reason for which a request loses its scheduler. The values are labels of metrics."""
 
     LOST = "lost"
     GIVEN_BACK = "given_back"
@@ -75,7 +75,7 @@ class RunningRequest:
 
     @property
     def tenant(self) -> bytes:
-        """Whose it is, as schedulers know it."""
+        """The tenant, as schedulers know it."""
         return self._submit.tenant
 
     def can_go_to(self, link: SchedulerLink) -> bool:
@@ -159,7 +159,7 @@ class RunningRequest:
 
 
 def _route_key(submit: link_pb2.Submit) -> bytes:
-    """What requests have in common that belong on one scheduler: their session, or how their prompts begin."""
+    """Return the key of requests that belong on one scheduler: their session, or the beginning of their prompts."""
     if submit.session_id:
         return b"session " + submit.session_id.encode()
     return b"prefix " + submit.cache_salt + array("I", submit.token_ids[:_BLOCK_TOKENS]).tobytes()

@@ -51,7 +51,7 @@ def parts_of(delta: Delta) -> Sequence[Part]:
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """What a client wants to see.
+    """The parts of an answer that a client wants to see.
 
     Attributes:
         text: Whether deltas carry text.

@@ -1,4 +1,4 @@
-"""How a model's authors draw its tokens: the settings of generation_config.json, for requests that do not say."""
+"""Sampling defaults of a model: the settings of its generation_config.json, for requests that do not set them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from scalellm.services.common.name_lookup import NameLookup
 
 
 class SchedulerSet(Protocol):
-    """Who is told which schedulers there are."""
+    """The receiver of discovered schedulers."""
 
     def add(self, address: str, host: str) -> None:
         """A scheduler is there; `host` is what it was listed under. Idempotent."""

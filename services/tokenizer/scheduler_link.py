@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class LinkCounts:
-    """What came and went over all links of a worker.
+    """Counts over all links of a worker.
 
     Attributes:
         traffic: Frames and bytes.
@@ -43,7 +43,7 @@ class LinkCounts:
 
 
 class LinkOwner(Protocol):
-    """Who is told what happens on a link."""
+    """The receiver of a link's events."""
 
     def link_changed(self, link: SchedulerLink) -> None:
         """It takes requests now, or takes none any more."""
@@ -121,12 +121,12 @@ class SchedulerLink:
 
     @property
     def is_up(self) -> bool:
-        """Whether the link stands."""
+        """True if the link stands."""
         return self._welcome is not None
 
     @property
     def welcome(self) -> link_pb2.Welcome | None:
-        """What the scheduler said of the model; None while it takes no requests: the link is down, or it is leaving."""
+        """The scheduler's Welcome; None while it takes no requests: the link is down, or it is leaving."""
         return None if self._is_draining else self._welcome
 
     @property

@@ -91,7 +91,7 @@ class Schedulers:
 
     @property
     def welcome(self) -> link_pb2.Welcome | None:
-        """What the schedulers said of the model: what each of them can keep. None while none takes requests."""
+        """The Welcome with the tightest limits, which each scheduler can keep. None while none takes requests."""
         welcomes = [link.welcome for link in self._links.values() if link.welcome is not None]
         return min(welcomes, key=lambda welcome: welcome.max_model_len, default=None)
 

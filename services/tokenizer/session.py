@@ -18,7 +18,7 @@ from scalellm.services.tokenizer.text.conversation import Continuation, Segment
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Where the conversation stood after a turn: how many messages, how many segments."""
+    """State of the conversation after a turn: its numbers of messages and segments."""
 
     num_messages: int
     num_segments: int
@@ -26,7 +26,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """What a list shows of a session. Times in seconds since the epoch."""
+    """A session in a list. Times in seconds since the epoch."""
 
     session_id: str
     num_turns: int

@@ -49,7 +49,7 @@ _LIMIT = "session_bytes"
 
 
 class SaveOutcome(enum.Enum):
-    """What became of a turn."""
+    """The outcome of saving a turn."""
 
     SAVED = enum.auto()
     CONFLICT = enum.auto()
@@ -99,7 +99,7 @@ class SessionStore:
 
     @property
     def is_on(self) -> bool:
-        """Whether the service was started with a Redis."""
+        """True if the service was started with a Redis."""
         return self._redis is not None
 
     @property

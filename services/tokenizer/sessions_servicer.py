@@ -26,7 +26,7 @@ _PAGE_BYTES = MAX_ANSWER_BYTES - 2**16
 """Most bytes of the messages of a page: an answer has room for what stands beside them."""
 
 _MESSAGE_BYTES = 32
-"""Of the tag and the length around a message, at most."""
+"""Most bytes of the tag and the length around a message."""
 
 
 class SessionsServicer:

@@ -15,7 +15,7 @@ _TAKEN = (
     *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
     "chat_template",
 )
-"""What the server itself tells the template, and what transformers' function of the same name takes for its own."""
+"""Variables that the server itself sets, and those that transformers' function of the same name takes for its own."""
 
 
 def read_template_kwargs(text: str) -> JsonObject:

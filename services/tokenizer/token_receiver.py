@@ -67,7 +67,7 @@ class Resubmission:
 
 
 class _Inbox:
-    """What of one sample nobody has taken yet."""
+    """The tokens of one sample that nobody has taken yet."""
 
     __slots__ = ("finish", "logprobs", "num_taken", "tokens")
 
@@ -79,7 +79,7 @@ class _Inbox:
 
 
 class TokenReceiver:
-    """What the links delivered for one request and nobody has taken yet.
+    """The results of one request that the links delivered and nobody has taken yet.
 
     Args:
         num_samples: Samples of the request.
@@ -119,7 +119,7 @@ class TokenReceiver:
 
     @property
     def is_over(self) -> bool:
-        """Whether the request has ended."""
+        """True if the request has ended."""
         return self.finish is not None or self._error is not None
 
     def start_at(self, samples: Iterable[link_pb2.ResumedSample]) -> None:
@@ -223,7 +223,7 @@ class TokenReceiver:
 
     @property
     def has_more(self) -> bool:
-        """Whether something waits, due or not."""
+        """True if tokens wait to be taken, due or not."""
         return bool(self._dirty)
 
     def take(self) -> list[TokenBatch]:

@@ -41,7 +41,7 @@ class TokenizerServicer:
     async def GetInfo(
         self, request: tokenizer_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.GetInfoResponse:
-        """What is served here, and the limits in force."""
+        """Return the model that is served, and the limits in force."""
         return self._tokenizing.info()
 
     def _caller(self) -> str:

@@ -56,7 +56,7 @@ class Tokenizing:
         return tokenizer_pb2.ApplyChatTemplateResponse(text=text.plain, token_ids=token_ids)
 
     def info(self) -> tokenizer_pb2.GetInfoResponse:
-        """What is served here, and the limits in force."""
+        """Return the model that is served, and the limits in force."""
         model, welcome = self._prompts.model, self._edge.schedulers.welcome
         return tokenizer_pb2.GetInfoResponse(
             model=self._edge.model_name,

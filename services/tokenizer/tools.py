@@ -1,4 +1,4 @@
-"""What a request says of functions: checked, and as the grammar, the splitter and the chat template need it."""
+"""The functions of a request: checked, and in the forms that the grammar, the splitter and the chat template need."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def calls_of(chat: generation_pb2.Chat) -> Calls | None:
 
 
 class ArgumentTexts:
-    """Which arguments of functions are strings.
+    """The arguments of functions that are strings.
 
     Args:
         chat: Has the functions.

@@ -194,7 +194,7 @@ def validate_page_size(
 
 
 def is_id(value: str) -> bool:
-    """Whether a text can be a request's or a session's id."""
+    """True if a text can be a request's or a session's id."""
     return _ID.fullmatch(value) is not None
 
 

@@ -1,4 +1,4 @@
-"""How a model writes: what its tokens mean in its answers, and the marks of reasoning and calls among them."""
+"""A model's way of writing: the meaning of its tokens in answers, and the marks of reasoning and calls among them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 
 _OPENING_TOKENS = 16
-"""Of a prompt: as many as have the mark of reasoning with which an answer may begin."""
+"""Last tokens of a prompt that are looked at: as many as have the mark of reasoning with which an answer may begin."""
 
 
 class Writing:
-    """How one model writes. Immutable.
+    """One model's way of writing. Immutable.
 
     Args:
         model: Its tokenizer.

@@ -1,4 +1,4 @@
-"""What a case is, how its inputs are made, and how results are compared."""
+"""Cases: an op, its inputs, and the comparison of its results."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How far a result is from what it has to be. `error` is in units of `tolerance`'s."""
+    """The distance of a result from the expected one. `error` is in units of `tolerance`'s."""
 
     passed: bool
     error: float
@@ -130,7 +130,7 @@ class Case:
 
 
 def bit_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits, whatever these stand for."""
+    """True if two tensors hold the same bits, whatever these stand for."""
     return torch.equal(_bits(a), _bits(b))
 
 

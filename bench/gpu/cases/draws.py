@@ -1,4 +1,4 @@
-"""What many draws of the sampler show together: which tokens are ever drawn, and how often."""
+"""Properties of many draws of the sampler together: the tokens that are ever drawn, and how often."""
 
 from __future__ import annotations
 

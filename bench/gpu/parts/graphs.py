@@ -13,7 +13,7 @@ _GIB = 2**30
 
 
 class Graphs:
-    """What serving captures: the Triton forms, with all room given to them."""
+    """The ops as serving captures them: the Triton forms, with all room given to them."""
 
     def run(self, bench: Bench, found: Findings) -> None:
         """Run every case of a Triton form that parity has compiled already; a row for each op."""

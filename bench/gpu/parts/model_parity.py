@@ -128,7 +128,7 @@ class ModelParity:
 
     @staticmethod
     def _engines(model: CausalLM, form: Format, device: Device, sizes: _Sizes) -> bool:
-        """Whether greedy answers, and their log-probabilities to the bit, are the same from graphs as without."""
+        """True if greedy answers, and their log-probabilities to the bit, are the same from graphs as without."""
         load = Load(2 if device.dry_run else 4, sizes.prompt, 2 if device.dry_run else 8)
         limits = engine_config(model.config, load, batched_tokens=1024)
         answers = []

@@ -31,7 +31,7 @@ _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one tool said: `clean` is None when it refused to work here."""
+    """The verdict of one tool: `clean` is None when it refused to work here."""
 
     clean: bool | None
     detail: str

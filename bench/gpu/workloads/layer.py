@@ -1,4 +1,4 @@
-"""What a layer does besides products and attention: it moves bytes."""
+"""The work of a layer besides products and attention: it moves bytes."""
 
 from __future__ import annotations
 

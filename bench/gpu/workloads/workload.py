@@ -1,4 +1,4 @@
-"""What is timed."""
+"""Workloads that are timed."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Front:
 
 
 def server_parser(description: str | None, model: str) -> argparse.ArgumentParser:
-    """What every server is told; `model` says what its model is."""
+    """Return the parser of every server's options; `model` describes its model."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, required=True, help=model)
     parser.add_argument("--tokenizer", type=Path, required=True, help="See bench.peers.weights.write_tokenizer.")

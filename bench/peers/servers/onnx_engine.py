@@ -13,7 +13,7 @@ import onnxruntime_genai as genai
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of a model.
+    """Options of a model.
 
     Attributes:
         model: A folder of `onnx_export`.

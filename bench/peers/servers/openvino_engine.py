@@ -14,7 +14,7 @@ from bench.peers.servers.stepping import Job, Output
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of the pipeline; see its SchedulerConfig.
+    """Options of the pipeline; see its SchedulerConfig.
 
     Attributes:
         model: A .gguf file.

@@ -37,7 +37,7 @@ class Output:
 
 
 class Engine(Protocol):
-    """What is stepped."""
+    """An engine that is stepped."""
 
     def add(self, job: Job) -> None:
         """Take in a job."""
@@ -46,7 +46,7 @@ class Engine(Protocol):
         """Drop a job; unknown and ended ones are nothing to say about."""
 
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """True if a step would do anything."""
 
     def step(self) -> list[Output]:
         """Compute one step."""

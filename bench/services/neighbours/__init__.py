@@ -1,1 +1,1 @@
-"""What surrounds a service under load: clients, edges, schedulers and executors that cost next to nothing."""
+"""Neighbours of a service under load: clients, edges, schedulers and executors that cost next to nothing."""

@@ -53,7 +53,7 @@ class Stream:
 
     @property
     def is_blocked(self) -> bool:
-        """Whether what was sent waits for the peer to read."""
+        """True if what was sent waits for the peer to read."""
         return bool(self._outbox) or self._connection.is_paused
 
     def send(self, message: bytes, *, last: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What a neighbour counted since it was last asked."""
+"""A neighbour's counts since it was last asked."""
 
 from __future__ import annotations
 

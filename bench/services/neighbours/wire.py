@@ -13,7 +13,7 @@ from scalellm.v1 import common_pb2, generation_pb2, link_pb2, tokenizer_pb2
 _TICK_NS, _NUM_STAMPS, _FIRST_STAMP = 25_000, 40_000, 1_000
 
 STAMPED = 16
-"""Of so many streams, one asks for token ids, which say how old they are."""
+"""One of so many streams asks for token ids, which say how old they are."""
 
 _SUBMIT = link_pb2.ClientFrame.SUBMIT_FIELD_NUMBER
 _WORDS = (

@@ -1,4 +1,4 @@
-"""How a client proves itself, and whom it trusts."""
+"""Credentials of a client, and the authorities that it trusts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CredentialsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a server may ask for. Nothing given: plaintext, and no key.
+    """Credentials that a server may ask for. Nothing given: plaintext, and no key.
 
     Attributes:
         api_key: As `scalellm keys create` printed it.

@@ -84,7 +84,7 @@ class ClientError(Exception):
 
 
 def _tls_advice(message: str, shown: Credentials) -> str:
-    """What may be wrong between two that were connected and could not talk; empty if it was something else."""
+    """Return the likely TLS mistake between two that were connected and could not talk; empty if it was another."""
     if not message.startswith(_UNREACHABLE):
         return ""
     if why := _REJECTED_BY_US.search(message):

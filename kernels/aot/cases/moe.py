@@ -22,7 +22,7 @@ def _float(*shape: int) -> Tensor:
 
 
 def _grouped_by_torch(tokens: int, dtype: torch.dtype) -> bool:
-    """Whether a case is of torch's grouped product."""
+    """True if a case is of torch's grouped product."""
     return tokens > 512 and dtype == _BF16
 
 

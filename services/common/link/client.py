@@ -109,7 +109,7 @@ class LinkClient:
 
     @property
     def is_up(self) -> bool:
-        """Whether frames can be sent now."""
+        """True if frames can be sent now."""
         return self._up
 
     def submit(self, submit: link_pb2.Submit) -> None:

@@ -17,7 +17,7 @@ MAX_SAMPLES = 16
 """Samples of one request."""
 
 LONGEST_NS = 10**18
-"""Of any duration on a link, some thirty years: sums of a few, and times of any clock plus one, fit 64 bits."""
+"""The longest duration on a link, some thirty years: sums of a few, and times of any clock plus one, fit 64 bits."""
 
 LOWEST_PRIORITY = -100
 """The number of the most urgent requests."""

@@ -1,4 +1,4 @@
-"""How the upstream end of a link connects: plaintext or TLS, and what it says to be let in."""
+"""Connections of the upstream end of a link: plaintext or TLS, and the credentials that it shows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LinkDialer:
         return grpc.aio.secure_channel(address, credentials, options=(*CHANNEL_OPTIONS, *name))
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What every call says. Raises ConfigFileError."""
+        """Return the metadata of every call. Raises ConfigFileError."""
         if self.token_file is None:
             return ()
         return (("authorization", f"Bearer {read_token(self.token_file)}"),)

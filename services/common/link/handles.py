@@ -11,7 +11,7 @@ _MAX_HANDLE = 2**32 - 1
 
 
 class Handles(Generic[RequestT]):
-    """Which request has which handle on one connection.
+    """The requests of one connection by their handles.
 
     A handle is taken from its Submit to its Finish, also when the request is released before: what still comes for it
     must not meet another request.

@@ -1,4 +1,4 @@
-"""What servers of one kind must have in common for a request to move between them."""
+"""The properties that servers of one kind must have in common for a request to move between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a server opens a link: the first frame in time, one tokenizer on both sides, and the lease of requests."""
+"""The opening of a link by its server: the first frame in time, one tokenizer on both sides, the lease of requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a request has come, over all links on which it was tried: each token and log-probability counts once."""
+"""Progress of a request over all links on which it was tried: each token and log-probability counts once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from scalellm.v1 import common_pb2, link_pb2
 
 
 class ProgressError(Exception):
-    """What came does not follow what had come: "skipped tokens 3 to 4 of sample 0". The request cannot go on."""
+    """A message does not continue the ones before it: "skipped tokens 3 to 4 of sample 0". The request cannot go on."""
 
 
 class RequestProgress:
-    """What came of one request. A request that moves is replayed from it, and what comes twice is dropped by it.
+    """Everything received for one request. A move replays it, and it drops whatever arrives twice.
 
     Args:
         num_samples: Samples of the request.
@@ -42,7 +42,7 @@ class RequestProgress:
 
     @property
     def all_ended(self) -> bool:
-        """Whether every sample has ended, so that only the Finish is missing."""
+        """True if every sample has ended, so that only the Finish is missing."""
         return all(self.ended)
 
     def add_tokens(self, index: int, offset: int, token_ids: list[int]) -> list[int]:

@@ -25,7 +25,7 @@ _TAKEN_TAG = b"\x2a"
 
 
 class FrameWriter(Protocol):
-    """What a link needs of a gRPC context."""
+    """The methods of a gRPC context that a link uses."""
 
     async def write(self, message: bytes) -> None:
         """Send one message; returns when the transport took it."""
@@ -54,7 +54,7 @@ class ServerLink:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing more can be sent."""
+        """True if nothing more can be sent."""
         return self._closed
 
     def send(self, frame: bytes) -> None:
@@ -144,7 +144,7 @@ class ServerLink:
 
     @property
     def _may_write(self) -> bool:
-        """Whether the reader has taken enough of what was written; it is not waited for at the end of the link."""
+        """True if the reader has taken enough of what was written; it is not waited for at the end of the link."""
         return self._closed or self._num_taken is None or self._num_written - self._num_taken < _MOST_UNREAD
 
     async def _watch(self, lease: float) -> None:

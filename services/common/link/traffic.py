@@ -1,4 +1,4 @@
-"""What went over links."""
+"""Counts of messages and bytes on links."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import grpc
 from scalellm.services.common.errors import StatusError
 
 API_MINOR = 2
-"""What this service speaks. It rises with each change that a peer must know of before it may be used."""
+"""Minor version of this service. It rises with each change that a peer must know of before it may be used."""
 
 LEASES_SINCE = 2
 """The version whose upstream sides renew leases."""

@@ -192,7 +192,7 @@ def _names(snapshot: Path) -> list[str]:
 
 
 def _choose(model: HubModel, names: Sequence[str]) -> _Files:
-    """Which of a repository's files are fetched. Raises UnknownModelError where there is nothing to serve."""
+    """Return the files of a repository that are fetched. Raises UnknownModelError where there is nothing to serve."""
     sets = _gguf_sets(names)
     if not model.choice and "config.json" in names and any(_is_weights(name) for name in names):
         return _Files((*filter(_belongs, names), *filter(_is_weights, names)))
@@ -216,7 +216,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _belongs(name: str) -> bool:
-    """Whether a file beside safetensors is one that edge or executor may read."""
+    """True if a file beside safetensors is one that edge or executor may read."""
     parts = name.split("/")
     if len(parts) == 2 and parts[0] == "additional_chat_templates":
         return name.endswith(".jinja")
@@ -244,14 +244,14 @@ def _of_choice(sets: dict[str, list[str]], choice: str) -> list[list[str]]:
 
 
 def _label(parts: Sequence[str]) -> str:
-    """What a GGUF model is chosen by: the end of its name, from the quantisation on."""
+    """Return the name that chooses a GGUF model: the end of its file name, from the quantisation on."""
     stem = _stem(PurePosixPath(parts[0]).name)
     found = re.search(r"(?:UD-)?(?:I?Q\d\w*|BF16|F16|F32|MXFP4\w*)$", stem, re.IGNORECASE)
     return found[0] if found else stem
 
 
 def _is_whole(files: _Files, snapshot: Path) -> bool:
-    """Whether all parts of a model are here; small files are fetched before the large ones, and so are here as well."""
+    """True if all parts of a model are here; small files are fetched before the large ones, and so are here as well."""
     if split := split_name(files.first):
         return len(files.names) == split[2]
     if files.first:

@@ -31,7 +31,7 @@ COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class PullProgress:
-    """Where a pull is: bytes downloaded so far of the total; "waiting" means another process pulls the same model."""
+    """Progress of a pull: bytes downloaded of the total; "waiting" means another process pulls the same model."""
 
     stage: Literal["waiting", "downloading", "done"]
     done_bytes: int

@@ -21,7 +21,7 @@ __all__ = ["TraceHeaders", "open_tracer"]
 
 @contextmanager
 def open_tracer(service: str, settings: ServiceSettings, sample_ratio: float = 0.0) -> Iterator[Tracer | None]:
-    """What makes and exports a service's spans; None when traces are off. What is left is exported at the end.
+    """Make and export a service's spans; None when traces are off. The remaining spans are exported at the end.
 
     Args:
         service: Name of the service.

@@ -1,4 +1,4 @@
-"""Where spans go: an OTLP collector, or a file. Always on a thread of their own, never on a request's way."""
+"""Export of spans to an OTLP collector or a file, always on a thread of its own, never on a request's way."""
 
 from __future__ import annotations
 

@@ -43,5 +43,5 @@ class TraceHeaders(NamedTuple):
 
     @property
     def is_sampled(self) -> bool:
-        """Whether the caller records its spans, and so wants ours."""
+        """True if the caller records its spans, and so wants ours."""
         return bool(self.traceparent) and bool(int(self.traceparent[-2:], 16) & 1)

@@ -107,7 +107,7 @@ class Tracer:
         return Span(self, span, parent.offset)
 
     def headers(self, span: Span) -> TraceHeaders:
-        """What to send along so that others hang their spans under this one."""
+        """Headers to send along so that others hang their spans under this one."""
         carrier: dict[str, str] = {}
         self._propagator.inject(carrier, trace.set_span_in_context(span.span, Context()))
         return TraceHeaders(**carrier)
@@ -149,7 +149,7 @@ class Span:
 
     @property
     def headers(self) -> TraceHeaders:
-        """What to send along with a request that belongs under this span."""
+        """Headers to send along with a request that belongs under this span."""
         return self._tracer.headers(self)
 
     def begin(self, name: str, at: int, *, kind: Kind = "internal", attributes: Attributes | None = None) -> Span:

@@ -1,4 +1,4 @@
-"""Which requests the engine accepts."""
+"""Checks of a request before the engine accepts it."""
 
 from scalellm.services.executor.engine.config import EngineConfig
 from scalellm.services.executor.engine.request import EngineRequest

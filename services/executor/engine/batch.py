@@ -72,7 +72,7 @@ class ScheduledBatch:
 
     @property
     def has_swaps(self) -> bool:
-        """Whether blocks move between device and host."""
+        """True if blocks move between device and host."""
         return bool(self.swap_outs or self.swap_ins)
 
     def live_groups(self) -> dict[int, SequenceGroup]:
@@ -91,7 +91,7 @@ class Logprobs:
 
 @dataclass(slots=True)
 class SampledBatch:
-    """What a step produced.
+    """The results of a step.
 
     token_ids: one per scheduled sequence that samples, in batch order. logprobs: for those of them that asked, by
     place in `token_ids`. prompt_logprobs: one list per scheduled sequence with prompt_logprobs positions, by place
@@ -142,7 +142,7 @@ class ModelRunnerProtocol(Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """Whether `launch` returns before the step is done, so that it pays to launch the next one meanwhile."""
+        """True if `launch` returns before the step is done, so that it pays to launch the next one meanwhile."""
 
     def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
         """Copy whole cache blocks, in every layer, to the host and then back from it: (device block, host block).

@@ -1,4 +1,4 @@
-"""Which sequence owns which cache blocks: allocation, prefix sharing, copy-on-write."""
+"""Cache blocks and the sequences that own them: allocation, prefix sharing, copy-on-write."""
 
 from collections import Counter
 from collections.abc import Iterable

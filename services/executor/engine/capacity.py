@@ -1,4 +1,4 @@
-"""When a request may start, given the KV cache: the two capacity policies."""
+"""The two capacity policies: they decide when a request may start, given the KV cache."""
 
 from typing import Protocol
 
@@ -14,7 +14,7 @@ class Capacity(Protocol):
         """Raise InvalidRequestError for a request that could never start."""
 
     def may_start(self, group: SequenceGroup) -> bool:
-        """Whether a request may leave the waiting queue now."""
+        """True if a request may leave the waiting queue now."""
 
     def spare_blocks(self, num_running: int) -> int:
         """Blocks to leave free when admitting beside `num_running` sequences."""
@@ -74,7 +74,7 @@ class GuaranteedNoEvict:
             )
 
     def may_start(self, group: SequenceGroup) -> bool:
-        """Whether the worst case fits beside all others'."""
+        """True if the worst case fits beside all others'."""
         return self._total + self._worst_case(group) <= self._num_blocks
 
     def spare_blocks(self, num_running: int) -> int:

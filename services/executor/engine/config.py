@@ -7,7 +7,7 @@ from scalellm.services.common.field_rules import MAX_LOGPROBS
 
 
 class CapacityPolicy(enum.Enum):
-    """What happens when the KV cache cannot hold all that runs; the names are TensorRT-LLM's."""
+    """The reaction to a KV cache that cannot hold all that runs; the names are TensorRT-LLM's."""
 
     MAX_UTILIZATION = "max_utilization"
     """Admit what fits now; when blocks run out, preempt the lowest-priority, latest sequence."""

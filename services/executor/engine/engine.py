@@ -154,7 +154,7 @@ class Engine:
         self._ledger.forget_link(link)
 
     def has_unfinished(self) -> bool:
-        """Whether step() has work to do or news to report."""
+        """True if step() has work to do or news to report."""
         news = self._result.finished or self._result.samples_finished
         return len(self._ledger) > 0 or len(self._pipeline) > 0 or bool(news)
 
@@ -217,7 +217,7 @@ class Engine:
         return self._blocks.num_hashed_blocks
 
     def has_request(self, key: RequestKey) -> bool:
-        """Whether the request was accepted and has not ended."""
+        """True if the request was accepted and has not ended."""
         return self._ledger.get(key) is not None
 
     def link_credits(self, link: int) -> LinkCredits:

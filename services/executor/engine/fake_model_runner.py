@@ -84,7 +84,7 @@ class FakeModelRunner:
 
     @property
     def overlaps(self) -> bool:
-        """Whether launching returns at once."""
+        """True if launching returns at once."""
         return self._overlaps
 
     def next_token(self, previous: int, position: int) -> int:

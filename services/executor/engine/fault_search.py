@@ -16,7 +16,7 @@ class _Suspect:
 
     @property
     def is_cleared(self) -> bool:
-        """Whether it has run beyond the step that failed, or has ended."""
+        """True if the request has run beyond the step that failed, or has ended."""
         return all(
             seq.status is SequenceStatus.FINISHED or len(seq.token_ids) > self.num_tokens[seq.index]
             for seq in self.group.samples

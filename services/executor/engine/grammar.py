@@ -1,4 +1,4 @@
-"""What the engine knows of grammars, which say what the texts of samples must be."""
+"""The engine's view of grammars, which constrain the texts of samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many KV-cache blocks an engine gets."""
+"""The number of KV-cache blocks of an engine."""
 
 _GIB = 1024**3
 

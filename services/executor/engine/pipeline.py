@@ -16,7 +16,7 @@ from scalellm.services.executor.engine.batch import (
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """How a step ended: with what it sampled, or with the error that the runner raised.
+    """The end of a step: its samples, or the error that the runner raised.
 
     finished_at: when the host learned of it. seconds: how long the device took, without the time that the step spent
     queued behind the one before it.
@@ -58,7 +58,7 @@ class Pipeline:
 
     @property
     def withholds_tokens(self) -> bool:
-        """Whether a step in flight samples tokens that must be known before the next step can be launched."""
+        """True if a step in flight samples tokens that must be known before the next step can be launched."""
         return any(
             scheduled.samples and scheduled.seq.group.needs_known_tokens
             for step in self._steps

@@ -1,4 +1,4 @@
-"""How much prefill a step may carry beside running decodes."""
+"""The number of prefill tokens that a step may carry beside running decodes."""
 
 _EWMA_WEIGHT = 0.2
 
@@ -18,7 +18,7 @@ class PrefillBudget:
 
     @property
     def seconds_per_token(self) -> float | None:
-        """What a token of prefill takes; None before the first."""
+        """Time of one token of prefill; None before the first."""
         return self._per_token
 
     def limit(self, num_decodes: int, budget: int) -> int:
@@ -41,7 +41,7 @@ class PrefillBudget:
             # Decodes alone take no longer. Where no step is without prefill, one slow decode would rule for ever.
             self._decode_step = min(self._decode_step, seconds)
         decode = (self._decode_step or 0.0) if num_decodes else 0.0
-        # A few tokens say little: all that decodes vary by is put down to them.
+        # Weight small chunks less: decode noise would otherwise be attributed to a few prefill tokens.
         weight = min(1.0, num_prefill_tokens / self._min_chunk)
         self._per_token = _average(self._per_token, max(seconds - decode, 0.0) / num_prefill_tokens, weight)
 

@@ -1,4 +1,4 @@
-"""Which block holds which prefix: chained hashes of full blocks (as in vLLM v1), apart per salt."""
+"""The prefix cache: blocks by chained hashes of full blocks (as in vLLM v1), apart per salt."""
 
 import hashlib
 from array import array
@@ -43,7 +43,7 @@ class PrefixCache:
             self._hashes[block] = block_hash
 
     def is_registered(self, block: int) -> bool:
-        """Whether the block's content may be found, and so must not change."""
+        """True if the block's content may be found, and so must not change."""
         return self._hashes[block] is not None
 
     def evict(self, block: int) -> None:

@@ -1,4 +1,4 @@
-"""What the engine says of itself: gauges and counters, put together from its parts."""
+"""The engine's reports: gauges and counters, put together from its parts."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _FAILED = (RequestStatus.INTERNAL, RequestStatus.INVALID)
 
 @dataclass(slots=True)
 class StepCounts:
-    """What steps did since start, as in EngineStats."""
+    """Counts of steps since start, as in EngineStats."""
 
     steps: int = 0
     failed_steps: int = 0

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: plain data, free of any wire format."""
+"""The engine's requests and results: plain data, free of any wire format."""
 
 import enum
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ RequestKey = tuple[int, int]
 
 
 class FinishReason(enum.Enum):
-    """Why one sample ended."""
+    """The reason for which one sample ended."""
 
     STOP = "stop"
     """An end-of-sequence token, a stop token, or a stop string found by the text edge."""
@@ -22,7 +22,7 @@ class FinishReason(enum.Enum):
 
 
 class AbortReason(enum.Enum):
-    """Why a request or a sample is ended from outside."""
+    """The reason for which a request or a sample is ended from outside."""
 
     CANCELLED = "cancelled"
     STOP = "stop"
@@ -30,7 +30,7 @@ class AbortReason(enum.Enum):
 
 
 class RequestStatus(enum.Enum):
-    """How an accepted request ended."""
+    """The status with which an accepted request ended."""
 
     OK = "ok"
     CANCELLED = "cancelled"
@@ -46,7 +46,7 @@ class RequestStatus(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ResumedSample:
-    """What one sample emitted on another executor; with `finished` set it is counted but not run again."""
+    """The output of one sample on another executor; with `finished` set it is counted but not run again."""
 
     index: int
     token_ids: tuple[int, ...]
@@ -130,7 +130,7 @@ class SampleFinish:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request consumed, in tokens.
+    """The tokens that a request consumed.
 
     `completion_tokens` counts all samples, stop tokens and resumed tokens included; `cached_tokens` is the part of
     the prompt found in the prefix cache when the request first ran; `num_resumed` came from another executor.
@@ -171,8 +171,8 @@ class RequestFinish:
 
 @dataclass(slots=True)
 class StepResult:
-    """What happened since the last step. `error` is what the runner raised, for the caller to log, and `culprits` are
-    the requests that ended because of it.
+    """The results since the last step. `error` is the runner's exception, for the caller to log, and `culprits` are the
+    requests that ended because of it.
     """
 
     tokens: list[TokenOutput] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""How the tokens of a request are drawn, and the error that refuses a request."""
+"""Sampling parameters of a request, and the error that refuses a request."""
 
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ def _default(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn; the meaning and the default of each field are those of `scalellm.v1.SamplingParams`.
+    """Sampling parameters; the meaning and the default of each field are those of `scalellm.v1.SamplingParams`.
 
     `max_tokens` None generates up to the model's context; `top_k` 0 is off; `seed` None lets the engine draw one;
     `logprobs` k reports the sampled token and the k most likely ones, None nothing.
@@ -47,7 +47,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the tokens seen so far change the logits."""
+        """True if the tokens seen so far change the logits."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     def validate(self, vocab_size: int, max_logprobs: int) -> None:

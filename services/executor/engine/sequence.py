@@ -8,7 +8,7 @@ from scalellm.services.executor.engine.request import EngineRequest, FinishReaso
 
 
 class SequenceStatus(enum.Enum):
-    """Where a sequence stands. Only a RUNNING one holds blocks and a row."""
+    """State of a sequence. Only a RUNNING one holds blocks and a row."""
 
     WAITING = "waiting"
     PENDING_FORK = "pending_fork"
@@ -19,7 +19,7 @@ class SequenceStatus(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class HostCopy:
-    """What host memory keeps of a preempted sequence: its first `num_tokens` tokens, from `first_block` on."""
+    """The copy of a preempted sequence in host memory: its first `num_tokens` tokens, from `first_block` on."""
 
     first_block: int
     blocks: list[int]
@@ -57,14 +57,14 @@ class Sequence:
     """Place in the runner's persistent per-sequence buffers."""
     last_scheduled_step: int = -1
     is_preempted: bool = False
-    """Whether it waits because it lost its blocks."""
+    """True if it waits because it lost its blocks."""
     host_copy: HostCopy | None = None
-    """What was swapped out, while it waits."""
+    """The blocks that were swapped out, while it waits."""
     finish_reason: FinishReason | None = None
     matcher: Matcher | None = None
     """Follows the text through the request's grammar, while the sample may go on."""
     sort_key: tuple[int, int, int] = field(init=False)
-    """Who runs first: lower priority value, then earlier arrival, then lower index."""
+    """Order of running: lower priority value, then earlier arrival, then lower index."""
 
     def __post_init__(self) -> None:
         self.sort_key = (self.group.request.priority, self.group.arrival, self.index)
@@ -81,7 +81,7 @@ class Sequence:
 
     @property
     def awaits_last_token(self) -> bool:
-        """Whether the pending token is the last one, whatever it will be."""
+        """True if the pending token is the last one, whatever it will be."""
         return self.num_pending_tokens > 0 and self.num_tokens >= self.group.max_len
 
     @property
@@ -106,7 +106,7 @@ class SequenceGroup:
         self.request = request
         self.arrival = arrival
         self.seed = seed
-        """Of the request; each sample's own derives from it and the index (`kernels.sample_seed`)."""
+        """The request's seed; each sample's own derives from it and the index (`kernels.sample_seed`)."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         sampling = request.sampling
         # A grammar's text is complete somewhere, and then nothing but such a token may follow.
@@ -118,7 +118,7 @@ class SequenceGroup:
         self.max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         """Output tokens per sample, clipped to the context."""
         self.needs_known_tokens = sampling.has_penalties
-        """Whether the host must know every token before it can launch the step that samples the next."""
+        """True if the host must know every token before it can launch the step that samples the next."""
         self.samples = [Sequence(self, index, list(request.prompt_token_ids)) for index in range(sampling.n)]
         for resumed in request.resumed:
             sample = self.samples[resumed.index]
@@ -149,7 +149,7 @@ class SequenceGroup:
 
     @property
     def was_scheduled(self) -> bool:
-        """Whether the request has left the waiting queue at least once."""
+        """True if the request has left the waiting queue at least once."""
         return self._first_scheduled_at is not None
 
     def banned_at(self, num_output_tokens: int) -> frozenset[int]:
@@ -166,7 +166,7 @@ class SequenceGroup:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether positions of the prompt are still to be reported."""
+        """True if positions of the prompt are still to be reported."""
         return self.request.sampling.prompt_logprobs is not None and self.next_prompt_logprob < self.num_prompt_tokens
 
     @property

@@ -1,4 +1,4 @@
-"""How long a step takes: a line over what it computes, fitted to the steps that were taken."""
+"""A model of the time of a step: a line over what it computes, fitted to the steps that were taken."""
 
 import math
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ from dataclasses import astuple, dataclass
 from scalellm.services.executor.engine.batch import ScheduledBatch
 
 _EVERY = 4
-"""Of so many steps one is looked at: a line changes slowly, and steps are many."""
+"""One of so many steps is observed: a line changes slowly, and steps are many."""
 
 _MEMORY = 0.998
-"""What an observation is worth after the next one: a few hundred steps are remembered."""
+"""Factor of an observation's weight with each later one: a few hundred steps are remembered."""
 
 _LEAST = 8
 """Observations before there is a line."""
 
 _RIDGE = 1e-3
-"""What holds each of the four figures to what it was before, as a share of an observation of its size: what steps did
-not vary by stays as it is."""
+"""The pull of each of the four figures to its last value, as a share of an observation of its size: a figure that the
+steps did not vary by stays as it is."""
 
 _SIZES = (1.0, 16.0, 256.0, 16_384.0)
-"""Of a step: the constant, rows, prompt tokens, context tokens. They scale the ridge."""
+"""Sizes of a step: the constant, rows, prompt tokens, context tokens. They scale the ridge."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""When a sample ends by itself."""
+"""The end of a sample by its tokens."""
 
 from scalellm.services.executor.engine.request import FinishReason
 from scalellm.services.executor.engine.sequence import Sequence

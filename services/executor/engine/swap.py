@@ -11,7 +11,7 @@ from scalellm.services.executor.engine.sequence import HostCopy, Sequence
 
 @dataclass(frozen=True, slots=True)
 class SwapCost:
-    """What moving cache blocks between device and host takes, as measured on this machine.
+    """Time of moving cache blocks between device and host, as measured on this machine.
 
     bytes_per_block: of one block in all layers. seconds_per_transfer: what a transfer takes beside its bytes.
     """

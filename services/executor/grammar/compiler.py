@@ -16,8 +16,8 @@ _NUM_KEPT = 32
 """Compiled grammars that are kept: clients send the same one again and again."""
 
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
-"""Where only one text is possible, the model still chooses how to spell it in tokens: it knows its tokenizer's way, and
-the tokenizer is not here."""
+"""No forced tokens: where only one text is possible the model still chooses its tokens, because the tokenizer, whose
+choice would be forced, is not in this process."""
 
 
 class LlGrammarCompiler:

@@ -1,4 +1,4 @@
-"""Which tokens the samples of a step may go on with, as bits."""
+"""Masks of the tokens that the samples of a step may continue with, as bits."""
 
 from __future__ import annotations
 

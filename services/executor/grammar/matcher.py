@@ -37,7 +37,7 @@ class LlMatcher:
 
     @property
     def error(self) -> str:
-        """What is wrong with the grammar, in a line or a few; empty while nothing is."""
+        """The error in the grammar, in a line or a few; empty while there is none."""
         return error_of(self.matcher)
 
 

@@ -1,4 +1,4 @@
-"""What a model is, read from its files: shapes and arithmetic, not weights. Nothing here loads torch."""
+"""A model's configuration, read from its files: shapes and arithmetic, not weights. Nothing here loads torch."""
 
 from scalellm.services.executor.model_config.config import Architecture, ModelConfig
 from scalellm.services.executor.model_config.errors import UnsupportedModelError

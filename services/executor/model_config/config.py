@@ -27,7 +27,7 @@ _MAX_EXPERTS = 1 << 16
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What it takes to run one decoder-only model.
+    """The configuration of one decoder-only model.
 
     `attention_scale` multiplies the query-key products; `embedding_scale` the token embeddings. A softcap of 0 means
     none. Layer `i` is a sliding-window layer when `sliding_layers[i]`: it sees the last `sliding_window` positions,
@@ -104,7 +104,7 @@ class ModelConfig:
 
     @property
     def is_gemma(self) -> bool:
-        """Whether norms multiply by 1 + w and every block ends in a norm."""
+        """True if norms multiply by 1 + w and every block ends in a norm."""
         return self.architecture == "Gemma3ForCausalLM"
 
     def is_sparse_layer(self, layer: int) -> bool:

@@ -63,7 +63,7 @@ class RopeConfig:
 
     @property
     def attention_factor(self) -> float:
-        """What rotated queries and keys are multiplied by."""
+        """The factor of rotated queries and keys."""
         return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling) else 1.0
 
 

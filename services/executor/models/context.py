@@ -1,4 +1,4 @@
-"""What a forward pass needs beside the token ids: the flattened batch and the paged KV cache."""
+"""The inputs of a forward pass beside the token ids: the flattened batch and the paged KV cache."""
 
 import math
 from dataclasses import dataclass

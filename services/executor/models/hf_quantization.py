@@ -1,4 +1,4 @@
-"""What the quantization_config of a config.json says of the linear layers' tensors."""
+"""The quantization_config of a config.json, as it concerns the linear layers' tensors."""
 
 import fnmatch
 import logging

@@ -47,7 +47,7 @@ class RMSNorm:
 
 
 class KVScales:
-    """What e4m3 keys and values in the cache of one layer are multiplied by; 1 where the checkpoint says nothing.
+    """The scales of e4m3 keys and values in the cache of one layer; 1 where the checkpoint has none.
 
     `prefix` is the name of the attention layer.
     """

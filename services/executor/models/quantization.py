@@ -1,4 +1,4 @@
-"""How weights are to be quantised when a model is loaded."""
+"""Quantisation of weights while a model is loaded."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ Method = Literal["none", "keep", "fp8", "int8", "int4"]
 
 @dataclass(frozen=True)
 class Quantization:
-    """What becomes of the weights of linear layers; norms and routers stay as they are, and so do the embedding and the
+    """Quantisation of the weights of linear layers. Norms and routers stay as they are, and so do the embedding and the
     output projection except on a CPU (`vocabulary.Vocabulary`).
 
     none: the runtime's dtype, except for a checkpoint that is quantised and has no other.

@@ -1,4 +1,4 @@
-"""Where and in what form a model computes."""
+"""The device and the number formats in which a model computes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

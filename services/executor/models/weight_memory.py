@@ -1,4 +1,4 @@
-"""Where weights, keys and values on a CPU lie: on huge pages, if the system has them.
+"""Memory of weights, keys and values on a CPU: huge pages, if the system has them.
 
 Each token reads all of them once, so that a table of pages of 4 KiB never has what is asked for.
 """

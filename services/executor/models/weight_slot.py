@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint belong in a model."""
+"""The places in a model of the tensors of a checkpoint."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +10,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightSlot:
-    """Where one tensor of a checkpoint belongs, and how it gets there.
+    """The place of one tensor of a checkpoint, and its conversion to what is kept.
 
     Attributes:
         name: its Hugging Face name.
@@ -46,7 +46,7 @@ class WeightSlot:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the tensor is stored as it is, so that it may come in pieces."""
+        """True if the tensor is kept as it is stored, so that it may be loaded in pieces."""
         return self._encode is None
 
     @property

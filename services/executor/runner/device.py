@@ -1,4 +1,4 @@
-"""What the model runner asks of a device: memory, copies, events, graphs. The one place that calls torch.cuda."""
+"""The device interface of the model runner: memory, copies, events, graphs. The one place that calls torch.cuda."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -25,7 +25,7 @@ class Graph(Protocol):
 
 
 class Device(Protocol):
-    """Where steps run. Work is done in the order in which it is queued.
+    """A device that runs steps. Work is done in the order in which it is queued.
 
     `overlaps`: work is queued and the host goes on; `has_graphs`: `capture` saves the host work.
     """

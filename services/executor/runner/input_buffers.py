@@ -20,7 +20,7 @@ _PENDING = -1  # stands for a token id that only the device knows
 
 @dataclass(frozen=True)
 class DecodeAttention:
-    """How decode attention is divided: `num_splits` of a padded number of rows, and scratch for the most of them."""
+    """The division of decode attention: `num_splits` of a padded number of rows, and scratch for the most of them."""
 
     num_splits: Callable[[int], int]
     workspace: Tensor

@@ -1,4 +1,4 @@
-"""What one sequence asks of its logits before a token is drawn."""
+"""Changes to the logits of one sequence before a token is drawn."""
 
 from collections.abc import Sequence as ReadOnlySequence
 

@@ -44,7 +44,7 @@ class ModelRunner:
         self._device = device
         self._ops = model.runtime.ops
         self.host_cache = HostCache(kv_caches, config.num_host_blocks, device) if config.num_host_blocks else None
-        """Where blocks are swapped to."""
+        """The host memory that blocks are swapped to."""
         buckets = buckets or decode_buckets(config.max_num_seqs)
         self._graphs = DecodeGraphs(buckets, self._decode, device)
         self._inputs = InputBuffers(config, device, self._decode_attention(buckets), self._ops.library)
@@ -58,7 +58,7 @@ class ModelRunner:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a step may be launched while the one before still runs."""
+        """True if a step may be launched while the one before still runs."""
         return self._device.overlaps
 
     @property

@@ -16,7 +16,7 @@ _MAX_ROWS = 64  # a step of more takes so long that its calls do not count
 
 
 class DecodeStep(NamedTuple):
-    """What a step computes, good until the next: hidden states `[D, H]`, whether each is finite, logits, tokens.
+    """Results of a step, valid until the next: hidden states `[D, H]`, whether each is finite, logits, tokens.
 
     The logits `[D, V]` f32, and what was drawn from them, are None where they are not recorded.
     """

@@ -131,8 +131,8 @@ class Sampler:
 
     @property
     def plain_draw(self) -> Callable[[Tensor], kernels.SampleOutput] | None:
-        """What draws the tokens of `fill` and `mask` from logits `[R, V]` f32, and may change these; None where a row
-        wants more than a token.
+        """The function that draws the tokens of `fill` and `mask` from logits `[R, V]` f32, and may change these; None
+        where a row wants more than a token.
         """
         if not self._is_plain:
             return None

@@ -1,4 +1,4 @@
-"""What the loader asks of a checkpoint, whatever its format."""
+"""The interface of a checkpoint for the loader, whatever its format."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol

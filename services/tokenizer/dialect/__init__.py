@@ -1,4 +1,4 @@
-"""How a model writes reasoning and function calls: one description gives what it may write and what was written."""
+"""A model's way of writing reasoning and function calls: one description constrains its output and parses it."""
 
 from scalellm.services.tokenizer.dialect.dialect import CallFormat, Dialect, JsonArguments, Marks, TaggedArguments
 from scalellm.services.tokenizer.dialect.known import dialect_of

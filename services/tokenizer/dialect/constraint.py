@@ -39,7 +39,7 @@ class CalledTool:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What an answer may call.
+    """The functions that an answer may call.
 
     Attributes:
         tools: One of these each time.

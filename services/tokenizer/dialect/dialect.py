@@ -37,7 +37,7 @@ class TaggedArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """How calls are written: `begin` call (`separator` call)* `end`, where a call is `before` name `between` arguments
+    """The form of calls: `begin` call (`separator` call)* `end`, where a call is `before` name `between` arguments
     `after`.
 
     Attributes:
@@ -65,7 +65,7 @@ class CallFormat:
 
 
 class ToolsInPrompt(enum.Enum):
-    """How a model is told of tools, calls and results."""
+    """The form in which a model is told of tools, calls and results."""
 
     NATIVE = enum.auto()
     """Its template is, in objects: arguments are objects."""
@@ -77,7 +77,7 @@ class ToolsInPrompt(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a model writes.
+    """A model's way of writing.
 
     Attributes:
         reasoning: Around its reasoning; None: it does not reason in a way that is known here.

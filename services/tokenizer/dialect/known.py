@@ -103,7 +103,7 @@ _CALLS: Sequence[tuple[Callable[[str], bool], CallFormat]] = (
     (lambda source: "<tool_call>" in source, HERMES),
     (lambda source: re.search(r"""["']parameters\\?["']: ?dictionary""", source) is not None, LLAMA_JSON),
 )
-"""By what the source of a chat template holds; the first that is true."""
+"""Known dialects with the test of a chat template's source that chooses each; the first that is true."""
 
 
 def dialect_of(source: str | None) -> Dialect:

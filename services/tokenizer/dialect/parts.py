@@ -1,4 +1,4 @@
-"""What an answer consists of."""
+"""The parts of an answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class PartKind(enum.Enum):
-    """What a part of an answer is."""
+    """The kind of a part of an answer."""
 
     TEXT = enum.auto()
     REASONING = enum.auto()

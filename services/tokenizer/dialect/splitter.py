@@ -15,7 +15,7 @@ from scalellm.services.tokenizer.dialect.parts import Part, PartKind
 
 
 class Opening(enum.Enum):
-    """Where an answer begins, as the end of its prompt tells."""
+    """The part in which an answer begins, as the end of its prompt tells."""
 
     ANYWHERE = enum.auto()
     """With reasoning, or without."""

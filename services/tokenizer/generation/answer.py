@@ -16,7 +16,7 @@ from scalellm.services.tokenizer.writing import Writing
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 
 Event = generation_pb2.Started | generation_pb2.PromptLogprobs | Delta | generation_pb2.Finished
-"""What happened to a request. First Started, last Finished; log-probabilities of the prompt come before any Delta."""
+"""An event of a request. First Started, last Finished; log-probabilities of the prompt come before any Delta."""
 
 
 def make_samples(
@@ -40,11 +40,11 @@ def make_samples(
 
 
 class TokenSource(Protocol):
-    """Where tokens come from: a TokenReceiver, or what reads like one."""
+    """A source of tokens: a TokenReceiver, or what reads like one."""
 
     @property
     def first_token_at(self) -> int:
-        """When the first one came."""
+        """The time of the first token."""
 
     def take_prompt_logprobs(self) -> list[tuple[int, common_pb2.TokenLogprobs]]:
         """See TokenReceiver."""
@@ -86,7 +86,7 @@ class Answer:
 
     @property
     def ended_samples(self) -> list[generation_pb2.SampleFinished]:
-        """How samples ended, of those that did."""
+        """The ends of the samples that have ended."""
         return [sample.ended for sample in self.samples if sample.ended is not None]
 
     def take(self, receiver: TokenSource) -> list[generation_pb2.PromptLogprobs | Delta]:

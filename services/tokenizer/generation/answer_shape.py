@@ -17,7 +17,7 @@ from scalellm.v1 import generation_pb2, link_pb2
 
 
 class AnswerShape:
-    """What a request says of the shape of its answers. Raises StatusError.
+    """The shape that a request asks of its answers. Raises StatusError.
 
     Args:
         request: It passed validation.

@@ -1,4 +1,4 @@
-"""Who asks for a generation, as far as it does not matter by which protocol."""
+"""The caller of a generation, as far as it does not matter by which protocol."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Caller(ABC):
         return TraceHeaders.from_metadata(self.metadata)
 
     def abort_reason(self) -> link_pb2.AbortReason:
-        """Why a request ends that was cancelled now."""
+        """Return the reason of a request that was cancelled now."""
         time_remaining = self.time_remaining()
         if time_remaining is not None and time_remaining <= 0:
             return link_pb2.ABORT_REASON_DEADLINE

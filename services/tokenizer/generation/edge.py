@@ -1,4 +1,4 @@
-"""What the requests of one worker share."""
+"""The parts that all requests of one worker share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DEFAULT_SECRET = b"scalellm prefix cache"
 
 
 class TenantSalt:
-    """What keeps a tenant's cached prefixes from others: the same in all workers and after restarts.
+    """The salt that keeps a tenant's cached prefixes from others: the same in all workers and after restarts.
 
     Args:
         secret: Nobody else's, where there is one.

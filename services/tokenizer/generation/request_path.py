@@ -98,7 +98,7 @@ class Call(ABC):
 
     @property
     def server_timing(self) -> str:
-        """Where the time went so far, as a value of Server-Timing (W3C)."""
+        """Return the latency breakdown so far, as a value of Server-Timing (W3C)."""
         return server_timing(self._known_latency(), self._usage(), is_complete=self._latency is not None)
 
     async def __aenter__(self) -> Self:
@@ -127,7 +127,7 @@ class Call(ABC):
         """Yield the events."""
 
     def _identify(self, request_id: str) -> None:
-        """Who calls, and about which request. Raises StatusError."""
+        """Find out the caller and the request's id. Raises StatusError."""
         edge = self._edge
         self._tenant = edge.access.tenant()
         if not edge.access.is_open:
@@ -146,7 +146,7 @@ class Call(ABC):
             yield event
 
     def _count_tokens(self) -> int:
-        """What counts towards the tenant's limit: nothing for a refusal, else the prompt and what the client was shown.
+        """Return the tokens that count towards the tenant's limit: 0 for a refusal, else the prompt and those shown.
 
         That is so however a request ends: what an executor generated beyond it is not the client's doing.
         """

@@ -1,4 +1,4 @@
-"""What the scheduler says of a request at its beginning and at its end."""
+"""The scheduler's word on a request at its beginning and at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the requests of all APIs have in common: reading them from JSON, and what they say about sampling.
+"""The common part of the requests of all APIs: reading them from JSON, and their sampling fields.
 
 Only types are checked here. Ranges are the request path's, which knows them for every protocol: its refusals name our
 fields, and `param_of` says what the client called them.
@@ -20,7 +20,7 @@ from scalellm.v1 import common_pb2, generation_pb2
 UInt32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 OnDisconnect = Literal["keep", "cancel"]
-"""What becomes of a request whose client leaves."""
+"""Fate of a request whose client leaves."""
 
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
@@ -74,14 +74,14 @@ class ApiRequest(BaseModel):
 
 
 class StreamOptions(ApiRequest):
-    """What a stream tells beside its text."""
+    """The contents of a stream beside its text."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class SamplingRequest(ApiRequest):
-    """What OpenAI's APIs, and vLLM's additions to them, say about sampling and streaming."""
+    """The fields of OpenAI's APIs, and of vLLM's additions to them, for sampling and streaming."""
 
     model: str | None = None
     n: UInt32 | None = None
@@ -159,12 +159,12 @@ class SamplingRequest(ApiRequest):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
+        """True if a stream ends with its usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether each part of a stream says what was used so far."""
+        """True if each part of a stream says what was used so far."""
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
@@ -192,7 +192,7 @@ def as_text(value: object, param: str) -> str:
 
 
 def param_of(field: str, names: Mapping[str, str]) -> str:
-    """What a client calls one of our fields: `sampling.top_p` is `top_p`, `tokens.ids[3]` is `prompt[3]`.
+    """Return a client's name of one of our fields: `sampling.top_p` is `top_p`, `tokens.ids[3]` is `prompt[3]`.
 
     Args:
         field: Path from GenerateRequest.

@@ -51,7 +51,7 @@ class HttpCall:
         return f"http:{self.request.transport.get_extra_info('peername')}" if self.request.transport else "http:"
 
     def deadline(self, *, is_stream: bool) -> Deadline:
-        """How long the client will wait. Raises StatusError.
+        """The deadline of the client. Raises StatusError.
 
         Who does not stream waits for one thing only, so that the time between two reads is that for all of it.
         """

@@ -83,7 +83,7 @@ class ChatStream:
         return first + "".join([f"{self._heads[delta.index]}{part}}}{self._usage.plain_tail}" for part in told])
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """How each choice ended, the usage, and the end."""
+        """Return the last events: the end of each choice, and the usage."""
         (last,) = finished
         parts, so_far = [], self._usage.shown()
         for sample in last.samples:

@@ -108,7 +108,7 @@ class ChatRequest(ShapedRequest, TemplateFields):
 
     @property
     def names(self) -> dict[str, str]:
-        """What our fields are called here, where that differs from the rule."""
+        """The names of our fields here, where they differ from the rule."""
         most = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         names = {
             "sampling.max_tokens": most,

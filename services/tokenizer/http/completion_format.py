@@ -25,7 +25,7 @@ from scalellm.v1 import generation_pb2
 
 
 class _Prompt:
-    """What is told of one prompt: the beginning of its choices, and what stands beside the first of them.
+    """The part of an answer that repeats one prompt: the beginning of its choices, and the fields beside the first.
 
     Args:
         request: What was asked.
@@ -77,7 +77,7 @@ class _Prompt:
 
 
 class _Format:
-    """What streams and documents have in common.
+    """The common part of streams and documents.
 
     Args:
         request: What was asked.
@@ -191,7 +191,7 @@ class CompletionStream(_Format):
         )
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """How each choice ended, the usage, and the end."""
+        """Return the last events: the end of each choice, and the usage."""
         parts = []
         for prompt, choice, sample in self._samples(finished):
             text = "" if choice in self._began else self._prompts[prompt].text

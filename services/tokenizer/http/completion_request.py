@@ -80,11 +80,11 @@ class CompletionRequest(ShapedRequest):
 
     @property
     def is_prompt_alone(self) -> bool:
-        """Whether only the prompt is wanted, with its log-probabilities, and nothing that follows it."""
+        """True if only the prompt is wanted, with its log-probabilities, and nothing that follows it."""
         return self.max_tokens == 0 and bool(self.echo)
 
     def names(self, number: int) -> dict[str, str]:
-        """What our fields are called here, for one of the prompts."""
+        """The names of our fields here, for one of the prompts."""
         prompt = _param(number, len(self.prompt)) if is_several(self.prompt) else "prompt"
         return {"prompt": prompt, "tokens": prompt, "tokens.ids": prompt, "input": "prompt"} | {
             "sampling.logprobs": "logprobs",
@@ -94,7 +94,7 @@ class CompletionRequest(ShapedRequest):
 
 
 def is_several(prompt: object) -> bool:
-    """Whether a prompt is a list of prompts."""
+    """True if a prompt is a list of prompts."""
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
 
 

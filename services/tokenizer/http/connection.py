@@ -14,7 +14,7 @@ from scalellm.services.common.guarded import drop_tracebacks
 
 @dataclass(slots=True)
 class ConnectionLimits:
-    """What the connections of one listener may do, and how many there are.
+    """The limits of one listener's connections, and their number.
 
     Attributes:
         max_connections: More are closed at once.
@@ -77,7 +77,7 @@ class BoundedConnection(asyncio.Protocol):
             self._inner.eof_received()
 
     def pause_writing(self) -> None:
-        """What was written is not taken."""
+        """Note that the client does not take what was written."""
         if self._transport is not None:
             loop = asyncio.get_running_loop()
             self._stall = loop.call_later(self._limits.write_stall, self._transport.abort)

@@ -1,4 +1,4 @@
-"""How long a client of HTTP will wait: for all of an answer, and for each part of it."""
+"""The waiting time of an HTTP client: for all of an answer, and for each part of it."""
 
 from __future__ import annotations
 

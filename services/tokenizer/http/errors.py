@@ -1,4 +1,4 @@
-"""What a StatusError is over HTTP: status, headers, and a body in the format of the API that was called."""
+"""A StatusError over HTTP: status, headers, and a body in the format of the API that was called."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HttpError(StatusError):
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """How errors of one status are told.
+    """The form of errors of one status.
 
     Attributes:
         status: HTTP's.
@@ -75,7 +75,7 @@ _FINAL = frozenset((_Code.ALREADY_EXISTS, _Code.DEADLINE_EXCEEDED, _Code.UNIMPLE
 
 @dataclass(frozen=True, slots=True)
 class ErrorFormat:
-    """How one API tells errors.
+    """The form of errors of one API.
 
     Attributes:
         body: Writes an error.
@@ -100,7 +100,7 @@ def http_status(error: StatusError) -> int:
 
 
 def error_headers(error: StatusError) -> dict[str, str]:
-    """When to come again, or not at all."""
+    """Return the headers that say when to try again, or that it is no use."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after * 1e3)))
@@ -120,7 +120,7 @@ def openai_error(error: StatusError) -> bytes:
 
 
 def error_code(error: StatusError) -> str:
-    """What OpenAI's APIs call the kind of an error."""
+    """Return OpenAI's name for the kind of an error."""
     kind = _kind(error)
     return kind.code or kind.openai
 

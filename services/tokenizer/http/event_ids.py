@@ -20,7 +20,7 @@ _COUNTS = re.compile(r"\d{1,9}(,\d{1,9})*", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How far a client has read an answer.
+    """The position up to which a client has read an answer.
 
     Attributes:
         request_id: Of the request.
@@ -102,5 +102,5 @@ class NumberedFormat:
         return f"{text[:-1]}{self._head}{','.join(map(str, chain.from_iterable(self._shown)))}\n\n"
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """How each choice ended. These events have no ids: who has only a part of them is sent all again."""
+        """Return the end of each choice. These events have no ids: a client that has some of them is sent all again."""
         return self._format.end(finished)

@@ -1,4 +1,4 @@
-"""What stands around every HTTP request: keys, drain, bounds, errors, counts, headers."""
+"""The frame around every HTTP request: keys, drain, bounds, errors, counts, headers."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class HttpFace:
         return _error_response(failure, errors)
 
     def _refusal(self, call: HttpCall) -> StatusError | None:
-        """Why a call is not let in, if it is not."""
+        """Return the reason why a call is not let in; None if it is."""
         access = self.edge.access
         try:
             if not access.is_open:

@@ -66,6 +66,6 @@ def text_of_part(part: object, param: str) -> str:
 
 
 def last_role(chat: generation_pb2.Chat) -> str:
-    """Who spoke last; empty where nobody did."""
+    """The role of the last message; empty where there is none."""
     messages: Sequence[generation_pb2.ChatMessage] = chat.messages
     return messages[-1].role if messages else ""

@@ -46,7 +46,7 @@ class MessageStream:
         self._head = f'"id":{quote(answer_id)},"type":"message","role":"assistant","model":{quote(model)}'
         self._index = -1
         self._kind: PartKind | None = None
-        """What the block is that is open; None: none is."""
+        """Kind of the open block; None: none is open."""
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
         """The message begins."""

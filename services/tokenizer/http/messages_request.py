@@ -91,7 +91,7 @@ class MessagesRequest(ApiRequest):
 
     @property
     def names(self) -> dict[str, str]:
-        """What our fields are called here."""
+        """The names of our fields here."""
         _, names = self._conversation
         return {
             "stop": "stop_sequences",

@@ -28,8 +28,8 @@ _HEAD_EVENTS = 4
 token k has the number _HEAD_EVENTS - 1 + k."""
 
 _NUMBERS_PER_TOKEN = 16
-"""Where reasoning and calls are told apart, a token may begin or end several items: events up to token k of a kept
-stream have at most the number 1 + _NUMBERS_PER_TOKEN * k."""
+"""Sequence numbers per token. Where reasoning and calls are told apart, a token may begin or end several items: events
+up to token k of a kept stream have at most the number 1 + _NUMBERS_PER_TOKEN * k."""
 
 _NO_TEXT = Part(PartKind.TEXT, "")
 
@@ -183,7 +183,7 @@ class ResponseDocument:
 
     @property
     def _status(self) -> str:
-        """Of the last item, once the response has ended."""
+        """Return the status of the last item, once the response has ended."""
         status: str = self.response["status"]
         return _UNFINISHED.get(status, status)
 
@@ -211,7 +211,7 @@ class ResponseStream(ResponseDocument):
 
     @property
     def _token_number(self) -> int:
-        """What follows the last token has a number behind this one."""
+        """Return the sequence number of the last token; events that follow it have higher ones."""
         if not self.request.is_kept:
             return 0
         return 1 + _NUMBERS_PER_TOKEN * self._num_tokens if self.has_items else _HEAD_EVENTS - 1 + self._num_tokens

@@ -21,14 +21,14 @@ _LOGPROBS = "message.output_text.logprobs"
 
 
 class TextOptions(ApiRequest):
-    """What the text of a response looks like."""
+    """The form of a response's text."""
 
     format: Any = None
     verbosity: str | None = None
 
 
 class Reasoning(ApiRequest):
-    """How the model reasons."""
+    """The options of reasoning."""
 
     effort: str | None = None
     summary: str | None = None
@@ -147,7 +147,7 @@ class ResponsesRequest(ApiRequest):
 
     @property
     def text_format(self) -> dict[str, Any]:
-        """What `text.format` says, or stands for where it is not given."""
+        """The value of `text.format`, or its default."""
         return (self.text.format if self.text is not None else None) or {"type": "text"}
 
     @cached_property
@@ -157,11 +157,11 @@ class ResponsesRequest(ApiRequest):
 
     @property
     def has_logprobs(self) -> bool:
-        """Whether log-probabilities are wanted."""
+        """True if log-probabilities are wanted."""
         return bool(self.top_logprobs) or _LOGPROBS in (self.include or ())
 
     def names(self, num_before: int) -> dict[str, str]:
-        """What our fields are called here, with so many messages before those of the input."""
+        """The names of our fields here, with so many messages before those of the input."""
         _, begins = self._input
         items = {f"chat.messages[{num_before + number}]": f"input[{index}]" for number, index in enumerate(begins)}
         return {

@@ -189,7 +189,7 @@ class ResponsesRoutes:
         return _document(session.document)
 
     async def input_items(self, call: HttpCall) -> web.StreamResponse:
-        """What a response answers, from the beginning of the conversation on."""
+        """Return the items that a response answers, from the beginning of the conversation on."""
         session, _ = await self._load(self._edge.access.tenant(), call.request.match_info["response_id"])
         items = [
             item for index, message in enumerate(session.messages[:-1]) for item in input_items(message, f"msg_{index}")

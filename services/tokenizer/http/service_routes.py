@@ -1,4 +1,4 @@
-"""What probes and clients ask about the service itself: /health, /ping, /version, /v1/models."""
+"""Routes about the service itself: /health, /ping, /version, /v1/models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ServiceRoutes:
         return json_answer({"status": "ok" if is_ready else "unavailable"}, status=200 if is_ready else 503)
 
     async def version(self, call: HttpCall) -> web.StreamResponse:
-        """What runs here."""
+        """Answer with the version of ScaleLLM."""
         return json_answer({"version": __version__})
 
     async def models(self, call: HttpCall) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""Where the events of a request's generations go: a stream of server-sent events, or one JSON document at the end."""
+"""Sinks of a request's events: a stream of server-sent events, or one JSON document at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the chunks of OpenAI's streams say of usage: nothing, null until the last one, or what was used so far."""
+"""Usage in the chunks of OpenAI's streams: none, null until the last one, or what was used so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What OpenAI's APIs, and vLLM's additions to them, say about the shape of an answer."""
+"""The fields of OpenAI's APIs, and of vLLM's additions to them, for the shape of an answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPTIONS: Mapping[str, Sequence[object]] = MappingProxyType(
         "whitespace_pattern": (),
     }
 )
-"""What else vLLM's structured_outputs may hold, with the values that change nothing here."""
+"""Further fields of vLLM's structured_outputs, with the values that change nothing here."""
 
 _GUIDED = ("json", "regex", "choice", "grammar")
 

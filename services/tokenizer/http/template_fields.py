@@ -13,7 +13,7 @@ _KWARGS = "chat_template_kwargs"
 
 
 class TemplateFields(ApiRequest):
-    """How the template writes a conversation."""
+    """The fields for the chat template."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

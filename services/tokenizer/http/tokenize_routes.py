@@ -111,7 +111,7 @@ class TokenizeRoutes:
         return json_answer({"prompt": answer.text})
 
     async def info(self, call: HttpCall) -> web.StreamResponse:
-        """What is known of the tokenizer. `bos_token` and the like stand where tokenizer_config.json has them."""
+        """Answer with facts about the tokenizer. `bos_token` and others stand where tokenizer_config.json has them."""
         info, model = self._tokenizing.info(), self._edge.prompts.model
         return json_answer(
             {

@@ -1,4 +1,4 @@
-"""What the APIs say about functions that the model may call: three ways to write the same."""
+"""The APIs' fields for functions that the model may call: three ways to write the same."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def json_text(value: object, param: str) -> str:
 
 
 def tool_names(tools: object, inner: str = "", schema: str = "parameters") -> dict[str, str]:
-    """What a client calls our fields of tools.
+    """Return a client's names of our fields of tools.
 
     Args:
         tools: As it sent them.

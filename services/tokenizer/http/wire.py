@@ -35,14 +35,14 @@ def answer_head(kind: str, answer_id: str, model: str) -> str:
 
 
 def finish_reason(sample: generation_pb2.SampleFinished) -> str:
-    """Why a sample ended, in OpenAI's words."""
+    """Return the finish reason of a sample in OpenAI's words."""
     if sample.num_tool_calls and sample.reason == common_pb2.FINISH_REASON_STOP:
         return "tool_calls"
     return _REASONS.get(sample.reason, "stop")
 
 
 def stop_reason(sample: generation_pb2.SampleFinished) -> str | int | None:
-    """What ended a sample: the stop text, or the token where it was asked for; vLLM's field."""
+    """Return the cause of a sample's end: the stop text, or the token where it was asked for; vLLM's field."""
     match sample.WhichOneof("matched"):
         case "stop":
             return sample.stop

@@ -31,7 +31,7 @@ _RETRY_AFTER = 1.0
 
 
 class Written(enum.Enum):
-    """What became of something that was to be written."""
+    """The outcome of a write."""
 
     DONE = 1
     CANCELLED = 2
@@ -46,7 +46,7 @@ class Written(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What is known of a request from its beginning.
+    """The facts about a request that are known from its beginning.
 
     Attributes:
         digest: Of the request: another one under the same id has another.
@@ -82,7 +82,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a journal says now.
+    """The contents of a journal at one moment.
 
     Attributes:
         fence: Rises with each worker that takes the request over.
@@ -105,7 +105,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is to be written of one request. Without anything it renews the lease.
+    """A write to one request's journal. An empty one renews the lease.
 
     Attributes:
         tenant: Whose it is.
@@ -281,12 +281,12 @@ class Journal:
 
 
 def digest(request: generation_pb2.GenerateRequest) -> bytes:
-    """What tells a request from others."""
+    """Return a digest that tells a request from others."""
     return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
 
 
 class _Keys:
-    """Of one request. In braces, what decides on the slot in a cluster."""
+    """The Redis keys of one request. The part in braces decides on the slot in a cluster."""
 
     def __init__(self, tenant: Tenant, request_id: str) -> None:
         self.prefix = f"{KEY_PREFIX}request:{{{tenant.name}}}:"

@@ -123,7 +123,7 @@ class KeptRequest:
 
     @property
     def is_here(self) -> bool:
-        """Whether it runs in this worker, or did."""
+        """True if the request runs in this worker, or did."""
         return self._fence > 0
 
     def start(self, on_end: Callable[[KeptRequest], None]) -> None:

@@ -62,7 +62,7 @@ class KeptRequests:
 
     @property
     def num_unwritten(self) -> int:
-        """Of these, those of which Redis did not take the last moments: they cannot be resumed elsewhere."""
+        """Running requests whose last moments Redis did not take: they cannot be resumed elsewhere."""
         return sum(kept.is_here and not kept.is_journaled for kept in self._all)
 
     async def find(self, edge: Edge, tenant: Tenant, request_id: str) -> KeptRequest:

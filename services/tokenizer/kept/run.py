@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from scalellm.services.tokenizer.generation.edge import Edge
 
 _ATTEMPTS_PER_FENCE = 2**16
-"""What a worker takes over has a higher attempt than whatever the one before may still send."""
+"""Attempts per fence: a request that a worker takes over has a higher attempt than any that the one before may send."""
 
 
 class Run:

@@ -32,7 +32,7 @@ class SampleLog:
 
 @dataclass(slots=True)
 class Mark:
-    """What of a transcript is known elsewhere: tokens and end of each sample, log-probabilities of the prompt."""
+    """The part of a transcript that is known elsewhere: tokens and end of each sample, scores of the prompt."""
 
     num_tokens: list[int]
     has_finish: list[bool]
@@ -40,7 +40,7 @@ class Mark:
 
 
 class Transcript:
-    """What came of one request.
+    """The results of one request.
 
     Args:
         submit: The request: its prompt, how many samples, and which log-probabilities were asked for.
@@ -66,12 +66,12 @@ class Transcript:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more comes."""
+        """True if nothing more will be added."""
         return self.finished is not None or self.error is not None
 
     @property
     def has_all(self) -> bool:
-        """Whether every sample has ended."""
+        """True if every sample has ended."""
         return all(sample.finish is not None for sample in self.samples)
 
     @property
@@ -195,7 +195,7 @@ class TranscriptReader:
 
     @property
     def first_token_at(self) -> int:
-        """When the request's first token came here, in nanoseconds of the monotonic clock."""
+        """The time at which the request's first token came here, in nanoseconds of the monotonic clock."""
         return self._transcript.first_token_at
 
     async def wait(self) -> None:

@@ -47,7 +47,7 @@ _OPTIONS: Mapping[str, object] = MappingProxyType(
         "json_allowed_escapes": 'nrbtf\\"',
     }
 )
-"""How llguidance writes JSON."""
+"""Options of llguidance for writing JSON."""
 
 
 def checked_schema(text: str, field: str) -> str:

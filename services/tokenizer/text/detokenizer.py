@@ -50,7 +50,7 @@ class Detokenizer(Protocol):
 
 
 class TokenTexts:
-    """What each token of a vocabulary contributes to a text. Built once per tokenizer; immutable.
+    """The text that each token of a vocabulary contributes. Built once per tokenizer; immutable.
 
     A text may begin with token 0, or go on `after` others.
 

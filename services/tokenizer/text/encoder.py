@@ -215,7 +215,7 @@ class EncodeBatcher:
         return [results[index] for index in range(len(batch))]
 
     def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int] | Exception:
-        """Of a batch that failed: its other texts are not at fault."""
+        """Encode each text of a batch that failed alone: only one of them is at fault."""
         try:
             return _encode(self._tokenizer, [text], add_special_tokens)[0]
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What a model's directory or file says about text: tokenizer, special tokens, chat template."""
+"""The text side of a model's directory or file: tokenizer, special tokens, chat template."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How byte-level BPE vocabularies split text before merging, by the name a GGUF file gives in `tokenizer.ggml.pre`.
+"""Splitting of text before merging in byte-level BPE, by the name a GGUF file gives in `tokenizer.ggml.pre`.
 
 A GGUF file carries vocabulary and merges but only the *name* of the splitting rule, so each rule is stated here as the
 model's own tokenizer.json states it.

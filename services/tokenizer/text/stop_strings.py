@@ -98,7 +98,7 @@ class StopStrings:
 
 @dataclass(frozen=True, slots=True)
 class StopResult:
-    """What a chunk of text led to.
+    """The result of matching a chunk of text.
 
     Attributes:
         text: What may be shown now.

@@ -9,7 +9,7 @@ from scalellm.services.tokenizer.text.stop_strings import StopMatcher, StopStrin
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """What a batch of tokens added.
+    """The text that a batch of tokens added.
 
     Attributes:
         text: New text; may be empty while a character or a possible stop string is incomplete.

@@ -35,7 +35,7 @@ BEHAVIOURS = (
     "Where quotas are counted",
     "Which form of a kernel runs",
 )
-"""What a reader of docs/architecture.md finds the function of."""
+"""Behaviours whose function a reader finds in docs/architecture.md."""
 
 
 def tracked(pattern: str) -> list[str]:

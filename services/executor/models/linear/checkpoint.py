@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint fill a linear layer."""
+"""The tensors of a checkpoint that fill a linear layer."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ FilledWeight = tuple[LinearWeight, list[WeightSlot]]
 
 
 class CheckpointFormat(Protocol):
-    """How a checkpoint stores its linear layers."""
+    """The way in which a checkpoint stores its linear layers."""
 
     @property
     def is_choice(self) -> bool:

@@ -1,4 +1,4 @@
-"""What goes into a linear layer, and what its weight must be able to do."""
+"""Inputs of a linear layer, and the interface of its weight."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol

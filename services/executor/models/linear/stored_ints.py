@@ -19,12 +19,12 @@ from scalellm.services.executor.models.weight_slot import WeightSlot
 _WORDS = (torch.int32,)
 _INDICES = (torch.int32, torch.int64)
 _AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where AWQ's packing, made for its kernel's order of instructions, has the columns 0 to 7 of a word's eight."""
+"""Places of a word's columns 0 to 7 in AWQ's packing, which follows its kernel's order of instructions."""
 
 
 @dataclass(frozen=True)
 class StoredInts:
-    """What the formats have in common: numbers of `bits` bits, in groups of `group_size`; None is all of a row.
+    """The common part of the formats: numbers of `bits` bits, in groups of `group_size`; None is all of a row.
 
     A tensor `index_name`, if the format has one, says which group each input is in: with `ordered` any (GPTQ's
     activation order), consecutive ones otherwise. A group longer than `longest_group` is kept as several that have the

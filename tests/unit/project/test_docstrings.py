@@ -1,0 +1,59 @@
+"""Docstrings name their subject: none opens with an indirect question, such as "What a call can fail with"."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+INDIRECT = re.compile(r"(What|Whether|How|When|Where|Which|Who|Whom|Whose|Why|Of|By what|By which)\b")
+"""Openings of questions, and of an answer whose question is the name ("Of a table.")."""
+
+GENERATED = "scalellm/v1/"
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of each docstring, of attributes and constants as well."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        after_value = True  # a docstring stands first, or behind an assignment
+        for statement in node.body:
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            if after_value and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield statement.lineno, value.value.strip()
+            after_value = isinstance(statement, ast.Assign | ast.AnnAssign)
+
+
+@pytest.mark.parametrize("folder", ["services", "kernels", "clients", "bench", "scripts"])
+def test_docstrings_name_their_subject(folder: str) -> None:
+    listed = subprocess.run(["git", "ls-files", f"{folder}/*.py"], cwd=ROOT, check=True, capture_output=True, text=True)
+    names = [name for name in listed.stdout.splitlines() if GENERATED not in name and (ROOT / name).is_file()]
+    assert names
+    riddles = [
+        f"{name}:{line}: {text.splitlines()[0]}"
+        for name in names
+        for line, text in docstrings(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+        if INDIRECT.match(text)
+    ]
+    assert riddles == []
+
+
+@pytest.mark.parametrize(
+    ("source", "riddles"),
+    [
+        ('"""What a call can fail with."""', 1),
+        ('"""Errors of a call."""', 0),
+        ('def f() -> bool:\n    """Whether it is."""', 1),
+        ('limit = 1\n"""How many there may be."""', 1),
+        ('limit = 1\n"""Whatever comes first wins."""', 0),
+        ('print(1)\n"""What is no docstring."""', 0),
+    ],
+)
+def test_the_rule_itself(source: str, riddles: int) -> None:
+    assert sum(bool(INDIRECT.match(text)) for _, text in docstrings(ast.parse(source))) == riddles
