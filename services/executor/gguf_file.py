@@ -88,14 +88,18 @@ class GgufFile:
         for data in self._data:
             data.close()
 
-    def dequantize(self, name: str, first_row: int = 0, num_rows: int | None = None) -> npt.NDArray[np.float32]:
+    def dequantize(
+        self, name: str, first_row: int = 0, num_rows: int | None = None, columns: slice | None = None
+    ) -> npt.NDArray[np.float32]:
         """Return rows of a tensor as float32, a copy: `[num_rows, columns]`, and `[num_rows]` of a vector.
+
+        `columns` are all or a range that begins and ends with blocks.
 
         Raises UnsupportedModelError for a type that the `gguf` package cannot dequantise.
         """
         tensor = self.tensors[name]
         num_rows = tensor.num_rows - first_row if num_rows is None else num_rows
-        raw = self.raw_rows(name, first_row, num_rows)
+        raw = self.raw_rows(name, first_row, num_rows, columns)
         try:
             # As one wide row: gguf loops in Python over groups of 16 rows, which costs more than the arithmetic.
             values: npt.NDArray[np.float32] = gguf.dequantize(raw.reshape(1, -1), tensor.type)
@@ -103,19 +107,24 @@ class GgufFile:
             raise UnsupportedModelError(
                 f"{self._path}: {name} has type {tensor.type.name}, which the gguf package cannot dequantise"
             ) from error
-        return values.reshape(num_rows, *tensor.shape[1:][-1:])
+        return values.reshape(num_rows, -1) if len(tensor.shape) > 1 else values.reshape(num_rows)
 
-    def raw_rows(self, name: str, first_row: int, num_rows: int) -> npt.NDArray[np.uint8]:
-        """Return rows of a tensor as they are in the file, `[num_rows, bytes of a row]`, a copy."""
+    def raw_rows(self, name: str, first_row: int, num_rows: int, columns: slice | None = None) -> npt.NDArray[np.uint8]:
+        """Return rows of a tensor as they are in the file, `[num_rows, bytes of a row]`, a copy.
+
+        `columns` are all or a range that begins and ends with blocks.
+        """
         tensor = self.tensors[name]
         row_bytes = tensor.num_bytes // tensor.num_rows
         start = tensor.offset + first_row * row_bytes
-        # A copy, because nothing may point into the mapping when it is closed.
-        return (
-            np.frombuffer(self._data[tensor.part], np.uint8, num_rows * row_bytes, start)
-            .copy()
-            .reshape(num_rows, row_bytes)
+        rows = np.frombuffer(self._data[tensor.part], np.uint8, num_rows * row_bytes, start).reshape(
+            num_rows, row_bytes
         )
+        if columns is not None:
+            length, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+            rows = rows[:, columns.start // length * block_bytes : columns.stop // length * block_bytes]
+        # A copy, because nothing may point into the mapping when it is closed.
+        return rows.copy()
 
     def rows_per_step(self, name: str) -> int:
         """Return how many rows to dequantise at a time."""

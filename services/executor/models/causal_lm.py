@@ -20,11 +20,17 @@ class CausalLM:
     """A model with uninitialised weights; `weight_slots` says what to fill them with.
 
     Rotary tables cover `max_model_len` positions (default: all that the model was made for). With the device `meta`
-    nothing is allocated, which serves to count bytes.
+    nothing is allocated, which serves to count bytes. A rank of several holds the part that `runtime.shard` says; its
+    methods are then called on all ranks alike.
+
+    Attributes:
+        config: of the whole model.
+        rank_config: with this rank's heads, as its KV cache has them.
     """
 
     def __init__(self, config: ModelConfig, runtime: ModelRuntime, *, max_model_len: int | None = None) -> None:
         self.config = config
+        self.rank_config = runtime.shard.config_of_rank(config)
         self.runtime = runtime
         # transformers rounds the scale to the model's dtype, and Gemma was trained that way.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=runtime.dtype).item()
@@ -57,10 +63,26 @@ class CausalLM:
         return self._layers[0].self_attn.qkv_proj(x)
 
     def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return the logits `[R, V]` float32 of the hidden states `[R, H]`, in `out` where it is given."""
+        """Return the logits `[R, V]` float32 of the hidden states `[R, H]`, in `out` where it is given.
+
+        A rank of several gets those of its own tokens, of which there are `num_logits`; see `joined`.
+        """
         logits = self._vocabulary.logits(hidden, out=out)
         softcap = self.config.final_softcap
         return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+
+    @property
+    def num_logits(self) -> int:
+        """Logits of a row that this rank computes."""
+        return self._vocabulary.own.size
+
+    def joined(self, logits: Tensor) -> Tensor:
+        """Return the logits `[R, V]` of all ranks, given this rank's."""
+        return self._vocabulary.joined(logits)
+
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """Return the token with the largest logit of each row, `[R]` i64, the lowest of equals, given this rank's."""
+        return self._vocabulary.most_likely(logits)
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield a slot for every tensor of the checkpoint, in the order in which checkpoints store them."""

@@ -19,9 +19,11 @@ from scalellm.services.executor.models.linear import (
     LinearWeight,
     bias_slots,
     build_weight,
+    inner_border,
 )
 from scalellm.services.executor.models.linear.stored_ints import StoredInts
 from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.shard import Part
 from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
@@ -33,23 +35,40 @@ class Experts:
     """
 
     def __init__(self, prefix: str, parts: tuple[str, str, str], config: ModelConfig, runtime: ModelRuntime) -> None:
-        hidden, inner, stored = config.hidden_size, config.moe_intermediate_size, config.stored_linears
+        hidden, inner, stored = config.hidden_size, Part.all(config.moe_intermediate_size), config.stored_linears
         gate, up, down = parts
+        shard = runtime.shard
         # The op takes one group size for both products, whose inner dimensions differ.
         wanted = runtime.quantization
-        wanted = replace(wanted, group_size=math.gcd(wanted.group_size, hidden, inner))
-        if isinstance(stored, StoredInts):
-            stored = replace(stored, longest_group=math.gcd(hidden, inner))
+        wanted = replace(wanted, group_size=math.gcd(wanted.group_size, hidden, inner.whole))
         runtime = replace(runtime, quantization=wanted)
-        names = [f"{prefix}.{number}" for number in range(config.num_experts)]
-        w13 = _Stack([{f"{name}.{gate}": inner, f"{name}.{up}": inner} for name in names], hidden, stored, runtime)
-        w2 = _Stack([{f"{name}.{down}": hidden} for name in names], inner, stored, runtime)
+        self._own = shard.experts(config)
+        if not shard.is_whole:
+            names_of_first = [f"{prefix}.0.{part}" for part in parts]
+            border = inner_border(names_of_first, hidden, inner.whole, stored, runtime)
+            inner = shard.inner_of_experts(prefix, inner.whole, border)
+        if isinstance(stored, StoredInts):
+            stored = replace(stored, longest_group=math.gcd(hidden, inner.whole, inner.size))
+        names = [f"{prefix}.{number}" for number in range(self._own.start, self._own.stop)]
+        outer = Part.all(hidden)
+        w13 = _Stack([{f"{name}.{gate}": inner, f"{name}.{up}": inner} for name in names], outer, stored, runtime)
+        w2 = _Stack([{f"{name}.{down}": outer} for name in names], inner, stored, runtime)
         self._slots = [*w13.slots, *w2.slots]
         self._product = _product(prefix, w13, w2, runtime.ops)
+        self._collectives = None if shard.is_whole else shard.collectives
 
     def __call__(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """`x [T, H]` -> `[T, H]`; weights `[T, k]` f32 and ids `[T, k]` i32 as `kernels.topk_softmax` returns them."""
-        return self._product(x, weights=weights, ids=ids)
+        """`x [T, H]` -> `[T, H]`; weights `[T, k]` f32 and ids `[T, k]` i32 as `kernels.topk_softmax` returns them.
+
+        A rank computes its own experts for all tokens, and the results of all ranks are added up.
+        """
+        if self._own.is_cut:
+            is_own = (ids >= self._own.start) & (ids < self._own.stop)
+            weights = torch.where(is_own, weights, 0.0)
+            # The op wants a number of each: what is another rank's adds nothing.
+            ids = torch.where(is_own, ids - self._own.start, 0)
+        y = self._product(x, weights=weights, ids=ids)
+        return y if self._collectives is None else self._collectives.all_reduce(y.contiguous())
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield the slots of every expert."""
@@ -61,8 +80,8 @@ class _Stack:
 
     def __init__(
         self,
-        experts: Sequence[Mapping[str, int]],
-        in_features: int,
+        experts: Sequence[Mapping[str, Part]],
+        in_features: Part,
         stored: CheckpointFormat | None,
         runtime: ModelRuntime,
     ) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from scalellm.services.executor.model_config.config import ModelConfig
 from scalellm.services.executor.model_config.errors import UnsupportedModelError
 from scalellm.services.executor.models.context import ForwardContext, KVCache
-from scalellm.services.executor.models.linear import LinearInput, PackedLinear
+from scalellm.services.executor.models.linear import LinearInput, PackedLinear, inner_border
 from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.shard import Part
 from scalellm.services.executor.models.weight_slot import WeightSlot
 
 
@@ -93,12 +94,13 @@ class Attention:
         self._window = config.layer_window(layer)
         self._eps = config.rms_norm_eps
         self._gemma = config.is_gemma
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        shard = runtime.shard
+        q_size, kv_size = shard.heads(config).times(config.head_dim), shard.kv_heads(config).times(config.head_dim)
         self._prefix = f"model.layers.{layer}.self_attn"
         self.kv_scales = KVScales(self._prefix)
         self.qkv_proj = PackedLinear(
             self._prefix,
-            config.hidden_size,
+            Part.all(config.hidden_size),
             {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=config.qkv_bias,
             stored=config.stored_linears,
@@ -107,7 +109,7 @@ class Attention:
         self.o_proj = PackedLinear(
             self._prefix,
             q_size,
-            {"o_proj": config.hidden_size},
+            {"o_proj": Part.all(config.hidden_size)},
             bias=config.o_bias,
             stored=config.stored_linears,
             runtime=runtime,
@@ -188,8 +190,13 @@ class GatedMLP:
     """down(act(gate(x)) * up(x)), SwiGLU or GeGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig, layer: int, runtime: ModelRuntime) -> None:
-        hidden, inner, ops = config.hidden_size, config.intermediate_size, runtime.ops
-        prefix, stored = f"model.layers.{layer}.mlp", config.stored_linears
+        hidden, ops, stored = Part.all(config.hidden_size), runtime.ops, config.stored_linears
+        prefix = f"model.layers.{layer}.mlp"
+        inner = Part.all(config.intermediate_size)
+        if not runtime.shard.is_whole:
+            names = [f"{prefix}.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+            border = inner_border(names, config.hidden_size, inner.whole, stored, runtime)
+            inner = runtime.shard.inner(prefix, inner.whole, border)
         self._act_and_mul = ops.silu_and_mul if config.activation == "silu" else ops.gelu_tanh_and_mul
         self.gate_up_proj = PackedLinear(
             prefix, hidden, {"gate_proj": inner, "up_proj": inner}, bias=False, stored=stored, runtime=runtime

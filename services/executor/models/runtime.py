@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scalellm.kernels import Ops
 from scalellm.services.executor.models.quantization import Quantization
+from scalellm.services.executor.models.shard import Shard
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -21,13 +22,15 @@ class ModelRuntime:
     the weights are to be quantised.
 
     The ops are those chosen for that device (`kernels.select_ops`); the default is plain torch in float32 on the CPU.
-    `allocate` gets the memory of weights: shape, dtype and device, as `torch.empty` takes them.
+    `shard` says what this rank holds of the model; the default is all of it. `allocate` gets the memory of weights:
+    shape, dtype and device, as `torch.empty` takes them.
     """
 
     ops: Ops = field(default_factory=Ops)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     quantization: Quantization = field(default_factory=Quantization)
+    shard: Shard = field(default_factory=Shard)
 
     allocate: Callable[..., Tensor] = torch.empty
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from scalellm.services.executor.models.shard import Part
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -17,6 +19,8 @@ class WeightSlot:
         dests: the memory it fills, perhaps slices of packed matrices. A tensor that is only checked, or becomes a
             number of the layer, fills none.
         shape: of the tensor in the checkpoint; `()` takes one element of any shape. Default: that of the one dest.
+        window: what a rank of several reads of the tensor, a range of each dimension; `shape` is then the window's.
+            None: all of it.
         dtypes: that the tensor may have. uint8 asks for a GGUF tensor's blocks as they are in the file,
             `[rows, bytes of a row]`, where `shape` is that of the matrix they stand for.
         encode: turns the tensor, on the model's device, into what `dests` are to hold; the default changes nothing.
@@ -34,6 +38,7 @@ class WeightSlot:
         encode: Callable[[Tensor], Sequence[Tensor]] | None = None,
         optional: bool = False,
         aliases: tuple[str, ...] = (),
+        window: tuple[slice, ...] | None = None,
     ) -> None:
         self.name = name
         self.dests = dests
@@ -41,6 +46,7 @@ class WeightSlot:
         self.dtypes = dtypes
         self.optional = optional
         self.aliases = aliases
+        self.window = window
         self.finish: Callable[[], None] | None = None
         self._encode = encode
 
@@ -64,8 +70,25 @@ class WeightSlot:
         """Return whether a tensor of this shape belongs here."""
         return shape == self.shape or (self.shape == () and math.prod(shape) == 1)
 
+    def cut_from(self, whole: "WeightSlot", part: Part) -> "WeightSlot":
+        """Return the slot of a rank that holds `part` of a weight: this one, reading its window of the whole tensor.
+
+        `whole` is the same slot of the whole weight. Its dimensions that differ from this one's are those that are cut,
+        perhaps packed or in groups. What fills no memory is only checked, and that is done as a whole.
+        """
+        if not self.shape:  # one element belongs to all
+            return self
+        if not self.dests:
+            return whole
+        starts = [
+            part.start * length // part.whole if length != mine else 0
+            for mine, length in zip(self.shape, whole.shape, strict=True)
+        ]
+        self.window = tuple(slice(start, start + mine) for start, mine in zip(starts, self.shape, strict=True))
+        return self
+
     def load(self, tensor: Tensor, device: torch.device) -> None:
-        """Fill the slot with the whole tensor; what has to be computed is computed on `device`."""
+        """Fill the slot with the tensor, or its window; what has to be computed is computed on `device`."""
         if self._encode is None:
             self.dest.copy_(tensor.view(self.dest.shape))
             return

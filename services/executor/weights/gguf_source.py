@@ -99,29 +99,40 @@ class GgufSource:
     def read(self, name: str, slot: WeightSlot, device: torch.device, on_bytes: Callable[[int], None]) -> None:
         """Fill a slot: with values, converted a few rows at a time, or as one matrix where it needs that."""
         if slot.is_plain:
-            self._read_values(name, slot.dest, on_bytes)
+            self._read_values(name, slot.dest, slot.window, on_bytes)
             return
         native, first_row, shape = self._stored[name]
+        rows_read, columns = _split(slot.window)
+        if rows_read is not None:
+            first_row += rows_read.start
         if torch.uint8 in slot.dtypes:
-            rows = torch.from_numpy(self._file.raw_rows(native, first_row, shape[0]))
+            count = shape[0] if rows_read is None else rows_read.stop - rows_read.start
+            rows = torch.from_numpy(self._file.raw_rows(native, first_row, count, columns))
             matrix = torch.empty_like(rows)
             ordered = self._in_stored_order(name, matrix)
             ordered.copy_(rows.view(ordered.shape))
         else:
-            matrix = torch.empty(shape)
-            self._read_values(name, matrix, lambda _: None)
+            matrix = torch.empty(slot.shape)
+            self._read_values(name, matrix, slot.window, lambda _: None)
         slot.load(matrix, device)
         on_bytes(slot.num_bytes)
 
-    def _read_values(self, name: str, dest: Tensor, on_bytes: Callable[[int], None]) -> None:
+    def _read_values(
+        self, name: str, dest: Tensor, window: tuple[slice, ...] | None, on_bytes: Callable[[int], None]
+    ) -> None:
         native, first_row, _ = self._stored[name]
+        rows_read, columns = _split(window)
+        if rows_read is not None:
+            first_row += rows_read.start
         ordered = self._in_stored_order(name, dest)
         # Rows of the file per index of `ordered`, whose first dimension may be heads instead of rows.
         rows = dest.shape[0] // ordered.shape[0]
         step = max(1, self._file.rows_per_step(native) // rows)
         for start in range(0, ordered.shape[0], step):
             part = ordered[start : start + step]
-            values = torch.from_numpy(self._file.dequantize(native, first_row + start * rows, len(part) * rows))
+            values = torch.from_numpy(
+                self._file.dequantize(native, first_row + start * rows, len(part) * rows, columns)
+            )
             if self._config.is_gemma and name.endswith("norm.weight"):
                 values -= 1.0  # the file has Gemma's norms as 1 + w
             part.copy_(values.reshape(part.shape))
@@ -152,3 +163,11 @@ class GgufSource:
         for index in range(tensor.shape[0] if stacked else 1):
             hugging_face_name = f"{prefix}{known.format(index if stacked else expert)}.{match['kind']}"
             yield hugging_face_name, _Stored(name, index * math.prod(shape[:-1]), shape)
+
+
+def _split(window: tuple[slice, ...] | None) -> tuple[slice | None, slice | None]:
+    """Return the ranges of rows and of columns of a window."""
+    if window is None:
+        return None, None
+    rows, *columns = window
+    return rows, columns[0] if columns else None

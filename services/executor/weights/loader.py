@@ -15,6 +15,7 @@ from scalellm.services.executor.models.causal_lm import CausalLM
 from scalellm.services.executor.models.linear.stored_dense import StoredDense
 from scalellm.services.executor.models.linear.stored_gguf import StoredGguf
 from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.shard import Shard
 from scalellm.services.executor.models.weight_slot import WeightSlot, finish_all
 from scalellm.services.executor.weights.gguf_source import GgufSource
 from scalellm.services.executor.weights.safetensors_source import SafetensorsSource, has_weights
@@ -42,7 +43,7 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def weight_bytes(config: ModelConfig, runtime: ModelRuntime, *, max_model_len: int | None = None) -> int:
-    """Return the bytes the loaded model will hold: its weights, and rotary tables for `max_model_len`."""
+    """Return the bytes this rank of the loaded model will hold: weights, and rotary tables for `max_model_len`."""
     return _skeleton(config, runtime, max_model_len).num_bytes()
 
 
@@ -84,7 +85,8 @@ def _fill(
             f"max_model_len {max_model_len} exceeds the model's limit, "
             f"max_position_embeddings {config.max_position_embeddings}"
         )
-    _check(path, config, _slots(_skeleton(config, runtime, 1)), source)
+    # All ranks check all of it, each loads its own.
+    _check(path, config, _slots(_skeleton(config, replace(runtime, shard=Shard()), 1)), source)
     model = CausalLM(config, runtime, max_model_len=max_model_len)
     slots = _slots(model)
     done, total = 0, sum(slot.num_bytes for slot in slots)

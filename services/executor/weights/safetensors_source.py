@@ -81,8 +81,9 @@ class SafetensorsSource:
         return None if dtype in supported else f"dtype {dtype}; supported: {', '.join(supported)}"
 
     def read(self, name: str, slot: WeightSlot, device: torch.device, on_bytes: Callable[[int], None]) -> None:
-        """Fill a slot, converting to its dtype."""
-        slot.load(self._read(name), device)
+        """Fill a slot with the tensor, or with the window of it that the slot has; only that is read."""
+        tensor = self._read(name) if slot.window is None else self._slice(name)[slot.window]
+        slot.load(tensor, device)
         on_bytes(slot.num_bytes)
 
     def are_equal(self, first: str, second: str) -> bool:
@@ -94,6 +95,9 @@ class SafetensorsSource:
     def _read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[name].get_tensor(self._stored_names[name])
         return tensor
+
+    def _slice(self, name: str) -> Any:
+        return self._files[name].get_slice(self._stored_names[name])
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
         try:

@@ -22,7 +22,8 @@ class WeightSource(Protocol):
         """Return the dtypes that a tensor has and should have for a slot, in words; None when it has one of them."""
 
     def read(self, name: str, slot: WeightSlot, device: torch.device, on_bytes: Callable[[int], None]) -> None:
-        """Fill a slot with a tensor, converting to its dtype; conversions that cost something happen on `device`.
+        """Fill a slot with a tensor, or its window of it, converting to its dtype.
 
+        Conversions that cost something happen on `device`.
         `on_bytes` gets the bytes of the model that were filled since its last call.
         """

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as T
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from ranks_kit import assert_ranks_make_up, fake_shards
 from scalellm.services.common.tokenizer_digest import tokenizer_sha256
 from scalellm.services.executor.model_config.errors import UnsupportedModelError
 from scalellm.services.executor.model_config.rope import (
@@ -22,6 +23,7 @@ from scalellm.services.executor.model_config.rope import (
     yarn_attention_factor,
 )
 from scalellm.services.executor.models import ModelRuntime, Quantization
+from scalellm.services.executor.models.shard import Shard
 from scalellm.services.executor.weights import load_model, read_model_config, weight_bytes
 
 CPU = torch.device("cpu")
@@ -149,6 +151,29 @@ def test_logits(method: Any, arch: str, options: dict[str, Any], paged: Callable
     logits = paged(model, config).step({0: tokens.tolist()})[0]
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["none", "keep"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_ranks_hold_the_model_together(method: Any, arch: str, tmp_path: Path) -> None:
+    """The files of llama have the rows of queries and keys in an order of their own."""
+    write_gguf(tmp_path / "model.gguf", arch, kinds=(T.Q8_0, T.Q4_0, T.F16, T.Q5_1), tied=False)
+
+    def load(shard: Shard) -> Any:
+        return load_model(tmp_path, ModelRuntime(quantization=Quantization(method), shard=shard))[0]
+
+    whole = load(Shard())
+    assert assert_ranks_make_up(whole, [load(shard) for shard in fake_shards(2)]) >= 2 + 7 * LAYERS
+
+
+def test_blocks_are_not_divided(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "llama", kinds=(T.Q8_0,), head_dim=8)
+    with pytest.raises(UnsupportedModelError) as refused:
+        load_model(tmp_path, ModelRuntime(shard=Shard(1, 2)))
+    assert str(refused.value) == (
+        "tensor_parallel: model.layers.0.self_attn.o_proj has 32 inputs, of which a rank would get 16 to 31; "
+        "they can be divided at multiples of 32 only"
+    )
 
 
 def test_rope_scaling(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from scalellm.services.executor.models import ModelRuntime, Quantization
 from scalellm.services.executor.models.linear import PackedLinear
 from scalellm.services.executor.models.linear.gguf_blocks import BLOCK_FORMATS
 from scalellm.services.executor.models.linear.stored_gguf import StoredGguf
+from scalellm.services.executor.models.shard import Part
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 6, 512
@@ -35,8 +36,8 @@ def kept(kinds: list[str], dtype: torch.dtype) -> tuple[PackedLinear, Tensor]:
     """Return a layer that stacks a projection of each kind, and the whole matrix."""
     stored = StoredGguf({f"layer.{i}.weight": kind for i, kind in enumerate(kinds)})
     runtime = ModelRuntime(dtype=dtype, quantization=Quantization("keep"))
-    parts = {str(i): ROWS for i in range(len(kinds))}
-    layer = PackedLinear("layer", COLUMNS, parts, bias=False, stored=stored, runtime=runtime)
+    parts = {str(i): Part.all(ROWS) for i in range(len(kinds))}
+    layer = PackedLinear("layer", Part.all(COLUMNS), parts, bias=False, stored=stored, runtime=runtime)
     values = []
     for seed, (slot, kind) in enumerate(zip(layer.weight_slots(), kinds, strict=True)):
         rows, meant = random_rows(kind, seed)

@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ranks_kit import assert_ranks_make_up, fake_shards
 from scalellm.services.executor.models import ModelRuntime
 from scalellm.services.executor.weights import UnsupportedModelError, load_model
 
 EXPERT = re.compile(r".*\.experts\.\d+\.(\w+)\.weight")
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [8, 24]}
 GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 16, "sym": True, "desc_act": False}
+RANKS = {"gptq": 2, "gptq-rows": 2, "fp8": 1}  # blocks of fp8 are as wide as the experts
 GPTQ_ROWS = GPTQ | {"group_size": -1, "desc_act": True}
 
 
@@ -79,8 +81,11 @@ def test_logits(
     tokens = torch.randint(211, (20,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = oracle(tokens[None]).logits[0]
-    ours = paged(*load_model(tmp_path, ModelRuntime()))
+    model, model_config = load_model(tmp_path, ModelRuntime())
+    ours = paged(model, model_config)
     torch.testing.assert_close(ours.step({0: tokens.tolist()})[0], expected, atol=1e-4, rtol=0)
+    ranks = [load_model(tmp_path, ModelRuntime(shard=shard))[0] for shard in fake_shards(RANKS[form])]
+    assert_ranks_make_up(model, ranks)
 
 
 def test_experts_cannot_reorder_their_inputs(hf_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from gguf import GGMLQuantizationType as T
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ranks_kit import assert_ranks_make_up, fake_shards
 from scalellm.services.executor.models import ModelRuntime
 from scalellm.services.executor.models.quantization import Quantization
+from scalellm.services.executor.models.shard import Shard
 from scalellm.services.executor.weights import UnsupportedModelError, load_model, read_model_config
 
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)\.weight")
@@ -113,6 +115,21 @@ def test_logits(
         expected = oracle(tokens[None]).logits[0]
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(paged(model, config).step({0: tokens.tolist()})[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "experts"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("method", ["none", "keep"])
+def test_ranks_hold_the_experts_together(
+    size: int, experts: int, method: Any, hf_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_hidden_layers": 1}
+    convert(hf_model("mixtral", **sizes, num_local_experts=4, sliding_window=None), tmp_path, kind=T.Q8_0)
+
+    def load(shard: Shard) -> Any:
+        return load_model(tmp_path, ModelRuntime(quantization=Quantization(method), shard=shard))[0]
+
+    ranks = [load(shard) for shard in fake_shards(size, experts)]
+    assert assert_ranks_make_up(load(Shard()), ranks) >= 2 + 4 + (12 if experts < size else 0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from scalellm.kernels import Ops
 from scalellm.services.executor.models import ModelRuntime, Quantization, UnsupportedModelError
 from scalellm.services.executor.models.linear import LinearWeight, PackedLinear, QuantisedInput
 from scalellm.services.executor.models.linear.packing import pack_rows, unpack_rows
+from scalellm.services.executor.models.shard import Part
 from scalellm.services.executor.weights import load_model, read_model_config, weight_bytes
 
 CPU = torch.device("cpu")
@@ -23,7 +24,8 @@ TOKENS = torch.randint(211, (40,), generator=torch.Generator().manual_seed(5)).t
 def linear(quantization: Quantization, in_features: int = 256, **options: Any) -> tuple[PackedLinear, Tensor]:
     """Return a layer of two projections, filled, and the matrix that it was filled with."""
     runtime = ModelRuntime(quantization=quantization, **options)
-    layer = PackedLinear("layer", in_features, {"a": 64, "b": 32}, bias=False, stored=None, runtime=runtime)
+    parts = {"a": Part.all(64), "b": Part.all(32)}
+    layer = PackedLinear("layer", Part.all(in_features), parts, bias=False, stored=None, runtime=runtime)
     weight = torch.randn(96, in_features, generator=torch.Generator().manual_seed(1))
     for slot, part in zip(layer.weight_slots(), weight.split([64, 32]), strict=True):
         slot.load(part, CPU)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantised_checkpoints import Encoder, awq, fp8, gptq, int8, packed, write_checkpoint
+from ranks_kit import assert_ranks_make_up, fake_shards
 from scalellm.services.executor.models import ModelRuntime, Quantization
+from scalellm.services.executor.models.shard import Shard
 from scalellm.services.executor.weights import UnsupportedModelError, load_model, read_model_config, weight_bytes
 
 GROUP = 16
@@ -156,6 +158,37 @@ def test_fp8(name: str, hf_model: Callable[..., Any], paged: Callable[..., Any],
     error = (got - expected).norm() / expected.norm()
     assert error < 0.1 * (full_precision - expected).norm() / expected.norm(), error
     assert weight_bytes(read_model_config(tmp_path), ModelRuntime(), max_model_len=64) == model.num_bytes()
+
+
+@pytest.mark.parametrize("name", [*INT_FORMATS, *FP8_FORMATS])
+def test_ranks_hold_the_model_together(name: str, hf_model: Callable[..., Any], tmp_path: Path) -> None:
+    config, encode = (INT_FORMATS | FP8_FORMATS)[name]
+    oracle = hf_model("llama", num_hidden_layers=1, head_dim=16, attention_bias=name in INT_FORMATS)
+    write_checkpoint(oracle, tmp_path, config, encode)
+
+    def load(shard: Shard) -> Any:
+        return load_model(tmp_path, ModelRuntime(shard=shard), max_model_len=64)[0]
+
+    if "-order" in name:
+        message = (
+            "tensor_parallel: model.layers.0.self_attn.o_proj has its inputs in activation order (desc_act, actorder)"
+        )
+        with pytest.raises(UnsupportedModelError, match=re.escape(message)):
+            load(Shard(0, 2))
+        return
+    # Words, scales and perhaps zero points of seven projections, embedding and output projection.
+    assert assert_ranks_make_up(load(Shard()), [load(shard) for shard in fake_shards(2)]) >= 2 + 7
+
+
+def test_groups_are_not_divided(hf_model: Callable[..., Any], tmp_path: Path) -> None:
+    config, encode = INT_FORMATS["awq"]
+    write_checkpoint(hf_model("llama", num_hidden_layers=1), tmp_path, config, encode)
+    with pytest.raises(UnsupportedModelError) as refused:
+        load_model(tmp_path, ModelRuntime(shard=Shard(0, 2)))
+    assert str(refused.value) == (
+        "tensor_parallel: model.layers.0.self_attn.o_proj has 48 inputs, of which a rank would get 0 to 23; "
+        "they can be divided at multiples of 16 only"
+    )
 
 
 def test_layers_that_are_not_quantised(hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,6 +1,12 @@
 """Linear layers: how their weights lie in memory, how they multiply, and which tensors of a checkpoint fill them."""
 
-from scalellm.services.executor.models.linear.checkpoint import CheckpointFormat, bias_slots, build_weight
+from scalellm.services.executor.models.linear.checkpoint import (
+    Borders,
+    CheckpointFormat,
+    bias_slots,
+    build_weight,
+    inner_border,
+)
 from scalellm.services.executor.models.linear.dense import DenseWeight
 from scalellm.services.executor.models.linear.fp8 import Fp8Weight
 from scalellm.services.executor.models.linear.packed import PackedLinear
@@ -8,6 +14,7 @@ from scalellm.services.executor.models.linear.quantised import LinearInput, Line
 from scalellm.services.executor.models.linear.wna16 import IntWeight
 
 __all__ = [
+    "Borders",
     "CheckpointFormat",
     "DenseWeight",
     "Fp8Weight",
@@ -18,4 +25,5 @@ __all__ = [
     "QuantisedInput",
     "bias_slots",
     "build_weight",
+    "inner_border",
 ]

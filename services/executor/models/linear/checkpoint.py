@@ -3,9 +3,10 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +19,20 @@ from scalellm.services.executor.models.linear.quantised import LinearWeight
 from scalellm.services.executor.models.linear.wna16 import Bits, IntWeight
 from scalellm.services.executor.models.quantization import Method
 from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.shard import Part
 from scalellm.services.executor.models.weight_slot import WeightSlot
 
 _log = logging.getLogger(__name__)
 
 _Kind = TypeVar("_Kind")
 FilledWeight = tuple[LinearWeight, list[WeightSlot]]
+
+
+class Borders(NamedTuple):
+    """The multiples of rows and columns at which a matrix may be divided: words, groups and blocks stay whole."""
+
+    rows: int = 1
+    columns: int = 1
 
 
 class CheckpointFormat(Protocol):
@@ -40,6 +49,9 @@ class CheckpointFormat(Protocol):
     @property
     def dense_dtype(self) -> torch.dtype | None:
         """The dtype of most of them; None if they are quantised."""
+
+    def borders(self, names: Iterable[str]) -> Borders:
+        """Return where projections that share a matrix may be divided among ranks."""
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return a weight that stacks the projections named in `parts`, with their sizes, and the slots to fill it.
@@ -59,14 +71,81 @@ def commonest_projection(kinds: Mapping[str, _Kind], default: _Kind) -> _Kind:
     return counts.most_common(1)[0][0] if counts else default
 
 
+def inner_border(
+    names: Sequence[str], hidden: int, inner: int, stored: CheckpointFormat | None, runtime: ModelRuntime
+) -> int:
+    """Return the multiples at which the inner features of a gated MLP may be divided among ranks.
+
+    `names` are those of its gate, up and down projections. 16 features stay together if the MLP has a multiple of that
+    many: kernels are fast on such shares.
+    """
+    *outputs, down = names
+    rows, columns = _borders(outputs, hidden, stored, runtime).rows, _borders([down], inner, stored, runtime).columns
+    return math.lcm(rows, columns, math.gcd(inner, 16))
+
+
+def _borders(names: Iterable[str], in_features: int, stored: CheckpointFormat | None, runtime: ModelRuntime) -> Borders:
+    """Return where projections may be divided among ranks, as the checkpoint has them and as they are to be held."""
+    rows, columns = Borders() if stored is None else stored.borders(names)
+    if runtime.quantization.method in ("int8", "int4"):
+        columns = math.lcm(columns, math.gcd(runtime.quantization.group_size, in_features))
+    return Borders(rows, columns)
+
+
 def build_weight(
-    parts: Mapping[str, int], in_features: int, stored: CheckpointFormat | None, runtime: ModelRuntime
+    parts: Mapping[str, Part], in_features: Part, stored: CheckpointFormat | None, runtime: ModelRuntime
 ) -> FilledWeight:
     """Return a weight and its slots: as the checkpoint stores it, or quantised on load as the runtime asks for.
 
+    Of projections of which this rank has a part, either rows or columns, the slots read that part.
+
     Raises:
-        UnsupportedModelError: the checkpoint is quantised already, or the sizes are not those of such a weight.
+        UnsupportedModelError: the checkpoint is quantised already, or the sizes are not those of such a weight, or it
+            cannot be divided like this.
     """
+    if not in_features.is_cut and not any(part.is_cut for part in parts.values()):
+        return _build({name: part.size for name, part in parts.items()}, in_features.size, stored, runtime)
+    _check_borders(parts, in_features, _borders(parts, in_features.whole, stored, runtime))
+    if in_features.is_cut:  # groups are those of the whole matrix
+        group_size = math.gcd(runtime.quantization.group_size, in_features.whole)
+        runtime = replace(runtime, quantization=replace(runtime.quantization, group_size=group_size))
+    weight, slots = _build({name: part.size for name, part in parts.items()}, in_features.size, stored, runtime)
+    without_memory = replace(runtime, device=torch.device("meta"), allocate=torch.empty)
+    whole, wholes = _build(
+        {name: part.whole for name, part in parts.items()}, in_features.whole, stored, without_memory
+    )
+    if in_features.is_cut and isinstance(whole, IntWeight) and whole.order is not None:
+        raise UnsupportedModelError(
+            f"tensor_parallel: {next(iter(parts))} has its inputs in activation order (desc_act, actorder), which "
+            "cannot be divided among ranks"
+        )
+    return weight, [
+        slot.cut_from(whole_slot, in_features if in_features.is_cut else _part_of(parts, slot.name))
+        for slot, whole_slot in zip(slots, wholes, strict=True)
+    ]
+
+
+def _part_of(parts: Mapping[str, Part], slot: str) -> Part:
+    return next(part for name, part in parts.items() if slot.startswith(f"{name}."))
+
+
+def _check_borders(parts: Mapping[str, Part], in_features: Part, borders: Borders) -> None:
+    """Refuse to divide words, groups and blocks."""
+    for name, part, border, what in (
+        *((name, part, borders.rows, "rows") for name, part in parts.items()),
+        (next(iter(parts)), in_features, borders.columns, "inputs"),
+    ):
+        for at in (part.start, part.stop):
+            if at % border and at != part.whole:
+                raise UnsupportedModelError(
+                    f"tensor_parallel: {name} has {part.whole} {what}, of which a rank would get {part.start} to "
+                    f"{part.stop - 1}; they can be divided at multiples of {border} only"
+                )
+
+
+def _build(
+    parts: Mapping[str, int], in_features: int, stored: CheckpointFormat | None, runtime: ModelRuntime
+) -> FilledWeight:
     method = runtime.quantization.method
     if (stored := kept(stored, method)) is not None:
         if method not in ("none", "keep"):
@@ -93,16 +172,18 @@ def plain_slots(weight: LinearWeight, parts: Mapping[str, int], in_features: int
     ]
 
 
-def bias_slots(parts: Mapping[str, int], bias: Tensor | None, stored: CheckpointFormat | None) -> list[WeightSlot]:
+def bias_slots(parts: Mapping[str, Part], bias: Tensor | None, stored: CheckpointFormat | None) -> list[WeightSlot]:
     """Return the slots of the biases that `bias` stacks.
 
     Without one, a quantised checkpoint may have zeros in their place, which AutoGPTQ writes for every layer.
     """
     if bias is not None:
-        return [WeightSlot(f"{name}.bias", bias[rows]) for name, rows in stacked(parts)]
+        sizes = {name: part.size for name, part in parts.items()}
+        windows = {name: (slice(part.start, part.stop),) if part.is_cut else None for name, part in parts.items()}
+        return [WeightSlot(f"{name}.bias", bias[rows], window=windows[name]) for name, rows in stacked(sizes)]
     if stored is None or stored.is_choice:
         return []
-    names = {f"{name}.bias": size for name, size in parts.items()}
+    names = {f"{name}.bias": part.whole for name, part in parts.items()}
     return [
         WeightSlot(name, shape=(size,), encode=partial(_expect_zeros, name), optional=True)
         for name, size in names.items()

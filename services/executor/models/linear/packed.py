@@ -8,34 +8,40 @@ from torch import Tensor
 from scalellm.services.executor.models.linear.checkpoint import CheckpointFormat, bias_slots, build_weight
 from scalellm.services.executor.models.linear.quantised import LinearInput
 from scalellm.services.executor.models.runtime import ModelRuntime
+from scalellm.services.executor.models.shard import Part
 from scalellm.services.executor.models.weight_slot import WeightSlot, finish_with
 
 
 class PackedLinear:
     """y = x W^T + b, where W stacks the rows of one or more projections.
 
-    `parts` maps their names under `prefix` to output sizes; `stored` is how the checkpoint has them, if quantised.
+    `parts` maps their names under `prefix` to output sizes; `stored` is how the checkpoint has them, if quantised. A
+    rank of several may have a part of the outputs, or of the inputs: the results of all ranks are then added up.
     """
 
     def __init__(
         self,
         prefix: str,
-        in_features: int,
-        parts: dict[str, int],
+        in_features: Part,
+        parts: dict[str, Part],
         *,
         bias: bool,
         stored: CheckpointFormat | None,
         runtime: ModelRuntime,
     ) -> None:
-        names = {f"{prefix}.{part}": size for part, size in parts.items()}
+        names = {f"{prefix}.{name}": part for name, part in parts.items()}
         self._weight, self._slots = build_weight(names, in_features, stored, runtime)
-        self._bias = runtime.empty(sum(parts.values())) if bias else None
+        self._bias = runtime.empty(sum(part.size for part in parts.values())) if bias else None
         finish_with(self._weight.finish, self._slots)
         self._slots += bias_slots(names, self._bias, stored)
+        self._collectives = runtime.shard.collectives if in_features.is_cut else None
 
     def __call__(self, x: LinearInput) -> Tensor:
         """`[T, in]` -> `[T, out]`."""
-        return self._weight.product(x, self._bias)
+        if self._collectives is None:
+            return self._weight.product(x, self._bias)
+        y = self._collectives.all_reduce(self._weight.product(x, None).contiguous())
+        return y if self._bias is None else y.add_(self._bias)
 
     def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
         """Return the result of an op in the form that this layer multiplies; see `LinearWeight.input_from`."""

@@ -1,13 +1,13 @@
 """Checkpoints in full precision whose 16-bit numbers are kept instead of being widened when they are loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 
-from scalellm.services.executor.models.linear.checkpoint import FilledWeight, commonest_projection, plain_slots
+from scalellm.services.executor.models.linear.checkpoint import Borders, FilledWeight, commonest_projection, plain_slots
 from scalellm.services.executor.models.linear.dense import DenseWeight
 from scalellm.services.executor.models.runtime import ModelRuntime, dtype_name
 
@@ -31,6 +31,10 @@ class StoredDense:
     def form(self) -> str:
         """The name of that dtype."""
         return dtype_name(self.dense_dtype)
+
+    def borders(self, names: Iterable[str]) -> Borders:
+        """Return that they may be divided anywhere."""
+        return Borders()
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""

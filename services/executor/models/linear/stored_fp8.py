@@ -1,6 +1,6 @@
 """Checkpoints with e4m3 weights: DeepSeek's blocks, and the scales of compressed-tensors, AutoFP8 and vLLM's fp8."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scalellm.services.executor.model_config.errors import UnsupportedModelError
-from scalellm.services.executor.models.linear.checkpoint import FilledWeight, stacked
+from scalellm.services.executor.models.linear.checkpoint import Borders, FilledWeight, stacked
 from scalellm.services.executor.models.linear.fp8 import E4M3, Fp8Weight
 from scalellm.services.executor.models.linear.ignored import IgnoredLayers
 from scalellm.services.executor.models.runtime import ModelRuntime
@@ -32,6 +32,10 @@ class StoredFp8:
     per_row: bool = False
     block: tuple[int, int] | None = None
     static_input: bool = False
+
+    def borders(self, names: Iterable[str]) -> Borders:
+        """Return the size of the blocks."""
+        return Borders() if self.block is None or self.ignored.covers(names) else Borders(*self.block)
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight; the input scale of stacked projections, which read the same, is the largest of theirs."""

@@ -1,15 +1,16 @@
 """GGUF files whose blocks and 16-bit numbers are kept instead of being converted to the runtime's dtype."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import ClassVar
 
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from scalellm.services.executor.models.linear.checkpoint import FilledWeight, commonest_projection, stacked
+from scalellm.services.executor.models.linear.checkpoint import Borders, FilledWeight, commonest_projection, stacked
 from scalellm.services.executor.models.linear.gguf_blocks import BLOCK_FORMATS, BlockFormat
 from scalellm.services.executor.models.linear.packing import pack_rows
 from scalellm.services.executor.models.linear.stored_dense import build_half
@@ -42,6 +43,11 @@ class StoredGguf:
     def dense_dtype(self) -> torch.dtype | None:
         """The dtype of that type; None if it is quantised."""
         return None if self.form in BLOCK_FORMATS else _DENSE_TYPES.get(self.form, torch.float32)
+
+    def borders(self, names: Iterable[str]) -> Borders:
+        """Return the numbers of the largest block; those of formats that are only dequantised are in blocks as well."""
+        kinds = {self.types.get(f"{name}.weight", "F32") for name in names}
+        return Borders(1, max(GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] for kind in kinds))
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""

@@ -1,7 +1,7 @@
 """Checkpoints with 4 and 8 bit weights and scales of groups: GPTQ, AWQ and the packed format of compressed-tensors."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scalellm.services.executor.model_config.errors import UnsupportedModelError
-from scalellm.services.executor.models.linear.checkpoint import FilledWeight, stacked
+from scalellm.services.executor.models.linear.checkpoint import Borders, FilledWeight, stacked
 from scalellm.services.executor.models.linear.ignored import IgnoredLayers
 from scalellm.services.executor.models.linear.packing import pack_rows, per_word, unpack_rows
 from scalellm.services.executor.models.linear.wna16 import Bits, IntWeight
@@ -46,6 +46,11 @@ class StoredInts:
     def form(self) -> str:
         """The integers' type."""
         return f"int{self.bits}"
+
+    def borders(self, names: Iterable[str]) -> Borders:
+        """Return the numbers of a word and of a group."""
+        per = per_word(self.bits)
+        return Borders() if self.ignored.covers(names) else Borders(per, math.lcm(per, self.group_size or 1))
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""
