@@ -5,7 +5,7 @@ a turn. Files name one and mean the other: a GGUF file whose `eos` ends document
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ END_TEXTS = frozenset(
     }
 )
 """Texts of special tokens that end a turn or a document in the vocabularies of published models."""
+
+_END_OF_MESSAGE = "<|end|>"
+_ENDS_OF_MESSAGES = frozenset({"<|return|>", "<|call|>"})
+"""A vocabulary with both has turns of several messages: the other text ends a message there, and no turn."""
 
 GGUF_CONTROL = 3
 """GGUF's type of tokens that are markup rather than text."""
@@ -44,6 +48,12 @@ def end_token_ids(model: Path, vocab_size: int | None = None) -> tuple[int, ...]
         size = min((size for size in (source[0], vocab_size) if size is not None), default=None)
         ids.update(token_id for place, value in source[1] if (token_id := drawable(place, value, size)) is not None)
     return tuple(sorted(ids))
+
+
+def _ends_among(special: Sequence[str]) -> Collection[str]:
+    """Return which of these special tokens end a turn or a document, by their texts."""
+    ends = END_TEXTS.intersection(special)
+    return ends - {_END_OF_MESSAGE} if ends >= _ENDS_OF_MESSAGES else ends
 
 
 def drawable(place: str, value: object, vocab_size: int | None) -> int | None:
@@ -88,9 +98,11 @@ def _from_tokenizer(folder: Path) -> Iterator[_Named]:
     eos = role.get("content") if isinstance(role, Mapping) else role
     entries = tokenizer.get("added_tokens")
     added = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+    special = [entry.get("content") for entry in added if entry.get("special") is True]
+    ends = _ends_among([text for text in special if isinstance(text, str)])
     for entry in added:
         text = entry.get("content")
-        if isinstance(text, str) and (text == eos or (text in END_TEXTS and entry.get("special") is True)):
+        if isinstance(text, str) and (text == eos or (text in ends and entry.get("special") is True)):
             yield f"{folder / 'tokenizer.json'}: added token {shown(text)}", entry.get("id")
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
@@ -110,7 +122,9 @@ def _from_gguf(model: Path) -> _Source:
         return None, named
     if types is not None:
         pairs = enumerate(zip(tokens, types, strict=False))
-        known = [number for number, (text, kind) in pairs if kind == GGUF_CONTROL and text in END_TEXTS]
+        special = [(number, text) for number, (text, kind) in pairs if kind == GGUF_CONTROL]
+        ends = _ends_among([text for _, text in special])
+        known = [number for number, text in special if text in ends]
         named += [(f"{path}: {shown(tokens[number])}", number) for number in known]
     return len(tokens), named
 

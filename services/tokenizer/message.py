@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from scalellm.services.tokenizer.dialect import Dialect, JsonArguments, Part, PartKind
@@ -98,10 +98,44 @@ def for_template(messages: Sequence[Message], tools: Sequence[Any], dialect: Dia
         return _written_out(messages, tools)
     names: dict[str, str] = {}
     told = []
-    for message in messages:
+    is_one_by_one = dialect.tools is ToolsInPrompt.ONE_BY_ONE
+    for message in _one_by_one(messages) if is_one_by_one else messages:
         names |= {call.call_id: call.name for call in message.calls}
         told.append(_for_template(message, names, as_sent=dialect.tools is ToolsInPrompt.AS_SENT))
+        if is_one_by_one and (reasoning := told[-1].pop("reasoning_content", "")):
+            told[-1]["thinking"] = reasoning
     return told
+
+
+def _one_by_one(messages: Sequence[Message]) -> Iterator[Message]:
+    """Yield messages of which none has several calls, or text and reasoning beside a call; results follow their calls.
+
+    Text and reasoning are one there: the model wrote both before it called.
+    """
+    waiting: list[Message] = []
+    for message in messages:
+        if waiting and message.call_id:  # a result of one of these
+            waiting.append(message)
+            continue
+        yield from _with_results(waiting)
+        waiting = [message]
+    yield from _with_results(waiting)
+
+
+def _with_results(messages: Sequence[Message]) -> Iterator[Message]:
+    """Yield a message and the results behind it: each of its calls with the results of that."""
+    if not messages:
+        return
+    first, *results = messages
+    if first.calls and first.reasoning and first.content:
+        first = first._replace(reasoning=f"{first.reasoning}\n{first.content}", content="")
+    yield first._replace(calls=first.calls[:1])
+    for number, call in enumerate(first.calls):
+        if number:
+            yield Message(first.role, calls=(call,))
+        yield from (result for result in results if result.call_id == call.call_id)
+    called = {call.call_id for call in first.calls}
+    yield from (result for result in results if result.call_id not in called)
 
 
 def _for_template(message: Message, names: Mapping[str, str], *, as_sent: bool) -> dict[str, Any]:

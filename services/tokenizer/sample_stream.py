@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from scalellm.services.common.link import cut_logprobs
 from scalellm.services.tokenizer.dialect import Part, PartKind
-from scalellm.services.tokenizer.dialect.splitter import Splitter
+from scalellm.services.tokenizer.dialect.splitter import AnswerSplitter
+from scalellm.services.tokenizer.reasoning_tokens import ReasoningTokens
 from scalellm.services.tokenizer.text.detokenizer import Detokenizer, TokenTexts
 from scalellm.services.tokenizer.text.stop_strings import StopStrings
 from scalellm.services.tokenizer.text.text_stream import TextStream
@@ -97,6 +98,7 @@ class SampleStream:
         texts: What tokens mean.
         stops: Stop strings, or None without any.
         splitter: Tells reasoning, text and calls apart; None where all is text.
+        reasoning: Counts the tokens of reasoning; None where they cannot be counted.
 
     Attributes:
         num_tokens: Tokens shown so far.
@@ -112,11 +114,13 @@ class SampleStream:
         options: OutputOptions,
         texts: TokenTexts,
         stops: StopStrings | None = None,
-        splitter: Splitter | None = None,
+        splitter: AnswerSplitter | None = None,
+        reasoning: ReasoningTokens | None = None,
     ) -> None:
         self._index = index
         self._options = options
         self._splitter = splitter
+        self._reasoning = reasoning
         self._text: TextStream | None = None
         self._detokenizer: Detokenizer | None = None
         if stops is not None:
@@ -135,6 +139,11 @@ class SampleStream:
         self.answer_parts: list[Part] = []
         self.answer_ids: list[int] = []
 
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """Tokens of reasoning so far; None where they cannot be counted."""
+        return self._reasoning.count if self._reasoning is not None else None
+
     def push(self, batch: TokenBatch) -> Delta | None:
         """Return what the client is to see of a batch, if anything. After the end nothing is."""
         if self.ended is not None:
@@ -142,6 +151,8 @@ class SampleStream:
         token_ids, finish = batch.token_ids, batch.finish
         if finish is None and self._detokenizer is not None:
             # Almost every message takes this way.
+            if self._reasoning is not None:
+                self._reasoning.push(token_ids)
             return self._respond(batch, self._detokenizer.push(token_ids), len(token_ids))
         # The token that ended the sample is a token of the answer, but not text.
         hides_last = (
@@ -162,6 +173,8 @@ class SampleStream:
             elif finish is not None:
                 rest = self._text.flush()
                 text, stop = text + rest.text, rest.stop
+        if self._reasoning is not None:
+            self._reasoning.push(shown[:num_tokens])
         if stop is not None:
             self.ended = generation_pb2.SampleFinished(
                 index=self._index, reason=common_pb2.FINISH_REASON_STOP, stop=stop

@@ -10,7 +10,8 @@ from typing import Any
 
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.field_rules import MAX_STRUCTURE_BYTES
-from scalellm.services.tokenizer.dialect.constraint import MAX_CALLS, CalledTool, Calls, is_text
+from scalellm.services.tokenizer.dialect.calls import MAX_CALLS, CalledTool, Calls
+from scalellm.services.tokenizer.dialect.schemas import is_text
 from scalellm.services.tokenizer.json_object import parse_object
 from scalellm.services.tokenizer.limits import RequestLimits
 from scalellm.v1 import generation_pb2

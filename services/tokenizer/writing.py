@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scalellm.services.tokenizer.dialect import dialect_of
-from scalellm.services.tokenizer.dialect.splitter import Opening
+from scalellm.services.tokenizer.dialect.opening import Opening
 from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 
@@ -34,6 +34,11 @@ class Writing:
         self.added_ids = {token.content: token_id for token_id, token in added.items()}
         self.marked_texts = self.texts.showing(self.dialect.marker_ids(self.texts.special_ids))
         self.end_ids = model.eos_token_ids
+
+    @property
+    def can_count_reasoning(self) -> bool:
+        """True if the end of reasoning is a token, so that tokens before it can be counted."""
+        return self.dialect.end_of_reasoning in self.added_ids
 
     def opening(self, prompt_ids: Sequence[int]) -> Opening:
         """Return where an answer behind a prompt begins."""

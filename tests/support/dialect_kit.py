@@ -9,13 +9,14 @@ from scalellm.services.common.vocabulary import Vocabulary
 from scalellm.services.executor.grammar import LlGrammarCompiler
 from scalellm.services.tokenizer.dialect import Dialect, Part
 from scalellm.services.tokenizer.dialect.constraint import AnswerGrammar
-from scalellm.services.tokenizer.dialect.splitter import Opening, Splitter
+from scalellm.services.tokenizer.dialect.splitter import Opening, make_splitter
 
 SPECIAL = (
     *("<eos>", "[TOOL_CALLS]", "[ARGS]", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
     *("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
     *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
     *("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+    *("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"),
 )
 ADDED = ("<think>", "</think>", "[THINK]", "[/THINK]", "<tool_call>", "</tool_call>")
 """Tokens of their own that are no special ones, as Qwen's are."""
@@ -96,7 +97,7 @@ def split(
     texts: dict[str, dict[str, bool]] | None = None,
 ) -> list[Part]:
     """Return the parts of an answer that comes in pieces, those put together that are more of the same."""
-    splitter = Splitter(
+    splitter = make_splitter(
         dialect,
         opening,
         has_calls=has_calls,

@@ -228,6 +228,62 @@ GLM = """\
 {%- if add_generation_prompt -%}<|assistant|>{{- '\\n<think></think>' if (enable_thinking is defined and not enable_thinking) else '' -}}{%- endif -%}
 """
 
+PYTHONIC = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|header_start|>' + ('ipython' if message.role == 'tool' else message.role) + '<|header_end|>\\n\\n' }}
+    {%- if loop.first and tools %}
+        {{- 'To call functions, answer with nothing but [name(key=value, other=value), name()]. There are:\\n' }}
+        {%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
+    {%- endif %}
+    {%- if message.tool_calls %}
+        {{- '[' }}
+        {%- for call in message.tool_calls %}
+            {{- call.function.name + '(' }}
+            {%- for key, value in call.function.arguments.items() %}
+                {{- key + '=' + value | tojson }}{%- if not loop.last %}{{- ', ' }}{%- endif %}
+            {%- endfor %}
+            {{- ')' }}{%- if not loop.last %}{{- ', ' }}{%- endif %}
+        {%- endfor %}
+        {{- ']' }}
+    {%- else %}{{- message.content }}{%- endif %}
+    {{- '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|header_start|>assistant<|header_end|>\\n\\n' }}{%- endif %}"""
+
+HARMONY = """\
+{%- set called = namespace(name=none) %}
+{{- '<|start|>system<|message|>Reasoning: ' + reasoning_effort | default('medium') + '\\n# Channels: analysis, commentary, final.<|end|>' }}
+{%- if tools %}
+    {{- '<|start|>developer<|message|># Tools\\n\\n## functions\\n\\nnamespace functions {\\n' }}
+    {%- for tool in tools %}
+        {%- if tool.function.description %}{{- '// ' + tool.function.description + '\\n' }}{%- endif %}
+        {{- 'type ' + tool.function.name + ' = (_: ' + tool.function.parameters | tojson + ') => any;\\n' }}
+    {%- endfor %}
+    {{- '}<|end|>' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {%- if message.content and message.thinking %}{{- raise_exception('Text and thinking beside a call.') }}{%- endif %}
+        {%- if message.tool_calls | length > 1 %}{{- raise_exception('Several calls.') }}{%- endif %}
+        {%- if message.content or message.thinking %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + (message.content or message.thinking) + '<|end|>' }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
+        {{- call.arguments | tojson + '<|call|>' }}
+        {%- set called.name = call.name %}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}
+    {%- elif message.role == 'tool' %}
+        {%- if called.name is none %}{{- raise_exception('A result of no call.') }}{%- endif %}
+        {{- '<|start|>functions.' + called.name + ' to=assistant<|channel|>commentary<|message|>' + message.content | tojson + '<|end|>' }}
+    {%- else %}
+        {{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+
 RAG = """\
 {%- for document in documents or [] %}{{- '<doc>' + document.title + ': ' + document.text + '</doc>\\n' }}{%- endfor %}
 {%- for tool in tools or [] %}{{- '<tool_call>' + (tool | tojson) + '\\n' }}{%- endfor %}
@@ -244,5 +300,7 @@ TEMPLATES = {
     "deepseek 3.1": DEEPSEEK_V31,
     "kimi": KIMI,
     "glm": GLM,
+    "pythonic": PYTHONIC,
+    "harmony": HARMONY,
     "rag": RAG,
 }

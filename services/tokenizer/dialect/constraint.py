@@ -4,52 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.dialect.dialect import CallFormat, Dialect, TaggedArguments
-from scalellm.services.tokenizer.dialect.splitter import Opening
+from scalellm.services.tokenizer.dialect.calls import MAX_CALLS, CalledTool, Calls
+from scalellm.services.tokenizer.dialect.dialect import CallFormat, Channels, Dialect, PythonArguments, TaggedArguments
+from scalellm.services.tokenizer.dialect.opening import Opening
+from scalellm.services.tokenizer.dialect.python_grammar import python_arguments
+from scalellm.services.tokenizer.dialect.schemas import definitions_of, is_text, properties_of
 from scalellm.services.tokenizer.structure import lark
 from scalellm.services.tokenizer.structure.json_schema import checked_schema
-
-MAX_CALLS = 128
-"""Calls in one answer."""
 
 _TEXT = r"TEXT: /(.|\n)*/"
 _ANY_OBJECT = '{"type": "object"}'
 _OF_TEXTS = frozenset({"type", "title", "description", "default", "examples", "enum", "const"})
 """Keywords of a string that tagged arguments can follow."""
-
-
-@dataclass(frozen=True, slots=True)
-class CalledTool:
-    """A function that an answer may call.
-
-    Attributes:
-        name: Its name.
-        schema: JSON Schema of its arguments, as JSON; None: any JSON object.
-        field: Where the schema stands in the request.
-    """
-
-    name: str
-    schema: str | None
-    field: str
-
-
-@dataclass(frozen=True, slots=True)
-class Calls:
-    """The functions that an answer may call.
-
-    Attributes:
-        tools: One of these each time.
-        are_required: It has a call, and no text.
-        is_single: It has no more than one.
-    """
-
-    tools: Sequence[CalledTool]
-    are_required: bool = False
-    is_single: bool = False
 
 
 class AnswerGrammar:
@@ -73,11 +42,8 @@ class AnswerGrammar:
         self._special_ids = special_ids
         self._added_ids = added_ids
         self._end_ids = end_ids
-
-    @property
-    def can_bound_reasoning(self) -> bool:
-        """True if the end of reasoning is a token, so that tokens before it can be counted."""
-        return self._dialect.reasoning is not None and self._dialect.reasoning.end in self._added_ids
+        self._can_bound_reasoning = dialect.end_of_reasoning in added_ids
+        """The end of reasoning is a token."""
 
     def of(self, calls: Calls | None, shape: str, opening: Opening, budget: int | None) -> str:
         """Return the grammar; empty where anything may be written.
@@ -88,18 +54,16 @@ class AnswerGrammar:
             opening: Where it begins.
             budget: Most tokens of its reasoning; None: no limit.
         """
-        rules: list[str] = []
-        if calls is not None:
-            body = self._calls(calls, rules, shape)
-        elif shape:
-            body = "answer"
-        elif budget is not None and opening is not Opening.BEHIND_REASONING:
-            body = "TEXT"
-        else:
+        if calls is None and not shape and (budget is None or opening is Opening.BEHIND_REASONING):
             return ""
+        rules: list[str] = []
+        if (channels := self._dialect.channels) is not None:
+            start = self._messages(channels, calls, opening, budget, "answer" if shape else "TEXT", rules)
+        else:
+            body = self._calls(calls, rules, shape) if calls is not None else "answer" if shape else "TEXT"
+            start = self._behind_reasoning(body, opening, budget, rules)
         if shape:
             rules.append(shape.replace("start:", "answer:", 1).rstrip("\n"))
-        start = self._behind_reasoning(body, opening, budget, rules)
         if not any(rule.startswith("TEXT:") for rule in "\n".join(rules).split("\n")):
             rules.append(_TEXT)
         return "\n".join([f"start: {start}", *rules]) + "\n"
@@ -107,18 +71,65 @@ class AnswerGrammar:
     def _behind_reasoning(self, body: str, opening: Opening, budget: int | None, rules: list[str]) -> str:
         """Return what stands for the body with reasoning before it, as far as there may be some."""
         marks = self._dialect.reasoning
-        if marks is None or opening is Opening.BEHIND_REASONING or not self.can_bound_reasoning:
+        if marks is None or opening is Opening.BEHIND_REASONING or not self._can_bound_reasoning:
             return body
-        end_id = self._added_ids[marks.end]
-        excluded = sorted({end_id, *self._end_ids, *self._special_ids.values()})
-        thought = f"<[^{','.join(map(str, excluded))}]>"
-        times = "*" if budget is None else f"{{0,{budget}}}" if budget else ""
-        thoughts = f"{thought}{times}" if times else ""
-        rules.append(f"reasoning: {thoughts} {lark.token(end_id)} SPACE".replace("  ", " "))
+        end = lark.token(self._added_ids[marks.end])
+        rules.append(f"reasoning: {self._thoughts(marks.end, budget)} {end} SPACE".replace("  ", " "))
         rules.append(r"SPACE: /[ \n]{0,4}/")
         if opening is Opening.IN_REASONING:
             return f"reasoning {body}"
         return f"({self._literal(marks.begin)} reasoning)? {body}"
+
+    def _thoughts(self, end: str, budget: int | None) -> str:
+        """Return what stands for the tokens of reasoning up to the mark that ends it."""
+        excluded = sorted({self._added_ids[end], *self._end_ids, *self._special_ids.values()})
+        thought = f"<[^{','.join(map(str, excluded))}]>"
+        return f"{thought}*" if budget is None else f"{thought}{{0,{budget}}}" if budget else ""
+
+    def _messages(
+        self,
+        channels: Channels,
+        calls: Calls | None,
+        opening: Opening,
+        budget: int | None,
+        answer: str,
+        rules: list[str],
+    ) -> str:
+        """Return what stands for an answer of messages: reasoning, text before a call, and at last a call or answer.
+
+        Where reasoning has a budget there is one message of it, before all others.
+        """
+        following = self._literal(channels.end + channels.begin)
+        are_required = calls is not None and calls.are_required
+        last = [] if are_required else [f"{self._literal(channels.header(channels.answer))} {answer}"]
+        for index, tool in enumerate(calls.tools if calls is not None else ()):
+            rules.append(f"call_{index}: {self._message(channels, tool)}")
+            last.append(f"call_{index}")
+        rules.append(f"last: {' | '.join(last)}")
+        if opening is Opening.BEHIND_REASONING:  # in the text of an answer
+            return f"{following} last" if are_required else answer
+        first, before = "", []
+        if self._can_bound_reasoning:
+            rules.append(f"thoughts: {self._thoughts(channels.end, budget)} {following}")
+            thinking = f"{self._literal(channels.header(channels.reasoning))} thoughts"
+            if opening is Opening.IN_REASONING:
+                first = "thoughts "
+            elif budget is not None:
+                first = f"({thinking})? "
+            if budget is None:
+                before.append(thinking)
+        if calls is not None:
+            before.append(f"{self._literal(channels.header(channels.aside))} TEXT {following}")
+        others = f"({' | '.join(before)})* " if before else ""
+        return f"{first}{others}last"
+
+    def _message(self, channels: Channels, tool: CalledTool) -> str:
+        """Return what stands for the header and the text of a call."""
+        to = channels.recipient + tool.name
+        channel, body = channels.channel + channels.aside, self._literal(channels.body)
+        header = f"({self._literal(to + channel)} | {self._literal(channel + to)})"
+        form = f"({' | '.join(map(self._literal, channels.forms))})?"
+        return f"{header} {form} {body} {self._arguments_as_json(tool)}"
 
     def _calls(self, calls: Calls, rules: list[str], shape: str) -> str:
         """Return what stands for the calls, and for the text around them unless calls are required."""
@@ -136,7 +147,8 @@ class AnswerGrammar:
         if shape:
             return f"({self._literal(written.opening)} {rest} | answer)"
         if written.is_whole:
-            rules.append(rf"PLAIN: /([^{written.opening[0]}](.|\n)*)?/")
+            space = r"\s\x1c-\x1f"  # what the splitter leaves out before calls
+            rules.append(rf"PLAIN: /[{space}]*([^{space}\{written.opening[0]}](.|\n)*)?/")
             return f"({self._literal(written.opening)} {rest} | PLAIN)"
         head = self._head(written, rules)
         if calls.is_single:
@@ -157,12 +169,17 @@ class AnswerGrammar:
         number = " /:[0-9]{1,4}/" if written.is_numbered else ""
         if isinstance(written.arguments, TaggedArguments):
             arguments = self._tagged(written.arguments, tool, index, rules)
+        elif isinstance(written.arguments, PythonArguments):
+            arguments = python_arguments(tool, str(index), rules)
         else:
-            schema = tool.schema if tool.schema is not None else _ANY_OBJECT
-            arguments = lark.json_value(checked_schema(schema, tool.field))
+            arguments = self._arguments_as_json(tool)
         if number:
             return f"{lark.text(name)}{number} {self._literal(written.between)} {arguments}"
         return f"{self._literal(name + written.between)} {arguments}"
+
+    def _arguments_as_json(self, tool: CalledTool) -> str:
+        schema = tool.schema if tool.schema is not None else _ANY_OBJECT
+        return lark.json_value(checked_schema(schema, tool.field))
 
     def _tagged(self, tags: TaggedArguments, tool: CalledTool, index: int, rules: list[str]) -> str:
         """Return what stands for arguments one by one, in the order of the schema."""
@@ -191,7 +208,7 @@ class AnswerGrammar:
     ) -> str:
         after = lark.text(tags.after)
         if not is_text(value):
-            whole = value if isinstance(value, bool) else {**_definitions(schema), **value}
+            whole = value if isinstance(value, bool) else {**definitions_of(schema), **value}
             return f"{lark.json_value(checked_schema(json.dumps(whole), tool.field))} {after}"
         if unknown := sorted(value.keys() - _OF_TEXTS):
             raise StatusError.invalid(
@@ -206,39 +223,4 @@ class AnswerGrammar:
         return f"text_{place}"
 
     def _literal(self, text: str) -> str:
-        """Return what stands for a text in which special tokens are these tokens."""
-        parts, plain = [], ""
-        while text:
-            special = max(filter(text.startswith, self._special_ids), key=len, default="")
-            if special:
-                parts += [lark.text(plain), lark.token(self._special_ids[special])]
-                plain, text = "", text[len(special) :]
-            else:
-                plain, text = plain + text[0], text[1:]
-        return " ".join(part for part in (*parts, lark.text(plain)) if part)
-
-
-def properties_of(schema: Any, field: str = "") -> tuple[Mapping[str, Any], Sequence[str]]:
-    """Return the properties of an object's schema, and which are required. Raises StatusError for another schema."""
-    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-        raise StatusError.invalid(field, "must be the schema of an object")
-    if unknown := sorted(schema.keys() & {"anyOf", "allOf", "oneOf", "$ref", "patternProperties", "minProperties"}):
-        raise StatusError.invalid(
-            field, f"has the keyword {unknown[0]!r} at #, which this model's way of writing calls cannot follow"
-        )
-    properties = schema.get("properties", {})
-    return (properties if isinstance(properties, dict) else {}), schema.get("required") or ()
-
-
-def is_text(schema: Any) -> bool:
-    """Return whether a schema is one of strings, and of nothing else."""
-    if not isinstance(schema, dict):
-        return False
-    if "type" in schema:
-        return bool(schema["type"] == "string")
-    choices = [schema["const"]] if "const" in schema else schema.get("enum")
-    return isinstance(choices, list) and bool(choices) and all(isinstance(choice, str) for choice in choices)
-
-
-def _definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+        return lark.literal(text, self._special_ids)

@@ -6,7 +6,7 @@ Data only: `constraint` makes a grammar of it, and `splitter` reads what was wri
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -36,6 +36,14 @@ class TaggedArguments:
 
 
 @dataclass(frozen=True, slots=True)
+class PythonArguments:
+    """Arguments are those of a call in Python: key `=` value, with `, ` between them.
+
+    Values are literals of Python or JSON: both `True` and `true` are read.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class CallFormat:
     """The form of calls: `begin` call (`separator` call)* `end`, where a call is `before` name `between` arguments
     `after`.
@@ -54,7 +62,7 @@ class CallFormat:
     begin: str = ""
     separator: str = ""
     end: str = ""
-    arguments: JsonArguments | TaggedArguments = field(default_factory=JsonArguments)
+    arguments: JsonArguments | TaggedArguments | PythonArguments = field(default_factory=JsonArguments)
     is_numbered: bool = False
     is_whole: bool = False
 
@@ -64,6 +72,47 @@ class CallFormat:
         return self.begin + self.before
 
 
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """An answer is messages, each `header` `body` text, where the header names the channel: `channel` name.
+
+    A call is the last message. Its header also has `recipient` and the function's name, before the channel or behind
+    it, and may end in one of `forms`; its text is the arguments, one JSON object.
+
+    Attributes:
+        begin: Before a header; the prompt has that of the first message.
+        channel: Before the name of a channel.
+        body: Between header and text.
+        end: Behind a text that another message follows.
+        ends: Behind the last text.
+        recipient: Before the name of a function.
+        forms: Ways to say that the text is JSON, one of which may be written.
+        reasoning: Name of the channel for reasoning.
+        aside: Name of the channel for calls, and for text before them.
+        answer: Name of the channel for the answer itself.
+    """
+
+    begin: str
+    channel: str
+    body: str
+    end: str
+    ends: Sequence[str]
+    recipient: str
+    forms: Sequence[str]
+    reasoning: str
+    aside: str
+    answer: str
+
+    def header(self, channel: str) -> str:
+        """Return all that is written before the text of a message that is no call."""
+        return self.channel + channel + self.body
+
+    @property
+    def marks(self) -> Sequence[str]:
+        """All texts in which special tokens are."""
+        return (self.begin, self.channel, self.body, self.end, *self.ends, *self.forms)
+
+
 class ToolsInPrompt(enum.Enum):
     """The form in which a model is told of tools, calls and results."""
 
@@ -71,6 +120,8 @@ class ToolsInPrompt(enum.Enum):
     """Its template is, in objects: arguments are objects."""
     AS_SENT = enum.auto()
     """Its template is, in OpenAI's messages: arguments are JSON as a text, and a message without text has null."""
+    ONE_BY_ONE = enum.auto()
+    """As native, but a message has one call at most, and either text or reasoning beside it, as `thinking`."""
     WRITTEN_OUT = enum.auto()
     """Its template knows none: they are written into messages."""
 
@@ -84,12 +135,32 @@ class Dialect:
         calls: How it writes calls; None: in a way that is not known here.
         tools: How it is told of tools.
         short_ids: Ids of calls are nine letters and digits: its template refuses others.
+        channels: How it writes messages, where an answer consists of several: reasoning and calls are among them, and
+            `reasoning` and `calls` are None.
     """
 
     reasoning: Marks | None = None
     calls: CallFormat | None = None
     tools: ToolsInPrompt = ToolsInPrompt.NATIVE
     short_ids: bool = False
+    channels: Channels | None = None
+
+    @property
+    def tells_reasoning(self) -> bool:
+        """True if its reasoning can be told from text."""
+        return self.reasoning is not None or self.channels is not None
+
+    @property
+    def tells_calls(self) -> bool:
+        """True if its calls can be told from text."""
+        return self.calls is not None or self.channels is not None
+
+    @property
+    def end_of_reasoning(self) -> str | None:
+        """What it writes behind its reasoning; None: it does not reason in a way that is known here."""
+        if self.channels is not None:
+            return self.channels.end
+        return None if self.reasoning is None else self.reasoning.end
 
     def marker_ids(self, special_ids: Mapping[str, int]) -> frozenset[int]:
         """Return the special tokens that it writes with, by which reasoning and calls are told.
@@ -102,6 +173,8 @@ class Dialect:
             texts += [calls.begin, calls.before, calls.between, calls.after, calls.separator, calls.end]
             if isinstance(arguments := calls.arguments, TaggedArguments):
                 texts += [arguments.before, arguments.between, arguments.after]
+        if self.channels is not None:
+            texts += self.channels.marks
         return frozenset(
             token_id for special, token_id in special_ids.items() if special and any(special in text for text in texts)
         )

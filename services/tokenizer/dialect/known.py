@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from scalellm.services.tokenizer.dialect.dialect import CallFormat, Dialect, Marks, TaggedArguments, ToolsInPrompt
+from scalellm.services.tokenizer.dialect.dialect import (
+    CallFormat,
+    Channels,
+    Dialect,
+    Marks,
+    PythonArguments,
+    TaggedArguments,
+    ToolsInPrompt,
+)
 
 HERMES = CallFormat(
     trigger="<tool_call>",
@@ -90,6 +98,33 @@ KIMI = CallFormat(
 )
 """Kimi K2."""
 
+PYTHONIC = CallFormat(
+    trigger="[",
+    begin="[",
+    before="",
+    between="(",
+    after=")",
+    separator=", ",
+    end="]",
+    arguments=PythonArguments(),
+    is_whole=True,
+)
+"""Templates of Llama 3.2, Llama 4 and Gemma 3 that ask for a list of calls in Python."""
+
+HARMONY = Channels(
+    begin="<|start|>assistant",
+    channel="<|channel|>",
+    body="<|message|>",
+    end="<|end|>",
+    ends=("<|call|>", "<|return|>"),
+    recipient=" to=functions.",
+    forms=(" <|constrain|>json", "<|constrain|>json", " json"),
+    reasoning="analysis",
+    aside="commentary",
+    answer="final",
+)
+"""gpt-oss."""
+
 _REASONING = (Marks("<think>", "</think>"), Marks("[THINK]", "[/THINK]"), Marks("◁think▷", "◁/think▷"))
 
 _CALLS: Sequence[tuple[Callable[[str], bool], CallFormat]] = (
@@ -101,6 +136,7 @@ _CALLS: Sequence[tuple[Callable[[str], bool], CallFormat]] = (
     (lambda source: "<arg_key>" in source, GLM),
     (lambda source: "<function=" in source and "<parameter=" in source, QWEN_CODER),
     (lambda source: "<tool_call>" in source, HERMES),
+    (lambda source: re.search(r"\[\w+\(\w+=\w+, ", source) is not None, PYTHONIC),
     (lambda source: re.search(r"""["']parameters\\?["']: ?dictionary""", source) is not None, LLAMA_JSON),
 )
 """Known dialects with the test of a chat template's source that chooses each; the first that is true."""
@@ -113,10 +149,15 @@ def dialect_of(source: str | None) -> Dialect:
         source: The template, in Jinja; None: the model has none.
     """
     source = source or ""
+    if all(mark in source for mark in (HARMONY.begin, HARMONY.channel, HARMONY.body)):
+        return Dialect(channels=HARMONY, tools=ToolsInPrompt.ONE_BY_ONE)
     reasoning = next((marks for marks in _REASONING if marks.end in source), None)
     if not re.search(r"\btools\b", source):
         return Dialect(reasoning, HERMES, ToolsInPrompt.WRITTEN_OUT)
     calls = next((calls for holds, calls in _CALLS if holds(source)), None)
-    is_as_sent = calls in (DEEPSEEK, DEEPSEEK_V31)
-    tools = ToolsInPrompt.AS_SENT if is_as_sent else ToolsInPrompt.NATIVE
+    tools = ToolsInPrompt.NATIVE
+    if calls in (DEEPSEEK, DEEPSEEK_V31):
+        tools = ToolsInPrompt.AS_SENT
+    elif calls is LLAMA_JSON:  # its templates refuse messages with several calls
+        tools = ToolsInPrompt.ONE_BY_ONE
     return Dialect(reasoning, calls, tools, short_ids=calls in (MISTRAL_LIST, MISTRAL_ARGS))

@@ -30,3 +30,14 @@ class Part(NamedTuple):
     number: int = 0
     call_id: str = ""
     name: str = ""
+
+
+def num_begun(text: str, mark: str) -> int:
+    """Return how many of the last characters of a text are the beginning of a mark, which is not in it."""
+    most = min(len(text), len(mark) - 1)
+    place = text.find(mark[0], len(text) - most)
+    while place >= 0:
+        if mark.startswith(text[place:]):
+            return len(text) - place
+        place = text.find(mark[0], place + 1)
+    return 0

@@ -10,29 +10,11 @@ import enum
 from collections.abc import Callable, Mapping
 
 from scalellm.services.tokenizer.dialect.arguments import JsonReader, TaggedReader
-from scalellm.services.tokenizer.dialect.dialect import CallFormat, Dialect, TaggedArguments
-from scalellm.services.tokenizer.dialect.parts import Part, PartKind
-
-
-class Opening(enum.Enum):
-    """The part in which an answer begins, as the end of its prompt tells."""
-
-    ANYWHERE = enum.auto()
-    """With reasoning, or without."""
-    IN_REASONING = enum.auto()
-    """The prompt has the mark of the beginning."""
-    BEHIND_REASONING = enum.auto()
-    """The prompt has the mark of the end."""
-
-    @classmethod
-    def of(cls, prompt: str, dialect: Dialect) -> Opening:
-        """Return where an answer begins behind a prompt, of which the last characters are enough."""
-        if dialect.reasoning is None:
-            return cls.BEHIND_REASONING
-        prompt = prompt.rstrip()
-        if prompt.endswith(dialect.reasoning.begin):
-            return cls.IN_REASONING
-        return cls.BEHIND_REASONING if prompt.endswith(dialect.reasoning.end) else cls.ANYWHERE
+from scalellm.services.tokenizer.dialect.channel_splitter import ChannelSplitter
+from scalellm.services.tokenizer.dialect.dialect import CallFormat, Dialect, PythonArguments, TaggedArguments
+from scalellm.services.tokenizer.dialect.opening import Opening
+from scalellm.services.tokenizer.dialect.parts import Part, PartKind, num_begun
+from scalellm.services.tokenizer.dialect.python_reader import PythonReader
 
 
 class _State(enum.Enum):
@@ -79,7 +61,7 @@ class Splitter:
         """White space behind what was told: left out if a mark follows."""
         self._strips = False
         """White space at the beginning of the part that is read is left out."""
-        self._reader: JsonReader | TaggedReader | None = None
+        self._reader: JsonReader | TaggedReader | PythonReader | None = None
         self.num_calls = 0
         self._state = _State.TEXT if opening is Opening.BEHIND_REASONING or self._marks is None else _State.START
         self._is_open = opening is Opening.IN_REASONING
@@ -107,6 +89,16 @@ class Splitter:
             parts.append(Part(self._kind, self._spaces))
             self._spaces = ""
         return parts
+
+    @property
+    def is_in_reasoning(self) -> bool:
+        """True if what comes next is reasoning, or ends it."""
+        return self._state is _State.REASONING or (self._state is _State.START and self._is_open)
+
+    @property
+    def is_behind_reasoning(self) -> bool:
+        """True if no reasoning may follow."""
+        return self._state not in (_State.START, _State.REASONING)
 
     @property
     def _kind(self) -> PartKind:
@@ -142,7 +134,7 @@ class Splitter:
         if place >= 0:
             self._tell(parts, self._buffer[:place])
             return self._go_to(_State.TEXT, self._buffer[place + len(self._marks.end) :])
-        self._tell_but(parts, 0 if is_last else _num_begun(self._buffer, self._marks.end))
+        self._tell_but(parts, 0 if is_last else num_begun(self._buffer, self._marks.end))
         return False
 
     def _text(self, parts: list[Part], is_last: bool) -> bool:
@@ -156,7 +148,7 @@ class Splitter:
         if place >= 0:
             self._tell(parts, self._buffer[:place])
             return self._go_to(_State.NAME, self._buffer[place + len(calls.opening) :])
-        held = _num_begun(self._buffer, calls.opening)
+        held = num_begun(self._buffer, calls.opening)
         if is_last and held < len(calls.trigger):
             held = 0
         self._tell_but(parts, held)
@@ -183,6 +175,8 @@ class Splitter:
         parts.append(Part(PartKind.CALL, "", self.num_calls, call_id, name))
         if isinstance(calls.arguments, TaggedArguments):
             self._reader = TaggedReader(calls.arguments, calls.after, self._texts_of(name))
+        elif isinstance(calls.arguments, PythonArguments):
+            self._reader = PythonReader(calls.after)
         else:
             self._reader = JsonReader()
         return self._go_to(_State.ARGUMENTS, rest)
@@ -245,12 +239,19 @@ class Splitter:
         return self._state is _State.REASONING or self._calls is not None
 
 
-def _num_begun(text: str, mark: str) -> int:
-    """Return how many of the last characters of a text are the beginning of a mark, which is not in it."""
-    most = min(len(text), len(mark) - 1)
-    place = text.find(mark[0], len(text) - most)
-    while place >= 0:
-        if mark.startswith(text[place:]):
-            return len(text) - place
-        place = text.find(mark[0], place + 1)
-    return 0
+AnswerSplitter = Splitter | ChannelSplitter
+"""Splits one answer."""
+
+
+def make_splitter(
+    dialect: Dialect,
+    opening: Opening,
+    *,
+    has_calls: bool,
+    make_id: Callable[[int], str],
+    texts_of: Callable[[str], Mapping[str, bool]] = lambda name: {},
+) -> AnswerSplitter:
+    """Return what splits one answer. Arguments are those of Splitter."""
+    if dialect.channels is not None:
+        return ChannelSplitter(dialect.channels, opening, has_calls=has_calls, make_id=make_id)
+    return Splitter(dialect, opening, has_calls=has_calls, make_id=make_id, texts_of=texts_of)

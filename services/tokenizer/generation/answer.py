@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from scalellm.services.tokenizer.generation.answer_shape import make_splitters
+from scalellm.services.tokenizer.dialect.splitter import AnswerSplitter
+from scalellm.services.tokenizer.generation.answer_shape import make_counters, make_splitters, splits
 from scalellm.services.tokenizer.latency import LatencyTrace
 from scalellm.services.tokenizer.metrics import EdgeMetrics
+from scalellm.services.tokenizer.reasoning_tokens import ReasoningTokens
 from scalellm.services.tokenizer.sample_stream import Delta, OutputOptions, SampleStream
 from scalellm.services.tokenizer.text.stop_strings import StopStrings
 from scalellm.services.tokenizer.token_receiver import TokenBatch
@@ -31,11 +33,13 @@ def make_samples(
         writing: How the model writes.
     """
     stops = StopStrings(request.stop) if request.stop else None
-    splitters = make_splitters(request, submit, writing)
-    texts = (writing.texts if splitters is None else writing.marked_texts).after(submit.token_ids)
+    none = [None] * submit.sampling.n
+    splitters: Sequence[AnswerSplitter | None] = make_splitters(request, submit, writing) or none
+    counters: Sequence[ReasoningTokens | None] = make_counters(request, submit, writing) or none
+    texts = (writing.marked_texts if splits(request) else writing.texts).after(submit.token_ids)
     return [
-        SampleStream(index, options, texts, stops, splitters[index] if splitters is not None else None)
-        for index in range(submit.sampling.n)
+        SampleStream(index, options, texts, stops, *read_by)
+        for index, read_by in enumerate(zip(splitters, counters, strict=True))
     ]
 
 

@@ -9,7 +9,8 @@ import grpc
 
 from scalellm.services.common.errors import StatusError
 from scalellm.services.tokenizer.dialect.constraint import AnswerGrammar
-from scalellm.services.tokenizer.dialect.splitter import Splitter
+from scalellm.services.tokenizer.dialect.splitter import AnswerSplitter, make_splitter
+from scalellm.services.tokenizer.reasoning_tokens import ReasoningTokens
 from scalellm.services.tokenizer.structure import grammar_of
 from scalellm.services.tokenizer.tools import ArgumentTexts, calls_of, offered
 from scalellm.services.tokenizer.writing import Writing
@@ -34,7 +35,7 @@ class AnswerShape:
         self._grammar = AnswerGrammar(writing.dialect, writing.texts.special_ids, writing.added_ids, writing.end_ids)
         self._is_own = request.structured_output.WhichOneof("shape") == "lark"
         self._splits = splits(request)
-        if self._calls is not None and writing.dialect.calls is None:
+        if self._calls is not None and not writing.dialect.tells_calls:
             raise StatusError(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "chat.tools: how this model writes calls is not known: its chat template has none of the known marks",
@@ -45,7 +46,7 @@ class AnswerShape:
         if self._is_own and (self._calls is not None or self._budget is not None):
             beside = "chat.tools" if self._calls is not None else "reasoning.budget_tokens"
             raise StatusError.invalid("structured_output.lark", f"must not be set beside {beside}")
-        if self._budget is not None and not self._grammar.can_bound_reasoning:
+        if self._budget is not None and not writing.can_count_reasoning:
             raise StatusError.invalid(
                 "reasoning.budget_tokens", "is not supported: this model has no token that ends its reasoning"
             )
@@ -61,6 +62,12 @@ class AnswerShape:
         return self._grammar.of(self._calls, self._shape, self._writing.opening(prompt_ids), self._budget)
 
 
+def tell_apart(request: generation_pb2.GenerateRequest, writing: Writing) -> None:
+    """Make a request one of which reasoning and text are told apart where answers are no text in one piece."""
+    if writing.dialect.channels is not None and request.HasField("chat"):
+        request.reasoning.SetInParent()
+
+
 def splits(request: generation_pb2.GenerateRequest) -> bool:
     """Return whether reasoning, text and calls are told apart."""
     return request.HasField("reasoning") or bool(offered(request.chat))
@@ -68,7 +75,7 @@ def splits(request: generation_pb2.GenerateRequest) -> bool:
 
 def make_splitters(
     request: generation_pb2.GenerateRequest, submit: link_pb2.Submit, writing: Writing
-) -> list[Splitter] | None:
+) -> list[AnswerSplitter] | None:
     """Return what tells the parts of each sample apart; None where all is text.
 
     Args:
@@ -81,7 +88,7 @@ def make_splitters(
     opening, texts = writing.opening(submit.token_ids), ArgumentTexts(request.chat)
     has_calls = bool(offered(request.chat)) and request.structured_output.WhichOneof("shape") != "lark"
     return [
-        Splitter(
+        make_splitter(
             writing.dialect,
             opening,
             has_calls=has_calls,
@@ -90,6 +97,20 @@ def make_splitters(
         )
         for index in range(submit.sampling.n)
     ]
+
+
+def make_counters(
+    request: generation_pb2.GenerateRequest, submit: link_pb2.Submit, writing: Writing
+) -> list[ReasoningTokens] | None:
+    """Return what counts the tokens of each sample's reasoning; None where it is not told, or cannot be counted.
+
+    Arguments are those of make_splitters.
+    """
+    splitters = make_splitters(request, submit, writing) if writing.can_count_reasoning else None
+    if splitters is None:
+        return None
+    texts = writing.marked_texts.after(submit.token_ids)
+    return [ReasoningTokens(splitter, texts.detokenizer()) for splitter in splitters]
 
 
 class _CallIds:

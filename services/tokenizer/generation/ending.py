@@ -25,13 +25,16 @@ _SESSION_OUTCOMES = {
 }
 
 
-def count_shown(metrics: EdgeMetrics, usage: common_pb2.Usage, num_shown: int) -> None:
-    """Make the usage that of the samples as they ended here.
+def count_shown(metrics: EdgeMetrics, usage: common_pb2.Usage, num_shown: int, samples: Sequence[SampleStream]) -> None:
+    """Make the usage that of the samples as they ended here, of which all tokens were shown.
 
     What an executor generates until it hears of a stop text depends on how fast everybody was.
     """
     metrics.tokens_beyond_stop.inc(max(0, usage.completion_tokens - num_shown))
     usage.completion_tokens = num_shown
+    counts = [count for sample in samples if (count := sample.num_reasoning_tokens) is not None]
+    if counts:
+        usage.reasoning_tokens = sum(counts)
 
 
 async def save_turn(

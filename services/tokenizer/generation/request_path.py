@@ -17,7 +17,7 @@ from scalellm.services.common.field_rules import MIN_PRIORITY
 from scalellm.services.common.link import LONGEST_NS
 from scalellm.services.common.logs import RequestFields, request_fields
 from scalellm.services.tokenizer.generation.answer import Answer, Event, make_samples
-from scalellm.services.tokenizer.generation.answer_shape import AnswerShape
+from scalellm.services.tokenizer.generation.answer_shape import AnswerShape, tell_apart
 from scalellm.services.tokenizer.generation.caller import Caller
 from scalellm.services.tokenizer.generation.edge import Edge, TenantSalt
 from scalellm.services.tokenizer.generation.ending import count_shown, make_finished, save_turn
@@ -194,6 +194,7 @@ class Generation(Call):
     async def _run(self) -> AsyncGenerator[Event, None]:
         edge, request, trace = self._edge, self._request, self.trace
         self._identify(request.request_id if is_id(request.request_id) else f"req-{secrets.token_hex(8)}")
+        tell_apart(request, edge.prompts.writing)
         is_kept = request.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP
         if is_kept and is_id(request.request_id):
             kept = await edge.kept.find_same(edge, self._tenant, request)
@@ -243,7 +244,7 @@ class Generation(Call):
             self._ended_samples = answer.ended_samples
             edge.schedulers.release(receiver, self._caller.abort_reason())
         assert self._finish is not None
-        count_shown(edge.metrics, self._finish.usage, answer.num_tokens)
+        count_shown(edge.metrics, self._finish.usage, answer.num_tokens, samples)
         outcome = None
         if session is not None:
             outcome = await save_turn(edge, self._tenant, request, session, prompt, samples[0])

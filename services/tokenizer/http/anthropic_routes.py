@@ -44,7 +44,7 @@ class AnthropicRoutes:
         made = request.to_generate(
             call.request_id,
             content_is_text=edge.prompts.can_take_content_as_text,
-            tells_reasoning=edge.prompts.writing.dialect.reasoning is not None,
+            tells_reasoning=edge.prompts.writing.dialect.tells_reasoning,
         )
         make = MessageStream if request.stream else MessageDocument
         format = make(f"msg_{call.request_id}", edge.model_name)

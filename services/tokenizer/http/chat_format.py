@@ -14,12 +14,11 @@ from scalellm.services.tokenizer.http.wire import (
     DONE,
     answer_head,
     dump,
+    final_usage_json,
     finish_reason,
     latency_json,
     quote,
     stop_reason,
-    total_usage,
-    usage_json,
 )
 from scalellm.services.tokenizer.message import Message
 from scalellm.services.tokenizer.sample_stream import Delta
@@ -93,8 +92,7 @@ class ChatStream:
                 f'{role}{self._head}{{"index":{sample.index},"delta":{{}},"logprobs":null,{reason}}}]{so_far}}}\n\n'
             )
         if self._request.includes_usage:
-            usage = last.usage
-            shown = usage_json(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+            shown = final_usage_json(last.usage)
             parts.append(f'{self._head}],"usage":{shown},"latency":{latency_json(finished)}}}\n\n')
         return "".join(parts) + DONE
 
@@ -161,8 +159,7 @@ class ChatDocument:
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
         """The document."""
         (last,) = finished
-        usage = total_usage(finished)
-        shown = usage_json(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        shown = final_usage_json(last.usage)
         choices = ",".join(map(self._choice, last.samples))
         prompt = f',"prompt_logprobs":[{",".join(self._prompt)}]' if self._prompt else ""
         return f'{self._head}{choices}],"usage":{shown},"latency":{latency_json(finished)}{prompt}{self._prompt_ids}}}'

@@ -53,7 +53,7 @@ class OpenAiRoutes:
         requests = request.requests(
             call.request_id,
             content_is_text=edge.prompts.can_take_content_as_text,
-            tells_reasoning=edge.prompts.writing.dialect.reasoning is not None,
+            tells_reasoning=edge.prompts.writing.dialect.tells_reasoning,
         )
         answer_id = f"chatcmpl-{requests[0].request_id}"
         make = ChatStream if request.stream else ChatDocument

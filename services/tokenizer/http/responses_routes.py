@@ -78,7 +78,7 @@ class ResponsesRoutes:
             history,
             said,
             content_is_text=content_is_text,
-            tells_reasoning=edge.prompts.writing.dialect.reasoning is not None,
+            tells_reasoning=edge.prompts.writing.dialect.tells_reasoning,
         )
         asked = asked_for(request, created_at) if request.is_kept else b""
         make = ResponseStream if request.stream else ResponseDocument

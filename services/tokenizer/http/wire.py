@@ -61,13 +61,23 @@ def total_usage(finished: Sequence[generation_pb2.Finished]) -> common_pb2.Usage
     return total
 
 
-def usage_json(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> str:
-    """Return OpenAI's `usage`; `cached_tokens` is None while it is not known."""
+def usage_json(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None, reasoning_tokens: int | None = None
+) -> str:
+    """Return OpenAI's `usage`; what is None is not known."""
     details = "" if cached_tokens is None else f',"prompt_tokens_details":{{"cached_tokens":{cached_tokens}}}'
+    if reasoning_tokens is not None:
+        details += f',"completion_tokens_details":{{"reasoning_tokens":{reasoning_tokens}}}'
     return (
         f'{{"prompt_tokens":{prompt_tokens},"completion_tokens":{completion_tokens},'
         f'"total_tokens":{prompt_tokens + completion_tokens}{details}}}'
     )
+
+
+def final_usage_json(usage: common_pb2.Usage) -> str:
+    """Return OpenAI's `usage` of what is complete."""
+    reasoning = usage.reasoning_tokens if usage.HasField("reasoning_tokens") else None
+    return usage_json(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, reasoning)
 
 
 def latency_json(finished: Sequence[generation_pb2.Finished]) -> str:

@@ -92,7 +92,7 @@ class Run:
         if finish is None:  # its old worker had all of it, but could not say so
             usage = common_pb2.Usage(prompt_tokens=len(head.submit.token_ids), completion_tokens=transcript.num_tokens)
             finish = link_pb2.Finish(usage=usage)
-        count_shown(edge.metrics, finish.usage, transcript.num_tokens)
+        count_shown(edge.metrics, finish.usage, transcript.num_tokens, samples)
         outcome = await self._save_turn(samples[0]) if head.request.HasField("session_id") else None
         ended = [sample.ended for sample in samples if sample.ended is not None]
         transcript.end(make_finished(edge.metrics, trace, finish, ended, outcome))

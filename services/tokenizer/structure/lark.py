@@ -49,3 +49,16 @@ def json_value(schema: str) -> str:
 def token(token_id: int) -> str:
     """Return what stands for one token of the vocabulary."""
     return f"<[{token_id}]>"
+
+
+def literal(value: str, special_ids: Mapping[str, int]) -> str:
+    """Return what stands for a text in which special tokens, given by their texts, are these tokens."""
+    parts, plain = [], ""
+    while value:
+        special = max(filter(value.startswith, special_ids), key=len, default="")
+        if special:
+            parts += [text(plain), token(special_ids[special])]
+            plain, value = "", value[len(special) :]
+        else:
+            plain, value = plain + value[0], value[1:]
+    return " ".join(part for part in (*parts, text(plain)) if part)

@@ -46,6 +46,20 @@ def test_any_end_of_turn_ends_an_answer_whatever_the_file_calls_eos(tmp_path: Pa
     assert end_token_ids(write_gguf(path, [1, 1, 1, 1, 1, 3], eos=3, eot=1, eom=3)) == (1, 3, 5)
 
 
+def test_an_end_of_messages_ends_no_turn_of_several(tmp_path: Path) -> None:
+    for texts, ends in ((["<|end|>", "<|call|>", "<|return|>"], (1, 2)), (["<|end|>", "<|call|>", "a"], (0, 1))):
+        tokenizer = Tokenizer(models.WordLevel({text: number for number, text in enumerate(texts)}, "a"))
+        tokenizer.add_special_tokens([text for text in texts if text != "a"])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        assert end_token_ids(tmp_path) == ends
+        file = Gguf()
+        file.add("tokenizer.ggml.tokens", ARRAY, texts, STRING)
+        file.add("tokenizer.ggml.token_type", ARRAY, [1 if text == "a" else 3 for text in texts], I32)
+        path = tmp_path.with_suffix(".gguf")
+        path.write_bytes(file.encoded())
+        assert end_token_ids(path) == ends
+
+
 def test_the_files_of_a_directory_add_up(tmp_path: Path) -> None:
     assert end_token_ids(write_directory(tmp_path)) == (0, 2)
     assert end_token_ids(write_directory(tmp_path, config={"eos_token_id": 1})) == (0, 1, 2)

@@ -12,16 +12,16 @@ import pytest
 from dialect_kit import accepts, answer_grammar, draw, make_compiler, split
 from scalellm.services.common.errors import StatusError
 from scalellm.services.executor.grammar import LlGrammarCompiler
-from scalellm.services.tokenizer.dialect import Dialect, Marks, PartKind, TaggedArguments
+from scalellm.services.tokenizer.dialect import Dialect, JsonArguments, Marks, PartKind, TaggedArguments
 from scalellm.services.tokenizer.dialect import known as formats
-from scalellm.services.tokenizer.dialect.constraint import CalledTool, Calls
-from scalellm.services.tokenizer.dialect.splitter import Opening
+from scalellm.services.tokenizer.dialect.calls import CalledTool, Calls
+from scalellm.services.tokenizer.dialect.opening import Opening
 
 THINK = Marks("<think>", "</think>")
 FORMATS = {
     name: getattr(formats, name)
     for name in ("DEEPSEEK", "DEEPSEEK_V31", "GLM", "HERMES", "KIMI", "LLAMA_JSON", "MISTRAL_ARGS", "MISTRAL_LIST",
-                 "QWEN_CODER")
+                 "PYTHONIC", "QWEN_CODER")
 }  # fmt: skip
 WEATHER = {
     "type": "object",
@@ -69,7 +69,7 @@ def test_as_the_model_likes(compiler, name):
     written = FORMATS[name]
     dialect = Dialect(None, written)
     grammar = answer_grammar(dialect).of(Calls(TOOLS), "", Opening.ANYWHERE, None)
-    arguments = "" if isinstance(written.arguments, TaggedArguments) else "{}"
+    arguments = "{}" if isinstance(written.arguments, JsonArguments) else ""
     number = ":0" if written.is_numbered else ""
     call = f"get{number}{written.between}{arguments}{written.after}"
     other = f"gut{number}{written.between}{arguments}{written.after}"
@@ -151,9 +151,50 @@ def test_texts_between_tags(compiler, name):
     assert not accepts(compiler, grammar, answer("f", ("other", "3")))
 
 
+def test_arguments_as_python_writes_them(compiler):
+    schema = {
+        "type": "object",
+        "properties": {
+            "flag": {"type": ["boolean", "null"]},
+            "note": {"type": "string"},
+            "kind": {"const": "it's"},
+            "code": {"type": "string", "pattern": "^[a-z]+$"},
+            "l": {"type": "array", "items": {"type": "integer"}},
+        },
+        "required": ["note"],
+        "additionalProperties": False,
+    }
+    tools = [CalledTool("f", json.dumps(schema), "f"), CalledTool("any", None, "any")]
+    grammar = answer_grammar(Dialect(None, formats.PYTHONIC)).of(
+        Calls(tools, are_required=True), "", Opening.ANYWHERE, None
+    )
+    for arguments, read in (
+        ("flag=True, note='it\\'s \"so\"', l=[1, 2]", {"flag": True, "note": 'it\'s "so"', "l": [1, 2]}),
+        ("flag=None, note=\"a\", kind='it\\'s'", {"flag": None, "note": "a", "kind": "it's"}),
+        ('flag=true, note="", code="x"', {"flag": True, "note": "", "code": "x"}),
+        ("note='', kind=\"it's\"", {"note": "", "kind": "it's"}),
+    ):
+        assert accepts(compiler, grammar, f"[f({arguments})]")
+        (part,) = split(Dialect(None, formats.PYTHONIC), list(f"[f({arguments})]"))
+        assert json.loads(part.text) == read
+        jsonschema.validate(read, schema)
+    for wrong in ("", "flag=True", "note=1", "note='a', code='X'", "note='a',l=[1]", "note='a', x=1", "note='a"):
+        assert not accepts(compiler, grammar, f"[f({wrong})]")
+    assert accepts(compiler, grammar, "[any(a={'b': [True, None, 'c', \"d\"]}, e=-1.5), any(), f(note='')]")
+
+
+@pytest.mark.parametrize("text", [" [1] is it", "\n[", "[", "[f(x"])
+def test_a_text_that_is_no_call_begins_with_no_bracket(compiler, text):
+    grammar = answer_grammar(Dialect(None, formats.PYTHONIC)).of(Calls(TOOLS), "", Opening.ANYWHERE, None)
+    assert not accepts(compiler, grammar, text)
+    assert accepts(compiler, grammar, f"See{text}")
+
+
 @pytest.mark.parametrize(
     ("name", "schema", "says"),
     [
+        ("PYTHONIC", {"type": "object", "properties": {"a-b": {}}}, "'a-b'"),
+        ("PYTHONIC", {"type": "object", "properties": {"a": {"not": {}}}}, "'not'"),
         ("HERMES", {"type": "object", "uniqueItems": True}, "'uniqueItems'"),
         ("GLM", {"type": "object", "properties": {"a": {"type": "string", "pattern": "x"}}}, "'pattern'"),
         ("GLM", {"type": "object", "anyOf": [{}]}, "'anyOf'"),

@@ -20,9 +20,10 @@ from scalellm.services.tokenizer.dialect.known import (
     LLAMA_JSON,
     MISTRAL_ARGS,
     MISTRAL_LIST,
+    PYTHONIC,
     QWEN_CODER,
 )
-from scalellm.services.tokenizer.dialect.splitter import Opening
+from scalellm.services.tokenizer.dialect.opening import Opening
 
 THINK = Marks("<think>", "</think>")
 
@@ -68,6 +69,7 @@ TWO_CALLS = {
         "<arg_key>l</arg_key>\n<arg_value>[1, {}]</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
     ),
 }
+TWO_CALLS["python"] = (PYTHONIC, """[get(city='Pa}r"is', l=[1, {}]), now()]""")
 NUMBERED = "functions."
 
 
@@ -144,6 +146,25 @@ def test_a_call_that_is_cut_off_is_no_text(name):
     for end in range(len(calls.trigger), len(text)):
         parts = split(Dialect(None, calls), [text[:end]])
         assert {part.kind for part in parts} <= {PartKind.CALL}
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("True", "true"),
+        ("[False, None, 1.5, 'a', \"b\"]", '[false, null, 1.5, "a", "b"]'),
+        ("{'it\\'s': 'True, \\\\ (None)'}", '{"it\'s": "True, \\\\ (None)"}'),
+        ("true", "true"),
+        ("red", '"red"'),
+        ("NaN", '"NaN"'),
+        ("Trueish", '"Trueish"'),
+    ],
+)
+def test_values_of_python_are_told_as_json(written, expected):
+    text = f"[f(a={written}, b=2)]"
+    (part,) = split(Dialect(None, PYTHONIC), list(text))
+    assert part.text == f'{{"a": {expected}, "b": 2}}'
+    json.loads(part.text)
 
 
 def test_values_are_what_their_schema_says():

@@ -11,6 +11,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from scalellm.services.tokenizer.dialect import dialect_of
 from scalellm.services.tokenizer.dialect import known as formats
+from scalellm.services.tokenizer.message import FunctionCall, Message, for_template
 from scalellm.services.tokenizer.prompt_builder import PromptBuilder
 from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 from scalellm.v1 import generation_pb2
@@ -26,6 +27,8 @@ FORMATS = {
     "deepseek 3.1": formats.DEEPSEEK_V31,
     "kimi": formats.KIMI,
     "glm": formats.GLM,
+    "pythonic": formats.PYTHONIC,
+    "harmony": formats.HARMONY,
     "rag": formats.HERMES,
 }
 AS_SENT = ("deepseek", "deepseek 3.1")
@@ -95,14 +98,19 @@ async def test_prompts_are_those_of_transformers(smollm: ModelTokenizer, name, h
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_tells_how_calls_are_written(name):
-    assert dialect_of(TEMPLATES[name]).calls == FORMATS[name]
+    dialect = dialect_of(TEMPLATES[name])
+    assert (dialect.channels or dialect.calls) == FORMATS[name]
+    assert dialect.tells_calls
+    assert dialect.tells_reasoning == (name == "harmony" or dialect.reasoning is not None)
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral", "kimi", "deepseek 3.1", "qwen coder"])
+@pytest.mark.parametrize("name", ["hermes", "mistral", "kimi", "deepseek 3.1", "qwen coder", "pythonic"])
 async def test_what_a_template_writes_is_a_call_of_its_dialect(smollm: ModelTokenizer, name):
     written, arguments = FORMATS[name], json.dumps(CALL["arguments"], ensure_ascii=False)
     if name == "qwen coder":
         arguments = "<parameter=city>\nZürich <1>\n</parameter>\n"
+    if name == "pythonic":
+        arguments = 'city="Zürich <1>"'
     called = "get_weather"
     chat = make_chat(has_tools=True, has_call=True)
     for call in chat.messages[1].tool_calls:
@@ -112,6 +120,27 @@ async def test_what_a_template_writes_is_a_call_of_its_dialect(smollm: ModelToke
     async with PromptBuilder(replace(smollm, chat_templates={"default": TEMPLATES[name]})) as builder:
         text = (await builder.render(chat, caller="")).plain
     assert f"{written.opening}{called}{written.between}{arguments}{written.after}{written.end}" in text
+
+
+@pytest.mark.parametrize("name", ["harmony", "llama"])
+def test_several_calls_become_messages_each_before_its_result(name):
+    calls = (FunctionCall("a", "get", '{"city": "Rome"}'), FunctionCall("b", "now", "{}"))
+    results = [
+        Message("tool", "noon", call_id="b"),
+        Message("tool", "grey", call_id="a"),
+        Message("tool", "?", call_id="c"),
+    ]
+    asked = Message("assistant", "I look.", reasoning="Both.", calls=calls)
+    dialect = dialect_of(TEMPLATES[name])
+    told = for_template([asked, *results, Message("user", "So?")], [], dialect)
+    called = [
+        message["tool_calls"][0]["function"] if "tool_calls" in message else message["content"] for message in told
+    ]
+    get, now = ({"name": call.name, "arguments": json.loads(call.arguments)} for call in calls)
+    assert called == [get, "grey", now, "noon", "?", "So?"]
+    assert told[0]["thinking"] == "Both.\nI look."
+    assert not told[0]["content"]
+    assert told[1]["tool_call_id"] == "a"
 
 
 async def test_templates_that_know_no_tools_are_told_all_the_same(smollm: ModelTokenizer):

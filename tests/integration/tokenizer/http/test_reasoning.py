@@ -67,13 +67,22 @@ async def ai(service, client):
         yield made
 
 
+def num_reasoned(tokenizer):
+    """Tokens between the marks."""
+    token_ids = tokenizer.encode(ANSWER, add_special_tokens=False).ids
+    begin, end = (token_ids.index(tokenizer.token_to_id(mark)) for mark in ("<think>", "</think>"))
+    return end - begin - 1
+
+
 def asked(**fields):
     return {"model": MODEL, "messages": HELLO, "max_tokens": 100, **fields}
 
 
-async def test_chats_have_it_beside_their_content(ai, write):
+async def test_chats_have_it_beside_their_content(ai, write, tokenizer):
     write(ANSWER, chunk=2)
-    message = (await ai.chat.completions.create(**asked())).choices[0].message
+    whole = await ai.chat.completions.create(**asked())
+    assert whole.usage.completion_tokens_details.reasoning_tokens == num_reasoned(tokenizer)
+    message = whole.choices[0].message
     assert message.content == "Yes, it is."
     assert message.reasoning_content == "Only 1 and 7\ndivide it."
     told = {"content": "", "reasoning_content": ""}
@@ -84,14 +93,16 @@ async def test_chats_have_it_beside_their_content(ai, write):
     without = await ai.chat.completions.create(**asked(extra_body={"include_reasoning": False}))
     assert without.choices[0].message.content == "Yes, it is."
     assert not hasattr(without.choices[0].message, "reasoning_content")
+    assert without.usage.completion_tokens_details.reasoning_tokens == num_reasoned(tokenizer)
 
 
-async def test_messages_and_responses_have_it_as_a_part(ai, service, write):
+async def test_messages_and_responses_have_it_as_a_part(ai, service, write, tokenizer):
     write(ANSWER, chunk=2)
     made = await ai.responses.create(model=MODEL, input="Is 7 prime?")
     assert [item.type for item in made.output] == ["reasoning", "message"]
     assert made.output[0].content[0].text == "Only 1 and 7\ndivide it."
     assert made.output_text == "Yes, it is."
+    assert made.usage.output_tokens_details.reasoning_tokens == num_reasoned(tokenizer)
     events = [event async for event in await ai.responses.create(model=MODEL, input="Is 7 prime?", stream=True)]
     thought = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
     assert thought == "Only 1 and 7\ndivide it."

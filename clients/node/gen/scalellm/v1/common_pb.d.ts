@@ -211,6 +211,14 @@ export declare type Usage = Message<"scalellm.v1.Usage"> & {
    * @generated from field: uint32 num_resumed = 5;
    */
   numResumed: number;
+
+  /**
+   * Those of completion_tokens that are reasoning, without its marks, over all samples. Set by the edge where reasoning is
+   * told apart and the model ends it with a token of its own.
+   *
+   * @generated from field: optional uint32 reasoning_tokens = 6;
+   */
+  reasoningTokens?: number | undefined;
 };
 
 /**
