@@ -65,7 +65,7 @@ class ExecutorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetInfo(self, request, context):
-        """What is loaded, and the books.
+        """The loaded model, and the request counts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -30,7 +30,7 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
   requestId?: string | undefined;
 
   /**
-   * What to continue. One is required.
+   * The text to continue. One is required.
    *
    * @generated from oneof scalellm.v1.GenerateRequest.input
    */
@@ -61,7 +61,7 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
   } | { case: undefined; value?: undefined };
 
   /**
-   * How to draw tokens.
+   * Sampling parameters.
    *
    * @generated from field: scalellm.v1.SamplingParams sampling = 5;
    */
@@ -101,7 +101,7 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
   priority?: number | undefined;
 
   /**
-   * What the deltas carry. Default OUTPUT_TEXT.
+   * The contents of the deltas. Default OUTPUT_TEXT.
    *
    * @generated from field: scalellm.v1.Output output = 10;
    */
@@ -131,7 +131,7 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
   cacheSalt?: string | undefined;
 
   /**
-   * What happens when the client leaves before the end. Default ON_DISCONNECT_CANCEL. The client's deadline is the
+   * The fate of the request when the client leaves before the end. Default ON_DISCONNECT_CANCEL. The client's deadline is the
    * request's in any case.
    *
    * @generated from field: scalellm.v1.OnDisconnect on_disconnect = 14;
@@ -153,7 +153,7 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
   returnPromptTokenIds?: boolean | undefined;
 
   /**
-   * How the model reasons, and what is told of it. Set: reasoning is told apart from text, in Delta.parts. Default: what
+   * Options of reasoning. Set: reasoning is told apart from text, in Delta.parts. Default: what
    * the model writes is text, its marks of reasoning included, unless Chat.tools are given.
    *
    * @generated from field: scalellm.v1.ReasoningOptions reasoning = 17;
@@ -168,13 +168,13 @@ export declare type GenerateRequest = Message<"scalellm.v1.GenerateRequest"> & {
 export declare const GenerateRequestSchema: GenMessage<GenerateRequest>;
 
 /**
- * How a model reasons before it answers. Where its chat template knows no reasoning, all is text, and a budget is refused.
+ * A model's reasoning before it answers. Where its chat template knows no reasoning, all is text, and a budget is refused.
  *
  * @generated from message scalellm.v1.ReasoningOptions
  */
 export declare type ReasoningOptions = Message<"scalellm.v1.ReasoningOptions"> & {
   /**
-   * How much: the template's variable `reasoning_effort`, such as `low` or `high`; `none` also sets its variables
+   * The amount: the template's variable `reasoning_effort`, such as `low` or `high`; `none` also sets its variables
    * `enable_thinking` and `thinking` to false. 1..32 bytes. Default: the template's own.
    *
    * @generated from field: optional string effort = 1;
@@ -210,7 +210,7 @@ export declare const ReasoningOptionsSchema: GenMessage<ReasoningOptions>;
  * text, at max_tokens (FINISH_REASON_LENGTH), at a member of `stop` or `stop_token_ids`. Until min_tokens, and always
  * with ignore_eos, the end-of-sequence token is drawn only where nothing else may follow.
  *
- * What cannot be understood, or would take the server too long, ends the request with INVALID_ARGUMENT. A shape, or all
+ * A shape that is invalid, or would take the server too long, ends the request with INVALID_ARGUMENT. A shape, or all
  * texts of one together, has at most 64 KiB (Limits.max_structure_bytes).
  *
  * @generated from message scalellm.v1.StructuredOutput
@@ -326,7 +326,7 @@ export declare const ChoiceSchema: GenMessage<Choice>;
  */
 export declare type StructuralTag = Message<"scalellm.v1.StructuralTag"> & {
   /**
-   * What the parts are. 1 to 64 entries.
+   * The shapes of the parts. 1 to 64 entries.
    *
    * @generated from field: repeated scalellm.v1.TagStructure structures = 1;
    */
@@ -354,21 +354,21 @@ export declare const StructuralTagSchema: GenMessage<StructuralTag>;
  */
 export declare type TagStructure = Message<"scalellm.v1.TagStructure"> & {
   /**
-   * How it begins.
+   * The text at its beginning.
    *
    * @generated from field: string begin = 1;
    */
   begin: string;
 
   /**
-   * What stands between begin and end: as in StructuredOutput. Default: any JSON value.
+   * The shape between begin and end: as in StructuredOutput. Default: any JSON value.
    *
    * @generated from field: string json_schema = 2;
    */
   jsonSchema: string;
 
   /**
-   * How it ends. May be empty.
+   * The text at its end. May be empty.
    *
    * @generated from field: string end = 3;
    */
@@ -388,7 +388,7 @@ export declare const TagStructureSchema: GenMessage<TagStructure>;
  */
 export declare type ResumeRequest = Message<"scalellm.v1.ResumeRequest"> & {
   /**
-   * Of the request, as Started told it.
+   * The request's id, as Started told it.
    *
    * @generated from field: string request_id = 1;
    */
@@ -423,7 +423,7 @@ export declare const ResumeRequestSchema: GenMessage<ResumeRequest>;
  */
 export declare type CancelRequest = Message<"scalellm.v1.CancelRequest"> & {
   /**
-   * Of the request, as Started told it.
+   * The request's id, as Started told it.
    *
    * @generated from field: string request_id = 1;
    */
@@ -504,7 +504,7 @@ export declare type Chat = Message<"scalellm.v1.Chat"> & {
   tools: Tool[];
 
   /**
-   * Whether the model calls functions. Default: as it likes.
+   * Calls of functions: required, forbidden or free. Default: as the model likes.
    *
    * @generated from field: scalellm.v1.ToolChoice tool_choice = 7;
    */
@@ -538,7 +538,7 @@ export declare type Tool = Message<"scalellm.v1.Tool"> & {
   name: string;
 
   /**
-   * What it does, for the model.
+   * A description of the function, for the model.
    *
    * @generated from field: string description = 2;
    */
@@ -567,7 +567,7 @@ export declare type Tool = Message<"scalellm.v1.Tool"> & {
 export declare const ToolSchema: GenMessage<Tool>;
 
 /**
- * Whether the model calls functions, and which.
+ * Calls of functions: required, forbidden or free, and of which.
  *
  * @generated from message scalellm.v1.ToolChoice
  */
@@ -641,14 +641,14 @@ export declare const ToolCallSchema: GenMessage<ToolCall>;
  */
 export declare type ChatMessage = Message<"scalellm.v1.ChatMessage"> & {
   /**
-   * Who speaks: system, user, assistant, or what else the model's template knows. 1..64 bytes.
+   * The speaker: system, user, assistant, or what else the model's template knows. 1..64 bytes.
    *
    * @generated from field: string role = 1;
    */
   role: string;
 
   /**
-   * What is said. Special tokens of the model written in it are recognised unless Chat.content_is_text is set, which
+   * The text. Special tokens of the model written in it are recognised unless Chat.content_is_text is set, which
    * is right for text of people who are not trusted with them.
    *
    * @generated from field: string content = 2;
@@ -663,14 +663,14 @@ export declare type ChatMessage = Message<"scalellm.v1.ChatMessage"> & {
   toolCalls: ToolCall[];
 
   /**
-   * Of role tool: the call whose function returned `content`.
+   * With role tool: the call whose function returned `content`.
    *
    * @generated from field: string tool_call_id = 4;
    */
   toolCallId: string;
 
   /**
-   * What the assistant thought before. Most templates leave it out.
+   * The assistant's earlier reasoning. Most templates leave it out.
    *
    * @generated from field: string reasoning = 5;
    */
@@ -710,7 +710,7 @@ export declare const TokenIdsSchema: GenMessage<TokenIds>;
  */
 export declare type GenerateResponse = Message<"scalellm.v1.GenerateResponse"> & {
   /**
-   * What happened.
+   * The event.
    *
    * @generated from oneof scalellm.v1.GenerateResponse.event
    */
@@ -805,7 +805,7 @@ export declare type Started = Message<"scalellm.v1.Started"> & {
   resumable: boolean;
 
   /**
-   * What the model reads, when asked for.
+   * The token ids of the prompt, when asked for.
    *
    * @generated from field: repeated uint32 prompt_token_ids = 7;
    */
@@ -825,7 +825,7 @@ export declare const StartedSchema: GenMessage<Started>;
  */
 export declare type Delta = Message<"scalellm.v1.Delta"> & {
   /**
-   * Which sample. 0..n-1.
+   * The sample, 0..n-1.
    *
    * @generated from field: uint32 index = 1;
    */
@@ -861,14 +861,14 @@ export declare type Delta = Message<"scalellm.v1.Delta"> & {
   numTokens: number;
 
   /**
-   * When asked for.
+   * Present when asked for.
    *
    * @generated from field: scalellm.v1.TokenLogprobs logprobs = 6;
    */
   logprobs?: TokenLogprobs | undefined;
 
   /**
-   * What is new, in order, where Chat.tools or GenerateRequest.reasoning are given. White space around reasoning and calls
+   * The new parts, in order, where Chat.tools or GenerateRequest.reasoning are given. White space around reasoning and calls
    * is left out.
    *
    * @generated from field: repeated scalellm.v1.DeltaPart parts = 7;
@@ -933,21 +933,21 @@ export declare const DeltaPartSchema: GenMessage<DeltaPart>;
  */
 export declare type ToolCallDelta = Message<"scalellm.v1.ToolCallDelta"> & {
   /**
-   * Which call of the sample, from 0 on.
+   * Number of the call in the sample, from 0 on.
    *
    * @generated from field: uint32 index = 1;
    */
   index: number;
 
   /**
-   * Where the call begins: its id.
+   * The call's id, in its first part.
    *
    * @generated from field: string id = 2;
    */
   id: string;
 
   /**
-   * Where the call begins: its function.
+   * The call's function, in its first part.
    *
    * @generated from field: string name = 3;
    */
@@ -1010,28 +1010,28 @@ export declare const PromptLogprobsSchema: GenMessage<PromptLogprobs>;
  */
 export declare type Finished = Message<"scalellm.v1.Finished"> & {
   /**
-   * How each sample ended, by index.
+   * The end of each sample, by index.
    *
    * @generated from field: repeated scalellm.v1.SampleFinished samples = 1;
    */
   samples: SampleFinished[];
 
   /**
-   * What was consumed.
+   * The tokens that were consumed.
    *
    * @generated from field: scalellm.v1.Usage usage = 2;
    */
   usage?: Usage | undefined;
 
   /**
-   * Where the time went. The same stands in the trailing metadata `server-timing`.
+   * The latency breakdown. The same stands in the trailing metadata `server-timing`.
    *
    * @generated from field: scalellm.v1.LatencyBreakdown latency = 3;
    */
   latency?: LatencyBreakdown | undefined;
 
   /**
-   * What became of the session. Unset without a session.
+   * The outcome of the session. Unset without a session.
    *
    * @generated from field: scalellm.v1.SessionOutcome session = 4;
    */
@@ -1045,20 +1045,20 @@ export declare type Finished = Message<"scalellm.v1.Finished"> & {
 export declare const FinishedSchema: GenMessage<Finished>;
 
 /**
- * How one sample ended.
+ * The end of one sample.
  *
  * @generated from message scalellm.v1.SampleFinished
  */
 export declare type SampleFinished = Message<"scalellm.v1.SampleFinished"> & {
   /**
-   * Which sample.
+   * The sample's index.
    *
    * @generated from field: uint32 index = 1;
    */
   index: number;
 
   /**
-   * Why.
+   * The reason.
    *
    * @generated from field: scalellm.v1.FinishReason reason = 2;
    */
@@ -1102,7 +1102,7 @@ export declare type SampleFinished = Message<"scalellm.v1.SampleFinished"> & {
 export declare const SampleFinishedSchema: GenMessage<SampleFinished>;
 
 /**
- * What happens to a request when its client leaves before the end.
+ * The fate of a request when its client leaves before the end.
  *
  * @generated from enum scalellm.v1.OnDisconnect
  */
@@ -1135,7 +1135,7 @@ export enum OnDisconnect {
 export declare const OnDisconnectSchema: GenEnum<OnDisconnect>;
 
 /**
- * What the deltas carry.
+ * The contents of the deltas.
  *
  * @generated from enum scalellm.v1.Output
  */
@@ -1175,7 +1175,7 @@ export enum Output {
 export declare const OutputSchema: GenEnum<Output>;
 
 /**
- * Whether the model calls functions.
+ * Calls of functions: required, forbidden or free.
  *
  * @generated from enum scalellm.v1.ToolChoiceMode
  */
@@ -1215,7 +1215,7 @@ export enum ToolChoiceMode {
 export declare const ToolChoiceModeSchema: GenEnum<ToolChoiceMode>;
 
 /**
- * What became of the session after the turn.
+ * The outcome of the session after the turn.
  *
  * @generated from enum scalellm.v1.SessionOutcome
  */

@@ -189,7 +189,7 @@ export const OnDisconnectSchema = /*@__PURE__*/
   enumDesc(file_scalellm_v1_generation, 0);
 
 /**
- * What happens to a request when its client leaves before the end.
+ * The fate of a request when its client leaves before the end.
  *
  * @generated from enum scalellm.v1.OnDisconnect
  */
@@ -203,7 +203,7 @@ export const OutputSchema = /*@__PURE__*/
   enumDesc(file_scalellm_v1_generation, 1);
 
 /**
- * What the deltas carry.
+ * The contents of the deltas.
  *
  * @generated from enum scalellm.v1.Output
  */
@@ -217,7 +217,7 @@ export const ToolChoiceModeSchema = /*@__PURE__*/
   enumDesc(file_scalellm_v1_generation, 2);
 
 /**
- * Whether the model calls functions.
+ * Calls of functions: required, forbidden or free.
  *
  * @generated from enum scalellm.v1.ToolChoiceMode
  */
@@ -231,7 +231,7 @@ export const SessionOutcomeSchema = /*@__PURE__*/
   enumDesc(file_scalellm_v1_generation, 3);
 
 /**
- * What became of the session after the turn.
+ * The outcome of the session after the turn.
  *
  * @generated from enum scalellm.v1.SessionOutcome
  */

@@ -49,21 +49,21 @@ export declare type Session = Message<"scalellm.v1.Session"> & {
   numTokens: number;
 
   /**
-   * When the first turn was stored.
+   * The time at which the first turn was stored.
    *
    * @generated from field: google.protobuf.Timestamp create_time = 5;
    */
   createTime?: Timestamp | undefined;
 
   /**
-   * When the last turn was stored.
+   * The time at which the last turn was stored.
    *
    * @generated from field: google.protobuf.Timestamp update_time = 6;
    */
   updateTime?: Timestamp | undefined;
 
   /**
-   * When it will be gone unless another turn comes.
+   * The time at which it expires unless another turn comes.
    *
    * @generated from field: google.protobuf.Timestamp expire_time = 7;
    */
@@ -77,7 +77,7 @@ export declare type Session = Message<"scalellm.v1.Session"> & {
 export declare const SessionSchema: GenMessage<Session>;
 
 /**
- * Which session.
+ * The session to read.
  *
  * @generated from message scalellm.v1.GetSessionRequest
  */
@@ -138,7 +138,7 @@ export declare type GetSessionResponse = Message<"scalellm.v1.GetSessionResponse
 export declare const GetSessionResponseSchema: GenMessage<GetSessionResponse>;
 
 /**
- * Which page.
+ * The page of a list.
  *
  * @generated from message scalellm.v1.ListSessionsRequest
  */
@@ -192,7 +192,7 @@ export declare type ListSessionsResponse = Message<"scalellm.v1.ListSessionsResp
 export declare const ListSessionsResponseSchema: GenMessage<ListSessionsResponse>;
 
 /**
- * What to copy.
+ * The session to copy.
  *
  * @generated from message scalellm.v1.ForkSessionRequest
  */
@@ -246,7 +246,7 @@ export declare type ForkSessionResponse = Message<"scalellm.v1.ForkSessionRespon
 export declare const ForkSessionResponseSchema: GenMessage<ForkSessionResponse>;
 
 /**
- * Which session.
+ * The session to delete.
  *
  * @generated from message scalellm.v1.DeleteSessionRequest
  */

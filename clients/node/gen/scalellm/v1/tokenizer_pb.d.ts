@@ -179,7 +179,7 @@ export declare type GetInfoRequest = Message<"scalellm.v1.GetInfoRequest"> & {
 export declare const GetInfoRequestSchema: GenMessage<GetInfoRequest>;
 
 /**
- * What is served here.
+ * The model that is served.
  *
  * @generated from message scalellm.v1.GetInfoResponse
  */
@@ -214,7 +214,7 @@ export declare type GetInfoResponse = Message<"scalellm.v1.GetInfoResponse"> & {
   eosTokenIds: number[];
 
   /**
-   * Whether `chat` can be used.
+   * True if `chat` can be used.
    *
    * @generated from field: bool has_chat_template = 5;
    */
@@ -382,7 +382,7 @@ export declare const Tokenizer: GenService<{
     output: typeof ApplyChatTemplateResponseSchema;
   },
   /**
-   * What is served here, and the limits in force.
+   * The model that is served, and the limits in force.
    *
    * @generated from rpc scalellm.v1.Tokenizer.GetInfo
    */
