@@ -9,13 +9,11 @@ from bench.virtual.executor import TOKENIZER
 from bench.virtual.loop import VirtualLoop
 from bench.virtual.network import Network, VirtualDialer, VirtualProcess
 from scalellm.services.common.errors import StatusError
-from scalellm.services.common.health import Heartbeat
 from scalellm.services.scheduler.affinity_store import AffinityStore
 from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.scheduler.dispatcher import Dispatcher
+from scalellm.services.scheduler.dispatchers import Dispatchers
 from scalellm.services.scheduler.executor_discovery import ExecutorDiscovery
-from scalellm.services.scheduler.fleet import Fleet
-from scalellm.services.scheduler.intake import Intake
-from scalellm.services.scheduler.placement import Placement
 from scalellm.services.scheduler.service import SchedulerService
 from scalellm.services.tokenizer.schedulers import Schedulers
 
@@ -28,6 +26,11 @@ class VirtualScheduler:
         address: host:port.
         executors: Addresses of those that it knows from the start.
         settings: What it was told; the limits on silence and the lease are among them.
+
+    Attributes:
+        dispatchers: One for each model.
+        fleet: The executors of the first model.
+        placement: Of the first model.
     """
 
     def __init__(
@@ -47,32 +50,29 @@ class VirtualScheduler:
         instance = f"{self.address}#{self._num_starts}"
         self.process = VirtualProcess(instance)
         dialer = VirtualDialer(self._network, self.process)
-        self.fleet = Fleet(instance, settings.stall_limit_s, dialer, settings.pool_policy)
         affinity = AffinityStore(None, 60)
-        heartbeat = Heartbeat(settings.stall_limit_s, clock=asyncio.get_running_loop().time)
-        self.placement = Placement(settings, self.fleet, affinity, heartbeat)
-        self.intake = Intake(self.placement)
-        discovery = ExecutorDiscovery(self.fleet, settings.executor_resolve_s)
-        self.service = SchedulerService(
-            instance, 1.0, self.intake, self.placement, self.fleet, discovery, affinity, settings.lease_s
-        )
-        self.placement.start()
+        clock = asyncio.get_running_loop().time
+        self.dispatchers = Dispatchers(lambda: Dispatcher(settings, instance, affinity, dialer=dialer, clock=clock))
+        first, *_ = self.dispatchers
+        self.fleet, self.placement = first.fleet, first.placement
+        discovery = ExecutorDiscovery(self.dispatchers, settings.executor_resolve_s)
+        self.service = SchedulerService(instance, 1.0, self.dispatchers, discovery, affinity, settings.lease_s)
+        self.dispatchers.start()
         for address in self._executors:
-            self.fleet.add(address)
+            self.dispatchers.add(address)
         self._network.serve(self.address, self.process, self.service.Connect)
 
     async def die(self) -> None:
         """As by kill -9."""
         self.process.die()
-        self.placement.stop()
-        await self.fleet.stop()
+        await self.dispatchers.stop()
 
     async def drain(self, limit: float) -> None:
         """As on SIGTERM."""
-        process, intake = self.process, self.intake
-        intake.begin_drain()
-        await self.placement.wait_idle(limit)
-        intake.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0), moved=True)
+        process, dispatchers = self.process, self.dispatchers
+        dispatchers.begin_drain()
+        await dispatchers.wait_idle(limit)
+        dispatchers.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0), moved=True)
         await asyncio.sleep(0.1)  # the last words
         if self.process is process:  # it did not die meanwhile
             await self.die()

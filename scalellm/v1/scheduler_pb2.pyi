@@ -26,7 +26,7 @@ class GetStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStateResponse(_message.Message):
-    __slots__ = ("instance_id", "queued", "queued_tokens", "running", "accepted", "finished", "cancelled", "rejected", "resubmitted", "executors", "draining", "redis_ok", "pools")
+    __slots__ = ("instance_id", "queued", "queued_tokens", "running", "accepted", "finished", "cancelled", "rejected", "resubmitted", "executors", "draining", "redis_ok", "pools", "models")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class GetStateResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     REDIS_OK_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     queued: int
     queued_tokens: int
@@ -53,10 +54,33 @@ class GetStateResponse(_message.Message):
     draining: bool
     redis_ok: bool
     pools: _containers.RepeatedCompositeFieldContainer[PoolState]
-    def __init__(self, instance_id: _Optional[str] = ..., queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., resubmitted: _Optional[int] = ..., executors: _Optional[_Iterable[_Union[ExecutorState, _Mapping]]] = ..., draining: _Optional[bool] = ..., redis_ok: _Optional[bool] = ..., pools: _Optional[_Iterable[_Union[PoolState, _Mapping]]] = ...) -> None: ...
+    models: _containers.RepeatedCompositeFieldContainer[ModelState]
+    def __init__(self, instance_id: _Optional[str] = ..., queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., resubmitted: _Optional[int] = ..., executors: _Optional[_Iterable[_Union[ExecutorState, _Mapping]]] = ..., draining: _Optional[bool] = ..., redis_ok: _Optional[bool] = ..., pools: _Optional[_Iterable[_Union[PoolState, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ...) -> None: ...
+
+class ModelState(_message.Message):
+    __slots__ = ("model", "queued", "queued_tokens", "running", "accepted", "finished", "cancelled", "rejected", "ready_executors")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    READY_EXECUTORS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    queued: int
+    queued_tokens: int
+    running: int
+    accepted: int
+    finished: int
+    cancelled: int
+    rejected: int
+    ready_executors: int
+    def __init__(self, model: _Optional[str] = ..., queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., ready_executors: _Optional[int] = ...) -> None: ...
 
 class PoolState(_message.Message):
-    __slots__ = ("tensor_parallel", "executors", "devices", "running", "chosen", "predicted_s", "reason")
+    __slots__ = ("tensor_parallel", "executors", "devices", "running", "chosen", "predicted_s", "reason", "model")
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     EXECUTORS_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +88,7 @@ class PoolState(_message.Message):
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_S_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     tensor_parallel: int
     executors: int
     devices: int
@@ -71,7 +96,8 @@ class PoolState(_message.Message):
     chosen: bool
     predicted_s: float
     reason: str
-    def __init__(self, tensor_parallel: _Optional[int] = ..., executors: _Optional[int] = ..., devices: _Optional[int] = ..., running: _Optional[int] = ..., chosen: _Optional[bool] = ..., predicted_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, tensor_parallel: _Optional[int] = ..., executors: _Optional[int] = ..., devices: _Optional[int] = ..., running: _Optional[int] = ..., chosen: _Optional[bool] = ..., predicted_s: _Optional[float] = ..., reason: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ExecutorState(_message.Message):
     __slots__ = ("address", "instance_id", "phase", "load", "running", "last_error", "model", "credit_requests", "credit_tokens", "tensor_parallel")

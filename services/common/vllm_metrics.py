@@ -28,7 +28,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "scalellm_generation_tokens": ("generation_tokens",),
         "scalellm_request_success": ("request_success",),
         # Requests that wait for an executor wait here, those that wait for a step wait there: they add up.
-        "scalellm_scheduler_num_requests_waiting": ("num_requests_waiting",),
+        "scalellm_scheduler_model_requests_waiting": ("num_requests_waiting",),
         "scalellm_executor_num_requests_waiting": ("num_requests_waiting",),
         "scalellm_executor_num_requests_running": ("num_requests_running",),
         "scalellm_executor_kv_cache_usage_perc": ("kv_cache_usage_perc", "gpu_cache_usage_perc"),
@@ -46,10 +46,10 @@ class WithVllmNames(Collector):
     Args:
         collector: Counts.
         engine: Value of the label `engine`.
-        model_name: Value of the label `model_name`, asked for at each scrape.
+        model_name: Value of the label `model_name`, asked for at each scrape, where a metric does not have it.
     """
 
-    def __init__(self, collector: Collector, engine: str, model_name: Callable[[], str]) -> None:
+    def __init__(self, collector: Collector, engine: str, model_name: Callable[[], str] = lambda: "") -> None:
         self._collector = collector
         self._engine = engine
         self._model_name = model_name
@@ -71,7 +71,7 @@ class WithVllmNames(Collector):
 def _renamed(metric: Metric, name: str, labels: Mapping[str, str]) -> Metric:
     alias = Metric(name, metric.documentation, metric.type)
     alias.samples = [
-        sample._replace(name=name + sample.name.removeprefix(metric.name), labels={**sample.labels, **labels})
+        sample._replace(name=name + sample.name.removeprefix(metric.name), labels={**labels, **sample.labels})
         for sample in metric.samples
     ]
     return alias

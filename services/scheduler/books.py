@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 
 import grpc
 
@@ -71,15 +72,22 @@ class Books:
         """Requests that have not ended, wherever they are: while they are moved they neither wait nor run."""
         return self.accepted - sum(self.ended.values())
 
+    @classmethod
+    def total(cls, all_books: Iterable[Books]) -> Books:
+        """Return what several books say together."""
+        total = cls()
+        for books in all_books:
+            for name in _COUNTS:
+                setattr(total, name, getattr(total, name) + getattr(books, name))
+            for code, count in books.ended.items():
+                total.ended[code] = total.ended.get(code, 0) + count
+            total.queue_time.add(books.queue_time)
+            total.client_traffic.add(books.client_traffic)
+        return total
+
     def count_end(self, code: int) -> None:
         """A request ended with this google.rpc.Code."""
         self.ended[code] = self.ended.get(code, 0) + 1
 
-    def copy(self) -> Books:
-        """The books as they are now."""
-        return replace(
-            self,
-            ended=dict(self.ended),
-            queue_time=self.queue_time.copy(),
-            client_traffic=replace(self.client_traffic),
-        )
+
+_COUNTS = tuple(each.name for each in fields(Books) if each.type == "int")

@@ -1,4 +1,4 @@
-"""The executors: which there are, who is ready, and what model they run."""
+"""The executors of a model: which there are, and who is ready."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scalellm.services.common.link import API_MINOR, PLAINTEXT, LinkDialer, Mode
 from scalellm.services.scheduler.client_link import client_load
 from scalellm.services.scheduler.pools import PoolPolicy, Pools
 from scalellm.services.scheduler.prefix_index import PrefixIndex
-from scalellm.services.scheduler.replica_link import ReplicaLink, ReplicaListener
+from scalellm.services.scheduler.replica_link import HomeOf, ReplicaLink, ReplicaListener
 from scalellm.services.scheduler.request import Request
 from scalellm.services.scheduler.router import Router, Verdict
 from scalellm.v1 import link_pb2, scheduler_pb2
@@ -30,7 +30,8 @@ _MOST_REASONS = 8
 
 
 class Fleet:
-    """The replicas by address. The first one that is ready defines the model; others with another one are refused.
+    """The replicas by address. The first one that is ready defines the model; one whose tokenizer or vocabulary differs
+    is refused.
 
     Whatever changes about one executor costs the same, however many others there are.
 
@@ -46,6 +47,7 @@ class Fleet:
         router: Chooses among these.
         pools: Where they have different numbers of devices, those that new requests go to.
         identity: The model; None until the first executor is ready.
+        home_of: Finds whose an executor is that was welcomed; None: all are this fleet's.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Fleet:
         self.router = Router(PrefixIndex())
         self.pools = Pools(pool_policy)
         self.identity: ModelIdentity | None = None
+        self.home_of: HomeOf | None = None
         self._hello = link_pb2.Hello(client_id=instance_id, api_minor=API_MINOR)
         self._told_demand: tuple[int, ...] = (0, 0, 0)
         self._silence_limit = silence_limit
@@ -149,7 +152,8 @@ class Fleet:
         reasons = "; ".join(f"{replica.address}: {_why(replica)}" for replica in some) or "none is known"
         if (num_others := len(self.replicas) - _MOST_REASONS) > 0:
             reasons += f"; and {num_others} others"
-        return StatusError.unavailable(f"no executor is available ({reasons})", retry_after=_RETRY_AFTER)
+        model = f" for model {self.identity.model!r}" if self.identity is not None else ""
+        return StatusError.unavailable(f"no executor is available{model} ({reasons})", retry_after=_RETRY_AFTER)
 
     # ExecutorSet: which executors there are.
 
@@ -158,7 +162,7 @@ class Fleet:
         if address in self.replicas:
             self.replicas[address].stay()
             return
-        replica = ReplicaLink(address, self._hello, self._listener, self._silence_limit, self._dialer)
+        replica = ReplicaLink(address, self._hello, self._listener, self._silence_limit, self._dialer, self.home_of)
         self.replicas[address] = replica
         replica.start()
         _log.info("executor %s joins", address)
@@ -171,6 +175,15 @@ class Fleet:
         """An executor is forgotten as soon as its link is down."""
         if address in self.replicas:
             self.replicas[address].forget_when_down()
+
+    def give_away(self, replica: ReplicaLink) -> None:
+        """An executor that is not ready belongs to another fleet now."""
+        del self.replicas[replica.address]
+        self._reachable.discard(replica.address)
+
+    def take_in(self, replica: ReplicaLink) -> None:
+        """An executor comes from another fleet; its listener is this one's from here on."""
+        self.replicas[replica.address] = replica
 
     def announce_demand(self, demand: link_pb2.Renewal) -> None:
         """Tell the executors at once what waits for credits, if it is of another order than what they were told."""

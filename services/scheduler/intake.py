@@ -101,9 +101,17 @@ class Intake:
     def end_all(self, error: StatusError, *, moved: bool = False) -> None:
         """End what is left, and all client links; moved: clients may send their requests to another scheduler."""
         for link in tuple(self._links):
-            for request in tuple(link.requests.values()):
-                self._placement.abandon(request, error, moved=moved)
-            link.close()
+            self._end_link(link, error, moved=moved)
+
+    def end_unnamed(self, error: StatusError) -> None:
+        """End the links of clients that take whichever model there is, so that they may find another one."""
+        for link in [link for link in self._links if link.takes_any_model]:
+            self._end_link(link, error)
+
+    def _end_link(self, link: ClientLink, error: StatusError, *, moved: bool = False) -> None:
+        for request in tuple(link.requests.values()):
+            self._placement.abandon(request, error, moved=moved)
+        link.close()
 
     def _on_new_model(self) -> None:
         """The token ids of all clients mean nothing to the new model: they have to shake hands again."""

@@ -19,8 +19,7 @@ from scalellm.services.common.link import LinkTraffic
 from scalellm.services.common.metrics import filled, histogram_metric
 from scalellm.services.scheduler.affinity_store import AffinityStore
 from scalellm.services.scheduler.books import Books, outcome_of
-from scalellm.services.scheduler.fleet import Fleet
-from scalellm.services.scheduler.intake import Intake
+from scalellm.services.scheduler.dispatchers import Dispatchers
 from scalellm.services.scheduler.scaling import ALL, PoolState, Scaling
 from scalellm.v1 import scheduler_pb2
 
@@ -57,9 +56,7 @@ class SchedulerCollector(Collector):
     Args:
         loop: The scheduler's event loop.
         get_state: What GetState says.
-        books: What became of the requests.
-        intake: Has the links of clients.
-        fleet: Has the links to executors.
+        dispatchers: One for each model.
         scaling: Knows how many executors there should be.
         affinity: Knows how Redis is.
         access: Knows whether keys can be read.
@@ -70,9 +67,7 @@ class SchedulerCollector(Collector):
         self,
         loop: asyncio.AbstractEventLoop,
         get_state: Callable[[], scheduler_pb2.GetStateResponse],
-        books: Books,
-        intake: Intake,
-        fleet: Fleet,
+        dispatchers: Dispatchers,
         scaling: Scaling,
         affinity: AffinityStore,
         access: Access,
@@ -80,9 +75,7 @@ class SchedulerCollector(Collector):
     ) -> None:
         self._loop = loop
         self._get_state = get_state
-        self._books = books
-        self._intake = intake
-        self._fleet = fleet
+        self._dispatchers = dispatchers
         self._scaling = scaling
         self._affinity = affinity
         self._access = access
@@ -98,6 +91,7 @@ class SchedulerCollector(Collector):
         self._loop.call_soon_threadsafe(lambda: taken.set_result(self._take()))
         snapshot = taken.result(_SCRAPE_LIMIT)
         yield from _requests(snapshot)
+        yield from _models(snapshot)
         yield from _tokens(snapshot.books)
         yield from _executors(snapshot)
         yield from _pools(snapshot)
@@ -117,14 +111,15 @@ class SchedulerCollector(Collector):
         yield _histogram("event_loop_lag_seconds", "How late the event loop ran what was due.", self._loop_lag)
 
     def _take(self) -> _Snapshot:
+        dispatchers = self._dispatchers
         return _Snapshot(
             state=self._get_state(),
-            books=self._books.copy(),
-            traffic={address: replace(replica.traffic) for address, replica in self._fleet.replicas.items()},
+            books=Books.total(dispatcher.placement.books for dispatcher in dispatchers),
+            traffic={address: replace(replica.traffic) for address, replica in dispatchers.replicas.items()},
             redis_failures=self._affinity.num_failures if self._affinity.has_redis else None,
             keys_unread=self._access.is_failing,
-            num_client_links=self._intake.num_links,
-            num_pool_switches=self._fleet.pools.num_switches,
+            num_client_links=dispatchers.num_client_links,
+            num_pool_switches=sum(dispatcher.fleet.pools.num_switches for dispatcher in dispatchers),
             scaling=self._scaling.states,
             num_tasks=len(asyncio.all_tasks()),
         )
@@ -143,6 +138,17 @@ def _requests(snapshot: _Snapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily(f"{_PREFIX}_num_tokens_waiting", "Their prompt tokens.", value=state.queued_tokens)
     yield GaugeMetricFamily(f"{_PREFIX}_num_requests_running", "Requests on executors.", value=state.running)
     yield _histogram("queue_time_seconds", "Time in the admission queue.", books.queue_time)
+
+
+def _models(snapshot: _Snapshot) -> Iterator[Metric]:
+    models = snapshot.state.models
+    for name, text, field in (
+        ("requests_waiting", "Requests in the queue of a model.", "queued"),
+        ("requests_running", "Requests on executors of a model.", "running"),
+        ("executors", "Executors of a model that take requests.", "ready_executors"),
+    ):
+        family = GaugeMetricFamily(f"{_PREFIX}_model_{name}", text, labels=("model_name",))
+        yield filled(family, [((model.model,), getattr(model, field)) for model in models])
 
 
 def _tokens(books: Books) -> Iterator[Metric]:
@@ -170,14 +176,14 @@ def _executors(snapshot: _Snapshot) -> Iterator[Metric]:
 
 
 def _pools(snapshot: _Snapshot) -> Iterator[Metric]:
-    pools = [((str(pool.tensor_parallel),), pool) for pool in snapshot.state.pools]
+    pools = [((str(pool.tensor_parallel), pool.model), pool) for pool in snapshot.state.pools]
     for name, text, value in (
         ("executors", "Ready executors, by the devices that compute a token together.", lambda pool: pool.executors),
         ("running", "Requests of this scheduler on these executors.", lambda pool: pool.running),
         ("chosen", "Whether new requests go there.", lambda pool: float(pool.chosen)),
         ("predicted_seconds", "Predicted time of a request if all were there.", _predicted),
     ):
-        family = GaugeMetricFamily(f"{_PREFIX}_pool_{name}", text, labels=("tensor_parallel",))
+        family = GaugeMetricFamily(f"{_PREFIX}_pool_{name}", text, labels=("tensor_parallel", "model_name"))
         yield filled(family, [(labels, value(pool)) for labels, pool in pools])
     text = "How often new requests went to other executors from then on."
     yield CounterMetricFamily(f"{_PREFIX}_pool_switches", text, value=snapshot.num_pool_switches)

@@ -37,9 +37,8 @@ _RETRY_AFTER = 1.0
 
 
 class Placement:
-    """Runs on one event loop, driven by events alone: a request comes, a frame, a link goes up or down, a deadline.
-
-    It is the listener of all executors' links.
+    """The listener of the links to a model's executors. Driven by events alone, on one event loop: a request
+    comes, a frame, a link goes up or down, a deadline.
 
     Args:
         settings: Limits and times.
@@ -59,6 +58,8 @@ class Placement:
         self.outage = Outage(settings.executor_grace_s, settings.engine_restart_limit_s, self._on_given_up)
         self.on_new_model: Callable[[], None] = lambda: None
         """Called when the executors run another model than before."""
+        self.on_executors_changed: Callable[[], None] = lambda: None
+        """Called when an executor begins or ceases to be ready, and when none is waited for any more."""
         self._settings = settings
         self._fleet = fleet
         self._affinity = affinity
@@ -185,6 +186,7 @@ class Placement:
         if changed:
             self._rate.reset()  # other executors: what was measured is void
             self._schedule_pump()
+            self.on_executors_changed()
 
     def load_changed(self, replica: ReplicaLink) -> None:
         """Take over what it takes."""
@@ -233,6 +235,7 @@ class Placement:
         for request in list(self.queue.in_order()):
             self.outage.note_request(self._loop.time())
             self.end(request, request.make_finish(error))
+        self.on_executors_changed()
 
     def _schedule_pump(self) -> None:
         # Once per turn of the loop, however many events there were; and never inside a link's callback.

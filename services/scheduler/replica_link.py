@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 import grpc
@@ -20,7 +21,7 @@ _INCOMPATIBLE = scheduler_pb2.EXECUTOR_PHASE_INCOMPATIBLE
 
 
 class ReplicaListener(Protocol):
-    """The one who is told what happens on the links of all executors."""
+    """The one who is told what happens on the links of all executors of a model."""
 
     def check_welcome(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> None:
         """Raise StatusError when this executor cannot serve beside the others."""
@@ -41,6 +42,10 @@ class ReplicaListener(Protocol):
         """Its link broke while these requests ran on this incarnation of it, or could not be made."""
 
 
+HomeOf = Callable[["ReplicaLink", link_pb2.Welcome], ReplicaListener]
+"""Finds the listener of the executors that have the model of one that was welcomed, and has it told of that one."""
+
+
 class ReplicaLink:
     """The link to the executor at one address, over all its incarnations.
 
@@ -53,6 +58,7 @@ class ReplicaLink:
         listener: Told what happens.
         silence_limit: Seconds without a frame, while answers are due, after which the executor counts as dead.
         dialer: How to connect.
+        home_of: See HomeOf; None: the listener stays.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class ReplicaLink:
         listener: ReplicaListener,
         silence_limit: float,
         dialer: LinkDialer = PLAINTEXT,
+        home_of: HomeOf | None = None,
     ) -> None:
         self.address = address
         self._handles: Handles[Request] = Handles()
@@ -74,6 +81,7 @@ class ReplicaLink:
         self.is_forgotten_when_down = False
         self.last_error = ""
         self._listener = listener
+        self._home_of = home_of
         self.is_suspect = False
         self._is_starting = False
         self._is_incompatible = False
@@ -317,6 +325,8 @@ class ReplicaLink:
     def on_up(self, welcome: link_pb2.Welcome) -> None:
         """The executor welcomed us."""
         self._is_incompatible = self._is_starting = False
+        if self._home_of is not None:
+            self._listener = self._home_of(self, welcome)
         try:
             self._listener.check_welcome(self, welcome)
         except StatusError:

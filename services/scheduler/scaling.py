@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ from scalellm.services.common.addresses import is_ip_address, split_address
 from scalellm.services.scheduler.scaling_rule import PoolDemand, ScalingRule
 
 if TYPE_CHECKING:
-    from scalellm.services.scheduler.fleet import Fleet
+    from scalellm.services.scheduler.dispatcher import Dispatcher
+    from scalellm.services.scheduler.dispatchers import Dispatchers
     from scalellm.services.scheduler.placement import Placement
     from scalellm.services.scheduler.replica_link import ReplicaLink
 
@@ -48,25 +49,22 @@ class PoolState:
 class Scaling:
     """Looks at all pools every second. A pool is what one name of executors stands for, or all executors.
 
-    Requests that wait are not given to a pool before an executor takes them: they count in full for each pool. Of what
-    other schedulers sent to an executor, its reports tell; what waits in them is known to them alone.
+    Requests that wait are not given to a pool before an executor takes them: they count in full for each pool of their
+    model. Of what other schedulers sent to an executor, its reports tell; what waits in them is known to them alone.
 
     Args:
-        fleet: The executors.
-        placement: What waits for them.
+        dispatchers: The executors of each model, and what waits for them.
         names: The addresses that each listed name stands for now.
         clock: Monotonic seconds.
     """
 
     def __init__(
         self,
-        fleet: Fleet,
-        placement: Placement,
+        dispatchers: Dispatchers,
         names: Callable[[], Mapping[str, frozenset[str]]],
         clock: Callable[[], float],
     ) -> None:
-        self._fleet = fleet
-        self._placement = placement
+        self._dispatchers = dispatchers
         self._names = names
         self._clock = clock
         self._pools: dict[str, _Pool] = {ALL: _Pool()}
@@ -87,11 +85,16 @@ class Scaling:
         }
         self._pools = {name: self._pools.get(name) or _Pool() for name in (ALL, *named)}
         for name, pool in self._pools.items():
-            ready = self._fleet.ready
-            members = ready.values() if name == ALL else (ready[one] for one in named[name] if one in ready)
-            pool.look(members, self._placement, now)
+            pool.look([_Part.of(each, named.get(name)) for each in self._models_of(named.get(name))], now)
         looked, self._looked = self._looked, asyncio.Event()
         looked.set()
+
+    def _models_of(self, addresses: frozenset[str] | None) -> list[Dispatcher]:
+        """The models that executors at these addresses have; None: at any. The first, where that is not known."""
+        first, *others = self._dispatchers
+        if addresses is None:
+            return [first, *others]
+        return [each for each in (first, *others) if not addresses.isdisjoint(each.fleet.replicas)] or [first]
 
     @property
     def states(self) -> Mapping[str, PoolState]:
@@ -103,6 +106,29 @@ class Scaling:
         await self._looked.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The part of a pool that is of one model."""
+
+    ready: list[ReplicaLink]
+    placement: Placement
+
+    @classmethod
+    def of(cls, dispatcher: Dispatcher, addresses: frozenset[str] | None) -> _Part:
+        ready = dispatcher.fleet.ready
+        members = ready.values() if addresses is None else (ready[one] for one in addresses if one in ready)
+        return cls(list(members), dispatcher.placement)
+
+    @property
+    def is_wanted_at(self) -> float:
+        """When an executor was wanted last; infinite while one is."""
+        return math.inf if self.placement.books.num_open else self.placement.outage.turned_away_at
+
+    def oldest(self, now: float) -> float:
+        """Seconds that its oldest request has waited."""
+        return max((now - since for since in _waiting_since(self.placement)), default=0.0)
+
+
 class _Pool:
     """One pool, from look to look."""
 
@@ -111,16 +137,18 @@ class _Pool:
         self._rule = ScalingRule()
         self._rows = self._tokens = math.inf  # of one executor; those of the last that were ready
 
-    def look(self, members: Iterable[ReplicaLink], placement: Placement, now: float) -> None:
-        ready = list(members)
+    def look(self, parts: Sequence[_Part], now: float) -> None:
+        ready = [replica for part in parts for replica in part.ready]
         if ready:
             self._rows = max(1.0, sum(replica.max_num_seqs for replica in ready) / len(ready))
             self._tokens = max(1.0, sum(replica.cache_tokens for replica in ready) / len(ready))
-        queue = placement.queue
-        work = sum(map(_share_in_use, ready)) + max(len(queue) / self._rows, queue.num_tokens / self._tokens)
-        oldest = max((now - since for since in _waiting_since(placement)), default=0.0)
-        is_wanted = placement.books.num_open > 0 or now - placement.outage.turned_away_at < _REMEMBERED_S
-        stuck = 0.0 if any(replica.has_credit for replica in ready) else oldest
+        queues = [part.placement.queue for part in parts]
+        waiting = sum(max(len(queue) / self._rows, queue.num_tokens / self._tokens) for queue in queues)
+        work = sum(map(_share_in_use, ready)) + waiting
+        oldest = max(part.oldest(now) for part in parts)
+        is_wanted = any(now - part.is_wanted_at < _REMEMBERED_S for part in parts)
+        full = (part.oldest(now) for part in parts if not any(replica.has_credit for replica in part.ready))
+        stuck = max(full, default=0.0)
         wanted = self._rule.update(PoolDemand(len(ready), work, stuck, is_wanted), now)
         self.state = PoolState(len(ready), work / max(1, len(ready)), oldest, wanted, is_active=wanted > 0)
 

@@ -10,7 +10,6 @@ from prometheus_client.registry import Collector
 
 from scalellm.services.common.access import open_access
 from scalellm.services.common.errors import StatusError
-from scalellm.services.common.health import Heartbeat
 from scalellm.services.common.histogram import LAG_SECONDS, Histogram
 from scalellm.services.common.lifecycle import LAST_WORDS, GrpcService
 from scalellm.services.common.link import link_service_handler
@@ -19,13 +18,12 @@ from scalellm.services.common.tls import server_credentials
 from scalellm.services.common.vllm_metrics import WithVllmNames
 from scalellm.services.scheduler.affinity_store import AffinityStore
 from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.scheduler.dispatcher import Dispatcher
+from scalellm.services.scheduler.dispatchers import Dispatchers
 from scalellm.services.scheduler.executor_discovery import ExecutorDiscovery
 from scalellm.services.scheduler.external_scaler import SERVICE as SCALER_SERVICE
 from scalellm.services.scheduler.external_scaler import ExternalScaler
-from scalellm.services.scheduler.fleet import Fleet
-from scalellm.services.scheduler.intake import Intake
 from scalellm.services.scheduler.metrics import SchedulerCollector
-from scalellm.services.scheduler.placement import Placement
 from scalellm.services.scheduler.scaling import Scaling
 from scalellm.services.scheduler.service import SERVICE, SchedulerService
 
@@ -45,21 +43,16 @@ class SchedulerServer:
         self._settings = settings
         self._tracer = tracer
         self._instance_id = uuid.uuid4().hex
-        self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._affinity = AffinityStore(settings.redis_url, settings.session_ttl_s)
-        self._fleet = Fleet(self._instance_id, settings.stall_limit_s, settings.dialer, settings.pool_policy)
-        self._discovery = ExecutorDiscovery(self._fleet, settings.executor_resolve_s)
-        self.placement = Placement(settings, self._fleet, self._affinity, self._heartbeat)
-        self.intake = Intake(self.placement, tracer)
-        self.scaling = Scaling(
-            self._fleet, self.placement, lambda: self._discovery.names, asyncio.get_running_loop().time
+        self.dispatchers = Dispatchers(
+            lambda: Dispatcher(settings, self._instance_id, self._affinity, tracer, settings.dialer)
         )
+        self._discovery = ExecutorDiscovery(self.dispatchers, settings.executor_resolve_s)
+        self.scaling = Scaling(self.dispatchers, lambda: self._discovery.names, asyncio.get_running_loop().time)
         self.service = SchedulerService(
             self._instance_id,
             settings.drain_limit_s,
-            self.intake,
-            self.placement,
-            self._fleet,
+            self.dispatchers,
             self._discovery,
             self._affinity,
             settings.lease_s,
@@ -99,7 +92,7 @@ class SchedulerServer:
         if self._settings.metrics_port is not None:
             self._metrics = self._metrics_endpoint(self._settings.metrics_port)
         await self._grpc.start()
-        self.placement.start()
+        self.dispatchers.start()
         self._tasks = [
             asyncio.create_task(self._affinity.run(), name="affinity"),
             asyncio.create_task(self._discovery.run(), name="discovery"),
@@ -110,12 +103,11 @@ class SchedulerServer:
 
     async def stop(self) -> None:
         """Drain within the limit, then end what is left and close everything."""
-        self.intake.begin_drain()
-        await self.placement.wait_idle(self._settings.drain_limit_s)
-        self.intake.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0), moved=True)
+        self.dispatchers.begin_drain()
+        await self.dispatchers.wait_idle(self._settings.drain_limit_s)
+        self.dispatchers.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0), moved=True)
         await self._grpc.stop(LAST_WORDS)
-        self.placement.stop()
-        await self._fleet.stop()
+        await self.dispatchers.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -127,9 +119,7 @@ class SchedulerServer:
         collector: Collector = SchedulerCollector(
             asyncio.get_running_loop(),
             self.service.get_state,
-            self.placement.books,
-            self.intake,
-            self._fleet,
+            self.dispatchers,
             self.scaling,
             self._affinity,
             self._access,
@@ -137,16 +127,11 @@ class SchedulerServer:
         )
         if self._settings.vllm_metrics:
             # Queued requests have no engine yet; label them engine="scheduler".
-            collector = WithVllmNames(collector, "scheduler", self._model_name)
+            collector = WithVllmNames(collector, "scheduler")
         settings, tracer = self._settings, self._tracer
         return MetricsEndpoint(
             settings.metrics_host, port, "scheduler", [collector], tls=settings.metrics_tls_files, tracer=tracer
         )
 
-    def _model_name(self) -> str:
-        identity = self._fleet.identity
-        return identity.model if identity is not None else ""
-
     def _is_ready(self) -> bool:
-        is_able = bool(self._fleet.ready) and self._heartbeat.is_alive and not self._access.is_stale
-        return is_able and not self.intake.is_draining
+        return self.dispatchers.is_ready and not self._access.is_stale and not self.dispatchers.is_draining

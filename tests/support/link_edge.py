@@ -48,9 +48,9 @@ class LinkEdge:
         self._next = 0
         self._writing = asyncio.Lock()
 
-    async def open(self, tokenizer_sha256: bytes = b"") -> "LinkEdge":
+    async def open(self, tokenizer_sha256: bytes = b"", model: str = "") -> "LinkEdge":
         self.call = self.stub.Connect()
-        hello = link_pb2.Hello(client_id="edge", api_minor=1, tokenizer_sha256=tokenizer_sha256)
+        hello = link_pb2.Hello(client_id="edge", api_minor=1, tokenizer_sha256=tokenizer_sha256, model=model)
         await self.call.write(link_pb2.ClientFrame(hello=hello))
         frame = await self.call.read()
         if frame is grpc.aio.EOF:

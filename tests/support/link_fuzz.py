@@ -18,7 +18,6 @@ import engine_kit
 from fake_scheduler_link import unconnected
 from link_frames import HELLO, WELCOME
 from scalellm.services.common.errors import StatusError
-from scalellm.services.common.health import Heartbeat
 from scalellm.services.common.link.client_frames import check_submit, parse_client_frame
 from scalellm.services.common.link.server_frames import read_step, read_welcome
 from scalellm.services.common.tracing.tracer import Tracer
@@ -29,11 +28,10 @@ from scalellm.services.executor.ipc import Kind, Message
 from scalellm.services.scheduler.affinity_store import AffinityStore
 from scalellm.services.scheduler.client_link import ClientLink
 from scalellm.services.scheduler.config import SchedulerSettings
-from scalellm.services.scheduler.fleet import Fleet
-from scalellm.services.scheduler.intake import Intake
-from scalellm.services.scheduler.placement import Placement
+from scalellm.services.scheduler.dispatcher import Dispatcher
+from scalellm.services.scheduler.dispatchers import Dispatchers
 from scalellm.services.scheduler.replica_link import ReplicaLink
-from scalellm.services.scheduler.service import SchedulerService
+from scalellm.services.scheduler.service import SchedulerService, _on_frame
 from scalellm.services.tokenizer.generation.grpc_face import to_wire
 from scalellm.services.tokenizer.latency import LatencyTrace, server_timing
 from scalellm.services.tokenizer.sample_stream import OutputOptions, SampleStream
@@ -135,16 +133,16 @@ def play_to_scheduler(
 async def _play_to_scheduler(
     frames: Sequence[link_pb2.ClientFrame], steps: Sequence[link_pb2.StepOutput], tracer: Tracer | None
 ) -> Counter[str]:
-    fleet = Fleet("fuzz", 1000.0)
     affinity = AffinityStore(None, 60.0)
-    placement = Placement(SchedulerSettings(), fleet, affinity, Heartbeat(30.0))
-    intake = Intake(placement, tracer)
-    service = SchedulerService("fuzz", 1.0, intake, placement, fleet, SimpleNamespace(errors={}), affinity, 30.0)  # type: ignore[arg-type]
+    dispatchers = Dispatchers(lambda: Dispatcher(SchedulerSettings(stall_limit_s=1000.0), "fuzz", affinity, tracer))
+    dispatcher, *_ = dispatchers
+    fleet, placement, intake = dispatcher.fleet, dispatcher.placement, dispatcher.intake
+    service = SchedulerService("fuzz", 1.0, dispatchers, SimpleNamespace(errors={}), affinity, 30.0)  # type: ignore[arg-type]
     replica = ReplicaLink("fuzz:1", link_pb2.Hello(), placement, 1000.0)
     passed_on: list[link_pb2.Submit] = []
     replica._client.submit = passed_on.append  # type: ignore[method-assign]
     fleet.replicas[replica.address] = replica
-    placement.start()
+    dispatchers.start()
     welcome = read_welcome(link_pb2.ServerFrame(welcome=WELCOME).SerializeToString())
     replica.on_up(welcome)
     victim, other = (ClientLink(name, placement.books) for name in ("victim", "other"))
@@ -153,11 +151,11 @@ async def _play_to_scheduler(
         intake.open_link(link)
     for frame in frames:
         try:
-            service._on_frame(victim, parse_client_frame(frame.SerializeToString()))
+            _on_frame(intake, victim, parse_client_frame(frame.SerializeToString()))
         except StatusError:
             outcomes["client link cut"] += 1
             break
-    service._on_frame(other, parse_client_frame(_NEIGHBOUR.SerializeToString()))
+    _on_frame(intake, other, parse_client_frame(_NEIGHBOUR.SerializeToString()))
     await _turns()
     assert not other.requests or other.requests[77].executor.replica is replica, "the neighbour's request was not sent"
     for submit in passed_on:
@@ -190,8 +188,7 @@ async def _play_to_scheduler(
     outcomes.update({f"code {code}": count for code, count in books.ended.items() if count})
     for link in (victim, other):
         intake.close_link(link)
-    placement.stop()
-    await fleet.stop()
+    await dispatchers.stop()
     return outcomes
 
 

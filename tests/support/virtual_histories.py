@@ -276,7 +276,7 @@ class _Line:
         self.history.scheduler_faults += 1
         scheduler, limit = self.rng.choice(self.schedulers), self.rng.uniform(0, 0.5)
         process = scheduler.process
-        if process.is_alive and not scheduler.intake.is_draining:
+        if process.is_alive and not scheduler.dispatchers.is_draining:
             self.note(f"{scheduler.address} drains for {limit:.2f} s, then leaves and comes back")
             await scheduler.drain(limit)
             if scheduler.process is process:

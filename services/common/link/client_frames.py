@@ -27,6 +27,7 @@ _WEIGHTS = (0.01, 100.0)
 _LONGEST_ID = 256
 _LONGEST_SALT = 64
 _LONGEST_DIGEST = 64
+_LONGEST_MODEL = 1024
 _LONGEST_GRAMMAR = 2**19
 _EXECUTION_ID = 16
 
@@ -49,6 +50,7 @@ def read_hello(message: bytes) -> link_pb2.Hello:
     check_api_minor("hello.api_minor", frame.hello.api_minor)
     _check_size("hello.client_id", frame.hello.client_id, _LONGEST_ID)
     _check_size("hello.tokenizer_sha256", frame.hello.tokenizer_sha256, _LONGEST_DIGEST)
+    _check_size("hello.model", frame.hello.model, _LONGEST_MODEL)
     return frame.hello
 
 

@@ -19,6 +19,13 @@ class LinkTraffic:
         self.frames_sent += 1
         self.bytes_sent += len(message)
 
+    def add(self, other: LinkTraffic) -> None:
+        """Count what went over other links as well."""
+        self.frames_sent += other.frames_sent
+        self.bytes_sent += other.bytes_sent
+        self.frames_received += other.frames_received
+        self.bytes_received += other.bytes_received
+
     def on_received(self, message: bytes) -> None:
         """A message came."""
         self.frames_received += 1

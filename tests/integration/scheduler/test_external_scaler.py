@@ -73,7 +73,8 @@ async def test_keda_hears_of_executors_that_are_wanted(make_line, eventually):
 async def test_a_request_that_finds_no_executor_wants_one(make_line, eventually):
     line = await make_line()
     await line.executors[0].die()
-    await eventually(lambda: line.server.placement.outage.is_given_up)
+    (dispatcher,) = line.server.dispatchers
+    await eventually(lambda: dispatcher.placement.outage.is_given_up)
     async with grpc.aio.insecure_channel(line.server.address) as channel:
         assert not await Keda(channel).is_active()
         refused = await line.edge.submit(10, 5)

@@ -253,13 +253,13 @@ async def test_executors_join_and_leave_at_run_time(make_line, make_executor, ev
     assert bad.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_an_executor_with_another_model_is_kept_out(make_line, make_executor, eventually):
+async def test_an_executor_with_another_tokenizer_is_kept_out(make_line, make_executor, eventually):
     line = await make_line()
-    alien = await make_executor(model="other", tokenizer_sha256=b"alien")
+    alien = await make_executor(tokenizer_sha256=b"alien")
     await line.edge.stub.AddExecutor(scheduler_pb2.AddExecutorRequest(address=alien.address))
     await eventually(lambda: line.phases()[INCOMPATIBLE] == 1)
     (state,) = [executor for executor in line.state().executors if executor.address == alien.address]
-    assert "other" in state.last_error
+    assert "tokenizer_sha256 differ" in state.last_error
     streams = [await line.edge.submit(10 + i, 5) for i in range(5)]
     await line.edge.finish(*streams)
     assert not alien.submits
@@ -343,7 +343,7 @@ async def test_a_drain_waits_for_requests_that_move_beside_one_that_ends(make_li
     await eventually(lambda: old.aborts)
     await old.die()
     await line.edge.finish(cancelled)
-    draining = asyncio.create_task(line.server.placement.wait_idle(PATIENCE))
+    draining = asyncio.create_task(line.server.dispatchers.wait_idle(PATIENCE))
     await make_executor(port=int(old.address.rpartition(":")[2]), instance_id="reborn")
     assert await draining == 0
     await line.edge.finish(moving)

@@ -25,7 +25,7 @@ async def play(phases: list[tuple[int, float]]) -> list[tuple[float, int]]:
     for executor in fleet.executors[1:]:
         await executor.leave(0.0)
     scheduler = fleet.scheduler
-    scaling = Scaling(scheduler.fleet, scheduler.placement, dict, loop.time)
+    scaling = Scaling(scheduler.dispatchers, dict, loop.time)
     wanted: list[tuple[float, int]] = []
     level = 0
     tasks: set[asyncio.Task[None]] = set()

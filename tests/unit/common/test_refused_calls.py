@@ -173,7 +173,7 @@ async def test_requests(how: str, code: grpc.StatusCode) -> None:
 )
 async def test_links(method: str, request_: Message) -> None:
     servicers: dict[str, tuple[Any, Any]] = {
-        "Scheduler": (SCHEDULER, SchedulerService("", 0.0, None, None, None, None, None, 0.0)),  # type: ignore[arg-type]
+        "Scheduler": (SCHEDULER, SchedulerService("", 0.0, None, None, None, 0.0)),  # type: ignore[arg-type]
         "Executor": (EXECUTOR, ExecutorServicer(Supervisor(), None)),  # type: ignore[arg-type]
     }
     async with serving() as (service, channel):

@@ -1,0 +1,185 @@
+"""The models of one scheduler: which dispatcher an executor belongs to, and which one a client's link."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from scalellm.services.common.errors import StatusError
+from scalellm.services.scheduler.dispatcher import Dispatcher
+from scalellm.services.scheduler.placement import Placement
+from scalellm.services.scheduler.replica_link import ReplicaLink
+from scalellm.v1 import link_pb2
+
+_log = logging.getLogger(__name__)
+
+_RETRY_AFTER = 1.0
+
+
+class Dispatchers:
+    """One dispatcher for each model that an executor had since start. An ExecutorSet.
+
+    An executor says with its Welcome which model it has; until then the first dispatcher keeps it. One that comes back
+    with another model moves to that model's dispatcher.
+
+    Args:
+        make: Makes a dispatcher.
+    """
+
+    def __init__(self, make: Callable[[], Dispatcher]) -> None:
+        self._make = make
+        self._all: list[Dispatcher] = []
+        self._is_started = False
+        self._changed = asyncio.Event()
+        self._first = self._add()
+        self.is_draining = False
+
+    def __iter__(self) -> Iterator[Dispatcher]:
+        """The dispatchers, in the order in which their models came."""
+        return iter(self._all)
+
+    def start(self) -> None:
+        """Begin; how long the first executor is waited for counts from here."""
+        self._is_started = True
+        self._first.placement.start()
+
+    async def stop(self) -> None:
+        """Place nothing more, and close the links to executors."""
+        for dispatcher in self._all:
+            dispatcher.placement.stop()
+        await asyncio.gather(*(dispatcher.fleet.stop() for dispatcher in self._all))
+
+    # What holds for all of them.
+
+    def begin_drain(self) -> None:
+        """Admit nothing more."""
+        self.is_draining = True
+        for dispatcher in self._all:
+            dispatcher.intake.begin_drain()
+
+    async def wait_idle(self, limit: float) -> int:
+        """Wait until nothing is queued or running, or `limit` seconds have passed. Returns what is left."""
+        return sum(await asyncio.gather(*(dispatcher.placement.wait_idle(limit) for dispatcher in self._all)))
+
+    def end_all(self, error: StatusError, *, moved: bool = False) -> None:
+        """End what is left, and all client links; moved: clients may send their requests to another scheduler."""
+        for dispatcher in self._all:
+            dispatcher.intake.end_all(error, moved=moved)
+
+    @property
+    def replicas(self) -> dict[str, ReplicaLink]:
+        """All executors that are known, by address."""
+        return {address: replica for dispatcher in self._all for address, replica in dispatcher.fleet.replicas.items()}
+
+    @property
+    def num_client_links(self) -> int:
+        """Client links that stand."""
+        return sum(dispatcher.intake.num_links for dispatcher in self._all)
+
+    @property
+    def is_ready(self) -> bool:
+        """True if some model has an executor that takes requests, and none stands still."""
+        has_ready = any(dispatcher.fleet.ready for dispatcher in self._all)
+        return has_ready and all(dispatcher.heartbeat.is_alive for dispatcher in self._all)
+
+    # ExecutorSet
+
+    def add(self, address: str) -> None:
+        """An executor is there. Idempotent."""
+        (self._keeper_of(address) or self._first).fleet.add(address)
+
+    def remove(self, address: str) -> None:
+        """An executor leaves: no new requests, gone once the running ones are done."""
+        if (keeper := self._keeper_of(address)) is not None:
+            keeper.fleet.remove(address)
+
+    def drop_when_down(self, address: str) -> None:
+        """An executor's name stands for it no more: it is forgotten once its link is down."""
+        if (keeper := self._keeper_of(address)) is not None:
+            keeper.fleet.drop_when_down(address)
+
+    # Which dispatcher a client's link goes to.
+
+    async def find(self, hello: link_pb2.Hello, patience: float) -> Dispatcher:
+        """Return the dispatcher of a new client link, whose model has an executor or was waited for in vain.
+
+        Args:
+            hello: What the client said. Without a model: of what there is, the one with the client's tokenizer.
+            patience: Seconds to wait for a first executor of the model.
+
+        Raises StatusError.
+        """
+        try:
+            async with asyncio.timeout(patience):
+                while (found := self._find(hello)) is None:
+                    self._changed.clear()
+                    await self._changed.wait()
+                await found.placement.outage.wait_decided(patience)
+        except TimeoutError:
+            pass
+        found = self._find(hello)  # again: another model may have come meanwhile
+        if found is None:
+            message = f"model: no executor of {hello.model!r} is known here, {self._name_models()}"
+            raise StatusError.unavailable(message, _RETRY_AFTER)
+        return found
+
+    def _find(self, hello: link_pb2.Hello) -> Dispatcher | None:
+        if hello.model:
+            return next((each for each in self._all if each.model == hello.model and each.fleet.replicas), None)
+        awaited = [each for each in self._all if each.is_awaited]
+        if len(awaited) > 1 and hello.tokenizer_sha256:
+            alike = [each for each in awaited if _has_tokenizer(each, hello.tokenizer_sha256)]
+            awaited = alike or awaited[:1]  # which then refuses the link
+        if len(awaited) > 1:
+            message = f"model: must be named, {self._name_models()}; start the tokenizer service with all of them"
+            raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, message, field="model")
+        return awaited[0] if awaited else self._first
+
+    def _name_models(self) -> str:
+        names = ", ".join(repr(each.model) for each in self._all if each.model and each.fleet.replicas)
+        return f"there are executors of {names}" if names else "nor of any other model"
+
+    # Which dispatcher an executor belongs to.
+
+    def _keeper_of(self, address: str) -> Dispatcher | None:
+        return next((each for each in self._all if address in each.fleet.replicas), None)
+
+    def _home_of(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> Placement:
+        """Have an executor that was welcomed where its model is."""
+        here = self._keeper_of(replica.address)
+        assert here is not None, f"{replica.address} has been let go"
+        there = next((each for each in self._all if each.model == welcome.model), None)
+        if there is None:
+            # An executor that is alone takes its dispatcher along: another model comes in the place of the old one.
+            there = here if not here.model or len(here.fleet.replicas) == 1 else self._add()
+        if there is not here:
+            _log.info("executor %s has model %s", replica.address, welcome.model)
+            here.give_away(replica)
+            there.fleet.take_in(replica)
+            self._review()
+        return there.placement
+
+    def _add(self) -> Dispatcher:
+        dispatcher = self._make()
+        dispatcher.fleet.home_of = self._home_of
+        dispatcher.placement.on_executors_changed = self._review
+        if self._is_started:
+            dispatcher.placement.start()
+        self._all.append(dispatcher)
+        return dispatcher
+
+    def _review(self) -> None:
+        """Some model has executors now, or none any more."""
+        self._changed.set()
+        awaited = [each for each in self._all if each.is_awaited]
+        for dispatcher in self._all:
+            if awaited and dispatcher.model and not dispatcher.is_awaited:
+                dispatcher.intake.end_unnamed(StatusError.unavailable("the executors run another model now"))
+
+
+def _has_tokenizer(dispatcher: Dispatcher, sha256: bytes) -> bool:
+    identity = dispatcher.fleet.identity
+    return identity is not None and identity.tokenizer_sha256 == sha256
