@@ -228,12 +228,7 @@ class LinkClient:
     async def _send_frame(self, call: Any, frame: link_pb2.ClientFrame) -> None:
         message = frame.SerializeToString()
         self.traffic.on_sent(message)
-        try:
-            await call.write(message)
-        except grpc.aio.AioRpcError:
-            # A peer that ends the call while a frame is written: gRPC reports INTERNAL in place of the peer's status,
-            # which is lost. The next attempt, due at once, tells how the peer is.
-            raise StatusError.unavailable(f"{self.address} ended the link", retry_after=0.0) from None
+        await call.write(message)
 
     async def _raise_status(self, call: Any) -> None:
         """Raise StatusError with how a call ended, unless it is OK."""
@@ -247,6 +242,11 @@ class LinkClient:
             while (frame := self._next_frame()) is not None:
                 try:
                     await self._send_frame(call, frame)
+                except grpc.aio.AioRpcError:
+                    # A peer that ends the call while a frame is written: gRPC reports INTERNAL in place of the peer's
+                    # status, which is lost. The next attempt, due at once, tells how the peer is. Not so of the Hello:
+                    # it fails where nobody listens, and gRPC says that.
+                    raise StatusError.unavailable(f"{self.address} ended the link", retry_after=0.0) from None
                 except asyncio.InvalidStateError:  # the peer ended the call, and the reader was not told yet
                     await self._raise_status(call)
                     return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -203,3 +204,14 @@ async def test_a_peer_that_ends_the_call_during_a_write_is_asked_again_at_once()
     await eventually(lambda: handler.errors)
     await end(running)
     assert (handler.errors[0].code, handler.errors[0].retry_after) == (grpc.StatusCode.UNAVAILABLE, 0.0)
+
+
+async def test_a_peer_that_nobody_listens_for_says_no_time_to_retry() -> None:
+    """Who has no time to retry does not answer: a scheduler waits for such an executor no longer than its grace."""
+    handler = Handler()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    running = asyncio.create_task(LinkClient(f"127.0.0.1:{port}", CONNECT, link_pb2.Hello(), handler).run())
+    await eventually(lambda: handler.errors)
+    await end(running)
+    assert (handler.errors[0].code, handler.errors[0].retry_after) == (grpc.StatusCode.UNAVAILABLE, None)
