@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from scalellm.v1.generation_pb2 import ChatMessage, DeltaPart
+from scalellm.v1.generation_pb2 import DeltaPart, ToolCall, ToolCallDelta
 
 
 class AnswerView:
@@ -40,6 +40,6 @@ class AnswerView:
         self._kind = None
 
 
-def calls_of(message: ChatMessage) -> str:
-    """Return the calls of a message as lines; empty without any."""
-    return "".join(f"\n{call.name} {call.arguments}" for call in message.tool_calls)
+def calls_of(calls: Iterable[ToolCall | ToolCallDelta]) -> str:
+    """Return calls as lines; empty without any."""
+    return "".join(f"\n{call.name} {call.arguments}" for call in calls)

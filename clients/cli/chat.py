@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,9 +16,11 @@ from scalellm.cli.line_input import LineInput
 from scalellm.cli.output import one_line, write_text
 from scalellm.cli.sessions import print_messages
 from scalellm.cli.text import require_utf8
+from scalellm.cli.tools import CHOICE_HELP, TOOLS_HELP, offer_tools
 from scalellm.cli.word_wrap import WordWrap
 from scalellm.client import ClientError
 from scalellm.services.common.field_rules import SAMPLING
+from scalellm.v1.generation_pb2 import Chat
 from scalellm.v1.tokenizer_pb2 import GetInfoResponse
 
 HELP = """Talk with the model, turn by turn, on a session that the server keeps.
@@ -25,11 +28,13 @@ HELP = """Talk with the model, turn by turn, on a session that the server keeps.
 Each turn sends only what is new; the server computes only the new tokens. What is pasted is one message, and
 so is what stands between \"\"\" and \"\"\". Ctrl-C ends an answer, of which what was said is kept; at the prompt it
 ends the chat. In a pipe, each line is a turn and the answers are all that is printed. On a terminal the
-model's reasoning is shown dimmed.
+model's reasoning is shown dimmed. With --tools, a call is shown by the function's name and its arguments; what
+it returned is for you to say.
 
 \b
 Examples:
   scalellm chat
+  scalellm chat --tools tools.json
   scalellm chat --system "Answer in one sentence." --session trip
   printf 'My name is Ada.\\nWhat is my name?\\n' | scalellm chat
 """
@@ -57,6 +62,8 @@ def chat(
     system: Annotated[
         str, typer.Option(metavar="TEXT", help="Instructions for a new conversation.", show_default=False)
     ] = "",
+    tools: Annotated[Path | None, typer.Option(metavar="FILE", help=TOOLS_HELP, show_default=False)] = None,
+    tool_choice: Annotated[str | None, typer.Option(metavar="CHOICE", help=CHOICE_HELP, show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=MAX_UINT32, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[
         float | None,
@@ -76,6 +83,8 @@ def chat(
     """Loop over turns."""
     check_timeout(timeout)
     context = CliContext.of(ctx)
+    offered = Chat()
+    offer_tools(offered, tools, tool_choice)
     wrap = WordWrap(write_text, lambda: context.out.width)
 
     def write(text: str) -> None:
@@ -97,6 +106,7 @@ def chat(
             client,
             session,
             system=system,
+            offered=offered,
             settings=_settings(info, max_tokens, temperature),
             timeout=timeout,
             write=write,

@@ -34,6 +34,7 @@ class Conversation:
         client: The server.
         session_id: The session to go on with, or to begin; empty: a new one.
         system: Instructions for a new conversation; empty: none.
+        offered: Has the tools of each turn.
         settings: How answers are drawn, for what the server's defaults are not to be.
         timeout: Deadline of an answer, in seconds; None: none.
         write: Gets the answers' text.
@@ -48,6 +49,7 @@ class Conversation:
         session_id: str,
         *,
         system: str,
+        offered: Chat,
         settings: Mapping[str, float],
         timeout: float | None,
         write: Callable[[str], None],
@@ -60,6 +62,7 @@ class Conversation:
         self._write = write
         self._view = view
         self._settings = dict(settings)
+        self._offered = offered
         self.system = system
         self.show_latency = show_latency
         self._unstored: list[_Message] = []
@@ -128,10 +131,11 @@ class Conversation:
         if self.system and self.turns == 0 and messages[0][0] != "system":
             messages = [("system", self.system), *messages]
         request = GenerateRequest(
-            chat=Chat(messages=[ChatMessage(role=role, content=content) for role, content in messages]),
+            chat=self._offered,
             session_id=self.session_id,
             on_disconnect=ON_DISCONNECT_KEEP,
         )
+        request.chat.messages.extend(ChatMessage(role=role, content=content) for role, content in messages)
         request.reasoning.SetInParent()
         for name, value in self._settings.items():
             setattr(request.sampling, name, value)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from scalellm.cli.answer_view import AnswerView, calls_of
 from scalellm.cli.context import CliContext, CliError, ExitCode, check_timeout
 from scalellm.cli.generation import Generation
 from scalellm.cli.latency import print_breakdown
@@ -15,12 +16,12 @@ from scalellm.cli.output import write_json, write_text
 from scalellm.cli.sampling_options import help_of, with_sampling_options
 from scalellm.cli.shape import read_shape
 from scalellm.cli.text import read_text
+from scalellm.cli.tools import CHOICE_HELP, TOOLS_HELP, offer_tools
 from scalellm.services.common.field_rules import MAX_STRUCTURE_BYTES, REQUEST, STRUCTURE_LISTS
 from scalellm.v1.common_pb2 import SamplingParams
 from scalellm.v1.generation_pb2 import (
     ON_DISCONNECT_KEEP,
     OUTPUT_TEXT_AND_TOKEN_IDS,
-    Chat,
     ChatMessage,
     DeltaPart,
     GenerateRequest,
@@ -39,6 +40,7 @@ Examples:
   scalellm generate "Q: 6*7? A:" --stop "\\n" --n 3 --seed 1
   scalellm generate --chat "Is water wet?" --choice yes --choice no
   scalellm generate --chat "Who wrote Faust?" --json-schema author.json --max-tokens 64
+  scalellm generate --chat "Is it raining in Rome?" --tools tools.json --tool-choice required
   echo "The sky is" | scalellm generate --json | jq -r '.samples[0].text'
 """
 
@@ -71,6 +73,8 @@ def generate(
         list[str] | None,
         _option(f"Write one of these texts; repeatable, {STRUCTURE_LISTS['choice.texts'].limits}.", "TEXT"),
     ] = None,
+    tools: Annotated[Path | None, _option(f"{TOOLS_HELP} Needs --chat.", "FILE")] = None,
+    tool_choice: Annotated[str | None, _option(f"{CHOICE_HELP} Needs --tools.", "CHOICE")] = None,
     priority: Annotated[int | None, _option(help_of(REQUEST["priority"]))] = None,
     request_id: Annotated[str | None, _option("Name of the request in logs.", "ID")] = None,
     timeout: Annotated[float | None, _option("Deadline of the request.", "SECONDS")] = None,
@@ -84,6 +88,8 @@ def generate(
     """One request."""
     if not chat and (system is not None or session is not None):
         raise CliError("--system and --session need --chat", ExitCode.USAGE)
+    if not chat and tools is not None:
+        raise CliError("--tools needs --chat", ExitCode.USAGE)
     if not as_json and not sampling.keys().isdisjoint(("logprobs", "prompt_logprobs")):
         raise CliError("--logprobs and --prompt-logprobs need --json", ExitCode.USAGE)
     context = CliContext.of(ctx)
@@ -103,19 +109,22 @@ def generate(
         request.output = OUTPUT_TEXT_AND_TOKEN_IDS
     if (shape := read_shape(json_schema, regex, choice or ())) is not None:
         request.structured_output.CopyFrom(shape)
+    offer_tools(request.chat, tools, tool_choice)
     check_timeout(timeout)
     text = read_text(prompt, "prompt")
     if chat:
         roles = [("system", system)] if system is not None else []
         messages = [ChatMessage(role=role, content=content) for role, content in (*roles, ("user", text))]
-        request.chat.CopyFrom(Chat(messages=messages))
+        request.chat.messages.extend(messages)
     else:
         request.prompt = text
 
     generation = Generation()
     is_streamed = not as_json and sampling.get("n", 1) == 1
     with context.connect(address) as client:
-        run_streaming(client, request, generation, is_streamed=is_streamed, timeout=timeout)
+        view = AnswerView(write_text, lambda text: None)
+        show = view.show if is_streamed and request.chat.tools else None
+        run_streaming(client, request, generation, is_streamed=is_streamed, timeout=timeout, show=show)
     if as_json:
         try:
             document = generation.to_json()
@@ -124,7 +133,7 @@ def generate(
         write_json(document)
     elif not is_streamed:
         for index, sample in sorted(generation.samples.items()):
-            write_text(f"--- sample {index}\n{sample.text}\n")
+            write_text(f"--- sample {index}\n{sample.text}{calls_of(sample.calls)}\n")
     warn_about_session(context, generation)
     if show_latency:
         print_breakdown(context.err, generation.finished, generation.measured_ns)

@@ -19,6 +19,7 @@ from scalellm.v1.generation_pb2 import (
     PromptLogprobs,
     SessionOutcome,
     Started,
+    ToolCallDelta,
 )
 
 
@@ -29,6 +30,9 @@ class Sample:
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[dict[str, Any]] = []
+        self.reasoning = ""
+        self.calls: list[ToolCallDelta] = []
+        """Complete ones, and what there is of the last one."""
 
     def add(self, delta: Delta) -> None:
         """Take in one delta."""
@@ -36,6 +40,16 @@ class Sample:
         self.token_ids += delta.token_ids
         if delta.HasField("logprobs"):
             self.logprobs += logprob_entries(delta.logprobs)
+        for part in delta.parts:
+            self.reasoning += part.reasoning
+            if part.HasField("tool_call"):
+                self._add_call(part.tool_call)
+
+    def _add_call(self, call: ToolCallDelta) -> None:
+        if call.id:
+            self.calls.append(call)
+        elif self.calls:
+            self.calls[-1].arguments += call.arguments
 
 
 class Generation:
@@ -128,6 +142,12 @@ class Generation:
         }
         if (matched := finish.WhichOneof("matched")) is not None:
             document[matched] = getattr(finish, matched)
+        if sample.reasoning:
+            document["reasoning"] = sample.reasoning
+        if sample.calls:
+            document["tool_calls"] = [
+                {"id": call.id, "name": call.name, "arguments": call.arguments} for call in sample.calls
+            ]
         if sample.token_ids:
             document["token_ids"] = sample.token_ids
         if sample.logprobs:

@@ -80,7 +80,7 @@ def print_messages(context: CliContext, session: Session) -> None:
     """Print the messages of a session, each after its role."""
     for message in session.messages:
         reasoning = f"{message.reasoning}\n" if message.reasoning else ""
-        said = message.content + calls_of(message)
+        said = message.content + calls_of(message.tool_calls)
         text = Text.assemble((f"{one_line(message.role)}: ", "bold"), (reasoning, "dim"), said)
         context.out.print(text, soft_wrap=True)
 

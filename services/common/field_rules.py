@@ -192,6 +192,9 @@ STRUCTURE_LISTS = _lists(
 )
 """Fields of StructuredOutput that hold several values."""
 
+CHAT_LISTS = _lists(ListRule("tools", 128), ListRule("messages.tool_calls", 128))
+"""Fields of Chat, and of its messages, that hold several values."""
+
 MIN_PRIORITY = -100
 """The most urgent."""
 

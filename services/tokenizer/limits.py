@@ -37,7 +37,6 @@ class RequestLimits:
     max_template_kwargs_bytes: int = 2**14
     max_token_ids: int = 2**18
     max_page_size: int = 1000
-    max_tools: int = 128
     max_effort_bytes: int = 32
 
     @property

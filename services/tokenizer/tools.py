@@ -9,11 +9,10 @@ from functools import cache
 from typing import Any
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.common.field_rules import MAX_STRUCTURE_BYTES
-from scalellm.services.tokenizer.dialect.calls import MAX_CALLS, CalledTool, Calls
+from scalellm.services.common.field_rules import CHAT_LISTS, MAX_STRUCTURE_BYTES
+from scalellm.services.tokenizer.dialect.calls import CalledTool, Calls
 from scalellm.services.tokenizer.dialect.schemas import is_text
 from scalellm.services.tokenizer.json_object import parse_object
-from scalellm.services.tokenizer.limits import RequestLimits
 from scalellm.v1 import generation_pb2
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -21,9 +20,9 @@ _NO_ARGUMENTS = '{"type": "object", "properties": {}, "additionalProperties": fa
 _MAX_CALL_ID_BYTES = 128
 
 
-def validate_tools(chat: generation_pb2.Chat, limits: RequestLimits) -> int:
+def validate_tools(chat: generation_pb2.Chat) -> int:
     """Check tools, calls and documents of a conversation, and return their bytes of text. Raises StatusError."""
-    size = _check_tools(chat.tools, limits) + len(chat.documents.encode())
+    size = _check_tools(chat.tools) + len(chat.documents.encode())
     choice = chat.tool_choice
     if choice.mode not in generation_pb2.ToolChoiceMode.values():
         raise StatusError.invalid("chat.tool_choice.mode", f"must be a value of ToolChoiceMode, got {choice.mode}")
@@ -42,9 +41,9 @@ def validate_tools(chat: generation_pb2.Chat, limits: RequestLimits) -> int:
     return size
 
 
-def _check_tools(tools: Sequence[generation_pb2.Tool], limits: RequestLimits) -> int:
-    if len(tools) > limits.max_tools:
-        raise StatusError.invalid("chat.tools", f"must hold at most {limits.max_tools} tools, got {len(tools)}")
+def _check_tools(tools: Sequence[generation_pb2.Tool]) -> int:
+    if fault := CHAT_LISTS["tools"].fault(tools):
+        raise StatusError.invalid("chat.tools", fault)
     size = 0
     names: set[str] = set()
     for index, tool in enumerate(tools):
@@ -65,10 +64,8 @@ def _check_tools(tools: Sequence[generation_pb2.Tool], limits: RequestLimits) ->
 def _check_message(message: generation_pb2.ChatMessage, field: str) -> int:
     if message.tool_calls and message.role != "assistant":
         raise StatusError.invalid(f"{field}.tool_calls", f"must be of role assistant, got {message.role[:64]!r}")
-    if len(message.tool_calls) > MAX_CALLS:
-        raise StatusError.invalid(
-            f"{field}.tool_calls", f"must hold at most {MAX_CALLS} calls, got {len(message.tool_calls)}"
-        )
+    if fault := CHAT_LISTS["messages.tool_calls"].fault(message.tool_calls):
+        raise StatusError.invalid(f"{field}.tool_calls", fault)
     size = len(message.reasoning.encode())
     for index, call in enumerate(message.tool_calls):
         where = f"{field}.tool_calls[{index}]"

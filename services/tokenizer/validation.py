@@ -96,7 +96,7 @@ def validate_chat(chat: generation_pb2.Chat, limits: RequestLimits) -> None:
     for index, message in enumerate(messages):
         total += _check_length(message.role, limits.max_role_bytes, f"chat.messages[{index}].role")
         total += _num_bytes(message.content)
-    total += validate_tools(chat, limits)
+    total += validate_tools(chat)
     if total > limits.max_prompt_bytes:
         raise StatusError.invalid(
             "chat.messages", f"must hold at most {limits.max_prompt_bytes} bytes of text in all, got {total}"

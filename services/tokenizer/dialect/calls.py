@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MAX_CALLS = 128
+from scalellm.services.common.field_rules import CHAT_LISTS
+
+MAX_CALLS = CHAT_LISTS["messages.tool_calls"].most
 """Calls in one answer."""
 
 

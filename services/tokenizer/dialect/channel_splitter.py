@@ -47,7 +47,7 @@ class ChannelSplitter:
             Opening.IN_REASONING: PartKind.REASONING,
             Opening.BEHIND_REASONING: PartKind.TEXT,
         }[opening]
-        """What is read; None: a header."""
+        """The kind of the part that is read; None: a header."""
         self._kinds_told: set[PartKind] = set()
         self._is_continued = False
         """Something of the message that is read was told."""

@@ -157,7 +157,7 @@ class Dialect:
 
     @property
     def end_of_reasoning(self) -> str | None:
-        """What it writes behind its reasoning; None: it does not reason in a way that is known here."""
+        """The text that it writes behind its reasoning; None: it does not reason in a way that is known here."""
         if self.channels is not None:
             return self.channels.end
         return None if self.reasoning is None else self.reasoning.end

@@ -1,4 +1,4 @@
-"""Where an answer begins."""
+"""The part of an answer with which it begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the grammar of arguments asks about their schemas, where arguments are written one by one."""
+"""Questions of the grammar about the schemas of arguments that are written one by one."""
 
 from __future__ import annotations
 

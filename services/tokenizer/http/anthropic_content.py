@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.http.api_request import as_text
+from scalellm.services.common.sent_text import as_text, json_text
 from scalellm.services.tokenizer.http.messages import text_of, text_of_part
-from scalellm.services.tokenizer.http.tool_fields import json_text
 from scalellm.v1 import generation_pb2
 
 _ROLES = ("user", "assistant")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.field_rules import SAMPLING
+from scalellm.services.common.sent_text import as_text
 from scalellm.services.tokenizer.json_object import JsonObject
 from scalellm.v1 import common_pb2, generation_pb2
 
@@ -177,18 +178,6 @@ def set_present(target: object, source: object, names: Iterable[str]) -> None:
     for name in names:
         if (value := getattr(source, name)) is not None:
             setattr(target, name, value)
-
-
-def as_text(value: object, param: str) -> str:
-    """Return a text that can be written as UTF-8. Raises StatusError that names `param`."""
-    if not isinstance(value, str):
-        raise StatusError.invalid(param, "must be a string")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # \\ud800 in JSON
-            raise StatusError.invalid(param, "holds half of a surrogate pair") from None
-    return value
 
 
 def param_of(field: str, names: Mapping[str, str]) -> str:

@@ -6,11 +6,12 @@ from types import MappingProxyType
 from typing import Any
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.http.api_request import SamplingRequest, UInt32, as_text
+from scalellm.services.common.sent_text import as_text, json_text
+from scalellm.services.tokenizer.http.api_request import SamplingRequest, UInt32
 from scalellm.services.tokenizer.http.messages import add_messages
 from scalellm.services.tokenizer.http.shaped_request import ShapedRequest
 from scalellm.services.tokenizer.http.template_fields import TemplateFields
-from scalellm.services.tokenizer.http.tool_fields import json_text, set_tools, tool_names
+from scalellm.services.tokenizer.http.tool_fields import set_tools, tool_names
 from scalellm.v1 import generation_pb2
 
 

@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.http.api_request import SamplingRequest, UInt32, as_text
+from scalellm.services.common.sent_text import as_text
+from scalellm.services.tokenizer.http.api_request import SamplingRequest, UInt32
 from scalellm.services.tokenizer.http.shaped_request import ShapedRequest
 from scalellm.services.tokenizer.limits import RequestLimits
 from scalellm.v1 import generation_pb2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.http.api_request import as_text
+from scalellm.services.common.sent_text import as_text
 from scalellm.services.tokenizer.http.tool_fields import add_calls
 from scalellm.v1 import generation_pb2
 

@@ -7,8 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from scalellm.services.common.errors import StatusError
+from scalellm.services.common.sent_text import as_text
 from scalellm.services.tokenizer.http.anthropic_content import add_anthropic_messages
-from scalellm.services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, set_present
+from scalellm.services.tokenizer.http.api_request import ApiRequest, UInt32, set_present
 from scalellm.services.tokenizer.http.messages import last_role, text_of
 from scalellm.services.tokenizer.http.tool_fields import set_anthropic_tools, tool_names
 from scalellm.v1 import generation_pb2

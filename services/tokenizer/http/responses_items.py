@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scalellm.services.common.errors import StatusError
+from scalellm.services.common.sent_text import as_text, json_text
 from scalellm.services.tokenizer.dialect import Part, PartKind
-from scalellm.services.tokenizer.http.api_request import as_text
 from scalellm.services.tokenizer.http.messages import add_messages, text_of
-from scalellm.services.tokenizer.http.tool_fields import json_text
 from scalellm.services.tokenizer.http.wire import quote
 from scalellm.services.tokenizer.message import Message
 from scalellm.v1 import generation_pb2

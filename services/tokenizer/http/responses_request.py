@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.http.api_request import ApiRequest, OnDisconnect, UInt32, as_text, set_present
+from scalellm.services.common.sent_text import as_text
+from scalellm.services.tokenizer.http.api_request import ApiRequest, OnDisconnect, UInt32, set_present
 from scalellm.services.tokenizer.http.responses_items import messages_of
 from scalellm.services.tokenizer.http.structure_fields import Shape, shape_of_format
 from scalellm.services.tokenizer.http.tool_fields import set_tools, tool_names

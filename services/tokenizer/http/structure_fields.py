@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.http.api_request import as_text
+from scalellm.services.common.sent_text import as_text
 from scalellm.v1 import generation_pb2
 
 _OURS = "structured_output"

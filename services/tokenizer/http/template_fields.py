@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.http.api_request import ApiRequest, as_text, set_present
+from scalellm.services.common.sent_text import as_text
+from scalellm.services.tokenizer.http.api_request import ApiRequest, set_present
 from scalellm.v1 import generation_pb2
 
 _KWARGS = "chat_template_kwargs"

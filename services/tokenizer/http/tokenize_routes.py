@@ -8,9 +8,10 @@ from typing import Any
 from aiohttp import hdrs, web
 
 from scalellm.services.common.errors import StatusError
+from scalellm.services.common.sent_text import as_text
 from scalellm.services.tokenizer.call_bytes import CallAccount
 from scalellm.services.tokenizer.generation.edge import Edge
-from scalellm.services.tokenizer.http.api_request import ApiRequest, UInt32, as_text, renamed
+from scalellm.services.tokenizer.http.api_request import ApiRequest, UInt32, renamed
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.face import HttpFace
 from scalellm.services.tokenizer.http.messages import add_messages

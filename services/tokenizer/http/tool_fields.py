@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.http.api_request import as_text
+from scalellm.services.common.openai_tools import add_tools, fill_tool, openai_tool, shown_type
+from scalellm.services.common.sent_text import as_text, json_text
 from scalellm.v1 import generation_pb2
 
 _MODES: Mapping[str, generation_pb2.ToolChoiceMode] = {
@@ -25,7 +25,7 @@ def set_tools(chat: generation_pb2.Chat, tools: object, choice: object, *, is_pa
         choice: As chats have it, or flat as responses do; None: as the model likes.
         is_parallel: False: one call at most.
     """
-    _add_tools(chat, tools, _openai_tool)
+    add_tools(chat, tools, openai_tool)
     if is_parallel is False and chat.tools:
         chat.tool_choice.single = True
     if choice is None:
@@ -48,12 +48,12 @@ def set_tools(chat: generation_pb2.Chat, tools: object, choice: object, *, is_pa
         if not allowed["tools"]:
             raise StatusError.invalid(f"{where}.tools", "must not be empty")
     else:
-        raise StatusError.invalid("tool_choice.type", f"must be function or allowed_tools, got {_shown(choice)}")
+        raise StatusError.invalid("tool_choice.type", f"must be function or allowed_tools, got {shown_type(choice)}")
 
 
 def set_anthropic_tools(chat: generation_pb2.Chat, tools: object, choice: object) -> None:
     """Say to a conversation what Anthropic's `tools` and `tool_choice` say. Raises StatusError."""
-    _add_tools(chat, tools, _anthropic_tool)
+    add_tools(chat, tools, _anthropic_tool)
     if choice is None:
         return
     if not isinstance(choice, dict):
@@ -70,7 +70,7 @@ def set_anthropic_tools(chat: generation_pb2.Chat, tools: object, choice: object
         case "tool":
             _choose_one(chat, as_text(choice.get("name"), "tool_choice.name"))
         case _:
-            raise StatusError.invalid("tool_choice.type", f"must be auto, any, tool or none, got {_shown(choice)}")
+            raise StatusError.invalid("tool_choice.type", f"must be auto, any, tool or none, got {shown_type(choice)}")
 
 
 def add_calls(message: generation_pb2.ChatMessage, calls: object, param: str) -> None:
@@ -89,16 +89,6 @@ def add_calls(message: generation_pb2.ChatMessage, calls: object, param: str) ->
         )
 
 
-def json_text(value: object, param: str) -> str:
-    """Return JSON as text, which clients send as it is or as a text. Raises StatusError."""
-    if isinstance(value, str):
-        return as_text(value, param)
-    try:
-        return as_text(json.dumps(value, ensure_ascii=False), param)
-    except (RecursionError, ValueError):
-        raise StatusError.invalid(param, "is nested too deeply, or holds what is no JSON") from None
-
-
 def tool_names(tools: object, inner: str = "", schema: str = "parameters") -> dict[str, str]:
     """Return a client's names of our fields of tools.
 
@@ -115,51 +105,12 @@ def tool_names(tools: object, inner: str = "", schema: str = "parameters") -> di
     return names
 
 
-def _add_tools(chat: generation_pb2.Chat, tools: object, read: Callable[[Any, str, generation_pb2.Tool], None]) -> None:
-    if tools is None:
-        return
-    if not isinstance(tools, list):
-        raise StatusError.invalid("tools", "must be a list of tools")
-    for index, tool in enumerate(tools):
-        where = f"tools[{index}]"
-        if not isinstance(tool, dict):
-            raise StatusError.invalid(where, "must be an object")
-        read(tool, where, chat.tools.add())
-
-
-def _openai_tool(tool: dict[str, Any], where: str, made: generation_pb2.Tool) -> None:
-    if tool.get("type") != "function":
-        raise StatusError.invalid(
-            f"{where}.type", f"must be function: nothing else can be called here, got {_shown(tool)}"
-        )
-    function = tool.get("function", tool)
-    if "function" in tool:
-        where = f"{where}.function"
-    if not isinstance(function, dict):
-        raise StatusError.invalid(where, "must be an object")
-    _fill(made, function, "parameters", where)
-
-
 def _anthropic_tool(tool: dict[str, Any], where: str, made: generation_pb2.Tool) -> None:
     if tool.get("type") not in (None, "custom"):
         raise StatusError.invalid(
-            f"{where}.type", f"must be custom: the server itself runs nothing, got {_shown(tool)}"
+            f"{where}.type", f"must be custom: the server itself runs nothing, got {shown_type(tool)}"
         )
-    _fill(made, tool, "input_schema", where)
-
-
-def _fill(made: generation_pb2.Tool, function: dict[str, Any], schema: str, where: str) -> None:
-    made.name = as_text(function.get("name"), f"{where}.name")
-    if function.get("description") is not None:
-        made.description = as_text(function["description"], f"{where}.description")
-    if function.get(schema) is not None:
-        if not isinstance(function[schema], dict):
-            raise StatusError.invalid(f"{where}.{schema}", "must be a JSON schema")
-        made.parameters = json_text(function[schema], f"{where}.{schema}")
-    if (strict := function.get("strict")) is not None:
-        if not isinstance(strict, bool):
-            raise StatusError.invalid(f"{where}.strict", "must be true or false")
-        made.strict = strict
+    fill_tool(made, tool, "input_schema", where)
 
 
 def _choose_one(chat: generation_pb2.Chat, name: str) -> None:
@@ -181,8 +132,3 @@ def _set_mode(chat: generation_pb2.Chat, value: object, where: str) -> None:
     if not isinstance(value, str) or value not in _MODES:
         raise StatusError.invalid(where, f"must be auto, {', '.join(_MODES)} or an object, got {str(value)[:64]!r}")
     chat.tool_choice.mode = _MODES[value]
-
-
-def _shown(value: Mapping[str, Any]) -> str:
-    kind = value.get("type")
-    return repr(kind[:64]) if isinstance(kind, str) else "none"

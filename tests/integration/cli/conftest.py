@@ -91,6 +91,9 @@ class FakeServer(
         turns = sum(message.role == "user" for message in history)
         started = generation_pb2.Started(request_id="r1", model="fake", prompt_tokens=3, seed=7, session_turns=turns)
         yield generation_pb2.GenerateResponse(started=started)
+        if request.chat.tools:
+            yield from _call(request.chat.tools[0].name)
+            text = ""
         offset = 0
         while text == "forever" and not self.cancelled.wait(0.01):
             delta = generation_pb2.Delta(text="on and ", offset=offset, num_tokens=1)
@@ -168,6 +171,19 @@ def _abort(context: Any, code: int, message: str, detail: Any) -> None:
     status = status_pb2.Status(code=code, message=message)
     status.details.add().Pack(detail)
     context.abort_with_status(rpc_status.to_status(status))
+
+
+def _call(name: str) -> Iterator[generation_pb2.GenerateResponse]:
+    """Reasoning, text and a call of a function, in several parts."""
+    parts = [
+        generation_pb2.DeltaPart(reasoning="Hm."),
+        generation_pb2.DeltaPart(text="I look."),
+        generation_pb2.DeltaPart(tool_call=generation_pb2.ToolCallDelta(id="c1", name=name, arguments='{"city": ')),
+        generation_pb2.DeltaPart(tool_call=generation_pb2.ToolCallDelta(arguments='"Rome"}')),
+    ]
+    for offset, part in enumerate(parts):
+        delta = generation_pb2.Delta(text=part.text, parts=[part], offset=offset, num_tokens=1)
+        yield generation_pb2.GenerateResponse(delta=delta)
 
 
 def _move(words: list[str], received: int, context: Any) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """The real command as a process against a scripted server: pipes, signals, exit codes, messages."""
 
+import io
 import json
 import os
 import re
@@ -62,6 +63,24 @@ def test_every_option_reaches_the_server(run_cli: RunCli, fake_server: Any) -> N
     assert document["latency"]["total_ns"] == 5_000_000
 
 
+def test_calls_of_tools_are_shown(
+    run_cli: RunCli, fake_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([{"type": "function", "function": {"name": "weather", "parameters": {}}}]))
+    asked = ("generate", "--chat", "rain?", "--tools", str(file))
+    assert run_cli(*asked, address=fake_server.address)[:2] == (0, 'I look.\nweather {"city": "Rome"}\n')
+    code, out, err = run_cli(*asked, "--tool-choice", "weather", "--json", address=fake_server.address)
+    assert code == 0, err
+    (sample,) = json.loads(out)["samples"]
+    assert (sample["text"], sample["reasoning"]) == ("I look.", "Hm.")
+    assert sample["tool_calls"] == [{"id": "c1", "name": "weather", "arguments": '{"city": "Rome"}'}]
+    assert [list(request.chat.tool_choice.names) for request in fake_server.requests] == [[], ["weather"]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("rain?\n"))
+    code, out, _ = run_cli("chat", "--tools", str(file), address=fake_server.address)
+    assert (code, out) == (0, 'I look.\nweather {"city": "Rome"}\n')
+
+
 def test_options_left_out_stay_unset(run_cli: RunCli, fake_server: Any) -> None:
     run_cli("generate", "hi", address=fake_server.address)
     assert fake_server.requests[0].sampling.ListFields() == []
@@ -87,6 +106,8 @@ def test_show_latency_adds_up(run_cli: RunCli, fake_server: Any) -> None:
         ("x", "--logit-bias a=1", 2, "--logit-bias: 'a=1' is not ID=VALUE"),
         ("x", "--session s", 2, "--system and --session need --chat"),
         ("x", "--logprobs 3", 2, "--logprobs and --prompt-logprobs need --json"),
+        ("x", "--tools tools.json", 2, "--tools needs --chat"),
+        ("x", "--chat --tool-choice none", 2, "--tool-choice needs --tools"),
         ("x", "--regex a --choice b", 2, "--regex and --choice exclude each other"),
         ("x", "--json-schema /does/not/exist", 2, "--json-schema: /does/not/exist cannot be read: No such file"),
         ("", "", 2, "the prompt is empty"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scalellm.cli.answer_view import AnswerView, calls_of
-from scalellm.v1.generation_pb2 import ChatMessage, DeltaPart, ToolCall, ToolCallDelta
+from scalellm.v1.generation_pb2 import DeltaPart, ToolCall, ToolCallDelta
 
 
 def call(arguments: str, call_id: str = "", name: str = "") -> DeltaPart:
@@ -26,5 +26,5 @@ def test_parts_are_shown_apart() -> None:
 
 def test_calls_of_a_message_stand_below_its_text() -> None:
     calls = [ToolCall(id="1", name="now", arguments="{}"), ToolCall(id="2", name="get", arguments='{"a": 1}')]
-    assert calls_of(ChatMessage(role="assistant", content="x", tool_calls=calls)) == '\nnow {}\nget {"a": 1}'
-    assert calls_of(ChatMessage(role="user", content="x")) == ""
+    assert calls_of(calls) == '\nnow {}\nget {"a": 1}'
+    assert calls_of([]) == ""

@@ -11,6 +11,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
 from scalellm.services.common.field_rules import (
+    CHAT_LISTS,
     MAX_SCHEMA_DEPTH,
     MAX_STRUCTURE_BYTES,
     REQUEST,
@@ -63,6 +64,8 @@ LISTS = [
     ("Choice.texts", STRUCTURE_LISTS["choice.texts"]),
     ("StructuralTag.structures", STRUCTURE_LISTS["structural_tag.structures"]),
     ("StructuralTag.triggers", STRUCTURE_LISTS["structural_tag.triggers"]),
+    ("Chat.tools", CHAT_LISTS["tools"]),
+    ("ChatMessage.tool_calls", CHAT_LISTS["messages.tool_calls"]),
 ]
 
 

@@ -262,7 +262,8 @@ export declare type StructuredOutput = Message<"scalellm.v1.StructuredOutput"> &
     case: "choice";
   } | {
     /**
-     * A text of this context-free grammar: llguidance's variant of Lark, whose first rule is `start`.
+     * A text of this context-free grammar: llguidance's variant of Lark, whose first rule is `start`. It is the grammar of
+     * all of the answer, so it is refused beside tools that are offered and beside a budget of reasoning.
      *
      * @generated from field: string lark = 5;
      */
@@ -496,8 +497,9 @@ export declare type Chat = Message<"scalellm.v1.Chat"> & {
   continueFinalMessage?: boolean | undefined;
 
   /**
-   * Functions that the model may call. At most 128; their texts count with those of the messages. What the model writes is
-   * then told in Delta.parts, and a call is of one of these functions by construction.
+   * Functions that the model may call. At most 128 entries; their texts count with those of the messages. What the model
+   * writes is then told in Delta.parts, and a call is of one of these functions by construction. Not with a
+   * structured_output of its own grammar (`lark`).
    *
    * @generated from field: repeated scalellm.v1.Tool tools = 6;
    */
@@ -656,7 +658,7 @@ export declare type ChatMessage = Message<"scalellm.v1.ChatMessage"> & {
   content: string;
 
   /**
-   * Functions that the assistant called. At most 128, all for role assistant.
+   * Functions that the assistant called. At most 128 entries, all for role assistant.
    *
    * @generated from field: repeated scalellm.v1.ToolCall tool_calls = 3;
    */

@@ -1,0 +1,29 @@
+"""Texts out of JSON that somebody sent."""
+
+from __future__ import annotations
+
+import json
+
+from scalellm.services.common.errors import StatusError
+
+
+def as_text(value: object, param: str) -> str:
+    """Return a text that can be written as UTF-8. Raises StatusError that names `param`."""
+    if not isinstance(value, str):
+        raise StatusError.invalid(param, "must be a string")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # \\ud800 in JSON
+            raise StatusError.invalid(param, "holds half of a surrogate pair") from None
+    return value
+
+
+def json_text(value: object, param: str) -> str:
+    """Return JSON as text, which clients send as it is or as a text. Raises StatusError."""
+    if isinstance(value, str):
+        return as_text(value, param)
+    try:
+        return as_text(json.dumps(value, ensure_ascii=False), param)
+    except (RecursionError, ValueError):
+        raise StatusError.invalid(param, "is nested too deeply, or holds what is no JSON") from None
