@@ -1,8 +1,9 @@
 """`python -IS health_check.py HOST:PORT`: exits with 0 if a service is serving, else with 1 and the reason.
 
-What a container's health check runs, every few seconds for as long as the container lives. Importing gRPC would be most
-of its cost, so this module takes nothing but Python's own library, and asks `grpc.health.v1.Health/Check` in the few
-frames of HTTP/2 that the question takes. Against a listener with TLS, variables name PEM files and the name in the
+A container's health check runs this every few seconds for as long as the container lives, so it takes nothing but
+Python's own library, and asks `grpc.health.v1.Health/Check` in the few frames of HTTP/2 that the question takes. That
+is 57 ms of CPU time and 14 MB; the same with grpcio is 317 ms and 37 MB, nearly all of it importing (medians of 12 runs
+in turns on a busy machine, AMD EPYC). Against a listener with TLS, variables name PEM files and the name in the
 service's certificate, where that is not the address: SCALELLM_HEALTH_TLS_CA, _CERT and _KEY (where clients have to
 show one) and _NAME.
 """
