@@ -66,8 +66,8 @@ def calibrate(
     Args:
         model: A model's folder, for its tokenizer.
         loads: Requests in flight, one run each.
-        shape: What is sent.
-        num_executors: Of the line, and of the fleet.
+        shape: Shape of the requests.
+        num_executors: Number of executors of the line, and of the fleet.
 
     Returns:
         The fleet's plan, and one comparison per load, that of one stream first.

@@ -39,9 +39,9 @@ class Pool:
     """Executors that are alike.
 
     Attributes:
-        size: How many.
+        size: Number of executors.
         tensor_parallel: Devices of each.
-        steps: How long their steps take.
+        steps: Model of the time of their steps.
         overlaps: True if the next step is prepared while one runs, as on a GPU.
         max_num_seqs: Sequences that run at once.
         max_num_batched_tokens: Most tokens of a step.
@@ -89,7 +89,7 @@ class FleetPlan:
         pools: Its executors.
         num_edges: Tokenizer workers.
         latency: Seconds that a message takes from one service to the next.
-        settings: What the scheduler is told beyond its defaults.
+        settings: Settings of the scheduler beyond its defaults.
     """
 
     pools: tuple[Pool, ...] = (Pool(8),)

@@ -51,10 +51,10 @@ class Simulated:
         figures: See `summarise`.
         virtual_s: Seconds that passed.
         cpu_s: CPU seconds of this process, after the executors had joined.
-        engines_cpu_s: Of these, in engines.
+        engines_cpu_s: Engines cpu s of these, in engines.
         num_steps: Steps of all engines that are there at the end.
         num_resubmitted: Requests that lost their executor and went on.
-        num_pool_switches: How often new requests went to executors with another number of devices from then on.
+        num_pool_switches: Number of changes of the pool for new requests.
     """
 
     records: Sequence[RequestRecord]
@@ -104,11 +104,11 @@ def simulate(
 
     Args:
         plan: The fleet.
-        planned: What is sent.
-        load: When.
+        planned: Requests to send.
+        load: Times of sending.
         seed: For arrivals, and for what services draw.
         times: See `Driver.run`.
-        faults: What breaks.
+        faults: Faults to make.
 
     Raises FleetError for a token that is lost, comes twice or is wrong, for a request that failed without a cause, and
     for what is held after the end.

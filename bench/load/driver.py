@@ -22,7 +22,7 @@ class StepRun:
     Attributes:
         records: One per request that was sent, in order of sending.
         not_sent: Turns of sessions that were not sent because an earlier one did not end well.
-        generator: What the generator itself used.
+        generator: The generator's own use of the machine.
     """
 
     records: list[RequestRecord]
@@ -34,10 +34,10 @@ class Driver:
     """Runs steps against one target.
 
     Args:
-        target: Whom to send to.
+        target: The server.
         vocabulary: Makes text of token ids.
         session_prefix: Session ids begin with it; another one for each run, as servers keep sessions for a while.
-        stream: Whether tokens are wanted as they come.
+        stream: True if tokens are wanted as they come.
         deadline_s: Seconds that each request may take. It is sent along where the protocol can, and kept here.
         clock: Seconds of the time in which the target answers.
     """
@@ -70,8 +70,8 @@ class Driver:
         """Send all conversations; returns when the last one has ended.
 
         Args:
-            planned: What is sent.
-            load: When.
+            planned: Requests to send.
+            load: Times of sending.
             seed: For the open loop's arrivals.
             on_end: Told of each request.
             times: Seconds after the start at which the conversations begin, instead of by the load.

@@ -32,7 +32,7 @@ class GrpcTarget:
             connection meets one of them.
         respect_eos: Let answers end where the model ends them, instead of at the planned length.
         as_text: Send text, which the server encodes, where ids would do.
-        json_schema: What answers are to be.
+        json_schema: JSON Schema of the answers.
     """
 
     def __init__(

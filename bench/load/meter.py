@@ -19,7 +19,7 @@ class GeneratorUse:
 
     Attributes:
         cpu_share: CPU time of the process, all its threads, over wall time. Its event loop is one thread: 1 is all.
-        lag_p99_ms: How late the event loop ran what was due, in milliseconds; as much is in each measured latency.
+        lag_p99_ms: Lag of the event loop, in milliseconds; as much is in each measured latency.
         lag_max_ms: The same, at worst.
         messages_per_cpu_s: Messages handled per second of CPU time: about what it can do.
     """

@@ -28,7 +28,7 @@ class OpenAiTarget:
         api_key: Sent as a bearer token where given.
         respect_eos: Let answers end where the model ends them. Otherwise `ignore_eos` is sent, which is no part of
             OpenAI's API but known to the servers that people run themselves.
-        json_schema: What answers are to be: sent as `response_format`.
+        json_schema: JSON Schema of the answers: sent as `response_format`.
     """
 
     takes_token_ids = False

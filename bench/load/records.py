@@ -18,7 +18,7 @@ class Request:
         output_len: Tokens to generate.
         session_id: The conversation; None for a raw prompt of its own.
         history: Texts before `text`, user and assistant in turns, for servers that keep no sessions.
-        stream: Whether tokens are wanted as they come.
+        stream: True if tokens are wanted as they come.
         deadline_s: Seconds that the server may take; None: no deadline.
     """
 
@@ -54,7 +54,7 @@ class Ended:
         prompt_tokens: Tokens of the prompt, as the server counts them.
         output_tokens: Tokens generated.
         cached_tokens: Prompt tokens that came from a prefix cache.
-        breakdown: Where the time went, in nanoseconds by part.
+        breakdown: Latency breakdown, in nanoseconds by part.
     """
 
     prompt_tokens: int | None = None
@@ -80,15 +80,15 @@ class RequestRecord:
         turn: of the turn in it.
         input_len: Prompt tokens of this turn as planned.
         output_len: Tokens asked for.
-        due: When it was to be sent.
-        sent: When it was.
-        ended: When its last message, or its failure, had come.
-        arrivals: When each message with tokens came; empty when not streamed.
+        due: Time at which it was to be sent.
+        sent: Time at which it was sent.
+        ended: Time at which its last message, or its failure, had come.
+        arrivals: Time at which each message with tokens came; empty when not streamed.
         counts: Tokens of each of these messages.
-        status: How it ended.
+        status: Its status.
         kind: Name of the failure.
         message: More about it.
-        server: What the server says.
+        server: The server's own report.
     """
 
     conversation: int

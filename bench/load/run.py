@@ -28,7 +28,7 @@ class Step:
         prompts: Digest of what was to be sent.
         not_sent: See StepRun.
         figures: See `summarise`.
-        generator: What the generator used; None where nothing was sent anywhere.
+        generator: The generator's use of the machine; None where nothing was sent anywhere.
         records: One per request.
     """
 

@@ -32,7 +32,7 @@ class Session:
     Args:
         make_target: Called in the event loop that will use it.
         run: Takes in the steps; its header has the options.
-        shape: Of all steps.
+        shape: Shape of all steps.
         slo: For goodput.
         output: Prefix of the files' paths; None: no files.
     """

@@ -16,7 +16,7 @@ class TargetInfo:
     Attributes:
         model: Name of the model that answers.
         version: The server's version; empty where it does not say.
-        vocab_size: Of the model; None where it does not say.
+        vocab_size: Vocab size of the model; None where it does not say.
     """
 
     model: str

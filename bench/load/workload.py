@@ -36,7 +36,7 @@ class Shape:
         output_len: Tokens generated.
         max_len: The chat mix is cut where prompt and answer together are longer.
         prefix_len: Tokens of the shared prefix.
-        turns: Of a session.
+        turns: Turns of a session.
         think_s: Mean seconds between a session's answer and its next message (exponential).
         cancel_share: Share of requests that the client cancels, each after a number of tokens drawn evenly from 1 to
             one less than it asked for.

@@ -25,8 +25,8 @@ class Crowd:
     Attributes:
         address: host:port of the tokenizer.
         key: The tenant's API key.
-        clients: How many there are.
-        max_tokens: Of an answer.
+        clients: Number of clients.
+        max_tokens: Max tokens of an answer.
         seconds: For how long new requests are sent. Those that run then are cancelled.
         pause: Seconds between an answer and the client's next request.
         after_refusal: Seconds that a refused client waits; None: as long as it was told, as clients should.
@@ -48,7 +48,7 @@ class Outcome:
     """One request; times are of the machine's monotonic clock, in seconds.
 
     Attributes:
-        first_at: When the first tokens came; 0: none did.
+        first_at: Time at which the first tokens came; 0: none did.
         told: Seconds after which a refused client was told to try again; None: it was not.
     """
 
@@ -74,7 +74,7 @@ class Report:
     """Result of a crowd.
 
     Attributes:
-        outcomes: Of every request that ended while it was there.
+        outcomes: Outcomes of every request that ended while it was there.
         cpu_s: CPU seconds that the clients took.
     """
 

@@ -39,13 +39,13 @@ class Comparison:
     still compute, and keeps memory and caches.
 
     Args:
-        plan: How often and how long.
+        plan: Number and length of measurements.
         loads: For each form; those about prefixes for the fastest form of a system only, unless `every_form`.
         forms: Names to keep; empty: all.
         everything: All loads on all forms, however long it takes.
         report: Takes everything in.
         save: Called after each measurement.
-        screen: Where it says how far it is.
+        screen: Console for its progress.
     """
 
     def __init__(

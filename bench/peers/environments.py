@@ -26,9 +26,9 @@ class Recipe:
     """The recipe of an environment.
 
     Attributes:
-        name: Of its folder.
+        name: Name of its folder.
         steps: Arguments of pip, one call each, in order.
-        programs: What has to be on the path, such as a compiler.
+        programs: Programs that have to be on the path, such as a compiler.
         environment: Added to pip's environment.
         module: Imported once at the end; empty: none. What cannot be imported is not installed, and some packages
             finish their installation only then.
@@ -51,8 +51,8 @@ class Environment:
     """An environment that is ready.
 
     Attributes:
-        folder: Of the environment.
-        versions: Of every package in it, by name.
+        folder: Folder of the environment.
+        versions: Versions of every package in it, by name.
     """
 
     folder: Path

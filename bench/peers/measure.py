@@ -35,9 +35,9 @@ class Measurement:
 
     Attributes:
         system: Name of the system.
-        form: Of the weights.
-        bits: Of the form.
-        is_ours: Whether it is ScaleLLM.
+        form: Form of the weights.
+        bits: Bits of the form.
+        is_ours: True if it is ScaleLLM.
         workload: Name of the load.
         rates: Output tokens per second, of each round.
         ttft_p50_s: Seconds to the first token, and
@@ -48,8 +48,8 @@ class Measurement:
         prompts: Digest of what was sent, one per round.
         input_tokens: As the server counted them, all rounds together, and
         output_tokens: tokens generated.
-        notes: What has to be known to read the figures.
-        command: How the server was started.
+        notes: Facts needed to read the figures.
+        command: Command that started the server.
         environment: Added for it.
     """
 
@@ -87,8 +87,8 @@ class Plan:
     Attributes:
         rounds: Times that each load is run, each with prompts of its own.
         limit_s: Seconds that one request may take.
-        seed: Of all prompts.
-        vocabulary: What prompts are made of.
+        seed: Seed of all prompts.
+        vocabulary: Words of the prompts.
     """
 
     rounds: int
@@ -102,10 +102,10 @@ class Round:
     """One round of a load.
 
     Attributes:
-        step: What came.
+        step: The results.
         peak_bytes: Resident memory of the system's processes at the most.
         others_cores: Cores that somebody else kept busy meanwhile.
-        setup: How the server was started.
+        setup: Setup of the server.
     """
 
     step: Step

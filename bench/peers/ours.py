@@ -36,7 +36,7 @@ class Ours:
 
     Args:
         model: Name to serve under.
-        path: Of the model.
+        path: Path of the model.
         home: The model store.
     """
 

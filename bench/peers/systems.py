@@ -94,12 +94,12 @@ class HttpPeer:
     """A server with OpenAI's API, in an environment of its own.
 
     Args:
-        recipe: Of its environment.
-        packages: Whose versions to report.
+        recipe: Recipe of its environment.
+        packages: Packages whose versions are reported.
         forms: It can run.
-        setup: Of a load; given the environment, too.
+        setup: Setup of a load; given the environment, too.
         health: Path that answers with 200 once the server is ready.
-        knows_ignore_eos: Whether it takes `ignore_eos`. The weights of one that does not have no end token.
+        knows_ignore_eos: True if it takes `ignore_eos`. The weights of one that does not have no end token.
     """
 
     is_ours = False

@@ -18,12 +18,12 @@ class Target:
     """One line of what must be reached.
 
     Attributes:
-        name: What is compared.
+        name: Name of the comparison.
         ours: Our figure and its form.
         best: The best peer's, with its name and form.
         ratio: Ours over the best peer's.
         limit: The ratio that must be reached; for times, the one that must not be passed.
-        is_time: Whether less is better.
+        is_time: True if less is better.
     """
 
     name: str

@@ -31,7 +31,7 @@ class Weights:
 
     Args:
         source: The model's `.gguf` file.
-        folder: Where the other forms go, in a folder of this file's own.
+        folder: Folder for the other forms, in a folder of this file's own.
     """
 
     def __init__(self, source: Path, folder: Path) -> None:

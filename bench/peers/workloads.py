@@ -20,7 +20,7 @@ class Workload:
         name: `1`, `8`, `64` for the fixed lengths at so many at once; `shared`; `sessions`.
         shape: Lengths.
         concurrency: Requests, or sessions, at once.
-        num_requests: Of each round.
+        num_requests: Number of requests of each round.
     """
 
     name: str

@@ -16,10 +16,10 @@ def faces(
     """Return a bench of the same services for each transport.
 
     Args:
-        place: Where clients are started, one neighbour per transport.
-        timing: Of every measurement.
+        place: Starts the clients, one neighbour per transport.
+        timing: Timing of every measurement.
         tokenizer: The service that they call.
-        services: What is measured.
+        services: The measured services.
         far: The simulated scheduler, if it is one: tokens then say when they were sent.
     """
     calls = {"grpc": ("clients", tokenizer.address), "http": ("http_clients", tokenizer.http_address)}

@@ -90,7 +90,7 @@ class Bench:
     """A service between its neighbours.
 
     Args:
-        services: What is measured: CPU and memory are theirs.
+        services: The measured services: CPU and memory are theirs.
         source: The neighbour that sends the load (clients or edge).
         far: The neighbour behind the service, if it is simulated; it is started first and stopped last.
         redis: The service's Redis: its commands and CPU time are reported per request.
@@ -114,8 +114,8 @@ class Bench:
         """Put a load on, count, take it away.
 
         Args:
-            load: What the source is told.
-            steps_per_s: What the far neighbour is told; None without one.
+            load: Load for the source.
+            steps_per_s: Steps per second of the far neighbour; None without one.
         """
         neighbours = [self.source] if self._far is None else [self.source, self._far]
         if self._far is not None:

@@ -61,9 +61,9 @@ class Service:
 
     Args:
         name: `tokenizer`, `scheduler` or `executor`; or another module of `package`.
-        flags: Of its command line.
+        flags: Flags of its command line.
         folder: For its log.
-        package: Where the module is.
+        package: Package of the module.
 
     Attributes:
         address: host:port of its gRPC.

@@ -31,12 +31,12 @@ class Section:
     """Measurements that belong together.
 
     Attributes:
-        title: What varies.
-        per: What CPU time is divided by: tokens or requests.
-        keys: Which parts of the load are columns.
-        latency: Which latency is shown.
+        title: Name of the part of the load that varies.
+        per: Divisor of CPU time: tokens or requests.
+        keys: Parts of the load that are columns.
+        latency: Name of the shown latency.
         rows: The measurements.
-        verdicts: What stands below the table: figures against their targets.
+        verdicts: Lines below the table: figures against their targets.
     """
 
     title: str

@@ -56,7 +56,7 @@ class VirtualExecutor:
     """An executor: a front process that comes back, and an engine below it that does, too.
 
     Args:
-        network: Where it listens.
+        network: Network on which it listens.
         address: host:port.
         make_engine: Makes each incarnation's engine, on its clock.
         tensor_parallel: Devices that it says it has.

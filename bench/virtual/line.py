@@ -22,15 +22,15 @@ class VirtualScheduler:
     """A scheduler process that comes back.
 
     Args:
-        network: Where it listens, and its executors.
+        network: Network on which it listens, and its executors.
         address: host:port.
         executors: Addresses of those that it knows from the start.
-        settings: What it was told; the limits on silence and the lease are among them.
+        settings: Its settings; the limits on silence and the lease are among them.
 
     Attributes:
         dispatchers: One for each model.
         fleet: The executors of the first model.
-        placement: Of the first model.
+        placement: Placement of the first model.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class VirtualEdge:
     """A tokenizer worker's links.
 
     Args:
-        network: Where its schedulers listen.
-        name: Of the worker.
+        network: Network on which its schedulers listen.
+        name: Name of the worker.
         schedulers: Their addresses.
         silence_limit: See Schedulers.
     """

@@ -35,7 +35,7 @@ class Conversation:
         session_id: The session to go on with, or to begin; empty: a new one.
         system: Instructions for a new conversation; empty: none.
         offered: Has the tools of each turn.
-        settings: How answers are drawn, for what the server's defaults are not to be.
+        settings: Sampling parameters that replace the server's defaults.
         timeout: Deadline of an answer, in seconds; None: none.
         write: Gets the answers' text.
         view: Gets the parts of answers that are told apart.

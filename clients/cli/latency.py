@@ -28,8 +28,8 @@ def rows(latency: LatencyBreakdown, measured_ns: int) -> list[tuple[str, str, fl
     """(part, meaning, milliseconds) per part; the shown numbers add up to the shown total exactly.
 
     Args:
-        latency: What the server reports.
-        measured_ns: What the client measured from sending the request to the last message.
+        latency: The server's breakdown.
+        measured_ns: Nanoseconds that the client measured from sending the request to the last message.
     """
     parts = [(name, meaning, int(getattr(latency, field))) for field, name, meaning in _PARTS]
     seen_by_server = sum(value for _, _, value in parts)

@@ -18,7 +18,7 @@ class LineInput:
 
     Args:
         history: File with the lines of earlier chats; only its user can read it.
-        marks_paste: Whether the terminal can mark what is pasted; one that is dumb would show the request for it.
+        marks_paste: True if the terminal can mark what is pasted; one that is dumb would show the request for it.
     """
 
     def __init__(self, history: Path, *, marks_paste: bool = True) -> None:

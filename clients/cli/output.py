@@ -45,7 +45,7 @@ class Terminal(Console):
     """A console that prints nothing but `printable` text, takes no markup, and leaves a closed pipe to main.
 
     Args:
-        file: Where to, if it is neither standard output nor standard error.
+        file: Output, if it is neither standard output nor standard error.
         stderr: Print to standard error.
         width: Columns; default: the terminal's.
     """

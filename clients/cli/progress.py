@@ -21,7 +21,7 @@ class StageReport:
     """Shows the stages of `up`.
 
     Args:
-        console: Where to.
+        console: Console of the output.
     """
 
     def __init__(self, console: Terminal) -> None:

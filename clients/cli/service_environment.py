@@ -28,7 +28,7 @@ def service_environment(
     """Return the variables of the services: those of a file, of the environment, and of options of `up`.
 
     Args:
-        ctx: Of `up`; knows the file.
+        ctx: Context of `up`; knows the file.
         context: The invocation.
         given: Options of `up` that are settings of services, by name; None: not given.
         api_key: A key that clients have to show, which is put into a file; empty: none.

@@ -38,10 +38,10 @@ class Setting:
     """One setting of a service.
 
     Attributes:
-        service: Whose.
+        service: The service.
         name: As in the TOML file.
         variable: The environment variable that sets it.
-        text: What it does.
+        text: Its description.
         default: As in the TOML file; None: none.
         is_secret: Its value is not to be shown.
     """
@@ -123,8 +123,8 @@ def check_values(variables: Mapping[str, str], sources: Mapping[str, str]) -> No
     """Raise CliError for a value that a service would refuse, before anything is started.
 
     Args:
-        variables: What is set.
-        sources: What to call a variable that was set by an option.
+        variables: Variables that are set.
+        sources: Name of each variable that was set by an option.
     """
     from pydantic import TypeAdapter, ValidationError  # only here: importing it takes longer than most commands
 
@@ -158,8 +158,8 @@ def document(variables: Mapping[str, str], sources: Mapping[str, str]) -> Iterat
     """Yield the lines of a TOML file with all settings: those of `variables` set, the others as comments.
 
     Args:
-        variables: What is set.
-        sources: Where each of them is set.
+        variables: Variables that are set.
+        sources: Source of each of them.
     """
     service = ""
     for setting in all_settings():

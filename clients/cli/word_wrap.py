@@ -16,7 +16,7 @@ class WordWrap:
     """Breaks lines between words. A word is written once the text goes on after it.
 
     Args:
-        write: Where the text goes.
+        write: Writes the text.
         width: Columns of a line, asked at each word, as a terminal may change its own.
     """
 

@@ -37,7 +37,7 @@ def bring_down(instance: Instance, on_stopping: Callable[[str], None], limit: fl
     """Drain and end every service and remove the instance's files; the logs stay when something went wrong.
 
     Args:
-        instance: What to bring down.
+        instance: The instance to bring down.
         on_stopping: Called with a service's name when it is asked to end.
         limit: Seconds that each service gets to end; default: the instance's drain limit and a little.
 

@@ -37,10 +37,10 @@ def run_in_foreground(
     """Bring an instance up, keep it up, and bring it down again when told to end.
 
     Args:
-        instance: Which.
-        options: What to start.
+        instance: The instance.
+        options: Options of `up`.
         write: Takes each line of the logs.
-        environment: Of this process: where systemd is told that all is healthy.
+        environment: Environment of this process: where systemd is told that all is healthy.
         log_format: text: each line behind its service's name. json: each line an object.
 
     Returns 0, or the number of the signal that came while it started. Raises LauncherError when something does not

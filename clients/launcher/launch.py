@@ -57,8 +57,8 @@ class Launch:
     """The services of an instance, as one supervisor starts them.
 
     Args:
-        instance: Where its state is kept.
-        options: What `up` was asked for.
+        instance: The instance, whose folder keeps the state.
+        options: Options of `up`.
         report: Told of the stages.
         found: The state of an instance some of whose services run: they are taken over, and the others started where
             they were. None: nothing runs.
@@ -279,7 +279,7 @@ def explain_end(service: ServiceRecord, code: int | None) -> str:
     """One line about the end of a service: its exit and the reason in its log.
 
     Args:
-        service: Which.
+        service: The service.
         code: As in `describe_exit`; None: not known.
     """
     how = f"ended with {describe_exit(code)}" if code is not None else "ended"

@@ -11,7 +11,7 @@ def notify(environment: Mapping[str, str], *lines: str) -> None:
     """Send assignments such as `READY=1`. Without effect where nobody asked for them.
 
     Args:
-        environment: Of this process; NOTIFY_SOCKET is a path, or an abstract name behind an @.
+        environment: Environment of this process; NOTIFY_SOCKET is a path, or an abstract name behind an @.
         lines: The assignments.
     """
     address = environment.get("NOTIFY_SOCKET", "")

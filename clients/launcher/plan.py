@@ -46,7 +46,7 @@ class UpOptions:
 
     Args:
         model: Name under which the model is served.
-        model_path: Where it is.
+        model_path: Path of the model.
         home: The model store.
         environment: Environment of the services; SCALELLM_<SERVICE>_<SETTING> reaches their other settings.
         redis_url: The user's Redis; empty for an embedded one.
@@ -56,11 +56,11 @@ class UpOptions:
         scheduler_port: Port of the scheduler.
         executor_port: Port of the first executor; the others take the next ones.
         executors: Number of executors.
-        engine: What they run.
+        engine: Kind of engine in the executors.
         drain_limit: Seconds that running requests get to finish on `down`.
         start_limit: Seconds that a service gets to become healthy.
         max_restarts: Crashes of a service within ten minutes that are followed by a restart; the next one is not.
-        log_format: How services log, unless SCALELLM_<SERVICE>_LOG_FORMAT says otherwise.
+        log_format: Log format of the services, unless SCALELLM_<SERVICE>_LOG_FORMAT says otherwise.
         programs: Command per kind of service, before its options.
     """
 

@@ -35,7 +35,7 @@ class FoundProcess:
     """The process of a service that another supervisor has started.
 
     Args:
-        record: Which.
+        record: Record of the process.
     """
 
     def __init__(self, record: ServiceRecord) -> None:
@@ -58,8 +58,8 @@ async def spawn(
     """Start `command` as the leader of a new session, without input, with its output in the file `log`.
 
     Args:
-        name: Of the service.
-        kind: Of the service.
+        name: Name of the service.
+        kind: Kind of the service.
         command: Program and arguments.
         log: A new file; with `again`, its output goes on in the file that is there.
         environment: All its variables.

@@ -24,8 +24,8 @@ class RedisHealth:
     """Findings about a Redis, as far as it tells them. `error` is empty when it does what the services need.
 
     Attributes:
-        error: Why not, in one line that says what to do.
-        answers: Whether somebody is there who refuses, so that waiting does not help.
+        error: The reason, in one line that says what to do.
+        answers: True if a server is there that refuses, so that waiting does not help.
     """
 
     error: str

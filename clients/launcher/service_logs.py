@@ -108,7 +108,7 @@ def shown_line(service: str, line: str, *, as_json: bool = False) -> str:
     """A line beside those of other services: a JSON object, which has the service's name, as it is; others behind it.
 
     Args:
-        service: Whose log it is from.
+        service: Service of the log.
         line: The line.
         as_json: Make an object of what is none.
     """

@@ -94,8 +94,8 @@ def read_status(instance: Instance, environment: Mapping[str, str] = _NOTHING) -
     """Ask every service how it is; takes a few seconds at most. Raises NotRunningError when nothing was started.
 
     Args:
-        instance: Which services.
-        environment: Where the credentials for services that are secured are named, as for `up`.
+        instance: The instance.
+        environment: Environment that names the credentials for secured services, as for `up`.
     """
     state = instance.load()
     if state is None:

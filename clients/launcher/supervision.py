@@ -38,10 +38,10 @@ class Supervisor:
     """Brings an instance up and keeps it up.
 
     Args:
-        instance: Which.
-        options: What `up` was asked for.
+        instance: The instance.
+        options: Options of `up`.
         report: Told of the stages of the start.
-        in_foreground: Whether this process ends with the services.
+        in_foreground: True if this process ends with the services.
     """
 
     def __init__(self, instance: Instance, options: UpOptions, report: Report, *, in_foreground: bool = False) -> None:

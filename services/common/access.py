@@ -223,7 +223,7 @@ def open_access(settings: ServiceSettings, *, serves_links: bool) -> Access:
 
     Args:
         settings: The service's.
-        serves_links: Whether the service is an internal one: other services open links to it.
+        serves_links: True if the service is an internal one: other services open links to it.
     """
     if not serves_links:
         return Access(settings.api_keys)

@@ -45,7 +45,7 @@ class TenantLimits(BaseModel):
     Attributes:
         session_bytes: Most bytes of its sessions; None: what the tokenizer's settings say.
         kept_bytes: Most bytes of its kept answers; None: what the tokenizer's settings say.
-        weight: What it is to have in relation to others where they compete: tokens, rows of executors, places in the
+        weight: Its share in relation to others where they compete: tokens, rows of executors, places in the
             scheduler's queue.
         min_priority: The most urgent priority that its requests may have: lower ones run before those of others, so
             that going before all others has to be granted.

@@ -74,7 +74,7 @@ class ChildProcess:
         Args:
             command: Program and arguments: nothing secret, as every user of the machine can read them.
             environment: All variables of the process, from `child_environment`.
-            listens: Whether it is told something on its standard input, which then ends when this process does.
+            listens: True if it gets messages on its standard input, which then ends when this process does.
             output: Descriptor for its standard output; PIPE: it answers there; None: that of this process.
             errors: The same for its standard error.
             pass_fds: Descriptors that it inherits.
@@ -209,7 +209,7 @@ class Restarts:
         most: Crashes within the window that are followed by a restart; the next one is not.
         window: Seconds after which a crash is forgotten.
         first_delay: Seconds from the first crash in the window to the restart; each further one doubles them.
-        longest_delay: Where that ends, in seconds.
+        longest_delay: Largest delay, in seconds.
         clock: Monotonic seconds.
     """
 

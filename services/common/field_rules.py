@@ -20,9 +20,9 @@ class NumberRule:
     """The values that a field with one number, or with true or false, may hold.
 
     Attributes:
-        name: Of the field in the protos.
+        name: Name of the field in the protos.
         kind: int, float or bool.
-        meaning: What it does, for whoever sets it.
+        meaning: Its effect, for whoever sets it.
         default: Its value where nobody sets it; None: it has none.
         low: The least that it may be; None: true and false have no range.
         high: The most that it may be; None: what its type on the wire holds.
@@ -69,7 +69,7 @@ class ListRule:
     """The number of entries that a field may hold, and the range of the number in each of them.
 
     Attributes:
-        name: Of the field in the protos.
+        name: Name of the field in the protos.
         most: The most entries.
         least: The fewest entries.
         entry: The rule of each entry's number, where it has a range.
@@ -98,7 +98,7 @@ def sampling_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each sampling field that holds what it may not, with what is wrong.
 
     Args:
-        values: What the fields hold, by name; None, and a name that is not there: not set.
+        values: Values of the fields, by name; None, and a name that is not there: not set.
     """
     rules: Mapping[str, NumberRule | ListRule] = {**SAMPLING, **SAMPLING_LISTS}
     for name, rule in rules.items():

@@ -58,9 +58,9 @@ def status_of(error: Exception, method: str, limit: LineLimit) -> StatusError:
     has the traceback. To be called where the error is handled.
 
     Args:
-        error: What was raised. It forgets where it came from.
-        method: What was called.
-        limit: Of lines in the log.
+        error: The exception. Its traceback is dropped.
+        method: Name of the method.
+        limit: Limit of lines in the log.
     """
     failure = error if isinstance(error, StatusError) else None
     if failure is None:

@@ -73,8 +73,8 @@ class GrpcService:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         services: Full names of the services it serves, for health and reflection.
-        is_ready: Whether it can do its work now.
-        share_port: Whether other processes may listen on the same port (worker processes).
+        is_ready: Tells if the service can do its work now.
+        share_port: True if other processes may listen on the same port (worker processes).
         options: gRPC's, in place of those of SERVER_OPTIONS that have the same names.
         credentials: For TLS; None: plaintext.
         interceptors: See every call first.

@@ -34,8 +34,8 @@ class RequestFields:
 
     Attributes:
         request_id: The request's id.
-        trace_id: Of its trace, 32 hexadecimal digits.
-        tenant: Whose request it is.
+        trace_id: Id of its trace, 32 hexadecimal digits.
+        tenant: The tenant of the request.
     """
 
     request_id: str = ""

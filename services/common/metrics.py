@@ -37,9 +37,9 @@ class MetricsEndpoint:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         service: Name of the service.
-        collectors: What it has to say.
+        collectors: Collectors of its metrics.
         processes: Pids of the service's other processes, by what they are; called at each scrape.
-        tls: What the endpoint shows, and whom it answers.
+        tls: TLS files of the endpoint.
         tracer: The process's own, if traces are on: the spans that it loses are told.
 
     Raises StartError.

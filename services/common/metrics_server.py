@@ -22,8 +22,8 @@ class MetricsServer:
     Args:
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        registry: What is told.
-        tls: What is shown, and whom is answered.
+        registry: Registry of the metrics.
+        tls: TLS files of the listener.
 
     Attributes:
         address: host:port.

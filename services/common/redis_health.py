@@ -136,8 +136,8 @@ async def probe_redis(redis: Redis, *, sessions: bool) -> None:
     """Try what the services do, on keys that are gone afterwards, in one round trip.
 
     Args:
-        redis: Whom to ask.
-        sessions: Whether conversations are kept and limits counted there as well; without: single values alone.
+        redis: The Redis.
+        sessions: True if conversations are kept and limits counted there as well; False: single values alone.
 
     Raises one of REDIS_ERRORS.
     """
@@ -168,14 +168,14 @@ class RedisWatch:
     """Tries again and again whether a Redis does what a service needs, and logs what changes.
 
     Args:
-        redis: Whom to ask.
+        redis: The Redis.
         sessions: See `probe_redis`.
-        without: What it means that it does not, for the log.
+        without: Consequence of its failure, for the log.
         interval: Seconds between two attempts.
 
     Attributes:
-        is_up: Whether it did at the last attempt.
-        num_failures: What it did not do.
+        is_up: True if the last attempt worked.
+        num_failures: Number of operations that it did not do.
     """
 
     def __init__(self, redis: Redis, *, sessions: bool, without: str, interval: float = 1.0) -> None:

@@ -26,11 +26,11 @@ class Reloaded(Generic[T]):
     certificate that is half copied.
 
     Args:
-        files: What to watch.
+        files: Files to watch.
         load: Reads and checks them; raises ConfigFileError.
 
     Attributes:
-        value: What was read last.
+        value: The contents that were read last.
         failing_since: Monotonic seconds since when the files cannot be used, so that `value` is old; None: it is not.
     """
 

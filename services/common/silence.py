@@ -17,8 +17,8 @@ async def until_silent(limit: float, num_heard: Callable[[], int], is_due: Calla
 
     Args:
         limit: Seconds.
-        num_heard: What was heard so far; any other number than the one before ends a silence.
-        is_due: Whether the peer has to say anything now.
+        num_heard: Number of messages so far; any other number than the one before ends a silence.
+        is_due: Tells if the peer has to say anything now.
     """
     pause = min(1.0, limit / _PARTS)
     silent, heard = 0.0, num_heard()

@@ -18,8 +18,8 @@ class TlsFiles:
     Attributes:
         cert: Its certificate, followed by intermediate ones.
         key: The certificate's private key, not encrypted.
-        ca: Whom it trusts: on a listener, whose clients must show a certificate (mutual TLS).
-        option: How the options that name the files begin, for messages: `--tls`.
+        ca: Authorities that it trusts: on a listener, whose clients must show a certificate (mutual TLS).
+        option: Beginning of the options that name the files, for messages: `--tls`.
     """
 
     cert: Path | None = None

@@ -89,7 +89,7 @@ def token_bytes(tokens: list[str | None], spec: Mapping[str, Any]) -> list[bytes
     """Return the bytes that each token contributes where it stands behind others.
 
     Args:
-        tokens: How the vocabulary writes them, by id.
+        tokens: The vocabulary's spelling of them, by id.
         spec: Their decoder, as tokenizer.json describes it.
 
     Raises SpellingError.

@@ -60,7 +60,7 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
     """Load the model and make its engine.
 
     Args:
-        settings: What to load and how.
+        settings: Settings of the executor.
         progress: Gets a line of text per stage.
 
     Raises StartError.

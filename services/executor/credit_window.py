@@ -11,9 +11,9 @@ class Claim:
     """One link's claim to a window.
 
     Attributes:
-        held: What its requests hold of the window now.
-        wanted: What else it would take, by its last word.
-        weight: How much of what is short is due to it, compared with others: its tenants that wait.
+        held: Part of the window that its requests hold now.
+        wanted: Further part that it would take, by its last message.
+        weight: Its share of a window that is short, compared with others: its tenants that wait.
     """
 
     held: int
@@ -29,7 +29,7 @@ def divide(window: int, claims: Sequence[Claim]) -> list[int]:
     what is held if that is more, and 1 for each link.
 
     Args:
-        window: What may be held in all.
+        window: Most that may be held in all.
         claims: One per link.
     """
     held = [claim.held for claim in claims]

@@ -80,8 +80,8 @@ class EngineLink:
 
     Args:
         link: Number of the link; with a handle it makes the engine's request key.
-        engine: Where its requests run.
-        renews: Whether the client says what it wants; one that does not is taken to want as much as there is.
+        engine: The engine that runs its requests.
+        renews: True if the client says how much it wants; one that does not is taken to want as much as there is.
         traced: Notes what is known of traced requests; None = traces are off.
     """
 

@@ -23,7 +23,7 @@ class ExecutorCollector(Collector):
     Args:
         supervisor: Has the engine's latest report, which is at most half a second old.
         access: Knows whether keys can be read.
-        loop_lag: How late the front's event loop was.
+        loop_lag: Lag of the front's event loop.
     """
 
     def __init__(self, supervisor: EngineSupervisor, access: Access, loop_lag: Histogram) -> None:

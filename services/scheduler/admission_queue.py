@@ -55,7 +55,7 @@ class AdmissionQueue(Generic[EntryT]):
     Args:
         max_requests: Most requests.
         max_tokens: Most prompt tokens. One request that is larger may still wait alone.
-        accounts: Of the tenants.
+        accounts: Accounts of the tenants.
     """
 
     def __init__(self, max_requests: int, max_tokens: int, accounts: TenantAccounts) -> None:

@@ -26,7 +26,7 @@ class AffinityStore:
     second at most.
 
     Args:
-        url: Of Redis; None = in memory only.
+        url: URL of Redis; None = in memory only.
         ttl: Seconds after which Redis forgets a session.
         capacity: Sessions remembered in memory; the least recently used are forgotten first.
         max_pending: Sessions whose write may wait; more are dropped.

@@ -37,7 +37,7 @@ class Books:
         tokens_dropped: Tokens of requests that had ended, or that the client has already. With nothing under way,
             tokens_received = tokens_sent + tokens_dropped.
         queue_time: Seconds in the admission queue until the first dispatch.
-        client_traffic: What went over the links of clients.
+        client_traffic: Messages and bytes on the links of clients.
     """
 
     accepted: int = 0

@@ -25,10 +25,10 @@ class ClientSide:
     Attributes:
         link: The client link it came on.
         handle: Its handle there.
-        progress: What the client has.
+        progress: The tokens that the client has.
         emitted: The tokens of `progress`, by sample.
         stopping_samples: Samples that the client wanted to end and whose end it was not told yet.
-        cancelled: Why the client wanted the whole request to end; None = it did not.
+        cancelled: Reason for which the client ended the whole request; None = it did not.
     """
 
     __slots__ = ("cancelled", "emitted", "handle", "link", "progress", "stopping_samples")

@@ -24,11 +24,11 @@ class Dispatcher:
     """One model's part of a scheduler. Executors belong to one model, so nothing is shared or fought over between two.
 
     Args:
-        settings: What the scheduler was told; the limits of the queue hold for each model.
-        instance_id: Of the scheduler.
-        affinity: Where sessions ran last.
+        settings: Settings of the scheduler; the limits of the queue hold for each model.
+        instance_id: Instance id of the scheduler.
+        affinity: The last executor of each session.
         tracer: Makes spans; None = traces are off.
-        dialer: How to connect to executors.
+        dialer: Dialer of the executors.
         clock: Monotonic seconds.
 
     Attributes:

@@ -107,7 +107,7 @@ class Dispatchers:
         """Return the dispatcher of a new client link, whose model has an executor or was waited for in vain.
 
         Args:
-            hello: What the client said. Without a model: of what there is, the one with the client's tokenizer.
+            hello: The client's Hello. Without a model in it: the served one with the client's tokenizer.
             patience: Seconds to wait for a first executor of the model.
 
         Raises StatusError.

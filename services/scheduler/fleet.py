@@ -36,16 +36,16 @@ class Fleet:
     Whatever changes about one executor costs the same, however many others there are.
 
     Args:
-        instance_id: Of this scheduler.
+        instance_id: Instance id of this scheduler.
         silence_limit: Seconds of silence after which an executor with work counts as dead.
-        dialer: How to connect to them.
+        dialer: Dialer of the connections.
         pool_policy: See Pools.
 
     Attributes:
         replicas: All that are known, by address.
         ready: Those that take new requests, by address.
         router: Chooses among these.
-        pools: Where they have different numbers of devices, those that new requests go to.
+        pools: The pools among executors with different numbers of devices.
         identity: The model; None until the first executor is ready.
         home_of: Finds whose an executor is that was welcomed; None: all are this fleet's.
     """
@@ -126,7 +126,7 @@ class Fleet:
         """Choose the executor of a request.
 
         Args:
-            request: What is to run.
+            request: The request to run.
             num_requests: All that wait or run, with this one.
             now: Monotonic seconds.
             may_wait: True if it may still wait for its session's executor.

@@ -55,12 +55,12 @@ class SchedulerCollector(Collector):
 
     Args:
         loop: The scheduler's event loop.
-        get_state: What GetState says.
+        get_state: Returns the answer to GetState.
         dispatchers: One for each model.
         scaling: Knows how many executors there should be.
         affinity: Knows how Redis is.
         access: Knows whether keys can be read.
-        loop_lag: How late the event loop was.
+        loop_lag: Lag of the event loop.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class Outage:
 
     Attributes:
         is_given_up: True while requests are refused.
-        turned_away_at: When a request was last refused, in seconds of the event loop's clock.
+        turned_away_at: Time at which a request was last refused, in seconds of the event loop's clock.
     """
 
     def __init__(self, grace: float, restart_limit: float, on_given_up: Callable[[], None]) -> None:
@@ -40,8 +40,8 @@ class Outage:
         """Take over how the executors are.
 
         Args:
-            is_ready: Whether one takes requests.
-            is_reachable: Whether one of those that may come back answers.
+            is_ready: True if one takes requests.
+            is_reachable: True if one of those that may come back answers.
         """
         self._stop_timer()
         if is_ready:

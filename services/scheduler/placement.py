@@ -43,7 +43,7 @@ class Placement:
     Args:
         settings: Limits and times.
         fleet: The executors.
-        affinity: Where sessions ran last.
+        affinity: The last executor of each session.
         heartbeat: Told of progress.
     """
 

@@ -63,11 +63,11 @@ def predict(step: link_pb2.StepTime, num_requests: int, executors: int, rows: in
     All requests are on executors of one kind, alike in number, and each one that ends makes room for another.
 
     Args:
-        step: How long a step takes there.
-        num_requests: How many there are.
+        step: Model of the time of a step there.
+        num_requests: Number of requests.
         executors: Among how many they are divided.
         rows: Sequences that run on an executor at once.
-        lengths: Of a request.
+        lengths: Lengths of a request.
     """
     wanted = max(1.0, num_requests / executors)
     running = min(wanted, float(rows))
@@ -119,8 +119,8 @@ class Pools:
             token; it is left only for one that is faster by a tenth for two seconds. `off`: to any executor.
 
     Attributes:
-        lengths: Of the requests, for predictions.
-        num_switches: How often another pool was chosen than before.
+        lengths: Lengths of the requests, for predictions.
+        num_switches: Number of changes of the chosen pool.
     """
 
     def __init__(self, policy: PoolPolicy) -> None:

@@ -33,7 +33,7 @@ class DrainRate:
             now: Monotonic seconds.
             num_requests: Requests that left the queue in this look.
             num_tokens: Their prompt tokens.
-            held_back: Whether others had to stay because no executor had credits.
+            held_back: True if others had to stay because no executor had credits.
         """
         if self._held_back_since is not None:
             elapsed = now - self._held_back_since

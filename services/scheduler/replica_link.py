@@ -57,7 +57,7 @@ class ReplicaLink:
         hello: First frame of each connection.
         listener: Told what happens.
         silence_limit: Seconds without a frame, while answers are due, after which the executor counts as dead.
-        dialer: How to connect.
+        dialer: Dialer of the connection.
         home_of: See HomeOf; None: the listener stays.
     """
 

@@ -35,15 +35,15 @@ class Request:
 
     Args:
         link: The client link it came on.
-        submit: What came; owned and changed by this object.
+        submit: The Submit; owned and changed by this object.
         arrival: Its place among all requests.
         now: Time of arrival, in monotonic seconds.
 
     Attributes:
-        client: What the client has.
-        executor: Where it runs.
-        times: Where its time went.
-        deadline: When it ends at the latest, in monotonic seconds; None = never.
+        client: The client's side.
+        executor: The executor's side.
+        times: Its times.
+        deadline: Latest time of its end, in monotonic seconds; None = never.
         timer: Rings at the deadline.
         trace: Its spans; None = it is not traced.
     """

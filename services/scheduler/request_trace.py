@@ -23,7 +23,7 @@ class RequestTrace:
     Args:
         span: The request's.
         submit: The request; its trace headers become those of each executor's span in turn.
-        now: When it came, in monotonic nanoseconds.
+        now: Time at which it came, in monotonic nanoseconds.
     """
 
     def __init__(self, span: Span, submit: link_pb2.Submit, now: int) -> None:

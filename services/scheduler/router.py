@@ -75,7 +75,7 @@ class Router:
     any other cost could not win any more.
 
     Args:
-        prefixes: Where prompt prefixes are cached.
+        prefixes: Index of the executors that have prompt prefixes cached.
     """
 
     def __init__(self, prefixes: PrefixIndex) -> None:

@@ -24,7 +24,7 @@ class PoolDemand:
 
     Attributes:
         ready: Executors that take requests.
-        work: How many executors all requests that run or wait would fill, in fractions.
+        work: Number of executors that all running and waiting requests would fill, in fractions.
         stuck_s: Seconds that the oldest request has waited while no executor takes one; 0 = none waits.
         is_wanted: True if a request runs, waits, or was lately turned away because there was no executor.
     """
@@ -52,7 +52,7 @@ class ScalingRule:
         """Take over one look at the pool, and return the number.
 
         Args:
-            demand: What was seen.
+            demand: The observed demand.
             now: Monotonic seconds; never less than at the last look.
         """
         least, enough = _executors(demand, GROW_AT), _executors(demand, SHRINK_TO)

@@ -35,7 +35,7 @@ class SchedulerServer:
     """One scheduler. `start`, then `stop`; on one event loop.
 
     Args:
-        settings: What it was told.
+        settings: Settings of the service.
         tracer: Makes spans; None = traces are off.
     """
 

@@ -14,7 +14,7 @@ class SessionLookup:
     """Notes on a request what is known of its session.
 
     Args:
-        affinity: Where sessions ran last.
+        affinity: The last executor of each session.
         on_found: Called when a request need not wait for the answer any more.
     """
 

@@ -66,7 +66,7 @@ class TenantShares(Generic[EntryT]):
     """The tenants' shares of a queue.
 
     Args:
-        weight: What a tenant is to hold in relation to others.
+        weight: A tenant's share in relation to others.
     """
 
     def __init__(self, weight: Callable[[bytes], float]) -> None:

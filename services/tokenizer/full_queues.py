@@ -32,9 +32,9 @@ class FullQueues:
         """A scheduler ended a request. If it refused it for want of room, the refusal says when to come back.
 
         Args:
-            tenant: Of the request, as schedulers know it.
+            tenant: Tenant of the request, as schedulers know it.
             scheduler: The scheduler's address.
-            finish: What it said; the time to a retry is changed.
+            finish: The scheduler's Finish; the time to a retry is changed.
             now: Monotonic nanoseconds.
         """
         if finish.tenant_full_ns:
@@ -90,7 +90,7 @@ class _Returns:
     however many callers there are, in each second about as many are refused again as are served.
 
     Attributes:
-        ends: When its last requests ended, in monotonic nanoseconds.
+        ends: Time at which its last requests ended, in monotonic nanoseconds.
     """
 
     __slots__ = ("_last", "_refused_at", "ends")

@@ -26,17 +26,17 @@ class LatencyTrace:
     """The edge's stop-watch for one request. Every stamp is from this process's monotonic clock, in nanoseconds.
 
     Attributes:
-        arrived_at: When the request came.
-        session_at: When loading its session began; 0 = it did not.
+        arrived_at: Time at which the request came.
+        session_at: Time at which loading its session began; 0 = it did not.
         session_ns: Spent loading the session.
-        tokenize_at: When the work on its prompt began; 0 = it did not.
+        tokenize_at: Time at which the work on its prompt began; 0 = it did not.
         tokenize_ns: Spent on the chat template and encoding.
-        submitted_at: When the request left for the scheduler; 0 = not yet.
-        first_token_at: When its first token came; 0 = not yet.
-        last_token_at: When its latest token came; 0 = none yet.
-        finished_at: When the scheduler said that it had ended; 0 = not yet.
+        submitted_at: Time at which the request left for the scheduler; 0 = not yet.
+        first_token_at: Time at which its first token came; 0 = not yet.
+        last_token_at: Time at which its latest token came; 0 = none yet.
+        finished_at: Time at which the scheduler said that it had ended; 0 = not yet.
         detokenize_cpu_ns: Spent on detokenisation so far.
-        resubmissions: When it was sent to a scheduler once more, and why.
+        resubmissions: Time and reason of each time that it was sent to a scheduler again.
     """
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
@@ -75,7 +75,7 @@ class LatencyTrace:
         clock of theirs run differently: so the remainder, `network_ns`, is never negative.
 
         Args:
-            timings: Of the request's Finish; None when it did not get that far.
+            timings: Timings of the request's Finish; None when it did not get that far.
         """
         now = self._clock()
         result = common_pb2.LatencyBreakdown(
@@ -108,8 +108,8 @@ def server_timing(
     """The breakdown as a value of `Server-Timing` (W3C): durations in milliseconds, the rest as descriptions.
 
     Args:
-        latency: What is known.
-        usage: What is known.
+        latency: The breakdown, as far as it is known.
+        usage: The usage, as far as it is known.
         is_complete: False when the hops below did not report: the remainder is then not the network's.
     """
     entries = [

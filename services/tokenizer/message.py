@@ -24,11 +24,11 @@ class Message(NamedTuple):
     """One message.
 
     Attributes:
-        role: Who speaks.
-        content: What is said.
-        reasoning: What an assistant thought before.
-        calls: What an assistant calls.
-        call_id: Of a tool's result: what it answers.
+        role: The speaker.
+        content: The text.
+        reasoning: An assistant's earlier reasoning.
+        calls: Calls of an assistant.
+        call_id: Id of the call that a tool's result answers.
     """
 
     role: str
@@ -91,8 +91,8 @@ def for_template(messages: Sequence[Message], tools: Sequence[Any], dialect: Dia
 
     Args:
         messages: The conversation; arguments of calls were checked to be JSON objects.
-        tools: What the model may call, as the variable `tools`.
-        dialect: How the model is told of tools.
+        tools: Functions that the model may call, as the variable `tools`.
+        dialect: The dialect, which says how the model is told of tools.
     """
     if dialect.tools is ToolsInPrompt.WRITTEN_OUT:
         return _written_out(messages, tools)

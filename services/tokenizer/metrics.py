@@ -258,7 +258,7 @@ class WorkersCollector(Collector):
     accepted = finished + cancelled + rejected + running holds at every scrape.
 
     Args:
-        folder: Where the workers write.
+        folder: Folder of the workers' files.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -64,8 +64,8 @@ class PromptBuilder:
 
     Attributes:
         model: See above.
-        writing: How the model writes.
-        texts: What tokens mean.
+        writing: The model's way of writing.
+        texts: Texts of the model's tokens.
     """
 
     def __init__(self, model: ModelTokenizer) -> None:
@@ -121,7 +121,7 @@ class PromptBuilder:
         Args:
             request: The request.
             session: The conversation that it continues, if any.
-            caller: Whose turn a long text takes: a tenant's name.
+            caller: Name of the tenant whose turn a long text takes.
             max_model_len: The model's context; a text that certainly does not fit is refused before it is encoded.
         """
         if request.WhichOneof("input") == "tokens":
@@ -148,9 +148,9 @@ class PromptBuilder:
         """Return the text of a conversation: `history`, then `chat`, marked as that says. Raises StatusError.
 
         Args:
-            chat: What is new.
-            history: What was said before.
-            caller: Whose turn a long text takes: a tenant's name.
+            chat: The new messages.
+            history: The messages before.
+            caller: Name of the tenant whose turn a long text takes.
             effort: See ReasoningOptions.effort.
         """
         if self._renderer is None:

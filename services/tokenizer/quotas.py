@@ -40,8 +40,8 @@ class _Account:
 
     Attributes:
         tenant: Its name.
-        key: Of the hash in Redis in which all processes count.
-        limits: What it may use.
+        key: Key of the hash in Redis in which all processes count.
+        limits: Its limits.
     """
 
     tenant: str
@@ -101,11 +101,11 @@ class TenantQuotas:
     as much as there are processes.
 
     Attributes:
-        redis: Where processes meet; None: each one is alone.
+        redis: Redis in which processes share counts; None: each one is alone.
         worker: Names this process.
         lease: See _LEASE.
         clock: Monotonic seconds.
-        is_shared: Whether the limits hold over all processes now.
+        is_shared: True if the limits hold over all processes now.
         num_failures: Operations that Redis did not do.
         refused: Called with the name of a limit that a request was refused for.
     """

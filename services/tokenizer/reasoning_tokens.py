@@ -15,7 +15,7 @@ class ReasoningTokens:
     back text do not either.
 
     Args:
-        splitter: Where the answer begins; nothing else reads with it. The mark that ends reasoning is one token.
+        splitter: At the beginning of the answer; nothing else reads with it. The mark that ends reasoning is one token.
         detokenizer: Nothing else reads with it either; it shows marks.
 
     Attributes:

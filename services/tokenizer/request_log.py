@@ -35,10 +35,10 @@ class RequestEnd:
     """The end of a request.
 
     Attributes:
-        request: What the client asked for.
+        request: The client's request.
         error: Its status; None = OK.
-        latency: Where its time went, as far as that is known.
-        usage: What it consumed; None = not known.
+        latency: Its latency breakdown, as far as that is known.
+        usage: Its usage; None = not known.
     """
 
     request: generation_pb2.GenerateRequest
@@ -56,7 +56,7 @@ class RequestLog:
     """Writes the lines. Failures that are the service's own are always written, a few per second at most.
 
     Args:
-        settings: What else is written: all requests, and their prompts.
+        settings: Further contents of the log: all requests, and their prompts.
     """
 
     def __init__(self, settings: TokenizerSettings) -> None:

@@ -36,8 +36,8 @@ class RequestTrace:
     users write is among them.
 
     Args:
-        span: Of the call.
-        times: Where the stages' times are.
+        span: Span of the call.
+        times: Times of the stages.
     """
 
     def __init__(self, span: Span, times: LatencyTrace) -> None:
@@ -72,10 +72,10 @@ class RequestTrace:
         """The call has ended.
 
         Args:
-            end: How.
-            fields: Whose it was, and its id as far as it had one.
-            finish: What the scheduler said of it; None when it did not get that far.
-            samples: How its samples ended.
+            end: End of the request.
+            fields: Its tenant, and its id as far as it had one.
+            finish: The scheduler's Finish; None when it did not get that far.
+            samples: Ends of its samples.
         """
         times, span = self._times, self._span
         now = times.now()

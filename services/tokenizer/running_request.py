@@ -36,12 +36,12 @@ class RunningRequest:
         now: Monotonic nanoseconds.
 
     Attributes:
-        receiver: Where what comes goes.
-        link: Where it runs now; None while it waits for a scheduler, and after its end.
+        receiver: Receiver of its results.
+        link: Link on which it runs now; None while it waits for a scheduler, and after its end.
         identity: The model with which it began: its tokens mean nothing to another one.
         losses: Schedulers that were lost one after the other without a token from them.
-        why_lost: What happened to the last one.
-        move: How it lost it.
+        why_lost: Error of the last link.
+        move: Reason of that loss.
         timer: Ends its wait for a scheduler.
     """
 

@@ -29,7 +29,7 @@ class Delta:
         text: New text; empty where none is wanted, or while a character or a possible stop text is incomplete.
         offset: Tokens of the sample before these.
         num_tokens: New tokens.
-        parts: What is new of reasoning, text and calls; None where they are not told apart. `text` is the text in them.
+        parts: New reasoning, text and calls; None where they are not told apart. `text` is the text in them.
         token_ids: Their ids, when asked for.
         logprobs: One entry per token, when asked for.
     """
@@ -55,14 +55,14 @@ class OutputOptions:
     """The parts of an answer that a client wants to see.
 
     Attributes:
-        text: Whether deltas carry text.
-        token_ids: Whether deltas carry token ids.
-        skip_special_tokens: Whether special tokens are left out of the text.
-        include_stop: Whether the stop text stays in the text.
+        text: True if deltas carry text.
+        token_ids: True if deltas carry token ids.
+        skip_special_tokens: True if special tokens are left out of the text.
+        include_stop: True if the stop text stays in the text.
         min_tokens: Tokens of which none completes a stop text.
-        logprobs: Whether deltas carry log-probabilities.
-        keep_answer: Whether text, parts and token ids are also kept for a session.
-        reasoning: Whether parts that are reasoning are shown.
+        logprobs: True if deltas carry log-probabilities.
+        keep_answer: True if text, parts and token ids are also kept for a session.
+        reasoning: True if parts that are reasoning are shown.
     """
 
     text: bool = True
@@ -94,15 +94,15 @@ class SampleStream:
 
     Args:
         index: The sample.
-        options: What the client wants to see.
-        texts: What tokens mean.
+        options: Parts of the answer that the client wants to see.
+        texts: Texts of the model's tokens.
         stops: Stop strings, or None without any.
         splitter: Tells reasoning, text and calls apart; None where all is text.
         reasoning: Counts the tokens of reasoning; None where they cannot be counted.
 
     Attributes:
         num_tokens: Tokens shown so far.
-        ended: How it ended; None while it runs.
+        ended: Its end; None while it runs.
         answer_text: All text so far, when kept.
         answer_parts: All parts so far, when kept.
         answer_ids: All token ids so far, when kept.

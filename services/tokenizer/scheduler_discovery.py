@@ -31,7 +31,7 @@ class SchedulerDiscovery:
         interval: Seconds between look-ups.
 
     Attributes:
-        errors: What is wrong with names that cannot be looked up.
+        errors: Errors of names that cannot be looked up.
     """
 
     def __init__(self, names: Sequence[str], schedulers: SchedulerSet, interval: float) -> None:

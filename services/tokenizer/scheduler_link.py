@@ -65,15 +65,15 @@ class SchedulerLink:
         address: host:port of the scheduler.
         hello: First frame of each connection.
         owner: Told what happens.
-        counts: Where what comes and goes is counted.
+        counts: Counts of messages in both directions.
         silence_limit: Seconds without a frame, while requests run, after which the scheduler counts as dead. It sends
             one every few seconds, whatever its executors do.
-        dialer: How to connect.
+        dialer: Dialer of the connection.
         clock: Monotonic nanoseconds.
 
     Attributes:
         address: See above.
-        why_down: Why no requests go there, while none do.
+        why_down: Reason for which no requests go there, while none do.
         drop_when_down: No name stands for the address any more.
     """
 

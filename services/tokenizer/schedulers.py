@@ -38,17 +38,17 @@ class Schedulers:
     Args:
         names: host:port of each; a name with several addresses stands for all of them.
         client_id: Names this incarnation of the worker.
-        tokenizer_sha256: Of the tokenizer in use: a scheduler whose executors have another one refuses the link.
+        tokenizer_sha256: Digest of the tokenizer in use: a scheduler whose executors have another one refuses the link.
         silence_limit: Seconds without a frame, while requests run, after which a scheduler counts as dead.
         outage_limit: Seconds for which a request that lost its scheduler waits for one.
         resolve_interval: Seconds between look-ups of names.
-        dialer: How to connect. Where it asks for no name in certificates, that is the host as it was listed.
+        dialer: Dialer of the connections. Where it asks for no name in certificates, that is the host as it was listed.
         clock: Monotonic nanoseconds.
 
     Attributes:
-        counts: What went over all links.
-        num_resubmitted: How often requests were sent again, by how they lost their scheduler.
-        num_sent: How often requests were sent to each scheduler that is or was there, by its address.
+        counts: Counts over all links.
+        num_resubmitted: Number of requests that were sent again, by the loss of their scheduler.
+        num_sent: Number of requests sent to each scheduler that is or was there, by its address.
     """
 
     def __init__(

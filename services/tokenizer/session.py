@@ -42,13 +42,13 @@ class Session:
 
     Attributes:
         messages: Questions and answers.
-        segments: What the model has read and written so far, with the exact token ids.
+        segments: The text that the model has read and written so far, with the exact token ids.
         turns: The borders of the turns in both.
-        created: When its first turn was stored, seconds since the epoch.
-        updated: When its last turn was stored.
+        created: Time at which its first turn was stored, seconds since the epoch.
+        updated: Time at which its last turn was stored.
         version: Changes with every stored turn and is never used twice, so that a session that was deleted and begun
             anew is told from the old one. Empty = not stored yet.
-        document: What the API of its last turn keeps beside it; another turn drops it.
+        document: Data that the API of its last turn keeps beside it; another turn drops it.
     """
 
     messages: tuple[Message, ...]

@@ -71,10 +71,10 @@ class SessionStore:
     Every method raises StatusError UNAVAILABLE within about a second when Redis does not answer.
 
     Args:
-        redis: Where they are; None: the service was started without, and every method says so.
+        redis: The Redis that holds them; None: the service was started without, and every method says so.
         ttl: Seconds after its last turn for which a session is kept.
         timeout: Longest wait for Redis, in seconds.
-        tenant: Whose they are.
+        tenant: The tenant.
         max_bytes: Most bytes of the sessions of a tenant whose limits do not say.
         refused: Called with the name of a limit that something was refused for.
     """

@@ -33,8 +33,8 @@ class SessionsServicer:
     """Serves Get, List, Fork and Delete. Raises StatusError for every outcome but OK.
 
     Args:
-        store: Where sessions are.
-        access: Whose they are.
+        store: Store of the sessions.
+        access: Access control, which tells the tenant.
         ttl: Seconds that a new copy lives.
         limits: Limits on requests.
     """

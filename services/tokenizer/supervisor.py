@@ -27,7 +27,7 @@ class Supervisor:
         settings: The service's.
         port: The port that is reserved for the workers.
         http_port: The same for HTTP; None: they do not serve it.
-        metrics_folder: Where the workers write their metrics; None = nowhere.
+        metrics_folder: Folder of the workers' metrics; None = nowhere.
         on_crash: Called with the pid of each worker that crashed.
     """
 

@@ -26,7 +26,7 @@ class TokenBatch:
         index: The sample.
         token_ids: In order.
         logprobs: One entry per token, when asked for.
-        finish: How the executor ended the sample.
+        finish: The executor's end of the sample.
     """
 
     index: int
@@ -54,10 +54,10 @@ class Resubmission:
     """A request was sent once more, as its scheduler was lost or gave it back.
 
     Attributes:
-        at: When, in monotonic nanoseconds.
+        at: Time, in monotonic nanoseconds.
         address: host:port of the scheduler that it was sent to.
         attempt: Number of this attempt, as executors know it.
-        reason: What happened to the scheduler before.
+        reason: The loss of the scheduler before.
     """
 
     at: int
@@ -83,13 +83,13 @@ class TokenReceiver:
 
     Args:
         num_samples: Samples of the request.
-        logprobs: Whether each token must come with its log-probability.
+        logprobs: True if each token must come with its log-probability.
         num_prompt_logprobs: Tokens of the prompt whose log-probabilities must come before the first token.
         min_tokens: Tokens of a sample to wait for before the taker is woken, beside the first and the last ones.
 
     Attributes:
         progress: All that came, taken or not.
-        resubmissions: How often it was sent once more, in order.
+        resubmissions: Each time that it was sent again, in order.
     """
 
     def __init__(

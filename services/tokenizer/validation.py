@@ -148,7 +148,7 @@ def check_prompt_tokens(
 
     Args:
         request: The request.
-        token_ids: What became of its text.
+        token_ids: Token ids of its text.
         vocab_size: Ids that the model knows are below it.
         token_text: The text of a token id.
     """

@@ -20,9 +20,9 @@ class Writing:
         model: Its tokenizer.
 
     Attributes:
-        texts: What tokens mean.
+        texts: Texts of the model's tokens.
         marked_texts: The same in answers from which reasoning and calls are told: marks are never left out.
-        dialect: How reasoning and calls are written.
+        dialect: The form of reasoning and calls.
         added_ids: Tokens that are cut out of a text before all others, special or not, by their texts.
         end_ids: Tokens that end an answer.
     """

@@ -24,7 +24,7 @@ class ClosedBatches:
     Args:
         begin: Makes a batch of these prompts for so many steps at most.
         max_rows: Jobs of a batch.
-        eos_token_ids: What ends the answers of jobs that do not ignore it.
+        eos_token_ids: Tokens that end the answers of jobs that do not ignore it.
         gather_s: A batch is not closed before it is full or so many seconds went by without a job: those that come at
             once shall be computed at once, and the first one of them is here before the others.
         clock: In seconds.

@@ -17,7 +17,7 @@ class Options:
 
     Attributes:
         model: A folder of `onnx_export`.
-        threads: Of its inference.
+        threads: Threads of its inference.
         filler: A token id that ends no prompt. The library needs one that ends answers, and fills rows up with it.
     """
 

@@ -18,11 +18,11 @@ class Options:
 
     Attributes:
         model: A .gguf file.
-        threads: Of its inference.
+        threads: Threads of its inference.
         max_num_seqs: Requests that run at once.
-        max_num_batched_tokens: Of a step.
-        cache_size: Of keys and values, in GB.
-        eos_token_ids: What ends answers.
+        max_num_batched_tokens: Max number of batched tokens of a step.
+        cache_size: Cache size of keys and values, in GB.
+        eos_token_ids: Tokens that end answers.
     """
 
     model: Path

@@ -19,7 +19,7 @@ class LinkEdge:
     Args:
         address: host:port of the service.
         path: `/scalellm.v1.Scheduler/Connect` or `/scalellm.v1.Executor/Execute`.
-        stamped: Whether tokens say when they were sent (the far neighbour is simulated, too).
+        stamped: True if tokens say when they were sent (the far neighbour is simulated, too).
     """
 
     def __init__(self, address: str, path: str, stamped: bool) -> None:

@@ -106,7 +106,7 @@ class SimulatedEngines:
     """`count` executors on ports of their own (or one scheduler), stepping by the clock, each in its own phase.
 
     Args:
-        count: How many.
+        count: Number of executors.
     """
 
     def __init__(self, count: int) -> None:

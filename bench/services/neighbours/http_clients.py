@@ -81,7 +81,7 @@ class HttpClients(ClosedLoop[_Connection]):
     """Keeps `streams` completions running.
 
     Attributes:
-        max_tokens: Of each request but the first ones.
+        max_tokens: Max tokens of each request but the first ones.
     """
 
     max_tokens: int

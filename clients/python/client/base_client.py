@@ -52,7 +52,7 @@ class BaseClient(Generic[StreamT]):
         """Start a generation.
 
         Args:
-            request: What to generate.
+            request: The request.
             timeout: Seconds; the request's deadline on every hop. None: no deadline.
             metadata: Sent along, such as `traceparent` and `tracestate` of the trace that the call belongs to.
         """
@@ -75,7 +75,7 @@ class BaseClient(Generic[StreamT]):
 
         Args:
             messages: (role, content) pairs; with a session, only those that are new.
-            sampling: How tokens are drawn; None: the model's defaults.
+            sampling: Sampling parameters; None: the model's defaults.
             session_id: Conversation that the server keeps: this one is continued, or begun.
             timeout: Seconds; the request's deadline on every hop. None: no deadline.
         """
@@ -86,7 +86,7 @@ class BaseClient(Generic[StreamT]):
 
         Args:
             request_id: As `stream.started` told it.
-            offsets: What was received, as `stream.offsets` tells it; empty: the answer is streamed from its beginning.
+            offsets: Tokens received, as `stream.offsets` tells them; empty: the answer is streamed from its beginning.
             timeout: Seconds for this call; it is not the request's deadline. None: no deadline.
 
         The stream raises ClientError with NOT_FOUND when the answer is no longer kept.

@@ -27,7 +27,7 @@ class ClientError(Exception):
 
     Args:
         code: The gRPC status code.
-        message: What the server says; for bad input it names the field and the limit.
+        message: The server's message; for bad input it names the field and the limit.
         field: The request's field at fault, where the server names one.
         retry_after: Seconds after which a retry may succeed, where the server says so.
         unreachable: The address at which nothing answers, where that is why: the request never reached a server.
@@ -57,9 +57,9 @@ class ClientError(Exception):
         """The same from what gRPC raises on a call to `address`, with the google.rpc details that came along.
 
         Args:
-            error: What was raised.
-            address: Whom the call was for.
-            shown: What the connection was made with.
+            error: The exception.
+            address: Address of the call.
+            shown: Credentials of the connection.
         """
         code: grpc.StatusCode = error.code()
         message = error.details() or code.name.lower().replace("_", " ")

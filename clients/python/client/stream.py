@@ -22,10 +22,10 @@ class _Stream:
 
     Args:
         call: The server-streaming gRPC call.
-        received: What was received of the answer by an earlier call, if any.
+        received: Part of the answer that an earlier call received, if any.
         address: The server's, for errors.
-        credentials: What the server was shown, for errors.
-        reconnection: How to go on where the call breaks.
+        credentials: Credentials of the connection, for errors.
+        reconnection: Rules of going on where the call breaks.
     """
 
     def __init__(

@@ -65,12 +65,12 @@ class LinkClient:
         address: host:port of the peer.
         method: The link's RPC.
         hello: The first frame of each connection.
-        handler: Who uses the link.
-        dialer: How to connect.
+        handler: The user of the link.
+        dialer: Dialer of the connection.
         silence_limit: Seconds without any frame, while `is_busy()`, after which the peer counts as dead although its
             connection stands (a process that hangs).
-        is_busy: Whether an answer of the peer is awaited.
-        demand: What waits for credits here, for a peer whose requests have a lease that is to be renewed.
+        is_busy: Tells if an answer of the peer is awaited.
+        demand: Returns the requests that wait for credits, for a peer whose requests have a lease to be renewed.
         traffic: Counts what passes, over all connections; default: an object of its own.
     """
 

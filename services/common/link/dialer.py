@@ -17,7 +17,7 @@ class LinkDialer:
     """Opens connections to other services. Its files are read anew for every connection.
 
     Attributes:
-        tls: What is shown and trusted; without files: plaintext.
+        tls: TLS files; without files: plaintext.
         tls_name: Name in the peer's certificate, where it is not the address.
         token_file: File with the link token.
     """

@@ -21,8 +21,8 @@ class RequestProgress:
 
     Attributes:
         tokens: All tokens that came, by sample. Whoever knows that some follow may append them.
-        num_logprobs: How many of them have their log-probabilities, by sample.
-        ended: Why each sample ended; FINISH_REASON_UNSPECIFIED while it runs.
+        num_logprobs: Number of them that have log-probabilities, by sample.
+        ended: Finish reason of each sample; FINISH_REASON_UNSPECIFIED while it runs.
         num_prompt_logprobs: Tokens of the prompt whose log-probabilities came.
     """
 

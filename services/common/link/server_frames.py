@@ -44,7 +44,7 @@ def read_step(message: bytes, vocab_size: int) -> link_pb2.StepOutput:
     meaning. Which requests there are, and which tokens are next, is known to who sent them off, and checked there.
 
     Args:
-        message: What came.
+        message: The message.
         vocab_size: That of the link's Welcome.
     """
     frame = _parse(message)

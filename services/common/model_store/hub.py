@@ -33,7 +33,7 @@ class HubModel:
     Attributes:
         repo: The repository.
         revision: A branch, tag or commit.
-        choice: Which of its GGUF files: a part of the file's name, as quantisations are named; empty: the repository
+        choice: One of its GGUF files: a part of the name, as quantisations are named; empty: the repository
             has weights in safetensors, or one GGUF file, or one with Q4_K_M, as in llama.cpp.
     """
 
@@ -86,7 +86,7 @@ def pull_from_hub(model: HubModel, on_bytes: Callable[[int, int], None]) -> Path
     cannot be reached, what was fetched before is used.
 
     Args:
-        model: Which one.
+        model: The model.
         on_bytes: Called several times a second with the bytes that are here and those of the whole model.
 
     Raises:

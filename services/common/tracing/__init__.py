@@ -25,7 +25,7 @@ def open_tracer(service: str, settings: ServiceSettings, sample_ratio: float = 0
 
     Args:
         service: Name of the service.
-        settings: Where to export to.
+        settings: Settings that name the exporter.
         sample_ratio: Share of traced requests, of those that come without a traceparent.
 
     Raises StartError.

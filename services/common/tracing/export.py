@@ -70,12 +70,12 @@ class ReportingExporter(SpanExporter):
     """Says once that spans cannot be exported, and once that they can again, with how many were lost.
 
     Args:
-        exporter: What exports.
-        target: Where to.
+        exporter: The exporter.
+        target: Name of the exporter's target.
 
     Attributes:
         num_taken: Spans that came to be exported.
-        num_failed: Of these, those that were lost.
+        num_failed: Number of the spans that were lost.
     """
 
     def __init__(self, exporter: SpanExporter, target: str) -> None:

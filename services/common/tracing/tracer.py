@@ -55,7 +55,7 @@ class Tracer:
 
     Args:
         service: Name of the service.
-        settings: Where to export to.
+        settings: Settings that name the exporter.
         sample_ratio: Share of traced requests, of those that come without a traceparent.
     """
 
@@ -89,11 +89,11 @@ class Tracer:
         """Begin the topmost span of this process for a request. None when the request is not traced.
 
         Args:
-            name: Of the span.
-            headers: What came with the request.
-            at: When it came, in monotonic nanoseconds.
-            kind: Of the span.
-            attributes: Of the span.
+            name: Name of the span.
+            headers: Headers of the request.
+            at: Time at which it came, in monotonic nanoseconds.
+            kind: Kind of the span.
+            attributes: Attributes of the span.
         """
         parent = self._propagator.extract(headers._asdict(), Context())
         offset = self._clock.offset()
@@ -136,7 +136,7 @@ class Span:
     """A span that is recorded. All times are monotonic nanoseconds of this host.
 
     Args:
-        tracer: Where it came from.
+        tracer: The tracer that made it.
         span: OpenTelemetry's.
         offset: From monotonic time to Unix time.
     """
@@ -172,9 +172,9 @@ class Span:
         """End it.
 
         Args:
-            at: When.
-            code: How its request ended; None = the span is not about a request.
-            message: Why, unless that is OK.
+            at: Time, in monotonic nanoseconds.
+            code: Status of its request; None = the span is not about a request.
+            message: The reason, unless the code is OK.
         """
         if code is not None:
             self.span.set_attribute("rpc.response.status_code", code.name)

@@ -28,7 +28,7 @@ class LlMatcher:
 
         Args:
             token_ids: Tokens of the sample.
-            start: Where its output begins among them.
+            start: Position at which its output begins among them.
         """
         new = token_ids[start + self._num_known :]
         if new:

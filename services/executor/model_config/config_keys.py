@@ -28,7 +28,7 @@ class ConfigKeys:
 
     Args:
         values: The object.
-        where: What messages call it: the file, and the key where it lies in another object.
+        where: Its name in messages: the file, and the key where it lies in another object.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -111,7 +111,7 @@ class ConfigKeys:
         Args:
             irrelevant: Keys that change no number.
             accepted: Values with which a key that was not read changes none.
-            prefix: Of the keys that matter.
+            prefix: Prefix of the keys that matter.
         """
         for key in self._values:
             name = key.removeprefix(prefix)

@@ -28,7 +28,7 @@ class YarnScaling:
     `attention_factor`.
 
     Attributes:
-        factor: How many times longer the context is than the original one.
+        factor: Length of the context, divided by that of the original one.
         original_max_position_embeddings: The context that the model was first trained with, in tokens.
         attention_factor: Multiplies queries and keys alike.
         beta_fast: Turns in the original context from which on a frequency is kept.

@@ -1,4 +1,4 @@
-"""What one of several ranks holds of a model, and how the ranks put together what each has computed.
+"""The parts of a model that each of several ranks holds, and the sums that put their results together.
 
 A rank is a process with a device of its own. Attention is divided by heads, gated MLPs by their inner features, and the
 vocabulary by tokens; experts go to groups of ranks, and each is divided within its group. Whatever a division leaves

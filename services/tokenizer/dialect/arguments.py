@@ -59,8 +59,8 @@ class TaggedReader:
     """Reads arguments that come one by one, and tells the JSON object of them.
 
     Args:
-        tags: How they are written.
-        after: What follows the last one.
+        tags: The tags around them.
+        after: Text behind the last one.
         are_texts: True for arguments that are strings, false for those that are not, by their names. A value of another
             name is what JSON it is, or else a string.
 

@@ -18,7 +18,7 @@ class CalledTool:
     Attributes:
         name: Its name.
         schema: JSON Schema of its arguments, as JSON; None: any JSON object.
-        field: Where the schema stands in the request.
+        field: The schema's field in the request.
     """
 
     name: str

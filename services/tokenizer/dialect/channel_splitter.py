@@ -23,8 +23,8 @@ class ChannelSplitter:
     Messages of the same kind are told apart by the end of a line. What is no message is text.
 
     Args:
-        channels: How the answer is written.
-        opening: Where it begins.
+        channels: The answer's form of messages.
+        opening: The part in which it begins.
         has_calls: It may have calls; otherwise what looks like one is what its channel says.
         make_id: Returns the id of a call, by its number.
 

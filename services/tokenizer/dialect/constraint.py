@@ -25,7 +25,7 @@ class AnswerGrammar:
     """Makes the grammar of answers to one request. Raises StatusError for schemas that cannot be followed.
 
     Args:
-        dialect: How the model writes.
+        dialect: The model's dialect.
         special_ids: The model's special tokens, by their texts.
         added_ids: Tokens that have a text of their own, by it: special ones, and marks that are none.
         end_ids: Tokens that end a sample.
@@ -49,9 +49,9 @@ class AnswerGrammar:
         """Return the grammar; empty where anything may be written.
 
         Args:
-            calls: What the answer may call; None: nothing.
+            calls: Functions that the answer may call; None: nothing.
             shape: The shape of its text: a grammar whose first rule is `start`; empty: any text.
-            opening: Where it begins.
+            opening: The part in which it begins.
             budget: Most tokens of its reasoning; None: no limit.
         """
         if calls is None and not shape and (budget is None or opening is Opening.BEHIND_REASONING):

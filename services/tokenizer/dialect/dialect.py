@@ -50,7 +50,7 @@ class CallFormat:
 
     Attributes:
         trigger: With what calls begin, and no other text: the first characters of `begin` and `before`.
-        arguments: How arguments are written.
+        arguments: The form of arguments.
         is_numbered: A name is followed by `:` and a number, and the id of a call is `functions.` name `:` number.
         is_whole: Calls are the whole answer: it either begins with them or has none.
     """
@@ -132,10 +132,10 @@ class Dialect:
 
     Attributes:
         reasoning: Around its reasoning; None: it does not reason in a way that is known here.
-        calls: How it writes calls; None: in a way that is not known here.
-        tools: How it is told of tools.
+        calls: Its form of calls; None: in a way that is not known here.
+        tools: The form in which it is told of tools.
         short_ids: Ids of calls are nine letters and digits: its template refuses others.
-        channels: How it writes messages, where an answer consists of several: reasoning and calls are among them, and
+        channels: Its form of messages, where an answer consists of several: reasoning and calls are among them, and
             `reasoning` and `calls` are None.
     """
 

@@ -18,9 +18,9 @@ class Part(NamedTuple):
     """A part of an answer, or more of one.
 
     Attributes:
-        kind: What it is.
-        text: What is new of it; of a call, its arguments as JSON.
-        number: Which call of the answer, from 0 on.
+        kind: Kind of the part.
+        text: New text of it; of a call, its arguments as JSON.
+        number: Number of the call in the answer, from 0 on.
         call_id: Id of a call that begins; empty where one goes on.
         name: Function of a call that begins.
     """

@@ -15,7 +15,7 @@ class PythonReader:
     """Reads arguments up to the end of the call, and tells the JSON object of them, each once it is complete.
 
     Args:
-        after: What ends the call, one closing bracket.
+        after: Text that ends the call, one closing bracket.
 
     Attributes:
         is_complete: All of them were read.

@@ -33,8 +33,8 @@ class Splitter:
     """Splits one answer. Not safe for concurrent use.
 
     Args:
-        dialect: How the answer is written.
-        opening: Where it begins.
+        dialect: The answer's dialect.
+        opening: The part in which it begins.
         has_calls: It may have calls; otherwise what looks like one is text.
         make_id: Returns the id of a call, by its number.
         texts_of: Returns which arguments of a function are strings, by its name; needed for tagged arguments.

@@ -27,10 +27,10 @@ def make_samples(
     """Return the samples of a request, nothing of them seen yet.
 
     Args:
-        request: What the client asked for.
-        options: What is wanted of it.
-        submit: What became of it.
-        writing: How the model writes.
+        request: The client's request.
+        options: The wanted parts of the answer.
+        submit: The Submit made of it.
+        writing: The model's way of writing.
     """
     stops = StopStrings(request.stop) if request.stop else None
     none = [None] * submit.sampling.n
@@ -62,8 +62,8 @@ class Answer:
     """The samples of one request while they grow.
 
     Attributes:
-        prompt_ids: What the model reads.
-        samples: By index.
+        prompt_ids: Token ids of the prompt.
+        samples: Samples by index.
         trace: Told of the time that detokenising takes, and of the first token.
         metrics: Told of times between messages.
         stop_sample: Called with the index of a sample that a stop text ended.

@@ -22,7 +22,7 @@ class AnswerShape:
 
     Args:
         request: It passed validation.
-        writing: How the model writes.
+        writing: The model's way of writing.
     """
 
     def __init__(self, request: generation_pb2.GenerateRequest, writing: Writing) -> None:
@@ -79,9 +79,9 @@ def make_splitters(
     """Return what tells the parts of each sample apart; None where all is text.
 
     Args:
-        request: What the client asked for.
-        submit: What became of it.
-        writing: How the model writes.
+        request: The client's request.
+        submit: The Submit made of it.
+        writing: The model's way of writing.
     """
     if not splits(request):
         return None
@@ -117,8 +117,8 @@ class _CallIds:
     """Makes ids of calls that follow from the request, so that a resumed stream has the same ones.
 
     Args:
-        request_id: Of the request.
-        sample: Which sample.
+        request_id: Id of the request.
+        sample: Index of the sample.
         is_short: Nine letters and digits.
     """
 

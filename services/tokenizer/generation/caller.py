@@ -17,8 +17,8 @@ class Caller(ABC):
 
     Attributes:
         transport: Name of the protocol in metrics: grpc or http.
-        method: What was called, as spans are named.
-        span_attributes: Of the call's span: what OpenTelemetry wants to know of the protocol.
+        method: Name of the method, as spans have it.
+        span_attributes: Attributes of the call's span: what OpenTelemetry wants to know of the protocol.
         metadata: Headers, names in lower case: `traceparent` and `tracestate` are read.
     """
 

@@ -31,7 +31,7 @@ class TenantSalt:
 
     Args:
         secret: Nobody else's, where there is one.
-        tenant: Whose requests they are.
+        tenant: The tenant of the requests.
 
     Attributes:
         tenant: Stands for the tenant on links.

@@ -50,10 +50,10 @@ async def save_turn(
 
     Args:
         edge: The worker.
-        tenant: Whose session it is.
+        tenant: The tenant of the session.
         request: The question.
         session: As it was before.
-        prompt: What the model read.
+        prompt: The prompt.
         sample: The answer.
         version: That the session has then; empty = a new one. Storing the same one again changes nothing.
     """
@@ -77,11 +77,11 @@ def make_finished(
     """Count a request that finished, and return its last event.
 
     Args:
-        metrics: Where it counts.
-        trace: Where its time went.
-        finish: What the scheduler said.
-        samples: How they ended.
-        outcome: What became of its session; None without.
+        metrics: Metrics of the worker.
+        trace: The request's times.
+        finish: The scheduler's Finish.
+        samples: Ends of the samples.
+        outcome: Outcome of its session; None without one.
     """
     for sample in samples:
         if (counter := metrics.success.get(sample.reason)) is not None:

@@ -20,7 +20,7 @@ class GrpcCaller(Caller):
     """A gRPC call. gRPC itself cancels its task when the client leaves or the deadline passes.
 
     Args:
-        context: Of the call.
+        context: Context of the call.
         method: Its full name.
     """
 

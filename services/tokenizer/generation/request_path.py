@@ -69,11 +69,11 @@ class Call(ABC):
 
     Args:
         edge: The worker.
-        request: What is generated, as far as that is known.
-        caller: Who asks.
+        request: The request for generation, as far as it is known.
+        caller: The caller.
 
     Attributes:
-        events: What happens, for one consumer, once; see `Event`. Raises StatusError for every end but OK.
+        events: Events of the request, for one consumer, once; see `Event`. Raises StatusError for every end but OK.
         trace: The stop-watch.
     """
 
@@ -178,8 +178,8 @@ class Generation(Call):
 
     Args:
         edge: The worker.
-        request: What the client asks for.
-        caller: Who asks.
+        request: The client's request.
+        caller: The caller.
         asked: See Head.
     """
 
@@ -349,8 +349,8 @@ class Resumption(Call):
 
     Args:
         edge: The worker.
-        resume: Which request, and from where on.
-        caller: Who asks.
+        resume: The request and the position in it.
+        caller: The caller.
         again: All of the request, where the client sent it again. Its events then begin with what the client has seen:
             whoever writes an answer in a format of its own has to count that. See `follow`.
     """

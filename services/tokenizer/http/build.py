@@ -44,7 +44,7 @@ def make_listener(
         gate: Closed while the worker drains.
         held: Bounds what callers make the worker hold.
         on_end: Told of each call that ended.
-        is_ready: Whether the worker can do its work now.
+        is_ready: Tells if the worker can do its work now.
     """
     if not edge.prompts.can_take_content_as_text:
         _log.warning(

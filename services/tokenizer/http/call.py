@@ -27,11 +27,11 @@ class HttpCall:
 
     Args:
         request: As it came.
-        path: What was called, with names in braces for what differs: `/v1/models/{model}`.
+        path: Path of the route, with names in braces for what differs: `/v1/models/{model}`.
 
     Attributes:
         request_id: The client's `x-request-id` where that is an id, or one that is made here.
-        metadata: Of the headers, what the request path reads, as gRPC clients send it.
+        metadata: The headers that the request path reads, as gRPC clients send it.
         stream: The answer as far as it is written, once it is a stream of events.
         error_event: Writes an error as the last event of the stream, where it is not the API's usual one.
     """

@@ -30,11 +30,11 @@ class ChatStream:
     """The answer as chunks.
 
     Args:
-        request: What was asked.
+        request: The client's request.
         answer_id: Its id.
         model: Name of the model.
-        texts: What tokens mean.
-        echo: What the content of each choice begins with.
+        texts: Texts of the model's tokens.
+        echo: Beginning of each choice's content.
     """
 
     def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts, echo: str) -> None:

@@ -28,9 +28,9 @@ class _Prompt:
     """The part of an answer that repeats one prompt: the beginning of its choices, and the fields beside the first.
 
     Args:
-        request: What was asked.
+        request: The client's request.
         text: The prompt's, where it is wanted.
-        texts: What tokens mean.
+        texts: Texts of the model's tokens.
     """
 
     def __init__(self, request: CompletionRequest, text: str, texts: TokenTexts) -> None:
@@ -80,11 +80,11 @@ class _Format:
     """The common part of streams and documents.
 
     Args:
-        request: What was asked.
+        request: The client's request.
         answer_id: Its id.
         model: Name of the model.
-        texts: What tokens mean.
-        echoes: What the choices of each prompt begin with.
+        texts: Texts of the model's tokens.
+        echoes: Beginning of the choices of each prompt.
     """
 
     def __init__(

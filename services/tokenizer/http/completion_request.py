@@ -50,7 +50,7 @@ class CompletionRequest(ShapedRequest):
 
         Args:
             request_id: Their id, unless it is named in the request; those of several prompts are numbered.
-            prompts: What `split_prompts` makes of the prompt.
+            prompts: The prompts, from `split_prompts`.
         """
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise StatusError.invalid("best_of", f"must be the same as n, got {self.best_of}")

@@ -33,7 +33,7 @@ class BoundedConnection(asyncio.Protocol):
 
     Args:
         inner: aiohttp's, which speaks HTTP.
-        limits: Of all connections together.
+        limits: Limits of all connections together.
     """
 
     def __init__(self, inner: web.RequestHandler, limits: ConnectionLimits) -> None:

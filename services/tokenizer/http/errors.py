@@ -22,7 +22,7 @@ class HttpError(StatusError):
         status: HTTP's.
         message: One sentence for the client.
         code: The nearest status of gRPC, under which it is counted.
-        field: What is at fault.
+        field: The field at fault.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ErrorFormat:
 
     Attributes:
         body: Writes an error.
-        event: What goes before it in a stream that has begun.
+        event: Text before it in a stream that has begun.
     """
 
     body: Callable[[StatusError], bytes]

@@ -23,7 +23,7 @@ class Place:
     """The position up to which a client has read an answer.
 
     Attributes:
-        request_id: Of the request.
+        request_id: Id of the request.
         counts: Tokens of each choice that it has.
     """
 
@@ -53,7 +53,7 @@ class NumberedFormat:
 
     Args:
         format: Writes the events.
-        request_id: Of the request.
+        request_id: Id of the request.
         num_prompts: Prompts of the request.
         num_samples: Samples of each, which may be more than a request may have until the first has started.
         seen: Tokens of each sample of each prompt that the client has, where it goes on: their events are left out.

@@ -21,7 +21,7 @@ class EventStream:
     """Writes events as they come. `open` it once; the headers then are with the client.
 
     Args:
-        request: What is answered.
+        request: The HTTP request.
         silence: See _SILENCE.
     """
 

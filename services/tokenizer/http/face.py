@@ -64,11 +64,11 @@ class HttpFace:
         """Serve a path by a handler that reads no body. Who may call it stands in access.ROUTES.
 
         Args:
-            app: Where it is added.
-            method: Of HTTP.
-            path: What is served, names in braces for what differs.
+            app: Application to which it is added.
+            method: HTTP method.
+            path: Path of the route, names in braces for what differs.
             handler: Answers.
-            errors: How the API tells errors.
+            errors: The API's form of errors.
             is_long: Calls may take long: the drain waits for them, and lets none begin.
         """
         # A name in braces ends at a slash, unless it is given a pattern.

@@ -42,10 +42,10 @@ class HttpListener:
     """Serves an application on a port that other processes may share.
 
     Args:
-        app: What is served.
+        app: The application.
         host: Address to listen on.
         port: Port to listen on.
-        tls: What is shown, and whom is answered.
+        tls: TLS files of the listener.
         max_connections: Most connections; more are closed at once. None: half as many as the process may have files.
     """
 

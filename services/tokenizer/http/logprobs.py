@@ -20,9 +20,9 @@ def chat_entries(token_ids: Sequence[int], values: common_pb2.TokenLogprobs, tex
     """Return entries of a chat's `logprobs.content`, with commas in between.
 
     Args:
-        token_ids: Of the answer.
+        token_ids: Token ids of the answer.
         values: One entry per token.
-        texts: What tokens mean.
+        texts: Texts of the model's tokens.
         num_top: Alternatives to show.
     """
     entries = []
@@ -75,7 +75,7 @@ class CompletionLogprobs:
     """The `logprobs` of one completion: parallel lists.
 
     Args:
-        texts: What tokens mean.
+        texts: Texts of the model's tokens.
         num_top: Alternatives per token; 0: only the token itself.
         offset: Characters of the text before the first token.
     """

@@ -21,7 +21,7 @@ class MetricsRoute:
 
     Args:
         settings: The service's.
-        folder: Where the workers write.
+        folder: Folder of the workers' files.
     """
 
     def __init__(self, settings: TokenizerSettings, folder: Path) -> None:

@@ -40,12 +40,12 @@ class ResponseDocument:
     """The answer in one. Made twice of the same, it says the same.
 
     Args:
-        request: What was asked.
+        request: The client's request.
         response_id: Its id.
         created_at: Seconds since the epoch.
         model: Name of the model.
-        texts: What tokens mean.
-        sampling: How they are drawn, the model's own settings included.
+        texts: Texts of the model's tokens.
+        sampling: Sampling parameters, the model's own settings included.
         is_stored: True if it will be stored.
         has_items: Reasoning and calls are items of their own.
     """

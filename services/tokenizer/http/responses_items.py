@@ -23,10 +23,10 @@ class OutputItem:
     Attributes:
         kind: A message, reasoning or a call.
         item_id: Its id.
-        call_id: Of a call.
-        name: Of the function that is called.
+        call_id: Id of a call.
+        name: Name of the function that is called.
         texts: Text, reasoning or arguments so far.
-        logprobs: Of a message, so far.
+        logprobs: Log-probabilities of a message, so far.
     """
 
     kind: PartKind

@@ -119,7 +119,7 @@ class ResponsesRequest(ApiRequest):
 
         Args:
             request_id: Its id.
-            history: What was said before.
+            history: The messages before.
             said: The input.
             content_is_text: Take special tokens' texts in messages for text.
             tells_reasoning: The model reasons: tell that apart from text.

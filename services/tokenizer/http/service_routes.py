@@ -21,7 +21,7 @@ class ServiceRoutes:
 
     Args:
         edge: The worker.
-        is_ready: Whether it can do its work now.
+        is_ready: Tells if the service can do its work now.
     """
 
     def __init__(self, edge: Edge, is_ready: Callable[[], bool]) -> None:

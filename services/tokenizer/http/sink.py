@@ -25,7 +25,7 @@ class HttpCaller(Caller):
 
     Args:
         call: The request.
-        deadline: How long the client waits.
+        deadline: The client's waiting time.
     """
 
     transport = "http"
@@ -66,8 +66,8 @@ class Sink:
     """One answer on its way to the client.
 
     Args:
-        call: What is answered.
-        format: How.
+        call: The HTTP call.
+        format: Format of the answer.
         on_finished: See OnFinished.
     """
 
@@ -138,11 +138,11 @@ async def serve(
 
     Args:
         edge: The worker.
-        call: What is answered.
+        call: The HTTP call.
         requests: One per prompt.
         names: For each, what the client calls our fields; see `renamed`.
-        format: Of the answer.
-        is_stream: Whether the client wants each part when it comes.
+        format: Format of the answer.
+        is_stream: True if the client wants each part when it comes.
         on_finished: See OnFinished.
         seen: Go on with answers that are kept: tokens of each sample that the client has, per prompt. The format is
             told of these as well, in Deltas that end there.

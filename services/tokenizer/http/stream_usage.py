@@ -10,11 +10,11 @@ class StreamUsage:
     """Counts what a stream used, and writes it as its request wants it.
 
     Args:
-        request: What was asked.
+        request: The client's request.
 
     Attributes:
         plain_tail: End of a chunk that has neither log-probabilities nor token ids nor usage so far.
-        prompt_tokens: Of all prompts.
+        prompt_tokens: Prompt tokens of all prompts.
         completion_tokens: That were sent.
     """
 

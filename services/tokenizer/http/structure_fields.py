@@ -38,7 +38,7 @@ def shape_of(fields: Mapping[str, object]) -> Shape:
     """Return the shape that the one of these fields says which has a value. Raises StatusError.
 
     Args:
-        fields: By name: `response_format`, vLLM's `structured_outputs`, and its older `guided_json`, `guided_regex`,
+        fields: Fields by name: `response_format`, vLLM's `structured_outputs`, its older `guided_json`, `guided_regex`,
             `guided_choice` and `guided_grammar`.
     """
     found: dict[str, Shape] = {}

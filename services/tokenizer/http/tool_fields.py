@@ -94,8 +94,8 @@ def tool_names(tools: object, inner: str = "", schema: str = "parameters") -> di
 
     Args:
         tools: As it sent them.
-        inner: Where a tool's own fields stand in it: `.function` in chats, nothing elsewhere.
-        schema: What the schema of its arguments is called.
+        inner: Path of a tool's own fields in it: `.function` in chats, nothing elsewhere.
+        schema: Name of the field with the schema of its arguments.
     """
     names = {"chat.tools": "tools", "chat.tool_choice": "tool_choice", "chat.documents": "documents"}
     for index in range(len(tools) if isinstance(tools, list) else 0):

@@ -49,12 +49,12 @@ class Head:
     """The facts about a request that are known from its beginning.
 
     Attributes:
-        digest: Of the request: another one under the same id has another.
-        request: What the client asked for.
-        submit: What went to the scheduler first.
+        digest: Digest of the request: another one under the same id has another.
+        request: The client's request.
+        submit: The first Submit to the scheduler.
         started: The first event.
-        session_version: Of the session that it continues; empty for a new one, and without.
-        asked: What the client asked for in the words of its own API, for whoever tells the answer in that API; empty
+        session_version: Version of the session that it continues; empty for a new one, and without.
+        asked: The client's request in the words of its own API, for whoever tells the answer in that API; empty
             where nobody asks for it by its id alone.
     """
 
@@ -90,7 +90,7 @@ class Reading:
         time_left: Seconds until the deadline; None: it has none.
         end: The last event, or the status; None while the request has not ended.
         is_cancelled: True if its tenant wants it to end.
-        steps: What came of it since the place from which on it was read.
+        steps: Its results since the position from which it was read.
         num_bytes: The place to read on from.
     """
 
@@ -108,12 +108,12 @@ class Entry:
     """A write to one request's journal. An empty one renews the lease.
 
     Attributes:
-        tenant: Whose it is.
+        tenant: The tenant.
         request_id: Its id.
         fence: The writer's.
-        num_bytes: What the tail has, by the last answer.
-        step: What came.
-        end: How it ended.
+        num_bytes: Bytes of the tail, by the last answer.
+        step: The results.
+        end: Its end.
         gives_up: Others may take it over at once.
     """
 
@@ -130,14 +130,14 @@ class Journal:
     """All journals, of all tenants. Every method raises StatusError UNAVAILABLE when Redis does not do it.
 
     Args:
-        redis: Where they are.
+        redis: The Redis that holds them.
         owner: Names this worker.
         ttl: Seconds for which a journal is kept after it was last written to.
         lease: Seconds without a sign of life after which others take a worker's requests over.
         max_bytes: Most bytes of one tenant's journals, unless its limits say otherwise.
 
     Attributes:
-        num_failures: What Redis did not do.
+        num_failures: Number of operations that Redis did not do.
     """
 
     def __init__(self, redis: Redis, owner: str, *, ttl: float, lease: float, max_bytes: int) -> None:
@@ -217,7 +217,7 @@ class Journal:
         """Take over a request whose worker is gone. Returns the new fence; 0: somebody else has it.
 
         Args:
-            tenant: Whose it is.
+            tenant: The tenant.
             request_id: Its id.
             fence: As it was read.
         """

@@ -59,21 +59,21 @@ class KeptRequest:
 
     Args:
         edge: The worker.
-        journal: Where it is written to.
+        journal: Journal that it is written to.
         writing: Held while journals are written: an entry says how long its tail is, so two at once would not fit.
-        tenant: Whose it is.
+        tenant: The tenant.
         head: The request.
         fence: 1 for a new request, which runs here; 0: it runs, or ran, elsewhere.
-        lease: What a new request uses of its tenant's quotas.
-        trace: Of a new request.
-        prompt: Of a new request, for its session.
+        lease: Lease of a new request on its tenant's quotas.
+        trace: Trace of a new request.
+        prompt: Prompt of a new request, for its session.
         session: That a new request continues.
 
     Attributes:
-        transcript: What came of it.
+        transcript: Its results.
         num_followers: Calls that read it.
         was_refused: It did not run, and its id stands for nothing.
-        is_journaled: Whether all but the last moments of it is in its journal.
+        is_journaled: True if all but its last moments are in its journal.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class KeptRequests:
     """Finds and begins them, and writes their journals. `run` has to run.
 
     Args:
-        journal: Where they are written to; None: the service has no Redis, and no request is kept.
+        journal: Journal that they are written to; None: the service has no Redis, and no request is kept.
         gate: Told of those that run, so that draining waits for them.
         lease: Seconds that the journal's lease lasts.
     """

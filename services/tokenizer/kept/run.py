@@ -36,9 +36,9 @@ class Run:
 
     Args:
         edge: The worker.
-        tenant: Whose it is.
+        tenant: The tenant.
         head: The request.
-        transcript: What came of it; what comes goes there.
+        transcript: Its results; new ones are added there.
         trace: The stop-watch.
         prompt: With the session's part, if it was built here.
         session: That the request continues, if it was loaded here.

@@ -22,7 +22,7 @@ class SampleLog:
     Attributes:
         token_ids: Its tokens; of one that a stop text ended, those up to it.
         logprobs: One entry per token, when asked for.
-        finish: How it ended; FINISH_REASON_STOP without a token where a stop text ended it.
+        finish: Its end; FINISH_REASON_STOP without a token where a stop text ended it.
     """
 
     token_ids: array[int] = field(default_factory=lambda: array("I"))
@@ -46,11 +46,11 @@ class Transcript:
         submit: The request: its prompt, how many samples, and which log-probabilities were asked for.
 
     Attributes:
-        samples: By index.
-        prompt_logprobs: Of the first tokens of the prompt.
+        samples: Samples by index.
+        prompt_logprobs: Log-probabilities of the first tokens of the prompt.
         finished: The last event, once the request has finished.
         error: The status with which it ended otherwise.
-        first_token_at: When its first token came here, in nanoseconds of the monotonic clock; 0 = not yet.
+        first_token_at: Time at which its first token came here, in nanoseconds of the monotonic clock; 0 = not yet.
     """
 
     def __init__(self, submit: link_pb2.Submit) -> None:

@@ -19,7 +19,7 @@ def grammar_of(structured: generation_pb2.StructuredOutput, special_ids: Mapping
     """Return the grammar of a shape.
 
     Args:
-        structured: What the client asks for.
+        structured: The client's shape.
         special_ids: The model's special tokens, by their texts.
 
     Raises StatusError that names the field and the limit. Whether a regular expression or a grammar makes sense is the

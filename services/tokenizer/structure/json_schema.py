@@ -55,7 +55,7 @@ def checked_schema(text: str, field: str) -> str:
 
     Args:
         text: A JSON Schema, as JSON text. Its size was checked.
-        field: Where it stands in the request.
+        field: Its field in the request.
     """
     schema = _parsed(text, field)
     _check_depth(schema, field)

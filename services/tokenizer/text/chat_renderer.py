@@ -87,7 +87,7 @@ class ChatRenderer:
 
         Args:
             messages: With `role` and `content` each.
-            caller: Whose turn it takes: a tenant's name.
+            caller: Name of the tenant whose turn it takes.
             add_generation_prompt: See ChatTemplate.render, as for the rest.
             continue_final_message: See there.
             tools: See there.

@@ -60,7 +60,7 @@ class ChatTemplate:
 
     Args:
         source: The Jinja source.
-        special_tokens: What the template may refer to besides the messages: `bos_token` and the like.
+        special_tokens: Variables of the template besides the messages: `bos_token` and the like.
         max_chars: Limit on the output, in characters.
 
     Raises ChatTemplateError when the source is not valid Jinja.
@@ -101,8 +101,8 @@ class ChatTemplate:
             messages: JSON values only, at least `role` and `content` each.
             add_generation_prompt: Append the header of the assistant's answer.
             continue_final_message: Leave out what the template writes after the last message's content.
-            tools: What the model may call, JSON values only; None where there are none.
-            documents: What the model may look up, JSON values only; None where there are none.
+            tools: Functions that the model may call, JSON values only; None where there are none.
+            documents: Documents that the model may look up, JSON values only; None where there are none.
             kwargs: Other variables of the template, JSON values only.
 
         Raises:

@@ -55,7 +55,7 @@ class TokenTexts:
     A text may begin with token 0, or go on `after` others.
 
     Attributes:
-        tokens: How the vocabulary writes each token, by id.
+        tokens: The vocabulary's spelling of each token, by id.
         special_ids: Ids of the special tokens, by their texts.
 
     Raises UnsupportedTokenizerError for a decoder of another kind than the two above.

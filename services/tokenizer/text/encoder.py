@@ -95,7 +95,7 @@ class EncodeBatcher:
 
         Args:
             text: The text.
-            caller: Whose turn a long text takes: a tenant's name.
+            caller: Name of the tenant whose turn a long text takes.
             add_special_tokens: Put the model's own tokens around it, usually one for the beginning: right for a plain
                 prompt, wrong for a rendered chat template, which writes them itself.
             max_tokens: Do not encode a text that certainly has more tokens.

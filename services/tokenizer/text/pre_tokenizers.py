@@ -33,11 +33,11 @@ class PreTokenizer:
     """One splitting rule.
 
     Attributes:
-        pattern: What the text is cut into; None for GPT-2's own pattern, which is built into `ByteLevel`.
+        pattern: Pattern of the pieces of text; None for GPT-2's own pattern, which is built into `ByteLevel`.
         single_digits: Cut out every digit first.
         nfc: Bring the text to Unicode normal form C first.
         ignore_merges: A piece that is a token as a whole is that token, whatever the merges say.
-        adds_bos: Whether a prompt starts with the beginning-of-sequence token when the file does not say.
+        adds_bos: True if a prompt starts with the beginning-of-sequence token when the file does not say.
     """
 
     pattern: str | None = None

@@ -101,7 +101,7 @@ class StopResult:
     """The result of matching a chunk of text.
 
     Attributes:
-        text: What may be shown now.
+        text: Text that may be shown now.
         num_chars_read: Characters of the chunk up to the end of the stop string; all without one.
         stop: The stop string that ended the text, or None.
     """
@@ -116,7 +116,7 @@ class StopMatcher:
 
     Args:
         stops: The automaton.
-        include_stop: Whether the stop string belongs to the text. Then nothing needs to be held back.
+        include_stop: True if the stop string belongs to the text. Then nothing needs to be held back.
     """
 
     def __init__(self, stops: StopStrings, *, include_stop: bool = False) -> None:

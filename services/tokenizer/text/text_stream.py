@@ -13,7 +13,7 @@ class TextDelta:
 
     Attributes:
         text: New text; may be empty while a character or a possible stop string is incomplete.
-        num_tokens: How many of the batch's tokens belong to the sample: all, or up to the one that completed `stop`.
+        num_tokens: Number of the batch's tokens that belong to the sample: all, or up to the one that completed `stop`.
         stop: The stop string that ended the sample, or None.
     """
 
@@ -29,11 +29,11 @@ class TextStream:
     however the tokens were batched on their way.
 
     Args:
-        texts: What tokens mean.
+        texts: Texts of the model's tokens.
         stops: Stop strings, or None without any.
-        skip_special_tokens: Whether special tokens are left out of the text. A stop string that is exactly a special
+        skip_special_tokens: True if special tokens are left out of the text. A stop string that is exactly a special
             token's text matches that token all the same.
-        include_stop: Whether the stop string belongs to the text.
+        include_stop: True if the stop string belongs to the text.
         min_tokens: Tokens of which none completes a stop string; it may begin among them.
     """
 

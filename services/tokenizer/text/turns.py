@@ -13,8 +13,8 @@ class Job:
     """Something to be done for a caller.
 
     Attributes:
-        caller: Whose turn it takes: a tenant's name.
-        result: What the caller waits for; done before the work has begun if the caller has gone.
+        caller: Name of the tenant whose turn it takes.
+        result: Future that the caller waits for; done before the work has begun if the caller has gone.
     """
 
     caller: str

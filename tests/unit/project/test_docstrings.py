@@ -1,4 +1,7 @@
-"""Docstrings name their subject: none opens with an indirect question, such as "What a call can fail with"."""
+"""Docstrings name their subject: none opens with an indirect question, such as "What a call can fail with".
+
+The same holds for each argument and attribute that a docstring describes.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +33,23 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
             after_value = isinstance(statement, ast.Assign | ast.AnnAssign)
 
 
+def riddles_of(docstring: str) -> list[str]:
+    """The indirect questions in a docstring: its opening, and what it says of arguments and attributes."""
+    opening, *lines = docstring.splitlines()
+    entries = [entry[1] for line in lines if (entry := re.match(r" +\w+: (.+)", line)) is not None]
+    return [text for text in (opening, *entries) if INDIRECT.match(text)]
+
+
 @pytest.mark.parametrize("folder", ["services", "kernels", "clients", "bench", "scripts"])
 def test_docstrings_name_their_subject(folder: str) -> None:
     listed = subprocess.run(["git", "ls-files", f"{folder}/*.py"], cwd=ROOT, check=True, capture_output=True, text=True)
     names = [name for name in listed.stdout.splitlines() if GENERATED not in name and (ROOT / name).is_file()]
     assert names
     riddles = [
-        f"{name}:{line}: {text.splitlines()[0]}"
+        f"{name}:{line}: {riddle}"
         for name in names
         for line, text in docstrings(ast.parse((ROOT / name).read_text(encoding="utf-8")))
-        if INDIRECT.match(text)
+        for riddle in riddles_of(text)
     ]
     assert riddles == []
 
@@ -52,8 +62,9 @@ def test_docstrings_name_their_subject(folder: str) -> None:
         ('def f() -> bool:\n    """Whether it is."""', 1),
         ('limit = 1\n"""How many there may be."""', 1),
         ('limit = 1\n"""Whatever comes first wins."""', 0),
+        ('"""Ends calls.\n\n    Args:\n        call: Which.\n        limit: Of calls.\n    """', 2),
         ('print(1)\n"""What is no docstring."""', 0),
     ],
 )
 def test_the_rule_itself(source: str, riddles: int) -> None:
-    assert sum(bool(INDIRECT.match(text)) for _, text in docstrings(ast.parse(source))) == riddles
+    assert sum(len(riddles_of(text)) for _, text in docstrings(ast.parse(source))) == riddles
