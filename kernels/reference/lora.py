@@ -1,4 +1,10 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021), a different one for each token of a batch (Punica, S-LoRA)."""
+"""Low-rank adapters (LoRA, Hu et al. 2021), a different one for each token of a batch (Punica, S-LoRA).
+
+    y = scaling[l] * x A_l^T,    out += y B_l^T,    with l the adapter of the token
+
+No model calls these ops yet: the server does not load adapters. They are kept, with few tests and untimed, for the
+projections of a model that has them.
+"""
 
 import torch
 from torch import Tensor

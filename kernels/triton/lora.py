@@ -1,6 +1,7 @@
 """Low-rank adapters, a different one for each token: one launch for each of the two products.
 
 Every token reads its own adapter. In decode that is what has to be read; the tokens of a prompt share theirs in L2.
+No model calls them yet; see `kernels.reference.lora`.
 """
 
 import torch

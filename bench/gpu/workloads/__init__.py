@@ -1,4 +1,4 @@
-"""Calls of every op in the shapes of the presets, each with what it has to move and, where torch has one, its own."""
+"""Calls of the ops that models make, in the shapes of the presets, each with what it moves and torch's own form."""
 
 from bench.gpu.workloads import attention, gemm, layer, sampling
 from bench.gpu.workloads.workload import Workload

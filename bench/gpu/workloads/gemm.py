@@ -1,4 +1,4 @@
-"""Products with weights that are not bfloat16, expert layers, and adapters."""
+"""Products with weights that are not bfloat16, and expert layers."""
 
 from __future__ import annotations
 
@@ -140,27 +140,6 @@ def _routing(shape: ModelShape, tokens: int) -> list[Workload]:
     ]
 
 
-def _adapters(rows: int, hidden: int, columns: int, rank: int) -> list[Workload]:
-    adapters = 4
-
-    def shrink(ops: Ops, make: Maker) -> Call:
-        x, a = make.randn(rows, hidden, dtype=_BF16), make.randn(adapters, rank, hidden, dtype=_BF16)
-        token_lora, out = make.randint(0, adapters, rows, dtype=torch.int32), make.poison(rows, rank)
-        return lambda: ops.lora_shrink(x, a, token_lora, out=out)
-
-    def expand(ops: Ops, make: Maker) -> Call:
-        y, b = make.randn(rows, rank), make.randn(adapters, columns, rank, dtype=_BF16)
-        token_lora, out = make.randint(0, adapters, rows, dtype=torch.int32), make.randn(rows, columns, dtype=_BF16)
-        return lambda: ops.lora_expand(y, b, token_lora, out=out)
-
-    down = Cost(2.0 * hidden * (rows + adapters * rank) + 4.0 * rows * rank)
-    up = Cost(4.0 * rows * columns + 2.0 * adapters * columns * rank + 4.0 * rows * rank)
-    return [
-        Workload("lora_shrink", f"{rows} x {hidden} to {rank}", down, shrink),
-        Workload("lora_expand", f"{rows} x {rank} to {columns}", up, expand),
-    ]
-
-
 def workloads(*, tiny: bool) -> list[Workload]:
     """Projections of Llama-3.1-8B, the expert layer of Mixtral."""
     if tiny:
@@ -173,7 +152,6 @@ def workloads(*, tiny: bool) -> list[Workload]:
             _experts(small, 2, e4m3=True),
             _packed_experts(small, 2, 4),
             *_routing(small, 2),
-            *_adapters(2, 64, 64, 16),
         ]
     hidden, up = LLAMA_8B.hidden, 2 * LLAMA_8B.intermediate
     return [
@@ -186,5 +164,4 @@ def workloads(*, tiny: bool) -> list[Workload]:
         *(_experts(MIXTRAL, tokens, e4m3=False) for tokens in (1, 64)),
         *(_packed_experts(MIXTRAL, tokens, 4) for tokens in (1, 64)),
         *_routing(MIXTRAL, 64),
-        *_adapters(64, hidden, LLAMA_8B.qkv_columns, 16),
     ]

@@ -1,4 +1,4 @@
-"""Adapters of rank 16 and 64 on a projection of Llama 3.1 8B."""
+"""Adapters of rank 16 on a projection of Llama 3.1 8B."""
 
 import torch
 from torch import Tensor
@@ -39,4 +39,4 @@ def _expand(rank: int) -> Case:
     return Case(f"lora_expand {rank}", call)
 
 
-CASES = (_shrink(16), _shrink(64), _expand(16), _expand(64))
+CASES = (_shrink(16), _expand(16))

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 TOKEN_LORA = torch.tensor([1, -1, 0, 1, 2], dtype=torch.int32)
 
 
@@ -10,10 +9,10 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("hidden", "rank"), [(40, 4), (600, 16), (512, 9)])
-@pytest.mark.parametrize("scaled", [False, True])
-def test_shrink(ops, dtype, hidden, rank, scaled):
+@pytest.mark.parametrize(
+    ("hidden", "rank", "dtype", "scaled"), [(40, 4, torch.float32, False), (600, 9, torch.bfloat16, True)]
+)
+def test_shrink(ops, hidden, rank, dtype, scaled):
     x, a = randn(5, hidden, dtype=dtype), randn(3, rank, hidden, seed=1, dtype=dtype)
     scaling = torch.tensor([0.5, 2.0, 3.0]) if scaled else None
     out = torch.full((5, rank), torch.nan)
@@ -25,9 +24,8 @@ def test_shrink(ops, dtype, hidden, rank, scaled):
         torch.testing.assert_close(out[t].double(), expected, atol=2e-5, rtol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("columns", "rank"), [(24, 4), (130, 16), (128, 9)])
-def test_expand_adds_to_its_columns_only(ops, dtype, columns, rank):
+@pytest.mark.parametrize(("columns", "rank", "dtype"), [(24, 4, torch.float32), (130, 9, torch.bfloat16)])
+def test_expand_adds_to_its_columns_only(ops, columns, rank, dtype):
     y, b = randn(5, rank), randn(3, columns, rank, seed=1, dtype=dtype)
     out = randn(5, columns + 20, seed=2, dtype=dtype)
     expected = out.double()
