@@ -146,6 +146,10 @@ class FakePagedRunner:
     def overlaps(self) -> bool:
         return self._overlap is not Overlap.NONE
 
+    @property
+    def has_equal_rows(self) -> bool:
+        return True
+
     def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
         targets = [block for _, block in outs]
         assert len({*targets, *(block for _, block in ins)}) == len(outs) + len(ins)
@@ -171,7 +175,10 @@ class FakePagedRunner:
         assert len(batch.sequences) <= config.max_num_seqs
         assert batch.num_tokens == sum(s.num_tokens for s in batch.sequences)
         assert all(s.num_tokens == 1 and s.samples for s in batch.sequences[: batch.num_decodes])
-        assert len({s.seq.row for s in batch.sequences}) == len(batch.sequences)
+        drafts = [s for s in batch.sequences if s.draft is not None]
+        assert len(drafts) == batch.num_drafts
+        assert not (drafts and batch.num_prefill_tokens)
+        assert len({s.seq.row for s in batch.sequences}) == len(batch.sequences) - batch.num_drafts
         assert len(self.unwaited) <= self.overlaps
         if self._overlap is Overlap.AT_NEXT_LAUNCH:
             while self._stream:
@@ -196,6 +203,9 @@ class FakePagedRunner:
         table = self._tables.get(seq.row, []) if scheduled.first_new_block else []
         self._tables[seq.row] = table = [*table[: scheduled.first_new_block], *new]
         tokens: list[int | None] = list(seq.token_ids[start : scheduled.position])
+        if scheduled.draft is not None:
+            assert not params.has_penalties
+            tokens = [scheduled.draft]
         if scheduled.token_pending:
             assert self.overlaps
             assert not tokens, "nobody knows a pending token"

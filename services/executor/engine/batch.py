@@ -17,6 +17,7 @@ class ScheduledSequence:
     token_pending: the one input token is what the step before this one samples in the same row, and only the device
     knows it: `seq.token_ids` ends before `start`.
     prompt_logprobs: positions `[first, last)` of the chunk whose logits score the prompt token that follows.
+    draft: the one input token is this guess at what the row before it draws, a row of the same sequence.
     """
 
     seq: Sequence
@@ -26,6 +27,12 @@ class ScheduledSequence:
     first_new_block: int
     token_pending: bool = False
     prompt_logprobs: range = range(0)
+    draft: int | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """False for a row whose draft, or one before it, was not what was drawn: it computes what never comes."""
+        return self.draft is None or (len(self.seq.token_ids) == self.position and self.seq.token_ids[-1] == self.draft)
 
     @property
     def position(self) -> int:
@@ -46,13 +53,14 @@ class ScheduledBatch:
     overwritten by what comes later in the step. There may be swaps and nothing to run, when the last sequence that runs
     gives way to what it needs itself; the runner is then not asked to launch.
 
-    `started` are the requests that left the waiting queue for the first time, `swapped_out` the sequences whose blocks
-    go out.
+    Of the `num_decodes` rows `num_drafts` are drafts. `started` are the requests that left the waiting queue for the
+    first time, `swapped_out` the sequences whose blocks go out.
     """
 
     step: int
     sequences: list[ScheduledSequence] = field(default_factory=list)
     num_decodes: int = 0
+    num_drafts: int = 0
     num_tokens: int = 0
     swap_outs: list[tuple[int, int]] = field(default_factory=list)
     swap_ins: list[tuple[int, int]] = field(default_factory=list)
@@ -143,6 +151,12 @@ class ModelRunnerProtocol(Protocol):
     @property
     def overlaps(self) -> bool:
         """True if `launch` returns before the step is done, so that it pays to launch the next one meanwhile."""
+
+    @property
+    def has_equal_rows(self) -> bool:
+        """True if a decode step computes each row as if it were alone, to the last bit. A runner may learn that with
+        its first step.
+        """
 
     def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
         """Copy whole cache blocks, in every layer, to the host and then back from it: (device block, host block).

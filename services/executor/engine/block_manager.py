@@ -83,6 +83,14 @@ class BlockManager:
         self._append(seq, needed)
         return True
 
+    def extend_ahead(self, seq: Sequence, num_tokens: int, *, spare: int) -> int:
+        """Get blocks for tokens that may come, up to the first `num_tokens` of a running sequence, and return how many
+        tokens its blocks hold. `spare` free blocks are left to others.
+        """
+        needed = self.blocks_for(num_tokens) - len(seq.block_table)
+        self._append(seq, max(0, min(needed, self._pool.num_free - spare)))
+        return len(seq.block_table) * self.block_size
+
     def num_shared_blocks(self, seq: Sequence) -> int:
         """Return how many leading blocks stay, and can be found, as long as the others run that hold them."""
         for index, block in enumerate(seq.block_table):

@@ -16,7 +16,13 @@ from scalellm.services.executor.engine.grammar import GrammarCompiler
 from scalellm.services.executor.engine.ledger import EngineHistograms, EngineLoad, EngineStats, Ledger, LinkCredits
 from scalellm.services.executor.engine.pipeline import Pipeline
 from scalellm.services.executor.engine.prefill_budget import PrefillBudget
-from scalellm.services.executor.engine.reports import StepCounts, make_load, make_stats
+from scalellm.services.executor.engine.reports import (
+    StepCounts,
+    make_load,
+    make_stats,
+    report_prompt_logprobs,
+    report_token,
+)
 from scalellm.services.executor.engine.request import (
     AbortReason,
     EngineRequest,
@@ -27,10 +33,10 @@ from scalellm.services.executor.engine.request import (
     SampleFinish,
     StepResult,
     SupersededError,
-    TokenOutput,
 )
 from scalellm.services.executor.engine.sampling_params import InvalidRequestError
 from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
+from scalellm.services.executor.engine.speculation import Speculator
 from scalellm.services.executor.engine.step_time import StepTimeFit, StepTimeModel
 from scalellm.services.executor.engine.stop import stop_reason
 from scalellm.services.executor.engine.swap import SwapCost, Swapper
@@ -61,6 +67,7 @@ class Engine:
         swap_cost: SwapCost | None = None,
         grammars: GrammarCompiler | None = None,
         step_times: StepTimeFit | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         if config.num_host_blocks and swap_cost is None:
             raise EngineConfigError(f"num_host_blocks ({config.num_host_blocks}) need a swap_cost to be weighed by")
@@ -79,6 +86,7 @@ class Engine:
         self._step_times = step_times or StepTimeFit()
         self._swapper = Swapper(config.num_host_blocks, swap_cost, self._blocks, self._prefill_budget)
         self._scheduler = BatchScheduler(config, self._blocks, self._capacity, self._prefill_budget, self._swapper)
+        self._speculator = speculator
         self._pipeline = Pipeline(runner, clock)
         self._faults = FaultSearch()
         self._ledger = Ledger()
@@ -209,7 +217,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return the counters; O(1)."""
-        return make_stats(self._counts, self._ledger, self._scheduler, self._swapper)
+        return make_stats(self._counts, self._ledger, self._scheduler, self._swapper, self._speculator)
 
     @property
     def num_hashed_blocks(self) -> int:
@@ -266,6 +274,9 @@ class Engine:
             if self.config.enable_prefix_cache:
                 self._counts.prefix_cache_queries += group.num_prompt_tokens
                 self._counts.prefix_cache_hits += group.cached_tokens
+        # Not among suspects: what is to be found is with which request steps fail, not with which guess.
+        if self._speculator is not None and self._pipeline.takes_drafts and self._scheduler.only is None:
+            self._speculator.extend(batch, self._blocks, self.config.max_num_seqs)
         return batch
 
     def _finish_step(self) -> None:
@@ -274,12 +285,13 @@ class Engine:
         if batch.sequences:
             self.histograms.step_seconds.observe(outcome.seconds)
             self.histograms.step_tokens.observe(batch.num_tokens)
-            self.histograms.step_sequences.observe(len(batch.sequences))
+            self.histograms.step_sequences.observe(len(batch.sequences) - batch.num_drafts)
         if isinstance(outcome.sampled, Exception):
             self._fail(batch, outcome.sampled, now)
         else:
             if not batch.has_swaps:  # their time would be put down to the tokens
-                self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, outcome.seconds)
+                if not batch.num_drafts:  # there are none in the steps that prompts are computed in
+                    self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, outcome.seconds)
                 self._step_times.observe(batch, outcome.seconds)
             self._process(batch, outcome.sampled, now)
 
@@ -289,11 +301,16 @@ class Engine:
         for position, scheduled in enumerate(batch.sequences):
             seq = scheduled.seq
             group = seq.group
+            if not scheduled.is_due:
+                place += 1
+                continue
             if position in sampled.failed and seq.status is not SequenceStatus.FINISHED:
                 message = "the model computed values that are not finite"
                 self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
             # A sequence that ended or lost its blocks meanwhile left this step's token and cache content to nobody.
             if seq.status is SequenceStatus.RUNNING:
+                if scheduled.draft is not None and self._speculator is not None:
+                    self._speculator.accept(seq)
                 self._blocks.publish(seq, scheduled.position)
                 if scheduled.prompt_logprobs:
                     self._report_prompt_logprobs(group, scheduled, position, sampled)
@@ -307,23 +324,12 @@ class Engine:
             place += scheduled.samples
 
     def _append_token(self, seq: Sequence, place: int, sampled: SampledBatch, now: float) -> None:
-        group = seq.group
         token_id = sampled.token_ids[place]
-        logprobs = sampled.logprobs.get(place) if sampled.logprobs else None
-        output = TokenOutput(
-            group.key,
-            seq.index,
-            seq.num_output_tokens,
-            [token_id],
-            None if logprobs is None else [logprobs.logprob],
-            None if logprobs is None else [logprobs.top],
-            group.request.sampling.logprobs or 0,
-        )
-        self._result.tokens.append(output)
+        report_token(self._result, seq, token_id, sampled.logprobs.get(place))
         self._counts.generated_tokens += 1
         seq.token_ids.append(token_id)
         seq.num_pending_tokens -= 1
-        group.mark_token(now)
+        seq.group.mark_token(now)
         stop = stop_reason(seq)
         if stop is not None:
             self._finish_sample(seq, *stop, now)
@@ -331,16 +337,7 @@ class Engine:
     def _report_prompt_logprobs(
         self, group: SequenceGroup, scheduled: ScheduledSequence, position: int, sampled: SampledBatch
     ) -> None:
-        entries = sampled.prompt_logprobs[position]
-        self._result.prompt_logprobs.append(
-            PromptLogprobs(
-                group.key,
-                scheduled.prompt_logprobs.start + 1,
-                [entry.logprob for entry in entries],
-                [entry.top for entry in entries],
-                group.request.sampling.prompt_logprobs or 0,
-            )
-        )
+        report_prompt_logprobs(self._result, group, scheduled.prompt_logprobs, sampled.prompt_logprobs[position])
         group.next_prompt_logprob = scheduled.prompt_logprobs.stop + 1
 
     def _fail(self, failed: ScheduledBatch, error: Exception, now: float) -> None:
@@ -392,5 +389,7 @@ class Engine:
     def _finish_request(self, group: SequenceGroup, status: RequestStatus, message: str, now: float) -> None:
         self._capacity.release(group)
         self._compiling.drop(group)
+        if self._speculator is not None:
+            self._speculator.end(group)
         self._result.finished.append(self._ledger.leave(group, status, message, now))
         group.samples = []  # group and samples refer to each other: freed now, not by the garbage collector

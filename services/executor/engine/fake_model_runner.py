@@ -87,6 +87,11 @@ class FakeModelRunner:
         """True if launching returns at once."""
         return self._overlaps
 
+    @property
+    def has_equal_rows(self) -> bool:
+        """True: a token follows from the one before it and its position."""
+        return True
+
     def next_token(self, previous: int, position: int) -> int:
         """Return the token at `position` that follows `previous`: a multiplicative hash over the ordinary tokens."""
         return self._ordinary[_mixed(previous, position) % len(self._ordinary)]
@@ -136,6 +141,8 @@ class FakeModelRunner:
             if scheduled.samples:
                 is_unknown = scheduled.token_pending and not is_late
                 last = self._sampled[seq.row] if is_unknown else seq.token_ids[-1]
+                if scheduled.draft is not None:
+                    last = scheduled.draft
                 number = self.number(last, scheduled)
                 if self._masks is None or seq.matcher is None:
                     token_id = self._ordinary[number % len(self._ordinary)]

@@ -45,6 +45,8 @@ class EngineLoad:
 class EngineStats:
     """Counts since start. At all times accepted = finished + cancelled + deadline_exceeded + failed + load's running
     + waiting; `rejected` requests were never accepted. Prefix-cache counts are prompt tokens looked up and found.
+    `drafts` are the rows behind which tokens were guessed, `draft_tokens` these tokens, `accepted_tokens` those of them
+    that came.
     `swaps` are the preemptions that kept cache content in host memory; the blocks are those copied there and back.
     """
 
@@ -62,6 +64,9 @@ class EngineStats:
     failed_steps: int
     computed_tokens: int
     generated_tokens: int
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
     prefix_cache_queries: int
     prefix_cache_hits: int
 

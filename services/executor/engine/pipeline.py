@@ -65,6 +65,13 @@ class Pipeline:
             for scheduled in step.batch.sequences
         )
 
+    @property
+    def takes_drafts(self) -> bool:
+        """True if a step may have rows for drafts: all tokens are known before it is launched, and rows do not depend
+        on those beside them.
+        """
+        return not self._runner.overlaps and self._runner.has_equal_rows
+
     def launch(self, batch: ScheduledBatch, now: float) -> bool:
         """Start a step that was begun at `now`; return whether it may stay in flight. What it raises is its outcome."""
         pending: PendingStep | Exception

@@ -61,7 +61,8 @@ class EngineRequest:
     from the prompt. `charged_tokens` is what it took of its link's credits, None for all of its prompt. `execution_id`
     names what is run, over all attempts to run it; of these the engine runs one at a time, the one that came last
     unless its number `attempt` is lower. Empty = there is one attempt only. `grammar` says what each sample's text must
-    be, empty = any text.
+    be, empty = any text. `prediction_token_ids` are what the caller expects of the answers: they come sooner if it is
+    right, and are the same if it is wrong.
     """
 
     key: RequestKey
@@ -76,6 +77,7 @@ class EngineRequest:
     execution_id: bytes = b""
     attempt: int = 0
     grammar: str = ""
+    prediction_token_ids: tuple[int, ...] = ()
 
 
 class SupersededError(Exception):
@@ -133,7 +135,8 @@ class Usage:
     """The tokens that a request consumed.
 
     `completion_tokens` counts all samples, stop tokens and resumed tokens included; `cached_tokens` is the part of
-    the prompt found in the prefix cache when the request first ran; `num_resumed` came from another executor.
+    the prompt found in the prefix cache when the request first ran; `num_resumed` came from another executor. Of the
+    tokens that were guessed `accepted_drafts` came and `rejected_drafts` did not.
     """
 
     prompt_tokens: int
@@ -141,6 +144,8 @@ class Usage:
     cached_tokens: int
     num_preemptions: int
     num_resumed: int
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

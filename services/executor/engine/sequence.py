@@ -75,6 +75,11 @@ class Sequence:
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
+    def has_own_end(self) -> bool:
+        """True if it has ended by itself, so that its text is whole."""
+        return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+    @property
     def num_lost_tokens(self) -> int:
         """Tokens to compute of one that waits, cache hits not considered."""
         return len(self.token_ids) - (self.host_copy.num_tokens if self.host_copy else 0)
@@ -133,6 +138,9 @@ class SequenceGroup:
         """First prompt position whose log-probability was not reported yet; position 0 has none."""
 
         self.cached_tokens = 0
+        self.num_drafts = 0
+        """Tokens that were guessed, and run to see whether they come."""
+        self.num_accepted_drafts = 0
         self.num_preemptions = 0
         self.added_at = now
         self._first_scheduled_at: float | None = None
@@ -206,6 +214,8 @@ class SequenceGroup:
             cached_tokens=self.cached_tokens,
             num_preemptions=self.num_preemptions,
             num_resumed=sum(len(resumed.token_ids) for resumed in self.request.resumed),
+            accepted_drafts=self.num_accepted_drafts,
+            rejected_drafts=self.num_drafts - self.num_accepted_drafts,
         )
 
     def timings(self, now: float) -> Timings:

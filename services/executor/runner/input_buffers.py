@@ -64,7 +64,7 @@ class InputBuffers:
         starts = np.fromiter((s.start for s in decodes), np.int64, D)
         rows["rows"][:D] = of_decode
         rows["seq_lens"][:D] = starts + 1
-        rows["input_ids"][:D] = [_PENDING if s.token_pending else s.seq.token_ids[s.start] for s in decodes]
+        rows["input_ids"][:D] = [_input_id(s) for s in decodes]
         rows["positions"][:D] = starts
         rows["slot_mapping"][:D] = self._tables.slots(of_decode, starts, self._block_size)
         if num_rows > D:
@@ -146,3 +146,9 @@ class InputBuffers:
             block_table=self._tables.gather(arrays["chunk_rows"][:P], self._chunk_tables),
             max_seqlen_q=max(s.num_tokens for s in chunks),
         )
+
+
+def _input_id(decode: ScheduledSequence) -> int:
+    if decode.draft is not None:
+        return decode.draft
+    return _PENDING if decode.token_pending else decode.seq.token_ids[decode.start]

@@ -62,6 +62,13 @@ class ModelRunner:
         return self._device.overlaps
 
     @property
+    def has_equal_rows(self) -> bool:
+        """True once a decode step was found to be computed by the C++ forms alone: they add up each row in one order,
+        whatever is beside it.
+        """
+        return self._recorded.is_whole
+
+    @property
     def late_compiles(self) -> list[str]:
         """Kernels of which a variant was compiled after `seal`, while requests waited; empty is how it should be."""
         return [] if self._ops.launch is None else self._ops.launch.late_variants

@@ -12,6 +12,7 @@ from scalellm.kernels.cpu.recording import NotRecordableError, Recorder, Recordi
 from scalellm.kernels.cpu.rows import finite_rows
 from scalellm.services.executor.models import CausalLM, ForwardContext, KVCache
 
+_NUM_PARTS = 3  # of a step: layers, output projection, draws
 _MAX_ROWS = 64  # a step of more takes so long that its calls do not count
 
 
@@ -40,8 +41,13 @@ class RecordedDecode:
         self._library = library
         self._recorder = None if library is None else Recorder(library)
         self._logits = torch.empty((_MAX_ROWS, model.config.vocab_size), dtype=torch.float32)
-        self._num_parts = 3  # of a step that are recorded, from the layers on
+        self._num_parts = _NUM_PARTS  # of a step that are recorded, from the layers on
         self._recordings: dict[tuple[int, Callable[[Tensor], SampleOutput] | None], Recording[DecodeStep]] = {}
+
+    @property
+    def is_whole(self) -> bool:
+        """True if steps are recorded, with all their parts."""
+        return bool(self._recordings) and self._num_parts == _NUM_PARTS
 
     def run(
         self,
@@ -77,5 +83,5 @@ class RecordedDecode:
         if self._num_parts < 2:
             return DecodeStep(hidden, finite, logits=None, drawn=None)
         logits = self._model.compute_logits(hidden, out=self._logits[: input_ids.shape[0]])
-        drawn = None if draw is None or self._num_parts < 3 else draw(logits)
+        drawn = None if draw is None or self._num_parts < _NUM_PARTS else draw(logits)
         return DecodeStep(hidden, finite, logits, drawn)

@@ -19,6 +19,7 @@ from scalellm.services.executor.engine import (
     ScheduledBatch,
     SwapCost,
 )
+from speculation_kit import DRAFTERS, make_speculator
 
 OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -110,6 +111,7 @@ def check_against_oracle(
     prefix_cache=st.booleans(),
     num_host_blocks=st.sampled_from((0, 5, 60)),
     failures=st.sampled_from((0.0, 0.0, 0.02)),
+    drafter=st.sampled_from(("", *DRAFTERS)),
 )
 @example(  # a resumed sample, alone, gives way to its own copy-on-write: blocks are swapped out and nothing runs
     seed=3251,
@@ -119,6 +121,7 @@ def check_against_oracle(
     prefix_cache=True,
     num_host_blocks=60,
     failures=0.0,
+    drafter="",
 )
 def test_random_traffic_equals_undisturbed_runs(
     overlap: engine_kit.Overlap,
@@ -129,6 +132,7 @@ def test_random_traffic_equals_undisturbed_runs(
     prefix_cache: bool,
     num_host_blocks: int,
     failures: float,
+    drafter: str,
 ) -> None:
     rng = random.Random(seed)
     config = engine_kit.make_config(
@@ -148,7 +152,8 @@ def test_random_traffic_equals_undisturbed_runs(
             raise OSError
 
     runner = engine_kit.FakePagedRunner(config, overlap, on_launch=perhaps_fail, on_execute=perhaps_fail)
-    engine = Engine(config, runner, clock, SwapCost(1, 1e9, rng.choice((0.0, 0.2))))
+    speculator = make_speculator(drafter, max_model_len=config.max_model_len, seed=seed) if drafter else None
+    engine = Engine(config, runner, clock, SwapCost(1, 1e9, rng.choice((0.0, 0.2))), speculator=speculator)
     collector = engine_kit.Collector()
     accepted: dict[tuple[int, int], EngineRequest] = {}
     stopped = set()
@@ -190,6 +195,13 @@ def test_random_traffic_equals_undisturbed_runs(
     assert (stats.failed > 0) <= (stats.failed_steps > 0) <= (failures > 0)
     if policy is CapacityPolicy.GUARANTEED_NO_EVICT:
         assert stats.preemptions == 0
+    if overlap is not engine_kit.Overlap.NONE:
+        assert stats.draft_tokens == 0
+    if drafter == "wrong":
+        assert stats.accepted_tokens == 0
+    assert stats.accepted_tokens == sum(finish.usage.accepted_drafts for finish in collector.finished.values())
+    drafted = sum(f.usage.accepted_drafts + f.usage.rejected_drafts for f in collector.finished.values())
+    assert stats.draft_tokens == drafted
 
 
 @pytest.mark.parametrize("overlap", engine_kit.Overlap)
