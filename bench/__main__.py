@@ -98,7 +98,7 @@ def _engine_alone(settings: dict[str, str], job: _Job) -> Step:
 
 def _cpu_seconds(state: State) -> dict[str, float]:
     """CPU time of each service's processes, and of this one, which makes the load."""
-    total = {}
+    total: dict[str, float] = {}
     for service in state.services:
         for process in family(service.pid):
             module = service_module(process) or service.name

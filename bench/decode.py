@@ -25,6 +25,7 @@ from scalellm.services.executor.engine.sampling_params import SamplingParams
 
 _PROMPT_LEN = 128
 _KV_CACHE_BYTES = 1 << 30  # room for all sequences at once, in float32
+_MEASURED = ",".join(name for name in FORMS if name != "bfloat16")
 
 
 def decode_rate(engine: Engine, num_seqs: int, num_tokens: int) -> float:
@@ -50,7 +51,7 @@ def decode_rate(engine: Engine, num_seqs: int, num_tokens: int) -> float:
 
 def main(
     model: Annotated[str, typer.Option(help="A name of the model store, or a path.")] = "smollm2-135m-instruct",
-    forms: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(f for f in FORMS if f != "bfloat16"),
+    forms: Annotated[str, typer.Option(help="Comma-separated.")] = _MEASURED,
     sequences: Annotated[str, typer.Option(help="How many at once, comma-separated.")] = "1,8,64",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 5,

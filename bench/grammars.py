@@ -101,8 +101,11 @@ def measure(engine: Engine, grammars: list[Iterator[str]], num_steps: int) -> St
 
 def loads(rows: int) -> dict[str, Callable[[], list[Iterator[str]]]]:
     """Return the grammars of each row's requests, by load."""
-    free = lambda count: [repeat("") for _ in range(count)]  # noqa: E731
     hostile = list(HOSTILE.values())
+
+    def free(count: int) -> list[Iterator[str]]:
+        return [repeat("") for _ in range(count)]
+
     return {
         "free": lambda: free(rows),
         "json": lambda: [repeat(json_grammar(JSON_SCHEMA)) for _ in range(rows)],

@@ -94,7 +94,7 @@ class CudaDevice:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             call()
             self.synchronize()
-        events = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+        events = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)  # type: ignore[attr-defined]
         return sorted(
             (Span(event.name, event.time_range.start, event.time_range.end) for event in events),
             key=lambda span: span.start_us,

@@ -139,9 +139,9 @@ def run_job(job: Job, results: TextIO) -> int:
         start = time.monotonic()
         options = {**spec.options, **job.options}
         with torch.inference_mode():
-            state, error = run_part(spec, Bench(device, start + share, shared, options), Findings(take))
+            state, failure = run_part(spec, Bench(device, start + share, shared, options), Findings(take))
         seconds = round(time.monotonic() - start, 2)
-        report("end", {"state": state, "seconds": seconds, "error": error})
+        report("end", {"state": state, "seconds": seconds, "error": failure})
         if is_lost(device):
             return DEVICE_LOST
     return 0

@@ -75,8 +75,8 @@ async def serve(protocol: str, interval_s: float) -> None:
     if protocol == "grpc":
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         servicer = EchoGrpc(interval_s)
-        generation_pb2_grpc.add_GenerationServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
-        tokenizer_pb2_grpc.add_TokenizerServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+        generation_pb2_grpc.add_GenerationServicer_to_server(servicer, server)
+        tokenizer_pb2_grpc.add_TokenizerServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
     else:

@@ -46,14 +46,14 @@ class GrpcTarget:
     ) -> None:
         self.takes_token_ids = not as_text
         self._channels = [grpc.aio.insecure_channel(address, options=_OPTIONS) for _ in range(connections)]
-        stubs = [generation_pb2_grpc.GenerationStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
+        stubs = [generation_pb2_grpc.GenerationStub(channel) for channel in self._channels]
         self._stubs = cycle(stubs)
         self._ignore_eos = not respect_eos
         self._json_schema = json_schema
 
     async def info(self) -> TargetInfo:
         """Ask the tokenizer service."""
-        stub = tokenizer_pb2_grpc.TokenizerStub(self._channels[0])  # type: ignore[no-untyped-call]
+        stub = tokenizer_pb2_grpc.TokenizerStub(self._channels[0])
         try:
             answer = await stub.GetInfo(tokenizer_pb2.GetInfoRequest(), timeout=_INFO_TIMEOUT)
         except grpc.aio.AioRpcError as error:

@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,8 +89,9 @@ def _overload(line: Line, seconds: float) -> dict[str, Any]:
     back after a second, and a full load again. A probe of its own sees what a refusal costs.
     """
 
-    def crowd(clients: int, **more: float | None) -> Crowd:
-        return Crowd(line.address, line.keys[0], clients, _TOKENS, seconds, **more)
+    def crowd(clients: int, *, after_refusal: float | None = None, starts_after: float = 0.0) -> Crowd:
+        crowd = Crowd(line.address, line.keys[0], clients, _TOKENS, seconds)
+        return replace(crowd, after_refusal=after_refusal, starts_after=starts_after)
 
     phases: dict[str, dict[str, Any]] = {}
     memory = [line.worker_mib()]

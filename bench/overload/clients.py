@@ -26,7 +26,7 @@ class Crowd:
         address: host:port of the tokenizer.
         key: The tenant's API key.
         clients: Number of clients.
-        max_tokens: Max tokens of an answer.
+        max_tokens: Most tokens of an answer.
         seconds: For how long new requests are sent. Those that run then are cancelled.
         pause: Seconds between an answer and the client's next request.
         after_refusal: Seconds that a refused client waits; None: as long as it was told, as clients should.

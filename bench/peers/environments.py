@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 _STAMP = "scalellm-stamp.json"
 _LAST_LINES = 8
@@ -110,7 +111,7 @@ class Environments:
             stamp = self._install(recipe, folder)
         return Environment(folder, stamp["versions"])
 
-    def _install(self, recipe: Recipe, folder: Path) -> dict[str, object]:
+    def _install(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         missing = [name for name in recipe.programs if shutil.which(name) is None]
         if missing:
             raise PeerError(f"it is built from source, which needs {', '.join(missing)}")
@@ -133,13 +134,13 @@ class Environments:
         listing = folder / "versions.json"
         self._run((python, "-m", "pip", "list", "--format", "json"), environment, listing, self._limit_s)
         versions = {entry["name"]: entry["version"] for entry in _first_json(listing)}
-        stamp = {"recipe": recipe.digest(), "steps": [list(step) for step in recipe.steps], "versions": versions}
+        stamp: dict[str, Any] = {"recipe": recipe.digest(), "steps": [*map(list, recipe.steps)], "versions": versions}
         # Last: an installation that was interrupted has no stamp.
         (folder / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
         return stamp
 
 
-def _read(path: Path) -> dict[str, object] | None:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         stamp: dict[str, object] = json.loads(path.read_text())
     except (OSError, ValueError):

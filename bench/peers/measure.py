@@ -145,7 +145,7 @@ def _measure(served: Served, setup: Setup, load: Workload, number: int, plan: Pl
             step = asyncio.run(_step(served.make_target, load, number, plan))
         except RequestError as error:
             raise PeerError(f"{load.name}: {error.kind}: {error}") from None
-    return Round(step, resources.peak_bytes, resources.others_cores, setup)
+    return Round(step, int(resources.peak_bytes), resources.others_cores, setup)
 
 
 async def _step(make_target: Callable[[], Target], load: Workload, number: int, plan: Plan) -> Step:

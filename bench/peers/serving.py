@@ -70,7 +70,7 @@ class Resources:
         self._roots = roots
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="resources", daemon=True)
-        self.peak_bytes = 0
+        self.peak_bytes = 0.0
         """Most resident memory of all together; pages that processes share count in each."""
         self.others_cores = 0.0
         """Cores that were busy with neither these processes nor this one: another user of the machine."""

@@ -109,9 +109,9 @@ def _convert(source: Path, target: Path, tensor_type: gguf.GGMLQuantizationType,
     own = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type")
     for field in reader.fields.values():
         if field.name not in own:
-            kind = field.types[0]
-            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+            outer = field.types[0]
+            inner = field.types[-1] if outer == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), outer, sub_type=inner)
     writer.add_file_type(file_type)
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)

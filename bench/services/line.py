@@ -31,9 +31,8 @@ def run(timing: Timing, model: Path) -> list[Section]:
         flags = ("--scheduler", scheduler.address, "--model", str(model), "--redis-url", redis.url)
         tokenizer = place.service("tokenizer", *flags)
         both = faces(place, timing, tokenizer, [tokenizer, scheduler, executor])
-        config = build_engine(
-            ExecutorSettings(model=str(model), engine="fake", **FAKE_LIMITS), lambda _: None
-        ).engine.config
+        settings = ExecutorSettings.model_validate({"model": str(model), "engine": "fake", **FAKE_LIMITS})
+        config = build_engine(settings, lambda _: None).engine.config
         load = {"kind": "generate", "prompt_len": _PROMPT_LEN, "max_tokens": _MAX_TOKENS}
         streams = [
             _beside_model(row, alone)

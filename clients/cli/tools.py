@@ -21,7 +21,7 @@ def offer_tools(chat: Chat, file: Path | None, choice: str | None) -> None:
     Args:
         chat: The conversation.
         file: A JSON list of them; None: there are none.
-        choice: What the model is to do, as CHOICE_HELP says; None: as it likes.
+        choice: Calls of the model, as CHOICE_HELP says; None: as it likes.
     """
     if file is None:
         if choice is not None:

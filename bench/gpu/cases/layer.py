@@ -133,8 +133,8 @@ def _rope(
 
         def expected() -> dict[str, Tensor]:
             if cache_dtype == E4M3:  # codes are of values rounded on the way, as the torch form rounds them
-                arguments = [t.cpu().clone() for t in (qkv, positions, cos_sin, slots, k_cache, v_cache)]
-                on_cpu = {name: t.cpu() if isinstance(t, Tensor) else t for name, t in options.items()}
+                arguments: list[Any] = [t.cpu().clone() for t in (qkv, positions, cos_sin, slots, k_cache, v_cache)]
+                on_cpu: dict[str, Any] = {name: t.cpu() if isinstance(t, Tensor) else t for name, t in options.items()}
                 q = qk_norm_rope_and_cache(*arguments, **on_cpu).double()
                 named = {"out_q": q, "k_cache": arguments[4], "v_cache": arguments[5]}
                 return {name: t.to(make.device) for name, t in named.items()}

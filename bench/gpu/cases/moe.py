@@ -126,7 +126,7 @@ def _packed(tokens: int, experts: int, k: int, hidden: int, inner: int, bits: in
 
         def run() -> object:
             return ops.fused_moe_wna16(
-                x, *words, weights, ids, w13_scales=scales[0], w2_scales=scales[1],
+                x, words[0], words[1], weights, ids, w13_scales=scales[0], w2_scales=scales[1],
                 bits=bits, group_size=group_size, workspace=workspace, out=out,
             )  # fmt: skip
 

@@ -90,8 +90,8 @@ def _rope(rows: int, shape: ModelShape, cache_dtype: torch.dtype) -> Workload:
     read = float(rows * (shape.qkv_columns * 2 + 4 * dim + 16))
     what = f"{shape.q_heads}/{kv}x{dim}{' norm' if shape.qk_norm else ''} {'e4m3' if cache_dtype == E4M3 else 'bf16'}"
     e4m3 = cache_dtype == E4M3
-    options = {"kv_cache_dtype": cache_dtype, "min_sm": 89 if e4m3 else 80}
-    return _work("qk_norm_rope_and_cache", what, read, written, bind, rows, **options)
+    min_sm = 89 if e4m3 else 80
+    return _work("qk_norm_rope_and_cache", what, read, written, bind, rows, kv_cache_dtype=cache_dtype, min_sm=min_sm)
 
 
 def _quant(rows: int, width: int) -> Workload:

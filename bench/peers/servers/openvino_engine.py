@@ -20,7 +20,7 @@ class Options:
         model: A .gguf file.
         threads: Threads of its inference.
         max_num_seqs: Requests that run at once.
-        max_num_batched_tokens: Max number of batched tokens of a step.
+        max_num_batched_tokens: Most tokens of a step.
         cache_size: Cache size of keys and values, in GB.
         eos_token_ids: Tokens that end answers.
     """

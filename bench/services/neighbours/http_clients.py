@@ -28,6 +28,9 @@ class _Connection(asyncio.Protocol):
         self._place = place
         self._max_tokens = first_tokens
         self._transport: asyncio.Transport
+        self._rest = b""
+        self._num_tokens = 0
+        self._sent = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -81,7 +84,7 @@ class HttpClients(ClosedLoop[_Connection]):
     """Keeps `streams` completions running.
 
     Attributes:
-        max_tokens: Max tokens of each request but the first ones.
+        max_tokens: Most tokens of each request but the first ones.
     """
 
     max_tokens: int

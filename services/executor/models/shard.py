@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 class Collectives(Protocol):
-    """What all ranks do together. Each calls the same methods in the same order, with tensors of the same shapes."""
+    """Sums and exchanges of all ranks. Each calls the same methods in the same order, with tensors of equal shapes."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum over all ranks, the same bits on each; the memory of the contiguous argument may hold it."""
