@@ -36,6 +36,23 @@ _ANNOTATIONS = frozenset(
 )
 """Keywords that allow and forbid nothing."""
 
+_COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
+"""Keywords that count."""
+
+_KNOWN_DRAFTS = re.compile(r"https?://json-schema\.org/(draft/(2020-12|2019-09)|draft-0[3467])/schema#?")
+
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+_DATE = (
+    "(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    f"|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP_YEAR}-02-29)"
+)
+_HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOUR}:[0-5][0-9](?:\.[0-9]+)?(?:[Zz]|[+-]{_HOUR})"
+_PATTERNS: Mapping[str, str] = MappingProxyType(
+    {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[Tt]{_TIME}$"}
+)
+"""Formats of which the executor allows too much: February 29 in any year, a 60th second at any time; here at none."""
+
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00[01]")
 """In JSON text: a character that JSON writes as \\u and a number, which answers do not have (see `_OPTIONS`)."""
 
@@ -64,10 +81,15 @@ def checked_schema(text: str, field: str) -> str:
             if not isinstance(part, bool):
                 _refuse(field, f"must have an object, true or false at {path}, got {_shown(part)}")
             continue
+        for keyword in _COUNTS & part.keys():
+            if isinstance(count := part[keyword], float) and count.is_integer():
+                part[keyword] = int(count)
         for keyword, value in part.items():
             _check_keyword(keyword, value, part, path, field)
         if isinstance(pattern := part.get("pattern"), str):
             part["pattern"] = ascii_classes(pattern)
+        elif "pattern" not in part and part.get("format") in _PATTERNS:
+            part["pattern"] = _PATTERNS[part.pop("format")]
         if isinstance(patterns := part.get("patternProperties"), dict):
             part["patternProperties"] = {ascii_classes(pattern): inner for pattern, inner in patterns.items()}
     if isinstance(schema, dict):
@@ -125,9 +147,11 @@ def _check_keyword(keyword: str, value: Any, schema: Mapping[str, Any], path: st
     known = _ONE_SCHEMA | _SCHEMA_LISTS | _SCHEMA_MAPS | _RULES | _ANNOTATIONS
     if keyword not in known and (not keyword.startswith("x-") or keyword == "x-guidance"):
         _refuse(field, f"has the keyword {_shown(keyword)} at {_shown_path(path)}, which is not supported")
-    if keyword == "format" and value not in FORMATS:
+    if keyword == "format" and not (isinstance(value, str) and value in FORMATS):
         supported = ", ".join(sorted(FORMATS))
         _refuse(field, f"has the format {_shown(value)} at {_shown_path(path)}; supported are {supported}")
+    if keyword == "$schema" and not (isinstance(value, str) and _KNOWN_DRAFTS.fullmatch(value)):
+        _refuse(field, f"has the $schema {_shown(value)} at {_shown_path(path)}, which is none of json-schema.org's")
     if keyword in ("const", "enum", "properties"):
         written = list(value) if keyword == "properties" and isinstance(value, dict) else value
         if _CONTROL.search(json.dumps(written, ensure_ascii=False)):

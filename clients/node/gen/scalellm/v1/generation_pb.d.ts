@@ -229,7 +229,7 @@ export declare type StructuredOutput = Message<"scalellm.v1.StructuredOutput"> &
      * are required maxProperties and minProperties (at most 1 or the number of required ones); items, prefixItems,
      * additionalItems, minItems, maxItems; minLength, maxLength, pattern as in regex, the formats date-time, date,
      * time, duration, email, hostname, ipv4, ipv6, uuid and uri; minimum, maximum, exclusiveMinimum, exclusiveMaximum,
-     * multipleOf. Properties come in the order of the schema. At most 64 levels deep.
+     * multipleOf. Properties come in the order of the schema; times have no 60th second. At most 64 levels deep.
      *
      * @generated from field: string json_schema = 1;
      */
