@@ -1,33 +1,33 @@
-// Makes a gRPC client of a service whose code was generated from protos/scalellm/v1.
-import { create, fromBinary, toBinary } from "@bufbuild/protobuf";
-import { credentials, InterceptingCall, makeClientConstructor } from "@grpc/grpc-js";
+// Makes gRPC clients of ScaleLLM's services. It reads the protos themselves, so there is no generated code.
+import { fileURLToPath } from "node:url";
+import { credentials, InterceptingCall, loadPackageDefinition } from "@grpc/grpc-js";
+import { loadSync } from "@grpc/proto-loader";
+
+const files = ["generation", "sessions", "tokenizer"].map((name) => `scalellm/v1/${name}.proto`);
+const definition = loadSync(files, {
+  includeDirs: [fileURLToPath(new URL("../../protos", import.meta.url))],
+  defaults: true, // a field that the server does not set has its default
+  enums: String, // "FINISH_REASON_STOP"
+  longs: String, // numbers of 64 bits, which JavaScript's numbers cannot all hold
+  oneofs: true, // `event` names the field that is set: { event: "delta", delta: { text: "..." } }
+});
+
+/** The services, for `connect`. Names of fields are those of the protos in camel case: `maxTokens`. */
+export const { Generation, Sessions, Tokenizer } = loadPackageDefinition(definition).scalellm.v1;
 
 /**
  * A client with one function per RPC, named as in the proto with a small first letter.
  *
- * @param service A generated service, such as `Generation` of gen/scalellm/v1/generation_pb.js.
+ * @param Service One of the services above.
  * @param address host:port of a ScaleLLM server.
  * @param options.apiKey API key of a server that asks for one, as `scalellm keys create` printed it.
  * @param options.tls Connect over TLS: `true` trusts the public authorities; `{ ca, cert, key, name }` trusts those of `ca`,
  *   shows the certificate `cert` with its private key `key` (PEM, as Buffers), and expects `name` in the server's
  *   certificate where it is not the host of the address. Everything in it may be left out.
  */
-export function connect(service, address, { apiKey, tls } = {}) {
-  const definition = {};
-  for (const method of service.methods) {
-    definition[method.localName] = {
-      path: `/${service.typeName}/${method.name}`,
-      requestStream: ["client_streaming", "bidi_streaming"].includes(method.methodKind),
-      responseStream: ["server_streaming", "bidi_streaming"].includes(method.methodKind),
-      requestSerialize: (message) => Buffer.from(toBinary(method.input, create(method.input, message))),
-      requestDeserialize: (bytes) => fromBinary(method.input, bytes),
-      responseSerialize: (message) => Buffer.from(toBinary(method.output, create(method.output, message))),
-      responseDeserialize: (bytes) => fromBinary(method.output, bytes),
-    };
-  }
-  const Client = makeClientConstructor(definition, service.typeName);
+export function connect(Service, address, { apiKey, tls } = {}) {
   const { ca = null, cert = null, key = null, name } = tls || {};
-  return new Client(address, tls ? credentials.createSsl(ca, key, cert) : credentials.createInsecure(), {
+  return new Service(address, tls ? credentials.createSsl(ca, key, cert) : credentials.createInsecure(), {
     "grpc.enable_http_proxy": 0,
     ...(name ? { "grpc.ssl_target_name_override": name } : {}),
     ...(apiKey ? { interceptors: [showing(apiKey)] } : {}),

@@ -4,9 +4,7 @@
 // command line.
 import { readFileSync } from "node:fs";
 import { status } from "@grpc/grpc-js";
-import { connect } from "./client.mjs";
-import { FinishReason } from "./gen/scalellm/v1/common_pb.js";
-import { Generation } from "./gen/scalellm/v1/generation_pb.js";
+import { connect, Generation } from "./client.mjs";
 
 const [prompt, address = "127.0.0.1:50051", maxTokens = "64"] = process.argv.slice(2);
 if (prompt === undefined || !Number.isInteger(Number(maxTokens))) {
@@ -23,24 +21,21 @@ const { SCALELLM_API_KEY: apiKey, SCALELLM_TLS_CA, SCALELLM_TLS_CERT, SCALELLM_T
 const pem = (path) => (path ? readFileSync(path) : null);
 const tls = SCALELLM_TLS_CA && { ca: pem(SCALELLM_TLS_CA), cert: pem(SCALELLM_TLS_CERT), key: pem(SCALELLM_TLS_KEY) };
 const client = connect(Generation, address, { apiKey, tls });
-const request = {
-  input: { case: "prompt", value: prompt },
-  sampling: { maxTokens: Number(maxTokens), temperature: 0 },
-};
+const request = { prompt, sampling: { maxTokens: Number(maxTokens), temperature: 0 } };
 const call = client.generate(request, { deadline: Date.now() + 120_000 });
 process.on("SIGINT", () => call.cancel()); // the executor stops, too
 
 try {
-  for await (const { event } of call) {
-    if (event.case === "delta") {
-      const { text } = event.value;
+  for await (const { event, delta, finished } of call) {
+    if (event === "delta") {
+      const { text } = delta;
       process.stdout.write(process.stdout.isTTY ? printable(text) : text);
-    } else if (event.case === "finished") {
-      const { samples, usage, latency } = event.value;
+    } else if (event === "finished") {
+      const { samples, usage, latency } = finished;
       const ms = (nanoseconds) => (Number(nanoseconds) / 1e6).toFixed(1);
       process.stdout.write("\n");
       console.error(
-        `${FinishReason[samples[0].reason]}: ${usage.promptTokens} + ${usage.completionTokens} tokens, ` +
+        `${samples[0].reason.replace("FINISH_REASON_", "")}: ${usage.promptTokens} + ${usage.completionTokens} tokens, ` +
           `first after ${ms(latency.ttftNs)} ms, all after ${ms(latency.totalNs)} ms`,
       );
     }

@@ -110,12 +110,11 @@ def test_node_streams_the_same_completion(line: Line, node: Callable[..., subpro
 def test_a_deadline_in_the_far_future_is_none(line: Line, node: Callable[..., subprocess.Popen[str]]) -> None:
     # Other than Python's, this client can say every deadline that gRPC has, up to eleven thousand years.
     script = """
-        import { connect } from "./client.mjs";
-        import { Generation } from "./gen/scalellm/v1/generation_pb.js";
+        import { connect, Generation } from "./client.mjs";
         const client = connect(Generation, process.argv[1]);
-        const request = { input: { case: "prompt", value: "x" }, sampling: { maxTokens: 1 } };
+        const request = { prompt: "x", sampling: { maxTokens: 1 } };
         const call = client.generate(request, { deadline: Date.now() + 3e14 });
-        for await (const { event } of call) console.log(event.case);
+        for await (const { event } of call) console.log(event);
         client.close();
     """
     out, err = node("--input-type=module", "-e", script, line.address).communicate(timeout=PATIENCE)
