@@ -11,6 +11,7 @@ from torch import Tensor
 from scalellm import kernels
 from scalellm.services.executor.engine.batch import SampledBatch, ScheduledBatch, ScheduledSequence
 from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.grammar import Masks
 from scalellm.services.executor.models import CausalLM, KVCache
 from scalellm.services.executor.runner.decode_graphs import DecodeGraphs, decode_buckets
 from scalellm.services.executor.runner.device import Device, Event
@@ -28,7 +29,9 @@ class ModelRunner:
     once `capture_graphs` ran, replayed; on a CPU they are run by `RecordedDecode`. All others are launched op by op.
     Nothing in `launch` waits for the device, and `wait` waits for its own step only.
 
-    The KV caches are the model's, one per layer, with `config.num_blocks` blocks of `config.block_size` slots.
+    The KV caches are the model's, one per layer, with `config.num_blocks` blocks of `config.block_size` slots. `masks`
+    fills what grammars allow (default: from the matchers of the sequences). Where the model is one rank's share, all
+    ranks run the same steps: each draws the same tokens.
     """
 
     def __init__(
@@ -38,22 +41,24 @@ class ModelRunner:
         config: EngineConfig,
         device: Device,
         buckets: list[int] | None = None,
+        masks: Masks | None = None,
     ) -> None:
         self._model = model
         self._kv_caches = kv_caches
         self._device = device
         self._ops = model.runtime.ops
+        self._is_whole = model.runtime.shard.is_whole
         self.host_cache = HostCache(kv_caches, config.num_host_blocks, device) if config.num_host_blocks else None
         """The host memory that blocks are swapped to."""
         buckets = buckets or decode_buckets(config.max_num_seqs)
         self._graphs = DecodeGraphs(buckets, self._decode, device)
         self._inputs = InputBuffers(config, device, self._decode_attention(buckets), self._ops.library)
-        self._recorded = RecordedDecode(model, kv_caches, self._ops.library)
-        self._sampler = Sampler(config, device, self._ops)
+        self._recorded = RecordedDecode(model, kv_caches, self._ops.library if self._is_whole else None)
+        self._sampler = Sampler(config, device, self._ops, masks or Masks(config.max_num_seqs, config.vocab_size))
         self._row_numbers = np.arange(config.max_num_seqs + 1)
         # Where padded decode steps leave their results; a CPU runs none.
         num_rows = config.max_num_seqs if device.overlaps else 0
-        self._logits = torch.empty((num_rows, config.vocab_size), dtype=torch.float32, device=device.torch_device)
+        self._logits = torch.empty((num_rows, model.num_logits), dtype=torch.float32, device=device.torch_device)
         self._finite = torch.empty(num_rows, dtype=torch.bool, device=device.torch_device)
 
     @property
@@ -150,15 +155,26 @@ class ModelRunner:
     ) -> None:
         """Queue what draws a step's tokens. `misfits` are what `Sampler.mask` said, None where it was not asked yet."""
         step.misfits = self._sampler.mask(drawn) if misfits is None else misfits
+        if not self._is_whole:
+            logits, output = self._of_all_ranks(logits)
         token_ids, step.drawn = self._sampler.sample(logits, drawn, output)
         if self._device.overlaps:
             self._inputs.remember(self._sampler.places(len(drawn))[1], token_ids)
         step.done = self._device.record()
 
+    def _of_all_ranks(self, logits: Tensor) -> tuple[Tensor, kernels.SampleOutput | None]:
+        """Return the logits of all ranks, given this rank's; or the tokens, where only the largest logit counts."""
+        if not self._sampler.is_greedy:
+            return self._model.joined(logits), None
+        token_ids = self._model.most_likely(logits)
+        nothing = logits.new_empty(0)
+        return logits, kernels.SampleOutput(token_ids, nothing, nothing, nothing)
+
     def decode(self, batch: ScheduledBatch) -> tuple[Tensor, Tensor]:
         """Queue a padded step of decodes alone, without sampling.
 
-        Returns logits `[D, V]` f32 and, `[D]`, whether each row's hidden state is finite; valid until the next step.
+        Returns logits `[D, V]` f32, those of this rank's tokens, and, `[D]`, whether each row's hidden state is finite;
+        valid until the next step.
         """
         D = batch.num_decodes
         bucket = self._graphs.bucket(D)
@@ -191,7 +207,7 @@ class ModelRunner:
         self._model.compute_logits(hidden, out=self._logits[:num_rows])
 
     def _decode_attention(self, buckets: list[int]) -> DecodeAttention:
-        model, capability = self._model.config, self._device.capability
+        model, capability = self._model.rank_config, self._device.capability
         splits = {size: kernels.num_decode_splits(capability, size, model.num_kv_heads) for size in buckets}
         most = max(size * num_splits for size, num_splits in splits.items())
         return DecodeAttention(

@@ -39,7 +39,7 @@ def score_prompt(
     parts = []
     for start in range(positions.start, positions.stop, _ROWS):
         stop = min(start + _ROWS, positions.stop)
-        logits = model.compute_logits(hidden[first + start : first + stop])
+        logits = model.joined(model.compute_logits(hidden[first + start : first + stop]))
         targets = device.to_device(torch.tensor(seq.token_ids[start + 1 : stop + 1]))
         log_z = logits.logsumexp(-1)
         logprobs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - log_z

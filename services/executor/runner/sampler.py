@@ -56,7 +56,7 @@ class Draw:
 class Sampler:
     """Keeps the sampling parameters of every row; a step gathers those of its rows and changes nothing else."""
 
-    def __init__(self, config: EngineConfig, device: Device, ops: kernels.Ops) -> None:
+    def __init__(self, config: EngineConfig, device: Device, ops: kernels.Ops, masks: Masks) -> None:
         num_rows = config.max_num_seqs
         self._capacity = config.max_model_len
         self._device = device
@@ -77,7 +77,8 @@ class Sampler:
         # Rows that neither change their logits nor want log-probabilities, and whether all rows of a step are such.
         self._is_plain_row = np.ones(num_rows, np.bool_)
         self._is_plain = True
-        self._masks = Masks(num_rows, config.vocab_size)
+        self._is_hot = False
+        self._masks = masks
         self._mask_rows = torch.from_numpy(self._masks.rows)
         self._is_masked = False
 
@@ -113,6 +114,7 @@ class Sampler:
         arrays["logit_rows"][:R] = logit_rows
         arrays["positions"][:R] = [s.position for s in scheduled]
         self._is_plain = all(self._is_plain_row[rows].tolist())
+        self._is_hot = bool(self._of_row["temperature"][rows].any())
         for name in _PARAMETERS if self._is_plain else self._of_row:
             arrays[name][:R] = self._of_row[name][rows]
         self._staged.send()
@@ -122,12 +124,18 @@ class Sampler:
 
         All of their tokens are known.
         """
+        errors = self._masks.fill(scheduled)
         self._is_masked = any(one.seq.matcher is not None for one in scheduled)
-        return self._masks.fill(scheduled)
+        return errors
 
     def places(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the rows `[R]` of hidden states to compute logits of, and the rows `[R]` of the sequences."""
         return self._staged.tensors["logit_rows"][:count], self._staged.tensors["rows"][:count]
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if each row of `fill` and `mask` takes the largest of the logits as they are, and wants nothing else."""
+        return self._is_plain and not self._is_masked and not self._is_hot
 
     @property
     def plain_draw(self) -> Callable[[Tensor], kernels.SampleOutput] | None:

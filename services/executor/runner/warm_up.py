@@ -91,9 +91,9 @@ def run_largest_step(model: CausalLM, config: EngineConfig, device: Device, kv_c
             max_seqlen_q=chunk,
         ),
     )
-    caches = allocate_kv_caches(model.config, 1, page, dtype=kv_cache_dtype, device=where, ops=model.runtime.ops)
+    caches = allocate_kv_caches(model.rank_config, 1, page, dtype=kv_cache_dtype, device=where, ops=model.runtime.ops)
     hidden = model.forward(tokens, context, caches)
-    model.compute_logits(hidden[: config.max_num_seqs])
+    model.joined(model.compute_logits(hidden[: config.max_num_seqs]))
     device.synchronize()
 
 

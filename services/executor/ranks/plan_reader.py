@@ -1,0 +1,102 @@
+"""Plans of rank 0 as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from dataclasses import field as data_field
+
+from scalellm.services.executor.engine.batch import ScheduledBatch, ScheduledSequence
+from scalellm.services.executor.engine.config import EngineConfig
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup
+from scalellm.services.executor.engine_link import sampling_from_wire
+from scalellm.services.executor.ranks.plan_writer import SAMPLES, TOKEN_PENDING
+from scalellm.v1 import ranks_pb2
+
+_A_GRAMMAR = "of rank 0"
+
+
+class ToldMatcher:
+    """Stands for the matcher of a sample: rank 0 has it, and tells what it allows."""
+
+    def follow(self, token_ids: object, start: int = 0) -> None:
+        """Do nothing."""
+
+
+@dataclass(slots=True)
+class ToldBatch(ScheduledBatch):
+    """A step of rank 0. With `masked`, its draw waits for the masks."""
+
+    masked: bool = data_field(default=False, kw_only=True)
+
+    @property
+    def draws_late(self) -> bool:
+        """True if the draw waits for the masks."""
+        return self.masked
+
+
+class PlanReader:
+    """Keeps the sequences of all rows as rank 0 has them, as far as a runner reads them."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._of_row: dict[int, Sequence] = {}
+
+    def step(self, plan: ranks_pb2.RankStep) -> ToldBatch:
+        """Return the batch of a plan."""
+        batch = ToldBatch(plan.step, num_decodes=plan.num_decodes, num_tokens=sum(plan.num_tokens), masked=plan.masked)
+        new = iter(plan.new_sequences)
+        blocks, token_ids = _parts(plan.blocks, plan.block_counts), _parts(plan.token_ids, plan.token_counts)
+        columns = zip(
+            plan.rows,
+            plan.starts,
+            plan.num_tokens,
+            plan.flags,
+            plan.first_new_blocks,
+            blocks,
+            token_ids,
+            strict=True,
+        )
+        for row, start, num_tokens, flags, first, new_blocks, tokens in columns:
+            if first == 0:
+                self._of_row[row] = self._sequence(row, next(new), tokens)
+            else:
+                self._of_row[row].token_ids += tokens
+            seq = self._of_row[row]
+            seq.block_table[first:] = new_blocks
+            samples, pending = bool(flags & SAMPLES), bool(flags & TOKEN_PENDING)
+            batch.sequences.append(ScheduledSequence(seq, start, num_tokens, samples, first, pending))
+        for score in plan.scores:
+            batch.sequences[score.place].prompt_logprobs = range(score.first, score.first + score.count)
+        return batch
+
+    def _sequence(self, row: int, told: ranks_pb2.RankSequence, token_ids: list[int]) -> Sequence:
+        request = EngineRequest(
+            (0, row),
+            "",
+            tuple(token_ids[: told.num_prompt_tokens]),
+            sampling_from_wire(told.sampling),
+            grammar=_A_GRAMMAR if told.has_grammar else "",
+        )
+        group = SequenceGroup(
+            request,
+            arrival=0,
+            now=0.0,
+            seed=told.seed,
+            eos_token_ids=self._config.eos_token_ids,
+            max_model_len=self._config.max_model_len,
+        )
+        group.samples = []  # each goes by its row
+        seq = Sequence(group, told.index, token_ids)
+        seq.row = row
+        seq.matcher = ToldMatcher() if told.has_grammar else None
+        return seq
+
+
+def _parts(values: Items[int], counts: Items[int]) -> Iterator[list[int]]:
+    at = 0
+    for count in counts:
+        yield list(values[at : at + count])
+        at += count
