@@ -47,7 +47,7 @@ _EXIT_CODES = {
 }
 
 
-# What gRPC itself says of a message that it does not send or take; a server's own RESOURCE_EXHAUSTED reads otherwise.
+# gRPC's own message about a message that is too long; a server's RESOURCE_EXHAUSTED has another one.
 _TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
 
 _PIPE_WIDTH = 1000
@@ -221,7 +221,7 @@ def in_options(message: str) -> str:
 def explain(error: ClientError) -> tuple[str, ExitCode]:
     """One line that says what to do about a failed call, and the exit code for it."""
     if error.unreachable:
-        # What runs elsewhere cannot be started from here.
+        # A server elsewhere cannot be started from here.
         what = "start it with: scalellm up" if _is_here(error.unreachable) else "check the address, and that it runs"
         return f"no ScaleLLM server answers at {error.unreachable}; {what}", ExitCode.NOT_RUNNING
     if error.misconfigured:
@@ -235,7 +235,7 @@ def explain(error: ClientError) -> tuple[str, ExitCode]:
     if error.code is grpc.StatusCode.UNIMPLEMENTED:
         return f"the server offers no such call ({message}): is this the address of a tokenizer?", ExitCode.FAILED
     if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        # Where the deadline passed here, gRPC has only its own words for it.
+        # If the deadline passed in this process, the message is gRPC's own.
         said = "" if "Deadline Exceeded" in message else f" ({message})"
         message = f"out of time{said}; allow more with --timeout"
     elif error.retry_after is not None:

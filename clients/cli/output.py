@@ -56,7 +56,7 @@ class Terminal(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Called by rich for everything that it prints, parts of tables and of live displays included."""
         for segment in super().render(renderable, options):
-            # What is marked as control is rich's own: moves of the cursor.
+            # Segments marked as control are rich's own: moves of the cursor.
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     def on_broken_pipe(self) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 from scalellm.cli.output import Terminal
 from scalellm.launcher import InstanceStatus, ServiceStatus
 
-# What is left out, in this order, where one line per service needs it; --json and a pipe have all of it.
+# Columns that are left out, in this order, to fit a service into one line; --json and a pipe have all of them.
 _OPTIONAL_COLUMNS = ("compute", "restarts", "model", "memory", "address", "up")
 _ANY_WIDTH = 1000
 

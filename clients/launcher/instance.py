@@ -83,7 +83,7 @@ class State:
     def with_service(self, record: ServiceRecord) -> State:
         """The same with `record` added, or in place of the one with its name."""
         services = {service.name: service for service in self.services} | {record.name: record}
-        # What others depend on comes first, whatever was started first.
+        # Services that others depend on come first, whichever was started first.
         return replace(self, services=tuple(sorted(services.values(), key=lambda service: _KINDS.index(service.kind))))
 
     def of_kind(self, kind: str) -> tuple[ServiceRecord, ...]:

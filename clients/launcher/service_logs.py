@@ -19,7 +19,7 @@ _CHUNK = 2**16
 # A line that is longer is shown in parts.
 _MAX_LINE = 2**20
 
-# What our services begin a line with, and Redis, after its process and role; JSON says it by name.
+# The beginning of a log line of our services, and of Redis, after its process and role; in JSON it is a field.
 _TIMES = (
     (re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) "), "%Y-%m-%d %H:%M:%S"),
     (re.compile(r"\d+:[A-Z] (\d\d \w{3} \d{4} \d\d:\d\d:\d\d)\.(\d{3}) "), "%d %b %Y %H:%M:%S"),

@@ -48,7 +48,7 @@ METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/scalellm.v1.Executor/Execute": _LINKS,
         "/scalellm.v1.Executor/GetInfo": _OPERATORS,
         "/scalellm.v1.Executor/Drain": _OPERATORS,
-        # KEDA shows no key. It is told what the metrics tell: numbers, of nobody in particular.
+        # KEDA sends no key. It reads the same numbers as the metrics, which name no tenant.
         "/externalscaler.ExternalScaler/IsActive": _EVERYBODY,
         "/externalscaler.ExternalScaler/StreamIsActive": _EVERYBODY,
         "/externalscaler.ExternalScaler/GetMetricSpec": _EVERYBODY,

@@ -20,7 +20,7 @@ EXPORT = "OTEL_*"
 """Variables for the export of traces, keys for a collector included; only for processes that export them."""
 
 _ALLOWED = (
-    # Where things are, and how text is written.
+    # Paths and locale.
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "PWD", "TMPDIR", "LANG", "LANGUAGE", "LC_*", "TZ", "TZDIR", "TERM"),
     *("NO_COLOR", "XDG_*", "SSL_CERT_*"),
     # The interpreter, the loader and the allocator.

@@ -45,7 +45,7 @@ CHANNEL_OPTIONS = (
 SERVER_OPTIONS = (
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
-    # Of no compression algorithm but the first, none: a few bytes would stand for a message of any length.
+    # Allow no compression (only algorithm 0, none): a few bytes could expand to a message of any length.
     ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
@@ -56,7 +56,7 @@ SERVER_OPTIONS = (
     ("grpc.server.max_pending_requests", _UNLIMITED),
     ("grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Pings are answered however often they come, 100,000 in 0.02 CPU seconds, and who does not read is not read.
+    # Pings are answered however many there are: 100,000 cost 0.02 CPU seconds. A client that does not read is not read.
     # To cut off a client that pings too often costs 10: each ping too many that was read with it lengthens a text.
     ("grpc.http2.max_ping_strikes", 0),
 )
@@ -136,7 +136,7 @@ class GrpcService:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
             await asyncio.sleep(grace)
-            # The listener first: whoever came after the connections were looked at would not be cut off.
+            # Close the listener first: a client that connects later would not be cut off.
             _shut_down(psutil.CONN_LISTEN, self._port)
             _shut_down(psutil.CONN_ESTABLISHED, self._port)
         await self.server.stop(None)

@@ -55,7 +55,7 @@ def configure_logging(service: str, settings: ServiceSettings) -> None:
     if log := os.environ.get(SERVICE_LOG):
         handler.addFilter(BoundedLog(Path(log)))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
-    # It tells, with a traceback and before anybody looked at keys, of each value of metadata that is not UTF-8, such as
+    # It logs, with a traceback and before keys are checked, each value of metadata that is not UTF-8, such as
     # a mistyped key. What our handlers raise is told by `guarded`.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     if settings.log_format == "json":

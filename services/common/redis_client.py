@@ -12,7 +12,7 @@ from scalellm.services.common.lifecycle import StartError
 
 KEY_PREFIX = "scalellm:"
 
-# What is shown of an address. Whatever is not exactly this may have a raw password anywhere.
+# The part of an address that is shown. Any other address may contain a password anywhere.
 _HOST = r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _SHAPES = tuple(
     re.compile(rf"(?P<scheme>{scheme})://(?P<who>[^/?#]*@)?(?P<place>{place})(?P<query>\?[^@#]*)?")

@@ -143,7 +143,7 @@ async def probe_redis(redis: Redis, *, sessions: bool) -> None:
     """
     tag = os.urandom(8).hex()
     single = [f"{KEY_PREFIX}probe:{tag}:{number}" for number in range(_NUM_SLOTS_TRIED)]
-    # What is in braces decides where the keys lie, in a cluster that is reached through a proxy.
+    # The part in braces decides on the node of the keys, in a cluster that is reached through a proxy.
     fields, index = f"{KEY_PREFIX}probe:{{{tag}}}:hash", f"{KEY_PREFIX}probe:{{{tag}}}:index"
     pipeline = redis.pipeline(transaction=False)
     pipeline.ping()

@@ -43,7 +43,7 @@ def settings_config(service: str) -> SettingsConfigDict:
 class ServiceSettings(BaseSettings):
     """Settings of every service."""
 
-    # Built when first used: the classes that only stand above others never are.
+    # Models are built when first used; base classes never are.
     model_config = SettingsConfigDict(use_attribute_docstrings=True, defer_build=True)
 
     host: Host = "127.0.0.1"

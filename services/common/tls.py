@@ -154,5 +154,5 @@ def _configuration(material: TlsMaterial) -> grpc.ServerCertificateConfiguration
 
 
 def _refuse_password() -> str:
-    # Without it OpenSSL would ask on the terminal.
+    # Without a password OpenSSL would ask for one on the terminal.
     return ""

@@ -178,7 +178,7 @@ class EngineLink:
             self._num_accepted += 1
             self._accepted_tokens += charged_tokens
             return None
-        # What was refused never waits, so it gives its credits back at once.
+        # A refused request never waits, so its credits are given back at once.
         self._refused_tokens += charged_tokens
         self._num_refused += 1
         finish = link_pb2.Finish(handle=submit.handle, status=status)

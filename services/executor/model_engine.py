@@ -89,7 +89,7 @@ def build_model_engine(
     if torch_device.type == "cpu" and not settings.num_threads:
         torch.set_num_threads(choose_num_threads(model.first_projection, model_config.hidden_size, placement.dtype))
     if device.overlaps:
-        # What a step takes beside weights and cache is known once the largest one ran; torch keeps that memory.
+        # The memory of a step beside weights and cache is known once the largest step ran; torch keeps it.
         run_largest_step(
             model, _engine_config(settings, placement, model_config, *sizes), device, placement.kv_cache_dtype
         )

@@ -9,10 +9,10 @@ from scalellm.services.scheduler.books import Books
 from scalellm.services.scheduler.request import Request
 from scalellm.v1 import link_pb2
 
-# Uncounted credit: the edge shall not queue. What does not fit into the admission queue is refused with a retry time.
+# Unlimited credit: the edge must not queue. A request that does not fit into the queue is refused with a time to retry.
 _UNLIMITED = 2**63
 
-# Prompts have many log-probabilities: what comes from several executors at once must not make a frame too long.
+# Prompts have many log-probabilities: those of several executors together must not make a frame too long.
 _MAX_PROMPT_LOGPROBS = 1 << 18
 
 _BEAT = 5.0

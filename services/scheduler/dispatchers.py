@@ -52,7 +52,7 @@ class Dispatchers:
             dispatcher.placement.stop()
         await asyncio.gather(*(dispatcher.fleet.stop() for dispatcher in self._all))
 
-    # What holds for all of them.
+    # Calls that concern all dispatchers.
 
     def begin_drain(self) -> None:
         """Admit nothing more."""
@@ -101,7 +101,7 @@ class Dispatchers:
         if (keeper := self._keeper_of(address)) is not None:
             keeper.fleet.drop_when_down(address)
 
-    # Which dispatcher a client's link goes to.
+    # Choice of the dispatcher of a client's link.
 
     async def find(self, hello: link_pb2.Hello, patience: float) -> Dispatcher:
         """Return the dispatcher of a new client link, whose model has an executor or was waited for in vain.
@@ -142,7 +142,7 @@ class Dispatchers:
         names = ", ".join(repr(each.model) for each in self._all if each.model and each.fleet.replicas)
         return f"there are executors of {names}" if names else "nor of any other model"
 
-    # Which dispatcher an executor belongs to.
+    # Choice of the dispatcher of an executor.
 
     def _keeper_of(self, address: str) -> Dispatcher | None:
         return next((each for each in self._all if address in each.fleet.replicas), None)

@@ -194,7 +194,7 @@ class Fleet:
             for replica in self.replicas.values():
                 replica.announce_demand()
 
-    # What the listener does with what it is told.
+    # Handling of executors' events.
 
     def adopt(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> bool:
         """Take a replica in that was welcomed. Returns whether the fleet has another model from here on; raises

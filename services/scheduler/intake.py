@@ -61,7 +61,7 @@ class Intake:
             raise StatusError.invalid("handle", f"{submit.handle} is still in use by another request of this link")
         now = self._loop.time()
         self._arrivals += 1
-        # What another scheduler had admitted goes before what its tenant sent first to this one.
+        # Requests that another scheduler had admitted go before those that their tenant sends to this one first.
         arrival = self._arrivals - _EARLIER if submit.attempt else self._arrivals
         request = Request(link, submit, arrival, now)
         link.requests[submit.handle] = request
@@ -79,7 +79,7 @@ class Intake:
                 placement.end(request, request.make_finish(None))
                 return
             if not submit.sampling.HasField("seed"):
-                # Drawn here and not on the executor, so that another executor repeats it.
+                # The seed is drawn here and not on the executor, so that another executor repeats the answer.
                 submit.sampling.seed = self._random.getrandbits(64)
             placement.enter(request, now)
         except StatusError as error:

@@ -84,7 +84,7 @@ class Placement:
         """Place nothing more."""
         self.outage.stop()
 
-    # What clients do, by way of Intake.
+    # Calls of clients, by way of Intake.
 
     def count_in(self, request: Request) -> None:
         """A request came: it will be ended here."""
@@ -170,7 +170,7 @@ class Placement:
                 await self._idle.wait()
         return len(self.queue) + self._fleet.num_running
 
-    # What executors do (ReplicaListener).
+    # Events of executors (ReplicaListener).
 
     def check_welcome(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> None:
         """Refuse an executor that cannot serve beside the others."""

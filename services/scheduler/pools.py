@@ -72,7 +72,7 @@ def predict(step: link_pb2.StepTime, num_requests: int, executors: int, rows: in
     wanted = max(1.0, num_requests / executors)
     running = min(wanted, float(rows))
     context = lengths.prompt + lengths.answer / 2
-    # In the time of an answer each row's request gives way to a next one, whose prompt is computed beside the others.
+    # While one answer is generated, each other row takes a new request, whose prompt is computed in the same steps.
     prompts = running * lengths.prompt / lengths.answer
     seconds = step.base + running * (step.per_row + context * step.per_context_token) + prompts * step.per_prompt_token
     own = step.base + lengths.prompt * step.per_prompt_token

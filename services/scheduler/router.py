@@ -13,7 +13,7 @@ from scalellm.services.scheduler.prefix_index import PrefixIndex
 if TYPE_CHECKING:
     from scalellm.services.scheduler.replica_link import ReplicaLink
 
-# What one running sequence costs a newcomer, in prefill tokens: it takes a row of each decode step. A rough weight,
+# Cost of one running sequence for a new request, in prefill tokens: it takes a row of each decode step. A rough weight,
 # there to spread equal requests evenly; a cached prefix of a few blocks outweighs a handful of sequences.
 _TOKENS_PER_RUNNING = 16
 
@@ -92,7 +92,7 @@ class Router:
         """True if some executor takes another request now."""
         return bool(self._takes)
 
-    # Which executors there are, and how they are.
+    # Executors that join, leave and change.
 
     def join(self, replica: ReplicaLink) -> None:
         """An executor is ready."""
@@ -142,7 +142,7 @@ class Router:
             insort(self._order, rank)
             self._takes |= entry.bit
 
-    # Where requests go.
+    # Choice of an executor.
 
     def can_any_run(self, *, needs_grammars: bool) -> bool:
         """True if some executor knows all that a request asks for, or none is ready."""
@@ -210,7 +210,7 @@ class Router:
                 longest = max(longest, length)
                 if length >= max_len:
                     able |= mask
-        # Where no executor is long enough, the longest comes nearest; it may say so to the client.
+        # If no executor has a context that is long enough, the one with the longest refuses the request with its limit.
         return willing & (able or self._lengths[longest])
 
     def _cheapest(self, members: int, num_prompt_tokens: int, hashes: Sequence[int]) -> _Entry:

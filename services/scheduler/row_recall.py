@@ -74,7 +74,7 @@ class RowRecall:
                     victims.append(other)
             if _rows(victims) < request.num_rows:
                 return []
-        # What waits there holds back the tokens that the newcomer needs a credit for.
+        # Requests that wait there hold the prompt tokens that the new request needs credit for.
         short = replica.num_tokens_short
         for other in candidates:
             if short <= 0:

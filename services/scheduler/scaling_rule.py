@@ -71,7 +71,7 @@ class ScalingRule:
 
 def _executors(demand: PoolDemand, share: float) -> int:
     """Executors of which this share would be in use."""
-    # A hair less: a sum of fractions that means a whole number may lie above it.
+    # Slightly less: a sum of fractions that stands for a whole number may be rounded above it.
     count = math.ceil(demand.work / share - 1e-9)
     if demand.is_wanted:
         count = max(count, 1)

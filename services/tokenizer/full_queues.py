@@ -107,7 +107,7 @@ class _Returns:
     def next(self, now: int, soonest: int) -> int:
         """Nanoseconds that the next one shall wait, `soonest` or more."""
         self._refused_at = now
-        # Until a few have ended, which may be long, all are told the same.
+        # Until a few requests have ended, which may take long, all callers are told the same time.
         gap = (now - self.ends[0]) // (len(self.ends) * _RETURNS_PER_END) if len(self.ends) > 1 else 0
         self._last = max(self._last + gap, now + soonest)
         if self._last - now > _LONGEST_WAIT:

@@ -84,7 +84,7 @@ class RequestLog:
         if held_back:
             values["not_logged"] = held_back
         if end.error is not None:
-            # What the client did wrong is named, not repeated: the message may quote what was sent.
+            # Log the field of a client's mistake, not the message, which may quote the request.
             mistake = end.code is grpc.StatusCode.INVALID_ARGUMENT
             values["field" if mistake else "error"] = end.error.field if mistake else end.error.message
         if self._prompts:

@@ -105,7 +105,7 @@ def add_service(
         answering = _answering(getattr(servicer, method.name))
         if admit is not None and method.name not in _FREE:
             answering = _admitted(answering, admit, tenant_of)
-        # As if both sides streamed: gRPC would leave a call whose client closes its side without a message alone.
+        # Register as client-streaming; otherwise gRPC never calls us when a client half-closes without a message.
         handlers[method.name] = grpc.stream_stream_rpc_method_handler(
             guarded(_reading(answering, method, gate, held, tenant_of), method.full_name, on_end),
             request_deserializer=_lenient_parser(method),

@@ -169,7 +169,7 @@ class SchedulerLink:
             raise StatusError.unavailable("the scheduler has no executor yet")
         self._welcome = welcome
         self._is_draining = False
-        # Not from here: the client can send only once this returned.
+        # Not called directly: the client can send only after this has returned.
         asyncio.get_running_loop().call_soon(self._owner.link_changed, self)
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
@@ -193,7 +193,7 @@ class SchedulerLink:
         for sample_finish in step.finished_samples:
             if (receiver := get(sample_finish.handle)) is not None:
                 receiver.on_sample_finish(sample_finish)
-        # Before the ends: a request that is given back goes elsewhere.
+        # Before the ends are handled: a request that is given back goes to another scheduler.
         if step.load.draining:
             self.stop_submitting("is shutting down")
         for finish in step.finished:

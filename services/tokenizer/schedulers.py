@@ -87,7 +87,7 @@ class Schedulers:
         finally:
             await asyncio.gather(*(link.stop() for link in self._links.values()), *self._closing)
 
-    # What is known of the schedulers.
+    # State of the schedulers.
 
     @property
     def welcome(self) -> link_pb2.Welcome | None:
@@ -134,7 +134,7 @@ class Schedulers:
             raise self._make_outage() from None
         return welcome
 
-    # What requests do.
+    # Calls of requests.
 
     def check_room(self, tenant: bytes) -> None:
         """Raise RESOURCE_EXHAUSTED for a new request that every scheduler would refuse, as each has said a moment ago.
@@ -271,7 +271,7 @@ class Schedulers:
     def _wait(self, request: RunningRequest) -> None:
         """A request waits for a scheduler, be it for no time."""
         left = request.seconds_left(self._clock())
-        # Decided now: uvloop's timers may fire a moment early, when a clock would say that there is time left.
+        # The reason is decided here: uvloop's timers may fire a moment early, when a clock would still show time left.
         ends_at_deadline = left <= self._outage_limit
         limit = min(self._outage_limit, left)
         request.timer = asyncio.get_running_loop().call_later(limit, self._give_up, request, ends_at_deadline)

@@ -139,7 +139,7 @@ def decode_session(fields: Mapping[bytes, bytes]) -> Session:
             document=fields.get(b"document", b"").decode(),
         )
     except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:
-        # Not the error's own words: they may quote what is stored, which is what users wrote.
+        # Without the error's message, which may quote the stored text of users.
         raise ValueError(f"not a session ({type(error).__name__})") from error
 
 

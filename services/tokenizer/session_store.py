@@ -108,7 +108,7 @@ class SessionStore:
         return self._failures.count
 
     def _select(self, tenant: Tenant) -> None:
-        # In braces, what decides on the slot in a cluster.
+        # The part in braces decides on the slot in a cluster.
         self._keys = f"{KEY_PREFIX}session:{{{tenant.name}}}:"
         self._index = f"{KEY_PREFIX}sessions:{{{tenant.name}}}"
         self._sizes = f"{KEY_PREFIX}session-bytes:{{{tenant.name}}}"

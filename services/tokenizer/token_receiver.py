@@ -128,7 +128,7 @@ class TokenReceiver:
         for inbox in self._inboxes:
             inbox.num_taken = len(inbox.tokens)
 
-    # The link's side.
+    # Called by the link.
 
     def on_tokens(self, index: int, offset: int, token_ids: list[int], now: int) -> None:
         """New tokens of a sample; `now` in nanoseconds of the monotonic clock."""
@@ -185,7 +185,7 @@ class TokenReceiver:
         except ProgressError as error:
             self._fail_for(error)
             return
-        # Also where a stop text ended it here before: the taker knows, and takes no notice.
+        # Stored also if a stop text ended the sample here before: the taker then ignores it.
         self._inboxes[finish.index].finish = finish
         self._dirty[finish.index] = None
         self.wake()
@@ -201,7 +201,7 @@ class TokenReceiver:
         self._error = self._error or error
         self.wake()
 
-    # The taker's side.
+    # Called by the task that takes the tokens.
 
     async def wait(self) -> None:
         """Wait until there is something to take. For one waiter. Raises StatusError when the request is lost."""

@@ -12,7 +12,7 @@ from scalellm.client.error_details import ErrorDetails, read_details
 # HTTP/2's REFUSED_STREAM, in gRPC's words: the server closed the stream without having looked at it.
 _REFUSED = "RST_STREAM with error code 7"
 
-# What gRPC itself says when nobody answers at the address; a server's own UNAVAILABLE reads otherwise.
+# gRPC's own message when nobody answers at the address; a server's UNAVAILABLE has another one.
 _UNREACHABLE = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
 
 # Somebody listens there: the connection was made, and then closed again, by us or by them.

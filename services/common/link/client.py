@@ -152,7 +152,7 @@ class LinkClient:
                 _log.exception("link to %s failed", self.address)
                 error = StatusError(grpc.StatusCode.INTERNAL, f"{self.address}: {unexpected!r}")
                 drop_tracebacks(unexpected)
-            # Told once, not at every attempt: a peer may be away for hours.
+            # Logged once, not at every attempt: a peer may be away for hours.
             level = logging.WARNING if self._up or error.message != self._last_reason else logging.DEBUG
             _log.log(level, "link to %s is down, connecting again: %s", self.address, error.message)
             self._last_reason = error.message
@@ -193,7 +193,7 @@ class LinkClient:
                 call.cancel()
 
     async def _serve(self, call: Any, welcome: link_pb2.Welcome) -> None:
-        # The writer first: what it raises tells more where the same event ended both.
+        # The writer's error first: it says more than the reader's when one event ended both.
         steps = [self._write(call), self._read(call, partial(read_step, vocab_size=welcome.vocab_size)), self._watch()]
         if welcome.lease_ns:
             steps.append(self._renew(welcome.lease_ns / 1e9))

@@ -35,7 +35,7 @@ _KINDS = {
 _FLUSH_LIMIT = 2.0
 """Seconds that the last spans get at the end of the process."""
 
-# OpenTelemetry's conventions for gRPC: on a server these mean that it failed; others are what it owed its client.
+# OpenTelemetry's conventions for gRPC: on a server these codes are its failures; the others are answers to the client.
 _SERVER_ERRORS = frozenset(
     {
         grpc.StatusCode.UNKNOWN,

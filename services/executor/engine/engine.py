@@ -192,7 +192,7 @@ class Engine:
         self._scheduler.only = on_trial = self._faults.on_trial()
         batch = self._schedule(started)
         if on_trial is not None and not batch.sequences and not self._pipeline:
-            # What is paused holds the blocks that the suspects need; alone they fit.
+            # Paused requests hold the blocks that the suspects need; without them the suspects fit.
             for group in self._scheduler.running_groups():
                 if group.arrival not in on_trial:
                     self._scheduler.roll_back(group, started)

@@ -72,7 +72,7 @@ class Swapper:
         per_token = self._prefill.seconds_per_token
         if not table or len(table) > self._pool.num_free or self._cost is None or per_token is None:
             return
-        # What the sequence alone publishes may be found again, but not counted on: blocks are short.
+        # Blocks that only this sequence published may be found again, but that is not certain while blocks are short.
         if self._cost.seconds(len(table)) >= (num_tokens - first * size) * per_token:
             return
         seq.host_copy = HostCopy(first, self._pool.take(len(table)), num_tokens)

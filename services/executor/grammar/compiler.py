@@ -32,13 +32,13 @@ class LlGrammarCompiler:
     def __init__(self, vocabulary: Vocabulary, eos_token_ids: Collection[int]) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._limits = LLParserLimits(
-            # Of compiling: some 20 ms.
+            # Work of compiling: some 20 ms.
             initial_lexer_fuel=1_000_000,
             max_grammar_size=100_000,
-            # Of one mask: some 5 ms.
+            # Work of one mask: some 5 ms.
             step_lexer_fuel=50_000,
             step_max_items=20_000,
-            # Of memory: one or two kB each, for every sample.
+            # Memory: one or two kB each, for every sample.
             max_lexer_states=10_000,
             verbose_errors=False,
         )
@@ -111,7 +111,7 @@ class _Spelling:
 
     def __init__(self, vocabulary: Vocabulary, eos_token_ids: Sequence[int]) -> None:
         self.tokens = vocabulary.tokens
-        # What ends a sample is never text, whatever the files say.
+        # End tokens are never text, whatever the files say.
         self.special_token_ids = sorted(vocabulary.special_ids | set(eos_token_ids))
         self.eos_token_id = eos_token_ids[0]
         self.tokenizer: LLTokenizer | None = None

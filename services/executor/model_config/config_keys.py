@@ -131,7 +131,7 @@ class ConfigKeys:
 
 IRRELEVANT_KEYS = frozenset(
     {
-        # What the file is, and which software wrote it or is to read it.
+        # Kind of the file, and the software that wrote or reads it.
         *(
             "_name_or_path",
             "_model_name_or_path",
@@ -162,7 +162,7 @@ IRRELEVANT_KEYS = frozenset(
         ),
         *("finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels", "prefix"),
         *("transformers.js_config", "_experts_implementation", "pretraining_tp", "base_model_tp_plan", "is_decoder"),
-        # What training did.
+        # Settings of training.
         *(
             "initializer_range",
             "initializer_factor",
@@ -240,7 +240,7 @@ ACCEPTED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "use_mrope": (False,),
     "use_qkv_bias": (False,),
     "use_sliding_window": (False,),
-    # Of scaled rotary embeddings: yarn's and longrope's.
+    # Scaled rotary embeddings: yarn's and longrope's.
     "attention_factor": (1, 1.0),
 }
 """Values with which keys that an architecture has no use for mean what it does anyway."""
@@ -248,7 +248,7 @@ ACCEPTED_VALUES: Mapping[str, tuple[Any, ...]] = {
 IRRELEVANT_GGUF_KEYS = frozenset(
     {
         *("vocab_size", "tensor_data_layout", "source.url", "rope.scaling.finetuned"),
-        # Of yarn alone, with which they are read.
+        # Keys of yarn alone, which are read with it.
         *("rope.scaling.original_context_length", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast"),
         *("rope.scaling.yarn_beta_slow", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_log_multiplier"),
     }

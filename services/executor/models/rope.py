@@ -35,7 +35,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def _llama3(inv_freq: Tensor, scaling: Llama3Scaling) -> Tensor:
-    # How many full turns a frequency makes in the original context decides how much of it is kept.
+    # The number of full turns of a frequency in the original context decides how much of it is kept.
     turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0.0, 1.0)

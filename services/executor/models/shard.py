@@ -67,7 +67,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Shard:
-    """What rank `rank` of `size` holds; the experts go to `expert_parallel` groups of as many ranks each.
+    """The part of rank `rank` of `size`; the experts go to `expert_parallel` groups of as many ranks each.
 
     Methods that divide raise UnsupportedModelError, with the numbers, if that cannot be done.
     """

@@ -56,7 +56,7 @@ class ModelRunner:
         self._recorded = RecordedDecode(model, kv_caches, self._ops.library if self._is_whole else None)
         self._sampler = Sampler(config, device, self._ops, masks or Masks(config.max_num_seqs, config.vocab_size))
         self._row_numbers = np.arange(config.max_num_seqs + 1)
-        # Where padded decode steps leave their results; a CPU runs none.
+        # Results of padded decode steps; a CPU runs none.
         num_rows = config.max_num_seqs if device.overlaps else 0
         self._logits = torch.empty((num_rows, model.num_logits), dtype=torch.float32, device=device.torch_device)
         self._finite = torch.empty(num_rows, dtype=torch.bool, device=device.torch_device)

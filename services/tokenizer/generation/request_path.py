@@ -203,10 +203,10 @@ class Generation(Call):
                     async for event in self._follow(kept, (), request.stream_interval or 1):
                         yield event
                 return
-        # Before all that costs something: under overload most requests end here.
+        # Check the queue before any costly work: under overload most requests end here.
         salt = TenantSalt(edge.salt_secret, self._tenant)
         edge.schedulers.check_room(salt.tenant)
-        # Before anything is checked: a request that is refused counts as well.
+        # Count the request before it is checked: a refused request counts as well.
         self._lease = await edge.quotas.admit(self._tenant, max(request.priority, MIN_PRIORITY))
         validate_generate(request, edge.limits, edge.vocab_size)
         shape = AnswerShape(request, edge.prompts.writing)

@@ -64,6 +64,6 @@ def make_application(face: HttpFace, settings: TokenizerSettings, is_ready: Call
     AnthropicRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
     TokenizeRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
     if settings.http_metrics:
-        # Where the supervisor told prometheus_client to keep the workers' files.
+        # The folder in which prometheus_client keeps the workers' files, set by the supervisor.
         MetricsRoute(settings, Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])).register(face, app)
     return app

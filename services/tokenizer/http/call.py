@@ -68,7 +68,7 @@ class HttpCall:
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise HttpError(415, "content-encoding: must be absent: bodies are read as they are")
         if request.content_type != "application/json":
-            # Also because browsers send anything else to any server, unasked.
+            # Browsers send any other type to any server without asking it first.
             raise HttpError(415, f"content-type: must be application/json, got {request.content_type[:64]}")
         if (request.content_length or 0) > max_bytes:
             raise _too_large(max_bytes)

@@ -69,7 +69,7 @@ _KINDS: Mapping[grpc.StatusCode, _Kind] = MappingProxyType(
     }
 )
 
-# Clients repeat 409 and whatever is 500 or above; of these a repetition gives the same again.
+# Clients repeat 409 and statuses from 500 on; repeating one of these gives the same error again.
 _FINAL = frozenset((_Code.ALREADY_EXISTS, _Code.DEADLINE_EXCEEDED, _Code.UNIMPLEMENTED))
 
 

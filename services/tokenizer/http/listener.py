@@ -27,10 +27,10 @@ _LINGER = 2.0
 _BACKLOG = 1024
 _CONTINUE = "100-continue"
 
-# As gRPC's keepalive: a client that vanished without closing its connection is noticed within half a minute.
+# Like gRPC's keepalive: a client that vanished without closing its connection is noticed within half a minute.
 _KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 30_000))
 
-# aiohttp logs what clients do wrong as errors with tracebacks. What we do wrong is logged where it happens.
+# aiohttp logs clients' mistakes as errors with tracebacks. Our own errors are logged where they happen.
 _silent = logging.getLogger(f"{__name__}.aiohttp")
 _silent.disabled = True
 

@@ -9,7 +9,7 @@ from scalellm.services.common.sent_text import as_text
 from scalellm.services.tokenizer.http.tool_fields import add_calls
 from scalellm.v1 import generation_pb2
 
-# What else a message may hold would have to reach the model, or the answer would be to another conversation.
+# Other contents of a message would have to reach the model, or the answer would be to another conversation.
 _REFUSED = ("function_call", "audio")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _REASONING = ("reasoning", "reasoning_content")

@@ -16,7 +16,7 @@ def _event(name: str, rest: str) -> str:
 
 
 def _usage(usage: common_pb2.Usage) -> str:
-    # What was read from the cache is counted apart.
+    # Tokens read from the cache are counted apart.
     fresh = usage.prompt_tokens - usage.cached_tokens
     return (
         f'{{"input_tokens":{fresh},"cache_creation_input_tokens":0,"cache_read_input_tokens":{usage.cached_tokens},'

@@ -128,7 +128,7 @@ class ResponsesRequest(ApiRequest):
         if self.is_kept:
             request.on_disconnect = generation_pb2.ON_DISCONNECT_KEEP
         request.chat.content_is_text = content_is_text
-        # Of this response alone: the next one has its own, or none.
+        # Instructions hold for this response alone: the next one has its own, or none.
         instructions = [Message("system", as_text(self.instructions, "instructions"))] if self.instructions else []
         request.chat.messages.extend(message.to_wire() for message in (*instructions, *history, *said))
         set_tools(request.chat, self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)

@@ -177,7 +177,7 @@ class KeptRequest:
         if self.was_refused and self.transcript.error is not None:
             raise StatusError.from_link(self.transcript.error)
 
-    # What is to be written.
+    # Writing to the journal.
 
     def entry(self, renew_every: float) -> Entry | None:
         """Return what is to be written now, if anything; `wrote` must follow."""
@@ -343,10 +343,10 @@ class KeptRequest:
 
     async def _fail(self, error: StatusError) -> None:
         """The scheduler ended it. Raises StatusError if that is not its end."""
-        # Also from the scheduler's queue. Where the id is the server's, its client asks what became of it.
+        # The request may still wait in the scheduler's queue. A client whose id the server made asks for its state.
         is_refusal = error.code in _REFUSALS and not self.transcript.num_tokens and not self.head.asked
         if is_refusal or not self._accepted.is_set():
-            # A refused request did not run: its id stands for nothing, and the client may send it again.
+            # A refused request did not run: its id is free, and the client may send it again.
             self._writes_nothing = True
             self._written.set()
             with contextlib.suppress(StatusError):

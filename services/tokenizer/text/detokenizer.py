@@ -151,7 +151,7 @@ class _AfterIncompleteCharacter:
         return self._detokenizer.is_complete
 
     def _cut(self, text: str) -> str:
-        # The first text that comes has all of the character; where that is complete now, none of it was shown.
+        # The first text that comes contains the whole character; none of it was shown before.
         if text and self._shown:
             is_complete = self._shown.startswith("\ufffd") and not text.startswith(self._shown)
             text, self._shown = text if is_complete else text[len(self._shown) :], ""

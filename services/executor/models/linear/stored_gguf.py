@@ -104,7 +104,7 @@ def _encoder(form: BlockFormat, weight: IntWeight) -> Callable[[Tensor], tuple[T
                 numbers = numbers + (middle - groups.zero)
         else:
             offsets = groups.offsets.flatten(1)
-            # Where the scale is 0 the numbers have no say, and 0 - 1 times the offset is the weight.
+            # With a scale of 0 the numbers do not matter, and 0 - 1 times the offset is the weight.
             constant = scales == 0
             numbers = numbers.masked_fill(constant.repeat_interleave(form.group_size, 1), 0)
             scales = torch.where(constant, offsets, scales)
