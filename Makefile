@@ -2,7 +2,7 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all test-compose test-compose-faults test-hostile test-faults \
+.PHONY: help run up down status chat test test-all test-chart test-compose test-compose-faults test-hostile test-faults \
 	soak test-kernels aot lint format protos docs docs-check bench bench-load bench-tokenizer bench-scheduler bench-executor \
 	bench-line bench-fleet bench-peers gpu setup setup-dev clean
 
@@ -48,6 +48,9 @@ test-all: setup-dev ## run all tests; those of the monitoring files need Prometh
 
 test-compose: setup-dev ## run the containers for real: up, scale, crash, upgrade, down (needs Docker; minutes)
 	$(test-env) $(python) -m pytest -n 0 -v tests/compose --ignore tests/compose/test_faults.py $(PYTEST_ARGS)
+
+test-chart: setup-dev ## render the Helm chart and check it against Kubernetes' schemas (needs helm)
+	$(test-env) $(test-run) tests/chart $(PYTEST_ARGS)
 
 test-compose-faults: setup-dev ## kill, pause, cut off and upgrade containers under 64 streams (needs Docker; half an hour)
 	$(test-env) FAULTS_SECONDS=$${FAULTS_SECONDS:-10} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \

@@ -14,6 +14,10 @@ from scalellm.services.common.silence import until_silent
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+LIVENESS = "liveness"
+"""Name under which a process is SERVING as long as it answers, whatever it lacks to do its work: who gets no answer may
+start it anew, while one that is NOT_SERVING under the other names waits for others, or finishes what it has."""
+
 
 class Heartbeat:
     """Remembers when work last advanced.
@@ -70,7 +74,7 @@ class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]
 
 
 class HealthReporter:
-    """Publishes one status for all services of a process.
+    """Publishes one status for all services of a process, and beside it that the process answers.
 
     Args:
         services: Full names of the services; the empty name stands for the process.
@@ -85,6 +89,8 @@ class HealthReporter:
 
     async def publish(self) -> None:
         """Bring the published status up to date."""
+        if self._published is None:
+            await self.servicer.set(LIVENESS, _SERVING)
         ready = self._is_ready()
         if ready != self._published:
             self._published = ready

@@ -1,4 +1,7 @@
-"""`python -IS health_check.py HOST:PORT`: exits with 0 if a service is serving, else with 1 and the reason.
+"""`python -IS health_check.py HOST:PORT [NAME]`: exits with 0 if a service is serving, else with 1 and the reason.
+
+NAME is what the health service is asked about; without it the whole process. "liveness" is serving as long as the
+process answers.
 
 A container's health check runs this every few seconds for as long as the container lives, so it takes nothing but
 Python's own library, and asks `grpc.health.v1.Health/Check` in the few frames of HTTP/2 that the question takes. That
@@ -29,15 +32,14 @@ _END_HEADERS = 4
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _PATH = b"/grpc.health.v1.Health/Check"
-_NO_SERVICE = bytes(5)  # a HealthCheckRequest without a service's name, for the whole process
 _IS_SERVING = b"\x08\x01"  # a HealthCheckResponse with status SERVING
 
 
-def main(address: str, environment: Mapping[str, str]) -> int:
-    """Ask the service at `address`, say what it answers, and return the exit code."""
+def main(address: str, environment: Mapping[str, str], name: str = "") -> int:
+    """Ask the service at `address` about `name`, say what it answers, and return the exit code."""
     try:
         with _connect(address, environment) as connection:
-            health = SERVING if _ask(connection, address) == _IS_SERVING else "not serving"
+            health = SERVING if _ask(connection, address, name) == _IS_SERVING else "not serving"
     except TimeoutError:
         health = "no answer"
     except _FileError as error:
@@ -73,16 +75,17 @@ def _connect(address: str, environment: Mapping[str, str]) -> socket.socket:
     return context.wrap_socket(connection, server_hostname=environment.get(f"{_VARIABLES}_NAME") or host)
 
 
-def _ask(connection: socket.socket, address: str) -> bytes:
+def _ask(connection: socket.socket, address: str, name: str) -> bytes:
     """The message that answers. Raises OSError."""
     # RFC 7541: fields of the static table by their number, values as they are.
     fields = b"\x83\x86\x04" + _text(_PATH) + b"\x01" + _text(address.encode())
     fields += b"\x0f\x10" + _text(b"application/grpc") + b"\x00" + _text(b"te") + _text(b"trailers")
+    request = b"\x0a" + _text(name.encode()) if name else b""  # a HealthCheckRequest
     connection.sendall(
         _PREFACE
         + _frame(_SETTINGS, 0, 0)
         + _frame(_HEADERS, _END_HEADERS, 1, fields)
-        + _frame(_DATA, _END_STREAM, 1, _NO_SERVICE)
+        + _frame(_DATA, _END_STREAM, 1, struct.pack(">xI", len(request)) + request)
     )
     answer = b""
     with connection.makefile("rb") as stream:
@@ -115,4 +118,4 @@ def _text(value: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], os.environ))
+    sys.exit(main(sys.argv[1], os.environ, *sys.argv[2:3]))

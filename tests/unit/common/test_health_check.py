@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 from scalellm.services.common import health_check
+from scalellm.services.common.health import LIVENESS
 from scalellm.services.common.lifecycle import GrpcService
 from service_processes import PATIENCE
 
 
-async def run_check(address: str) -> tuple[int | None, str]:
+async def run_check(address: str, *name: str) -> tuple[int | None, str]:
     """As in the images: -I and -S leave it neither packages nor the environment."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-IS", Path(health_check.__file__), address), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-IS", Path(health_check.__file__), address, *name), stdout=asyncio.subprocess.PIPE
     )
     out, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
     return process.returncode, out.decode()
@@ -26,6 +27,7 @@ async def test_it_says_what_the_service_says():
     await service.start()
     address = service.address
     assert await run_check(address) == (1, f"{address}: not serving\n")
+    assert await run_check(address, LIVENESS) == (0, f"{address}: serving\n")
     ready = True
     assert await run_check(address) == (0, f"{address}: serving\n")
     await service.stop(0)

@@ -1,0 +1,338 @@
+"""The chart with ten sets of values: what Kubernetes' own schemas say, and what every pod must have."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helm_chart import CHART, ROOT, Manifest, component, of_kind, refusal, render, run_helm, workloads
+from scalellm.services.common.health import LIVENESS
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.tokenizer.config import TokenizerSettings
+
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="NOT tested: run `make setup-dev`")
+
+SECURE = {"security": {"enabled": True}}
+SCALED = {"enabled": True, "minReplicas": 0, "maxReplicas": 9}
+VALUES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "secure": SECURE,
+    "secure behind a gateway": {"security": {"enabled": True, "edgeTls": False, "secretPrefix": "mine"}},
+    "clients with certificates": {
+        "security": {"enabled": True, "clientCertificates": True, "edgeName": "api.example.com"},
+        "tokenizer": {"service": {"type": "LoadBalancer", "loadBalancerSourceRanges": ["203.0.113.0/24"]}},
+    },
+    "pools": {
+        "model": "/var/lib/scalellm/models/llama",
+        "models": {"pull": False, "volume": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}},
+        "executors": [
+            {"name": "cpu", "replicas": 2, "settings": {"quantization": "int8"}},
+            {
+                "name": "gpu",
+                "device": "cuda",
+                "maxSurge": 0,
+                "maxUnavailable": 1,
+                "runtimeClassName": "nvidia",
+                "nodeSelector": {"accelerator": "h200"},
+                "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+                "modelVolume": {"hostPath": {"path": "/srv/models", "type": "Directory"}},
+                "kernelVolume": {"hostPath": {"path": "/srv/kernels", "type": "DirectoryOrCreate"}},
+                "settings": {"max_num_batched_tokens": 1000000, "memory_fraction": 0.85, "prefix_cache": True},
+            },
+        ],
+    },
+    "scaled": {"executors": [{"name": "cpu", "autoscaling": SCALED}], "scheduler": {"replicas": 3}},
+    "scaled and secure": {
+        **SECURE,
+        "executors": [{"name": "cpu", "autoscaling": SCALED}, {"name": "spare"}],
+        "monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+    },
+    "a Redis of one's own": {
+        "redis": {"url": "redis+sentinel://a:26379,b:26379/main/0", "externalPorts": [26379, 6379]},
+        "monitoring": {"serviceMonitor": {"enabled": True}},
+    },
+    "an address of Redis from a Secret": {
+        "redis": {"urlSecret": {"name": "redis", "key": "url"}},
+        "tokenizer": {"env": [{"name": "OTEL_SERVICE_NAME", "value": "edge"}], "settings": {"log_format": "json"}},
+        "models": {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}]},
+    },
+    "one of each and nothing else": {
+        "fullnameOverride": "llm",
+        "image": {"registry": "registry.example/", "tag": "1.2.3", "pullSecrets": [{"name": "pull"}]},
+        "tokenizer": {"replicas": 1, "autoscaling": {"enabled": False}, "preStopSeconds": 0, "drainLimitSeconds": 5},
+        "scheduler": {"replicas": 1, "drainLimitSeconds": 600},
+        "redis": {"persistence": {"enabled": False}},
+        "networkPolicy": {"enabled": False},
+        "podDisruptionBudgets": {"enabled": False},
+    },
+}
+FOREIGN = {
+    "ScaledObject": "keda.sh/v1alpha1",
+    "TriggerAuthentication": "keda.sh/v1alpha1",
+    "ServiceMonitor": "monitoring.coreos.com/v1",
+}
+SETTINGS = {"tokenizer": TokenizerSettings, "scheduler": SchedulerSettings, "executor": ExecutorSettings}
+PORTS = {"tokenizer": 50051, "scheduler": 50052, "executor": 50061, "redis": 6379}
+
+every_set = pytest.mark.parametrize("name", VALUES)
+
+
+@cache
+def rendered(name: str, kubernetes: str = "1.37.0") -> list[Manifest]:
+    return render(VALUES[name], kubernetes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _schemas_are_read_once() -> Iterator[None]:
+    """The definitions of a version are megabytes, and would be read for every object."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kubernetes_validate.utils, "schema_contents", cache(kubernetes_validate.utils.schema_contents))
+        yield
+
+
+def environment(container: Manifest) -> dict[str, Any]:
+    """Variables by name; fails for one that is given twice."""
+    names = [entry["name"] for entry in container["env"]]
+    assert len(names) == len(set(names))
+    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
+
+
+@every_set
+@pytest.mark.parametrize("kubernetes", ["1.25.0", "1.37.0"])
+def test_the_api_takes_every_object(name: str, kubernetes: str) -> None:
+    for manifest in rendered(name, kubernetes):
+        if manifest["kind"] in FOREIGN:
+            assert manifest["apiVersion"] == FOREIGN[manifest["kind"]]
+        else:
+            kubernetes_validate.validate(manifest, kubernetes, strict=True)
+
+
+@every_set
+def test_helm_finds_nothing_to_complain_of(name: str) -> None:
+    done = run_helm("lint", "--strict", str(CHART), values=VALUES[name])
+    assert done.returncode == 0, done.stdout
+
+
+@every_set
+def test_every_pod_can_do_little_and_is_bounded(name: str) -> None:
+    for workload in workloads(rendered(name)).values():
+        pod = workload["spec"]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in [*pod.get("initContainers", ()), *pod["containers"]]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["limits"]["memory"]
+            mounts = {mount["name"] for mount in container["volumeMounts"]}
+            claims = {claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", ())}
+            assert mounts <= {volume["name"] for volume in pod.get("volumes", ())} | claims
+
+
+@every_set
+def test_a_pod_is_killed_only_after_its_drain_limit(name: str) -> None:
+    for workload in workloads(rendered(name)).values():
+        pod = workload["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        if component(workload) != "redis":
+            limit = float(environment(container)[f"SCALELLM_{component(workload).upper()}_DRAIN_LIMIT_S"])
+            pause = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+            assert pause[0] == "sleep"
+            assert pod["terminationGracePeriodSeconds"] == float(pause[1]) + limit + 15
+
+
+@every_set
+def test_selectors_find_exactly_their_pods(name: str) -> None:
+    manifests = rendered(name)
+    labels = {each: load["spec"]["template"]["metadata"]["labels"] for each, load in workloads(manifests).items()}
+
+    def found(selector: dict[str, str]) -> set[str]:
+        return {each for each, own in labels.items() if selector.items() <= own.items()}
+
+    for each, workload in workloads(manifests).items():
+        assert found(workload["spec"]["selector"]["matchLabels"]) == {each}
+    for each, service in of_kind(manifests, "Service").items():
+        targets = found(service["spec"]["selector"])
+        assert targets, each
+        for target in targets:
+            (container,) = workloads(manifests)[target]["spec"]["template"]["spec"]["containers"]
+            ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+            # Equal numbers: what is found by DNS alone is called at the pod's port.
+            assert all(ports[port["targetPort"]] == port["port"] for port in service["spec"]["ports"])
+    budgets = of_kind(manifests, "PodDisruptionBudget")
+    for each, budget in budgets.items():
+        assert len(found(budget["spec"]["selector"]["matchLabels"])) == 1, each
+    policies = of_kind(manifests, "NetworkPolicy")
+    covered = set[str]().union(*(found(policy["spec"]["podSelector"]["matchLabels"]) for policy in policies.values()))
+    assert covered == (set(labels) if policies else set())
+
+
+@every_set
+def test_the_services_know_every_setting_and_one_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of each container, read by the settings of the very service."""
+    manifests = rendered(name)
+    services = of_kind(manifests, "Service")
+    for variable in [one for one in os.environ if one.startswith("SCALELLM_")]:
+        monkeypatch.delenv(variable)
+    for each, workload in workloads(manifests).items():
+        service = component(workload)
+        if service == "redis":
+            continue
+        (container,) = workload["spec"]["template"]["spec"]["containers"]
+        variables = environment(container)
+        with monkeypatch.context() as patch:
+            for variable, value in variables.items():
+                patch.setenv(variable, value if isinstance(value, str) else "redis://from-a-secret:6379/0")
+            known = {f"SCALELLM_{service.upper()}_{field.upper()}" for field in SETTINGS[service].model_fields}
+            assert {one for one in variables if one.startswith("SCALELLM_")} <= known | HEALTH, each
+            settings = SETTINGS[service](_cli_parse_args=[])
+        dialled = {"tokenizer": "scheduler", "scheduler": "executors"}.get(service)
+        addresses = getattr(settings, dialled).split(",") if dialled else []
+        for address in addresses:
+            host, _, port = address.partition(":")
+            # Also those that are not ready: executors load their model, schedulers wait for an executor.
+            assert services[host]["spec"]["publishNotReadyAddresses"] is True
+            assert [int(port)] == [entry["port"] for entry in services[host]["spec"]["ports"]]
+        if service == "scheduler":
+            assert len(addresses) == sum(component(other) == "executor" for other in workloads(manifests).values())
+        url = getattr(settings, "redis_url", None)
+        if url is not None and url.startswith("redis://") and "from-a-secret" not in url:
+            assert url.removeprefix("redis://").partition(":")[0] in services
+
+
+HEALTH = {f"SCALELLM_HEALTH_TLS_{name}" for name in ("CA", "CERT", "KEY", "NAME")}
+
+
+@pytest.mark.parametrize(("name", "kubernetes"), [("defaults", "1.37.0"), ("defaults", "1.20.2"), ("secure", "1.37.0")])
+def test_probes_ask_the_health_service(name: str, kubernetes: str) -> None:
+    script = re.search(r'CMD \["python", "-IS", "(\S+)"', (ROOT / "deploy/images/scheduler.Dockerfile").read_text())
+    assert script is not None
+    for workload in workloads(rendered(name, kubernetes)).values():
+        (container,) = workload["spec"]["template"]["spec"]["containers"]
+        if (service := component(workload)) == "redis":
+            continue
+        port = PORTS[service]
+        if kubernetes == "1.37.0" and name == "defaults":
+            alive, ready = {"grpc": {"port": port, "service": LIVENESS}}, {"grpc": {"port": port}}
+        else:
+            command = ["python", "-IS", script[1], f"127.0.0.1:{port}"]
+            alive, ready = {"exec": {"command": [*command, LIVENESS]}}, {"exec": {"command": command}}
+        if service == "scheduler":  # tokenizers find it by name, whether or not it has executors
+            ready = {"tcpSocket": {"port": port}}
+        assert alive.items() <= container["livenessProbe"].items()
+        assert alive.items() <= container["startupProbe"].items()
+        assert ready.items() <= container["readinessProbe"].items()
+
+
+def test_old_kubernetes_gets_old_versions_of_the_api() -> None:
+    versions = {manifest["kind"]: manifest["apiVersion"] for manifest in rendered("defaults", "1.20.2")}
+    assert versions["PodDisruptionBudget"] == "policy/v1beta1"
+    assert versions["HorizontalPodAutoscaler"] == "autoscaling/v2beta2"
+
+
+def test_files_that_secured_services_read_are_those_that_the_script_makes(tmp_path: Path) -> None:
+    variables = {**os.environ, "SCALELLM_SECRETS": str(tmp_path), "SCALELLM_LINE": "line-scalellm.space"}
+    subprocess.run([ROOT / "scripts" / "secrets"], env=variables, check=True, capture_output=True, timeout=120)
+    manifests = rendered("clients with certificates")
+    for workload in workloads(manifests).values():
+        service = component(workload)
+        pod = workload["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        said = [str(value) for value in environment(container).values()] if "env" in container else []
+        named = {
+            word.removeprefix("/run/secrets/")
+            for word in [*said, *container.get("command", ())]
+            if word.startswith("/run/secrets/")
+        }
+        assert named
+        assert {file for file in named if not (tmp_path / service / file).exists()} == set()
+        (secret,) = [volume["secret"] for volume in pod["volumes"] if "secret" in volume]
+        assert secret["secretName"] == f"line-scalellm-{service}"
+    # Names by which services reach one another are in the certificates, as TLS compares them.
+    (scaled,) = of_kind(rendered("scaled and secure"), "ScaledObject").values()
+    host = scaled["spec"]["triggers"][0]["metadata"]["scalerAddress"].partition(":")[0]
+    for file, name in (
+        (tmp_path / "scheduler" / "inner.pem", host),
+        (tmp_path / "redis" / "inner.pem", "line-scalellm-redis"),
+    ):
+        command = ["openssl", "x509", "-in", str(file), "-noout", "-checkhost", name]
+        assert "does match" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for service in ("tokenizer", "scheduler"):
+        assert "@line-scalellm-redis:6379/0" in (tmp_path / f"{service}.env").read_text()
+
+
+def test_keda_asks_each_scheduler_for_the_pool_by_its_name() -> None:
+    manifests = rendered("scaled and secure")
+    (scaled,) = of_kind(manifests, "ScaledObject").values()
+    pool = scaled["spec"]["scaleTargetRef"]["name"]
+    assert "replicas" not in workloads(manifests)[pool]["spec"]
+    assert workloads(manifests)["line-scalellm-executor-spare"]["spec"]["replicas"] == 1
+    assert (scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]) == (0, 9)
+    (container,) = workloads(manifests)["line-scalellm-scheduler"]["spec"]["template"]["spec"]["containers"]
+    executors = environment(container)["SCALELLM_SCHEDULER_EXECUTORS"].split(",")
+    for number, trigger in enumerate(scaled["spec"]["triggers"]):
+        assert trigger["metadata"]["executors"] in executors
+        scheduler = "line-scalellm-scheduler"
+        assert trigger["metadata"]["scalerAddress"] == f"{scheduler}-{number}.{scheduler}.space.svc:50052"
+        assert trigger["authenticationRef"]["name"] in of_kind(manifests, "TriggerAuthentication")
+    assert len(scaled["spec"]["triggers"]) == 2
+    keda = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "keda"}}}
+    rules = of_kind(manifests, "NetworkPolicy")["line-scalellm-scheduler"]["spec"]["ingress"]
+    assert any(keda in rule["from"] for rule in rules if rule["ports"][0]["port"] == 50052)
+
+
+def test_tokenizers_are_ready_without_an_executor_only_where_all_pools_may_be_empty() -> None:
+    for name, awaits in (("scaled", False), ("scaled and secure", True), ("defaults", True)):
+        (pod,) = (load for load in workloads(rendered(name)).values() if component(load) == "tokenizer")
+        probe = pod["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]
+        assert ("tcpSocket" not in probe) == awaits
+
+
+def test_a_pool_of_gpus_has_them_and_its_own_volumes() -> None:
+    pod = workloads(rendered("pools"))["line-scalellm-executor-gpu"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == "scalellm/executor-gpu:0.1.0"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1, "memory": "8Gi"}
+    sources = {volume["name"]: set(volume) - {"name"} for volume in pod["volumes"]}
+    assert sources["models"] == sources["kernels"] == {"hostPath"}
+    assert "initContainers" not in pod
+    assert environment(container)["SCALELLM_EXECUTOR_MAX_NUM_BATCHED_TOKENS"] == "1000000"
+    assert environment(container)["SCALELLM_EXECUTOR_MEMORY_FRACTION"] == "0.85"
+    assert environment(container)["SCALELLM_EXECUTOR_PREFIX_CACHE"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"tokeniser": {}}, "tokeniser"),
+        ({"executors": []}, "executors"),
+        ({"executors": [{"name": "a", "nodes": 2}]}, "nodes"),
+        ({"executors": [{"name": "a", "tensorParallel": 2}]}, "tensorParallel"),
+        ({"executors": [{"name": "a", "device": "tpu"}]}, "device"),
+        ({"executors": [{"replicas": 1}]}, "name"),
+        ({"executors": [{"name": "Large"}]}, "name"),
+        ({"executors": [{"name": "a"}, {"name": "a"}]}, "two pools have the name a"),
+        ({"executors": [{"name": "a", "model": "other"}]}, "pool a: model"),
+        ({"executors": [{"name": "a", "maxSurge": 0}]}, "pool a: maxSurge"),
+        ({"executors": [{"name": "a", "settings": {"port": 1}}]}, "/settings/port"),
+        ({"scheduler": {"replicas": 0}}, "replicas"),
+        ({"tokenizer": {"drainLimitSeconds": 3601}}, "drainLimitSeconds"),
+        ({"redis": {"url": "http://redis"}}, "url"),
+        ({"redis": {"urlSecret": {"name": "redis"}}}, "key"),
+        ({"models": {"volume": {"emptyDir": {}, "hostPath": {"path": "/m"}}}}, "volume"),
+        ({"executorDefaults": {"name": "a"}}, "executorDefaults"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_by_name(values: dict[str, Any], named: str) -> None:
+    assert named in refusal(values)

@@ -1,0 +1,62 @@
+"""The chart, rendered by helm."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "deploy" / "chart"
+
+Manifest = dict[str, Any]
+
+
+def find_helm() -> str | None:
+    """The command helm: on the path, or that of cluster-lab; None where there is none."""
+    own = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cluster-lab" / "bin" / "helm"
+    return shutil.which("helm") or (str(own) if own.exists() else None)
+
+
+def run_helm(*arguments: str, values: Mapping[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run helm on values that are given as its standard input."""
+    helm = find_helm()
+    assert helm is not None
+    command = [helm, *arguments, *(("--values", "-") if values is not None else ())]
+    given = yaml.safe_dump(dict(values)) if values is not None else None
+    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
+
+
+def render(values: Mapping[str, Any], kubernetes: str = "1.37.0", release: str = "line") -> list[Manifest]:
+    """All objects of a release in the namespace `space`."""
+    options = ("--kube-version", kubernetes, "--namespace", "space")
+    done = run_helm("template", release, str(CHART), *options, values=values)
+    assert done.returncode == 0, done.stderr
+    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+
+
+def refusal(values: Mapping[str, Any]) -> str:
+    """What helm says of values that it refuses."""
+    done = run_helm("template", "line", str(CHART), values=values)
+    assert done.returncode != 0, "the values were accepted"
+    return done.stderr
+
+
+def of_kind(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
+    """The objects of a kind by name."""
+    return {manifest["metadata"]["name"]: manifest for manifest in manifests if manifest["kind"] == kind}
+
+
+def workloads(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Deployments and StatefulSets by name."""
+    return of_kind(manifests, "Deployment") | of_kind(manifests, "StatefulSet")
+
+
+def component(manifest: Manifest) -> str:
+    """Which service an object is part of."""
+    return manifest["metadata"]["labels"]["app.kubernetes.io/component"]
