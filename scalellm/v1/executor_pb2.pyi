@@ -85,7 +85,7 @@ class WeightForm(_message.Message):
     def __init__(self, quantization: _Optional[str] = ..., type: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("generated_tokens", "computed_tokens", "failed_steps", "swapped_out_blocks", "swapped_in_blocks", "running_sequences", "waiting_sequences", "cached_blocks", "free_host_blocks", "total_host_blocks", "step_seconds", "step_tokens", "step_sequences", "queue_seconds")
+    __slots__ = ("generated_tokens", "computed_tokens", "failed_steps", "swapped_out_blocks", "swapped_in_blocks", "running_sequences", "waiting_sequences", "cached_blocks", "free_host_blocks", "total_host_blocks", "step_seconds", "step_tokens", "step_sequences", "queue_seconds", "drafts", "draft_tokens", "accepted_tokens")
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FAILED_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,9 @@ class EngineStats(_message.Message):
     STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEP_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     generated_tokens: int
     computed_tokens: int
     failed_steps: int
@@ -114,7 +117,10 @@ class EngineStats(_message.Message):
     step_tokens: Histogram
     step_sequences: Histogram
     queue_seconds: Histogram
-    def __init__(self, generated_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., failed_steps: _Optional[int] = ..., swapped_out_blocks: _Optional[int] = ..., swapped_in_blocks: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., total_host_blocks: _Optional[int] = ..., step_seconds: _Optional[_Union[Histogram, _Mapping]] = ..., step_tokens: _Optional[_Union[Histogram, _Mapping]] = ..., step_sequences: _Optional[_Union[Histogram, _Mapping]] = ..., queue_seconds: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+    def __init__(self, generated_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., failed_steps: _Optional[int] = ..., swapped_out_blocks: _Optional[int] = ..., swapped_in_blocks: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., total_host_blocks: _Optional[int] = ..., step_seconds: _Optional[_Union[Histogram, _Mapping]] = ..., step_tokens: _Optional[_Union[Histogram, _Mapping]] = ..., step_sequences: _Optional[_Union[Histogram, _Mapping]] = ..., queue_seconds: _Optional[_Union[Histogram, _Mapping]] = ..., drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("bounds", "counts", "total")

@@ -179,6 +179,9 @@ SAMPLING_LISTS = _lists(
 )
 """Fields of SamplingParams that hold several values."""
 
+MAX_PREDICTION = 2**16
+"""Most bytes of the text that an answer is expected to repeat in parts, and most tokens of it."""
+
 MAX_STRUCTURE_BYTES = 2**16
 """Most bytes of a StructuredOutput."""
 

@@ -162,6 +162,7 @@ class EngineLink:
                     execution_id=submit.execution_id,
                     attempt=submit.attempt,
                     grammar=submit.grammar,
+                    prediction_token_ids=tuple(submit.prediction_token_ids),
                     resumed=tuple(
                         ResumedSample(sample.index, tuple(sample.token_ids), _FROM_WIRE_REASON.get(sample.finished))
                         for sample in submit.resumed
@@ -378,6 +379,8 @@ def _finish(finish: RequestFinish) -> link_pb2.Finish:
             cached_tokens=usage.cached_tokens,
             num_preemptions=usage.num_preemptions,
             num_resumed=usage.num_resumed,
+            accepted_prediction_tokens=usage.accepted_drafts,
+            rejected_prediction_tokens=usage.rejected_drafts,
         ),
         timings=link_pb2.HopTimings(
             executor_total_ns=_ns(timings.total),

@@ -13,6 +13,9 @@ def stats_to_wire(engine: Engine) -> executor_pb2.EngineStats:
     return executor_pb2.EngineStats(
         generated_tokens=stats.generated_tokens,
         computed_tokens=stats.computed_tokens,
+        drafts=stats.drafts,
+        draft_tokens=stats.draft_tokens,
+        accepted_tokens=stats.accepted_tokens,
         failed_steps=stats.failed_steps,
         swapped_out_blocks=stats.swapped_out_blocks,
         swapped_in_blocks=stats.swapped_in_blocks,

@@ -108,6 +108,9 @@ def _counters(info: executor_pb2.GetExecutorInfoResponse) -> Iterator[Metric]:
         ("failed_steps", "Steps that ended in an error.", stats.failed_steps),
         ("generation_tokens", "Tokens sampled and sent.", stats.generated_tokens),
         ("computed_tokens", "Tokens that went through the model.", stats.computed_tokens),
+        ("spec_decode_num_drafts", "Rows behind which tokens were guessed.", stats.drafts),
+        ("spec_decode_num_draft_tokens", "Tokens guessed and checked.", stats.draft_tokens),
+        ("spec_decode_num_accepted_tokens", "Guessed tokens that came.", stats.accepted_tokens),
         ("late_compiles", "Kernels compiled while requests waited; alarm when above 0.", info.late_compiles),
     ):
         yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=count)

@@ -17,7 +17,6 @@ from scalellm.services.executor.engine.engine import Engine
 from scalellm.services.executor.engine.grammar import GrammarCompiler
 from scalellm.services.executor.engine.kv_cache_size import num_kv_blocks
 from scalellm.services.executor.engine.speculation import suffix_speculator
-from scalellm.services.executor.engine.step_time import StepTimeFit
 from scalellm.services.executor.engine.step_warm_up import fit_step_times
 from scalellm.services.executor.limits import engine_config
 from scalellm.services.executor.models import (
@@ -110,14 +109,14 @@ def build_model_engine(
         ops=runtime.ops,
     )
     runner = ModelRunner(model, kv_caches, config, device)
-    step_times = StepTimeFit()
+    step_times = None
     if runtime.ops.launch is not None or device.has_graphs:
         started = time.perf_counter()
         warm_up(runner, config, progress, grammars)
         step_times = fit_step_times(config, runner)
         progress(f"warm-up took {time.perf_counter() - started:.1f} s")
     swap_cost = None if runner.host_cache is None else runner.host_cache.measure()
-    speculator = None if settings.speculation == "off" else suffix_speculator(step_times, config.target_itl)
+    speculator = None if settings.speculation == "off" else suffix_speculator(config.target_itl)
     engine = Engine(
         config, runner, swap_cost=swap_cost, grammars=grammars, step_times=step_times, speculator=speculator
     )

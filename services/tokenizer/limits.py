@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scalellm.services.common.field_rules import MAX_LOGPROBS, MAX_N, MAX_STRUCTURE_BYTES, SAMPLING_LISTS
+from scalellm.services.common.field_rules import (
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_PREDICTION,
+    MAX_STRUCTURE_BYTES,
+    SAMPLING_LISTS,
+)
 from scalellm.v1 import tokenizer_pb2
 
 MAX_ANSWER_BYTES = 4 * 2**20
@@ -38,22 +44,24 @@ class RequestLimits:
     max_token_ids: int = 2**18
     max_page_size: int = 1000
     max_effort_bytes: int = 32
+    max_prediction_bytes: int = MAX_PREDICTION
 
     @property
     def max_request_bytes(self) -> int:
-        """Most bytes of one message from a client: its text or its token ids, the shape of its answer, and 64 KiB for
-        all other fields.
+        """Most bytes of one message from a client: its text or its token ids, the shape of its answer, its prediction,
+        and 64 KiB for all other fields.
 
         It is what a request costs before anything in it is looked at: protobuf makes 28 MiB of objects, in some 40 ms,
         of a MiB of empty chat messages.
         """
         longest_input = max(self.max_prompt_bytes, _MAX_TOKEN_ID_BYTES * self.max_token_ids)
-        return longest_input + MAX_STRUCTURE_BYTES + _MAX_BESIDE_INPUT_BYTES
+        return longest_input + MAX_STRUCTURE_BYTES + self.max_prediction_bytes + _MAX_BESIDE_INPUT_BYTES
 
     @property
     def max_body_bytes(self) -> int:
         """Most bytes of an HTTP client's JSON, which may write each byte of a text as three, as \u0451 for ё."""
-        return 3 * (self.max_prompt_bytes + MAX_STRUCTURE_BYTES) + _MAX_BESIDE_INPUT_BYTES
+        texts = self.max_prompt_bytes + MAX_STRUCTURE_BYTES + self.max_prediction_bytes
+        return 3 * texts + _MAX_BESIDE_INPUT_BYTES
 
     def to_wire(self) -> tokenizer_pb2.Limits:
         """The part that GetInfo tells."""

@@ -142,6 +142,10 @@ class PromptBuilder:
             raise context_exceeded(request, max_model_len, f"at least {error.at_least}") from None
         return Prompt(continuation.token_ids, continuation)
 
+    async def predicted(self, text: str, *, caller: str, max_tokens: int) -> list[int]:
+        """Return the first `max_tokens` token ids of a text that an answer is expected to repeat."""
+        return (await self._encoder.encode(text, caller=caller, add_special_tokens=False))[:max_tokens]
+
     async def render(
         self, chat: generation_pb2.Chat, history: Sequence[Message] = (), *, caller: str, effort: str = ""
     ) -> MarkedText:

@@ -48,6 +48,7 @@ def validate_generate(request: generation_pb2.GenerateRequest, limits: RequestLi
         raise StatusError.invalid("output", f"must be a value of Output, got {request.output}")
     if request.output == generation_pb2.OUTPUT_TOKEN_IDS and request.stop:
         raise StatusError.invalid("stop", "needs text: must be empty with output OUTPUT_TOKEN_IDS")
+    _check_bytes(request.prediction, limits.max_prediction_bytes, "prediction")
     if request.reasoning.HasField("effort"):
         _check_length(request.reasoning.effort, limits.max_effort_bytes, "reasoning.effort")
     if request.reasoning.HasField("budget_tokens"):

@@ -77,6 +77,9 @@ DRAFTERS = ("suffix", "right", "wrong", "random")
 class TakesAll:
     """A budget that takes all that there is room for, each sequence's in turn."""
 
+    def observe(self, batch: ScheduledBatch, seconds: float) -> None:
+        """It learns nothing."""
+
     def room(self, batch: ScheduledBatch) -> int:
         return 1 << 20
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from google.protobuf.message import DecodeError
 
 from scalellm.services.common.errors import StatusError
+from scalellm.services.common.field_rules import MAX_PREDICTION
 from scalellm.services.common.link.version import check_api_minor
 from scalellm.services.common.tracing.headers import LONGEST_STATE, TraceHeaders
 from scalellm.v1 import common_pb2, link_pb2
@@ -70,6 +71,9 @@ def check_submit(submit: link_pb2.Submit) -> None:
     _check_size("cache_salt", submit.cache_salt, _LONGEST_SALT)
     _check_size("tenant", submit.tenant, _LONGEST_SALT)
     _check_size("grammar", submit.grammar, _LONGEST_GRAMMAR)
+    if len(submit.prediction_token_ids) > MAX_PREDICTION:
+        got = len(submit.prediction_token_ids)
+        raise StatusError.invalid("prediction_token_ids", f"must have at most {MAX_PREDICTION} entries, got {got}")
     if len(submit.execution_id) not in (0, _EXECUTION_ID):
         raise StatusError.invalid("execution_id", f"must have {_EXECUTION_ID} bytes, got {len(submit.execution_id)}")
     lowest, highest = _PRIORITIES

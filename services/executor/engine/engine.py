@@ -293,6 +293,8 @@ class Engine:
                 if not batch.num_drafts:  # there are none in the steps that prompts are computed in
                     self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, outcome.seconds)
                 self._step_times.observe(batch, outcome.seconds)
+                if self._speculator is not None:
+                    self._speculator.observe(batch, outcome.seconds)
             self._process(batch, outcome.sampled, now)
 
     def _process(self, batch: ScheduledBatch, sampled: SampledBatch, now: float) -> None:

@@ -55,8 +55,6 @@ class StepTimeFit:
     def __init__(self) -> None:
         self._num_steps = 0
         self._num_observed = 0
-        self.most_rows = 0
-        """Most decoding rows of a step that was looked at: what more of them take is not known."""
         # Sums of products of the four features with each other and with the seconds.
         self._products = [[0.0] * 4 for _ in range(4)]
         self._sums = [0.0] * 4
@@ -76,7 +74,6 @@ class StepTimeFit:
         for place, feature in enumerate(features):
             self._sums[place] = _MEMORY * self._sums[place] + feature * seconds
         self._num_observed += 1
-        self.most_rows = max(self.most_rows, batch.num_decodes)
         self._is_stale = True
 
     def line(self) -> StepTimeModel | None:

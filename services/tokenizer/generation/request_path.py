@@ -13,7 +13,7 @@ import grpc
 
 from scalellm.services.common.api_keys import DEFAULT_TENANT
 from scalellm.services.common.errors import StatusError
-from scalellm.services.common.field_rules import MIN_PRIORITY
+from scalellm.services.common.field_rules import MAX_PREDICTION, MIN_PRIORITY
 from scalellm.services.common.link import LONGEST_NS
 from scalellm.services.common.logs import RequestFields, request_fields
 from scalellm.services.tokenizer.generation.answer import Answer, Event, make_samples
@@ -296,7 +296,12 @@ class Generation(Call):
         if edge.tokenizer_size > edge.vocab_size:
             check_prompt_tokens(request, prompt.token_ids, edge.vocab_size, edge.prompts.model.tokenizer.id_to_token)
         max_tokens = fit_context(request, len(prompt.token_ids), welcome.max_model_len)
-        return prompt, self._make_submit(prompt, max_tokens, salt)
+        submit = self._make_submit(prompt, max_tokens, salt)
+        if request.prediction:
+            submit.prediction_token_ids.extend(
+                await edge.prompts.predicted(request.prediction, caller=self._tenant.name, max_tokens=MAX_PREDICTION)
+            )
+        return prompt, submit
 
     def _make_submit(self, prompt: Prompt, max_tokens: int, salt: TenantSalt) -> link_pb2.Submit:
         request = self._request

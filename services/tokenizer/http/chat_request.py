@@ -8,7 +8,7 @@ from typing import Any
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.sent_text import as_text, json_text
 from scalellm.services.tokenizer.http.api_request import SamplingRequest, UInt32
-from scalellm.services.tokenizer.http.messages import add_messages
+from scalellm.services.tokenizer.http.messages import add_messages, text_of
 from scalellm.services.tokenizer.http.shaped_request import ShapedRequest
 from scalellm.services.tokenizer.http.template_fields import TemplateFields
 from scalellm.services.tokenizer.http.tool_fields import set_tools, tool_names
@@ -31,6 +31,7 @@ class ChatRequest(ShapedRequest, TemplateFields):
     top_logprobs: UInt32 | None = None
     session_id: str | None = None
     echo: bool | None = None
+    prediction: Any = None
 
     refused = MappingProxyType(
         {
@@ -51,7 +52,6 @@ class ChatRequest(ShapedRequest, TemplateFields):
         }
     )
     ignored = SamplingRequest.ignored | {
-        "prediction",
         "detokenize",
         "spaces_between_special_tokens",
         "top_a",
@@ -75,6 +75,8 @@ class ChatRequest(ShapedRequest, TemplateFields):
         if self.documents:
             request.chat.documents = json_text(self.documents, "documents")
         self._set_reasoning(request, tells_reasoning=tells_reasoning)
+        if self.prediction is not None:
+            request.prediction = _predicted(self.prediction)
         if self.max_completion_tokens is not None:
             request.sampling.max_tokens = self.max_completion_tokens
         if self.session_id is not None:
@@ -125,3 +127,12 @@ class ChatRequest(ShapedRequest, TemplateFields):
                 field = f"messages[{number}].tool_calls[{index}]"
                 names |= {f"chat.{field}.{name}": f"{field}.function.{name}" for name in ("name", "arguments")}
         return names
+
+
+def _predicted(prediction: object) -> str:
+    """Return the text of OpenAI's `prediction`: what the answer is expected to repeat in parts."""
+    if not isinstance(prediction, dict):
+        raise StatusError.invalid("prediction", "must be an object")
+    if prediction.get("type") != "content":
+        raise StatusError.invalid("prediction.type", "must be content")
+    return text_of(prediction.get("content"), "prediction.content")

@@ -12,12 +12,12 @@ from scalellm.services.tokenizer.http.wire import (
     DONE,
     answer_head,
     dump,
+    final_usage_json,
     finish_reason,
     latency_json,
     quote,
     stop_reason,
     total_usage,
-    usage_json,
 )
 from scalellm.services.tokenizer.sample_stream import Delta
 from scalellm.services.tokenizer.text.detokenizer import TokenTexts
@@ -130,8 +130,9 @@ class _Format:
 
     def _usage_of(self, finished: Sequence[generation_pb2.Finished]) -> str:
         usage = total_usage(finished)
-        completion = usage.completion_tokens if self._shows_tokens else 0
-        return usage_json(usage.prompt_tokens, completion, usage.cached_tokens)
+        if not self._shows_tokens:
+            usage.completion_tokens = 0
+        return final_usage_json(usage)
 
     def _end_of(self, sample: generation_pb2.SampleFinished) -> str:
         reason = finish_reason(sample) if self._shows_tokens else "length"

@@ -58,16 +58,13 @@ def total_usage(finished: Sequence[generation_pb2.Finished]) -> common_pb2.Usage
         total.prompt_tokens += one.usage.prompt_tokens
         total.completion_tokens += one.usage.completion_tokens
         total.cached_tokens += one.usage.cached_tokens
+        total.accepted_prediction_tokens += one.usage.accepted_prediction_tokens
+        total.rejected_prediction_tokens += one.usage.rejected_prediction_tokens
     return total
 
 
-def usage_json(
-    prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None, reasoning_tokens: int | None = None
-) -> str:
-    """Return OpenAI's `usage`; what is None is not known."""
-    details = "" if cached_tokens is None else f',"prompt_tokens_details":{{"cached_tokens":{cached_tokens}}}'
-    if reasoning_tokens is not None:
-        details += f',"completion_tokens_details":{{"reasoning_tokens":{reasoning_tokens}}}'
+def usage_json(prompt_tokens: int, completion_tokens: int, details: str = "") -> str:
+    """Return OpenAI's `usage`, with members of more `details` behind a comma each."""
     return (
         f'{{"prompt_tokens":{prompt_tokens},"completion_tokens":{completion_tokens},'
         f'"total_tokens":{prompt_tokens + completion_tokens}{details}}}'
@@ -75,9 +72,17 @@ def usage_json(
 
 
 def final_usage_json(usage: common_pb2.Usage) -> str:
-    """Return OpenAI's `usage` of what is complete."""
-    reasoning = usage.reasoning_tokens if usage.HasField("reasoning_tokens") else None
-    return usage_json(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, reasoning)
+    """Return OpenAI's `usage` of what is complete; of the completion's tokens it tells what there is to tell."""
+    details = f',"prompt_tokens_details":{{"cached_tokens":{usage.cached_tokens}}}'
+    told = {}
+    if usage.HasField("reasoning_tokens"):
+        told["reasoning_tokens"] = usage.reasoning_tokens
+    if usage.accepted_prediction_tokens or usage.rejected_prediction_tokens:
+        told["accepted_prediction_tokens"] = usage.accepted_prediction_tokens
+        told["rejected_prediction_tokens"] = usage.rejected_prediction_tokens
+    if told:
+        details += f',"completion_tokens_details":{dump(told)}'
+    return usage_json(usage.prompt_tokens, usage.completion_tokens, details)
 
 
 def latency_json(finished: Sequence[generation_pb2.Finished]) -> str:

@@ -90,6 +90,15 @@ async def test_token_ids_in_and_out_without_text(client, scheduler):
     assert answer.token_ids() == default_tokens(scheduler.submits[0], 0)
 
 
+async def test_a_prediction_goes_down_as_tokens_and_the_answer_is_the_same(client, scheduler, tokenizer):
+    prediction = "def f(x):\n    return x + 1\n"
+    plain = await client.generate(request(prompt="Edit", sampling={"seed": 1}))
+    answer = await client.generate(request(prompt="Edit", sampling={"seed": 1}, prediction=prediction))
+    told = [list(submit.prediction_token_ids) for submit in scheduler.submits]
+    assert told == [[], tokenizer.encode(prediction, add_special_tokens=False).ids]
+    assert answer.text() == plain.text()
+
+
 async def test_chat_reads_what_the_template_writes(client, scheduler):
     chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Hi")])
     await client.generate(request(chat=chat))

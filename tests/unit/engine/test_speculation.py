@@ -13,9 +13,9 @@ from scalellm.services.executor.engine.batch import ScheduledBatch, ScheduledSeq
 from scalellm.services.executor.engine.sequence import SequenceGroup
 from scalellm.services.executor.engine.speculation import Draft, DraftBudget, Speculator, SuffixDrafter
 from scalellm.services.executor.engine.speculation.finished_answers import FinishedAnswers
+from scalellm.services.executor.engine.speculation.row_times import RowTimes
 from scalellm.services.executor.engine.speculation.survival import Survival
 from scalellm.services.executor.engine.speculation.text_index import LONGEST_MATCH, TextIndex
-from scalellm.services.executor.engine.step_time import StepTimeFit, StepTimeModel
 from speculation_kit import DRAFTERS, ScriptedDrafter, TakesAll, make_speculator
 
 LONG = {"ignore_eos": True, "max_tokens": 33}
@@ -214,66 +214,84 @@ def test_survival_follows_what_drafts_did_and_begins_with_what_is_known_of_other
     assert newcomer.chance(1000) == newcomer.chance(LONGEST_MATCH)
 
 
-def budget(line: StepTimeModel, *, most_rows: int = 64, target_itl: float | None = None) -> DraftBudget:
-    fit = StepTimeFit()
-    fit.line = lambda: line  # type: ignore[method-assign]
-    fit.most_rows = most_rows
-    return DraftBudget(fit, target_itl)
+def times(base: float, per_row: float, rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)) -> RowTimes:
+    measured = RowTimes()
+    for _ in range(8):
+        for count in rows:
+            measured.observe(count, base + per_row * count)
+    return measured
 
 
-def decodes(count: int, context: int = 10) -> ScheduledBatch:
+def budget(target_itl: float | None = None) -> DraftBudget:
+    """Knows of steps that take 9 s, and 1 s per row."""
+    return DraftBudget(target_itl, times(9.0, 1.0))
+
+
+def decodes(count: int) -> ScheduledBatch:
     group = make_group(make_request(0, [1]))
-    rows = [ScheduledSequence(group.samples[0], context, 1, samples=True, first_new_block=1) for _ in range(count)]
+    rows = [ScheduledSequence(group.samples[0], 10, 1, samples=True, first_new_block=1) for _ in range(count)]
     return ScheduledBatch(1, rows, num_decodes=count, num_tokens=count)
 
 
-LINE = StepTimeModel(base=9.0, per_prefill_token=0.0, per_decode=1.0, per_context_token=0.0)
+def test_times_of_steps_are_a_line_over_their_rows() -> None:
+    line = times(9.0, 1.0)
+    assert line.per_row == pytest.approx(1.0, rel=0.01)
+    assert line.seconds(1) == pytest.approx(10.0, rel=0.01)
+    assert line.seconds(40) == pytest.approx(49.0, rel=0.01)
+    line.observe(1, 1e6)  # somebody else had the processor
+    assert line.seconds(1) < 15.0
+
+
+def test_a_row_more_costs_nothing_where_that_is_not_known_and_what_it_costs_is_learned_at_once() -> None:
+    line = times(9.0, 1.0, rows=(1,))
+    assert line.per_row == 0.0
+    line.observe(2, 11.0)
+    line.observe(2, 11.0)
+    assert 0.5 < line.per_row <= 1.0
+    for _ in range(1000):  # it is forgotten, and so tried again
+        line.observe(1, 10.0)
+    assert line.per_row < 0.01
 
 
 def test_drafts_are_run_while_tokens_per_second_rise() -> None:
-    sure = [1.0] * 15
-    assert budget(LINE).divide(decodes(1), [sure], 60) == [15]
+    assert budget().divide(decodes(1), [[1.0] * 15], 60) == [15]
     # The second draft of a chain survives with the chance that both are right.
-    assert budget(LINE).divide(decodes(1), [[0.5] * 15], 60) == [2]
-    assert budget(LINE).divide(decodes(1), [[0.1] * 15], 60) == [0]
-    assert budget(LINE).divide(decodes(3), [[0.5] * 3, [], [1.0] * 3], 60) == [1, 0, 3]
-    assert budget(LINE).divide(decodes(2), [[0.9] * 15, [0.8] * 15], 5) == [4, 1]
+    assert budget().divide(decodes(1), [[0.5] * 15], 60) == [2]
+    assert budget().divide(decodes(1), [[0.1] * 15], 60) == [0]
+    assert budget().divide(decodes(3), [[0.5] * 3, [], [1.0] * 3], 60) == [1, 0, 3]
+    assert budget().divide(decodes(2), [[0.9] * 15, [0.8] * 15], 5) == [4, 1]
 
 
 def test_under_load_no_draft_is_worth_its_row() -> None:
-    wide = budget(LINE)
-    assert wide.room(decodes(8)) > 0
-    assert wide.room(decodes(70)) == 0  # not even a sure one
-    assert wide.divide(decodes(40), [[0.9]] * 40, 24) == [0] * 40
-    assert wide.divide(decodes(2), [[0.9]] * 2, 24) == [1, 1]
+    assert budget().room(decodes(8)) > 0
+    assert budget().room(decodes(70)) == 0  # not even a sure one
+    assert budget().divide(decodes(40), [[0.9]] * 40, 24) == [0] * 40
+    assert budget().divide(decodes(2), [[0.9]] * 2, 24) == [1, 1]
 
 
 def test_a_step_with_drafts_keeps_the_target() -> None:
-    assert budget(LINE, target_itl=13.5).divide(decodes(1), [[1.0] * 15], 60) == [3]
-    assert budget(LINE, target_itl=1.0).divide(decodes(1), [[1.0] * 15], 60) == [0]
-
-
-def test_long_contexts_make_drafts_dearer() -> None:
-    line = StepTimeModel(base=9.0, per_prefill_token=0.0, per_decode=0.0, per_context_token=0.01)
-    assert budget(line).divide(decodes(1, context=10), [[0.5]], 60) == [1]
-    assert budget(line).divide(decodes(1, context=10_000), [[0.5]], 60) == [0]
+    assert budget(target_itl=13.5).divide(decodes(1), [[1.0] * 15], 60) == [3]
+    assert budget(target_itl=1.0).divide(decodes(1), [[1.0] * 15], 60) == [0]
 
 
 def test_nothing_is_guessed_before_there_are_measurements_and_rows_are_tried_by_doubling() -> None:
-    fit = StepTimeFit()
-    assert DraftBudget(fit, None).room(decodes(1)) == 0
-    for _ in range(8):
-        fit.observe(decodes(1), 0.01)
-    assert DraftBudget(fit, None).room(decodes(1)) == 1
-    fit.most_rows = 4
-    assert DraftBudget(fit, None).room(decodes(1)) == 7
+    fresh = DraftBudget(None)
+    assert fresh.room(decodes(1)) == 0
+    for rows in (1, 4):
+        for _ in range(8):
+            fresh.observe(decodes(rows), 0.01)
+        assert fresh.room(decodes(1)) == 2 * rows - 1
+    prompt = decodes(64)
+    prompt.num_tokens += 1
+    fresh.observe(prompt, 0.01)  # with a part of a prompt
+    assert fresh.room(decodes(1)) == 7
 
 
 @pytest.mark.parametrize("is_right", [True, False])
 def test_the_engine_learns_from_its_own_steps_how_many_drafts_pay(is_right: bool) -> None:
     """Steps take 9 s and 1 s per row: right drafts are run soon and wrong ones soon no more."""
     config = make_config(max_model_len=512, num_blocks=256, max_num_seqs=32, max_num_batched_tokens=64)
-    clock, fit = SimClock(), StepTimeFit()
+    clock = SimClock()
     runner = FakePagedRunner(config, on_execute=lambda batch: clock.advance(9.0 + batch.num_tokens))
     request = make_request(0, [5, 6], ignore_eos=True, max_tokens=400)
     expected, _ = engine_kit.undisturbed(request, 0, 512)
@@ -282,8 +300,8 @@ def test_the_engine_learns_from_its_own_steps_how_many_drafts_pay(is_right: bool
         place = position - seq.group.num_prompt_tokens
         return (expected[place] + (not is_right)) % engine_kit.VOCAB if place < len(expected) else None
 
-    speculator = Speculator(ScriptedDrafter(guess), DraftBudget(fit, None))
-    engine = Engine(config, runner, clock, step_times=fit, speculator=speculator)
+    speculator = Speculator(ScriptedDrafter(guess), DraftBudget(None))
+    engine = Engine(config, runner, clock, speculator=speculator)
     engine.add(request)
     started = clock.now
     collector = engine_kit.run(engine)

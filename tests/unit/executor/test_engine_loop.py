@@ -13,11 +13,13 @@ from scalellm.services.executor.build import LoadedEngine
 from scalellm.services.executor.engine import Engine, StepResult, TokenOutput
 from scalellm.services.executor.engine.request import PromptLogprobs
 from scalellm.services.executor.engine.sampling_params import InvalidRequestError
-from scalellm.services.executor.engine_link import EngineLink, sampling_from_wire
+from scalellm.services.executor.engine.speculation import Speculator, SuffixDrafter
+from scalellm.services.executor.engine_link import EngineLink, sampling_from_wire, split_by_link
 from scalellm.services.executor.engine_process import EngineLoop
 from scalellm.services.executor.ipc import EngineChannel, Kind, Message
 from scalellm.services.tokenizer.token_receiver import TokenReceiver
 from scalellm.v1 import common_pb2, executor_pb2, link_pb2
+from speculation_kit import TakesAll
 
 
 def run_loop(sent: list[Message], seconds_per_step: float, num_steps: int) -> list[Message]:
@@ -138,3 +140,28 @@ def test_a_step_with_many_log_probabilities_is_divided_into_frames(num_top: int)
     assert sum(len(part.logprobs) for part in values) == count
     alternatives = [value for part in values for value in part.top_logprobs]
     assert alternatives == [-0.5 - place for place in range(num_top)] * count
+
+
+def test_a_prediction_reaches_the_engine_and_usage_tells_what_became_of_it() -> None:
+    config = engine_kit.make_config(max_model_len=128, num_blocks=64, max_num_seqs=16)
+    speculator = Speculator(SuffixDrafter(), TakesAll())
+    engine = Engine(config, engine_kit.FakePagedRunner(config), engine_kit.SimClock(), speculator=speculator)
+    expected, _ = engine_kit.undisturbed(engine_kit.make_request(0, [5, 6], max_tokens=60, ignore_eos=True), 0, 128)
+    link = EngineLink(0, engine)
+    link.grant(1, 1000)
+    link.load(draining=False)
+    sampling = common_pb2.SamplingParams(max_tokens=60, ignore_eos=True, seed=0)
+    submit = link_pb2.Submit(handle=1, token_ids=[5, 6], sampling=sampling, prediction_token_ids=[*expected[:50], 1, 2])
+    assert link.on_frame(link_pb2.ClientFrame(submit=submit).SerializeToString(), 0.0, draining=False) is None
+    came: list[int] = []
+    steps: list[link_pb2.StepOutput] = []
+    while engine.has_unfinished():
+        frames = link.step_frames(split_by_link(engine.step())[0], draining=False)
+        steps += [link_pb2.ServerFrame.FromString(frame).step for frame in frames]
+        came += steps[-1].token_ids
+    assert came == expected
+    assert [list(step.counts) for step in steps[:3]] == [[1], [16], [16]]
+    (finish,) = steps[-1].finished
+    stats = engine.stats()
+    assert finish.usage.accepted_prediction_tokens == stats.accepted_tokens >= 45
+    assert finish.usage.rejected_prediction_tokens == stats.draft_tokens - stats.accepted_tokens

@@ -148,6 +148,14 @@ def test_echo_is_of_the_one_who_answers(last: str, fields: dict[str, Any], echoe
     assert request.echoed(made.chat) == echoed
 
 
+@pytest.mark.parametrize(
+    "content", ["x = 1\ny = 2", [{"type": "text", "text": "x = 1"}, {"type": "text", "text": "y = 2"}]]
+)
+def test_a_prediction_is_text(content: Any) -> None:
+    assert chat(is_strict=True, prediction={"type": "content", "content": content}).prediction == "x = 1\ny = 2"
+    assert not chat().HasField("prediction")
+
+
 def test_null_is_no_value() -> None:
     names = [name for name in ChatRequest.model_fields if name != "messages"]
     assert chat(**dict.fromkeys([*names, *ChatRequest.refused, *ChatRequest.ignored])) == chat()
@@ -196,6 +204,11 @@ def test_contents_are_text() -> None:
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"continue_final_message": True, "session_id": "s"}, "continue_final_message"),
         ({"add_generation_prompt": False, "session_id": "s"}, "add_generation_prompt"),
+        ({"prediction": "x = 1"}, "prediction"),
+        ({"prediction": {"type": "text", "content": "x"}}, "prediction.type"),
+        ({"prediction": {"type": "content", "content": 5}}, "prediction.content"),
+        ({"prediction": {"type": "content", "content": [{"type": "image_url"}]}}, "prediction.content[0].type"),
+        ({"prediction": {"type": "content", "content": "a" * (2**16 + 1)}}, "prediction"),
         ({"echo": "yes"}, "echo"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": -0.5}, "temperature"),

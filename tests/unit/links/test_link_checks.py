@@ -27,6 +27,7 @@ BAD_SUBMITS = {
     "cache_salt": {"cache_salt": b"x" * 65},
     "tenant": {"tenant": b"x" * 65},
     "execution_id": {"execution_id": b"x" * 15},
+    "prediction_token_ids": {"prediction_token_ids": [1] * (2**16 + 1)},
     "priority": {"priority": -101},
     "tenant_weight": {"tenant_weight": 0.0},
     "time_remaining_ns": {"time_remaining_ns": 2**64 - 1},
@@ -67,6 +68,7 @@ def test_what_is_at_its_limit_is_served() -> None:
         traceparent=TRACEPARENT,
         tracestate="a" * 512,
         resumed=[link_pb2.ResumedSample(index=1, token_ids=[1])],
+        prediction_token_ids=[1] * 2**16,
     )
     check_submit(submit)
     frames = [link_pb2.ClientFrame(submit=submit)]

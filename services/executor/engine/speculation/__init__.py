@@ -3,14 +3,13 @@
 from scalellm.services.executor.engine.speculation.draft_budget import DraftBudget
 from scalellm.services.executor.engine.speculation.drafter import Draft, Drafter, SuffixDrafter
 from scalellm.services.executor.engine.speculation.speculator import Budget, Speculator
-from scalellm.services.executor.engine.step_time import StepTimeFit
 
 __all__ = ["Budget", "Draft", "DraftBudget", "Drafter", "Speculator", "SuffixDrafter", "suffix_speculator"]
 
 
-def suffix_speculator(step_times: StepTimeFit, target_itl: float | None) -> Speculator:
-    """Return what guesses from texts that are there anyway, as far as that pays by the engine's own `step_times`.
+def suffix_speculator(target_itl: float | None) -> Speculator:
+    """Return what guesses from texts that are there anyway, as far as that pays by measured times of steps.
 
     Steps with guesses take `target_itl` seconds at most; None = as long as it pays.
     """
-    return Speculator(SuffixDrafter(), DraftBudget(step_times, target_itl))
+    return Speculator(SuffixDrafter(), DraftBudget(target_itl))

@@ -4,10 +4,10 @@ import heapq
 from collections.abc import Sequence
 
 from scalellm.services.executor.engine.batch import ScheduledBatch
-from scalellm.services.executor.engine.step_time import StepTimeFit
+from scalellm.services.executor.engine.speculation.row_times import RowTimes
 
 _MARGIN = 1.15
-"""By so much a draft must be worth more than it costs: chances and costs are estimates."""
+"""Factor by which a draft must be worth more than it costs: chances and costs are estimates."""
 
 
 class DraftBudget:
@@ -18,22 +18,27 @@ class DraftBudget:
     it a step is mostly their cost, and nothing is sure enough: there are no drafts under load.
 
     Args:
-        step_times: Seconds of steps by what they computed, measured.
         target_itl: Most seconds of a step with drafts; None = as long as it pays.
+        times: Seconds of steps, measured.
     """
 
-    def __init__(self, step_times: StepTimeFit, target_itl: float | None) -> None:
-        self._step_times = step_times
+    def __init__(self, target_itl: float | None, times: RowTimes | None = None) -> None:
         self._target_itl = float("inf") if target_itl is None else target_itl
+        self._times = times or RowTimes()
+
+    def observe(self, batch: ScheduledBatch, seconds: float) -> None:
+        """A step has been taken."""
+        if batch.num_decodes and not batch.num_prefill_tokens:
+            self._times.observe(batch.num_decodes, seconds)
 
     def room(self, batch: ScheduledBatch) -> int:
         """Return how many drafts a step of decodes may take if all are sure: none before there are measurements, and
-        no more than double the rows that were measured.
+        no more than make double the rows that were measured.
         """
-        line, rows = self._step_times.line(), batch.num_decodes
-        if line is None or _MARGIN * rows * line.per_decode >= line.seconds(batch):
+        times, rows = self._times, batch.num_decodes
+        if not times.is_known or _MARGIN * rows * times.per_row > times.seconds(rows):
             return 0
-        return 2 * self._step_times.most_rows - rows
+        return 2 * times.most_rows - rows
 
     def divide(self, batch: ScheduledBatch, chances: Sequence[Sequence[float]], room: int) -> list[int]:
         """Return how many drafts of each sequence a step of decodes takes.
@@ -44,16 +49,12 @@ class DraftBudget:
             room: Most drafts of the step.
         """
         counts = [0] * len(chances)
-        if (line := self._step_times.line()) is None:
-            return counts
-        seconds, tokens = line.seconds(batch), float(batch.num_decodes)
+        cost, seconds, tokens = self._times.per_row, self._times.seconds(batch.num_decodes), float(batch.num_decodes)
         best = [(-of_sequence[0], place) for place, of_sequence in enumerate(chances) if of_sequence]
         heapq.heapify(best)
         while best and room > 0:
             chance, place = -best[0][0], best[0][1]
-            context = batch.sequences[place].start + 2 + counts[place]
-            cost = line.per_decode + line.per_context_token * context
-            if chance * seconds <= _MARGIN * cost * tokens or seconds + cost > self._target_itl:
+            if chance * seconds < _MARGIN * cost * tokens or seconds + cost > self._target_itl:
                 break
             counts[place] += 1
             seconds, tokens, room = seconds + cost, tokens + chance, room - 1

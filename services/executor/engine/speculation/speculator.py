@@ -15,6 +15,9 @@ _LONGEST_DRAFT = 15
 class Budget(Protocol):
     """Decides how many drafts a step takes; see DraftBudget."""
 
+    def observe(self, batch: ScheduledBatch, seconds: float) -> None:
+        """A step has been taken."""
+
     def room(self, batch: ScheduledBatch) -> int:
         """Return how many drafts a step of decodes may take at most."""
 
@@ -81,6 +84,10 @@ class Speculator:
             batch.num_decodes += batch.num_drafts
             batch.num_tokens += batch.num_drafts
             batch.sequences = rows
+
+    def observe(self, batch: ScheduledBatch, seconds: float) -> None:
+        """A step has been taken, and took so long."""
+        self._budget.observe(batch, seconds)
 
     def accept(self, seq: Sequence) -> None:
         """A draft is the token that came, so its row counts as any that was scheduled."""
