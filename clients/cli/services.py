@@ -201,6 +201,9 @@ def up(
         context.note("try: scalellm chat (make chat)    stop: scalellm down (make down)")
     else:
         context.note(f"try: {context.command('chat')}    stop: {context.command('down')}")
+    if state.http_address:
+        scheme = "https" if context.environment.variables.get("SCALELLM_TOKENIZER_TLS_CERT") else "http"
+        context.note(f"in a browser: {scheme}://{state.http_address}/")
 
 
 def down(

@@ -23,10 +23,11 @@ from rich.text import Text
 
 from scalellm.cli.context import CliContext, CliError, ExitCode
 from scalellm.cli.output import one_line
-from scalellm.cli.top_figures import Scrape, Window, increase, quantile, rate, scrape
+from scalellm.cli.scraping import scrape
 from scalellm.launcher import NotRunningError
 from scalellm.launcher.instance import ServiceRecord
 from scalellm.services.common.addresses import local_address
+from scalellm.services.common.metric_window import Scrape, Window, increase, quantile, rate
 
 HELP = """Show live what the services do: requests, tokens, latencies, caches.
 

@@ -100,7 +100,7 @@ class PoolState(_message.Message):
     def __init__(self, tensor_parallel: _Optional[int] = ..., executors: _Optional[int] = ..., devices: _Optional[int] = ..., running: _Optional[int] = ..., chosen: _Optional[bool] = ..., predicted_s: _Optional[float] = ..., reason: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ExecutorState(_message.Message):
-    __slots__ = ("address", "instance_id", "phase", "load", "running", "last_error", "model", "credit_requests", "credit_tokens", "tensor_parallel")
+    __slots__ = ("address", "instance_id", "phase", "load", "running", "last_error", "model", "credit_requests", "credit_tokens", "tensor_parallel", "tokens")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class ExecutorState(_message.Message):
     CREDIT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     CREDIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     address: str
     instance_id: str
     phase: ExecutorPhase
@@ -121,7 +122,8 @@ class ExecutorState(_message.Message):
     credit_requests: int
     credit_tokens: int
     tensor_parallel: int
-    def __init__(self, address: _Optional[str] = ..., instance_id: _Optional[str] = ..., phase: _Optional[_Union[ExecutorPhase, str]] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., running: _Optional[int] = ..., last_error: _Optional[str] = ..., model: _Optional[str] = ..., credit_requests: _Optional[int] = ..., credit_tokens: _Optional[int] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, address: _Optional[str] = ..., instance_id: _Optional[str] = ..., phase: _Optional[_Union[ExecutorPhase, str]] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., running: _Optional[int] = ..., last_error: _Optional[str] = ..., model: _Optional[str] = ..., credit_requests: _Optional[int] = ..., credit_tokens: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)

@@ -72,17 +72,27 @@ ROUTES: Mapping[str, frozenset[Role]] = MappingProxyType(
         "DELETE /v1/responses/{response_id}": _CALLERS,
         "POST /v1/responses/{response_id}/cancel": _CALLERS,
         "GET /v1/responses/{response_id}/input_items": _CALLERS,
+        "GET /v1/sessions": _CALLERS,
+        "GET /v1/sessions/{session_id}": _CALLERS,
+        "DELETE /v1/sessions/{session_id}": _CALLERS,
+        "POST /v1/sessions/{session_id}/fork": _CALLERS,
         "POST /v1/messages": _CALLERS,
         "POST /v1/messages/count_tokens": _CALLERS,
         "POST /tokenize": _CALLERS,
         "POST /detokenize": _CALLERS,
         "GET /tokenizer_info": _CALLERS,
         "GET /metrics": frozenset((Role.ADMIN,)),
+        # How much all tenants together do is none of a tenant's business.
+        "GET /v1/fleet": frozenset((Role.ADMIN,)),
         "GET /v1/models": _CALLERS,
         "GET /v1/models/{model}": _CALLERS,
         "GET /version": _CALLERS,
         "GET /health": _EVERYBODY,
         "GET /ping": _EVERYBODY,
+        # Pages hold nothing; what they show they ask for with their reader's key.
+        "GET /": _EVERYBODY,
+        "GET /live": _EVERYBODY,
+        "GET /assets/{name}": _EVERYBODY,
     }
 )
 """The same for what is called by HTTP."""

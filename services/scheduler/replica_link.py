@@ -89,6 +89,7 @@ class ReplicaLink:
         self._submitted_requests = 0
         self._submitted_tokens = 0
         self._tokens_since_load = 0
+        self._num_tokens = 0
         self._recalled: dict[int, int] = {}  # handles whose Finish is due, and the tokens for which credit comes back
         self._client = LinkClient(
             address,
@@ -317,6 +318,7 @@ class ReplicaLink:
             model=self.welcome.model if self.welcome is not None else "",
             credit_requests=max(0, self.load.granted_requests - self._submitted_requests) if self.is_up else 0,
             tensor_parallel=self.tensor_parallel,
+            tokens=self._num_tokens,
             credit_tokens=max(0, self.load.granted_prefill_tokens - self._submitted_tokens) if self.is_up else 0,
         )
 
@@ -345,6 +347,7 @@ class ReplicaLink:
         ended = [finish.handle for finish in step.finished]  # the listener passes the frame's Finishes on, changed
         for handle in ended:
             self._recalled.pop(handle, None)
+        self._num_tokens += len(step.token_ids)
         if step.handles or step.finished:
             self.is_suspect = False
         if step.HasField("load"):

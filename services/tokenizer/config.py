@@ -34,6 +34,9 @@ class TokenizerSettings(LinkingSettings):
     http_metrics: bool = False
     """Serve /metrics on the HTTP port, too: to everybody who reaches it, or with keys to those of admins. Needs
     --metrics-port."""
+    playground: bool = True
+    """Serve web pages on the HTTP port: / to try the model, /live for what the services do just now (GET /v1/fleet, for
+    everybody who reaches the port, or with keys for admins)."""
     http_cors_origins: str = ""
     """Origins whose web pages may call by HTTP, with commas in between, such as https://chat.example.org; * for all.
     Unset: none."""

@@ -73,6 +73,7 @@ class SchedulerLink:
 
     Attributes:
         address: See above.
+        dialer: See above.
         why_down: Reason for which no requests go there, while none do.
         drop_when_down: No name stands for the address any more.
     """
@@ -89,6 +90,7 @@ class SchedulerLink:
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.address = address
+        self.dialer = dialer
         self._client = LinkClient(
             address,
             scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].methods_by_name["Connect"],

@@ -134,6 +134,11 @@ class Schedulers:
             raise self._make_outage() from None
         return welcome
 
+    @property
+    def dialers(self) -> dict[str, LinkDialer]:
+        """Dialers of the schedulers, by their addresses."""
+        return {address: link.dialer for address, link in self._links.items()}
+
     # Calls of requests.
 
     def check_room(self, tenant: bytes) -> None:

@@ -15,11 +15,14 @@ from scalellm.services.tokenizer.config import TokenizerSettings
 from scalellm.services.tokenizer.generation.edge import Edge
 from scalellm.services.tokenizer.http.anthropic_routes import AnthropicRoutes
 from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.services.tokenizer.http.fleet_routes import FleetRoutes, make_fleet_watch
 from scalellm.services.tokenizer.http.listener import HttpListener
 from scalellm.services.tokenizer.http.metrics_route import MetricsRoute
 from scalellm.services.tokenizer.http.openai_routes import OpenAiRoutes
+from scalellm.services.tokenizer.http.page_routes import PageRoutes
 from scalellm.services.tokenizer.http.responses_routes import ResponsesRoutes
 from scalellm.services.tokenizer.http.service_routes import ServiceRoutes
+from scalellm.services.tokenizer.http.sessions_routes import SessionsRoutes
 from scalellm.services.tokenizer.http.tokenize_routes import TokenizeRoutes
 from scalellm.services.tokenizer.rpc import CallGate
 
@@ -63,6 +66,10 @@ def make_application(face: HttpFace, settings: TokenizerSettings, is_ready: Call
     ResponsesRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
     AnthropicRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
     TokenizeRoutes(face.edge, is_strict=settings.http_strict).register(face, app)
+    SessionsRoutes(face.edge, settings.session_ttl_s, is_strict=settings.http_strict).register(face, app)
+    if settings.playground:
+        PageRoutes().register(face, app)
+        FleetRoutes(make_fleet_watch(face.edge, settings), face.gate).register(face, app)
     if settings.http_metrics:
         # The folder in which prometheus_client keeps the workers' files, set by the supervisor.
         MetricsRoute(settings, Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])).register(face, app)

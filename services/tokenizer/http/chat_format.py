@@ -18,6 +18,7 @@ from scalellm.services.tokenizer.http.wire import (
     finish_reason,
     latency_json,
     quote,
+    session_json,
     stop_reason,
 )
 from scalellm.services.tokenizer.message import Message
@@ -93,7 +94,8 @@ class ChatStream:
             )
         if self._request.includes_usage:
             shown = final_usage_json(last.usage)
-            parts.append(f'{self._head}],"usage":{shown},"latency":{latency_json(finished)}}}\n\n')
+            rest = f'"latency":{latency_json(finished)}{session_json(last)}'
+            parts.append(f'{self._head}],"usage":{shown},{rest}}}\n\n')
         return "".join(parts) + DONE
 
     def _role(self, index: int) -> str:
@@ -162,7 +164,8 @@ class ChatDocument:
         shown = final_usage_json(last.usage)
         choices = ",".join(map(self._choice, last.samples))
         prompt = f',"prompt_logprobs":[{",".join(self._prompt)}]' if self._prompt else ""
-        return f'{self._head}{choices}],"usage":{shown},"latency":{latency_json(finished)}{prompt}{self._prompt_ids}}}'
+        rest = f'"latency":{latency_json(finished)}{session_json(last)}{prompt}{self._prompt_ids}'
+        return f'{self._head}{choices}],"usage":{shown},{rest}}}'
 
     def _choice(self, sample: generation_pb2.SampleFinished) -> str:
         index = sample.index

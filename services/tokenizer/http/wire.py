@@ -20,6 +20,15 @@ _REASONS: Mapping[int, str] = MappingProxyType(
     {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 )
 
+_SESSION_OUTCOMES: Mapping[int, str] = MappingProxyType(
+    {
+        generation_pb2.SESSION_OUTCOME_SAVED: "saved",
+        generation_pb2.SESSION_OUTCOME_CONFLICT: "conflict",
+        generation_pb2.SESSION_OUTCOME_UNAVAILABLE: "unavailable",
+        generation_pb2.SESSION_OUTCOME_FULL: "full",
+    }
+)
+
 _LATENCY_PARTS = ("session", "tokenize", "admission", "queue", "prefill", "decode", "failover", "detokenize", "network")
 
 
@@ -93,3 +102,9 @@ def latency_json(finished: Sequence[generation_pb2.Finished]) -> str:
     if latency.executor_id:
         shown["executor"] = latency.executor_id
     return dump(shown)
+
+
+def session_json(finished: generation_pb2.Finished) -> str:
+    """Return the field that says what became of the turn of a session, with a comma before it; empty without one."""
+    outcome = _SESSION_OUTCOMES.get(finished.session)
+    return f',"session":"{outcome}"' if outcome else ""

@@ -10,7 +10,7 @@ import pytest
 import trustme
 
 from certificates import Identity, issue
-from scalellm.cli.top_figures import scrape
+from scalellm.cli.scraping import scrape
 from scalellm.client import Credentials
 from scalellm.services.common.lifecycle import StartError
 from scalellm.services.common.metrics import MetricsEndpoint

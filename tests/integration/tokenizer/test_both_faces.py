@@ -12,10 +12,18 @@ import aiohttp
 import grpc
 import pytest
 import pytest_asyncio
+from yarl import URL
 
 from line import scrape
 from scalellm.services.common.api_keys import Role, key_entry, new_key
-from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc, link_pb2
+from scalellm.v1 import (
+    common_pb2,
+    generation_pb2,
+    generation_pb2_grpc,
+    link_pb2,
+    sessions_pb2,
+    sessions_pb2_grpc,
+)
 from scripted_scheduler import Script, ScriptedScheduler
 from service_processes import PATIENCE, ServiceProcess, eventually
 
@@ -73,6 +81,15 @@ class Face:
         if self.name == "grpc":
             return await self._by_grpc(tenant, timeout, trace, **fields)
         return await self._by_http(tenant, timeout, trace, **fields)
+
+    def metadata(self, tenant: str) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.keys[tenant]}"),)
+
+    async def call(self, method: str, path: str, body: Any = None, tenant: str = "acme") -> tuple[int, Any]:
+        """Call anything by HTTP, whichever face this is."""
+        url = URL(f"http://{self.service.http_address}{path}", encoded=True)
+        async with self.http.request(method, url, json=body, headers=dict(self.metadata(tenant))) as response:
+            return response.status, await response.json()
 
     async def _by_grpc(self, tenant: str, timeout: float, trace: str, **fields: Any) -> Ended:
         fields = {"max_tokens": 4, "seed": 7, **fields}
@@ -277,3 +294,67 @@ async def test_books_and_log_and_trace_tell_it(face: Face, scheduler: ScriptedSc
         return [line for line in face.service.spans.read_text().splitlines() if trace.split("-")[1] in line]  # type: ignore[attr-defined]
 
     await eventually(lambda: len(spans()) >= 1 and "tokenize" in "".join(spans()))
+
+
+async def test_sessions_are_the_same_by_either_and_nobody_elses(face: Face, scheduler: ScriptedScheduler) -> None:
+    """What one face stored the other one lists, reads, copies and deletes; refusals have the same codes."""
+    name = f"kept-by-{face.name}"
+    await face.ask(session_id=name)
+    await face.ask(session_id=name)
+    sessions, metadata = sessions_pb2_grpc.SessionsStub(face.channel), face.metadata("acme")
+
+    by_grpc = (await sessions.Get(sessions_pb2.GetSessionRequest(session_id=name), metadata=metadata)).session
+    status, by_http = await face.call("GET", f"/v1/sessions/{name}")
+    assert status == 200
+    assert [(one["role"], one["content"]) for one in by_http["messages"]] == [
+        (one.role, one.content) for one in by_grpc.messages
+    ]
+    assert (by_http["num_turns"], by_http["num_tokens"], by_http["turn_ends"]) == (2, by_grpc.num_tokens, [2, 4])
+    assert abs(by_http["expires_at"] - by_grpc.expire_time.ToNanoseconds() / 1e9) < 120
+    status, page = await face.call("GET", f"/v1/sessions/{name}?page_size=3")
+    assert (len(page["messages"]), bool(page["next_page_token"])) == (3, True)
+    _, rest = await face.call("GET", f"/v1/sessions/{name}?page_token={page['next_page_token']}")
+    assert page["messages"] + rest["messages"] == by_http["messages"]
+
+    status, copy = await face.call("POST", f"/v1/sessions/{name}/fork", {"new_session_id": f"{name}-2", "num_turns": 1})
+    assert (status, copy["num_turns"], copy["turn_ends"]) == (200, 1, [2])
+    listed = await sessions.List(sessions_pb2.ListSessionsRequest(), metadata=metadata)
+    _, told = await face.call("GET", "/v1/sessions")
+    assert {one["id"] for one in told["data"]} == {one.session_id for one in listed.sessions} >= {name, f"{name}-2"}
+    _, foreign = await face.call("GET", "/v1/sessions", tenant="other")
+    assert foreign["data"] == []
+
+    for method, path, body, status in (
+        ("GET", f"/v1/sessions/{name}", None, 404),
+        ("DELETE", f"/v1/sessions/{name}", None, 404),
+        ("POST", f"/v1/sessions/{name}/fork", {"new_session_id": "mine"}, 404),
+    ):
+        assert (await face.call(method, path, body, tenant="other"))[0] == status, (method, "another tenant's")
+    for method, path, body, refusal in (
+        ("POST", f"/v1/sessions/{name}/fork", {"new_session_id": f"{name}-2"}, (409, None)),
+        ("POST", f"/v1/sessions/{name}/fork", {"new_session_id": f"{name}-3", "num_turns": 3}, (400, "num_turns")),
+        ("POST", f"/v1/sessions/{name}/fork", {}, (400, "new_session_id")),
+        ("POST", f"/v1/sessions/{name}/fork", {"new_session_id": "a b"}, (400, "new_session_id")),
+        ("GET", f"/v1/sessions/{name}?page_token=x", None, (400, "page_token")),
+        ("GET", "/v1/sessions?page_size=0", None, (400, "page_size")),
+        ("GET", "/v1/sessions?page_size=-1", None, (400, "page_size")),
+        ("GET", "/v1/sessions/a%20b", None, (400, "session_id")),
+    ):
+        status, answer = await face.call(method, path, body)
+        assert (status, answer["error"]["param"]) == (refusal[0], refusal[1] or answer["error"]["param"]), (path, body)
+
+    for gone in (name, f"{name}-2"):
+        assert (await face.call("DELETE", f"/v1/sessions/{gone}"))[1] == {
+            "id": gone,
+            "object": "session",
+            "deleted": True,
+        }
+        with pytest.raises(grpc.aio.AioRpcError, match="there is no session"):
+            await sessions.Get(sessions_pb2.GetSessionRequest(session_id=gone), metadata=metadata)
+
+
+async def test_a_chat_tells_what_became_of_its_turn(face: Face, scheduler: ScriptedScheduler) -> None:
+    body = {"messages": [{"role": "user", "content": HELLO}], "max_tokens": 2, "session_id": f"told-{face.name}"}
+    assert (await face.call("POST", "/v1/chat/completions", body))[1]["session"] == "saved"
+    del body["session_id"]
+    assert "session" not in (await face.call("POST", "/v1/chat/completions", body))[1]

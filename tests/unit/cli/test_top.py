@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from hostile_text import HOSTILE, harmful_in
 from scalellm.cli.output import Terminal
+from scalellm.cli.scraping import read_samples
+from scalellm.cli.scraping import scrape as scrape_all
 from scalellm.cli.top import frame
-from scalellm.cli.top_figures import Scrape, Window, increase, quantile, rate, read_samples
-from scalellm.cli.top_figures import scrape as scrape_all
+from scalellm.services.common.metric_window import Scrape, Window, increase, quantile, rate
 
 
 def scrape(at: float, **samples: dict[str, float]) -> Scrape:

@@ -6,16 +6,13 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import grpc
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
 
+from face_kit import calling, make_face
 from scalellm.services.common.access import ROUTES, Access
 from scalellm.services.common.api_keys import Role, key_entry, new_key
 from scalellm.services.common.errors import StatusError
@@ -25,22 +22,9 @@ from scalellm.services.tokenizer.http.build import make_application
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.face import HttpFace
 from scalellm.services.tokenizer.limits import RequestLimits
-from scalellm.services.tokenizer.rpc import CallGate
 
-PUBLIC, ADMINS = {"GET /health", "GET /ping"}, {"GET /metrics"}
-
-
-def make_face(access: Access | None = None, **more: Any) -> HttpFace:
-    edge: Any = SimpleNamespace(access=access or Access(), limits=RequestLimits(), **more.pop("edge", {}))
-    return HttpFace(edge, CallGate(), CallBytes(), more.pop("on_end", lambda method, code: None), **more)
-
-
-@asynccontextmanager
-async def calling(app: web.Application) -> AsyncIterator[TestClient[Any, Any]]:
-    server = TestServer(app)
-    await server.start_server(auto_decompress=False)  # as the listener has it
-    async with TestClient(server) as client:
-        yield client
+PUBLIC = {"GET /health", "GET /ping", "GET /", "GET /live", "GET /assets/{name}"}
+ADMINS = {"GET /metrics", "GET /v1/fleet"}
 
 
 async def fine(call: HttpCall, *rest: object) -> web.StreamResponse:
@@ -93,7 +77,7 @@ async def test_who_may_call_what(tmp_path: Path) -> None:
 def test_each_route_has_a_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     settings = TokenizerSettings(metrics_port=0, http_metrics=True)
-    edge = {"model_name": "m", "prompts": None}
+    edge = {"model_name": "m", "prompts": None, "schedulers": None}
     app = make_application(make_face(edge=edge), settings, lambda: True)
     served = {f"{route.method} {route.resource.canonical}" for route in app.router.routes() if route.method != "HEAD"}
     assert served == set(ROUTES)

@@ -1,4 +1,4 @@
-"""Figures of `scalellm top`, computed from two scrapes of each service's metrics.
+"""Figures of what happened between two readings of a service's metrics.
 
 A figure that cannot be told (its family is missing, or what was sent is no finite number) is NaN.
 """
@@ -6,36 +6,44 @@ A figure that cannot be told (its family is missing, or what was sent is no fini
 from __future__ import annotations
 
 import math
-import ssl
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPException
-from itertools import repeat
 from typing import TYPE_CHECKING
-from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
-
-_TIMEOUT = 1.5
-_CHARSET = "utf-8"
-_MAX_BYTES = 4 * 2**20
 
 # The names under which the samples of a family stand.
 _SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 
 Labels = tuple[tuple[str, str], ...]
+Samples = Mapping[str, Mapping[Labels, float]]
+
+
+def samples_of(families: Iterable[Metric]) -> dict[str, dict[Labels, float]]:
+    """Return the samples by name and labels; an empty family is there, too."""
+    samples: dict[str, dict[Labels, float]] = {}
+    for family in families:
+        for suffix in _SUFFIXES.get(family.type, ("",)):
+            samples.setdefault(f"{family.name}{suffix}", {})
+        for sample in family.samples:
+            samples.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return samples
 
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """One service's answer; without samples where it gave none."""
+    """One service's metrics at one time; without samples where it gave none.
+
+    Attributes:
+        address: Names the service.
+        at: Monotonic seconds.
+        samples: By name and labels.
+    """
 
     address: str
     at: float
-    samples: Mapping[str, Mapping[Labels, float]] = field(default_factory=dict)
+    samples: Samples = field(default_factory=dict)
 
     @property
     def service(self) -> str:
@@ -49,44 +57,6 @@ class Scrape:
         wanted = set(labels.items())
         found = sum(value for key, value in self.samples[name].items() if wanted <= set(key))
         return found if math.isfinite(found) else math.nan
-
-
-def scrape(addresses: Sequence[str], tls: ssl.SSLContext | None = None) -> list[Scrape]:
-    """Ask all endpoints (host:port) at once, over TLS if that is given."""
-    with ThreadPoolExecutor(max_workers=len(addresses)) as pool:
-        return list(pool.map(_scrape, addresses, repeat(tls)))
-
-
-def _scrape(address: str, tls: ssl.SSLContext | None) -> Scrape:
-    # Services are asked as they stand: a web proxy does not reach them.
-    opener = build_opener(ProxyHandler({}), HTTPSHandler(context=tls))
-    scheme = "http" if tls is None else "https"
-    at = time.monotonic()
-    try:
-        with opener.open(f"{scheme}://{address}/metrics", timeout=_TIMEOUT) as answer:
-            body = answer.read(_MAX_BYTES + 1)
-        if len(body) > _MAX_BYTES:
-            return Scrape(address, at)
-        return Scrape(address, at, read_samples(body.decode(_CHARSET)))
-    except (OSError, HTTPException, ValueError):
-        return Scrape(address, at)
-
-
-def read_samples(exposition: str) -> dict[str, dict[Labels, float]]:
-    """The samples by name and labels; an empty family is there, too. Raises ValueError for what is no exposition."""
-    from prometheus_client.parser import text_string_to_metric_families  # only here: importing it takes a while
-
-    samples: dict[str, dict[Labels, float]] = {}
-    try:
-        family: Metric
-        for family in text_string_to_metric_families(exposition):
-            for suffix in _SUFFIXES.get(family.type, ("",)):
-                samples.setdefault(f"{family.name}{suffix}", {})
-            for sample in family.samples:
-                samples.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
-    except Exception as error:  # whatever the parser stumbles over
-        raise ValueError("not a metrics exposition") from error
-    return samples
 
 
 class Window:

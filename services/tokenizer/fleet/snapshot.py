@@ -1,0 +1,163 @@
+"""One snapshot of the line, as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from scalellm import __version__
+from scalellm.services.common.metric_window import Scrape, Window, samples_of
+from scalellm.services.tokenizer.fleet.states import SchedulerStates, State
+from scalellm.services.tokenizer.metrics import WorkersCollector
+from scalellm.services.tokenizer.schedulers import Schedulers
+from scalellm.v1 import scheduler_pb2
+
+_WINDOW = 10.0
+_MOST_EXECUTORS = 256
+"""Most executors of one scheduler in a snapshot, which stays below about 100 KB."""
+
+_PHASES: Mapping[int, str] = MappingProxyType(
+    {
+        scheduler_pb2.EXECUTOR_PHASE_CONNECTING: "connecting",
+        scheduler_pb2.EXECUTOR_PHASE_READY: "ready",
+        scheduler_pb2.EXECUTOR_PHASE_DRAINING: "draining",
+        scheduler_pb2.EXECUTOR_PHASE_INCOMPATIBLE: "incompatible",
+    }
+)
+_TIMES: Mapping[str, str] = MappingProxyType(
+    {
+        "queue_ms": "scalellm_request_queue_time_seconds",
+        "ttft_ms": "scalellm_time_to_first_token_seconds",
+        "itl_ms": "scalellm_inter_token_latency_seconds",
+        "e2e_ms": "scalellm_e2e_request_latency_seconds",
+    }
+)
+_RATES: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType(
+    {
+        "accepted_per_s": ("scalellm_tokenizer_requests_accepted_total", {}),
+        "finished_per_s": ("scalellm_tokenizer_requests_ended_total", {"outcome": "finished"}),
+        "cancelled_per_s": ("scalellm_tokenizer_requests_ended_total", {"outcome": "cancelled"}),
+        "rejected_per_s": ("scalellm_tokenizer_requests_ended_total", {"outcome": "rejected"}),
+        "prompt_tokens_per_s": ("scalellm_prompt_tokens_total", {}),
+        "generation_tokens_per_s": ("scalellm_generation_tokens_total", {}),
+    }
+)
+
+
+class Snapshots:
+    """Takes snapshots: what the workers of this service counted in the last ten seconds, and the schedulers' states.
+
+    Args:
+        model: Name of the model.
+        num_workers: Workers of this service.
+        schedulers: Schedulers that it knows.
+        folder: Folder of its workers' metrics; None: they count nothing.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_workers: int,
+        schedulers: Schedulers,
+        folder: Path | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._model = model
+        self._num_workers = num_workers
+        self._schedulers = schedulers
+        self._collector = WorkersCollector(folder) if folder is not None else None
+        self._clock = clock
+        self._states = SchedulerStates()
+        self._scrapes: deque[Scrape] = deque()
+
+    async def take(self) -> bytes:
+        """Return a snapshot."""
+        states, figures = await asyncio.gather(self._states.read(self._schedulers.dialers), self._figures())
+        tokenizer = {"model": self._model, "version": __version__, "workers": self._num_workers, "figures": figures}
+        snapshot = {
+            "object": "fleet",
+            "at": round(time.time(), 3),
+            "window_s": _WINDOW,
+            "tokenizer": tokenizer,
+            "schedulers": [scheduler_json(address, state) for address, state in sorted(states.items())],
+        }
+        return json.dumps(snapshot, separators=(",", ":"), allow_nan=False).encode()
+
+    async def forget(self) -> None:
+        """Nobody watches: what is taken next begins anew."""
+        self._scrapes.clear()
+        await self._states.close()
+
+    async def _figures(self) -> dict[str, object] | None:
+        if self._collector is None:
+            return None
+        samples = samples_of(await asyncio.to_thread(self._collector.collect))
+        self._scrapes.append(Scrape("", self._clock(), samples))
+        while len(self._scrapes) > 2 and self._scrapes[1].at < self._scrapes[-1].at - _WINDOW:
+            self._scrapes.popleft()
+        return window_figures(Window([self._scrapes[0]], [self._scrapes[-1]]))
+
+
+def window_figures(window: Window) -> dict[str, object]:
+    """Return the figures of a tokenizer. What is not known, or did not happen in the window, is None."""
+    figures: dict[str, object] = {"running": _number(window.gauge("scalellm_tokenizer_requests_running"))}
+    figures |= {name: _number(window.rate(metric, **labels)) for name, (metric, labels) in _RATES.items()}
+    for name, histogram in _TIMES.items():
+        ranks = {f"p{rank}": _number(1e3 * window.quantile(histogram, rank / 100)) for rank in (50, 90, 99)}
+        figures[name] = ranks if ranks["p50"] is not None else None
+    return figures
+
+
+def scheduler_json(address: str, state: State) -> dict[str, object]:
+    """Return what is told of a scheduler and its executors."""
+    if isinstance(state, str):
+        return {"address": address, "error": state}
+    # Those that want attention first, should there be too many.
+    executors = sorted(
+        state.executors,
+        key=lambda executor: (executor.phase == scheduler_pb2.EXECUTOR_PHASE_READY, executor.address),
+    )
+    phases = Counter(_PHASES.get(executor.phase, "unknown") for executor in executors)
+    return {
+        "address": address,
+        "instance_id": state.instance_id,
+        "queued": state.queued,
+        "queued_tokens": state.queued_tokens,
+        "running": state.running,
+        "accepted": state.accepted,
+        "finished": state.finished,
+        "cancelled": state.cancelled,
+        "rejected": state.rejected,
+        "resubmitted": state.resubmitted,
+        "draining": state.draining,
+        "redis_ok": state.redis_ok,
+        "num_executors": len(executors),
+        "phases": dict(phases),
+        "executors": [_executor_json(executor) for executor in executors[:_MOST_EXECUTORS]],
+    }
+
+
+def _executor_json(executor: scheduler_pb2.ExecutorState) -> dict[str, object]:
+    load = executor.load
+    return {
+        "address": executor.address,
+        "instance_id": executor.instance_id,
+        "phase": _PHASES.get(executor.phase, "unknown"),
+        "running": executor.running,
+        "waiting": load.waiting,
+        "kv_usage": round(1 - load.free_blocks / load.total_blocks, 4) if load.total_blocks else None,
+        "tokens": executor.tokens,
+        "tensor_parallel": executor.tensor_parallel,
+        "last_error": executor.last_error,
+    }
+
+
+def _number(value: float) -> float | None:
+    return round(value, 3) if math.isfinite(value) else None
