@@ -142,9 +142,10 @@ def settled(what_is_wrong: Callable[[], list]) -> None:
 
 
 def dashboard_queries() -> list[tuple[str, str]]:
-    panels = json.loads(DASHBOARD.read_text())["panels"]
+    rows = json.loads(DASHBOARD.read_text())["panels"]
+    panels = [panel for row in rows for panel in (row, *row.get("panels", ()))]
     return [
-        (panel["title"], target["expr"].replace("$__rate_interval", "1m"))
+        (panel["title"], re.sub(r"\$(instance|executor)", ".*", target["expr"]).replace("$__rate_interval", "1m"))
         for panel in panels
         for target in panel.get("targets", [])
     ]
