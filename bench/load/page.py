@@ -19,10 +19,15 @@ _STYLE = """
 :root { color-scheme: light dark; font-family: system-ui, sans-serif; }
 body { max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 section { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
+section > *, figure { min-width: 0; max-width: 100%; }
+h1, p { overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+.facts { color: GrayText; }
 figure { margin: 0; }
 figcaption { font-weight: 600; margin-bottom: 0.3rem; }
 svg { max-width: 100%; height: auto; }
 svg text { font-size: 11px; fill: currentColor; }
+svg text.on-curves { paint-order: stroke; stroke: Canvas; stroke-width: 4px; }
 svg .grid { stroke: currentColor; stroke-opacity: 0.15; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #8884; }
@@ -53,6 +58,7 @@ def page(run: Run) -> str:
     blocks = [step_text(f"load {step.load}", step.figures, []) for step in run.steps]
     body = [
         f"<h1>{escape(title)}</h1>",
+        f'<p class="facts">{escape(_facts(run))}</p>',
         *(f'<p class="warning">{escape(warning)}</p>' for warning in warnings),
         f"<h2>Steps</h2><p>Latencies in milliseconds.</p>{_table(run.steps)}",
         f"<h2>Throughput against latency</h2><section>{''.join(_trade_offs(run.steps))}</section>",
@@ -65,6 +71,14 @@ def page(run: Run) -> str:
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 
+def _facts(run: Run) -> str:
+    """Date, server, machine and versions of a run: the first things to know of a figure."""
+    header = run.header
+    versions = ", ".join(f"{name} {number}" for name, number in header["versions"].items())
+    where = f"{header['machine']}, {header['cpus']} CPUs, Python {header['python']}"
+    return f"{header['date']}; server {header['server_version']}; load from {where}, {versions}"
+
+
 def _figure(caption: str, drawing: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{drawing}</figure>"
 
@@ -75,7 +89,7 @@ def _table(steps: Sequence[Step]) -> str:
     for step in steps:
         cells = "".join(f"<td>{_cell(step, key)}</td>" for _, key in _COLUMNS)
         rows.append(f"<tr><th>{escape(step.load)}</th>{cells}</tr>")
-    return f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _cell(step: Step, key: str) -> str:
@@ -134,5 +148,5 @@ def _waterfalls(steps: Sequence[Step]) -> list[str]:
         if told is not None:
             parts = [(name, told[name]) for name in _PARTS if told.get(name)]
             title = f"Mean request at load {step.load}"
-            plots.append(_figure(title, waterfall(title, parts)))
+            plots.append(_figure(title, waterfall(title, parts, _PARTS)))
     return plots or ["<p>The server sent no breakdown of its latency.</p>"]

@@ -9,7 +9,14 @@ from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 560, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 44
+_LEGEND_ROW, _LEGEND_COLUMN = 16, 130
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#ee8866")
+_PART_COLOURS = (
+    "#8da0cb", "#66c2a5", "#e78ac3", "#fc8d62", "#4477aa", "#228833", "#b3261e", "#aa7733", "#777f8f", "#ccbb44",
+)  # fmt: skip
+"""Colours of the parts of a request's time, in their order; the playground has the same."""
+
+_ON_CURVES = ' class="on-curves"'
 _MOST_POINTS = 400
 
 
@@ -62,23 +69,26 @@ class Axis:
 
 
 def line_plot(title: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Lines over two axes, with a legend."""
+    """Lines over two axes, with a legend above them, where no line goes."""
+    per_row = (WIDTH - _LEFT - _RIGHT) // _LEGEND_COLUMN
+    plot_top = _TOP + _LEGEND_ROW * -(-len(series) // per_row) + 4
     inner_width, inner_height = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
+    height = plot_top + inner_height + _BOTTOM
 
     def at(point: tuple[float, float]) -> tuple[float, float]:
-        return _LEFT + x.place(point[0]) * inner_width, _TOP + (1 - y.place(point[1])) * inner_height
+        return _LEFT + x.place(point[0]) * inner_width, plot_top + (1 - y.place(point[1])) * inner_height
 
     parts: list[str] = []
     for tick in x.ticks():
         place = at((tick, y.low))[0]
-        parts.append(_line(place, _TOP, place, _TOP + inner_height, "grid"))
-        parts.append(_text(place, HEIGHT - _BOTTOM + 16, _number(tick), "middle"))
+        parts.append(_line(place, plot_top, place, plot_top + inner_height, "grid"))
+        parts.append(_text(place, height - _BOTTOM + 16, _number(tick), "middle"))
     for tick in y.ticks():
         place = at((x.low, tick))[1]
         parts.append(_line(_LEFT, place, WIDTH - _RIGHT, place, "grid"))
         parts.append(_text(_LEFT - 6, place + 4, _number(tick), "end"))
-    parts.append(_text(_LEFT + inner_width / 2, HEIGHT - 8, x.label, "middle"))
-    centre = _TOP + inner_height / 2
+    parts.append(_text(_LEFT + inner_width / 2, height - 8, x.label, "middle"))
+    centre = plot_top + inner_height / 2
     parts.append(_text(14, centre, y.label, "middle", f' transform="rotate(-90 14 {centre:.1f})"'))
     for number, one in enumerate(series):
         colour = _COLOURS[number % len(_COLOURS)]
@@ -88,11 +98,16 @@ def line_plot(title: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
         if one.markers:
             parts += [f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{colour}"/>' for across, down in places]
         for (across, down), name in zip(places, one.names, strict=False):
-            parts.append(_text(across + 5, down - 5, name, "start"))
-        height = _TOP + 12 + 16 * number
-        parts.append(f'<rect x="{_LEFT + 8}" y="{height - 8}" width="14" height="4" fill="{colour}"/>')
-        parts.append(_text(_LEFT + 28, height - 2, one.label, "start"))
-    return _svg(title, HEIGHT, parts)
+            # At the right edge to the left of its point; and on a ground of its own where a curve goes through it.
+            is_last = across > WIDTH - 60
+            parts.append(
+                _text(across - 5 if is_last else across + 5, down - 6, name, "end" if is_last else "start", _ON_CURVES)
+            )
+        column, row = number % per_row, number // per_row
+        left, middle = _LEFT + column * _LEGEND_COLUMN, _TOP + row * _LEGEND_ROW
+        parts.append(f'<rect x="{left}" y="{middle - 4}" width="14" height="4" fill="{colour}"/>')
+        parts.append(_text(left + 20, middle + 2, one.label, "start"))
+    return _svg(title, height, parts)
 
 
 def distribution(label: str, values: Sequence[float]) -> Series:
@@ -103,8 +118,14 @@ def distribution(label: str, values: Sequence[float]) -> Series:
     return Series(label, [(ordered[rank], (rank + 1) / count) for rank in ranks])
 
 
-def waterfall(title: str, parts: Sequence[tuple[str, float]]) -> str:
-    """Milliseconds by part, each bar beginning where the one before it ended."""
+def waterfall(title: str, parts: Sequence[tuple[str, float]], names: Sequence[str]) -> str:
+    """Milliseconds by part, each bar beginning where the one before it ended.
+
+    Args:
+        title: Title of the plot.
+        parts: Name and milliseconds of each part that there is.
+        names: All names that there may be: a part has the same colour whichever others are beside it.
+    """
     total = sum(value for _, value in parts) or 1.0
     row, label_width, value_width = 22, 120, 120
     scale = (WIDTH - label_width - value_width) / total
@@ -112,7 +133,7 @@ def waterfall(title: str, parts: Sequence[tuple[str, float]]) -> str:
     start = 0.0
     for number, (name, value) in enumerate(parts):
         top = 8 + row * number
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = _PART_COLOURS[names.index(name) % len(_PART_COLOURS)]
         left, width = label_width + scale * start, max(0.5, scale * value)
         drawn.append(_text(label_width - 8, top + 13, name, "end"))
         drawn.append(f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="16" fill="{colour}"/>')

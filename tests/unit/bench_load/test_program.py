@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import platform
 import re
 import sys
 from pathlib import Path
@@ -67,6 +68,9 @@ def _check_page(text: str, *, has_breakdown: bool) -> None:
         assert not {"src", "href"} & {name.rpartition("}")[2] for name in element.attrib}
     assert "url(" not in text
     assert "@import" not in text
+    facts = next(element for element in tree.iter() if element.get("class") == "facts")
+    for word in ("server ", platform.machine(), "grpcio "):
+        assert word in (facts.text or "")
     # Three trade-offs, three distributions, a waterfall per step.
     drawings = sum(element.tag.endswith("}svg") for element in tree.iter())
     assert drawings == 6 + 2 * has_breakdown
