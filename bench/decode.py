@@ -52,7 +52,7 @@ def decode_rate(engine: Engine, num_seqs: int, num_tokens: int) -> float:
 def main(
     model: Annotated[str, typer.Option(help="A name of the model store, or a path.")] = "smollm2-135m-instruct",
     forms: Annotated[str, typer.Option(help="Comma-separated.")] = _MEASURED,
-    sequences: Annotated[str, typer.Option(help="How many at once, comma-separated.")] = "1,8,64",
+    sequences: Annotated[str, typer.Option(help="Numbers of sequences at once, comma-separated.")] = "1,8,64",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=0, help="0: what the executor would choose.")] = 0,

@@ -118,9 +118,9 @@ def loads(rows: int) -> dict[str, Callable[[], list[Iterator[str]]]]:
 
 def main(
     model: Annotated[str, typer.Option(help="A name of the model store, or a path.")] = "smollm2-135m-instruct",
-    form: Annotated[str, typer.Option(help="Of the weights.")] = "int8",
+    form: Annotated[str, typer.Option(help="Form of the weights.")] = "int8",
     rows: Annotated[int, typer.Option(min=4)] = 64,
-    steps: Annotated[int, typer.Option(min=10, help="Of each load in each round.")] = 200,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each load in each round.")] = 200,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=0, help="0: what the executor would choose.")] = 0,
 ) -> None:

@@ -34,14 +34,14 @@ def run(
     ] = "h200-llama-8b",
     load: Annotated[str, typer.Option(help="8: eight requests at once; 20/s: as many a second (Poisson).")] = "20/s",
     requests: Annotated[int, typer.Option(min=1, help="Requests in all; of a trace, at most.")] = 400,
-    workload: Annotated[str, typer.Option(help="As of bench.load: fixed, chat, shared, sessions.")] = "shared",
+    workload: Annotated[str, typer.Option(help="A workload of bench.load: fixed, chat, shared, sessions.")] = "shared",
     input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens; the median for chat.")] = 128,
     output_len: Annotated[int, typer.Option(min=1, help="Generated tokens; the median for chat.")] = 64,
     prefix_len: Annotated[int, typer.Option(min=1, help="shared: tokens of the shared prompt.")] = 512,
     trace: Annotated[Path | None, typer.Option(help="A trace in Mooncake's format (JSON lines) instead.")] = None,
     kills: Annotated[int, typer.Option(min=0, help="Executors that die under load.")] = 0,
     drains: Annotated[int, typer.Option(min=0, help="Executors that leave in order under load.")] = 0,
-    latency_ms: Annotated[float, typer.Option(min=0, help="What a message takes from service to service.")] = 0.2,
+    latency_ms: Annotated[float, typer.Option(min=0, help="Milliseconds of a message from service to service.")] = 0.2,
     seed: Annotated[str, typer.Option(help="Everything follows from it.")] = "0",
     profile: Annotated[bool, typer.Option("--profile", help="Show where the CPU time goes.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small fleets of each kind, each run twice: a test.")] = False,
@@ -123,7 +123,7 @@ def _pools(
 
 @app.command("calibrate")
 def _calibrate(
-    model: Annotated[str, typer.Option(help="Whose tokenizer the line has: a name, or a path.")] = (
+    model: Annotated[str, typer.Option(help="Model whose tokenizer the line has: a name, or a path.")] = (
         "smollm2-135m-instruct"
     ),
     home: Annotated[Path, typer.Option(envvar="SCALELLM_HOME", help="The model store.")] = Path("~/.cache/scalellm"),

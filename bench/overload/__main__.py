@@ -162,8 +162,8 @@ def _quantile(seconds: Sequence[float], share: float) -> float | None:
 
 
 def main(
-    seconds: Annotated[float, typer.Option(min=1, help="Of each phase.")] = 60.0,
-    model: Annotated[str, typer.Option(help="Whose tokenizer is used.")] = "smollm2-135m-instruct",
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds of each phase.")] = 60.0,
+    model: Annotated[str, typer.Option(help="Model whose tokenizer is used.")] = "smollm2-135m-instruct",
     home: Annotated[Path, typer.Option(envvar="SCALELLM_HOME", help="The model store.")] = Path("~/.cache/scalellm"),
     output: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.")] = None,
 ) -> None:

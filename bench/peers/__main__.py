@@ -162,12 +162,12 @@ class Comparison:
 
 
 def main(
-    systems: Annotated[str, typer.Option(help="Which, in this order: scalellm and peers; default: all.")] = ",".join(
+    systems: Annotated[str, typer.Option(help="Systems, in this order: scalellm and peers; default: all.")] = ",".join(
         ("scalellm", *PEERS)
     ),
     forms: Annotated[str, typer.Option(help="Only these forms of the weights, such as keep,int8,Q8_0.")] = "",
     loads: Annotated[
-        str, typer.Option("--workloads", help="Of fixed, shared (system prompt) and sessions.")
+        str, typer.Option("--workloads", help="Some of fixed, shared (system prompt) and sessions.")
     ] = "fixed,shared,sessions",
     concurrency: Annotated[str, typer.Option(help="fixed: requests at once, one load each.")] = "1,8,64",
     input_len: Annotated[int, typer.Option(min=1, help="fixed: prompt tokens.")] = 128,
@@ -176,7 +176,7 @@ def main(
     everything: Annotated[
         bool, typer.Option("--everything", help="Prefixes on all forms, not the fastest; all loads on slow systems.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=0, help="Of each peer; 0: one per processor.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each peer; 0: one per processor.")] = 0,
     limit_s: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
     quick: Annotated[bool, typer.Option("--quick", help="A few tokens per load: a test, not figures.")] = False,
     install: Annotated[bool, typer.Option(help="Install what is missing, each peer for 20 minutes at most.")] = True,

@@ -31,7 +31,9 @@ Examples:
 @app.command("show", help=SHOW_HELP, short_help="Print all settings as a TOML file.")
 def show(
     ctx: typer.Context,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="What `up` is to be given.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file for `up`, to show with its values.")
+    ] = None,
 ) -> None:
     """The file that would do the same."""
     context = CliContext.of(ctx)

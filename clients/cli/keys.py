@@ -27,7 +27,7 @@ Examples:
 @app.command("create", help=CREATE_HELP, short_help="Make an API key.")
 def create(
     ctx: typer.Context,
-    tenant: Annotated[str, typer.Option(help="Whose key it is: letters, digits, dots, dashes, underscores.")],
+    tenant: Annotated[str, typer.Option(help="Tenant of the key: letters, digits, dots, dashes, underscores.")],
     admin: Annotated[bool, typer.Option("--admin", help="May also operate the services.")] = False,
     file: Annotated[Path | None, typer.Option(help="Add the entry to this file.", show_default=False)] = None,
 ) -> None:

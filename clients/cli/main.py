@@ -138,7 +138,7 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     instance: Annotated[
-        str, typer.Option(metavar="NAME", help="Which set of services, for more than one on a machine.")
+        str, typer.Option(metavar="NAME", help="Name of the set of services, for more than one on a machine.")
     ] = "",
     api_key: Annotated[
         str, typer.Option(metavar="KEY", help="For a secured server; other users can read it here: SCALELLM_API_KEY.")

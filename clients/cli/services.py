@@ -114,8 +114,8 @@ def up(
     ctx: typer.Context,
     *,
     model: ModelOption = DEFAULT_MODEL,
-    executors: Annotated[int, typer.Option(min=1, max=64, help="How many executors.")] = 1,
-    executor: Annotated[EngineKind, typer.Option(help="What they run.")] = EngineKind.MODEL,
+    executors: Annotated[int, typer.Option(min=1, max=64, help="Number of executors.")] = 1,
+    executor: Annotated[EngineKind, typer.Option(help="Kind of engine in the executors.")] = EngineKind.MODEL,
     host: Annotated[
         str, typer.Option(callback=_check_host, help="Address on which clients are served; 0.0.0.0 or :: for all.")
     ] = "127.0.0.1",
@@ -133,9 +133,11 @@ def up(
     ] = None,
     served_model_name: Annotated[str, _setting("Name by which clients know the model.", "NAME")] = "",
     api_key: Annotated[str, _setting("Key that clients have to show; SCALELLM_API_KEY shows it.", "KEY")] = "",
-    quantization: Annotated[str | None, _setting("none, keep (as the file has it), int8, ...", "KIND")] = None,
-    dtype: Annotated[str | None, _setting("Of activations: float32, bfloat16, float16.", "TYPE")] = None,
-    kv_cache_dtype: Annotated[str | None, _setting("Of cached keys and values: int8, fp8, ...", "TYPE")] = None,
+    quantization: Annotated[
+        str | None, _setting("Form of the weights: none, keep (as the file has it), int8, ...", "KIND")
+    ] = None,
+    dtype: Annotated[str | None, _setting("Type of activations: float32, bfloat16, float16.", "TYPE")] = None,
+    kv_cache_dtype: Annotated[str | None, _setting("Type of cached keys and values: int8, fp8, ...", "TYPE")] = None,
     max_model_len: Annotated[int | None, _setting("Longest prompt plus output, in tokens.", "TOKENS")] = None,
     max_num_seqs: Annotated[int | None, _setting("Sequences that run at once.", "NUMBER")] = None,
     config: Annotated[
@@ -148,10 +150,11 @@ def up(
         ),
     ] = None,
     scheduler_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Default: 50052.", show_default=False)
+        int | None, typer.Option(min=0, max=65535, help="Port of the scheduler. Default: 50052.", show_default=False)
     ] = None,
     executor_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Of the first one. Default: 50061.", show_default=False)
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of the first executor. Default: 50061.", show_default=False),
     ] = None,
     drain_limit: Annotated[float, typer.Option(min=0, help="Seconds for running requests on `down`.")] = 30.0,
     start_limit: Annotated[float, typer.Option(min=1, help="Seconds for a service to become healthy.")] = 600.0,
@@ -259,7 +262,7 @@ def _http(address: str) -> str:
 
 def run(
     ctx: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="What to answer.")] = DEFAULT_PROMPT,
+    prompt: Annotated[str, typer.Argument(help="The prompt.")] = DEFAULT_PROMPT,
     *,
     model: ModelOption = DEFAULT_MODEL,
     max_tokens: Annotated[int, typer.Option(min=1, max=MAX_UINT32, help="Most tokens of the answer.")] = 128,

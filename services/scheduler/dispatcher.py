@@ -1,4 +1,4 @@
-"""What one model's requests go through: its executors, its queue and books, and its clients' links."""
+"""The dispatcher of one model's requests: its executors, its queue and books, and its clients' links."""
 
 from __future__ import annotations
 

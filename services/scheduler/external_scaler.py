@@ -29,7 +29,7 @@ class ExternalScaler:
         self._scaling = scaling
 
     async def IsActive(self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext) -> pb.IsActiveResponse:
-        """Whether any executor is needed."""
+        """True if any executor is needed."""
         return pb.IsActiveResponse(result=self._state(request).is_active)
 
     async def StreamIsActive(self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext) -> None:

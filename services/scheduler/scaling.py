@@ -1,4 +1,4 @@
-"""How full the pools of executors are, and how many executors each should have: looked at again and again."""
+"""The load of the pools of executors, and the number of executors that each should have, observed periodically."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class _Part:
 
     @property
     def is_wanted_at(self) -> float:
-        """When an executor was wanted last; infinite while one is."""
+        """Time at which an executor was wanted last; infinite while one is."""
         return math.inf if self.placement.books.num_open else self.placement.outage.turned_away_at
 
     def oldest(self, now: float) -> float:
@@ -154,7 +154,7 @@ class _Pool:
 
 
 def _share_in_use(replica: ReplicaLink) -> float:
-    """Of an executor's rows or of its cache, whichever is more; above 1 where requests wait there."""
+    """Used share of an executor's rows or of its cache, whichever is more; above 1 where requests wait there."""
     rows = replica.num_requests / max(1, replica.max_num_seqs)
     cache = 1.0 - replica.load.free_blocks / replica.load.total_blocks if replica.load.total_blocks else 0.0
     return max(rows, cache)

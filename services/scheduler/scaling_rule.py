@@ -1,4 +1,4 @@
-"""How many executors a pool should have. This file is the whole rule: nothing else rounds, waits or compares."""
+"""The number of executors that a pool should have. The whole rule is here: nothing else rounds, waits or compares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class PoolDemand:
-    """What is asked of a pool at one instant.
+    """The demand on a pool at one instant.
 
     Attributes:
         ready: Executors that take requests.

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     # 14 % less CPU time than with the library's 256 for 32 prompts of 128 tokens at once (one run, one thread).
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
-    parser.add_argument("--cache-size", type=int, default=4, help="Of keys and values in GB, used as needed.")
+    parser.add_argument("--cache-size", type=int, default=4, help="Size of keys and values in GB, used as needed.")
     arguments = parser.parse_args()
     text = TextFormat(arguments.tokenizer)
     make_engine = partial(

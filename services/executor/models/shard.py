@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many features there are."""
+        """Number of features."""
         return self.stop - self.start
 
     @property

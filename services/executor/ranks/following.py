@@ -21,7 +21,7 @@ def follow(plans: Iterable[ranks_pb2.RankPlan], runner: ModelRunner, masks: Told
     Args:
         plans: Those of rank 0.
         runner: This rank's, with `masks`.
-        masks: Where masks that are told go.
+        masks: Memory for the masks that the leading rank sends.
         config: Rank 0's.
     """
     reader = PlanReader(config)

@@ -1,6 +1,6 @@
 """Docstrings name their subject: none opens with an indirect question, such as "What a call can fail with".
 
-The same holds for each argument and attribute that a docstring describes.
+The same holds for each argument and attribute that a docstring describes, and for the help of options.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
             after_value = isinstance(statement, ast.Assign | ast.AnnAssign)
 
 
+def helps(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of each argument `help` of a call: what `--help` prints of an option."""
+    for node in ast.walk(tree):
+        value = node.value if isinstance(node, ast.keyword) and node.arg == "help" else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            yield value.lineno, value.value
+
+
 def riddles_of(docstring: str) -> list[str]:
     """The indirect questions in a docstring: its opening, and what it says of arguments and attributes."""
     opening, *lines = docstring.splitlines()
@@ -48,7 +56,8 @@ def test_docstrings_name_their_subject(folder: str) -> None:
     riddles = [
         f"{name}:{line}: {riddle}"
         for name in names
-        for line, text in docstrings(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+        for tree in [ast.parse((ROOT / name).read_text(encoding="utf-8"))]
+        for line, text in (*docstrings(tree), *helps(tree))
         for riddle in riddles_of(text)
     ]
     assert riddles == []
