@@ -69,6 +69,11 @@ class Dispatchers:
         for dispatcher in self._all:
             dispatcher.intake.end_all(error, moved=moved)
 
+    def turn_away(self, model: str) -> None:
+        """A worker refused a request for a model, as nobody takes its link; empty: for the one that there is."""
+        found = next((each for each in self._all if each.model == model), self._first)
+        found.placement.outage.turned_away_at = asyncio.get_running_loop().time()
+
     @property
     def replicas(self) -> dict[str, ReplicaLink]:
         """All executors that are known, by address."""

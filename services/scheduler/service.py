@@ -14,6 +14,7 @@ from scalellm.services.scheduler.dispatcher import Dispatcher
 from scalellm.services.scheduler.dispatchers import Dispatchers
 from scalellm.services.scheduler.executor_discovery import ExecutorDiscovery
 from scalellm.services.scheduler.intake import Intake
+from scalellm.services.scheduler.unserved import Unserved
 from scalellm.v1 import link_pb2, scheduler_pb2
 
 SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"]
@@ -49,6 +50,7 @@ class SchedulerService:
         self._dispatchers = dispatchers
         self._discovery = discovery
         self._affinity = affinity
+        self._unserved = Unserved()
 
     def get_state(self) -> scheduler_pb2.GetStateResponse:
         """Queue, executors and books at one instant."""
@@ -99,6 +101,8 @@ class SchedulerService:
         """Refuses the link while no executor is ready: a Welcome could not say what the client needs to know."""
         if self._dispatchers.is_draining:
             raise StatusError.unavailable("the scheduler is draining", retry_after=1.0)
+        if self._unserved.has_more(hello):
+            self._dispatchers.turn_away(hello.model)
         dispatcher = await self._dispatchers.find(hello, _HELLO_PATIENCE)
         welcome = dispatcher.fleet.make_welcome(self._instance_id)
         check_tokenizer(hello, welcome)

@@ -131,6 +131,7 @@ class Schedulers:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
+            self._hello.unserved += 1  # told with the next attempt to connect
             raise self._make_outage() from None
         return welcome
 

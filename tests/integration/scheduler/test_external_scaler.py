@@ -9,8 +9,10 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from scalellm.keda import externalscaler_pb2 as pb
 from scalellm.keda import externalscaler_pb2_grpc
 from scalellm.services.common.access import METHODS
+from scalellm.services.common.link import API_MINOR
 from scalellm.services.scheduler.scaling import ALL
-from scalellm.v1 import scheduler_pb2
+from scalellm.services.scheduler.unserved import Unserved
+from scalellm.v1 import link_pb2, scheduler_pb2
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 
@@ -82,6 +84,28 @@ async def test_a_request_that_finds_no_executor_wants_one(make_line, eventually)
         assert refused.code == UNAVAILABLE
         line.server.scaling.look()
         assert (await Keda(channel).wanted(), await Keda(channel).is_active()) == (1, True)
+
+
+async def test_a_worker_whose_link_nobody_takes_tells_of_its_requests(make_scheduler, make_edge, eventually):
+    server = await make_scheduler()
+    await eventually(lambda: all(each.placement.outage.is_given_up for each in server.dispatchers))
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        keda = Keda(channel)
+        for unserved, is_active in ((0, False), (2, True)):
+            hello = link_pb2.Hello(client_id="worker", api_minor=API_MINOR, unserved=unserved)
+            call = make_edge(server.address).stub.Connect()
+            await call.write(link_pb2.ClientFrame(hello=hello))
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+            server.scaling.look()
+            assert await keda.is_active() is is_active
+        assert await keda.wanted() == 1
+
+
+def test_only_new_requests_of_a_worker_count():
+    unserved = Unserved()
+    told = [unserved.has_more(link_pb2.Hello(client_id="worker", unserved=count)) for count in (0, 2, 2, 3, 3)]
+    assert told == [False, True, False, True, False]
+    assert unserved.has_more(link_pb2.Hello(client_id="other", unserved=1))
 
 
 def test_every_method_is_open_to_keda():

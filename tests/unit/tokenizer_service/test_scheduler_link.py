@@ -48,6 +48,7 @@ async def test_requests_wait_for_a_scheduler():
     with pytest.raises(StatusError, match="another tokenizer") as error:
         await line.schedulers.wait_up(0.0)
     assert error.value.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert line.peers[0].link._client._hello.unserved == 1  # what the next attempt to connect tells
 
 
 async def test_a_draining_scheduler_gets_nothing_new_and_finishes_what_it_has():

@@ -1,0 +1,24 @@
+"""Requests that tokenizer workers refused because no scheduler took their link."""
+
+from __future__ import annotations
+
+from scalellm.v1 import link_pb2
+
+_MOST_CLIENTS = 4096
+"""Workers that are remembered; beyond that all are forgotten, and what they tell next counts once more."""
+
+
+class Unserved:
+    """Tells new requests of a worker from those that it told of before: each Hello has the number since its start."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, int] = {}  # by client id
+
+    def has_more(self, hello: link_pb2.Hello) -> bool:
+        """True if a worker refused requests since its last Hello."""
+        if hello.unserved <= self._told.get(hello.client_id, 0):
+            return False
+        if len(self._told) >= _MOST_CLIENTS:
+            self._told.clear()
+        self._told[hello.client_id] = hello.unserved
+        return True
