@@ -74,6 +74,7 @@ def fp8_gemm(
     *,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    fast_sums: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return `(a * a_scale) @ (b * b_scale).T + bias`, [M, N], accumulated in float32 and rounded once.
@@ -88,12 +89,13 @@ def fp8_gemm(
         b_scale: one element, [N, 1] (per output channel) or [N / G, K / G] (per block).
         bias: [N].
         out_dtype: dtype of a result that is allocated here.
+        fast_sums: see `scaled_mm`, which alone can do this; other forms add up in float32 always.
         out: [M, N], receives the result.
     """
     if out is None:
         out = torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=a.device)
     if has_e4m3_units(a.device) and can_scale_mm(a, b, a_scale, b_scale, out):
-        return scaled_mm(a, b, a_scale, b_scale, bias, out)
+        return scaled_mm(a, b, a_scale, b_scale, bias, out, fast_sums=fast_sums)
     result = dequantise(a, a_scale) @ dequantise(b, b_scale).T
     if bias is not None:
         result += bias.float()

@@ -78,6 +78,7 @@ def fp8_gemm(
     *,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    fast_sums: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Neither matrix is widened in memory; `b` and `b_scale` are contiguous.
@@ -91,7 +92,7 @@ def fp8_gemm(
     if out is None:
         out = torch.empty((rows, columns), dtype=out_dtype, device=a.device)
     if has_e4m3_units(a.device) and can_scale_mm(a, b, a_scale, b_scale, out):
-        return scaled_mm(a, b, a_scale, b_scale, bias, out)
+        return scaled_mm(a, b, a_scale, b_scale, bias, out, fast_sums=fast_sums)
     a_scale_rows, a_scale_columns = _parts("a_scale", a_scale, a)
     b_scale_rows, b_scale_columns = _parts("b_scale", b_scale, b)
     if a_scale_rows not in (1, rows):

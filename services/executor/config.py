@@ -46,6 +46,9 @@ class ExecutorSettings(LinkedSettings):
     which includes the blocks of a GGUF file and, on a CPU, 16 bits; auto: keep on a CPU with a compiler, else none; fp8
     has a scale per row, fp8-tensor one per matrix; int8 one per 128 inputs; int4 a scale and a zero point per 128
     inputs, on a CPU per 32. A quantised checkpoint stays what it is."""
+    fp8_fast_sums: bool = False
+    """On a GPU, add up products of fp8 weights in the short accumulators of its matrix units (14 bits on Hopper)
+    instead of float32: faster for prompts, less exact. `make gpu GPU_ARGS=--first` measures both."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = "auto"
     """Type of cached keys and values. auto: that of activations; on a CPU int8 beside quantised weights, as products
     round inputs to 8 bits there, and 16 bits beside weights of 16 bits; int8: a scale for each token and head; fp8:

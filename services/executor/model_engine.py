@@ -70,6 +70,7 @@ def build_model_engine(
         placement.dtype,
         torch_device,
         quantization_of(placement.quantization, on_gpu=torch_device.type != "cpu"),
+        fp8_fast_sums=settings.fp8_fast_sums,
         allocate=WeightMemory().allocate,
     )
     # Sized before anything is loaded: a refusal takes a second, not minutes of reading weights.

@@ -94,6 +94,22 @@ def test_product_on_the_matrix_units_by_either_name(monkeypatch, private_name, r
     torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("fast_sums", [False, True])
+def test_sums_are_fast_where_that_is_asked_for(monkeypatch, fast_sums):
+    product, asked = torch._scaled_mm, []
+
+    def spy(*args, use_fast_accum, **kwargs):
+        asked.append(use_fast_accum)
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_scaled_mm", spy)
+    monkeypatch.setattr("scalellm.kernels.reference.quant.has_e4m3_units", lambda device: True)
+    a, b, one = randn(5, 64).to(E4M3), randn(32, 64).to(E4M3), torch.ones(1)
+    out = fp8_gemm(a, b, one, one, fast_sums=fast_sums)
+    torch.testing.assert_close(out.double(), a.double() @ b.double().T, atol=2e-2, rtol=1e-2)
+    assert asked == [fast_sums]
+
+
 def test_operands_that_the_matrix_units_do_not_take():
     a, b, one = randn(4, 64).to(E4M3), randn(32, 64).to(E4M3), torch.ones(1)
     out = torch.empty(4, 32, dtype=torch.bfloat16)

@@ -22,7 +22,8 @@ class ModelRuntime:
     the weights are to be quantised.
 
     The ops are those chosen for that device (`kernels.select_ops`); the default is plain torch in float32 on the CPU.
-    `shard` says what this rank holds of the model; the default is all of it. `allocate` gets the memory of weights:
+    `shard` says what this rank holds of the model; the default is all of it. `fp8_fast_sums` is `fast_sums` of
+    `kernels.fp8_gemm`. `allocate` gets the memory of weights:
     shape, dtype and device, as `torch.empty` takes them.
     """
 
@@ -31,6 +32,7 @@ class ModelRuntime:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     quantization: Quantization = field(default_factory=Quantization)
     shard: Shard = field(default_factory=Shard)
+    fp8_fast_sums: bool = False
 
     allocate: Callable[..., Tensor] = torch.empty
 

@@ -171,3 +171,18 @@ def test_the_runtime_decides_the_dtype() -> None:
     for method in ("none", "fp8", "int8", "int4"):
         layer, _ = linear(Quantization(method), dtype=torch.bfloat16)
         assert layer(torch.randn(3, 256, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_products_of_e4m3_are_told_how_to_add_up(fast: bool) -> None:
+    asked = []
+
+    class Spy(Ops):
+        @staticmethod
+        def fp8_gemm(*args: Any, **kwargs: Any) -> Tensor:
+            asked.append(kwargs["fast_sums"])
+            return Ops.fp8_gemm(*args, **kwargs)
+
+    layer, _ = linear(Quantization("fp8"), ops=Spy(), fp8_fast_sums=fast)
+    layer(torch.eye(256))
+    assert asked == [fast]

@@ -45,6 +45,7 @@ class Fp8Weight:
     ) -> None:
         self._ops = runtime.ops
         self._dtype = runtime.dtype
+        self._fast_sums = runtime.fp8_fast_sums
         self._granularity: Granularity = granularity
         self._group_size = None if block is None else block[1]
         self.codes = runtime.empty(rows, columns, dtype=E4M3)
@@ -69,7 +70,8 @@ class Fp8Weight:
             codes, scale = x
         else:
             codes, scale = self._ops.scaled_fp8_quant(x, self.input_scale, group_size=self._group_size)
-        return self._ops.fp8_gemm(codes, self.codes, scale, self.scale, bias=bias, out_dtype=self._dtype)
+        form: dict[str, Any] = {"out_dtype": self._dtype, "fast_sums": self._fast_sums}
+        return self._ops.fp8_gemm(codes, self.codes, scale, self.scale, bias=bias, **form)
 
     def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
         """Call the op with the quantisation as its epilogue; no op has one for groups of columns."""
