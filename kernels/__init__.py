@@ -24,9 +24,15 @@ from scalellm.kernels.reference.rope import qk_norm_rope_and_cache
 from scalellm.kernels.reference.sampling import SampleOutput, sample
 from scalellm.kernels.reference.w4a16 import w4a16_gemm, w8a16_gemm
 from scalellm.kernels.splits import decode_workspace, num_decode_splits
-from scalellm.kernels.workspaces import fused_moe_workspace_size, gemm_wna16_workspace_size, sample_workspace_size
+from scalellm.kernels.workspaces import (
+    WNA16_INTERLEAVE,
+    fused_moe_workspace_size,
+    gemm_wna16_workspace_size,
+    sample_workspace_size,
+)
 
 __all__ = [
+    "WNA16_INTERLEAVE",
     "Backend",
     "Capability",
     "Launch",

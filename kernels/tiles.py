@@ -53,8 +53,14 @@ _COUNT = _Range(1, 64, power=False)
 _LAUNCH = {"num_warps": _Range(1, 32), "num_stages": _Range(1, 8, power=False)}
 _BLOCK = _Range(16, 256)
 _PACKED = _Schema(
-    ("group_size", "columns"),
-    {"block_n": _BLOCK, "words": _Range(16, 64), "max_rows": _BLOCK, "max_shares": _COUNT, "programs_per_sm": _COUNT}
+    ("rows", "group_size", "columns"),
+    {
+        "block_n": _BLOCK,
+        "words": _Range(16, 64),
+        "max_rows": _BLOCK,
+        "max_shares": _COUNT,
+        "programs_per_sm": _COUNT,
+    }
     | _LAUNCH,
 )
 _SCHEMAS: Mapping[str, _Schema] = MappingProxyType(

@@ -10,6 +10,7 @@ SAMPLE_TILE = 1024  # logits of a row that one program has
 SAMPLE_CANDIDATES = 8192  # logits of a row that its buffer holds
 SAMPLE_PIVOTS = 16
 MOE_ONE_HOT = 8192  # elements of (pair, expert) that one program holds
+WNA16_INTERLEAVE = 16  # words of a weight that the Triton forms of w4a16_gemm and w8a16_gemm read best
 _MOE_BLOCKS = (16, 32, 64, 128)  # rows of an expert's block that tile tables may choose
 
 
@@ -62,13 +63,19 @@ def gemm_wna16_workspace_size(
 
     `inner` and `columns` are the K and N of the weight. 0 where its columns alone fill the device.
     """
-    tile = tile_table(f"w{bits}a16_gemm", capability).choose(group_size=group_size, columns=columns)
-    shares = wna16_shares(tile, capability, inner * bits // 32, columns)
-    return shares * min(rows, tile["max_rows"]) * columns if shares > 1 else 0
+    table = tile_table(f"w{bits}a16_gemm", capability)
+    size = 0
+    for some in range(1, rows + 1):
+        tile = table.choose(rows=some, group_size=group_size, columns=columns)
+        if some > tile["max_rows"]:
+            break
+        shares = wna16_shares(tile, capability, inner * bits // 32, columns)
+        size = max(size, shares * some * columns if shares > 1 else 0)
+    return size
 
 
 def wna16_shares(tile: Tile, capability: Capability, words: int, columns: int) -> int:
-    """Return the number of parts that the inner dimension is divided into, for every number of rows alike."""
+    """Return the number of parts that the inner dimension is divided into, for all numbers of rows of a rule alike."""
     wanted = tile["programs_per_sm"] * capability.num_sms // ceil_div(columns, tile["block_n"])
     return max(1, min(wanted, tile["max_shares"], words // (4 * tile["words"])))
 

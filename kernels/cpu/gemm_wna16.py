@@ -79,12 +79,13 @@ def w4a16_gemm(
     zeros: Tensor | None,
     *,
     group_size: int,
+    interleave: int = 1,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """C++ form of `kernels.w4a16_gemm`."""
-    if not _takes(x, scales, zeros, 4, group_size, out):
-        return reference.w4a16_gemm(x, qweight, scales, zeros, group_size=group_size, out=out)
+    if interleave > 1 or not _takes(x, scales, zeros, 4, group_size, out):
+        return reference.w4a16_gemm(x, qweight, scales, zeros, group_size=group_size, interleave=interleave, out=out)
     return _gemm(library, x, qweight, scales, zeros, 4, group_size, out)
 
 
@@ -96,12 +97,13 @@ def w8a16_gemm(
     zeros: Tensor | None,
     *,
     group_size: int,
+    interleave: int = 1,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """C++ form of `kernels.w8a16_gemm`."""
-    if not _takes(x, scales, zeros, 8, group_size, out):
-        return reference.w8a16_gemm(x, qweight, scales, zeros, group_size=group_size, out=out)
+    if interleave > 1 or not _takes(x, scales, zeros, 8, group_size, out):
+        return reference.w8a16_gemm(x, qweight, scales, zeros, group_size=group_size, interleave=interleave, out=out)
     return _gemm(library, x, qweight, scales, zeros, 8, group_size, out)
 
 

@@ -163,8 +163,8 @@ def check_packed_experts(
     """Refuse what `fused_moe_wna16` refuses."""
     if bits not in (4, 8):
         raise ValueError(f"bits: {bits} is neither 4 nor 8")
-    check_shapes(w13, w13_scales, w13_zeros, bits, group_size, "w13_")
-    check_shapes(w2, w2_scales, w2_zeros, bits, group_size, "w2_")
+    check_shapes(w13, w13_scales, w13_zeros, bits, group_size, prefix="w13_")
+    check_shapes(w2, w2_scales, w2_zeros, bits, group_size, prefix="w2_")
 
 
 def _sum_of_experts(

@@ -1,12 +1,12 @@
 """Products with weights of 4 and 8 bits.
 
-Up to 64 rows or so, time is that of reading the weights, so they stay packed until they are in registers: the i-th
-numbers of all words of a tile are the rows i, i + PACK, ... of the weight, and are multiplied with these columns of x.
-Every word is thus loaded once and never unpacked in shared memory. The inner dimension is divided among programs until
-they fill the device; the shares are added by a second launch in a fixed order, so that results are the same at every
-run.
+Of few rows, time is that of reading the weights, so they stay packed until they are in registers: the i-th numbers of
+all words of a tile are multiplied with the columns of x that they belong to. In interleaved weights these columns lie
+side by side and are copied 16 bytes at a time, while earlier tiles are multiplied; otherwise they are PACK apart, and
+are loaded one by one when they are needed. The inner dimension is divided among programs until they fill the device;
+the shares are added by a second launch in a fixed order, so that results are the same at every run.
 
-With more rows than that the weight is unpacked to the dtype of x and multiplied by `torch.mm`.
+With more than `max_rows` rows the weight is unpacked to the dtype of x and multiplied by `torch.mm`.
 """
 
 import torch
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scalellm.kernels.launch import Launch
+from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.w4a16 import check_shapes
 from scalellm.kernels.workspaces import wna16_shares
 
@@ -46,11 +46,15 @@ def packed_product(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Return rows of x (pointers [BLOCK_M]) times these columns of the weight, over a range of its words."""
+    """Return rows of x (pointers [BLOCK_M]) times these columns of the weight, over a range of its words.
+
+    The range begins at a multiple of WORDS, which is a multiple of INTERLEAVE.
+    """
     PACK: tl.constexpr = 32 // BITS
     dtype: tl.constexpr = x_rows.dtype.element_ty
     # Numbers come out of `_unpacked` this much too large.
@@ -59,14 +63,20 @@ def packed_product(
     ZERO: tl.constexpr = 1 << (BITS - 1)
     # With one scale for all words of a tile, scale and zero point are applied to the product; else to the weight.
     UNIFORM: tl.constexpr = GROUP % (WORDS * PACK) == 0
+    # Numbers i of all words of a tile are of one group, and so are those of the next ones, together EACH for a word.
+    TOGETHER: tl.constexpr = WORDS == INTERLEAVE and GROUP % WORDS == 0 and WORDS * PACK % GROUP == 0
+    LANES: tl.constexpr = 1 if TOGETHER else WORDS
+    EACH: tl.constexpr = GROUP // WORDS if TOGETHER else (PACK if INTERLEAVE == 1 else 1)
     live_columns = (columns < N) | (N % BLOCK_N == 0)  # constant where it can be
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    lane = tl.arange(0, WORDS)
+    first = lane // INTERLEAVE * (INTERLEAVE * PACK) + lane % INTERLEAVE  # row of the weight of a word's lowest number
     for start in range(start_word, stop_word, WORDS):
-        word = start + tl.arange(0, WORDS)
+        word = start + lane
         live = (word < K // PACK) | (K % (PACK * WORDS) == 0)
         at = words + word[:, None].to(tl.int64) * N + columns[None, :]
         packed = tl.load(at, mask=live[:, None] & live_columns[None, :], other=0)
-        x_at = x_rows[:, None] + word[None, :] * PACK
+        x_at = x_rows[:, None] + start * PACK + first[None, :]
         x_live = live_rows[:, None] & live[None, :]
         if UNIFORM:
             group = start * PACK // GROUP
@@ -77,20 +87,23 @@ def packed_product(
             part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             sums = tl.zeros([BLOCK_M, WORDS], tl.float32)
             for i in tl.static_range(PACK):
-                xi = tl.load(x_at + i, mask=x_live, other=0.0)
+                xi = tl.load(x_at + i * INTERLEAVE, mask=x_live, other=0.0)
                 part = tl.dot(xi, _unpacked(packed, i, BITS, xi.dtype), part, input_precision="ieee")
                 sums += xi.to(tl.float32)
             acc += (part - tl.sum(sums, axis=1)[:, None] * (zero + EXCESS)[None, :]) * scale[None, :]
         else:
-            group = (word * PACK // GROUP)[:, None] * N + columns[None, :]
-            live_groups = live[:, None] & live_columns[None, :]
-            scale = tl.load(scales + group, mask=live_groups, other=0.0).to(tl.float32)
-            zero = tl.full([WORDS, BLOCK_N], ZERO, tl.float32)
-            if zeros is not None:
-                zero = tl.load(zeros + group, mask=live_groups, other=0.0).to(tl.float32)
-            shift = (zero + EXCESS) * scale
+            some = tl.arange(0, LANES)
+            rows = start * PACK + some // INTERLEAVE * (INTERLEAVE * PACK) + some % INTERLEAVE
+            live_groups = ((start + some) < K // PACK)[:, None] & live_columns[None, :]
             for i in tl.static_range(PACK):
-                xi = tl.load(x_at + i, mask=x_live, other=0.0)
+                if i % EACH == 0:
+                    group = ((rows + i * INTERLEAVE) // GROUP)[:, None] * N + columns[None, :]
+                    scale = tl.load(scales + group, mask=live_groups, other=0.0).to(tl.float32)
+                    zero = tl.full([LANES, BLOCK_N], ZERO, tl.float32)
+                    if zeros is not None:
+                        zero = tl.load(zeros + group, mask=live_groups, other=0.0).to(tl.float32)
+                    shift = (zero + EXCESS) * scale
+                xi = tl.load(x_at + i * INTERLEAVE, mask=x_live, other=0.0)
                 weight = _unpacked(packed, i, BITS, xi.dtype).to(tl.float32) * scale - shift
                 acc = tl.dot(xi, weight.to(xi.dtype), acc, input_precision="ieee")
     return acc
@@ -108,6 +121,7 @@ def _gemm_packed(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     SHARE: tl.constexpr,
@@ -136,6 +150,7 @@ def _gemm_packed(
         N,
         GROUP,
         BITS,
+        INTERLEAVE,
         BLOCK_M,
         BLOCK_N,
         WORDS,
@@ -164,6 +179,7 @@ def _dequantise(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     PACK: tl.constexpr = 32 // BITS
@@ -171,14 +187,17 @@ def _dequantise(
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = columns < N
     packed = tl.load(words + word * N + columns, mask=live, other=0)
-    group = word * PACK // GROUP * N + columns
-    scale = tl.load(scales + group, mask=live, other=0.0).to(tl.float32)
-    zero = tl.full([BLOCK_N], 1 << (BITS - 1), tl.float32)
-    if zeros is not None:
-        zero = tl.load(zeros + group, mask=live, other=0.0).to(tl.float32)
+    first = word // INTERLEAVE * (INTERLEAVE * PACK) + word % INTERLEAVE
     for i in tl.static_range(PACK):
+        row = first + i * INTERLEAVE
+        if i == 0 or INTERLEAVE > 1:  # else the numbers of a word are of one group
+            group = row // GROUP * N + columns
+            scale = tl.load(scales + group, mask=live, other=0.0).to(tl.float32)
+            zero = tl.full([BLOCK_N], 1 << (BITS - 1), tl.float32)
+            if zeros is not None:
+                zero = tl.load(zeros + group, mask=live, other=0.0).to(tl.float32)
         weight = (_unpacked(packed, i, BITS, tl.float32) - zero) * scale
-        tl.store(out + (word * PACK + i) * N + columns, weight.to(out.dtype.element_ty), mask=live)
+        tl.store(out + row * N + columns, weight.to(out.dtype.element_ty), mask=live)
 
 
 def dequantised(
@@ -188,14 +207,24 @@ def dequantised(
     zeros: Tensor | None,
     bits: int,
     group_size: int,
+    interleave: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the weight [K, N], or those of all experts [E, K, N], that `qweight` is packed from."""
     *experts, words, columns = qweight.shape
     full = torch.empty((*experts, words * (32 // bits), columns), dtype=dtype, device=qweight.device)
     rows = qweight.numel() // columns  # no group of one expert reaches into the next
-    shape = {"N": columns, "GROUP": group_size, "BITS": bits, "BLOCK_N": _DEQUANTISE_BLOCK_N}
-    launch(_dequantise, (rows, triton.cdiv(columns, _DEQUANTISE_BLOCK_N)), qweight, scales, zeros, full, **shape)
+    shape = {"N": columns, "GROUP": group_size, "BITS": bits, "INTERLEAVE": interleave}
+    launch(
+        _dequantise,
+        (rows, triton.cdiv(columns, _DEQUANTISE_BLOCK_N)),
+        qweight,
+        scales,
+        zeros,
+        full,
+        BLOCK_N=_DEQUANTISE_BLOCK_N,
+        **shape,
+    )
     return full
 
 
@@ -207,11 +236,12 @@ def w4a16_gemm(
     zeros: Tensor | None,
     *,
     group_size: int,
+    interleave: int = 1,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Weights of 4 bits; the other operands but `x` and `out` are contiguous."""
-    return _gemm(launch, 4, x, qweight, scales, zeros, group_size, workspace, out)
+    return _gemm(launch, 4, x, qweight, scales, zeros, group_size, interleave, workspace, out)
 
 
 def w8a16_gemm(
@@ -222,11 +252,12 @@ def w8a16_gemm(
     zeros: Tensor | None,
     *,
     group_size: int,
+    interleave: int = 1,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Weights of 8 bits; the other operands but `x` and `out` are contiguous."""
-    return _gemm(launch, 8, x, qweight, scales, zeros, group_size, workspace, out)
+    return _gemm(launch, 8, x, qweight, scales, zeros, group_size, interleave, workspace, out)
 
 
 def _gemm(
@@ -237,17 +268,19 @@ def _gemm(
     scales: Tensor,
     zeros: Tensor | None,
     group_size: int,
+    interleave: int,
     workspace: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    check_shapes(qweight, scales, zeros, bits, group_size)
+    check_shapes(qweight, scales, zeros, bits, group_size, interleave)
     rows, inner = x.shape
     words, columns = qweight.shape
     if out is None:
         out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    tile = launch.tile(f"w{bits}a16_gemm", group_size=group_size, columns=columns)
+    tile = launch.tile(f"w{bits}a16_gemm", rows=rows, group_size=group_size, columns=columns)
     if rows > tile["max_rows"]:
-        return torch.mm(x, dequantised(launch, qweight, scales, zeros, bits, group_size, x.dtype), out=out)
+        full = dequantised(launch, qweight, scales, zeros, bits, group_size, interleave, x.dtype)
+        return torch.mm(x, full, out=out)
     shares = wna16_shares(tile, launch.capability, words, columns)
     target = out
     if shares > 1:
@@ -271,11 +304,12 @@ def _gemm(
         N=columns,
         GROUP=group_size,
         BITS=bits,
+        INTERLEAVE=interleave,
         X_STRIDE=x.stride(0),
         OUT_STRIDE=target.stride(0),
         SHARE=share,
         SHARES=shares,
-        BLOCK_M=max(16, triton.next_power_of_2(rows)),
+        BLOCK_M=max(16, next_power_of_2(rows)),
         BLOCK_N=tile["block_n"],
         WORDS=tile["words"],
     )

@@ -53,7 +53,7 @@ def _grouped_gemm_packed(
         if zeros is not None:
             zeros += expert * (K // GROUP) * N
         acc = packed_product(
-            x_rows, live, words, scales, zeros, columns, 0, K // PACK, K, N, GROUP, BITS, BLOCK_M, BLOCK_N, WORDS
+            x_rows, live, words, scales, zeros, columns, 0, K // PACK, K, N, GROUP, BITS, 1, BLOCK_M, BLOCK_N, WORDS
         )
         live_columns = (columns < N) | (N % BLOCK_N == 0)
         at = out + pair.to(tl.int64)[:, None] * N + columns[None, :]
@@ -87,7 +87,7 @@ def fused_moe_wna16(
         return out
     up, down = (w13, w13_scales, w13_zeros), (w2, w2_scales, w2_zeros)
     if pairs >= MANY_ROWS * experts and x.dtype == torch.bfloat16:
-        form = bits, group_size, x.dtype
+        form = bits, group_size, 1, x.dtype
         y = many_tokens(
             launch, x, ids, experts, lambda: dequantised(launch, *up, *form), lambda: dequantised(launch, *down, *form)
         )

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases.case import E4M3, Bound, Case, Maker
-from scalellm.kernels import Ops, gemm_wna16_workspace_size
+from scalellm.kernels import WNA16_INTERLEAVE, Ops, gemm_wna16_workspace_size
 
 _BF16 = torch.bfloat16
 
 
-def pack(q: Tensor, bits: int) -> Tensor:
-    """Pack integers [..., K, N] into words [..., K * bits / 32, N], i32, the lowest k in the lowest bits."""
-    shifts = torch.arange(0, 32, bits, device=q.device).view(-1, 1)
-    words = (q.unflatten(-2, (-1, 32 // bits)) << shifts).sum(-2)
+def pack(q: Tensor, bits: int, interleave: int = 1) -> Tensor:
+    """Pack integers [..., K, N] into words [..., K * bits / 32, N], i32, as `w4a16_gemm` says of `interleave`."""
+    shifts = torch.arange(0, 32, bits, device=q.device).view(-1, 1, 1)
+    words = (q.unflatten(-2, (-1, 32 // bits, interleave)) << shifts).sum(-3).flatten(-3, -2)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
@@ -27,13 +27,14 @@ def _packed(
     *,
     zeros: bool = False,
     dtype: torch.dtype = _BF16,
+    interleave: int = WNA16_INTERLEAVE,
 ) -> Case:
     op = f"w{bits}a16_gemm"
 
     def bind(ops: Ops, make: Maker) -> Bound:
         groups = inner // group_size
         q = make.randint(0, 1 << bits, inner, columns)
-        words = pack(q, bits)
+        words = pack(q, bits, interleave)
         scales = ((make.rand(groups, columns) + 0.5) / (1 << bits)).to(dtype)
         zero_points = (make.rand(groups, columns) * (1 << bits)).to(dtype) if zeros else None
         x, out = make.randn(rows, inner, dtype=dtype), make.poison(rows, columns, dtype=dtype)
@@ -48,12 +49,15 @@ def _packed(
 
         def run() -> object:
             gemm = ops.w4a16_gemm if bits == 4 else ops.w8a16_gemm
-            return gemm(x, words, scales, zero_points, group_size=group_size, workspace=workspace, out=out)
+            form = {"group_size": group_size, "interleave": interleave}
+            return gemm(x, words, scales, zero_points, **form, workspace=workspace, out=out)
 
         return Bound(run, {"out": out}, expected)
 
     name = str(dtype).removeprefix("torch.")
     what = f"{rows}x{inner}x{columns} {name} groups of {group_size}{' zeros' if zeros else ''}"
+    if interleave == 1:
+        what += " plain"
     return Case(op, what, bind, dtype)
 
 
@@ -90,16 +94,18 @@ def cases(*, tiny: bool) -> list[Case]:
     if tiny:
         return [
             _packed(4, 2, 256, 70, 32, zeros=True),
-            _packed(8, 66, 64, 64, 32),
+            _packed(8, 2, 48, 64, 16, interleave=1),
+            _packed(8, 130, 64, 64, 32),
             _fp8(2, 32, 16, "rows"),
             _fp8(2, 128, 128, "blocks"),
         ]
     return [
-        *(_packed(4, rows, 4096, 6144, 128, zeros=True) for rows in (1, 3, 16, 64, 65, 300)),
+        *(_packed(4, rows, 4096, 6144, 128, zeros=True) for rows in (1, 3, 16, 64, 65, 128, 300)),
         *(_packed(8, rows, 4096, 6144, 128) for rows in (1, 17, 64, 300)),
         *(_packed(bits, 5, 4096, 4096, 32, zeros=True) for bits in (4, 8)),
         _packed(4, 33, 14336, 4096, 128),
         _packed(4, 2, 1024, 130, 32),
+        *(_packed(4, rows, 1024, 130, 32, interleave=1) for rows in (2, 300)),
         _packed(4, 2, 1024, 1024, 1024),
         _packed(4, 9, 4096, 4096, 128, dtype=torch.float16),
         *(_fp8(rows, 4096, 6144, scales) for rows in (1, 64, 300) for scales in ("tensor", "rows")),

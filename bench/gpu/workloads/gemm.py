@@ -12,7 +12,7 @@ from bench.gpu.cases.moe import route
 from bench.gpu.device import Call
 from bench.gpu.roofline import LLAMA_8B, MIXTRAL, Cost, ModelShape, expert_layer, linear
 from bench.gpu.workloads.workload import Workload
-from scalellm.kernels import Ops, fused_moe_workspace_size
+from scalellm.kernels import WNA16_INTERLEAVE, Ops, fused_moe_workspace_size
 
 _BF16 = torch.bfloat16
 _GROUP = 128
@@ -35,7 +35,8 @@ def _packed(bits: int, rows: int, inner: int, columns: int) -> Workload:
         x, out = make.randn(rows, inner, dtype=_BF16), make.poison(rows, columns, dtype=_BF16)
         workspace = make.poison(_MOST_SHARES * rows * columns)
         gemm = ops.w4a16_gemm if bits == 4 else ops.w8a16_gemm
-        return lambda: gemm(x, words, scales, zeros, group_size=group, workspace=workspace, out=out)
+        form = {"group_size": group, "interleave": WNA16_INTERLEAVE}
+        return lambda: gemm(x, words, scales, zeros, **form, workspace=workspace, out=out)
 
     return Workload(
         f"w{bits}a16_gemm",
@@ -155,7 +156,7 @@ def workloads(*, tiny: bool) -> list[Workload]:
         ]
     hidden, up = LLAMA_8B.hidden, 2 * LLAMA_8B.intermediate
     return [
-        *(_packed(4, rows, hidden, up) for rows in (1, 8, 64, 65, 256)),
+        *(_packed(4, rows, hidden, up) for rows in (1, 8, 64, 65, 128, 256)),
         *(_packed(4, rows, LLAMA_8B.intermediate, hidden) for rows in (1, 64)),
         *(_packed(4, rows, hidden, LLAMA_8B.qkv_columns) for rows in (1, 64)),
         *(_packed(8, rows, hidden, up) for rows in (1, 64)),

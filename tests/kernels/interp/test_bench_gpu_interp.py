@@ -52,10 +52,11 @@ def test_a_faster_tile_replaces_that_of_the_rule_its_calls_choose(monkeypatch, t
     assert [dict(tile) for _, tile, _ in rules] == [
         dict(before.rules[0][1]),
         {**before.rules[1][1], "num_warps": 2},
+        *(dict(tile) for _, tile in before.rules[2:]),
     ]
     (tmp_path / op).mkdir()
     (tmp_path / op / "dry-run.json").write_text(tune.render(device.capability.sm, rules))
-    assert read_table(tmp_path, op, device.capability).choose(group_size=128, columns=64)["num_warps"] == 2
+    assert read_table(tmp_path, op, device.capability).choose(rows=2, group_size=128, columns=64)["num_warps"] == 2
 
 
 def test_a_tile_that_gives_something_else_or_does_not_run_is_not_taken():

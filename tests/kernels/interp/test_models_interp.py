@@ -13,7 +13,10 @@ from scalellm.services.executor.models import (
     PrefillRows,
     allocate_kv_caches,
 )
+from scalellm.services.executor.models.linear import PackedLinear
 from scalellm.services.executor.models.quantization import Quantization
+from scalellm.services.executor.models.shard import Part
+from scalellm.services.executor.models.weight_slot import finish_all
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 16
@@ -90,3 +93,24 @@ def test_logits(architecture, dtype, quantization, launch):
     assert expected.abs().max() > 0.5
     error = (got - expected).norm() / expected.norm()
     assert error < (1e-5 if dtype == torch.float32 else 5e-2), float(error)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_interleaved_once_they_are_loaded(bits, launch):
+    ops = select_ops(launch.capability, dtype=torch.float32, launch=launch)
+    matrix = torch.randn(24, 256, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(2))
+    layers = []
+    for forms in (ops, Ops()):
+        runtime = ModelRuntime(forms, torch.float32, CPU, Quantization(f"int{bits}", group_size=64))
+        layers.append(PackedLinear("p", Part.all(256), {"a": Part.all(24)}, bias=False, stored=None, runtime=runtime))
+        slots = list(layers[-1].weight_slots())
+        slots[0].load(matrix, CPU)
+        finish_all(slots)
+        finish_all(slots)  # has no effect
+    interleaved, plain = (layer._weight for layer in layers)
+    assert not torch.equal(interleaved.words, plain.words)
+    got, expected = (layer(x) for layer in layers)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+    some = torch.tensor([5, 0, 23])
+    assert torch.equal(interleaved.rows(some), plain.rows(some))

@@ -22,3 +22,13 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device).view(1, -1, 1)
     numbers = (words.unsqueeze(1) >> shifts) & ((1 << bits) - 1)
     return numbers.to(torch.uint8).flatten(0, 1)
+
+
+def interleave_rows_(words: Tensor, bits: int, interleave: int) -> None:
+    """Put `words [K / per_word, N]` into the order that ops multiply with this `interleave`, which divides their rows.
+
+    A few rows at a time, so that it takes little memory beside the words.
+    """
+    for some in torch.split(words, 64 * interleave):
+        numbers = torch.unflatten(unpack_rows(some, bits), 0, (-1, per_word(bits), interleave))
+        some.copy_(pack_rows(numbers.transpose(1, 2).flatten(0, 2), bits))

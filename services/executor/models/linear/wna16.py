@@ -6,8 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scalellm.kernels import WNA16_INTERLEAVE
 from scalellm.kernels.cpu.gemm_wna16 import TiledWeight
-from scalellm.services.executor.models.linear.packing import pack_rows, per_word, unpack_rows
+from scalellm.services.executor.models.linear.packing import interleave_rows_, pack_rows, per_word, unpack_rows
 from scalellm.services.executor.models.linear.quantised import LinearInput
 from scalellm.services.executor.models.runtime import ModelRuntime
 
@@ -70,9 +71,11 @@ class IntWeight:
         self.group_size = group_size
         self._dtype = runtime.dtype
         self._gemm = runtime.ops.w4a16_gemm if bits == 4 else runtime.ops.w8a16_gemm
-        is_cpp = runtime.ops.backends["w4a16_gemm" if bits == 4 else "w8a16_gemm"] == "cpp"
-        self._library = runtime.ops.library if is_cpp else None
+        backend = runtime.ops.backends["w4a16_gemm" if bits == 4 else "w8a16_gemm"]
+        self._library = runtime.ops.library if backend == "cpp" else None
         self._tiled: TiledWeight | None = None
+        self._interleave = 1
+        self._best_interleave = WNA16_INTERLEAVE if backend == "triton" else 1
         self.words = runtime.empty(columns // per_word(bits), rows, dtype=torch.int32)
         self.scales = runtime.empty(columns // group_size, rows)
         self.zeros = runtime.empty(columns // group_size, rows) if zeros else None
@@ -89,10 +92,14 @@ class IntWeight:
         return quantise(matrix, self.bits, self.group_size, self._dtype)
 
     def finish(self) -> None:
-        """Put the words, scales and zero points into the order in which C++ multiplies them, if C++ does.
+        """Put the words into the order in which Triton multiplies them, or all parts into that of C++.
 
-        From then on they are no longer to be read or written here.
+        From then on they are no longer to be read or written here. A weight whose inputs cannot be interleaved is left
+        as it is, and multiplied more slowly.
         """
+        if self._interleave != self._best_interleave and self.words.shape[0] % self._best_interleave == 0:
+            interleave_rows_(self.words, self.bits, self._best_interleave)
+            self._interleave = self._best_interleave
         if self._tiled is not None or self._library is None:
             return
         if TiledWeight.takes(self.scales, bits=self.bits, group_size=self.group_size):
@@ -105,7 +112,11 @@ class IntWeight:
         if self._tiled is not None:
             return self._tiled.columns(indices, scale=scale)
         words, scales, *zeros = self.part(indices)
-        numbers = torch.unflatten(unpack_rows(words, self.bits), 0, (-1, self.group_size))
+        numbers = unpack_rows(words, self.bits)
+        if self._interleave > 1:
+            blocks = torch.unflatten(numbers, 0, (-1, self._interleave, per_word(self.bits)))
+            numbers = blocks.transpose(1, 2).flatten(0, 2)
+        numbers = torch.unflatten(numbers, 0, (-1, self.group_size))
         middle = zeros[0].unsqueeze(1) if zeros else 1 << (self.bits - 1)
         columns: Tensor = (numbers.to(self._dtype) - middle) * scales.unsqueeze(1)
         return columns.flatten(0, 1).T.contiguous().mul_(scale)
@@ -117,7 +128,8 @@ class IntWeight:
         if self._tiled is not None:
             y = self._tiled.product(x, out=out)
         else:
-            y = self._gemm(x, self.words, self.scales, self.zeros, group_size=self.group_size, out=out)
+            form: dict[str, Any] = {"group_size": self.group_size, "interleave": self._interleave}
+            y = self._gemm(x, self.words, self.scales, self.zeros, **form, out=out)
         return y if bias is None else y.add_(bias)
 
     def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
