@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -13,10 +14,13 @@ from scalellm.services.common.link import API_MINOR, PLAINTEXT, LinkDialer, Mode
 from scalellm.services.scheduler.client_link import client_load
 from scalellm.services.scheduler.pools import PoolPolicy, Pools
 from scalellm.services.scheduler.prefix_index import PrefixIndex
-from scalellm.services.scheduler.replica_link import HomeOf, ReplicaLink, ReplicaListener
+from scalellm.services.scheduler.replica_link import HomeOf, ReplicaLink
 from scalellm.services.scheduler.request import Request
 from scalellm.services.scheduler.router import Router, Verdict
 from scalellm.v1 import link_pb2, scheduler_pb2
+
+if TYPE_CHECKING:
+    from scalellm.services.scheduler.placement import Placement
 
 _log = logging.getLogger(__name__)
 
@@ -71,11 +75,11 @@ class Fleet:
         self._reachable: set[str] = set()  # addresses
         self._instances: dict[str, str] = {}  # of the links that are up, by address
         self._addresses: dict[str, str] = {}  # the reverse
-        self._listener: ReplicaListener
+        self._placement: Placement
 
-    def start(self, listener: ReplicaListener) -> None:
-        """From here executors may join; the listener is told what happens on their links."""
-        self._listener = listener
+    def start(self, placement: Placement) -> None:
+        """Let executors join; `placement` is told of the events on their links."""
+        self._placement = placement
 
     async def stop(self) -> None:
         """Close all links."""
@@ -162,7 +166,7 @@ class Fleet:
         if address in self.replicas:
             self.replicas[address].stay()
             return
-        replica = ReplicaLink(address, self._hello, self._listener, self._silence_limit, self._dialer, self.home_of)
+        replica = ReplicaLink(address, self._hello, self._placement, self._silence_limit, self._dialer, self.home_of)
         self.replicas[address] = replica
         replica.start()
         _log.info("executor %s joins", address)
@@ -182,7 +186,7 @@ class Fleet:
         self._reachable.discard(replica.address)
 
     def take_in(self, replica: ReplicaLink) -> None:
-        """An executor comes from another fleet; its listener is this one's from here on."""
+        """An executor comes from another fleet; its placement is this one's from here on."""
         self.replicas[replica.address] = replica
 
     def announce_demand(self, demand: link_pb2.Renewal) -> None:

@@ -170,15 +170,15 @@ class Placement:
                 await self._idle.wait()
         return len(self.queue) + self._fleet.num_running
 
-    # Events of executors (ReplicaListener).
+    # Events of executors, told by their links (ReplicaLink).
 
     def check_welcome(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> None:
-        """Refuse an executor that cannot serve beside the others."""
+        """Take over the model of an executor. Raises StatusError when it cannot serve beside the others."""
         if self._fleet.adopt(replica, welcome):
             self.on_new_model()
 
     def replica_changed(self, replica: ReplicaLink) -> None:
-        """Take over who is ready."""
+        """An executor takes requests now or no longer, or is no longer needed: take over which are ready."""
         changed = self._fleet.refresh(replica)
         if not replica.running:
             self._uncharged.pop(replica, None)
@@ -189,11 +189,11 @@ class Placement:
             self.on_executors_changed()
 
     def load_changed(self, replica: ReplicaLink) -> None:
-        """Take over what it takes."""
+        """An executor's load, its credits or the doubts about it changed: take over which requests it takes."""
         self._router.update(replica)
 
     def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
-        """An executor sent a frame: pass it on."""
+        """An executor sent a frame, whose load is already taken over: pass it on."""
         if step.handles:
             self._uncharged[replica] = None
         for handle, problem in relay_step(step, replica.clients, self.books):
@@ -218,7 +218,7 @@ class Placement:
         )
 
     def replica_lost(self, replica: ReplicaLink, requests: list[Request], instance_id: str, error: StatusError) -> None:
-        """An executor's link broke: go on elsewhere."""
+        """An executor's link broke, or could not be made: the requests of this incarnation of it go on elsewhere."""
         is_planned = replica.is_leaving or replica.load.draining
         self.replica_changed(replica)
         if requests:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -14,36 +14,17 @@ from scalellm.services.scheduler.client_side import ClientSide
 from scalellm.services.scheduler.request import Request
 from scalellm.v1 import executor_pb2, link_pb2, scheduler_pb2
 
+if TYPE_CHECKING:
+    from scalellm.services.scheduler.placement import Placement
+
 _CONNECTING = scheduler_pb2.EXECUTOR_PHASE_CONNECTING
 _READY = scheduler_pb2.EXECUTOR_PHASE_READY
 _DRAINING = scheduler_pb2.EXECUTOR_PHASE_DRAINING
 _INCOMPATIBLE = scheduler_pb2.EXECUTOR_PHASE_INCOMPATIBLE
 
 
-class ReplicaListener(Protocol):
-    """The one who is told what happens on the links of all executors of a model."""
-
-    def check_welcome(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> None:
-        """Raise StatusError when this executor cannot serve beside the others."""
-
-    def demand(self) -> link_pb2.Renewal:
-        """Return the requests that wait for credits, of whichever executor."""
-
-    def replica_changed(self, replica: ReplicaLink) -> None:
-        """The executor may take requests now or no longer, or may not be needed at all any more."""
-
-    def load_changed(self, replica: ReplicaLink) -> None:
-        """Its load, its credits or the doubts about it may have changed."""
-
-    def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
-        """It sent a frame; its load is already taken over."""
-
-    def replica_lost(self, replica: ReplicaLink, requests: list[Request], instance_id: str, error: StatusError) -> None:
-        """Its link broke while these requests ran on this incarnation of it, or could not be made."""
-
-
-HomeOf = Callable[["ReplicaLink", link_pb2.Welcome], ReplicaListener]
-"""Finds the listener of the executors that have the model of one that was welcomed, and has it told of that one."""
+HomeOf = Callable[["ReplicaLink", link_pb2.Welcome], "Placement"]
+"""Finds the placement of the executors that have the model of one that was welcomed, and has it told of that one."""
 
 
 class ReplicaLink:
@@ -55,17 +36,17 @@ class ReplicaLink:
     Args:
         address: host:port of the executor.
         hello: First frame of each connection.
-        listener: Told what happens.
+        placement: Told of the link's events.
         silence_limit: Seconds without a frame, while answers are due, after which the executor counts as dead.
         dialer: Dialer of the connection.
-        home_of: See HomeOf; None: the listener stays.
+        home_of: See HomeOf; None: the placement stays.
     """
 
     def __init__(
         self,
         address: str,
         hello: link_pb2.Hello,
-        listener: ReplicaListener,
+        placement: Placement,
         silence_limit: float,
         dialer: LinkDialer = PLAINTEXT,
         home_of: HomeOf | None = None,
@@ -80,7 +61,7 @@ class ReplicaLink:
         self.is_leaving = False
         self.is_forgotten_when_down = False
         self.last_error = ""
-        self._listener = listener
+        self._placement = placement
         self._home_of = home_of
         self.is_suspect = False
         self._is_starting = False
@@ -99,7 +80,7 @@ class ReplicaLink:
             dialer=dialer,
             silence_limit=silence_limit,
             is_busy=lambda: self._owes_answers,
-            demand=lambda: self._listener.demand(),
+            demand=lambda: self._placement.demand(),
         )
         self._task: asyncio.Task[None] | None = None
 
@@ -116,17 +97,17 @@ class ReplicaLink:
     def stay(self) -> None:
         """Its address is listed (again)."""
         self.is_leaving = self.is_forgotten_when_down = False
-        self._listener.replica_changed(self)
+        self._placement.replica_changed(self)
 
     def leave(self) -> None:
         """Its address was taken off the list: no new requests."""
         self.is_leaving = True
-        self._listener.replica_changed(self)
+        self._placement.replica_changed(self)
 
     def forget_when_down(self) -> None:
         """Its name stands for its address no more."""
         self.is_forgotten_when_down = True
-        self._listener.replica_changed(self)
+        self._placement.replica_changed(self)
 
     def dispatch(self, request: Request, now: float, cached_tokens: int, *, ahead: bool = False) -> None:
         """Send a request, of whose prompt so much is probably cached there; uses up credit for the rest. ahead: it goes
@@ -141,7 +122,7 @@ class ReplicaLink:
         self.clients[handle] = request.client
         request.start(self, handle, now)
         self._client.submit(submit)
-        self._listener.load_changed(self)
+        self._placement.load_changed(self)
 
     def announce_demand(self) -> None:
         """Tell the executor, which may serve other schedulers as well, what waits here for credits."""
@@ -156,7 +137,7 @@ class ReplicaLink:
         request.executor.is_recalled = True
         self._recalled[handle] = 0 if request.num_new_tokens else request.executor.charged_tokens
         self._client.abort(handle, link_pb2.ABORT_REASON_MOVE)
-        self._listener.load_changed(self)
+        self._placement.load_changed(self)
 
     def abort(self, handle: int, reason: link_pb2.AbortReason, index: int | None = None) -> None:
         """Ask the executor to end a request, or one sample of it."""
@@ -167,9 +148,9 @@ class ReplicaLink:
         if handle in self.running:
             self._handles.release(handle)
             del self.clients[handle]
-        self._listener.load_changed(self)
+        self._placement.load_changed(self)
         if self.is_leaving and not self.running:
-            self._listener.replica_changed(self)
+            self._placement.replica_changed(self)
 
     @property
     def phase(self) -> scheduler_pb2.ExecutorPhase:
@@ -328,9 +309,9 @@ class ReplicaLink:
         """The executor welcomed us."""
         self._is_incompatible = self._is_starting = False
         if self._home_of is not None:
-            self._listener = self._home_of(self, welcome)
+            self._placement = self._home_of(self, welcome)
         try:
-            self._listener.check_welcome(self, welcome)
+            self._placement.check_welcome(self, welcome)
         except StatusError:
             self._is_incompatible = True
             raise
@@ -340,11 +321,11 @@ class ReplicaLink:
         self.last_error = ""
         self.is_suspect = welcome.instance_id == self._lost_instance
         self._submitted_requests = self._submitted_tokens = self._tokens_since_load = 0
-        self._listener.replica_changed(self)
+        self._placement.replica_changed(self)
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
         """The executor sent a frame."""
-        ended = [finish.handle for finish in step.finished]  # the listener passes the frame's Finishes on, changed
+        ended = [finish.handle for finish in step.finished]  # placement passes the frame's Finishes on, changed
         for handle in ended:
             self._recalled.pop(handle, None)
         self._num_tokens += len(step.token_ids)
@@ -355,9 +336,9 @@ class ReplicaLink:
             self.load.MergeFrom(step.load)
             self._tokens_since_load = 0
             if self.load.draining != was_draining:
-                self._listener.replica_changed(self)
-        self._listener.load_changed(self)
-        self._listener.replica_stepped(self, step)
+                self._placement.replica_changed(self)
+        self._placement.load_changed(self)
+        self._placement.replica_stepped(self, step)
         for handle in ended:
             self._handles.finish(handle)
 
@@ -375,4 +356,4 @@ class ReplicaLink:
         self._is_starting = error.code is grpc.StatusCode.UNAVAILABLE and error.retry_after is not None
         if error.code is not grpc.StatusCode.FAILED_PRECONDITION:
             self._is_incompatible = False
-        self._listener.replica_lost(self, lost, instance_id, error)
+        self._placement.replica_lost(self, lost, instance_id, error)
