@@ -228,8 +228,6 @@ def test_probes_ask_the_health_service(name: str, kubernetes: str) -> None:
         else:
             command = ["python", "-IS", script[1], f"127.0.0.1:{port}"]
             alive, ready = {"exec": {"command": [*command, LIVENESS]}}, {"exec": {"command": command}}
-        if service == "scheduler":  # tokenizers find it by name, whether or not it has executors
-            ready = {"tcpSocket": {"port": port}}
         assert alive.items() <= container["livenessProbe"].items()
         assert alive.items() <= container["startupProbe"].items()
         assert ready.items() <= container["readinessProbe"].items()
@@ -292,9 +290,10 @@ def test_keda_asks_each_scheduler_for_the_pool_by_its_name() -> None:
     assert any(keda in rule["from"] for rule in rules if rule["ports"][0]["port"] == 50052)
 
 
-def test_tokenizers_are_ready_without_an_executor_only_where_all_pools_may_be_empty() -> None:
+@pytest.mark.parametrize("service", ["tokenizer", "scheduler"])
+def test_pods_are_ready_without_an_executor_only_where_all_pools_may_be_empty(service: str) -> None:
     for name, awaits in (("scaled", False), ("scaled and secure", True), ("defaults", True)):
-        (pod,) = (load for load in workloads(rendered(name)).values() if component(load) == "tokenizer")
+        (pod,) = (load for load in workloads(rendered(name)).values() if component(load) == service)
         probe = pod["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]
         assert ("tcpSocket" not in probe) == awaits
 

@@ -213,6 +213,11 @@ redis_url: redis://{{ include "scalellm.fullname" . }}-redis:6379/0
 {{- dict "pools" $pools | toJson -}}
 {{- end }}
 
+{{/* True unless all pools may be without executors: then nothing may wait for one to be ready. */}}
+{{- define "scalellm.keepsExecutors" -}}
+{{- range (include "scalellm.pools" . | fromJson).pools }}{{ if not (and .autoscaling.enabled (eq (int .autoscaling.minReplicas) 0)) }}true{{ end }}{{ end -}}
+{{- end }}
+
 {{/* Source of the volume of models. */}}
 {{- define "scalellm.modelVolume" -}}
 {{- toYaml (.Values.models.volume | default (dict "emptyDir" dict)) -}}
