@@ -55,6 +55,11 @@ class ExternalScalerStub:
                 request_serializer=scalellm_dot_keda_dot_externalscaler__pb2.GetMetricsRequest.SerializeToString,
                 response_deserializer=scalellm_dot_keda_dot_externalscaler__pb2.GetMetricsResponse.FromString,
                 _registered_method=True)
+        self.StreamMetricSpec = channel.unary_stream(
+                '/externalscaler.ExternalScaler/StreamMetricSpec',
+                request_serializer=scalellm_dot_keda_dot_externalscaler__pb2.ScaledObjectRef.SerializeToString,
+                response_deserializer=scalellm_dot_keda_dot_externalscaler__pb2.GetMetricSpecResponse.FromString,
+                _registered_method=True)
 
 
 class ExternalScalerServicer:
@@ -89,6 +94,13 @@ class ExternalScalerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamMetricSpec(self, request, context):
+        """What GetMetricSpec says at once, and each time that it changes. Asked for by newer versions of KEDA.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExternalScalerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_ExternalScalerServicer_to_server(servicer, server):
                     servicer.GetMetrics,
                     request_deserializer=scalellm_dot_keda_dot_externalscaler__pb2.GetMetricsRequest.FromString,
                     response_serializer=scalellm_dot_keda_dot_externalscaler__pb2.GetMetricsResponse.SerializeToString,
+            ),
+            'StreamMetricSpec': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamMetricSpec,
+                    request_deserializer=scalellm_dot_keda_dot_externalscaler__pb2.ScaledObjectRef.FromString,
+                    response_serializer=scalellm_dot_keda_dot_externalscaler__pb2.GetMetricSpecResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,33 @@ class ExternalScaler:
             '/externalscaler.ExternalScaler/GetMetrics',
             scalellm_dot_keda_dot_externalscaler__pb2.GetMetricsRequest.SerializeToString,
             scalellm_dot_keda_dot_externalscaler__pb2.GetMetricsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamMetricSpec(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/externalscaler.ExternalScaler/StreamMetricSpec',
+            scalellm_dot_keda_dot_externalscaler__pb2.ScaledObjectRef.SerializeToString,
+            scalellm_dot_keda_dot_externalscaler__pb2.GetMetricSpecResponse.FromString,
             options,
             channel_credentials,
             insecure,

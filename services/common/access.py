@@ -53,6 +53,7 @@ METHODS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/externalscaler.ExternalScaler/StreamIsActive": _EVERYBODY,
         "/externalscaler.ExternalScaler/GetMetricSpec": _EVERYBODY,
         "/externalscaler.ExternalScaler/GetMetrics": _EVERYBODY,
+        "/externalscaler.ExternalScaler/StreamMetricSpec": _EVERYBODY,
         # Probes carry no secrets.
         "/grpc.health.v1.Health/Check": _EVERYBODY,
         "/grpc.health.v1.Health/Watch": _EVERYBODY,

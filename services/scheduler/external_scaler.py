@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 
 from scalellm.keda import externalscaler_pb2 as pb
@@ -27,6 +29,8 @@ class ExternalScaler:
 
     def __init__(self, scaling: Scaling) -> None:
         self._scaling = scaling
+        spec = pb.MetricSpec(metricName=_METRIC, targetSize=1, targetSizeFloat=1.0)
+        self._specs = pb.GetMetricSpecResponse(metricSpecs=[spec])
 
     async def IsActive(self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext) -> pb.IsActiveResponse:
         """True if any executor is needed."""
@@ -46,9 +50,7 @@ class ExternalScaler:
     ) -> pb.GetMetricSpecResponse:
         """One metric."""
         self._state(request)
-        return pb.GetMetricSpecResponse(
-            metricSpecs=[pb.MetricSpec(metricName=_METRIC, targetSize=1, targetSizeFloat=1.0)]
-        )
+        return self._specs
 
     async def GetMetrics(
         self, request: pb.GetMetricsRequest, context: grpc.aio.ServicerContext
@@ -58,6 +60,12 @@ class ExternalScaler:
         return pb.GetMetricsResponse(
             metricValues=[pb.MetricValue(metricName=_METRIC, metricValue=wanted, metricValueFloat=wanted)]
         )
+
+    async def StreamMetricSpec(self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext) -> None:
+        """The same at once, which never changes; until the caller ends it."""
+        self._state(request)
+        await context.write(self._specs)
+        await asyncio.Event().wait()
 
     def _state(self, scaled: pb.ScaledObjectRef) -> PoolState:
         name = next((entry.value for entry in scaled.scalerMetadata if entry.key == _POOL_KEY), ALL)

@@ -28,6 +28,9 @@ class Keda:
 
     async def wanted(self) -> float:
         (spec,) = (await self._stub.GetMetricSpec(self._scaled)).metricSpecs
+        stream = self._stub.StreamMetricSpec(self._scaled)
+        assert list((await stream.read()).metricSpecs) == [spec]
+        stream.cancel()
         assert (spec.targetSize, spec.targetSizeFloat) == (1, 1.0)
         request = pb.GetMetricsRequest(scaledObjectRef=self._scaled, metricName=spec.metricName)
         (value,) = (await self._stub.GetMetrics(request)).metricValues
