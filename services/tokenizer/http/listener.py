@@ -83,6 +83,9 @@ class HttpListener:
             listener = bound_socket(self._host, self._port, shares_port=True)
         except OSError:
             raise StartError(f"cannot listen on {join_address(self._host, self._port)} for HTTP") from None
+        # Connections inherit it. Those whose clients keep their side open, as browsers do, would otherwise hold the
+        # port for a minute after this process was killed, against its successor.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE:  # connections inherit them
             if hasattr(socket, name):

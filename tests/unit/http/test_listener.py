@@ -212,3 +212,15 @@ async def test_what_is_no_request_makes_one_error_which_is_not_kept() -> None:
 def num_errors() -> int:
     """Errors of malformed requests that are there."""
     return sum(isinstance(found, HttpProcessingError) for found in gc.get_objects())
+
+
+async def test_a_client_that_keeps_its_side_open_does_not_hold_the_port_against_the_next_process() -> None:
+    with socket.socket() as client:
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        async with listening() as (_, port):
+            await loop.sock_connect(client, ("127.0.0.1", port))
+            await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            while await loop.sock_recv(client, 2**16):  # until the server has closed its side
+                pass
+        bound_socket("127.0.0.1", port).close()
