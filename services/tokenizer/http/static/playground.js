@@ -45,13 +45,22 @@ async function start() {
 async function restore() {
   const record = JSON.parse(sessionStorage.getItem(RUNNING) || "null");
   const session = new URLSearchParams(location.hash.slice(1)).get("session");
-  if (session !== null && sessions.isOn) await open(session, record?.session === session ? record.turns : undefined);
-  if (record !== null && (record.session ?? null) === chat.session) {
+  const is_running = record !== null && record.session === session;
+  // A conversation comes into being with its first turn: before that there is nothing to show but the answer.
+  if (session !== null && sessions.isOn && !(is_running && record.turns === 0)) {
+    await open(session, is_running ? record.turns : undefined);
+  }
+  if (is_running) {
     document.querySelector(`input[name=mode][value=${record.mode}]`).checked = true;
     setMode();
     chat = { session: record.session, turns: record.turns, messages: record.messages };
+    setHash(chat.session);
     await run(record, true);
   }
+}
+
+function setHash(session) {
+  history.replaceState(null, "", session === null ? location.pathname : `#session=${encodeURIComponent(session)}`);
 }
 
 /** Begin a new conversation. */
@@ -60,7 +69,7 @@ function begin() {
   chat = { session: null, turns: 0, messages: [] };
   log.replaceChildren();
   say(status, "");
-  history.replaceState(null, "", location.pathname);
+  setHash(null);
   sessions.select(null);
 }
 
@@ -76,7 +85,7 @@ async function open(id, numTurns = Infinity) {
       first = end;
     });
     chat = { session: id, turns: Math.min(session.turn_ends.length, numTurns), messages: [] };
-    history.replaceState(null, "", `#session=${encodeURIComponent(id)}`);
+    setHash(id);
     sessions.select(id);
     scrollDown();
   } catch (error) {
@@ -116,7 +125,7 @@ async function send(text, { seed } = {}) {
     if (isFirst && sessions.isOn) chat.session = newId(text);
     if (chat.session !== null) body.session_id = chat.session;
     body.messages = chat.session === null ? [...chat.messages, ...added] : added;
-    history.replaceState(null, "", chat.session === null ? location.pathname : `#session=${encodeURIComponent(chat.session)}`);
+    setHash(chat.session);
   } else {
     body.prompt = text;
   }
@@ -135,7 +144,9 @@ async function run(record, resumed) {
   } catch {
     // Full: a reload ends what is shown.
   }
-  for (const message of body.messages?.slice(record.session === null ? record.messages.length : 0) ?? []) log.append(said(message));
+  // Of a conversation that the page keeps, the messages before are in the body, too.
+  const num_shown = record.session === null && !resumed ? record.messages.length : 0;
+  for (const message of body.messages?.slice(num_shown) ?? []) log.append(said(message));
   if (record.mode === "completion") log.append(said({ role: "prompt", content: body.prompt }));
   const answer = new Answer(body, { actions: (done) => actions(record, done) });
   log.append(answer.element);
@@ -166,7 +177,7 @@ async function run(record, resumed) {
   answer.end({ problem, resumed });
   if (record.session !== null && !answer.isStored) {
     chat.turns = record.turns;
-    if (record.turns === 0) chat.session = null; // there is none yet
+    if (record.turns === 0) setHash((chat.session = null)); // there is none yet
   }
   setBusy(false);
   scrollDown();
