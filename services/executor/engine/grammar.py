@@ -19,6 +19,12 @@ class Matcher(Protocol):
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
         """Take note of the sample's tokens from `start` on, its output; those of earlier calls cost nothing again."""
 
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """Return how many of these tokens the grammar allows to come next, in their order."""
+
+    def forced(self) -> Sequence[int]:
+        """Return tokens whose text must come next, none where there is a choice; the model may spell it otherwise."""
+
 
 class Compilation(Protocol):
     """Matchers in the making, elsewhere."""

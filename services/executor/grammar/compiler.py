@@ -62,7 +62,7 @@ class LlGrammarCompiler:
             self._compiled.popitem(last=False)
         matchers = []
         for output in outputs:
-            matcher = LlMatcher(compiled.deep_copy())
+            matcher = LlMatcher(compiled.deep_copy(), self._tokenizer.result())
             if output:
                 matcher.follow(output)
                 matcher.matcher.compute_bitmask()

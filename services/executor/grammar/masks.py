@@ -36,29 +36,40 @@ class Masks:
     def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
         """Write the masks of these samples, in order; those without a grammar may go on with any token.
 
-        Their matchers take note of the tokens that are known by now. Returns the messages of the grammars that gave an
-        error, by place: what is drawn for these means nothing.
+        Their matchers take note of the tokens that are known by now, and look ahead to drafts. Returns the messages of
+        the grammars that gave an error, by place: what is drawn for these means nothing.
         """
         matchers: dict[int, LlMatcher] = {}
+        drafts: dict[int, list[int]] = {}  # of the matchers, whose masks follow theirs
+        of_matcher: list[int] = []
         for place, one in enumerate(scheduled):
-            matcher = one.seq.matcher
+            matcher, is_masked = one.seq.matcher, False
             if isinstance(matcher, LlMatcher):
-                matcher.follow(one.seq.token_ids, one.seq.group.num_prompt_tokens)
-                matchers[place] = matcher
+                is_masked = True
+                if one.draft is not None:
+                    of_matcher.append(one.draft)
+                    self.rows[place] = _ALL  # where the grammar does not allow the draft there is no mask
+                else:
+                    matcher.follow(one.seq.token_ids, one.seq.group.num_prompt_tokens)
+                    matchers[place], drafts[place] = matcher, (of_matcher := [])
             elif self._filled[place]:
                 self.rows[place] = _ALL
-            self._filled[place] = place in matchers
+            self._filled[place] = is_masked
         if not matchers:
             return {}
         if self._executor is None:
             self._executor = LLExecutor()
         width = self.rows.shape[1] * self.rows.itemsize
-        pairs = [(matcher.matcher, place) for place, matcher in matchers.items()]
-        self._executor.unsafe_compute_mask_ptr(pairs, self.rows.ctypes.data, width, len(scheduled))
+        target = self.rows.ctypes.data, width, len(scheduled)
+        if plain := [(matcher.matcher, place) for place, matcher in matchers.items() if not drafts[place]]:
+            self._executor.unsafe_compute_mask_ptr(plain, *target)
+        if ahead := [(matcher.matcher, place, drafts[place]) for place, matcher in matchers.items() if drafts[place]]:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(ahead, *target)
         errors = {place: message for place, matcher in matchers.items() if (message := matcher.error)}
-        for place in matchers.keys() - errors.keys():
-            if banned := scheduled[place].seq.group.banned_at(scheduled[place].num_output_tokens):
-                self._ban(place, banned)
+        for first in matchers.keys() - errors.keys():
+            for place in range(first, first + 1 + len(drafts[first])):
+                if banned := scheduled[place].seq.group.banned_at(scheduled[place].num_output_tokens):
+                    self._ban(place, banned)
         return errors
 
     def pick(self, place: int, number: int) -> int:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 _LONGEST_MESSAGE = 400
 _INNER_STATE = re.compile("<state>|<non-verbose/>")
@@ -14,13 +14,15 @@ class LlMatcher:
 
     Args:
         matcher: behind the sample's first `num_known` output tokens.
+        tokenizer: The vocabulary that the grammar was compiled with.
         num_known: see above.
     """
 
-    __slots__ = ("_num_known", "matcher")
+    __slots__ = ("_num_known", "_tokenizer", "matcher")
 
-    def __init__(self, matcher: LLMatcher, num_known: int = 0) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, num_known: int = 0) -> None:
         self.matcher = matcher
+        self._tokenizer = tokenizer
         self._num_known = num_known
 
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
@@ -34,6 +36,15 @@ class LlMatcher:
         if new:
             self.matcher.consume_tokens(list(new))
             self._num_known += len(new)
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """Return how many of these tokens may come next, in their order."""
+        return self.matcher.validate_tokens(list(token_ids))
+
+    def forced(self) -> Sequence[int]:
+        """Return tokens whose text must come next, as long as possible each; empty where there is a choice."""
+        text = self.matcher.compute_ff_bytes()
+        return self._tokenizer.tokenize_bytes(text) if text else []
 
     @property
     def error(self) -> str:

@@ -24,6 +24,14 @@ class ToldMatcher:
     def follow(self, token_ids: object, start: int = 0) -> None:
         """Do nothing."""
 
+    def num_allowed(self, token_ids: object) -> int:
+        """Return 0: nothing is guessed here."""
+        return 0
+
+    def forced(self) -> Items[int]:
+        """Return nothing: nothing is guessed here."""
+        return ()
+
 
 @dataclass(slots=True)
 class ToldBatch(ScheduledBatch):

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine_kit
+from grammar_kit import ids_of, json_grammar, make_compiler, steps
 from runner_kit import CPU, MODEL
 from scalellm.kernels import Capability, select_ops
 from scalellm.kernels.dispatch import Backend
 from scalellm.services.executor.engine import Engine, EngineConfig, EngineRequest
 from scalellm.services.executor.engine.speculation import Speculator
+from scalellm.services.executor.grammar import LlGrammarCompiler
 from scalellm.services.executor.models import CausalLM, ModelRuntime, Quantization, allocate_kv_caches, dummy_model
 from scalellm.services.executor.runner import CpuDevice, Device, FakeCudaDevice, ModelRunner
 from speculation_kit import DRAFTERS, make_speculator
@@ -38,15 +40,20 @@ def answers(
     speculator: Speculator | None,
     config: EngineConfig = CONFIG,
     device: Device | None = None,
+    grammars: LlGrammarCompiler | None = None,
 ) -> tuple[engine_kit.Collector, Engine]:
     dtype = torch.int8 if model.runtime.quantization.method == "int8" else torch.float32
     caches = allocate_kv_caches(
         WIDE, config.num_blocks, config.block_size, dtype=dtype, device=CPU, ops=model.runtime.ops
     )
-    engine = Engine(config, ModelRunner(model, caches, config, device or CpuDevice()), speculator=speculator)
+    runner = ModelRunner(model, caches, config, device or CpuDevice())
+    engine, collector = Engine(config, runner, grammars=grammars, speculator=speculator), engine_kit.Collector()
     for request in requests:
         engine.add(request)
-    return engine_kit.run(engine), engine
+    for result in steps(engine):
+        collector.take(result)
+    engine.check_integrity()
+    return collector, engine
 
 
 def told(collector: engine_kit.Collector) -> tuple[object, ...]:
@@ -145,3 +152,46 @@ def test_where_steps_overlap_there_are_no_drafts() -> None:
     got, engine = answers(model, requests, as_without(requests, "right", expected), device=FakeCudaDevice())
     assert got.tokens == expected.tokens
     assert engine.stats().draft_tokens == 0
+
+
+SAYS = "the quick brown fox jumps over the lazy dog"
+GRAMMARS = (
+    f'start: "{SAYS}" /[a-c]{{2,5}}/',
+    "start: /[0-9]{3}(-[0-9]{2}){0,4}/",
+    json_grammar('{"enum": ["blue whale", "blue shark", "red panda"]}'),
+)
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_answers_of_a_given_shape_are_those_without_drafts(kind: str) -> None:
+    model, compiler = model_of("int8"), make_compiler()
+    config = replace(CONFIG, num_blocks=16)
+    requests = [
+        engine_kit.make_request(
+            handle, [handle + 3, 5, 8], grammar=grammar, max_tokens=60, min_tokens=min_tokens, seed=handle, **sampling
+        )
+        for handle, (grammar, min_tokens, sampling) in enumerate(
+            (grammar, min_tokens, sampling)
+            for grammar in (*GRAMMARS, "")
+            for min_tokens in (0, 6)
+            for sampling in ({"temperature": 0.0}, {"temperature": 1.5, "n": 2, "logprobs": 1})
+        )
+    ]
+    expected, _ = answers(model, requests, None, config, grammars=compiler)
+    got, engine = answers(model, requests, as_without(requests, kind, expected, seed=3), config, grammars=compiler)
+    compiler.close()
+    assert told(got) == told(expected)
+    assert engine.stats().draft_tokens > 0
+    assert (engine.stats().accepted_tokens > 0) == (kind != "wrong")
+
+
+def test_a_text_that_a_grammar_leaves_no_choice_about_takes_few_steps() -> None:
+    model, compiler = model_of("int8"), make_compiler()
+    request = engine_kit.make_request(0, [3, 5, 8], grammar=GRAMMARS[0], max_tokens=60, temperature=1.0)
+    expected, plain = answers(model, [request], None, grammars=compiler)
+    got, engine = answers(model, [request], as_without([request], "suffix", expected), grammars=compiler)
+    compiler.close()
+    assert told(got) == told(expected)
+    assert got.tokens[request.key, 0][: len(SAYS)] == ids_of(SAYS)
+    saved = plain.stats().steps - engine.stats().steps
+    assert saved == engine.stats().accepted_tokens >= len(SAYS) * 3 // 4

@@ -9,6 +9,9 @@ from scalellm.services.executor.engine.speculation.row_times import RowTimes
 _MARGIN = 1.15
 """Factor by which a draft must be worth more than it costs: chances and costs are estimates."""
 
+_LEAST_CHANCE = 0.1
+"""Chance below which nothing is tried, however little a row seems to cost."""
+
 
 class DraftBudget:
     """Takes a draft if tokens per second rise with it, by the chance that it is right and by how long steps take.
@@ -54,7 +57,8 @@ class DraftBudget:
         heapq.heapify(best)
         while best and room > 0:
             chance, place = -best[0][0], best[0][1]
-            if chance * seconds < _MARGIN * cost * tokens or seconds + cost > self._target_itl:
+            is_worth_it = chance >= _LEAST_CHANCE and chance * seconds >= _MARGIN * cost * tokens
+            if not is_worth_it or seconds + cost > self._target_itl:
                 break
             counts[place] += 1
             seconds, tokens, room = seconds + cost, tokens + chance, room - 1

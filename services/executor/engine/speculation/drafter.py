@@ -7,7 +7,7 @@ from typing import Protocol
 
 from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup
 from scalellm.services.executor.engine.speculation.finished_answers import FinishedAnswers
-from scalellm.services.executor.engine.speculation.text_index import GRAM, Match, TextIndex
+from scalellm.services.executor.engine.speculation.text_index import FORCED, GRAM, LONGEST_MATCH, Match, TextIndex
 
 _INDEXED_PER_STEP = 4096
 """Tokens of a text that are taken note of in a step: a millisecond or two, however long a prompt is."""
@@ -17,11 +17,16 @@ _INDEXED_PER_STEP = 4096
 class Draft:
     """Tokens that may come next, in order.
 
-    match_length: Number of tokens before them that are the same ones in the text that they are taken from.
+    match_length: Number of tokens before them that are the same ones in the text that they are taken from; FORCED for
+        tokens that a grammar gave.
     """
 
     token_ids: ReadOnlySequence[int]
     match_length: int
+
+    def length_at(self, place: int) -> int:
+        """Return the length of the match behind which the token at a place stands, as far as it is compared."""
+        return FORCED if self.match_length == FORCED else min(self.match_length + place, LONGEST_MATCH)
 
 
 class Drafter(Protocol):
@@ -47,7 +52,20 @@ class SuffixDrafter:
         self._given: dict[int, list[TextIndex]] = {}
 
     def draft(self, seq: Sequence, most: int) -> Draft | None:
-        """Return what followed the last tokens of a sample where they stood before."""
+        """Return what followed the last tokens of a sample where they stood before, as far as its grammar allows; what
+        its grammar leaves no choice about if that is more.
+        """
+        draft = self._repeated(seq, most)
+        if seq.matcher is None:
+            return draft
+        seq.matcher.follow(seq.token_ids, seq.group.num_prompt_tokens)
+        allowed = draft.token_ids[: seq.matcher.num_allowed(draft.token_ids)] if draft is not None else ()
+        forced = seq.matcher.forced()[:most]
+        if draft is not None and allowed and len(allowed) >= len(forced):
+            return Draft(allowed, draft.match_length)
+        return Draft(forced, FORCED) if forced else None
+
+    def _repeated(self, seq: Sequence, most: int) -> Draft | None:
         context, matches = seq.token_ids, []
         for index in self._indices(seq):
             index.extend(_INDEXED_PER_STEP)

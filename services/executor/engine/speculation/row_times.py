@@ -1,7 +1,7 @@
 """Seconds of decode steps, as a line over their rows."""
 
-_MEMORY = 0.99
-"""Weight of an observation after the next one: some hundred steps are remembered."""
+_MEMORY = 0.98
+"""Weight of an observation after the next one: some fifty steps are remembered."""
 
 _LEAST = 8
 """Observations before there is a line."""
@@ -9,7 +9,7 @@ _LEAST = 8
 _LEAST_VARIANCE = 0.01
 """Variance of rows, in rows squared, below which a row's cost counts as unknown: it is taken for less than it seems."""
 
-_LONGEST = 4.0
+_LONGEST = 2.0
 """A step counts as at most so many times as long as the line says: somebody else had the processor."""
 
 
@@ -18,6 +18,7 @@ class RowTimes:
     prompts as well (`StepTimeFit`); this one is to tell soon, and of few steps, what one row more costs.
 
     What is not known is taken for free, and so is tried: where all steps of late had as many rows, a row more costs 0.
+    The first step of a number of rows does not count, as it takes longer: it is recorded (`RecordedDecode`).
 
     Attributes:
         most_rows: Most rows of a step.
@@ -27,6 +28,7 @@ class RowTimes:
         self._num_observed = 0
         # Sums of 1, rows, squares of rows, seconds, and rows times seconds.
         self._sums = [0.0] * 5
+        self._known_rows: set[int] = set()
         self.most_rows = 0
 
     @property
@@ -49,9 +51,12 @@ class RowTimes:
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step has been taken."""
+        self.most_rows = max(self.most_rows, rows)
+        if rows not in self._known_rows:
+            self._known_rows.add(rows)
+            return
         if self.is_known:
             seconds = min(seconds, _LONGEST * self.seconds(rows))
         terms = (1.0, rows, rows * rows, seconds, rows * seconds)
         self._sums = [_MEMORY * total + term for total, term in zip(self._sums, terms, strict=True)]
         self._num_observed += 1
-        self.most_rows = max(self.most_rows, rows)

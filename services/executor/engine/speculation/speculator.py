@@ -105,7 +105,7 @@ class Speculator:
     def _guess(self, scheduled: ScheduledSequence) -> _Guess | None:
         """Guess what comes behind the known tokens of a row's sample, having learned from the guess before."""
         seq = scheduled.seq
-        if scheduled.token_pending or seq.group.needs_known_tokens or seq.group.request.grammar:
+        if scheduled.token_pending or seq.group.needs_known_tokens:
             return None
         guess = self._guesses.get(seq)
         if guess is None:
@@ -119,10 +119,8 @@ class Speculator:
 
     def _learn(self, seq: Sequence, guess: _Guess, draft: Draft) -> None:
         """See how a draft did, of which perhaps nothing was run."""
-        for length, (token_id, came) in enumerate(
-            zip(draft.token_ids, seq.token_ids[guess.at :], strict=False), start=draft.match_length
-        ):
-            guess.survival.observe(length, is_right=token_id == came)
+        for place, (token_id, came) in enumerate(zip(draft.token_ids, seq.token_ids[guess.at :], strict=False)):
+            guess.survival.observe(draft.length_at(place), is_right=token_id == came)
             if token_id != came:
                 return
 
@@ -130,8 +128,8 @@ class Speculator:
     def _chances(guess: _Guess | None) -> list[float]:
         if guess is None or guess.draft is None:
             return []
-        first = guess.draft.match_length
-        return [guess.survival.chance(first + place) for place in range(len(guess.draft.token_ids))]
+        draft = guess.draft
+        return [guess.survival.chance(draft.length_at(place)) for place in range(len(draft.token_ids))]
 
 
 def _rows_behind(

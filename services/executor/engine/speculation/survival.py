@@ -1,6 +1,6 @@
 """Chances that drafts are right, from what became of the drafts of late."""
 
-from scalellm.services.executor.engine.speculation.text_index import LONGEST_MATCH
+from scalellm.services.executor.engine.speculation.text_index import FORCED
 
 _MEMORY = 0.98
 """Weight of a draft's outcome after the next one."""
@@ -18,18 +18,16 @@ class Survival:
 
     def __init__(self, before: "Survival | None" = None) -> None:
         self._before = before
-        self._right = [0.0] * (LONGEST_MATCH + 1)
-        self._tried = [0.0] * (LONGEST_MATCH + 1)
+        self._right = [0.0] * (FORCED + 1)
+        self._tried = [0.0] * (FORCED + 1)
 
     def chance(self, length: int) -> float:
-        """Return how likely the token is to come that follows so many tokens that were the same."""
-        length = min(length, LONGEST_MATCH)
+        """Return how likely a token is to come behind a match of so many tokens; see Draft.length_at."""
         expected = 0.5 if self._before is None else self._before.chance(length)
         return (self._right[length] + _PRIOR * expected) / (self._tried[length] + _PRIOR)
 
     def observe(self, length: int, *, is_right: bool) -> None:
         """It came, or it did not."""
-        length = min(length, LONGEST_MATCH)
         self._right[length] = _MEMORY * self._right[length] + is_right
         self._tried[length] = _MEMORY * self._tried[length] + 1.0
         if self._before is not None:

@@ -10,6 +10,10 @@ LONGEST_MATCH = 16
 """Tokens that are compared; a repetition of more is as sure as one of so many."""
 
 
+FORCED = LONGEST_MATCH + 1
+"""Stands for a match of tokens whose text a grammar leaves no choice about."""
+
+
 class Match(NamedTuple):
     """`text[at - length : at]` are the last tokens of a context; what may come next begins at `at`."""
 
