@@ -42,7 +42,10 @@ def main(
     ] = 0,
     warm_up: Annotated[int, typer.Option(min=0, help="Short requests before the first step, not counted.")] = 2,
     workload: Annotated[
-        str, typer.Option(help="fixed; chat (log-normal lengths); shared (one system prompt); sessions (turns); json.")
+        str,
+        typer.Option(
+            help="fixed; chat (log-normal lengths); shared (one system prompt); sessions (turns); json; edits."
+        ),
     ] = "fixed",
     input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens; the median for chat.")] = 128,
     output_len: Annotated[int, typer.Option(min=1, help="Generated tokens; the median for chat.")] = 128,

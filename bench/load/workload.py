@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-WorkloadName = Literal["fixed", "chat", "shared", "sessions", "json"]
+WorkloadName = Literal["fixed", "chat", "shared", "sessions", "json", "edits"]
 
 JSON_SCHEMA = (
     '{"type": "array", "minItems": 4096, "items": {"type": "object", "additionalProperties": false, '
@@ -23,6 +23,8 @@ JSON_SCHEMA = (
 # 90th percentile is four times the median for prompts and three times for answers.
 _INPUT_SIGMA, _OUTPUT_SIGMA = 1.1, 0.9
 
+_EDIT_EVERY = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -32,6 +34,8 @@ class Shape:
         workload: `fixed`: every prompt and answer as long as stated. `chat`: log-normal lengths with the stated ones as
             medians. `shared`: fixed, after a prefix that all prompts of a step share. `sessions`: conversations of
             `turns` turns, each a fixed message and answer. `json`: fixed, and answers are JSON of `JSON_SCHEMA`.
+            `edits`: fixed, each prompt a text and the beginning of the same text with some tokens changed, which models
+            go on with.
         input_len: Prompt tokens, without a shared prefix or history.
         output_len: Tokens generated.
         max_len: The chat mix is cut where prompt and answer together are longer.
@@ -109,6 +113,8 @@ def conversations(shape: Shape, alphabet: Sequence[int], num_requests: int, seed
     def turn(place: int) -> Turn:
         input_len, output_len = _lengths(shape, draw["lengths"])
         token_ids = (*prefix, *draw["tokens"].choices(alphabet, k=input_len))
+        if shape.workload == "edits":
+            token_ids = _with_edit(token_ids, alphabet, draw["tokens"])
         cancelled = draw["cancel"].random() < shape.cancel_share and output_len > 1
         cancel_after = draw["cancel"].randint(1, output_len - 1) if cancelled else None
         think_s = draw["think"].expovariate(1 / shape.think_s) if place and shape.think_s else 0.0
@@ -137,6 +143,15 @@ def digest(planned: Sequence[Conversation]) -> str:
     for conversation in planned:
         hashed.update(repr(conversation).encode())
     return hashed.hexdigest()[:16]
+
+
+def _with_edit(token_ids: Sequence[int], alphabet: Sequence[int], draw: random.Random) -> tuple[int, ...]:
+    """Return the first three quarters of a text, and behind them their beginning with one token of `_EDIT_EVERY`
+    changed, of the same length in all.
+    """
+    text = token_ids[: -(-3 * len(token_ids) // 4)]
+    edited = [token if (place + 1) % _EDIT_EVERY else draw.choice(alphabet) for place, token in enumerate(text)]
+    return (*text, *edited[: len(token_ids) - len(text)])
 
 
 def _lengths(shape: Shape, draw: random.Random) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -56,17 +57,20 @@ class LoadedEngine:
     """Kernel variants compiled after warm-up so far."""
 
 
-def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -> LoadedEngine:
+def build_engine(
+    settings: ExecutorSettings, progress: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+) -> LoadedEngine:
     """Load the model and make its engine.
 
     Args:
         settings: Settings of the executor.
         progress: Gets a line of text per stage.
+        clock: Tells the engine the time, in seconds.
 
     Raises StartError.
     """
     try:
-        return _fake_engine(settings) if settings.engine == "fake" else _model_engine(settings, progress)
+        return _fake_engine(settings, clock) if settings.engine == "fake" else _model_engine(settings, progress, clock)
     except (
         ModelStoreError,
         UnsupportedModelError,
@@ -77,7 +81,9 @@ def build_engine(settings: ExecutorSettings, progress: Callable[[str], None]) ->
         raise StartError(str(error)) from error
 
 
-def _model_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -> LoadedEngine:
+def _model_engine(
+    settings: ExecutorSettings, progress: Callable[[str], None], clock: Callable[[], float]
+) -> LoadedEngine:
     # Not at the top: torch takes three seconds to load, and the fake engine does without.
     from scalellm.services.executor.model_engine import build_model_engine
     from scalellm.services.executor.models.runtime import dtype_name
@@ -87,7 +93,7 @@ def _model_engine(settings: ExecutorSettings, progress: Callable[[str], None]) -
     found = _find_model(settings, read_model_config)
     placement = choose_placement(settings, found.config)
     weights = None if settings.load_format == "dummy" else found.path
-    built = build_model_engine(settings, placement, weights, found.config, progress, _grammars(found))
+    built = build_model_engine(settings, placement, weights, found.config, progress, _grammars(found), clock)
     info = executor_pb2.GetExecutorInfoResponse(
         device=placement.device.torch_device.type,
         dtype=dtype_name(placement.dtype),
@@ -119,7 +125,7 @@ def _grammars(model: _FoundModel) -> GrammarCompiler | None:
     return LlGrammarCompiler(vocabulary, model.config.eos_token_ids)
 
 
-def _fake_engine(settings: ExecutorSettings) -> LoadedEngine:
+def _fake_engine(settings: ExecutorSettings, clock: Callable[[], float]) -> LoadedEngine:
     found, limits = _find_model(settings, read_shape), choose_limits(settings, on_gpu=False)
     model, step_time = found.config, STEP_TIME_PRESETS[settings.fake_preset]
     max_model_len = settings.max_model_len or model.max_position_embeddings
@@ -133,7 +139,7 @@ def _fake_engine(settings: ExecutorSettings) -> LoadedEngine:
     runner = FakeModelRunner(model.vocab_size, model.eos_token_ids, step_time, overlaps=overlaps, masks=grammars)
     # A modelled device answers as fast as a real one.
     step_times = fit_step_times(config, runner) if overlaps else None
-    engine = Engine(config, runner, grammars=grammars, step_times=step_times)
+    engine = Engine(config, runner, clock, grammars=grammars, step_times=step_times)
     return _describe(found, engine, executor_pb2.GetExecutorInfoResponse(device="cpu", backend="fake"))
 
 

@@ -59,6 +59,7 @@ def build_model_engine(
     model_config: ModelConfig,
     progress: Callable[[str], None],
     grammars: GrammarCompiler | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> ModelEngine:
     """Load the model at `path` (None: random weights), size its cache, and prepare everything that serving needs.
 
@@ -117,10 +118,9 @@ def build_model_engine(
         step_times = fit_step_times(config, runner)
         progress(f"warm-up took {time.perf_counter() - started:.1f} s")
     swap_cost = None if runner.host_cache is None else runner.host_cache.measure()
-    speculator = None if settings.speculation == "off" else suffix_speculator(config.target_itl)
-    engine = Engine(
-        config, runner, swap_cost=swap_cost, grammars=grammars, step_times=step_times, speculator=speculator
-    )
+    is_guessing = settings.speculation == "auto" and not runner.overlaps
+    speculator = suffix_speculator(config.target_itl) if is_guessing else None
+    engine = Engine(config, runner, clock, swap_cost, grammars=grammars, step_times=step_times, speculator=speculator)
     return ModelEngine(engine, runner, runtime.ops, form, other_form)
 
 

@@ -24,7 +24,7 @@ def test_arrivals_follow_the_seed_and_the_rate():
     assert gaps.std() == pytest.approx(0.05, rel=0.08)
 
 
-@given(st.sampled_from(["fixed", "chat", "shared", "sessions", "json"]), st.integers(1, 60), st.integers(0, 5))
+@given(st.sampled_from(["fixed", "chat", "shared", "sessions", "json", "edits"]), st.integers(1, 60), st.integers(0, 5))
 def test_conversations_are_what_was_asked_for(workload, num_requests, seed):
     shape = Shape(workload, input_len=9, output_len=7, max_len=40, prefix_len=5, turns=3)
     planned = conversations(shape, ALPHABET, num_requests, str(seed))
@@ -87,3 +87,12 @@ def test_text_of_words_is_the_same_tokens_again(model_dir):
 def test_a_tokenizer_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--tokenizer: .*tokenizer"):
         Vocabulary.of_words(tmp_path)
+
+
+def test_an_edit_begins_the_same_text_again_with_some_tokens_changed() -> None:
+    alphabet = range(1000, 9000)
+    (turn,) = conversations(Shape("edits", input_len=200, output_len=40), alphabet, 1, "seed")[0].turns
+    text, again = turn.token_ids[:150], turn.token_ids[150:]
+    assert len(again) == 50
+    changed = [place for place, (one, other) in enumerate(zip(text, again, strict=False)) if one != other]
+    assert changed == [15, 31, 47]
