@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from scalellm.services.executor.engine.books import EngineLoad
 from scalellm.services.executor.engine.engine import Engine
-from scalellm.services.executor.engine.ledger import EngineLoad
 from scalellm.services.executor.engine.step_time import StepTimeModel
 from scalellm.v1 import link_pb2
 

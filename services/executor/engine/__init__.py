@@ -10,12 +10,12 @@ from scalellm.services.executor.engine.batch import (
     ScheduledBatch,
     ScheduledSequence,
 )
+from scalellm.services.executor.engine.books import EngineLoad, EngineStats, LinkCredits
 from scalellm.services.executor.engine.config import CapacityPolicy, EngineConfig, EngineConfigError
 from scalellm.services.executor.engine.engine import Engine
 from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
 from scalellm.services.executor.engine.grammar import Compilation, GrammarCompiler, GrammarError, Matcher
 from scalellm.services.executor.engine.kv_cache_size import KVCacheTooSmallError, num_kv_blocks
-from scalellm.services.executor.engine.ledger import EngineLoad, EngineStats, LinkCredits
 from scalellm.services.executor.engine.request import (
     AbortReason,
     EngineRequest,

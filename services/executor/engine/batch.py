@@ -102,10 +102,10 @@ class SampledBatch:
     """The results of a step.
 
     token_ids: one per scheduled sequence that samples, in batch order. logprobs: for those of them that asked, by
-    place in `token_ids`. prompt_logprobs: one list per scheduled sequence with prompt_logprobs positions, by place
-    in `ScheduledBatch.sequences`, one entry per position. failed: places in `ScheduledBatch.sequences` for which the
-    model gave non-finite values; nothing of theirs may be used. misfits: what is wrong with the grammars of samples, by
-    place in `token_ids`; these tokens mean nothing.
+    index in `token_ids`. prompt_logprobs: one list per scheduled sequence with prompt_logprobs positions, by index
+    in `ScheduledBatch.sequences`, one entry per position. failed: indices in `ScheduledBatch.sequences` for which the
+    model gave non-finite values; nothing of theirs may be used. misfits: errors of the grammars of samples, by index
+    in `token_ids`; these tokens mean nothing.
     """
 
     token_ids: list[int]

@@ -8,12 +8,12 @@ from scalellm.services.executor.engine.admission_check import check_request
 from scalellm.services.executor.engine.batch import ModelRunnerProtocol, SampledBatch, ScheduledBatch, ScheduledSequence
 from scalellm.services.executor.engine.batch_scheduler import BatchScheduler
 from scalellm.services.executor.engine.block_manager import BlockManager
+from scalellm.services.executor.engine.books import Books, EngineHistograms, EngineLoad, EngineStats, LinkCredits
 from scalellm.services.executor.engine.capacity import make_capacity
 from scalellm.services.executor.engine.compiling import Compiling
 from scalellm.services.executor.engine.config import EngineConfig, EngineConfigError
 from scalellm.services.executor.engine.fault_search import FaultSearch
 from scalellm.services.executor.engine.grammar import GrammarCompiler
-from scalellm.services.executor.engine.ledger import EngineHistograms, EngineLoad, EngineStats, Ledger, LinkCredits
 from scalellm.services.executor.engine.pipeline import Pipeline
 from scalellm.services.executor.engine.prefill_budget import PrefillBudget
 from scalellm.services.executor.engine.reports import (
@@ -89,7 +89,7 @@ class Engine:
         self._speculator = speculator
         self._pipeline = Pipeline(runner, clock)
         self._faults = FaultSearch()
-        self._ledger = Ledger()
+        self._books = Books()
         self._result = StepResult()
         self._num_arrivals = 0
         self._counts = StepCounts()
@@ -101,16 +101,16 @@ class Engine:
         """
         try:
             check_request(request, self.config)
-            self._ledger.check_new(request.key)
+            self._books.check_new(request.key)
             self._compiling.check(request.grammar)
             group = self._make_group(request)
             self._capacity.check(group)
             self._supersede(request)
         except (InvalidRequestError, SupersededError):
-            self._ledger.rejected += 1
+            self._books.rejected += 1
             raise
         self._num_arrivals += 1
-        self._ledger.enter(group)
+        self._books.enter(group)
         self._compiling.start(group)
         self._scheduler.add(group)
         now = self._clock()
@@ -118,7 +118,7 @@ class Engine:
             # A sample may have been moved between its last token and the news of its end.
             if seq.status is not SequenceStatus.FINISHED and (stop := stop_reason(seq)) is not None:
                 self._finish_sample(seq, *stop, now)
-        if group.num_unfinished == 0 and self._ledger.get(group.key) is group:
+        if group.num_unfinished == 0 and self._books.get(group.key) is group:
             self._finish_request(group, RequestStatus.OK, "", now)
 
     def abort(self, key: RequestKey, index: int | None = None, reason: AbortReason = AbortReason.CANCELLED) -> None:
@@ -126,7 +126,7 @@ class Engine:
 
         A request whose last sample is ended this way is OK if any of its samples reached an end of its own.
         """
-        group = self._ledger.get(key)
+        group = self._books.get(key)
         if group is None:
             return
         finish_reason, status = _ABORTS[reason]
@@ -140,7 +140,7 @@ class Engine:
         """End a request as MOVED: it goes on elsewhere or later, so none of its samples has ended. Unknown keys are
         ignored.
         """
-        group = self._ledger.get(key)
+        group = self._books.get(key)
         if group is None:
             return
         now = self._clock()
@@ -151,20 +151,20 @@ class Engine:
 
     def give_all_back(self, message: str) -> None:
         """End every request as MOVED."""
-        for key in self._ledger.unfinished():
+        for key in self._books.unfinished():
             self.give_back(key, message)
 
     def drop_link(self, link: int) -> None:
         """Cancel everything of a link that is gone, and forget its counters."""
         now = self._clock()
-        for group in self._ledger.of_link(link):
+        for group in self._books.of_link(link):
             self._end_request(group, FinishReason.CANCELLED, RequestStatus.CANCELLED, "the link was dropped", now)
-        self._ledger.forget_link(link)
+        self._books.forget_link(link)
 
     def has_unfinished(self) -> bool:
         """True if step() has work to do or news to report."""
         news = self._result.finished or self._result.samples_finished
-        return len(self._ledger) > 0 or len(self._pipeline) > 0 or bool(news)
+        return len(self._books) > 0 or len(self._pipeline) > 0 or bool(news)
 
     @property
     def takes_grammars(self) -> bool:
@@ -175,12 +175,12 @@ class Engine:
     def only_compiles(self) -> bool:
         """True if there is nothing to do until a grammar is compiled."""
         is_quiet = not (self._pipeline or self._result.finished or self._result.samples_finished)
-        return is_quiet and 0 < len(self._compiling) == len(self._ledger)
+        return is_quiet and 0 < len(self._compiling) == len(self._books)
 
     def step(self) -> StepResult:
         """Launch a step, finish the one that is due, and return all that happened since. Raises DeviceLostError."""
         started = self._clock()
-        for group in self._ledger.expired(started):
+        for group in self._books.expired(started):
             self._end_request(
                 group, FinishReason.DEADLINE, RequestStatus.DEADLINE_EXCEEDED, "the deadline has passed", started
             )
@@ -209,7 +209,7 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """Return the gauges; O(1)."""
-        return make_load(self._blocks, self._ledger, self._scheduler, self._swapper)
+        return make_load(self._blocks, self._books, self._scheduler, self._swapper)
 
     def step_time(self) -> StepTimeModel | None:
         """Return how long steps take, by those that were taken; None before there were enough."""
@@ -217,7 +217,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return the counters; O(1)."""
-        return make_stats(self._counts, self._ledger, self._scheduler, self._swapper, self._speculator)
+        return make_stats(self._counts, self._books, self._scheduler, self._swapper, self._speculator)
 
     @property
     def num_hashed_blocks(self) -> int:
@@ -226,17 +226,17 @@ class Engine:
 
     def has_request(self, key: RequestKey) -> bool:
         """True if the request was accepted and has not ended."""
-        return self._ledger.get(key) is not None
+        return self._books.get(key) is not None
 
     def link_credits(self, link: int) -> LinkCredits:
         """Return what a link has used, cumulatively; O(1)."""
-        return self._ledger.credits(link)
+        return self._books.credits(link)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless blocks, sequences and requests add up; O(everything), for tests."""
         self._blocks.check_integrity(self._scheduler.running())
         self._swapper.check_integrity(self._scheduler.waiting())
-        self._ledger.check_integrity()
+        self._books.check_integrity()
         stats, load = self.stats(), self.load()
         ended = stats.finished + stats.cancelled + stats.deadline_exceeded + stats.failed
         if stats.accepted != ended + load.running + load.waiting:
@@ -244,7 +244,7 @@ class Engine:
 
     def _supersede(self, request: EngineRequest) -> None:
         """End what runs of an execution, in favour of a new attempt."""
-        older = self._ledger.of_execution(request.execution_id)
+        older = self._books.of_execution(request.execution_id)
         if older is None:
             return
         running = older.request.attempt
@@ -267,7 +267,7 @@ class Engine:
     def _schedule(self, now: float) -> ScheduledBatch:
         batch = self._scheduler.schedule(now)
         for group in batch.started:
-            self._ledger.started(group)
+            self._books.started(group)
             self.histograms.queue_seconds.observe(now - group.added_at)
             if (num_top := group.request.sampling.prompt_logprobs) is not None:
                 self._result.prompt_logprobs.append(PromptLogprobs(group.key, 0, [0.0], [[]], num_top))
@@ -299,14 +299,14 @@ class Engine:
 
     def _process(self, batch: ScheduledBatch, sampled: SampledBatch, now: float) -> None:
         self._counts.computed_tokens += batch.num_tokens
-        place = 0
-        for position, scheduled in enumerate(batch.sequences):
+        draw = 0  # index of the sequence's first drawn token in the results
+        for index, scheduled in enumerate(batch.sequences):
             seq = scheduled.seq
             group = seq.group
             if not scheduled.is_due:
-                place += 1
+                draw += 1
                 continue
-            if position in sampled.failed and seq.status is not SequenceStatus.FINISHED:
+            if index in sampled.failed and seq.status is not SequenceStatus.FINISHED:
                 message = "the model computed values that are not finite"
                 self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
             # A sequence that ended or lost its blocks meanwhile left this step's token and cache content to nobody.
@@ -315,19 +315,19 @@ class Engine:
                     self._speculator.accept(seq)
                 self._blocks.publish(seq, scheduled.position)
                 if scheduled.prompt_logprobs:
-                    self._report_prompt_logprobs(group, scheduled, position, sampled)
+                    self._report_prompt_logprobs(group, scheduled, index, sampled)
                 if group.pending and scheduled.position >= group.num_prompt_tokens:
                     self._scheduler.fork(seq)
-                if scheduled.samples and place in sampled.misfits:
-                    message = sampled.misfits[place]
+                if scheduled.samples and draw in sampled.misfits:
+                    message = sampled.misfits[draw]
                     self._end_request(group, FinishReason.ERROR, RequestStatus.INVALID, message, now)
                 elif scheduled.samples:
-                    self._append_token(seq, place, sampled, now)
-            place += scheduled.samples
+                    self._append_token(seq, draw, sampled, now)
+            draw += scheduled.samples
 
-    def _append_token(self, seq: Sequence, place: int, sampled: SampledBatch, now: float) -> None:
-        token_id = sampled.token_ids[place]
-        report_token(self._result, seq, token_id, sampled.logprobs.get(place))
+    def _append_token(self, seq: Sequence, draw: int, sampled: SampledBatch, now: float) -> None:
+        token_id = sampled.token_ids[draw]
+        report_token(self._result, seq, token_id, sampled.logprobs.get(draw))
         self._counts.generated_tokens += 1
         seq.token_ids.append(token_id)
         seq.num_pending_tokens -= 1
@@ -337,9 +337,9 @@ class Engine:
             self._finish_sample(seq, *stop, now)
 
     def _report_prompt_logprobs(
-        self, group: SequenceGroup, scheduled: ScheduledSequence, position: int, sampled: SampledBatch
+        self, group: SequenceGroup, scheduled: ScheduledSequence, index: int, sampled: SampledBatch
     ) -> None:
-        report_prompt_logprobs(self._result, group, scheduled.prompt_logprobs, sampled.prompt_logprobs[position])
+        report_prompt_logprobs(self._result, group, scheduled.prompt_logprobs, sampled.prompt_logprobs[index])
         group.next_prompt_logprob = scheduled.prompt_logprobs.stop + 1
 
     def _fail(self, failed: ScheduledBatch, error: Exception, now: float) -> None:
@@ -393,5 +393,5 @@ class Engine:
         self._compiling.drop(group)
         if self._speculator is not None:
             self._speculator.end(group)
-        self._result.finished.append(self._ledger.leave(group, status, message, now))
+        self._result.finished.append(self._books.leave(group, status, message, now))
         group.samples = []  # group and samples refer to each other: freed now, not by the garbage collector

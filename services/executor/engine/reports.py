@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from scalellm.services.executor.engine.batch import Logprobs
 from scalellm.services.executor.engine.batch_scheduler import BatchScheduler
 from scalellm.services.executor.engine.block_manager import BlockManager
-from scalellm.services.executor.engine.ledger import EngineLoad, EngineStats, Ledger
+from scalellm.services.executor.engine.books import Books, EngineLoad, EngineStats
 from scalellm.services.executor.engine.request import PromptLogprobs, RequestStatus, StepResult, TokenOutput
 from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup
 from scalellm.services.executor.engine.speculation import Speculator
@@ -28,14 +28,14 @@ class StepCounts:
     prefix_cache_hits: int = 0
 
 
-def make_load(blocks: BlockManager, ledger: Ledger, scheduler: BatchScheduler, swapper: Swapper) -> EngineLoad:
+def make_load(blocks: BlockManager, books: Books, scheduler: BatchScheduler, swapper: Swapper) -> EngineLoad:
     """Return the gauges; O(1)."""
     return EngineLoad(
         free_blocks=blocks.num_free,
         cached_blocks=blocks.num_cached,
         total_blocks=blocks.num_blocks,
-        running=len(ledger) - ledger.waiting,
-        waiting=ledger.waiting,
+        running=len(books) - books.waiting,
+        waiting=books.waiting,
         running_sequences=scheduler.num_running,
         waiting_sequences=scheduler.num_waiting,
         waiting_prefill_tokens=scheduler.waiting_tokens,
@@ -45,16 +45,16 @@ def make_load(blocks: BlockManager, ledger: Ledger, scheduler: BatchScheduler, s
 
 
 def make_stats(
-    counts: StepCounts, ledger: Ledger, scheduler: BatchScheduler, swapper: Swapper, speculator: Speculator | None
+    counts: StepCounts, books: Books, scheduler: BatchScheduler, swapper: Swapper, speculator: Speculator | None
 ) -> EngineStats:
     """Return the counters; O(1)."""
 
     def ended(statuses: Collection[RequestStatus]) -> int:
-        return sum(ledger.ended[status] for status in statuses)
+        return sum(books.ended[status] for status in statuses)
 
     return EngineStats(
-        accepted=ledger.accepted,
-        rejected=ledger.rejected,
+        accepted=books.accepted,
+        rejected=books.rejected,
         finished=ended((RequestStatus.OK,)),
         cancelled=ended(_ENDED_BY_LINKS),
         deadline_exceeded=ended((RequestStatus.DEADLINE_EXCEEDED,)),

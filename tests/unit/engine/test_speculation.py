@@ -121,7 +121,7 @@ def test_nothing_is_kept_of_requests_that_have_ended() -> None:
         engine.add(request)
         for _ in range(5):
             engine.step()
-        group = engine._ledger.get(request.key)
+        group = engine._books.get(request.key)
         assert group is not None
         groups.append(weakref.ref(group))
         del group

@@ -268,7 +268,7 @@ def test_a_grammar_that_becomes_too_much_ends_its_own_request(model, compiler, d
     while engine.has_unfinished():
         collector.take(engine.step())
         if len(collector.tokens[bad.key, 0]) == 5 and not broken:
-            (seq,) = engine._ledger.get(bad.key).samples
+            (seq,) = engine._books.get(bad.key).samples
             seq.matcher.matcher.consume_token(ids_of("b")[0])  # it is in error from here on
             broken = True
         engine.check_integrity()

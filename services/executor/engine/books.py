@@ -1,4 +1,4 @@
-"""The books: which requests are in the engine, how each one ended, and what every link used."""
+"""The books: the requests in the engine, counts of how requests ended, and the credits that every link used."""
 
 import heapq
 from dataclasses import dataclass, field
@@ -90,7 +90,7 @@ class _Link:
         self.completed_requests = 0
 
 
-class Ledger:
+class Books:
     """Every accepted request enters once and leaves once; all counters are O(1) per event."""
 
     def __init__(self) -> None:
