@@ -49,8 +49,8 @@ test-all: setup-dev ## run all tests; those of the monitoring files need Prometh
 test-compose: setup-dev ## run the containers for real: up, scale, crash, upgrade, down (needs Docker; minutes)
 	$(test-env) $(python) -m pytest -n 0 -v tests/compose --ignore tests/compose/test_faults.py $(PYTEST_ARGS)
 
-test-chart: setup-dev ## render the Helm chart and check it against Kubernetes' schemas (needs helm)
-	$(test-env) $(test-run) tests/chart $(PYTEST_ARGS)
+test-chart: setup-dev ## render the Helm chart and check it against Kubernetes' schemas
+	HELM=$$(scripts/helm) $(test-env) $(test-run) tests/chart $(PYTEST_ARGS)
 
 test-compose-faults: setup-dev ## kill, pause, cut off and upgrade containers under 64 streams (needs Docker; half an hour)
 	$(test-env) FAULTS_SECONDS=$${FAULTS_SECONDS:-10} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \

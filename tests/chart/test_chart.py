@@ -325,6 +325,7 @@ def test_a_pool_of_gpus_has_them_and_its_own_volumes() -> None:
         ({"executors": [{"name": "a", "model": "other"}]}, "pool a: model"),
         ({"executors": [{"name": "a", "maxSurge": 0}]}, "pool a: maxSurge"),
         ({"executors": [{"name": "a", "settings": {"port": 1}}]}, "/settings/port"),
+        ({"executors": [{"name": "a", "autoscaling": {"enabled": True, "minReplicas": 5}}]}, "pool a: autoscaling"),
         ({"scheduler": {"replicas": 0}}, "replicas"),
         ({"tokenizer": {"drainLimitSeconds": 3601}}, "drainLimitSeconds"),
         ({"redis": {"url": "http://redis"}}, "url"),

@@ -18,9 +18,8 @@ Manifest = dict[str, Any]
 
 
 def find_helm() -> str | None:
-    """The command helm: on the path, or that of cluster-lab; None where there is none."""
-    own = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cluster-lab" / "bin" / "helm"
-    return shutil.which("helm") or (str(own) if own.exists() else None)
+    """Return the command helm: what HELM says, or the one on the path; None where there is none."""
+    return os.environ.get("HELM") or shutil.which("helm")
 
 
 def run_helm(*arguments: str, values: Mapping[str, Any] | None = None) -> subprocess.CompletedProcess[str]:

@@ -207,6 +207,9 @@ redis_url: redis://{{ include "scalellm.fullname" . }}-redis:6379/0
 {{- if and (eq (int $pool.maxSurge) 0) (eq (int $pool.maxUnavailable) 0) -}}
 {{- fail (printf "executors: pool %s: maxSurge and maxUnavailable: one of them has to be above 0" .name) -}}
 {{- end -}}
+{{- if and $pool.autoscaling.enabled (gt (int $pool.autoscaling.minReplicas) (int $pool.autoscaling.maxReplicas)) -}}
+{{- fail (printf "executors: pool %s: autoscaling: minReplicas is above maxReplicas" .name) -}}
+{{- end -}}
 {{- $names = append $names .name -}}
 {{- $pools = append $pools $pool -}}
 {{- end -}}
