@@ -45,7 +45,7 @@ _BOOK = Path(__file__).parent / "data" / "alice.txt"
 
 @dataclass
 class Sums:
-    """Of all prompts of a kind: tokens, steps, CPU seconds behind the first tokens, guesses, and those that came."""
+    """Sums over prompts of a kind: tokens, steps, CPU seconds behind the first tokens, guesses, accepted guesses."""
 
     tokens: int = 0
     steps: int = 0
