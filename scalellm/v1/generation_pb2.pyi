@@ -53,7 +53,7 @@ SESSION_OUTCOME_UNAVAILABLE: SessionOutcome
 SESSION_OUTCOME_FULL: SessionOutcome
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt", "chat", "tokens", "sampling", "stop", "include_stop", "session_id", "priority", "output", "skip_special_tokens", "stream_interval", "cache_salt", "on_disconnect", "structured_output", "return_prompt_token_ids", "reasoning", "prediction")
+    __slots__ = ("request_id", "prompt", "chat", "tokens", "sampling", "stop", "include_stop", "session_id", "priority", "output", "skip_special_tokens", "stream_interval", "cache_salt", "on_disconnect", "structured_output", "return_prompt_token_ids", "reasoning", "prediction", "model")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class GenerateRequest(_message.Message):
     RETURN_PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     REASONING_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: str
     chat: Chat
@@ -90,7 +91,8 @@ class GenerateRequest(_message.Message):
     return_prompt_token_ids: bool
     reasoning: ReasoningOptions
     prediction: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., include_stop: _Optional[bool] = ..., session_id: _Optional[str] = ..., priority: _Optional[int] = ..., output: _Optional[_Union[Output, str]] = ..., skip_special_tokens: _Optional[bool] = ..., stream_interval: _Optional[int] = ..., cache_salt: _Optional[str] = ..., on_disconnect: _Optional[_Union[OnDisconnect, str]] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ..., return_prompt_token_ids: _Optional[bool] = ..., reasoning: _Optional[_Union[ReasoningOptions, _Mapping]] = ..., prediction: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., include_stop: _Optional[bool] = ..., session_id: _Optional[str] = ..., priority: _Optional[int] = ..., output: _Optional[_Union[Output, str]] = ..., skip_special_tokens: _Optional[bool] = ..., stream_interval: _Optional[int] = ..., cache_salt: _Optional[str] = ..., on_disconnect: _Optional[_Union[OnDisconnect, str]] = ..., structured_output: _Optional[_Union[StructuredOutput, _Mapping]] = ..., return_prompt_token_ids: _Optional[bool] = ..., reasoning: _Optional[_Union[ReasoningOptions, _Mapping]] = ..., prediction: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ReasoningOptions(_message.Message):
     __slots__ = ("effort", "budget_tokens", "include")

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from scalellm.v1 import generation_pb2 as scalellm_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ascalellm/v1/sessions.proto\x12\x0bscalellm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cscalellm/v1/generation.proto\"\x83\x02\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12*\n\x08messages\x18\x02 \x03(\x0b\x32\x18.scalellm.v1.ChatMessage\x12\x11\n\tnum_turns\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"a\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\tpage_size\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x03 \x01(\tB\x0c\n\n_page_size\"T\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.scalellm.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"O\n\x13ListSessionsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.scalellm.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"f\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x16\n\tnum_turns\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_num_turns\"<\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.scalellm.v1.Session\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse2\xbb\x02\n\x08Sessions\x12\x46\n\x03Get\x12\x1e.scalellm.v1.GetSessionRequest\x1a\x1f.scalellm.v1.GetSessionResponse\x12K\n\x04List\x12 .scalellm.v1.ListSessionsRequest\x1a!.scalellm.v1.ListSessionsResponse\x12I\n\x04\x46ork\x12\x1f.scalellm.v1.ForkSessionRequest\x1a .scalellm.v1.ForkSessionResponse\x12O\n\x06\x44\x65lete\x12!.scalellm.v1.DeleteSessionRequest\x1a\".scalellm.v1.DeleteSessionResponseB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ascalellm/v1/sessions.proto\x12\x0bscalellm.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cscalellm/v1/generation.proto\"\x92\x02\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12*\n\x08messages\x18\x02 \x03(\x0b\x32\x18.scalellm.v1.ChatMessage\x12\x11\n\tnum_turns\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05model\x18\x08 \x01(\t\"a\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\tpage_size\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x03 \x01(\tB\x0c\n\n_page_size\"T\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.scalellm.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"O\n\x13ListSessionsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.scalellm.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"f\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x16\n\tnum_turns\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_num_turns\"<\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.scalellm.v1.Session\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse2\xbb\x02\n\x08Sessions\x12\x46\n\x03Get\x12\x1e.scalellm.v1.GetSessionRequest\x1a\x1f.scalellm.v1.GetSessionResponse\x12K\n\x04List\x12 .scalellm.v1.ListSessionsRequest\x1a!.scalellm.v1.ListSessionsResponse\x12I\n\x04\x46ork\x12\x1f.scalellm.v1.ForkSessionRequest\x1a .scalellm.v1.ForkSessionResponse\x12O\n\x06\x44\x65lete\x12!.scalellm.v1.DeleteSessionRequest\x1a\".scalellm.v1.DeleteSessionResponseB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,23 +35,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017com.scalellm.v1P\001Z\026scalellm/v1;scalellmv1\252\002\013ScaleLLM.V1'
   _globals['_SESSION']._serialized_start=107
-  _globals['_SESSION']._serialized_end=366
-  _globals['_GETSESSIONREQUEST']._serialized_start=368
-  _globals['_GETSESSIONREQUEST']._serialized_end=465
-  _globals['_GETSESSIONRESPONSE']._serialized_start=467
-  _globals['_GETSESSIONRESPONSE']._serialized_end=551
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=553
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=632
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=634
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=721
-  _globals['_FORKSESSIONREQUEST']._serialized_start=723
-  _globals['_FORKSESSIONREQUEST']._serialized_end=825
-  _globals['_FORKSESSIONRESPONSE']._serialized_start=827
-  _globals['_FORKSESSIONRESPONSE']._serialized_end=887
-  _globals['_DELETESESSIONREQUEST']._serialized_start=889
-  _globals['_DELETESESSIONREQUEST']._serialized_end=931
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=933
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=956
-  _globals['_SESSIONS']._serialized_start=959
-  _globals['_SESSIONS']._serialized_end=1274
+  _globals['_SESSION']._serialized_end=381
+  _globals['_GETSESSIONREQUEST']._serialized_start=383
+  _globals['_GETSESSIONREQUEST']._serialized_end=480
+  _globals['_GETSESSIONRESPONSE']._serialized_start=482
+  _globals['_GETSESSIONRESPONSE']._serialized_end=566
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=568
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=647
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=649
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=736
+  _globals['_FORKSESSIONREQUEST']._serialized_start=738
+  _globals['_FORKSESSIONREQUEST']._serialized_end=840
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=842
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=902
+  _globals['_DELETESESSIONREQUEST']._serialized_start=904
+  _globals['_DELETESESSIONREQUEST']._serialized_end=946
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=948
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=971
+  _globals['_SESSIONS']._serialized_start=974
+  _globals['_SESSIONS']._serialized_end=1289
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ from scalellm.v1 import common_pb2 as scalellm_dot_v1_dot_common__pb2
 from scalellm.v1 import generation_pb2 as scalellm_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bscalellm/v1/tokenizer.proto\x12\x0bscalellm.v1\x1a\x18scalellm/v1/common.proto\x1a\x1cscalellm/v1/generation.proto\"U\n\rEncodeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"3\n\x0e\x45ncodeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\\\n\rDecodeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\";\n\x18\x41pplyChatTemplateRequest\x12\x1f\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x11.scalellm.v1.Chat\"<\n\x19\x41pplyChatTemplateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x10\n\x0eGetInfoRequest\"\x85\x02\n\x0fGetInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x18\n\x10tokenizer_sha256\x18\x06 \x01(\x0c\x12\x0f\n\x07version\x18\x07 \x01(\t\x12#\n\x06limits\x18\x08 \x01(\x0b\x32\x13.scalellm.v1.Limits\x12\x36\n\x11sampling_defaults\x18\t \x01(\x0b\x32\x1b.scalellm.v1.SamplingParams\"\x8b\x02\n\x06Limits\x12\x18\n\x10max_prompt_bytes\x18\x01 \x01(\r\x12\x14\n\x0cmax_messages\x18\x02 \x01(\r\x12\r\n\x05max_n\x18\x03 \x01(\r\x12\x11\n\tmax_stops\x18\x04 \x01(\r\x12\x16\n\x0emax_stop_bytes\x18\x05 \x01(\r\x12\x1a\n\x12max_stop_token_ids\x18\x06 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x07 \x01(\r\x12\x16\n\x0emax_logit_bias\x18\x08 \x01(\r\x12\x15\n\rmax_token_ids\x18\t \x01(\r\x12\x19\n\x11max_request_bytes\x18\n \x01(\r\x12\x1b\n\x13max_structure_bytes\x18\x0b \x01(\r2\xbb\x02\n\tTokenizer\x12\x41\n\x06\x45ncode\x12\x1a.scalellm.v1.EncodeRequest\x1a\x1b.scalellm.v1.EncodeResponse\x12\x41\n\x06\x44\x65\x63ode\x12\x1a.scalellm.v1.DecodeRequest\x1a\x1b.scalellm.v1.DecodeResponse\x12\x62\n\x11\x41pplyChatTemplate\x12%.scalellm.v1.ApplyChatTemplateRequest\x1a&.scalellm.v1.ApplyChatTemplateResponse\x12\x44\n\x07GetInfo\x12\x1b.scalellm.v1.GetInfoRequest\x1a\x1c.scalellm.v1.GetInfoResponseB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bscalellm/v1/tokenizer.proto\x12\x0bscalellm.v1\x1a\x18scalellm/v1/common.proto\x1a\x1cscalellm/v1/generation.proto\"d\n\rEncodeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\r\n\x05model\x18\x03 \x01(\tB\x15\n\x13_add_special_tokens\"3\n\x0e\x45ncodeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"k\n\rDecodeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\r\n\x05model\x18\x03 \x01(\tB\x16\n\x14_skip_special_tokens\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"J\n\x18\x41pplyChatTemplateRequest\x12\x1f\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x11.scalellm.v1.Chat\x12\r\n\x05model\x18\x02 \x01(\t\"<\n\x19\x41pplyChatTemplateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x1f\n\x0eGetInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x95\x02\n\x0fGetInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x18\n\x10tokenizer_sha256\x18\x06 \x01(\x0c\x12\x0f\n\x07version\x18\x07 \x01(\t\x12#\n\x06limits\x18\x08 \x01(\x0b\x32\x13.scalellm.v1.Limits\x12\x36\n\x11sampling_defaults\x18\t \x01(\x0b\x32\x1b.scalellm.v1.SamplingParams\x12\x0e\n\x06models\x18\n \x03(\t\"\x8b\x02\n\x06Limits\x12\x18\n\x10max_prompt_bytes\x18\x01 \x01(\r\x12\x14\n\x0cmax_messages\x18\x02 \x01(\r\x12\r\n\x05max_n\x18\x03 \x01(\r\x12\x11\n\tmax_stops\x18\x04 \x01(\r\x12\x16\n\x0emax_stop_bytes\x18\x05 \x01(\r\x12\x1a\n\x12max_stop_token_ids\x18\x06 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x07 \x01(\r\x12\x16\n\x0emax_logit_bias\x18\x08 \x01(\r\x12\x15\n\rmax_token_ids\x18\t \x01(\r\x12\x19\n\x11max_request_bytes\x18\n \x01(\r\x12\x1b\n\x13max_structure_bytes\x18\x0b \x01(\r2\xbb\x02\n\tTokenizer\x12\x41\n\x06\x45ncode\x12\x1a.scalellm.v1.EncodeRequest\x1a\x1b.scalellm.v1.EncodeResponse\x12\x41\n\x06\x44\x65\x63ode\x12\x1a.scalellm.v1.DecodeRequest\x1a\x1b.scalellm.v1.DecodeResponse\x12\x62\n\x11\x41pplyChatTemplate\x12%.scalellm.v1.ApplyChatTemplateRequest\x1a&.scalellm.v1.ApplyChatTemplateResponse\x12\x44\n\x07GetInfo\x12\x1b.scalellm.v1.GetInfoRequest\x1a\x1c.scalellm.v1.GetInfoResponseB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,23 +35,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017com.scalellm.v1P\001Z\026scalellm/v1;scalellmv1\252\002\013ScaleLLM.V1'
   _globals['_ENCODEREQUEST']._serialized_start=100
-  _globals['_ENCODEREQUEST']._serialized_end=185
-  _globals['_ENCODERESPONSE']._serialized_start=187
-  _globals['_ENCODERESPONSE']._serialized_end=238
-  _globals['_DECODEREQUEST']._serialized_start=240
-  _globals['_DECODEREQUEST']._serialized_end=332
-  _globals['_DECODERESPONSE']._serialized_start=334
-  _globals['_DECODERESPONSE']._serialized_end=364
-  _globals['_APPLYCHATTEMPLATEREQUEST']._serialized_start=366
-  _globals['_APPLYCHATTEMPLATEREQUEST']._serialized_end=425
-  _globals['_APPLYCHATTEMPLATERESPONSE']._serialized_start=427
-  _globals['_APPLYCHATTEMPLATERESPONSE']._serialized_end=487
-  _globals['_GETINFOREQUEST']._serialized_start=489
-  _globals['_GETINFOREQUEST']._serialized_end=505
-  _globals['_GETINFORESPONSE']._serialized_start=508
-  _globals['_GETINFORESPONSE']._serialized_end=769
-  _globals['_LIMITS']._serialized_start=772
-  _globals['_LIMITS']._serialized_end=1039
-  _globals['_TOKENIZER']._serialized_start=1042
-  _globals['_TOKENIZER']._serialized_end=1357
+  _globals['_ENCODEREQUEST']._serialized_end=200
+  _globals['_ENCODERESPONSE']._serialized_start=202
+  _globals['_ENCODERESPONSE']._serialized_end=253
+  _globals['_DECODEREQUEST']._serialized_start=255
+  _globals['_DECODEREQUEST']._serialized_end=362
+  _globals['_DECODERESPONSE']._serialized_start=364
+  _globals['_DECODERESPONSE']._serialized_end=394
+  _globals['_APPLYCHATTEMPLATEREQUEST']._serialized_start=396
+  _globals['_APPLYCHATTEMPLATEREQUEST']._serialized_end=470
+  _globals['_APPLYCHATTEMPLATERESPONSE']._serialized_start=472
+  _globals['_APPLYCHATTEMPLATERESPONSE']._serialized_end=532
+  _globals['_GETINFOREQUEST']._serialized_start=534
+  _globals['_GETINFOREQUEST']._serialized_end=565
+  _globals['_GETINFORESPONSE']._serialized_start=568
+  _globals['_GETINFORESPONSE']._serialized_end=845
+  _globals['_LIMITS']._serialized_start=848
+  _globals['_LIMITS']._serialized_end=1115
+  _globals['_TOKENIZER']._serialized_start=1118
+  _globals['_TOKENIZER']._serialized_end=1433
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ async def serve(settings: TokenizerSettings) -> None:
     """Serve until SIGTERM, then drain. Raises StartError."""
     stop = stop_event()
     try:
-        model_store.resolve(settings.model, settings.home)
+        for model in settings.served_models:
+            model_store.resolve(model.source, settings.home)
     except model_store.ModelStoreError as error:
         raise StartError(f"--model: {error}") from None
     with ExitStack() as stack:
@@ -59,7 +60,8 @@ async def serve(settings: TokenizerSettings) -> None:
 
         def on_ready() -> None:
             where = f"{lines[0]} and by HTTP on port {http_port}" if http_port is not None else lines[0]
-            _log.info("serving %s on %s with %d workers", settings.served_name, where, settings.workers)
+            names = " and ".join(model.name for model in settings.served_models)
+            _log.info("serving %s on %s with %d workers", names, where, settings.workers)
             announce(settings.announce, *lines)
             if settings.announce is not None:
                 stack.callback(settings.announce.unlink, missing_ok=True)

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from scalellm.services.common.addresses import split_addresses
-from scalellm.services.common.model_store import name_of
 from scalellm.services.common.settings import LinkingSettings, Port, settings_config
+from scalellm.services.tokenizer.served_models import ServedModel, read_models
 
 
 def _default_workers() -> int:
@@ -48,9 +48,10 @@ class TokenizerSettings(LinkingSettings):
     """Seconds for which a running request whose scheduler was lost waits for one, before it ends UNAVAILABLE."""
     model: str = "smollm2-135m-instruct"
     """A name from `scalellm models list`, a pulled repository of the Hugging Face Hub (org/name, org/name:Q4_K_M),
-    a directory with a model, or a .gguf file; only its tokenizer is read."""
+    a directory with a model, or a .gguf file; only its tokenizer is read. Several, with commas in between, are served
+    side by side, the first one where a request names none; NAME=MODEL gives one the name that its executors have."""
     model_name: str = ""
-    """Name under which the model is served; default: its own, or that of the directory or file."""
+    """Name under which the model is served, if it is one; default: its own, or that of the directory or file."""
     generation_config: Literal["auto", "none"] = "auto"
     """auto: how tokens are drawn, where a request does not say, is what the model's generation_config.json says.
     none: temperature 1 and nothing else, whatever the model."""
@@ -97,6 +98,12 @@ class TokenizerSettings(LinkingSettings):
             raise ValueError("needs --metrics-port, without which nothing is counted")
         return value
 
+    @field_validator("model_name")
+    @classmethod
+    def _check_models(cls, value: str, info: ValidationInfo) -> str:
+        read_models(info.data["model"], value)
+        return value
+
     @field_validator("scheduler")
     @classmethod
     def _check_schedulers(cls, value: str) -> str:
@@ -115,6 +122,11 @@ class TokenizerSettings(LinkingSettings):
         return split_addresses(self.scheduler)
 
     @property
+    def served_models(self) -> tuple[ServedModel, ...]:
+        """The models, the default first."""
+        return read_models(self.model, self.model_name)
+
+    @property
     def served_name(self) -> str:
-        """The name that clients see."""
-        return self.model_name or name_of(self.model)
+        """The name of the default model, as clients see it."""
+        return self.served_models[0].name

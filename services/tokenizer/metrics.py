@@ -21,19 +21,11 @@ from prometheus_client.registry import Collector
 from scalellm.services.common.api_keys import TenantLimits
 from scalellm.services.common.histogram import LAG_SECONDS
 from scalellm.services.common.metrics import DROPPED_SPANS, EXPORT_FAILED, QUEUE_FULL
+from scalellm.services.tokenizer.model_metrics import ModelMetrics
 from scalellm.services.tokenizer.running_request import Move
-from scalellm.v1 import common_pb2
 
 if TYPE_CHECKING:
     from scalellm.services.common.tracing.tracer import Tracer
-
-_TTFT_BUCKETS = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
-    *(160.0, 640.0, 2560.0),
-)
-_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
-_E2E_BUCKETS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0)
-_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 _SCHEDULER = ("scheduler",)
 _PREFIX = "scalellm_tokenizer_requests"
@@ -41,9 +33,6 @@ _ACCEPTED, _ENDED, _RUNNING = f"{_PREFIX}_accepted", f"{_PREFIX}_ended", f"{_PRE
 _LOST = {"outcome": "rejected", "code": "UNAVAILABLE"}
 _TRANSPORTS = ("grpc", "http")
 """Status of calls whose worker dies, as their clients see it."""
-
-_MAX_NOTES = 1000
-"""Observations after which `flush` is not waited for."""
 
 
 class Outcome(enum.StrEnum):
@@ -66,9 +55,17 @@ class Outcome(enum.StrEnum):
 
 
 class EdgeMetrics:
-    """The counters of one worker. `requests_running` is derived from the counters, see WorkersCollector."""
+    """The counters of one worker. `requests_running` is derived from the counters, see WorkersCollector.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    Args:
+        registry: Registry of the metrics.
+        model_names: Names of the models that are served.
+
+    Attributes:
+        models: The counters of each model, by its name.
+    """
+
+    def __init__(self, registry: CollectorRegistry, model_names: Sequence[str]) -> None:
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(name, text, labelnames=labels, registry=registry)
 
@@ -78,6 +75,7 @@ class EdgeMetrics:
         def gauge(name: str, text: str, of_workers: Literal["livesum", "livemax"] = "livesum") -> Gauge:
             return Gauge(f"scalellm_tokenizer_{name}", text, multiprocess_mode=of_workers, registry=registry)
 
+        self.models = ModelMetrics.of_each(registry, model_names)
         accepted = counter(_ACCEPTED, "Requests that came.", ("transport",))
         self._accepted = {transport: accepted.labels(transport) for transport in _TRANSPORTS}
         self.submitted = counter(f"{_PREFIX}_submitted", "Of these, those that went to a scheduler.")
@@ -93,15 +91,8 @@ class EdgeMetrics:
             for transport in _TRANSPORTS
             for code in grpc.StatusCode
         }
-        success = counter("scalellm_request_success", "Samples that ended well.", ("finished_reason",))
-        self.success = {
-            common_pb2.FINISH_REASON_STOP: success.labels("stop"),
-            common_pb2.FINISH_REASON_LENGTH: success.labels("length"),
-        }
         self._calls = counter("scalellm_tokenizer_calls", "Calls of any method that ended.", ("method", "code"))
         self.refused_calls = counter("scalellm_tokenizer_calls_refused", "Calls not let in: no key, or not theirs.")
-        self.prompt_tokens = counter("scalellm_prompt_tokens", "Prompt tokens of requests that finished.")
-        self.generation_tokens = counter("scalellm_generation_tokens", "Tokens received for requests that run.")
         self.discarded_tokens = counter(
             "scalellm_tokenizer_tokens_discarded", "Tokens received for requests that had ended here."
         )
@@ -114,23 +105,6 @@ class EdgeMetrics:
         self.taken_over = counter(
             f"{_PREFIX}_taken_over", "Kept requests that went on here after their worker was gone."
         )
-        self.ttft = histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", _TTFT_BUCKETS
-        )
-        self.itl = histogram("inter_token_latency_seconds", "Between messages with tokens of one sample.", _ITL_BUCKETS)
-        self.e2e = histogram(
-            "e2e_request_latency_seconds", "From a request's arrival to its end, of those that finished.", _E2E_BUCKETS
-        )
-        self.tpot = histogram(
-            "request_time_per_output_token_seconds", "Mean over a request's tokens but the first.", _ITL_BUCKETS
-        )
-        self.queue = histogram(
-            "request_queue_time_seconds", "Waiting for an executor and for its first step.", _TTFT_BUCKETS
-        )
-        self.prefill = histogram("request_prefill_time_seconds", "From first step to first token.", _TTFT_BUCKETS)
-        self.decode = histogram("request_decode_time_seconds", "From first to last token.", _E2E_BUCKETS)
-        self.prompt_length = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
-        self.answer_length = histogram("request_generation_tokens", "Tokens of a request's samples.", _TOKEN_BUCKETS)
         self.loop_lag = histogram(
             "tokenizer_event_loop_lag_seconds", "How late the workers' event loops ran what was due.", LAG_SECONDS
         )
@@ -171,8 +145,6 @@ class EdgeMetrics:
             "asyncio_tasks", "Tasks of the workers' event loops: a leak of requests would show here first."
         )
         self._registry = registry
-        self._gaps: list[float] = []
-        self._notes: list[tuple[Histogram, float]] = []
         self._sent_to: dict[str, tuple[Counter, int]] = {}
         self._followed: dict[Counter, tuple[Callable[[], int], int]] = {}
 
@@ -191,30 +163,6 @@ class EdgeMetrics:
     def count_call(self, method: str, code: grpc.StatusCode) -> None:
         """A call that was let in ended."""
         self._calls.labels(method, code.name).inc()
-
-    def observe_gap(self, seconds: float) -> None:
-        """A message with tokens goes out, so long after the sample's last one."""
-        self._gaps.append(seconds)
-        if len(self._gaps) >= _MAX_NOTES:
-            self.flush()
-
-    def observe_finished(
-        self, latency: common_pb2.LatencyBreakdown, usage: common_pb2.Usage, seconds_per_token: float
-    ) -> None:
-        """A request finished; `seconds_per_token` is 0 where no token followed the first one."""
-        self.prompt_tokens.inc(usage.prompt_tokens)
-        self._notes += (
-            (self.e2e, latency.total_ns / 1e9),
-            (self.queue, (latency.admission_ns + latency.queue_ns) / 1e9),
-            (self.prefill, latency.prefill_ns / 1e9),
-            (self.decode, latency.decode_ns / 1e9),
-            (self.prompt_length, usage.prompt_tokens),
-            (self.answer_length, usage.completion_tokens),
-        )
-        if seconds_per_token:
-            self._notes.append((self.tpot, seconds_per_token))
-        if len(self._notes) >= _MAX_NOTES:
-            self.flush()
 
     def follow(self, counter: Counter, read: Callable[[], int]) -> None:
         """Let `counter` have the value that `read` gives, at every flush."""
@@ -238,12 +186,8 @@ class EdgeMetrics:
 
     def flush(self) -> None:
         """Count what was noted: in one go it costs a third of what it costs between messages."""
-        gaps, self._gaps = self._gaps, []
-        for gap in gaps:
-            self.itl.observe(gap)
-        notes, self._notes = self._notes, []
-        for histogram, value in notes:
-            histogram.observe(value)
+        for model in self.models.values():
+            model.flush()
         for counter, (read, last) in self._followed.items():
             value = read()
             counter.inc(value - last)

@@ -101,6 +101,7 @@ class SchedulerLink:
             traffic=counts.traffic,
             is_busy=lambda: bool(self._handles),
         )
+        self._model = hello.model
         self._owner = owner
         self._counts = counts
         self._clock = clock
@@ -169,6 +170,9 @@ class SchedulerLink:
         """The scheduler welcomed us."""
         if not welcome.model:
             raise StatusError.unavailable("the scheduler has no executor yet")
+        if self._model not in ("", welcome.model):  # it is of a version that has one model
+            message = f"{self.address} serves {welcome.model!r}, not {self._model!r}"
+            raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, message)
         self._welcome = welcome
         self._is_draining = False
         # Not called directly: the client can send only after this has returned.

@@ -44,6 +44,7 @@ class Schedulers:
         resolve_interval: Seconds between look-ups of names.
         dialer: Dialer of the connections. Where it asks for no name in certificates, that is the host as it was listed.
         clock: Monotonic nanoseconds.
+        model: The model that is asked for; empty: the one that the schedulers have.
 
     Attributes:
         counts: Counts over all links.
@@ -62,8 +63,11 @@ class Schedulers:
         resolve_interval: float = 2.0,
         dialer: LinkDialer = PLAINTEXT,
         clock: Callable[[], int] = time.monotonic_ns,
+        model: str = "",
     ) -> None:
-        self._hello = link_pb2.Hello(client_id=client_id, api_minor=API_MINOR, tokenizer_sha256=tokenizer_sha256)
+        self._hello = link_pb2.Hello(
+            client_id=client_id, api_minor=API_MINOR, tokenizer_sha256=tokenizer_sha256, model=model
+        )
         self._silence_limit = silence_limit
         self._outage_limit = outage_limit
         self._dialer = dialer

@@ -34,6 +34,7 @@ class SessionInfo:
     created: float
     updated: float
     expires: float
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Session:
         version: Changes with every stored turn and is never used twice, so that a session that was deleted and begun
             anew is told from the old one. Empty = not stored yet.
         document: Data that the API of its last turn keeps beside it; another turn drops it.
+        model: Name of the model of its last turn, whose tokens the segments hold; empty: not noted.
     """
 
     messages: tuple[Message, ...]
@@ -58,6 +60,7 @@ class Session:
     updated: float
     version: str = ""
     document: str = ""
+    model: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +84,12 @@ class Session:
         last = self.turns[num_turns - 1]
         now = time.time()
         return Session(
-            self.messages[: last.num_messages], self.segments[: last.num_segments], self.turns[:num_turns], now, now
+            self.messages[: last.num_messages],
+            self.segments[: last.num_segments],
+            self.turns[:num_turns],
+            now,
+            now,
+            model=self.model,
         )
 
 
@@ -91,7 +99,8 @@ def new_session() -> Session:
     return Session((), (), (), now, now)
 
 
-INFO_FIELDS = (b"version", b"num_turns", b"num_tokens", b"created", b"updated")
+MODEL_FIELD = b"model"
+INFO_FIELDS = (b"version", b"num_turns", b"num_tokens", b"created", b"updated", MODEL_FIELD)
 
 
 def encode_session(session: Session, version: str = "") -> tuple[str, dict[str, str | bytes]]:
@@ -114,6 +123,8 @@ def encode_session(session: Session, version: str = "") -> tuple[str, dict[str, 
         "segments": json.dumps([(segment.text, len(segment.token_ids)) for segment in session.segments]),
         "token_ids": token_ids.tobytes(),
     }
+    if session.model:
+        fields["model"] = session.model
     if session.document:
         fields["document"] = session.document
     return version, fields
@@ -137,6 +148,7 @@ def decode_session(fields: Mapping[bytes, bytes]) -> Session:
             updated=float(fields[b"updated"]),
             version=fields[b"version"].decode(),
             document=fields.get(b"document", b"").decode(),
+            model=fields.get(MODEL_FIELD, b"").decode(),
         )
     except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:
         # Without the error's message, which may quote the stored text of users.
@@ -145,7 +157,7 @@ def decode_session(fields: Mapping[bytes, bytes]) -> Session:
 
 def decode_info(session_id: str, values: Sequence[bytes | None], ttl_ms: int) -> SessionInfo | None:
     """Return what INFO_FIELDS say, or None when they are not those of a live session."""
-    _, num_turns, num_tokens, created, updated = values
+    _, num_turns, num_tokens, created, updated, model = values
     if num_turns is None or num_tokens is None or created is None or updated is None:
         return None
     return SessionInfo(
@@ -155,4 +167,5 @@ def decode_info(session_id: str, values: Sequence[bytes | None], ttl_ms: int) ->
         created=float(created),
         updated=float(updated),
         expires=time.time() + max(0, ttl_ms) / 1e3,
+        model=(model or b"").decode(errors="replace"),
     )

@@ -27,6 +27,7 @@ from scalellm.services.tokenizer import session_script
 from scalellm.services.tokenizer.page_token import bad_page_token, make_page_token, read_page_token
 from scalellm.services.tokenizer.session import (
     INFO_FIELDS,
+    MODEL_FIELD,
     Session,
     SessionInfo,
     decode_info,
@@ -142,6 +143,12 @@ class SessionStore:
             if self._log_limit.admit() is not None:
                 _log.error("Redis key %s holds something else than a session: %s", key, error)
             raise StatusError.unavailable(f"session {session_id!r} cannot be read; delete it") from None
+
+    async def model_of(self, session_id: str) -> str:
+        """Return the model of a session; empty where there is none, or none was noted."""
+        async with self._reach() as redis:
+            model: bytes | None = await redis.hget(self._keys + session_id, MODEL_FIELD)
+        return (model or b"").decode(errors="replace")
 
     async def check_room(self) -> None:
         """Raise StatusError RESOURCE_EXHAUSTED where no turn can be stored, before work is done for one."""

@@ -94,6 +94,7 @@ def _to_wire(session_id: str, session: Session, remaining: float) -> sessions_pb
         create_time=_timestamp(session.created),
         update_time=_timestamp(session.updated),
         expire_time=_timestamp(time.time() + remaining),
+        model=session.model,
     )
 
 
@@ -105,6 +106,7 @@ def _info_to_wire(info: SessionInfo) -> sessions_pb2.Session:
         create_time=_timestamp(info.created),
         update_time=_timestamp(info.updated),
         expire_time=_timestamp(info.expires),
+        model=info.model,
     )
 
 

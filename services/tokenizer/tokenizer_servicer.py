@@ -18,31 +18,34 @@ class TokenizerServicer:
 
     def __init__(self, edge: Edge) -> None:
         self._access = edge.access
-        self._tokenizing = Tokenizing(edge)
+        self._models = edge.models
 
     async def Encode(
         self, request: tokenizer_pb2.EncodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.EncodeResponse:
         """Text to token ids."""
-        return await self._tokenizing.encode(request, self._caller())
+        return await self._tokenizing(request.model).encode(request, self._caller())
 
     async def Decode(
         self, request: tokenizer_pb2.DecodeRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.DecodeResponse:
         """Token ids to text."""
-        return await self._tokenizing.decode(request, self._caller())
+        return await self._tokenizing(request.model).decode(request, self._caller())
 
     async def ApplyChatTemplate(
         self, request: tokenizer_pb2.ApplyChatTemplateRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.ApplyChatTemplateResponse:
         """Messages to the text and the tokens that Generate would use."""
-        return await self._tokenizing.apply_chat_template(request, self._caller())
+        return await self._tokenizing(request.model).apply_chat_template(request, self._caller())
 
     async def GetInfo(
         self, request: tokenizer_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
     ) -> tokenizer_pb2.GetInfoResponse:
         """Return the model that is served, and the limits in force."""
-        return self._tokenizing.info()
+        return self._tokenizing(request.model).info()
+
+    def _tokenizing(self, model: str) -> Tokenizing:
+        return Tokenizing(self._models.choose(model or None))
 
     def _caller(self) -> str:
         return self._access.tenant().name

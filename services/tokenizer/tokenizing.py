@@ -68,6 +68,7 @@ class Tokenizing:
             version=__version__,
             limits=self._edge.limits.to_wire(),
             sampling_defaults=self._edge.sampling_defaults,
+            models=self._edge.models.names,
         )
 
     def _encoded(self, token_ids: list[int]) -> tokenizer_pb2.EncodeResponse:

@@ -11,6 +11,10 @@ import gc
 import logging
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,6 +35,7 @@ from scalellm.services.common.tracing import open_tracer
 from scalellm.services.tokenizer.call_bytes import CallBytes
 from scalellm.services.tokenizer.config import TokenizerSettings
 from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.generation.edges import Edges
 from scalellm.services.tokenizer.generation.grpc_face import GenerationServicer
 from scalellm.services.tokenizer.http.build import make_listener
 from scalellm.services.tokenizer.http.listener import HttpListener
@@ -42,8 +47,10 @@ from scalellm.services.tokenizer.prompt_builder import PromptBuilder
 from scalellm.services.tokenizer.quotas import TenantQuotas
 from scalellm.services.tokenizer.request_log import RequestLog
 from scalellm.services.tokenizer.rpc import CallGate, add_service
+from scalellm.services.tokenizer.running_request import Move
 from scalellm.services.tokenizer.sampling_defaults import read_sampling_defaults
 from scalellm.services.tokenizer.schedulers import Schedulers
+from scalellm.services.tokenizer.served_models import ServedModel
 from scalellm.services.tokenizer.session_store import SessionStore
 from scalellm.services.tokenizer.sessions_servicer import SessionsServicer
 from scalellm.services.tokenizer.text.loading import load_model_tokenizer
@@ -85,7 +92,8 @@ class Worker:
         self._http_port = http_port
         self._tracer = tracer
         self._gate = CallGate()
-        self._metrics = EdgeMetrics(CollectorRegistry())
+        names = [model.name for model in settings.served_models]
+        self._metrics = EdgeMetrics(CollectorRegistry(), names)
 
     async def run(self) -> None:
         """Serve. Raises StartError."""
@@ -94,11 +102,7 @@ class Worker:
         supervisor_gone = await _watch_stdin()
         settings.dialer.check()
         access = open_access(settings, serves_links=False)
-        builder = _load_prompts(settings)
-        model, limits = builder.model, RequestLimits()
-        sampling_defaults = common_pb2.SamplingParams()
-        if settings.generation_config == "auto":
-            sampling_defaults = read_sampling_defaults(model_store.resolve(settings.model, settings.home))
+        models = [_Model.load(model, settings) for model in settings.served_models]
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(
             redis, settings.session_ttl_s, max_bytes=settings.max_session_bytes, refused=self._metrics.count_limited
@@ -108,42 +112,40 @@ class Worker:
         # Connections of their own: their waits are shorter, because every limited request waits for them.
         quota_redis = open_redis(settings.redis_url, timeout=_QUOTA_TIMEOUT) if settings.redis_url else None
         quotas = TenantQuotas(quota_redis, worker_id, refused=self._metrics.count_limited)
-        schedulers = Schedulers(
-            settings.scheduler_addresses,
-            worker_id,
-            model.sha256,
-            silence_limit=settings.stall_limit_s,
-            outage_limit=settings.scheduler_outage_s,
-            resolve_interval=settings.scheduler_resolve_s,
-            dialer=settings.dialer,
-        )
         journal = None
         if redis is not None:
             journal = Journal(
                 redis, worker_id, ttl=settings.kept_ttl_s, lease=_KEPT_LEASE, max_bytes=settings.max_kept_bytes
             )
         kept = KeptRequests(journal, self._gate, _KEPT_LEASE)
-        async with builder as prompts:
-            edge = Edge(
-                model_name=settings.served_name,
-                prompts=prompts,
-                tokenizer_size=model.vocab_size,  # counting takes 0.1 s, not to be paid by the first request
-                schedulers=schedulers,
-                kept=kept,
-                sessions=sessions,
-                limits=limits,
-                metrics=self._metrics,
-                salt_secret=settings.salt_secret,
-                access=access,
-                quotas=quotas,
-                request_log=RequestLog(settings),
-                tracer=self._tracer,
-                sampling_defaults=sampling_defaults,
-            )
+        edges, limits, request_log = Edges(), RequestLimits(), RequestLog(settings)
+        async with AsyncExitStack() as stack:
+            for model in models:
+                edges.add(
+                    Edge(
+                        models=edges,
+                        model_name=model.name,
+                        model_metrics=self._metrics.models[model.name],
+                        prompts=await stack.enter_async_context(model.prompts),
+                        tokenizer_size=model.prompts.model.vocab_size,  # takes 0.1 s, not to be paid by a request
+                        schedulers=self._schedulers(model, worker_id, model.name if len(models) > 1 else ""),
+                        kept=kept,
+                        sessions=sessions,
+                        limits=limits,
+                        metrics=self._metrics,
+                        salt_secret=settings.salt_secret,
+                        access=access,
+                        quotas=quotas,
+                        request_log=request_log,
+                        tracer=self._tracer,
+                        sampling_defaults=model.sampling_defaults,
+                    )
+                )
+            edge = edges.default
             held = CallBytes()
 
             def is_ready() -> bool:
-                return self._is_ready(schedulers, kept, prompts, access, quotas, held, watch)
+                return self._is_ready(edges, kept, access, quotas, held, watch)
 
             service = GrpcService(
                 settings.host,
@@ -173,9 +175,10 @@ class Worker:
             http: HttpListener | None = None
             if self._http_port is not None:
                 http = make_listener(edge, settings, self._http_port, self._gate, held, on_end, is_ready)
-            self._follow(schedulers, kept, prompts, sessions, access, quotas)
+            self._follow(edges, kept, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
-            waits = (schedulers.run(), stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run(), kept.run())
+            links = [each.schedulers.run() for each in edges]
+            waits = (*links, stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run(), kept.run())
             tasks = [asyncio.create_task(step) for step in waits]
             if watch is not None:
                 tasks.append(asyncio.create_task(watch.run()))
@@ -190,10 +193,11 @@ class Worker:
                     await http.start()
                 _report(serving=service.address)
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                if tasks[0].done():
-                    tasks[0].result()
+                for task in tasks[: len(links)]:
+                    if task.done():
+                        task.result()
                 if stop.is_set():
-                    await self._drain(service, schedulers, kept)
+                    await self._drain(service, edges, kept)
             finally:
                 await service.stop(LAST_WORDS if stop.is_set() else 0.0)
                 if http is not None:
@@ -205,25 +209,33 @@ class Worker:
                 await quotas.close()
                 self._metrics.flush()
 
+    def _schedulers(self, model: _Model, worker_id: str, asked_for: str) -> Schedulers:
+        settings = self._settings
+        return Schedulers(
+            settings.scheduler_addresses,
+            worker_id,
+            model.prompts.model.sha256,
+            silence_limit=settings.stall_limit_s,
+            outage_limit=settings.scheduler_outage_s,
+            resolve_interval=settings.scheduler_resolve_s,
+            dialer=settings.dialer,
+            model=asked_for,
+        )
+
     def _follow(
-        self,
-        schedulers: Schedulers,
-        kept: KeptRequests,
-        prompts: PromptBuilder,
-        sessions: SessionStore,
-        access: Access,
-        quotas: TenantQuotas,
+        self, edges: Edges, kept: KeptRequests, sessions: SessionStore, access: Access, quotas: TenantQuotas
     ) -> None:
-        metrics, counts, traffic = self._metrics, schedulers.counts, schedulers.counts.traffic
-        metrics.follow(metrics.generation_tokens, lambda: counts.tokens)
-        metrics.follow(metrics.discarded_tokens, lambda: counts.discarded_tokens)
+        metrics, links = self._metrics, [edge.schedulers for edge in edges]
+        for edge in edges:
+            metrics.follow(edge.model_metrics.generation_tokens, partial(getattr, edge.schedulers.counts, "tokens"))
+        metrics.follow(metrics.discarded_tokens, lambda: sum(link.counts.discarded_tokens for link in links))
         for move, counter in metrics.resubmitted.items():
-            metrics.follow(counter, partial(schedulers.num_resubmitted.__getitem__, move))
-        metrics.follow(metrics.frames_sent, lambda: traffic.frames_sent)
-        metrics.follow(metrics.frames_received, lambda: traffic.frames_received)
-        metrics.follow(metrics.bytes_sent, lambda: traffic.bytes_sent)
-        metrics.follow(metrics.bytes_received, lambda: traffic.bytes_received)
-        metrics.follow(metrics.tokenizer_panics, lambda: prompts.num_panics)
+            metrics.follow(counter, partial(_num_resubmitted, links, move))
+        metrics.follow(metrics.frames_sent, lambda: sum(link.counts.traffic.frames_sent for link in links))
+        metrics.follow(metrics.frames_received, lambda: sum(link.counts.traffic.frames_received for link in links))
+        metrics.follow(metrics.bytes_sent, lambda: sum(link.counts.traffic.bytes_sent for link in links))
+        metrics.follow(metrics.bytes_received, lambda: sum(link.counts.traffic.bytes_received for link in links))
+        metrics.follow(metrics.tokenizer_panics, lambda: sum(edge.prompts.num_panics for edge in edges))
         metrics.follow(metrics.refused_calls, lambda: access.num_refused)
         metrics.follow(metrics.redis_failures, lambda: sessions.num_failures + quotas.num_failures + kept.num_failures)
         if self._tracer is not None:
@@ -231,9 +243,8 @@ class Worker:
 
     def _is_ready(
         self,
-        schedulers: Schedulers,
+        edges: Edges,
         kept: KeptRequests,
-        prompts: PromptBuilder,
         access: Access,
         quotas: TenantQuotas,
         held: CallBytes,
@@ -247,16 +258,20 @@ class Worker:
         self._metrics.largest_call_bytes.set(held.largest_bytes)
         self._metrics.call_bytes_limit.set(held.max_tenant_bytes)
         self._metrics.redis_unusable.set(watch is not None and not watch.is_up)
-        self._metrics.links_up.set(schedulers.num_up)
-        self._metrics.waiting.set(schedulers.num_waiting)
-        self._metrics.tell_schedulers(schedulers.num_sent, schedulers.num_running)
+        links = [edge.schedulers for edge in edges]
+        num_up = sum(link.num_up for link in links)
+        self._metrics.links_up.set(num_up)
+        self._metrics.waiting.set(sum(link.num_waiting for link in links))
+        self._metrics.tell_schedulers(
+            _total(link.num_sent for link in links), _total(link.num_running for link in links)
+        )
         self._metrics.kept.set(kept.num_running)
         self._metrics.kept_unwritten.set(kept.num_unwritten)
         self._metrics.tasks.set(len(asyncio.all_tasks()))
-        is_able = schedulers.num_up > 0 and prompts.is_working and not access.is_stale
+        is_able = num_up > 0 and all(edge.prompts.is_working for edge in edges) and not access.is_stale
         return is_able and not self._gate.is_closed
 
-    async def _drain(self, service: GrpcService, schedulers: Schedulers, kept: KeptRequests) -> None:
+    async def _drain(self, service: GrpcService, edges: Edges, kept: KeptRequests) -> None:
         limit = self._settings.drain_limit_s
         _log.info("draining for up to %g s", limit)
         draining = asyncio.create_task(self._gate.drain(limit))
@@ -265,18 +280,42 @@ class Worker:
         if remaining := await draining:
             _log.warning("%d calls did not finish in time and end with UNAVAILABLE", remaining)
             await kept.stop()
-            schedulers.end_all("the server is shutting down")  # a status that says so, rather than a cut connection
+            for edge in edges:  # a status that says so, rather than a cut connection
+                edge.schedulers.end_all("the server is shutting down")
 
 
 def _watch_redis(redis: Redis) -> RedisWatch:
     return RedisWatch(redis, sessions=True, without="sessions cannot be used", interval=_REDIS_INTERVAL)
 
 
-def _load_prompts(settings: TokenizerSettings) -> PromptBuilder:
-    try:
-        return PromptBuilder(load_model_tokenizer(model_store.resolve(settings.model, settings.home)))
-    except (model_store.ModelStoreError, UnsupportedTokenizerError) as error:
-        raise StartError(f"--model: {error}") from None
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """The files of a model that the edge needs, loaded."""
+
+    name: str
+    prompts: PromptBuilder
+    sampling_defaults: common_pb2.SamplingParams
+
+    @classmethod
+    def load(cls, model: ServedModel, settings: TokenizerSettings) -> _Model:
+        try:
+            path = model_store.resolve(model.source, settings.home)
+            prompts = PromptBuilder(load_model_tokenizer(path))
+        except (model_store.ModelStoreError, UnsupportedTokenizerError) as error:
+            raise StartError(f"--model: {error}") from None
+        reads = settings.generation_config == "auto"
+        return cls(model.name, prompts, read_sampling_defaults(path) if reads else common_pb2.SamplingParams())
+
+
+def _num_resubmitted(links: Sequence[Schedulers], move: Move) -> int:
+    return sum(link.num_resubmitted[move] for link in links)
+
+
+def _total(all_counts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+    total: Counter[str] = Counter()
+    for counts in all_counts:
+        total.update(counts)
+    return total
 
 
 async def _watch_stdin() -> asyncio.Event:

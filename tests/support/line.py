@@ -32,6 +32,7 @@ class Line:
     executors: list[ServiceProcess]
     scheduler: ServiceProcess
     tokenizer: ServiceProcess
+    num_models: int = 1
 
     @property
     def address(self) -> str:
@@ -46,7 +47,7 @@ class Line:
         num_workers = sum(
             "scalellm.services.tokenizer.worker" in child.cmdline() for child in self.tokenizer.children()
         )
-        wanted = {"tokenizer": num_workers, "executor": len(self.executors)}
+        wanted = {"tokenizer": num_workers * self.num_models, "executor": len(self.executors)}
         deadline = time.monotonic() + PATIENCE
         while True:
             began = time.monotonic()
@@ -73,6 +74,7 @@ def start_line(
     executors: Sequence[Sequence[str]] = ((),),
     scheduler: Sequence[str] = (),
     tokenizer: Sequence[str] = (),
+    num_models: int = 1,
 ) -> Line:
     """Start everything; each of `executors` is one executor's extra flags."""
     running = [
@@ -87,7 +89,7 @@ def start_line(
         *("--scheduler", core.address, "--model", str(model), "--redis-url", redis.url, "--metrics-port", "0"),
         *tokenizer,
     )
-    line = Line(redis, running, core, edge)
+    line = Line(redis, running, core, edge, num_models)
     line.wait_linked()
     return line
 

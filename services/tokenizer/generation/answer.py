@@ -9,7 +9,7 @@ from typing import Protocol
 from scalellm.services.tokenizer.dialect.splitter import AnswerSplitter
 from scalellm.services.tokenizer.generation.answer_shape import make_counters, make_splitters, splits
 from scalellm.services.tokenizer.latency import LatencyTrace
-from scalellm.services.tokenizer.metrics import EdgeMetrics
+from scalellm.services.tokenizer.model_metrics import ModelMetrics
 from scalellm.services.tokenizer.reasoning_tokens import ReasoningTokens
 from scalellm.services.tokenizer.sample_stream import Delta, OutputOptions, SampleStream
 from scalellm.services.tokenizer.text.stop_strings import StopStrings
@@ -74,7 +74,7 @@ class Answer:
     prompt_ids: Sequence[int]
     samples: Sequence[SampleStream]
     trace: LatencyTrace
-    metrics: EdgeMetrics
+    metrics: ModelMetrics
     stop_sample: Callable[[int], None]
     seen: Sequence[int] = ()
     by_token: bool = False

@@ -1,4 +1,4 @@
-"""The parts that all requests of one worker share."""
+"""The parts that all requests of one worker, or of one model in it, share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from scalellm.services.common.access import Access
 from scalellm.services.common.api_keys import DEFAULT_TENANT, Tenant
+from scalellm.services.tokenizer.generation.edges import Edges
 from scalellm.services.tokenizer.limits import RequestLimits
 from scalellm.services.tokenizer.metrics import EdgeMetrics
+from scalellm.services.tokenizer.model_metrics import ModelMetrics
 from scalellm.services.tokenizer.prompt_builder import PromptBuilder
 from scalellm.services.tokenizer.quotas import TenantQuotas
 from scalellm.services.tokenizer.request_log import RequestLog
@@ -50,15 +52,20 @@ class TenantSalt:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """State that the servicers of one worker share, whatever protocol they speak.
+    """State that the servicers of one worker share for one model, whatever protocol they speak.
+
+    What is not of the model is the same object in the edges of all models.
 
     Attributes:
+        models: The edges of all models.
         tokenizer_size: Ids of the tokenizer's tokens are below it. The model may have more, its matrices being padded,
             or fewer, where text of a special token is none for it.
         sampling_defaults: The model's own, for what a request does not say.
     """
 
+    models: Edges
     model_name: str
+    model_metrics: ModelMetrics
     prompts: PromptBuilder
     tokenizer_size: int
     schedulers: Schedulers

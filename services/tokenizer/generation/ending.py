@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from scalellm.services.common.api_keys import Tenant
@@ -10,6 +11,7 @@ from scalellm.services.tokenizer.generation.edge import Edge
 from scalellm.services.tokenizer.latency import LatencyTrace
 from scalellm.services.tokenizer.message import Message
 from scalellm.services.tokenizer.metrics import EdgeMetrics
+from scalellm.services.tokenizer.model_metrics import ModelMetrics
 from scalellm.services.tokenizer.prompt_builder import Prompt
 from scalellm.services.tokenizer.sample_stream import SampleStream
 from scalellm.services.tokenizer.session import Session
@@ -64,11 +66,12 @@ async def save_turn(
     written = answer_segment(texts, sample.answer_ids, text)
     new_messages = list(map(Message.of_wire, request.chat.messages))
     extended = session.add_turn(new_messages, prompt.continuation, written, answer)
+    extended = dataclasses.replace(extended, model=edge.model_name)
     return _SESSION_OUTCOMES[await edge.sessions.of(tenant).save(request.session_id, extended, version)]
 
 
 def make_finished(
-    metrics: EdgeMetrics,
+    metrics: ModelMetrics,
     trace: LatencyTrace,
     finish: link_pb2.Finish,
     samples: Sequence[generation_pb2.SampleFinished],
@@ -77,7 +80,7 @@ def make_finished(
     """Count a request that finished, and return its last event.
 
     Args:
-        metrics: Metrics of the worker.
+        metrics: Metrics of its model.
         trace: The request's times.
         finish: The scheduler's Finish.
         samples: Ends of the samples.

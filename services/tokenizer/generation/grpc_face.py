@@ -42,7 +42,7 @@ class GenerationServicer:
     """Serves Generate, Resume and Cancel. Raises StatusError for every outcome but OK.
 
     Args:
-        edge: The worker.
+        edge: The worker, and its default model.
     """
 
     def __init__(self, edge: Edge) -> None:
@@ -50,7 +50,14 @@ class GenerationServicer:
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         """Stream an answer."""
-        await _serve(Generation(self._edge, request, GrpcCaller(context, f"{_SERVICE}/Generate")), context)
+        keeps = request.on_disconnect == generation_pb2.ON_DISCONNECT_KEEP
+        edge = await self._edge.models.of_request(
+            request.model or None,
+            self._edge.access.tenant(),
+            session_id=request.session_id,
+            kept_id=request.request_id if keeps else "",
+        )
+        await _serve(Generation(edge, request, GrpcCaller(context, f"{_SERVICE}/Generate")), context)
 
     async def Resume(self, request: generation_pb2.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
         """Stream the rest of an answer."""
@@ -62,7 +69,7 @@ class GenerationServicer:
         """End a request that is kept. It is not counted by quotas: it gives back what it ends."""
         validate_id(request.request_id, "request_id")
         tenant = self._edge.access.tenant()
-        await self._edge.kept.cancel(self._edge, tenant, request.request_id)
+        await self._edge.kept.cancel(self._edge.models, tenant, request.request_id)
         return generation_pb2.CancelResponse()
 
 

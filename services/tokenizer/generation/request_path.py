@@ -138,7 +138,7 @@ class Call(ABC):
         self, kept: KeptRequest, offsets: Sequence[int], min_tokens: int, *, repeats: bool = False
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of a kept request."""
-        async for event in follow(self._edge, kept, offsets, min_tokens, self.trace, repeats=repeats):
+        async for event in follow(kept, offsets, min_tokens, self.trace, repeats=repeats):
             if isinstance(event, generation_pb2.Finished):
                 self._finish = link_pb2.Finish(usage=event.usage)
                 self._ended_samples = list(event.samples)
@@ -225,7 +225,11 @@ class Generation(Call):
         edge.metrics.submitted.inc()
         receiver = edge.schedulers.submit(submit, min_tokens=request.stream_interval or 1)
         answer = Answer(
-            submit.token_ids, samples, trace, edge.metrics, lambda index: edge.schedulers.stop_sample(receiver, index)
+            submit.token_ids,
+            samples,
+            trace,
+            edge.model_metrics,
+            lambda index: edge.schedulers.stop_sample(receiver, index),
         )
         try:
             await wait_accepted(receiver)
@@ -248,7 +252,7 @@ class Generation(Call):
         outcome = None
         if session is not None:
             outcome = await save_turn(edge, self._tenant, request, session, prompt, samples[0])
-        finished = make_finished(edge.metrics, trace, self._finish, self._ended_samples, outcome)
+        finished = make_finished(edge.model_metrics, trace, self._finish, self._ended_samples, outcome)
         self._latency = finished.latency
         yield finished
 
@@ -279,6 +283,7 @@ class Generation(Call):
         trace.session_at = trace.now()
         sessions = self._edge.sessions.of(self._tenant)
         session = await sessions.load(request.session_id) or new_session()
+        self._edge.models.check_session(request.session_id, session.model, self._edge)
         await sessions.check_room()
         trace.session_ns = trace.now() - trace.session_at
         return session
@@ -377,7 +382,7 @@ class Resumption(Call):
         self._identify(resume.request_id if is_id(resume.request_id) else "")
         validate_resume(resume)
         async with edge.quotas.reading(self._tenant):
-            kept = await edge.kept.find(edge, self._tenant, resume.request_id)
+            kept = await edge.kept.find(edge.models, self._tenant, resume.request_id)
             if self._again is not None:
                 kept.head.check_same(self._again)
             self._request = kept.head.request

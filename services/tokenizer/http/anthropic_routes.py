@@ -13,7 +13,7 @@ from scalellm.services.tokenizer.http.errors import ANTHROPIC_ERRORS
 from scalellm.services.tokenizer.http.face import HttpFace
 from scalellm.services.tokenizer.http.messages_format import MessageDocument, MessageStream
 from scalellm.services.tokenizer.http.messages_request import MessagesRequest
-from scalellm.services.tokenizer.http.service_routes import check_model, json_answer
+from scalellm.services.tokenizer.http.service_routes import choose_edge, json_answer
 from scalellm.services.tokenizer.http.sink import serve
 from scalellm.services.tokenizer.json_object import JsonObject
 from scalellm.services.tokenizer.tokenizing import Tokenizing
@@ -31,7 +31,6 @@ class AnthropicRoutes:
     def __init__(self, edge: Edge, *, is_strict: bool) -> None:
         self._edge = edge
         self._is_strict = is_strict
-        self._tokenizing = Tokenizing(edge)
 
     def register(self, face: HttpFace, app: web.Application) -> None:
         """Add the routes."""
@@ -40,7 +39,8 @@ class AnthropicRoutes:
 
     async def create(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Answer a conversation."""
-        edge, request = self._edge, self._read(body)
+        request = MessagesRequest.read(body, is_strict=self._is_strict)
+        edge = await choose_edge(self._edge, request.model)
         made = request.to_generate(
             call.request_id,
             content_is_text=edge.prompts.can_take_content_as_text,
@@ -55,16 +55,12 @@ class AnthropicRoutes:
         edge = self._edge
         tenant = edge.access.tenant()
         async with edge.quotas.admitted(tenant):
-            request = self._read(body)
+            request = MessagesRequest.read(body, is_strict=self._is_strict)
+            edge = await choose_edge(edge, request.model)
             chat = request.chat(content_is_text=edge.prompts.can_take_content_as_text)
             asked = tokenizer_pb2.ApplyChatTemplateRequest(chat=chat)
             try:
-                answer = await self._tokenizing.apply_chat_template(asked, tenant.name)
+                answer = await Tokenizing(edge).apply_chat_template(asked, tenant.name)
             except StatusError as error:
                 raise renamed(error, request.names) from None
         return json_answer({"input_tokens": len(answer.token_ids)})
-
-    def _read(self, body: JsonObject) -> MessagesRequest:
-        request = MessagesRequest.read(body, is_strict=self._is_strict)
-        check_model(request.model, self._edge)
-        return request

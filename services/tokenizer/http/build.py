@@ -49,7 +49,7 @@ def make_listener(
         on_end: Told of each call that ended.
         is_ready: Tells if the worker can do its work now.
     """
-    if not edge.prompts.can_take_content_as_text:
+    if not all(each.prompts.can_take_content_as_text for each in edge.models):
         _log.warning(
             "texts of special tokens in chats that come by HTTP are special tokens: the tokenizer knows no other"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import grpc
@@ -69,6 +69,8 @@ _KINDS: Mapping[grpc.StatusCode, _Kind] = MappingProxyType(
     }
 )
 
+_NO_MODEL = replace(_KINDS[_Code.NOT_FOUND], code="model_not_found")
+
 # Clients repeat 409 and statuses from 500 on; repeating one of these gives the same error again.
 _FINAL = frozenset((_Code.ALREADY_EXISTS, _Code.DEADLINE_EXCEEDED, _Code.UNIMPLEMENTED))
 
@@ -91,6 +93,8 @@ class ErrorFormat:
 
 
 def _kind(error: StatusError) -> _Kind:
+    if error.code is _Code.NOT_FOUND and error.field == "model":
+        return _NO_MODEL
     return _KINDS.get(error.code, _SERVER)
 
 

@@ -44,7 +44,7 @@ class KeptResponses:
     async def find(self, tenant: Tenant, response_id: str) -> KeptRequest | None:
         """Return a response that runs, or ran not long ago; None: there is none. Raises StatusError UNAVAILABLE."""
         try:
-            kept = await self._edge.kept.find(self._edge, tenant, response_id)
+            kept = await self._edge.kept.find(self._edge.models, tenant, response_id)
         except StatusError as error:
             if error.code in _NONE:
                 return None
@@ -55,7 +55,7 @@ class KeptResponses:
         """Return the format of a response, as it was made when that began."""
         asked = json.loads(kept.head.asked)
         request = ResponsesRequest.model_validate(asked["request"])
-        edge = self._edge
+        edge = kept.edge
         return make(
             request,
             kept.head.request_id,
@@ -76,7 +76,7 @@ class KeptResponses:
         trace = LatencyTrace()
         trace.first_token_at = trace.arrived_at  # its own first token was counted by another call
         try:
-            async for event in follow(self._edge, kept, (), 1, trace):
+            async for event in follow(kept, (), 1, trace):
                 if type(event) is Delta:
                     format.delta(0, event)
                 elif isinstance(event, generation_pb2.Finished):

@@ -17,7 +17,7 @@ from scalellm.services.tokenizer.http.completion_format import CompletionDocumen
 from scalellm.services.tokenizer.http.completion_request import CompletionRequest, Prompt, split_prompts
 from scalellm.services.tokenizer.http.event_ids import HEADER, NumberedFormat, Place
 from scalellm.services.tokenizer.http.face import HttpFace
-from scalellm.services.tokenizer.http.service_routes import check_model, json_answer
+from scalellm.services.tokenizer.http.service_routes import choose_edge, json_answer, name_model
 from scalellm.services.tokenizer.http.sink import Format, serve
 from scalellm.services.tokenizer.json_object import JsonObject
 from scalellm.services.tokenizer.limits import INLINE_TOKENS
@@ -46,45 +46,49 @@ class OpenAiRoutes:
 
     async def chat(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Answer a conversation."""
-        edge = self._edge
         request = ChatRequest.read(body, is_strict=self._is_strict)
-        check_model(request.model, edge)
         place = _place(call, request)
+        kept_id = (request.request_id or call.request_id) if request.is_kept else ""
+        session_id = request.session_id or ""
+        edge = await choose_edge(self._edge, request.model, session_id=session_id, kept_id=kept_id)
         requests = request.requests(
             call.request_id,
             content_is_text=edge.prompts.can_take_content_as_text,
             tells_reasoning=edge.prompts.writing.dialect.tells_reasoning,
         )
+        name_model(edge, requests, request.model)
         answer_id = f"chatcmpl-{requests[0].request_id}"
         make = ChatStream if request.stream else ChatDocument
         echo = request.echoed(requests[0].chat)
         format = make(request, answer_id, edge.model_name, edge.prompts.texts, echo)
-        return await self._serve(call, request, requests, [request.names], format, place)
+        return await self._serve(edge, call, request, requests, [request.names], format, place)
 
     async def cancel(self, call: HttpCall) -> web.StreamResponse:
         """End a request that is kept, which OpenAI has no call for. One that has ended stays as it is."""
         request_id = call.request.match_info["request_id"]
         validate_id(request_id, "request_id")
-        await self._edge.kept.cancel(self._edge, self._edge.access.tenant(), request_id)
+        await self._edge.kept.cancel(self._edge.models, self._edge.access.tenant(), request_id)
         return json_answer({"id": request_id, "object": "request", "status": "ended"})
 
     async def complete(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Continue prompts."""
-        edge = self._edge
         request = CompletionRequest.read(body, is_strict=self._is_strict)
-        check_model(request.model, edge)
         place = _place(call, request)
-        prompts = split_prompts(request.prompt, edge.limits)
+        self._edge.models.choose(request.model)
+        prompts = split_prompts(request.prompt, self._edge.limits)
         requests = request.requests(call.request_id, prompts)
-        echoes = await self._echoes(call, prompts) if request.echo else [""] * len(prompts)
+        edge = await choose_edge(self._edge, request.model, kept_id=requests[0].request_id if request.is_kept else "")
+        name_model(edge, requests, request.model)
+        echoes = await self._echoes(edge, prompts) if request.echo else [""] * len(prompts)
         answer_id = f"cmpl-{request.request_id or call.request_id}"
         make = CompletionStream if request.stream else CompletionDocument
         format = make(request, answer_id, edge.model_name, edge.prompts.texts, echoes)
         names = [request.names(number) for number in range(len(requests))]
-        return await self._serve(call, request, requests, names, format, place)
+        return await self._serve(edge, call, request, requests, names, format, place)
 
     async def _serve(
         self,
+        edge: Edge,
         call: HttpCall,
         request: SamplingRequest,
         requests: Sequence[generation_pb2.GenerateRequest],
@@ -97,15 +101,15 @@ class OpenAiRoutes:
         if request.is_kept and request.stream:
             request_id = request.request_id or call.request_id
             format = NumberedFormat(format, request_id, len(requests), num_samples, seen)
-        return await serve(self._edge, call, requests, names, format, is_stream=bool(request.stream), seen=seen)
+        return await serve(edge, call, requests, names, format, is_stream=bool(request.stream), seen=seen)
 
-    async def _echoes(self, call: HttpCall, prompts: Sequence[Prompt]) -> list[str]:
+    async def _echoes(self, edge: Edge, prompts: Sequence[Prompt]) -> list[str]:
         """The texts of prompts. Long ones are made when it is the caller's turn."""
-        builder = self._edge.prompts
+        builder = edge.prompts
         num_tokens = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
         if num_tokens <= INLINE_TOKENS:
             return [_text_of(prompt, builder.texts) for prompt in prompts]
-        caller = self._edge.access.tenant().name
+        caller = edge.access.tenant().name
         return await builder.run(caller, lambda: [_text_of(prompt, builder.texts) for prompt in prompts])
 
 

@@ -23,7 +23,7 @@ from scalellm.services.tokenizer.http.kept_responses import KeptResponses, as_se
 from scalellm.services.tokenizer.http.responses_format import ResponseDocument, ResponseStream
 from scalellm.services.tokenizer.http.responses_items import input_items
 from scalellm.services.tokenizer.http.responses_request import ResponsesRequest
-from scalellm.services.tokenizer.http.service_routes import check_model, json_answer
+from scalellm.services.tokenizer.http.service_routes import choose_edge, json_answer, name_model
 from scalellm.services.tokenizer.http.sink import HttpCaller, OnFinished, serve
 from scalellm.services.tokenizer.json_object import JsonObject
 from scalellm.services.tokenizer.message import Message
@@ -59,9 +59,8 @@ class ResponsesRoutes:
 
     async def create(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Answer, behind an earlier response if one is named."""
-        edge = self._edge
         request = ResponsesRequest.read(body, is_strict=self._is_strict)
-        check_model(request.model, edge)
+        edge = await choose_edge(self._edge, request.model)
         request.check(can_keep=edge.sessions.is_on)
         tenant = edge.access.tenant()
         said = request.said()
@@ -80,6 +79,7 @@ class ResponsesRoutes:
             content_is_text=content_is_text,
             tells_reasoning=edge.prompts.writing.dialect.tells_reasoning,
         )
+        name_model(edge, [made], request.model)
         asked = asked_for(request, created_at) if request.is_kept else b""
         make = ResponseStream if request.stream else ResponseDocument
         is_stored = request.store is not False and edge.sessions.is_on
@@ -97,7 +97,7 @@ class ResponsesRoutes:
         )
         names = request.names(len(made.chat.messages) - len(said))
         if request.background and not request.stream:
-            return await self._begin(call, made, asked, format, names)
+            return await self._begin(edge, call, made, asked, format, names)
         if isinstance(format, ResponseStream):
             call.error_event = format.failed
         on_finished = self._storing(tenant, format, (*history, *said))
@@ -108,6 +108,7 @@ class ResponsesRoutes:
 
     async def _begin(
         self,
+        edge: Edge,
         call: HttpCall,
         made: generation_pb2.GenerateRequest,
         asked: bytes,
@@ -116,7 +117,7 @@ class ResponsesRoutes:
     ) -> web.StreamResponse:
         """Begin a response, and leave it running. Raises StatusError."""
         deadline = call.deadline(is_stream=True)
-        generation = Generation(self._edge, made, HttpCaller(call, deadline), asked)
+        generation = Generation(edge, made, HttpCaller(call, deadline), asked)
         try:
             async with deadline, generation:
                 started = await anext(generation.events)
@@ -150,7 +151,7 @@ class ResponsesRoutes:
         format.starting_after = starting_after
         call.error_event = format.failed
         return await serve(
-            self._edge,
+            kept.edge,
             call,
             [kept.head.request],
             [{}],
@@ -168,7 +169,7 @@ class ResponsesRoutes:
         if kept is None:
             await self._load(tenant, response_id)
         else:
-            await self._edge.kept.forget(self._edge, tenant, response_id)
+            await self._edge.kept.forget(self._edge.models, tenant, response_id)
         await self._edge.sessions.of(tenant).delete(response_id)
         return json_answer({"id": response_id, "object": "response", "deleted": True})
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-import grpc
 from aiohttp import hdrs, web
 
 from scalellm import __version__
-from scalellm.services.common.errors import StatusError
 from scalellm.services.tokenizer.generation.edge import Edge
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.v1 import generation_pb2
 
 
 class ServiceRoutes:
@@ -47,35 +46,44 @@ class ServiceRoutes:
         return json_answer({"version": __version__})
 
     async def models(self, call: HttpCall) -> web.StreamResponse:
-        """The one model."""
-        return json_answer({"object": "list", "data": [self._model()]})
+        """All models, the default first."""
+        return json_answer({"object": "list", "data": [self._model(name) for name in self._edge.models.names]})
 
     async def model(self, call: HttpCall) -> web.StreamResponse:
         """The model, if it is the one that is asked for."""
-        check_model(call.request.match_info["model"], self._edge)
-        return json_answer(self._model())
+        return json_answer(self._model(call.request.match_info["model"]))
 
-    def _model(self) -> dict[str, object]:
-        welcome, name = self._edge.schedulers.welcome, self._edge.model_name
+    def _model(self, name: str) -> dict[str, object]:
+        edge = self._edge.models.choose(name)
+        welcome = edge.schedulers.welcome
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "scalellm",
-            "root": name,
+            "root": edge.model_name,
             "parent": None,
             "max_model_len": welcome.max_model_len if welcome is not None else None,
         }
 
 
-def check_model(name: str | None, edge: Edge) -> None:
-    """Raise StatusError NOT_FOUND unless `name` is the model that is served, or None."""
-    if name is not None and name != edge.model_name:
-        raise StatusError(
-            grpc.StatusCode.NOT_FOUND,
-            f"model: {name[:256]!r} is not served here, only {edge.model_name!r} is",
-            field="model",
-        )
+async def choose_edge(edge: Edge, model: str | None, *, session_id: str = "", kept_id: str = "") -> Edge:
+    """Return the edge of the model that a request names, or began with. Raises StatusError; see `Edges.of_request`.
+
+    Args:
+        edge: The worker.
+        model: Name that the request gives; None: none.
+        session_id: The session that it continues; empty: none.
+        kept_id: The id under which it is kept; empty: it is not.
+    """
+    return await edge.models.of_request(model, edge.access.tenant(), session_id=session_id, kept_id=kept_id)
+
+
+def name_model(edge: Edge, requests: Iterable[generation_pb2.GenerateRequest], model: str | None) -> None:
+    """Have requests say which model was asked for, where there are several: others under their ids differ from them."""
+    if model is not None and edge.models.are_several:
+        for request in requests:
+            request.model = model
 
 
 def json_answer(value: object, status: int = 200) -> web.Response:

@@ -119,6 +119,7 @@ def _session_json(session_id: str, session: Session, remaining: float) -> dict[s
         session.created,
         session.updated,
         time.time() + remaining,
+        session.model,
     )
     return {**_info_json(info), "turn_ends": [turn.num_messages for turn in session.turns]}
 
@@ -127,6 +128,7 @@ def _info_json(info: SessionInfo) -> dict[str, object]:
     return {
         "id": info.session_id,
         "object": "session",
+        "model": info.model or None,
         "num_turns": info.num_turns,
         "num_tokens": info.num_tokens,
         "created_at": round(info.created, 3),

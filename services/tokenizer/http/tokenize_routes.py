@@ -15,7 +15,7 @@ from scalellm.services.tokenizer.http.api_request import ApiRequest, UInt32, ren
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.face import HttpFace
 from scalellm.services.tokenizer.http.messages import add_messages
-from scalellm.services.tokenizer.http.service_routes import check_model, json_answer
+from scalellm.services.tokenizer.http.service_routes import choose_edge, json_answer
 from scalellm.services.tokenizer.http.template_fields import TemplateFields
 from scalellm.services.tokenizer.http.tool_fields import set_tools, tool_names
 from scalellm.services.tokenizer.json_object import JsonObject
@@ -53,7 +53,6 @@ class TokenizeRoutes:
     def __init__(self, edge: Edge, *, is_strict: bool) -> None:
         self._edge = edge
         self._is_strict = is_strict
-        self._tokenizing = Tokenizing(edge)
 
     def register(self, face: HttpFace, app: web.Application) -> None:
         """Add the routes."""
@@ -66,12 +65,12 @@ class TokenizeRoutes:
         tenant = self._edge.access.tenant()
         async with self._edge.quotas.admitted(tenant):
             request = TokenizeRequest.read(body, is_strict=self._is_strict)
-            check_model(request.model, self._edge)
+            edge = await choose_edge(self._edge, request.model)
             try:
-                token_ids = await self._encode(request, tenant.name)
+                token_ids = await _encode(edge, request, tenant.name)
             except StatusError as error:
                 raise renamed(error, {**_NAMES, **tool_names(request.tools, ".function")}) from None
-        welcome, tokens = self._edge.schedulers.welcome, self._edge.prompts.texts.tokens
+        welcome, tokens = edge.schedulers.welcome, edge.prompts.texts.tokens
         return json_answer(
             {
                 "count": len(token_ids),
@@ -81,39 +80,25 @@ class TokenizeRoutes:
             }
         )
 
-    async def _encode(self, request: TokenizeRequest, caller: str) -> list[int]:
-        if request.messages is None:
-            if request.prompt is None:
-                raise StatusError.invalid("prompt", "or messages must be given")
-            text = tokenizer_pb2.EncodeRequest(text=as_text(request.prompt, "prompt"))
-            if request.add_special_tokens is not None:
-                text.add_special_tokens = request.add_special_tokens
-            return list((await self._tokenizing.encode(text, caller)).token_ids)
-        asked = tokenizer_pb2.ApplyChatTemplateRequest()
-        add_messages(asked.chat, request.messages)
-        asked.chat.content_is_text = self._edge.prompts.can_take_content_as_text
-        request.set_template(asked.chat)
-        set_tools(asked.chat, request.tools, None, is_parallel=None)
-        return list((await self._tokenizing.apply_chat_template(asked, caller)).token_ids)
-
     async def detokenize(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Token ids to text."""
         tenant = self._edge.access.tenant()
         async with self._edge.quotas.admitted(tenant):
             request = DetokenizeRequest.read(body, is_strict=self._is_strict)
-            check_model(request.model, self._edge)
+            edge = await choose_edge(self._edge, request.model)
             # Special tokens are shown, as vLLM shows them.
             skips = bool(request.skip_special_tokens)
             asked = tokenizer_pb2.DecodeRequest(token_ids=request.tokens, skip_special_tokens=skips)
             try:
-                answer = await self._tokenizing.decode(asked, tenant.name)
+                answer = await Tokenizing(edge).decode(asked, tenant.name)
             except StatusError as error:
                 raise renamed(error, _NAMES) from None
         return json_answer({"prompt": answer.text})
 
     async def info(self, call: HttpCall) -> web.StreamResponse:
         """Answer with facts about the tokenizer. `bos_token` and others stand where tokenizer_config.json has them."""
-        info, model = self._tokenizing.info(), self._edge.prompts.model
+        edge = self._edge.models.choose(call.request.query.get("model"))
+        info, model = Tokenizing(edge).info(), edge.prompts.model
         return json_answer(
             {
                 "model": info.model,
@@ -121,11 +106,27 @@ class TokenizeRoutes:
                 "max_model_len": info.max_model_len or None,
                 "eos_token_ids": list(info.eos_token_ids),
                 **model.special_tokens,
-                "special_tokens": dict(self._edge.prompts.texts.special_ids),
+                "special_tokens": dict(edge.prompts.texts.special_ids),
                 "chat_template": model.chat_template,
                 "sha256": info.tokenizer_sha256.hex(),
             }
         )
+
+
+async def _encode(edge: Edge, request: TokenizeRequest, caller: str) -> list[int]:
+    if request.messages is None:
+        if request.prompt is None:
+            raise StatusError.invalid("prompt", "or messages must be given")
+        text = tokenizer_pb2.EncodeRequest(text=as_text(request.prompt, "prompt"))
+        if request.add_special_tokens is not None:
+            text.add_special_tokens = request.add_special_tokens
+        return list((await Tokenizing(edge).encode(text, caller)).token_ids)
+    asked = tokenizer_pb2.ApplyChatTemplateRequest()
+    add_messages(asked.chat, request.messages)
+    asked.chat.content_is_text = edge.prompts.can_take_content_as_text
+    request.set_template(asked.chat)
+    set_tools(asked.chat, request.tools, None, is_parallel=None)
+    return list((await Tokenizing(edge).apply_chat_template(asked, caller)).token_ids)
 
 
 _NAMES: Mapping[str, str] = {"text": "prompt", "token_ids": "tokens"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING
 
 from scalellm.services.common.errors import StatusError
 from scalellm.services.tokenizer.generation.answer import Answer, Event, make_samples
@@ -12,12 +11,8 @@ from scalellm.services.tokenizer.kept.kept_request import KeptRequest
 from scalellm.services.tokenizer.latency import LatencyTrace
 from scalellm.services.tokenizer.sample_stream import OutputOptions
 
-if TYPE_CHECKING:
-    from scalellm.services.tokenizer.generation.edge import Edge
-
 
 async def follow(
-    edge: Edge,
     kept: KeptRequest,
     offsets: Sequence[int],
     min_tokens: int,
@@ -28,7 +23,6 @@ async def follow(
     """Yield the events of a request, Deltas from `offsets` on. Raises StatusError for every end but OK.
 
     Args:
-        edge: The worker.
         kept: The request.
         offsets: Tokens of each sample that the client has; missing ones are 0.
         min_tokens: Tokens of a sample to wait for.
@@ -44,12 +38,12 @@ async def follow(
         )
     offsets = [*offsets, *[0] * (num_samples - len(offsets))]
     options = OutputOptions.from_request(head.request)
-    samples = make_samples(head.request, options, head.submit, edge.prompts.writing)
+    samples = make_samples(head.request, options, head.submit, kept.edge.prompts.writing)
     answer = Answer(
         head.submit.token_ids,
         samples,
         trace,
-        edge.metrics,
+        kept.edge.model_metrics,
         lambda index: None,
         () if repeats else offsets,
         # Several parts of an answer may come with one token: whoever goes on in between is told the rest of them.

@@ -58,7 +58,7 @@ class KeptRequest:
     """Runs a request, or follows it in its journal until it ended or until its worker is gone, and then runs it.
 
     Args:
-        edge: The worker.
+        edge: The worker, and the model of the request.
         journal: Journal that it is written to.
         writing: Held while journals are written: an entry says how long its tail is, so two at once would not fit.
         tenant: The tenant.
@@ -90,7 +90,7 @@ class KeptRequest:
         prompt: Prompt | None = None,
         session: Session | None = None,
     ) -> None:
-        self._edge = edge
+        self.edge = edge
         self._journal = journal
         self._writing = writing
         self.tenant = tenant
@@ -319,11 +319,11 @@ class KeptRequest:
         self._renewed_at = time.monotonic()
         self._trace, self._prompt, self._session = None, None, None
         self._end_is_written = self._writes_nothing = False
-        self._edge.metrics.taken_over.inc()
+        self.edge.metrics.taken_over.inc()
         if self._lease is None:
             try:
                 priority = max(self.head.request.priority, MIN_PRIORITY)
-                self._lease = await self._edge.quotas.admit(self.tenant, priority)
+                self._lease = await self.edge.quotas.admit(self.tenant, priority)
             except StatusError:
                 pass  # it was admitted once, and its old worker may still count it
         _log.info("request %s goes on here after %d tokens", self.head.request_id, self.transcript.num_tokens)
@@ -331,7 +331,7 @@ class KeptRequest:
     async def _own(self) -> None:
         """Run it to its end. Raises StatusError if it can go on elsewhere or later."""
         self._trace = self._trace or LatencyTrace()
-        run = Run(self._edge, self.tenant, self.head, self.transcript, self._trace, self._prompt, self._session)
+        run = Run(self.edge, self.tenant, self.head, self.transcript, self._trace, self._prompt, self._session)
         try:
             await run.run(self._fence, self._seconds_left(), self._accepted)
         except StatusError as error:

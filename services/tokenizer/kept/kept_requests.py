@@ -22,6 +22,7 @@ from scalellm.v1 import generation_pb2
 
 if TYPE_CHECKING:
     from scalellm.services.tokenizer.generation.edge import Edge
+    from scalellm.services.tokenizer.generation.edges import Edges
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +66,10 @@ class KeptRequests:
         """Running requests whose last moments Redis did not take: they cannot be resumed elsewhere."""
         return sum(kept.is_here and not kept.is_journaled for kept in self._all)
 
-    async def find(self, edge: Edge, tenant: Tenant, request_id: str) -> KeptRequest:
-        """Return a request by its id, wherever it runs or ran. Raises StatusError NOT_FOUND, UNAVAILABLE."""
+    async def find(self, edges: Edges, tenant: Tenant, request_id: str) -> KeptRequest:
+        """Return a request by its id, wherever it runs or ran. Raises StatusError NOT_FOUND, UNAVAILABLE, and
+        FAILED_PRECONDITION where its model is served no more.
+        """
         key = (tenant.name, request_id)
         if (kept := self._by_id.get(key)) is not None and not kept.was_refused:
             return kept
@@ -79,19 +82,30 @@ class KeptRequests:
             return kept
         if head is None:
             raise no_request(request_id)
+        edge = edges.serving(head.started.model)
         kept = KeptRequest(edge, self._journal, self._writing, tenant, head)
         self._start(kept)
         return kept
 
-    async def cancel(self, edge: Edge, tenant: Tenant, request_id: str) -> KeptRequest:
+    async def model_of(self, tenant: Tenant, request_id: str) -> str:
+        """Return the model of the request that an id stands for; empty: there is none, or Redis does not answer."""
+        if (kept := self._by_id.get((tenant.name, request_id))) is not None:
+            return kept.edge.model_name
+        try:
+            head = await self._journal.head(tenant, request_id) if self._journal is not None else None
+        except StatusError:
+            return ""
+        return head.started.model if head is not None else ""
+
+    async def cancel(self, edges: Edges, tenant: Tenant, request_id: str) -> KeptRequest:
         """End a request, wherever it runs; see KeptRequest. Raises StatusError NOT_FOUND, UNAVAILABLE."""
-        kept = await self.find(edge, tenant, request_id)
+        kept = await self.find(edges, tenant, request_id)
         await kept.cancel()
         return kept
 
-    async def forget(self, edge: Edge, tenant: Tenant, request_id: str) -> None:
+    async def forget(self, edges: Edges, tenant: Tenant, request_id: str) -> None:
         """End a request, and keep nothing of it. Raises StatusError NOT_FOUND, UNAVAILABLE."""
-        kept = await self.cancel(edge, tenant, request_id)
+        kept = await self.cancel(edges, tenant, request_id)
         await kept.stop()  # what is written after it is forgotten would begin its journal again
         if self._journal is not None and (reading := await self._journal.read(tenant, request_id, 0)) is not None:
             await self._journal.forget(tenant, request_id, reading.fence)
@@ -106,7 +120,7 @@ class KeptRequests:
         if self._journal is None:
             return None
         try:
-            kept = await self.find(edge, tenant, request.request_id)
+            kept = await self.find(edge.models, tenant, request.request_id)
         except StatusError:
             return None
         kept.head.check_same(request)

@@ -95,7 +95,7 @@ class Run:
         count_shown(edge.metrics, finish.usage, transcript.num_tokens, samples)
         outcome = await self._save_turn(samples[0]) if head.request.HasField("session_id") else None
         ended = [sample.ended for sample in samples if sample.ended is not None]
-        transcript.end(make_finished(edge.metrics, trace, finish, ended, outcome))
+        transcript.end(make_finished(edge.model_metrics, trace, finish, ended, outcome))
 
     def _make_submit(self, fence: int, time_left: float | None) -> link_pb2.Submit:
         submit = link_pb2.Submit()

@@ -18,6 +18,7 @@ from scalellm.services.tokenizer.config import TokenizerSettings
 from scalellm.services.tokenizer.dialect import Dialect
 from scalellm.services.tokenizer.generation.caller import Caller
 from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.generation.edges import Edges
 from scalellm.services.tokenizer.generation.request_path import Generation, Resumption
 from scalellm.services.tokenizer.limits import RequestLimits
 from scalellm.services.tokenizer.metrics import EdgeMetrics
@@ -94,7 +95,9 @@ class Prompts:
 
     def __init__(self, texts: TokenTexts) -> None:
         self.texts = texts
-        self.writing = SimpleNamespace(texts=texts, dialect=Dialect(), added_ids={}, end_ids=())
+        self.writing = SimpleNamespace(
+            texts=texts, dialect=Dialect(), added_ids={}, end_ids=(), can_count_reasoning=False
+        )
 
     async def build(self, request: generation_pb2.GenerateRequest, session: None, **how: object) -> Prompt:
         return Prompt(request.tokens.ids if request.HasField("tokens") else PROMPT)
@@ -137,14 +140,17 @@ def loses_its_scheduler(receiver: TokenReceiver) -> None:
 
 
 def make_edge(texts: object, play: Play) -> SimpleNamespace:
+    metrics = EdgeMetrics(CollectorRegistry(), ["m"])
     edge = SimpleNamespace(
+        models=Edges(),
         model_name="m",
         prompts=Prompts(texts),
         tokenizer_size=1000,
         vocab_size=1000,
         schedulers=Schedulers(play),
         limits=RequestLimits(),
-        metrics=EdgeMetrics(CollectorRegistry()),
+        metrics=metrics,
+        model_metrics=metrics.models["m"],
         salt_secret="",
         access=Access(),
         quotas=Ledger(),

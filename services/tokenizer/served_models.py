@@ -1,0 +1,53 @@
+"""The models that a service is told to serve: their names and where they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from scalellm.services.common.model_store import name_of
+
+
+class ServedModel(NamedTuple):
+    """One model.
+
+    Attributes:
+        name: The name that clients and executors know it by.
+        source: A name of the catalogue or of the Hub, a directory or a file.
+    """
+
+    name: str
+    source: str
+
+
+def read_models(listed: str, only_name: str = "") -> tuple[ServedModel, ...]:
+    """Return the models of a list MODEL,NAME=MODEL,...; what is there as a file or directory is one model.
+
+    Args:
+        listed: The list.
+        only_name: Name of the model, where it is one; empty: its own.
+
+    Raises ValueError.
+    """
+    parts = [listed] if Path(listed).expanduser().exists() else [part.strip() for part in listed.split(",")]
+    if not all(parts):
+        raise ValueError("a model is missing: must be MODEL or NAME=MODEL, with commas between several")
+    models = tuple(map(_read_one, parts))
+    if only_name and len(models) > 1:
+        raise ValueError("is for one model; of several each is named in the list: NAME=MODEL")
+    if only_name:
+        return (models[0]._replace(name=only_name),)
+    name, times = Counter(model.name for model in models).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"two models have the name {name!r}; give them others in the list: NAME=MODEL")
+    return models
+
+
+def _read_one(part: str) -> ServedModel:
+    name, sign, source = part.partition("=")
+    if not sign or Path(part).expanduser().exists():
+        return ServedModel(name_of(part), part)
+    if not (name and source):
+        raise ValueError(f"must be NAME=MODEL, got {part!r}")
+    return ServedModel(name, source)
