@@ -6,6 +6,8 @@ from torch import Tensor
 from scalellm.kernels.capability import Capability
 from scalellm.kernels.tiles import tile_table
 
+_ALIGNED = 4  # elements of 4 bytes in 16 bytes
+
 
 def num_decode_splits(capability: Capability, num_seqs: int, num_kv_heads: int) -> int:
     """Return `num_splits` for `paged_attention_decode`: a power of two, 8 to 64 in the tables.
@@ -34,5 +36,25 @@ def least_tiles(capability: Capability, num_splits: int, block_n: int) -> int:
 def decode_workspace(
     num_seqs: int, num_heads: int, head_dim: int, num_splits: int, device: torch.device | None = None
 ) -> Tensor:
-    """Allocate the scratch of `paged_attention_decode` for at most these sizes: per share a vector and its weight."""
-    return torch.empty(num_seqs * num_heads * num_splits * (head_dim + 1), dtype=torch.float32, device=device)
+    """Allocate the scratch of `paged_attention_decode` for at most these sizes: per share a vector and its weight.
+
+    Its end holds tickets (`decode_tickets`), which are zero; every call leaves them so.
+    """
+    size = decode_workspace_size(num_seqs, num_heads, head_dim, num_splits)
+    workspace = torch.empty(size, dtype=torch.float32, device=device)
+    decode_tickets(workspace, num_seqs, num_heads).zero_()
+    return workspace
+
+
+def decode_workspace_size(num_seqs: int, num_heads: int, head_dim: int, num_splits: int) -> int:
+    """Return the length of that scratch."""
+    return num_seqs * num_heads * (num_splits * (head_dim + 1) + 1) + _ALIGNED
+
+
+def decode_tickets(workspace: Tensor, num_seqs: int, num_heads: int) -> Tensor:
+    """Return the end of the scratch, i32, where the shares of a sequence and a kv head are counted while they are done.
+
+    It begins at a multiple of 16 bytes, for any numbers alike: kernels are not compiled for some of them anew.
+    """
+    begin = (workspace.numel() - num_seqs * num_heads) // _ALIGNED * _ALIGNED
+    return workspace[begin:].view(torch.int32)

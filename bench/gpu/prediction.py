@@ -33,6 +33,7 @@ _ISSUE_RATE = 0.6  # instructions of a scheduler in a cycle, in a loop that wait
 _SHARED = 228 << 10  # bytes of a processor
 _CHAIN_US = 2.0  # of a program of attention: length, block id, first keys, one after the other
 _SMALLEST_US = 2.2  # a kernel that moves next to nothing
+_LAST_US = 0.8  # of the last program of a sequence's attention: a ticket, and shares from L2
 _SAMPLER_US = 30.0  # and the copies around a step
 _ROWS: tuple[tuple[str, ModelShape, Precision, tuple[int, ...]], ...] = (
     ("llama-3.1-8b", LLAMA_8B, "bf16", (1, 64, 256)),
@@ -55,6 +56,7 @@ class Design:
         expert_rows: rows of a block of an expert where the blocks of an expert read its weight one after the other;
             0 where they read it together.
         launches: of a layer beside its products, attention included.
+        adds_shares_apart: one of them adds up the shares of attention.
         gap_us: between two kernels of a graph.
     """
 
@@ -65,6 +67,7 @@ class Design:
     e4m3_instructions: int
     expert_rows: int
     launches: int
+    adds_shares_apart: bool
     gap_us: float
 
 
@@ -76,6 +79,7 @@ BEFORE = Design(
     e4m3_instructions=798,
     expert_rows=16,
     launches=6,
+    adds_shares_apart=True,
     gap_us=1.2,
 )
 # int4 with interleaved rows: a warp issues 375 instructions for 4 KB of words with up to 16 rows, 623 with 64
@@ -88,9 +92,11 @@ NOW = replace(
     attention_share=0.90,
     e4m3_instructions=618,
     expert_rows=0,
+    launches=5,
+    adds_shares_apart=False,
 )
 # Products of few rows of their own with the norm before and the activation after them, e4m3 with operands swapped, int4
-# unpacked two numbers at a time, the last program of attention adds its shares, launches that overlap.
+# unpacked two numbers at a time, launches that overlap.
 OPEN = replace(
     NOW,
     name="with what is open",
@@ -134,7 +140,8 @@ def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) 
         us += ASSUMED.move_us(weights * times) / share + 5 * _SMALLEST_US
         launches += 2 + 5
     attention, waves = _attention_us(shape, seqs, kv_bytes, design)
-    us += attention + (design.launches - 2) * max(_SMALLEST_US, ASSUMED.move_us(8.0 * seqs * shape.hidden) / 0.8)
+    small = design.launches - 1 - design.adds_shares_apart
+    us += attention + small * max(_SMALLEST_US, ASSUMED.move_us(8.0 * seqs * shape.hidden) / 0.8)
     if precision == "int4":
         launches += 3  # shares of products are added
         us += 3 * _SMALLEST_US
@@ -156,7 +163,8 @@ def _attention_us(shape: ModelShape, seqs: int, kv_bytes: int, design: Design) -
         tiles = seqs * shape.kv_heads * _CONTEXT / 64
         # The four warps of a program are on the four schedulers of a processor.
         us = max(us, tiles * design.e4m3_instructions / _ISSUE_RATE / (_SMS * _GHZ * 1e3))
-    return us + _CHAIN_US + _SMALLEST_US, programs / (_SMS * resident)
+    adding = _SMALLEST_US if design.adds_shares_apart else _LAST_US
+    return us + _CHAIN_US + adding, programs / (_SMS * resident)
 
 
 def table() -> str:

@@ -1,8 +1,9 @@
 """Attention of one query per sequence, the keys of each divided among programs ("flash decoding").
 
-Each program attends over its share of the keys and leaves a normalised vector and the log2 of its weight; a second
-kernel adds them up. The grid is fixed by shapes, so a captured graph serves any lengths: programs whose share is empty
-leave at once, and the second kernel does not read what they did not write.
+Each program attends over its share of the keys. Where a sequence has more than one, the program leaves a normalised
+vector and the log2 of its weight and draws a ticket; the one with the last ticket adds them up, always in the order of
+the keys, and puts the ticket back to zero for the next launch. The grid is fixed by shapes, so a captured graph serves
+any lengths: programs whose share is empty leave at once, and nobody waits for them.
 """
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.quant import E4M3
-from scalellm.kernels.splits import decode_workspace, least_tiles
+from scalellm.kernels.splits import decode_tickets, decode_workspace, decode_workspace_size, least_tiles
 from scalellm.kernels.triton.attention import LOG2E, as_multiplied, blocks_of, capped, slots_of
 from scalellm.kernels.triton.quantise import scale_of
+
+_AT_ONCE = 4096  # numbers of shares that a program adds up at a time: 32 for each of 128 threads
 
 
 def paged_attention_decode(
@@ -46,14 +49,14 @@ def paged_attention_decode(
     tile = launch.tile("paged_attention_decode", element_size=q.element_size(), head_dim=head_dim)
     block_n = tile["block_n"]
     least = least_tiles(launch.capability, num_splits, block_n)
-    parts = out  # one split writes the result itself
+    parts = tickets = None  # one split writes the result itself
     if num_splits > 1:
-        size = num_seqs * q_heads * num_splits
+        needed = decode_workspace_size(num_seqs, q_heads, head_dim, num_splits)
         if workspace is None:
             workspace = decode_workspace(num_seqs, q_heads, head_dim, num_splits, q.device)
-        elif workspace.numel() < size * (head_dim + 1):
-            raise ValueError(f"workspace: has {workspace.numel()} elements, {size * (head_dim + 1)} are needed")
-        parts = workspace
+        elif workspace.numel() < needed:
+            raise ValueError(f"workspace: has {workspace.numel()} elements, {needed} are needed")
+        parts, tickets = workspace, decode_tickets(workspace, num_seqs, kv_heads)
     launch(
         _decode_split,
         (num_seqs, kv_heads, num_splits),
@@ -64,7 +67,9 @@ def paged_attention_decode(
         seq_lens,
         1.0 if k_scale is None else k_scale,
         1.0 if v_scale is None else v_scale,
+        out,
         parts,
+        tickets,
         block_table.stride(0),
         scale / softcap if softcap else scale * LOG2E,
         softcap * LOG2E,
@@ -83,31 +88,13 @@ def paged_attention_decode(
         BLOCK_N=block_n,
         NUM_SPLITS=num_splits,
         LEAST_TILES=least,
+        PADDED_GROUP=next_power_of_2(group),
+        FEW=min(next_power_of_2(num_splits), max(1, _AT_ONCE // (next_power_of_2(group) * next_power_of_2(head_dim)))),
         WINDOW=window,
         SOFTCAP=softcap > 0,
         K_SCALE_IN_MEMORY=isinstance(k_scale, Tensor),
         V_SCALE_IN_MEMORY=isinstance(v_scale, Tensor),
     )
-    if num_splits > 1:
-        launch(
-            _decode_reduce,
-            (num_seqs, q_heads),
-            parts,
-            seq_lens,
-            out,
-            num_warps=1 if num_splits * head_dim <= 2048 else 4,
-            num_stages=1,
-            OUT_STRIDE_S=out.stride(0),
-            OUT_STRIDE_H=out.stride(1),
-            Q_HEADS=q_heads,
-            D=head_dim,
-            PADDED_D=next_power_of_2(head_dim),
-            BLOCK_N=block_n,
-            NUM_SPLITS=num_splits,
-            PADDED_SPLITS=next_power_of_2(num_splits),
-            LEAST_TILES=least,
-            WINDOW=window,
-        )
     return out
 
 
@@ -131,7 +118,9 @@ def _decode_split(
     seq_lens_ptr,
     k_scale,
     v_scale,
-    parts_ptr,  # [S, Hq, NUM_SPLITS, D] and then [S, Hq, NUM_SPLITS], float32; the result when there is one split
+    out_ptr,
+    parts_ptr,  # [S, Hq, NUM_SPLITS, D] and then [S, Hq, NUM_SPLITS], float32; with more than one split
+    tickets_ptr,  # [S, Hkv] i32, zero before and after a launch
     block_table_stride,
     score_scale,  # of q.k: gives powers of two, or with SOFTCAP the argument of tanh
     cap,  # times log2(e)
@@ -148,6 +137,8 @@ def _decode_split(
     BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     LEAST_TILES: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    FEW: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     K_SCALE_IN_MEMORY: tl.constexpr,
@@ -158,10 +149,11 @@ def _decode_split(
     split = tl.program_id(2)
     length = tl.load(seq_lens_ptr + seq)
     start, first, share = _shares(length, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
+    shares = tl.maximum(tl.cdiv(length - first, share), 1)  # without keys one writes zeros
+    if split >= shares:
+        return
     first += split * share
     stop = tl.minimum(first + share, length)
-    if NUM_SPLITS > 1 and first >= stop:
-        return
 
     row = tl.arange(0, BLOCK_H)
     dim = tl.arange(0, PADDED_D)
@@ -196,46 +188,69 @@ def _decode_split(
 
     weighted *= scale_of(v_scale, V_SCALE_IN_MEMORY)
     part = weighted / tl.where(total == 0.0, 1.0, total)[:, None]  # a row without keys is zero
-    if NUM_SPLITS == 1:
-        at = seq * OUT_STRIDE_S + head[:, None] * OUT_STRIDE_H + dim[None, :]
-        tl.store(parts_ptr + at, part.to(parts_ptr.dtype.element_ty), mask=mask)
-    else:
-        at = (seq * (KV_HEADS * GROUP) + head) * NUM_SPLITS + split
-        tl.store(parts_ptr + at[:, None] * D + dim[None, :], part, mask=mask)
+    if shares == 1:
+        out_at = seq * OUT_STRIDE_S + head[:, None] * OUT_STRIDE_H + dim[None, :]
+        tl.store(out_ptr + out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
+    elif NUM_SPLITS > 1:
         weights_ptr = parts_ptr + tl.num_programs(0).to(tl.int64) * (KV_HEADS * GROUP * NUM_SPLITS * D)
-        tl.store(weights_ptr + at, highest + tl.math.log2(total), mask=row < GROUP)
+        part_at = (seq * (KV_HEADS * GROUP) + head) * NUM_SPLITS + split
+        tl.store(parts_ptr + part_at[:, None] * D + dim[None, :], part, mask=mask)
+        tl.store(weights_ptr + part_at, highest + tl.math.log2(total), mask=row < GROUP)
+        tl.debug_barrier()  # what all threads of this program wrote comes before its ticket
+        ticket_ptr = tickets_ptr + seq * KV_HEADS + kv_head
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == shares - 1:
+            tl.store(ticket_ptr, 0)
+            _add_shares(
+                parts_ptr,
+                weights_ptr,
+                out_ptr + seq * OUT_STRIDE_S + kv_head * GROUP * OUT_STRIDE_H,
+                (seq * KV_HEADS + kv_head) * GROUP,
+                shares,
+                OUT_STRIDE_H,
+                GROUP,
+                D,
+                PADDED_D,
+                NUM_SPLITS,
+                PADDED_GROUP,
+                FEW,
+            )
 
 
 @triton.jit
-def _decode_reduce(
+def _add_shares(
     parts_ptr,
-    seq_lens_ptr,
+    weights_ptr,
     out_ptr,
-    OUT_STRIDE_S: tl.constexpr,
+    head,
+    shares,
     OUT_STRIDE_H: tl.constexpr,
-    Q_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     PADDED_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
-    LEAST_TILES: tl.constexpr,
-    WINDOW: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    FEW: tl.constexpr,
 ):
-    seq = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    length = tl.load(seq_lens_ptr + seq)
-    _, first, share = _shares(length, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
-    split = tl.arange(0, PADDED_SPLITS)
-    dim = tl.arange(0, PADDED_D)
-    written = (split < NUM_SPLITS) & (first + split * share < length)
-    at = (seq * Q_HEADS + head) * NUM_SPLITS + split
-    weights_ptr = parts_ptr + tl.num_programs(0).to(tl.int64) * (Q_HEADS * NUM_SPLITS * D)
-    weight = tl.load(weights_ptr + at, mask=written, other=float("-inf"))
-    part = tl.load(parts_ptr + at[:, None] * D + dim[None, :], mask=written[:, None] & (dim < D)[None, :], other=0.0)
-    highest = tl.max(weight, 0)
-    factor = tl.where(written, tl.math.exp2(weight - tl.where(length > 0, highest, 0.0)), 0.0)
-    total = tl.sum(factor, 0)
-    result = tl.sum(part * factor[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    at_out = seq * OUT_STRIDE_S + head * OUT_STRIDE_H + dim
-    tl.store(out_ptr + at_out, result.to(out_ptr.dtype.element_ty), mask=dim < D)
+    """Add up the shares of the `GROUP` heads from `head` on, `FEW` shares of all of them at a time."""
+    WIDTH: tl.constexpr = PADDED_GROUP * PADDED_D
+    wide = tl.arange(0, WIDTH)
+    row, dim = wide // PADDED_D, wide % PADDED_D
+    live = (row < GROUP) & (dim < D)
+    highest = tl.full([WIDTH], float("-inf"), tl.float32)
+    total = tl.zeros([WIDTH], tl.float32)
+    result = tl.zeros([WIDTH], tl.float32)
+    for begin in range(0, shares, FEW):
+        split = (begin + tl.arange(0, FEW))[:, None]
+        at = (head + row)[None, :] * NUM_SPLITS + split
+        there = live[None, :] & (split < shares)
+        # Other processors wrote them: not to be taken from this one's own cache.
+        weight = tl.load(weights_ptr + at, mask=there, other=0.0, cache_modifier=".cg")
+        part = tl.load(parts_ptr + at * D + dim[None, :], mask=there, other=0.0, cache_modifier=".cg")
+        weight = tl.where(split < shares, weight, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(weight, 0))
+        factor = tl.math.exp2(weight - new_highest[None, :])
+        decay = tl.math.exp2(highest - new_highest)
+        result = result * decay + tl.sum(part * factor, 0)
+        total = total * decay + tl.sum(factor, 0)
+        highest = new_highest
+    tl.store(out_ptr + row * OUT_STRIDE_H + dim, (result / total).to(out_ptr.dtype.element_ty), mask=live)

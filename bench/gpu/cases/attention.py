@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.gpu.cases.case import E4M3, Bound, Case, Maker
 from scalellm.kernels import Ops, decode_workspace, num_decode_splits
+from scalellm.kernels.splits import decode_tickets
 
 _BF16 = torch.bfloat16
 
@@ -144,7 +145,8 @@ def _case(
 
         assert ops.launch is not None
         splits = num_splits or num_decode_splits(ops.launch.capability, len(lens), heads.kv)
-        workspace = decode_workspace(len(case.q), heads.q, heads.dim, splits, make.device).fill_(torch.nan)
+        workspace = decode_workspace(len(case.q), heads.q, heads.dim, splits, make.device)
+        workspace[: -decode_tickets(workspace, len(case.q), heads.q).numel()] = torch.nan
 
         def decode() -> object:
             return ops.paged_attention_decode(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scalellm.kernels import decode_workspace, num_decode_splits
-from scalellm.kernels.splits import least_tiles
+from scalellm.kernels.splits import decode_tickets, least_tiles
 from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -35,7 +35,9 @@ def unified(ops, case, **options):
 
 def decode(ops, case, num_splits, **options):
     out = torch.full_like(case.q, torch.nan)
-    workspace = decode_workspace(*case.q.shape, num_splits).fill_(torch.nan)
+    workspace = decode_workspace(*case.q.shape, num_splits)
+    tickets = decode_tickets(workspace, *case.q.shape[:2])
+    workspace[: -tickets.numel()] = torch.nan
     options.setdefault("scale", case.q.shape[-1] ** -0.5)
     result = ops.paged_attention_decode(
         case.q,
@@ -49,6 +51,7 @@ def decode(ops, case, num_splits, **options):
         **options,
     )
     assert result is out
+    assert not tickets.any()
     return out
 
 
@@ -172,6 +175,22 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_place(ops, paged_case):
     assert torch.equal(decode(ops, moved, 4), together[order])
 
 
+def test_one_workspace_serves_batches_of_any_size(ops, paged_case):
+    """As captured graphs of several sizes use it one after the other."""
+    workspace = decode_workspace(20, 4, 64, 1)
+    few, many = paged_case([130, 200], [1, 1]), paged_case([70, 3, 130, 0, 90], [1] * 5)
+
+    def run(case, num_splits):
+        tables = case.block_table, case.seq_lens
+        rows = {"scale": 0.125, "num_splits": num_splits, "workspace": workspace}
+        return ops.paged_attention_decode(case.q, case.k_cache, case.v_cache, *tables, **rows)
+
+    assert torch.equal(run(few, 8), decode(ops, few, 8))
+    for _ in range(2):
+        assert torch.equal(run(many, 4), decode(ops, many, 4))
+        assert torch.equal(run(few, 8), decode(ops, few, 8))
+
+
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(6, 2), (5, 1), (7, 1)])
 def test_rows_left_over_by_the_group_write_nothing(ops, paged_case, last_program_first, q_heads, kv_heads):
     case = paged_case([40, 20], [40, 1], q_heads=q_heads, kv_heads=kv_heads)
@@ -239,7 +258,7 @@ def test_slots_past_two_to_the_31_elements(ops, dtype, page):
 
 def test_refusals(ops, paged_case):
     case = paged_case([5], [1])
-    with pytest.raises(ValueError, match="workspace: has 10 elements, 520 are needed"):
+    with pytest.raises(ValueError, match="workspace: has 10 elements, 528 are needed"):
         ops.paged_attention_decode(
             case.q,
             case.k_cache,
