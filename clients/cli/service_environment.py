@@ -18,6 +18,8 @@ _SETTING_OPTIONS = {
     "kv_cache_dtype": "SCALELLM_EXECUTOR_KV_CACHE_DTYPE",
     "max_model_len": "SCALELLM_EXECUTOR_MAX_MODEL_LEN",
     "max_num_seqs": "SCALELLM_EXECUTOR_MAX_NUM_SEQS",
+    "tensor_parallel": "SCALELLM_EXECUTOR_TENSOR_PARALLEL",
+    "expert_parallel": "SCALELLM_EXECUTOR_EXPERT_PARALLEL",
 }
 """Settings of services that `up` takes as options; the others it takes from a file or the environment."""
 

@@ -140,6 +140,8 @@ def up(
     kv_cache_dtype: Annotated[str | None, _setting("Type of cached keys and values: int8, fp8, ...", "TYPE")] = None,
     max_model_len: Annotated[int | None, _setting("Longest prompt plus output, in tokens.", "TOKENS")] = None,
     max_num_seqs: Annotated[int | None, _setting("Sequences that run at once.", "NUMBER")] = None,
+    tensor_parallel: Annotated[int | None, _setting("GPUs that hold each executor's model together.", "RANKS")] = None,
+    expert_parallel: Annotated[int | None, _setting("Groups of them among which experts go.", "GROUPS")] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -172,6 +174,7 @@ def up(
     context = CliContext.of(ctx)
     given = {"quantization": quantization, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
     given |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}  # type: ignore[dict-item]
+    given |= {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}  # type: ignore[dict-item]
     environment = service_environment(ctx, context, given, api_key)
     check_not_running(context.instance)
     name, path = fetch_model(context, model)

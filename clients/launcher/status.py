@@ -176,7 +176,8 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
             pass
         elif status.kind == EXECUTOR and (info := probe.executor()):
             model, kernels = info.model, dict(info.kernels)
-            compute = ", ".join(filter(None, (info.device, info.dtype, info.quantization, info.backend)))
+            ranks = f"{info.tensor_parallel} ranks" if info.tensor_parallel > 1 else ""
+            compute = ", ".join(filter(None, (ranks, info.device, info.dtype, info.quantization, info.backend)))
             weights = _weights(info)
             if info.late_compiles:
                 error = error or f"{info.late_compiles} kernels were compiled while requests waited"

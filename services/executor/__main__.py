@@ -100,7 +100,8 @@ def _metrics_endpoint(
         collector = WithVllmNames(collector, "0", lambda: supervisor.info.model)
 
     def processes() -> dict[str, int]:
-        return {"engine": supervisor.engine_pid} if supervisor.engine_pid is not None else {}
+        engine = {"engine": supervisor.engine_pid} if supervisor.engine_pid is not None else {}
+        return engine | {f"rank-{rank}": pid for rank, pid in supervisor.rank_pids.items()}
 
     tls = settings.metrics_tls_files
     return MetricsEndpoint(settings.metrics_host, port, "executor", [collector], processes, tls, tracer)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from scalellm.services.executor.engine.grammar import GrammarCompiler
 from scalellm.services.executor.engine.kv_cache_size import KVCacheTooSmallError
 from scalellm.services.executor.engine.step_warm_up import fit_step_times
 from scalellm.services.executor.engine_load import welcome
+from scalellm.services.executor.ipc import EngineChannel
 from scalellm.services.executor.late_grammars import LateGrammars
 from scalellm.services.executor.limits import choose_limits, engine_config
 from scalellm.services.executor.model_config import PRESETS, ModelConfig, UnsupportedModelError
@@ -58,19 +60,52 @@ class LoadedEngine:
 
 
 def build_engine(
-    settings: ExecutorSettings, progress: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+    settings: ExecutorSettings,
+    progress: Callable[[str], None],
+    channels: Sequence[EngineChannel] = (),
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> LoadedEngine:
     """Load the model and make its engine.
 
     Args:
         settings: Settings of the executor.
         progress: Gets a line of text per stage.
+        channels: To the other ranks, if there are any: they call `follow_engine`.
         clock: Tells the engine the time, in seconds.
 
     Raises StartError.
     """
+    with _refusals():
+        if settings.engine == "fake":
+            return _fake_engine(settings, clock)
+        return _model_engine(settings, progress, channels, clock)
+
+
+def follow_engine(settings: ExecutorSettings, rank: int, channel: EngineChannel) -> None:
+    """Load a share of the model, as a rank other than 0 of an engine, and do as rank 0 says until it is gone: EOFError.
+
+    Raises StartError, and what a step raises.
+    """
+    from scalellm.services.executor.model_engine import follow_model_engine
+    from scalellm.services.executor.placement import choose_placement
+    from scalellm.services.executor.ranks.group import join, plans_from
+    from scalellm.services.executor.weights import read_model_config
+
+    with _refusals():
+        found = _find_model(settings, read_model_config)
+        placement = choose_placement(settings, found.config, rank)
+        plans = plans_from(channel)
+        device = placement.device.torch_device
+        shard = join(plans, rank, settings.num_ranks, settings.expert_parallel, device)
+        follow_model_engine(settings, placement, _weights_at(settings, found), found.config, shard, plans)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what says that an engine cannot be built into a StartError."""
     try:
-        return _fake_engine(settings, clock) if settings.engine == "fake" else _model_engine(settings, progress, clock)
+        yield
     except (
         ModelStoreError,
         UnsupportedModelError,
@@ -81,19 +116,37 @@ def build_engine(
         raise StartError(str(error)) from error
 
 
+def _weights_at(settings: ExecutorSettings, model: _FoundModel) -> Path | None:
+    """Return where the weights are; None: they are to be random."""
+    return None if settings.load_format == "dummy" else model.path
+
+
 def _model_engine(
-    settings: ExecutorSettings, progress: Callable[[str], None], clock: Callable[[], float]
+    settings: ExecutorSettings,
+    progress: Callable[[str], None],
+    channels: Sequence[EngineChannel],
+    clock: Callable[[], float],
 ) -> LoadedEngine:
     # Not at the top: torch takes three seconds to load, and the fake engine does without.
     from scalellm.services.executor.model_engine import build_model_engine
     from scalellm.services.executor.models.runtime import dtype_name
+    from scalellm.services.executor.models.shard import Shard
     from scalellm.services.executor.placement import choose_placement
     from scalellm.services.executor.weights import read_model_config
 
     found = _find_model(settings, read_model_config)
     placement = choose_placement(settings, found.config)
-    weights = None if settings.load_format == "dummy" else found.path
-    built = build_model_engine(settings, placement, weights, found.config, progress, _grammars(found), clock)
+    shard = tell = None
+    if settings.num_ranks > 1:
+        from scalellm.services.executor.ranks.group import Followers
+
+        Shard(0, settings.num_ranks, settings.expert_parallel).check(found.config)
+        followers = Followers(channels)
+        shard, tell = followers.meet(settings.expert_parallel, placement.device.torch_device), followers.tell
+    weights = _weights_at(settings, found)
+    built = build_model_engine(
+        settings, placement, weights, found.config, progress, _grammars(found), clock, shard, tell
+    )
     info = executor_pb2.GetExecutorInfoResponse(
         device=placement.device.torch_device.type,
         dtype=dtype_name(placement.dtype),
@@ -104,7 +157,9 @@ def _model_engine(
         other_weights=None if built.other_form is None else _weights(built.other_form),
         kernels=dict(built.ops.backends),
     )
-    return replace(_describe(found, built.engine, info), late_compiles=lambda: len(built.runner.late_compiles))
+    return replace(
+        _describe(settings, found, built.engine, info), late_compiles=lambda: len(built.runner.late_compiles)
+    )
 
 
 def _weights(form: WeightForm) -> executor_pb2.WeightForm:
@@ -140,7 +195,7 @@ def _fake_engine(settings: ExecutorSettings, clock: Callable[[], float]) -> Load
     # A modelled device answers as fast as a real one.
     step_times = fit_step_times(config, runner) if overlaps else None
     engine = Engine(config, runner, clock, grammars=grammars, step_times=step_times)
-    return _describe(found, engine, executor_pb2.GetExecutorInfoResponse(device="cpu", backend="fake"))
+    return _describe(settings, found, engine, executor_pb2.GetExecutorInfoResponse(device="cpu", backend="fake"))
 
 
 def _find_model(settings: ExecutorSettings, read: Callable[[Path], ModelConfig]) -> _FoundModel:
@@ -155,7 +210,9 @@ def _find_model(settings: ExecutorSettings, read: Callable[[Path], ModelConfig])
     return _FoundModel(path, name, config, tokenizer_sha256(path))
 
 
-def _describe(model: _FoundModel, engine: Engine, info: executor_pb2.GetExecutorInfoResponse) -> LoadedEngine:
+def _describe(
+    settings: ExecutorSettings, model: _FoundModel, engine: Engine, info: executor_pb2.GetExecutorInfoResponse
+) -> LoadedEngine:
     config = engine.config
     info.instance_id = uuid.uuid4().hex
     info.model = model.name
@@ -163,5 +220,13 @@ def _describe(model: _FoundModel, engine: Engine, info: executor_pb2.GetExecutor
     info.block_size = config.block_size
     info.max_model_len = config.max_model_len
     info.max_num_seqs = config.max_num_seqs
-    greeting = welcome(engine, instance_id=info.instance_id, model=model.name, tokenizer_sha256=model.tokenizer_sha256)
+    info.tensor_parallel = settings.tensor_parallel
+    info.expert_parallel = settings.expert_parallel
+    greeting = welcome(
+        engine,
+        instance_id=info.instance_id,
+        model=model.name,
+        tokenizer_sha256=model.tokenizer_sha256,
+        tensor_parallel=settings.tensor_parallel,
+    )
     return LoadedEngine(engine, greeting, info)

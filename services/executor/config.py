@@ -61,6 +61,12 @@ class ExecutorSettings(LinkedSettings):
     """Forms of ops instead of the chosen ones: OP=torch, OP=triton or OP=cpp, comma-separated; OP "all" means each."""
     enforce_eager: bool = False
     """Launch decode steps op by op instead of replaying captured graphs: slower, easier to debug."""
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Ranks that compute each token together: processes that each hold a share of the model, on a GPU of their own.
+    Heads have to divide by it. On a CPU it is a test vehicle: sums between processes cost more than ranks save."""
+    expert_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Groups of ranks among which a model's experts are distributed; within a group each expert is divided. Must divide
+    --tensor-parallel."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of the engine's matrix products; 0 chooses by measurement at start."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
@@ -94,3 +100,8 @@ class ExecutorSettings(LinkedSettings):
     checked than it allows."""
     max_engine_restarts: Annotated[int, Field(ge=0)] = 3
     """Engine crashes in a row, without a finished start in between, after which the service gives up."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold the model; the fake engine has none to divide, and only says that it has ranks."""
+        return self.tensor_parallel if self.engine == "model" else 1

@@ -264,6 +264,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = EngineChannel(socket.socket(fileno=int(sys.argv[1])))
     write_stacks_to(int(sys.argv[2]))
+    ranks = [EngineChannel(socket.socket(fileno=int(descriptor))) for descriptor in sys.argv[3:]]
     told = read_line(sys.stdin.buffer)
     if told is None:  # the front has ended
         return
@@ -275,7 +276,7 @@ def main() -> None:
 
     try:
         try:
-            loaded = build_engine(settings, progress)
+            loaded = build_engine(settings, progress, ranks)
         except StartError as error:
             channel.send(Message(Kind.FATAL, payload=str(error).encode()))
             return

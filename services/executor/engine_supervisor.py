@@ -19,6 +19,7 @@ from scalellm.services.common.lifecycle import StartError
 from scalellm.services.common.link import LinkTraffic
 from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.executor.ipc import FrontChannel, Kind, Message
+from scalellm.services.executor.rank_processes import RankProcesses
 from scalellm.services.executor.stall_report import StackFile
 from scalellm.v1 import executor_pb2, link_pb2
 
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 _RESTART_DELAY = 0.2
 _RETRY_AFTER = 1.0
+_LAST_WORDS = 5.0
+"""Seconds for an engine that starts to say why it cannot, once one of its ranks has ended."""
 
 # For one step and the way of the answers: what hangs longer is lost with the link.
 _GIVE_BACK_LIMIT = 5.0
@@ -76,9 +79,11 @@ class EngineSupervisor:
         self._next_link = 1
         self._channel: FrontChannel | None = None
         self._process: ChildProcess | None = None
+        self._ranks = RankProcesses()
         self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._ready = False
         self._draining = False
+        self._lost_rank = ""
         self._changed = asyncio.Event()
         self._on_ready: Callable[[], None]
         self.info = executor_pb2.GetExecutorInfoResponse()
@@ -109,6 +114,11 @@ class EngineSupervisor:
     def engine_pid(self) -> int | None:
         """The engine's process."""
         return self._process.pid if self._process is not None else None
+
+    @property
+    def rank_pids(self) -> Mapping[int, int]:
+        """The processes of its other ranks, by rank."""
+        return self._ranks.pids
 
     @property
     def is_ready(self) -> bool:
@@ -189,26 +199,32 @@ class EngineSupervisor:
         """One engine, to its end. Whether it was ever ready."""
         ours, theirs = socket.socketpair()
         self._stacks = StackFile()
+        environment = engine_environment(os.environ)
+        self._ranks = await RankProcesses.start(self._settings, environment)
         with theirs:
-            descriptors = (theirs.fileno(), self._stacks.fileno())
+            descriptors = (theirs.fileno(), self._stacks.fileno(), *self._ranks.leader_descriptors)
             self._process = await ChildProcess.start(
                 python_module("scalellm.services.executor.engine_process", *map(str, descriptors)),
-                engine_environment(os.environ),
+                environment,
                 output=None,
                 pass_fds=descriptors,
             )
+        self._ranks.close_sockets()
         self._process.tell(self._settings.model_dump(mode="json"))
         self._channel = FrontChannel(self._on_message)
         try:
             await self._channel.open(ours)
             if await self._stalls(self._channel):
                 self.engine_ends[EngineEnd.STALL] += 1
-                report = await self._stacks.ask(self._process.pid)
+                report = await self._stacks.ask(self._process.pid) + await self._ranks.stacks()
                 limit = self._settings.stall_limit_s
                 _log.error("the engine has taken no step for %g s and is ended; of its threads:\n%s", limit, report)
                 return True
-            code = await self._process.wait()
             self.engine_ends[EngineEnd.CRASH] += 1
+            if self._lost_rank:
+                _log.error("%s, and its engine is ended: their requests are lost here", self._lost_rank)
+                return self._ready
+            code = await self._process.wait()
             _log.error("the engine process ended with %s, its requests are lost here", describe_exit(code))
             if report := self._stacks.read():
                 _log.error("where it was:\n%s", report)
@@ -221,16 +237,25 @@ class EngineSupervisor:
                 await self._end_process(StatusError.unavailable("the engine process died", retry_after=_RETRY_AFTER))
 
     async def _stalls(self, channel: FrontChannel) -> bool:
-        """Wait for the engine's end. True: it is still there and stands still. Raises what it could not start for."""
+        """Wait for the engine's end, or that of one of its ranks. True: all are there, and the engine stands still.
+
+        Raises what it could not start for.
+        """
         ended, stalled = asyncio.create_task(channel.wait_ended()), asyncio.create_task(self._heartbeat.until_stalled())
+        rank_ended = asyncio.create_task(self._ranks.first_end())
+        self._lost_rank = ""
         try:
-            await asyncio.wait((ended, stalled), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended, stalled, rank_ended), return_when=asyncio.FIRST_COMPLETED)
+            if rank_ended.done() and not ended.done():
+                self._lost_rank = rank_ended.result()
+                if not self._ready:  # what it could not start for, the engine may be about to say
+                    await asyncio.wait((ended,), timeout=_LAST_WORDS)
             if ended.done():
                 ended.result()
-            return not ended.done()
+            return not ended.done() and not self._lost_rank
         finally:
-            ended.cancel()
-            stalled.cancel()
+            for task in (ended, stalled, rank_ended):
+                task.cancel()
 
     def _on_message(self, message: Message) -> None:
         port = self._ports.get(message.link)
@@ -284,6 +309,7 @@ class EngineSupervisor:
         if self._process is not None:
             await self._process.kill()
         self._process = None
+        await self._ranks.kill()
 
 
 def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -293,4 +319,5 @@ def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
     busy process: each waits for a thread that is not running. torch reads these at import, hence an environment.
     """
     defaults = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+    defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks of one host
     return defaults | child_environment(environment)

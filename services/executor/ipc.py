@@ -44,6 +44,8 @@ class Kind(enum.IntEnum):
     """Front: end what is here, for others to go on with."""
     TRACE = 10
     """Engine: a traced request ended - TracedRequest."""
+    PLAN = 12
+    """Rank 0 of an engine, to each other rank: what all do next - RankPlan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,10 @@ class Message:
 
 
 class EngineChannel:
-    """The engine's end: blocking, used between two steps.
+    """The engine's end, and both ends between its ranks: blocking, used between two steps.
 
     Args:
-        connection: The engine's half of the socket pair.
+        connection: Its half of the socket pair.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -73,14 +75,14 @@ class EngineChannel:
         self._poll.register(connection, select.POLLIN)
 
     def send(self, *messages: Message) -> None:
-        """Write messages; waits while the front is busy. EOFError: the front is gone."""
+        """Write messages; waits while the other end is busy. EOFError: it is gone."""
         try:
             self._connection.sendall(b"".join(message.encode() for message in messages))
         except ConnectionError:
-            raise EOFError("the front closed the connection") from None
+            raise EOFError("the other end closed the connection") from None
 
     def receive(self, timeout: float) -> Iterator[Message]:
-        """All messages that have arrived; waits up to `timeout` seconds for the first. EOFError: the front is gone."""
+        """All messages that have arrived; waits up to `timeout` seconds for the first. EOFError: nobody sends any."""
         if not self._has_message():
             while self._poll.poll(timeout * 1000):
                 try:
@@ -88,7 +90,7 @@ class EngineChannel:
                 except ConnectionError:  # it left without reading all that was sent
                     data = b""
                 if not data:
-                    raise EOFError("the front closed the connection")
+                    raise EOFError("the other end closed the connection")
                 self._buffer += data
                 timeout = 0.0
         yield from _take_messages(self._buffer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from scalellm.services.executor.engine.step_warm_up import fit_step_times
 from scalellm.services.executor.limits import engine_config
 from scalellm.services.executor.models import (
     CausalLM,
+    KVCache,
     ModelConfig,
     ModelRuntime,
     WeightMemory,
@@ -28,12 +29,18 @@ from scalellm.services.executor.models import (
     dummy_model,
 )
 from scalellm.services.executor.models.context import kv_bytes_per_token
+from scalellm.services.executor.models.shard import Shard
 from scalellm.services.executor.placement import Placement
-from scalellm.services.executor.runner import ModelRunner
+from scalellm.services.executor.ranks.following import follow
+from scalellm.services.executor.ranks.group import Tell
+from scalellm.services.executor.ranks.leading_runner import LeadingRunner
+from scalellm.services.executor.ranks.told_masks import ToldMasks
+from scalellm.services.executor.runner import Device, ModelRunner
 from scalellm.services.executor.runner.warm_up import run_largest_step, warm_up
 from scalellm.services.executor.threads import choose_num_threads
 from scalellm.services.executor.weight_form import WeightForm, other_forms, quantization_of, weight_form
 from scalellm.services.executor.weights import load_model
+from scalellm.v1 import ranks_pb2
 
 _LEAST_MODEL_LEN = 256
 _GIB = 1024**3
@@ -52,6 +59,17 @@ class ModelEngine:
     other_form: WeightForm | None
 
 
+@dataclass(frozen=True)
+class _LoadedModel:
+    """A rank's share of the model, and all that it takes to run it."""
+
+    model: CausalLM
+    kv_caches: list[KVCache]
+    config: EngineConfig
+    form: WeightForm
+    other_form: WeightForm | None
+
+
 def build_model_engine(
     settings: ExecutorSettings,
     placement: Placement,
@@ -60,59 +78,26 @@ def build_model_engine(
     progress: Callable[[str], None],
     grammars: GrammarCompiler | None = None,
     clock: Callable[[], float] = time.monotonic,
+    shard: Shard | None = None,
+    tell: Tell | None = None,
 ) -> ModelEngine:
     """Load the model at `path` (None: random weights), size its cache, and prepare everything that serving needs.
 
+    Rank 0 of several gets its `shard` and what tells the other ranks, which call `follow_model_engine`.
+
     Raises StartError, UnsupportedModelError, KVCacheTooSmallError, EngineConfigError.
     """
-    device, torch_device = placement.device, placement.device.torch_device
-    runtime = ModelRuntime(
-        _select_ops(settings, placement),
-        placement.dtype,
-        torch_device,
-        quantization_of(placement.quantization, on_gpu=torch_device.type != "cpu"),
-        fp8_fast_sums=settings.fp8_fast_sums,
-        allocate=WeightMemory().allocate,
+    device = placement.device
+    loaded = _load_all(settings, placement, path, model_config, progress, shard or Shard())
+    model, kv_caches, config = loaded.model, loaded.kv_caches, loaded.config
+    runner = (
+        ModelRunner(model, kv_caches, config, device)
+        if tell is None
+        else LeadingRunner(model, kv_caches, config, device, tell)
     )
-    # Sized before anything is loaded: a refusal takes a second, not minutes of reading weights.
-    longest = settings.max_model_len or model_config.max_position_embeddings
-    form = weight_form(placement.quantization, model_config, runtime, longest)
-    others = other_forms(form, model_config, runtime, longest)
-    free = device.free_memory()
-    if form.num_bytes >= free:
-        raise StartError(f"{settings.model}: {_does_not_fit(form, others, free)}")
-    other_form = next(others, None)  # no more of them: each is a model laid out
-    sizes = _size_cache(settings, placement, model_config, longest, free - form.num_bytes)
-    if torch_device.type == "cpu" and settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
-    progress(f"loading {settings.model}: {form}{_instead(other_form)}")
-    model = _load(path, model_config, runtime, sizes[1], progress)
-    if torch_device.type == "cpu" and not settings.num_threads:
-        torch.set_num_threads(choose_num_threads(model.first_projection, model_config.hidden_size, placement.dtype))
-    if device.overlaps:
-        # The memory of a step beside weights and cache is known once the largest step ran; torch keeps it.
-        run_largest_step(
-            model, _engine_config(settings, placement, model_config, *sizes), device, placement.kv_cache_dtype
-        )
-        sizes = _size_cache(settings, placement, model_config, sizes[1], device.free_memory())
-    config = _engine_config(settings, placement, model_config, *sizes)
-    threads = f"; {torch.get_num_threads()} threads" if torch_device.type == "cpu" else ""
-    swap = f"; {config.num_host_blocks} more in host memory" if config.num_host_blocks else ""
-    progress(
-        f"KV cache: {config.num_blocks} blocks of {config.block_size} tokens{swap}; up to {config.max_model_len} "
-        f"tokens per request{threads}"
-    )
-    kv_caches = allocate_kv_caches(
-        model_config,
-        config.num_blocks,
-        config.block_size,
-        dtype=placement.kv_cache_dtype,
-        device=torch_device,
-        ops=runtime.ops,
-    )
-    runner = ModelRunner(model, kv_caches, config, device)
+    ops = model.runtime.ops
     step_times = None
-    if runtime.ops.launch is not None or device.has_graphs:
+    if ops.launch is not None or device.has_graphs:
         started = time.perf_counter()
         warm_up(runner, config, progress, grammars)
         step_times = fit_step_times(config, runner)
@@ -121,13 +106,109 @@ def build_model_engine(
     is_guessing = settings.speculation == "auto" and not runner.overlaps
     speculator = suffix_speculator(config.target_itl) if is_guessing else None
     engine = Engine(config, runner, clock, swap_cost, grammars=grammars, step_times=step_times, speculator=speculator)
-    return ModelEngine(engine, runner, runtime.ops, form, other_form)
+    return ModelEngine(engine, runner, ops, loaded.form, loaded.other_form)
+
+
+def follow_model_engine(
+    settings: ExecutorSettings,
+    placement: Placement,
+    path: Path | None,
+    model_config: ModelConfig,
+    shard: Shard,
+    plans: Iterable[ranks_pb2.RankPlan],
+) -> None:
+    """Load what a rank other than 0 holds of the model, and do what rank 0 tells until it is gone: EOFError.
+
+    Raises what `build_model_engine` does, and what a step raises.
+    """
+    loaded = _load_all(settings, placement, path, model_config, lambda line: None, shard)
+    config = loaded.config
+    masks = ToldMasks(config.max_num_seqs, config.vocab_size)
+    runner = ModelRunner(loaded.model, loaded.kv_caches, config, placement.device, masks=masks)
+    follow(plans, runner, masks, config)
+
+
+def _load_all(
+    settings: ExecutorSettings,
+    placement: Placement,
+    path: Path | None,
+    model_config: ModelConfig,
+    progress: Callable[[str], None],
+    shard: Shard,
+) -> _LoadedModel:
+    device, torch_device = placement.device, placement.device.torch_device
+    runtime = ModelRuntime(
+        _select_ops(settings, placement),
+        placement.dtype,
+        torch_device,
+        quantization_of(placement.quantization, on_gpu=torch_device.type != "cpu"),
+        shard=shard,
+        fp8_fast_sums=settings.fp8_fast_sums,
+        allocate=WeightMemory().allocate,
+    )
+    rank_config = shard.config_of_rank(model_config)
+    # Sized before anything is loaded: a refusal takes a second, not minutes of reading weights.
+    longest = settings.max_model_len or model_config.max_position_embeddings
+    form = weight_form(placement.quantization, model_config, runtime, longest)
+    others = other_forms(form, model_config, runtime, longest)
+    free = _free_memory(device, shard)
+    if form.num_bytes >= free:
+        raise StartError(f"{settings.model}: {_does_not_fit(form, others, free)}")
+    other_form = next(others, None)  # no more of them: each is a model laid out
+    sizes = _agreed(shard, torch_device, *_size_cache(settings, placement, rank_config, longest, free - form.num_bytes))
+    if torch_device.type == "cpu" and settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    of_ranks = "" if shard.is_whole else f" on each of {shard.size} ranks"
+    progress(f"loading {settings.model}: {form}{of_ranks}{_instead(other_form)}")
+    model = _load(path, model_config, runtime, sizes[1], progress)
+    if torch_device.type == "cpu" and not settings.num_threads:
+        torch.set_num_threads(choose_num_threads(model.first_projection, model_config.hidden_size, placement.dtype))
+    if device.overlaps:
+        # The memory of a step beside weights and cache is known once the largest step ran; torch keeps it.
+        run_largest_step(
+            model, _engine_config(settings, placement, model_config, *sizes), device, placement.kv_cache_dtype
+        )
+        own_sizes = _size_cache(settings, placement, rank_config, sizes[1], _free_memory(device, shard))
+        sizes = _agreed(shard, torch_device, *own_sizes)
+    (num_host_blocks,) = _agreed(shard, torch_device, placement.swap_space // placement.block_bytes(rank_config))
+    config = _engine_config(settings, placement, model_config, *sizes, num_host_blocks=num_host_blocks)
+    threads = f"; {torch.get_num_threads()} threads" if torch_device.type == "cpu" else ""
+    swap = f"; {config.num_host_blocks} more in host memory" if config.num_host_blocks else ""
+    progress(
+        f"KV cache: {config.num_blocks} blocks of {config.block_size} tokens{swap}; up to {config.max_model_len} "
+        f"tokens per request{threads}"
+    )
+    kv_caches = allocate_kv_caches(
+        rank_config,
+        config.num_blocks,
+        config.block_size,
+        dtype=placement.kv_cache_dtype,
+        device=torch_device,
+        ops=runtime.ops,
+    )
+    return _LoadedModel(model, kv_caches, config, form, other_form)
+
+
+def _free_memory(device: Device, shard: Shard) -> int:
+    """Return the bytes that a rank may use: those of its GPU, or its share of the host's."""
+    return device.free_memory() if device.torch_device.type != "cpu" else device.free_memory() // shard.size
+
+
+def _agreed(shard: Shard, device: torch.device, *numbers: int) -> tuple[int, ...]:
+    """Return the least that any rank has of each number: all ranks have caches of one size."""
+    least: list[int] = shard.collectives.all_gather(torch.tensor(numbers, device=device)).amin(0).tolist()
+    return tuple(least)
 
 
 def _engine_config(
-    settings: ExecutorSettings, placement: Placement, model: ModelConfig, num_blocks: int, max_model_len: int
+    settings: ExecutorSettings,
+    placement: Placement,
+    model: ModelConfig,
+    num_blocks: int,
+    max_model_len: int,
+    *,
+    num_host_blocks: int = 0,
 ) -> EngineConfig:
-    num_host_blocks = placement.swap_space // placement.block_bytes(model)
     return engine_config(settings, placement.limits, model, num_blocks, max_model_len, num_host_blocks=num_host_blocks)
 
 

@@ -32,19 +32,20 @@ class Placement:
     limits: Limits
     memory_fraction: float
     swap_space: int
+    """Bytes of host memory for this rank."""
 
     def block_bytes(self, model: ModelConfig) -> int:
         """Return the bytes of a cache block in all layers."""
         return kv_bytes_per_token(model, self.kv_cache_dtype) * self.limits.block_size
 
 
-def choose_placement(settings: ExecutorSettings, model: ModelConfig) -> Placement:
-    """Find the device and fill in what depends on it and the model.
+def choose_placement(settings: ExecutorSettings, model: ModelConfig, rank: int = 0) -> Placement:
+    """Find the device of a rank and fill in what depends on it and the model.
 
     Raises StartError when the device asked for is not there.
     """
     on_gpu = _use_gpu(settings)
-    device: Device = CudaDevice(has_graphs=not settings.enforce_eager) if on_gpu else CpuDevice()
+    device: Device = CudaDevice(rank, has_graphs=not settings.enforce_eager) if on_gpu else CpuDevice()
     dtype = _DTYPES.get(settings.dtype, torch.bfloat16 if on_gpu else torch.float32)
     if on_gpu and settings.block_size not in (None, *_PAGE_SIZES):
         raise StartError(f"--block-size {settings.block_size}: a GPU's kernels take pages of {_PAGE_SIZES} tokens")
@@ -56,7 +57,7 @@ def choose_placement(settings: ExecutorSettings, model: ModelConfig) -> Placemen
         kv_cache_dtype=_kv_cache_dtype(settings, dtype if on_gpu else cache_dtype(quantization, model, dtype), on_gpu),
         limits=choose_limits(settings, on_gpu=on_gpu),
         memory_fraction=settings.memory_fraction or (0.9 if on_gpu else 0.25),
-        swap_space=_swap_space(settings, on_gpu),
+        swap_space=_swap_space(settings, on_gpu) // settings.num_ranks,
     )
 
 
@@ -83,6 +84,10 @@ def _use_gpu(settings: ExecutorSettings) -> bool:
     if settings.device == "cpu":
         return False
     found = torch.cuda.is_available()
+    if found and torch.cuda.device_count() < settings.num_ranks:
+        raise StartError(
+            f"--tensor-parallel {settings.num_ranks}: each rank takes a GPU, and there are {torch.cuda.device_count()}"
+        )
     if settings.device == "cuda" and not found:
         raise StartError(
             f"--device cuda: torch {torch.__version__} finds no CUDA device; see what nvidia-smi says, and whether "

@@ -1,5 +1,6 @@
 """Random weights, made where they are used: benchmarks without a checkpoint."""
 
+import zlib
 from dataclasses import replace
 
 import torch
@@ -22,9 +23,11 @@ def dummy_model(
     memory of the model and that of one matrix. Equal seeds give equal weights on devices of one kind.
     """
     model = CausalLM(replace(config, stored_linears=None), runtime, max_model_len=max_model_len)
-    generator = torch.Generator(runtime.device).manual_seed(seed)
+    generator = torch.Generator(runtime.device)
     with torch.no_grad():
         for slot in model.weight_slots():
+            # By its name: what all ranks hold, such as a router, is the same on each.
+            generator.manual_seed(seed + zlib.crc32(slot.name.encode()))
             _fill(slot, generator)
     finish_all(model.weight_slots())
     return model

@@ -90,6 +90,14 @@ class Shard:
         """True if there is one rank, which holds everything."""
         return self.size == 1
 
+    def check(self, config: ModelConfig) -> None:
+        """Refuse a model whose heads or experts cannot be divided like this: before ranks meet."""
+        self.config_of_rank(config)
+        if any(config.sparse_layers):
+            self.experts(config)
+        elif self.expert_parallel > 1:
+            raise UnsupportedModelError(f"expert_parallel {self.expert_parallel}: the model has no experts")
+
     def heads(self, config: ModelConfig) -> Part:
         """Return the query heads of this rank."""
         if config.num_heads % self.size:

@@ -37,6 +37,14 @@ def test_a_gpu_that_is_not_there(model_dir: Callable[[str], Path]) -> None:
     assert "--device cpu" in message
 
 
+def test_heads_that_cannot_be_divided_among_ranks(model_dir: Callable[[str], Path]) -> None:
+    """It is known before any of the other ranks is told to load its share."""
+    message = refusal(model_dir("smollm2-135m-instruct"), device="cpu", tensor_parallel=2)
+    assert message == "tensor_parallel 2: num_attention_heads 9 is not a multiple of it"
+    message = refusal(model_dir("smollm2-135m-instruct"), device="cpu", tensor_parallel=3, expert_parallel=3)
+    assert message == "expert_parallel 3: the model has no experts"
+
+
 GGUF = StoredGguf({"model.layers.0.self_attn.q_proj.weight": "Q4_1", "model.norm.weight": "F32"})
 HALVES = StoredDense({"model.layers.0.self_attn.q_proj.weight": torch.bfloat16, "model.norm.weight": torch.float32})
 

@@ -1,0 +1,61 @@
+"""The group of an engine's ranks, as each of them sees it while it loads the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from scalellm.services.executor.ipc import EngineChannel, Kind, Message
+from scalellm.services.executor.models.shard import Shard
+from scalellm.services.executor.ranks.collectives import MeetingPlace, meet_at
+from scalellm.services.executor.ranks.leading_runner import RanksApartError
+from scalellm.v1 import ranks_pb2
+
+_PATIENCE = 3600.0
+
+Tell = Callable[[ranks_pb2.RankPlan], None]
+
+
+class Followers:
+    """The other ranks, as rank 0 sees them.
+
+    Args:
+        channels: One to each of them, by rank.
+    """
+
+    def __init__(self, channels: Sequence[EngineChannel]) -> None:
+        self._channels = channels
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    def tell(self, plan: ranks_pb2.RankPlan) -> None:
+        """Send a plan to all of them. RanksApartError: one is gone."""
+        message = Message(Kind.PLAN, payload=plan.SerializeToString())
+        for rank, channel in enumerate(self._channels, start=1):
+            try:
+                channel.send(message)
+            except EOFError:
+                raise RanksApartError(f"rank {rank} is gone") from None
+
+    def meet(self, expert_parallel: int, device: torch.device) -> Shard:
+        """Tell them where to meet, and wait for them. Returns what rank 0 holds of the model."""
+        size = len(self._channels) + 1
+        place = MeetingPlace(size)
+        self.tell(ranks_pb2.RankPlan(meeting=place.told))
+        return Shard(0, size, expert_parallel, place.meet(device))
+
+
+def plans_from(channel: EngineChannel) -> Iterator[ranks_pb2.RankPlan]:
+    """Yield what rank 0 tells. EOFError: it is gone."""
+    while True:
+        for message in channel.receive(_PATIENCE):
+            yield ranks_pb2.RankPlan.FromString(message.payload)
+
+
+def join(
+    plans: Iterator[ranks_pb2.RankPlan], rank: int, size: int, expert_parallel: int, device: torch.device
+) -> Shard:
+    """Meet rank 0 and the others, which its first plan is about. Returns what this rank holds of the model."""
+    return Shard(rank, size, expert_parallel, meet_at(next(plans).meeting, rank, size, device))
