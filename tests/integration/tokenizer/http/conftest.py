@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import aiohttp
@@ -14,6 +15,16 @@ import pytest_asyncio
 from scalellm.v1 import common_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE
+
+
+@pytest.fixture(scope="session")
+def anthropic() -> ModuleType:
+    """Anthropic's package, imported by those who use it alone: that takes four seconds of CPU time, and each process of
+    the tests imports all files.
+    """
+    import anthropic
+
+    return anthropic
 
 
 @dataclass

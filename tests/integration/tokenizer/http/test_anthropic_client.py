@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import anthropic
 import pytest
 import pytest_asyncio
 
@@ -17,7 +16,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def ai(service, client):
+async def ai(service, client, anthropic):
     async with anthropic.AsyncAnthropic(
         base_url=f"http://{service.http_address}", api_key="none", timeout=PATIENCE, _strict_response_validation=True
     ) as made:
@@ -76,27 +75,27 @@ async def test_how_it_ended(ai, scheduler, tokenizer, stream):
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"extra_body": {"temperature": 101}}, anthropic.BadRequestError, "temperature: must be in"),
-        ({"model": "claude"}, anthropic.NotFoundError, "model: 'claude' is not served"),
-        ({"messages": [{"role": "system", "content": "a"}]}, anthropic.BadRequestError, "messages[0].role: must be"),
-        ({"stop_sequences": [""]}, anthropic.BadRequestError, "stop_sequences[0]: must have 1 to"),
-        ({"tools": [{"name": "a b", "input_schema": {}}]}, anthropic.BadRequestError, "tools[0].name: must be 1 to 64"),
+        ({"extra_body": {"temperature": 101}}, "BadRequestError", "temperature: must be in"),
+        ({"model": "claude"}, "NotFoundError", "model: 'claude' is not served"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "BadRequestError", "messages[0].role: must be"),
+        ({"stop_sequences": [""]}, "BadRequestError", "stop_sequences[0]: must have 1 to"),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, "BadRequestError", "tools[0].name: must be 1 to 64"),
         (
             {"tools": [{"name": "f", "input_schema": {"not": {}}}]},
-            anthropic.BadRequestError,
+            "BadRequestError",
             "tools[0].input_schema: has the keyword 'not'",
         ),
-        ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, anthropic.BadRequestError, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "BadRequestError", "thinking.budget_tokens"),
     ],
 )
-async def test_refusals_are_its_errors(ai, scheduler, fields, error, words):
-    with pytest.raises(error) as caught:
+async def test_refusals_are_its_errors(ai, anthropic, scheduler, fields, error, words):
+    with pytest.raises(getattr(anthropic, error)) as caught:
         await ai.messages.create(**message(**fields))
     assert words in caught.value.body["error"]["message"]
     assert scheduler.submits == []
 
 
-async def test_an_error_in_a_stream_is_raised(ai, scheduler):
+async def test_an_error_in_a_stream_is_raised(ai, anthropic, scheduler):
     status = link_pb2.LinkStatus(code=14, message="the executor is gone")
     scheduler.play = lambda submit: Script(fail_after=2, delay=0.1, status=status)
     with pytest.raises(anthropic.APIStatusError, match="the executor is gone"):

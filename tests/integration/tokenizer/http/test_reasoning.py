@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import anthropic
 import openai
 import pytest
 import pytest_asyncio
@@ -96,7 +95,7 @@ async def test_chats_have_it_beside_their_content(ai, write, tokenizer):
     assert without.usage.completion_tokens_details.reasoning_tokens == num_reasoned(tokenizer)
 
 
-async def test_messages_and_responses_have_it_as_a_part(ai, service, write, tokenizer):
+async def test_messages_and_responses_have_it_as_a_part(ai, anthropic, service, write, tokenizer):
     write(ANSWER, chunk=2)
     made = await ai.responses.create(model=MODEL, input="Is 7 prime?")
     assert [item.type for item in made.output] == ["reasoning", "message"]
