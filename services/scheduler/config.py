@@ -21,7 +21,8 @@ class SchedulerSettings(LinkedSettings, LinkingSettings):
     executors: str = ""
     """Executors, host:port,host:port,...; a name with several addresses stands for all. More join by AddExecutor."""
     redis_url: str | None = Field(default=None, repr=False)
-    """Redis in which session affinity survives a restart: redis://... or unix://...; unset: in memory only."""
+    """Redis in which session affinity survives a restart: redis://..., unix://... or redis+sentinel://...; unset: in
+    memory only."""
     session_ttl_s: Annotated[float, Field(ge=1)] = 3600.0
     """Seconds after its last request for which a session's executor is remembered in Redis."""
     max_queued_requests: Annotated[int, Field(ge=1)] = 4096

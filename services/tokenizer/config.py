@@ -62,7 +62,8 @@ class TokenizerSettings(LinkingSettings):
     max_worker_restarts: Annotated[int, Field(ge=0)] = 3
     """Crashes of one worker within a minute after which the service gives up."""
     redis_url: str | None = Field(default=None, repr=False)
-    """Redis that keeps sessions: redis://host:port/db or unix://path; unset: no sessions."""
+    """Redis that keeps sessions: redis://host:port/db, unix://path or redis+sentinel://host,host/name; unset: no
+    sessions."""
     session_ttl_s: Annotated[float, Field(ge=1, le=1e9)] = 3600.0
     """Seconds after its last turn for which a session is kept."""
     max_session_bytes: Annotated[int, Field(ge=1, le=2**53)] = 128 * 2**20
