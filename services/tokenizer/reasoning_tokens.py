@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scalellm.services.tokenizer.dialect import Part, PartKind
 from scalellm.services.tokenizer.dialect.splitter import AnswerSplitter
 from scalellm.services.tokenizer.text.detokenizer import Detokenizer
 
@@ -11,34 +12,48 @@ from scalellm.services.tokenizer.text.detokenizer import Detokenizer
 class ReasoningTokens:
     """Counts the tokens of one sample that stand between the marks of its reasoning, as a budget of reasoning does.
 
-    It reads the answer token by token, so how tokens are batched on their way changes nothing, and stop texts that hold
-    back text do not either.
+    The answer is read token by token while reasoning may come, so how tokens are batched on their way changes nothing.
 
     Args:
-        splitter: At the beginning of the answer; nothing else reads with it. The mark that ends reasoning is one token.
-        detokenizer: Nothing else reads with it either; it shows marks.
+        splitter: At the beginning of the answer, for `push`. The mark that ends reasoning is one token.
+        detokenizer: Shows marks, for `push`.
 
     Attributes:
-        count: So far.
+        count: Tokens so far.
     """
 
     __slots__ = ("_detokenizer", "_splitter", "count")
 
     def __init__(self, splitter: AnswerSplitter, detokenizer: Detokenizer) -> None:
-        self._splitter: AnswerSplitter | None = splitter
+        self._splitter = splitter
         self._detokenizer = detokenizer
         self.count = 0
 
     def push(self, token_ids: Sequence[int]) -> None:
-        """Read more of the answer, but no token that ends it."""
-        splitter = self._splitter
-        if splitter is None:
-            return
-        for token_id in token_ids:
-            was_in_reasoning = splitter.is_in_reasoning
-            splitter.push(self._detokenizer.push((token_id,)))
-            if was_in_reasoning and splitter.is_in_reasoning:
-                self.count += 1
+        """Count more of an answer whose text is not read by `read`: stop texts hold it back, or nobody wants it.
+
+        A token that ends the answer is none of it.
+        """
+        if not self._splitter.is_behind_reasoning:
+            self.read(token_ids, self._detokenizer, self._splitter)
+
+    def read(
+        self, token_ids: Sequence[int], detokenizer: Detokenizer, splitter: AnswerSplitter
+    ) -> tuple[str, list[Part]]:
+        """Count more of an answer, and return its text and parts as this detokenizer and this splitter tell them."""
+        texts: list[str] = []
+        parts: list[Part] = []
+        for place, token_id in enumerate(token_ids):
             if splitter.is_behind_reasoning:
-                self._splitter = None
-                return
+                texts.append(detokenizer.push(token_ids[place:]))
+                parts += splitter.push(texts[-1])
+                break
+            was_in_reasoning = splitter.is_in_reasoning
+            texts.append(detokenizer.push((token_id,)))
+            for part in splitter.push(texts[-1]):
+                if parts and parts[-1].kind is part.kind is PartKind.REASONING:
+                    parts[-1] = parts[-1]._replace(text=parts[-1].text + part.text)
+                else:
+                    parts.append(part)
+            self.count += was_in_reasoning and splitter.is_in_reasoning
+        return "".join(texts), parts

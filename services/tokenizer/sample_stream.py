@@ -151,9 +151,8 @@ class SampleStream:
         token_ids, finish = batch.token_ids, batch.finish
         if finish is None and self._detokenizer is not None:
             # Almost every message takes this way.
-            if self._reasoning is not None:
-                self._reasoning.push(token_ids)
-            return self._respond(batch, self._detokenizer.push(token_ids), len(token_ids))
+            text, parts = self._read(self._detokenizer, token_ids)
+            return self._respond(batch, text, parts, len(token_ids))
         # The token that ended the sample is a token of the answer, but not text.
         hides_last = (
             finish is not None
@@ -163,8 +162,12 @@ class SampleStream:
         )
         shown = token_ids[:-1] if hides_last else token_ids
         num_tokens, text, stop = len(token_ids), "", None
+        parts = []
         if self._detokenizer is not None:
-            text = self._detokenizer.push(shown) + self._detokenizer.flush()
+            text, parts = self._read(self._detokenizer, shown)
+            rest_text = self._detokenizer.flush()
+            text += rest_text
+            parts += self._split(rest_text)
         elif self._text is not None:
             delta = self._text.push(shown)
             text, stop = delta.text, delta.stop
@@ -173,7 +176,8 @@ class SampleStream:
             elif finish is not None:
                 rest = self._text.flush()
                 text, stop = text + rest.text, rest.stop
-        if self._reasoning is not None:
+            parts = self._split(text)
+        if self._reasoning is not None and self._detokenizer is None:
             self._reasoning.push(shown[:num_tokens])
         if stop is not None:
             self.ended = generation_pb2.SampleFinished(
@@ -183,16 +187,23 @@ class SampleStream:
             self.ended = generation_pb2.SampleFinished(index=self._index, reason=finish.reason)
             if finish.HasField("stop_token_id"):
                 self.ended.stop_token_id = finish.stop_token_id
-        return self._respond(batch, text, num_tokens)
+        return self._respond(batch, text, parts, num_tokens)
 
-    def _respond(self, batch: TokenBatch, text: str, num_tokens: int) -> Delta | None:
+    def _read(self, detokenizer: Detokenizer, token_ids: Sequence[int]) -> tuple[str, list[Part]]:
+        """Return the text of tokens, and its parts where they are told apart."""
+        if self._reasoning is not None and self._splitter is not None:
+            return self._reasoning.read(token_ids, detokenizer, self._splitter)
+        text = detokenizer.push(token_ids)
+        return text, self._split(text)
+
+    def _split(self, text: str) -> list[Part]:
+        return self._splitter.push(text) if self._splitter is not None else []
+
+    def _respond(self, batch: TokenBatch, text: str, parts: list[Part], num_tokens: int) -> Delta | None:
         options = self._options
-        parts: list[Part] = []
-        if self._splitter is not None:
-            parts = self._splitter.push(text)
-            if self.ended is not None:
-                parts += self._splitter.flush()
-                self.ended.num_tool_calls = self._splitter.num_calls
+        if self._splitter is not None and self.ended is not None:
+            parts += self._splitter.flush()
+            self.ended.num_tool_calls = self._splitter.num_calls
         token_ids = batch.token_ids if num_tokens == len(batch.token_ids) else batch.token_ids[:num_tokens]
         if options.keep_answer:
             self.answer_text.append(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ from scalellm.services.tokenizer.writing import Writing
 from scalellm.v1 import common_pb2, generation_pb2, link_pb2
 from tool_templates import HARMONY, HERMES
 
+ALL_TEXT = OutputOptions(keep_answer=True)
+NO_TEXT = OutputOptions(text=False)
 VOCAB = 49152
 EOS = 2
 HARMONY_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
@@ -48,14 +51,21 @@ def writings(smollm):
     return made
 
 
-def sample_of(writing, model, opening, *, stop=()):
+def sample_of(writing, model, opening, *, stop=(), options=ALL_TEXT):
     """The one sample of a request, behind a prompt."""
     request = generation_pb2.GenerateRequest(stop=stop, reasoning=generation_pb2.ReasoningOptions())
     prompt = {"open": "<think>", "harmony": "<|start|>assistant"}.get(opening, "Is it?")
     submit = link_pb2.Submit(request_id="r", sampling=common_pb2.SamplingParams(n=1))
     submit.token_ids.extend(model.encode(prompt, add_special_tokens=False).ids)
-    (sample,) = make_samples(request, OutputOptions(), submit, writing)
+    (sample,) = make_samples(request, options, submit, writing)
     return sample
+
+
+def together(parts):
+    """Parts, those put together that are more of the same."""
+    return [
+        (kind, "".join(part.text for part in run)) for kind, run in itertools.groupby(parts, lambda part: part.kind)
+    ]
 
 
 def encoded(model, text):
@@ -67,9 +77,10 @@ def encoded(model, text):
     name=st.sampled_from(sorted(ANSWERS)),
     thoughts=st.lists(st.lists(st.integers(17, VOCAB - 1), max_size=8), min_size=2, max_size=2),
     stop=st.sampled_from([(), ("</think>\n\nNo such text",), ("assistantfinalNo such text",)]),
+    options=st.sampled_from([ALL_TEXT, NO_TEXT]),
     data=st.data(),
 )
-def test_however_tokens_come_those_of_reasoning_are_counted(writings, name, thoughts, stop, data):
+def test_however_tokens_come_those_of_reasoning_are_counted(writings, name, thoughts, stop, options, data):
     writing, model = writings[HARMONY if name == "harmony" else HERMES]
     left = list(thoughts)
     expected, token_ids = 0, []
@@ -77,7 +88,8 @@ def test_however_tokens_come_those_of_reasoning_are_counted(writings, name, thou
         part = left.pop() if piece is None else encoded(model, piece)
         expected += len(part) if piece is None else 0
         token_ids += part
-    sample = sample_of(writing, model, name, stop=stop)
+    sample = sample_of(writing, model, name, stop=stop, options=options)
+    whole = list(token_ids)
     while token_ids:
         count = data.draw(st.integers(1, len(token_ids)))
         sample.push(TokenBatch(0, token_ids[:count], None, None))
@@ -85,6 +97,10 @@ def test_however_tokens_come_those_of_reasoning_are_counted(writings, name, thou
     finish = link_pb2.LinkSampleFinish(index=0, reason=common_pb2.FINISH_REASON_STOP, stop_token_id=EOS)
     sample.push(TokenBatch(0, [EOS], None, finish))
     assert sample.num_reasoning_tokens == expected
+    at_once = sample_of(writing, model, name, stop=stop, options=options)
+    at_once.push(TokenBatch(0, [*whole, EOS], None, finish))
+    assert at_once.num_reasoning_tokens == expected
+    assert together(at_once.answer_parts) == together(sample.answer_parts)
 
 
 @pytest.mark.parametrize("cuts", [1, 3, 100])
