@@ -193,7 +193,7 @@ def test_all_that_config_show_prints_can_be_set_to_what_it_prints(
 ) -> None:
     _, shown, _ = run("config", "show")
     path = tmp_path / "scalellm.toml"
-    path.write_text(re.sub(r"^# (?=[a-z_]+ = )", "", shown, flags=re.MULTILINE))
+    path.write_text(re.sub(r"^# (?=[a-z0-9_]+ = )", "", shown, flags=re.MULTILINE))
     tables = tomllib.loads(path.read_text())
     assert sum(len(table) for name, table in tables.items() if name != "up") == len(all_settings())
     assert run("up")[0] == run("up", "--config", str(path))[0] == 0
