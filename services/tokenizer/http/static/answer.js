@@ -23,7 +23,7 @@ export class Answer {
     this._note = h("p", { class: "note" });
     this._foot = h("div", { class: "foot" });
     this.element = h("article", { class: "answer", "aria-busy": "true" },
-      h("h3", {}, "Answer"), this._text.element, this._tokens.element, this._note, this._foot);
+      h("h2", {}, "Answer"), this._text.element, this._tokens.element, this._note, this._foot);
   }
 
   get text() {

@@ -31,7 +31,8 @@ function mode() {
 async function start() {
   try {
     const models = await json("v1/models");
-    say(byId("model"), visible(models.data[0]?.id ?? ""));
+    const chosen = byId("model").value || JSON.parse(sessionStorage.getItem(RUNNING) || "null")?.body.model;
+    byId("model").replaceChildren(...models.data.map(({ id }) => h("option", { value: id, selected: id === chosen }, visible(id))));
     await sessions.refresh();
   } catch (error) {
     if (error.isAboutKey) key.ask(error);
@@ -118,6 +119,7 @@ async function send(text, { seed } = {}) {
   if (seed !== undefined) body.seed = seed;
   const request_id = `play-${crypto.getRandomValues(new BigUint64Array(1))[0].toString(16)}`;
   Object.assign(body, { request_id, stream: true, stream_options: { include_usage: true }, on_disconnect: "keep" });
+  if (byId("model").value) body.model = byId("model").value; // otherwise there is but the server's own
   const record = { mode: mode(), body, text, turns: chat.turns, messages: chat.messages };
   if (record.mode === "chat") {
     const isFirst = chat.turns === 0;
@@ -235,7 +237,7 @@ async function again(record) {
 function said(message) {
   const names = { user: "You", assistant: "Answer", system: "System prompt", prompt: "Prompt", tool: "Result" };
   const text = h("div", { class: "text" }, visible(message.content ?? ""));
-  const parts = [h("h3", {}, names[message.role] ?? visible(message.role))];
+  const parts = [h("h2", {}, names[message.role] ?? visible(message.role))];
   if (message.reasoning_content) {
     parts.push(h("details", { class: "thought" }, h("summary", {}, "Reasoning"), h("div", { class: "text" }, visible(message.reasoning_content))));
   }
