@@ -3,7 +3,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .PHONY: help run up down status chat test test-all test-chart test-compose test-compose-faults test-hostile test-faults \
-	soak test-kernels aot lint format protos docs docs-check bench bench-load bench-tokenizer bench-scheduler bench-executor \
+	soak test-kernels test-browser pictures aot lint format protos docs docs-check bench bench-load bench-tokenizer bench-scheduler bench-executor \
 	bench-line bench-fleet bench-peers gpu setup setup-dev clean
 
 scalellm := .venv/bin/scalellm
@@ -70,6 +70,12 @@ test-faults: setup-dev ## kill, stop, cut off and starve each process of a line 
 soak: setup-dev ## an hour of streams of every kind with faults: nothing is lost, nothing grows (SOAK_SECONDS=3600)
 	$(test-env) SOAK_SECONDS=$${SOAK_SECONDS:-3600} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \
 		$(python) -m pytest -n 0 -v tests/integration/faults/test_soak.py $(PYTEST_ARGS)
+
+test-browser: setup-dev ## try the playground in Debian's chromium (apt-get install chromium; or CHROMIUM=...), with Node.js
+	cd tests/browser && npm ci --no-audit --no-fund && npm test
+
+pictures: setup-dev ## make pictures of the web pages beside the real model, in docs/pictures (needs what test-browser needs)
+	cd tests/browser && npm ci --no-audit --no-fund && node pictures.mjs
 
 test-kernels: setup-dev ## run the Triton kernels on the interpreter (no GPU needed)
 	$(test-env) TRITON_INTERPRET=1 $(python) -m pytest -n 2 --dist worksteal -q tests/kernels/interp $(PYTEST_ARGS)
