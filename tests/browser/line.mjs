@@ -52,6 +52,12 @@ export class Line {
     }
   }
 
+  /** Returns a function that kills a service's process as the kernel would; the supervisor starts the service again. */
+  async killerOf(name) {
+    const { pid } = (await this.status()).services.find((one) => one.name === name);
+    return () => process.kill(pid, "SIGKILL");
+  }
+
   async stop() {
     await this.scalellm("down").catch(() => {});
     await rm(this.folder, { recursive: true, force: true });

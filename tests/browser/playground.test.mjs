@@ -128,6 +128,22 @@ test("a reload in mid-answer goes on with the same answer", async () => {
   await close(page, line.base);
 });
 
+test("an answer goes on when the tokenizer is killed that writes it", async () => {
+  const kill = await line.killerOf("tokenizer"); // first: asking takes longer than an answer on a busy machine
+  const page = await playground();
+  await ask(page, "A long one", 4000);
+  await written(page, 50);
+  const before = await page.locator(`${BUSY} > .text`).textContent();
+  kill();
+  await page.waitForFunction(() => /trying again/.test(document.querySelector("#status").textContent));
+  await page.waitForSelector(DONE);
+  await isIdle(page);
+  assert.equal(await page.locator("#status").textContent(), "The answer is complete.");
+  assert.ok((await lastAnswer(page)).startsWith(before), "nothing is lost or written anew");
+  assert.match(await page.locator(`${DONE} .facts`).textContent(), /Answer4,000 tokens/);
+  await close(page, line.base);
+});
+
 test("a wrong key is told of, and asked for again", async () => {
   const page = await open(browser, `${line.base}/`, { key: "slm-wrong" });
   await page.waitForSelector("#key-dialog[open]");

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import hdrs, web
 
 from scalellm.services.common.addresses import bound_socket, join_address
-from scalellm.services.common.lifecycle import StartError
+from scalellm.services.common.lifecycle import LAST_WORDS, StartError
 from scalellm.services.common.tls import TlsFiles, listener_context
 from scalellm.services.tokenizer.http.connection import BoundedConnection, ConnectionLimits
 from scalellm.services.tokenizer.http.errors import OPENAI_ERRORS, HttpError
@@ -60,7 +60,7 @@ class HttpListener:
             handler_cancellation=True,
             keepalive_timeout=_IDLE,
             lingering_time=_LINGER,
-            shutdown_timeout=0.0,
+            shutdown_timeout=LAST_WORDS,  # of what runs on without its connection; aiohttp takes 0 for no limit
         )
         self._host = host
         self._port = port
@@ -102,9 +102,9 @@ class HttpListener:
         if self._server is None:
             return
         self._server.close()
-        await self._runner.cleanup()
         for connection in list(self._limits.open):
             connection.cut()
+        await self._runner.cleanup()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._server.wait_closed()

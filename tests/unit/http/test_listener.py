@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from unittest.mock import Mock
@@ -24,6 +25,8 @@ from scalellm.services.tokenizer.http.connection import BoundedConnection, Conne
 from scalellm.services.tokenizer.http.listener import HttpListener
 from service_processes import PATIENCE, eventually
 
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
@@ -33,10 +36,10 @@ async def hello(request: web.Request) -> web.StreamResponse:
 
 @asynccontextmanager
 async def listening(
-    tls: TlsFiles = PLAINTEXT, max_connections: int | None = None
+    handler: Handler = hello, tls: TlsFiles = PLAINTEXT, max_connections: int | None = None
 ) -> AsyncIterator[tuple[HttpListener, int]]:
     app = web.Application()
-    app.router.add_get("/", hello)
+    app.router.add_get("/", handler)
     with bound_socket("127.0.0.1", 0) as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -102,9 +105,33 @@ async def test_stopping_ends_open_connections() -> None:
             await ask(port)
 
 
+async def test_stopping_ends_an_answer_that_would_never_end() -> None:
+    is_cancelled = asyncio.Event()
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"news")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            is_cancelled.set()
+        return response
+
+    async with listening(endless) as (listener, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        await reader.readuntil(b"news")
+        await asyncio.wait_for(listener.stop(), PATIENCE)
+        await asyncio.wait_for(is_cancelled.wait(), PATIENCE)
+        with contextlib.suppress(ConnectionResetError):  # as it was cut off in the midst
+            await asyncio.wait_for(reader.read(), PATIENCE)
+        writer.close()
+
+
 async def test_certificates_are_replaced_without_a_restart(tmp_path: Path) -> None:
     first = issue(tmp_path / "own", trustme.CA())
-    async with listening(TlsFiles(first.cert, first.key)) as (_, port):
+    async with listening(tls=TlsFiles(first.cert, first.key)) as (_, port):
         old = trusting(first)
         assert await ask(port, old) == OK
         assert await ask(port) == b""  # no TLS
@@ -118,7 +145,7 @@ async def test_certificates_are_replaced_without_a_restart(tmp_path: Path) -> No
 
 async def test_clients_have_to_show_a_certificate_of_todays_authorities(tmp_path: Path) -> None:
     own, stranger = issue(tmp_path / "own", trustme.CA()), issue(tmp_path / "stranger", trustme.CA())
-    async with listening(TlsFiles(own.cert, own.key, own.ca)) as (_, port):
+    async with listening(tls=TlsFiles(own.cert, own.key, own.ca)) as (_, port):
 
         async def is_answered(shown: Identity | None) -> bool:
             context = trusting(own)
