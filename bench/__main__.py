@@ -61,7 +61,7 @@ def _line(model: str, path: Path, home: Path, settings: dict[str, str]) -> Itera
         environment = {**os.environ, **{f"SCALELLM_EXECUTOR_{key.upper()}": value for key, value in settings.items()}}
         state = bring_up(
             instance,
-            UpOptions(model=model, model_path=path, home=home, environment=environment, port=0),
+            UpOptions(models={model: path}, home=home, environment=environment, port=0),
             _Quiet(),
         )
         try:

@@ -64,7 +64,7 @@ class Ours:
         with tempfile.TemporaryDirectory(prefix="scalellm-bench-", dir=folder) as home:
             instance = Instance(Path(home), "peers")
             environment = {**os.environ, **setup.environment}
-            options = UpOptions(self._model, self._path, self._home, environment, port=0)
+            options = UpOptions({self._model: self._path}, self._home, environment, port=0)
             try:
                 state = bring_up(instance, options, _Silent())
             except LauncherError as error:

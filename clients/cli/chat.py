@@ -10,8 +10,8 @@ import typer
 from rich.text import Text
 
 from scalellm.cli.answer_view import AnswerView
-from scalellm.cli.context import MAX_UINT32, CliContext, CliError, check_timeout, explain
-from scalellm.cli.conversation import Conversation
+from scalellm.cli.context import MAX_UINT32, CliContext, CliError, ModelOption, check_timeout, explain
+from scalellm.cli.conversation import Conversation, find_session
 from scalellm.cli.line_input import LineInput
 from scalellm.cli.output import one_line, write_text
 from scalellm.cli.sessions import print_messages
@@ -56,6 +56,8 @@ _DEFAULT_TEMPERATURE = 0.7
 
 def chat(
     ctx: typer.Context,
+    *,
+    model: ModelOption = "",
     session: Annotated[
         str, typer.Option(metavar="ID", help="Continue this conversation, or name a new one.", show_default=False)
     ] = "",
@@ -100,11 +102,15 @@ def chat(
             thoughts.feed(text)
 
     with context.connect(address) as client:
-        info = client.info()
+        info = client.info(model)
+        if not model and len(info.models) > 1 and session and (found := find_session(client, session)):
+            model = found.model
+            info = client.info(model)
         conversation = Conversation(
             context,
             client,
             session,
+            model=model,
             system=system,
             offered=offered,
             settings=_settings(info, max_tokens, temperature),
@@ -114,8 +120,8 @@ def chat(
             show_latency=show_latency,
         )
         if sys.stdin.isatty():
-            model, session_id = one_line(info.model), conversation.session_id
-            context.note(f"{model}, session {session_id}. /help lists what else there is, /exit leaves.")
+            shown, session_id = one_line(info.model), conversation.session_id
+            context.note(f"{shown}, session {session_id}. /help lists what else there is, /exit leaves.")
             history = context.environment.home / "chat_history"
             lines = LineInput(history, marks_paste=not context.out.is_dumb_terminal)
             try:

@@ -59,8 +59,13 @@ def take_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """Let the options of `up` default to what a file says; a callback of its --config, which is read first."""
     if path is not None:
         options, variables = read_config(path)
-        check_options(options, up_options(ctx), path)
-        ctx.default_map = options
+        known = up_options(ctx)
+        check_options(options, known, path)
+        # What may be given several times may stand as one text, too.
+        ctx.default_map = {
+            name: [value] if known[name].multiple and isinstance(value, str) else value
+            for name, value in options.items()
+        }
         ctx.meta[_META] = variables
     return path
 

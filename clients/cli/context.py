@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
 import typer
@@ -57,6 +57,12 @@ DEFAULT_INSTANCE = "default"
 
 MAX_UINT32 = 2**32 - 1
 """Largest count in a request."""
+
+ModelOption = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="One of the models that are served. Default: the first.", show_default=False),
+]
+"""Option --model of the commands that call a server."""
 
 # gRPC counts a deadline in nanoseconds of a 64-bit clock; a century is beyond any use and far from its end.
 _MAX_TIMEOUT = 3_000_000_000

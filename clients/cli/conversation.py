@@ -33,6 +33,7 @@ class Conversation:
         context: The invocation.
         client: The server.
         session_id: The session to go on with, or to begin; empty: a new one.
+        model: Model that answers; empty: that of the session, or the server's default.
         system: Instructions for a new conversation; empty: none.
         offered: Has the tools of each turn.
         settings: Sampling parameters that replace the server's defaults.
@@ -48,6 +49,7 @@ class Conversation:
         client: Client,
         session_id: str,
         *,
+        model: str,
         system: str,
         offered: Chat,
         settings: Mapping[str, float],
@@ -58,6 +60,7 @@ class Conversation:
     ) -> None:
         self._context = context
         self._client = client
+        self._model = model
         self._timeout = timeout
         self._write = write
         self._view = view
@@ -131,6 +134,7 @@ class Conversation:
         if self.system and self.turns == 0 and messages[0][0] != "system":
             messages = [("system", self.system), *messages]
         request = GenerateRequest(
+            model=self._model,
             chat=self._offered,
             session_id=self.session_id,
             on_disconnect=ON_DISCONNECT_KEEP,
@@ -187,9 +191,15 @@ class Conversation:
         return [message for message in messages if message[0] == "user"][-1:]
 
     def _turns_on_server(self) -> int:
-        try:
-            return self._client.get_session(self.session_id).num_turns
-        except ClientError as error:
-            if error.code is grpc.StatusCode.NOT_FOUND:
-                return 0
-            raise
+        session = find_session(self._client, self.session_id)
+        return session.num_turns if session is not None else 0
+
+
+def find_session(client: Client, session_id: str) -> Session | None:
+    """Return a session, None where the server has none of this name. Raises ClientError."""
+    try:
+        return client.get_session(session_id)
+    except ClientError as error:
+        if error.code is grpc.StatusCode.NOT_FOUND:
+            return None
+        raise

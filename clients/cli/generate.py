@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from scalellm.cli.answer_view import AnswerView, calls_of
-from scalellm.cli.context import CliContext, CliError, ExitCode, check_timeout
+from scalellm.cli.context import CliContext, CliError, ExitCode, ModelOption, check_timeout
 from scalellm.cli.generation import Generation
 from scalellm.cli.latency import print_breakdown
 from scalellm.cli.output import write_json, write_text
@@ -54,6 +54,7 @@ def generate(
     ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The text; - or nothing: standard input.")] = None,
     *,
+    model: ModelOption = "",
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message to answer.")] = False,
     system: Annotated[str | None, _option("Instructions for the model; needs --chat.", "TEXT")] = None,
     session: Annotated[str | None, _option("Continue this conversation; needs --chat.", "ID")] = None,
@@ -93,7 +94,7 @@ def generate(
     if not as_json and not sampling.keys().isdisjoint(("logprobs", "prompt_logprobs")):
         raise CliError("--logprobs and --prompt-logprobs need --json", ExitCode.USAGE)
     context = CliContext.of(ctx)
-    request = GenerateRequest()
+    request = GenerateRequest(model=model)
     _fill(request.sampling, sampling)
     _fill(request, {"priority": priority, "request_id": request_id, "session_id": session})
     for text in logit_bias or ():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from scalellm.cli.context import CliContext, CliError
+from scalellm.cli.context import CliContext, CliError, ExitCode
 from scalellm.cli.output import write_json, write_line
 from scalellm.cli.progress import pull_progress
 from scalellm.services.common import model_store
+from scalellm.services.common.served_models import name_models
 
 PULL_HELP = """Fetch models, as `scalellm up` does when it needs one.
 
@@ -104,6 +106,23 @@ def fetch_model(context: CliContext, name_or_path: str) -> tuple[str, Path]:
         raise
     except model_store.ModelStoreError:  # it is not here yet
         return name, _pull(context, name_or_path)
+
+
+def fetch_models(context: CliContext, listed: Sequence[str], only_name: str) -> dict[str, Path]:
+    """Return the path of each model by the name to serve it under, in their order; fetched if need be. Raises CliError.
+
+    Args:
+        context: The invocation.
+        listed: The models: MODEL or NAME=MODEL.
+        only_name: Name of the model, where it is one; empty: its own.
+    """
+    if only_name and len(listed) > 1:
+        raise CliError("--served-model-name is for one model; of several: --model NAME=MODEL", ExitCode.USAGE)
+    try:
+        models = name_models(listed, only_name)
+    except ValueError as error:
+        raise CliError(f"--model: {error}", ExitCode.USAGE) from None
+    return {model.name: fetch_model(context, model.source)[1] for model in models}
 
 
 def _pull(context: CliContext, name: str) -> Path:

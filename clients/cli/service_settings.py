@@ -206,6 +206,8 @@ def _toml(value: Any) -> str:
         return str(value)
     if isinstance(value, Mapping):
         value = ",".join(f"{name}={form}" for name, form in value.items())
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if value is None:
         value = ""
     text = str(value).replace("\\", "\\\\").replace('"', '\\"')

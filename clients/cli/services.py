@@ -14,7 +14,7 @@ from scalellm.cli.context import DEFAULT_INSTANCE, MAX_UINT32, CliContext, ExitC
 from scalellm.cli.generate import run_streaming
 from scalellm.cli.generation import Generation
 from scalellm.cli.latency import print_breakdown
-from scalellm.cli.models import fetch_model
+from scalellm.cli.models import fetch_model, fetch_models
 from scalellm.cli.output import write_json, write_line
 from scalellm.cli.progress import StageReport
 from scalellm.cli.service_environment import service_environment
@@ -34,6 +34,7 @@ from scalellm.launcher import (
 )
 from scalellm.launcher.instance import TOKENIZER
 from scalellm.services.common.addresses import bare_host
+from scalellm.services.common.model_store import name_of
 from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -52,6 +53,7 @@ Examples:
   scalellm up
   scalellm up --model Qwen/Qwen3-0.6B          from the Hugging Face Hub
   scalellm up --model ./my-model --executors 2
+  scalellm up --model smollm2-135m-instruct --model big=./my-model    side by side; requests choose by name
   scalellm up --executor fake                  scripted tokens, no weights: for load and fault tests
   scalellm --instance second up --port 0       beside another instance, on free ports
   REDIS_URL=redis://host:6379/0 scalellm up    with your own Redis
@@ -89,9 +91,7 @@ def _setting(help_text: str, metavar: str) -> Any:
     return typer.Option(help=help_text, metavar=metavar, show_default=False)
 
 
-ModelOption = Annotated[
-    str, typer.Option(metavar="NAME|PATH", help="A name from `models list`, org/name of the Hub, a folder or .gguf.")
-]
+_MODEL = "A name from `models list`, org/name of the Hub, a folder or .gguf"
 
 
 def register(app: typer.Typer) -> None:
@@ -113,8 +113,16 @@ def _check_host(value: str) -> str:
 def up(
     ctx: typer.Context,
     *,
-    model: ModelOption = DEFAULT_MODEL,
-    executors: Annotated[int, typer.Option(min=1, max=64, help="Number of executors.")] = 1,
+    model: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME|PATH",
+            help=f"{_MODEL}. Repeatable: several, the first one the default; NAME=MODEL names one.",
+            default_factory=lambda: [DEFAULT_MODEL],
+            show_default=DEFAULT_MODEL,
+        ),
+    ],
+    executors: Annotated[int, typer.Option(min=1, max=64, help="Number of executors of each model.")] = 1,
     executor: Annotated[EngineKind, typer.Option(help="Kind of engine in the executors.")] = EngineKind.MODEL,
     host: Annotated[
         str, typer.Option(callback=_check_host, help="Address on which clients are served; 0.0.0.0 or :: for all.")
@@ -131,7 +139,7 @@ def up(
             show_default=False,
         ),
     ] = None,
-    served_model_name: Annotated[str, _setting("Name by which clients know the model.", "NAME")] = "",
+    served_model_name: Annotated[str, _setting("Name by which clients know the model, if it is one.", "NAME")] = "",
     api_key: Annotated[str, _setting("Key that clients have to show; SCALELLM_API_KEY shows it.", "KEY")] = "",
     quantization: Annotated[
         str | None, _setting("Form of the weights: none, keep (as the file has it), int8, ...", "KIND")
@@ -177,10 +185,8 @@ def up(
     given |= {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}  # type: ignore[dict-item]
     environment = service_environment(ctx, context, given, api_key)
     check_not_running(context.instance)
-    name, path = fetch_model(context, model)
     options = UpOptions(
-        model=served_model_name or name,
-        model_path=path,
+        models=fetch_models(context, model, served_model_name),
         home=context.environment.home,
         environment=environment,
         redis_url=context.environment.redis_url,
@@ -267,7 +273,14 @@ def run(
     ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The prompt.")] = DEFAULT_PROMPT,
     *,
-    model: ModelOption = DEFAULT_MODEL,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help=f"{_MODEL}; where several are served already, one of them.",
+            show_default=DEFAULT_MODEL,
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=MAX_UINT32, help="Most tokens of the answer.")] = 128,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the services running.")] = False,
 ) -> None:
@@ -276,18 +289,17 @@ def run(
     state = running_state(context.instance)
     started = state is None
     if state is None:
-        name, path = fetch_model(context, model)
+        name, path = fetch_model(context, model or DEFAULT_MODEL)
         environment = context.environment
         options = UpOptions(
-            model=name,
-            model_path=path,
+            models={name: path},
             home=environment.home,
             environment=environment.variables,
             redis_url=environment.redis_url,
         )
         state = _bring_up(context, options)
     try:
-        _answer(context, state, prompt, max_tokens)
+        _answer(context, state, prompt, max_tokens, model or "")
     finally:
         if started and not keep:
             context.err.print()
@@ -298,12 +310,17 @@ def run(
         context.note("to keep them running: scalellm up (make up), then scalellm chat (make chat)")
 
 
-def _answer(context: CliContext, state: State, prompt: str, max_tokens: int) -> None:
+def _answer(context: CliContext, state: State, prompt: str, max_tokens: int, model: str) -> None:
+    """Answer a prompt; `model` chooses where there is a choice, empty: the default."""
     with context.connect(state.public_address) as client:
         request = GenerateRequest()
+        info = client.info()
+        if model and len(info.models) > 1:
+            request.model = name_of(model)
+            info = client.info(request.model)
         request.sampling.max_tokens = max_tokens
         request.sampling.temperature = 0
-        if client.info().has_chat_template:
+        if info.has_chat_template:
             request.chat.CopyFrom(Chat(messages=[ChatMessage(role="user", content=prompt)]))
         else:
             request.prompt = prompt

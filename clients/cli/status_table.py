@@ -79,6 +79,7 @@ def _duration(seconds: float) -> str:
 
 
 def weight_lines(status: InstanceStatus) -> list[str]:
-    """Return a line for each form that executors hold their weights in."""
-    forms = {service.weights: None for service in status.services if service.weights}
-    return [f"weights: {form}" for form in forms]
+    """Return a line for each form that executors hold their weights in, with the model's name if there are several."""
+    forms = dict.fromkeys((service.model, service.weights) for service in status.services if service.weights)
+    are_several = len({model for model, _ in forms}) > 1
+    return [f"weights{f' of {model}' if are_several else ''}: {form}" for model, form in forms]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from scalellm.cli.context import CliContext, CliError, ExitCode
+from scalellm.cli.context import CliContext, CliError, ExitCode, ModelOption
 from scalellm.cli.output import write_json, write_text
 from scalellm.cli.text import read_text
 from scalellm.v1.generation_pb2 import Chat, ChatMessage
@@ -28,6 +28,7 @@ def tokenize(
     ctx: typer.Context,
     text: Annotated[str | None, typer.Argument(help="The text; - or nothing: standard input.")] = None,
     *,
+    model: ModelOption = "",
     decode: Annotated[bool, typer.Option("--decode", help="TEXT is token ids; print their text.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="TEXT is a user's message; apply the chat template.")] = False,
     no_special: Annotated[bool, typer.Option("--no-special", help="Without special tokens.")] = False,
@@ -42,7 +43,7 @@ def tokenize(
     with CliContext.of(ctx).connect(address) as client:
         if decode:
             token_ids = _parse_ids(given)
-            result = client.decode(token_ids, skip_special_tokens=no_special)
+            result = client.decode(token_ids, skip_special_tokens=no_special, model=model)
             if as_json:
                 write_json({"text": result})
             else:
@@ -50,9 +51,9 @@ def tokenize(
             return
         if chat:
             message = ChatMessage(role="user", content=given)
-            given = client.apply_chat_template(Chat(messages=[message])).text
+            given = client.apply_chat_template(Chat(messages=[message]), model=model).text
         # A template writes the special tokens itself.
-        response = client.encode(given, add_special_tokens=not (no_special or chat))
+        response = client.encode(given, add_special_tokens=not (no_special or chat), model=model)
     token_ids, tokens = list(response.token_ids), list(response.tokens)
     if as_json:
         write_json({"token_ids": token_ids, "tokens": tokens})

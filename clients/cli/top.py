@@ -218,12 +218,16 @@ def _pools(window: Window) -> Table:
 
 
 def _executors(window: Window) -> Table:
-    table = _table("executor", "run", "wait", "KV cache", "hits", "preempt", "tok/s", "batch", "step")
+    are_several = len(window.labels("scalellm_executor_info", "model")) > 1
+    columns = ("run", "wait", "KV cache", "hits", "preempt", "tok/s", "batch", "step")
+    table = _table("executor", *(("model",) if are_several else ()), *columns)
     for old, new in sorted(window.of("executor"), key=lambda pair: pair[1].address):
         steps = increase(old, new, "scalellm_executor_step_sequences_count")
         sequences = increase(old, new, "scalellm_executor_step_sequences_sum")
+        model = one_line(", ".join(Window([old], [new]).labels("scalellm_executor_info", "model"))) or "-"
         table.add_row(
             new.address,
+            *((model,) if are_several else ()),
             _shown(new.total("scalellm_executor_num_requests_running")),
             _shown(new.total("scalellm_executor_num_requests_waiting")),
             _bar(new.total("scalellm_executor_kv_cache_usage_perc")),
@@ -242,7 +246,7 @@ def _executors(window: Window) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for number, column in enumerate(columns):
-        right = number > 0 and column not in ("metrics", "health", "restarts", "KV cache")
+        right = number > 0 and column not in ("metrics", "model", "health", "restarts", "KV cache")
         table.add_column(column, no_wrap=True, justify="right" if right else "left")
     return table
 

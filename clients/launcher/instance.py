@@ -66,9 +66,10 @@ class ServiceRecord:
 class State:
     """An instance as last written.
 
-    `redis_url` is what the services were given, the embedded one's or the user's. `asked` is what `up` was asked for,
-    but for environment variables. `supervisor` is the process that keeps the services running, unless it was told to
-    leave them alone; `in_foreground`: it is a `scalellm up --foreground`, which ends with them.
+    `model` has the names of the models, with commas in between. `redis_url` is what the services were given, the
+    embedded one's or the user's. `asked` is what `up` was asked for, but for environment variables. `supervisor` is
+    the process that keeps the services running, unless it was told to leave them alone; `in_foreground`: it is a
+    `scalellm up --foreground`, which ends with them.
     """
 
     model: str

@@ -96,10 +96,7 @@ class Launch:
             await self._ensure(name)
         if not self._options.redis_url:
             await self._start_redis()
-        what = (
-            "running fake engine" if self._options.engine == "fake" else f"loading the weights of {self._options.model}"
-        )
-        self._report.begin(executors[0], what)
+        self._report.begin(executors[0], self._what(executors[0]))
         for name in executors:
             await self._await_address(name)
         await self._ensure(SCHEDULER)
@@ -107,13 +104,18 @@ class Launch:
         await self._ensure(TOKENIZER)
         for name in executors:
             if name != executors[0]:
-                self._report.begin(name, what)
+                self._report.begin(name, self._what(name))
             await self._await_healthy(name)
         self._report.begin(SCHEDULER, "connecting to the executors")
         await self._await_healthy(SCHEDULER)
         self._report.begin(TOKENIZER, "loading the vocabulary")
         await self._await_address(TOKENIZER)
         await self._await_healthy(TOKENIZER)
+
+    def _what(self, executor: str) -> str:
+        """The work of an executor until it is healthy."""
+        is_fake = self._options.engine == "fake"
+        return "running fake engine" if is_fake else f"loading the weights of {self._options.executor_models[executor]}"
 
     def undo(self) -> None:
         """End what was started here. What was found running stays, and so do the logs."""

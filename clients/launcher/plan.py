@@ -19,6 +19,7 @@ from scalellm.launcher.instance import EXECUTOR, SCHEDULER, TOKENIZER
 from scalellm.services.common.addresses import bound_socket, join_address
 from scalellm.services.common.child_environment import EXPORT, child_environment
 from scalellm.services.common.logs import LogFormat
+from scalellm.services.common.served_models import join_models
 
 PUBLIC_PORT = 50051
 HTTP_PORT = 8000
@@ -45,8 +46,7 @@ class UpOptions:
     """The options of `up`.
 
     Args:
-        model: Name under which the model is served.
-        model_path: Path of the model.
+        models: Path of each model by the name under which it is served, the default first.
         home: The model store.
         environment: Environment of the services; SCALELLM_<SERVICE>_<SETTING> reaches their other settings.
         redis_url: The user's Redis; empty for an embedded one.
@@ -55,17 +55,18 @@ class UpOptions:
         http_port: Its port for HTTP; by default the usual one, or a free one where `port` is not the usual one.
         scheduler_port: Port of the scheduler.
         executor_port: Port of the first executor; the others take the next ones.
-        executors: Number of executors.
+        executors: Number of executors of each model.
         engine: Kind of engine in the executors.
         drain_limit: Seconds that running requests get to finish on `down`.
         start_limit: Seconds that a service gets to become healthy.
         max_restarts: Crashes of a service within ten minutes that are followed by a restart; the next one is not.
         log_format: Log format of the services, unless SCALELLM_<SERVICE>_LOG_FORMAT says otherwise.
         programs: Command per kind of service, before its options.
+
+    Raises LauncherError for several models that a service cannot be told of in one option.
     """
 
-    model: str
-    model_path: Path
+    models: Mapping[str, Path]
     home: Path
     environment: Mapping[str, str]
     redis_url: str = ""
@@ -82,15 +83,35 @@ class UpOptions:
     log_format: LogFormat = "text"
     programs: Mapping[str, Sequence[str]] = field(default_factory=_service_modules)
 
+    def __post_init__(self) -> None:
+        if len(self.models) > 1:
+            try:
+                join_models(self.models)
+            except ValueError as error:
+                raise LauncherError(f"--model: {error}") from None
+
     def to_message(self) -> dict[str, Any]:
         """As JSON can hold it; with the environment, and the secrets in there."""
-        return {**asdict(self), "model_path": str(self.model_path), "home": str(self.home)}
+        models = [[name, str(path)] for name, path in self.models.items()]  # a list, as their order counts
+        return {**asdict(self), "models": models, "home": str(self.home)}
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> UpOptions:
         """The options that became `message`."""
-        paths = {name: Path(message[name]) for name in ("model_path", "home")}
+        models = {name: Path(path) for name, path in message["models"]}
+        paths = {"models": models, "home": Path(message["home"])}
         return cls(**{**message, **paths, "engine": EngineKind(message["engine"])})
+
+    @property
+    def model(self) -> str:
+        """The names of the models, with commas in between."""
+        return ", ".join(self.models)
+
+    @property
+    def executor_models(self) -> dict[str, str]:
+        """Each executor's name and that of its model; those of one model stand together."""
+        names = (name for name in self.models for _ in range(self.executors))
+        return {f"{EXECUTOR}-{index}": name for index, name in enumerate(names)}
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -121,9 +142,9 @@ def listeners(options: UpOptions) -> dict[str, Listener]:
         return Listener(host, port, metrics, option)
 
     plan: dict[str, Listener] = {}
-    for index in range(options.executors):
+    for index, name in enumerate(options.executor_models):
         given = options.executor_port + index if options.executor_port else options.executor_port
-        plan[f"{EXECUTOR}-{index}"] = listener("127.0.0.1", given, EXECUTOR_PORT + index, "--executor-port")
+        plan[name] = listener("127.0.0.1", given, EXECUTOR_PORT + index, "--executor-port")
     plan[SCHEDULER] = listener("127.0.0.1", options.scheduler_port, SCHEDULER_PORT, "--scheduler-port")
     public = listener(options.host, options.port, PUBLIC_PORT, "--port")
     usual = HTTP_PORT if options.port == PUBLIC_PORT else 0
@@ -181,16 +202,25 @@ def service_command(
     command += ["--metrics-port", str(listener.metrics_port), "--announce", str(announce)]
     command += ["--drain-limit-s", f"{options.drain_limit:g}"]
     if kind in (EXECUTOR, TOKENIZER):
-        command += ["--model", str(options.model_path), "--model-name", options.model, "--home", str(options.home)]
+        served = [options.executor_models[name]] if kind == EXECUTOR else list(options.models)
+        command += [*_model_options({model: options.models[model] for model in served}), "--home", str(options.home)]
     if kind == EXECUTOR:
         command += ["--engine", options.engine.value]
-        if options.executors > 1:  # they share the processors
-            command += ["--num-threads", str(max(1, (os.cpu_count() or 1) // options.executors))]
+        if (number := len(options.executor_models)) > 1:  # they share the processors
+            command += ["--num-threads", str(max(1, (os.cpu_count() or 1) // number))]
     if kind == SCHEDULER:
         command += ["--executors", upstream]
     if kind == TOKENIZER:
         command += ["--scheduler", upstream, "--http-port", str(listener.http_port)]
     return command
+
+
+def _model_options(models: Mapping[str, Path]) -> list[str]:
+    """The options that name the models of a service."""
+    if len(models) > 1:
+        return ["--model", join_models(models)]
+    ((name, path),) = models.items()
+    return ["--model", str(path), "--model-name", name]
 
 
 def service_environment(options: UpOptions, kind: str, redis_url: str) -> dict[str, str]:

@@ -76,7 +76,7 @@ class ServiceStatus:
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """An instance. Both addresses are host:port.
+    """An instance. Both addresses are host:port; `model` has the names of all models, with commas in between.
 
     `healthy` is True when every service is there and serving; `supervised`, while somebody starts again what ends.
     """
@@ -198,7 +198,7 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
             missing = [executor for executor in books.executors if executor.last_error and executor not in ready]
             error = error or "; ".join(executor.last_error for executor in missing)
         elif status.kind == TOKENIZER and (served := probe.tokenizer()):
-            model = served.model
+            model = ", ".join(served.models) or served.model
     return replace(
         status,
         health=health,

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from scalellm.services.common.addresses import split_addresses
+from scalellm.services.common.served_models import ServedModel, read_models
 from scalellm.services.common.settings import LinkingSettings, Port, settings_config
-from scalellm.services.tokenizer.served_models import ServedModel, read_models
 
 
 def _default_workers() -> int:

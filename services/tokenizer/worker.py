@@ -30,6 +30,7 @@ from scalellm.services.common.logs import configure_logging
 from scalellm.services.common.metrics import LoopLag
 from scalellm.services.common.redis_client import open_redis
 from scalellm.services.common.redis_health import RedisWatch
+from scalellm.services.common.served_models import ServedModel
 from scalellm.services.common.tls import server_credentials
 from scalellm.services.common.tracing import open_tracer
 from scalellm.services.tokenizer.call_bytes import CallBytes
@@ -50,7 +51,6 @@ from scalellm.services.tokenizer.rpc import CallGate, add_service
 from scalellm.services.tokenizer.running_request import Move
 from scalellm.services.tokenizer.sampling_defaults import read_sampling_defaults
 from scalellm.services.tokenizer.schedulers import Schedulers
-from scalellm.services.tokenizer.served_models import ServedModel
 from scalellm.services.tokenizer.session_store import SessionStore
 from scalellm.services.tokenizer.sessions_servicer import SessionsServicer
 from scalellm.services.tokenizer.text.loading import load_model_tokenizer

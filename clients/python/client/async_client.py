@@ -37,29 +37,30 @@ class AsyncClient(BaseClient[AsyncGenerationStream]):
         """End a request of ON_DISCONNECT_KEEP, if it has not ended; NOT_FOUND once it is no longer kept."""
         await self._call(self._generation.Cancel, CancelRequest(request_id=request_id))
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizer_pb2.EncodeResponse:
-        """Encode text to token ids."""
-        request = tokenizer_pb2.EncodeRequest(text=text, add_special_tokens=add_special_tokens)
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, model: str = ""
+    ) -> tokenizer_pb2.EncodeResponse:
+        """Encode text to token ids of a model; empty: the default one."""
+        request = tokenizer_pb2.EncodeRequest(text=text, add_special_tokens=add_special_tokens, model=model)
         response: tokenizer_pb2.EncodeResponse = await self._call(self._tokenizer.Encode, request)
         return response
 
-    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Decode token ids to text."""
-        request = tokenizer_pb2.DecodeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, model: str = "") -> str:
+        """Decode token ids of a model to text; empty: the default one."""
+        request = tokenizer_pb2.DecodeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens, model=model)
         response: tokenizer_pb2.DecodeResponse = await self._call(self._tokenizer.Decode, request)
         return response.text
 
-    async def apply_chat_template(self, chat: Chat) -> tokenizer_pb2.ApplyChatTemplateResponse:
-        """Render messages to the text and the tokens that the model reads."""
-        request = tokenizer_pb2.ApplyChatTemplateRequest(chat=chat)
+    async def apply_chat_template(self, chat: Chat, *, model: str = "") -> tokenizer_pb2.ApplyChatTemplateResponse:
+        """Render messages to the text and the tokens that a model reads; empty: the default one."""
+        request = tokenizer_pb2.ApplyChatTemplateRequest(chat=chat, model=model)
         response: tokenizer_pb2.ApplyChatTemplateResponse = await self._call(self._tokenizer.ApplyChatTemplate, request)
         return response
 
-    async def info(self) -> tokenizer_pb2.GetInfoResponse:
-        """Describe what is served, and the limits in force."""
-        response: tokenizer_pb2.GetInfoResponse = await self._call(
-            self._tokenizer.GetInfo, tokenizer_pb2.GetInfoRequest()
-        )
+    async def info(self, model: str = "") -> tokenizer_pb2.GetInfoResponse:
+        """Describe a model that is served, empty: the default one, and the limits in force."""
+        request = tokenizer_pb2.GetInfoRequest(model=model)
+        response: tokenizer_pb2.GetInfoResponse = await self._call(self._tokenizer.GetInfo, request)
         return response
 
     async def get_session(self, session_id: str) -> sessions_pb2.Session:

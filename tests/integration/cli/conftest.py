@@ -59,6 +59,9 @@ class FakeServer(
         self.api_key = ""
         """What Generate asks for, if anything."""
         self.sessions: dict[str, list[generation_pb2.ChatMessage]] = {}
+        self.models = ["fake", "second"]
+        self.chosen: list[str] = []
+        """The models that calls of Tokenizer named."""
         self.cancelled = threading.Event()
         self.address = ""
 
@@ -135,20 +138,36 @@ class FakeServer(
         return generation_pb2.CancelResponse()
 
     def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:
+        self.chosen.append(request.model)
         return tokenizer_pb2.EncodeResponse(token_ids=list(request.text.encode()), tokens=list(request.text))
 
     def Decode(self, request: tokenizer_pb2.DecodeRequest, context: Any) -> tokenizer_pb2.DecodeResponse:
+        self.chosen.append(request.model)
         return tokenizer_pb2.DecodeResponse(text=bytes(request.token_ids).decode())
 
+    def ApplyChatTemplate(
+        self, request: tokenizer_pb2.ApplyChatTemplateRequest, context: Any
+    ) -> tokenizer_pb2.ApplyChatTemplateResponse:
+        self.chosen.append(request.model)
+        return tokenizer_pb2.ApplyChatTemplateResponse(text=request.chat.messages[-1].content)
+
     def GetInfo(self, request: tokenizer_pb2.GetInfoRequest, context: Any) -> tokenizer_pb2.GetInfoResponse:
-        return tokenizer_pb2.GetInfoResponse(model="fake", has_chat_template=True)
+        self.chosen.append(request.model)
+        info = tokenizer_pb2.GetInfoResponse(
+            model=request.model or self.models[0], has_chat_template=True, models=self.models
+        )
+        if request.model == "second":
+            info.sampling_defaults.temperature = 0.1
+        return info
 
     def Get(self, request: sessions_pb2.GetSessionRequest, context: Any) -> sessions_pb2.GetSessionResponse:
         messages = self.sessions.get(request.session_id)
         if messages is None:
             context.abort(grpc.StatusCode.NOT_FOUND, "session_id: unknown or expired")
         turns = sum(message.role == "user" for message in messages)
-        session = sessions_pb2.Session(session_id=request.session_id, messages=messages, num_turns=turns)
+        session = sessions_pb2.Session(
+            session_id=request.session_id, messages=messages, num_turns=turns, model=self.models[-1]
+        )
         return sessions_pb2.GetSessionResponse(session=session)
 
     def List(self, request: sessions_pb2.ListSessionsRequest, context: Any) -> sessions_pb2.ListSessionsResponse:
@@ -216,6 +235,7 @@ class HostileServer(FakeServer):
         return fill(super().Encode(request, context))
 
     def Decode(self, request: tokenizer_pb2.DecodeRequest, context: Any) -> tokenizer_pb2.DecodeResponse:
+        self.chosen.append(request.model)
         return fill(super().Decode(request, context))
 
     def GetInfo(self, request: tokenizer_pb2.GetInfoRequest, context: Any) -> tokenizer_pb2.GetInfoResponse:
@@ -321,8 +341,7 @@ def up_options(tmp_path: Path) -> Callable[..., UpOptions]:
         told = {f"SCALELLM_{kind.upper()}_FAKE": what for kind, what in (behaviour or {}).items()}
         kinds = ("executor", "scheduler", "tokenizer")
         options: dict[str, Any] = {
-            "model": "fake",
-            "model_path": tmp_path,
+            "models": {"fake": tmp_path},
             "home": tmp_path,
             "environment": {**os.environ, "PYTHONPATH": str(SUPPORT), **told},
             "port": 0,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cli_processes import ESCAPE, StartCli, finish, read_to_end
+from cli_processes import ESCAPE, RunCli, StartCli, finish, read_to_end
 from scalellm.v1.generation_pb2 import ChatMessage
 from service_processes import PATIENCE
 
@@ -36,6 +38,25 @@ def test_chat_in_a_pipe_keeps_one_session(cli: StartCli, fake_server: Any) -> No
     assert first.session_id == second.session_id
     assert [message.role for message in first.chat.messages] == ["system", "user"]
     assert [message.content for message in second.chat.messages] == ["second turn"]
+
+
+def test_the_model_of_a_chat_is_the_one_that_is_named_or_that_the_session_began_with(
+    run_cli: RunCli, fake_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chat(*options: str) -> tuple[str, float | None]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a turn\n"))
+        code, _, err = run_cli("chat", *options, address=fake_server.address)
+        assert (code, err) == (0, "")
+        sampling = fake_server.requests[-1].sampling
+        return fake_server.requests[-1].model, sampling.temperature if sampling.HasField("temperature") else None
+
+    assert chat() == ("", pytest.approx(0.7)), "the default model has no temperature of its own"
+    assert chat("--session", "trip") == ("", pytest.approx(0.7)), "a new one"
+    assert chat("--session", "trip") == ("second", None)
+    assert chat("--model", "second") == ("second", None)
+    assert chat("--model", "fake", "--session", "trip") == ("fake", pytest.approx(0.7)), "the server refuses"
+    fake_server.models.remove("second")
+    assert chat("--session", "trip") == ("", pytest.approx(0.7)), "there is no choice"
 
 
 def test_chat_on_a_terminal(cli: StartCli, fake_server: Any) -> None:

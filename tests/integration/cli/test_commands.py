@@ -325,6 +325,15 @@ def test_tokenize(run_cli: RunCli, fake_server: Any) -> None:
     assert run("97, 98", "--decode") == "ab\n"
 
 
+def test_a_model_is_chosen_by_name(run_cli: RunCli, fake_server: Any) -> None:
+    for options in ((), ("--model", "second")):
+        for command in (("generate",), ("tokenize",), ("tokenize", "--decode"), ("tokenize", "--chat")):
+            code, _, err = run_cli(*command, "97", *options, address=fake_server.address)
+            assert (code, err) == (0, "")
+    assert [request.model for request in fake_server.requests] == ["", "second"]
+    assert fake_server.chosen == [""] * 4 + ["second"] * 4, "with --chat there is a call for the template, too"
+
+
 def test_models_list_in_a_pipe_is_one_line_per_model(run_cli: RunCli) -> None:
     code, out, _ = run_cli("models", "list")
     assert code == 0

@@ -102,6 +102,23 @@ def test_up_status_down_leaves_nothing(instance: Instance, up_options: MakeOptio
         down(instance)
 
 
+def test_up_with_several_models(instance: Instance, up_options: MakeOptions, tmp_path: Path) -> None:
+    named = {"executor": "named", "tokenizer": "named"}
+    models = {"one": tmp_path / "first", "two": tmp_path / "second"}
+    state = bring_up(instance, up_options(named, models=models, executors=2), Recorder())
+    executors = ["executor-0", "executor-1", "executor-2", "executor-3"]
+    assert [service.name for service in state.of_kind("executor")] == executors
+    status = healthy_status(instance)
+    assert status.model == state.model == "one, two"
+    assert {service.name: service.model for service in status.services if service.model} == {
+        **dict(zip(executors, ("one", "one", "two", "two"), strict=True)),
+        "tokenizer": "one, two",
+    }
+    with pytest.raises(LauncherError, match=r"already running at .* \(model one, two\)"):
+        bring_up(instance, up_options(named, models=models, executors=2), Recorder())
+    down(instance)
+
+
 def test_second_up_is_refused(instance: Instance, up_options: MakeOptions) -> None:
     state = bring_up(instance, up_options(), Recorder())
     with pytest.raises(LauncherError, match=r"already running at 127\.0\.0\.1:\d+ .*scalellm down"):

@@ -118,9 +118,9 @@ def test_nobody_supervises_is_said_and_up_puts_it_right(cli: Cli, instance: Inst
     status_when(instance, lambda status: not status.supervised)
     _, _, err = cli.run("status")
     assert "nobody supervises" in err
-    asked = state_of(instance).asked
-    code, out, err = cli.run("up", "--port", "0", "--executor", "fake", "--model", str(asked["model_path"]))
-    assert (code, out.startswith(f"ScaleLLM serves {asked['model']} at {state_of(instance).public_address}")) == (
+    ((model, path),) = state_of(instance).asked["models"]
+    code, out, err = cli.run("up", "--port", "0", "--executor", "fake", "--model", path)
+    assert (code, out.startswith(f"ScaleLLM serves {model} at {state_of(instance).public_address}")) == (
         0,
         True,
     ), err

@@ -56,7 +56,7 @@ def test_what_keeps_crashing_is_given_up_and_up_tries_again(
 ) -> None:
     model = tmp_path / "model"
     model.touch()
-    options = up_options({"executor": "model"}, model_path=model, max_restarts=1)
+    options = up_options({"executor": "model"}, models={"fake": model}, max_restarts=1)
     before = bring_up(instance, options, Silent())
     model.unlink()
     kill(instance, "executor-0")

@@ -1,7 +1,9 @@
 """The parts of the command line that need no process."""
 
+import json
 from dataclasses import replace
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -24,6 +26,7 @@ from scalellm.launcher.plan import check_ports, listeners, service_command, serv
 from scalellm.launcher.processes import last_error
 from scalellm.launcher.redis_server import shown
 from scalellm.services.common.errors import StatusError
+from scalellm.services.common.served_models import ServedModel, read_models
 from scalellm.v1.common_pb2 import LatencyBreakdown, TokenLogprobs
 from scalellm.v1.generation_pb2 import GenerateRequest, GenerateResponse, PromptLogprobs
 
@@ -160,7 +163,7 @@ def test_a_home_that_cannot_be_made(home: str) -> None:
 
 
 def options(tmp_path: Path, **changes: object) -> UpOptions:
-    values = {"model": "m", "model_path": tmp_path, "home": tmp_path, "environment": {"A": "b"}, **changes}
+    values = {"models": {"m": tmp_path}, "home": tmp_path, "environment": {"A": "b"}, **changes}
     return UpOptions(**values)  # type: ignore[arg-type]
 
 
@@ -181,6 +184,31 @@ def test_ports(tmp_path: Path) -> None:
         ("127.0.0.1", 50052),
         ("0.0.0.0", 6000),
     ]
+
+
+def test_executors_and_tokenizer_of_several_models(tmp_path: Path) -> None:
+    """Each executor has one of them, and says its name as the tokenizer knows it."""
+    models = {"one": tmp_path / "1", "two": tmp_path / "2"}
+    chosen = UpOptions.from_message(json.loads(json.dumps(options(tmp_path, models=models, executors=2).to_message())))
+    plan = listeners(chosen)
+    assert list(plan) == ["executor-0", "executor-1", "executor-2", "executor-3", "scheduler", "tokenizer"]
+
+    def served(name: str) -> tuple[ServedModel, ...]:
+        command = service_command(chosen, name, name.split("-")[0], plan[name], tmp_path / "announce", "127.0.0.1:1")
+        values = dict(pairwise(command))
+        return read_models(values["--model"], values.get("--model-name", ""))
+
+    one, two = (ServedModel(name, str(path)) for name, path in models.items())
+    assert [served(name) for name in plan if name != "scheduler"] == [(one,), (one,), (two,), (two,), (one, two)]
+    swapped = options(tmp_path, models=dict(reversed(models.items())), executors=2)
+    assert swapped.asked["models"] != chosen.asked["models"], "which one is the default tells instances apart"
+
+
+@pytest.mark.parametrize(("name", "path"), [("a,b", "/x"), ("a=b", "/x"), ("a", "/x,y")])
+def test_models_that_cannot_be_listed_are_refused_where_there_are_several(name: str, path: str) -> None:
+    assert UpOptions({name: Path(path)}, Path(), {}).model == name
+    with pytest.raises(LauncherError, match="--model: names of several models have no comma and no ="):
+        UpOptions({name: Path(path), "other": Path("/z")}, Path(), {})
 
 
 def test_ports_end_at_65535(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from scalellm.cli import main, services
+from scalellm.cli import main, models, services
 from scalellm.cli.service_settings import all_settings, check_values, check_variables
 from scalellm.launcher import UpOptions
 from scalellm.services.common.api_keys import read_api_keys
@@ -47,7 +47,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[UpOptions]:
         raise SystemExit(0)
 
     monkeypatch.setattr(services, "_bring_up", bring_up)
-    monkeypatch.setattr(services, "fetch_model", lambda context, name: (name, tmp_path))
+    monkeypatch.setattr(models, "fetch_model", lambda context, name: (name, tmp_path))
     return options
 
 
@@ -172,6 +172,33 @@ def test_the_name_that_clients_see(run: Run, started: list[UpOptions]) -> None:
     assert [options.model for options in started] == ["mine", "org/name"]
 
 
+def test_several_models(run: Run, started: list[UpOptions], tmp_path: Path) -> None:
+    path = tmp_path / "scalellm.toml"
+    path.write_text('[up]\nmodel = ["org/one", "two=org/two"]\n')
+    for arguments in (("--model", "org/one", "--model", "two=org/two"), ("--config", str(path))):
+        assert run("up", *arguments)[0] == 0
+        assert list(started.pop().models) == ["org/one", "two"]
+    path.write_text('[up]\nmodel = "org/one"\n')
+    for arguments in (("--config", str(path)), ("--config", str(path), "--model", "mine=org/two"), ()):
+        assert run("up", *arguments)[0] == 0
+    assert [options.model for options in started] == ["org/one", "mine", "smollm2-135m-instruct"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--model a=x --model b=x --served-model-name c", "--served-model-name is for one model; of several: --model"),
+        ("--model a=x --model a=y", "--model: two models have the name 'a'; give them others: NAME=MODEL"),
+        ("--model =x", "--model: must be NAME=MODEL, got '=x'"),
+        ("--model a,b=x --model y", "--model: names of several models have no comma and no =, their paths no comma"),
+    ],
+)
+def test_models_that_cannot_be_served_are_refused(options: str, said: str, run: Run, started: list[UpOptions]) -> None:
+    code, _, err = run("up", *options.split())
+    assert (code in (1, 2), started) == (True, [])
+    assert err.startswith(f"error: {said}"), err
+
+
 def test_config_show_is_a_file_for_up(run: Run, started: list[UpOptions], tmp_path: Path) -> None:
     code, shown, _ = run("config", "show")
     assert (code, tomllib.loads(shown)) == (0, {"up": {}, "executor": {}, "scheduler": {}, "tokenizer": {}})
@@ -210,7 +237,7 @@ def test_all_that_config_show_prints_can_be_set_to_what_it_prints(
 def test_serve_is_up_in_the_foreground(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     served: list[UpOptions] = []
     monkeypatch.setattr(services, "run_in_foreground", lambda instance, options, *rest: served.append(options) or 0)
-    monkeypatch.setattr(services, "fetch_model", lambda context, name: (name, tmp_path))
+    monkeypatch.setattr(models, "fetch_model", lambda context, name: (name, tmp_path))
     for command in ("serve", "up --foreground"):
         assert run(*command.split(), "--model", "org/name", "--http-port", "8001")[0] == 0
     assert served[0] == served[1]

@@ -159,6 +159,19 @@ def test_a_frame_tells_which_executors_new_requests_go_to() -> None:
     assert "devices each" not in shown(HEALTHY, HEALTHY)
 
 
+def test_a_frame_tells_which_executor_has_which_model() -> None:
+    info = '# TYPE scalellm_executor_info gauge\nscalellm_executor_info{model="%s"} 1\n'
+    one, two = (EXECUTOR + info % name for name in ("smollm2", "gemma3"))
+    found = lines(shown((TOKENIZER, SCHEDULER, one, two), (TOKENIZER, SCHEDULER, one, two)))
+    start = next(number for number, line in enumerate(found) if line.startswith("executor model run wait"))
+    assert [line.split()[:3] for line in found[start + 1 : start + 3]] == [
+        ["a:2", "smollm2", "2"],
+        ["a:3", "gemma3", "2"],
+    ]
+    of_one = (TOKENIZER, SCHEDULER, one, one)
+    assert "executor model" not in "".join(lines(shown(of_one, of_one)))
+
+
 def test_a_frame_of_healthy_services() -> None:
     found = lines(shown(HEALTHY, HEALTHY))
     assert "requests 3 running, 0 waiting" in found

@@ -79,7 +79,7 @@ def test_operators_can_keep_more(kept: str) -> None:
 
 
 def test_a_service_has_its_own_settings() -> None:
-    options = UpOptions("m", Path(), Path(), {**SECRETS, "OTEL_EXPORTER_OTLP_HEADERS": "api-key=a"})
+    options = UpOptions({"m": Path()}, Path(), {**SECRETS, "OTEL_EXPORTER_OTLP_HEADERS": "api-key=a"})
     assert set(service_environment(options, "tokenizer", "redis://")) == {
         "SCALELLM_TOKENIZER_SALT_SECRET",
         "SCALELLM_TOKENIZER_API_KEYS",

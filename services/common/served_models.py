@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,18 +31,37 @@ def read_models(listed: str, only_name: str = "") -> tuple[ServedModel, ...]:
 
     Raises ValueError.
     """
-    parts = [listed] if Path(listed).expanduser().exists() else [part.strip() for part in listed.split(",")]
+    return name_models([listed] if Path(listed).expanduser().exists() else _split(listed), only_name)
+
+
+def name_models(parts: Sequence[str], only_name: str = "") -> tuple[ServedModel, ...]:
+    """Return the models of the parts of a list, each MODEL or NAME=MODEL. Arguments and errors as in `read_models`."""
     if not all(parts):
         raise ValueError("a model is missing: must be MODEL or NAME=MODEL, with commas between several")
     models = tuple(map(_read_one, parts))
     if only_name and len(models) > 1:
-        raise ValueError("is for one model; of several each is named in the list: NAME=MODEL")
+        raise ValueError("is for one model; of several each is named beside its model: NAME=MODEL")
     if only_name:
         return (models[0]._replace(name=only_name),)
     name, times = Counter(model.name for model in models).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"two models have the name {name!r}; give them others in the list: NAME=MODEL")
+        raise ValueError(f"two models have the name {name!r}; give them others: NAME=MODEL")
     return models
+
+
+def join_models(models: Mapping[str, Path]) -> str:
+    """Return the list that `read_models` reads as these models, given by name.
+
+    Raises ValueError for a name or path with characters that the list has a meaning for.
+    """
+    listed = ",".join(f"{name}={path}" for name, path in models.items())
+    if [tuple(part.partition("=")[::2]) for part in _split(listed)] != [(n, str(path)) for n, path in models.items()]:
+        raise ValueError(f"names of several models have no comma and no =, their paths no comma: {listed}")
+    return listed
+
+
+def _split(listed: str) -> list[str]:
+    return [part.strip() for part in listed.split(",")]
 
 
 def _read_one(part: str) -> ServedModel:
