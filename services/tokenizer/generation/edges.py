@@ -38,7 +38,7 @@ class Edges:
 
     @property
     def names(self) -> Sequence[str]:
-        """All names that requests may give."""
+        """Names of the models, the default first."""
         return list(self._by_name)
 
     @property
