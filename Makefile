@@ -71,7 +71,7 @@ soak: setup-dev ## an hour of streams of every kind with faults: nothing is lost
 	$(test-env) SOAK_SECONDS=$${SOAK_SECONDS:-3600} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \
 		$(python) -m pytest -n 0 -v tests/integration/faults/test_soak.py $(PYTEST_ARGS)
 
-test-browser: setup-dev ## try the playground in Debian's chromium (apt-get install chromium; or CHROMIUM=...), with Node.js
+test-browser: setup-dev ## try the web pages in Debian's chromium (apt-get install chromium; or CHROMIUM=...), with Node.js
 	cd tests/browser && npm ci --no-audit --no-fund && npm test
 
 pictures: setup-dev ## make pictures of the web pages beside the real model, in docs/pictures (needs what test-browser needs)
