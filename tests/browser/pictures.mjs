@@ -5,32 +5,44 @@ import { fileURLToPath } from "node:url";
 import { Line, launch, open } from "./line.mjs";
 
 const FOLDER = fileURLToPath(new URL("../../docs/pictures/", import.meta.url));
-const SIZE = { width: 1200, height: 760 };
+const SIZE = { width: 1200, height: 820 };
+const LOAD_MS = 30_000;
 
 const line = await Line.start(["--executors", "2"]);
 const browser = await launch();
+
+async function post(path, body) {
+  const headers = { "content-type": "application/json" };
+  const answer = await fetch(`${line.base}${path}`, { method: "POST", headers, body: JSON.stringify(body) });
+  await answer.text();
+}
+
 try {
+  const hello = { messages: [{ role: "user", content: "Hello" }], max_tokens: 8 };
+  await Promise.all([1, 2].map(() => post("/v1/chat/completions", hello))); // what a process does once is not to be shown
   const page = await open(browser, `${line.base}/`, SIZE);
   await page.fill("#max_tokens", "120");
-  await page.fill("#seed", "7");
+  await page.fill("#temperature", "0");
   await page.check("#logprobs");
-  await page.fill("#prompt", "Why is the sky blue? Answer in two sentences.");
+  await page.fill("#prompt", "What is the capital of France, and what is it known for?");
   await page.press("#prompt", "Enter");
   await page.waitForSelector("article.answer[aria-busy=false]");
   await page.waitForSelector("#send:not([disabled])");
   await page.click("text=Colour tokens");
   await page.click("details.latency summary");
+  await page.evaluate(() => (document.getElementById("settings-panel").scrollTop = 0));
   await page.screenshot({ path: `${FOLDER}playground.png` });
 
   await page.goto(`${line.base}/live`);
   await page.waitForFunction(() => document.querySelectorAll("#executors [data-phase=ready]").length === 2);
-  const body = JSON.stringify({ prompt: "Once upon a time", max_tokens: 400, ignore_eos: true });
-  const answers = Array.from({ length: 12 }, () =>
-    fetch(`${line.base}/v1/completions`, { method: "POST", headers: { "content-type": "application/json" }, body }));
-  await page.waitForFunction(() => /TTFT\)\d/.test(document.getElementById("times").textContent));
-  await page.waitForTimeout(15_000); // for some curves
+  const end = Date.now() + LOAD_MS;
+  const clients = Array.from({ length: 12 }, async (_, number) => {
+    const story = { prompt: "Once upon a time", max_tokens: 20 + 5 * number, ignore_eos: true };
+    while (Date.now() < end) await post("/v1/completions", story);
+  });
+  await page.waitForTimeout(LOAD_MS); // for some curves
   await page.screenshot({ path: `${FOLDER}live.png` });
-  await Promise.allSettled(answers);
+  await Promise.all(clients);
 } finally {
   await browser.close();
   await line.stop();
