@@ -20,6 +20,8 @@ from scalellm.v1.generation_pb2 import Chat, ChatMessage, GenerateRequest
 from service_processes import PATIENCE
 from supervised import kill, processes_of, state_of, status_when, until, until_written
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:

@@ -227,7 +227,7 @@ def test_two_floods_share_the_tokens_and_rows_do_not_go_to_and_fro(first, second
     assert line.scheduler.placement.books.recalled <= 2 * ROWS
 
 
-@pytest.mark.parametrize("max_tokens", [64, 1000])
+@pytest.mark.parametrize("max_tokens", [64, pytest.param(1000, marks=pytest.mark.slow)])
 def test_shares_follow_weights(max_tokens):
     """Rows and tokens of two floods, the heavier of which comes when the other one holds all rows; by turns, and where
     answers are so long that rows have to be taken.

@@ -67,6 +67,7 @@ def test_without_a_failure_the_exit_code_is_0_and_a_dry_run_has_no_figures(tmp_p
     assert "1 of 2 checks hold, 1 not judged" in out
 
 
+@pytest.mark.slow
 def test_what_a_killed_part_had_found_is_kept(monkeypatch):
     heard, clock = [], time.monotonic
 

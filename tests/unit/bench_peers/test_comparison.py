@@ -71,6 +71,7 @@ class FakeSystem:
             echo.wait()
 
 
+@pytest.mark.slow
 def test_a_run_from_installing_to_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.peers.__main__._TOO_SLOW", float("inf"))  # by chance, one of these echoes would be
     plan = Plan(2, 60.0, 0, Vocabulary.of_words(write_word_tokenizer(tmp_path)))

@@ -100,6 +100,7 @@ def test_int8_and_kept_blocks_are_within_a_percent(ops: Ops, model_dir: Callable
     assert abs(math.expm1(losses["keep"] - losses["float32"])) < 0.01
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_neighbours_or_preemption(ops: Ops, model_dir: Callable[[str], Path]) -> None:
     """Beside others a sequence gets the same numbers, bit by bit. So does one that was preempted and is computed
     anew, as a prompt: products and attention add up in one order.

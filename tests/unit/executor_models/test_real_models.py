@@ -50,6 +50,7 @@ def check_greedy(reference: Any, ours: Any, prompts: list[list[int]]) -> None:
         assert text[len(prompt) :] == preferred[len(prompt) - 1 :].tolist()
 
 
+@pytest.mark.slow
 def test_smollm2(model_dir: Callable[[str], Path], paged: Any) -> None:
     directory = model_dir("smollm2-135m-instruct")
     reference = load_gguf_oracle(directory, 49152)

@@ -50,6 +50,7 @@ def living() -> Counter[str]:
     return Counter(type(one).__name__ for one in gc.get_objects() if type(one) in kinds)
 
 
+@pytest.mark.slow
 def test_however_many_come_nothing_of_them_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scalellm.services.executor.grammar.compiler.LLMatcher", Compiled)
     compiler = make_compiler()

@@ -48,7 +48,7 @@ def seen(texts, transcript: Transcript, submit: link_pb2.Submit, offsets: list[i
     """What a client that has `offsets` tokens sees: its deltas per sample."""
     request = generation_pb2.GenerateRequest()
     options = OutputOptions(token_ids=True, logprobs=submit.sampling.HasField("logprobs"))
-    samples = make_samples(request, options, submit, SimpleNamespace(texts=texts))
+    samples = make_samples(request, options, submit, SimpleNamespace(texts=texts, can_count_reasoning=False))
     answer = Answer(PROMPT, samples, LatencyTrace(), NoMetrics(), lambda index: None, offsets)
     found = [[] for _ in samples]
     with transcript.reader(offsets, 1) as reader:
