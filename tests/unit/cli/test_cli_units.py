@@ -18,9 +18,17 @@ from scalellm.cli.context import CliContext, CliError, Environment, ExitCode, ex
 from scalellm.cli.generation import Generation, logprob_entries
 from scalellm.cli.latency import rows
 from scalellm.cli.main import app
-from scalellm.cli.status_table import fitting_table, status_table
+from scalellm.cli.status_table import fitting_table, status_table, weight_lines
 from scalellm.client import ClientError, Credentials
-from scalellm.launcher import Instance, LauncherError, NotRunningError, ServiceStatus, State, UpOptions
+from scalellm.launcher import (
+    Instance,
+    InstanceStatus,
+    LauncherError,
+    NotRunningError,
+    ServiceStatus,
+    State,
+    UpOptions,
+)
 from scalellm.launcher.instance import ServiceRecord
 from scalellm.launcher.plan import check_ports, listeners, service_command, service_environment
 from scalellm.launcher.processes import last_error
@@ -340,6 +348,19 @@ def test_status_leaves_columns_out_before_it_folds_lines(width: int, columns: st
     assert head.split() == columns.split()
     assert "not serving" in row
     assert "0 running, 0 waiting, 0/8038 blocks" in row
+
+
+def test_weights_are_told_by_model_where_there_are_several() -> None:
+    def lines(*held: tuple[str, str]) -> list[str]:
+        plain = ServiceStatus("executor-0", "executor", "serving", "h:1")
+        services = tuple(replace(plain, model=model, weights=form) for model, form in held)
+        return weight_lines(InstanceStatus("default", "m", "h:2", "", True, True, services))
+
+    assert lines(("m", "bfloat16, 257 MiB"), ("m", "bfloat16, 257 MiB"), ("", "")) == ["weights: bfloat16, 257 MiB"]
+    assert lines(("m", "int8, 9 MiB"), ("n", "int8, 9 MiB")) == [
+        "weights of m: int8, 9 MiB",
+        "weights of n: int8, 9 MiB",
+    ]
 
 
 def test_failed_calls_say_what_to_do() -> None:
