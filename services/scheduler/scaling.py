@@ -145,12 +145,12 @@ class _Pool:
         queues = [part.placement.queue for part in parts]
         waiting = sum(max(len(queue) / self._rows, queue.num_tokens / self._tokens) for queue in queues)
         work = sum(map(_share_in_use, ready)) + waiting
-        oldest = max(part.oldest(now) for part in parts)
+        waits = [part.oldest(now) for part in parts]
         is_wanted = any(now - part.is_wanted_at < _REMEMBERED_S for part in parts)
-        full = (part.oldest(now) for part in parts if not any(replica.has_credit for replica in part.ready))
+        full = (wait for part, wait in zip(parts, waits, strict=True) if not any(one.has_credit for one in part.ready))
         stuck = max(full, default=0.0)
         wanted = self._rule.update(PoolDemand(len(ready), work, stuck, is_wanted), now)
-        self.state = PoolState(len(ready), work / max(1, len(ready)), oldest, wanted, is_active=wanted > 0)
+        self.state = PoolState(len(ready), work / max(1, len(ready)), max(waits), wanted, is_active=wanted > 0)
 
 
 def _share_in_use(replica: ReplicaLink) -> float:

@@ -190,8 +190,13 @@ def validate_page_size(
     """Return how many entries a page may have; None where the request does not say."""
     if not request.HasField("page_size"):
         return None
-    _check_count(request.page_size, 1, limits.max_page_size, "page_size")
+    check_page_size(request.page_size, limits)
     return request.page_size
+
+
+def check_page_size(page_size: int, limits: RequestLimits) -> None:
+    """Check how many entries a page is to have."""
+    _check_count(page_size, 1, limits.max_page_size, "page_size")
 
 
 def is_id(value: str) -> bool:

@@ -27,8 +27,7 @@ from scalellm.services.tokenizer.stored_sessions import (
     load_session,
     message_page,
 )
-from scalellm.services.tokenizer.validation import validate_page_size
-from scalellm.v1 import sessions_pb2
+from scalellm.services.tokenizer.validation import check_page_size
 
 _PATH = "/v1/sessions"
 _ONE = f"{_PATH}/{{session_id}}"
@@ -102,12 +101,13 @@ class SessionsRoutes:
     def _page(self, call: HttpCall) -> tuple[int, str]:
         """Return how many entries the page may have, and where it begins. Raises StatusError."""
         query = call.request.query
-        request = sessions_pb2.ListSessionsRequest()
+        page_size = DEFAULT_PAGE_SIZE
         if (text := query.get("page_size", "")) != "":
             if not (text.isascii() and text.isdigit() and len(text) <= 9):
                 raise StatusError.invalid("page_size", f"must be a number, got {text[:32]!r}")
-            request.page_size = int(text)
-        return validate_page_size(request, self._edge.limits) or DEFAULT_PAGE_SIZE, query.get("page_token", "")
+            page_size = int(text)
+            check_page_size(page_size, self._edge.limits)
+        return page_size, query.get("page_token", "")
 
 
 def _session_json(session_id: str, session: Session, remaining: float) -> dict[str, object]:
