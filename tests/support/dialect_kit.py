@@ -114,5 +114,10 @@ def split(
     return parts
 
 
+def told(parts: Sequence[Part]) -> list[tuple[str, str]]:
+    """Return the name of each part, of one without a name its kind, and its text."""
+    return [(part.name or part.kind.name.lower(), part.text) for part in parts]
+
+
 def _allowed(mask: bytes, token_id: int) -> bool:
     return bool(mask[token_id // 8] >> (token_id % 8) & 1)

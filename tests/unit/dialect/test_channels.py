@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dialect_kit import accepts, answer_grammar, draw, make_compiler, split
+from dialect_kit import accepts, answer_grammar, draw, make_compiler, split, told
 from scalellm.services.executor.grammar import LlGrammarCompiler
-from scalellm.services.tokenizer.dialect import Dialect, Part, PartKind
+from scalellm.services.tokenizer.dialect import Dialect, PartKind
 from scalellm.services.tokenizer.dialect.calls import CalledTool, Calls
 from scalellm.services.tokenizer.dialect.known import HARMONY
 from scalellm.services.tokenizer.dialect.opening import Opening
@@ -44,11 +44,6 @@ def compiler() -> Iterator[LlGrammarCompiler]:
     made = make_compiler()
     yield made
     made.close()
-
-
-def told(parts: Sequence[Part]) -> list[tuple[str, str]]:
-    """What each part is, and its text."""
-    return [(part.name or part.kind.name.lower(), part.text) for part in parts]
 
 
 @pytest.mark.parametrize("name", CALLS)

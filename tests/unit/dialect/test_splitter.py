@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dialect_kit import split
-from scalellm.services.tokenizer.dialect import Dialect, Marks, Part, PartKind
+from dialect_kit import split, told
+from scalellm.services.tokenizer.dialect import Dialect, Marks, PartKind
 from scalellm.services.tokenizer.dialect.known import (
     DEEPSEEK,
     DEEPSEEK_V31,
@@ -71,11 +70,6 @@ TWO_CALLS = {
 }
 TWO_CALLS["python"] = (PYTHONIC, """[get(city='Pa}r"is', l=[1, {}]), now()]""")
 NUMBERED = "functions."
-
-
-def told(parts: Sequence[Part]) -> list[tuple[str, str]]:
-    """What each part is, and its text."""
-    return [(part.name or part.kind.name.lower(), part.text) for part in parts]
 
 
 @pytest.mark.parametrize("name", TWO_CALLS)
