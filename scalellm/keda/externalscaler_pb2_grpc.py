@@ -95,7 +95,7 @@ class ExternalScalerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamMetricSpec(self, request, context):
-        """What GetMetricSpec says at once, and each time that it changes. Asked for by newer versions of KEDA.
+        """The answer of GetMetricSpec, at once and each time that it changes. Newer versions of KEDA ask for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

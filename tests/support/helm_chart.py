@@ -40,7 +40,7 @@ def render(values: Mapping[str, Any], kubernetes: str = "1.37.0", release: str =
 
 
 def refusal(values: Mapping[str, Any]) -> str:
-    """What helm says of values that it refuses."""
+    """Return helm's message about values that it refuses."""
     done = run_helm("template", "line", str(CHART), values=values)
     assert done.returncode != 0, "the values were accepted"
     return done.stderr
@@ -57,5 +57,5 @@ def workloads(manifests: list[Manifest]) -> dict[str, Manifest]:
 
 
 def component(manifest: Manifest) -> str:
-    """Which service an object is part of."""
+    """Return the service that an object is part of."""
     return manifest["metadata"]["labels"]["app.kubernetes.io/component"]

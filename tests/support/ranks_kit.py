@@ -15,7 +15,7 @@ _PATIENCE = 120.0
 
 
 class FakeGroup:
-    """Where the threads of a group meet."""
+    """Meeting point of the threads of a group."""
 
     def __init__(self, size: int) -> None:
         self.size = size

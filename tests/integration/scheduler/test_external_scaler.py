@@ -1,4 +1,4 @@
-"""What KEDA is told, over gRPC: how many executors there should be, by what waits and runs."""
+"""The scheduler's answers to KEDA over gRPC: how many executors there should be, by what waits and runs."""
 
 from __future__ import annotations
 

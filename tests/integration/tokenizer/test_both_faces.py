@@ -297,7 +297,7 @@ async def test_books_and_log_and_trace_tell_it(face: Face, scheduler: ScriptedSc
 
 
 async def test_sessions_are_the_same_by_either_and_nobody_elses(face: Face, scheduler: ScriptedScheduler) -> None:
-    """What one face stored the other one lists, reads, copies and deletes; refusals have the same codes."""
+    """Each face lists, reads, copies and deletes what the other one stored; refusals have the same codes."""
     name = f"kept-by-{face.name}"
     await face.ask(session_id=name)
     await face.ask(session_id=name)

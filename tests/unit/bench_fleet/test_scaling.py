@@ -35,7 +35,7 @@ async def play(phases: list[tuple[int, float]]) -> list[tuple[float, int]]:
             pass
 
     async def operate() -> None:
-        """What Kubernetes does: an executor that is wanted is there after a while, one that is not leaves in order."""
+        """Act as Kubernetes does: a wanted executor is there after a while, one that is not wanted leaves in order."""
         running, coming = 1, []
         while True:
             scaling.look()

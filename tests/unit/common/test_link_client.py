@@ -207,7 +207,7 @@ async def test_a_peer_that_ends_the_call_during_a_write_is_asked_again_at_once()
 
 
 async def test_a_peer_that_nobody_listens_for_says_no_time_to_retry() -> None:
-    """Who has no time to retry does not answer: a scheduler waits for such an executor no longer than its grace."""
+    """An error without a time to retry: the scheduler waits for such an executor no longer than its grace."""
     handler = Handler()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

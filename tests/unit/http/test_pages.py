@@ -22,7 +22,7 @@ EDGE = {"model_name": "m", "prompts": None, "schedulers": None}
 
 
 class Page(HTMLParser):
-    """What a page of HTML names, and what its policy would not let run."""
+    """The names in a page of HTML, and the parts that its policy would not let run."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ WIDE = replace(
 )
 PAGE, NUM_BLOCKS = 16, 24
 FIRST = (1, 60, 250)
-"""Where rows begin: alone in a page, across tiles of 64 keys, across shares of 256."""
+"""Positions at which rows begin: alone in a page, across tiles of 64 keys, across shares of 256."""
 NUM_ROWS = 13
 
 

@@ -84,7 +84,7 @@ def is_allowed(matcher: Any, value: Any) -> bool:
 
 
 def refusal(compiler: LlGrammarCompiler, schema: Any) -> tuple[str, Any]:
-    """Why a schema is refused, and otherwise what follows it."""
+    """Return the message that refuses a schema and None, or an empty message and a matcher of the schema."""
     try:
         checked = checked_schema(json.dumps(schema), "schema")
         (matcher,) = compiler.start(f"start: %json {checked}\n", [[]]).matchers()
