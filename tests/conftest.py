@@ -32,7 +32,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """What a test draws without a seed of its own is the same every time, too, and whatever ran before it."""
+    """Seed the random generators before each test, so that its draws do not depend on the tests that ran before it."""
     random.seed(0)
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(0)

@@ -59,7 +59,7 @@ def make_secrets(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an operator makes: the files, and a key for a tenant."""
+    """Return a folder with what an operator makes: the secret files, and an API key for a tenant."""
     folder = tmp_path_factory.mktemp("secrets")
     make_secrets(folder)
     return folder

@@ -91,7 +91,7 @@ def test_half_precision(ops, paged_case, attention_oracle, dtype):
 
 
 def precision_of(ops) -> torch.dtype:
-    """What products with keys and values of less than four bytes are rounded to: C++ may multiply pairs of bfloat16."""
+    """Precision of products with keys and values of less than four bytes: C++ may multiply pairs of bfloat16."""
     return torch.float32 if ops.library is None else torch.bfloat16
 
 

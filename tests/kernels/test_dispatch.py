@@ -1,4 +1,4 @@
-"""Which forms are chosen, and what every Triton form keeps of its torch form."""
+"""The choice of a form for each operation, and the rules that every Triton form shares with its torch form."""
 
 import inspect
 import subprocess

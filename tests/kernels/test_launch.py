@@ -26,7 +26,7 @@ def specialising(x_ptr, count, N: tl.constexpr):
 
 
 class NoDevice:
-    """Of a driver, what a launch asks for. `launched` receives the grid and the kernel's arguments."""
+    """The parts of a driver that a launch uses, without a device. `launched` gets the grid and kernel arguments."""
 
     def __init__(self):
         self.launched = launched = []

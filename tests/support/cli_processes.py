@@ -19,7 +19,7 @@ def finish(process: subprocess.Popen[str], text: str | None = None) -> tuple[int
 
 
 def read_to_end(master: int) -> bytes:
-    """What a terminal's programs still write until the last one closes it."""
+    """Return what a terminal's programs write until the last one closes it."""
     received = b""
     try:
         while block := os.read(master, 4096):

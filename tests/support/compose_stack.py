@@ -24,7 +24,7 @@ _REDIS = "redis:7-bookworm"
 
 @cache
 def why_no_docker() -> str:
-    """Why containers cannot be run here; empty where they can."""
+    """Return the reason why containers cannot run here; empty if they can."""
     if shutil.which("docker") is None:
         return "there is no docker command"
     for command in (["docker", "info", "--format", "{{.ServerVersion}}"], ["docker", "compose", "version"]):
@@ -47,7 +47,7 @@ class ComposeStack:
     """One project. `down` leaves nothing of it but the images, `remove_images` not even those.
 
     Args:
-        variables: What compose is told by the environment, beside tags and ports.
+        variables: Environment variables for compose, beside those of tags and ports.
     """
 
     def __init__(self, **variables: str) -> None:
@@ -123,7 +123,7 @@ class ComposeStack:
         self.compose("--profile", "monitoring", "up", "-d", "--no-deps", "prometheus")
 
     def scraped(self) -> Counter[str]:
-        """How many containers of each service Prometheus reaches."""
+        """Count the containers of each service that Prometheus reaches."""
         with urlopen(f"http://{self.prometheus_address}/api/v1/targets?state=active", timeout=10) as answer:
             targets = json.load(answer)["data"]["activeTargets"]
         return Counter(target["labels"]["job"] for target in targets if target["health"] == "up")
@@ -143,7 +143,7 @@ class ComposeStack:
         self.compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "45")
 
     def left(self) -> list[str]:
-        """What there still is of the project: containers, networks, volumes."""
+        """Return what still exists of the project: containers, networks, volumes."""
         mine = f"label=com.docker.compose.project={self.project}"
         found = docker("ps", "-aq", "--filter", mine).split()
         for kind in ("network", "volume"):
@@ -158,14 +158,14 @@ class ComposeStack:
 
 
 def store_figures() -> str:
-    """What a build starts from: the images that are there, and the builder's cache."""
+    """Return the state before a build: the images that exist, and the builder's cache."""
     kinds = [json.loads(line) for line in docker("system", "df", "--format", "{{json .}}").splitlines()]
     found = {kind["Type"]: f"{kind['TotalCount']} ({kind['Size']})" for kind in kinds}
     return f"before: images {found['Images']}, build cache {found['Build Cache']}"
 
 
 def inspect(container: str) -> dict:
-    """What Docker knows of a container."""
+    """Return Docker's record of a container."""
     return json.loads(docker("container", "inspect", container))[0]
 
 

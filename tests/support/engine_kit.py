@@ -41,7 +41,7 @@ def score(context: list[int], token_id: int) -> float:
 
 
 def cells_of(tokens: list[int]) -> list[int]:
-    """What a cache holds for these tokens: each cell depends on all tokens up to it, as keys and values do."""
+    """Return the cache's content for these tokens: each cell depends on all tokens up to it, as keys and values do."""
     cells: list[int] = []
     for token in tokens:
         cells.append(digest(cells[-1] if cells else 0, token))
@@ -70,7 +70,7 @@ def undisturbed(request: EngineRequest, index: int, max_model_len: int) -> tuple
 
 
 class Overlap(enum.Enum):
-    """When a runner does what it was told to: at once, or, overlapping, as late as the host notices or a step late."""
+    """Moment at which a runner executes a launch: at once; with overlap, when the host waits or a step later."""
 
     NONE = "none"
     AT_WAIT = "at_wait"
@@ -79,7 +79,7 @@ class Overlap(enum.Enum):
 
 @dataclass
 class Row:
-    """What a launch told the device about one sequence; the device looks at nothing else. A None token is pending."""
+    """One sequence as a launch described it to the device, which looks at nothing else. A token None is pending."""
 
     row: int
     start: int
@@ -270,7 +270,7 @@ class SimClock:
 
 
 class Collector:
-    """What an engine reported, per sample and request; checks that offsets are contiguous and ends come once."""
+    """Collects an engine's results per sample and request; checks that offsets are contiguous and ends come once."""
 
     def __init__(self) -> None:
         self.tokens: dict[tuple[tuple[int, int], int], list[int]] = defaultdict(list)

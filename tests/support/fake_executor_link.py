@@ -13,7 +13,7 @@ VOCAB = 5003
 
 
 def next_token(previous: int, position: int, index: int) -> int:
-    """What the scripted model says: a function of the previous token, its position and the sample."""
+    """Next token of the scripted model: a function of the previous token, its position and the sample."""
     return (previous * 31 + position * 7 + index * 13 + 1) % VOCAB
 
 

@@ -19,11 +19,11 @@ _LFS_BYTES = 4096
 
 @dataclass
 class FakeHub:
-    """What is served, and what was asked.
+    """A model hub: the files that it serves, and the requests that it received.
 
     Attributes:
         repos: Files by repository and name, all in the revision `main`.
-        token: What `gated` repositories ask for.
+        token: Token that `gated` repositories ask for.
         gated: Repositories that are shown to nobody else.
         cut_after: Bytes of a file after which the connection ends, once; 0: never.
         requests: Method, path, Authorization and Range of each request.

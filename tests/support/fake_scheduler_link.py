@@ -26,7 +26,7 @@ def welcome(model: str = "m", max_model_len: int = 100) -> link_pb2.Welcome:
 
 
 def token(index: int, position: int) -> int:
-    """What the scripted model says next: of the sample and the position alone."""
+    """Next token of the scripted model: a function of the sample and the position alone."""
     return 100 + (31 * position + 7 * index) % 800
 
 
@@ -83,7 +83,7 @@ class FakeScheduler:
         self.link.on_down(error)
 
     def give_back(self) -> None:
-        """What a scheduler does that has reached its drain limit."""
+        """Give all requests back, as a scheduler does that has reached its drain limit."""
         status = LOST.to_link()
         handles, self.running = list(self.running), {}
         step = link_pb2.StepOutput(load=link_pb2.Load(draining=True))
@@ -156,7 +156,7 @@ class Line:
 
 
 class Taker:
-    """What a request's taker has taken."""
+    """Collects the tokens of one request."""
 
     def __init__(self, receiver: TokenReceiver) -> None:
         self.receiver = receiver

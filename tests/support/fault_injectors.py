@@ -19,12 +19,12 @@ Injector = Callable[["Scene"], Awaitable[None]]
 
 @dataclass
 class Scene:
-    """Where a fault happens.
+    """The line and the streams on which a fault happens.
 
     Attributes:
-        seconds: How long what is stopped or paused stays so.
-        rng: What everything random follows from.
-        streams: Those that run.
+        seconds: Seconds for which a process stays stopped or paused.
+        rng: Source of all random choices.
+        streams: Streams that run.
     """
 
     line: FaultLine

@@ -42,7 +42,7 @@ model's cache is memory, too, that is touched for the first time little by littl
 
 @dataclass(frozen=True)
 class Shape:
-    """How many processes of each service there are; in short: schedulers+executors.
+    """Number of processes of each service; its short form is schedulers+executors.
 
     Attributes:
         on_cable: Kind of service whose first process has a network namespace of its own; empty: none.
@@ -169,7 +169,7 @@ def _links(scheduler: ServiceProcess) -> dict[str, float]:
 
 
 def _address(member: Member) -> str:
-    """Where others reach it, whichever process it is."""
+    """Address at which other services reach a member; it stays the same when its process is replaced."""
     return member.wire.address if member.wire is not None else member.process.address
 
 

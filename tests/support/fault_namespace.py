@@ -66,7 +66,7 @@ class Namespace:
 
 
 def why_no_namespace() -> str:
-    """Why there can be no namespace here; empty where there can be one."""
+    """Return the reason why no namespace can be made here; empty if one can."""
     try:
         with Namespace():
             return ""

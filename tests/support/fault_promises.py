@@ -1,4 +1,4 @@
-"""What is promised under which fault: the table of docs/design.md, as the tests know it."""
+"""The promises under each fault: the table of docs/design.md in a form that tests can check."""
 
 from __future__ import annotations
 

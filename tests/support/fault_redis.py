@@ -59,7 +59,7 @@ class FaultRedis:
         self.start()
 
     def command(self, *words: str) -> str:
-        """What the server answers, as redis-cli would print it raw: errors as their text."""
+        """Send a command and return the answer as `redis-cli --raw` would print it: errors as their text."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(PATIENCE)
             client.connect(self.socket)
@@ -107,7 +107,7 @@ def _wait_for(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 def _may_mount() -> bool:
-    """Whether a process may have a file system of its own."""
+    """True if a process may mount a file system of its own."""
     if shutil.which("unshare") is None:
         return False
     mount = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]

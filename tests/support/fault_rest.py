@@ -1,4 +1,4 @@
-"""What a line must look like once nothing runs: books that add up, and as much of everything as before."""
+"""A line at rest: its counters add up, and every resource is back at what it was before."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ async def rest(
     before: Mapping[str, Vitals],
     memory_margin: int,
 ) -> dict[str, Vitals]:
-    """Wait until nothing runs and everything is as it was. Raises AssertionError with what is not.
+    """Wait until nothing runs and everything is as it was. Raises AssertionError that names the differences.
 
     Args:
-        executors: And the other services, all of them.
-        before: What to compare with, by name.
+        executors: All executors; likewise `schedulers` and `tokenizers`.
+        before: Vitals at rest before the load, by process name.
         memory_margin: Bytes by which a service's processes may have grown since.
     """
     members = [*executors, *schedulers, *tokenizers]

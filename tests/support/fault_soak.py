@@ -32,7 +32,7 @@ as many connections as there are calls at once, and pools of threads grow on dem
 
 @dataclass(frozen=True)
 class _Sample:
-    """What a process held at a moment, by the names of _MARGINS."""
+    """Resources that a process held at one moment, by the names of _MARGINS."""
 
     at: float
     values: Mapping[str, float]
@@ -50,10 +50,10 @@ class Soak:
     """One run.
 
     Attributes:
-        seconds: How long streams are started.
+        seconds: Seconds during which streams are started.
         pause: Seconds between two faults, on average.
         counts: Streams by status, and faults.
-        wrong: What was not as it should be.
+        wrong: Descriptions of everything that was wrong.
     """
 
     line: FaultLine

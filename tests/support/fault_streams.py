@@ -44,8 +44,8 @@ class Stream:
 
     Attributes:
         kind: One of KINDS or SHAPED.
-        request: What is sent.
-        first_turn: Of a session: what is asked and answered before.
+        request: The request as it is sent.
+        first_turn: The question and answer that a session has before this request.
         timeout: The client's deadline in seconds.
         cancel_after: Tokens after which the client goes away.
         pieces: The history: every message with tokens, as it came.
@@ -91,7 +91,7 @@ class Stream:
 
     @property
     def was_resumed(self) -> bool:
-        """Whether somebody took it up again: a hop below the client, or the client itself."""
+        """True if the request was taken up again: by a service, or by the client itself."""
         ended = self.finished
         return ended is not None and bool(ended.usage.num_resumed or ended.latency.failover_ns or self.resumes)
 
@@ -108,7 +108,7 @@ class Stream:
         return found
 
     def misshapen(self) -> list[str]:
-        """What is wrong with the shapes of the texts that are complete."""
+        """Describe the complete texts that do not have the shape that was asked for."""
         asked = self.request.structured_output
         if not asked.WhichOneof("shape") or self.finished is None:
             return []
@@ -199,7 +199,7 @@ class Workload:
     """Requests of every kind that follow from a seed.
 
     Args:
-        seed: What everything random follows from.
+        seed: Seed of all random choices.
         count: Streams.
         longest: Most tokens of a sample.
         kinds: Kinds of streams, one after the other.
@@ -336,7 +336,7 @@ class Clients:
 
 
 def differences(disturbed: Stream, undisturbed: Stream) -> list[str]:
-    """What a client saw that it would not have seen without the fault; its status aside."""
+    """Describe what a client saw that it would not have seen without the fault; the status is not compared."""
     found = disturbed.misshapen()
     name = f"stream {disturbed.number} ({disturbed.kind}, {disturbed.code})"
     is_whole = disturbed.code is grpc.StatusCode.OK

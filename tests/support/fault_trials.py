@@ -46,7 +46,7 @@ class Tally:
 
 
 class BreakableLine(Protocol):
-    """What a trial needs to know of the line that it is made on."""
+    """The parts of a line that a trial uses."""
 
     @property
     def addresses(self) -> list[str]:
@@ -64,7 +64,7 @@ class Trials:
     """All trials of one workload on one line.
 
     Attributes:
-        undisturbed: What each stream is without a fault.
+        undisturbed: The streams as they run without a fault.
         before: The line at rest.
     """
 
@@ -130,7 +130,7 @@ class Trials:
 
 
 def unpromised(fault: Fault, stream: Stream) -> list[str]:
-    """What the client should not have seen under this fault."""
+    """Describe what the client saw and should not have seen under this fault."""
     codes = _CODES.get(stream.kind, {OK}) | ({UNAVAILABLE} if fault.errors and not stream.is_resumable else set())
     if stream.code not in codes:
         return [f"stream {stream.number} ({stream.kind}) ended {stream.code}: {stream.details}"]

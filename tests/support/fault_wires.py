@@ -72,7 +72,7 @@ class Wire:
         self._call(self._whole.clear)
 
     def mend(self) -> None:
-        """What waits gets through, and what comes."""
+        """Let bytes pass again: those that wait, and later ones."""
         self._call(self._whole.set)
 
     async def open(self, host: str) -> None:

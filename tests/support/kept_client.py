@@ -26,7 +26,7 @@ def request(max_tokens=40, *, n=1, logprobs=None, prompt_logprobs=None, seed=5, 
 
 
 class Client:
-    """What one client has of an answer, over all its calls."""
+    """One client's view of an answer over all its calls."""
 
     def __init__(self, request: generation_pb2.GenerateRequest) -> None:
         n = request.sampling.n

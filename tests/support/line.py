@@ -96,7 +96,7 @@ def start_line(
 
 @dataclass
 class Answer:
-    """What one Generate call gave."""
+    """Answer to one Generate call."""
 
     started: generation_pb2.Started | None = None
     finished: generation_pb2.Finished | None = None

@@ -13,7 +13,7 @@ from service_processes import PATIENCE
 
 @dataclass
 class Stream:
-    """What the raw link client got for one of its requests."""
+    """Answer that the raw link client received for one of its requests."""
 
     handle: int
     prompt: list[int]

@@ -63,7 +63,7 @@ class Gguf:
     num_tensors: int | None = None
     alignment: int = 32
     num_bytes: int = 0
-    """Of tensor data."""
+    """Bytes of tensor data."""
 
     def add(self, key: str, kind: int, value: Any, item: int = U32) -> None:
         """Append a metadata value."""

@@ -36,9 +36,9 @@ from scalellm.v1 import tokenizer_pb2
 
 FORMATS = ("config", "tokenizer", "gguf", "safetensors")
 CPU_SECONDS = 30
-"""Of one mutant: what takes more hangs. Time of the process, not of the clock: neighbours do not count."""
+"""CPU time of one mutant beyond which loading it counts as hanging; busy neighbours do not add to CPU time."""
 MEMORY_BYTES = 2 << 30
-"""That loading such a model, of some 100 KiB, may take beside what the process has."""
+"""Memory by which a process may grow while it loads such a model, of some 100 KiB."""
 
 
 @dataclass(frozen=True)

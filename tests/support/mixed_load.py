@@ -16,14 +16,14 @@ PRESSED = ("--engine", "fake", "--fake-preset", "h200-llama-8b", "--max-model-le
 
 @dataclass
 class Seen:
-    """What the clients of a load saw, in requests."""
+    """Counts of the clients of a load, in requests."""
 
     sent: int = 0
     finished: int = 0
     cancelled: int = 0
     late: int = 0
     perhaps_lost: int = 0
-    """Of the late ones: nothing was heard of them, so they may not have come as far as the edge, or the scheduler."""
+    """Late requests without any response; they may not have reached the edge or the scheduler."""
     invalid: int = 0
     with_first_token: int = 0
     perhaps_with_first_token: int = 0

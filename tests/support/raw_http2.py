@@ -233,7 +233,7 @@ async def connect(
     Args:
         address: Host and port.
         settings: The client's, such as `{SettingsFrame.INITIAL_WINDOW_SIZE: 0}`.
-        is_reading: Whether what the peer sends is taken; without, no window and no acknowledgement ever is.
+        is_reading: True: read what the peer sends. False: never read; the peer gets no window and no acknowledgement.
         context: For TLS, with "h2" among its ALPN protocols.
     """
     async with bare_connection(address, context) as connection:

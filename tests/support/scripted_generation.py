@@ -18,7 +18,7 @@ BREAKDOWN = common_pb2.LatencyBreakdown(
 
 @dataclass
 class Play:
-    """What becomes of one request.
+    """The script of one request.
 
     Attributes:
         delay: Seconds before each delta.

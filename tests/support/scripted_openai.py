@@ -13,7 +13,7 @@ from bench.load.http_server import Drop, Reply, port_of, serve_http
 
 @dataclass
 class HttpPlay:
-    """What becomes of one request.
+    """The script of one request.
 
     Attributes:
         delay: Seconds before each token.

@@ -24,7 +24,7 @@ def default_tokens(submit: link_pb2.Submit, index: int) -> list[int]:
 
 @dataclass
 class Script:
-    """What becomes of one request.
+    """The script of one request.
 
     Attributes:
         samples: Tokens per sample; default: `default_tokens`.
@@ -37,7 +37,7 @@ class Script:
         status: See fail_after.
         moved: The request is given back with that status.
         start_at_resumed: Go on after the tokens that the Submit brings, instead of sending them again.
-        reason: How samples end.
+        reason: Finish reason of the samples.
         stop_token: Reported with the end: the last token is a stop token.
         skip_offset: Leave out the token at this offset: a fault.
         repeat: Send every chunk again with the next one, as a replay would.

@@ -48,7 +48,7 @@ class ServiceProcess:
     log: Path
     announce: Path
     ready_text: str = ""
-    """What it logs once it is ready, if that is later than its announcement."""
+    """Text that the service logs once it is ready, if that is later than its announcement."""
 
     def _announced(self) -> list[str]:
         return self.announce.read_text().split()

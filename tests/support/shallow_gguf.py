@@ -20,7 +20,7 @@ def write_shallow(source: Path, target: Path, num_layers: int) -> None:
     Args:
         source: The published file, with tensors aligned to 32 bytes.
         target: The file to write.
-        num_layers: How many layers it keeps.
+        num_layers: Number of layers to keep.
     """
     data = source.read_bytes()
     metadata = GgufMetadata(source)

@@ -81,7 +81,7 @@ CHECKS: dict[str, Callable[[str], Any]] = {
     'start: "yes" | "no" | "not at all"': ("yes", "no", "not at all").__contains__,
     'start: "(" start ")" | "x"': lambda text: text.count("(") == text.count(")") and text.strip("()") == "x",
 }
-"""What says if a text has its shape, by grammar."""
+"""Checks of a text's shape, by grammar."""
 
 GRAMMARS = tuple(CHECKS)
 
@@ -104,7 +104,7 @@ class CompilesAtOnce:
 
 
 def problem(grammar: str, token_ids: Sequence[int], max_tokens: int) -> str:
-    """What is wrong with a sample's whole answer, empty if nothing is: it is complete, or as long as it may be."""
+    """Describe the problem of a sample's whole answer; empty if it is complete and valid, or as long as allowed."""
     text = text_of(token_ids)
     if not token_ids or token_ids[-1] != EOS:
         return "" if len(token_ids) == max_tokens else f"{text!r} has no end and {len(token_ids)} tokens"

@@ -83,7 +83,7 @@ def pids(state: State) -> dict[str, int]:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """What still runs and has the folder in its command or environment."""
+    """Return the running processes that have the folder in their command or environment."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -118,7 +118,7 @@ class VirtualStream:
             edge.link.release(receiver, reason)
 
     def problems(self, journal: Journal) -> list[str]:
-        """What is wrong with what the client got."""
+        """Describe the errors in what the client received."""
         found = []
         if len(self.codes) != 1:
             found.append(f"ended {len(self.codes)} times: {self.codes}")
@@ -299,7 +299,7 @@ class _Line:
             connection.reads_slowly_until = self.loop.time() + seconds
 
     async def rest(self) -> list[str]:
-        """What is still held, or does not add up, when everything has had the time to end."""
+        """Wait until everything could end; return what is still held and which counters do not add up."""
         found: list[str] = []
         for _ in range(40):
             await asyncio.sleep(0.5)

@@ -28,7 +28,7 @@ LEASE = 2.0
 
 
 def script(seed: int, index: int, offset: int, previous: int) -> int:
-    """What says which token sample `index` has at `offset`, modulo how many there are to choose from."""
+    """Number that chooses the token of sample `index` at `offset`, modulo the number of tokens to choose from."""
     mixed = (seed * 2654435761 + index * 40503 + offset * 2246822519 + previous * 3266489917 + 374761393) % 2**32
     return mixed ^ (mixed >> 15)
 
@@ -39,7 +39,7 @@ def scripted_token(seed: int, index: int, offset: int, previous: int) -> int:
 
 
 class Journal:
-    """What all engines ever emitted, by (request id, sample, offset): the token, and how often."""
+    """All tokens that engines ever emitted, by (request id, sample, offset), and the number of times."""
 
     def __init__(self) -> None:
         self.tokens: dict[tuple[str, int, int], set[int]] = defaultdict(set)

@@ -57,7 +57,7 @@ class FakeServer(
         self.ended: list[str] = []
         """Ids that Cancel was called with."""
         self.api_key = ""
-        """What Generate asks for, if anything."""
+        """API key that Generate asks for; empty: none."""
         self.sessions: dict[str, list[generation_pb2.ChatMessage]] = {}
         self.models = ["fake", "second"]
         self.chosen: list[str] = []

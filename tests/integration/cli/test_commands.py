@@ -240,7 +240,7 @@ def test_closed_pipe_is_quiet_and_cancels(cli: StartCli, fake_server: Any) -> No
 
 
 def on_terminal(cli: StartCli, *arguments: str, **options: Any) -> str:
-    """What the command writes when its output is a terminal."""
+    """Run a command whose output is a terminal, and return what it writes."""
     master, slave = os.openpty()
     process = cli(*arguments, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, **options)
     os.close(slave)

@@ -140,7 +140,7 @@ def test_python_client_session(line: Line) -> None:
 
 
 class Author(pydantic.BaseModel):
-    """What the model is to fill in."""
+    """Schema of the answer, which the model fills in."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
     name: Annotated[str, pydantic.Field(max_length=4)]

@@ -23,7 +23,7 @@ _TABLE = pytest.StashKey[list[str]]()
 
 @pytest.fixture(scope="session")
 def rounds() -> int:
-    """Of each fault."""
+    """Trials of each fault."""
     return int(os.environ.get("FAULTS_ROUNDS") or 1)
 
 
@@ -35,7 +35,7 @@ def seconds() -> float:
 
 @pytest.fixture(scope="session")
 def seed() -> int:
-    """Of everything random."""
+    """Seed of all random choices."""
     return int(os.environ.get("FAULTS_SEED") or 0)
 
 

@@ -14,7 +14,7 @@ PROGRAMS = Path(__file__).with_name("programs")
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
-    """Where programs lie that use the clients."""
+    """Folder of the programs that use the clients."""
     return PROGRAMS
 
 

@@ -26,7 +26,7 @@ def base_url(fake_line) -> str:
 
 @pytest.fixture(scope="module")
 def answer(base_url: str) -> dict[str, Any]:
-    """What every client asks for: the text, how many tokens it has, and why it ends."""
+    """Return the answer that every client has to receive: its text, number of tokens and finish reason."""
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": NUM_TOKENS, "seed": 7}
     request = Request(
         f"{base_url}/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}, method="POST"

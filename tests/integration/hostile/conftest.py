@@ -33,7 +33,7 @@ def seconds() -> float:
 
 @pytest.fixture(scope="session")
 def num_mutants() -> int:
-    """Of each format."""
+    """Mutants of each file format."""
     return int(os.environ.get("HOSTILE_MUTANTS") or 40)
 
 

@@ -46,7 +46,7 @@ def assert_books(line: Line) -> None:
 
 
 def edge_has_counted(line: Line) -> bool:
-    """Whether the workers have counted every token that the scheduler sent, and all of them are linked."""
+    """True if all workers are linked and have counted every token that the scheduler sent."""
     edge, core = scrape(line.tokenizer), scrape(line.scheduler)
     received = edge["scalellm_generation_tokens_total"] + edge["scalellm_tokenizer_tokens_discarded_total"]
     return (

@@ -106,7 +106,7 @@ async def stop_one(core: Core) -> None:
     ids=lambda losses: "-".join(fault.__name__ for fault in losses),
 )
 async def test_a_lost_scheduler_costs_no_answer(spawn: Spawn, redis, model_dir, losses) -> None:
-    """Of two schedulers one is lost; and then, with all that runs, the only one."""
+    """One of two schedulers is lost; then the remaining one is lost as well, with every request that runs on it."""
     # A stopped scheduler is taken for dead after the stall limit; on a busy machine others are slow, too.
     limits = ("--stall-limit-s", "5" if stop_one in losses else "60", "--scheduler-outage-s", str(PATIENCE))
     core = await asyncio.to_thread(start_core, spawn, redis, model_dir("smollm2-135m-instruct"), limits)

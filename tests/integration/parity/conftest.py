@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Outcome:
-    """What the engine said about one request."""
+    """Results of the engine for one request."""
 
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     logprobs: list[float] = field(default_factory=list)

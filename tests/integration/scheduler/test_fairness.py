@@ -29,7 +29,7 @@ NUM_QUIET = 7
 
 
 class Executor(ScriptedExecutor):
-    """Of a size at which a flood has to be large, with a chunk of prefill of 512 tokens."""
+    """An executor that only a large flood fills; it prefills in chunks of 512 tokens."""
 
     config = EngineConfig(
         num_blocks=ROWS * 160,
@@ -111,7 +111,7 @@ class FairLine:
         self.flooding += [asyncio.create_task(tenant.send_for_ever(edge)) for _ in range(num_clients)]
 
     def num_tokens(self, name: str) -> int:
-        """What a tenant's streams have got."""
+        """Tokens that a tenant's streams have received."""
         streams = [stream for stream in self.sent if stream.name.startswith(name)]
         return sum(len(tokens) for stream in streams for tokens in stream.tokens.values())
 

@@ -1,4 +1,4 @@
-"""What a container's health check runs: against a service in plaintext, one with mutual TLS, and none."""
+"""A container's health check against a service in plaintext, a service with mutual TLS, and no service."""
 
 from __future__ import annotations
 

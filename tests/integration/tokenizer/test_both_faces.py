@@ -1,4 +1,4 @@
-"""What is true of a request by gRPC is true of one by HTTP: the same table over both."""
+"""A request behaves the same over gRPC and over HTTP: one table of cases runs over both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HELLO = "Say something."
 
 @dataclass
 class Ended:
-    """How one request ended, whatever it came by."""
+    """End of one request, in the same form for gRPC and HTTP."""
 
     code: str
     text: str = ""

@@ -1,4 +1,4 @@
-"""What the pool compiles is found by the launches that come after it: the one path that a dry run does not take."""
+"""Launches find the kernels that the pool has compiled: the one path that a dry run does not take."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What figures and verdicts are made of."""
+"""The measures from which figures and verdicts are made."""
 
 import pytest
 import torch

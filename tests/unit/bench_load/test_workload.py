@@ -1,4 +1,4 @@
-"""What is sent and when follows from the seed, and is what was asked for."""
+"""Requests and their times follow from the seed, and match the options."""
 
 import math
 

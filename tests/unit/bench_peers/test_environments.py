@@ -1,4 +1,4 @@
-"""What is installed once stays, what has changed is installed anew, what fails is named."""
+"""An environment stays once it is installed, is made anew if its packages changed, and is named if it fails."""
 
 from __future__ import annotations
 

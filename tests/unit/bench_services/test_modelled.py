@@ -1,4 +1,4 @@
-"""What the modelled GPU alone gives, against its own formula."""
+"""Throughput of the modelled GPU alone against its own formula."""
 
 from __future__ import annotations
 

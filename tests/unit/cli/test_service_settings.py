@@ -39,7 +39,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[UpOptions]:
-    """What `up` would have started."""
+    """Options of each `up` that a test calls; nothing is started."""
     options: list[UpOptions] = []
 
     def bring_up(context: object, given: UpOptions, *rest: Any) -> object:

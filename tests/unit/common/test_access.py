@@ -1,4 +1,4 @@
-"""Who may call what: the file of keys, the table of methods, and changes while a service runs."""
+"""Access control: the file of keys, the table of methods, and changes while a service runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def code(access, method, metadata=()):
 
 
 def tenant_of(access, key, method=GENERATE):
-    """Whom a call has that shows a key, in a context of its own as calls have."""
+    """Return the tenant of a call that shows a key, in a context of its own as calls have."""
 
     def call():
         access.check(method, bearer(key))

@@ -1,4 +1,4 @@
-"""What a container's health check runs: nothing but Python's own library, and still grpc.health.v1 is asked."""
+"""A container's health check uses Python's standard library alone, and still asks grpc.health.v1."""
 
 from __future__ import annotations
 

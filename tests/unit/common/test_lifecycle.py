@@ -1,4 +1,4 @@
-"""How a service ends, as its clients see it."""
+"""The end of a service, as its clients see it."""
 
 from __future__ import annotations
 

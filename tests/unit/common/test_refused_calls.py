@@ -107,13 +107,13 @@ async def serving(**options: Any) -> AsyncIterator[tuple[GrpcService, grpc.aio.C
 async def call_often(
     channel: grpc.aio.Channel, method: str, request: bytes, reached: Callable[[], int] | None = None
 ) -> set[grpc.StatusCode]:
-    """The codes of a few calls, all traces of which but those in memory are gone.
+    """Return the codes of a few calls; they leave no task and no connection behind.
 
     Args:
         channel: To the server.
-        method: What to call.
-        request: What to send.
-        reached: How many calls have reached the servicer; if given, each call is cancelled once it has.
+        method: Full name of the method.
+        request: Bytes to send.
+        reached: Returns how many calls have reached the servicer; if given, each call is cancelled once it has.
     """
     num_tasks = len(asyncio.all_tasks())
     codes = set()

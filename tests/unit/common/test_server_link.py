@@ -79,7 +79,7 @@ class Transport:
 
     @property
     def handles(self) -> list[list[int]]:
-        """Of each message but the Welcome."""
+        """Handles in each message but the Welcome."""
         return [list(link_pb2.ServerFrame.FromString(message).step.handles) for message in self.messages[1:]]
 
 

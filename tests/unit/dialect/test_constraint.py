@@ -1,4 +1,4 @@
-"""What a model may write: whatever is drawn from the grammar is read as calls of the tools, with arguments to match."""
+"""Every text that a tool grammar allows is read as calls of the tools, with arguments of their schemas."""
 
 from __future__ import annotations
 

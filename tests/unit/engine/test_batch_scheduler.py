@@ -1,4 +1,4 @@
-"""What a step contains: order, budgets, priorities, preemption, and how little work a step does."""
+"""The content of a step: order, budgets, priorities, preemption, and the bounded work of a step."""
 
 from collections.abc import Callable
 

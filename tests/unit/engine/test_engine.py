@@ -1,4 +1,4 @@
-"""What the engine promises its callers: ends, refusals, deadlines, credits, failures, moves."""
+"""The engine's promises to its callers: ends, refusals, deadlines, credits, failures, moves."""
 
 import dataclasses
 from collections.abc import Callable

@@ -69,13 +69,13 @@ REQUESTS = list(requests())
 
 @dataclass
 class Answers:
-    """What a client has of each sample, over all engines that worked on it."""
+    """A client's tokens of each sample, over all engines that worked on it."""
 
     tokens: dict[tuple[int, int], list[int]]
     finished: dict[tuple[int, int], FinishReason]
 
     def rest(self, request: EngineRequest) -> EngineRequest | None:
-        """What is sent to the next engine; None where nothing is left to do."""
+        """Return the request for the next engine; None if nothing is left to do."""
         handle, count = request.key[1], request.sampling.n
         resumed = tuple(
             ResumedSample(index, tuple(self.tokens[handle, index]), self.finished.get((handle, index)))

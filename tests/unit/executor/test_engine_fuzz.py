@@ -1,4 +1,4 @@
-"""What comes through a scheduler's link to the engine process: any bytes, in any order, and the engine lives on."""
+"""Any bytes in any order may come through a scheduler's link to the engine process, and the engine lives on."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from speculation_kit import TakesAll
 
 
 def run_loop(sent: list[Message], seconds_per_step: float, num_steps: int) -> list[Message]:
-    """What the engine answers to messages within a number of steps, after which its front goes away."""
+    """Return the engine's answers to messages within a number of steps, after which its front goes away."""
     config = engine_kit.make_config(max_model_len=1024, num_blocks=256, max_num_batched_tokens=8)
     clock = engine_kit.SimClock()
     ours, theirs = socket.socketpair()

@@ -15,7 +15,7 @@ from scalellm.services.executor.models.shard import Part
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 6, 512
 _HALVES = {"Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}
-"""Where a block has its float16 numbers; elsewhere it is at its start."""
+"""Offsets of a block's float16 numbers; for formats not listed there is one, at its start."""
 
 
 def random_rows(kind: str, seed: int) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ def test_models(
 def test_inputs_are_quantised_where_they_are_computed(
     family: str, hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Of the four products of a layer, only that after attention has a launch of its own for it."""
+    """One of a layer's four products, the one after attention, needs a launch of its own to quantise its input."""
     hf_model(family, num_hidden_layers=4).save_pretrained(tmp_path)
     calls = 0
 

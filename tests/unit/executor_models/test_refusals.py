@@ -1,4 +1,4 @@
-"""What cannot be served is refused with one sentence, before weights are allocated."""
+"""A model that cannot be served is refused with one sentence, before weights are allocated."""
 
 import json
 import struct

@@ -73,7 +73,7 @@ def test_memory_is_counted_by_rank(hf_model: Callable[..., Any], tmp_path: Path)
 
 
 def test_uneven_shares() -> None:
-    """Of 80 inner features in pieces of 16, and of 211 tokens."""
+    """Two shards of 80 inner features in pieces of 16, and of 211 tokens, are uneven."""
     shards = [Shard(rank, 2) for rank in range(2)]
     assert [shard.inner("mlp", 80, 16) for shard in shards] == [Part(0, 32, 80), Part(32, 80, 80)]
     assert list(shards[0].vocabulary(211)) == [Part(0, 105, 211), Part(105, 211, 211)]

@@ -1,4 +1,4 @@
-"""How long a client waits, on a clock that the test turns."""
+"""The time that a client waits, on a clock that the test turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands around each request: who is let in, drain, headers, web pages, errors that nobody foresaw."""
+"""The parts around each request: access, drain, headers, web pages, unforeseen errors."""
 
 from __future__ import annotations
 

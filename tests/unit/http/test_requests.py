@@ -1,4 +1,4 @@
-"""What becomes of the fields of OpenAI's requests, and what is said of wrong ones."""
+"""Translation of the fields of OpenAI's requests, and the messages about wrong ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check(request: generation_pb2.GenerateRequest) -> None:
 
 
 def chat(is_strict: bool = False, **fields: Any) -> generation_pb2.GenerateRequest:
-    """What the request path would get, once it has looked at it."""
+    """Return the request as the request path gets it, after its own checks."""
     request = ChatRequest.read({"messages": HELLO, **fields}, is_strict=is_strict)
     (made,) = request.requests("id", content_is_text=True)
     try:

@@ -48,7 +48,7 @@ def riddles_of(docstring: str) -> list[str]:
     return [text for text in (opening, *entries) if INDIRECT.match(text)]
 
 
-@pytest.mark.parametrize("folder", ["services", "kernels", "clients", "bench", "scripts"])
+@pytest.mark.parametrize("folder", ["services", "kernels", "clients", "bench", "scripts", "tests", "examples"])
 def test_docstrings_name_their_subject(folder: str) -> None:
     listed = subprocess.run(["git", "ls-files", f"{folder}/*.py"], cwd=ROOT, check=True, capture_output=True, text=True)
     names = [name for name in listed.stdout.splitlines() if GENERATED not in name and (ROOT / name).is_file()]

@@ -37,7 +37,7 @@ KINDS = {
 
 
 def comments(file: str) -> Mapping[str, str]:
-    """What stands above each message ("SamplingParams") and each field ("SamplingParams.n")."""
+    """Comments above each message ("SamplingParams") and each field ("SamplingParams.n")."""
     found: dict[str, str] = {}
     message, lines = "", []
     for line in (PROTOS / file).read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""What a GPU would show by being slow, or by failing: late compiles, and values that the host asks it for.
+"""Rules whose violation makes a GPU slow or fail: late compiles, and values that the host reads from the device.
 
 Nothing is compiled here, and kernels do nothing.
 """
@@ -63,7 +63,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What kernels would have written is zero."""
+    """Make new tensors zero: no kernel runs here that would write their values."""
 
     def zeros(*shape: Any, memory_format: object = None, **options: Any) -> torch.Tensor:
         return torch.zeros(*shape, **options)

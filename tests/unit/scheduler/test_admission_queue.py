@@ -23,7 +23,7 @@ class Entry:
 
 @dataclass
 class Accounts:
-    """Of tenants that were all served alike, unless it is said otherwise."""
+    """Accounts of tenants with equal weights and service, except those named here."""
 
     weights: dict[bytes, float] = field(default_factory=dict)
     services: dict[bytes, float] = field(default_factory=dict)

@@ -34,7 +34,7 @@ async def test_beats_only_while_requests_run(monkeypatch: pytest.MonkeyPatch) ->
 async def test_log_probabilities_of_several_executors_do_not_make_a_frame_too_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What comes within one turn of the event loop leaves together, but not without bound."""
+    """Results of one turn of the event loop leave together, up to a bound."""
     frames: list[bytes] = []
     link = ClientLink("test", Books())
     monkeypatch.setattr(link.server_link, "send", frames.append)

@@ -11,7 +11,7 @@ READY, STARTING, GONE = (True, True), (False, True), (False, False)
 
 
 def given_up_at(*changes: tuple[float, tuple[bool, bool]], grace: float = 30.0, limit: float = 120.0) -> float | None:
-    """When the outage was given up, if at all; changes are (seconds, how the executors are from then on)."""
+    """Return the time at which the outage was given up, if at all; changes are (seconds, state of executors)."""
 
     async def play() -> float | None:
         loop = asyncio.get_running_loop()

@@ -34,7 +34,7 @@ def make_pools(policy, small=SMALL, large=LARGE):
 
 
 def play(pools, *loads):
-    """What is chosen; loads are (from when on, requests)."""
+    """Return pairs of a time and the pool chosen then; loads are (time of the change, requests)."""
     chosen = []
     for (begin, count), (end, _) in zip(loads, [*loads[1:], (loads[-1][0] + 20, 0)], strict=True):
         now = begin

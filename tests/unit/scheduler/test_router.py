@@ -40,7 +40,7 @@ def replicas(max_size=6, **fields):
 
 
 def route(candidates, tokens=100, output=1, hashes=(), routed=(), **options):
-    """Where a request goes; `routed` says which prompts went where before it, as pairs of hashes and an instance."""
+    """Return the instance that a request goes to; `routed` are earlier prompts as pairs of hashes and an instance."""
     prefixes = PrefixIndex()
     for prompt, instance_id in routed:
         prefixes.record(prompt, prefixes.join(instance_id))

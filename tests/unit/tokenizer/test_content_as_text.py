@@ -27,7 +27,7 @@ def rendered(special: SpecialTexts, contents: list[str]) -> MarkedText:
 
 @pytest.fixture(scope="module")
 def encoders(tokenizers: dict[str, Tokenizer]) -> dict[str, EncodeBatcher]:
-    """Of which the thread's part is called here."""
+    """Encoders by tokenizer; the tests call the part of an encoder that runs in a thread."""
     return {name: EncodeBatcher(tokenizer) for name, tokenizer in tokenizers.items()}
 
 

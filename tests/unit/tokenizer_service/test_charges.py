@@ -1,4 +1,4 @@
-"""What a tenant pays for, however its request ends: the prompt, and the tokens that its client was shown."""
+"""A tenant pays for the prompt and the tokens that its client was shown, however the request ends."""
 
 from __future__ import annotations
 
@@ -166,10 +166,10 @@ async def charge(texts: object, play: Play, then: Play | None = None, **fields: 
     """Return what was paid for a request, the tokens its client saw, and how it ended.
 
     Args:
-        texts: What tokens mean.
-        play: What the scheduler says when the request comes.
-        then: What it says when the client has seen that.
-        fields: Of the request.
+        texts: Text of each token.
+        play: Messages of the scheduler when the request comes.
+        then: Messages of the scheduler once the client has seen those.
+        fields: Fields of the request.
     """
     edge = make_edge(texts, play)
     ledger = edge.quotas

@@ -1,4 +1,4 @@
-"""What a worker makes of schedulers that have no room for a tenant."""
+"""A worker's handling of schedulers that have no room for a tenant."""
 
 from __future__ import annotations
 

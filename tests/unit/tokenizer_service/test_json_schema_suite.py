@@ -94,7 +94,7 @@ def refusal(compiler: LlGrammarCompiler, schema: Any) -> tuple[str, Any]:
 
 
 def names_one(message: str, names: Collection[str]) -> bool:
-    """Whether a message names one of these keywords."""
+    """True if a message names one of these keywords."""
     # llguidance says "patternProperty", and writes oneOf without quotes.
     said = message.replace("patternProperty", "patternProperties").partition(" 1 | ")[0]
     return any(re.search(rf"(?<![\w$]){re.escape(name)}(?!\w)", said) for name in names)

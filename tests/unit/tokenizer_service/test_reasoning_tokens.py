@@ -35,12 +35,12 @@ ANSWERS = {
         "<|channel|>final<|message|>It is.",
     ],
 }
-"""Where None is, reasoning is drawn."""
+"""Texts of answers; random reasoning is put in for each None."""
 
 
 @pytest.fixture(scope="module")
 def writings(smollm):
-    """How two models write, one with marks around its reasoning and one with channels, and their tokenizers."""
+    """Dialects of two models with their tokenizers: one puts marks around reasoning, the other uses a channel."""
     made = {}
     for template, marks, is_special in ((HERMES, THINK_MARKS, False), (HARMONY, HARMONY_MARKS, True)):
         tokenizer = Tokenizer.from_str(smollm.tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""Which requests are logged, and what of them."""
+"""The choice of requests that are logged, and the content of a log line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request's spans tell of the schedulers that it lost."""
+"""A request's spans name the schedulers that it lost."""
 
 from __future__ import annotations
 

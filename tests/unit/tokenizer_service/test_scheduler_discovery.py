@@ -1,4 +1,4 @@
-"""Which schedulers a worker finds: addresses, names, and names that change."""
+"""A worker's discovery of schedulers: addresses, names, and names that change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service_processes import PATIENCE
 
 
 class Found:
-    """What a discovery says."""
+    """Collects the addresses that a discovery reports."""
 
     def __init__(self) -> None:
         self.hosts: dict[str, str] = {}

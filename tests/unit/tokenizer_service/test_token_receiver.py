@@ -110,7 +110,7 @@ async def test_missing_logprobs_are_loud():
 
 
 def scores(offset: int, count: int, num_top: int = 2) -> link_pb2.LinkLogprobs:
-    """Of tokens that are numbered, with alternatives that are numbered, too."""
+    """Log-probabilities of numbered tokens, with alternatives that are numbered, too."""
     places = range(offset, offset + count)
     values = common_pb2.TokenLogprobs(
         logprobs=[-float(place) for place in places],

@@ -45,7 +45,7 @@ def values(start: int, stop: int) -> common_pb2.TokenLogprobs:
 
 
 def seen(texts, transcript: Transcript, submit: link_pb2.Submit, offsets: list[int]):
-    """What a client that has `offsets` tokens sees: its deltas per sample."""
+    """Return the deltas per sample that a client sees which already has `offsets` tokens."""
     request = generation_pb2.GenerateRequest()
     options = OutputOptions(token_ids=True, logprobs=submit.sampling.HasField("logprobs"))
     samples = make_samples(request, options, submit, SimpleNamespace(texts=texts, can_count_reasoning=False))

@@ -29,7 +29,7 @@ def anthropic() -> ModuleType:
 
 @dataclass
 class Reply:
-    """What one request got."""
+    """Response to one request."""
 
     status: int
     headers: dict[str, str]

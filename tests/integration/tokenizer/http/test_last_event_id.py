@@ -33,7 +33,7 @@ async def read(http, path, body, limit=None, **headers):
 
 
 def choices(events):
-    """What a client has of each choice: its text, log-probabilities and how it ended."""
+    """Collect each choice from its events: text, log-probabilities and finish reason."""
     found = {}
     for event in events:
         if event.data == "[DONE]":
