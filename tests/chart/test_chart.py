@@ -47,6 +47,13 @@ VALUES: dict[str, dict[str, Any]] = {
                 "kernelVolume": {"hostPath": {"path": "/srv/kernels", "type": "DirectoryOrCreate"}},
                 "settings": {"max_num_batched_tokens": 1000000, "memory_fraction": 0.85, "prefix_cache": True},
             },
+            {
+                "name": "large",
+                "device": "cuda",
+                "model": "/var/lib/scalellm/models/mixtral-8x7b",
+                "tensorParallel": 4,
+                "settings": {"model_name": "mixtral", "expert_parallel": 2},
+            },
         ],
     },
     "scaled": {"executors": [{"name": "cpu", "autoscaling": SCALED}], "scheduler": {"replicas": 3}},
@@ -230,7 +237,15 @@ def test_probes_ask_the_health_service(name: str, kubernetes: str) -> None:
             alive, ready = {"exec": {"command": [*command, LIVENESS]}}, {"exec": {"command": command}}
         assert alive.items() <= container["livenessProbe"].items()
         assert alive.items() <= container["startupProbe"].items()
+        assert container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"] == 600
         assert ready.items() <= container["readinessProbe"].items()
+
+
+@every_set
+def test_a_release_that_never_was_ready_can_be_upgraded(name: str) -> None:
+    """A StatefulSet that starts pods in order waits for the broken one for ever: a known limitation of Kubernetes."""
+    for workload in of_kind(rendered(name), "StatefulSet").values():
+        assert workload["spec"]["podManagementPolicy"] == "Parallel"
 
 
 def test_old_kubernetes_gets_old_versions_of_the_api() -> None:
@@ -311,18 +326,59 @@ def test_a_pool_of_gpus_has_them_and_its_own_volumes() -> None:
     assert environment(container)["SCALELLM_EXECUTOR_PREFIX_CACHE"] == "true"
 
 
+def test_several_models_are_served_by_the_names_that_their_executors_have() -> None:
+    loads = workloads(rendered("pools"))
+    (container,) = loads["line-scalellm-tokenizer"]["spec"]["template"]["spec"]["containers"]
+    served = TokenizerSettings(
+        _cli_parse_args=[], model=environment(container)["SCALELLM_TOKENIZER_MODEL"]
+    ).served_models
+    names = set()
+    for load in loads.values():
+        if component(load) == "executor":
+            (executor,) = load["spec"]["template"]["spec"]["containers"]
+            told = environment(executor)
+            path = told["SCALELLM_EXECUTOR_MODEL"]
+            names.add((told.get("SCALELLM_EXECUTOR_MODEL_NAME", path), path))
+    # By its path a model is told to both services where no name is given: each takes the name from there.
+    assert {(model.name, model.source) for model in served} == names
+    assert served[0].source == "/var/lib/scalellm/models/llama"  # of requests that name none
+
+
+def test_every_model_is_fetched_for_the_tokenizer_and_an_executor_s_own_for_it() -> None:
+    pools = [{"name": "a", "model": "org/other"}, {"name": "b"}, {"name": "c"}]
+    loads = workloads(render({"executors": pools}))
+    fetched = {
+        name: [container["command"][-1] for container in load["spec"]["template"]["spec"].get("initContainers", ())]
+        for name, load in loads.items()
+    }
+    assert fetched["line-scalellm-tokenizer"] == ["smollm2-135m-instruct", "org/other"]
+    assert fetched["line-scalellm-executor-a"] == ["org/other"]
+    assert fetched["line-scalellm-executor-b"] == ["smollm2-135m-instruct"]
+
+
+def test_an_executor_of_several_gpus_has_them_and_memory_to_share() -> None:
+    pod = workloads(rendered("pools"))["line-scalellm-executor-large"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert environment(container)["SCALELLM_EXECUTOR_TENSOR_PARALLEL"] == "4"
+    (shared,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == shared]
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
         ({"tokeniser": {}}, "tokeniser"),
         ({"executors": []}, "executors"),
         ({"executors": [{"name": "a", "nodes": 2}]}, "nodes"),
-        ({"executors": [{"name": "a", "tensorParallel": 2}]}, "tensorParallel"),
+        ({"executors": [{"name": "a", "tensorParallel": 0}]}, "tensorParallel"),
+        ({"executors": [{"name": "a", "settings": {"tensor_parallel": 2}}]}, "/settings/tensor_parallel"),
         ({"executors": [{"name": "a", "device": "tpu"}]}, "device"),
         ({"executors": [{"replicas": 1}]}, "name"),
         ({"executors": [{"name": "Large"}]}, "name"),
         ({"executors": [{"name": "a"}, {"name": "a"}]}, "two pools have the name a"),
-        ({"executors": [{"name": "a", "model": "other"}]}, "pool a: model"),
+        ({"executors": [{"name": "a", "model": "other"}]}, "model: no pool of executors runs smollm2-135m-instruct"),
         ({"executors": [{"name": "a", "maxSurge": 0}]}, "pool a: maxSurge"),
         ({"executors": [{"name": "a", "settings": {"port": 1}}]}, "/settings/port"),
         ({"executors": [{"name": "a", "autoscaling": {"enabled": True, "minReplicas": 5}}]}, "pool a: autoscaling"),

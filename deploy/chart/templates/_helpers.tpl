@@ -98,11 +98,12 @@ grpc:
 {{/* All three probes. Takes {root, port, tls, awaitsExecutor}. */}}
 {{- define "scalellm.probes" -}}
 {{- $live := include "scalellm.probe" (dict "root" .root "port" .port "tls" .tls "service" "liveness") -}}
+# Ten minutes: a start that is killed too early begins anew on a node that is only slow, and never ends.
 startupProbe:
   {{- $live | nindent 2 }}
   periodSeconds: 2
   timeoutSeconds: 5
-  failureThreshold: 60
+  failureThreshold: 300
 livenessProbe:
   {{- $live | nindent 2 }}
   periodSeconds: 20
@@ -171,9 +172,31 @@ redis_url: redis://{{ include "scalellm.fullname" . }}-redis:6379/0
 {{- if not (or .Values.redis.url .Values.redis.urlSecret) }}true{{ end -}}
 {{- end }}
 
-{{/* The container that fetches the model. Takes {root, image, model}. */}}
+{{/*
+The models of the pools, the default one first, as JSON {models, served}: as executors name them, and as a tokenizer is told
+of them, where NAME=MODEL stands for a name that a pool's settings give.
+*/}}
+{{- define "scalellm.models" -}}
+{{- $models := list -}}
+{{- $served := list -}}
+{{- $pools := (include "scalellm.pools" . | fromJson).pools -}}
+{{- range $isDefault := list true false -}}
+{{- range $pools -}}
+{{- if eq $isDefault (eq .model $.Values.model) -}}
+{{- $models = append $models .model -}}
+{{- $served = append $served (empty .settings.model_name | ternary .model (printf "%s=%s" .settings.model_name .model)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if not (has .Values.model $models) -}}
+{{- fail (printf "model: no pool of executors runs %s" .Values.model) -}}
+{{- end -}}
+{{- dict "models" (uniq $models) "served" (uniq $served) | toJson -}}
+{{- end }}
+
+{{/* A container that fetches a model. Takes {root, image, model, name}. */}}
 {{- define "scalellm.pull" -}}
-- name: model
+- name: {{ .name }}
   image: {{ include "scalellm.image" (dict "root" .root "name" .image) }}
   imagePullPolicy: {{ .root.Values.image.pullPolicy }}
   command: [scalellm, models, pull, {{ .model | quote }}]
@@ -200,9 +223,6 @@ redis_url: redis://{{ include "scalellm.fullname" . }}-redis:6379/0
 {{- $_ := set $pool "modelVolume" (.modelVolume | default $.Values.executorDefaults.modelVolume | default (include "scalellm.modelVolume" $ | fromYaml)) -}}
 {{- $_ := set $pool "kernelVolume" (.kernelVolume | default $.Values.executorDefaults.kernelVolume | default (dict "emptyDir" dict)) -}}
 {{- $_ := set $pool "model" ($pool.model | default $.Values.model) -}}
-{{- if ne $pool.model $.Values.model -}}
-{{- fail (printf "executors: pool %s: model: %s is not %s: all executors of a line run the same model" .name $pool.model $.Values.model) -}}
-{{- end -}}
 {{- if has .name $names }}{{ fail (printf "executors: two pools have the name %s" .name) }}{{ end -}}
 {{- if and (eq (int $pool.maxSurge) 0) (eq (int $pool.maxUnavailable) 0) -}}
 {{- fail (printf "executors: pool %s: maxSurge and maxUnavailable: one of them has to be above 0" .name) -}}
