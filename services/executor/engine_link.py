@@ -1,11 +1,12 @@
 """The engine's side of the links: protobuf frames to engine calls, step results to one StepOutput per link.
 
-Of the engine process, this module, `engine_load` and `engine_stats` know the messages; `engine` knows none.
+Of the engine process, this module, `engine_load` and `engine_report` know the messages; `engine` knows none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import grpc
@@ -18,15 +19,14 @@ from scalellm.services.executor.engine.request import (
     AbortReason,
     EngineRequest,
     FinishReason,
-    PromptLogprobs,
     RequestFinish,
     RequestStatus,
     ResumedSample,
-    StepResult,
     SupersededError,
-    TokenOutput,
+    TokenLogprobs,
 )
 from scalellm.services.executor.engine.sampling_params import InvalidRequestError, SamplingParams, check_num_logit_bias
+from scalellm.services.executor.engine.step_result import LinkResult
 from scalellm.services.executor.engine_load import load_to_wire
 from scalellm.services.executor.request_trace import TracedRequests
 from scalellm.v1 import common_pb2, link_pb2
@@ -252,7 +252,7 @@ class EngineLink:
         self._untold = None
         return link_pb2.ServerFrame(welcome=welcome).SerializeToString()
 
-    def step_frames(self, result: StepResult, draining: bool) -> list[bytes]:
+    def step_frames(self, result: LinkResult, draining: bool) -> list[bytes]:
         """Return the results of a step for this link, as serialised ServerFrames.
 
         It is one frame, unless prompts have so many log-probabilities that these go before it in frames of their own.
@@ -264,19 +264,18 @@ class EngineLink:
         frames.append(self._step_frame(result, last, draining))
         return frames
 
-    def _step_frame(self, result: StepResult, prompt_logprobs: list[link_pb2.LinkLogprobs], draining: bool) -> bytes:
-        tokens = result.tokens
+    def _step_frame(self, result: LinkResult, prompt_logprobs: list[link_pb2.LinkLogprobs], draining: bool) -> bytes:
         finished = [_finish(finish) for finish in result.finished]
         if self.traced is not None:
             self.traced.on_finish(finished)
         return self._frame(
             link_pb2.StepOutput(
-                handles=[output.key[1] for output in tokens],
-                indices=[output.index for output in tokens],
-                offsets=[output.offset for output in tokens],
-                counts=[len(output.token_ids) for output in tokens],
-                token_ids=[token for output in tokens for token in output.token_ids],
-                logprobs=[_logprobs(output.index, output) for output in tokens if output.logprobs is not None],
+                handles=result.handles,
+                indices=result.indices,
+                offsets=result.offsets,
+                counts=result.counts,
+                token_ids=result.token_ids,
+                logprobs=[_logprobs(entry) for entry in result.logprobs],
                 prompt_logprobs=prompt_logprobs,
                 finished_samples=[
                     link_pb2.LinkSampleFinish(
@@ -302,27 +301,6 @@ class EngineLink:
         return frame
 
 
-def split_by_link(result: StepResult) -> Mapping[int, StepResult]:
-    """Divide a step's result among the links that its requests came from."""
-    parts: dict[int, StepResult] = {}
-
-    def part(link: int) -> StepResult:
-        found = parts.get(link)
-        if found is None:
-            found = parts[link] = StepResult()
-        return found
-
-    for output in result.tokens:
-        part(output.key[0]).tokens.append(output)
-    for prompt in result.prompt_logprobs:
-        part(prompt.key[0]).prompt_logprobs.append(prompt)
-    for sample in result.samples_finished:
-        part(sample.key[0]).samples_finished.append(sample)
-    for finish in result.finished:
-        part(finish.key[0]).finished.append(finish)
-    return parts
-
-
 def accept_hello(payload: bytes, info: link_pb2.Welcome) -> link_pb2.Hello:
     """Read a link's first frame, or raise StatusError to refuse the link."""
     hello = read_hello(payload)
@@ -330,19 +308,19 @@ def accept_hello(payload: bytes, info: link_pb2.Welcome) -> link_pb2.Hello:
     return hello
 
 
-def _logprobs(index: int, output: TokenOutput | PromptLogprobs) -> link_pb2.LinkLogprobs:
-    values = common_pb2.TokenLogprobs(logprobs=output.logprobs, num_top=output.num_top)
-    if output.num_top:
-        for pairs in output.top_logprobs or ():
+def _logprobs(entry: TokenLogprobs) -> link_pb2.LinkLogprobs:
+    values = common_pb2.TokenLogprobs(logprobs=entry.logprobs, num_top=entry.num_top)
+    if entry.num_top:
+        for pairs in entry.top_logprobs:
             # Each token has as many places as were asked for, also the first of a prompt, which has no alternatives:
             # parts of a prompt are put together column by column.
-            padded = [*pairs, *[(0, 0.0)] * (output.num_top - len(pairs))]
+            padded = [*pairs, *[(0, 0.0)] * (entry.num_top - len(pairs))]
             values.top_token_ids.extend(token for token, _ in padded)
             values.top_logprobs.extend(value for _, value in padded)
-    return link_pb2.LinkLogprobs(handle=output.key[1], index=index, offset=output.offset, values=values)
+    return link_pb2.LinkLogprobs(handle=entry.key[1], index=entry.index, offset=entry.offset, values=values)
 
 
-def _divide_prompt_logprobs(parts: Sequence[PromptLogprobs]) -> list[list[link_pb2.LinkLogprobs]]:
+def _divide_prompt_logprobs(parts: Sequence[TokenLogprobs]) -> list[list[link_pb2.LinkLogprobs]]:
     """Return what each of one or more frames is to hold, in order; the last may be empty."""
     frames: list[list[link_pb2.LinkLogprobs]] = [[]]
     room = _VALUES_PER_FRAME
@@ -355,10 +333,16 @@ def _divide_prompt_logprobs(parts: Sequence[PromptLogprobs]) -> list[list[link_p
                 room = _VALUES_PER_FRAME
             stop = min(start + room // per_token, len(part.logprobs))
             room -= (stop - start) * per_token
-            piece = PromptLogprobs(
-                part.key, part.offset + start, part.logprobs[start:stop], part.top_logprobs[start:stop], part.num_top
+            frames[-1].append(
+                _logprobs(
+                    replace(
+                        part,
+                        offset=part.offset + start,
+                        logprobs=part.logprobs[start:stop],
+                        top_logprobs=part.top_logprobs[start:stop],
+                    )
+                )
             )
-            frames[-1].append(_logprobs(0, piece))
             start = stop
     return frames
 

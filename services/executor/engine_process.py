@@ -32,13 +32,12 @@ from scalellm.services.executor.credit_window import divide
 from scalellm.services.executor.engine.batch import DeviceLostError
 from scalellm.services.executor.engine.request import EngineRequest
 from scalellm.services.executor.engine.step_time import StepTimeModel
-from scalellm.services.executor.engine_link import EngineLink, accept_hello, split_by_link
-from scalellm.services.executor.engine_load import load_to_wire, step_time_to_wire
-from scalellm.services.executor.engine_stats import stats_to_wire
+from scalellm.services.executor.engine_link import EngineLink, accept_hello
+from scalellm.services.executor.engine_load import step_time_to_wire
+from scalellm.services.executor.engine_report import make_report
 from scalellm.services.executor.ipc import EngineChannel, Kind, Message
 from scalellm.services.executor.request_trace import TracedRequests
 from scalellm.services.executor.stall_report import write_stacks_to
-from scalellm.v1 import executor_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -182,25 +181,24 @@ class EngineLoop:
                 _digest(request),
                 extra={"request_id": request.request_id},
             )
-        parts = split_by_link(result)
         if len(self._links) > 1:
             self._divide_windows()
         self._channel.send(
             *(
                 Message(Kind.FRAME, number, frame)
                 for number, link in self._links.items()
-                if number in parts
-                for frame in link.step_frames(parts[number], self._draining)
+                if number in result.links
+                for frame in link.step_frames(result.links[number], self._draining)
             )
         )
         if self._is_tracing:
-            for number in parts:
+            for number in result.links:
                 if (link := self._links.get(number)) is not None:
                     self._report_traced(link)
         now = self._clock()
         if now - self._last_load >= _LOAD_INTERVAL:
             self._last_load = now
-            self._announce_load(link for number, link in self._links.items() if number not in parts)
+            self._announce_load(link for number, link in self._links.items() if number not in result.links)
         if now - self._last_stats >= _STATS_INTERVAL:
             self._send_stats()
             self._tell_step_time()
@@ -234,22 +232,14 @@ class EngineLoop:
 
     def _send_stats(self) -> None:
         self._last_stats = self._clock()
-        info = executor_pb2.GetExecutorInfoResponse()
-        info.CopyFrom(self._loaded.info)
-        stats = self._engine.stats()
-        info.load.CopyFrom(load_to_wire(self._engine.load(), self._draining))
-        info.steps = stats.steps
-        info.accepted = stats.accepted + self._num_refused
-        info.finished = stats.finished
-        info.cancelled = stats.cancelled + stats.deadline_exceeded
-        info.rejected = self._num_refused + stats.failed
-        info.preemptions = stats.preemptions
-        info.prefix_cache_queries = stats.prefix_cache_queries
-        info.prefix_cache_hits = stats.prefix_cache_hits
-        info.swaps = stats.swaps
-        info.late_compiles = self._loaded.late_compiles()
-        info.stats.CopyFrom(stats_to_wire(self._engine))
-        self._channel.send(Message(Kind.STATS, payload=info.SerializeToString()))
+        report = make_report(
+            self._engine,
+            self._loaded.info,
+            num_refused=self._num_refused,
+            late_compiles=self._loaded.late_compiles(),
+            draining=self._draining,
+        )
+        self._channel.send(Message(Kind.STATS, payload=report.SerializeToString()))
 
 
 def _digest(request: EngineRequest) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from runner_kit import MODEL
 from scalellm.services.common.vocabulary import Vocabulary
 from scalellm.services.executor.engine.engine import Engine
-from scalellm.services.executor.engine.request import StepResult
+from scalellm.services.executor.engine.step_result import StepResult
 from scalellm.services.executor.grammar import LlGrammarCompiler
 from scalellm.services.tokenizer.structure.json_schema import checked_schema
 

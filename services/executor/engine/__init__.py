@@ -20,19 +20,19 @@ from scalellm.services.executor.engine.request import (
     AbortReason,
     EngineRequest,
     FinishReason,
-    PromptLogprobs,
     RequestFinish,
     RequestKey,
     RequestStatus,
     ResumedSample,
     SampleFinish,
-    StepResult,
     SupersededError,
     Timings,
+    TokenLogprobs,
     TokenOutput,
     Usage,
 )
 from scalellm.services.executor.engine.sampling_params import InvalidRequestError, SamplingParams
+from scalellm.services.executor.engine.step_result import LinkResult, StepResult
 from scalellm.services.executor.engine.step_time import StepTimeModel
 from scalellm.services.executor.engine.swap import SwapCost
 
@@ -56,11 +56,11 @@ __all__ = [
     "InvalidRequestError",
     "KVCacheTooSmallError",
     "LinkCredits",
+    "LinkResult",
     "Logprobs",
     "Matcher",
     "ModelRunnerProtocol",
     "PendingStep",
-    "PromptLogprobs",
     "RequestFinish",
     "RequestKey",
     "RequestStatus",
@@ -75,6 +75,7 @@ __all__ = [
     "SupersededError",
     "SwapCost",
     "Timings",
+    "TokenLogprobs",
     "TokenOutput",
     "Usage",
     "num_kv_blocks",

@@ -5,7 +5,13 @@ import time
 from collections.abc import Callable
 
 from scalellm.services.executor.engine.admission_check import check_request
-from scalellm.services.executor.engine.batch import ModelRunnerProtocol, SampledBatch, ScheduledBatch, ScheduledSequence
+from scalellm.services.executor.engine.batch import (
+    Logprobs,
+    ModelRunnerProtocol,
+    SampledBatch,
+    ScheduledBatch,
+    ScheduledSequence,
+)
 from scalellm.services.executor.engine.batch_scheduler import BatchScheduler
 from scalellm.services.executor.engine.block_manager import BlockManager
 from scalellm.services.executor.engine.books import Books, EngineHistograms, EngineLoad, EngineStats, LinkCredits
@@ -16,27 +22,20 @@ from scalellm.services.executor.engine.fault_search import FaultSearch
 from scalellm.services.executor.engine.grammar import GrammarCompiler
 from scalellm.services.executor.engine.pipeline import Pipeline
 from scalellm.services.executor.engine.prefill_budget import PrefillBudget
-from scalellm.services.executor.engine.reports import (
-    StepCounts,
-    make_load,
-    make_stats,
-    report_prompt_logprobs,
-    report_token,
-)
+from scalellm.services.executor.engine.reports import StepCounts, make_load, make_stats
 from scalellm.services.executor.engine.request import (
     AbortReason,
     EngineRequest,
     FinishReason,
-    PromptLogprobs,
     RequestKey,
     RequestStatus,
     SampleFinish,
-    StepResult,
     SupersededError,
 )
 from scalellm.services.executor.engine.sampling_params import InvalidRequestError
 from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from scalellm.services.executor.engine.speculation import Speculator
+from scalellm.services.executor.engine.step_result import LinkResult, StepResult
 from scalellm.services.executor.engine.step_time import StepTimeFit, StepTimeModel
 from scalellm.services.executor.engine.stop import stop_reason
 from scalellm.services.executor.engine.swap import SwapCost, Swapper
@@ -163,8 +162,7 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """True if step() has work to do or news to report."""
-        news = self._result.finished or self._result.samples_finished
-        return len(self._books) > 0 or len(self._pipeline) > 0 or bool(news)
+        return len(self._books) > 0 or len(self._pipeline) > 0 or self._result.has_ends
 
     @property
     def takes_grammars(self) -> bool:
@@ -174,7 +172,7 @@ class Engine:
     @property
     def only_compiles(self) -> bool:
         """True if there is nothing to do until a grammar is compiled."""
-        is_quiet = not (self._pipeline or self._result.finished or self._result.samples_finished)
+        is_quiet = not (self._pipeline or self._result.has_ends)
         return is_quiet and 0 < len(self._compiling) == len(self._books)
 
     def step(self) -> StepResult:
@@ -253,6 +251,9 @@ class Engine:
         message = f"attempt {running} of this request gave way to attempt {request.attempt}, which came later"
         self._end_request(older, FinishReason.CANCELLED, RequestStatus.SUPERSEDED, message, self._clock())
 
+    def _result_of(self, group: SequenceGroup) -> LinkResult:
+        return self._result.links[group.key[0]]
+
     def _make_group(self, request: EngineRequest) -> SequenceGroup:
         seed = request.sampling.seed
         return SequenceGroup(
@@ -269,8 +270,8 @@ class Engine:
         for group in batch.started:
             self._books.started(group)
             self.histograms.queue_seconds.observe(now - group.added_at)
-            if (num_top := group.request.sampling.prompt_logprobs) is not None:
-                self._result.prompt_logprobs.append(PromptLogprobs(group.key, 0, [0.0], [[]], num_top))
+            if group.request.sampling.prompt_logprobs is not None:
+                self._result_of(group).add_prompt_logprobs(group, 0, [Logprobs(0.0, [])])
             if self.config.enable_prefix_cache:
                 self._counts.prefix_cache_queries += group.num_prompt_tokens
                 self._counts.prefix_cache_hits += group.cached_tokens
@@ -327,7 +328,7 @@ class Engine:
 
     def _append_token(self, seq: Sequence, draw: int, sampled: SampledBatch, now: float) -> None:
         token_id = sampled.token_ids[draw]
-        report_token(self._result, seq, token_id, sampled.logprobs.get(draw))
+        self._result_of(seq.group).add_token(seq, token_id, sampled.logprobs.get(draw))
         self._counts.generated_tokens += 1
         seq.token_ids.append(token_id)
         seq.num_pending_tokens -= 1
@@ -339,7 +340,8 @@ class Engine:
     def _report_prompt_logprobs(
         self, group: SequenceGroup, scheduled: ScheduledSequence, index: int, sampled: SampledBatch
     ) -> None:
-        report_prompt_logprobs(self._result, group, scheduled.prompt_logprobs, sampled.prompt_logprobs[index])
+        entries = sampled.prompt_logprobs[index]
+        self._result_of(group).add_prompt_logprobs(group, scheduled.prompt_logprobs.start + 1, entries)
         group.next_prompt_logprob = scheduled.prompt_logprobs.stop + 1
 
     def _fail(self, failed: ScheduledBatch, error: Exception, now: float) -> None:
@@ -386,12 +388,13 @@ class Engine:
         seq.finish_reason = reason
         seq.matcher = None
         seq.group.num_unfinished -= 1
-        self._result.samples_finished.append(SampleFinish(seq.group.key, seq.index, reason, stop_token_id))
+        finish = SampleFinish(seq.group.key, seq.index, reason, stop_token_id)
+        self._result_of(seq.group).samples_finished.append(finish)
 
     def _finish_request(self, group: SequenceGroup, status: RequestStatus, message: str, now: float) -> None:
         self._capacity.release(group)
         self._compiling.drop(group)
         if self._speculator is not None:
             self._speculator.end(group)
-        self._result.finished.append(self._books.leave(group, status, message, now))
+        self._result_of(group).finished.append(self._books.leave(group, status, message, now))
         group.samples = []  # group and samples refer to each other: freed now, not by the garbage collector

@@ -1,14 +1,12 @@
-"""The engine's reports: a step's tokens and scores, gauges and counters, put together from its parts."""
+"""The engine's gauges and counters, put together from its parts."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from scalellm.services.executor.engine.batch import Logprobs
 from scalellm.services.executor.engine.batch_scheduler import BatchScheduler
 from scalellm.services.executor.engine.block_manager import BlockManager
 from scalellm.services.executor.engine.books import Books, EngineLoad, EngineStats
-from scalellm.services.executor.engine.request import PromptLogprobs, RequestStatus, StepResult, TokenOutput
-from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup
+from scalellm.services.executor.engine.request import RequestStatus
 from scalellm.services.executor.engine.speculation import Speculator
 from scalellm.services.executor.engine.swap import Swapper
 
@@ -72,40 +70,4 @@ def make_stats(
         accepted_tokens=speculator.num_accepted_tokens if speculator else 0,
         prefix_cache_queries=counts.prefix_cache_queries,
         prefix_cache_hits=counts.prefix_cache_hits,
-    )
-
-
-def report_token(result: StepResult, seq: Sequence, token_id: int, logprobs: Logprobs | None) -> None:
-    """Report the next token of a sample, with those of the same step if there are several."""
-    output = result.tokens[-1] if result.tokens else None
-    if output is None or output.key != seq.group.key or output.index != seq.index:
-        output = TokenOutput(
-            seq.group.key,
-            seq.index,
-            seq.num_output_tokens,
-            [],
-            None if logprobs is None else [],
-            None if logprobs is None else [],
-            seq.group.request.sampling.logprobs or 0,
-        )
-        result.tokens.append(output)
-    output.token_ids.append(token_id)
-    if logprobs is not None and output.logprobs is not None and output.top_logprobs is not None:
-        output.logprobs.append(logprobs.logprob)
-        output.top_logprobs.append(logprobs.top)
-
-
-def report_prompt_logprobs(
-    result: StepResult, group: SequenceGroup, positions: range, entries: Iterable[Logprobs]
-) -> None:
-    """Report the scores of the prompt tokens that follow some positions."""
-    entries = list(entries)
-    result.prompt_logprobs.append(
-        PromptLogprobs(
-            group.key,
-            positions.start + 1,
-            [entry.logprob for entry in entries],
-            [entry.top for entry in entries],
-            group.request.sampling.prompt_logprobs or 0,
-        )
     )

@@ -101,19 +101,18 @@ class TokenOutput:
     token_ids: list[int]
     logprobs: list[float] | None = None
     top_logprobs: list[TopLogprobs] | None = None
-    num_top: int = 0
-    """Alternatives per token that were asked for; the model may have fewer tokens than that."""
 
 
 @dataclass(frozen=True, slots=True)
-class PromptLogprobs:
-    """Log-probabilities of consecutive prompt tokens from position `offset` on.
+class TokenLogprobs:
+    """Log-probabilities of consecutive tokens of a sample or of a prompt, the first of which is at position `offset`.
 
-    The token at position 0 has none: its entry is 0 without alternatives. Of the others there are `num_top`, as asked
-    for, or as many as the model has tokens.
+    Each token has `num_top` alternatives, as asked for, or as many as the model has tokens. The prompt's token at
+    position 0 has no log-probability: its entry is 0 without alternatives. `index` is 0 for a prompt.
     """
 
     key: RequestKey
+    index: int
     offset: int
     logprobs: list[float]
     top_logprobs: list[TopLogprobs]
@@ -172,17 +171,3 @@ class RequestFinish:
     message: str
     usage: Usage
     timings: Timings
-
-
-@dataclass(slots=True)
-class StepResult:
-    """The results since the last step. `error` is the runner's exception, for the caller to log, and `culprits` are the
-    requests that ended because of it.
-    """
-
-    tokens: list[TokenOutput] = field(default_factory=list)
-    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
-    samples_finished: list[SampleFinish] = field(default_factory=list)
-    finished: list[RequestFinish] = field(default_factory=list)
-    error: Exception | None = None
-    culprits: list[EngineRequest] = field(default_factory=list)

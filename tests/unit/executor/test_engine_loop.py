@@ -10,11 +10,10 @@ import engine_kit
 from scalellm.services.common.link import API_MINOR
 from scalellm.services.common.link.server_frames import read_step
 from scalellm.services.executor.build import LoadedEngine
-from scalellm.services.executor.engine import Engine, StepResult, TokenOutput
-from scalellm.services.executor.engine.request import PromptLogprobs
+from scalellm.services.executor.engine import Engine, LinkResult, TokenLogprobs
 from scalellm.services.executor.engine.sampling_params import InvalidRequestError
 from scalellm.services.executor.engine.speculation import Speculator, SuffixDrafter
-from scalellm.services.executor.engine_link import EngineLink, sampling_from_wire, split_by_link
+from scalellm.services.executor.engine_link import EngineLink, sampling_from_wire
 from scalellm.services.executor.engine_process import EngineLoop
 from scalellm.services.executor.ipc import EngineChannel, Kind, Message
 from scalellm.services.tokenizer.token_receiver import TokenReceiver
@@ -106,7 +105,7 @@ def test_a_request_that_is_taken_back_gives_its_place_to_the_next_one() -> None:
     abort = link_pb2.Abort(handle=7, reason=link_pb2.ABORT_REASON_MOVE)
     assert link.on_frame(frame(abort=abort), 0.0, False) is None
     assert link.on_frame(frame(submit=submits[1]), 0.0, False) is None
-    (step,) = [read_step(message, 100) for message in link.step_frames(engine.step(), False)]
+    (step,) = [read_step(message, 100) for message in link.step_frames(engine.step().links[link.link], False)]
     assert [(finish.handle, finish.moved, finish.status.code) for finish in step.finished] == [(7, True, 14)]
     assert not step.finished_samples
     assert list(step.handles) == [8]
@@ -121,10 +120,14 @@ def test_a_step_with_many_log_probabilities_is_divided_into_frames(num_top: int)
     count = 20_000
     logprobs = [-1 - i / 7 for i in range(count)]
     top = [[(2**20 - 1, -0.5 - place) for place in range(num_top)]] * count
-    neighbour = PromptLogprobs((1, 8), 3, [-1.0, -2.0], [[], []], 0)
-    result = StepResult(
-        tokens=[TokenOutput((1, 8), 0, 0, [5], None, None, 0)],
-        prompt_logprobs=[PromptLogprobs((1, 9), 0, logprobs, top, num_top), neighbour],
+    neighbour = TokenLogprobs((1, 8), 0, 3, [-1.0, -2.0], [[], []], 0)
+    result = LinkResult(
+        handles=[8],
+        indices=[0],
+        offsets=[0],
+        counts=[1],
+        token_ids=[5],
+        prompt_logprobs=[TokenLogprobs((1, 9), 0, 0, logprobs, top, num_top), neighbour],
     )
     frames = link.step_frames(result, draining=False)
     assert max(map(len, frames)) < 2**20
@@ -156,7 +159,7 @@ def test_a_prediction_reaches_the_engine_and_usage_tells_what_became_of_it() -> 
     came: list[int] = []
     steps: list[link_pb2.StepOutput] = []
     while engine.has_unfinished():
-        frames = link.step_frames(split_by_link(engine.step())[0], draining=False)
+        frames = link.step_frames(engine.step().links[0], draining=False)
         steps += [link_pb2.ServerFrame.FromString(frame).step for frame in frames]
         came += steps[-1].token_ids
     assert came == expected

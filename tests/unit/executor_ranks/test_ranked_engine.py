@@ -20,7 +20,7 @@ from grammar_kit import json_grammar, make_compiler, steps
 from ranks_kit import fake_shards, run_ranks
 from runner_kit import MODEL, make_runner
 from scalellm.services.executor.engine import Engine, EngineConfig, SwapCost
-from scalellm.services.executor.engine.request import StepResult
+from scalellm.services.executor.engine.step_result import StepResult
 from scalellm.services.executor.engine.step_warm_up import fit_step_times
 from scalellm.services.executor.grammar import LlGrammarCompiler
 from scalellm.services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
