@@ -1,33 +1,23 @@
-"""The C++ forms as a shared object: built once by the machine's own compiler, kept in the user's cache directory.
+"""The C++ forms as a shared object: the one that came with the package for this CPU, or built by the machine's own
+compiler once and kept in the user's cache directory; see `kernels.cpu.building`.
 
 The sources include no header of torch or Python and are called through ctypes, which releases the interpreter lock. So
 a compiler is all that is needed, a build takes seconds, and what was built does not depend on the version of torch.
 """
 
 import ctypes
-import fcntl
 import functools
-import hashlib
 import logging
-import os
-import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-_COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fPIC", "-pthread", "-fvisibility=hidden"),
-)
-_BUILD_LIMIT_S = 600  # twenty seconds where nobody else computes
+from scalellm.kernels.cpu.building import built_here, cpu_features, shipped
 
 # Numbers of element types in C++, `Code` in vec.h.
 CODES: Mapping[torch.dtype, int] = MappingProxyType(
@@ -129,51 +119,15 @@ def default_build_dir() -> Path:
 
 @functools.cache
 def load_library(build_dir: Path) -> CpuLibrary | None:
-    """Load the library of this machine and these sources, building it when `build_dir` does not have it yet.
+    """Load the library of this machine and these sources, building it in `build_dir` when there is none yet.
 
     None, after one line of warning, where there is no compiler or it fails. Several processes may do this at once.
     """
     try:
-        return CpuLibrary(_built(build_dir))
+        return CpuLibrary(shipped(cpu_features()) or built_here(build_dir))
     except subprocess.CalledProcessError as error:
         reason = f"{error.cmd[0]} failed: {' '.join(error.stderr.split())[:300]}"
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         reason = str(error)
     _logger.warning("kernels in C++ are not available, plain torch is used instead: %s", reason)
     return None
-
-
-def _built(build_dir: Path) -> Path:
-    """Return the path of the shared object; its name has everything that it depends on."""
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise OSError(f"there is no compiler ({', '.join(_COMPILERS)})")
-    folder = Path(__file__).parent
-    sources = sorted(folder.glob("*.cpp"))
-    if not sources:
-        raise OSError(f"{folder} has no sources")
-    # The predefined macros name the compiler's version and all instruction sets of this CPU.
-    macros = _run(compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-    digest = hashlib.sha256(repr((compiler, _FLAGS, macros)).encode())
-    for path in [*sources, *sorted(folder.glob("*.h"))]:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    target = build_dir / f"cpu-{digest.hexdigest()[:24]}.so"
-    if target.exists():
-        return target
-    build_dir.mkdir(parents=True, exist_ok=True)
-    with open(build_dir / f"{target.stem}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the others wait for it
-        if not target.exists():
-            with tempfile.TemporaryDirectory(dir=build_dir) as unfinished:
-                objects = [str(Path(unfinished, f"{source.stem}.o")) for source in sources]
-                commands = [(*_FLAGS, "-c", "-o", to, str(at)) for to, at in zip(objects, sources, strict=True)]
-                with ThreadPoolExecutor() as threads:
-                    list(threads.map(lambda command: _run(compiler, *command), commands))
-                linked = Path(unfinished, target.name)
-                _run(compiler, *_FLAGS, "-shared", "-o", str(linked), *objects)
-                linked.replace(target)  # at once: whoever does not wait sees all of it or nothing
-    return target
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S).stdout

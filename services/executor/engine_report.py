@@ -20,7 +20,7 @@ def make_report(
 
     Args:
         engine: The engine.
-        info: What is known of its model.
+        info: The facts about its model.
         num_refused: Requests that were refused before or by the engine.
         late_compiles: Kernel variants that were compiled after warm-up.
         draining: True if no new requests are taken.
