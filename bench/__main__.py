@@ -35,7 +35,7 @@ from bench.services.processes import cpu_seconds, family, service_module
 from scalellm.launcher import Instance, State, UpOptions, bring_down, bring_up
 from scalellm.services.common.model_store import pull, resolve
 from scalellm.services.common.model_store.catalogue import CATALOGUE
-from scalellm.services.executor.engine_supervisor import engine_environment
+from scalellm.services.executor.engine_environment import engine_environment
 from scalellm.services.executor.threads import choose_num_threads
 from scalellm.services.executor.weights import read_model_config
 

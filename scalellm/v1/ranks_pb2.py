@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from scalellm.v1 import common_pb2 as scalellm_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17scalellm/v1/ranks.proto\x12\x0bscalellm.v1\x1a\x18scalellm/v1/common.proto\"\xb5\x02\n\x08RankPlan\x12+\n\x07meeting\x18\x01 \x01(\x0b\x32\x18.scalellm.v1.RankMeetingH\x00\x12%\n\x04step\x18\x02 \x01(\x0b\x32\x15.scalellm.v1.RankStepH\x00\x12\'\n\x05masks\x18\x03 \x01(\x0b\x32\x16.scalellm.v1.RankMasksH\x00\x12)\n\x06\x63opies\x18\x04 \x01(\x0b\x32\x17.scalellm.v1.BlockPairsH\x00\x12%\n\x04swap\x18\x05 \x01(\x0b\x32\x15.scalellm.v1.RankSwapH\x00\x12+\n\x07\x63\x61pture\x18\x06 \x01(\x0b\x32\x18.scalellm.v1.RankCaptureH\x00\x12%\n\x04seal\x18\x07 \x01(\x0b\x32\x15.scalellm.v1.RankSealH\x00\x42\x06\n\x04plan\"=\n\x0bRankMeeting\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\t\"\xc1\x02\n\x08RankStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x13\n\x0bnum_decodes\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x0e\n\x06starts\x18\x04 \x03(\r\x12\x12\n\nnum_tokens\x18\x05 \x03(\r\x12\r\n\x05\x66lags\x18\x06 \x03(\r\x12\x18\n\x10\x66irst_new_blocks\x18\x07 \x03(\r\x12\x14\n\x0c\x62lock_counts\x18\x08 \x03(\r\x12\x0e\n\x06\x62locks\x18\t \x03(\r\x12\x14\n\x0ctoken_counts\x18\n \x03(\r\x12\x11\n\ttoken_ids\x18\x0b \x03(\r\x12\x30\n\rnew_sequences\x18\x0c \x03(\x0b\x32\x19.scalellm.v1.RankSequence\x12&\n\x06scores\x18\r \x03(\x0b\x32\x16.scalellm.v1.RankScore\x12\x0e\n\x06masked\x18\x0e \x01(\x08\"\x8a\x01\n\x0cRankSequence\x12\x0c\n\x04seed\x18\x01 \x01(\x06\x12\r\n\x05index\x18\x02 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.scalellm.v1.SamplingParams\x12\x13\n\x0bhas_grammar\x18\x05 \x01(\x08\"8\n\tRankScore\x12\r\n\x05place\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\")\n\tRankMasks\x12\x0e\n\x06places\x18\x01 \x03(\r\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\".\n\nBlockPairs\x12\x0f\n\x07sources\x18\x01 \x03(\r\x12\x0f\n\x07targets\x18\x02 \x03(\r\"W\n\x08RankSwap\x12%\n\x04outs\x18\x01 \x01(\x0b\x32\x17.scalellm.v1.BlockPairs\x12$\n\x03ins\x18\x02 \x01(\x0b\x32\x17.scalellm.v1.BlockPairs\"\r\n\x0bRankCapture\"\n\n\x08RankSealB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17scalellm/v1/ranks.proto\x12\x0bscalellm.v1\x1a\x18scalellm/v1/common.proto\"\xb5\x02\n\x08RankPlan\x12+\n\x07meeting\x18\x01 \x01(\x0b\x32\x18.scalellm.v1.RankMeetingH\x00\x12%\n\x04step\x18\x02 \x01(\x0b\x32\x15.scalellm.v1.RankStepH\x00\x12\'\n\x05masks\x18\x03 \x01(\x0b\x32\x16.scalellm.v1.RankMasksH\x00\x12)\n\x06\x63opies\x18\x04 \x01(\x0b\x32\x17.scalellm.v1.BlockPairsH\x00\x12%\n\x04swap\x18\x05 \x01(\x0b\x32\x15.scalellm.v1.RankSwapH\x00\x12+\n\x07\x63\x61pture\x18\x06 \x01(\x0b\x32\x18.scalellm.v1.RankCaptureH\x00\x12%\n\x04seal\x18\x07 \x01(\x0b\x32\x15.scalellm.v1.RankSealH\x00\x42\x06\n\x04plan\"M\n\x0bRankMeeting\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\xc1\x02\n\x08RankStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x13\n\x0bnum_decodes\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x03(\r\x12\x0e\n\x06starts\x18\x04 \x03(\r\x12\x12\n\nnum_tokens\x18\x05 \x03(\r\x12\r\n\x05\x66lags\x18\x06 \x03(\r\x12\x18\n\x10\x66irst_new_blocks\x18\x07 \x03(\r\x12\x14\n\x0c\x62lock_counts\x18\x08 \x03(\r\x12\x0e\n\x06\x62locks\x18\t \x03(\r\x12\x14\n\x0ctoken_counts\x18\n \x03(\r\x12\x11\n\ttoken_ids\x18\x0b \x03(\r\x12\x30\n\rnew_sequences\x18\x0c \x03(\x0b\x32\x19.scalellm.v1.RankSequence\x12&\n\x06scores\x18\r \x03(\x0b\x32\x16.scalellm.v1.RankScore\x12\x0e\n\x06masked\x18\x0e \x01(\x08\"\x8a\x01\n\x0cRankSequence\x12\x0c\n\x04seed\x18\x01 \x01(\x06\x12\r\n\x05index\x18\x02 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.scalellm.v1.SamplingParams\x12\x13\n\x0bhas_grammar\x18\x05 \x01(\x08\"8\n\tRankScore\x12\r\n\x05place\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\")\n\tRankMasks\x12\x0e\n\x06places\x18\x01 \x03(\r\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\".\n\nBlockPairs\x12\x0f\n\x07sources\x18\x01 \x03(\r\x12\x0f\n\x07targets\x18\x02 \x03(\r\"W\n\x08RankSwap\x12%\n\x04outs\x18\x01 \x01(\x0b\x32\x17.scalellm.v1.BlockPairs\x12$\n\x03ins\x18\x02 \x01(\x0b\x32\x17.scalellm.v1.BlockPairs\"\r\n\x0bRankCapture\"\n\n\x08RankSeal\"\xc1\x02\n\x0bNodeMessage\x12/\n\tchallenge\x18\x01 \x01(\x0b\x32\x1a.scalellm.v1.NodeChallengeH\x00\x12\'\n\x05hello\x18\x02 \x01(\x0b\x32\x16.scalellm.v1.NodeHelloH\x00\x12+\n\x07welcome\x18\x03 \x01(\x0b\x32\x18.scalellm.v1.NodeWelcomeH\x00\x12+\n\x07refusal\x18\x04 \x01(\x0b\x32\x18.scalellm.v1.NodeRefusalH\x00\x12\'\n\x05start\x18\x05 \x01(\x0b\x32\x16.scalellm.v1.NodeStartH\x00\x12%\n\x04\x62\x65\x61t\x18\x06 \x01(\x0b\x32\x15.scalellm.v1.NodeBeatH\x00\x12#\n\x03\x65nd\x18\x07 \x01(\x0b\x32\x14.scalellm.v1.NodeEndH\x00\x42\t\n\x07message\"\x1e\n\rNodeChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\xbe\x01\n\tNodeHello\x12\x11\n\tnode_rank\x18\x01 \x01(\r\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\r\n\x05proof\x18\x03 \x01(\x0c\x12\x30\n\x05\x66\x61\x63ts\x18\x04 \x03(\x0b\x32!.scalellm.v1.NodeHello.FactsEntry\x12\x12\n\ngeneration\x18\x05 \x01(\t\x12\x0c\n\x04rank\x18\x06 \x01(\r\x1a,\n\nFactsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x1c\n\x0bNodeWelcome\x12\r\n\x05proof\x18\x01 \x01(\x0c\"\x1d\n\x0bNodeRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1f\n\tNodeStart\x12\x12\n\ngeneration\x18\x01 \x01(\t\"\n\n\x08NodeBeat\"*\n\x07NodeEnd\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07stalled\x18\x02 \x01(\x08\x42\x39\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,24 +33,44 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'scalellm.v1.ranks_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017com.scalellm.v1P\001Z\026scalellm/v1;scalellmv1\252\002\013ScaleLLM.V1'
+  _globals['_NODEHELLO_FACTSENTRY']._loaded_options = None
+  _globals['_NODEHELLO_FACTSENTRY']._serialized_options = b'8\001'
   _globals['_RANKPLAN']._serialized_start=67
   _globals['_RANKPLAN']._serialized_end=376
   _globals['_RANKMEETING']._serialized_start=378
-  _globals['_RANKMEETING']._serialized_end=439
-  _globals['_RANKSTEP']._serialized_start=442
-  _globals['_RANKSTEP']._serialized_end=763
-  _globals['_RANKSEQUENCE']._serialized_start=766
-  _globals['_RANKSEQUENCE']._serialized_end=904
-  _globals['_RANKSCORE']._serialized_start=906
-  _globals['_RANKSCORE']._serialized_end=962
-  _globals['_RANKMASKS']._serialized_start=964
-  _globals['_RANKMASKS']._serialized_end=1005
-  _globals['_BLOCKPAIRS']._serialized_start=1007
-  _globals['_BLOCKPAIRS']._serialized_end=1053
-  _globals['_RANKSWAP']._serialized_start=1055
-  _globals['_RANKSWAP']._serialized_end=1142
-  _globals['_RANKCAPTURE']._serialized_start=1144
-  _globals['_RANKCAPTURE']._serialized_end=1157
-  _globals['_RANKSEAL']._serialized_start=1159
-  _globals['_RANKSEAL']._serialized_end=1169
+  _globals['_RANKMEETING']._serialized_end=455
+  _globals['_RANKSTEP']._serialized_start=458
+  _globals['_RANKSTEP']._serialized_end=779
+  _globals['_RANKSEQUENCE']._serialized_start=782
+  _globals['_RANKSEQUENCE']._serialized_end=920
+  _globals['_RANKSCORE']._serialized_start=922
+  _globals['_RANKSCORE']._serialized_end=978
+  _globals['_RANKMASKS']._serialized_start=980
+  _globals['_RANKMASKS']._serialized_end=1021
+  _globals['_BLOCKPAIRS']._serialized_start=1023
+  _globals['_BLOCKPAIRS']._serialized_end=1069
+  _globals['_RANKSWAP']._serialized_start=1071
+  _globals['_RANKSWAP']._serialized_end=1158
+  _globals['_RANKCAPTURE']._serialized_start=1160
+  _globals['_RANKCAPTURE']._serialized_end=1173
+  _globals['_RANKSEAL']._serialized_start=1175
+  _globals['_RANKSEAL']._serialized_end=1185
+  _globals['_NODEMESSAGE']._serialized_start=1188
+  _globals['_NODEMESSAGE']._serialized_end=1509
+  _globals['_NODECHALLENGE']._serialized_start=1511
+  _globals['_NODECHALLENGE']._serialized_end=1541
+  _globals['_NODEHELLO']._serialized_start=1544
+  _globals['_NODEHELLO']._serialized_end=1734
+  _globals['_NODEHELLO_FACTSENTRY']._serialized_start=1690
+  _globals['_NODEHELLO_FACTSENTRY']._serialized_end=1734
+  _globals['_NODEWELCOME']._serialized_start=1736
+  _globals['_NODEWELCOME']._serialized_end=1764
+  _globals['_NODEREFUSAL']._serialized_start=1766
+  _globals['_NODEREFUSAL']._serialized_end=1795
+  _globals['_NODESTART']._serialized_start=1797
+  _globals['_NODESTART']._serialized_end=1828
+  _globals['_NODEBEAT']._serialized_start=1830
+  _globals['_NODEBEAT']._serialized_end=1840
+  _globals['_NODEEND']._serialized_start=1842
+  _globals['_NODEEND']._serialized_end=1884
 # @@protoc_insertion_point(module_scope)

@@ -26,14 +26,16 @@ class RankPlan(_message.Message):
     def __init__(self, meeting: _Optional[_Union[RankMeeting, _Mapping]] = ..., step: _Optional[_Union[RankStep, _Mapping]] = ..., masks: _Optional[_Union[RankMasks, _Mapping]] = ..., copies: _Optional[_Union[BlockPairs, _Mapping]] = ..., swap: _Optional[_Union[RankSwap, _Mapping]] = ..., capture: _Optional[_Union[RankCapture, _Mapping]] = ..., seal: _Optional[_Union[RankSeal, _Mapping]] = ...) -> None: ...
 
 class RankMeeting(_message.Message):
-    __slots__ = ("host", "port", "generation")
+    __slots__ = ("host", "port", "generation", "device")
     HOST_FIELD_NUMBER: _ClassVar[int]
     PORT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     host: str
     port: int
     generation: str
-    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., generation: _Optional[str] = ...) -> None: ...
+    device: str
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., generation: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class RankStep(_message.Message):
     __slots__ = ("step", "num_decodes", "rows", "starts", "num_tokens", "flags", "first_new_blocks", "block_counts", "blocks", "token_counts", "token_ids", "new_sequences", "scores", "masked")
@@ -122,3 +124,80 @@ class RankCapture(_message.Message):
 class RankSeal(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class NodeMessage(_message.Message):
+    __slots__ = ("challenge", "hello", "welcome", "refusal", "start", "beat", "end")
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    challenge: NodeChallenge
+    hello: NodeHello
+    welcome: NodeWelcome
+    refusal: NodeRefusal
+    start: NodeStart
+    beat: NodeBeat
+    end: NodeEnd
+    def __init__(self, challenge: _Optional[_Union[NodeChallenge, _Mapping]] = ..., hello: _Optional[_Union[NodeHello, _Mapping]] = ..., welcome: _Optional[_Union[NodeWelcome, _Mapping]] = ..., refusal: _Optional[_Union[NodeRefusal, _Mapping]] = ..., start: _Optional[_Union[NodeStart, _Mapping]] = ..., beat: _Optional[_Union[NodeBeat, _Mapping]] = ..., end: _Optional[_Union[NodeEnd, _Mapping]] = ...) -> None: ...
+
+class NodeChallenge(_message.Message):
+    __slots__ = ("nonce",)
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
+
+class NodeHello(_message.Message):
+    __slots__ = ("node_rank", "nonce", "proof", "facts", "generation", "rank")
+    class FactsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NODE_RANK_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    node_rank: int
+    nonce: bytes
+    proof: bytes
+    facts: _containers.ScalarMap[str, str]
+    generation: str
+    rank: int
+    def __init__(self, node_rank: _Optional[int] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ..., facts: _Optional[_Mapping[str, str]] = ..., generation: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class NodeWelcome(_message.Message):
+    __slots__ = ("proof",)
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    proof: bytes
+    def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
+
+class NodeRefusal(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class NodeStart(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: str
+    def __init__(self, generation: _Optional[str] = ...) -> None: ...
+
+class NodeBeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class NodeEnd(_message.Message):
+    __slots__ = ("reason", "stalled")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STALLED_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    stalled: bool
+    def __init__(self, reason: _Optional[str] = ..., stalled: _Optional[bool] = ...) -> None: ...

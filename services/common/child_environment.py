@@ -29,7 +29,7 @@ _ALLOWED = (
     # Libraries that compute on a CPU.
     *("OMP_*", "GOMP_*", "KMP_*", "MKL_*", "OPENBLAS_*", "BLIS_*", "NUMEXPR_*", "ONEDNN_*", "DNNL_*", "ATEN_*"),
     # Devices and the compilers for them.
-    *("CUDA*", "CUBLAS_*", "CUDNN_*", "NVIDIA_*", "NCCL_*", "TORCH*", "PYTORCH_*", "TRITON_*", "PTXAS*"),
+    *("CUDA*", "CUBLAS_*", "CUDNN_*", "NVIDIA_*", "NCCL_*", "GLOO_*", "TORCH*", "PYTORCH_*", "TRITON_*", "PTXAS*"),
     *("HIP_*", "HSA_*", "ROC*", "AMD_*", "MIOPEN_*", "GPU_*", "ZE_*", "SYCL_*"),
     *("CC", "CXX", "CPATH", "*_INCLUDE_PATH", "LIBRARY_PATH", "GCC_*", "COMPILER_PATH", "CCACHE_*"),
     # Other libraries of ours.

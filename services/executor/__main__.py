@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from scalellm.services.common.access import Access, open_access
 from scalellm.services.common.entry import run_service
 from scalellm.services.common.histogram import LAG_SECONDS, Histogram
-from scalellm.services.common.lifecycle import LAST_WORDS, GrpcService, announce, stop_event
+from scalellm.services.common.lifecycle import LAST_WORDS, GrpcService, StartError, announce, stop_event
 from scalellm.services.common.link import link_service_handler
 from scalellm.services.common.metrics import LoopLag, MetricsEndpoint
 from scalellm.services.common.tls import server_credentials
@@ -22,6 +22,7 @@ from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.executor.engine_supervisor import EngineSupervisor
 from scalellm.services.executor.front import SERVICE, ExecutorServicer
 from scalellm.services.executor.metrics import ExecutorCollector
+from scalellm.services.executor.nodes.service import serve_node
 from scalellm.services.executor.request_trace import record
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ _log = logging.getLogger("scalellm.services.executor")
 
 async def serve(settings: ExecutorSettings) -> None:
     """Serve until SIGTERM, then drain. Raises StartError."""
+    if settings.node_rank >= settings.nodes:
+        raise StartError(f"--node-rank {settings.node_rank}: must be less than --nodes, {settings.nodes}")
+    if settings.node_rank > 0:
+        await serve_node(settings)
+        return
     with open_tracer("executor", settings) as tracer:
         await _serve_traced(settings, tracer)
 

@@ -67,6 +67,15 @@ class ExecutorSettings(LinkedSettings):
     expert_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     """Groups of ranks among which a model's experts are distributed; within a group each expert is divided. Must divide
     --tensor-parallel."""
+    nodes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Hosts among which the ranks are divided, as many on each. An executor service runs on each of them, with the same
+    settings of the model; that of node 0 serves, the others wait for it."""
+    node_rank: Annotated[int, Field(ge=0, lt=64)] = 0
+    """Number of this host among --nodes, from 0 on."""
+    leader: str = "127.0.0.1:50071"
+    """host:port on which node 0 listens for the other nodes, and to which they connect. Beyond the loopback interface
+    it needs --link-token-file. Ranks exchange sums on ports that are chosen as they start, unencrypted: give the nodes
+    a network of their own."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Threads of the engine's matrix products; 0 chooses by measurement at start."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
@@ -105,3 +114,13 @@ class ExecutorSettings(LinkedSettings):
     def num_ranks(self) -> int:
         """Processes that hold the model; the fake engine has none to divide, and only says that it has ranks."""
         return self.tensor_parallel if self.engine == "model" else 1
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes on each host that hold the model."""
+        return self.num_ranks // self.nodes
+
+    @property
+    def own_ranks(self) -> range:
+        """The ranks on this host."""
+        return range(self.node_rank * self.ranks_per_node, (self.node_rank + 1) * self.ranks_per_node)

@@ -6,12 +6,10 @@ import asyncio
 import contextlib
 import enum
 import logging
-import os
 import socket
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from scalellm.services.common.child_environment import child_environment
 from scalellm.services.common.child_process import ChildProcess, Restarts, describe_exit, python_module
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.health import Heartbeat
@@ -19,7 +17,8 @@ from scalellm.services.common.lifecycle import StartError
 from scalellm.services.common.link import LinkTraffic
 from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.executor.ipc import FrontChannel, Kind, Message
-from scalellm.services.executor.rank_processes import RankProcesses
+from scalellm.services.executor.nodes.leader import NodeLeader
+from scalellm.services.executor.rank_group import RankGroup
 from scalellm.services.executor.stall_report import StackFile
 from scalellm.v1 import executor_pb2, link_pb2
 
@@ -64,7 +63,7 @@ class EngineSupervisor:
     """The engine process, as its front sees it.
 
     Args:
-        settings: Handed to the engine.
+        settings: Handed to the engine. With several nodes, those of node 0.
         on_traced: Told of each traced request that ended; None = traces are off.
     """
 
@@ -79,7 +78,8 @@ class EngineSupervisor:
         self._next_link = 1
         self._channel: FrontChannel | None = None
         self._process: ChildProcess | None = None
-        self._ranks = RankProcesses()
+        self._leader = NodeLeader(settings) if settings.nodes > 1 else None
+        self._ranks = RankGroup()
         self._heartbeat = Heartbeat(settings.stall_limit_s)
         self._ready = False
         self._draining = False
@@ -117,7 +117,7 @@ class EngineSupervisor:
 
     @property
     def rank_pids(self) -> Mapping[int, int]:
-        """The processes of its other ranks, by rank."""
+        """The processes of its other ranks on this host, by rank."""
         return self._ranks.pids
 
     @property
@@ -184,6 +184,16 @@ class EngineSupervisor:
         The engine holds nothing that outlives it, so it is ended by killing it.
         """
         self._on_ready = on_ready
+        if self._leader is None:
+            await self._keep_running()
+            return
+        try:
+            await self._leader.open()
+            await self._keep_running()
+        finally:
+            await self._leader.close()
+
+    async def _keep_running(self) -> None:
         restarts = Restarts(self._settings.max_engine_restarts, first_delay=_RESTART_DELAY)
         while True:
             if await self._run_once():
@@ -197,35 +207,36 @@ class EngineSupervisor:
 
     async def _run_once(self) -> bool:
         """One engine, to its end. Whether it was ever ready."""
-        ours, theirs = socket.socketpair()
+        self._ranks = await RankGroup.start(self._settings, self._leader)
         self._stacks = StackFile()
-        environment = engine_environment(os.environ)
-        self._ranks = await RankProcesses.start(self._settings, environment)
-        with theirs:
-            descriptors = (theirs.fileno(), self._stacks.fileno(), *self._ranks.leader_descriptors)
-            self._process = await ChildProcess.start(
-                python_module("scalellm.services.executor.engine_process", *map(str, descriptors)),
-                environment,
-                output=None,
-                pass_fds=descriptors,
-            )
-        self._ranks.close_sockets()
-        self._process.tell(self._settings.model_dump(mode="json"))
-        self._channel = FrontChannel(self._on_message)
+        why, has_stalled = "node 0 is shutting down, or cannot start", False
         try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                descriptors = (theirs.fileno(), self._stacks.fileno(), *self._ranks.leader_descriptors)
+                self._process = await ChildProcess.start(
+                    python_module("scalellm.services.executor.engine_process", *map(str, descriptors)),
+                    self._ranks.environment,
+                    output=None,
+                    pass_fds=descriptors,
+                )
+            self._ranks.close_sockets()
+            self._process.tell(self._settings.model_dump(mode="json"))
+            self._channel = FrontChannel(self._on_message)
             await self._channel.open(ours)
             if await self._stalls(self._channel):
                 self.engine_ends[EngineEnd.STALL] += 1
                 report = await self._stacks.ask(self._process.pid) + await self._ranks.stacks()
-                limit = self._settings.stall_limit_s
-                _log.error("the engine has taken no step for %g s and is ended; of its threads:\n%s", limit, report)
+                why, has_stalled = f"the engine has taken no step for {self._settings.stall_limit_s:g} s", True
+                _log.error("%s and is ended; of its threads:\n%s", why, report)
                 return True
             self.engine_ends[EngineEnd.CRASH] += 1
             if self._lost_rank:
+                why = self._lost_rank
                 _log.error("%s, and its engine is ended: their requests are lost here", self._lost_rank)
                 return self._ready
-            code = await self._process.wait()
-            _log.error("the engine process ended with %s, its requests are lost here", describe_exit(code))
+            why = f"the engine process ended with {describe_exit(await self._process.wait())}"
+            _log.error("%s, its requests are lost here", why)
             if report := self._stacks.read():
                 _log.error("where it was:\n%s", report)
             return self._ready
@@ -235,6 +246,7 @@ class EngineSupervisor:
             else:
                 # A time to retry tells the schedulers that this executor lives on and will have an engine again.
                 await self._end_process(StatusError.unavailable("the engine process died", retry_after=_RETRY_AFTER))
+            await self._ranks.end(why, stalled=has_stalled)
 
     async def _stalls(self, channel: FrontChannel) -> bool:
         """Wait for the engine's end, or that of one of its ranks. True: all are there, and the engine stands still.
@@ -309,15 +321,3 @@ class EngineSupervisor:
         if self._process is not None:
             await self._process.kill()
         self._process = None
-        await self._ranks.kill()
-
-
-def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The engine's environment: no secrets, and OpenMP threads must sleep, not spin, while they wait.
-
-    The other services are the engine's neighbours on a CPU, and a product on spinning threads collapses beside any
-    busy process: each waits for a thread that is not running. torch reads these at import, hence an environment.
-    """
-    defaults = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
-    defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks of one host
-    return defaults | child_environment(environment)

@@ -1,4 +1,4 @@
-"""Messages between the executor's front and its engine process, over a socket pair.
+"""Messages between the executor's front and its engine process, over a socket pair; those of ranks go over TCP as well.
 
 A message is a fixed header (kind, link, length) and a payload: serialised protobuf, never pickle. The front forwards
 the payloads of links without looking into them.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import cast
 
 _HEADER = struct.Struct("<BII")
+HEADER_BYTES = _HEADER.size
 _READ_BYTES = 1 << 18
 
 
@@ -46,6 +47,8 @@ class Kind(enum.IntEnum):
     """Engine: a traced request ended - TracedRequest."""
     PLAN = 12
     """Rank 0 of an engine, to each other rank: what all do next - RankPlan."""
+    NODE = 13
+    """Both, between the fronts of an executor's nodes - NodeMessage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,12 @@ class Message:
         return _HEADER.pack(self.kind, self.link, len(self.payload)) + self.payload
 
 
+def read_header(header: bytes) -> tuple[int, int]:
+    """Return the number of the kind of a message and the bytes of its payload, of its first HEADER_BYTES bytes."""
+    kind, _, length = _HEADER.unpack(header)
+    return kind, length
+
+
 class EngineChannel:
     """The engine's end, and both ends between its ranks: blocking, used between two steps.
 
@@ -73,6 +82,13 @@ class EngineChannel:
         self._buffer = bytearray()
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
+
+    @property
+    def local_host(self) -> str:
+        """This end's IP address; empty within a socket pair."""
+        if self._connection.family not in (socket.AF_INET, socket.AF_INET6):
+            return ""
+        return str(self._connection.getsockname()[0])
 
     def send(self, *messages: Message) -> None:
         """Write messages; waits while the other end is busy. EOFError: it is gone."""

@@ -151,7 +151,7 @@ def _load_all(
     longest = settings.max_model_len or model_config.max_position_embeddings
     form = weight_form(placement.quantization, model_config, runtime, longest)
     others = other_forms(form, model_config, runtime, longest)
-    free = _free_memory(device, shard)
+    free = _free_memory(device, settings)
     if form.num_bytes >= free:
         raise StartError(f"{settings.model}: {_does_not_fit(form, others, free)}")
     other_form = next(others, None)  # no more of them: each is a model laid out
@@ -168,7 +168,7 @@ def _load_all(
         run_largest_step(
             model, _engine_config(settings, placement, model_config, *sizes), device, placement.kv_cache_dtype
         )
-        own_sizes = _size_cache(settings, placement, rank_config, sizes[1], _free_memory(device, shard))
+        own_sizes = _size_cache(settings, placement, rank_config, sizes[1], _free_memory(device, settings))
         sizes = _agreed(shard, torch_device, *own_sizes)
     (num_host_blocks,) = _agreed(shard, torch_device, placement.swap_space // placement.block_bytes(rank_config))
     config = _engine_config(settings, placement, model_config, *sizes, num_host_blocks=num_host_blocks)
@@ -189,9 +189,10 @@ def _load_all(
     return _LoadedModel(model, kv_caches, config, form, other_form)
 
 
-def _free_memory(device: Device, shard: Shard) -> int:
+def _free_memory(device: Device, settings: ExecutorSettings) -> int:
     """Return the bytes that a rank may use: those of its GPU, or its share of the host's."""
-    return device.free_memory() if device.torch_device.type != "cpu" else device.free_memory() // shard.size
+    free = device.free_memory()
+    return free if device.torch_device.type != "cpu" else free // settings.ranks_per_node
 
 
 def _agreed(shard: Shard, device: torch.device, *numbers: int) -> tuple[int, ...]:

@@ -45,7 +45,9 @@ def choose_placement(settings: ExecutorSettings, model: ModelConfig, rank: int =
     Raises StartError when the device asked for is not there.
     """
     on_gpu = _use_gpu(settings)
-    device: Device = CudaDevice(rank, has_graphs=not settings.enforce_eager) if on_gpu else CpuDevice()
+    device: Device = (
+        CudaDevice(rank % settings.ranks_per_node, has_graphs=not settings.enforce_eager) if on_gpu else CpuDevice()
+    )
     dtype = _DTYPES.get(settings.dtype, torch.bfloat16 if on_gpu else torch.float32)
     if on_gpu and settings.block_size not in (None, *_PAGE_SIZES):
         raise StartError(f"--block-size {settings.block_size}: a GPU's kernels take pages of {_PAGE_SIZES} tokens")
@@ -57,7 +59,7 @@ def choose_placement(settings: ExecutorSettings, model: ModelConfig, rank: int =
         kv_cache_dtype=_kv_cache_dtype(settings, dtype if on_gpu else cache_dtype(quantization, model, dtype), on_gpu),
         limits=choose_limits(settings, on_gpu=on_gpu),
         memory_fraction=settings.memory_fraction or (0.9 if on_gpu else 0.25),
-        swap_space=_swap_space(settings, on_gpu) // settings.num_ranks,
+        swap_space=_swap_space(settings, on_gpu) // settings.ranks_per_node,
     )
 
 
@@ -84,9 +86,10 @@ def _use_gpu(settings: ExecutorSettings) -> bool:
     if settings.device == "cpu":
         return False
     found = torch.cuda.is_available()
-    if found and torch.cuda.device_count() < settings.num_ranks:
+    if found and torch.cuda.device_count() < settings.ranks_per_node:
         raise StartError(
-            f"--tensor-parallel {settings.num_ranks}: each rank takes a GPU, and there are {torch.cuda.device_count()}"
+            f"--tensor-parallel {settings.num_ranks}: each of the {settings.ranks_per_node} ranks of this host takes a "
+            f"GPU, and there are {torch.cuda.device_count()}"
         )
     if settings.device == "cuda" and not found:
         raise StartError(

@@ -1,4 +1,4 @@
-"""The processes of an engine's ranks other than 0, as the front keeps them beside the engine's own."""
+"""The processes of an engine's ranks other than 0 on one host, as the process in front of them keeps them."""
 
 from __future__ import annotations
 
@@ -22,50 +22,45 @@ class _Rank:
 class RankProcesses:
     """Ranks that rank 0, the engine, leads by sockets of their own. Made by `start`; there may be none.
 
-    A group lives and dies as one: the front ends it when any of its processes has ended or the engine stalls.
+    A group lives and dies as one: it ends when any of its processes has ended or the engine stalls.
     """
 
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
-        self._sockets: list[socket.socket] = []
 
     @classmethod
-    async def start(cls, settings: ExecutorSettings, environment: Mapping[str, str]) -> RankProcesses:
-        """Start the ranks that the settings ask for. Raises OSError."""
+    async def start(
+        cls, settings: ExecutorSettings, environment: Mapping[str, str], connections: Mapping[int, socket.socket]
+    ) -> RankProcesses:
+        """Start ranks. Raises OSError.
+
+        Args:
+            settings: Handed to each of them.
+            environment: Their variables.
+            connections: By rank, the socket by which rank 0 leads it: inherited, and left open here.
+        """
         group = cls()
         try:
-            for number in range(1, settings.num_ranks):
-                await group._start(number, settings, environment)
+            for rank, connection in connections.items():
+                await group._start(rank, settings, environment, connection)
         except BaseException:
             await group.kill()
             raise
         return group
 
-    async def _start(self, number: int, settings: ExecutorSettings, environment: Mapping[str, str]) -> None:
-        leader, own = socket.socketpair()
-        self._sockets.append(leader)
+    async def _start(
+        self, number: int, settings: ExecutorSettings, environment: Mapping[str, str], connection: socket.socket
+    ) -> None:
         stacks = StackFile()
-        with own:
-            descriptors = (own.fileno(), stacks.fileno())
-            process = await ChildProcess.start(
-                python_module("scalellm.services.executor.ranks.rank_process", *map(str, (number, *descriptors))),
-                environment,
-                output=None,
-                pass_fds=descriptors,
-            )
+        descriptors = (connection.fileno(), stacks.fileno())
+        process = await ChildProcess.start(
+            python_module("scalellm.services.executor.ranks.rank_process", *map(str, (number, *descriptors))),
+            environment,
+            output=None,
+            pass_fds=descriptors,
+        )
         self._ranks.append(_Rank(number, process, stacks))
         process.tell(settings.model_dump(mode="json"))
-
-    @property
-    def leader_descriptors(self) -> tuple[int, ...]:
-        """Descriptors for the engine's process to inherit: its end of a socket to each rank, in order."""
-        return tuple(connection.fileno() for connection in self._sockets)
-
-    def close_sockets(self) -> None:
-        """The engine has them: when it ends, the ranks see the end of theirs."""
-        for connection in self._sockets:
-            connection.close()
-        self._sockets.clear()
 
     @property
     def pids(self) -> Mapping[int, int]:
@@ -92,7 +87,6 @@ class RankProcesses:
 
     async def kill(self) -> None:
         """Leave none behind."""
-        self.close_sockets()
         for rank in self._ranks:
             await rank.process.kill()
             rank.stacks.close()

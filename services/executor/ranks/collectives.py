@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import uuid
 from datetime import timedelta
 
@@ -11,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from scalellm.services.common.addresses import bound_socket
+from scalellm.services.common.lifecycle import StartError
 from scalellm.v1 import ranks_pb2
 
-_HOST = "127.0.0.1"
 _MEETING_LIMIT = timedelta(minutes=2)
 
 
@@ -33,19 +33,26 @@ class TorchCollectives:
 
 
 class MeetingPlace:
-    """Rank 0's store, on the loopback interface, where the ranks of one start of a group find each other.
+    """Rank 0's store, where the ranks of one start of a group find each other.
 
     What they write there goes by the name of this start, so a rank that is left of an earlier one finds nobody.
+
+    Args:
+        size: Number of ranks.
+        device: Rank 0's.
+        host: IP address of this host by which all ranks reach it.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: torch.device, host: str) -> None:
         self._size = size
-        self._listener = socket.create_server((_HOST, 0))
+        self._device = device
+        self._listener = bound_socket(host, 0)
+        self._listener.listen(size)
         port = self._listener.getsockname()[1]
-        self.told = ranks_pb2.RankMeeting(host=_HOST, port=port, generation=uuid.uuid4().hex)
+        self.told = ranks_pb2.RankMeeting(host=host, port=port, generation=uuid.uuid4().hex, device=device.type)
         """Address of this store, for the other ranks."""
         self._store = TCPStore(
-            _HOST,
+            host,
             port,
             size,
             is_master=True,
@@ -54,13 +61,15 @@ class MeetingPlace:
             master_listen_fd=self._listener.detach(),
         )
 
-    def meet(self, device: torch.device) -> TorchCollectives:
+    def meet(self) -> TorchCollectives:
         """Wait for the other ranks."""
-        return _meet(self._store, self.told, 0, self._size, device)
+        return _meet(self._store, self.told, 0, self._size, self._device)
 
 
 def meet_at(told: ranks_pb2.RankMeeting, rank: int, size: int, device: torch.device) -> TorchCollectives:
-    """Join rank 0 and the others where rank 0 says."""
+    """Join rank 0 and the others where rank 0 says. Raises StartError if those compute on another kind of device."""
+    if told.device != device.type:
+        raise StartError(f"--device {device.type}: that of rank 0 is {told.device}, and all ranks need the same")
     store = TCPStore(told.host, told.port, size, is_master=False, timeout=_MEETING_LIMIT, wait_for_workers=False)
     return _meet(store, told, rank, size, device)
 

@@ -13,6 +13,7 @@ from scalellm.services.executor.ranks.leading_runner import RanksApartError
 from scalellm.v1 import ranks_pb2
 
 _PATIENCE = 3600.0
+_LOOPBACK = "127.0.0.1"
 
 Tell = Callable[[ranks_pb2.RankPlan], None]
 
@@ -42,9 +43,10 @@ class Followers:
     def meet(self, expert_parallel: int, device: torch.device) -> Shard:
         """Tell them where to meet, and wait for them. Returns what rank 0 holds of the model."""
         size = len(self._channels) + 1
-        place = MeetingPlace(size)
+        hosts = [channel.local_host for channel in self._channels]
+        place = MeetingPlace(size, device, next(filter(None, hosts), _LOOPBACK))  # that by which other hosts reach it
         self.tell(ranks_pb2.RankPlan(meeting=place.told))
-        return Shard(0, size, expert_parallel, place.meet(device))
+        return Shard(0, size, expert_parallel, place.meet())
 
 
 def plans_from(channel: EngineChannel) -> Iterator[ranks_pb2.RankPlan]:
