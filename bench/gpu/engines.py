@@ -11,7 +11,7 @@ import torch
 from bench.gpu.device import Device
 from bench.gpu.models import PAGE, Format
 from scalellm.services.executor.engine import Engine, EngineConfig, EngineRequest, SamplingParams
-from scalellm.services.executor.models import CausalLM, ModelConfig, allocate_kv_caches
+from scalellm.services.executor.models import CausalLM, KVCache, ModelConfig, allocate_kv_caches
 from scalellm.services.executor.runner import CudaDevice, FakeCudaDevice, ModelRunner
 
 
@@ -67,21 +67,28 @@ def make_runner(
     model: CausalLM, limits: EngineConfig, form: Format, device: Device, *, graphs: bool = True
 ) -> ModelRunner:
     """Return the runner that serves, on this device or on what stands for one in a dry run."""
-    where: Any
-    if device.dry_run:
-        where = FakeCudaDevice(device.capability)
-        where.has_graphs = graphs
-    else:
-        where = CudaDevice(device.target.index, has_graphs=graphs)
-    caches = allocate_kv_caches(
-        model.config,
+    return ModelRunner(model, kv_caches(model, limits, form, device), limits, runner_device(device, graphs=graphs))
+
+
+def runner_device(device: Device, *, graphs: bool) -> Any:
+    """Return the device of a runner: this one, or what stands for one in a dry run."""
+    if not device.dry_run:
+        return CudaDevice(device.target.index, has_graphs=graphs)
+    fake = FakeCudaDevice(device.capability)
+    fake.has_graphs = graphs
+    return fake
+
+
+def kv_caches(model: CausalLM, limits: EngineConfig, form: Format, device: Device) -> list[KVCache]:
+    """Return the cache of a model, or of the share of it that a rank holds."""
+    return allocate_kv_caches(
+        model.rank_config,
         limits.num_blocks,
         limits.block_size,
         dtype=form.cache_dtype,
         device=device.target,
         ops=model.runtime.ops,
     )
-    return ModelRunner(model, caches, limits, where)
 
 
 def serve(engine: Engine, load: Load, vocab: int, *, temperature: float, logprobs: int | None = None) -> Served:

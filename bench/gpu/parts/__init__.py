@@ -17,6 +17,7 @@ PARTS = (
     PartSpec("roofline", "bench.gpu.parts.roofline", "Roofline", 60, 240, "each op, and torch's own beside it"),
     PartSpec("model-speed", "bench.gpu.parts.model_speed", "ModelSpeed", 90, 240, "decode steps and prompts"),
     _ENGINE,
+    PartSpec("ranks", "bench.gpu.parts.ranks", "Ranks", 40, 180, "collectives in graphs, two ranks on one device"),
     PartSpec("sanitizer", "bench.gpu.parts.sanitizer", "ComputeSanitizer", 40, 180, "compute-sanitizer"),
     PartSpec(
         "transformers", "bench.gpu.parts.continuous_batching", "ContinuousBatching", 50, 150, "transformers beside us"
