@@ -7,7 +7,10 @@ import os
 import random
 import signal
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+
+import psutil
 
 from fault_line import STALL_LIMIT, FaultLine
 from fault_member import Member
@@ -41,6 +44,7 @@ class Scene:
 
 CHILDREN = {
     "engine": ("executor", "scalellm.services.executor.engine_process"),
+    "rank": ("executor", "scalellm.services.executor.ranks.rank_process"),
     "worker": ("tokenizer", "scalellm.services.tokenizer.worker"),
     "template renderer": ("tokenizer", "scalellm.services.tokenizer.text.chat_render_process"),
 }
@@ -82,11 +86,13 @@ def stop_process(target: str) -> Injector:
             pid = scene.one_of(kind).child(module).pid
         else:
             pid = scene.one_of(target).process.pid
-        os.kill(pid, signal.SIGSTOP)
+        process = psutil.Process(pid)
+        process.suspend()
         try:
             await asyncio.sleep(scene.seconds)
         finally:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(psutil.NoSuchProcess):  # it was ended because it stood still
+                process.resume()
 
     return inject
 

@@ -33,9 +33,12 @@ DRAIN_LIMIT = 1
 ENGINES = {
     "fake": ("--engine", "fake", "--fake-preset", "h200-llama-8b", "--num-blocks", "2048", "--max-num-seqs", "64"),
     "model": ("--engine", "model", "--num-blocks", "512", "--max-num-seqs", "16"),
+    "ranks": ("--engine", "model", "--num-blocks", "512", "--max-num-seqs", "16", "--tensor-parallel", "3"),
 }
 
-MEMORY_MARGINS = {"fake": 48 * 2**20, "model": 512 * 2**20}
+STALL_LIMITS = {"fake": STALL_LIMIT, "model": PATIENCE_LIMIT, "ranks": 60.0}
+
+MEMORY_MARGINS = {"fake": 48 * 2**20, "model": 512 * 2**20, "ranks": 3 * 512 * 2**20}
 """Bytes by which a service's processes may have grown under a load that was run before: pools and arenas differ. A real
 model's cache is memory, too, that is touched for the first time little by little."""
 
@@ -77,7 +80,7 @@ class FaultLine:
         self.redis = redis
         self.redis_wire = wires.add(redis.socket)
         redis_url = f"redis://{self.redis_wire.address}/0"
-        stall_limit = str(STALL_LIMIT if engine == "fake" else PATIENCE_LIMIT)
+        stall_limit = str(STALL_LIMITS[engine])
         limits = ("--drain-limit-s", str(DRAIN_LIMIT), "--stall-limit-s", stall_limit, "--metrics-port", "0")
         leases = ("--lease-s", stall_limit)
         waits = () if engine == "fake" else ("--engine-restart-limit-s", str(PATIENCE_LIMIT))

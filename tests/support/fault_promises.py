@@ -60,3 +60,9 @@ FAULTS = {
     "executor: cable pulled": Fault(faults.cable_pulled, on_cable="executor"),
     "scheduler: cable pulled": Fault(faults.cable_pulled, on_cable="scheduler"),
 }
+
+RANK_FAULTS = {
+    "rank: kill -9": Fault(faults.end_process("rank", KILL)),
+    "rank: SIGSTOP": Fault(faults.stop_process("rank")),
+}
+"""Those of an executor whose model is held by several processes."""
