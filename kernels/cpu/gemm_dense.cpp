@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "blocks.h"
 #include "parallel.h"
 #include "recording.h"
 #include "scratch.h"
@@ -29,10 +30,9 @@ struct Problem {
   int64_t n, k;
 };
 
-void pack_rows(const float* x, int64_t k, int64_t rows, float* packed) {
-  for (int64_t row = 0; row < rows; ++row, x += k) {
-    for (int64_t i = 0; i < k; ++i) packed[i * rows + row] = x[i];
-  }
+// One row of a block of `rows`; `packed` is where the row's first number is.
+void pack_row(const float* x, int64_t k, int64_t rows, float* packed) {
+  for (int64_t i = 0; i < k; ++i) packed[i * rows] = x[i];
 }
 
 // Vectors of columns are taken in pairs, kApart columns apart; the left one begins at `column`.
@@ -91,36 +91,41 @@ void block_of_tile(const Problem<W>& p, int64_t tile, int64_t row) {
 }
 
 template <class W, int... Rows>
-void tiles(const Problem<W>& p, const Blocks& blocks, int64_t from, int64_t to, std::integer_sequence<int, Rows...>) {
+void tiles(const Problem<W>& p, const Blocks& blocks, const Share& share, int64_t from, int64_t to,
+           std::integer_sequence<int, Rows...>) {
   static constexpr void (*kBlock[])(const Problem<W>&, int64_t, int64_t) = {block_of_tile<W, Rows + 1>...};
   for (int64_t tile = from; tile < to; ++tile) {
-    for (int64_t block = 0; block < blocks.count; ++block) {
-      const int64_t row = blocks.start(block);
-      kBlock[blocks.start(block + 1) - row - 1](p, tile, row);
+    for (int64_t block = share.first_block; block < share.end_block; ++block) {
+      kBlock[blocks[block].rows - 1](p, tile, blocks[block].first);
     }
   }
 }
 
 template <class W>
-void gemm(const float* x, const void* weight, const float* bias, float* out, int64_t m, int64_t n, int64_t k,
-          int64_t threads) {
+void gemm(const float* x, const int32_t* sources, const int32_t* starts, int64_t weights, const void* weight,
+          const float* bias, float* out, int64_t m, int64_t n, int64_t k, int64_t threads) {
   if (m == 0 || n == 0) return;
   static thread_local Scratch<float> scratch;  // the calling thread's, whoever helps it
+  static thread_local Blocks kept;
   float* packed = scratch.of(m * k);
-  const Blocks blocks(m, kMostRows);
-  parallel_ranges(blocks.count, 65536 / (k * blocks.most) + 1, threads, [&](int64_t begin, int64_t end) {
+  Blocks& blocks = kept;
+  blocks.divide(m, starts, weights, [](int64_t) { return kMostRows; });
+  parallel_ranges(blocks.count(), 65536 / (k * kMostRows) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = blocks.start(block);
-      pack_rows(x + row * k, k, blocks.start(block + 1) - row, packed + row * k);
+      const auto [first, rows] = blocks[block];
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t source = sources == nullptr ? first + i : sources[first + i];
+        pack_row(x + source * k, k, rows, packed + first * k + i);
+      }
     }
   });
-  const Problem<W> p{packed, static_cast<const W*>(weight), bias, out, n, k};
-  const int64_t num_tiles = (n + kTile - 1) / kTile;
+  const W* const tiles_of_all = static_cast<const W*>(weight);
   // Bytes at the speed of memory and products at that of the widest vectors: a guess of what a tile takes.
-  const double tile_ns = kTile * double(k) * (sizeof(W) / 16.0 + m / 40.0);
-  const int64_t worth = int64_t(kItemNs / tile_ns) + 1, even = num_tiles / (8 * threads);
-  parallel_ranges(num_tiles, std::max({worth, even, int64_t(1)}), threads, [&](int64_t begin, int64_t end) {
-    tiles(p, blocks, begin, end, std::make_integer_sequence<int, kMostRows>());
+  const double tile_ns = kTile * double(k) * (sizeof(W) / 16.0 + double(m) / blocks.num_shares() / 40.0);
+  blocks.for_tiles(num_tiles(n), int64_t(kItemNs / tile_ns) + 1, threads,
+                   [&](const Share& share, int64_t begin, int64_t end) {
+    const Problem<W> p{packed, tiles_of_all + share.weight * num_tiles(n) * kTile * k, bias, out, n, k};
+    tiles(p, blocks, share, begin, end, std::make_integer_sequence<int, kMostRows>());
   });
 }
 
@@ -128,10 +133,14 @@ void gemm(const float* x, const void* weight, const float* bias, float* out, int
 
 // out [m, n] = x [m, k] times a weight in tiles, plus bias [n], which may be null. All float32 but the weight, whose
 // dtype may also be bfloat16 or float16.
-EXPORT int64_t gemm_dense(int64_t weight_dtype, const float* x, const void* weight, const float* bias, float* out,
-                          int64_t m, int64_t n, int64_t k, int64_t threads) {
+//
+// Of a stack of `weights`, rows starts[w] .. starts[w + 1] - 1 are multiplied with weight w; `starts` may be null where
+// there is one. Where `sources` [m] is not null, it names the rows of x that rows 0 .. m - 1 are.
+EXPORT int64_t gemm_dense(int64_t weight_dtype, const float* x, const int32_t* sources, const int32_t* starts,
+                          int64_t weights, const void* weight, const float* bias, float* out, int64_t m, int64_t n,
+                          int64_t k, int64_t threads) {
   const auto run = weight_dtype == kFloat32 ? gemm<float> : weight_dtype == kBFloat16 ? gemm<BFloat16> : gemm<Float16>;
-  run(x, weight, bias, out, m, n, k, threads);
+  run(x, sources, starts, weights, weight, bias, out, m, n, k, threads);
   return kDone;
 }
 RECORDABLE(gemm_dense)

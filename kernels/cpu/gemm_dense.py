@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from scalellm.kernels.cpu.expert_rows import RowsByExpert, pointers
 from scalellm.kernels.cpu.library import CODES, TILE, CpuLibrary
 from scalellm.kernels.cpu.rows import check_ids
 
@@ -15,16 +16,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TiledMatrix:
-    """A weight `[N, K]` of one of DTYPES, in tiles of TILE rows, which are columns of the product.
+    """A weight `[N, K]` of one of DTYPES, or a stack of them `[E, N, K]`, in tiles of TILE rows.
 
-    The memory of `matrix`, which is contiguous, becomes that of the tiles if N is a multiple of TILE.
+    Rows of a weight are columns of the product; `num_columns` is N. The memory of `matrix`, which is contiguous,
+    becomes that of the tiles if N is a multiple of TILE.
     """
 
     def __init__(self, library: CpuLibrary, matrix: Tensor) -> None:
         self._library = library
-        self._num_rows, self._num_inputs = matrix.shape
+        self.num_columns, self._num_inputs = matrix.shape[-2:]
+        self._num_weights = matrix.shape[0] if matrix.dim() == 3 else 1
         self._dtype = CODES[matrix.dtype]
-        padded = pad(matrix, (0, 0, 0, -self._num_rows % TILE)) if self._num_rows % TILE else matrix
+        padded = pad(matrix, (0, 0, 0, -self.num_columns % TILE)) if self.num_columns % TILE else matrix
         self._tiles = padded.view(-1, TILE, self._num_inputs)
         for tile in self._tiles:
             columns = tile.T
@@ -43,19 +46,33 @@ class TiledMatrix:
         fault = self._library.call(
             "gather_tiled_rows",
             *(self._dtype, self._tiles.data_ptr(), indices.data_ptr(), out.data_ptr()),
-            *(indices.shape[0], self._num_inputs, self._num_rows, scale),
+            *(indices.shape[0], self._num_inputs, self.num_columns, scale),
         )
-        check_ids(fault, indices, self._num_rows)
+        check_ids(fault, indices, self.num_columns)
         return out
 
-    def product(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return `x W^T + bias`, `[T, N]`, in `out` where it is given; `x [T, K]`, `bias [N]` and result float32."""
+    def product(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        by_expert: RowsByExpert | None = None,
+        from_tokens: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Return `x W^T + bias`, `[T, N]`, in `out` where it is given; `x [T, K]`, `bias [N]` and result float32.
+
+        With a stack of weights, `by_expert` says which rows are multiplied with which one: the P rows of its order,
+        which are those of the result, and of `x` as well unless `from_tokens`.
+        """
         x = x.contiguous()
+        rows = x.shape[0] if by_expert is None else by_expert.num_rows
         if out is None:
-            out = x.new_empty(x.shape[0], self._num_rows)
+            out = x.new_empty(rows, self.num_columns)
         self._library.call(
             "gemm_dense",
-            *(self._dtype, x.data_ptr(), self._tiles.data_ptr(), None if bias is None else bias.data_ptr()),
-            *(out.data_ptr(), x.shape[0], self._num_rows, self._num_inputs),
+            *(self._dtype, x.data_ptr(), *pointers(by_expert, from_tokens), self._num_weights),
+            *(self._tiles.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(rows, self.num_columns, self._num_inputs),
         )
         return out

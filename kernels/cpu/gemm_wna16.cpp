@@ -11,6 +11,7 @@
 #include <cstring>
 #include <utility>
 
+#include "blocks.h"
 #include "dot.h"
 #include "parallel.h"
 #include "recording.h"
@@ -32,7 +33,7 @@ struct Problem {
   const T* scales;
   const T* zeros;  // or null: the middle of the range is zero
   T* out;          // [m, n]
-  int64_t m, n, k, group, groups;
+  int64_t n, k, group, groups;
   const int8_t* codes;        // for 4 bits, of every eight the four at even places come first
   const float* input_scales;  // [k / group, rows of the block] of each block
   const int32_t* starts;      // the same: where the sums of a group start
@@ -187,13 +188,13 @@ void block_of_tile(const Problem<T>& p, int64_t tile, int64_t row) {
 
 // Blocks have `Least` rows or some more.
 template <class T, int Bits, bool HasZeros, bool FromMemory, int Least, int... More>
-void tiles(const Problem<T>& p, const Blocks& blocks, int64_t from, int64_t to, std::integer_sequence<int, More...>) {
+void tiles(const Problem<T>& p, const Blocks& blocks, const Share& share, int64_t from, int64_t to,
+           std::integer_sequence<int, More...>) {
   static constexpr void (*kBlock[])(const Problem<T>&, int64_t, int64_t) = {
       block_of_tile<T, Bits, HasZeros, FromMemory, Least + More>...};
   for (int64_t tile = from; tile < to; ++tile) {
-    for (int64_t block = 0; block < blocks.count; ++block) {
-      const int64_t row = blocks.start(block);
-      kBlock[blocks.start(block + 1) - row - Least](p, tile, row);
+    for (int64_t block = share.first_block; block < share.end_block; ++block) {
+      kBlock[blocks[block].rows - Least](p, tile, blocks[block].first);
     }
   }
 }
@@ -204,45 +205,52 @@ struct RoundedInputs {
   Scratch<float> scales;
   Scratch<int32_t> starts;
   Scratch<float> sums;
+  Blocks blocks;
 };
 
 template <class T, int Bits>
-void gemm(const void* x, const void* words, const void* scales, const void* zeros, void* out, int64_t m, int64_t n,
-          int64_t k, int64_t group, int64_t threads) {
+void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t weights, const void* words,
+          const void* scales, const void* zeros, void* out, int64_t m, int64_t n, int64_t k, int64_t group,
+          int64_t threads) {
   if (m == 0 || n == 0) return;
   const int64_t groups = k / group;
   static thread_local RoundedInputs rounded;
   int8_t* codes = rounded.codes.of(m * k);
   float* input_scales = rounded.scales.of(m * groups);
-  int32_t* starts = rounded.starts.of(m * groups);
+  int32_t* sum_starts = rounded.starts.of(m * groups);
   float* input_sums = rounded.sums.of(m * groups);
+  Blocks& blocks = rounded.blocks;
+  blocks.divide(m, starts, weights, [](int64_t rows) { return rows < kMany ? kFewRows : kManyRows; });
   // So that no zero point is left to subtract except those of `zeros`.
   const int32_t start = zeros != nullptr ? kCentre<Bits> : kCentre<Bits> - (1 << (Bits - 1));
-  const Blocks blocks(m, m < kMany ? kFewRows : kManyRows);
-  parallel_ranges(blocks.count, 65536 / (k * blocks.most) + 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_ranges(blocks.count(), 65536 / (k * kFewRows) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = blocks.start(block), rows = blocks.start(block + 1) - row;
+      const auto [row, rows] = blocks[block];
       for (int64_t i = 0; i < rows; ++i) {
-        round_row<T, Bits>(static_cast<const T*>(x) + (row + i) * k, k, group, rows, start, codes + row * k + 4 * i,
-                           input_scales + row * groups + i, starts + row * groups + i, input_sums + row * groups + i);
+        const int64_t source = sources == nullptr ? row + i : sources[row + i];
+        round_row<T, Bits>(static_cast<const T*>(x) + source * k, k, group, rows, start, codes + row * k + 4 * i,
+                           input_scales + row * groups + i, sum_starts + row * groups + i,
+                           input_sums + row * groups + i);
       }
     }
   });
-  const Problem<T> p{static_cast<const int32_t*>(words), static_cast<const T*>(scales), static_cast<const T*>(zeros),
-                     static_cast<T*>(out), m, n, k, group, groups, codes, input_scales, starts, input_sums};
-  const int64_t num_tiles = (n + kTile - 1) / kTile;
   // Bytes at the speed of memory and products at that of the widest vectors: a guess of what a tile takes.
-  const double tile_ns = kTile * double(k) * (Bits / 200.0 + m / 130.0);
-  const int64_t worth = int64_t(kItemNs / tile_ns) + 1, even = num_tiles / (8 * threads);
-  parallel_ranges(num_tiles, std::max({worth, even, int64_t(1)}), threads, [&](int64_t begin, int64_t end) {
+  const double tile_ns = kTile * double(k) * (Bits / 200.0 + double(m) / blocks.num_shares() / 130.0);
+  blocks.for_tiles(num_tiles(n), int64_t(kItemNs / tile_ns) + 1, threads,
+                   [&](const Share& share, int64_t begin, int64_t end) {
+    const int64_t before = share.weight * num_tiles(n) * kTile;  // columns of the weights before it
+    const T* const own_zeros = zeros == nullptr ? nullptr : static_cast<const T*>(zeros) + before * groups;
+    const Problem<T> p{static_cast<const int32_t*>(words) + before * k * Bits / 32,
+                       static_cast<const T*>(scales) + before * groups, own_zeros, static_cast<T*>(out), n, k, group,
+                       groups, codes, input_scales, sum_starts, input_sums};
     const std::make_integer_sequence<int, kFewRows> few;
     const std::make_integer_sequence<int, 2> even_sizes;  // of many blocks
-    if (m < kMany) {
-      zeros == nullptr ? tiles<T, Bits, false, true, 1>(p, blocks, begin, end, few)
-                       : tiles<T, Bits, true, true, 1>(p, blocks, begin, end, few);
+    if (share.rows < kMany) {
+      zeros == nullptr ? tiles<T, Bits, false, true, 1>(p, blocks, share, begin, end, few)
+                       : tiles<T, Bits, true, true, 1>(p, blocks, share, begin, end, few);
     } else {
-      zeros == nullptr ? tiles<T, Bits, false, false, kManyRows - 1>(p, blocks, begin, end, even_sizes)
-                       : tiles<T, Bits, true, false, kManyRows - 1>(p, blocks, begin, end, even_sizes);
+      zeros == nullptr ? tiles<T, Bits, false, false, kManyRows - 1>(p, blocks, share, begin, end, even_sizes)
+                       : tiles<T, Bits, true, false, kManyRows - 1>(p, blocks, share, begin, end, even_sizes);
     }
   });
 }
@@ -250,13 +258,13 @@ void gemm(const void* x, const void* words, const void* scales, const void* zero
 }  // namespace
 
 // out [m, n] = x [m, k] times the weight that `kernels.w4a16_gemm` (bits 4) or `w8a16_gemm` describes, in tiles. dtype
-// is that of x, scales, zeros (may be null) and out.
-EXPORT int64_t gemm_wna16(int64_t bits, int64_t dtype, const void* x, const void* words, const void* scales,
-                          const void* zeros, void* out, int64_t m, int64_t n, int64_t k, int64_t group,
-                          int64_t threads) {
+// is that of x, scales, zeros (may be null) and out. `sources`, `starts` and `weights` are those of gemm_dense.
+EXPORT int64_t gemm_wna16(int64_t bits, int64_t dtype, const void* x, const int32_t* sources, const int32_t* starts,
+                          int64_t weights, const void* words, const void* scales, const void* zeros, void* out,
+                          int64_t m, int64_t n, int64_t k, int64_t group, int64_t threads) {
   const auto run = dtype == kFloat32 ? (bits == 4 ? gemm<float, 4> : gemm<float, 8>)
                                      : (bits == 4 ? gemm<BFloat16, 4> : gemm<BFloat16, 8>);
-  run(x, words, scales, zeros, out, m, n, k, group, threads);
+  run(x, sources, starts, weights, words, scales, zeros, out, m, n, k, group, threads);
   return kDone;
 }
 RECORDABLE(gemm_wna16)

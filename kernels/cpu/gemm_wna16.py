@@ -11,6 +11,7 @@ weight makes a `TiledWeight` of it once.
 import torch
 from torch import Tensor
 
+from scalellm.kernels.cpu.expert_rows import RowsByExpert, pointers
 from scalellm.kernels.cpu.library import CODES, TILE, CpuLibrary
 from scalellm.kernels.cpu.rows import check_ids
 from scalellm.kernels.reference import w4a16 as reference
@@ -19,6 +20,7 @@ from scalellm.kernels.reference import w4a16 as reference
 class TiledWeight:
     """A weight `[K, N]` of 4 or 8 bits, `words`, `scales` and `zeros` as for `kernels.w4a16_gemm` or `w8a16_gemm`.
 
+    Or a stack of weights, where each of these has E matrices as for `kernels.fused_moe_wna16`; `num_columns` is N.
     Their memory becomes the tiles' if N is a multiple of TILE; another copy of one of them is made on the way.
     """
 
@@ -29,8 +31,17 @@ class TiledWeight:
         self._library = library
         self._bits = bits
         self._group_size = group_size
-        self._num_columns = words.shape[1]
+        self.num_columns = words.shape[-1]
+        self._num_weights = words.shape[0] if words.dim() == 3 else 1
         self._parts = tuple(_put_into_tiles(part) for part in (words, scales, zeros) if part is not None)
+
+    @classmethod
+    def of_copies(
+        cls, library: CpuLibrary, words: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int
+    ) -> "TiledWeight":
+        """Return one that leaves the memory of these as it is."""
+        copies = _copied(words), _copied(scales), None if zeros is None else _copied(zeros)
+        return cls(library, *copies, bits=bits, group_size=group_size)
 
     @staticmethod
     def takes(scales: Tensor, *, bits: int, group_size: int) -> bool:
@@ -44,29 +55,39 @@ class TiledWeight:
             ValueError: an index is not that of a column.
         """
         words, scales, *zeros = self._parts
-        inputs, indices = scales.shape[1] * self._group_size, indices.contiguous()
+        inputs, indices = scales.shape[-2] * self._group_size, indices.contiguous()
         out = scales.new_empty(indices.shape[0], inputs)
         fault = self._library.call(
             "gather_packed_rows",
             *(self._bits, CODES[scales.dtype], words.data_ptr(), scales.data_ptr()),
             *(zeros[0].data_ptr() if zeros else None, indices.data_ptr(), out.data_ptr()),
-            *(indices.shape[0], inputs, self._num_columns, self._group_size, scale),
+            *(indices.shape[0], inputs, self.num_columns, self._group_size, scale),
         )
-        check_ids(fault, indices, self._num_columns)
+        check_ids(fault, indices, self.num_columns)
         return out
 
-    def product(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return `x [T, K]`, of the dtype of the scales, times the weight, `[T, N]`."""
+    def product(
+        self,
+        x: Tensor,
+        *,
+        by_expert: RowsByExpert | None = None,
+        from_tokens: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Return `x [T, K]`, of the dtype of the scales, times the weight, `[T, N]`.
+
+        `by_expert` and `from_tokens` are for a stack of weights, as in `TiledMatrix.product`.
+        """
         words, scales, *zeros = self._parts
         x = x.contiguous()
-        rows, inputs = x.shape
+        rows, inputs = x.shape[0] if by_expert is None else by_expert.num_rows, x.shape[1]
         if out is None:
-            out = x.new_empty(rows, self._num_columns)
+            out = x.new_empty(rows, self.num_columns)
         self._library.call(
             "gemm_wna16",
-            *(self._bits, CODES[x.dtype], x.data_ptr(), words.data_ptr(), scales.data_ptr()),
-            *(zeros[0].data_ptr() if zeros else None, out.data_ptr()),
-            *(rows, self._num_columns, inputs, self._group_size),
+            *(self._bits, CODES[x.dtype], x.data_ptr(), *pointers(by_expert, from_tokens), self._num_weights),
+            *(words.data_ptr(), scales.data_ptr(), zeros[0].data_ptr() if zeros else None, out.data_ptr()),
+            *(rows, self.num_columns, inputs, self._group_size),
         )
         return out
 
@@ -126,17 +147,18 @@ def _gemm(
     group_size: int,
     out: Tensor | None,
 ) -> Tensor:
-    reference.check_shapes(qweight, scales, zeros, bits, group_size)
-    copies = (_copied(qweight), _copied(scales), None if zeros is None else _copied(zeros))
-    return TiledWeight(library, *copies, bits=bits, group_size=group_size).product(x, out=out)
+    weight = TiledWeight.of_copies(library, qweight, scales, zeros, bits=bits, group_size=group_size)
+    return weight.product(x, out=out)
 
 
-def _put_into_tiles(matrix: Tensor) -> Tensor:
-    """Return `matrix [R, N]` as `[tiles, R, TILE]`, in its memory if it has room for that."""
-    rows, columns = matrix.shape
-    num_tiles, rest = -(-columns // TILE), columns % TILE
-    padded = torch.nn.functional.pad(matrix, (0, TILE - rest)) if rest else matrix
-    return padded.view(num_tiles, rows, TILE).copy_(_copied(padded.view(rows, num_tiles, TILE).transpose(0, 1)))
+def _put_into_tiles(stack: Tensor) -> Tensor:
+    """Return `[R, N]` as `[tiles, R, TILE]`, or `[E, R, N]` as E times the tiles, in its memory if that has room."""
+    rows, columns = stack.shape[-2:]
+    padded = torch.nn.functional.pad(stack, (0, -columns % TILE)) if columns % TILE else stack
+    for matrix in padded if padded.dim() == 3 else (padded,):
+        by_tiles = matrix.view(rows, -1, TILE).transpose(0, 1)
+        matrix.view(by_tiles.shape).copy_(_copied(by_tiles))
+    return padded.view(-1, rows, TILE)
 
 
 def _copied(tensor: Tensor) -> Tensor:

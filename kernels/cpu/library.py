@@ -38,12 +38,15 @@ FUNCTIONS: Mapping[str, str] = MappingProxyType(
         "gather_packed_rows": "iipppppiiiif",
         "gather_rows": "ipppiiif",
         "gather_tiled_rows": "ipppiiif",
-        "gemm_dense": "ippppiii",
-        "gemm_wna16": "iipppppiiii",
+        "gemm_dense": "ipppipppiii",
+        "gemm_wna16": "iipppippppiiii",
         "mask_logits": "ppiiii",
         "paged_attention_decode": "iippppppiiiiiiiiiiifff",
         "qk_norm_rope_and_cache": "iipppppppppiiiiiiiiiifff",
         "sample": "ppppppppppppiiiii",
+        "sort_by_expert": "ppppiii",
+        "sum_of_experts": "ippppiii",
+        "topk_softmax": "pppiiii",
         "unified_attention": "iippppppiiiiiiiiiiifffppi",
     }
 )

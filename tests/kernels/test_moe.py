@@ -13,10 +13,10 @@ def randn(*shape, seed=0):
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
-def test_topk_softmax(renormalize):
+def test_topk_softmax(ops, renormalize):
     logits = randn(6, 8)
     logits[3] = 0.0
-    weights, ids = topk_softmax(logits, 3, renormalize)
+    weights, ids = ops.topk_softmax(logits, 3, renormalize)
     expected, expected_ids = logits.double().softmax(-1).topk(3)
     if renormalize:
         expected /= expected.sum(-1, keepdim=True)
@@ -57,7 +57,7 @@ def test_blocks_hold_each_pair_once_and_one_expert(experts, k, tokens, block, se
     assert all(members == sorted(members) for members in placed.values())
 
 
-def test_fused_moe_as_transformers():
+def test_fused_moe_as_transformers(ops):
     config = MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
     block = MixtralSparseMoeBlock(config)
     g = torch.Generator().manual_seed(0)
@@ -67,9 +67,9 @@ def test_fused_moe_as_transformers():
     with torch.no_grad():
         expected = block(x.unsqueeze(0))
         expected = (expected[0] if isinstance(expected, tuple) else expected).view(9, 32)
-        weights, ids = topk_softmax(x @ block.gate.weight.T, 2, True)
+        weights, ids = ops.topk_softmax(x @ block.gate.weight.T, 2, True)
         out = torch.full_like(x, torch.nan)
-        assert fused_moe(x, block.experts.gate_up_proj, block.experts.down_proj, weights, ids, out=out) is out
+        assert ops.fused_moe(x, block.experts.gate_up_proj, block.experts.down_proj, weights, ids, out=out) is out
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 

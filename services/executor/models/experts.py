@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels import Ops
+from scalellm.kernels.cpu.gemm_dense import TiledMatrix
+from scalellm.kernels.cpu.gemm_wna16 import TiledWeight
+from scalellm.kernels.cpu.moe import TiledExperts
 from scalellm.services.executor.model_config.config import ModelConfig
 from scalellm.services.executor.model_config.errors import UnsupportedModelError
 from scalellm.services.executor.models.linear import (
@@ -24,7 +27,7 @@ from scalellm.services.executor.models.linear import (
 from scalellm.services.executor.models.linear.stored_ints import StoredInts
 from scalellm.services.executor.models.runtime import ModelRuntime
 from scalellm.services.executor.models.shard import Part
-from scalellm.services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.models.weight_slot import WeightSlot, finish_with
 
 
 class Experts:
@@ -55,6 +58,7 @@ class Experts:
         w2 = _Stack([{f"{name}.{down}": outer} for name in names], inner, stored, runtime)
         self._slots = [*w13.slots, *w2.slots]
         self._product = _product(prefix, w13, w2, runtime.ops)
+        finish_with(partial(self._finish, w13, w2, runtime), self._slots)
         self._collectives = None if shard.is_whole else shard.collectives
 
     def __call__(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
@@ -73,6 +77,10 @@ class Experts:
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield the slots of every expert."""
         yield from self._slots
+
+    def _finish(self, w13: "_Stack", w2: "_Stack", runtime: ModelRuntime) -> None:
+        """Put the weights into the order in which C++ multiplies them, if C++ does."""
+        self._product = _tiled(w13, w2, runtime) or self._product
 
 
 class _Stack:
@@ -98,6 +106,11 @@ class _Stack:
             if type(weight) is not type(self.first) or len(parts) != len(self._wholes):
                 raise self._unlike(number)
             self.slots += [*slots, *bias_slots(named, None, stored)]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self._names)
 
     def whole(self, part: Tensor) -> Tensor:
         """Return the tensor `[E, ...]` of which a tensor of `first` is the part."""
@@ -150,6 +163,28 @@ def _product(prefix: str, w13: _Stack, w2: _Stack, ops: Ops) -> Callable[..., Te
                 f"{prefix}: {_form(up)} for gate and up projections, {_form(down)} for down projections; "
                 "there is an op for experts of one form only"
             )
+
+
+def _tiled(w13: _Stack, w2: _Stack, runtime: ModelRuntime) -> TiledExperts | None:
+    """Return what multiplies with such weights in C++, in their memory; None where C++ does not."""
+    ops, library = runtime.ops, runtime.ops.library
+    if library is None:
+        return None
+
+    def ints(stack: _Stack, weight: IntWeight) -> TiledWeight:
+        zeros = None if weight.zeros is None else stack.whole(weight.zeros)
+        words, scales = stack.whole(weight.words), stack.whole(weight.scales)
+        return TiledWeight(library, words, scales, zeros, bits=weight.bits, group_size=weight.group_size)
+
+    match w13.first, w2.first:
+        case IntWeight() as up, IntWeight() as down if ops.backends["fused_moe_wna16"] == "cpp":
+            if not TiledWeight.takes(up.scales, bits=up.bits, group_size=up.group_size):
+                return None
+            return TiledExperts(library, ints(w13, up), ints(w2, down), num_experts=w13.num_experts)
+        case DenseWeight() as up, DenseWeight() as down if ops.backends["fused_moe"] == "cpp":
+            matrices = (TiledMatrix(library, stack.whole(part.weight)) for stack, part in ((w13, up), (w2, down)))
+            return TiledExperts(library, *matrices, num_experts=w13.num_experts)
+    return None
 
 
 def _form(weight: LinearWeight) -> str:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from scalellm.services.executor.model_config.config import ModelConfig
 from scalellm.services.executor.models.experts import Experts
+from scalellm.services.executor.models.linear import DenseWeight
 from scalellm.services.executor.models.runtime import ModelRuntime
-from scalellm.services.executor.models.weight_slot import WeightSlot
+from scalellm.services.executor.models.weight_slot import WeightSlot, finish_with
 
 
 class MoeMLP:
@@ -24,13 +24,14 @@ class MoeMLP:
         self._topk_softmax = runtime.ops.topk_softmax
         self._top_k = config.num_experts_per_token
         self._renormalize = config.norm_topk_prob
-        self._gate = runtime.empty(config.num_experts, config.hidden_size)
-        self._gate_slot = WeightSlot(f"{prefix}.gate.weight", self._gate)
+        self._gate = DenseWeight(config.num_experts, config.hidden_size, runtime)
+        self._gate_slot = WeightSlot(f"{prefix}.gate.weight", self._gate.weight)
+        finish_with(self._gate.finish, [self._gate_slot])
         self._experts = Experts(f"{prefix}.experts", part_names, config, runtime)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[T, H]` -> `[T, H]`."""
-        weights, ids = self._topk_softmax(F.linear(x, self._gate), self._top_k, self._renormalize)
+        weights, ids = self._topk_softmax(self._gate.product(x, None), self._top_k, self._renormalize)
         return self._experts(x, weights, ids)
 
     def weight_slots(self) -> Iterator[WeightSlot]:

@@ -32,7 +32,7 @@ class RecordedDecode:
     """Runs decode steps of a model, with a recording per number of rows: layers, output projection and draws.
 
     The tensors of a step's inputs are at the same addresses whenever it has as many rows. Where a layer computes with
-    torch, as experts do, nothing is recorded; where the output projection does, no more than layers.
+    torch, as experts with e4m3 weights do, nothing is recorded; where the output projection does, no more than layers.
     """
 
     def __init__(self, model: CausalLM, kv_caches: list[KVCache], library: CpuLibrary | None) -> None:

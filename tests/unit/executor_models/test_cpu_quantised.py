@@ -59,7 +59,7 @@ def test_models(
     assert 0 < (got - expected).norm() / expected.norm() < high
 
 
-@pytest.mark.parametrize("family", ["llama-tied-bias", "qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama-tied-bias", "qwen2", "gemma3", "mixtral", "qwen3-moe"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_16_bits_are_kept(
     ops: Ops,

@@ -16,6 +16,7 @@ from scalellm.services.executor.models import (
     CausalLM,
     DecodeRows,
     ForwardContext,
+    ModelConfig,
     ModelRuntime,
     Quantization,
     allocate_kv_caches,
@@ -26,21 +27,31 @@ from scalellm.services.executor.runner.model_runner import ModelRunner
 from scalellm.services.executor.runner.recorded_decode import RecordedDecode
 
 WIDE = replace(MODEL, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, head_dim=32)
+MIXTURE = replace(
+    WIDE,
+    architecture="Qwen3MoeForCausalLM",
+    num_experts=4,
+    num_experts_per_token=2,
+    moe_intermediate_size=80,
+    norm_topk_prob=True,
+    sparse_layers=(False, *[True] * (WIDE.num_layers - 1)),
+)
 
 
-def model_of(quantization: str, **overrides: Backend) -> CausalLM:
+def model_of(quantization: str, config: ModelConfig = WIDE, **overrides: Backend) -> CausalLM:
     ops = select_ops(Capability.of(CPU), dtype=torch.float32, overrides=overrides)
     if ops.library is None:
         pytest.skip("there is no compiler")
     # Biases can be recorded beside dense weights only: torch adds them to the products of integers.
-    shape = replace(WIDE, qkv_bias=quantization == "none")
+    shape = replace(config, qkv_bias=quantization == "none")
     return dummy_model(shape, ModelRuntime(ops, quantization=Quantization(quantization)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("quantization", ["int8", "none"])
+@pytest.mark.parametrize("config", [WIDE, MIXTURE], ids=["dense", "experts"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "none"])
 @torch.inference_mode()
-def test_steps_are_the_same_bit_by_bit(quantization: str) -> None:
-    model = model_of(quantization)
+def test_steps_are_the_same_bit_by_bit(quantization: str, config: ModelConfig) -> None:
+    model = model_of(quantization, config)
     caches, expected_caches = (
         allocate_kv_caches(WIDE, 8, 16, dtype=torch.float32, device=CPU, ops=model.runtime.ops) for _ in range(2)
     )
@@ -62,6 +73,7 @@ def test_steps_are_the_same_bit_by_bit(quantization: str) -> None:
         assert got.logits is not None
         assert torch.equal(got.logits, model.compute_logits(hidden))
         assert got.finite.all()
+    assert recorded.is_whole
     for ours, others in zip(caches, expected_caches, strict=True):
         assert torch.equal(ours.k, others.k)
         assert torch.equal(ours.v, others.v)
@@ -72,9 +84,12 @@ def test_steps_are_the_same_bit_by_bit(quantization: str) -> None:
     assert got.finite.tolist() == [False, True, True, True]
 
 
+@pytest.mark.parametrize(
+    ("config", "op"), [(WIDE, "w8a16_gemm"), (MIXTURE, "fused_moe_wna16"), (MIXTURE, "topk_softmax")]
+)
 @torch.inference_mode()
-def test_a_model_that_computes_with_torch_is_left_to_others() -> None:
-    model = model_of("int8", w8a16_gemm="torch")
+def test_a_model_that_computes_with_torch_is_left_to_others(config: ModelConfig, op: str) -> None:
+    model = model_of("int8", config, **{op: "torch"})
     caches = allocate_kv_caches(WIDE, 8, 16, dtype=torch.float32, device=CPU, ops=model.runtime.ops)
     recorded = RecordedDecode(model, caches, model.runtime.ops.library)
     ids = torch.zeros(2, dtype=torch.int64)

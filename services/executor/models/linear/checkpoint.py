@@ -71,6 +71,21 @@ def commonest_projection(kinds: Mapping[str, _Kind], default: _Kind) -> _Kind:
     return counts.most_common(1)[0][0] if counts else default
 
 
+def kinds_of_experts(kinds: Mapping[str, _Kind]) -> Mapping[str, set[_Kind]]:
+    """Return what the experts of each layer are of, given it for all tensors; see `prefix_of_experts`."""
+    found: dict[str, set[_Kind]] = {}
+    for name, kind in kinds.items():
+        if prefix := prefix_of_experts(name):
+            found.setdefault(prefix, set()).add(kind)
+    return found
+
+
+def prefix_of_experts(name: str) -> str:
+    """Return what the names of all experts of a layer start with, nothing for what is not an expert's."""
+    prefix, experts, _ = name.partition(".experts.")
+    return prefix if experts else ""
+
+
 def inner_border(
     names: Sequence[str], hidden: int, inner: int, stored: CheckpointFormat | None, runtime: ModelRuntime
 ) -> int:

@@ -7,7 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from scalellm.services.executor.models.linear.checkpoint import Borders, FilledWeight, commonest_projection, plain_slots
+from scalellm.services.executor.models.linear.checkpoint import (
+    Borders,
+    FilledWeight,
+    commonest_projection,
+    kinds_of_experts,
+    plain_slots,
+    prefix_of_experts,
+)
 from scalellm.services.executor.models.linear.dense import DenseWeight
 from scalellm.services.executor.models.runtime import ModelRuntime, dtype_name
 
@@ -38,7 +45,13 @@ class StoredDense:
 
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""
-        return build_half(parts, in_features, runtime, {self.dtypes.get(f"{name}.weight") for name in parts})
+        dtypes = {self.dtypes.get(f"{name}.weight") for name in parts}
+        dtypes |= self._dtypes_of_experts.get(prefix_of_experts(next(iter(parts))), set())  # one op multiplies them all
+        return build_half(parts, in_features, runtime, dtypes)
+
+    @cached_property
+    def _dtypes_of_experts(self) -> Mapping[str, set[torch.dtype]]:
+        return kinds_of_experts(self.dtypes)
 
 
 def build_half(
@@ -46,10 +59,10 @@ def build_half(
 ) -> FilledWeight | None:
     """Return a weight of the 16-bit dtype that all `parts` have, of `dtypes`, and its slots.
 
-    None where they have no such dtype in common, or where C++ does not multiply it: that of experts it does not.
+    None where they have no such dtype in common, or where C++ does not multiply it.
     """
     dtype = dtypes.pop() if len(dtypes) == 1 else None
-    if dtype not in _HALVES or not DenseWeight.is_multiplied_in_cpp(runtime) or ".experts." in next(iter(parts)):
+    if dtype not in _HALVES or not DenseWeight.is_multiplied_in_cpp(runtime):
         return None
     weight = DenseWeight(sum(parts.values()), in_features, runtime, dtype=dtype)
     return weight, plain_slots(weight, parts, in_features)

@@ -10,7 +10,14 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from scalellm.services.executor.models.linear.checkpoint import Borders, FilledWeight, commonest_projection, stacked
+from scalellm.services.executor.models.linear.checkpoint import (
+    Borders,
+    FilledWeight,
+    commonest_projection,
+    kinds_of_experts,
+    prefix_of_experts,
+    stacked,
+)
 from scalellm.services.executor.models.linear.gguf_blocks import BLOCK_FORMATS, BlockFormat
 from scalellm.services.executor.models.linear.packing import pack_rows
 from scalellm.services.executor.models.linear.stored_dense import build_half
@@ -52,7 +59,7 @@ class StoredGguf:
     def build(self, parts: Mapping[str, int], in_features: int, runtime: ModelRuntime) -> FilledWeight | None:
         """Return the weight and its slots."""
         kinds = {name: self.types.get(f"{name}.weight", "") for name in parts}
-        alike = self._kinds_of_experts.get(_experts(next(iter(parts))), set()) | set(kinds.values())
+        alike = self._kinds_of_experts.get(prefix_of_experts(next(iter(parts))), set()) | set(kinds.values())
         if not alike <= BLOCK_FORMATS.keys():
             return build_half(parts, in_features, runtime, {_DENSE_TYPES.get(kind) for kind in alike})
         formats = [BLOCK_FORMATS[kind] for kind in alike]
@@ -78,17 +85,7 @@ class StoredGguf:
 
     @cached_property
     def _kinds_of_experts(self) -> Mapping[str, set[str]]:
-        kinds: dict[str, set[str]] = {}
-        for name, kind in self.types.items():
-            if prefix := _experts(name):
-                kinds.setdefault(prefix, set()).add(kind)
-        return kinds
-
-
-def _experts(name: str) -> str:
-    """Return what the names of all experts of a layer start with, nothing for what is not an expert's."""
-    prefix, experts, _ = name.partition(".experts.")
-    return prefix if experts else ""
+        return kinds_of_experts(self.types)
 
 
 def _encoder(form: BlockFormat, weight: IntWeight) -> Callable[[Tensor], tuple[Tensor, ...]]:

@@ -1,0 +1,67 @@
+// The rows of a product's input, in blocks of rows that are computed together.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "parallel.h"
+#include "scratch.h"
+
+// Rows first .. first + rows - 1.
+struct Block {
+  int64_t first, rows;
+};
+
+// The rows that are multiplied with weight number `weight` of a stack: blocks first_block .. end_block - 1.
+struct Share {
+  int64_t weight, rows, first_block, end_block;
+};
+
+class Blocks {
+ public:
+  // Divides m rows. Rows starts[w] .. starts[w + 1] - 1 belong to weight w; without `starts`, all to weight 0. The rows
+  // of a weight, if it has any, are cut into as few blocks of at most most(rows) rows as can be, of even sizes.
+  template <class Most>
+  void divide(int64_t m, const int32_t* starts, int64_t weights, const Most& most) {
+    Block* blocks = blocks_.of(m);
+    Share* shares = shares_.of(weights);
+    num_blocks_ = num_shares_ = 0;
+    for (int64_t weight = 0; weight < weights; ++weight) {
+      const int64_t start = starts == nullptr ? 0 : starts[weight];
+      const int64_t rows = starts == nullptr ? m : starts[weight + 1] - start;
+      if (rows == 0) continue;
+      const int64_t count = (rows + most(rows) - 1) / most(rows);
+      shares[num_shares_++] = {weight, rows, num_blocks_, num_blocks_ + count};
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t first = rows * i / count;
+        blocks[num_blocks_++] = {start + first, rows * (i + 1) / count - first};
+      }
+    }
+    all_blocks_ = blocks;
+    all_shares_ = shares;
+  }
+
+  int64_t count() const { return num_blocks_; }
+  int64_t num_shares() const { return num_shares_; }
+  const Block& operator[](int64_t block) const { return all_blocks_[block]; }
+
+  // Calls body(share, begin, end) for parts of the `tiles` tiles of the weight of each share. A part has at least
+  // `worth` tiles, which is work worth another thread's taking.
+  template <class Body>
+  void for_tiles(int64_t tiles, int64_t worth, int64_t threads, const Body& body) const {
+    const int64_t even = num_shares_ * tiles / (8 * threads);
+    const int64_t grain = std::min(std::max({worth, even, int64_t(1)}), tiles);
+    const int64_t parts = (tiles + grain - 1) / grain;
+    parallel_for(num_shares_ * parts, threads, [&](int64_t item) {
+      const int64_t begin = item % parts * grain;
+      body(all_shares_[item / parts], begin, std::min(begin + grain, tiles));
+    });
+  }
+
+ private:
+  Scratch<Block> blocks_;
+  Scratch<Share> shares_;
+  const Block* all_blocks_ = nullptr;
+  const Share* all_shares_ = nullptr;
+  int64_t num_blocks_ = 0, num_shares_ = 0;
+};
