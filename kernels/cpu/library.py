@@ -36,7 +36,7 @@ FUNCTIONS: Mapping[str, str] = MappingProxyType(
         "fused_add_rms_norm": "ippppiiiiiif",
         "gated_activation": "iippiiii",
         "gather_packed_rows": "iipppppiiiif",
-        "gather_rows": "ipppiiif",
+        "gather_rows": "pppiii",
         "gather_tiled_rows": "ipppiiif",
         "gemm_dense": "ipppipppiii",
         "gemm_wna16": "iipppippppiiii",

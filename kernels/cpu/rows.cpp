@@ -1,6 +1,5 @@
 // Rows of activations and of what they are looked up in.
 #include <algorithm>
-#include <cstring>
 
 #include "parallel.h"
 #include "recording.h"
@@ -75,18 +74,12 @@ EXPORT int64_t finite_rows(int64_t dtype, const void* x, bool* out, int64_t rows
 }
 RECORDABLE(finite_rows)
 
-// out [rows, size] = rows `ids` of matrix [num_ids, size], times scale; with scale 1, bits are copied.
-EXPORT int64_t gather_rows(int64_t dtype, const void* matrix, const int64_t* ids, void* out, int64_t rows, int64_t size,
-                           int64_t num_ids, double scale, int64_t threads) {
-  const auto run = [&](auto type) {
-    using T = decltype(type);
-    return for_ids(ids, rows, num_ids, size, threads, [&](int64_t row, int64_t id) {
-      const T* from = static_cast<const T*>(matrix) + id * size;
-      T* to = static_cast<T*>(out) + row * size;
-      scale == 1.0 ? void(std::memcpy(to, from, size * sizeof(T))) : copy_scaled(from, to, float(scale), size);
-    });
-  };
-  return dtype == kFloat32 ? run(float{}) : run(BFloat16{});
+// out [rows, size] = rows `ids` of matrix [num_ids, size].
+EXPORT int64_t gather_rows(const int32_t* matrix, const int64_t* ids, int32_t* out, int64_t rows, int64_t size,
+                           int64_t num_ids, int64_t threads) {
+  return for_ids(ids, rows, num_ids, size, threads, [&](int64_t row, int64_t id) {
+    std::copy_n(matrix + id * size, size, out + row * size);
+  });
 }
 RECORDABLE(gather_rows)
 

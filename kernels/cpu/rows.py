@@ -13,19 +13,16 @@ def finite_rows(library: CpuLibrary, x: Tensor) -> Tensor:
     return out
 
 
-def gather_rows(
-    library: CpuLibrary, matrix: Tensor, ids: Tensor, *, scale: float = 1.0, out: Tensor | None = None
-) -> Tensor:
-    """Return rows `ids [T]` i64 of a contiguous `matrix [N, H]`, times `scale`; int32 only without one.
+def gather_rows(library: CpuLibrary, matrix: Tensor, ids: Tensor, *, out: Tensor) -> Tensor:
+    """Write rows `ids [T]` i64 of `matrix [N, H]` i32 to `out[:T]`, and return these; both are contiguous.
 
     Raises:
         ValueError: an id is not that of a row.
     """
     num_ids, size = matrix.shape
-    out = matrix.new_empty(ids.shape[0], size) if out is None else out[: ids.shape[0]]
-    dtype = CODES[torch.float32 if matrix.dtype == torch.int32 else matrix.dtype]
+    out = out[: ids.shape[0]]
     pointers = matrix.data_ptr(), ids.data_ptr(), out.data_ptr()
-    check_ids(library.call("gather_rows", dtype, *pointers, ids.shape[0], size, num_ids, scale), ids, num_ids)
+    check_ids(library.call("gather_rows", *pointers, ids.shape[0], size, num_ids), ids, num_ids)
     return out
 
 
