@@ -1,5 +1,9 @@
-"""The C++ forms compiled for CPUs of less than this one can do: code that would otherwise never run here."""
+"""The C++ forms compiled for other CPUs than this one: code that would otherwise not be compiled, or not run, here."""
 
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,6 +38,21 @@ def ops(request, tmp_path_factory):
     if chosen.library is None:
         pytest.skip("there is no compiler")
     return chosen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", building.LEVELS, ids=lambda level: level.name)
+def test_sources_are_sound_for_cpus_that_this_one_is_not(level):
+    compiler = next(filter(None, map(shutil.which, building.COMPILERS)), None)
+    check = [compiler or "", *building.FLAGS, *level.flags, "-fsyntax-only"]
+    if compiler is None or subprocess.run([*check, "-x", "c++", os.devnull], capture_output=True).returncode:
+        pytest.skip("there is no compiler that knows such CPUs")
+
+    def complaint(source):
+        return subprocess.run([*check, str(source)], capture_output=True, text=True).stderr
+
+    with ThreadPoolExecutor(2) as threads:
+        assert not [text for text in threads.map(complaint, building.SOURCES.glob("*.cpp")) if "error" in text]
 
 
 def randn(*shape, seed=0):
