@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from scalellm.services.tokenizer.session_store import SaveOutcome, SessionStore
 from service_processes import PATIENCE
 
 NAME = "main"
+DOWN_AFTER = 1.0
+BOUND = DOWN_AFTER + 2
+"""Seconds from the death of the master until sessions must be answered. Sentinel itself takes 2.2 to 2.4 of them: it
+waits for DOWN_AFTER, elects a leader, and looks once a second until the new master says that it is one. The rest is the
+margin, which a busy machine may use up: so the best of three failovers counts."""
 
 
 class Redises:
@@ -40,7 +46,8 @@ class Redises:
             configuration = folder / f"sentinel-{port}.conf"
             configuration.write_text(
                 f"port {port}\nbind 127.0.0.1\ndir {folder}\nsentinel monitor {NAME} 127.0.0.1 {self.master_port} 2\n"
-                f"sentinel down-after-milliseconds {NAME} 1000\nsentinel failover-timeout {NAME} 3000\n"
+                f"sentinel down-after-milliseconds {NAME} {DOWN_AFTER * 1e3:.0f}\n"
+                f"sentinel failover-timeout {NAME} 3000\n"
             )
             self._start(str(configuration), "--sentinel")
 
@@ -67,18 +74,29 @@ class Redises:
                                 break
                         await asyncio.sleep(0.05)
 
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
 
 @pytest.fixture
-def redises(tmp_path: Path) -> Iterator[Redises]:
-    running = Redises(tmp_path)
-    yield running
-    for process in running.processes:
-        process.kill()
-        process.wait()
+def start(tmp_path: Path) -> Iterator[Callable[[], Redises]]:
+    running: list[Redises] = []
+
+    def start() -> Redises:
+        folder = tmp_path / str(len(running))
+        folder.mkdir()
+        running.append(Redises(folder))
+        return running[-1]
+
+    yield start
+    for redises in running:
+        redises.stop()
 
 
-@pytest.mark.slow
-async def test_sessions_answer_again_after_the_loss_of_the_master(redises: Redises) -> None:
+async def fail_over(redises: Redises) -> float:
+    """Kill the master, see that nothing is lost, and return the seconds until a session is answered."""
     await redises.until_complete()
     redis = open_redis(redises.url)
     sessions = SessionStore(redis, ttl=3600)
@@ -88,15 +106,27 @@ async def test_sessions_answer_again_after_the_loss_of_the_master(redises: Redis
 
     assert await save(0)
     assert await redis.wait(1, int(PATIENCE * 1e3)) == 1, "the replica has it"
+    killed_at = time.monotonic()
     redises.master.kill()
     redises.master.wait()
     assert not await save(1), "nobody is there, and it says so"
     async with asyncio.timeout(PATIENCE):
         while not await save(2):
             await asyncio.sleep(0.05)
+    seconds = time.monotonic() - killed_at
     assert await sessions.load("s-0") is not None, "what the replica had is there"
     assert await sessions.load("s-2") is not None
     assert (await redis.info("replication"))["role"] == "master"
     await sessions.close()
     with pytest.raises(StatusError):
         await SessionStore(open_redis(f"{redises.url[: -len('/main/0')]}/other"), ttl=3600).load("s-0")
+    redises.stop()
+    return seconds
+
+
+@pytest.mark.slow
+async def test_sessions_answer_again_soon_after_the_loss_of_the_master(start: Callable[[], Redises]) -> None:
+    waits = [await fail_over(start())]
+    while min(waits) > BOUND and len(waits) < 3:
+        waits.append(await fail_over(start()))
+    assert min(waits) <= BOUND, waits
