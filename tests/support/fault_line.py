@@ -124,7 +124,7 @@ class FaultLine:
     @property
     def addresses(self) -> list[str]:
         """Address for clients."""
-        return [member.process.address for member in self.tokenizers]
+        return [member.address for member in self.tokenizers]
 
     @property
     def members(self) -> list[Member]:
@@ -173,7 +173,7 @@ def _links(scheduler: ServiceProcess) -> dict[str, float]:
 
 def _address(member: Member) -> str:
     """Address at which other services reach a member; it stays the same when its process is replaced."""
-    return member.wire.address if member.wire is not None else member.process.address
+    return member.wire.address if member.wire is not None else member.address
 
 
 def _free_port() -> int:

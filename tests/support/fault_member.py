@@ -15,13 +15,18 @@ from service_processes import PATIENCE, ServiceProcess
 
 
 class Member:
-    """One service: its process, which may be another one after a restart, and the wire by which others reach it."""
+    """One service: its process, which may be another one after a restart, and the wire by which others reach it.
+
+    Attributes:
+        address: host:port where it listens, also while it is down or being started again.
+    """
 
     def __init__(self, name: str, start: Callable[[bool], ServiceProcess], wire: Wire | None) -> None:
         self.name = name
         self.wire = wire
         self._start = start
         self.process = start(True)
+        self.address = self.process.address
 
     @property
     def kind(self) -> str:
@@ -48,12 +53,12 @@ class Member:
 
 
 async def state_of(scheduler: Member) -> scheduler_pb2.GetStateResponse:
-    async with grpc.aio.insecure_channel(scheduler.process.address) as channel:
+    async with grpc.aio.insecure_channel(scheduler.address) as channel:
         request = scheduler_pb2.GetStateRequest()
         return await scheduler_pb2_grpc.SchedulerStub(channel).GetState(request, timeout=PATIENCE)
 
 
 async def info_of(executor: Member) -> executor_pb2.GetExecutorInfoResponse:
-    async with grpc.aio.insecure_channel(executor.process.address) as channel:
+    async with grpc.aio.insecure_channel(executor.address) as channel:
         request = executor_pb2.GetExecutorInfoRequest()
         return await executor_pb2_grpc.ExecutorStub(channel).GetInfo(request, timeout=PATIENCE)
