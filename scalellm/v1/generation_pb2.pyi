@@ -271,7 +271,7 @@ class Started(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., session_turns: _Optional[int] = ..., resumable: _Optional[bool] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Delta(_message.Message):
-    __slots__ = ("index", "text", "token_ids", "offset", "num_tokens", "logprobs", "parts")
+    __slots__ = ("index", "text", "token_ids", "offset", "num_tokens", "logprobs", "parts", "finished")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +279,7 @@ class Delta(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -286,7 +287,8 @@ class Delta(_message.Message):
     num_tokens: int
     logprobs: _common_pb2.TokenLogprobs
     parts: _containers.RepeatedCompositeFieldContainer[DeltaPart]
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., num_tokens: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., parts: _Optional[_Iterable[_Union[DeltaPart, _Mapping]]] = ...) -> None: ...
+    finished: SampleFinished
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., num_tokens: _Optional[int] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., parts: _Optional[_Iterable[_Union[DeltaPart, _Mapping]]] = ..., finished: _Optional[_Union[SampleFinished, _Mapping]] = ...) -> None: ...
 
 class DeltaPart(_message.Message):
     __slots__ = ("text", "reasoning", "tool_call")

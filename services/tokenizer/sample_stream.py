@@ -32,6 +32,7 @@ class Delta:
         parts: New reasoning, text and calls; None where they are not told apart. `text` is the text in them.
         token_ids: Their ids, when asked for.
         logprobs: One entry per token, when asked for.
+        finished: The end of the sample, in the last one of it.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Delta:
     token_ids: Sequence[int] = ()
     logprobs: common_pb2.TokenLogprobs | None = None
     parts: Sequence[Part] | None = None
+    finished: generation_pb2.SampleFinished | None = None
 
 
 def parts_of(delta: Delta) -> Sequence[Part]:
@@ -145,7 +147,7 @@ class SampleStream:
         return self._reasoning.count if self._reasoning is not None else None
 
     def push(self, batch: TokenBatch) -> Delta | None:
-        """Return what the client is to see of a batch, if anything. After the end nothing is."""
+        """Return what the client is to see of a batch, if anything: at least its end. After the end nothing is."""
         if self.ended is not None:
             return None
         token_ids, finish = batch.token_ids, batch.finish
@@ -215,9 +217,9 @@ class SampleStream:
             text = "".join([part.text for part in parts if part.kind is PartKind.TEXT])
             if not options.reasoning:
                 parts = [part for part in parts if part.kind is not PartKind.REASONING]
-        if not num_tokens and not text and not parts:
+        if not num_tokens and not text and not parts and self.ended is None:
             return None
-        delta = Delta(self._index, text, self.num_tokens, num_tokens)
+        delta = Delta(self._index, text, self.num_tokens, num_tokens, finished=self.ended)
         if self._splitter is not None and options.text:
             delta.parts = parts
         if options.token_ids:

@@ -50,6 +50,7 @@ class Stream:
         cancel_after: Tokens after which the client goes away.
         pieces: The history: every message with tokens, as it came.
         texts: By sample.
+        ends: Ends of samples, told with their last tokens.
         codes: Statuses of the call. Exactly one in the end.
         has_begun: Something came: the request was accepted.
         refusals: Times that it was refused as UNAVAILABLE before that.
@@ -66,6 +67,7 @@ class Stream:
     cancel_after: int | None = None
     pieces: list[Piece] = field(default_factory=list)
     texts: dict[int, str] = field(default_factory=dict)
+    ends: dict[int, generation_pb2.SampleFinished] = field(default_factory=dict)
     num_logprobs: int = 0
     has_begun: bool = False
     refusals: int = 0
@@ -173,6 +175,9 @@ class Stream:
                 self.request_id, self.is_resumable = response.started.request_id, response.started.resumable
             case "delta":
                 delta = response.delta
+                assert delta.index not in self.ends, f"stream {self.number}: something came after a sample's end"
+                if delta.HasField("finished"):
+                    self.ends[delta.index] = delta.finished
                 if delta.token_ids:
                     self.pieces.append(Piece(time.monotonic(), delta.index, delta.offset, tuple(delta.token_ids)))
                 self.texts[delta.index] = self.texts.get(delta.index, "") + delta.text
@@ -358,6 +363,8 @@ def differences(disturbed: Stream, undisturbed: Stream) -> list[str]:
             for mine, theirs in zip(disturbed.finished.samples, undisturbed.finished.samples, strict=False):
                 if mine != theirs:
                     found.append(f"{name}: ended {mine}, not {theirs}")
+                if disturbed.ends.get(mine.index) != mine:
+                    found.append(f"{name}: the end of sample {mine.index} was not told with its last tokens")
             mine, theirs = disturbed.finished.usage, undisturbed.finished.usage
             if (mine.prompt_tokens, mine.completion_tokens) != (theirs.prompt_tokens, theirs.completion_tokens):
                 found.append(f"{name}: usage {mine} is not {theirs}")

@@ -35,6 +35,7 @@ class Client:
         self.tokens = [[] for _ in range(n)]
         self.logprobs = [[] for _ in range(n)]
         self.prompt_logprobs: list[float] = []
+        self.ends: dict[int, generation_pb2.SampleFinished] = {}
         self.started: generation_pb2.Started | None = None
         self.finished: generation_pb2.Finished | None = None
 
@@ -73,6 +74,9 @@ class Client:
                 self.tokens[delta.index] += delta.token_ids
                 self.logprobs[delta.index] += delta.logprobs.logprobs
                 assert len(delta.token_ids) == delta.num_tokens
+                assert delta.index not in self.ends, "nothing comes after the end of a sample"
+                if delta.HasField("finished"):
+                    self.ends[delta.index] = delta.finished
             elif event.HasField("finished"):
                 self.finished = event.finished
             if limit is not None and sum(self.offsets) >= limit and self.finished is None:
@@ -88,6 +92,7 @@ class Client:
         assert self.logprobs == other.logprobs
         assert self.prompt_logprobs == other.prompt_logprobs
         assert list(self.finished.samples) == list(other.finished.samples)
+        assert [self.ends[index] for index in sorted(self.ends)] == list(self.finished.samples), "each end came once"
         assert self.finished.usage.completion_tokens == other.finished.usage.completion_tokens
 
 

@@ -106,6 +106,8 @@ class Answer:
     """The first alternative of each token whose log-probability came."""
     prompt_likeliest: list[int] = field(default_factory=list)
     """The same for the prompt."""
+    ends: dict[int, generation_pb2.SampleFinished] = field(default_factory=dict)
+    """What the last Delta of each sample told of its end."""
     code: grpc.StatusCode | None = None
     details: str = ""
     trailers: dict[str, str | bytes] = field(default_factory=dict)
@@ -137,6 +139,9 @@ async def generate(
                     answer.started = response.started
                 case "delta":
                     delta = response.delta
+                    assert delta.index not in answer.ends, "something came after the end of a sample"
+                    if delta.HasField("finished"):
+                        answer.ends[delta.index] = delta.finished
                     ids = answer.token_ids[delta.index]
                     if delta.token_ids:
                         assert delta.offset == len(ids), "a token is missing or came twice"
@@ -149,6 +154,8 @@ async def generate(
                     answer.prompt_likeliest += _likeliest(response.prompt_logprobs.logprobs)
                 case "finished":
                     answer.finished = response.finished
+                    told = [answer.ends.get(sample.index) for sample in answer.finished.samples]
+                    assert told == list(answer.finished.samples), "an end was not told with the last tokens"
         answer.code = grpc.StatusCode.OK
         assert answer.finished is not None, "OK without Finished"
     except grpc.aio.AioRpcError as error:

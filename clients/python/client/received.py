@@ -40,7 +40,8 @@ class Received:
                 self.offsets += [0] * (delta.index + 1 - len(self.offsets))
                 self.offsets[delta.index] = delta.offset + delta.num_tokens
             case "finished":
-                self.finished = response.finished
+                is_first, self.finished = self.finished is None, response.finished
+                return is_first
         return True
 
 

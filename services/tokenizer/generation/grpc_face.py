@@ -98,6 +98,8 @@ def to_wire(event: Event) -> generation_pb2.GenerateResponse:
             delta.parts.extend(map(_part_to_wire, event.parts))
         if event.logprobs is not None:
             delta.logprobs.CopyFrom(event.logprobs)
+        if event.finished is not None:
+            delta.finished.CopyFrom(event.finished)
     elif isinstance(event, generation_pb2.Started):
         response.started.CopyFrom(event)
     elif isinstance(event, generation_pb2.Finished):

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from scalellm.services.tokenizer.dialect import Part
+from scalellm.services.tokenizer.http.answer_format import Format
 from scalellm.services.tokenizer.http.chat_parts import message_json, part_json
 from scalellm.services.tokenizer.http.chat_request import ChatRequest
 from scalellm.services.tokenizer.http.logprobs import chat_entries, prompt_entries
@@ -27,7 +28,7 @@ from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.v1 import generation_pb2
 
 
-class ChatStream:
+class ChatStream(Format):
     """The answer as chunks.
 
     Args:
@@ -82,21 +83,22 @@ class ChatStream:
         first = "" if self._is_plain else self._rich(delta, told.pop(0) if told else "")
         return first + "".join([f"{self._heads[delta.index]}{part}}}{self._usage.plain_tail}" for part in told])
 
+    def sample_end(self, prompt: int, sample: generation_pb2.SampleFinished) -> str:
+        """The last chunk of a choice."""
+        index = sample.index
+        role = "" if self._began[index] else self._role(index)
+        reason = f'"finish_reason":"{finish_reason(sample)}","stop_reason":{dump(stop_reason(sample))}'
+        return (
+            f'{role}{self._head}{{"index":{index},"delta":{{}},"logprobs":null,{reason}}}]{self._usage.shown()}}}\n\n'
+        )
+
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """Return the last events: the end of each choice, and the usage."""
+        """Return the last events, with the usage."""
+        if not self._request.includes_usage:
+            return DONE
         (last,) = finished
-        parts, so_far = [], self._usage.shown()
-        for sample in last.samples:
-            role = "" if self._began[sample.index] else self._role(sample.index)
-            reason = f'"finish_reason":"{finish_reason(sample)}","stop_reason":{dump(stop_reason(sample))}'
-            parts.append(
-                f'{role}{self._head}{{"index":{sample.index},"delta":{{}},"logprobs":null,{reason}}}]{so_far}}}\n\n'
-            )
-        if self._request.includes_usage:
-            shown = final_usage_json(last.usage)
-            rest = f'"latency":{latency_json(finished)}{session_json(last)}'
-            parts.append(f'{self._head}],"usage":{shown},{rest}}}\n\n')
-        return "".join(parts) + DONE
+        rest = f'"latency":{latency_json(finished)}{session_json(last)}'
+        return f'{self._head}],"usage":{final_usage_json(last.usage)},{rest}}}\n\n{DONE}'
 
     def _role(self, index: int) -> str:
         self._began[index] = True
@@ -119,7 +121,7 @@ class ChatStream:
         )
 
 
-class ChatDocument:
+class ChatDocument(Format):
     """The answer in one. Arguments as for ChatStream."""
 
     def __init__(self, request: ChatRequest, answer_id: str, model: str, texts: TokenTexts, echo: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from scalellm.services.tokenizer.http.answer_format import Format
 from scalellm.services.tokenizer.http.completion_request import CompletionRequest
 from scalellm.services.tokenizer.http.logprobs import CompletionLogprobs, prompt_entries
 from scalellm.services.tokenizer.http.stream_usage import StreamUsage
@@ -76,7 +77,7 @@ class _Prompt:
         return made
 
 
-class _Format:
+class _Format(Format):
     """The common part of streams and documents.
 
     Args:
@@ -108,16 +109,6 @@ class _Format:
 
     def _choice_of(self, prompt: int, index: int) -> int:
         return prompt * (self._request.n or 1) + index
-
-    def _samples(
-        self, finished: Sequence[generation_pb2.Finished]
-    ) -> list[tuple[int, int, generation_pb2.SampleFinished]]:
-        """Prompt, choice and end of each sample."""
-        return [
-            (prompt, self._choice_of(prompt, sample.index), sample)
-            for prompt, one in enumerate(finished)
-            for sample in one.samples
-        ]
 
     def _logprobs_of(self, prompt: int, choice: int) -> CompletionLogprobs | None:
         if choice not in self._logprobs:
@@ -191,20 +182,22 @@ class CompletionStream(_Format):
             f'"finish_reason":null}}]{self._usage.shown()}}}\n\n'
         )
 
+    def sample_end(self, prompt: int, sample: generation_pb2.SampleFinished) -> str:
+        """The last chunk of a choice."""
+        choice = self._choice_of(prompt, sample.index)
+        text = "" if choice in self._began else self._prompts[prompt].text
+        ids = self._ids_of(prompt, choice)
+        return (
+            f'{self._head}{{"index":{choice},"text":{quote(text)},"logprobs":null{ids},{self._end_of(sample)}}}]'
+            f"{self._usage.shown()}}}\n\n"
+        )
+
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """Return the last events: the end of each choice, and the usage."""
-        parts = []
-        for prompt, choice, sample in self._samples(finished):
-            text = "" if choice in self._began else self._prompts[prompt].text
-            ids = self._ids_of(prompt, choice)
-            parts.append(
-                f'{self._head}{{"index":{choice},"text":{quote(text)},"logprobs":null{ids},{self._end_of(sample)}}}]'
-                f"{self._usage.shown()}}}\n\n"
-            )
-        if self._request.includes_usage:
-            usage = self._usage_of(finished)
-            parts.append(f'{self._head}],"usage":{usage},"latency":{latency_json(finished)}}}\n\n')
-        return "".join(parts) + DONE
+        """Return the last events, with the usage."""
+        if not self._request.includes_usage:
+            return DONE
+        usage = self._usage_of(finished)
+        return f'{self._head}],"usage":{usage},"latency":{latency_json(finished)}}}\n\n{DONE}'
 
 
 class CompletionDocument(_Format):
@@ -232,10 +225,13 @@ class CompletionDocument(_Format):
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
         """The document."""
-        choices = ",".join(self._choice(prompt, choice, sample) for prompt, choice, sample in self._samples(finished))
+        choices = ",".join(
+            self._choice(prompt, sample) for prompt, one in enumerate(finished) for sample in one.samples
+        )
         return f'{self._head}{choices}],"usage":{self._usage_of(finished)},"latency":{latency_json(finished)}}}'
 
-    def _choice(self, prompt: int, choice: int, sample: generation_pb2.SampleFinished) -> str:
+    def _choice(self, prompt: int, sample: generation_pb2.SampleFinished) -> str:
+        choice = self._choice_of(prompt, sample.index)
         text = self._prompts[prompt].text + "".join(self._texts[choice])
         logprobs = self._logprobs_of(prompt, choice)
         ids = f',"token_ids":{dump(self._ids[choice])}' if self._request.return_token_ids else ""

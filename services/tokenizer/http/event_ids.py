@@ -9,13 +9,38 @@ from itertools import chain
 from typing import Self
 
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.http.sink import Format
+from scalellm.services.tokenizer.http.answer_format import Format
 from scalellm.services.tokenizer.sample_stream import Delta
 from scalellm.services.tokenizer.validation import is_id
 from scalellm.v1 import generation_pb2
 
 HEADER = "last-event-id"
-_COUNTS = re.compile(r"\d{1,9}(,\d{1,9})*", re.ASCII)
+_CHOICE = re.compile(r"(\d{1,9})(?:\+(\d{1,4}))?(\.?)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoicePlace:
+    """The position in one choice.
+
+    Attributes:
+        num_tokens: Tokens that the client has.
+        num_events: Events that it has of those that come next, with more tokens or the end.
+        has_end: True if it has the end.
+    """
+
+    num_tokens: int = 0
+    num_events: int = 0
+    has_end: bool = False
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """Return what `str` wrote; None where it did not."""
+        found = _CHOICE.fullmatch(text)
+        return cls(int(found[1]), int(found[2] or 0), bool(found[3])) if found else None
+
+    def __str__(self) -> str:
+        events = f"+{self.num_events}" if self.num_events else ""
+        return f"{self.num_tokens}{events}{'.' if self.has_end else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,39 +49,40 @@ class Place:
 
     Attributes:
         request_id: Id of the request.
-        counts: Tokens of each choice that it has.
+        choices: The position in each choice.
     """
 
     request_id: str
-    counts: Sequence[int]
+    choices: Sequence[ChoicePlace]
 
     @classmethod
     def read(cls, event_id: str) -> Self:
         """Return what an event's id says. Raises StatusError."""
-        request_id, _, counts = event_id.rpartition("/")
-        if not is_id(request_id) or not _COUNTS.fullmatch(counts):
+        request_id, _, rest = event_id.rpartition("/")
+        choices = [ChoicePlace.read(text) for text in rest.split(",")]
+        if not is_id(request_id) or None in choices:
             raise StatusError.invalid(HEADER, f"is the id of no event: {event_id[:256]!r}")
-        return cls(request_id, [int(count) for count in counts.split(",")])
+        return cls(request_id, [choice for choice in choices if choice is not None])
 
-    def seen(self, num_prompts: int, num_samples: int) -> list[Sequence[int]]:
-        """Return the counts of each prompt. Raises StatusError where the request has other choices."""
+    def seen(self, num_prompts: int, num_samples: int) -> list[Sequence[ChoicePlace]]:
+        """Return the positions in each prompt's samples. Raises StatusError where the request has other choices."""
         num_choices = num_prompts * num_samples
-        if len(self.counts) != num_choices:
+        if len(self.choices) != num_choices:
             raise StatusError.invalid(
-                HEADER, f"must have a number for each of the {num_choices} choices, got {len(self.counts)}"
+                HEADER, f"must have a number for each of the {num_choices} choices, got {len(self.choices)}"
             )
-        return [self.counts[start : start + num_samples] for start in range(0, num_choices, num_samples)]
+        return [self.choices[start : start + num_samples] for start in range(0, num_choices, num_samples)]
 
 
-class NumberedFormat:
-    """A format whose events have ids, if the answer is kept: `REQUEST_ID/TOKENS` with the tokens of each choice so far.
+class NumberedFormat(Format):
+    """A format whose events have ids, if the answer is kept: `REQUEST_ID/PLACE`, with a ChoicePlace for each choice.
 
     Args:
         format: Writes the events.
         request_id: Id of the request.
         num_prompts: Prompts of the request.
         num_samples: Samples of each, which may be more than a request may have until the first has started.
-        seen: Tokens of each sample of each prompt that the client has, where it goes on: their events are left out.
+        seen: The position of the client in each sample of each prompt, where it goes on: events before are left out.
     """
 
     def __init__(
@@ -65,42 +91,60 @@ class NumberedFormat:
         request_id: str,
         num_prompts: int,
         num_samples: int,
-        seen: Sequence[Sequence[int]] | None = None,
+        seen: Sequence[Sequence[ChoicePlace]] | None = None,
     ) -> None:
         self._format = format
         self._head = f"id: {request_id}/"
         self._num_samples = num_samples
         self._seen = seen
         self._counts: list[list[int]] = [[] for _ in range(num_prompts)]
-        self._shown: list[list[int]] = [[] for _ in range(num_prompts)]
+        """Tokens of each sample that the format was told of."""
+        self._places: list[list[ChoicePlace]] = [[] for _ in range(num_prompts)]
         self._is_kept = True
 
     def start(self, prompt: int, started: generation_pb2.Started) -> str:
         """A generation was accepted."""
         self._is_kept &= started.resumable
         self._counts[prompt] = [0] * self._num_samples
-        self._shown[prompt] = list(self._seen[prompt]) if self._seen is not None else [0] * self._num_samples
+        none = [ChoicePlace()] * self._num_samples
+        self._places[prompt] = list(self._seen[prompt]) if self._seen is not None else none
         return self._format.start(prompt, started)
 
     def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
         """Log-probabilities of a part of a prompt, which who has tokens has, too."""
         text = self._format.prompt_logprobs(prompt, part)
-        return "" if any(self._shown[prompt]) else text
+        return "" if any(place.num_tokens for place in self._places[prompt]) else text
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """New tokens, or ones that the client has."""
-        text = self._format.delta(prompt, delta)
-        if not self._is_kept:
-            return text
-        counts, shown, index = self._counts[prompt], self._shown[prompt], delta.index
-        counts[index] += delta.num_tokens
-        if delta.num_tokens and counts[index] <= shown[index]:
+        text, index = self._format.delta(prompt, delta), delta.index
+        self._counts[prompt][index] += delta.num_tokens
+        count, place = self._counts[prompt][index], self._places[prompt][index]
+        if place.has_end or (delta.num_tokens and count <= place.num_tokens):
             return ""
-        shown[index] = counts[index]
-        if not text:
+        return self._numbered(text, prompt, index, ChoicePlace(count))
+
+    def sample_end(self, prompt: int, sample: generation_pb2.SampleFinished) -> str:
+        """The end of a choice, or one that the client has."""
+        text, place = self._format.sample_end(prompt, sample), self._places[prompt][sample.index]
+        if place.has_end:
             return ""
-        return f"{text[:-1]}{self._head}{','.join(map(str, chain.from_iterable(self._shown)))}\n\n"
+        return self._numbered(text, prompt, sample.index, ChoicePlace(place.num_tokens, has_end=True))
 
     def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """Return the end of each choice. These events have no ids: a client that has some of them is sent all again."""
+        """The last events. They have no ids: a client that has some of them is sent all again."""
         return self._format.end(finished)
+
+    def _numbered(self, text: str, prompt: int, index: int, after: ChoicePlace) -> str:
+        """Return the events with ids, but for those that the client has, and move the place to what is behind them."""
+        if not self._is_kept:
+            return text
+        places = self._places[prompt]
+        before, numbered = places[index], []
+        events = text.split("\n\n")[:-1]  # texts are JSON, in which a line does not end
+        for number, event in enumerate(events, 1):
+            places[index] = after if number == len(events) else ChoicePlace(before.num_tokens, number)
+            if number > before.num_events:
+                numbered.append(f"{event}\n{self._head}{','.join(map(str, chain.from_iterable(self._places)))}\n\n")
+        places[index] = after
+        return "".join(numbered)

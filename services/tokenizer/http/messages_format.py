@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scalellm.services.tokenizer.dialect import Part, PartKind
+from scalellm.services.tokenizer.http.answer_format import Format
 from scalellm.services.tokenizer.http.anthropic_content import input_of
 from scalellm.services.tokenizer.http.wire import dump, latency_json, quote
 from scalellm.services.tokenizer.sample_stream import Delta, parts_of
@@ -34,7 +35,7 @@ def _end(sample: generation_pb2.SampleFinished) -> str:
     return '"stop_reason":"end_turn","stop_sequence":null'
 
 
-class MessageStream:
+class MessageStream(Format):
     """The answer as events.
 
     Args:
@@ -53,10 +54,6 @@ class MessageStream:
         usage = _usage(common_pb2.Usage(prompt_tokens=started.prompt_tokens))
         message = f'{{{self._head},"content":[],"stop_reason":null,"stop_sequence":null,"usage":{usage}}}'
         return _event("message_start", f',"message":{message}')
-
-    def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Nobody asks for them."""
-        return ""
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """More of a block, or another one."""
@@ -103,20 +100,12 @@ class MessageStream:
         return _event("content_block_stop", f',"index":{self._index}')
 
 
-class MessageDocument:
+class MessageDocument(Format):
     """The answer in one. Arguments as for MessageStream."""
 
     def __init__(self, answer_id: str, model: str) -> None:
         self._head = f'"id":{quote(answer_id)},"type":"message","role":"assistant","model":{quote(model)}'
         self._parts: list[Part] = []
-
-    def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """Nothing."""
-        return ""
-
-    def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Nobody asks for them."""
-        return ""
 
     def delta(self, prompt: int, delta: Delta) -> str:
         """Kept."""

@@ -9,6 +9,7 @@ from aiohttp import hdrs, web
 from scalellm.services.common.errors import StatusError
 from scalellm.services.tokenizer.call_bytes import CallAccount
 from scalellm.services.tokenizer.generation.edge import Edge
+from scalellm.services.tokenizer.http.answer_format import Format
 from scalellm.services.tokenizer.http.api_request import SamplingRequest
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.chat_format import ChatDocument, ChatStream
@@ -18,7 +19,7 @@ from scalellm.services.tokenizer.http.completion_request import CompletionReques
 from scalellm.services.tokenizer.http.event_ids import HEADER, NumberedFormat, Place
 from scalellm.services.tokenizer.http.face import HttpFace
 from scalellm.services.tokenizer.http.service_routes import choose_edge, json_answer, name_model
-from scalellm.services.tokenizer.http.sink import Format, serve
+from scalellm.services.tokenizer.http.sink import serve
 from scalellm.services.tokenizer.json_object import JsonObject
 from scalellm.services.tokenizer.limits import INLINE_TOKENS
 from scalellm.services.tokenizer.text.detokenizer import TokenTexts
@@ -101,7 +102,8 @@ class OpenAiRoutes:
         if request.is_kept and request.stream:
             request_id = request.request_id or call.request_id
             format = NumberedFormat(format, request_id, len(requests), num_samples, seen)
-        return await serve(edge, call, requests, names, format, is_stream=bool(request.stream), seen=seen)
+        offsets = [[place.num_tokens for place in places] for places in seen] if seen is not None else None
+        return await serve(edge, call, requests, names, format, is_stream=bool(request.stream), seen=offsets)
 
     async def _echoes(self, edge: Edge, prompts: Sequence[Prompt]) -> list[str]:
         """The texts of prompts. Long ones are made when it is the caller's turn."""

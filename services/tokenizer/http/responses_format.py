@@ -13,6 +13,7 @@ from google.protobuf.json_format import MessageToDict
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.field_rules import SAMPLING
 from scalellm.services.tokenizer.dialect import Part, PartKind
+from scalellm.services.tokenizer.http.answer_format import Format
 from scalellm.services.tokenizer.http.errors import error_code
 from scalellm.services.tokenizer.http.logprobs import chat_entries
 from scalellm.services.tokenizer.http.responses_items import OutputItem
@@ -36,7 +37,7 @@ _NO_TEXT = Part(PartKind.TEXT, "")
 _UNFINISHED = MappingProxyType({"cancelled": "incomplete", "failed": "incomplete"})
 
 
-class ResponseDocument:
+class ResponseDocument(Format):
     """The answer in one. Made twice of the same, it says the same.
 
     Args:
@@ -110,10 +111,6 @@ class ResponseDocument:
         """Nothing. Raises StatusError where a background response cannot be kept."""
         if self.request.background and not started.resumable:
             raise StatusError.unavailable("background: the response cannot be kept now, Redis is away or full", 1.0)
-        return ""
-
-    def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Nobody asks for them."""
         return ""
 
     def delta(self, prompt: int, delta: Delta) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
 
 from aiohttp import web
 
@@ -12,6 +11,7 @@ from scalellm.services.common.errors import StatusError
 from scalellm.services.tokenizer.generation.caller import Caller
 from scalellm.services.tokenizer.generation.edge import Edge
 from scalellm.services.tokenizer.generation.request_path import Call, Generation, Resumption
+from scalellm.services.tokenizer.http.answer_format import Format
 from scalellm.services.tokenizer.http.api_request import renamed
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.deadline import Deadline
@@ -40,22 +40,6 @@ class HttpCaller(Caller):
     def time_remaining(self) -> float | None:
         """Seconds until the client waits no more."""
         return self._deadline.time_remaining()
-
-
-class Format(Protocol):
-    """Writes one answer in the format of one API. Prompts have numbers from 0 in the order of the request."""
-
-    def start(self, prompt: int, started: generation_pb2.Started) -> str:
-        """A generation was accepted. Returns the events that tell it."""
-
-    def prompt_logprobs(self, prompt: int, part: generation_pb2.PromptLogprobs) -> str:
-        """Log-probabilities of a part of a prompt."""
-
-    def delta(self, prompt: int, delta: Delta) -> str:
-        """New tokens."""
-
-    def end(self, finished: Sequence[generation_pb2.Finished]) -> str:
-        """All generations have finished: what each said, in order."""
 
 
 OnFinished = Callable[[Sequence[generation_pb2.Finished]], Awaitable[None]]
@@ -161,7 +145,7 @@ async def serve(
             resume.stream_interval = request.stream_interval
         return Resumption(edge, resume, caller, again=request)
 
-    together = _Together(begin, sink, deadline, len(requests))
+    together = _Together(begin, sink, deadline, [request.sampling.n or 1 for request in requests])
     try:
         async with deadline:
             if len(requests) == 1:
@@ -187,15 +171,27 @@ async def _gather(together: _Together, names: Sequence[Mapping[str, str]]) -> No
 
 
 class _Together:
-    """Generations that are answered as one."""
+    """Generations that are answered as one.
 
-    def __init__(self, begin: Callable[[int], Call], sink: Sink, deadline: Deadline, count: int) -> None:
+    Args:
+        begin: Begins the generation of a number.
+        sink: Gets the answer.
+        deadline: The client's waiting time.
+        num_samples: Samples of each generation.
+    """
+
+    def __init__(
+        self, begin: Callable[[int], Call], sink: Sink, deadline: Deadline, num_samples: Sequence[int]
+    ) -> None:
         self._begin = begin
         self._sink = sink
         self._deadline = deadline
         self._started = 0
         self._is_open = asyncio.Event()
-        self._finished: list[generation_pb2.Finished | None] = [None] * count
+        self._num_samples = sum(num_samples)  # which may be more than a request may have until all were accepted
+        self._ended: set[tuple[int, int]] = set()
+        """Generation and sample of each end that is told."""
+        self._finished: list[generation_pb2.Finished | None] = [None] * len(num_samples)
         self._is_written = asyncio.Event()
 
     async def run(self, number: int, names: Mapping[str, str]) -> None:
@@ -206,7 +202,10 @@ class _Together:
             async with generation:
                 async for event in generation.events:
                     if type(event) is Delta:  # almost always
-                        await sink.write(format.delta(number, event))
+                        text = format.delta(number, event)
+                        if event.finished is not None and len(self._ended) < self._num_samples - 1:
+                            text += self._sample_end(number, event.finished)
+                        await sink.write(text)
                         progress()
                     elif isinstance(event, generation_pb2.Started):
                         await self._open(format.start(number, event))
@@ -232,6 +231,14 @@ class _Together:
         if len(done) == len(self._finished):
             if self._sink.on_finished is not None:
                 await self._sink.on_finished(done)
-            await self._sink.close(self._sink.format.end(done), generation.server_timing)
+            # The last ends come with all that follows, in one write.
+            ends = [self._sample_end(number, sample) for number, one in enumerate(done) for sample in one.samples]
+            await self._sink.close("".join(ends) + self._sink.format.end(done), generation.server_timing)
             self._is_written.set()
         await self._is_written.wait()
+
+    def _sample_end(self, number: int, sample: generation_pb2.SampleFinished) -> str:
+        if (number, sample.index) in self._ended:
+            return ""
+        self._ended.add((number, sample.index))
+        return self._sink.format.sample_end(number, sample)

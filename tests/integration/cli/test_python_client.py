@@ -23,6 +23,7 @@ from scalellm.v1.generation_pb2 import (
     Chat,
     ChatMessage,
     Delta,
+    Finished,
     GenerateRequest,
     GenerateResponse,
     PromptLogprobs,
@@ -215,6 +216,12 @@ def test_logprobs_of_a_prompt_that_come_again_are_left_out() -> None:
             assert part.offset == part.token_ids[0] == part.logprobs.logprobs[0]
             told += part.token_ids
     assert told == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_end_that_comes_again_is_left_out() -> None:
+    received = Received()
+    told = [received.take(GenerateResponse(finished=Finished())) for _ in range(2)]
+    assert told == [True, False]
 
 
 def test_what_the_user_ends_does_not_go_on(fake_server: Any) -> None:

@@ -47,12 +47,16 @@ async def test_another_tokenizer_goes_on_with_the_very_same_tokens(spawn, redis,
                 assert delta.offset == len(seen.token_ids[delta.index]), "a token is missing or came twice"
                 seen.token_ids[delta.index].extend(delta.token_ids)
                 seen.texts[delta.index] += delta.text
+                assert delta.index not in seen.ends
+                if delta.HasField("finished"):
+                    seen.ends[delta.index] = delta.finished
             elif response.HasField("finished"):
                 seen.finished = response.finished
     assert undisturbed.code is grpc.StatusCode.OK
     assert seen.token_ids == undisturbed.token_ids
     assert seen.texts == undisturbed.texts
     assert list(seen.finished.samples) == list(undisturbed.finished.samples)
+    assert seen.ends == undisturbed.ends
     assert seen.finished.usage.completion_tokens == undisturbed.finished.usage.completion_tokens
     assert seen.finished.usage.num_resumed > 0
     state = await line.scheduler_state()

@@ -51,6 +51,9 @@ def play(texts, samples, data, *, options=EVERYTHING, stops=(), reason=common_pb
     receiver.on_finish(link_pb2.Finish(handle=1), now=0)
     take()
     assert not receiver.has_more
+    for index, stream in enumerate(streams):
+        ends = [delta.finished for delta in deltas if delta.index == index]
+        assert ends == [None] * (len(ends) - 1) + [stream.ended], "the last delta of a sample tells its end"
     return streams, deltas
 
 

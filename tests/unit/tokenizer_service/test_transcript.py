@@ -117,6 +117,8 @@ def test_a_journal_in_any_pieces_read_from_any_place(texts, smollm, data, sample
             place += delta.num_tokens
             if logprobs:
                 assert list(delta.logprobs.logprobs) == [-float(n) for n in range(delta.offset, place)]
+        length = generation_pb2.SampleFinished(index=index, reason=common_pb2.FINISH_REASON_LENGTH)
+        assert [delta.finished for delta in deltas] == [None] * (len(deltas) - 1) + [length], "its end is told once"
 
 
 def test_a_gap_is_not_taken():

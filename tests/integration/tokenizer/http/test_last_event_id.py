@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -18,33 +19,33 @@ COMPLETE = ("/v1/completions", {"prompt": ["Hello", "Good day"], "echo": True, "
 BODY = {"max_tokens": 30, "seed": 1, "stream": True, "on_disconnect": "keep"}
 
 
-async def read(http, path, body, limit=None, **headers):
-    """Events of a stream as another one's decoder has them, the first `limit` of them; then the client leaves."""
+async def read(http, path, body, limit=None, last=None, **headers):
+    """Read events as another one's decoder has them: `limit` of them, up to the place `last`, or all. Then leave."""
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     events = []
     async with http.session.post(http.base + path, json=body, headers=headers) as response:
         assert response.status == 200, await response.text()
         async for event in SSEDecoder().aiter_bytes(response.content.iter_any()):
             events.append(event)
-            if len(events) == limit:
+            if len(events) == limit or (last is not None and event.id.endswith(last)):
                 response.close()
                 break
     return events
 
 
 def choices(events):
-    """Collect each choice from its events: text, log-probabilities and finish reason."""
+    """Collect each choice from its events: text, log-probabilities and every finish reason that was told."""
     found = {}
     for event in events:
         if event.data == "[DONE]":
             continue
         for choice in json.loads(event.data)["choices"]:
-            text, entries, reasons = found.setdefault(choice["index"], ([], [], set()))
+            text, entries, reasons = found.setdefault(choice["index"], ([], [], []))
             text.append(choice["text"] if "text" in choice else choice["delta"].get("content", ""))
             if choice["logprobs"]:
                 logprobs = choice["logprobs"]
                 entries += logprobs.get("content") or zip(logprobs["text_offset"], logprobs["tokens"], strict=True)
-            reasons |= {choice["finish_reason"]} - {None}
+            reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
     return {index: ("".join(text), entries, reasons) for index, (text, entries, reasons) in found.items()}
 
 
@@ -77,6 +78,23 @@ async def test_a_stream_that_was_left_goes_on(http, scheduler, path, asked):
         names = {json.loads(event.data)["id"] for event in events[:-1]}
         assert len(names) == 1
     assert len(scheduler.submits) == len({submit.request_id for submit in scheduler.submits}), "each ran once"
+
+
+async def test_an_end_is_told_while_other_choices_run(http, scheduler):
+    path, asked = CHAT
+    go, tokens = asyncio.Event(), [[1000, 1001], list(range(1000, 1030))]
+    scheduler.play = lambda submit: Script(samples=tokens, hold_after=5, go=go)
+    body = {**BODY, **asked, "n": 2, "request_id": "one-ends-early"}
+    events = await read(http, path, body, last="/2.,5")
+    assert scheduler.num_running == 1
+    assert [reasons for _, (_, _, reasons) in sorted(choices(events).items())] == [["length"], []]
+    go.set()
+    whole = choices(await read(http, path, body))
+    ids = [event.id for event in events]
+    at_end = next(number for number, event_id in enumerate(ids, 1) if "." in event_id)
+    for number in (at_end - 1, at_end):  # who has not got the end, and who has
+        rest = await read(http, path, body, last_event_id=ids[number - 1])
+        assert choices(events[:number] + rest) == whole
 
 
 async def test_an_answer_is_also_had_again_by_its_id(http, scheduler):
@@ -118,6 +136,8 @@ async def test_what_runs_without_a_client_is_cancelled_by_its_id(http, scheduler
         ("no such id", {}, 400),
         ("a/1,", {}, 400),
         ("a/1,2", {}, 400),
+        ("a/1+", {}, 400),
+        ("a/1.+2", {}, 400),
         ("a/1", {"n": 2**32 - 1}, 400),
         ("a/1", {"request_id": "b"}, 400),
         ("a/1", {"on_disconnect": "cancel"}, 400),
