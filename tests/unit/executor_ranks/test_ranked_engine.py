@@ -104,13 +104,6 @@ def serve(engine: Engine) -> engine_kit.Collector:
     return collector
 
 
-def on_one_rank(
-    config: ModelConfig, limits: EngineConfig, device: Device, compiler: LlGrammarCompiler, moved: float = 0.0
-) -> tuple[engine_kit.Collector, Engine]:
-    engine = Engine(limits, make_runner(make_model(config, Shard(), moved), limits, device), grammars=compiler)
-    return serve(engine), engine
-
-
 class Ranks:
     """A group whose ranks are threads; plans travel as bytes, through queues."""
 
@@ -158,22 +151,45 @@ def compiler() -> Iterator[LlGrammarCompiler]:
     made.close()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+OneRank = Callable[..., engine_kit.Collector]
+
+
+@pytest.fixture(scope="module")
+def one_rank(compiler: LlGrammarCompiler) -> OneRank:
+    """What an engine of one rank answers on the CPU; asked again, it is not computed again."""
+    known: dict[str, engine_kit.Collector] = {}
+
+    def ask(config: ModelConfig, limits: EngineConfig, moved: float = 0.0) -> engine_kit.Collector:
+        key = repr((config, limits, moved))
+        if key not in known:
+            runner = make_runner(make_model(config, Shard(), moved), limits, CpuDevice())
+            known[key] = serve(Engine(limits, runner, grammars=compiler))
+        return known[key]
+
+    return ask
+
+
+DEAR = pytest.mark.slow  # as the same ranks on the CPU, and other ranks with graphs, are tried each time
+
+
 @pytest.mark.parametrize(
-    ("config", "size", "experts"),
+    ("config", "size", "experts", "device"),
     [
-        pytest.param(MODEL, 2, 1, id="llama-2"),
-        pytest.param(SMOLLM2_HEADS, 3, 1, id="smollm2-3"),
-        pytest.param(MIXTRAL, 2, 2, id="mixtral-2-2"),
-        pytest.param(QWEN3_MOE, 4, 2, id="qwen3-moe-4-2"),
+        pytest.param(MODEL, 2, 1, "cpu", id="llama-2-cpu"),
+        pytest.param(MODEL, 2, 1, "graphs", id="llama-2-graphs"),
+        pytest.param(SMOLLM2_HEADS, 3, 1, "cpu", id="smollm2-3-cpu"),
+        pytest.param(SMOLLM2_HEADS, 3, 1, "graphs", id="smollm2-3-graphs", marks=DEAR),
+        pytest.param(MIXTRAL, 2, 2, "cpu", id="mixtral-2-2-cpu"),
+        pytest.param(MIXTRAL, 2, 2, "graphs", id="mixtral-2-2-graphs"),
+        pytest.param(QWEN3_MOE, 4, 2, "cpu", id="qwen3-moe-4-2-cpu"),
+        pytest.param(QWEN3_MOE, 4, 2, "graphs", id="qwen3-moe-4-2-graphs", marks=DEAR),
     ],
 )
 def test_answers_are_those_of_one_rank(
-    config: ModelConfig, size: int, experts: int, device: str, compiler: LlGrammarCompiler
+    config: ModelConfig, size: int, experts: int, device: str, compiler: LlGrammarCompiler, one_rank: OneRank
 ) -> None:
     limits = engine_config(config, num_blocks=14)
-    expected, _ = on_one_rank(config, limits, CpuDevice(), compiler)
-    moved, _ = on_one_rank(config, limits, CpuDevice(), compiler, moved=1e-5)
+    expected, moved = one_rank(config, limits), one_rank(config, limits, moved=1e-5)
     assert moved.tokens == expected.tokens, "a draw of this test is too close to tell the ranks' rounding from a fault"
 
     def lead(runner: LeadingRunner) -> tuple[engine_kit.Collector, Engine]:
@@ -193,9 +209,11 @@ def test_answers_are_those_of_one_rank(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_blocks_go_to_the_hosts_memory_of_all_ranks(device: str, compiler: LlGrammarCompiler) -> None:
+def test_blocks_go_to_the_hosts_memory_of_all_ranks(
+    device: str, compiler: LlGrammarCompiler, one_rank: OneRank
+) -> None:
     limits = engine_config(MODEL, num_blocks=14, num_host_blocks=40)
-    expected, _ = on_one_rank(MODEL, engine_config(MODEL), CpuDevice(), compiler)
+    expected = one_rank(MODEL, engine_config(MODEL))
 
     def lead(runner: LeadingRunner) -> tuple[engine_kit.Collector, Engine]:
         clock = engine_kit.SimClock()
@@ -215,10 +233,10 @@ def test_blocks_go_to_the_hosts_memory_of_all_ranks(device: str, compiler: LlGra
     assert got.tokens == expected.tokens
 
 
-def test_warm_up_is_done_by_all_ranks(compiler: LlGrammarCompiler) -> None:
+def test_warm_up_is_done_by_all_ranks(compiler: LlGrammarCompiler, one_rank: OneRank) -> None:
     """It captures graphs, serves every kind of request, copies blocks, and leaves runners that serve."""
     limits = engine_config(MODEL)
-    expected, _ = on_one_rank(MODEL, limits, CpuDevice(), compiler)
+    expected = one_rank(MODEL, limits)
 
     def lead(runner: LeadingRunner) -> engine_kit.Collector:
         warm_up(runner, limits, lambda line: None, compiler)
