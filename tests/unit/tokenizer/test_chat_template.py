@@ -126,16 +126,25 @@ CONVERSATIONS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def oracle(smollm2: ModelTokenizer) -> PreTrainedTokenizerFast:
+    """Made once: it copies the whole vocabulary."""
+    return PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer, **SPECIAL)
+
+
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", ["smollm2", *TEMPLATES])
 def test_renders_like_transformers(
-    name: str, conversation: list[tuple[str, str]], add_generation_prompt: bool, smollm2: ModelTokenizer
+    name: str,
+    conversation: list[tuple[str, str]],
+    add_generation_prompt: bool,
+    smollm2: ModelTokenizer,
+    oracle: PreTrainedTokenizerFast,
 ) -> None:
     source = smollm2.chat_template if name == "smollm2" else TEMPLATES[name]
     assert source is not None
     messages = [{"role": role, "content": content} for role, content in conversation]
-    oracle = PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer, **SPECIAL)
     template = ChatTemplate(source, SPECIAL, max_chars=10_000)
     options: dict[str, Any] = {"chat_template": source, "add_generation_prompt": add_generation_prompt}
     try:
@@ -150,11 +159,12 @@ def test_renders_like_transformers(
 
 @pytest.mark.parametrize("content", ["The answer is", " It is  ", "", "<think>\nhm\n</think>\n\nSo"])
 @pytest.mark.parametrize("name", ["smollm2", *TEMPLATES])
-def test_goes_on_with_the_last_message_like_transformers(name: str, content: str, smollm2: ModelTokenizer) -> None:
+def test_goes_on_with_the_last_message_like_transformers(
+    name: str, content: str, smollm2: ModelTokenizer, oracle: PreTrainedTokenizerFast
+) -> None:
     source = smollm2.chat_template if name == "smollm2" else TEMPLATES[name]
     assert source is not None
     messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": content}]
-    oracle = PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer, **SPECIAL)
     template = ChatTemplate(source, SPECIAL, max_chars=10_000)
     options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
     try:
@@ -178,11 +188,12 @@ def test_goes_on_with_the_last_message_like_transformers(name: str, content: str
     ],
 )
 @pytest.mark.parametrize("name", ["smollm2", "switched"])
-def test_passes_variables_like_transformers(name: str, kwargs: dict[str, Any], smollm2: ModelTokenizer) -> None:
+def test_passes_variables_like_transformers(
+    name: str, kwargs: dict[str, Any], smollm2: ModelTokenizer, oracle: PreTrainedTokenizerFast
+) -> None:
     source = smollm2.chat_template if name == "smollm2" else TEMPLATES[name]
     assert source is not None
     messages = [{"role": "user", "content": "Hi"}]
-    oracle = PreTrainedTokenizerFast(tokenizer_object=smollm2.tokenizer, **SPECIAL)
     template = ChatTemplate(source, SPECIAL, max_chars=10_000)
     passed = {name: value for name, value in kwargs.items() if name != "self"}  # which Python takes for its own there
     expected = oracle.apply_chat_template(
