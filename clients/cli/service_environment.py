@@ -13,6 +13,7 @@ from scalellm.services.common.new_file import write_new
 
 _API_KEYS = "SCALELLM_TOKENIZER_API_KEYS"
 _SETTING_OPTIONS = {
+    "aliases": "SCALELLM_TOKENIZER_ALIASES",
     "quantization": "SCALELLM_EXECUTOR_QUANTIZATION",
     "dtype": "SCALELLM_EXECUTOR_DTYPE",
     "kv_cache_dtype": "SCALELLM_EXECUTOR_KV_CACHE_DTYPE",

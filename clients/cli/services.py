@@ -140,6 +140,7 @@ def up(
         ),
     ] = None,
     served_model_name: Annotated[str, _setting("Name by which clients know the model, if it is one.", "NAME")] = "",
+    aliases: Annotated[Path | None, _setting("TOML file of names that stand for models, by weights.", "FILE")] = None,
     api_key: Annotated[str, _setting("Key that clients have to show; SCALELLM_API_KEY shows it.", "KEY")] = "",
     quantization: Annotated[
         str | None, _setting("Form of the weights: none, keep (as the file has it), int8, ...", "KIND")
@@ -183,6 +184,7 @@ def up(
     given = {"quantization": quantization, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
     given |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}  # type: ignore[dict-item]
     given |= {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}  # type: ignore[dict-item]
+    given["aliases"] = str(aliases.absolute()) if aliases is not None else None
     environment = service_environment(ctx, context, given, api_key)
     check_not_running(context.instance)
     options = UpOptions(

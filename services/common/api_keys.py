@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,9 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from scalellm.services.common.reload import ConfigFileError, read_file
+from scalellm.services.common.reload import ConfigFileError
+from scalellm.services.common.toml_file import read_toml
 
 OPTION = "--api-keys"
 _KEY_PREFIX = "slm-"
@@ -123,14 +123,7 @@ def key_entry(key: str, tenant: str, role: Role) -> str:
 
 def read_api_keys(path: Path) -> Mapping[bytes, Principal]:
     """The callers in a file, by the digest of their key. Raises ConfigFileError."""
-    try:
-        parsed = _KeyFile.model_validate(tomllib.loads(read_file(path, OPTION).decode()))
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigFileError(f"{OPTION}: {path}: {where}: {first['msg']}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigFileError(f"{OPTION}: {path} is not TOML: {error}") from None
+    parsed = read_toml(path, OPTION, _KeyFile.model_validate)
     found: dict[bytes, Principal] = {}
     for index, key in enumerate(parsed.keys):
         if key.role is Role.LINK:

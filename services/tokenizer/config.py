@@ -52,6 +52,9 @@ class TokenizerSettings(LinkingSettings):
     side by side, the first one where a request names none; NAME=MODEL gives one the name that its executors have."""
     model_name: str = ""
     """Name under which the model is served, if it is one; default: its own, or that of the directory or file."""
+    aliases: Path | None = None
+    """TOML file with names that stand for models, several of which share the requests of one name by weights, such as
+    chat = {small = 95, small-next = 5}; read again when it changes. Unset: there are none."""
     generation_config: Literal["auto", "none"] = "auto"
     """auto: how tokens are drawn, where a request does not say, is what the model's generation_config.json says.
     none: temperature 1 and nothing else, whatever the model."""

@@ -119,6 +119,7 @@ class EdgeMetrics:
             "unshared_limits", "Workers that keep to the tenants' limits on their own, as Redis is away."
         )
         self.keys_unread = gauge("keys_unread", "Workers that cannot read their file of API keys.")
+        self.aliases_unread = gauge("aliases_unread", "Workers that cannot read their file of aliases.")
         self.redis_unusable = gauge("redis_unusable", "Workers for which Redis does not do what sessions need.")
         self.call_bytes = gauge("call_bytes", "Bytes of requests and untaken answers that the workers hold.")
         self.largest_call_bytes = gauge(

@@ -69,6 +69,7 @@ class Tokenizing:
             limits=self._edge.limits.to_wire(),
             sampling_defaults=self._edge.sampling_defaults,
             models=self._edge.models.names,
+            aliases=self._edge.models.aliases,
         )
 
     def _encoded(self, token_ids: list[int]) -> tokenizer_pb2.EncodeResponse:

@@ -33,6 +33,7 @@ from scalellm.services.common.redis_health import RedisWatch
 from scalellm.services.common.served_models import ServedModel
 from scalellm.services.common.tls import server_credentials
 from scalellm.services.common.tracing import open_tracer
+from scalellm.services.tokenizer.aliases import Aliases
 from scalellm.services.tokenizer.call_bytes import CallBytes
 from scalellm.services.tokenizer.config import TokenizerSettings
 from scalellm.services.tokenizer.generation.edge import Edge
@@ -92,8 +93,8 @@ class Worker:
         self._http_port = http_port
         self._tracer = tracer
         self._gate = CallGate()
-        names = [model.name for model in settings.served_models]
-        self._metrics = EdgeMetrics(CollectorRegistry(), names)
+        self._names = [model.name for model in settings.served_models]
+        self._metrics = EdgeMetrics(CollectorRegistry(), self._names)
 
     async def run(self) -> None:
         """Serve. Raises StartError."""
@@ -102,6 +103,7 @@ class Worker:
         supervisor_gone = await _watch_stdin()
         settings.dialer.check()
         access = open_access(settings, serves_links=False)
+        aliases = Aliases(settings.aliases, self._names)
         models = [_Model.load(model, settings) for model in settings.served_models]
         redis = open_redis(settings.redis_url) if settings.redis_url else None
         sessions = SessionStore(
@@ -118,7 +120,7 @@ class Worker:
                 redis, worker_id, ttl=settings.kept_ttl_s, lease=_KEPT_LEASE, max_bytes=settings.max_kept_bytes
             )
         kept = KeptRequests(journal, self._gate, _KEPT_LEASE)
-        edges, limits, request_log = Edges(), RequestLimits(), RequestLog(settings)
+        edges, limits, request_log = Edges(aliases), RequestLimits(), RequestLog(settings)
         async with AsyncExitStack() as stack:
             for model in models:
                 edges.add(
@@ -145,6 +147,7 @@ class Worker:
             held = CallBytes()
 
             def is_ready() -> bool:
+                self._metrics.aliases_unread.set(aliases.is_failing)
                 return self._is_ready(edges, kept, access, quotas, held, watch)
 
             service = GrpcService(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
 
 from scalellm.services.common.api_keys import Tenant
 from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.aliases import Aliases
 from scalellm.services.tokenizer.validation import is_id
 
 if TYPE_CHECKING:
@@ -18,10 +19,15 @@ _LONGEST_SHOWN = 256
 
 
 class Edges:
-    """The edge of each model, in the order in which they were listed: the first one is the default."""
+    """The edge of each model, in the order in which they were listed: the first one is the default.
 
-    def __init__(self) -> None:
+    Args:
+        aliases: Names that stand for models.
+    """
+
+    def __init__(self, aliases: Aliases | None = None) -> None:
         self._by_name: dict[str, Edge] = {}
+        self._aliases = aliases or Aliases()
 
     def add(self, edge: Edge) -> None:
         """A model is served."""
@@ -42,46 +48,72 @@ class Edges:
         return list(self._by_name)
 
     @property
+    def aliases(self) -> Sequence[str]:
+        """Names that stand for models."""
+        return list(self._aliases.by_name)
+
+    @property
     def are_several(self) -> bool:
         """True if requests may go to different models."""
         return len(self._by_name) > 1
 
     def choose(self, name: str | None) -> Edge:
-        """Return the edge that a request for a model goes to; None: the default.
+        """Return the edge of a model, where nothing is generated; None: the default.
 
-        Raises StatusError NOT_FOUND for a name that is not served.
+        An alias stands for its model with the largest weight here. Raises StatusError NOT_FOUND for a name that is not
+        served.
         """
         if name is None:
             return self.default
-        edge = self._by_name.get(name)
+        alias = self._aliases.by_name.get(name)
+        edge = self._by_name.get(alias.main if alias is not None else name)
         if edge is None:
-            served = " and ".join(map(repr, self.names))
-            message = f"model: {name[:_LONGEST_SHOWN]!r} is not served here, only {served}"
+            served = [*self.names, *self.aliases]
+            message = f"model: {name[:_LONGEST_SHOWN]!r} is not served here, only {' and '.join(map(repr, served))}"
             raise StatusError(
-                grpc.StatusCode.NOT_FOUND, f"{message} {'are' if len(self.names) > 1 else 'is'}", field="model"
+                grpc.StatusCode.NOT_FOUND, f"{message} {'are' if len(served) > 1 else 'is'}", field="model"
             )
         return edge
 
-    async def of_request(self, name: str | None, tenant: Tenant, *, session_id: str = "", kept_id: str = "") -> Edge:
+    async def of_request(
+        self,
+        name: str | None,
+        tenant: Tenant,
+        identity: Callable[[], bytes],
+        *,
+        session_id: str = "",
+        kept_id: str = "",
+        earlier: str = "",
+    ) -> Edge:
         """Return the edge of a request: a session, and a request that is kept, stay with the model they began with.
+
+        Of the models of an alias, the choice follows from the session, or else from the request's identity.
 
         Args:
             name: Name that the request gives; None: none.
             tenant: The tenant of the request.
+            identity: Returns what is the same when the request is sent again, and distinguishes it from others.
             session_id: The session that it continues; empty: none.
             kept_id: The id under which it is kept; empty: it is not.
+            earlier: Model of the answer that it goes on from by text alone; empty: none.
 
         Raises StatusError NOT_FOUND, UNAVAILABLE, and FAILED_PRECONDITION where it cannot go on with its model.
         """
         edge = self.choose(name)
         if not self.are_several or name in self._by_name:
             return edge
-        began_with = ""
+        began_with = earlier if earlier in self._by_name else ""
         if is_id(session_id):
             began_with = await edge.sessions.of(tenant).model_of(session_id)
         elif is_id(kept_id):
             began_with = await edge.kept.model_of(tenant, kept_id)
-        return self.serving(began_with) if began_with else edge
+        if began_with:
+            return self.serving(began_with)
+        alias = self._aliases.by_name.get(name) if name is not None else None
+        if alias is None:
+            return edge
+        known = (session_id or kept_id).encode(errors="replace")
+        return self._by_name[alias.choose(tenant.name, known or identity())]
 
     def check_session(self, session_id: str, began_with: str, edge: Edge) -> None:
         """Raise FAILED_PRECONDITION where a session would go on with a model to which its token ids mean nothing."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
+from functools import partial
+
 import grpc
 
 from scalellm.services.tokenizer.dialect import Part, PartKind
@@ -54,6 +57,7 @@ class GenerationServicer:
         edge = await self._edge.models.of_request(
             request.model or None,
             self._edge.access.tenant(),
+            partial(identity_of, request),
             session_id=request.session_id,
             kept_id=request.request_id if keeps else "",
         )
@@ -80,6 +84,17 @@ async def _serve(call: Call, context: grpc.aio.ServicerContext) -> None:
                 await context.write(to_wire(event))
     finally:
         context.set_trailing_metadata((("server-timing", call.server_timing),))
+
+
+def identity_of(request: generation_pb2.GenerateRequest) -> bytes:
+    """Return what is the same when a request is sent again: its id, or seed and prompt; without both, nothing is."""
+    if request.request_id:
+        return request.request_id.encode()
+    if not request.sampling.HasField("seed"):
+        return secrets.token_bytes(16)
+    prompt = getattr(request, request.WhichOneof("input") or "prompt")
+    text = prompt.encode() if isinstance(prompt, str) else prompt.SerializeToString(deterministic=True)
+    return b"%d:%b" % (request.sampling.seed, text)
 
 
 def to_wire(event: Event) -> generation_pb2.GenerateResponse:

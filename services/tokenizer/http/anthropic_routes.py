@@ -40,7 +40,7 @@ class AnthropicRoutes:
     async def create(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Answer a conversation."""
         request = MessagesRequest.read(body, is_strict=self._is_strict)
-        edge = await choose_edge(self._edge, request.model)
+        edge = await choose_edge(self._edge, call, body, request.model)
         made = request.to_generate(
             call.request_id,
             content_is_text=edge.prompts.can_take_content_as_text,
@@ -56,7 +56,7 @@ class AnthropicRoutes:
         tenant = edge.access.tenant()
         async with edge.quotas.admitted(tenant):
             request = MessagesRequest.read(body, is_strict=self._is_strict)
-            edge = await choose_edge(edge, request.model)
+            edge = edge.models.choose(request.model)
             chat = request.chat(content_is_text=edge.prompts.can_take_content_as_text)
             asked = tokenizer_pb2.ApplyChatTemplateRequest(chat=chat)
             try:

@@ -30,7 +30,8 @@ class HttpCall:
         path: Path of the route, with names in braces for what differs: `/v1/models/{model}`.
 
     Attributes:
-        request_id: The client's `x-request-id` where that is an id, or one that is made here.
+        given_id: The client's `x-request-id` where that is an id; empty: there is none.
+        request_id: The same, or an id that is made here.
         metadata: The headers that the request path reads, as gRPC clients send it.
         stream: The answer as far as it is written, once it is a stream of events.
         error_event: Writes an error as the last event of the stream, where it is not the API's usual one.
@@ -40,7 +41,8 @@ class HttpCall:
         self.request = request
         self.path = path
         given = request.headers.get("x-request-id", "")
-        self.request_id = given if is_id(given) else f"req-{secrets.token_hex(8)}"
+        self.given_id = given if is_id(given) else ""
+        self.request_id = self.given_id or f"req-{secrets.token_hex(8)}"
         self.metadata = _metadata(request.headers)
         self.stream: EventStream | None = None
         self.error_event: Callable[[StatusError], bytes] | None = None

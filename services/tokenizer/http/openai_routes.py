@@ -51,7 +51,7 @@ class OpenAiRoutes:
         place = _place(call, request)
         kept_id = (request.request_id or call.request_id) if request.is_kept else ""
         session_id = request.session_id or ""
-        edge = await choose_edge(self._edge, request.model, session_id=session_id, kept_id=kept_id)
+        edge = await choose_edge(self._edge, call, body, request.model, session_id=session_id, kept_id=kept_id)
         requests = request.requests(
             call.request_id,
             content_is_text=edge.prompts.can_take_content_as_text,
@@ -78,7 +78,8 @@ class OpenAiRoutes:
         self._edge.models.choose(request.model)
         prompts = split_prompts(request.prompt, self._edge.limits)
         requests = request.requests(call.request_id, prompts)
-        edge = await choose_edge(self._edge, request.model, kept_id=requests[0].request_id if request.is_kept else "")
+        kept_id = requests[0].request_id if request.is_kept else ""
+        edge = await choose_edge(self._edge, call, body, request.model, kept_id=kept_id)
         name_model(edge, requests, request.model)
         echoes = await self._echoes(edge, prompts) if request.echo else [""] * len(prompts)
         answer_id = f"cmpl-{request.request_id or call.request_id}"

@@ -60,13 +60,12 @@ class ResponsesRoutes:
     async def create(self, call: HttpCall, body: JsonObject, account: CallAccount) -> web.StreamResponse:
         """Answer, behind an earlier response if one is named."""
         request = ResponsesRequest.read(body, is_strict=self._is_strict)
-        edge = await choose_edge(self._edge, request.model)
-        request.check(can_keep=edge.sessions.is_on)
-        tenant = edge.access.tenant()
+        self._edge.models.choose(request.model)
+        request.check(can_keep=self._edge.sessions.is_on)
+        tenant = self._edge.access.tenant()
         said = request.said()
-        history: Sequence[Message] = ()
-        if request.previous_response_id is not None:
-            history = await self._history(tenant, request.previous_response_id)
+        history, earlier = await self._history(tenant, request.previous_response_id)
+        edge = await choose_edge(self._edge, call, body, request.model, earlier=earlier)
         if request.store:
             await edge.sessions.of(tenant).check_room()
         content_is_text = edge.prompts.can_take_content_as_text
@@ -200,14 +199,16 @@ class ResponsesRoutes:
         ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
         return json_answer({"object": "list", "data": items, **ends, "has_more": False})
 
-    async def _history(self, tenant: Tenant, response_id: str) -> Sequence[Message]:
-        """The conversation up to a response, its answer included. Raises StatusError."""
+    async def _history(self, tenant: Tenant, response_id: str | None) -> tuple[Sequence[Message], str]:
+        """Return the conversation up to a response, its answer included, and its model. Raises StatusError."""
+        if response_id is None:
+            return (), ""
         field = "previous_response_id"
         session, status = await self._load(tenant, response_id, field)
         if status not in ("completed", "incomplete"):
             message = f"{field}: response {response_id!r} is {status}; only what is complete can be gone on from"
             raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, message, field=field)
-        return session.messages
+        return session.messages, json.loads(session.document)["model"]
 
     async def _load(self, tenant: Tenant, response_id: str, field: str = "response_id") -> tuple[Session, str]:
         """Return a response as it is now, and its status. Raises StatusError NOT_FOUND, UNAVAILABLE."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from aiohttp import hdrs, web
 
@@ -12,6 +13,7 @@ from scalellm import __version__
 from scalellm.services.tokenizer.generation.edge import Edge
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.face import HttpFace
+from scalellm.services.tokenizer.json_object import JsonObject
 from scalellm.v1 import generation_pb2
 
 
@@ -46,11 +48,12 @@ class ServiceRoutes:
         return json_answer({"version": __version__})
 
     async def models(self, call: HttpCall) -> web.StreamResponse:
-        """All models, the default first."""
-        return json_answer({"object": "list", "data": [self._model(name) for name in self._edge.models.names]})
+        """All models, the default first, and then the aliases."""
+        models = self._edge.models
+        return json_answer({"object": "list", "data": list(map(self._model, (*models.names, *models.aliases)))})
 
     async def model(self, call: HttpCall) -> web.StreamResponse:
-        """The model, if it is the one that is asked for."""
+        """The model or alias that is asked for; `root` is the model, of an alias the one with the largest weight."""
         return json_answer(self._model(call.request.match_info["model"]))
 
     def _model(self, name: str) -> dict[str, object]:
@@ -67,16 +70,39 @@ class ServiceRoutes:
         }
 
 
-async def choose_edge(edge: Edge, model: str | None, *, session_id: str = "", kept_id: str = "") -> Edge:
+async def choose_edge(
+    edge: Edge,
+    call: HttpCall,
+    body: JsonObject,
+    model: str | None,
+    *,
+    session_id: str = "",
+    kept_id: str = "",
+    earlier: str = "",
+) -> Edge:
     """Return the edge of the model that a request names, or began with. Raises StatusError; see `Edges.of_request`.
 
     Args:
         edge: The worker.
+        call: The request.
+        body: Its body.
         model: Name that the request gives; None: none.
         session_id: The session that it continues; empty: none.
         kept_id: The id under which it is kept; empty: it is not.
+        earlier: Model of the answer that it goes on from by text alone; empty: none.
     """
-    return await edge.models.of_request(model, edge.access.tenant(), session_id=session_id, kept_id=kept_id)
+    tenant, identity = edge.access.tenant(), partial(_identity, call, body)
+    return await edge.models.of_request(
+        model, tenant, identity, session_id=session_id, kept_id=kept_id, earlier=earlier
+    )
+
+
+def _identity(call: HttpCall, body: JsonObject) -> bytes:
+    """Return what is the same when a request is sent again: its id, or seed and prompt; without both, nothing is."""
+    known: object = body.get("request_id") or call.given_id
+    if not known and body.get("seed") is not None:
+        known = [body["seed"], body.get("messages"), body.get("prompt")]
+    return json.dumps(known or call.request_id).encode()
 
 
 def name_model(edge: Edge, requests: Iterable[generation_pb2.GenerateRequest], model: str | None) -> None:

@@ -15,7 +15,7 @@ from scalellm.services.tokenizer.http.api_request import ApiRequest, UInt32, ren
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.face import HttpFace
 from scalellm.services.tokenizer.http.messages import add_messages
-from scalellm.services.tokenizer.http.service_routes import choose_edge, json_answer
+from scalellm.services.tokenizer.http.service_routes import json_answer
 from scalellm.services.tokenizer.http.template_fields import TemplateFields
 from scalellm.services.tokenizer.http.tool_fields import set_tools, tool_names
 from scalellm.services.tokenizer.json_object import JsonObject
@@ -65,7 +65,7 @@ class TokenizeRoutes:
         tenant = self._edge.access.tenant()
         async with self._edge.quotas.admitted(tenant):
             request = TokenizeRequest.read(body, is_strict=self._is_strict)
-            edge = await choose_edge(self._edge, request.model)
+            edge = self._edge.models.choose(request.model)
             try:
                 token_ids = await _encode(edge, request, tenant.name)
             except StatusError as error:
@@ -85,7 +85,7 @@ class TokenizeRoutes:
         tenant = self._edge.access.tenant()
         async with self._edge.quotas.admitted(tenant):
             request = DetokenizeRequest.read(body, is_strict=self._is_strict)
-            edge = await choose_edge(self._edge, request.model)
+            edge = self._edge.models.choose(request.model)
             # Special tokens are shown, as vLLM shows them.
             skips = bool(request.skip_special_tokens)
             asked = tokenizer_pb2.DecodeRequest(token_ids=request.tokens, skip_special_tokens=skips)
