@@ -71,7 +71,7 @@ class Dispatchers:
 
     def turn_away(self, model: str) -> None:
         """A worker refused a request for a model, as nobody takes its link; empty: for the one that there is."""
-        found = next((each for each in self._all if each.model == model), self._first)
+        found = self._of_model(model) or self._first
         found.placement.outage.turned_away_at = asyncio.get_running_loop().time()
 
     @property
@@ -133,7 +133,8 @@ class Dispatchers:
 
     def _find(self, hello: link_pb2.Hello) -> Dispatcher | None:
         if hello.model:
-            return next((each for each in self._all if each.model == hello.model and each.fleet.replicas), None)
+            named = self._of_model(hello.model)
+            return named if named is not None and named.fleet.replicas else None
         awaited = [each for each in self._all if each.is_awaited]
         if len(awaited) > 1 and hello.tokenizer_sha256:
             alike = [each for each in awaited if _has_tokenizer(each, hello.tokenizer_sha256)]
@@ -147,6 +148,10 @@ class Dispatchers:
         names = ", ".join(repr(each.model) for each in self._all if each.model and each.fleet.replicas)
         return f"there are executors of {names}" if names else "nor of any other model"
 
+    def _of_model(self, model: str) -> Dispatcher | None:
+        """Return the dispatcher of a model; None: no executor had it since start, or the name is empty."""
+        return next((each for each in self._all if model and each.model == model), None)
+
     # Choice of the dispatcher of an executor.
 
     def _keeper_of(self, address: str) -> Dispatcher | None:
@@ -156,7 +161,7 @@ class Dispatchers:
         """Have an executor that was welcomed where its model is."""
         here = self._keeper_of(replica.address)
         assert here is not None, f"{replica.address} has been let go"
-        there = next((each for each in self._all if each.model == welcome.model), None)
+        there = self._of_model(welcome.model)
         if there is None:
             # An executor that is alone takes its dispatcher along: another model comes in the place of the old one.
             there = here if not here.model or len(here.fleet.replicas) == 1 else self._add()
