@@ -23,12 +23,12 @@ _COMMAND_LINE = (
 )
 _COMPOSE = (
     *("LISTEN", "HTTP_LISTEN", "MODEL", "MODELS", "EXECUTORS", "TAG", "PIDS", "GPU", "STOP_GRACE"),
-    *("SECRETS", "EDGE_NAME"),
+    *("SECRETS", "EDGE_NAME", "SECOND_MODEL", "SECOND_EXECUTORS"),
     *(f"MEMORY_{name}" for name in ("TOKENIZER", "SCHEDULER", "EXECUTOR", "REDIS", "MODELS", "PROMETHEUS", "GRAFANA")),
     *(f"{name}_IMAGE" for name in ("PYTHON", "REDIS", "PROMETHEUS", "GRAFANA")),
     *(f"{name}_{what}" for name in ("PROMETHEUS", "GRAFANA") for what in ("LISTEN", "PASSWORD")),
 )
-"""Variables of compose.yaml: set in the same shell, they are no mistake."""
+"""Variables of compose.yaml and the files beside it: set in the same shell, they are no mistake."""
 
 _TESTS = "SCALELLM_TEST_"
 

@@ -1,4 +1,4 @@
-"""Settings of every container in compose.yaml: bounds on memory, processes and logs, and pinned images."""
+"""Settings of containers in compose.yaml and beside it: bounds on memory, processes and logs, and pinned images."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[3]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
+SECOND_MODEL = ROOT / "deploy" / "second-model.yaml"
 VARIABLE = re.compile(r"\$\{(SCALELLM_[A-Z_]+):-")
 PINNED = re.compile(r"\$\{SCALELLM_[A-Z_]+_IMAGE:-[\w/]+:[\w.-]+@sha256:[0-9a-f]{64}\}")
 
@@ -68,8 +69,22 @@ def test_nobody_knows_the_password_of_grafana() -> None:
         assert ("SCALELLM_GRAFANA_PASSWORD" in done.stderr) == bool(code)
 
 
+def test_a_second_model_is_served_run_and_fetched_by_one_name() -> None:
+    text = SECOND_MODEL.read_text()
+    services = yaml.safe_load(text)["services"]
+    second = services["executor-second"]
+    name = second["environment"]["SCALELLM_EXECUTOR_MODEL"]
+    first = SERVICES["executor"]["environment"]["SCALELLM_EXECUTOR_MODEL"]
+    assert services["tokenizer"]["environment"]["SCALELLM_TOKENIZER_MODEL"] == f"{first},{name}"
+    assert services["models"]["command"] == [*SERVICES["models"]["command"], name]
+    assert second["extends"] == {"file": "compose.yaml", "service": "executor"}
+    # The scheduler looks up one name for all executors.
+    executors = SERVICES["scheduler"]["environment"]["SCALELLM_SCHEDULER_EXECUTORS"]
+    assert second["networks"]["line"]["aliases"] == [executors.partition(":")[0]]
+
+
 def test_every_variable_is_in_the_manual() -> None:
-    named = set(VARIABLE.findall((ROOT / "compose.yaml").read_text()))
+    named = set(VARIABLE.findall((ROOT / "compose.yaml").read_text() + SECOND_MODEL.read_text()))
     manual = (ROOT / "docs" / "operations" / "deploy.md").read_text()
     # A list of several goes on with their ends: `SCALELLM_MEMORY_TOKENIZER`, `_SCHEDULER`.
     assert {name for name in named if not re.search(rf"`{name}`|`_{name.rpartition('_')[2]}`", manual)} == set()
