@@ -187,7 +187,7 @@ class Dispatchers:
         awaited = [each for each in self._all if each.is_awaited]
         for dispatcher in self._all:
             if awaited and dispatcher.model and not dispatcher.is_awaited:
-                dispatcher.intake.end_unnamed(StatusError.unavailable("the executors run another model now"))
+                dispatcher.intake.end_unnamed()
 
 
 def _has_tokenizer(dispatcher: Dispatcher, sha256: bytes) -> bool:

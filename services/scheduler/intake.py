@@ -103,10 +103,10 @@ class Intake:
         for link in tuple(self._links):
             self._end_link(link, error, moved=moved)
 
-    def end_unnamed(self, error: StatusError) -> None:
-        """End the links of clients that take whichever model there is, so that they may find another one."""
+    def end_unnamed(self) -> None:
+        """End the links of clients that take whichever model there is: another one is there in place of this one."""
         for link in [link for link in self._links if link.takes_any_model]:
-            self._end_link(link, error)
+            self._end_link(link, _replaced())
 
     def _end_link(self, link: ClientLink, error: StatusError, *, moved: bool = False) -> None:
         for request in tuple(link.requests.values()):
@@ -115,4 +115,8 @@ class Intake:
 
     def _on_new_model(self) -> None:
         """The token ids of all clients mean nothing to the new model: they have to shake hands again."""
-        self.end_all(StatusError.unavailable("the executors run another model now"))
+        self.end_all(_replaced())
+
+
+def _replaced() -> StatusError:
+    return StatusError.unavailable("the executors run another model now")
