@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from scalellm.cli.answer_view import AnswerView
-from scalellm.cli.context import MAX_UINT32, CliContext, CliError, ModelOption, check_timeout, explain
+from scalellm.cli.context import MAX_UINT32, CliContext, CliError, ExitCode, ModelOption, check_timeout, explain
 from scalellm.cli.conversation import Conversation, find_session
 from scalellm.cli.line_input import LineInput
 from scalellm.cli.output import one_line, write_text
@@ -20,7 +20,7 @@ from scalellm.cli.tools import CHOICE_HELP, TOOLS_HELP, offer_tools
 from scalellm.cli.word_wrap import WordWrap
 from scalellm.client import ClientError
 from scalellm.services.common.field_rules import SAMPLING
-from scalellm.v1.generation_pb2 import Chat
+from scalellm.v1.generation_pb2 import Chat, ToolCall
 from scalellm.v1.tokenizer_pb2 import GetInfoResponse
 
 HELP = """Talk with the model, turn by turn, on a session that the server keeps.
@@ -28,8 +28,8 @@ HELP = """Talk with the model, turn by turn, on a session that the server keeps.
 Each turn sends only what is new; the server computes only the new tokens. What is pasted is one message, and
 so is what stands between \"\"\" and \"\"\". Ctrl-C ends an answer, of which what was said is kept; at the prompt it
 ends the chat. In a pipe, each line is a turn and the answers are all that is printed. On a terminal the
-model's reasoning is shown dimmed. With --tools, a call is shown by the function's name and its arguments; what
-it returned is for you to say.
+model's reasoning is shown dimmed. With --tools, a call is shown by the function's name and its arguments, and
+on a terminal you are then asked for what the function returned.
 
 \b
 Examples:
@@ -46,6 +46,7 @@ COMMANDS = '''\
 /retry              ask the last message again, in place of its answer
 /system [TEXT]      begin another conversation with these instructions; without TEXT: show them
 /set [NAME VALUE]   how answers are drawn, such as /set temperature 0.2 (VALUE default: as the server does)
+/skip               go on without the result of a function that is asked for
 /latency            show, or stop showing, where the time went after each answer
 """                 begin a message of several lines; """ ends it
 /exit               leave (also /quit, Ctrl-D)'''
@@ -137,6 +138,9 @@ def chat(
             for number, line in enumerate(sys.stdin, start=1):
                 if line.strip():
                     require_utf8(line, f"line {number} of standard input")
+                    if (call := conversation.next_call) is not None:
+                        what = f"line {number}: the model waits for the result of {_name(call)}"
+                        raise CliError(f"{what}, which can be given on a terminal only", ExitCode.FAILED)
                     conversation.turn(line.removesuffix("\n"))
 
 
@@ -153,7 +157,8 @@ def _talk(context: CliContext, conversation: Conversation, lines: LineInput) -> 
     """Read turns from the terminal until /exit or Ctrl-D."""
     while True:
         try:
-            text = lines.read()
+            call = conversation.next_call
+            text = lines.read("> " if call is None else f"result of {_name(call)}> ")
         except EOFError:
             write_text("\n")
             break
@@ -163,6 +168,8 @@ def _talk(context: CliContext, conversation: Conversation, lines: LineInput) -> 
             require_utf8(text, "line")
             if text.startswith("/") and "\n" not in text:
                 _command(context, conversation, text)
+            elif text and call is not None:
+                conversation.give_result(text)
             elif text:
                 conversation.turn(text)
         except CliError as error:
@@ -203,11 +210,17 @@ def _command(context: CliContext, conversation: Conversation, line: str) -> None
         case "/set":
             setting, _, value = rest.partition(" ")
             conversation.set(setting, value.strip())
+        case "/skip":
+            conversation.skip_calls()
         case "/latency":
             conversation.show_latency = not conversation.show_latency
             context.note(f"latency breakdown {'on' if conversation.show_latency else 'off'}")
         case _:
             context.error(f"unknown command {name}; /help lists those there are")
+
+
+def _name(call: ToolCall) -> str:
+    return one_line(f"{call.name} ({call.id})")
 
 
 def _begin(context: CliContext, conversation: Conversation) -> None:

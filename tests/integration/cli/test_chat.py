@@ -197,3 +197,50 @@ def test_an_answer_on_a_terminal_is_broken_between_words(cli: StartCli, fake_ser
     talk = Talk(cli, fake_server, COLUMNS="40")
     talk.say("several words that are much too long for one line of this terminal\r")
     assert "several words that are much too long for\r\none line of this terminal" in talk.end()
+
+
+def tools_file(folder: Path) -> str:
+    path = folder / "tools.json"
+    path.write_text('[{"type": "function", "function": {"name": "weather"}}]')
+    return str(path)
+
+
+def test_results_of_functions_are_asked_for(cli: StartCli, fake_server: Any, tmp_path: Path) -> None:
+    talk = Talk(cli, fake_server, "--session", "s1", "--tools", tools_file(tmp_path))
+    for line in ("Rome Paris", "", "sunny", "/set temperature 0.2", '"""rain\rand wind"""', "/retry", "Oslo", "/skip"):
+        talk.say(f"{line}\r")
+    talk.say("Bern\r")
+    shown = talk.end()
+    first, results, again, other, last = (request.chat.messages for request in fake_server.requests)
+    assert [message.content for message in first] == ["Rome Paris"]
+    for messages in (results, again):
+        said = [(message.role, message.tool_call_id, message.content) for message in messages]
+        assert said == [("tool", "c1", "sunny"), ("tool", "c2", "rain\nand wind")]
+    assert [(message.role, message.content) for message in (*other, *last)] == [("user", "Oslo"), ("user", "Bern")]
+    assert all(request.chat.tools for request in fake_server.requests)
+    assert [message.role for message in fake_server.sessions["s1"][:5]] == [
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+        "assistant",
+    ]
+    for prompt in ("result of weather (c1)> ", "result of weather (c2)> "):
+        assert prompt in shown
+
+
+def test_a_session_that_waits_for_a_result_goes_on_with_it(
+    cli: StartCli, run_cli: RunCli, fake_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--session", "s1", "--tools", tools_file(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Rome\nand then?\n"))
+    code, out, err = run_cli("chat", *options, address=fake_server.address)
+    assert (code, "weather" in out) == (1, True)
+    told = "line 2: the model waits for the result of weather (c1), which can be given on a terminal only"
+    assert told in " ".join(err.split())
+    assert len(fake_server.requests) == 1, "the line is not taken for a message"
+    talk = Talk(cli, fake_server, *options)
+    talk.say("sunny\r")
+    talk.end()
+    (result,) = fake_server.requests[1].chat.messages
+    assert (result.role, result.tool_call_id, result.content) == ("tool", "c1", "sunny")
