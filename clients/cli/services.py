@@ -18,7 +18,7 @@ from scalellm.cli.models import fetch_model, fetch_models
 from scalellm.cli.output import write_json, write_line
 from scalellm.cli.progress import StageReport
 from scalellm.cli.service_environment import service_environment
-from scalellm.cli.status_table import fitting_table, weight_lines
+from scalellm.cli.status_table import engine_lines, fitting_table
 from scalellm.launcher import (
     PUBLIC_PORT,
     EngineKind,
@@ -145,6 +145,7 @@ def up(
     quantization: Annotated[
         str | None, _setting("Form of the weights: none, keep (as the file has it), int8, ...", "KIND")
     ] = None,
+    speculation: Annotated[str | None, _setting("Guess tokens and check them: auto, off.", "KIND")] = None,
     dtype: Annotated[str | None, _setting("Type of activations: float32, bfloat16, float16.", "TYPE")] = None,
     kv_cache_dtype: Annotated[str | None, _setting("Type of cached keys and values: int8, fp8, ...", "TYPE")] = None,
     max_model_len: Annotated[int | None, _setting("Longest prompt plus output, in tokens.", "TOKENS")] = None,
@@ -181,7 +182,7 @@ def up(
 ) -> None:
     """Start everything."""
     context = CliContext.of(ctx)
-    given = {"quantization": quantization, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
+    given = {"quantization": quantization, "speculation": speculation, "dtype": dtype, "kv_cache_dtype": kv_cache_dtype}
     given |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}  # type: ignore[dict-item]
     given |= {"tensor_parallel": tensor_parallel, "expert_parallel": expert_parallel}  # type: ignore[dict-item]
     given["aliases"] = str(aliases.absolute()) if aliases is not None else None
@@ -251,7 +252,7 @@ def status(
         where = f"{found.address or '(not serving)'}{_http(found.http_address)}"
         context.out.print(f"{found.model} at {where}", soft_wrap=True)
         context.table(fitting_table(context.out, found.services))
-        for line in weight_lines(found):
+        for line in engine_lines(found):
             context.out.print(Text(line), soft_wrap=True)
         for service in found.services:
             if restarts := str(service.restarts):
@@ -331,7 +332,7 @@ def _answer(context: CliContext, state: State, prompt: str, max_tokens: int, mod
         generation = Generation()
         run_streaming(client, request, generation, is_streamed=True, timeout=None)
         print_breakdown(context.err, generation.finished, generation.measured_ns)
-    for line in weight_lines(read_status(context.instance, context.environment.variables)):
+    for line in engine_lines(read_status(context.instance, context.environment.variables)):
         context.note(line)
 
 

@@ -15,6 +15,8 @@ from scalellm.launcher import InstanceStatus, ServiceStatus
 _OPTIONAL_COLUMNS = ("compute", "restarts", "model", "memory", "address", "up")
 _ANY_WIDTH = 1000
 
+_IDLE = " (no decode step so far was computed in C++ alone, by one rank)"
+
 
 def fitting_table(console: Terminal, services: tuple[ServiceStatus, ...]) -> Table:
     """Return the table with the columns that leave each service its one line, where that can be had."""
@@ -78,8 +80,16 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def weight_lines(status: InstanceStatus) -> list[str]:
-    """Return a line for each form that executors hold their weights in, with the model's name if there are several."""
-    forms = dict.fromkeys((service.model, service.weights) for service in status.services if service.weights)
-    are_several = len({model for model, _ in forms}) > 1
-    return [f"weights{f' of {model}' if are_several else ''}: {form}" for model, form in forms]
+def engine_lines(status: InstanceStatus) -> list[str]:
+    """Return lines about how executors run their models, each with the model's name if there are several: the forms
+    that weights are held in, and if tokens are guessed.
+    """
+    engines = [service for service in status.services if service.weights]
+    are_several = len({service.model for service in engines}) > 1
+    told: dict[str, None] = {}
+    for service in engines:
+        of = f" of {service.model}" if are_several else ""
+        told[f"weights{of}: {service.weights}"] = None
+        if service.speculation:  # executors of older versions do not say
+            told[f"speculation{of}: {service.speculation}{_IDLE if service.speculation == 'idle' else ''}"] = None
+    return list(told)

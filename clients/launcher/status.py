@@ -53,7 +53,7 @@ class ServiceStatus:
 
     `pid`, `uptime_s` and `memory_bytes` (resident, with children) are None without a process of ours. An executor says
     with `compute` where and in what its model runs, with `weights` in what form the weights are and what other one they
-    could have, and with `kernels` which form each op has.
+    could have, with `speculation` if tokens are guessed (on, off, idle), and with `kernels` which form each op has.
     """
 
     name: str
@@ -67,6 +67,7 @@ class ServiceStatus:
     model: str = ""
     compute: str = ""
     weights: str = ""
+    speculation: str = ""
     kernels: Mapping[str, str] = field(default_factory=dict)
     load: Mapping[str, int] = field(default_factory=dict)
     last_error: str = ""
@@ -170,7 +171,7 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
     with Probe(status.address, credentials) as probe:
         health = probe.health()
         error = "" if health == SERVING else last_error(status.log)
-        model, compute, weights, load = "", "", "", {}
+        model, compute, weights, speculation, load = "", "", "", "", {}
         kernels: dict[str, str] = {}
         if health == "unreachable":
             pass
@@ -178,7 +179,7 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
             model, kernels = info.model, dict(info.kernels)
             ranks = f"{info.tensor_parallel} ranks" if info.tensor_parallel > 1 else ""
             compute = ", ".join(filter(None, (ranks, info.device, info.dtype, info.quantization, info.backend)))
-            weights = _weights(info)
+            weights, speculation = _weights(info), info.speculation
             if info.late_compiles:
                 error = error or f"{info.late_compiles} kernels were compiled while requests waited"
             load = {
@@ -205,6 +206,7 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
         model=model,
         compute=compute,
         weights=weights,
+        speculation=speculation,
         kernels=kernels,
         load=load,
         last_error=error,

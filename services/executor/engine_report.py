@@ -38,6 +38,7 @@ def make_report(
         prefix_cache_hits=stats.prefix_cache_hits,
         swaps=stats.swaps,
         late_compiles=late_compiles,
+        speculation=stats.speculation,
         stats=executor_pb2.EngineStats(
             generated_tokens=stats.generated_tokens,
             computed_tokens=stats.computed_tokens,

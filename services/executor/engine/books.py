@@ -46,7 +46,8 @@ class EngineStats:
     """Counts since start. At all times accepted = finished + cancelled + deadline_exceeded + failed + load's running
     + waiting; `rejected` requests were never accepted. Prefix-cache counts are prompt tokens looked up and found.
     `drafts` are the rows behind which tokens were guessed, `draft_tokens` these tokens, `accepted_tokens` those of them
-    that came.
+    that came. `speculation` is the state of guessing, and no count: on; idle where tokens may be guessed, but no decode
+    step so far could check guesses; off.
     `swaps` are the preemptions that kept cache content in host memory; the blocks are those copied there and back.
     """
 
@@ -67,6 +68,7 @@ class EngineStats:
     drafts: int
     draft_tokens: int
     accepted_tokens: int
+    speculation: str
     prefix_cache_queries: int
     prefix_cache_hits: int
 

@@ -215,7 +215,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return the counters; O(1)."""
-        return make_stats(self._counts, self._books, self._scheduler, self._swapper, self._speculator)
+        return make_stats(self._counts, self._books, self._scheduler, self._swapper, self._speculator, self._pipeline)
 
     @property
     def num_hashed_blocks(self) -> int:

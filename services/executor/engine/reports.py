@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from scalellm.services.executor.engine.batch_scheduler import BatchScheduler
 from scalellm.services.executor.engine.block_manager import BlockManager
 from scalellm.services.executor.engine.books import Books, EngineLoad, EngineStats
+from scalellm.services.executor.engine.pipeline import Pipeline
 from scalellm.services.executor.engine.request import RequestStatus
 from scalellm.services.executor.engine.speculation import Speculator
 from scalellm.services.executor.engine.swap import Swapper
@@ -43,13 +44,19 @@ def make_load(blocks: BlockManager, books: Books, scheduler: BatchScheduler, swa
 
 
 def make_stats(
-    counts: StepCounts, books: Books, scheduler: BatchScheduler, swapper: Swapper, speculator: Speculator | None
+    counts: StepCounts,
+    books: Books,
+    scheduler: BatchScheduler,
+    swapper: Swapper,
+    speculator: Speculator | None,
+    pipeline: Pipeline,
 ) -> EngineStats:
     """Return the counters; O(1)."""
 
     def ended(statuses: Collection[RequestStatus]) -> int:
         return sum(books.ended[status] for status in statuses)
 
+    speculation = "off" if speculator is None else "on" if pipeline.takes_drafts else "idle"
     return EngineStats(
         accepted=books.accepted,
         rejected=books.rejected,
@@ -68,6 +75,7 @@ def make_stats(
         drafts=speculator.num_drafts if speculator else 0,
         draft_tokens=speculator.num_draft_tokens if speculator else 0,
         accepted_tokens=speculator.num_accepted_tokens if speculator else 0,
+        speculation=speculation,
         prefix_cache_queries=counts.prefix_cache_queries,
         prefix_cache_hits=counts.prefix_cache_hits,
     )

@@ -18,7 +18,7 @@ from scalellm.cli.context import CliContext, CliError, Environment, ExitCode, ex
 from scalellm.cli.generation import Generation, logprob_entries
 from scalellm.cli.latency import rows
 from scalellm.cli.main import app
-from scalellm.cli.status_table import fitting_table, status_table, weight_lines
+from scalellm.cli.status_table import engine_lines, fitting_table, status_table
 from scalellm.client import ClientError, Credentials
 from scalellm.launcher import (
     Instance,
@@ -350,16 +350,19 @@ def test_status_leaves_columns_out_before_it_folds_lines(width: int, columns: st
     assert "0 running, 0 waiting, 0/8038 blocks" in row
 
 
-def test_weights_are_told_by_model_where_there_are_several() -> None:
-    def lines(*held: tuple[str, str]) -> list[str]:
+def test_weights_and_speculation_are_told_by_model_where_there_are_several() -> None:
+    def lines(*held: tuple[str, str, str]) -> list[str]:
         plain = ServiceStatus("executor-0", "executor", "serving", "h:1")
-        services = tuple(replace(plain, model=model, weights=form) for model, form in held)
-        return weight_lines(InstanceStatus("default", "m", "h:2", "", True, True, services))
+        services = tuple(replace(plain, model=name, weights=form, speculation=state) for name, form, state in held)
+        return engine_lines(InstanceStatus("default", "m", "h:2", "", True, True, services))
 
-    assert lines(("m", "bfloat16, 257 MiB"), ("m", "bfloat16, 257 MiB"), ("", "")) == ["weights: bfloat16, 257 MiB"]
-    assert lines(("m", "int8, 9 MiB"), ("n", "int8, 9 MiB")) == [
+    one = ("m", "bfloat16, 257 MiB", "on")
+    assert lines(one, one, ("", "", ""), ("m", "", "off")) == ["weights: bfloat16, 257 MiB", "speculation: on"]
+    assert lines(("m", "int8, 9 MiB", "off"), ("n", "int8, 9 MiB", "idle"), ("n", "int8, 9 MiB", "")) == [
         "weights of m: int8, 9 MiB",
+        "speculation of m: off",
         "weights of n: int8, 9 MiB",
+        "speculation of n: idle (no decode step so far was computed in C++ alone, by one rank)",
     ]
 
 

@@ -74,7 +74,9 @@ def test_what_auto_stands_for_on_a_cpu_with_a_compiler(
 def test_the_form_of_weights_is_reported_beside_another(model_dir: Callable[[str], Path]) -> None:
     lines: list[str] = []
     settings = ExecutorSettings(model=str(model_dir("smollm2-135m-instruct")), device="cpu", num_blocks=64)
-    info = build_engine(settings, lines.append).info
+    loaded = build_engine(settings, lines.append)
+    info = loaded.info
+    assert loaded.engine.stats().speculation == "idle", "no step was taken yet"
     if load_library(settings.home / "kernels") is None:
         pytest.skip("there is no compiler")
     assert (info.quantization, info.dtype, info.kv_cache_dtype) == ("Q4_1", "float32", "int8")

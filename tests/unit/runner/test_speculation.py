@@ -122,6 +122,7 @@ def test_right_drafts_save_steps_and_wrong_ones_cost_none(quantization: str) -> 
     assert got["right"][1].stats().steps == 2 + -(-39 // CONFIG.max_num_seqs)
     assert got["wrong"][1].stats().steps == 41
     assert got["wrong"][1].stats().accepted_tokens == 0 < got["wrong"][1].stats().draft_tokens
+    assert (plain.stats().speculation, got["right"][1].stats().speculation) == ("off", "on")
 
 
 def test_preempted_sequences_go_on_with_drafts() -> None:
@@ -142,7 +143,7 @@ def test_where_torch_computes_a_part_of_a_step_there_are_no_drafts() -> None:
     model = model_of("int8", w8a16_gemm="torch")
     expected, _ = answers(model, requests, None)
     _, engine = answers(model, requests, as_without(requests, "right", expected))
-    assert engine.stats().draft_tokens == 0
+    assert (engine.stats().draft_tokens, engine.stats().speculation) == (0, "idle")
 
 
 def test_where_steps_overlap_there_are_no_drafts() -> None:
