@@ -29,7 +29,7 @@ _HOST = "127.0.0.1"
 _LAYERS = 8
 _BATCHED_TOKENS = 1024
 _TOLERANCE = 5e-2
-"""Of a log-probability: the ranks' sums are rounded to bfloat16 in another order."""
+"""Limit of the error of a log-probability: the ranks' sums are rounded to bfloat16 in another order."""
 
 Answers = dict[int, list[tuple[int, float]]]
 

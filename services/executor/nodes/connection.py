@@ -18,7 +18,7 @@ DIAL_LIMIT = 5.0
 """Seconds for a connection to be made."""
 
 _MOST_BYTES = 1 << 16
-"""Of a message: whoever reaches the port may send one."""
+"""Limit of a message: whoever reaches the port may send one."""
 
 _BEATS = 6
 """Signs of life within the limit on silence."""

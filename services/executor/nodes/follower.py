@@ -29,7 +29,7 @@ _LAST_WORDS = 1.0
 
 
 class NodeState(enum.Enum):
-    """What a node other than 0 is doing."""
+    """State of a node other than 0."""
 
     WAITING = "waiting"
     """Node 0 is not there, or refuses it."""

@@ -28,9 +28,9 @@ class Generation:
     """The other nodes' ranks of one start, as sockets by which rank 0 will lead them.
 
     Args:
-        name: Of this start and no other: a connection that names another one has come too late.
+        name: Name of this start and no other: a connection that names another one has come too late.
         members: The other nodes.
-        ranks_per_node: Of every node.
+        ranks_per_node: Number of ranks on every node.
 
     Attributes:
         local_host: IP address by which the other nodes reach this host.

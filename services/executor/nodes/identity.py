@@ -1,4 +1,4 @@
-"""What makes a node one of a group: the same model, versions and settings as on node 0, and the link token."""
+"""Identity of a node: a group takes those with the model, versions and settings of node 0, and the link token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Identity:
 
     Attributes:
         node_rank: Its number.
-        facts: What has to be the same on every node, by the name that a refusal has for it.
+        facts: Values that have to be the same on every node, by the name that a refusal has for each.
         token_file: File with the link token; None: none is asked for, or shown.
     """
 
