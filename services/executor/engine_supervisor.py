@@ -121,6 +121,11 @@ class EngineSupervisor:
         return self._ranks.pids
 
     @property
+    def num_missing_nodes(self) -> int:
+        """Other hosts of the executor that are not here: its engine waits for them."""
+        return 0 if self._leader is None else self._leader.num_missing
+
+    @property
     def is_ready(self) -> bool:
         """New requests are taken: the model is loaded, steps advance while there is work, and nobody said to drain."""
         return self._ready and not self._draining and self._heartbeat.is_alive

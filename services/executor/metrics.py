@@ -81,6 +81,7 @@ class ExecutorCollector(Collector):
             ("host_cache_blocks", "Blocks in host memory for preempted sequences.", stats.total_host_blocks),
             ("host_cache_free_blocks", "Of these, the free ones.", stats.free_host_blocks),
             ("tensor_parallel", "Ranks that compute each token together.", info.tensor_parallel),
+            ("missing_nodes", "Other hosts of the executor that are not here.", self._supervisor.num_missing_nodes),
             ("max_num_seqs", "Sequences that can run at once.", info.max_num_seqs),
             ("links", "Links of schedulers that stand.", self._supervisor.num_links),
             ("engine_up", "Whether there is an engine.", self._supervisor.has_engine),

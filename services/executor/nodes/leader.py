@@ -86,6 +86,11 @@ class NodeLeader:
         assert self._listener is not None
         return int(self._listener.getsockname()[1])
 
+    @property
+    def num_missing(self) -> int:
+        """Nodes that are not here."""
+        return self._settings.nodes - 1 - len(self._members)
+
     async def gather(self) -> Generation:
         """Wait for all nodes, for as long as it takes, and start a generation with them."""
         while True:

@@ -112,6 +112,7 @@ async def generation_of(
 
 async def test_plans_go_from_rank_0_to_each_rank_of_another_node(settings: MakeSettings) -> None:
     async with leading(settings()) as leader, generation_of(leader, settings(1)) as (generation, _, ranks):
+        assert leader.num_missing == 0
         for rank, (leads, follows) in enumerate(zip(generation.sockets, ranks, strict=True), 2):
             plan = Message(Kind.PLAN, payload=bytes([rank]) * 100_000)
             sending = asyncio.create_task(asyncio.to_thread(EngineChannel(leads).send, plan))
@@ -248,6 +249,7 @@ async def test_a_node_that_leaves_ends_the_generation(settings: MakeSettings) ->
     async with leading(settings()) as leader, generation_of(leader, settings(1)) as (generation, connection, _):
         connection.close()
         ended = await asyncio.wait_for(generation.first_end(), PATIENCE)
+        assert leader.num_missing == 1
         assert ended.startswith("node 1 has left: the connection ")
 
 
