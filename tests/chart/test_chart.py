@@ -1,4 +1,4 @@
-"""The chart with ten sets of values: what Kubernetes' own schemas say, and what every pod must have."""
+"""The chart with eleven sets of values: what Kubernetes' own schemas say, and what every pod must have."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from chart_values import NEW_ENOUGH, VALUES, environment, rendered
 from helm_chart import CHART, ROOT, Manifest, component, of_kind, refusal, render, run_helm, workloads
 from scalellm.services.common.health import LIVENESS
 from scalellm.services.executor.config import ExecutorSettings
@@ -20,67 +21,6 @@ from scalellm.services.tokenizer.config import TokenizerSettings
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="NOT tested: run `make setup-dev`")
 
-SECURE = {"security": {"enabled": True}}
-SCALED = {"enabled": True, "minReplicas": 0, "maxReplicas": 9}
-VALUES: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "secure": SECURE,
-    "secure behind a gateway": {"security": {"enabled": True, "edgeTls": False, "secretPrefix": "mine"}},
-    "clients with certificates": {
-        "security": {"enabled": True, "clientCertificates": True, "edgeName": "api.example.com"},
-        "tokenizer": {"service": {"type": "LoadBalancer", "loadBalancerSourceRanges": ["203.0.113.0/24"]}},
-    },
-    "pools": {
-        "model": "/var/lib/scalellm/models/llama",
-        "models": {"pull": False, "volume": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}},
-        "executors": [
-            {"name": "cpu", "replicas": 2, "settings": {"quantization": "int8"}},
-            {
-                "name": "gpu",
-                "device": "cuda",
-                "maxSurge": 0,
-                "maxUnavailable": 1,
-                "runtimeClassName": "nvidia",
-                "nodeSelector": {"accelerator": "h200"},
-                "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-                "modelVolume": {"hostPath": {"path": "/srv/models", "type": "Directory"}},
-                "kernelVolume": {"hostPath": {"path": "/srv/kernels", "type": "DirectoryOrCreate"}},
-                "settings": {"max_num_batched_tokens": 1000000, "memory_fraction": 0.85, "prefix_cache": True},
-            },
-            {
-                "name": "large",
-                "device": "cuda",
-                "model": "/var/lib/scalellm/models/mixtral-8x7b",
-                "tensorParallel": 4,
-                "settings": {"model_name": "mixtral", "expert_parallel": 2},
-            },
-        ],
-    },
-    "scaled": {"executors": [{"name": "cpu", "autoscaling": SCALED}], "scheduler": {"replicas": 3}},
-    "scaled and secure": {
-        **SECURE,
-        "executors": [{"name": "cpu", "autoscaling": SCALED}, {"name": "spare"}],
-        "monitoring": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
-    },
-    "a Redis of one's own": {
-        "redis": {"url": "redis+sentinel://a:26379,b:26379/main/0", "externalPorts": [26379, 6379]},
-        "monitoring": {"serviceMonitor": {"enabled": True}},
-    },
-    "an address of Redis from a Secret": {
-        "redis": {"urlSecret": {"name": "redis", "key": "url"}},
-        "tokenizer": {"env": [{"name": "OTEL_SERVICE_NAME", "value": "edge"}], "settings": {"log_format": "json"}},
-        "models": {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}]},
-    },
-    "one of each and nothing else": {
-        "fullnameOverride": "llm",
-        "image": {"registry": "registry.example/", "tag": "1.2.3", "pullSecrets": [{"name": "pull"}]},
-        "tokenizer": {"replicas": 1, "autoscaling": {"enabled": False}, "preStopSeconds": 0, "drainLimitSeconds": 5},
-        "scheduler": {"replicas": 1, "drainLimitSeconds": 600},
-        "redis": {"persistence": {"enabled": False}},
-        "networkPolicy": {"enabled": False},
-        "podDisruptionBudgets": {"enabled": False},
-    },
-}
 FOREIGN = {
     "ScaledObject": "keda.sh/v1alpha1",
     "TriggerAuthentication": "keda.sh/v1alpha1",
@@ -92,11 +32,6 @@ PORTS = {"tokenizer": 50051, "scheduler": 50052, "executor": 50061, "redis": 637
 every_set = pytest.mark.parametrize("name", VALUES)
 
 
-@cache
-def rendered(name: str, kubernetes: str = "1.37.0") -> list[Manifest]:
-    return render(VALUES[name], kubernetes)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _schemas_are_read_once() -> Iterator[None]:
     """The definitions of a version are megabytes, and would be read for every object."""
@@ -105,21 +40,14 @@ def _schemas_are_read_once() -> Iterator[None]:
         yield
 
 
-def environment(container: Manifest) -> dict[str, Any]:
-    """Variables by name; fails for one that is given twice."""
-    names = [entry["name"] for entry in container["env"]]
-    assert len(names) == len(set(names))
-    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
-
-
 @every_set
 @pytest.mark.parametrize("kubernetes", ["1.25.0", "1.37.0"])
 def test_the_api_takes_every_object(name: str, kubernetes: str) -> None:
-    for manifest in rendered(name, kubernetes):
+    for manifest in rendered(name, max(kubernetes, NEW_ENOUGH.get(name, kubernetes))):
         if manifest["kind"] in FOREIGN:
             assert manifest["apiVersion"] == FOREIGN[manifest["kind"]]
         else:
-            kubernetes_validate.validate(manifest, kubernetes, strict=True)
+            kubernetes_validate.validate(manifest, max(kubernetes, NEW_ENOUGH.get(name, kubernetes)), strict=True)
 
 
 @every_set
@@ -165,7 +93,9 @@ def test_selectors_find_exactly_their_pods(name: str) -> None:
     labels = {each: load["spec"]["template"]["metadata"]["labels"] for each, load in workloads(manifests).items()}
 
     def found(selector: dict[str, str]) -> set[str]:
-        return {each for each, own in labels.items() if selector.items() <= own.items()}
+        # The number of a pod within its StatefulSet is a label that the cluster gives.
+        wanted = {key: value for key, value in selector.items() if key != POD_INDEX}
+        return {each for each, own in labels.items() if wanted.items() <= own.items()}
 
     for each, workload in workloads(manifests).items():
         assert found(workload["spec"]["selector"]["matchLabels"]) == {each}
@@ -179,7 +109,8 @@ def test_selectors_find_exactly_their_pods(name: str) -> None:
             assert all(ports[port["targetPort"]] == port["port"] for port in service["spec"]["ports"])
     budgets = of_kind(manifests, "PodDisruptionBudget")
     for each, budget in budgets.items():
-        assert len(found(budget["spec"]["selector"]["matchLabels"])) == 1, each
+        targets = found(budget["spec"]["selector"]["matchLabels"])
+        assert len({labels[target].get("scalellm/pool", target) for target in targets}) == 1, each
     policies = of_kind(manifests, "NetworkPolicy")
     covered = set[str]().union(*(found(policy["spec"]["podSelector"]["matchLabels"]) for policy in policies.values()))
     assert covered == (set(labels) if policies else set())
@@ -200,7 +131,7 @@ def test_the_services_know_every_setting_and_one_another(name: str, monkeypatch:
         variables = environment(container)
         with monkeypatch.context() as patch:
             for variable, value in variables.items():
-                patch.setenv(variable, value if isinstance(value, str) else "redis://from-a-secret:6379/0")
+                patch.setenv(variable, value if isinstance(value, str) else TOLD.get(str(value), FROM_A_SECRET))
             known = {f"SCALELLM_{service.upper()}_{field.upper()}" for field in SETTINGS[service].model_fields}
             assert {one for one in variables if one.startswith("SCALELLM_")} <= known | HEALTH, each
             settings = SETTINGS[service](_cli_parse_args=[])
@@ -212,12 +143,21 @@ def test_the_services_know_every_setting_and_one_another(name: str, monkeypatch:
             assert services[host]["spec"]["publishNotReadyAddresses"] is True
             assert [int(port)] == [entry["port"] for entry in services[host]["spec"]["ports"]]
         if service == "scheduler":
-            assert len(addresses) == sum(component(other) == "executor" for other in workloads(manifests).values())
+            assert len(addresses) == len(pools(manifests))
         url = getattr(settings, "redis_url", None)
         if url is not None and url.startswith("redis://") and "from-a-secret" not in url:
             assert url.removeprefix("redis://").partition(":")[0] in services
 
 
+def pools(manifests: list[Manifest]) -> set[str]:
+    """Pools that have executors."""
+    executors = (load for load in workloads(manifests).values() if component(load) == "executor")
+    return {load["metadata"]["labels"]["scalellm/pool"] for load in executors}
+
+
+POD_INDEX = "apps.kubernetes.io/pod-index"
+TOLD = {str({"fieldRef": {"fieldPath": f"metadata.labels['{POD_INDEX}']"}}): "1"}
+FROM_A_SECRET = "redis://from-a-secret:6379/0"
 HEALTH = {f"SCALELLM_HEALTH_TLS_{name}" for name in ("CA", "CERT", "KEY", "NAME")}
 
 
@@ -366,12 +306,48 @@ def test_an_executor_of_several_gpus_has_them_and_memory_to_share() -> None:
     assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
 
 
+def test_an_executor_over_hosts_is_a_group_of_pods_that_find_their_first() -> None:
+    manifests = rendered("over hosts")
+    services = of_kind(manifests, "Service")
+    groups = {name: load for name, load in workloads(manifests).items() if "-huge-" in name}
+    assert set(groups) == {f"line-scalellm-executor-huge-{number}" for number in range(3)}
+    for name, group in groups.items():
+        spec = group["spec"]
+        assert (group["kind"], spec["replicas"], spec["podManagementPolicy"]) == ("StatefulSet", 2, "Parallel")
+        (container,) = spec["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+        variables = environment(container)
+        assert (variables["SCALELLM_EXECUTOR_TENSOR_PARALLEL"], variables["SCALELLM_EXECUTOR_NODES"]) == ("16", "2")
+        assert str(variables["SCALELLM_EXECUTOR_NODE_RANK"]) in TOLD
+        assert variables["SCALELLM_EXECUTOR_LEADER"] == f"{name}-0.{spec['serviceName']}.space.svc:50071"
+        assert variables["SCALELLM_EXECUTOR_LINK_TOKEN_FILE"]
+        nodes = services[spec["serviceName"]]["spec"]
+        assert (nodes["clusterIP"], nodes["publishNotReadyAddresses"]) == ("None", True)
+    # The schedulers are told of node 0 of each group alone.
+    assert services["line-scalellm-executor-huge"]["spec"]["selector"][POD_INDEX] == "0"
+    executor = {"app.kubernetes.io/component": "executor"}
+    policy = of_kind(manifests, "NetworkPolicy")["line-scalellm-executor"]["spec"]
+    for rules, peers in ((policy["ingress"], "from"), (policy["egress"], "to")):
+        open_to = [rule[peers] for rule in rules if peers in rule and "ports" not in rule]
+        assert [executor.items() <= peer["podSelector"]["matchLabels"].items() for (peer,) in open_to] == [True]
+    others = of_kind(rendered("secure"), "NetworkPolicy")["line-scalellm-executor"]["spec"]
+    assert all("ports" in rule for rule in [*others["ingress"], *others["egress"]])
+
+
+def test_an_executor_over_hosts_takes_a_new_kubernetes() -> None:
+    done = run_helm("template", "line", str(CHART), "--kube-version", "1.27.0", values=VALUES["over hosts"])
+    assert "pool huge: nodes: above 1 takes Kubernetes 1.28" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
         ({"tokeniser": {}}, "tokeniser"),
         ({"executors": []}, "executors"),
-        ({"executors": [{"name": "a", "nodes": 2}]}, "nodes"),
+        ({"executors": [{"name": "a", "nodes": 0}]}, "nodes"),
+        ({"executors": [{"name": "a", "nodes": 2}]}, "pool a: nodes: 2 does not divide tensorParallel, 1"),
+        ({"executors": [{"name": "a", "nodes": 2, "tensorParallel": 2}]}, "security.enabled has to be true"),
+        ({"executors": [{"name": "a", "settings": {"nodes": 2}}]}, "/settings/nodes"),
         ({"executors": [{"name": "a", "tensorParallel": 0}]}, "tensorParallel"),
         ({"executors": [{"name": "a", "settings": {"tensor_parallel": 2}}]}, "/settings/tensor_parallel"),
         ({"executors": [{"name": "a", "device": "tpu"}]}, "device"),

@@ -5,13 +5,16 @@
 {{- .Values.fullnameOverride | default $name | trunc 30 | trimSuffix "-" -}}
 {{- end }}
 
-{{/* Labels by which pods of a component are found. Takes {root, component, pool}. */}}
+{{/* Labels by which pods of a component are found. Takes {root, component, pool, group}. */}}
 {{- define "scalellm.selector" -}}
 app.kubernetes.io/name: scalellm
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- with .pool }}
 scalellm/pool: {{ . }}
+{{- end }}
+{{- with .group }}
+scalellm/group: {{ . | quote }}
 {{- end }}
 {{- end }}
 
@@ -229,6 +232,20 @@ of them, where NAME=MODEL stands for a name that a pool's settings give.
 {{- end -}}
 {{- if and $pool.autoscaling.enabled (gt (int $pool.autoscaling.minReplicas) (int $pool.autoscaling.maxReplicas)) -}}
 {{- fail (printf "executors: pool %s: autoscaling: minReplicas is above maxReplicas" .name) -}}
+{{- end -}}
+{{- if gt (int $pool.nodes) 1 -}}
+{{- if mod (int $pool.tensorParallel) (int $pool.nodes) -}}
+{{- fail (printf "executors: pool %s: nodes: %v does not divide tensorParallel, %v" .name $pool.nodes $pool.tensorParallel) -}}
+{{- end -}}
+{{- if not $.Values.security.enabled -}}
+{{- fail (printf "executors: pool %s: nodes: %v hosts know one another by the link token: security.enabled has to be true" .name $pool.nodes) -}}
+{{- end -}}
+{{- if $pool.autoscaling.enabled -}}
+{{- fail (printf "executors: pool %s: autoscaling: not of executors over several hosts (nodes)" .name) -}}
+{{- end -}}
+{{- if semverCompare "<1.28.0-0" $.Capabilities.KubeVersion.Version -}}
+{{- fail (printf "executors: pool %s: nodes: above 1 takes Kubernetes 1.28" .name) -}}
+{{- end -}}
 {{- end -}}
 {{- $names = append $names .name -}}
 {{- $pools = append $pools $pool -}}
