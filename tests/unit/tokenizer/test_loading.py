@@ -58,6 +58,7 @@ MANY_EXAMPLES = settings(max_examples=200)
 TEXTS = st.one_of(st.text(max_size=30), st.text(st.sampled_from("ab 12\n\t'é数😀▁<>|"), max_size=30))
 
 
+@pytest.mark.slow  # transformers takes ten seconds to read this file; test_sentence_piece reads a small one of its kind
 @MANY_EXAMPLES
 @given(text=st.one_of(st.sampled_from(SAMPLES), TEXTS))
 def test_gemma3_encodes_like_transformers(text: str, gemma3: ModelTokenizer, gemma3_oracle: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.services.tokenizer.text.loading import load_model_tokenizer
@@ -16,6 +17,12 @@ from service_processes import RedisProcess, start_redis
 @pytest.fixture(scope="session")
 def smollm(model_dir: Callable[[str], Path]) -> ModelTokenizer:
     return load_model_tokenizer(model_dir("smollm2-135m-instruct"))
+
+
+@pytest.fixture(scope="session")
+def smollm_oracle(smollm: ModelTokenizer) -> PreTrainedTokenizerFast:
+    """transformers' tokenizer of the same vocabulary. Made once: it copies all of it."""
+    return PreTrainedTokenizerFast(tokenizer_object=smollm.tokenizer, **smollm.special_tokens)
 
 
 @pytest.fixture(scope="session")

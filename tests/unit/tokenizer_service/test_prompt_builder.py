@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -25,34 +26,35 @@ TEMPLATE = """\
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}, {"persona": {"<|im_end|>": ["<|im_start|>", 1]}}])
-@pytest.mark.parametrize("continues", [False, True])
-@pytest.mark.parametrize("is_text", [False, True])
-async def test_variables_reach_the_template_like_transformers(smollm: ModelTokenizer, kwargs, continues, is_text):
+async def test_variables_reach_the_template_like_transformers(
+    smollm: ModelTokenizer, smollm_oracle: PreTrainedTokenizerFast, kwargs
+):
     said = [("user", "1 + 1?"), ("assistant", "It is")]
-    chat = generation_pb2.Chat(
-        messages=[generation_pb2.ChatMessage(role=role, content=content) for role, content in said],
-        template_kwargs=json.dumps(kwargs) if kwargs else "",
-        continue_final_message=continues,
-        content_is_text=is_text,
-    )
-    oracle = PreTrainedTokenizerFast(tokenizer_object=smollm.tokenizer)
-    read = oracle.apply_chat_template(
-        [{"role": role, "content": content} for role, content in said],
-        chat_template=TEMPLATE,
-        add_generation_prompt=not continues,
-        continue_final_message=continues,
-        tokenize=False,
-        **kwargs,
-    )
     async with PromptBuilder(replace(smollm, chat_templates={"default": TEMPLATE})) as builder:
-        request = generation_pb2.GenerateRequest(chat=chat)
-        prompt = await builder.build(request, None, caller="", max_model_len=1000)
-        text = await builder.render(chat, caller="")
-    assert text.plain == read
-    ids = list(prompt.token_ids)
-    assert smollm.tokenizer.decode(ids, skip_special_tokens=False) == read
-    if not is_text:
-        assert ids == oracle.encode(read, add_special_tokens=False)
-    # What stands in a variable is text where contents are.
-    ends = ids.count(smollm.tokenizer.token_to_id("<|im_end|>"))
-    assert ends == 2 - continues + ("persona" in kwargs and not is_text and not continues)
+        for continues, is_text in itertools.product((False, True), repeat=2):
+            case = f"{continues=}, {is_text=}"
+            chat = generation_pb2.Chat(
+                messages=[generation_pb2.ChatMessage(role=role, content=content) for role, content in said],
+                template_kwargs=json.dumps(kwargs) if kwargs else "",
+                continue_final_message=continues,
+                content_is_text=is_text,
+            )
+            read = smollm_oracle.apply_chat_template(
+                [{"role": role, "content": content} for role, content in said],
+                chat_template=TEMPLATE,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                tokenize=False,
+                **kwargs,
+            )
+            request = generation_pb2.GenerateRequest(chat=chat)
+            prompt = await builder.build(request, None, caller="", max_model_len=1000)
+            text = await builder.render(chat, caller="")
+            assert text.plain == read, case
+            ids = list(prompt.token_ids)
+            assert smollm.tokenizer.decode(ids, skip_special_tokens=False) == read, case
+            if not is_text:
+                assert ids == smollm_oracle.encode(read, add_special_tokens=False), case
+            # What stands in a variable is text where contents are.
+            ends = ids.count(smollm.tokenizer.token_to_id("<|im_end|>"))
+            assert ends == 2 - continues + ("persona" in kwargs and not is_text and not continues), case
