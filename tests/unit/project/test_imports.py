@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,28 @@ def modules(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Names of all modules that a file imports, at any depth of the file."""
+@functools.cache
+def read(path: Path) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Names of all modules that a file imports, at any depth of the file, and of the functions that it calls.
+
+    Each file is parsed once, for all tests.
+    """
+    names: list[str] = []
+    called: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names.append(node.module or "")
+            names += (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            called.add(node.func.id)
+    return tuple(names), frozenset(called)
+
+
+def imported(path: Path) -> tuple[str, ...]:
+    return read(path)[0]
 
 
 def offenders(folder: str, *forbidden: str) -> list[str]:
@@ -92,9 +106,7 @@ def test_no_code_over_the_wire() -> None:
     for folder in ("kernels", "services", "clients"):
         assert offenders(folder, "pickle", "marshal", "shelve", "dill", "cloudpickle") == []
         for path in modules(folder):
-            calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-            names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
-            assert not names & {"eval", "exec"}, path
+            assert not read(path)[1] & {"eval", "exec"}, path
 
 
 _HEAVY = ("torch", "triton", "scalellm.kernels", "transformers", "numpy", "gguf")
