@@ -13,9 +13,10 @@ How a Triton form is added
    sizes of tiles may, comes from `launch.tile`; see `kernels.tiles`. An argument that needs e4m3 is held against the
    device by `launch.capability.require_e4m3`.
 2. `_TRITON` below gets a line: the file and what the device must have.
-3. `tests/kernels/interp/test_<file>.py` compares it with float64 on the interpreter (fixture `ops`: all Triton forms).
-4. `kernels/aot/manifest.py` gets a case for every variant that serving uses: a call on `meta` tensors. Then
-   `make aot AOT_ARGS=--write` adds the new lines to the baseline; look at them before committing.
+3. `kernels/spec/<file>.py` gets its cases: small ones, on which every form is compared with float64; those of every
+   variant that serving uses, which are compiled, and run on a GPU; and what else only a GPU gets through.
+4. `make aot AOT_ARGS=--write` adds the new variants to the baseline; look at them before committing.
+5. `tests/kernels/interp/test_<file>_interp.py` has what is no comparison with float64 (fixture `ops`: Triton forms).
 """
 
 import functools

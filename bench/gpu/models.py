@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.cases.case import E4M3, Maker
 from bench.gpu.device import Device
 from bench.gpu.roofline import Precision
 from scalellm.kernels import (
@@ -22,6 +21,7 @@ from scalellm.kernels import (
     sample_workspace_size,
     select_ops,
 )
+from scalellm.kernels.spec.case import E4M3, Maker
 from scalellm.services.executor.models import (
     PRESETS,
     CausalLM,

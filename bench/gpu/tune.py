@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.cases.case import Maker
 from bench.gpu.device import Call, Device
 from bench.gpu.timing import num_sets, time_op
 from bench.gpu.worker import make_device
 from bench.gpu.workloads import all_workloads
 from bench.gpu.workloads.workload import Workload
 from scalellm.kernels import Capability, Launch, Ops, select_ops
+from scalellm.kernels.spec.case import Maker
 from scalellm.kernels.tiles import Tile, TileTable, device_slug, read_table, tile_table
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "kernels/configs"

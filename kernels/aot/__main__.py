@@ -11,8 +11,8 @@ import triton
 
 from scalellm.kernels.aot.compiler import Report, compile_variant
 from scalellm.kernels.aot.gate import read_baseline, violations, write_baseline
-from scalellm.kernels.aot.manifest import CASES
 from scalellm.kernels.aot.recorder import record
+from scalellm.kernels.spec import SERVED
 
 _SMS = (80, 90, 100)
 _BASELINE = Path(__file__).with_name(f"baseline-triton-{triton.__version__}.json")
@@ -30,7 +30,7 @@ def main() -> int:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
 
     start = time.perf_counter()
-    tasks = [(i, sm) for i, case in enumerate(CASES) if args.only in case.name for sm in _SMS if sm >= case.min_sm]
+    tasks = [(i, sm) for i, case in enumerate(SERVED) if args.only in case.name for sm in _SMS if sm >= case.min_sm]
     with ProcessPoolExecutor(args.jobs) as pool:
         results = pool.map(partial(_compile_case, cache=args.cache), tasks)
         reports = {(sm, name): report for found in results for (sm, name), report in found.items()}
@@ -45,7 +45,9 @@ def main() -> int:
         failures += violations(sm, name, report, baseline.get(f"sm_{sm} {name}") if baseline else report)
     named = {f"sm_{sm} {name}": report for (sm, name), report in reports.items()}
     if not args.only:
-        failures += [f"{name}: is in the baseline and not in the manifest" for name in baseline.keys() - named.keys()]
+        failures += [
+            f"{name}: is in the baseline and no specification serves it" for name in baseline.keys() - named.keys()
+        ]
     if not baseline and not args.write:
         print(f"there is no {_BASELINE.name}: nothing to compare with")
     print(f"{len(reports)} variants, {time.perf_counter() - start:.0f} s, triton {triton.__version__}")
@@ -62,7 +64,7 @@ def main() -> int:
 def _compile_case(task: tuple[int, int], cache: Path) -> dict[tuple[int, str], Report]:
     """Compile what one case launches; in a process of the pool, so it records anew instead of being sent kernels."""
     index, sm = task
-    return {(sm, v.name): compile_variant(v, sm, cache) for v in record(CASES[index], sm)}
+    return {(sm, v.name): compile_variant(v, sm, cache) for v in record(SERVED[index], sm)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Finds out which variants an op launches, by calling it on tensors that have no memory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels.capability import Capability
-from scalellm.kernels.dispatch import Ops, select_ops
+from scalellm.kernels.dispatch import select_ops
 from scalellm.kernels.launch import Launch, check_arguments
+from scalellm.kernels.spec.case import Case
 from scalellm.kernels.tiles import Tile, tuned_devices
 
 _TYPES = {
@@ -25,21 +25,6 @@ _TYPES = {
 }
 _ALIGNED = [["tt.divisibility", 16]]  # as torch's allocator gives it: allows loads of 128 bits
 NUM_SMS = {80: 108, 90: 132, 100: 148}
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A call of one op as serving makes it: on `meta` tensors, with `out` and `workspace` given.
-
-    `call` gets the ops chosen for the device compiled for. Cases below `min_sm` are left out. `allocates` says that the
-    op makes tensors of its own in this case, as some do for prompts, which no captured graph has.
-    """
-
-    name: str
-    call: Callable[[Ops], object]
-    dtype: torch.dtype = torch.bfloat16
-    min_sm: int = 80
-    allocates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +102,7 @@ def record(case: Case, sm: int) -> list[Variant]:
 def recorded(case: Case, capability: Capability) -> Recorder:
     """Make the call of a case for a device, and return the launches."""
     recorder = Recorder(capability, f"{case.name} [{capability.name}]" if capability.name else case.name)
-    case.call(select_ops(recorder.capability, dtype=case.dtype, launch=recorder))
+    case.trace(select_ops(recorder.capability, dtype=case.dtype, launch=recorder))
     if not recorder.variants:
         raise ValueError(f"{case.name}: launched no kernel")
     return recorder

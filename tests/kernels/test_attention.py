@@ -1,12 +1,10 @@
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from virtual_memory import virtual_tensor
 
-LENS = [0, 1, 15, 16, 17, 33]  # around a page of 16
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -43,51 +41,10 @@ def check(result, expected, dtype=torch.float32):
     torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(2, 2), (9, 3), (4, 1), (7, 1), (16, 2)])
-def test_mixed_batch_against_the_definition(
-    ops, paged_case: Callable, attention_oracle: Callable, q_heads, kv_heads, head_dim
-):
-    lens = [*LENS, 33, 40, 20]
-    q_lens = [1, 1, 1, 1, 1, 1, 33, 17, 0]  # padding, decode, a whole prompt, a chunk, nothing this step
-    case = paged_case(lens, q_lens, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim)
-    check(run(ops, case), attention_oracle(case, scale=head_dim**-0.5))
-
-
-@pytest.mark.parametrize("page", [16, 32, 64])
-@pytest.mark.parametrize("offset", [-1, 0, 1])
-def test_lengths_around_a_page(ops, paged_case, attention_oracle, page, offset):
-    n = page + offset
-    case = paged_case([n, n, n, 2 * page + offset], [1, n, 3, 1], page=page, head_dim=64)
-    check(run(ops, case), attention_oracle(case, scale=0.125))
-
-
-@pytest.mark.parametrize("window", [1, 7, 16, 17, 100])
-def test_window_never_reads_what_left_it(ops, paged_case, attention_oracle, window):
-    case = paged_case([0, 1, 15, 16, 17, 70, 70, 70], [1, 1, 1, 1, 1, 1, 70, 30], window=window)
-    check(run(ops, case, window=window), attention_oracle(case, scale=0.125, window=window))
-
-
 def test_window_far_smaller_than_a_long_prompt(ops, paged_case, attention_oracle):
     # Whole key tiles of the product are masked for the late queries.
     case = paged_case([1300], [1300], q_heads=1, kv_heads=1, head_dim=64)
     check(run(ops, case, window=5), attention_oracle(case, scale=0.125, window=5))
-
-
-@pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("window", [0, 9])
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_softcap_and_sinks(ops, paged_case, attention_oracle, softcap, window, with_sinks):
-    case = paged_case([0, 1, 17, 33, 20], [1, 1, 1, 33, 5], q_heads=6, kv_heads=2)
-    sinks = torch.linspace(-1, 2, 6) if with_sinks else None
-    options = {"softcap": softcap, "window": window, "sinks": sinks}
-    check(run(ops, case, **options), attention_oracle(case, scale=0.125, **options))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(ops, paged_case, attention_oracle, dtype):
-    case = paged_case([0, 1, 17, 33], [1, 1, 1, 20], dtype=dtype)
-    check(run(ops, case), attention_oracle(case, scale=0.125), dtype)
 
 
 def precision_of(ops) -> torch.dtype:
@@ -108,23 +65,6 @@ def test_a_cache_of_half_precision(ops, paged_case, attention_oracle, dtype, win
     check(decode(ops, decodes, window=window), expected, precision_of(ops))
 
 
-def test_e4m3_cache_with_scales(ops, paged_case, attention_oracle):
-    case = paged_case([0, 17, 33], [1, 1, 20])
-    k8, v8 = (case.k_cache / 0.5).to(torch.float8_e4m3fn), (case.v_cache / 0.25).to(torch.float8_e4m3fn)
-    rounded = type(case)(
-        case.q,
-        k8,
-        v8,
-        case.block_table,
-        case.cu_seqlens_q,
-        case.seq_lens,
-        [(k / 0.5).to(torch.float8_e4m3fn).double() * 0.5 for k in case.k],
-        [(v / 0.25).to(torch.float8_e4m3fn).double() * 0.25 for v in case.v],
-    )
-    expected = attention_oracle(rounded, scale=0.125)
-    check(run(ops, rounded, k_scale=0.5, v_scale=torch.tensor(0.25)), expected, precision_of(ops))
-
-
 def decode(ops, case, **options):
     out = torch.full_like(case.q, torch.nan)
     result = ops.paged_attention_decode(
@@ -140,18 +80,6 @@ def decode(ops, case, **options):
     )
     assert result is out
     return out
-
-
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (16, 2.0), (0, 2.0)])
-@pytest.mark.parametrize(
-    ("q_heads", "kv_heads", "head_dim"), [(2, 2, 64), (9, 3, 64), (4, 1, 256), (7, 1, 128), (8, 1, 96), (10, 2, 64)]
-)
-def test_decode_against_the_definition(ops, paged_case, attention_oracle, q_heads, kv_heads, head_dim, window, softcap):
-    lens = [*LENS, 64, 65, 130]
-    options = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window}
-    case = paged_case(lens, [1] * len(lens), **options)
-    expected = attention_oracle(case, scale=0.125, window=window, softcap=softcap)
-    check(decode(ops, case, window=window, softcap=softcap), expected)
 
 
 @pytest.mark.parametrize("window", [0, 1500])

@@ -95,8 +95,8 @@ def committed():
 @pytest.mark.parametrize(("op", "file"), list(committed()))
 def test_every_committed_rule_is_compiled_ahead_of_time(op, file):
     pytest.importorskip("triton")
-    from scalellm.kernels.aot.manifest import CASES
     from scalellm.kernels.aot.recorder import NUM_SMS, recorded
+    from scalellm.kernels.spec import SERVED
 
     sm = json.loads(file.read_text())["compute_capability"]
     assert sm in NUM_SMS, "the gate compiles for other devices"
@@ -105,7 +105,7 @@ def test_every_committed_rule_is_compiled_ahead_of_time(op, file):
     if op == "num_decode_splits":  # is asked for by the cases of decode, without a launch
         assert len(table.rules) == 1
         return
-    cases = [case for case in CASES if case.name.split()[0] == op and case.min_sm <= sm]
+    cases = [case for case in SERVED if case.op == op and case.min_sm <= sm]
     chosen = [tile for case in cases for tile in recorded(case, capability).tiles]
     for i, (_, tile) in enumerate(table.rules):
         assert any(tile is other for other in chosen), f"rules[{i}] is chosen by no case"

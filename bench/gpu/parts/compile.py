@@ -11,8 +11,8 @@ from typing import Any
 from bench.gpu.part import Bench, Findings
 from bench.gpu.worker import die_with_parent
 from scalellm.kernels import Capability, Launch, select_ops
-from scalellm.kernels.aot.manifest import CASES
 from scalellm.kernels.launch import check_arguments
+from scalellm.kernels.spec import SERVED
 
 _MOST_PROCESSES = 12
 _OF_A_DRY_RUN = 8  # cases
@@ -49,7 +49,7 @@ class Compile:
         A dry run only goes through the calls: the interpreter compiles nothing.
         """
         capability, dry = bench.device.capability, bench.device.dry_run
-        chosen = [i for i, case in enumerate(CASES) if case.min_sm <= capability.sm]
+        chosen = [i for i, case in enumerate(SERVED) if case.min_sm <= capability.sm]
         if dry:
             chosen = chosen[:_OF_A_DRY_RUN]
         processes = 1 if dry else max(1, min(_MOST_PROCESSES, (os.cpu_count() or 1) - 1))
@@ -57,7 +57,7 @@ class Compile:
         pool = ProcessPoolExecutor(
             processes, mp_context=multiprocessing.get_context("spawn"), initializer=die_with_parent
         )
-        tasks = {pool.submit(compile_case, i, capability, dry): CASES[i].name for i in chosen}
+        tasks = {pool.submit(compile_case, i, capability, dry): SERVED[i].name for i in chosen}
         try:
             for task in as_completed(tasks, timeout=None if dry else max(0.0, bench.seconds_left())):
                 with found.attempt(f"compile {tasks[task]}", bench.device):
@@ -72,11 +72,11 @@ class Compile:
 
 def compile_case(index: int, capability: Capability, dry_run: bool) -> int:
     """Compile what one case launches, and return the number of its launches."""
-    case = CASES[index]
+    case = SERVED[index]
     if dry_run:
         from scalellm.kernels.aot.recorder import recorded
 
         return len(recorded(case, capability).variants)
     launch = CompilingLaunch(capability)
-    case.call(select_ops(capability, dtype=case.dtype, launch=launch))
+    case.trace(select_ops(capability, dtype=case.dtype, launch=launch))
     return launch.compiled

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bench.gpu.cases import all_cases
-from bench.gpu.cases.case import Case, Maker, bit_equal
 from bench.gpu.device import Device
 from bench.gpu.part import Bench, Findings
 from scalellm.kernels import Launch, select_ops
 from scalellm.kernels.dispatch import OP_NAMES
+from scalellm.kernels.spec import BRIEF, ON_DEVICE
+from scalellm.kernels.spec.case import Case, Maker, bit_equal
 
 _GIB = 2**30
 
@@ -18,7 +18,7 @@ class Graphs:
     def run(self, bench: Bench, found: Findings) -> None:
         """Run every case of a Triton form that parity has compiled already; a row for each op."""
         counts: dict[str, list[int]] = {name: [] for name in OP_NAMES}
-        for case in all_cases(tiny=bench.device.dry_run):
+        for case in BRIEF if bench.device.dry_run else ON_DEVICE:
             if bench.seconds_left() < 0:
                 found.note("graphs: the rest is left out: the budget is spent")
                 break

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu.cases.case import E4M3, Maker, bit_equal
 from bench.gpu.device import Device
 from bench.gpu.engines import Load, engine_config, make_runner, serve
 from bench.gpu.models import (
@@ -23,6 +22,7 @@ from bench.gpu.models import (
 )
 from bench.gpu.part import Bench, Findings
 from scalellm.kernels import Launch
+from scalellm.kernels.spec.case import E4M3, Maker, bit_equal
 from scalellm.services.executor.engine import Engine
 from scalellm.services.executor.models import PRESETS, CausalLM, allocate_kv_caches
 

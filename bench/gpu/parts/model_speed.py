@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.gpu.cases.case import Maker
 from bench.gpu.models import (
     FORMATS,
     PAGE,
@@ -19,6 +18,7 @@ from bench.gpu.models import (
 from bench.gpu.part import Bench, Findings
 from bench.gpu.roofline import H200_TARGETS, Ceilings, ModelShape, Precision, step_floor_us
 from bench.gpu.timeline import kernels_of
+from scalellm.kernels.spec.case import Maker
 from scalellm.services.executor.models import PRESETS, CausalLM, KVCache, ModelConfig
 from scalellm.services.executor.models.context import kv_bytes_per_token
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from bench.gpu.cases import all_cases
-from bench.gpu.cases.case import Case
 from bench.gpu.part import Bench, Findings
 from bench.gpu.parts.graphs import replay
 from scalellm.kernels import Launch, select_ops
+from scalellm.kernels.spec import BRIEF, ON_DEVICE, one_of_each
 
 _GIB = 2**30
 
@@ -18,7 +17,7 @@ class OpsOnce:
         """Run the cases; a row and the checks of each as it ends."""
         device = bench.device
         launch = Launch(device.capability)
-        cases = one_of_each(all_cases(tiny=device.dry_run))
+        cases = BRIEF if device.dry_run else one_of_each(ON_DEVICE)
         for i, case in enumerate(cases):
             if bench.seconds_left() < 0:
                 found.note(f"ops: {len(cases) - i} cases left out: the time is spent")
@@ -37,11 +36,3 @@ class OpsOnce:
                     form=ops.backends[case.op],
                     captured=variants is not None,
                 )
-
-
-def one_of_each(cases: list[Case]) -> list[Case]:
-    """Return the first case of each op, dtype and dtype of the cache, of those that take the least memory."""
-    chosen: dict[tuple[object, ...], Case] = {}
-    for case in sorted(cases, key=lambda case: case.gibibytes):
-        chosen.setdefault((case.op, case.dtype, case.kv_cache_dtype, case.min_sm), case)
-    return list(chosen.values())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.gpu.cases.case import E4M3, Maker
 from bench.gpu.device import Call
 from bench.gpu.part import Bench, Findings
 from bench.gpu.roofline import LLAMA_8B, Ceilings, linear
 from bench.gpu.timing import num_sets, time_op
 from scalellm.kernels.reference.scaled_mm import scaled_mm
+from scalellm.kernels.spec.case import E4M3, Maker
 
 _ROWS = (1, 8, 16, 64, 256)
 

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bench.gpu.cases.case import Maker, bit_equal
 from bench.gpu.device import Device
 from bench.gpu.engines import Load, engine_config, kv_caches, make_runner, runner_device, serve
 from bench.gpu.part import Bench, Findings
 from bench.gpu.second_rank import FORM, NUM_RANKS, rank_of_model, whole_model
+from scalellm.kernels.spec.case import Maker, bit_equal
 from scalellm.services.executor.engine import Engine, EngineConfig
 from scalellm.services.executor.ipc import EngineChannel
 from scalellm.services.executor.models.shard import Collectives

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from bench.gpu.cases.case import Maker
 from bench.gpu.part import Bench, Findings
 from bench.gpu.roofline import Ceilings
 from bench.gpu.timing import Timing, num_sets, time_op
 from bench.gpu.workloads import all_workloads
 from bench.gpu.workloads.workload import Workload
 from scalellm.kernels import Launch, select_ops
+from scalellm.kernels.spec.case import Maker
 
 
 class Roofline:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.cases.case import E4M3, Maker
 from bench.gpu.device import Call
 from bench.gpu.roofline import LLAMA_8B, Cost, ModelShape, decode_attention, prefill_attention
 from bench.gpu.workloads.workload import Workload
 from scalellm.kernels import Ops, decode_workspace, num_decode_splits
+from scalellm.kernels.spec.case import E4M3, Maker
 
 _BF16 = torch.bfloat16
 _PAGE = 64

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from bench.gpu.cases.case import E4M3, Maker
-from bench.gpu.cases.moe import route
 from bench.gpu.device import Call
 from bench.gpu.roofline import LLAMA_8B, MIXTRAL, Cost, ModelShape, expert_layer, linear
 from bench.gpu.workloads.workload import Workload
 from scalellm.kernels import WNA16_INTERLEAVE, Ops, fused_moe_workspace_size
+from scalellm.kernels.spec.case import E4M3, Maker
+from scalellm.kernels.spec.moe import route
 
 _BF16 = torch.bfloat16
 _GROUP = 128

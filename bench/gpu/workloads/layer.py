@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.gpu.cases.case import E4M3, Maker
 from bench.gpu.device import Call
 from bench.gpu.roofline import LLAMA_8B, QWEN3_8B, Cost, ModelShape
 from bench.gpu.workloads.workload import Workload
 from scalellm.kernels import Ops
+from scalellm.kernels.spec.case import E4M3, Maker
 
 _BF16 = torch.bfloat16
 _TARGET = 0.85

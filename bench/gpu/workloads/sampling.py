@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
-from bench.gpu.cases.case import Maker
 from bench.gpu.device import Call
 from bench.gpu.roofline import LLAMA_8B, Cost
 from bench.gpu.workloads.workload import Workload
 from scalellm.kernels import Ops, SampleOutput, sample_workspace_size
+from scalellm.kernels.spec.case import Maker
 
 Kind = Literal["greedy", "draw", "top-p 0.95 peaked", "top-p 0.95 flat"]
 # Of the logits. At 5 some 200 of 128,256 tokens hold 95 % of the mass, about as many as a model's; at 1 some 95,000 do,

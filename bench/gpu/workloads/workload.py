@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu.cases.case import Maker
 from bench.gpu.device import Call
 from bench.gpu.roofline import Cost
 from scalellm.kernels import Ops
+from scalellm.kernels.spec.case import Maker
 
 
 @dataclass(frozen=True, slots=True)

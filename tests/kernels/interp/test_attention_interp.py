@@ -11,8 +11,6 @@ from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
-LENS = [0, 1, 15, 16, 17]  # around a page of 16
-GROUPS = [(2, 2), (6, 2), (4, 1), (7, 1), (8, 1)]
 
 
 def unified(ops, case, **options):
@@ -68,78 +66,6 @@ def e4m3(case, k_scale, v_scale):
         k=[(k / k_scale).to(E4M3).double() * k_scale for k in case.k],
         v=[(v / v_scale).to(E4M3).double() * v_scale for v in case.v],
     )
-
-
-@pytest.mark.parametrize(("q_heads", "kv_heads"), GROUPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_batch(ops, paged_case, attention_oracle, dtype, q_heads, kv_heads):
-    # Padding, decode, a whole prompt, a chunk, a sequence that has no part in this step.
-    case = paged_case([*LENS, 33, 40, 20], [1, 1, 1, 1, 1, 33, 17, 0], q_heads=q_heads, kv_heads=kv_heads, dtype=dtype)
-    check(unified(ops, case), attention_oracle(case, scale=0.125), dtype)
-
-
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_head_sizes(ops, paged_case, attention_oracle, dtype, head_dim):
-    case = paged_case([17, 33], [1, 9], head_dim=head_dim, dtype=dtype)
-    check(unified(ops, case), attention_oracle(case, scale=head_dim**-0.5), dtype)
-    rows = paged_case([1, 33], [1, 1], head_dim=head_dim, dtype=dtype)
-    for num_splits in (1, 2):
-        check(decode(ops, rows, num_splits), attention_oracle(rows, scale=head_dim**-0.5), dtype)
-
-
-@pytest.mark.parametrize("page", [16, 32, 64])
-def test_lengths_around_a_page(ops, paged_case, attention_oracle, page):
-    lens = [page - 1, page, page + 1, 2 * page + 1]
-    for dtype in (torch.float32, torch.bfloat16):  # key tiles of 32 and of 64: parts of a page, a page, several
-        case = paged_case(lens, [1, page, 3, 1], page=page, q_heads=2, kv_heads=1, dtype=dtype)
-        check(unified(ops, case), attention_oracle(case, scale=0.125), dtype)
-        rows = paged_case(lens, [1] * 4, page=page, q_heads=2, kv_heads=1, dtype=dtype)
-        check(decode(ops, rows, 2), attention_oracle(rows, scale=0.125), dtype)
-
-
-@pytest.mark.parametrize(
-    ("window", "page", "dtype"),
-    [(w, 16, torch.float32) for w in (1, 7, 16, 33, 100)] + [(w, 64, torch.bfloat16) for w in (1, 63, 64, 65)],
-)
-def test_what_left_the_window_is_not_read(ops, paged_case, attention_oracle, window, page, dtype):
-    shape = {"q_heads": 2, "kv_heads": 1, "window": window, "page": page, "dtype": dtype}
-    case = paged_case([0, 1, 17, 70, 90], [1, 1, 1, 40, 30], **shape)
-    check(unified(ops, case, window=window), attention_oracle(case, scale=0.125, window=window), dtype)
-    rows = paged_case([0, 1, 17, 70, 130], [1] * 5, **shape)
-    expected = attention_oracle(rows, scale=0.125, window=window)
-    for num_splits in (1, 4):
-        check(decode(ops, rows, num_splits, window=window), expected, dtype)
-
-
-@pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize(("window", "softcap"), [(0, 2.0), (9, 0.0), (9, 2.0)])
-def test_softcap_and_sinks(ops, paged_case, attention_oracle, softcap, window, with_sinks):
-    case = paged_case([0, 1, 33, 20], [1, 1, 33, 5], q_heads=6, kv_heads=2)
-    sinks = torch.linspace(-1, 2, 6) if with_sinks else None
-    options = {"softcap": softcap, "window": window, "sinks": sinks}
-    check(unified(ops, case, **options), attention_oracle(case, scale=0.125, **options))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_e4m3_cache_with_scales(ops, paged_case, attention_oracle, dtype):
-    case = e4m3(paged_case([0, 17, 33], [1, 1, 20], dtype=dtype), 0.5, 0.25)
-    expected = attention_oracle(case, scale=0.125)
-    check(unified(ops, case, k_scale=0.5, v_scale=torch.tensor(0.25)), expected, dtype)
-    rows = e4m3(paged_case([0, 17, 65], [1, 1, 1], dtype=dtype), 0.5, 0.25)
-    expected = attention_oracle(rows, scale=0.125, softcap=3.0)
-    check(decode(ops, rows, 2, k_scale=torch.tensor(0.5), v_scale=0.25, softcap=3.0), expected, dtype)
-
-
-@pytest.mark.parametrize(
-    ("num_splits", "dtype"), [(1, torch.float32), (3, torch.float32), (4, torch.float32), (3, torch.bfloat16)]
-)
-@pytest.mark.parametrize(("q_heads", "kv_heads"), GROUPS)
-def test_decode_in_shares(ops, paged_case, attention_oracle, q_heads, kv_heads, num_splits, dtype):
-    # Fewer tiles than shares, as many, and more.
-    lens = [0, 1, 32, 33, 130]
-    case = paged_case(lens, [1] * len(lens), q_heads=q_heads, kv_heads=kv_heads, dtype=dtype)
-    check(decode(ops, case, num_splits), attention_oracle(case, scale=0.125), dtype)
 
 
 def test_shares_of_a_full_batch_have_no_fewer_keys_than_the_table_says(ops, launch, paged_case, attention_oracle):

@@ -4,12 +4,10 @@ import pytest
 import torch
 
 from bench.gpu import tune
-from bench.gpu.cases import all_cases, all_checks
-from bench.gpu.cases.case import Maker
 from bench.gpu.device import DryRunDevice
 from bench.gpu.workloads import all_workloads
 from scalellm.kernels import select_ops
-from scalellm.kernels.dispatch import OP_NAMES
+from scalellm.kernels.spec.case import Maker
 from scalellm.kernels.tiles import TILED_OPS, read_table, tile_table
 
 CPU = torch.device("cpu")
@@ -21,26 +19,12 @@ def ops_for(launch, case):
     return select_ops(launch.capability, dtype=torch.bfloat16, kv_cache_dtype=case.kv_cache_dtype, launch=launch)
 
 
-@pytest.mark.parametrize("case", all_checks(tiny=True), ids=lambda case: case.name)
-def test_case(launch, case):
-    outcome = case.check(ops_for(launch, case), CPU)
-    assert outcome.passed, outcome
-
-
 @pytest.mark.parametrize("workload", all_workloads(tiny=True), ids=lambda workload: workload.name)
 def test_workload(launch, workload):
     if workload.op != "sample":  # seconds on the interpreter, and a case above
         workload.bind(ops_for(launch, workload), Maker.on(CPU))()
     if workload.own is not None:
         workload.own(Maker.on(CPU))()
-
-
-@pytest.mark.parametrize("tiny", [False, True])
-def test_every_op_has_a_case_and_names_are_different(tiny):
-    for listed in (all_checks(tiny=tiny), all_workloads(tiny=tiny)):
-        names = [item.name for item in listed]
-        assert len(set(names)) == len(names)
-    assert {case.op for case in all_cases(tiny=tiny)} == set(OP_NAMES)
 
 
 def test_a_faster_tile_replaces_that_of_the_rule_its_calls_choose(monkeypatch, tmp_path):

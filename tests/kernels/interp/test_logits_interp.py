@@ -49,16 +49,6 @@ def assert_same(ops, vocab, arguments):
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1100])
-@pytest.mark.parametrize("masked_rows", [None, [2, 0]])
-def test_all_at_once(ops, vocab, masked_rows):
-    assert_same(ops, vocab, everything(vocab, masked_rows=masked_rows))
-
-
-def test_more_entries_than_a_program_takes(ops):
-    assert_same(ops, 400, everything(400, biases=300, seen=700))
-
-
 GROUPS = (
     ("temperature",),
     ("bitmask",),

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from bench.gpu.cases.case import E4M3, compare
 from bench.gpu.device import DryRunDevice, Span
 from bench.gpu.parts.sanitizer import judge
 from bench.gpu.roofline import ASSUMED, LLAMA_8B, MIXTRAL, Ceilings, Cost, step_floor_us
 from bench.gpu.timeline import kernels_of
 from bench.gpu.timing import num_sets, time_op
+from scalellm.kernels.spec.case import E4M3, compare
 
 H200 = Ceilings(copy=4300, read=4300, bf16=790, fp8=1580, gap_us=1.3)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.gpu.cases.case import Maker, Outcome
-from scalellm.kernels import Ops
+from scalellm.kernels.dispatch import Ops
+from scalellm.kernels.spec.case import Maker, Outcome
 
 _FP32 = torch.float32
 
@@ -113,20 +113,19 @@ def _plateau(make: Maker, vocab: int) -> Tensor:
     return row
 
 
-def cases(*, tiny: bool) -> list[DrawCase]:
-    """The softmax without filters; the sets of top-k, also in the middle of a tie, and of top-p."""
-    vocab, rows, rounds = (300, 2, 1) if tiny else (128256, 512, 20)
+def _spread(make: Maker, vocab: int) -> Tensor:
+    return make.randn(vocab) * 2
 
-    def spread(make: Maker, n: int) -> Tensor:
-        return make.randn(n) * 2
 
-    found = [DrawCase("follows the softmax", vocab, rows, rounds, spread, chi_square)]
-    if tiny:
-        return [*found, DrawCase("top-k 1", vocab, rows, rounds, spread, same_set(1, 1.0), top_k=1)]
-    return [
-        *found,
-        DrawCase("top-k 2 in a tie of 3", vocab, rows, rounds, _plateau, same_set(2, 1.0), top_k=2),
-        DrawCase("top-k 7 in a tie of 3", vocab, rows, rounds, _plateau, same_set(7, 1.0), top_k=7),
-        DrawCase("top-p 0.6", vocab, rows, rounds, _plateau, same_set(0, 0.6), top_p=0.6),
-        DrawCase("top-k 8, top-p 0.7", vocab, rows, rounds, _plateau, same_set(8, 0.7), top_k=8, top_p=0.7),
-    ]
+SMALL = (
+    DrawCase("follows the softmax of few", 300, 2, 1, _spread, chi_square),
+    DrawCase("top-k 1 of few", 300, 2, 1, _spread, same_set(1, 1.0), top_k=1),
+)
+_OF_LLAMA = 128256, 512, 20
+LARGE = (
+    DrawCase("follows the softmax", *_OF_LLAMA, _spread, chi_square),
+    DrawCase("top-k 2 in a tie of 3", *_OF_LLAMA, _plateau, same_set(2, 1.0), top_k=2),
+    DrawCase("top-k 7 in a tie of 3", *_OF_LLAMA, _plateau, same_set(7, 1.0), top_k=7),
+    DrawCase("top-p 0.6", *_OF_LLAMA, _plateau, same_set(0, 0.6), top_p=0.6),
+    DrawCase("top-k 8, top-p 0.7", *_OF_LLAMA, _plateau, same_set(8, 0.7), top_k=8, top_p=0.7),
+)

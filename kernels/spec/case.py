@@ -1,4 +1,4 @@
-"""Cases: an op, its inputs, and the comparison of its results."""
+"""Cases: an op, its inputs, and the comparison of its results with float64."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalellm.kernels import Ops
+from scalellm.kernels.capability import Capability
+from scalellm.kernels.cpu.cache import can_have_layout, keys_by_token
+from scalellm.kernels.dispatch import Ops
 
-E4M3 = torch.float8_e4m3fn
+BF16, FP16, FP32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+FLOATS = (FP32, BF16, FP16)
+META = torch.device("meta")
 
 # Of a row's norm, or of an element next to the largest of its row. Results are rounded once or a few times to their
 # dtype (half a unit: 2^-9 for bfloat16), and products are of operands so rounded.
@@ -21,15 +25,15 @@ _CODES_APART = 0.01  # share of e4m3 codes that may be one off: at the midpoint 
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Random tensors on one device, the same ones for the same seed."""
+    """Random tensors on one device, the same ones for the same seed; on `meta` tensors without memory or numbers."""
 
     device: torch.device
-    generator: torch.Generator
+    generator: torch.Generator | None
 
     @classmethod
     def on(cls, device: torch.device, seed: int = 0) -> Maker:
         """Begin with a seed."""
-        return cls(device, torch.Generator(device).manual_seed(seed))
+        return cls(device, None if device == META else torch.Generator(device).manual_seed(seed))
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
         """Return normally distributed numbers."""
@@ -94,9 +98,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One op on one set of inputs.
+    """One op on one set of inputs, on whatever device it is asked to run.
 
-    `tolerance` replaces that of the result's dtype; `kv_cache_dtype` is for the choice of ops.
+    `bind` makes the inputs for the forms in `ops`. `dtype` and `kv_cache_dtype` are for the choice of forms.
+    `tolerance` replaces what `TOLERANCE` has for a result's dtype. Devices below `min_sm` do not have what it needs.
+    `allocates` says that the op makes tensors of its own here, as some do for prompts, which no captured graph has.
     """
 
     op: str
@@ -108,11 +114,16 @@ class Case:
     min_sm: int = 80
     gibibytes: float = 1.0
     """Memory it takes, at most."""
+    allocates: bool = False
 
     @property
     def name(self) -> str:
         """Name of the case, different from all others'."""
         return f"{self.op} {self.what}"
+
+    def trace(self, ops: Ops) -> None:
+        """Call the op on tensors without memory: what it would launch is seen, and nothing is computed."""
+        self.bind(ops, Maker.on(META)).run()
 
     def check(self, ops: Ops, device: torch.device) -> Outcome:
         """Run it and compare."""
@@ -121,12 +132,46 @@ class Case:
         bound.run()
         worst = Outcome(True, 0.0, 0.0)
         for name, result in bound.results.items():
-            outcome = compare(result, expected[name], self.tolerance or TOLERANCE.get(result.dtype))
+            tolerance = TOLERANCE.get(result.dtype) if self.tolerance is None else self.tolerance
+            outcome = compare(result, expected[name], tolerance)
             if not outcome.passed:
                 detail = f"{name}: {outcome.detail or f'error {outcome.error:.2e}'}"
                 return Outcome(False, outcome.error, outcome.tolerance, detail)
             worst = max(worst, outcome, key=lambda found: found.error)
         return worst
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """All cases of the ops of a file.
+
+    Attributes:
+        small: sizes that the interpreter gets through. Run by every form: torch and C++ (`make test`), Triton on its
+            interpreter (`make test-kernels`).
+        served: what serving launches, for the shapes of the presets. Compiled by `make aot`, run by `make gpu`.
+        large: what else a GPU is to show: dtypes, lengths and widths that no preset has. Run by `make gpu`.
+    """
+
+    small: tuple[Case, ...]
+    served: tuple[Case, ...]
+    large: tuple[Case, ...] = ()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name in those of cases."""
+    return str(dtype).removeprefix("torch.").replace("float8_e4m3fn", "e4m3")
+
+
+def capability_of(ops: Ops) -> Capability:
+    """Return the device that forms were chosen for."""
+    return Capability.of(torch.device("cpu")) if ops.launch is None else ops.launch.capability
+
+
+def lay_keys(ops: Ops, keys: Tensor) -> Tensor:
+    """Return keys [num_blocks, page, Hkv, D] as they lie in the cache of the forms of `ops`."""
+    if ops.library is None or not can_have_layout(keys.shape[1], keys.shape[3]):
+        return keys
+    return keys_by_token(keys.permute(0, 2, 3, 1).contiguous())
 
 
 def bit_equal(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The calls of the manifest: each reaches a kernel without making a tensor and without asking for a tensor's values."""
+"""What is compiled ahead of time: each case reaches a kernel without making a tensor or asking for its values."""
 
 from dataclasses import replace
 
@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scalellm.kernels import Capability, select_ops
 from scalellm.kernels.aot.compiler import Loop, Report, pipelined_loops
 from scalellm.kernels.aot.gate import violations
-from scalellm.kernels.aot.manifest import CASES
 from scalellm.kernels.aot.recorder import Recorder
+from scalellm.kernels.spec import SERVED
 
 
 class NoAllocation(TorchDispatchMode):
@@ -26,7 +26,7 @@ class StrictOps:
     """Ops that may not allocate; making the arguments of a call may."""
 
     def __init__(self, ops):
-        self.launch = ops.launch
+        self.launch, self.library = ops.launch, ops.library
         self._ops = ops
 
     def __getattr__(self, name):
@@ -37,22 +37,17 @@ class StrictOps:
         return call
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.allocates], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in SERVED if not case.allocates], ids=lambda case: case.name)
 def test_case_launches_without_allocating(case):
     recorder = Recorder(Capability(sm=100, num_sms=148), case.name)
-    case.call(StrictOps(select_ops(recorder.capability, dtype=case.dtype, launch=recorder)))
+    case.trace(StrictOps(select_ops(recorder.capability, dtype=case.dtype, launch=recorder)))
     assert recorder.variants
 
 
-def test_names_are_unique():
-    names = [case.name for case in CASES]
-    assert len(names) == len(set(names))
-
-
-def test_every_triton_op_has_a_case():
+def test_every_triton_op_is_compiled():
     ops = select_ops(Capability(sm=90, num_sms=132), dtype=torch.bfloat16)
     expected = {name for name, backend in ops.backends.items() if backend == "triton"}
-    assert expected <= {case.name.split()[0] for case in CASES}
+    assert expected <= {case.op for case in SERVED}
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,0 @@
-"""One file of cases for each file of kernels."""
