@@ -1,5 +1,7 @@
 """A tiny random Llama and a runner for it."""
 
+from dataclasses import replace
+
 import torch
 
 from scalellm.services.executor.engine import EngineConfig
@@ -34,6 +36,19 @@ MODEL = ModelConfig(
     final_softcap=0.0,
     eos_token_ids=(2,),
 )
+
+
+def with_experts(config: ModelConfig) -> ModelConfig:
+    """Return the same with a mixture of experts in all layers but the first."""
+    return replace(
+        config,
+        architecture="Qwen3MoeForCausalLM",
+        num_experts=4,
+        num_experts_per_token=2,
+        moe_intermediate_size=80,
+        norm_topk_prob=True,
+        sparse_layers=(False, *[True] * (config.num_layers - 1)),
+    )
 
 
 def random_model(runtime: ModelRuntime | None = None) -> CausalLM:

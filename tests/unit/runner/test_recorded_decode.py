@@ -7,7 +7,7 @@ import torch
 
 import engine_kit
 from grammar_kit import VOCABULARY
-from runner_kit import CPU, MODEL
+from runner_kit import CPU, MODEL, with_experts
 from scalellm.kernels import Capability, select_ops
 from scalellm.kernels.dispatch import Backend
 from scalellm.services.executor.engine.engine import Engine
@@ -27,15 +27,7 @@ from scalellm.services.executor.runner.model_runner import ModelRunner
 from scalellm.services.executor.runner.recorded_decode import RecordedDecode
 
 WIDE = replace(MODEL, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, head_dim=32)
-MIXTURE = replace(
-    WIDE,
-    architecture="Qwen3MoeForCausalLM",
-    num_experts=4,
-    num_experts_per_token=2,
-    moe_intermediate_size=80,
-    norm_topk_prob=True,
-    sparse_layers=(False, *[True] * (WIDE.num_layers - 1)),
-)
+MIXTURE = with_experts(WIDE)
 
 
 def model_of(quantization: str, config: ModelConfig = WIDE, **overrides: Backend) -> CausalLM:

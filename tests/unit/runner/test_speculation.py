@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import engine_kit
 from grammar_kit import ids_of, json_grammar, make_compiler, steps
-from runner_kit import CPU, MODEL
+from runner_kit import CPU, MODEL, with_experts
 from scalellm.kernels import Capability, select_ops
 from scalellm.kernels.dispatch import Backend
 from scalellm.services.executor.engine import Engine, EngineConfig, EngineRequest
@@ -27,11 +27,12 @@ CONFIG = engine_kit.make_config(
 
 
 @functools.cache
-def model_of(quantization: str, **overrides: Backend) -> CausalLM:
+def model_of(quantization: str, *, experts: bool = False, **overrides: Backend) -> CausalLM:
     ops = select_ops(Capability.of(CPU), dtype=torch.float32, overrides=overrides)
     if ops.library is None:
         pytest.skip("there is no compiler")
-    return dummy_model(WIDE, ModelRuntime(ops, quantization=Quantization(quantization)))  # type: ignore[arg-type]
+    runtime = ModelRuntime(ops, quantization=Quantization(quantization))  # type: ignore[arg-type]
+    return dummy_model(with_experts(WIDE) if experts else WIDE, runtime)
 
 
 def answers(
@@ -89,7 +90,7 @@ samplings = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("quantization", ["int8", "none"])
+@pytest.mark.parametrize(("quantization", "experts"), [("int8", False), ("none", False), ("int8", True)])
 @settings(max_examples=8)
 @given(
     seed=st.integers(0, 1000),
@@ -98,9 +99,9 @@ samplings = st.fixed_dictionaries(
     num_blocks=st.sampled_from((4, 12)),
 )
 def test_answers_are_those_without_drafts(
-    quantization: str, seed: int, kind: str, kinds: list[dict[str, object]], num_blocks: int
+    quantization: str, experts: bool, seed: int, kind: str, kinds: list[dict[str, object]], num_blocks: int
 ) -> None:
-    model, config = model_of(quantization), replace(CONFIG, num_blocks=num_blocks)
+    model, config = model_of(quantization, experts=experts), replace(CONFIG, num_blocks=num_blocks)
     requests = [
         engine_kit.make_request(handle, [handle + 3, 5, 8] * (1 + handle), **sampling)
         for handle, sampling in enumerate(kinds)
@@ -110,9 +111,10 @@ def test_answers_are_those_without_drafts(
     assert told(got) == told(expected)
 
 
+@pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("quantization", ["int8", "none"])
-def test_right_drafts_save_steps_and_wrong_ones_cost_none(quantization: str) -> None:
-    model = model_of(quantization)
+def test_right_drafts_save_steps_and_wrong_ones_cost_none(quantization: str, experts: bool) -> None:
+    model = model_of(quantization, experts=experts)
     requests = [engine_kit.make_request(0, [3, 5, 8], max_tokens=41, ignore_eos=True, temperature=1.0)]
     expected, plain = answers(model, requests, None)
     got = {kind: answers(model, requests, as_without(requests, kind, expected)) for kind in ("right", "wrong")}
@@ -125,8 +127,9 @@ def test_right_drafts_save_steps_and_wrong_ones_cost_none(quantization: str) -> 
     assert (plain.stats().speculation, got["right"][1].stats().speculation) == ("off", "on")
 
 
-def test_preempted_sequences_go_on_with_drafts() -> None:
-    model, config = model_of("int8"), replace(CONFIG, num_blocks=4)
+@pytest.mark.parametrize("experts", [False, True])
+def test_preempted_sequences_go_on_with_drafts(experts: bool) -> None:
+    model, config = model_of("int8", experts=experts), replace(CONFIG, num_blocks=4)
     requests = [
         engine_kit.make_request(handle, [handle + 3, 5, 8], max_tokens=50, ignore_eos=True, seed=handle)
         for handle in range(4)
