@@ -21,9 +21,17 @@ class TorchCollectives:
     """The collectives of this process's default group."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Add up in place."""
-        dist.all_reduce(tensor)
-        return tensor
+        """Add up in place, on a CPU in the order of the ranks.
+
+        The order of gloo's own sum depends on the tensor's size, so that a row's would depend on the rows beside it.
+        """
+        if tensor.device.type != "cpu":
+            dist.all_reduce(tensor)
+            return tensor
+        first, *others = self.all_gather(tensor)
+        for other in others:
+            first += other
+        return tensor.copy_(first)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Stack by rank."""
