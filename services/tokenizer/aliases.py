@@ -49,7 +49,7 @@ class Alias:
         """
 
         def arrival(model: str) -> float:
-            """Of exponential distribution with the weight as its rate: the first to arrive is chosen."""
+            """Time of exponential distribution with the weight as its rate: the first to arrive is chosen."""
             digest = hashlib.blake2b(f"{tenant}\0{model}\0".encode() + identity, digest_size=8).digest()
             return -math.log((int.from_bytes(digest, "big") + 1) / (2**64 + 1)) / self._weights[model]
 

@@ -107,7 +107,7 @@ class Answer:
     prompt_likeliest: list[int] = field(default_factory=list)
     """The same for the prompt."""
     ends: dict[int, generation_pb2.SampleFinished] = field(default_factory=dict)
-    """What the last Delta of each sample told of its end."""
+    """Ends of the samples, as the last Delta of each told."""
     code: grpc.StatusCode | None = None
     details: str = ""
     trailers: dict[str, str | bytes] = field(default_factory=dict)

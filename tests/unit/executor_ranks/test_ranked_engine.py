@@ -156,7 +156,7 @@ OneRank = Callable[..., engine_kit.Collector]
 
 @pytest.fixture(scope="module")
 def one_rank(compiler: LlGrammarCompiler) -> OneRank:
-    """What an engine of one rank answers on the CPU; asked again, it is not computed again."""
+    """Answers of an engine of one rank on the CPU; asked again, they are not computed again."""
     known: dict[str, engine_kit.Collector] = {}
 
     def ask(config: ModelConfig, limits: EngineConfig, moved: float = 0.0) -> engine_kit.Collector:

@@ -28,7 +28,7 @@ def write(path: Path, text: str) -> Path:
 
 
 class Began:
-    """What requests began with, in place of Redis."""
+    """Beginnings of requests, in place of Redis."""
 
     def __init__(self) -> None:
         self.models: dict[str, str] = {}
