@@ -12,6 +12,8 @@ from typing import Any
 from scalellm.kernels.capability import Capability
 from scalellm.kernels.tiles import Tile, tile_table
 
+_OVERLAP_MIN_SM = 90  # of programmatic dependent launch
+
 
 class Launch:
     """Launches kernels on one device, each compiled variant straight from a dictionary once it has been seen.
@@ -21,6 +23,7 @@ class Launch:
     - has its runtime parameters first and its constexprs after them, and
     - lists every runtime integer in `do_not_specialize`, or Triton would compile again when one is 1 or a multiple
       of 16; what the code generator should know (strides, head counts) is a constexpr.
+    A kernel with a constexpr `OVERLAPS` gets it from here, see `kernels.triton.overlap`.
 
     After `seal`, a variant never seen before is still compiled and run, and counted in `late_variants`: requests waited
     for the compiler, which warm-up was there to prevent. Not safe for concurrent use.
@@ -29,7 +32,7 @@ class Launch:
     def __init__(self, capability: Capability) -> None:
         self.capability = capability
         self.late_variants: list[str] = []  # names of kernels, one entry for each variant; an alarm when not empty
-        self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
         self._sealed = False
 
     def tile(self, op: str, **sizes: int) -> Tile:
@@ -53,7 +56,7 @@ class Launch:
             args: the runtime arguments in the order of the kernel's parameters: tensors, numbers and None.
             num_warps: warps of a program.
             num_stages: depth of the pipeline that loads ahead.
-            constexprs: all other parameters.
+            constexprs: all other parameters, but for `OVERLAPS`.
 
         Raises:
             TypeError: the arguments are not the kernel's parameters, or Triton would specialise on one.
@@ -63,15 +66,15 @@ class Launch:
         key = (kernel, num_warps, num_stages, *map(_specialisation, args), *constexprs.values())
         variant = self._variants.get(key)
         if variant is not None and variant[0] is not None:
-            compiled, tail = variant
+            compiled, tail, _ = variant
             compiled[(*grid, 1, 1)[:3]](*args, *tail)
             return
-        tail = check_arguments(kernel, args, constexprs) if variant is None else variant[1]
-        compiled = kernel[grid](*args, *tail, num_warps=num_warps, num_stages=num_stages)
+        tail, options = complete(kernel, self.capability, args, constexprs) if variant is None else variant[1:]
+        compiled = kernel[grid](*args, *tail, num_warps=num_warps, num_stages=num_stages, **options)
         if variant is None:
             if self._sealed:
                 self.late_variants.append(kernel.__name__)
-            self._variants[key] = (compiled, tail)  # the interpreter compiles nothing: None
+            self._variants[key] = (compiled, tail, options)  # the interpreter compiles nothing: None
 
     @property
     def num_variants(self) -> int:
@@ -95,16 +98,28 @@ class Launch:
         self._sealed = True
 
 
-def check_arguments(kernel: Any, args: tuple[Any, ...], constexprs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the constexprs in the order of the kernel's parameters, having held the rules of `Launch`."""
+def complete(
+    kernel: Any, capability: Capability, args: tuple[Any, ...], constexprs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the constexprs in the order of the kernel's parameters, and options beside warps and stages.
+
+    Raises:
+        TypeError: a rule of `Launch` is not kept.
+    """
     names = list(kernel.arg_names)
+    options: dict[str, Any] = {}
+    if "OVERLAPS" in names:
+        overlaps = capability.sm >= _OVERLAP_MIN_SM and hasattr(kernel, "params")  # the interpreter knows no such thing
+        constexprs = {**constexprs, "OVERLAPS": overlaps}
+        if overlaps:
+            options["launch_pdl"] = True
     if set(names[len(args) :]) != constexprs.keys():
         expected, got = sorted(names[len(args) :]), sorted(constexprs)
         raise TypeError(f"{kernel.__name__}: after {len(args)} runtime arguments come {expected}, not {got}")
     for parameter, value in zip(getattr(kernel, "params", ()), args, strict=False):  # the interpreter keeps no list
         if isinstance(value, int) and not parameter.do_not_specialize:
             raise TypeError(f"{kernel.__name__}: {parameter.name} is an integer and not in do_not_specialize")
-    return tuple(constexprs[name] for name in names[len(args) :])
+    return tuple(constexprs[name] for name in names[len(args) :]), options
 
 
 def next_power_of_2(n: int) -> int:

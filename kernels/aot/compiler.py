@@ -19,6 +19,7 @@ from scalellm.kernels.aot.recorder import Variant
 _MMA = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 _BUFFER = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d")
 _WAIT = re.compile(r"ttg\.async_wait .*\{num = (\d+) : i32\}")
+_TOUCHES = re.compile(r"\b(?:ld|st|atom|red|prefetch)\.\S*global|\bcp\.async|\bcp\.reduce|\bbra\b|\bcall\b")
 _WIDE = re.compile(r"(?:ld|st)\.global\S*\.(?:v4\.\w32|v2\.\w64|v8\.\w+)|cp\.async\.cg\.|cp\.async\.bulk\.")
 
 
@@ -55,7 +56,11 @@ class Report:
 
 
 def compile_variant(variant: Variant, sm: int, cache: Path) -> Report:
-    """Compile for compute capability `sm` / 10, or return what an earlier run found for the same source."""
+    """Compile for compute capability `sm` / 10, or return what an earlier run found for the same source.
+
+    Raises:
+        ValueError: a kernel that may begin before the one before it has ended does not wait for that first.
+    """
     source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attributes)
     found = [field.name for field in fields(Report)]
     identity = f"{triton.__version__} {found} {source.hash()} {sm} {sorted(variant.options.items())}"
@@ -65,6 +70,8 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Report:
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=variant.options)
     registers, stack = _resource_usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
+    if variant.options.get("launch_pdl") and not waits_first(ptx):
+        raise ValueError(f"sm_{sm} {variant.name}: begins early, and may touch memory before it waits")
     mma = next((name for name, instruction in _MMA.items() if instruction in ptx), "none")
     wide, loops = len(_WIDE.findall(ptx)), pipelined_loops(compiled.asm["ttgir"])
     report = Report(registers, stack, compiled.metadata.shared, mma, wide, loops)
@@ -94,6 +101,12 @@ def pipelined_loops(ttgir: str) -> tuple[Loop, ...]:
         elif end and (wait := _WAIT.search(line)):
             waits.append(int(wait[1]))
     return tuple(found)
+
+
+def waits_first(ptx: str) -> bool:
+    """True if a kernel waits for the one before it ahead of any access to device memory, and on every path."""
+    before, wait, _ = ptx[ptx.index(".entry") :].partition("griddepcontrol.wait;")
+    return bool(wait) and not _TOUCHES.search(before)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

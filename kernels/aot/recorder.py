@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scalellm.kernels.capability import Capability
 from scalellm.kernels.dispatch import select_ops
-from scalellm.kernels.launch import Launch, check_arguments
+from scalellm.kernels.launch import Launch, complete
 from scalellm.kernels.spec.case import Case
 from scalellm.kernels.tiles import Tile, tuned_devices
 
@@ -65,7 +65,8 @@ class Recorder(Launch):
         """Record the launch; an empty grid is refused, as a case that compiles nothing is a mistake."""
         if 0 in grid:
             raise ValueError(f"{self._name}: {kernel.__name__} was launched with the empty grid {grid}")
-        values = (*args, *check_arguments(kernel, args, constexprs))
+        tail, more_options = complete(kernel, self.capability, args, constexprs)
+        values = (*args, *tail)
         signature: dict[str, str] = {}
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -78,7 +79,7 @@ class Recorder(Launch):
                 attributes[i,] = list(_ALIGNED)
             else:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, **more_options}
         name = f"{self._name} {kernel.__name__}"
         before = sum(variant.kernel is kernel for variant in self.variants)
         if before:  # with other constexprs, as a rule: both are to be seen

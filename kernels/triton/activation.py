@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.quant import E4M3, check_epilogue
+from scalellm.kernels.triton.overlap import start_after_the_kernel_before
 from scalellm.kernels.triton.quantise import largest_as_scale, scale_of, to_e4m3
 
 _BLOCK = 1024
@@ -36,7 +37,9 @@ def _gate_and_mul(
     GELU: tl.constexpr,
     SCALE_IN_MEMORY: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < F
@@ -59,8 +62,10 @@ def _gate_and_mul_tokens(
     TOKEN_SCALE_STRIDE: tl.constexpr,
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Quantise each row by its own largest magnitude: one program holds the row in registers."""
+    start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     live = columns < F

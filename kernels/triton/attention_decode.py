@@ -15,6 +15,7 @@ from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.quant import E4M3
 from scalellm.kernels.splits import decode_tickets, decode_workspace, decode_workspace_size, least_tiles
 from scalellm.kernels.triton.attention import LOG2E, as_multiplied, blocks_of, capped, slots_of
+from scalellm.kernels.triton.overlap import start_after_the_kernel_before
 from scalellm.kernels.triton.quantise import scale_of
 
 _AT_ONCE = 4096  # numbers of shares that a program adds up at a time: 32 for each of 128 threads
@@ -143,7 +144,9 @@ def _decode_split(
     SOFTCAP: tl.constexpr,
     K_SCALE_IN_MEMORY: tl.constexpr,
     V_SCALE_IN_MEMORY: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    start_after_the_kernel_before(OVERLAPS)
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)

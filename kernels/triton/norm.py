@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch
 from scalellm.kernels.reference.quant import E4M3, check_epilogue
+from scalellm.kernels.triton.overlap import start_after_the_kernel_before
 from scalellm.kernels.triton.quantise import largest_as_scale, scale_of, to_e4m3
 
 
@@ -27,7 +28,9 @@ def _add_rms_norm(
     GEMMA: tl.constexpr,
     SCALE_IN_MEMORY: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     live = columns < H

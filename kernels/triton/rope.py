@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.quant import E4M3
+from scalellm.kernels.triton.overlap import start_after_the_kernel_before
 from scalellm.kernels.triton.quantise import scale_of, to_e4m3
 
 
@@ -116,8 +117,10 @@ def _qk_norm_rope_and_cache(
     E4M3_CACHE: tl.constexpr,
     K_SCALE_IN_MEMORY: tl.constexpr,
     V_SCALE_IN_MEMORY: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One program: a token's kv head and the q heads that read it."""
+    start_after_the_kernel_before(OVERLAPS)
     D: tl.constexpr = 2 * HALF
     DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalellm.kernels import Capability, select_ops
-from scalellm.kernels.aot.compiler import Loop, Report, pipelined_loops
+from scalellm.kernels.aot.compiler import Loop, Report, pipelined_loops, waits_first
 from scalellm.kernels.aot.gate import violations
 from scalellm.kernels.aot.recorder import Recorder
 from scalellm.kernels.spec import SERVED
@@ -103,3 +103,22 @@ TTGIR = """
 
 def test_how_far_loops_load_ahead_is_read_from_the_compiler():
     assert pipelined_loops(TTGIR) == (Loop(2, 2), Loop(1, 0))
+
+
+ENTRY = ".visible .entry _norm(\n.param .u64 p0\n)\n{\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "proven"),
+    [
+        ("ld.param.b64 %rd1, [p0];\ngriddepcontrol.wait;\nld.global.b32 %r1, [%rd1];", True),
+        ("ld.param.b64 %rd1, [p0];\nld.global.b32 %r1, [%rd1];\ngriddepcontrol.wait;", False),
+        ("@%p1 st.relaxed.gpu.global.b32 [%rd1], %r1;\ngriddepcontrol.wait;", False),
+        ("atom.global.gpu.acq_rel.add.u32 %r1, [%rd1], 1;\ngriddepcontrol.wait;", False),
+        ("cp.async.cg.shared.global [%r1], [%rd1], 16;\ngriddepcontrol.wait;", False),
+        ("@%p1 bra $L__BB0_2;\ngriddepcontrol.wait;\n$L__BB0_2:\nld.global.b32 %r1, [%rd1];", False),
+        ("ld.global.b32 %r1, [%rd1];", False),
+    ],
+)
+def test_a_kernel_that_begins_early_waits_before_it_touches_memory(body, proven):
+    assert waits_first(ENTRY + body + "\nret;\n}\n") is proven

@@ -25,6 +25,11 @@ def specialising(x_ptr, count, N: tl.constexpr):
     tl.store(x_ptr, count + N)
 
 
+@triton.jit
+def overlapping(x_ptr, OVERLAPS: tl.constexpr):
+    tl.store(x_ptr, 2.0 if OVERLAPS else 1.0)
+
+
 class NoDevice:
     """The parts of a driver that a launch uses, without a device. `launched` gets the grid and kernel arguments."""
 
@@ -63,7 +68,7 @@ def launched(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "_active", no_device)
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
-        for kernel in (fill, specialising):
+        for kernel in (fill, specialising, overlapping):
             kernel.device_caches.clear()
         yield no_device.launched
 
@@ -134,6 +139,16 @@ def test_rules_are_held(launched, launch):
         launch(specialising, (1,), x, 3, N=16)
     with pytest.raises(TypeError, match=r"fill: after 4 runtime arguments come \['N', 'TWICE'\], not \['N'\]"):
         launch(fill, (1,), x, 3, 0.5, None, N=16)
+
+
+@pytest.mark.parametrize(("sm", "overlaps"), [(80, False), (90, True)])
+def test_a_kernel_that_waits_itself_is_launched_early_where_the_device_can(launched, sm, overlaps):
+    launch, x = Launch(Capability(sm=sm, num_sms=132)), torch.zeros(16)
+    for _ in range(2):
+        launch(overlapping, (1,), x)
+    (compiled,) = overlapping.device_caches[0][0].values()
+    assert compiled.metadata.launch_pdl is overlaps
+    assert [args[1:] for _, args in launched] == [(overlaps,)] * 2
 
 
 def test_next_power_of_2():

@@ -11,7 +11,7 @@ from typing import Any
 from bench.gpu.part import Bench, Findings
 from bench.gpu.worker import die_with_parent
 from scalellm.kernels import Capability, Launch, select_ops
-from scalellm.kernels.launch import check_arguments
+from scalellm.kernels.launch import complete
 from scalellm.kernels.spec import SERVED
 
 _MOST_PROCESSES = 12
@@ -35,8 +35,8 @@ class CompilingLaunch(Launch):
         **constexprs: Any,
     ) -> None:
         """Compile the variant that this launch would need."""
-        tail = check_arguments(kernel, args, constexprs)
-        kernel.warmup(*args, *tail, grid=grid, num_warps=num_warps, num_stages=num_stages)
+        tail, options = complete(kernel, self.capability, args, constexprs)
+        kernel.warmup(*args, *tail, grid=grid, num_warps=num_warps, num_stages=num_stages, **options)
         self.compiled += 1
 
 
