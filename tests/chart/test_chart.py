@@ -17,6 +17,7 @@ from helm_chart import CHART, ROOT, Manifest, component, of_kind, refusal, rende
 from scalellm.services.common.health import LIVENESS
 from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.scheduler.config import SchedulerSettings
+from scalellm.services.tokenizer.aliases import read_aliases
 from scalellm.services.tokenizer.config import TokenizerSettings
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="NOT tested: run `make setup-dev`")
@@ -284,6 +285,26 @@ def test_several_models_are_served_by_the_names_that_their_executors_have() -> N
     assert served[0].source == "/var/lib/scalellm/models/llama"  # of requests that name none
 
 
+def test_the_tokenizer_reads_the_aliases_that_are_given(tmp_path: Path) -> None:
+    (container,) = workloads(rendered("pools"))["line-scalellm-tokenizer"]["spec"]["template"]["spec"]["containers"]
+    settings = TokenizerSettings(
+        _cli_parse_args=[],
+        model=environment(container)["SCALELLM_TOKENIZER_MODEL"],
+        aliases=environment(container)["SCALELLM_TOKENIZER_ALIASES"],
+    )
+    assert settings.aliases is not None
+    assert str(settings.aliases.parent) in [mount["mountPath"] for mount in container["volumeMounts"]]
+    config = of_kind(rendered("pools"), "ConfigMap")["line-scalellm-tokenizer-aliases"]
+    file = tmp_path / settings.aliases.name
+    file.write_text(config["data"][file.name])
+    found = read_aliases(file, [model.name for model in settings.served_models])
+    assert {name: alias.main for name, alias in found.items()} == {
+        "chat": "/var/lib/scalellm/models/llama",
+        "gpt-4.1": "mixtral",
+    }
+    assert not of_kind(rendered("defaults"), "ConfigMap")
+
+
 def test_every_model_is_fetched_for_the_tokenizer_and_an_executor_s_own_for_it() -> None:
     pools = [{"name": "a", "model": "org/other"}, {"name": "b"}, {"name": "c"}]
     loads = workloads(render({"executors": pools}))
@@ -360,6 +381,7 @@ def test_an_executor_over_hosts_takes_a_new_kubernetes() -> None:
         ({"executors": [{"name": "a", "autoscaling": {"enabled": True, "minReplicas": 5}}]}, "pool a: autoscaling"),
         ({"scheduler": {"replicas": 0}}, "replicas"),
         ({"tokenizer": {"drainLimitSeconds": 3601}}, "drainLimitSeconds"),
+        ({"tokenizer": {"aliases": {"chat": {"small": 0}}}}, "/aliases/chat/small"),
         ({"redis": {"url": "http://redis"}}, "url"),
         ({"redis": {"urlSecret": {"name": "redis"}}}, "key"),
         ({"models": {"volume": {"emptyDir": {}, "hostPath": {"path": "/m"}}}}, "volume"),

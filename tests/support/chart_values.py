@@ -19,6 +19,9 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "pools": {
         "model": "/var/lib/scalellm/models/llama",
+        "tokenizer": {
+            "aliases": {"chat": {"/var/lib/scalellm/models/llama": 95, "mixtral": 5}, "gpt-4.1": {"mixtral": 0.5}}
+        },
         "models": {"pull": False, "volume": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}},
         "executors": [
             {"name": "cpu", "replicas": 2, "settings": {"quantization": "int8"}},
