@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bench.quality import TEXT, form_settings, mean_negative_logprob
@@ -85,6 +86,21 @@ def test_weights_of_16_bits_are_kept(
         expected = oracle(torch.tensor([TOKENS])).logits[0]
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
     assert torch.equal(ours.step({1: TOKENS})[1], got)
+
+
+def test_experts_of_a_layer_that_have_several_dtypes_are_widened(
+    ops: Ops, hf_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One op multiplies all of them."""
+    hf_model("mixtral", head_dim=16).bfloat16().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if ".layers.1." in name and ".experts.1." in name)
+    save_file(tensors | {name: tensors[name].half()}, file, metadata={"format": "pt"})
+    model, _ = load_model(tmp_path, ModelRuntime(ops, quantization=Quantization("keep")), max_model_len=64)
+    for layer, dtype in ((0, torch.bfloat16), (1, torch.float32)):
+        of_layer = [slot for slot in model.weight_slots() if f".layers.{layer}." in slot.name]
+        assert {slot.dest.dtype for slot in of_layer if ".experts." in slot.name} == {dtype}
 
 
 @pytest.mark.slow
