@@ -71,11 +71,17 @@ class FleetWatch:
         task, self._task = self._task, None
         assert task is not None
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        if self._task is None:  # or somebody came meanwhile
-            await self._forget()
+        # The task itself forgets: this call may be cancelled, as its client has gone. `wait` does not pass that on.
+        await asyncio.wait([task])
 
     async def _run(self) -> None:
+        try:
+            await self._take_for_ever()
+        finally:
+            if self._task is None:  # otherwise somebody came meanwhile
+                await self._forget()
+
+    async def _take_for_ever(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + self._interval

@@ -55,6 +55,28 @@ async def test_snapshots_are_taken_once_for_all_watchers_and_not_without_any() -
         assert await again() == b"%d" % (num_taken + 1)
 
 
+async def test_a_call_that_is_cancelled_while_its_watcher_leaves_forgets_all_the_same() -> None:
+    taker, watch = Taker(), None
+
+    async def leave() -> None:
+        async with watch.watching() as following:
+            await following()
+        raise AssertionError("it was cancelled before")
+
+    async def forget() -> None:
+        call.cancel()  # as aiohttp does once the connection is gone
+        await asyncio.sleep(0.001)
+        await taker.forget()
+
+    watch = FleetWatch(taker.take, forget, interval=0.0)
+    call = asyncio.create_task(leave())
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    async with asyncio.timeout(120):
+        while not taker.num_forgotten:
+            await asyncio.sleep(0.001)
+
+
 async def test_a_watcher_too_many_is_refused_and_a_failure_ends_no_other_snapshot() -> None:
     fails = [True, False]
 
