@@ -117,7 +117,7 @@ def fetch_models(context: CliContext, listed: Sequence[str], only_name: str) -> 
         only_name: Name of the model, where it is one; empty: its own.
     """
     if only_name and len(listed) > 1:
-        raise CliError("--served-model-name is for one model; of several: --model NAME=MODEL", ExitCode.USAGE)
+        raise CliError("--served-model-name is for one model; with several use --model NAME=MODEL", ExitCode.USAGE)
     try:
         models = name_models(listed, only_name)
     except ValueError as error:

@@ -84,7 +84,7 @@ def _open_by_sentinel(url: str, timeout: float) -> Redis:
     who, at, hosts = authority.rpartition("@")
     name, slash, database = path.partition("/")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or (slash and not database.isdecimal()):
-        raise ValueError("must name the master behind a slash, and after another one the number of its database")
+        raise ValueError("must end with /MASTER or /MASTER/DATABASE, the database as a number")
     addresses = [split_address(host if _has_port(host) else f"{host}:{_SENTINEL_PORT}") for host in hosts.split(",")]
     # The client's own rules for user, password and query; the host does not matter.
     found = parse_url(f"{scheme.removesuffix('+sentinel')}://{who}{at}host/{database}{question_mark}{query}")

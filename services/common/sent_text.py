@@ -26,4 +26,4 @@ def json_text(value: object, param: str) -> str:
     try:
         return as_text(json.dumps(value, ensure_ascii=False), param)
     except (RecursionError, ValueError):
-        raise StatusError.invalid(param, "is nested too deeply, or holds what is no JSON") from None
+        raise StatusError.invalid(param, "is nested too deeply, or holds a value that JSON does not have") from None

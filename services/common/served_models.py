@@ -40,7 +40,7 @@ def name_models(parts: Sequence[str], only_name: str = "") -> tuple[ServedModel,
         raise ValueError("a model is missing: must be MODEL or NAME=MODEL, with commas between several")
     models = tuple(map(_read_one, parts))
     if only_name and len(models) > 1:
-        raise ValueError("is for one model; of several each is named beside its model: NAME=MODEL")
+        raise ValueError("is for one model; give several models their names with NAME=MODEL")
     if only_name:
         return (models[0]._replace(name=only_name),)
     name, times = Counter(model.name for model in models).most_common(1)[0]

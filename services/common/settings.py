@@ -194,7 +194,7 @@ def _check_variables(cls: type[BaseSettings], prefix: str) -> None:
     known = {f"{prefix}{name.upper()}" for name in cls.model_fields}
     for name in sorted(os.environ):
         if name.upper().startswith(prefix) and name.upper() not in known:
-            raise SettingsError(f"{name} is no setting of this service{did_you_mean(name, known)}")
+            raise SettingsError(f"{name} is not a setting of this service{did_you_mean(name, known)}")
 
 
 def _log_format(cls: type[BaseSettings], arguments: list[str]) -> LogFormat:

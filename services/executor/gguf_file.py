@@ -135,7 +135,7 @@ class GgufFile:
         path, count = self._parts[number], metadata.typed("split.count", int) or 1
         if count != len(self._parts):
             what = f"one of {count} parts" if count > 1 else "not a part of a split model"
-            raise GgufError(f"{path}: split.count says that it is {what}, and its name another thing")
+            raise GgufError(f"{path}: split.count says that it is {what}, but its name says otherwise")
         if count > 1 and metadata.typed("split.no", int) != number:
             raise GgufError(f"{path}: split.no is {shown(metadata.get('split.no'))}; by its name it is {number}")
 

@@ -92,7 +92,7 @@ class TokenizerSettings(LinkingSettings):
     @classmethod
     def _check_log_prompts(cls, value: bool, info: ValidationInfo) -> bool:
         if value and not info.data.get("log_requests"):
-            raise ValueError("needs --log-requests, whose lines it adds the prompts to")
+            raise ValueError("needs --log-requests: it adds the prompts to those log lines")
         return value
 
     @field_validator("http_metrics")

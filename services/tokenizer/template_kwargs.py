@@ -25,7 +25,7 @@ def read_template_kwargs(text: str) -> JsonObject:
     kwargs = parse_object(text.encode(), _FIELD)
     for name in _TAKEN:
         if name in kwargs:
-            raise StatusError.invalid(_FIELD, f"must not name {name}, which is no variable of a request's own")
+            raise StatusError.invalid(_FIELD, f"must not name {name}, which a request cannot set")
     if _is_deeper(kwargs, _MAX_DEPTH):
         raise StatusError.invalid(_FIELD, f"must be at most {_MAX_DEPTH} levels deep")
     try:

@@ -51,7 +51,7 @@ def _check_tools(tools: Sequence[generation_pb2.Tool]) -> int:
         if not _NAME.fullmatch(tool.name):
             raise StatusError.invalid(f"{field}.name", "must be 1 to 64 characters of [A-Za-z0-9._-]")
         if tool.name in names:
-            raise StatusError.invalid(f"{field}.name", f"must be the tool's own, got {tool.name!r} again")
+            raise StatusError.invalid(f"{field}.name", f"must be different for each tool, got {tool.name!r} again")
         names.add(tool.name)
         if tool.parameters:
             schema = parse_object(tool.parameters.encode(), f"{field}.parameters")

@@ -56,7 +56,7 @@ def read_step(message: bytes, vocab_size: int) -> link_pb2.StepOutput:
         raise _malformed(f"step {step.seq}: handles, indices, offsets and counts differ in length")
     token_ids = step.token_ids
     if sum(step.counts) != len(token_ids):
-        raise _malformed(f"step {step.seq}: token_ids are not as many as counts says")
+        raise _malformed(f"step {step.seq}: the number of token_ids is not the sum of counts")
     if token_ids and max(token_ids) >= vocab_size:
         raise _malformed(f"step {step.seq}: token_ids must be below the vocabulary size {vocab_size}")
     for entries in (step.logprobs, step.prompt_logprobs):

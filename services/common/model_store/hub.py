@@ -325,7 +325,7 @@ def _explained(model: HubModel) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise UnknownModelError(f"{model.repo} has no revision {model.revision}; see {page}/tree/main") from None
     except errors.OfflineModeIsEnabled:
-        raise ModelStoreError(f"{model} is not here, and HF_HUB_OFFLINE forbids to fetch it") from None
+        raise ModelStoreError(f"{model} is not here, and HF_HUB_OFFLINE forbids fetching it") from None
     except Exception as error:
         raise ModelStoreError(_cause(model, error)) from error
 

@@ -142,7 +142,7 @@ def remove(name: str, home: Path, *, catalogue: Mapping[str, CatalogueModel] = C
             raise ModelStoreError(f"cannot remove {folder}: {error.strerror or error}") from error
         return freed
     if (from_hub := HubModel.parse(name)) is None:
-        raise UnknownModelError(f"{name!r} is no name of a model that was pulled; see `scalellm models list`")
+        raise UnknownModelError(f"{name!r} is not the name of a pulled model; see `scalellm models list`")
     return remove_cached(from_hub)
 
 

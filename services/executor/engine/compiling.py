@@ -29,7 +29,7 @@ class Compiling:
     def check(self, grammar: str) -> None:
         """Raise InvalidRequestError for a request that cannot be run here."""
         if grammar and self._compiler is None:
-            raise InvalidRequestError("structured_output", "this executor has no tokenizer and can keep to none")
+            raise InvalidRequestError("structured_output", "must be absent: this executor has no tokenizer")
 
     def start(self, group: SequenceGroup) -> None:
         """Begin with the grammar of a request that was checked, if it has one."""

@@ -171,7 +171,7 @@ def _scaling(get: "_Keys", rope_factors: Sequence[float] | None) -> RopeScaling 
     linear = 1.0 if kind == "none" else linear
     if rope_factors is not None:
         if not all(1e-6 < factor < math.inf for factor in rope_factors):
-            raise UnsupportedModelError("GGUF: rope_freqs.weight has values that no frequency is divided by")
+            raise UnsupportedModelError("GGUF: rope_freqs.weight has values that cannot divide a frequency")
         return FrequencyFactors(tuple(linear * factor for factor in rope_factors))
     return None if linear == 1.0 else LinearScaling(linear)
 

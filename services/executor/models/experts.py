@@ -161,7 +161,7 @@ def _product(prefix: str, w13: _Stack, w2: _Stack, ops: Ops) -> Callable[..., Te
         case up, down:
             raise UnsupportedModelError(
                 f"{prefix}: {_form(up)} for gate and up projections, {_form(down)} for down projections; "
-                "there is an op for experts of one form only"
+                "an op takes experts of one form only"
             )
 
 

@@ -146,7 +146,7 @@ class Shard:
 
     def _checked_share(self, what: str, whole: int, border: int) -> Part:
         if whole // border < self.size:
-            raise self._indivisible(f"{what} cannot be divided but at multiples of {border}")
+            raise self._indivisible(f"{what} can be divided only at multiples of {border}")
         return self._share(whole, border)
 
     def _share(self, whole: int, border: int) -> Part:

@@ -213,8 +213,8 @@ class AnswerGrammar:
         if unknown := sorted(value.keys() - _OF_TEXTS):
             raise StatusError.invalid(
                 tool.field,
-                f"has the keyword {unknown[0][:64]!r} of a string, which this model's way of writing calls cannot "
-                "follow; set strict to false for arguments that need not",
+                f"has the string keyword {unknown[0][:64]!r}, which is not supported in this model's format of calls; "
+                "with strict set to false the schema is not enforced",
             )
         choices = [value["const"]] if "const" in value else value.get("enum")
         if choices is not None:

@@ -51,8 +51,7 @@ def python_arguments(tool: CalledTool, place: str, rules: list[str]) -> str:
         if not key.isidentifier():
             raise StatusError.invalid(
                 tool.field,
-                f"has the property {key[:64]!r}, which is no name of Python: this model's way of writing calls has no "
-                "other names",
+                f"has the property {key[:64]!r}, which is not a name in Python: this model writes calls as Python",
             )
     arguments = [f"{lark.text(f'{key}=')} {_value(value, schema, tool)}" for key, value in properties.items()]
     are_required = [key in required for key in properties]

@@ -14,7 +14,7 @@ def properties_of(schema: Any, field: str = "") -> tuple[Mapping[str, Any], Sequ
         raise StatusError.invalid(field, "must be the schema of an object")
     if unknown := sorted(schema.keys() & {"anyOf", "allOf", "oneOf", "$ref", "patternProperties", "minProperties"}):
         raise StatusError.invalid(
-            field, f"has the keyword {unknown[0]!r} at #, which this model's way of writing calls cannot follow"
+            field, f"has the keyword {unknown[0]!r} at #, which is not supported in this model's format of calls"
         )
     properties = schema.get("properties", {})
     return (properties if isinstance(properties, dict) else {}), schema.get("required") or ()

@@ -49,7 +49,7 @@ class FleetWatch:
         if self._num_watchers >= self._most:
             raise StatusError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"this worker tells {self._most} watchers of the fleet, and no more",
+                f"at most {self._most} clients can watch the fleet at one worker",
                 retry_after=5.0,
             )
         self._num_watchers += 1

@@ -61,7 +61,7 @@ class Place:
         request_id, _, rest = event_id.rpartition("/")
         choices = [ChoicePlace.read(text) for text in rest.split(",")]
         if not is_id(request_id) or None in choices:
-            raise StatusError.invalid(HEADER, f"is the id of no event: {event_id[:256]!r}")
+            raise StatusError.invalid(HEADER, f"is not the id of an event: {event_id[:256]!r}")
         return cls(request_id, [choice for choice in choices if choice is not None])
 
     def seen(self, num_prompts: int, num_samples: int) -> list[Sequence[ChoicePlace]]:

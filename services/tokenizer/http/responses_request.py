@@ -84,7 +84,7 @@ class ResponsesRequest(ApiRequest):
             return
         if self.store is False:
             raise StatusError.invalid(
-                "store", "must not be false with background: who asks for it later needs it stored"
+                "store", "must not be false with background: a background response is read from the store"
             )
         if not can_keep:
             raise StatusError(

@@ -142,8 +142,8 @@ class ResponsesRoutes:
             await self._load(tenant, response_id)
             raise StatusError(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                "stream: only a response that began with background or on_disconnect: keep is streamed later, and not "
-                "for long; get it without stream",
+                "stream: must be absent here: only a response with background or on_disconnect: keep can be streamed "
+                "later, until --kept-ttl-s after its end",
                 field="stream",
             )
         format = self._kept.format(ResponseStream, kept)

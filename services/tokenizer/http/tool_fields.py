@@ -108,7 +108,7 @@ def tool_names(tools: object, inner: str = "", schema: str = "parameters") -> di
 def _anthropic_tool(tool: dict[str, Any], where: str, made: generation_pb2.Tool) -> None:
     if tool.get("type") not in (None, "custom"):
         raise StatusError.invalid(
-            f"{where}.type", f"must be custom: the server itself runs nothing, got {shown_type(tool)}"
+            f"{where}.type", f"must be custom: the server does not run tools itself, got {shown_type(tool)}"
         )
     fill_tool(made, tool, "input_schema", where)
 

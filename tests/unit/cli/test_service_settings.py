@@ -92,7 +92,7 @@ def test_a_service_refuses_a_misspelt_variable_of_its_own(
     with pytest.raises(SystemExit) as ended:
         load_settings(ExecutorSettings, [])
     assert ended.value.code == 2
-    told = "SCALELLM_EXECUTOR_NUM_BLOKCS is no setting of this service; did you mean SCALELLM_EXECUTOR_NUM_BLOCKS?"
+    told = "SCALELLM_EXECUTOR_NUM_BLOKCS is not a setting of this service; did you mean SCALELLM_EXECUTOR_NUM_BLOCKS?"
     assert told in capsys.readouterr().err
 
 
@@ -187,7 +187,10 @@ def test_several_models(run: Run, started: list[UpOptions], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--model a=x --model b=x --served-model-name c", "--served-model-name is for one model; of several: --model"),
+        (
+            "--model a=x --model b=x --served-model-name c",
+            "--served-model-name is for one model; with several use --model",
+        ),
         ("--model a=x --model a=y", "--model: two models have the name 'a'; give them others: NAME=MODEL"),
         ("--model =x", "--model: must be NAME=MODEL, got '=x'"),
         ("--model a,b=x --model y", "--model: names of several models have no comma and no =, their paths no comma"),

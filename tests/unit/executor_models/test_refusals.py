@@ -199,7 +199,7 @@ def write_gguf(path: Path, *, arch: str = "llama", drop: str = "", kind: Any = N
         ({"rope.dimension_count": 8}, "llama.rope.dimension_count must equal the head dimension (16)"),
         ({"rope.scaling.type": "longrope"}, "llama.rope.scaling.type 'longrope' is not supported; supported: none, "),
         ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.factor is None; it must be a number"),
-        ({"split.count": 3}, "split.count says that it is one of 3 parts, and its name another thing"),
+        ({"split.count": 3}, "split.count says that it is one of 3 parts, but its name says otherwise"),
         ({"drop": "token_embd.weight"}, "the tensor token_embd.weight is missing"),
         ({"drop": "blk.0.ffn_norm.weight"}, "1 of 11 tensors are missing"),
         ({"feed_forward_length": 64}, "blk.0.ffn_gate.weight has shape [32, 32], the configuration asks for [64, 32]"),

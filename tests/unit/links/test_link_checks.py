@@ -95,8 +95,8 @@ def test_a_request_that_cannot_be_sent_ends_and_takes_no_credit(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        ({"handles": [1], "indices": [0], "offsets": [0], "counts": [2], "token_ids": [5]}, "as many as counts"),
-        ({"handles": [1], "indices": [0], "offsets": [0], "counts": [1], "token_ids": [5, 6]}, "as many as counts"),
+        ({"handles": [1], "indices": [0], "offsets": [0], "counts": [2], "token_ids": [5]}, "sum of counts"),
+        ({"handles": [1], "indices": [0], "offsets": [0], "counts": [1], "token_ids": [5, 6]}, "sum of counts"),
         ({"handles": [1], "indices": [0], "counts": [1], "token_ids": [5]}, "differ in length"),
         ({"handles": [1, 2], "indices": [0], "offsets": [0], "counts": [1], "token_ids": [5]}, "differ in length"),
         ({"handles": [1], "indices": [0], "offsets": [0], "counts": [1], "token_ids": [100]}, "vocabulary size 100"),

@@ -171,7 +171,7 @@ def test_removing_frees_the_whole_repository(hub: FakeHub, home: Path) -> None:
     assert model_store.remove(f"{REPO}:Q8_0", home) == len(GGUFS["Tiny-Q8_0.gguf"])
     assert model_store.remove(REPO, home) is None
     assert model_store.remove("smollm2-135m-instruct", home) is None
-    with pytest.raises(UnknownModelError, match="is no name of a model that was pulled"):
+    with pytest.raises(UnknownModelError, match="is not the name of a pulled model"):
         model_store.remove("/etc/passwd", home)
 
 

@@ -20,7 +20,7 @@ class IgnoredLayers:
                 re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
             except (re.error, OverflowError, RecursionError) as error:
                 raise UnsupportedModelError(
-                    f"quantization_config: {shown(pattern)} is no regular expression: {brief(error)}"
+                    f"quantization_config: {shown(pattern)} is not a regular expression: {brief(error)}"
                 ) from error
 
     def covers(self, names: Iterable[str]) -> bool:
