@@ -60,18 +60,20 @@ class ServerFrame(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("client_id", "api_minor", "tokenizer_sha256", "model", "unserved")
+    __slots__ = ("client_id", "api_minor", "tokenizer_sha256", "model", "unserved", "service")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     API_MINOR_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     UNSERVED_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     api_minor: int
     tokenizer_sha256: bytes
     model: str
     unserved: int
-    def __init__(self, client_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., tokenizer_sha256: _Optional[bytes] = ..., model: _Optional[str] = ..., unserved: _Optional[int] = ...) -> None: ...
+    service: str
+    def __init__(self, client_id: _Optional[str] = ..., api_minor: _Optional[int] = ..., tokenizer_sha256: _Optional[bytes] = ..., model: _Optional[str] = ..., unserved: _Optional[int] = ..., service: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("instance_id", "api_minor", "model", "tokenizer_sha256", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "load", "lease_ns", "grammars", "counts_frames", "tensor_parallel", "devices")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from scalellm.v1 import link_pb2 as scalellm_dot_v1_dot_link__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bscalellm/v1/scheduler.proto\x12\x0bscalellm.v1\x1a\x16scalellm/v1/link.proto\"\x11\n\x0fGetStateRequest\"\xe0\x02\n\x10GetStateResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\x04\x12\x10\n\x08\x66inished\x18\x06 \x01(\x04\x12\x11\n\tcancelled\x18\x07 \x01(\x04\x12\x10\n\x08rejected\x18\x08 \x01(\x04\x12\x13\n\x0bresubmitted\x18\t \x01(\x04\x12-\n\texecutors\x18\n \x03(\x0b\x32\x1a.scalellm.v1.ExecutorState\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x10\n\x08redis_ok\x18\x0c \x01(\x08\x12%\n\x05pools\x18\r \x03(\x0b\x32\x16.scalellm.v1.PoolState\x12\'\n\x06models\x18\x0e \x03(\x0b\x32\x17.scalellm.v1.ModelState\"\xb5\x01\n\nModelState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\x04\x12\x10\n\x08\x66inished\x18\x06 \x01(\x04\x12\x11\n\tcancelled\x18\x07 \x01(\x04\x12\x10\n\x08rejected\x18\x08 \x01(\x04\x12\x17\n\x0fready_executors\x18\t \x01(\r\"\xb2\x01\n\tPoolState\x12\x17\n\x0ftensor_parallel\x18\x01 \x01(\r\x12\x11\n\texecutors\x18\x02 \x01(\r\x12\x0f\n\x07\x64\x65vices\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0e\n\x06\x63hosen\x18\x05 \x01(\x08\x12\x18\n\x0bpredicted_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\tB\x0e\n\x0c_predicted_s\"\x8e\x02\n\rExecutorState\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12)\n\x05phase\x18\x03 \x01(\x0e\x32\x1a.scalellm.v1.ExecutorPhase\x12\x1f\n\x04load\x18\x04 \x01(\x0b\x32\x11.scalellm.v1.Load\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x12\n\nlast_error\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x17\n\x0f\x63redit_requests\x18\x08 \x01(\x04\x12\x15\n\rcredit_tokens\x18\t \x01(\x04\x12\x17\n\x0ftensor_parallel\x18\n \x01(\r\x12\x0e\n\x06tokens\x18\x0b \x01(\x04\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"%\n\x12\x41\x64\x64\x45xecutorRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x15\n\x13\x41\x64\x64\x45xecutorResponse\"(\n\x15RemoveExecutorRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x18\n\x16RemoveExecutorResponse*\xa6\x01\n\rExecutorPhase\x12\x1e\n\x1a\x45XECUTOR_PHASE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45XECUTOR_PHASE_CONNECTING\x10\x01\x12\x18\n\x14\x45XECUTOR_PHASE_READY\x10\x02\x12\x1b\n\x17\x45XECUTOR_PHASE_DRAINING\x10\x03\x12\x1f\n\x1b\x45XECUTOR_PHASE_INCOMPATIBLE\x10\x04\x32\x84\x03\n\tScheduler\x12\x41\n\x07\x43onnect\x12\x18.scalellm.v1.ClientFrame\x1a\x18.scalellm.v1.ServerFrame(\x01\x30\x01\x12G\n\x08GetState\x12\x1c.scalellm.v1.GetStateRequest\x1a\x1d.scalellm.v1.GetStateResponse\x12>\n\x05\x44rain\x12\x19.scalellm.v1.DrainRequest\x1a\x1a.scalellm.v1.DrainResponse\x12P\n\x0b\x41\x64\x64\x45xecutor\x12\x1f.scalellm.v1.AddExecutorRequest\x1a .scalellm.v1.AddExecutorResponse\x12Y\n\x0eRemoveExecutor\x12\".scalellm.v1.RemoveExecutorRequest\x1a#.scalellm.v1.RemoveExecutorResponseB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bscalellm/v1/scheduler.proto\x12\x0bscalellm.v1\x1a\x16scalellm/v1/link.proto\"\x11\n\x0fGetStateRequest\"\x8b\x03\n\x10GetStateResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\x04\x12\x10\n\x08\x66inished\x18\x06 \x01(\x04\x12\x11\n\tcancelled\x18\x07 \x01(\x04\x12\x10\n\x08rejected\x18\x08 \x01(\x04\x12\x13\n\x0bresubmitted\x18\t \x01(\x04\x12-\n\texecutors\x18\n \x03(\x0b\x32\x1a.scalellm.v1.ExecutorState\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x10\n\x08redis_ok\x18\x0c \x01(\x08\x12%\n\x05pools\x18\r \x03(\x0b\x32\x16.scalellm.v1.PoolState\x12\'\n\x06models\x18\x0e \x03(\x0b\x32\x17.scalellm.v1.ModelState\x12)\n\x07\x63lients\x18\x0f \x03(\x0b\x32\x18.scalellm.v1.ClientState\"@\n\x0b\x43lientState\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\x12\x0f\n\x07running\x18\x03 \x01(\r\"\xb5\x01\n\nModelState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\x04\x12\x10\n\x08\x66inished\x18\x06 \x01(\x04\x12\x11\n\tcancelled\x18\x07 \x01(\x04\x12\x10\n\x08rejected\x18\x08 \x01(\x04\x12\x17\n\x0fready_executors\x18\t \x01(\r\"\xb2\x01\n\tPoolState\x12\x17\n\x0ftensor_parallel\x18\x01 \x01(\r\x12\x11\n\texecutors\x18\x02 \x01(\r\x12\x0f\n\x07\x64\x65vices\x18\x03 \x01(\r\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0e\n\x06\x63hosen\x18\x05 \x01(\x08\x12\x18\n\x0bpredicted_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\tB\x0e\n\x0c_predicted_s\"\x8e\x02\n\rExecutorState\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12)\n\x05phase\x18\x03 \x01(\x0e\x32\x1a.scalellm.v1.ExecutorPhase\x12\x1f\n\x04load\x18\x04 \x01(\x0b\x32\x11.scalellm.v1.Load\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x12\n\nlast_error\x18\x06 \x01(\t\x12\r\n\x05model\x18\x07 \x01(\t\x12\x17\n\x0f\x63redit_requests\x18\x08 \x01(\x04\x12\x15\n\rcredit_tokens\x18\t \x01(\x04\x12\x17\n\x0ftensor_parallel\x18\n \x01(\r\x12\x0e\n\x06tokens\x18\x0b \x01(\x04\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"%\n\x12\x41\x64\x64\x45xecutorRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x15\n\x13\x41\x64\x64\x45xecutorResponse\"(\n\x15RemoveExecutorRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x18\n\x16RemoveExecutorResponse*\xa6\x01\n\rExecutorPhase\x12\x1e\n\x1a\x45XECUTOR_PHASE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45XECUTOR_PHASE_CONNECTING\x10\x01\x12\x18\n\x14\x45XECUTOR_PHASE_READY\x10\x02\x12\x1b\n\x17\x45XECUTOR_PHASE_DRAINING\x10\x03\x12\x1f\n\x1b\x45XECUTOR_PHASE_INCOMPATIBLE\x10\x04\x32\x84\x03\n\tScheduler\x12\x41\n\x07\x43onnect\x12\x18.scalellm.v1.ClientFrame\x1a\x18.scalellm.v1.ServerFrame(\x01\x30\x01\x12G\n\x08GetState\x12\x1c.scalellm.v1.GetStateRequest\x1a\x1d.scalellm.v1.GetStateResponse\x12>\n\x05\x44rain\x12\x19.scalellm.v1.DrainRequest\x1a\x1a.scalellm.v1.DrainResponse\x12P\n\x0b\x41\x64\x64\x45xecutor\x12\x1f.scalellm.v1.AddExecutorRequest\x1a .scalellm.v1.AddExecutorResponse\x12Y\n\x0eRemoveExecutor\x12\".scalellm.v1.RemoveExecutorRequest\x1a#.scalellm.v1.RemoveExecutorResponseB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,32 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'scalellm.v1.scheduler_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\017com.scalellm.v1P\001Z\026scalellm/v1;scalellmv1\252\002\013ScaleLLM.V1'
-  _globals['_EXECUTORPHASE']._serialized_start=1301
-  _globals['_EXECUTORPHASE']._serialized_end=1467
+  _globals['_EXECUTORPHASE']._serialized_start=1410
+  _globals['_EXECUTORPHASE']._serialized_end=1576
   _globals['_GETSTATEREQUEST']._serialized_start=68
   _globals['_GETSTATEREQUEST']._serialized_end=85
   _globals['_GETSTATERESPONSE']._serialized_start=88
-  _globals['_GETSTATERESPONSE']._serialized_end=440
-  _globals['_MODELSTATE']._serialized_start=443
-  _globals['_MODELSTATE']._serialized_end=624
-  _globals['_POOLSTATE']._serialized_start=627
-  _globals['_POOLSTATE']._serialized_end=805
-  _globals['_EXECUTORSTATE']._serialized_start=808
-  _globals['_EXECUTORSTATE']._serialized_end=1078
-  _globals['_DRAINREQUEST']._serialized_start=1080
-  _globals['_DRAINREQUEST']._serialized_end=1132
-  _globals['_DRAINRESPONSE']._serialized_start=1134
-  _globals['_DRAINRESPONSE']._serialized_end=1168
-  _globals['_ADDEXECUTORREQUEST']._serialized_start=1170
-  _globals['_ADDEXECUTORREQUEST']._serialized_end=1207
-  _globals['_ADDEXECUTORRESPONSE']._serialized_start=1209
-  _globals['_ADDEXECUTORRESPONSE']._serialized_end=1230
-  _globals['_REMOVEEXECUTORREQUEST']._serialized_start=1232
-  _globals['_REMOVEEXECUTORREQUEST']._serialized_end=1272
-  _globals['_REMOVEEXECUTORRESPONSE']._serialized_start=1274
-  _globals['_REMOVEEXECUTORRESPONSE']._serialized_end=1298
-  _globals['_SCHEDULER']._serialized_start=1470
-  _globals['_SCHEDULER']._serialized_end=1858
+  _globals['_GETSTATERESPONSE']._serialized_end=483
+  _globals['_CLIENTSTATE']._serialized_start=485
+  _globals['_CLIENTSTATE']._serialized_end=549
+  _globals['_MODELSTATE']._serialized_start=552
+  _globals['_MODELSTATE']._serialized_end=733
+  _globals['_POOLSTATE']._serialized_start=736
+  _globals['_POOLSTATE']._serialized_end=914
+  _globals['_EXECUTORSTATE']._serialized_start=917
+  _globals['_EXECUTORSTATE']._serialized_end=1187
+  _globals['_DRAINREQUEST']._serialized_start=1189
+  _globals['_DRAINREQUEST']._serialized_end=1241
+  _globals['_DRAINRESPONSE']._serialized_start=1243
+  _globals['_DRAINRESPONSE']._serialized_end=1277
+  _globals['_ADDEXECUTORREQUEST']._serialized_start=1279
+  _globals['_ADDEXECUTORREQUEST']._serialized_end=1316
+  _globals['_ADDEXECUTORRESPONSE']._serialized_start=1318
+  _globals['_ADDEXECUTORRESPONSE']._serialized_end=1339
+  _globals['_REMOVEEXECUTORREQUEST']._serialized_start=1341
+  _globals['_REMOVEEXECUTORREQUEST']._serialized_end=1381
+  _globals['_REMOVEEXECUTORRESPONSE']._serialized_start=1383
+  _globals['_REMOVEEXECUTORRESPONSE']._serialized_end=1407
+  _globals['_SCHEDULER']._serialized_start=1579
+  _globals['_SCHEDULER']._serialized_end=1967
 # @@protoc_insertion_point(module_scope)

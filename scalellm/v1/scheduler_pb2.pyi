@@ -26,7 +26,7 @@ class GetStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStateResponse(_message.Message):
-    __slots__ = ("instance_id", "queued", "queued_tokens", "running", "accepted", "finished", "cancelled", "rejected", "resubmitted", "executors", "draining", "redis_ok", "pools", "models")
+    __slots__ = ("instance_id", "queued", "queued_tokens", "running", "accepted", "finished", "cancelled", "rejected", "resubmitted", "executors", "draining", "redis_ok", "pools", "models", "clients")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class GetStateResponse(_message.Message):
     REDIS_OK_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     queued: int
     queued_tokens: int
@@ -55,7 +56,18 @@ class GetStateResponse(_message.Message):
     redis_ok: bool
     pools: _containers.RepeatedCompositeFieldContainer[PoolState]
     models: _containers.RepeatedCompositeFieldContainer[ModelState]
-    def __init__(self, instance_id: _Optional[str] = ..., queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., resubmitted: _Optional[int] = ..., executors: _Optional[_Iterable[_Union[ExecutorState, _Mapping]]] = ..., draining: _Optional[bool] = ..., redis_ok: _Optional[bool] = ..., pools: _Optional[_Iterable[_Union[PoolState, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ...) -> None: ...
+    clients: _containers.RepeatedCompositeFieldContainer[ClientState]
+    def __init__(self, instance_id: _Optional[str] = ..., queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., resubmitted: _Optional[int] = ..., executors: _Optional[_Iterable[_Union[ExecutorState, _Mapping]]] = ..., draining: _Optional[bool] = ..., redis_ok: _Optional[bool] = ..., pools: _Optional[_Iterable[_Union[PoolState, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., clients: _Optional[_Iterable[_Union[ClientState, _Mapping]]] = ...) -> None: ...
+
+class ClientState(_message.Message):
+    __slots__ = ("service", "workers", "running")
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    service: str
+    workers: int
+    running: int
+    def __init__(self, service: _Optional[str] = ..., workers: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
 
 class ModelState(_message.Message):
     __slots__ = ("model", "queued", "queued_tokens", "running", "accepted", "finished", "cancelled", "rejected", "ready_executors")

@@ -88,9 +88,9 @@ class Window:
         """A counter's increase per second, summed over all services."""
         return _sum(rate(old, new, name, **labels) for old, new in self.pairs)
 
-    def quantile(self, histogram: str, q: float) -> float:
+    def quantile(self, histogram: str, q: float, **labels: str) -> float:
         """A quantile of what was observed meanwhile; NaN when nothing was."""
-        return quantile(self.pairs, histogram, q)
+        return quantile(self.pairs, histogram, q, **labels)
 
 
 def increase(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
@@ -106,12 +106,12 @@ def rate(old: Scrape, new: Scrape, name: str, **labels: str) -> float:
     return increase(old, new, name, **labels) / max(1e-3, new.at - old.at)
 
 
-def quantile(pairs: Sequence[tuple[Scrape, Scrape]], histogram: str, q: float) -> float:
+def quantile(pairs: Sequence[tuple[Scrape, Scrape]], histogram: str, q: float, **labels: str) -> float:
     """A quantile of the observations between the scrapes of each pair, linear within its bucket as in Prometheus."""
     name = f"{histogram}_bucket"
     bounds = {dict(labels).get("le", "") for _, new in pairs for labels in new.samples.get(name, {})}
     counts = sorted(
-        (bound, _sum(increase(old, new, name, le=le) for old, new in pairs))
+        (bound, _sum(increase(old, new, name, le=le, **labels) for old, new in pairs))
         for le in bounds
         if not math.isnan(bound := _number(le))
     )

@@ -30,13 +30,17 @@ class ClientLink:
 
     Args:
         client_id: The incarnation of the upstream process.
+        service: Name of its service; empty: not known.
         books: Count what is sent.
         takes_any_model: The client named no model.
         beat: Seconds between empty frames.
     """
 
-    def __init__(self, client_id: str, books: Books, beat: float = _BEAT, *, takes_any_model: bool = True) -> None:
+    def __init__(
+        self, client_id: str, books: Books, beat: float = _BEAT, *, service: str = "", takes_any_model: bool = True
+    ) -> None:
         self.client_id = client_id
+        self.service = service
         self.takes_any_model = takes_any_model
         self.server_link = ServerLink(books.client_traffic)
         self._books = books

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import grpc
@@ -44,6 +45,11 @@ class Intake:
     def num_links(self) -> int:
         """Client links that stand."""
         return len(self._links)
+
+    @property
+    def links(self) -> Iterable[ClientLink]:
+        """The client links that stand."""
+        return self._links
 
     def open_link(self, link: ClientLink) -> None:
         """A client link stands."""

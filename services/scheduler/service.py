@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
 
 import grpc
 
@@ -68,6 +69,7 @@ class SchedulerService:
             draining=self._dispatchers.is_draining,
             redis_ok=self._affinity.redis_ok,
             models=(model for model in models if model.model),
+            clients=client_states(link for dispatcher in self._dispatchers for link in dispatcher.intake.links),
         )
         state.executors.extend(replica.describe() for replica in self._dispatchers.replicas.values())
         for dispatcher in self._dispatchers:
@@ -84,7 +86,8 @@ class SchedulerService:
         hello = read_hello(await first_frame(frames))
         dispatcher, welcome = await self._welcome(hello)
         intake = dispatcher.intake
-        link = ClientLink(hello.client_id, dispatcher.placement.books, takes_any_model=not hello.model)
+        books = dispatcher.placement.books
+        link = ClientLink(hello.client_id, books, service=hello.service, takes_any_model=not hello.model)
         intake.open_link(link)
         try:
             await link.server_link.run(
@@ -142,6 +145,19 @@ class SchedulerService:
             message = f"address: {request.address!r} is not a known executor"
             raise StatusError(grpc.StatusCode.NOT_FOUND, message)
         return scheduler_pb2.RemoveExecutorResponse()
+
+
+def client_states(links: Iterable[ClientLink]) -> list[scheduler_pb2.ClientState]:
+    """Return one entry for each tokenizer service, in the order of their names. A worker may have several links."""
+    workers: dict[str, set[str]] = {}
+    running = Counter[str]()
+    for link in links:
+        workers.setdefault(link.service, set()).add(link.client_id)
+        running[link.service] += len(link.requests)
+    return [
+        scheduler_pb2.ClientState(service=service, workers=len(ids), running=running[service])
+        for service, ids in sorted(workers.items())
+    ]
 
 
 def _on_frame(intake: Intake, link: ClientLink, frame: link_pb2.ClientFrame) -> None:

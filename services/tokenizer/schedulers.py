@@ -45,6 +45,7 @@ class Schedulers:
         dialer: Dialer of the connections. Where it asks for no name in certificates, that is the host as it was listed.
         clock: Monotonic nanoseconds.
         model: The model that is asked for; empty: the one that the schedulers have.
+        service: Name of this service for people, the same for all its workers.
 
     Attributes:
         counts: Counts over all links.
@@ -64,9 +65,10 @@ class Schedulers:
         dialer: LinkDialer = PLAINTEXT,
         clock: Callable[[], int] = time.monotonic_ns,
         model: str = "",
+        service: str = "",
     ) -> None:
         self._hello = link_pb2.Hello(
-            client_id=client_id, api_minor=API_MINOR, tokenizer_sha256=tokenizer_sha256, model=model
+            client_id=client_id, api_minor=API_MINOR, tokenizer_sha256=tokenizer_sha256, model=model, service=service
         )
         self._silence_limit = silence_limit
         self._outage_limit = outage_limit
@@ -92,6 +94,11 @@ class Schedulers:
             await asyncio.gather(*(link.stop() for link in self._links.values()), *self._closing)
 
     # State of the schedulers.
+
+    @property
+    def service(self) -> str:
+        """Name of this service for people, as the schedulers know it."""
+        return self._hello.service
 
     @property
     def welcome(self) -> link_pb2.Welcome | None:

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from redis.asyncio import Redis
 
 from scalellm.services.common import model_store
 from scalellm.services.common.access import Access, open_access
+from scalellm.services.common.addresses import join_address
 from scalellm.services.common.json_lines import read_line, write_line
 from scalellm.services.common.lifecycle import LAST_WORDS, GrpcService, StartError, stop_event
 from scalellm.services.common.logs import configure_logging
@@ -223,6 +225,7 @@ class Worker:
             resolve_interval=settings.scheduler_resolve_s,
             dialer=settings.dialer,
             model=asked_for,
+            service=join_address(socket.gethostname(), self._port),
         )
 
     def _follow(

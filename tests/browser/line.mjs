@@ -7,6 +7,7 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { after, before } from "node:test";
 import { promisify } from "node:util";
 
 import { chromium } from "playwright-core";
@@ -14,6 +15,7 @@ import { chromium } from "playwright-core";
 const run = promisify(execFile);
 const ROOT = new URL("../..", import.meta.url).pathname;
 const SCALELLM = process.env.SCALELLM || join(ROOT, ".venv/bin/scalellm");
+export const PYTHON = join(ROOT, ".venv/bin/python");
 const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 
 /** Longest wait for anything: a bound, and no measurement. */
@@ -58,10 +60,45 @@ export class Line {
     return () => process.kill(pid, "SIGKILL");
   }
 
+  /** Ask for a completion of so many tokens. Returns the number of its tokens. */
+  async complete(maxTokens, fields = {}) {
+    const answer = await fetch(`${this.base}/v1/completions`, {
+      method: "POST",
+      headers: { "content-type": "application/json", authorization: `Bearer ${this.key}` },
+      body: JSON.stringify({ prompt: "Once upon a time", max_tokens: maxTokens, ignore_eos: true, ...fields }),
+    });
+    assert.equal(answer.status, 200);
+    return (await answer.json()).usage.completion_tokens;
+  }
+
   async stop() {
     await this.scalellm("down").catch(() => {});
     await rm(this.folder, { recursive: true, force: true });
   }
+}
+
+/**
+ * For a file of tests: a line with API keys, whose engine draws random tokens, and a browser. Steps take milliseconds, so
+ * that there is time to stop an answer, to reload the page and to kill services while it is written.
+ *
+ * @param more Options of `scalellm up` besides.
+ * @returns An object that has `line` and `browser` while tests run, and opens pages of the line.
+ */
+export function fakeLine(...more) {
+  const stage = {
+    open: (path, options = {}) => open(stage.browser, `${stage.line.base}${path}`, { key: stage.line.key, ...options }),
+    close: (page) => close(page, stage.line.base),
+  };
+  before(async () => {
+    const env = { SCALELLM_EXECUTOR_FAKE_PRESET: "h200-llama-8b" };
+    stage.line = await Line.start(["--executor", "fake", ...more], { keys: true, env });
+    stage.browser = await launch();
+  });
+  after(async () => {
+    await stage.browser?.close();
+    await stage.line?.stop();
+  });
+  return stage;
 }
 
 export async function launch() {
@@ -87,14 +124,27 @@ export async function open(browser, url, { key, width = 1280, height = 900, ...o
   return page;
 }
 
-/** Close a page that made no mistakes and asked nothing of others. */
+/** Close a page. Fails if a script of it failed, or if it made requests to other servers. */
 export async function close(page, base) {
   assert.deepEqual(page.errors, []);
   assert.deepEqual(page.requests.filter((url) => !url.startsWith(base)), []);
   await page.context().close();
 }
 
-/** What axe finds wrong, in a few words each. */
+/** Resources that a page holds after a garbage collection: bytes of its heap, and nodes of its documents, detached ones too. */
+export async function held(page) {
+  const session = await page.context().newCDPSession(page);
+  try {
+    await session.send("HeapProfiler.collectGarbage");
+    const { usedSize } = await session.send("Runtime.getHeapUsage");
+    const { nodes } = await session.send("Memory.getDOMCounters");
+    return { usedSize, nodes };
+  } finally {
+    await session.detach();
+  }
+}
+
+/** The violations that axe finds, in a few words each. */
 export async function violations(page) {
   // As Playwright's own isolated world would not: the policy refuses what is added as a script's text.
   return page.evaluate(`${AXE}; axe.run({ resultTypes: ["violations"] }).then((found) =>

@@ -1,51 +1,14 @@
 // The playground in a real browser, in front of real services whose engine draws random tokens.
 
 import assert from "node:assert/strict";
-import { after, before, test } from "node:test";
+import { test } from "node:test";
 
-import { Line, close, hasNoSidewaysScrolling, launch, open, violations } from "./line.mjs";
+import { BUSY, DONE, ask, isIdle, lastAnswer, setField, written } from "./asking.mjs";
+import { fakeLine, hasNoSidewaysScrolling, violations } from "./line.mjs";
 
-let line, browser;
+const stage = fakeLine("--executors", "2");
 
-before(async () => {
-  // Its steps take milliseconds, so that there is time to stop, to reload and to end services while it writes.
-  line = await Line.start(["--executor", "fake", "--executors", "2"], {
-    keys: true,
-    env: { SCALELLM_EXECUTOR_FAKE_PRESET: "h200-llama-8b" },
-  });
-  browser = await launch();
-});
-
-after(async () => {
-  await browser?.close();
-  await line?.stop();
-});
-
-const playground = (options) => open(browser, `${line.base}/`, { key: line.key, ...options });
-const DONE = "article.answer[aria-busy=false]";
-const BUSY = "article.answer[aria-busy=true]";
-
-async function ask(page, text, maxTokens = 24) {
-  await setField(page, "#max_tokens", String(maxTokens));
-  await page.fill("#prompt", text);
-  await page.press("#prompt", "Enter");
-}
-
-/** Also where the panel of settings is closed, as on a phone. */
-async function setField(page, selector, value) {
-  await page.evaluate(() => (document.getElementById("settings-panel").open = true));
-  await page.fill(selector, value);
-}
-
-/** Wait until the busy answer has some text. */
-async function written(page, atLeast = 1) {
-  await page.waitForFunction(
-    ([selector, length]) => (document.querySelector(`${selector} > .text`)?.textContent.length ?? 0) >= length,
-    [BUSY, atLeast]);
-}
-
-const lastAnswer = (page) => page.locator(`${DONE} > .text`).last().textContent();
-const isIdle = (page) => page.waitForSelector("#send:not([disabled])");
+const playground = (options) => stage.open("/", options);
 
 test("an answer comes with its time as parts, its facts, and coloured tokens", async () => {
   const page = await playground();
@@ -67,7 +30,7 @@ test("an answer comes with its time as parts, its facts, and coloured tokens", a
   await page.click("text=Repeat with this seed");
   await page.waitForFunction(() => document.querySelector("#status").textContent === "The answer is complete.");
   assert.equal(await lastAnswer(page), plain, "the same seed gives the same text");
-  await close(page, line.base);
+  await stage.close(page);
 });
 
 test("a conversation is listed, gone on with, forked at a turn, and deleted", async () => {
@@ -95,7 +58,23 @@ test("a conversation is listed, gone on with, forked at a turn, and deleted", as
     await page.waitForFunction((gone) => !document.getElementById("sessions").textContent.includes(gone), id);
   }
   assert.equal(await page.locator("article").count(), 0, "the one that was shown is gone");
-  await close(page, line.base);
+  await stage.close(page);
+});
+
+test("the list of conversations stays while the session store is away for a moment", async () => {
+  const page = await playground();
+  await ask(page, "Kept", 4);
+  await page.waitForSelector("#sessions .delete");
+  await isIdle(page);
+  const away = { status: 503, headers: { "retry-after": "1" }, json: { error: { message: "the session store does not answer" } } };
+  await page.route("**/v1/sessions?*", (route) => route.fulfill(away), { times: 1 });
+  await ask(page, "Also kept", 4);
+  await page.waitForFunction(() => /not up to date.*does not answer/.test(document.getElementById("sessions-note").textContent));
+  assert.ok((await page.locator("#sessions .delete").count()) > 0);
+  await isIdle(page);
+  await ask(page, "And this", 4);
+  await page.waitForFunction(() => document.getElementById("sessions-note").textContent === "");
+  await stage.close(page);
 });
 
 test("stop ends the answer at the server, and the conversation goes on without it", async () => {
@@ -109,7 +88,7 @@ test("stop ends the answer at the server, and the conversation goes on without i
   await ask(page, "Go on");
   await page.waitForFunction((done) => document.querySelectorAll(done).length === 2, DONE);
   assert.equal(await page.locator(".problem").count(), 1);
-  await close(page, line.base);
+  await stage.close(page);
 });
 
 test("a reload in mid-answer goes on with the same answer", async () => {
@@ -125,11 +104,11 @@ test("a reload in mid-answer goes on with the same answer", async () => {
   assert.ok(after.startsWith(before), "nothing is lost or written anew");
   assert.match(await page.locator(`${DONE} .facts`).textContent(), /Answer1,000 tokens/);
   assert.equal(await page.locator("article.said").count(), 1);
-  await close(page, line.base);
+  await stage.close(page);
 });
 
 test("an answer goes on when the tokenizer is killed that writes it", async () => {
-  const kill = await line.killerOf("tokenizer"); // first: asking takes longer than an answer on a busy machine
+  const kill = await stage.line.killerOf("tokenizer"); // first: asking takes longer than an answer on a busy machine
   const page = await playground();
   await ask(page, "A long one", 4000);
   await written(page, 50);
@@ -141,21 +120,21 @@ test("an answer goes on when the tokenizer is killed that writes it", async () =
   assert.equal(await page.locator("#status").textContent(), "The answer is complete.");
   assert.ok((await lastAnswer(page)).startsWith(before), "nothing is lost or written anew");
   assert.match(await page.locator(`${DONE} .facts`).textContent(), /Answer4,000 tokens/);
-  await close(page, line.base);
+  await stage.close(page);
 });
 
 test("a wrong key is told of, and asked for again", async () => {
-  const page = await open(browser, `${line.base}/`, { key: "slm-wrong" });
+  const page = await playground({ key: "slm-wrong" });
   await page.waitForSelector("#key-dialog[open]");
   assert.match(await page.locator("#key-note").textContent(), /not known/);
   assert.deepEqual(await violations(page), []);
-  await page.fill("#key", line.userKey);
+  await page.fill("#key", stage.line.userKey);
   await page.keyboard.press("Enter");
   await page.waitForFunction(() => document.querySelector("#model").textContent !== "");
   assert.equal(await page.evaluate(() => localStorage.length), 0);
   await ask(page, "Hello", 4);
   await page.waitForSelector(DONE);
-  await close(page, line.base);
+  await stage.close(page);
 });
 
 test("a field that the server refuses is pointed at", async () => {
@@ -170,7 +149,7 @@ test("a field that the server refuses is pointed at", async () => {
   await page.press("#prompt", "Enter");
   await page.waitForSelector("#schema[aria-invalid=true]:focus");
   assert.equal(await page.inputValue("#prompt"), "Hello", "it was not sent");
-  await close(page, line.base);
+  await stage.close(page);
 });
 
 test("an answer keeps to a JSON Schema, and a completion goes on with a text", async () => {
@@ -185,7 +164,7 @@ test("an answer keeps to a JSON Schema, and a completion goes on with a text", a
   await page.waitForSelector(DONE);
   await page.click("text=Colour tokens");
   assert.equal(await page.locator(".tokens .token").count(), 8);
-  await close(page, line.base);
+  await stage.close(page);
 });
 
 const HOSTILE = [
@@ -212,7 +191,7 @@ test("what a model writes is shown as text, however hostile", async () => {
   assert.equal(await page.title(), "ScaleLLM playground");
   assert.equal(await page.locator("#log img, #log script, #log style, #log a").count(), 0);
   assert.ok(await hasNoSidewaysScrolling(page), "a line without a space is broken");
-  await close(page, line.base);
+  await stage.close(page);
 });
 
 for (const colorScheme of ["light", "dark"]) {
@@ -240,7 +219,7 @@ for (const colorScheme of ["light", "dark"]) {
         wanted.delete(id);
       }
       assert.deepEqual([...wanted], []);
-      await close(page, line.base);
+      await stage.close(page);
     });
   }
 }

@@ -52,6 +52,7 @@ def read_hello(message: bytes) -> link_pb2.Hello:
     _check_size("hello.client_id", frame.hello.client_id, _LONGEST_ID)
     _check_size("hello.tokenizer_sha256", frame.hello.tokenizer_sha256, _LONGEST_DIGEST)
     _check_size("hello.model", frame.hello.model, _LONGEST_MODEL)
+    _check_size("hello.service", frame.hello.service, _LONGEST_ID)
     return frame.hello
 
 

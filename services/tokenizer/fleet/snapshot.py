@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +21,9 @@ from scalellm.v1 import scheduler_pb2
 _WINDOW = 10.0
 _MOST_EXECUTORS = 256
 """Most executors of one scheduler in a snapshot, which stays below about 100 KB."""
+
+_MOST_CLIENTS = 64
+"""Most tokenizer services of one scheduler in a snapshot."""
 
 _PHASES: Mapping[int, str] = MappingProxyType(
     {
@@ -38,14 +41,18 @@ _TIMES: Mapping[str, str] = MappingProxyType(
         "e2e_ms": "scalellm_e2e_request_latency_seconds",
     }
 )
-_RATES: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType(
+_REQUEST_RATES: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType(
     {
         "accepted_per_s": ("scalellm_tokenizer_requests_accepted_total", {}),
-        "finished_per_s": ("scalellm_tokenizer_requests_ended_total", {"outcome": "finished"}),
         "cancelled_per_s": ("scalellm_tokenizer_requests_ended_total", {"outcome": "cancelled"}),
         "rejected_per_s": ("scalellm_tokenizer_requests_ended_total", {"outcome": "rejected"}),
-        "prompt_tokens_per_s": ("scalellm_prompt_tokens_total", {}),
-        "generation_tokens_per_s": ("scalellm_generation_tokens_total", {}),
+    }
+)
+_MODEL_RATES: Mapping[str, str] = MappingProxyType(
+    {
+        "prompt_tokens_per_s": "scalellm_prompt_tokens_total",
+        "generation_tokens_per_s": "scalellm_generation_tokens_total",
+        "finished_per_s": "scalellm_e2e_request_latency_seconds_count",
     }
 )
 
@@ -54,7 +61,7 @@ class Snapshots:
     """Takes snapshots: what the workers of this service counted in the last ten seconds, and the schedulers' states.
 
     Args:
-        model: Name of the model.
+        models: Names of the models that are served, the default first.
         num_workers: Workers of this service.
         schedulers: Schedulers that it knows.
         folder: Folder of its workers' metrics; None: they count nothing.
@@ -63,13 +70,13 @@ class Snapshots:
 
     def __init__(
         self,
-        model: str,
+        models: Sequence[str],
         num_workers: int,
         schedulers: Schedulers,
         folder: Path | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._model = model
+        self._models = models
         self._num_workers = num_workers
         self._schedulers = schedulers
         self._collector = WorkersCollector(folder) if folder is not None else None
@@ -80,7 +87,13 @@ class Snapshots:
     async def take(self) -> bytes:
         """Return a snapshot."""
         states, figures = await asyncio.gather(self._states.read(self._schedulers.dialers), self._figures())
-        tokenizer = {"model": self._model, "version": __version__, "workers": self._num_workers, "figures": figures}
+        tokenizer = {
+            "service": self._schedulers.service,
+            "models": list(self._models),
+            "version": __version__,
+            "workers": self._num_workers,
+            **figures,
+        }
         snapshot = {
             "object": "fleet",
             "at": round(time.time(), 3),
@@ -95,22 +108,33 @@ class Snapshots:
         self._scrapes.clear()
         await self._states.close()
 
-    async def _figures(self) -> dict[str, object] | None:
+    async def _figures(self) -> dict[str, object]:
         if self._collector is None:
-            return None
+            return {"figures": None, "model_figures": {}}
         samples = samples_of(await asyncio.to_thread(self._collector.collect))
         self._scrapes.append(Scrape("", self._clock(), samples))
         while len(self._scrapes) > 2 and self._scrapes[1].at < self._scrapes[-1].at - _WINDOW:
             self._scrapes.popleft()
-        return window_figures(Window([self._scrapes[0]], [self._scrapes[-1]]))
+        window = Window([self._scrapes[0]], [self._scrapes[-1]])
+        several = self._models if len(self._models) > 1 else ()
+        return {
+            "figures": window_figures(window),
+            "model_figures": {model: model_figures(window, model_name=model) for model in several},
+        }
 
 
 def window_figures(window: Window) -> dict[str, object]:
     """Return the figures of a tokenizer. What is not known, or did not happen in the window, is None."""
     figures: dict[str, object] = {"running": _number(window.gauge("scalellm_tokenizer_requests_running"))}
-    figures |= {name: _number(window.rate(metric, **labels)) for name, (metric, labels) in _RATES.items()}
+    figures |= {name: _number(window.rate(metric, **labels)) for name, (metric, labels) in _REQUEST_RATES.items()}
+    return figures | model_figures(window)
+
+
+def model_figures(window: Window, **labels: str) -> dict[str, object]:
+    """Return the figures that are counted for each model. `labels` choose the model; without any: of all models."""
+    figures: dict[str, object] = {name: _number(window.rate(metric, **labels)) for name, metric in _MODEL_RATES.items()}
     for name, histogram in _TIMES.items():
-        ranks = {f"p{rank}": _number(1e3 * window.quantile(histogram, rank / 100)) for rank in (50, 90, 99)}
+        ranks = {f"p{rank}": _number(1e3 * window.quantile(histogram, rank / 100, **labels)) for rank in (50, 90, 99)}
         figures[name] = ranks if ranks["p50"] is not None else None
     return figures
 
@@ -140,6 +164,11 @@ def scheduler_json(address: str, state: State) -> dict[str, object]:
         "redis_ok": state.redis_ok,
         "num_executors": len(executors),
         "phases": dict(phases),
+        "models": [{"model": model.model, "queued": model.queued, "running": model.running} for model in state.models],
+        "clients": [
+            {"service": client.service, "workers": client.workers, "running": client.running}
+            for client in state.clients[:_MOST_CLIENTS]
+        ],
         "executors": [_executor_json(executor) for executor in executors[:_MOST_EXECUTORS]],
     }
 
@@ -148,6 +177,7 @@ def _executor_json(executor: scheduler_pb2.ExecutorState) -> dict[str, object]:
     load = executor.load
     return {
         "address": executor.address,
+        "model": executor.model,
         "instance_id": executor.instance_id,
         "phase": _PHASES.get(executor.phase, "unknown"),
         "running": executor.running,

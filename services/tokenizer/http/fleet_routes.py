@@ -54,6 +54,6 @@ def make_fleet_watch(edge: Edge, settings: TokenizerSettings) -> FleetWatch:
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     has_metrics = settings.metrics_port is not None and folder is not None
     snapshots = Snapshots(
-        edge.model_name, settings.workers, edge.schedulers, Path(folder) if has_metrics and folder else None
+        edge.models.names, settings.workers, edge.schedulers, Path(folder) if has_metrics and folder else None
     )
     return FleetWatch(snapshots.take, snapshots.forget)

@@ -17,7 +17,7 @@ from face_kit import calling, make_face
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.link import LinkDialer
 from scalellm.services.common.metric_window import Scrape, Window
-from scalellm.services.tokenizer.fleet.snapshot import Snapshots, scheduler_json, window_figures
+from scalellm.services.tokenizer.fleet.snapshot import Snapshots, model_figures, scheduler_json, window_figures
 from scalellm.services.tokenizer.fleet.watch import FleetWatch
 from scalellm.services.tokenizer.http.fleet_routes import FleetRoutes
 from scalellm.v1 import link_pb2, scheduler_pb2, scheduler_pb2_grpc
@@ -164,6 +164,25 @@ def test_figures_are_of_the_window_and_unknown_ones_are_null() -> None:
     json.dumps(figures, allow_nan=False)
 
 
+def test_figures_of_a_model_are_its_own() -> None:
+    def scraped(at: float, **tokens: float) -> Scrape:
+        series = {(("model_name", name),): value for name, value in tokens.items()}
+        times = {
+            (("le", le), ("model_name", name)): value / 10
+            for name, value in tokens.items()
+            for le in ({"one": "0.1", "two": "0.2"}[name], "+Inf")
+        }
+        samples = {"scalellm_generation_tokens_total": series, "scalellm_time_to_first_token_seconds_bucket": times}
+        return Scrape("", at, samples)
+
+    window = Window([scraped(0.0, one=0.0, two=0.0)], [scraped(4.0, one=80.0, two=40.0)])
+    one, two = (model_figures(window, model_name=name) for name in ("one", "two"))
+    assert (one["generation_tokens_per_s"], two["generation_tokens_per_s"]) == (20.0, 10.0)
+    assert window_figures(window)["generation_tokens_per_s"] == 30.0
+    assert one["ttft_ms"] == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert two["ttft_ms"] == {"p50": 150.0, "p90": 190.0, "p99": 199.0}
+
+
 def executor(number: int, phase: Any = READY, **fields: Any) -> scheduler_pb2.ExecutorState:
     load = link_pb2.Load(free_blocks=25, total_blocks=100, waiting=2)
     return scheduler_pb2.ExecutorState(
@@ -174,14 +193,21 @@ def executor(number: int, phase: Any = READY, **fields: Any) -> scheduler_pb2.Ex
 def test_a_scheduler_tells_of_its_executors_and_first_of_those_that_need_attention() -> None:
     lost = scheduler_pb2.ExecutorState(address="10.1.0.0:50061", phase=CONNECTING, last_error="gone")
     state = scheduler_pb2.GetStateResponse(
-        instance_id="s", queued=3, running=4, executors=[*(executor(number, tokens=7) for number in range(999)), lost]
+        instance_id="s",
+        queued=3,
+        running=4,
+        executors=[*(executor(number, tokens=7, model="m") for number in range(999)), lost],
+        models=[scheduler_pb2.ModelState(model="m", queued=3, running=4)],
+        clients=[scheduler_pb2.ClientState(service=f"t:{number}", workers=2, running=1) for number in range(99)],
     )
     told: Any = scheduler_json("10.0.0.1:50052", state)
     assert (told["queued"], told["running"], told["num_executors"]) == (3, 4, 1000)
     assert told["phases"] == {"ready": 999, "connecting": 1}
     assert told["executors"][0]["last_error"] == "gone"
     assert told["executors"][0]["kv_usage"] is None, "its load is not known"
-    assert (told["executors"][1]["kv_usage"], told["executors"][1]["tokens"]) == (0.75, 7)
+    assert [told["executors"][1][field] for field in ("kv_usage", "tokens", "model")] == [0.75, 7, "m"]
+    assert told["models"] == [{"model": "m", "queued": 3, "running": 4}]
+    assert (told["clients"][0], len(told["clients"])) == ({"service": "t:0", "workers": 2, "running": 1}, 64)
     assert len(told["executors"]) == 256
     assert len(json.dumps(told)) < 100_000
     assert scheduler_json("a:1", "did not answer") == {"address": "a:1", "error": "did not answer"}
@@ -212,18 +238,21 @@ async def test_each_scheduler_is_asked_and_one_that_does_not_tell_hides_no_other
 
     async with scheduler(tell) as good, scheduler(refuse) as locked:
         nobody = "127.0.0.1:1"
-        schedulers: Any = SimpleNamespace(dialers=dict.fromkeys((good, locked, nobody), LinkDialer()))
-        snapshots = Snapshots("m", 2, schedulers, None)
+        dialers = dict.fromkeys((good, locked, nobody), LinkDialer())
+        schedulers: Any = SimpleNamespace(dialers=dialers, service="here:1")
+        snapshots = Snapshots(["m", "n"], 2, schedulers, None)
         taken = json.loads(await snapshots.take())
         told = {entry["address"]: entry for entry in taken["schedulers"]}
         assert told[good]["instance_id"] == "one"
         assert "link token" in told[locked]["error"]
         assert told[nobody]["error"]
         assert taken["tokenizer"] == {
-            "model": "m",
+            "service": "here:1",
+            "models": ["m", "n"],
             "version": taken["tokenizer"]["version"],
             "workers": 2,
             "figures": None,
+            "model_figures": {},
         }
         await snapshots.forget()
         schedulers.dialers = {good: LinkDialer()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from scalellm.services.tokenizer.http.build import make_application
 STATIC = Path(http.__file__).with_name("static")
 SOURCES = sorted(STATIC.iterdir())
 MOST_BYTES = 150_000
-EDGE = {"model_name": "m", "prompts": None, "schedulers": None}
+EDGE = {"models": SimpleNamespace(names=["m"]), "prompts": None, "schedulers": None}
 
 
 class Page(HTMLParser):

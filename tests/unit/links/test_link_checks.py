@@ -166,6 +166,18 @@ def test_a_peer_one_minor_version_apart_is_worked_with(minor: int) -> None:
     assert read_welcome(link_pb2.ServerFrame(welcome=welcome).SerializeToString()) == welcome
 
 
+@pytest.mark.parametrize("field", ["client_id", "service"])
+def test_a_name_in_a_hello_has_a_longest_length(field: str) -> None:
+    def frame(length: int) -> bytes:
+        hello = link_pb2.Hello(api_minor=API_MINOR, **{field: "x" * length})
+        return link_pb2.ClientFrame(hello=hello).SerializeToString()
+
+    read_hello(frame(256))
+    with pytest.raises(StatusError, match=f"hello.{field}.*256") as refused:
+        read_hello(frame(257))
+    assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_an_older_peer_is_refused_and_both_versions_are_named() -> None:
     old = API_MINOR - 2
     both = f"speaks version {old} of the link's protocol, this service version {API_MINOR}"

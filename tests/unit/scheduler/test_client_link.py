@@ -1,4 +1,4 @@
-"""The beat of a client link: empty frames while requests run, silence otherwise, an end with the link."""
+"""The links of clients: their beat, the size of their frames, and the services that GetState tells of."""
 
 import asyncio
 
@@ -7,6 +7,7 @@ import pytest
 from scalellm.services.scheduler.books import Books
 from scalellm.services.scheduler.client_link import ClientLink
 from scalellm.services.scheduler.request import Request
+from scalellm.services.scheduler.service import client_states
 from scalellm.v1 import common_pb2, link_pb2
 from service_processes import PATIENCE
 
@@ -48,3 +49,14 @@ async def test_log_probabilities_of_several_executors_do_not_make_a_frame_too_lo
     assert max(map(len, frames)) < 4 * 2**20
     assert list(link_pb2.ServerFrame.FromString(b"".join(frames)).step.prompt_logprobs) == parts
     link.close()
+
+
+async def test_services_are_told_with_their_workers_and_requests() -> None:
+    links = [
+        ClientLink(worker, Books(), service=service)
+        for worker, service in (("one", "b:1"), ("one", "b:1"), ("two", "b:1"), ("three", "a:1"), ("old", ""))
+    ]
+    for link, count in zip(links, (1, 2, 0, 4, 0), strict=True):
+        link.requests = {handle: Request(link, link_pb2.Submit(token_ids=[1]), 0, 0.0) for handle in range(count)}
+    told = [(state.service, state.workers, state.running) for state in client_states(links)]
+    assert told == [("", 1, 0), ("a:1", 1, 4), ("b:1", 2, 3)]

@@ -29,7 +29,8 @@ export class Fleet {
       }
       this._tell(before, now, moved, happened);
       before.goneAt = null;
-      before.now = now;
+      // While it is not connected it tells no model.
+      before.now = { ...now, model: now.model || before.now.model };
       const last = before.tokens.at(-1);
       // One that was forgotten and comes back counts from 0.
       if (now.tokens < last[1]) before.tokens = [];

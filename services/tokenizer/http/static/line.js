@@ -5,6 +5,7 @@ import { count, percent, some } from "./numbers.js";
 import { visible } from "./text.js";
 
 const MOST = 200;
+const MOST_TOKENIZERS = 64;
 const MOST_IN_COLUMN = 8;
 const SIGNS = { ready: "●", draining: "◐", connecting: "○", incompatible: "✕", gone: "✕" };
 
@@ -18,14 +19,20 @@ export class Line {
     new ResizeObserver(() => this._draw()).observe(byId("line"));
   }
 
-  show(tokenizer, schedulers, executors) {
+  /** @param model The model whose executors these are; null: all. `areSeveral`: there are other models. */
+  show(tokenizer, schedulers, executors, { model, areSeveral }) {
     const shown = executors.slice(0, MOST);
-    this._list("tokenizers", [{
-      id: "tokenizer",
-      name: "this one",
+    const others = otherTokenizers(tokenizer, schedulers);
+    const tokenizers = [tokenizer.service, ...others.keys()].slice(0, MOST_TOKENIZERS);
+    this._list("tokenizers", tokenizers.map((service) => ({
+      id: `tokenizer ${service}`,
+      name: service || "of an older version",
       phase: "ready",
-      facts: [["", some(tokenizer.workers, "worker")], ["Running", count(tokenizer.figures?.running ?? null)], ["ScaleLLM", tokenizer.version]],
-    }]);
+      word: service === tokenizer.service ? "this one" : "linked",
+      facts: service === tokenizer.service
+        ? [["", some(tokenizer.workers, "worker")], ["Running", count(tokenizer.figures?.running ?? null)], ["ScaleLLM", tokenizer.version]]
+        : [["", some(others.get(service).workers, "worker")], ["Running", count(others.get(service).running)]],
+    })));
     this._list("schedulers", schedulers.map((scheduler) => ({
       id: `scheduler ${scheduler.address}`,
       name: scheduler.address,
@@ -43,14 +50,14 @@ export class Line {
       error: executor.phase === "ready" || executor.phase === "gone" ? "" : executor.last_error,
       usage: executor.kv_usage,
       facts: executor.phase === "ready" || executor.phase === "draining"
-        ? [["Running", count(executor.running)], ["Waiting", count(executor.waiting)], ["Tokens/s", count(executor.rate)],
+        ? [...(areSeveral && model === null ? [["Model", visible(executor.model)]] : []), ["Running", count(executor.running)], ["Waiting", count(executor.waiting)], ["Tokens/s", count(executor.rate)],
           ...(executor.tensor_parallel > 1 ? [["Devices", count(executor.tensor_parallel)]] : [])]
         : [],
     })));
     const total = Math.max(executors.length, ...schedulers.map((scheduler) => scheduler.num_executors ?? 0));
     say(byId("line-note"), total > shown.length ? `${count(shown.length)} of ${count(total)} executors are shown.` : "");
     byId("executors").parentElement.classList.toggle("many", shown.length > MOST_IN_COLUMN);
-    this._shown = { schedulers, executors: shown };
+    this._shown = { own: tokenizer.service, tokenizers, schedulers, executors: shown };
     this._draw();
   }
 
@@ -96,7 +103,7 @@ export class Line {
 
   _draw() {
     if (this._shown === null) return;
-    const { schedulers, executors } = this._shown;
+    const { own, tokenizers, schedulers, executors } = this._shown;
     const frame = byId("line").getBoundingClientRect();
     const at = (id) => this._boxes.get(id)?.element.getBoundingClientRect();
     const ways = [];
@@ -109,7 +116,10 @@ export class Line {
       ways.push([`M${x1} ${y1}C${middle} ${y1} ${middle} ${y2} ${x2} ${y2}`, is_up ? (busy ? "way busy" : "way") : "way down", 1.5 + Math.min(6, Math.log2(1 + busy))]);
     };
     for (const scheduler of schedulers) {
-      add(at("tokenizer"), at(`scheduler ${scheduler.address}`), scheduler.running ?? 0, !scheduler.error);
+      for (const service of tokenizers.length > MOST_IN_COLUMN ? [own] : tokenizers) {
+        const client = scheduler.clients?.find((one) => one.service === service);
+        if (client || service === own) add(at(`tokenizer ${service}`), at(`scheduler ${scheduler.address}`), client?.running ?? 0, !scheduler.error);
+      }
       if (executors.length > MOST_IN_COLUMN) continue; // they stand side by side, in each other's way
       for (const executor of executors) {
         if (!executor.schedulers.includes(scheduler.address) || executor.phase === "gone") continue;
@@ -122,4 +132,17 @@ export class Line {
     this._drawn = key;
     this._ways.replaceChildren(...ways.map(([d, mark, width]) => svg("path", { d, class: mark, "stroke-width": width.toFixed(1) })));
   }
+}
+
+/** The other tokenizer services that schedulers tell of: their workers, and their requests on all schedulers. */
+function otherTokenizers(tokenizer, schedulers) {
+  const found = new Map();
+  for (const scheduler of schedulers) {
+    for (const { service, workers, running } of scheduler.clients ?? []) {
+      if (service === tokenizer.service) continue;
+      const before = found.get(service) ?? { workers: 0, running: 0 };
+      found.set(service, { workers: Math.max(before.workers, workers), running: before.running + running });
+    }
+  }
+  return found;
 }

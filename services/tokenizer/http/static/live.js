@@ -5,6 +5,7 @@ import { byId, h, say } from "./dom.js";
 import { Fleet } from "./fleet.js";
 import { keyDialog } from "./key.js";
 import { Line } from "./line.js";
+import { ModelChoice } from "./model.js";
 import { count, duration } from "./numbers.js";
 import { Curve } from "./curve.js";
 import { visible } from "./text.js";
@@ -20,6 +21,12 @@ const TIMES = {
 let fleet = new Fleet();
 const line = new Line();
 const tiles = new Map();
+const choice = new ModelChoice(() => {
+  tiles.clear(); // their curves are of other models
+  byId("tiles").replaceChildren();
+  if (latest !== null) draw(latest);
+});
+let latest = null;
 let connection = new AbortController();
 const key = keyDialog(() => connect());
 
@@ -52,15 +59,8 @@ function show(snapshot) {
   const { executors, happened } = fleet.take(snapshot);
   document.body.classList.remove("stale");
   say(byId("status"), `As of ${new Date(1000 * snapshot.at).toLocaleTimeString()}`);
-  const { tokenizer, schedulers } = snapshot;
-  say(byId("model"), visible(tokenizer.model));
-  showTiles(snapshot, executors);
-  say(byId("tiles-note"), tokenizer.figures ? "" : "This tokenizer counts nothing: it was started without --metrics-port.");
-  byId("times").replaceChildren(...Object.entries(TIMES).map(([name, words]) => {
-    const value = tokenizer.figures?.[name];
-    return h("tr", {}, h("th", { scope: "row" }, words), ...["p50", "p90", "p99"].map((rank) => h("td", {}, duration(value?.[rank]))));
-  }));
-  line.show(tokenizer, schedulers, executors);
+  choice.offer(snapshot.tokenizer.models);
+  draw((latest = { snapshot, executors }));
   for (const text of happened) {
     const at = new Date(1000 * snapshot.at).toLocaleTimeString();
     byId("events").prepend(h("li", {}, h("time", {}, at), ` ${visible(text)}`));
@@ -68,18 +68,32 @@ function show(snapshot) {
   while (byId("events").childElementCount > MOST_EVENTS) byId("events").lastElementChild.remove();
 }
 
-function showTiles({ tokenizer, schedulers }, executors) {
-  const heard = schedulers.filter((scheduler) => !scheduler.error);
+/** Show what belongs to the chosen model. */
+function draw({ snapshot: { tokenizer, schedulers }, executors }) {
+  const { model } = choice;
+  // An executor that was never connected may be of any model.
+  const shown = executors.filter((executor) => model === null || !executor.model || executor.model === model);
+  const figures = model === null ? tokenizer.figures : tokenizer.model_figures[model];
+  showTiles(model, schedulers, shown, figures, tokenizer.figures);
+  say(byId("tiles-note"), tokenizer.figures ? "" : "This tokenizer counts nothing: it was started without --metrics-port.");
+  byId("times").replaceChildren(...Object.entries(TIMES).map(([name, words]) => {
+    const value = figures?.[name];
+    return h("tr", {}, h("th", { scope: "row" }, words), ...["p50", "p90", "p99"].map((rank) => h("td", {}, duration(value?.[rank]))));
+  }));
+  line.show(tokenizer, schedulers, shown, { model, areSeveral: tokenizer.models.length > 1 });
+}
+
+function showTiles(model, schedulers, executors, figures, allFigures) {
+  const heard = schedulers.filter((scheduler) => !scheduler.error).flatMap((scheduler) =>
+    model === null ? [scheduler] : scheduler.models.filter((one) => one.model === model));
   const sum = (values) => (values.length ? values.reduce((total, value) => total + value, 0) : null);
-  const figures = tokenizer.figures;
   const rates = executors.map((executor) => executor.rate).filter((rate) => rate !== null);
-  const written = sum(rates);
-  tile("Running", sum(heard.map((scheduler) => scheduler.running)), "requests");
-  tile("Queued", sum(heard.map((scheduler) => scheduler.queued)), "requests");
-  tile("Tokens out", written, "per second");
+  tile("Running", sum(heard.map(({ running }) => running)), "requests");
+  tile("Queued", sum(heard.map(({ queued }) => queued)), "requests");
+  tile("Tokens out", sum(rates), "per second");
   tile("Tokens in", figures?.prompt_tokens_per_s ?? null, "per second, of what finished here");
   tile("Requests", figures?.finished_per_s ?? null, "finished per second here", 1);
-  tile("Refused or failed", figures?.rejected_per_s ?? null, "per second here", 1);
+  tile("Refused or failed", allFigures?.rejected_per_s ?? null, model === null ? "per second here" : "per second here, all models", 1);
 }
 
 function tile(name, value, unit, digits = 0) {

@@ -86,6 +86,8 @@ async function open(id, numTurns = Infinity) {
       first = end;
     });
     chat = { session: id, turns: Math.min(session.turn_ends.length, numTurns), messages: [] };
+    // A conversation goes on with the model that it began with.
+    if ([...byId("model").options].some((option) => option.value === session.model)) byId("model").value = session.model;
     setHash(id);
     sessions.select(id);
     scrollDown();
@@ -314,6 +316,13 @@ for (const radio of document.querySelectorAll("input[name=mode]")) {
     setMode();
   });
 }
+
+byId("model").addEventListener("change", () => {
+  if (chat.session === null || chat.turns === 0) return;
+  const { session } = chat;
+  begin();
+  say(status, `This is a new conversation: ${session} goes on with its own model alone.`);
+});
 
 // Where there is room the panels stand open beside the conversation.
 const wide = matchMedia("(min-width: 60rem)");

@@ -24,7 +24,6 @@ export class Sessions {
   /** Read the list. Throws ApiError where the key is not right; without a session store it only says so. */
   async refresh() {
     try {
-      this._shown = [];
       await this._load("");
     } catch (error) {
       this._tell(error);
@@ -56,8 +55,9 @@ export class Sessions {
   async _load(token) {
     const page = await json(`v1/sessions?page_size=${PAGE}&page_token=${encodeURIComponent(token)}`);
     this.isOn = true;
-    this._shown.push(...page.data);
+    this._shown = token ? [...this._shown, ...page.data] : page.data;
     this._next = page.next_page_token;
+    say(byId("sessions-note"), this._shown.length ? "" : "None is kept yet.");
     this._render();
   }
 
@@ -73,7 +73,11 @@ export class Sessions {
   }
 
   _tell(error) {
-    this.isOn = false;
+    if (error.retryAfterMs !== null) {
+      say(byId("sessions-note"), `The list is not up to date: ${error.message}`);
+      return;
+    }
+    this.isOn = false; // without a time to retry there is no session store
     say(byId("sessions-note"), `Conversations are not kept: ${error.message}`);
     byId("sessions").replaceChildren();
     byId("more-sessions").hidden = true;
@@ -81,7 +85,6 @@ export class Sessions {
 
   _render() {
     const now = Date.now() / 1000;
-    say(byId("sessions-note"), this._shown.length ? "" : "None is kept yet.");
     // The one that lives longest was used last.
     const sorted = [...this._shown].sort((a, b) => b.expires_at - a.expires_at);
     byId("sessions").replaceChildren(...sorted.map((session) =>
