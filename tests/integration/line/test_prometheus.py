@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -149,6 +150,18 @@ def dashboard_queries() -> list[tuple[str, str]]:
         for panel in panels
         for target in panel.get("targets", [])
     ]
+
+
+def test_no_panel_shows_a_number_that_is_none_while_nothing_is_asked(prometheus: Prometheus) -> None:
+    """Without requests every quantile and every ratio of a panel divides by zero."""
+    settled(lambda: [] if prometheus.query("sum(rate(scalellm_e2e_request_latency_seconds_bucket[1m]))") else ["rates"])
+    quantile = "histogram_quantile(0.5, sum by (le) (rate(scalellm_e2e_request_latency_seconds_bucket[1m])))"
+    assert prometheus.query(quantile)[0]["value"][1] == "NaN", "this is what a panel has to hide"
+    shown = [
+        (title, query, result["value"][1]) for title, query in dashboard_queries() for result in prometheus.query(query)
+    ]
+    assert len(shown) > 40
+    assert [entry for entry in shown if not math.isfinite(float(entry[2]))] == []
 
 
 def test_after_a_mixed_load_everything_is_there_and_agrees(line: Line, prometheus: Prometheus) -> None:
