@@ -12,7 +12,7 @@ from link_fuzz import make_tracer, play_to_engine, play_to_scheduler, play_to_wo
 from scalellm.services.common.tracing.tracer import Tracer
 from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 
-EXAMPLES = 300
+EXAMPLES = 150
 
 
 @pytest.fixture(scope="module")
