@@ -12,8 +12,8 @@ import pytest
 from bench.virtual.network import Connection
 from virtual_histories import play
 
-NUM_HISTORIES = 60
-"""Played by `make test`."""
+NUM_HISTORIES = 30
+"""Played by `make test`; `make test-faults` plays thousands."""
 
 
 @pytest.fixture(autouse=True)
