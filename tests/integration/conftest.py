@@ -22,6 +22,12 @@ def module_spawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawn]:
     yield from spawner(tmp_path_factory.mktemp("services"))
 
 
+@pytest.fixture(scope="session")
+def session_spawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spawn]:
+    """Start services that end with this process of the tests."""
+    yield from spawner(tmp_path_factory.mktemp("services"))
+
+
 def _redis(folder: Path) -> Iterator[RedisProcess]:
     redis = start_redis(folder)
     yield redis
@@ -38,4 +44,10 @@ def redis(tmp_path: Path) -> Iterator[RedisProcess]:
 @pytest.fixture(scope="module")
 def module_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
     """A Redis that ends with the module."""
+    yield from _redis(tmp_path_factory.mktemp("redis"))
+
+
+@pytest.fixture(scope="session")
+def session_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    """A Redis that ends with this process of the tests."""
     yield from _redis(tmp_path_factory.mktemp("redis"))

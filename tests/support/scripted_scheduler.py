@@ -72,6 +72,8 @@ class ScriptedLink:
     client_id: str
     server_link: ServerLink = field(default_factory=ServerLink)
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    handles: set[int] = field(default_factory=set)
+    """Of the requests that came since the last reset."""
     stopped: set[tuple[int, int]] = field(default_factory=set)
     broken: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -114,10 +116,15 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
             self._server = None
 
     def reset(self) -> None:
+        """Forget all scripts and requests, also those whose aborts come later; what runs is cancelled."""
         self.play = lambda submit: Script()
         self.submits.clear()
         self.submitted_on.clear()
         self.aborts.clear()
+        for link in self.links:
+            link.handles.clear()
+            for task in link.tasks.values():
+                task.cancel()
 
     def break_links(self) -> None:
         for link in self.links:
@@ -164,13 +171,15 @@ class ScriptedScheduler(scheduler_pb2_grpc.SchedulerServicer):
     def _on_frame(self, link: ScriptedLink, frame: link_pb2.ClientFrame) -> None:
         if frame.HasField("abort"):
             abort = frame.abort
-            self.aborts.append(abort)
+            if abort.handle in link.handles:
+                self.aborts.append(abort)
             task = link.tasks.get(abort.handle)
             if abort.HasField("index"):
                 link.stopped.add((abort.handle, abort.index))
             elif task is not None:
                 task.cancel()
             return
+        link.handles.add(frame.submit.handle)
         self.submits.append(frame.submit)
         self.submitted_on.append(link.client_id)
         task = asyncio.create_task(self._run(link, frame.submit))

@@ -1,4 +1,10 @@
-"""A tokenizer service as an operator would start it, in front of a scripted scheduler."""
+"""A tokenizer service as an operator would start it, in front of a scripted scheduler.
+
+The files of this folder share one service in each process of the tests, since starting one takes more time than most
+of the tests. So sessions and requests have ids that no other test uses, and metrics are compared with what they were
+before. A test that needs a service with other options, or harms one, starts its own. The scheduler lives in the event
+loop of the session: tests that use it run there, too.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,7 @@ from tokenizers import Tokenizer
 from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 from scalellm.v1 import generation_pb2, generation_pb2_grpc, sessions_pb2_grpc, tokenizer_pb2_grpc
 from scripted_scheduler import ScriptedScheduler
-from service_processes import PATIENCE, RedisProcess, ServiceProcess, Spawn
+from service_processes import PATIENCE, RedisProcess, ServiceProcess, Spawn, eventually
 
 
 class EdgeClient:
@@ -93,23 +99,23 @@ def error_details() -> Callable[[grpc.aio.AioRpcError], tuple[dict[str, str], fl
     return details
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def module_scheduler() -> AsyncIterator[ScriptedScheduler]:
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared_scheduler() -> AsyncIterator[ScriptedScheduler]:
     scheduler = await ScriptedScheduler().start()
     yield scheduler
     await scheduler.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def service(
-    module_scheduler: ScriptedScheduler,
-    module_spawn: Spawn,
-    module_redis: RedisProcess,
+    shared_scheduler: ScriptedScheduler,
+    session_spawn: Spawn,
+    session_redis: RedisProcess,
     model_dir: Callable[[str], Path],
 ) -> ServiceProcess:
-    return module_spawn(
-        "tokenizer", "--scheduler", module_scheduler.address, "--model", str(model_dir("smollm2-135m-instruct")),
-        "--workers", "1", "--redis-url", module_redis.url, "--metrics-port", "0", "--http-metrics",
+    return session_spawn(
+        "tokenizer", "--scheduler", shared_scheduler.address, "--model", str(model_dir("smollm2-135m-instruct")),
+        "--workers", "1", "--redis-url", session_redis.url, "--metrics-port", "0", "--http-metrics",
     )  # fmt: skip
 
 
@@ -125,13 +131,15 @@ def tokenizer(model_dir: Callable[[str], Path]) -> Tokenizer:
     return load_model_tokenizer(model_dir("smollm2-135m-instruct")).tokenizer
 
 
-@pytest.fixture
-def scheduler(module_scheduler: ScriptedScheduler) -> ScriptedScheduler:
-    module_scheduler.reset()
-    return module_scheduler
+@pytest_asyncio.fixture(loop_scope="session")
+async def scheduler(shared_scheduler: ScriptedScheduler) -> ScriptedScheduler:
+    """Without scripts, and with nothing running of the tests before."""
+    shared_scheduler.reset()
+    await eventually(lambda: shared_scheduler.num_running == 0)
+    return shared_scheduler
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def client(service: ServiceProcess, scheduler: ScriptedScheduler) -> AsyncIterator[EdgeClient]:
     client = EdgeClient(service.address)
     await client.wait_serving()
@@ -140,8 +148,8 @@ async def client(service: ServiceProcess, scheduler: ScriptedScheduler) -> Async
 
 
 @pytest.fixture
-def store(module_redis):
-    client = redis_client.Redis.from_url(module_redis.url)
+def store(session_redis):
+    client = redis_client.Redis.from_url(session_redis.url)
     yield client
     assert [key for key in client.keys("*") if client.pttl(key) < 0] == [], "keys without an end"
     client.close()

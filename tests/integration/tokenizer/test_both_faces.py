@@ -27,7 +27,7 @@ from scalellm.v1 import (
 from scripted_scheduler import Script, ScriptedScheduler
 from service_processes import PATIENCE, ServiceProcess, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 HELLO = "Say something."
@@ -49,13 +49,13 @@ def keys() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def secured(module_scheduler, module_spawn, module_redis, model_dir, keys, tmp_path_factory) -> ServiceProcess:
+def secured(shared_scheduler, module_spawn, module_redis, model_dir, keys, tmp_path_factory) -> ServiceProcess:
     folder = tmp_path_factory.mktemp("keys")
     file = folder / "keys.toml"
     entries = "".join(key_entry(key, tenant, Role.USER) for tenant, key in keys.items())
     file.write_text(entries + "[tenants.narrow]\nconcurrent_requests = 1\n[tenants.other]\nweight = 4\n")
     service = module_spawn(
-        "tokenizer", "--scheduler", module_scheduler.address, "--model", str(model_dir("smollm2-135m-instruct")),
+        "tokenizer", "--scheduler", shared_scheduler.address, "--model", str(model_dir("smollm2-135m-instruct")),
         "--workers", "1", "--redis-url", module_redis.url, "--metrics-port", "0", "--api-keys", str(file),
         "--log-requests", "--log-format", "json", "--trace-file", str(folder / "spans.jsonl"),
     )  # fmt: skip
@@ -141,7 +141,7 @@ class Face:
             return Ended("OK", text, response.headers["server-timing"], usage)
 
 
-@pytest_asyncio.fixture(loop_scope="module", params=["grpc", "http"])
+@pytest_asyncio.fixture(loop_scope="session", params=["grpc", "http"])
 async def face(request, secured, scheduler, keys, connect) -> AsyncIterator[Face]:
     probe = connect(secured.address)
     await probe.wait_serving()

@@ -13,7 +13,7 @@ from scalellm.v1 import common_pb2, generation_pb2, link_pb2, tokenizer_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 def request(max_tokens=5):
@@ -101,10 +101,12 @@ async def test_without_scheduler_requests_end_unavailable(client, scheduler, err
 async def test_scheduler_without_executors_is_waited_for(client, scheduler):
     scheduler.model = ""
     scheduler.break_links()
-    await eventually_status(client, health_pb2.HealthCheckResponse.NOT_SERVING)
-    with pytest.raises(grpc.aio.AioRpcError, match="the scheduler has no executor yet"):
-        await client.generate(request())
-    scheduler.model = "scripted"
+    try:
+        await eventually_status(client, health_pb2.HealthCheckResponse.NOT_SERVING)
+        with pytest.raises(grpc.aio.AioRpcError, match="the scheduler has no executor yet"):
+            await client.generate(request())
+    finally:
+        scheduler.model = "scripted"
     await client.wait_serving()
     await client.generate(request())
 
@@ -113,8 +115,8 @@ async def test_other_tokenizer_is_refused(client, scheduler):
     assert len(scheduler.hellos[0].tokenizer_sha256) == 32
     scheduler.tokenizer_sha256 = b"something else"
     scheduler.break_links()
-    await eventually_status(client, health_pb2.HealthCheckResponse.NOT_SERVING)
     try:
+        await eventually_status(client, health_pb2.HealthCheckResponse.NOT_SERVING)
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await client.generate(request())
         assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION

@@ -7,27 +7,27 @@ import pytest
 
 from scalellm.v1 import common_pb2, generation_pb2, tokenizer_pb2
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def test_settings_of_the_model_are_defaults(module_scheduler, module_spawn, connect, model_dir, tmp_path) -> None:
+async def test_settings_of_the_model_are_defaults(scheduler, spawn, connect, model_dir, tmp_path) -> None:
     for file in model_dir("smollm2-135m-instruct").iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.25, "top_k": 20, "top_p": 0.9}')
-    started = ("--scheduler", module_scheduler.address, "--model", str(tmp_path), "--workers", "1")
+    started = ("--scheduler", scheduler.address, "--model", str(tmp_path), "--workers", "1")
     for option, expected in (
         ("auto", common_pb2.SamplingParams(temperature=0.25, top_k=20, top_p=0.9)),
         ("none", common_pb2.SamplingParams()),
     ):
-        service = module_spawn("tokenizer", *started, "--generation-config", option)
+        service = spawn("tokenizer", *started, "--generation-config", option)
         client = connect(service.address)
         await client.wait_serving()
         info = await client.tokenizer.GetInfo(tokenizer_pb2.GetInfoRequest())
         assert info.sampling_defaults == expected
         for sampling in (common_pb2.SamplingParams(), common_pb2.SamplingParams(temperature=0, seed=1)):
-            module_scheduler.submits.clear()
+            scheduler.submits.clear()
             await client.generate(generation_pb2.GenerateRequest(prompt="Hi", sampling=sampling))
-            got = module_scheduler.submits[0].sampling
+            got = scheduler.submits[0].sampling
             assert got.HasField("temperature") == (option == "auto" or sampling.HasField("temperature"))
             assert got.temperature == (0.25 if option == "auto" and not sampling.HasField("temperature") else 0)
             assert got.top_k == expected.top_k

@@ -6,7 +6,7 @@ import pytest
 
 from reflection_client import ReflectionClient
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PUBLIC = ("scalellm.v1.Generation", "scalellm.v1.Tokenizer", "scalellm.v1.Sessions")
 
@@ -26,7 +26,7 @@ REQUESTS = {
     "ApplyChatTemplate": {"chat": CHAT},
     "GetInfo": {},
     "Get": {"sessionId": "r1"},
-    "List": {"pageSize": 10},
+    "List": {"pageSize": 1000},
     "Fork": {"sessionId": "r1", "newSessionId": "r2"},
     "Delete": {"sessionId": "r2"},
 }

@@ -13,7 +13,7 @@ from scalellm.v1 import generation_pb2, link_pb2
 from scripted_scheduler import Script, default_tokens
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def undisturbed(client, message) -> Client:

@@ -17,7 +17,7 @@ from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 SAVED = generation_pb2.SESSION_OUTCOME_SAVED
 
@@ -200,8 +200,8 @@ async def patiently(method, request):
                     raise
 
 
-async def test_a_session_of_more_than_4_mib_is_read_and_copied(client, module_redis):
-    contents = await store_large(module_redis.url, "large")
+async def test_a_session_of_more_than_4_mib_is_read_and_copied(client, session_redis):
+    contents = await store_large(session_redis.url, "large")
     with pytest.raises(grpc.aio.AioRpcError, match="a message holds at most") as refused:
         await patiently(client.sessions.Get, sessions_pb2.GetSessionRequest(session_id="large"))
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -231,9 +231,9 @@ async def test_a_session_of_more_than_4_mib_is_read_and_copied(client, module_re
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_every_key_expires(module_redis, client, speak):
+async def test_every_key_expires(session_redis, client, speak):
     await speak("expires", "Hi", "Hello!")
-    redis = Redis.from_url(module_redis.url)
+    redis = Redis.from_url(session_redis.url)
     try:
         keys = [key async for key in redis.scan_iter("*")]
         assert b"scalellm:session:{default}:expires" in keys
@@ -242,11 +242,11 @@ async def test_every_key_expires(module_redis, client, speak):
         await redis.aclose()
 
 
-async def test_stalled_redis_hurts_sessions_only(client, scheduler, speak, module_redis):
+async def test_stalled_redis_hurts_sessions_only(client, scheduler, speak, session_redis):
     scheduler.play = lambda submit: Script()
     plain = generation_pb2.GenerateRequest(prompt="Hi", sampling=common_pb2.SamplingParams(max_tokens=3))
     await speak("stall", "Hi", "Hello!")
-    module_redis.pause()
+    session_redis.pause()
     try:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await speak("stall", "More", "No.")
@@ -257,25 +257,28 @@ async def test_stalled_redis_hurts_sessions_only(client, scheduler, speak, modul
         scheduler.play = lambda submit: Script()
         await client.generate(plain)
     finally:
-        module_redis.resume()
+        session_redis.resume()
     assert (await speak("stall", "More", "Yes.")).finished.session == SAVED
 
 
-async def test_dead_redis_hurts_sessions_only(client, scheduler, speak, module_redis):
-    """Last: it takes this module's Redis down."""
+async def test_dead_redis_hurts_sessions_only(scheduler, start, redis, connect):
+    client = connect(start().address)
+    await client.wait_serving()
     chat = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content="Hi")])
+    turn = generation_pb2.GenerateRequest(chat=chat, session_id="dying")
     redis_is_dead = asyncio.Event()
     scheduler.play = lambda submit: Script(samples=[[1001] * 5], go=redis_is_dead)
-    running = asyncio.create_task(client.generate(generation_pb2.GenerateRequest(chat=chat, session_id="dying")))
+    running = asyncio.create_task(client.generate(turn))
     await eventually(lambda: len(scheduler.submits) == 1)
-    module_redis.stop()
+    redis.stop()
     redis_is_dead.set()
     answer = await running
     assert answer.finished.session == generation_pb2.SESSION_OUTCOME_UNAVAILABLE
     assert answer.finished.usage.completion_tokens == 5
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await speak("dying", "More", "No.")
+        await client.generate(turn)
     assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     assert "the session store cannot be reached" in error.value.details()
     answer = await client.generate(generation_pb2.GenerateRequest(chat=chat, sampling={"max_tokens": 3}))
     assert answer.finished.session == generation_pb2.SESSION_OUTCOME_UNSPECIFIED
+    await client.channel.close()

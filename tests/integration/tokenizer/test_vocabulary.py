@@ -13,13 +13,13 @@ from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 from scalellm.v1 import common_pb2, generation_pb2, tokenizer_pb2
 from scripted_scheduler import Script, ScriptedScheduler
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 IMAGE_TOKEN = "<image_soft_token>"  # Gemma 3 has it behind the last row of its embeddings
 NUM_TOKENS = 49153
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def scheduler() -> AsyncIterator[ScriptedScheduler]:
     scheduler = await ScriptedScheduler().start()
     yield scheduler
@@ -38,7 +38,7 @@ def model(model_dir, tmp_path_factory):
     return folder
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def client(request, module_spawn, scheduler, model, connect):
     scheduler.reset()
     scheduler.vocab_size = request.param

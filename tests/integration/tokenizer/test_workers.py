@@ -20,7 +20,7 @@ from scalellm.v1 import common_pb2, generation_pb2
 from scripted_scheduler import Script, ScriptedScheduler
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 def request(max_tokens=5):
@@ -40,7 +40,7 @@ def check_books(metrics) -> None:
     assert metrics['scalellm_tokenizer_requests_accepted_total{transport="grpc"}'] == ended + running
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def own_scheduler():
     scheduler = await ScriptedScheduler().start()
     yield scheduler

@@ -77,7 +77,7 @@ class HttpClient:
         return await self.call("GET", path, **headers)
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def http(service, client) -> AsyncIterator[HttpClient]:
     """`client` waits until the service is ready."""
     made = HttpClient(service.http_address)

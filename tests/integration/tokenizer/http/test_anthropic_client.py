@@ -9,13 +9,13 @@ from scalellm.v1 import common_pb2, link_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 MODEL = "smollm2-135m-instruct"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def ai(service, client, anthropic):
     async with anthropic.AsyncAnthropic(
         base_url=f"http://{service.http_address}", api_key="none", timeout=PATIENCE, _strict_response_validation=True

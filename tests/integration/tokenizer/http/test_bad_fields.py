@@ -10,7 +10,7 @@ import pytest
 from service_processes import eventually
 from structured_json import ENDPOINTS
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 HELLO = [{"role": "user", "content": "Hi"}]
 GOOD: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import pytest
 
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 CHAT = "/v1/chat/completions"
 HELLO = b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}'

@@ -11,7 +11,7 @@ import pytest
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 BODY = {"prompt": "Hello", "max_tokens": 5, "seed": 1, "stream": True}
 

@@ -12,13 +12,13 @@ from scalellm.v1 import link_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 MODEL = "smollm2-135m-instruct"
 KEEP = {"on_disconnect": "keep"}
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def ai(service, client, scheduler):
     scheduler.play = lambda submit: Script(delay=0.003)
     async with openai.AsyncOpenAI(

@@ -12,7 +12,7 @@ from scalellm.v1 import common_pb2, link_pb2
 from scripted_scheduler import Script, default_tokens
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 MODEL = "smollm2-135m-instruct"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -27,7 +27,7 @@ def options(service, *, is_strict: bool = True) -> dict:
     }
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def ai(service, client):
     async with openai.AsyncOpenAI(**options(service)) as made:
         yield made

@@ -14,7 +14,7 @@ from scripted_scheduler import ScriptedScheduler
 from service_processes import PATIENCE
 from tool_templates import HERMES
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 MODEL = "thinker"
 HELLO = [{"role": "user", "content": "Is 7 prime?"}]
@@ -41,8 +41,9 @@ def thinker(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def module_scheduler():
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def shared_scheduler():
+    """One of this module alone: its model has two tokens more."""
     scheduler = ScriptedScheduler()
     scheduler.vocab_size += 2
     await scheduler.start()
@@ -51,14 +52,14 @@ async def module_scheduler():
 
 
 @pytest.fixture(scope="module")
-def service(module_scheduler, module_spawn, module_redis, thinker):
+def service(shared_scheduler, module_spawn, module_redis, thinker):
     return module_spawn(
-        "tokenizer", "--scheduler", module_scheduler.address, "--model", str(thinker), "--workers", "1",
+        "tokenizer", "--scheduler", shared_scheduler.address, "--model", str(thinker), "--workers", "1",
         "--redis-url", module_redis.url, "--metrics-port", "0",
     )  # fmt: skip
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def ai(service, client):
     async with openai.AsyncOpenAI(
         base_url=f"http://{service.http_address}/v1", api_key="none", timeout=PATIENCE

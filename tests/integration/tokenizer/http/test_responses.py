@@ -10,13 +10,13 @@ from scalellm.v1 import common_pb2, link_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 MODEL = "smollm2-135m-instruct"
 STOP = common_pb2.FINISH_REASON_STOP
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def ai(service, client, scheduler):
     scheduler.play = lambda submit: Script(samples=[list(range(1000, 1005))], reason=STOP, cached_tokens=2)
     async with openai.AsyncOpenAI(

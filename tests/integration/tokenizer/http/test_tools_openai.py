@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from service_processes import PATIENCE
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 MODEL = "smollm2-135m-instruct"
 HELLO = [{"role": "user", "content": "How is the weather in Paris?"}]
@@ -34,7 +34,7 @@ class Now(BaseModel):
 TOOLS = [pydantic_function_tool(GetWeather), pydantic_function_tool(Now)]
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def ai(service, client):
     options = {"api_key": "none", "timeout": PATIENCE, "_strict_response_validation": True}
     async with openai.AsyncOpenAI(base_url=f"http://{service.http_address}/v1", **options) as made:

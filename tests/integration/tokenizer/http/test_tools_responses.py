@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from service_processes import PATIENCE
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 MODEL = "smollm2-135m-instruct"
 TOOL = {
@@ -28,7 +28,7 @@ TOOL = {
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def ai(service, client):
     options = {"api_key": "none", "timeout": PATIENCE, "_strict_response_validation": True}
     async with openai.AsyncOpenAI(base_url=f"http://{service.http_address}/v1", **options) as made:
