@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -77,7 +78,7 @@ async def test_who_may_call_what(tmp_path: Path) -> None:
 def test_each_route_has_a_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     settings = TokenizerSettings(metrics_port=0, http_metrics=True)
-    edge = {"model_name": "m", "prompts": None, "schedulers": None}
+    edge = {"models": SimpleNamespace(names=["m"]), "prompts": None, "schedulers": None}
     app = make_application(make_face(edge=edge), settings, lambda: True)
     served = {f"{route.method} {route.resource.canonical}" for route in app.router.routes() if route.method != "HEAD"}
     assert served == set(ROUTES)
