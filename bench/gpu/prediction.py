@@ -110,6 +110,7 @@ OPEN = replace(
     overlapping=0,
     gap_us=_OVERLAPPED_US,  # of all
 )
+_FEWER_LAUNCHES = replace(NOW, launches=OPEN.launches, overlapping=OPEN.launches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,22 @@ def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) 
     return Prediction(floor / 1e3, (us * shape.layers + head + sampling) / 1e3, launches * shape.layers, waves)
 
 
+def needed_share(shape: ModelShape, precision: Precision, seqs: int, design: Design, rate: float) -> float:
+    """Return the share of the ceiling at which products have to run for so many tokens per second.
+
+    Of 1 and more, the rate is out of reach whatever is done to products.
+    """
+
+    def ms(share: float) -> float:
+        products = MappingProxyType({**design.products, precision: (share, share)})
+        return predict(shape, precision, seqs, replace(design, products=products)).ms
+
+    at_ceiling, at_half = ms(1.0), ms(0.5)  # a + b and a + 2 b
+    of_products = at_half - at_ceiling
+    left = 1e3 * seqs / rate - (at_ceiling - of_products)
+    return of_products / left if left > 0 else float("inf")
+
+
 def _attention_us(shape: ModelShape, seqs: int, kv_bytes: int, design: Design) -> tuple[float, float]:
     """Return microseconds and waves of decode attention with shares of 256 keys, or of 64 where few sequences are."""
     num_bytes = decode_attention(shape, seqs, _CONTEXT, kv_bytes).num_bytes
@@ -192,6 +209,14 @@ def table() -> str:
                 cells += f"{p.ms:>11.1f}{p.floor_ms / p.ms:>7.0%}{rate:>12,.0f}{mark:>2}"
             floor, wanted = found[0].floor_ms, "" if target is None else f"{target:,}"
             lines.append(f"{name:14} {precision:5} at {seqs:<6}{floor:>7.2f}{cells}  {wanted}".rstrip())
+            if target is not None and 1e3 * seqs / found[1].ms < target:
+                alone, fused = (
+                    needed_share(shape, precision, seqs, design, target) for design in (NOW, _FEWER_LAUNCHES)
+                )
+                lines.append(
+                    f"{'':37}the target takes products at {alone:.0%}, or {fused:.0%} with norm and activation in them;"
+                    f" {NOW.products[precision][seqs > 1]:.0%} is assumed now"
+                )
             lines.append(
                 f"{'':37}" + "".join(f"{p.launches:>14} launches{p.waves:>7.1f} waves  " for p in found).rstrip()
             )
