@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: each case reaches a kernel without making a tensor or asking for its values."""
+"""Cases that are compiled ahead of time reach a kernel without making a tensor or asking for a tensor's values."""
 
 from dataclasses import replace
 
