@@ -79,11 +79,25 @@ class Reporter:
             self._results.flush()
 
 
+def part_of(spec: PartSpec) -> Part:
+    """Import a part and make it.
+
+    Raises:
+        UnavailableError: this machine's Python lacks a package of the services, which the part of ranks imports.
+    """
+    try:
+        part: Part = getattr(importlib.import_module(spec.module), spec.attribute)()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("bench", "scalellm"):
+            raise
+        raise UnavailableError(f"{spec.name}: {error.name} is not installed here") from error
+    return part
+
+
 def run_part(spec: PartSpec, bench: Bench, found: Findings) -> tuple[State, str | None]:
     """Run one part and return how it ended, and the error that ended it; whatever it raises is that."""
     try:
-        part: Part = getattr(importlib.import_module(spec.module), spec.attribute)()
-        part.run(bench, found)
+        part_of(spec).run(bench, found)
         bench.device.synchronize()
     except UnavailableError as error:
         found.note(str(error))
