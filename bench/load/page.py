@@ -25,7 +25,7 @@ h1, p { overflow-wrap: anywhere; }
 .facts { color: GrayText; }
 figure { margin: 0; }
 figcaption { font-weight: 600; margin-bottom: 0.3rem; }
-svg { max-width: 100%; height: auto; }
+svg { min-width: 30rem; max-width: 100%; height: auto; }
 svg text { font-size: 11px; fill: currentColor; }
 svg text.on-curves { paint-order: stroke; stroke: Canvas; stroke-width: 4px; }
 svg .grid { stroke: currentColor; stroke-opacity: 0.15; }
@@ -80,7 +80,8 @@ def _facts(run: Run) -> str:
 
 
 def _figure(caption: str, drawing: str) -> str:
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{drawing}</figure>"
+    # On a phone a drawing is scrolled sideways: made as narrow, its texts could not be read.
+    return f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll">{drawing}</div></figure>'
 
 
 def _table(steps: Sequence[Step]) -> str:
