@@ -41,7 +41,7 @@ class StageReport:
             self._print(detail)
 
     def waiting(self, detail: str) -> None:
-        """It lasts."""
+        """Say that the step still lasts."""
         if self._status is not None:
             self._status.update(self._line(f"{self._detail}, {detail}"))
         elif time.monotonic() >= self._next_line:
@@ -49,7 +49,7 @@ class StageReport:
             self._print(f"{self._detail}, {detail}")
 
     def done(self, detail: str) -> None:
-        """It is done."""
+        """Say that the step is done."""
         self.stop()
         self._print(f"ready ({detail})")
 

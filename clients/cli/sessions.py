@@ -25,7 +25,7 @@ _SessionArgument = Annotated[str, typer.Argument(metavar="ID", help="From `sessi
 
 @app.command("list", help="List the conversations, those that end first first.")
 def list_sessions(ctx: typer.Context, as_json: _JsonOption = False, address: _AddressOption = "") -> None:
-    """Without their messages."""
+    """List the sessions without their messages."""
     context = CliContext.of(ctx)
     with context.connect(address) as client:
         sessions = list(client.list_sessions())
@@ -68,7 +68,7 @@ def delete(
     session_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="From `sessions list`.")],
     address: _AddressOption = "",
 ) -> None:
-    """For good."""
+    """Delete sessions for good."""
     context = CliContext.of(ctx)
     with context.connect(address) as client:
         for session_id in session_ids:

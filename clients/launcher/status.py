@@ -36,7 +36,7 @@ class Restarts:
 
     @classmethod
     def of(cls, record: ServiceRecord) -> Restarts:
-        """As recorded."""
+        """Return the restarts that a service's record has."""
         return cls(record.restarts, record.ended_at or None, record.reason)
 
     def __str__(self) -> str:

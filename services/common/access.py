@@ -142,7 +142,7 @@ class Access:
 
     @property
     def interceptors(self) -> tuple[grpc.aio.ServerInterceptor, ...]:
-        """For a server; none where everything is open, so that it costs nothing."""
+        """Interceptors for a server; none if all methods are open, so that open services pay nothing."""
         return () if self.is_open else (AccessInterceptor(self),)
 
     @property

@@ -135,7 +135,7 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
         return self._process.pid
 
     @property
@@ -245,5 +245,5 @@ class Restarts:
         return min(self._longest_delay, self._first_delay * 2.0 ** min(len(self._crashes) - 1, 64))
 
     def forget(self) -> None:
-        """It works: earlier crashes count no more."""
+        """Forget earlier crashes: the process works."""
         self._crashes.clear()

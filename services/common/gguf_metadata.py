@@ -20,7 +20,7 @@ _ARRAY = 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _LENGTH = struct.Struct("<Q")
 _MOST_KEY_BYTES = 65535
-"""By the format's specification."""
+"""Longest key that the format's specification allows."""
 _T = TypeVar("_T")
 
 

@@ -73,7 +73,7 @@ class RedisFault(enum.Enum):
 
     @property
     def advice(self) -> str:
-        """For the operator."""
+        """Advice for the operator."""
         return self.value[1]
 
     @property

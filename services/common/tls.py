@@ -29,7 +29,7 @@ class TlsFiles:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Those that are given."""
+        """Paths of the files that are given."""
         return tuple(path for path in (self.cert, self.key, self.ca) if path is not None)
 
     def read(self) -> TlsMaterial:

@@ -41,9 +41,9 @@ class EngineEnd(enum.Enum):
     """The reason for which an engine process ended and is started again."""
 
     CRASH = "crash"
-    """It ended on its own."""
+    """The engine ended on its own."""
     STALL = "stall"
-    """It had work and took no step for the stall limit, and was ended."""
+    """The engine had work, took no step for the stall limit, and was ended."""
 
 
 class LinkPort(Protocol):
@@ -92,7 +92,7 @@ class EngineSupervisor:
 
     @property
     def has_engine(self) -> bool:
-        """There is an engine, and it has loaded its model."""
+        """True if there is an engine that has loaded its model."""
         return self._ready
 
     @property

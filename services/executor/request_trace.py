@@ -54,7 +54,7 @@ class TracedRequests:
         self.on_finish(finishes)
 
     def take(self) -> list[executor_pb2.TracedRequest]:
-        """Those that have ended since the last call."""
+        """Return the requests that have ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 

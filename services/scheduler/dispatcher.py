@@ -68,7 +68,7 @@ class Dispatcher:
         self.placement.outage.update(is_ready=bool(self.fleet.ready), is_reachable=self.fleet.is_reachable)
 
     def describe(self) -> scheduler_pb2.ModelState:
-        """For GetState."""
+        """Return the model's counts as GetState tells them."""
         books, queue = self.placement.books, self.placement.queue
         return scheduler_pb2.ModelState(
             model=self.model,

@@ -55,7 +55,7 @@ class ExternalScaler:
     async def GetMetrics(
         self, request: pb.GetMetricsRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetMetricsResponse:
-        """Its value."""
+        """Return the value of the metric."""
         wanted = self._state(request.scaledObjectRef).wanted
         return pb.GetMetricsResponse(
             metricValues=[pb.MetricValue(metricName=_METRIC, metricValue=wanted, metricValueFloat=wanted)]

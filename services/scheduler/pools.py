@@ -169,7 +169,7 @@ class Pools:
         return self._chosen.tensor_parallel if self._chosen is not None else None
 
     def describe(self) -> list[scheduler_pb2.PoolState]:
-        """For GetState, the most devices first."""
+        """Return the pools as GetState tells them, those with the most devices first."""
         return [
             scheduler_pb2.PoolState(
                 tensor_parallel=pool.tensor_parallel,

@@ -61,7 +61,7 @@ class Quarantine:
         return self._on_trial is None or not self._is_suspect(request)
 
     def on_dispatch(self, request: Request) -> None:
-        """It was sent off."""
+        """A request was sent to an executor."""
         if self._is_suspect(request):
             self._on_trial = request
 

@@ -95,17 +95,17 @@ class ReplicaLink:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def stay(self) -> None:
-        """Its address is listed (again)."""
+        """Keep the executor: its address is listed (again)."""
         self.is_leaving = self.is_forgotten_when_down = False
         self._placement.replica_changed(self)
 
     def leave(self) -> None:
-        """Its address was taken off the list: no new requests."""
+        """Send the executor no new requests: its address was taken off the list."""
         self.is_leaving = True
         self._placement.replica_changed(self)
 
     def forget_when_down(self) -> None:
-        """Its name stands for its address no more."""
+        """Forget the executor once its link is down: its name no longer resolves to its address."""
         self.is_forgotten_when_down = True
         self._placement.replica_changed(self)
 
@@ -288,7 +288,7 @@ class ReplicaLink:
         return self._client.traffic
 
     def describe(self) -> scheduler_pb2.ExecutorState:
-        """For GetState."""
+        """Return the executor's state as GetState tells it."""
         return scheduler_pb2.ExecutorState(
             address=self.address,
             instance_id=self.instance_id,

@@ -112,7 +112,7 @@ class Request:
         return self.num_prompt_tokens + longest
 
     def start(self, replica: ReplicaLink, handle: int, now: float) -> None:
-        """It was sent to an executor."""
+        """The request was sent to an executor."""
         assert self.state is RequestState.QUEUED
         self.state = RequestState.RUNNING
         self.executor.dispatches += 1
@@ -123,7 +123,7 @@ class Request:
         self.times.leave_queue(now)
 
     def requeue(self, *, lost: bool) -> None:
-        """It waits again: its executor is lost, or gave it back."""
+        """The request waits again: its executor is lost, or gave it back."""
         assert self.state is RequestState.RUNNING
         self.state = RequestState.QUEUED
         self.executor.replica = None
@@ -131,7 +131,7 @@ class Request:
         self.times.come_back(lost=lost)
 
     def end(self, now: float) -> None:
-        """It got its Finish."""
+        """The request got its Finish."""
         assert self.state is not RequestState.ENDED
         if self.state is RequestState.QUEUED:
             self.times.leave_queue(now)

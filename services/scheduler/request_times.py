@@ -29,7 +29,7 @@ class RequestTimes:
         return self._since
 
     def leave_queue(self, now: float) -> None:
-        """It waited until now."""
+        """Count the time that the request waited until now."""
         if self._was_lost:
             self._failover += now - self._since
         else:
@@ -37,7 +37,7 @@ class RequestTimes:
         self._since = now
 
     def come_back(self, *, lost: bool) -> None:
-        """It waits again. The time since it left, and until it leaves again, counts as failover or admission."""
+        """The request waits again. The time since it last left the queue counts as failover or admission, too."""
         self._was_lost = lost
 
     def fill(self, timings: link_pb2.HopTimings, now: float) -> None:

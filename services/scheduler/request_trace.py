@@ -56,12 +56,12 @@ class RequestTrace:
         self._submit.traceparent, self._submit.tracestate = self._attempt.headers
 
     def come_back(self, error: StatusError) -> None:
-        """Its executor was lost, or sent it back: it waits again."""
+        """The request waits again: its executor was lost, or sent it back."""
         self._waits_since = time.monotonic_ns()
         self._end_attempt(self._waits_since, error.code, error.message)
 
     def end(self, finish: link_pb2.Finish) -> None:
-        """It got its Finish."""
+        """The request got its Finish."""
         now = time.monotonic_ns()
         status = finish.status
         code = StatusError.from_link(status).code if status.code else grpc.StatusCode.OK

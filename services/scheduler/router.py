@@ -25,7 +25,7 @@ class Verdict(enum.Enum):
     """The reason why no executor was picked."""
 
     NO_CREDIT = enum.auto()
-    """Those that could run it are busy, or not there."""
+    """The executors that could run the request are busy, or not connected."""
     WAIT_FOR_SESSION = enum.auto()
     """Another executor would take it, but its session's own one is only out of credits."""
     REFUSED_BY_ALL = enum.auto()

@@ -31,7 +31,7 @@ class TenantAccount:
     num_rows: int = 0
 
     def charge(self, cost: int) -> None:
-        """It is served."""
+        """Count a cost as served to the tenant."""
         self.served += cost / self.weight
 
     def rows_per_weight(self, more: int = 0) -> float:

@@ -118,18 +118,18 @@ class RunningRequest:
             self.link.stop_sample(self._handle, index)
 
     def lose_link(self, why: StatusError, move: Move) -> None:
-        """Its scheduler was lost, or gave it back."""
+        """The request's scheduler was lost, or gave the request back."""
         self.link = None
         self.why_lost = why
         self.move = move
 
     def count_loss(self) -> None:
-        """Its scheduler was lost."""
+        """Count that the request's scheduler was lost."""
         has_come_further = self.receiver.progress.num_tokens > self._num_resumed
         self.losses = 1 if has_come_further else self.losses + 1
 
     def finish(self, finish: link_pb2.Finish, now: int) -> None:
-        """Its scheduler ended it; what was spent on others counts as failover."""
+        """The scheduler ended the request; time spent with earlier schedulers counts as failover."""
         self.link = None
         finish.timings.failover_ns += self._sent_at - self._first_sent_at
         self.receiver.on_finish(finish, now)
@@ -152,7 +152,7 @@ class RunningRequest:
             self.link = None
 
     def stop_waiting(self) -> None:
-        """It waits for no scheduler any more."""
+        """The request no longer waits for a scheduler."""
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None

@@ -46,7 +46,7 @@ class LinkOwner(Protocol):
     """The receiver of a link's events."""
 
     def link_changed(self, link: SchedulerLink) -> None:
-        """It takes requests now, or takes none any more."""
+        """A link began or stopped to take requests."""
 
     def request_finished(self, link: SchedulerLink, receiver: TokenReceiver, finish: link_pb2.Finish, now: int) -> None:
         """The scheduler ended a request; `now` in nanoseconds of the monotonic clock."""

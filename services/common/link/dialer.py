@@ -47,4 +47,4 @@ class LinkDialer:
 
 
 PLAINTEXT = LinkDialer()
-"""Without TLS and token, as on a loopback interface."""
+"""A dialer without TLS and token, for a loopback interface."""

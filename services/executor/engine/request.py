@@ -37,10 +37,10 @@ class RequestStatus(enum.Enum):
     SUPERSEDED = "superseded"
     """A later attempt to run the same request came, by way of another scheduler."""
     MOVED = "moved"
-    """It was given back, to go on elsewhere or later."""
+    """The request was given back, to go on elsewhere or later."""
     DEADLINE_EXCEEDED = "deadline_exceeded"
     INVALID = "invalid"
-    """Its grammar cannot be kept to."""
+    """The request's grammar cannot be followed."""
     INTERNAL = "internal"
 
 

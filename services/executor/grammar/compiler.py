@@ -55,7 +55,7 @@ class LlGrammarCompiler:
         self._thread.shutdown(cancel_futures=True)
 
     def _compile(self, grammar: str, outputs: Sequence[Sequence[int]]) -> list[LlMatcher]:
-        """In the thread."""
+        """Compile a grammar, or take the kept one; runs in the thread."""
         compiled = self._compiled.pop(grammar, None) or self._compile_anew(grammar)
         self._compiled[grammar] = compiled
         if len(self._compiled) > _NUM_KEPT:

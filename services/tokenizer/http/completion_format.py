@@ -44,7 +44,7 @@ class _Prompt:
         self._ids = ""
 
     def start(self, started: generation_pb2.Started) -> None:
-        """Its token ids, where they are wanted."""
+        """Note the prompt's token ids if the client asked for them."""
         if started.prompt_token_ids:
             self._ids = f',"prompt_token_ids":{dump(list(started.prompt_token_ids))}'
 

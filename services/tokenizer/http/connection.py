@@ -54,7 +54,7 @@ class BoundedConnection(asyncio.Protocol):
         self._inner.connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has gone, or was cut off."""
+        """The client has gone, or was cut off."""
         if self._transport is None:
             return
         self._transport = None
@@ -84,7 +84,7 @@ class BoundedConnection(asyncio.Protocol):
             self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        """It was taken."""
+        """The client has taken what was written."""
         self._end_stall()
         if self._transport is not None:
             self._inner.resume_writing()

@@ -224,7 +224,7 @@ class KeptRequest:
         self._written.set()
 
     def _cancel_here(self) -> None:
-        """Its tenant wants it to end, and it runs here."""
+        """End the request, which runs here: its tenant cancelled it."""
         if not self.transcript.is_over:
             self._is_cancelled = True
             if self._owning is not None:

@@ -144,7 +144,7 @@ class EncodeBatcher:
         return tokenizer
 
     def _encode_marked(self, text: MarkedText, max_tokens: int) -> list[int]:
-        """In the thread."""
+        """Encode a text with marks; runs in the thread."""
         self._check_bound(text.plain, max_tokens)
         parts = self.special_texts.split(text)
         texts = [part for part in parts if isinstance(part, str)]

@@ -25,7 +25,7 @@ _TEKKEN = (
 )
 
 KNOWN_PATTERNS = frozenset((_LLAMA3, _QWEN2, _TEKKEN))
-"""They take time in proportion to the text, whatever it is."""
+"""Patterns whose time grows in proportion to the length of any text."""
 
 
 @dataclass(frozen=True, slots=True)

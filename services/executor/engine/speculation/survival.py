@@ -27,7 +27,7 @@ class Survival:
         return (self._right[length] + _PRIOR * expected) / (self._tried[length] + _PRIOR)
 
     def observe(self, length: int, *, is_right: bool) -> None:
-        """It came, or it did not."""
+        """Count a guess of this match length as right or wrong."""
         self._right[length] = _MEMORY * self._right[length] + is_right
         self._tried[length] = _MEMORY * self._tried[length] + 1.0
         if self._before is not None:
