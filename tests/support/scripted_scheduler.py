@@ -73,7 +73,7 @@ class ScriptedLink:
     server_link: ServerLink = field(default_factory=ServerLink)
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     handles: set[int] = field(default_factory=set)
-    """Of the requests that came since the last reset."""
+    """Handles of the requests that came since the last reset."""
     stopped: set[tuple[int, int]] = field(default_factory=set)
     broken: asyncio.Event = field(default_factory=asyncio.Event)
 
