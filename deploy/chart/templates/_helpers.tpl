@@ -101,12 +101,14 @@ grpc:
 {{/* All three probes. Takes {root, port, tls, awaitsExecutor}. */}}
 {{- define "scalellm.probes" -}}
 {{- $live := include "scalellm.probe" (dict "root" .root "port" .port "tls" .tls "service" "liveness") -}}
-# Ten minutes: a start that is killed too early begins anew on a node that is only slow, and never ends.
+# Ten minutes: a start that is killed too early begins anew on a node that is only slow, and never ends. A process per
+# probe takes CPU time from the very start that it asks about, hence fewer of them.
+{{- $period := hasPrefix "exec" $live | ternary 10 2 }}
 startupProbe:
   {{- $live | nindent 2 }}
-  periodSeconds: 2
+  periodSeconds: {{ $period }}
   timeoutSeconds: 5
-  failureThreshold: 300
+  failureThreshold: {{ div 600 $period }}
 livenessProbe:
   {{- $live | nindent 2 }}
   periodSeconds: 20
