@@ -2,7 +2,7 @@
 # ~/.cache/scalellm.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help run up down status chat test test-all test-chart test-compose test-compose-faults test-hostile test-faults \
+.PHONY: help run up down status chat test test-all test-chart test-cluster test-compose test-compose-faults test-hostile test-faults \
 	soak test-kernels test-browser pictures aot lint format protos docs docs-check bench bench-load bench-tokenizer bench-scheduler bench-executor \
 	bench-line bench-fleet bench-peers gpu setup setup-dev clean
 
@@ -51,6 +51,10 @@ test-compose: setup-dev ## run the containers for real: up, scale, crash, upgrad
 
 test-chart: setup-dev ## render the Helm chart and check it against Kubernetes' schemas
 	HELM=$$(scripts/helm) $(test-env) $(test-run) tests/chart $(PYTEST_ARGS)
+
+# CLUSTER_LAB=... names the script that starts the cluster: docs/operations/kubernetes.md says what is asked of it.
+test-cluster: setup-dev ## install the chart on a real API server: scale, upgrade, roll back, drain, remove (minutes)
+	$(test-env) $(python) -m pytest -n 0 -v tests/cluster $(PYTEST_ARGS)
 
 test-compose-faults: setup-dev ## kill, pause, cut off and upgrade containers under 64 streams (needs Docker; half an hour)
 	$(test-env) FAULTS_SECONDS=$${FAULTS_SECONDS:-10} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \
