@@ -3,8 +3,11 @@
 #   docker build -f deploy/images/executor.Dockerfile -t scalellm/executor .
 #   docker build -f deploy/images/executor.Dockerfile -t scalellm/executor-gpu --build-arg TORCH_INDEX= .
 #
-# The image has the kernels for the CPU, compiled for each set of vector instructions that they have code for, so that a
-# new container answers at once. It has a compiler, too: for other kinds of CPUs, and for Triton, which needs one.
+# The image has a compiler: the kernels for the CPU are compiled at the first start, in seconds, for the very CPU that
+# they run on, and those for a GPU by Triton, which needs one. An image for many machines is better built with them, for
+# each set of vector instructions that they have code for, so that new containers answer at once (minutes more to build):
+#
+#   docker build -f deploy/images/executor.Dockerfile -t scalellm/executor --build-arg CPU_KERNELS=all .
 # With its digest, builds begin with the very same bytes; compose.yaml names the same image.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 FROM ${PYTHON_IMAGE} AS build
@@ -39,7 +42,10 @@ RUN useradd --system --uid 10001 --home-dir /var/lib/scalellm --shell /usr/sbin/
 # Apart: a new release is a layer of a few megabytes.
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/scalellm /opt/scalellm
-RUN PYTHONPATH=/opt/scalellm PYTHONDONTWRITEBYTECODE=1 /opt/venv/bin/python -m scalellm.kernels.cpu.building
+# all, or names of levels in kernels/cpu/building.py, with spaces. Empty: none.
+ARG CPU_KERNELS=
+RUN [ -z "$CPU_KERNELS" ] || PYTHONPATH=/opt/scalellm PYTHONDONTWRITEBYTECODE=1 /opt/venv/bin/python \
+    -m scalellm.kernels.cpu $(echo "$CPU_KERNELS" | sed 's/^all$//')
 # The working directory is no place to import from. Compiled kernels are kept, those of Triton and the driver as well.
 ENV PATH=/opt/scalellm/bin:/opt/venv/bin:$PATH PYTHONPATH=/opt/scalellm PYTHONSAFEPATH=1 \
     TRITON_CACHE_DIR=/var/lib/scalellm/kernels/triton CUDA_CACHE_PATH=/var/lib/scalellm/kernels/cuda

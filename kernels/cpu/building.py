@@ -1,10 +1,4 @@
-"""Builds the C++ sources into a shared object with the machine's own compiler.
-
-    python -m scalellm.kernels.cpu.building
-
-builds one for each of `LEVELS` into the package, for images: a container that finds one for its CPU there starts
-without compiling.
-"""
+"""Builds the C++ sources into a shared object with the machine's own compiler."""
 
 import fcntl
 import hashlib
@@ -96,12 +90,12 @@ def built_here(folder: Path) -> Path:
     return target
 
 
-def build_levels(folder: Path) -> list[Path]:
-    """Build the shared objects of all levels. Raises what `built_here` does."""
+def build_levels(folder: Path, levels: Sequence[Level] = LEVELS) -> list[Path]:
+    """Build the shared objects of levels. Raises what `built_here` does."""
     compiler = _compiler()
     folder.mkdir(parents=True, exist_ok=True)
-    targets = [folder / _file_name(level.name, level.flags) for level in LEVELS]
-    for level, target in zip(LEVELS, targets, strict=True):
+    targets = [folder / _file_name(level.name, level.flags) for level in levels]
+    for level, target in zip(levels, targets, strict=True):
         _build(compiler, level.flags, target)
     return targets
 
@@ -142,16 +136,3 @@ def _build(compiler: str, level: Sequence[str], target: Path) -> None:
 
 def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S).stdout
-
-
-def main() -> None:
-    """Build all levels into the package, and print what was built. There are levels for x86-64 only."""
-    if os.uname().machine != "x86_64":
-        print("there are no levels for this kind of CPU: kernels are compiled at the first start")
-        return
-    for path in build_levels(SHIPPED):
-        print(f"built {path.name}: {path.stat().st_size >> 10} KiB")
-
-
-if __name__ == "__main__":
-    main()
