@@ -284,7 +284,7 @@ async def test_a_closed_link_cancels_on_the_executor(make_line, make_edge, event
     other = await make_edge(line.server.address).open()
     for _ in range(4):
         await other.submit(10, 100_000)
-    await eventually(lambda: executor.running == 2)
+    await eventually(lambda: (executor.running, line.check_books().queued) == (2, 2))
     await other.close()
     await eventually(lambda: not executor.running and len(executor.aborts) == 2)
     assert {abort.reason for abort in executor.aborts} == {link_pb2.ABORT_REASON_CANCELLED}

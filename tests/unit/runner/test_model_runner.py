@@ -232,7 +232,7 @@ def test_alternatives_stay_with_their_tokens_however_a_prompt_is_divided(model: 
     engine.add(engine_kit.make_request(0, prompt, max_tokens=1, prompt_logprobs=2, ignore_eos=True, **GREEDY))
     num_pieces = 0
     while engine.has_unfinished():
-        frame = link_pb2.ServerFrame.FromString(b"".join(link.step_frames(engine.step(), draining=False)))
+        frame = link_pb2.ServerFrame.FromString(b"".join(link.step_frames(engine.step().links[0], draining=False)))
         for entry in frame.step.prompt_logprobs:
             receiver.on_prompt_logprobs(entry)
             num_pieces += 1
