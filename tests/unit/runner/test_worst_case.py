@@ -99,7 +99,7 @@ def attack(engine: Engine, vocabulary: Vocabulary, cases: Sequence[ShapeCase], s
             finish = together.finished[request.key]
             assert finish.status is RequestStatus.OK, (case.name, finish.message)
             for index in range(request.sampling.n):
-                counts[check(vocabulary, together, request, index, case)] += 1
+                counts[check(engine, vocabulary, together, request, index, case)] += 1
         for request in free:
             alone = run(engine, [request])
             place = (request.key, 0)
@@ -108,16 +108,18 @@ def attack(engine: Engine, vocabulary: Vocabulary, cases: Sequence[ShapeCase], s
     return counts
 
 
-def check(vocabulary: Vocabulary, collector: Collector, request: EngineRequest, index: int, case: ShapeCase) -> str:
+def check(
+    engine: Engine, vocabulary: Vocabulary, collector: Collector, request: EngineRequest, index: int, case: ShapeCase
+) -> str:
     """A complete answer has its shape, one that is not is as long as it may be. Returns which of both it is."""
     place = (request.key, index)
     token_ids, reason = collector.tokens[place], collector.samples[place].reason
     if reason is FinishReason.LENGTH:
         assert len(token_ids) == request.sampling.max_tokens
-        assert EOS not in token_ids
+        assert not engine.config.eos_token_ids & set(token_ids)
         return "length"
     assert reason is FinishReason.STOP
-    assert token_ids[-1] == EOS
+    assert token_ids[-1] in engine.config.eos_token_ids  # the real model has two
     text = b"".join(vocabulary.tokens[token_id] for token_id in token_ids[:-1]).decode()
     assert case.has_shape(text), f"{case.name}: {text!r}"
     return "stop"
