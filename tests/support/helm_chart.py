@@ -39,9 +39,9 @@ def render(values: Mapping[str, Any], kubernetes: str = "1.37.0", release: str =
     return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
 
 
-def refusal(values: Mapping[str, Any]) -> str:
+def refusal(values: Mapping[str, Any], kubernetes: str = "1.37.0") -> str:
     """Return helm's message about values that it refuses."""
-    done = run_helm("template", "line", str(CHART), values=values)
+    done = run_helm("template", "line", str(CHART), "--kube-version", kubernetes, values=values)
     assert done.returncode != 0, "the values were accepted"
     return done.stderr
 
