@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 
@@ -50,10 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def cluster(stage: Stage) -> Iterator[KubeCluster]:
     """A control plane and nodes that only pretend to run containers."""
-    cluster = KubeCluster()
-    with stage("the cluster starts"):
-        cluster.__enter__()
-    try:
+    with ExitStack() as stack:
+        with stage("the cluster starts"):
+            cluster = stack.enter_context(KubeCluster())
         yield cluster
-    finally:
-        cluster.__exit__()
