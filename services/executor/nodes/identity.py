@@ -13,7 +13,6 @@ from scalellm import __version__
 from scalellm.services.common.addresses import is_loopback, split_address
 from scalellm.services.common.lifecycle import StartError
 from scalellm.services.common.link_token import OPTION, read_token
-from scalellm.services.common.model_store import ModelStoreError, resolve
 from scalellm.services.executor.config import ExecutorSettings
 
 _GROUP_SETTINGS = (
@@ -85,7 +84,8 @@ def _check(settings: ExecutorSettings) -> None:
 
 
 def _digest_of_model(settings: ExecutorSettings) -> str:
-    # Not at the top: they load numpy, which the front of a single host does without.
+    # Not at the top: with them come numpy and the model store, which the front of a single host does without.
+    from scalellm.services.common.model_store import ModelStoreError, resolve
     from scalellm.services.executor.model_config import PRESETS
     from scalellm.services.executor.nodes.model_digest import model_digest
 
