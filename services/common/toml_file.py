@@ -28,7 +28,7 @@ def read_toml(path: Path, option: str, validate: Callable[[Any], T]) -> T:
         return validate(tomllib.loads(read_file(path, option).decode()))
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
-        raise ConfigFileError(f"{option}: {path}: {where}{first['msg']}") from None
+        field = ".".join(map(str, first["loc"]))  # empty for the whole document
+        raise ConfigFileError(": ".join(filter(None, (option, str(path), field, first["msg"])))) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigFileError(f"{option}: {path} is not TOML: {error}") from None
