@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +75,14 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     An empty text sets nothing, as an empty variable does.
     """
+    # Only here, as the services: importing them takes longer than most commands.
+    from scalellm.services.common.reload import ConfigFileError
+    from scalellm.services.common.toml_file import read_toml
+
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CliError(f"--config: cannot read {path}: {error.strerror}", ExitCode.USAGE) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CliError(f"--config: {path} is not TOML: {error}", ExitCode.USAGE) from None
+        document = read_toml(path, "--config", dict)
+    except ConfigFileError as error:
+        raise CliError(str(error), ExitCode.USAGE) from None
     known = {(setting.service, setting.name): setting.variable for setting in all_settings()}
     options: dict[str, Any] = {}
     variables: dict[str, str] = {}
