@@ -9,11 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from scalellm.kernels.dispatch import Ops
 from scalellm.kernels.spec.case import BF16, E4M3, FLOATS, FP16, FP32, Bound, Case, Maker, Spec, lay_keys
-from scalellm.kernels.spec.paged import PLAIN, TOLERANCE, Heads, Options, attend_last, far_cache, paged
+from scalellm.kernels.spec.paged import (
+    LENS,
+    LLAMA,
+    PLAIN,
+    SHAPES,
+    SMALL_SHAPES,
+    Heads,
+    Options,
+    attend_last,
+    case_of,
+    far_cache,
+    paged,
+)
 
 _OP = "unified_attention"
 
@@ -31,23 +42,17 @@ def _case(
         case = paged(make, heads, lens, q_lens, options)
         out = make.poison(*case.q.shape, dtype=options.dtype)
         sinks = make.randn(heads.q, dtype=options.dtype) if options.sinks else None
-        scales: dict[str, Any] = {}
-        if options.cache_dtype == E4M3:
-            scales = {f"{name}_scale": make.tensor([s], FP32) for name, s in zip("kv", options.scales, strict=True)}
-        k_cache = lay_keys(ops, case.k_cache)
+        arguments, k_cache = options.arguments(make), lay_keys(ops, case.k_cache)
 
         def run() -> object:
             return ops.unified_attention(
                 case.q, k_cache, case.v_cache, case.cu_seqlens_q, case.seq_lens, case.block_table,
-                max_seqlen_q=max(q_lens), scale=scale, window=options.window, softcap=options.softcap, sinks=sinks,
-                out=out, **scales,
+                max_seqlen_q=max(q_lens), scale=scale, sinks=sinks, out=out, **arguments,
             )  # fmt: skip
 
         return Bound(run, {"out": out}, lambda: {"out": case.attention(scale, options, sinks)})
 
-    name = f"{what} {heads} {options}"
-    tolerance = TOLERANCE[options.dtype]
-    return Case(_OP, name, bind, options.dtype, options.cache_dtype, tolerance, min_sm=options.min_sm)
+    return case_of(_OP, f"{what} {heads} {options}", bind, options)
 
 
 def _far() -> Case:
@@ -72,8 +77,7 @@ def _small() -> list[Case]:
     few = ([17, 33], [1, 9])
     groups = [Heads(*heads, 64, 16) for heads in ((6, 2), (2, 2), (4, 1), (7, 1), (8, 1))]
     found = [_case("mixed", heads, *mixed, Options(dtype)) for heads in groups for dtype in (BF16, FP32)]
-    others = ((9, 3, 64), (16, 2, 96), (7, 1, 128), (4, 1, 256), (10, 2, 64), (8, 1, 96))
-    found += [_case("others", Heads(*heads, 16), *few, Options(FP32)) for heads in others]
+    found += [_case("others", heads, *few, Options(FP32)) for heads in SMALL_SHAPES]
     found += [
         _case("few", Heads(4, 2, dim, 16), *few, Options(dtype)) for dim in (64, 96, 128, 256) for dtype in FLOATS
     ]
@@ -97,45 +101,33 @@ def _small() -> list[Case]:
     return found
 
 
-_LLAMA = Heads(32, 8, 128)
 _STEP = ([1, 700, *(100 + 13 * i for i in range(62))], [1, 400, *[1] * 62])  # a chunk of a prompt among decodes
 _ROWS = (_STEP[0], [1] * 64)
 
 
 def _large() -> list[Case]:
-    lens = [0, 1, 15, 16, 17, 63, 64, 65, 127, 700, 1500, 90, 4000]
-    mixed = (lens, [1, 1, 15, 1, 17, 63, 64, 1, 3, 700, 1, 0, 40])
-    shapes = (
-        _LLAMA,
-        Heads(8, 8, 128),
-        Heads(9, 3, 64, 16),
-        Heads(28, 4, 128, 32),
-        Heads(8, 1, 128),
-        Heads(32, 8, 96),
-        Heads(16, 8, 256),
-        Heads(4, 1, 256, 16),
-    )
+    mixed = (LENS, [1, 1, 15, 1, 17, 63, 64, 1, 3, 700, 1, 0, 40])
     return [
         _far(),
-        *(_case("mixed", heads, *mixed) for heads in shapes),
-        _case("mixed", _LLAMA, *mixed, Options(FP16)),
+        *(_case("mixed", heads, *mixed) for heads in SHAPES),
+        _case("mixed", LLAMA, *mixed, Options(FP16)),
         _case("mixed", Heads(32, 8, 64), *mixed, Options(FP32)),
-        _case("mixed", _LLAMA, *mixed, Options(window=128)),
+        _case("mixed", LLAMA, *mixed, Options(window=128)),
         _case("mixed", Heads(16, 8, 256), *mixed, Options(window=512, softcap=50.0)),
-        _case("mixed", _LLAMA, *mixed, Options(cache_dtype=E4M3)),
+        _case("mixed", LLAMA, *mixed, Options(cache_dtype=E4M3)),
         _case("mixed", Heads(9, 3, 64, 16), *mixed, Options(cache_dtype=E4M3)),
         _case("mixed", Heads(64, 8, 64), *mixed, Options(window=128, sinks=True)),
-        _case("rows of all lengths", _LLAMA, lens, [1] * len(lens)),
+        _case("rows of all lengths", LLAMA, LENS, [1] * len(LENS)),
     ]
 
 
 SPEC = Spec(
     small=tuple(_small()),
     served=(
-        _case("step", _LLAMA, *_STEP),  # Llama 3.1 8B, Qwen3 8B, Mixtral 8x7B
+        _case("step", LLAMA, *_STEP),  # Llama 3.1 8B, Qwen3 8B, Mixtral 8x7B
         _case("step", Heads(32, 8, 128, 16), *_STEP),
-        _case("step", _LLAMA, *_STEP, Options(cache_dtype=E4M3)),
-        _case("rows", _LLAMA, *_ROWS),
+        _case("step", LLAMA, *_STEP, Options(cache_dtype=E4M3)),
+        _case("rows", LLAMA, *_ROWS),
         _case("step", Heads(32, 8, 96), *_STEP),
         _case("step", Heads(9, 3, 64), *_STEP),  # SmolLM2 135M
         _case("step", Heads(64, 8, 64), *_STEP, Options(window=128, sinks=True)),  # gpt-oss

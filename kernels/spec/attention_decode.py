@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from scalellm.kernels.dispatch import Ops
 from scalellm.kernels.spec.case import BF16, E4M3, FLOATS, FP16, FP32, Bound, Case, Maker, Spec, capability_of, lay_keys
-from scalellm.kernels.spec.paged import PLAIN, TOLERANCE, Heads, Options, attend_last, far_cache, paged
+from scalellm.kernels.spec.paged import (
+    LENS,
+    LLAMA,
+    PLAIN,
+    SHAPES,
+    SMALL_SHAPES,
+    Heads,
+    Options,
+    attend_last,
+    case_of,
+    far_cache,
+    paged,
+)
 from scalellm.kernels.splits import decode_tickets, decode_workspace, num_decode_splits
 
 _OP = "paged_attention_decode"
@@ -33,19 +44,16 @@ def _case(
     def bind(ops: Ops, make: Maker) -> Bound:
         case = paged(make, heads, lens, [1] * len(lens), options)
         out = make.poison(*case.q.shape, dtype=options.dtype)
-        scales: dict[str, Any] = {}
-        if options.cache_dtype == E4M3:
-            scales = {f"{name}_scale": make.tensor([s], FP32) for name, s in zip("kv", options.scales, strict=True)}
         splits = num_splits or num_decode_splits(capability_of(ops), len(lens), heads.kv)
         workspace = decode_workspace(len(lens), heads.q, heads.dim, splits, make.device)
         tickets = decode_tickets(workspace, len(lens), heads.q)
         workspace[: -tickets.numel()] = torch.nan
-        k_cache = lay_keys(ops, case.k_cache)
+        arguments, k_cache = options.arguments(make), lay_keys(ops, case.k_cache)
 
         def run() -> object:
             return ops.paged_attention_decode(
                 case.q, k_cache, case.v_cache, case.block_table, case.seq_lens, scale=scale, num_splits=splits,
-                window=options.window, softcap=options.softcap, workspace=workspace, out=out, **scales,
+                workspace=workspace, out=out, **arguments,
             )  # fmt: skip
 
         def expected() -> dict[str, torch.Tensor]:
@@ -54,8 +62,7 @@ def _case(
         return Bound(run, {"out": out, "tickets": tickets}, expected)
 
     name = f"{what} {heads} {options}{f' in {num_splits} shares' if num_splits else ''}"
-    tolerance = TOLERANCE[options.dtype]
-    return Case(_OP, name, bind, options.dtype, options.cache_dtype, tolerance, min_sm=options.min_sm)
+    return case_of(_OP, name, bind, options)
 
 
 def _far() -> Case:
@@ -87,10 +94,9 @@ def _small() -> list[Case]:
         for dtype in FLOATS
         for splits in (1, 2)
     ]
-    others = ((9, 3, 64), (16, 2, 96), (7, 1, 128), (4, 1, 256), (10, 2, 64), (8, 1, 96))
     found += [
-        _case("others", Heads(*heads, 16), [17, 130], Options(FP32, window=window, softcap=softcap), 4)
-        for heads in others
+        _case("others", heads, [17, 130], Options(FP32, window=window, softcap=softcap), 4)
+        for heads in SMALL_SHAPES
         for window, softcap in ((0, 0.0), (9, 2.0))
     ]
     for page in (16, 32, 64):
@@ -110,42 +116,30 @@ def _small() -> list[Case]:
     return found
 
 
-_LLAMA = Heads(32, 8, 128)
 _STEP = [1, 1000, *(100 + 13 * i for i in range(62))]
 
 
 def _large() -> list[Case]:
-    lens = [0, 1, 15, 16, 17, 63, 64, 65, 127, 700, 1500, 90, 4000]
-    shapes = (
-        _LLAMA,
-        Heads(8, 8, 128),
-        Heads(9, 3, 64, 16),
-        Heads(28, 4, 128, 32),
-        Heads(8, 1, 128),
-        Heads(32, 8, 96),
-        Heads(16, 8, 256),
-        Heads(4, 1, 256, 16),
-    )
     return [
         _far(),
-        *(_case("lengths", heads, lens) for heads in shapes),
-        _case("lengths", _LLAMA, lens, Options(FP16)),
-        _case("lengths", Heads(32, 8, 64), lens, Options(FP32)),
-        _case("lengths", _LLAMA, lens, Options(window=128)),
-        _case("lengths", Heads(16, 8, 256), lens, Options(window=512, softcap=50.0)),
-        _case("lengths", _LLAMA, lens, Options(cache_dtype=E4M3)),
-        _case("lengths", Heads(9, 3, 64, 16), lens, Options(cache_dtype=E4M3)),
-        *(_case("lengths", _LLAMA, lens, num_splits=n) for n in (1, 4, 64)),
+        *(_case("lengths", heads, LENS) for heads in SHAPES),
+        _case("lengths", LLAMA, LENS, Options(FP16)),
+        _case("lengths", Heads(32, 8, 64), LENS, Options(FP32)),
+        _case("lengths", LLAMA, LENS, Options(window=128)),
+        _case("lengths", Heads(16, 8, 256), LENS, Options(window=512, softcap=50.0)),
+        _case("lengths", LLAMA, LENS, Options(cache_dtype=E4M3)),
+        _case("lengths", Heads(9, 3, 64, 16), LENS, Options(cache_dtype=E4M3)),
+        *(_case("lengths", LLAMA, LENS, num_splits=n) for n in (1, 4, 64)),
     ]
 
 
 SPEC = Spec(
     small=tuple(_small()),
     served=(
-        _case("step", _LLAMA, _STEP),  # Llama 3.1 8B, Qwen3 8B, Mixtral 8x7B
-        _case("one", _LLAMA, [1000]),
+        _case("step", LLAMA, _STEP),  # Llama 3.1 8B, Qwen3 8B, Mixtral 8x7B
+        _case("one", LLAMA, [1000]),
         _case("step", Heads(32, 8, 128, 16), _STEP),
-        _case("step", _LLAMA, _STEP, Options(cache_dtype=E4M3)),
+        _case("step", LLAMA, _STEP, Options(cache_dtype=E4M3)),
         _case("step", Heads(9, 3, 64), _STEP),  # SmolLM2 135M
         _case("step", Heads(32, 8, 96), _STEP),
         _case("step", Heads(9, 3, 64), _STEP, Options(FP32)),

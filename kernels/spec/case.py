@@ -79,7 +79,7 @@ class Bound:
     def reset(self) -> None:
         """Undo `run`."""
         for name, value in self.initial.items():
-            _bits(self.results[name]).copy_(_bits(value))
+            as_integers(self.results[name]).copy_(as_integers(value))
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return copies of the results as they are."""
@@ -174,9 +174,14 @@ def lay_keys(ops: Ops, keys: Tensor) -> Tensor:
     return keys_by_token(keys.permute(0, 2, 3, 1).contiguous())
 
 
+def as_integers(value: Tensor) -> Tensor:
+    """Return a view as integers of the same size."""
+    return value.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])
+
+
 def bit_equal(a: Tensor, b: Tensor) -> bool:
     """True if two tensors hold the same bits, whatever these stand for."""
-    return torch.equal(_bits(a), _bits(b))
+    return torch.equal(as_integers(a), as_integers(b))
 
 
 def compare(result: Tensor, expected: Tensor, tolerance: float | None) -> Outcome:
@@ -226,7 +231,3 @@ def _ordered(codes: Tensor) -> Tensor:
     """Number the codes of e4m3 in the order of their values."""
     bits = codes.view(torch.uint8).int()
     return torch.where(bits >= 128, 128 - bits, bits)
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])

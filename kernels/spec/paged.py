@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalellm.kernels.spec.case import BF16, E4M3, FP16, FP32, META, Maker, name_of
+from scalellm.kernels.dispatch import Ops
+from scalellm.kernels.spec.case import BF16, E4M3, FP16, FP32, META, Bound, Case, Maker, as_integers, name_of
 
 # Weights are rounded to the dtype before they are multiplied, and the result is.
-TOLERANCE = {FP32: 2e-6, BF16: 1e-2, FP16: 1.5e-3}
+_TOLERANCE = {FP32: 2e-6, BF16: 1e-2, FP16: 1.5e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,13 @@ class Options:
         """The least compute capability that has the cache's dtype, times 10."""
         return 89 if self.cache_dtype == E4M3 else 80
 
+    def arguments(self, make: Maker) -> dict[str, Any]:
+        """Return the keyword arguments of both ops of attention; sinks, which only one of them takes, are left out."""
+        found: dict[str, Any] = {"window": self.window, "softcap": self.softcap}
+        if self.cache_dtype == E4M3:
+            found |= {f"{name}_scale": make.tensor([s], FP32) for name, s in zip("kv", self.scales, strict=True)}
+        return found
+
     def __str__(self) -> str:
         marks = (
             name_of(self.dtype),
@@ -59,6 +68,22 @@ class Options:
 
 
 PLAIN = Options()
+
+LLAMA = Heads(32, 8, 128)
+SHAPES = (  # of cases for a GPU
+    LLAMA,
+    Heads(8, 8, 128),
+    Heads(9, 3, 64, 16),
+    Heads(28, 4, 128, 32),
+    Heads(8, 1, 128),
+    Heads(32, 8, 96),
+    Heads(16, 8, 256),
+    Heads(4, 1, 256, 16),
+)
+LENS = (0, 1, 15, 16, 17, 63, 64, 65, 127, 700, 1500, 90, 4000)
+SMALL_SHAPES = tuple(  # of cases for the interpreter
+    Heads(*heads, 16) for heads in ((9, 3, 64), (16, 2, 96), (7, 1, 128), (4, 1, 256), (10, 2, 64), (8, 1, 96))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +148,17 @@ def paged(make: Maker, heads: Heads, lens: Sequence[int], q_lens: Sequence[int],
         for cache, dense, scale in ((k_cache, ks, options.scales[0]), (v_cache, vs, options.scales[1])):
             values = (make.randn(length, heads.kv, heads.dim) / scale).to(cache_dtype)
             slots = blocks[positions // heads.page] * heads.page + positions % heads.page
-            _bytes(cache).flatten(0, 1)[slots] = _bytes(values)[first:]
+            as_integers(cache).flatten(0, 1)[slots] = as_integers(values)[first:]  # indexing does not know e4m3
             dense.append(values.double() * scale)
     cu = make.tensor([sum(q_lens[:i]) for i in range(len(q_lens) + 1)], torch.int32)
     q = make.randn(sum(q_lens), heads.q, heads.dim, dtype=options.dtype)
     return Paged(q, k_cache, v_cache, table, cu, make.tensor(list(lens), torch.int32), q_lens, lens, ks, vs)
+
+
+def case_of(op: str, what: str, bind: Callable[[Ops, Maker], Bound], options: Options) -> Case:
+    """Return a case of one of the ops of attention, held to the tolerance of its dtype."""
+    tolerance = _TOLERANCE[options.dtype]
+    return Case(op, what, bind, options.dtype, options.cache_dtype, tolerance, min_sm=options.min_sm)
 
 
 def far_cache(make: Maker, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +173,3 @@ def attend_last(cache: Tensor, q: Tensor, scale: float) -> Tensor:
     """Attend one query of one head over the last block of a cache in float64."""
     last = cache[-1, :, 0].double()
     return (torch.softmax(last @ q[0, 0].double() * scale, 0) @ last).view(1, 1, -1)
-
-
-def _bytes(t: Tensor) -> Tensor:
-    return t.view(torch.uint8) if t.dtype == E4M3 else t  # indexing does not know the type
