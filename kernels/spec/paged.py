@@ -101,31 +101,41 @@ class Paged:
     k: list[Tensor]
     v: list[Tensor]
 
-    def attention(self, scale: float, options: Options, sinks: Tensor | None) -> Tensor:
+    @property
+    def max_seqlen_q(self) -> int:
+        """The most queries of a sequence."""
+        return max(self.q_lens)
+
+    def attention(self, scale: float, options: Options = PLAIN, sinks: Tensor | None = None) -> Tensor:
         """Attend each sequence over its own keys in float64."""
         out = torch.zeros_like(self.q, dtype=torch.float64)
-        group = self.q.shape[1] // self.k_cache.shape[2]
         begin = 0
         for s, (length, count) in enumerate(zip(self.lens, self.q_lens, strict=True)):
             rows = slice(begin, begin + count)
             begin += count
-            if not length or not count:
-                continue
-            q = self.q[rows].double().transpose(0, 1)
-            k, v = (t[s].transpose(0, 1).repeat_interleave(group, 0) for t in (self.k, self.v))
-            scores = q @ k.transpose(1, 2) * scale
-            if options.softcap:
-                scores = options.softcap * torch.tanh(scores / options.softcap)
-            keys = torch.arange(length, device=q.device)
-            queries = torch.arange(length - count, length, device=q.device).unsqueeze(1)
-            hidden = keys > queries
-            if options.window:
-                hidden |= keys <= queries - options.window
-            scores = scores.masked_fill(hidden, -torch.inf)
-            if sinks is not None:
-                scores = torch.cat((scores, sinks.double().view(-1, 1, 1).expand(-1, count, 1)), dim=-1)
-            out[rows] = (scores.softmax(-1)[..., :length] @ v).transpose(0, 1)
+            if length and count:
+                out[rows] = attend(self.q[rows], self.k[s], self.v[s], scale, options, sinks)
         return out
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, options: Options = PLAIN, sinks: Tensor | None = None
+) -> Tensor:
+    """Attend the last tokens of a sequence, q [T, Hq, D], over its keys, k and v [len, Hkv, D], in float64."""
+    count, length, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    k, v = (t.double().transpose(0, 1).repeat_interleave(group, 0) for t in (k, v))
+    scores = q.double().transpose(0, 1) @ k.transpose(1, 2) * scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    keys = torch.arange(length, device=q.device)
+    queries = torch.arange(length - count, length, device=q.device).unsqueeze(1)
+    hidden = keys > queries
+    if options.window:
+        hidden |= keys <= queries - options.window
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double().view(-1, 1, 1).expand(-1, count, 1)), dim=-1)
+    return (scores.softmax(-1)[..., :length] @ v).transpose(0, 1)
 
 
 def paged(make: Maker, heads: Heads, lens: Sequence[int], q_lens: Sequence[int], options: Options) -> Paged:
@@ -167,9 +177,3 @@ def far_cache(make: Maker, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     cache = torch.empty(blocks, heads.page, heads.kv, heads.dim, dtype=BF16, device=make.device)
     cache[-1] = make.randn(heads.page, heads.kv, heads.dim, dtype=BF16)
     return cache, make.tensor([[blocks - 1]], torch.int32), make.tensor([heads.page], torch.int32)
-
-
-def attend_last(cache: Tensor, q: Tensor, scale: float) -> Tensor:
-    """Attend one query of one head over the last block of a cache in float64."""
-    last = cache[-1, :, 0].double()
-    return (torch.softmax(last @ q[0, 0].double() * scale, 0) @ last).view(1, 1, -1)

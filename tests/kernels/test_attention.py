@@ -3,18 +3,20 @@ import dataclasses
 import pytest
 import torch
 
+from scalellm.kernels.spec.case import lay_keys
+from scalellm.kernels.spec.paged import Options
 from virtual_memory import virtual_tensor
 
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.fixture
-def paged_case(ops, paged_case, as_the_cache_lies):
+def paged_case(ops, paged_case):
     """Cases whose keys lie as the form of `ops` has them."""
 
     def make(*args, **kwargs):
         case = paged_case(*args, **kwargs)
-        return dataclasses.replace(case, k_cache=as_the_cache_lies(ops, case.k_cache))
+        return dataclasses.replace(case, k_cache=lay_keys(ops, case.k_cache))
 
     return make
 
@@ -41,10 +43,10 @@ def check(result, expected, dtype=torch.float32):
     torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-def test_window_far_smaller_than_a_long_prompt(ops, paged_case, attention_oracle):
+def test_window_far_smaller_than_a_long_prompt(ops, paged_case):
     # Whole key tiles of the product are masked for the late queries.
     case = paged_case([1300], [1300], q_heads=1, kv_heads=1, head_dim=64)
-    check(run(ops, case, window=5), attention_oracle(case, scale=0.125, window=5))
+    check(run(ops, case, window=5), case.attention(0.125, Options(window=5)))
 
 
 def precision_of(ops) -> torch.dtype:
@@ -54,14 +56,14 @@ def precision_of(ops) -> torch.dtype:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [0, 7, 30])  # lengths and windows, so that keys begin and end at any place
-def test_a_cache_of_half_precision(ops, paged_case, attention_oracle, dtype, window):
+def test_a_cache_of_half_precision(ops, paged_case, dtype, window):
     lens = [0, 1, 17, 33, 300, 298]
     case = paged_case(lens, [1, 1, 1, 20, 1, 31], dtype=dtype, q_heads=9, kv_heads=3)
     case = dataclasses.replace(case, q=case.q.float())
-    check(run(ops, case, window=window), attention_oracle(case, scale=0.125, window=window), precision_of(ops))
+    check(run(ops, case, window=window), case.attention(0.125, Options(window=window)), precision_of(ops))
     decodes = paged_case(lens, [1] * len(lens), dtype=dtype, q_heads=9, kv_heads=3)
     decodes = dataclasses.replace(decodes, q=decodes.q.float())
-    expected = attention_oracle(decodes, scale=0.125, window=window)
+    expected = decodes.attention(0.125, Options(window=window))
     check(decode(ops, decodes, window=window), expected, precision_of(ops))
 
 
@@ -83,10 +85,10 @@ def decode(ops, case, **options):
 
 
 @pytest.mark.parametrize("window", [0, 1500])
-def test_decode_of_long_rows(ops, paged_case, attention_oracle, window):
+def test_decode_of_long_rows(ops, paged_case, window):
     lens = [1024, 3000, 5, 1025, 2049]
     case = paged_case(lens, [1] * len(lens), q_heads=6, kv_heads=2, window=window)
-    check(decode(ops, case, window=window), attention_oracle(case, scale=0.125, window=window))
+    check(decode(ops, case, window=window), case.attention(0.125, Options(window=window)))
 
 
 def test_a_block_that_the_cache_does_not_have_is_refused(ops, paged_case):
@@ -101,14 +103,14 @@ def test_a_block_that_the_cache_does_not_have_is_refused(ops, paged_case):
 
 @pytest.mark.parametrize("page", [1, 7, 48])
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_any_page_and_number_of_threads(ops, paged_case, attention_oracle, page, num_threads):
+def test_any_page_and_number_of_threads(ops, paged_case, page, num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         case = paged_case([300, 0, 13, 250], [1, 1, 13, 100], page=page)
-        check(run(ops, case), attention_oracle(case, scale=0.125))
+        check(run(ops, case), case.attention(0.125))
         case = paged_case([300, 0, 13, 250], [1] * 4, page=page, q_heads=6)
-        check(decode(ops, case), attention_oracle(case, scale=0.125))
+        check(decode(ops, case), case.attention(0.125))
     finally:
         torch.set_num_threads(before)
 
@@ -130,7 +132,7 @@ def test_a_row_does_not_depend_on_its_neighbours(ops, paged_case):
 
 
 @pytest.mark.parametrize(("page", "dtype"), [(16, torch.float32), (64, torch.float32), (16, torch.float16)])
-def test_beginnings_in_common(ops, paged_case, attention_oracle, page, dtype):
+def test_beginnings_in_common(ops, paged_case, page, dtype):
     """Rows whose first blocks are the same ones are computed together, and come out as each does alone."""
     lens = [700, 40, 513, 700, 600, 256, 700, 530, 300, 257, 512, 700] + [520 + i for i in range(30)]
     case = paged_case(lens, [1] * len(lens), q_heads=9, kv_heads=3, page=page, dtype=dtype)
@@ -143,7 +145,7 @@ def test_beginnings_in_common(ops, paged_case, attention_oracle, page, dtype):
         case.block_table[s, : common // page] = case.block_table[leader, : common // page]
         case.k[s][:common], case.v[s][:common] = case.k[leader][:common], case.v[leader][:common]
     together = decode(ops, case)
-    check(together, attention_oracle(case, scale=0.125), precision_of(ops) if dtype != torch.float32 else dtype)
+    check(together, case.attention(0.125), precision_of(ops) if dtype != torch.float32 else dtype)
     rows = (case.block_table, case.seq_lens)
     for s in range(len(lens)):
         table, length = (tensor[s : s + 1] for tensor in rows)
@@ -171,9 +173,9 @@ def test_a_row_of_a_prompt_is_that_of_its_decode(ops, paged_case, dtype, window)
         assert torch.equal(alone[0], prompt[length - 1])
 
 
-def test_chunks_add_up_to_the_whole_prompt(ops, paged_case, attention_oracle):
+def test_chunks_add_up_to_the_whole_prompt(ops, paged_case):
     whole = paged_case([50], [50])
-    expected = attention_oracle(whole, scale=0.125)
+    expected = whole.attention(0.125)
     for begin, end in ((0, 20), (20, 21), (21, 50)):
         part = ops.unified_attention(
             whole.q[begin:end],

@@ -5,6 +5,7 @@ import torch
 
 from scalellm.kernels import Capability, Ops, select_ops
 from scalellm.kernels.cpu.recording import NotRecordableError, Recorder
+from scalellm.kernels.spec.case import lay_keys
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def test_an_op_of_torch_is_refused(ops):
     assert torch.equal(ops.silu_and_mul(x), Recorder(ops.library).record(lambda: ops.silu_and_mul(x)).result)
 
 
-def test_a_call_that_finds_fault_is_named(ops, as_the_cache_lies):
-    caches = as_the_cache_lies(ops, torch.zeros(2, 16, 1, 32)), torch.zeros(2, 16, 1, 32)
+def test_a_call_that_finds_fault_is_named(ops):
+    caches = lay_keys(ops, torch.zeros(2, 16, 1, 32)), torch.zeros(2, 16, 1, 32)
     positions, slots = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     qkv, angles = torch.randn(1, 96), torch.randn(8, 32)
     recording = Recorder(ops.library).record(lambda: ops.qk_norm_rope_and_cache(qkv, positions, angles, slots, *caches))

@@ -6,6 +6,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from scalellm.kernels import Ops, sample, scaled_fp8_quant, swap_blocks
+from scalellm.kernels.spec.case import lay_keys
 
 E4M3 = torch.float8_e4m3fn
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of one result
@@ -93,11 +94,11 @@ def rotate(x, positions, cos_sin):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [None, "llama", "gemma"])
-def test_rope_turns_as_transformers(ops, as_the_cache_lies, dtype, norm):
+def test_rope_turns_as_transformers(ops, dtype, norm):
     q_heads, kv_heads, head_dim = 9, 3, 64
     qkv, positions, cos_sin, slots, cache = rope_case(dtype, q_heads, kv_heads, head_dim)
     slots[3] = -1
-    k_cache, v_cache = as_the_cache_lies(ops, cache.to(dtype)), cache.to(dtype, copy=True)
+    k_cache, v_cache = lay_keys(ops, cache.to(dtype)), cache.to(dtype, copy=True)
     heads = qkv.view(len(qkv), -1, head_dim)
     q, k, v = heads[:, :q_heads], heads[:, q_heads : q_heads + kv_heads], heads[:, q_heads + kv_heads :]
     options = {}
@@ -125,11 +126,11 @@ def test_rope_turns_as_transformers(ops, as_the_cache_lies, dtype, norm):
         assert c.flatten(0, 1).isnan().all(-1).all(-1).sum() == 4 * 16 - live.sum()
 
 
-def test_rope_writes_a_clamped_e4m3_cache(ops, as_the_cache_lies):
+def test_rope_writes_a_clamped_e4m3_cache(ops):
     qkv, positions, cos_sin, slots, cache = rope_case()
     qkv *= 300
-    k_cache, v_cache = as_the_cache_lies(ops, cache.to(E4M3)), cache.to(E4M3)
-    plain_k, plain_v = as_the_cache_lies(ops, cache), cache.clone()
+    k_cache, v_cache = lay_keys(ops, cache.to(E4M3)), cache.to(E4M3)
+    plain_k, plain_v = lay_keys(ops, cache), cache.clone()
     ops.qk_norm_rope_and_cache(qkv, positions, cos_sin, slots, plain_k, plain_v)
     ops.qk_norm_rope_and_cache(qkv, positions, cos_sin, slots, k_cache, v_cache, k_scale=0.5, v_scale=torch.tensor(2.0))
     for c, plain, scale in ((k_cache, plain_k, 0.5), (v_cache, plain_v, 2.0)):
@@ -139,9 +140,9 @@ def test_rope_writes_a_clamped_e4m3_cache(ops, as_the_cache_lies):
         assert got.isfinite().all()
 
 
-def test_what_is_not_there_is_refused(ops, as_the_cache_lies):
+def test_what_is_not_there_is_refused(ops):
     qkv, positions, cos_sin, slots, values = rope_case()
-    cache = as_the_cache_lies(ops, values)
+    cache = lay_keys(ops, values)
     for wrong in (positions.index_fill(0, torch.tensor([3]), 100), positions.index_fill(0, torch.tensor([3]), -1)):
         with pytest.raises((IndexError, ValueError)):
             ops.qk_norm_rope_and_cache(qkv, wrong, cos_sin, slots, cache, values.clone())
@@ -151,25 +152,25 @@ def test_what_is_not_there_is_refused(ops, as_the_cache_lies):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_half_precision_in_the_cache_is_that_of_a_cast(ops, as_the_cache_lies, dtype):
+def test_half_precision_in_the_cache_is_that_of_a_cast(ops, dtype):
     """All magnitudes: subnormal numbers, ties, and what is clamped, as infinite values would spread."""
     x = torch.cat(
         (torch.linspace(-3e-7, 3e-7, 1024), torch.linspace(-1e-4, 1e-4, 1024), torch.linspace(-7e4, 7e4, 2048))
     )
     x = x.to(dtype).view(16, 4, 64)
     values = torch.zeros(1, 16, 4, 64).half()
-    cache = as_the_cache_lies(ops, values)
+    cache = lay_keys(ops, values)
     still, zero = torch.cat((torch.ones(1, 32), torch.zeros(1, 32)), dim=1), torch.zeros(16, dtype=torch.int64)
     ops.qk_norm_rope_and_cache(torch.cat((x, x, x), 1).flatten(1), zero, still, torch.arange(16), cache, values.clone())
     assert torch.equal(cache[0], x.float().clamp(-65504, 65504).half())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_codes_in_the_cache_are_those_of_a_cast(ops, as_the_cache_lies, dtype):
+def test_codes_in_the_cache_are_those_of_a_cast(ops, dtype):
     """All magnitudes: subnormal codes, ties, and what is clamped."""
     x = torch.cat((torch.linspace(-0.05, 0.05, 2048), torch.linspace(-600, 600, 2048))).to(dtype).view(16, 4, 64)
     values = torch.zeros(1, 16, 4, 64).to(E4M3)
-    cache = as_the_cache_lies(ops, values)
+    cache = lay_keys(ops, values)
     still, zero = torch.cat((torch.ones(1, 32), torch.zeros(1, 32)), dim=1), torch.zeros(16, dtype=torch.int64)
     ops.qk_norm_rope_and_cache(
         torch.cat((x, x, x), 1).flatten(1), zero, still, torch.arange(16), cache, values.clone(), k_scale=0.7

@@ -4,6 +4,7 @@ import torch
 
 from scalellm.kernels.cpu.cache import bytes_shape, can_have_bytes
 from scalellm.kernels.reference.cache import from_int8_rows, to_int8_rows
+from scalellm.kernels.spec.paged import Options, attend
 
 Q_HEADS, KV_HEADS = 9, 3
 
@@ -47,20 +48,8 @@ class Int8Case:
         return (from_int8_rows(to_int8_rows(rows[begin:end])).double() for rows in (self.k, self.v))
 
     def expected(self, *, window=0, softcap=0.0, sinks=None):
-        """Return attention of whole prompts as the definition reads, in float64."""
-        out = []
-        for s, length in enumerate(self.lens.tolist()):
-            k, v = (rows.repeat_interleave(Q_HEADS // KV_HEADS, 1) for rows in self.dense(s))
-            q = self.q[self.starts[s] : self.starts[s + 1]].double()
-            scores = torch.einsum("qhd,thd->hqt", q, k) * self.head_dim**-0.5
-            if softcap:
-                scores = softcap * torch.tanh(scores / softcap)
-            at = torch.arange(length)
-            hidden = at > at[:, None]
-            if window:
-                hidden |= at <= at[:, None] - window
-            scores = scores.masked_fill(hidden, -torch.inf)
-            if sinks is not None:
-                scores = torch.cat((scores, sinks.double().view(-1, 1, 1).expand(-1, length, 1)), dim=-1)
-            out.append(torch.einsum("hqt,thd->qhd", scores.softmax(-1)[..., :length], v))
-        return torch.cat(out)
+        """Return attention of whole prompts by its definition, in float64."""
+        options, prompts = Options(window=window, softcap=softcap), self.q.split(self.lens.tolist())
+        return torch.cat(
+            [attend(q, *self.dense(s), self.head_dim**-0.5, options, sinks) for s, q in enumerate(prompts)]
+        )

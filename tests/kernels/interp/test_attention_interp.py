@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scalellm.kernels import decode_workspace, num_decode_splits
+from scalellm.kernels.spec.paged import Options
 from scalellm.kernels.splits import decode_tickets, least_tiles
 from virtual_memory import virtual_tensor
 
@@ -57,32 +58,32 @@ def check(result, expected, dtype=torch.float32):
     torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-def e4m3(case, k_scale, v_scale):
+def e4m3(case):
     """The case with its cache quantised, and the dense K and V that the cache now stands for."""
     return replace(
         case,
-        k_cache=(case.k_cache / k_scale).to(E4M3),
-        v_cache=(case.v_cache / v_scale).to(E4M3),
-        k=[(k / k_scale).to(E4M3).double() * k_scale for k in case.k],
-        v=[(v / v_scale).to(E4M3).double() * v_scale for v in case.v],
+        k_cache=case.k_cache.to(E4M3),
+        v_cache=case.v_cache.to(E4M3),
+        k=[k.to(E4M3).double() for k in case.k],
+        v=[v.to(E4M3).double() for v in case.v],
     )
 
 
-def test_shares_of_a_full_batch_have_no_fewer_keys_than_the_table_says(ops, launch, paged_case, attention_oracle):
+def test_shares_of_a_full_batch_have_no_fewer_keys_than_the_table_says(ops, launch, paged_case):
     splits = num_decode_splits(launch.capability, 1000, 1)
     assert least_tiles(launch.capability, splits, 64) == 4
     case = paged_case([0, 1, 256, 257, 700], [1] * 5, q_heads=2, kv_heads=1, page=64, dtype=torch.bfloat16)
-    expected = attention_oracle(case, scale=0.125)
+    expected = case.attention(0.125)
     check(decode(ops, case, splits), expected, torch.bfloat16)
     windowed = paged_case([0, 300, 700], [1] * 3, q_heads=2, kv_heads=1, page=64, dtype=torch.bfloat16, window=290)
-    expected = attention_oracle(windowed, scale=0.125, window=290)
+    expected = windowed.attention(0.125, Options(window=290))
     check(decode(ops, windowed, splits, window=290), expected, torch.bfloat16)
 
 
-def test_queries_beyond_float16_with_an_e4m3_cache_stay_finite_and_others_stay_seen(ops, paged_case, attention_oracle):
-    case = e4m3(paged_case([17, 33], [1, 1], dtype=torch.bfloat16), 1.0, 1.0)
+def test_queries_beyond_float16_with_an_e4m3_cache_stay_finite_and_others_stay_seen(ops, paged_case):
+    case = e4m3(paged_case([17, 33], [1, 1], dtype=torch.bfloat16))
     case.q[0] *= 1e5
-    expected = attention_oracle(case, scale=0.125)
+    expected = case.attention(0.125)
     for result in (decode(ops, case, 2), unified(ops, case)):
         check(result, expected, torch.bfloat16)
     case.q[1, 0, 0] = torch.nan
