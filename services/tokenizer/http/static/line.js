@@ -19,8 +19,8 @@ export class Line {
     new ResizeObserver(() => this._draw()).observe(byId("line"));
   }
 
-  /** @param model The model whose executors these are; null: all. `areSeveral`: there are other models. */
-  show(tokenizer, schedulers, executors, { model, areSeveral }) {
+  /** @param tellsModels Tell the model of each executor: they are of several. */
+  show(tokenizer, schedulers, executors, { tellsModels }) {
     const shown = executors.slice(0, MOST);
     const others = otherTokenizers(tokenizer, schedulers);
     const tokenizers = [tokenizer.service, ...others.keys()].slice(0, MOST_TOKENIZERS);
@@ -50,7 +50,7 @@ export class Line {
       error: executor.phase === "ready" || executor.phase === "gone" ? "" : executor.last_error,
       usage: executor.kv_usage,
       facts: executor.phase === "ready" || executor.phase === "draining"
-        ? [...(areSeveral && model === null ? [["Model", visible(executor.model)]] : []), ["Running", count(executor.running)], ["Waiting", count(executor.waiting)], ["Tokens/s", count(executor.rate)],
+        ? [...(tellsModels ? [["Model", visible(executor.model)]] : []), ["Running", count(executor.running)], ["Waiting", count(executor.waiting)], ["Tokens/s", count(executor.rate)],
           ...(executor.tensor_parallel > 1 ? [["Devices", count(executor.tensor_parallel)]] : [])]
         : [],
     })));

@@ -80,7 +80,7 @@ function draw({ snapshot: { tokenizer, schedulers }, executors }) {
     const value = figures?.[name];
     return h("tr", {}, h("th", { scope: "row" }, words), ...["p50", "p90", "p99"].map((rank) => h("td", {}, duration(value?.[rank]))));
   }));
-  line.show(tokenizer, schedulers, shown, { model, areSeveral: tokenizer.models.length > 1 });
+  line.show(tokenizer, schedulers, shown, { tellsModels: model === null && tokenizer.models.length > 1 });
 }
 
 function showTiles(model, schedulers, executors, figures, allFigures) {
