@@ -2,6 +2,7 @@
 
 import { fileURLToPath } from "node:url";
 
+import { DONE, ask, isIdle } from "./asking.mjs";
 import { Line, launch, open } from "./line.mjs";
 
 const FOLDER = fileURLToPath(new URL("../../docs/pictures/", import.meta.url));
@@ -21,13 +22,11 @@ try {
   const hello = { messages: [{ role: "user", content: "Hello" }], max_tokens: 8 };
   await Promise.all([1, 2].map(() => post("/v1/chat/completions", hello))); // what a process does once is not to be shown
   const page = await open(browser, `${line.base}/`, SIZE);
-  await page.fill("#max_tokens", "120");
   await page.fill("#temperature", "0");
   await page.check("#logprobs");
-  await page.fill("#prompt", "What is the capital of France, and what is it known for?");
-  await page.press("#prompt", "Enter");
-  await page.waitForSelector("article.answer[aria-busy=false]");
-  await page.waitForSelector("#send:not([disabled])");
+  await ask(page, "What is the capital of France, and what is it known for?", 120);
+  await page.waitForSelector(DONE);
+  await isIdle(page);
   await page.click("text=Colour tokens");
   await page.click("details.latency summary");
   await page.evaluate(() => (document.getElementById("settings-panel").scrollTop = 0));

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { isIdle, setField } from "./asking.mjs";
+import { DONE, isIdle, setField } from "./asking.mjs";
 import { PATIENCE, fakeLine, held } from "./line.mjs";
 
 const SECONDS = Number(process.env.BROWSER_SOAK_SECONDS || 600);
@@ -44,7 +44,7 @@ test("pages that stay open keep their memory", { timeout: 1000 * SECONDS + 5 * P
     quarters(t, playground, async () => {
       for (let turn = 0; turn < ANSWERS_PER_CONVERSATION; turn++) {
         await ask(playground);
-        await playground.waitForFunction((wanted) => document.querySelectorAll("article.answer[aria-busy=false]").length === wanted, turn + 1);
+        await playground.waitForFunction(([done, wanted]) => document.querySelectorAll(done).length === wanted, [DONE, turn + 1]);
         await isIdle(playground);
       }
       await playground.click("#new-chat");
