@@ -7,19 +7,17 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import grpc
 import pytest
 from aiohttp import web
 
-from face_kit import calling, make_face
+from face_kit import calling, make_all_routes, make_face
 from scalellm.services.common.access import ROUTES, Access
 from scalellm.services.common.api_keys import Role, key_entry, new_key
 from scalellm.services.common.errors import StatusError
 from scalellm.services.tokenizer.call_bytes import CallBytes
 from scalellm.services.tokenizer.config import TokenizerSettings
-from scalellm.services.tokenizer.http.build import make_application
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.face import HttpFace
 from scalellm.services.tokenizer.limits import RequestLimits
@@ -78,8 +76,7 @@ async def test_who_may_call_what(tmp_path: Path) -> None:
 def test_each_route_has_a_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     settings = TokenizerSettings(metrics_port=0, http_metrics=True)
-    edge = {"models": SimpleNamespace(names=["m"]), "prompts": None, "schedulers": None}
-    app = make_application(make_face(edge=edge), settings, lambda: True)
+    app = make_all_routes(settings)
     served = {f"{route.method} {route.resource.canonical}" for route in app.router.routes() if route.method != "HEAD"}
     assert served == set(ROUTES)
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from face_kit import calling, make_face
+from face_kit import calling, make_all_routes
 from scalellm.services.common.access import Access
 from scalellm.services.common.api_keys import Role, key_entry, new_key
 from scalellm.services.tokenizer import http
 from scalellm.services.tokenizer.config import TokenizerSettings
-from scalellm.services.tokenizer.http.build import make_application
 
 STATIC = Path(http.__file__).with_name("static")
 SOURCES = sorted(STATIC.iterdir())
 MOST_BYTES = 150_000
-EDGE = {"models": SimpleNamespace(names=["m"]), "prompts": None, "schedulers": None}
 
 
 class Page(HTMLParser):
@@ -95,7 +92,7 @@ def test_nothing_is_asked_of_others_and_all_of_it_is_small() -> None:
 
 
 async def test_pages_and_their_files_are_served_and_asked_for_again_by_their_tags() -> None:
-    app = make_application(make_face(edge=EDGE), TokenizerSettings(), lambda: True)
+    app = make_all_routes(TokenizerSettings())
     types = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
     async with calling(app) as client:
         for url, path in [
@@ -122,7 +119,7 @@ async def test_pages_and_their_files_are_served_and_asked_for_again_by_their_tag
 async def test_with_keys_the_pages_are_open_and_what_they_show_is_not(tmp_path: Path) -> None:
     user, file = new_key(), tmp_path / "keys.toml"
     file.write_text(key_entry(user, "acme", Role.USER))
-    app = make_application(make_face(Access(file), edge=EDGE), TokenizerSettings(), lambda: True)
+    app = make_all_routes(TokenizerSettings(), Access(file))
     async with calling(app) as client:
 
         async def status(path: str, **headers: str) -> int:
@@ -135,7 +132,7 @@ async def test_with_keys_the_pages_are_open_and_what_they_show_is_not(tmp_path: 
 
 
 async def test_pages_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    app = make_application(make_face(edge=EDGE), TokenizerSettings(playground=False), lambda: True)
+    app = make_all_routes(TokenizerSettings(playground=False))
     async with calling(app) as client:
         for path in ("/", "/live", "/assets/dom.js", "/v1/fleet"):
             async with client.get(path) as response:
