@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from scalellm.services.common import model_store
+from told_at_end import pytest_terminal_summary as pytest_terminal_summary
 
 # Whether the suite passes must not depend on how fast the machine is just then, nor on what is drawn today: the same
 # examples every time. To look for others: pytest --hypothesis-profile=default.

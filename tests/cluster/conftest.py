@@ -10,9 +10,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import pytest
 
 from kube_cluster import KubeCluster
+from told_at_end import lines_at_end
 from told_at_once import pytest_runtest_makereport as pytest_runtest_makereport
-
-_STAGES = pytest.StashKey[list[str]]()
 
 Stage = Callable[[str], AbstractContextManager[None]]
 
@@ -29,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def stage(request: pytest.FixtureRequest) -> Stage:
     """Measure the seconds of what is named, for the table at the end."""
-    rows = request.config.stash.setdefault(_STAGES, [])
+    rows = lines_at_end(request.config, "stages")
 
     @contextmanager
     def measured(name: str) -> Iterator[None]:
@@ -38,13 +37,6 @@ def stage(request: pytest.FixtureRequest) -> Stage:
         rows.append(f"{name:60} {time.monotonic() - started:7.1f} s")
 
     return measured
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if lines := terminalreporter.config.stash.get(_STAGES, []):
-        terminalreporter.section("stages")
-        for line in lines:
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from compose_stack import why_no_docker
+from told_at_end import lines_at_end
 from told_at_once import pytest_runtest_makereport as pytest_runtest_makereport
-
-_FIGURES = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,11 +22,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def figures(request: pytest.FixtureRequest) -> list[str]:
     """Lines to print when all is done."""
-    return request.config.stash.setdefault(_FIGURES, [])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if lines := terminalreporter.config.stash.get(_FIGURES, []):
-        terminalreporter.section("docker compose")
-        for line in lines:
-            terminalreporter.write_line(line)
+    return lines_at_end(request.config, "docker compose")

@@ -16,9 +16,8 @@ import pytest
 
 from fault_line import FaultLine, Shape, fault_line
 from fault_trials import HEADINGS
+from told_at_end import lines_at_end
 from told_at_once import pytest_runtest_makereport as pytest_runtest_makereport
-
-_TABLE = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +68,9 @@ def lines(tmp_path_factory: pytest.TempPathFactory, model_dir) -> Iterator[Lines
 
 
 @pytest.fixture(scope="session")
-def table(request: pytest.FixtureRequest) -> list[str]:
-    """Lines to print at the end."""
-    return request.config.stash.setdefault(_TABLE, [])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if lines := terminalreporter.config.stash.get(_TABLE, []):
-        terminalreporter.section("faults")
-        terminalreporter.write_line(HEADINGS)
-        for row in sorted(lines):
-            terminalreporter.write_line(row)
+def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Rows to print at the end, sorted below their headings."""
+    rows: list[str] = []
+    yield rows
+    if rows:
+        lines_at_end(request.config, "faults").extend((HEADINGS, *sorted(rows)))

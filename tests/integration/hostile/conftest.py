@@ -13,9 +13,9 @@ import pytest
 
 from line import Line, start_line
 from service_processes import Spawn
+from told_at_end import lines_at_end
 
 FAKE = ("--engine", "fake", "--max-model-len", "2048", "--num-blocks", "512")
-_TABLE = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,11 +53,4 @@ def line(module_spawn: Spawn, module_redis, model_dir) -> Line:
 @pytest.fixture(scope="session")
 def table(request: pytest.FixtureRequest) -> list[str]:
     """Lines to print at the end."""
-    return request.config.stash.setdefault(_TABLE, [])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if lines := terminalreporter.config.stash.get(_TABLE, []):
-        terminalreporter.section("hostile")
-        for row in lines:
-            terminalreporter.write_line(row)
+    return lines_at_end(request.config, "hostile")
