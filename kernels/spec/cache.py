@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scalellm.kernels.dispatch import Ops
-from scalellm.kernels.spec.case import BF16, E4M3, FLOATS, FP32, META, Bound, Case, Maker, Spec, name_of
+from scalellm.kernels.spec.case import BF16, E4M3, FP16, FP32, META, Bound, Case, Maker, Spec, name_of
 
 _SHAPE = (64, 8, 128)
 _Shape = tuple[int, int, int]
@@ -59,7 +59,7 @@ def _swap(count: int, shape: _Shape = _SHAPE) -> Case:
 
 SPEC = Spec(
     small=(
-        *(_copy(4, dtype, (16, 2, 8)) for dtype in (BF16, *(d for d in FLOATS if d != BF16), E4M3)),
+        *(_copy(4, dtype, (16, 2, 8)) for dtype in (BF16, FP32, FP16, E4M3)),
         *(_copy(count, FP32, (16, 1, 2)) for count in (0, 1, 16, 17, 256, 257)),
         _swap(3, (16, 2, 8)),
     ),

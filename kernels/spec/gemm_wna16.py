@@ -26,9 +26,16 @@ def pack(q: Tensor, bits: int, interleave: int = _PLAIN) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
+def unpacked(q: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """Return the weight [..., K, N] in float64 that integers stand for, with scales and zeros [..., groups, N]."""
+    zero = float(1 << (bits - 1)) if zeros is None else zeros.double().unsqueeze(-2)
+    groups = q.view(*scales.shape[:-1], -1, scales.shape[-1])
+    return ((groups - zero) * scales.double().unsqueeze(-2)).flatten(-3, -2)
+
+
 def rounded_to_bytes(x: Tensor, group_size: int) -> Tensor:
     """Return x in float64 after its groups were rounded to -127..127 times a scale."""
-    groups = x.double().view(x.shape[0], -1, group_size)
+    groups = x.double().view(x.shape[0], x.shape[1] // group_size, group_size)
     scales = groups.abs().amax(-1, keepdim=True) / 127
     return torch.where(scales == 0, 0, (groups / scales).round() * scales).flatten(1)
 
@@ -59,10 +66,9 @@ def _gemm(
         workspace = make.poison(size)
 
         def expected() -> dict[str, Tensor]:
-            zero = float(1 << (bits - 1)) if zero_points is None else zero_points.double().unsqueeze(1)
-            weight = (q.view(groups, group_size, columns) - zero) * scales.double().unsqueeze(1)
+            weight = unpacked(q, scales, zero_points, bits)
             cpp = ops.backends[op] == "cpp" and dtype != FP16 and interleave == _PLAIN
-            return {"out": (rounded_to_bytes(x, group_size) if cpp else x.double()) @ weight.view(inner, columns)}
+            return {"out": (rounded_to_bytes(x, group_size) if cpp else x.double()) @ weight}
 
         def run() -> object:
             gemm = ops.w4a16_gemm if bits == 4 else ops.w8a16_gemm

@@ -19,7 +19,7 @@ from scalellm.kernels.dispatch import Ops
 from scalellm.kernels.reference.moe import topk_softmax
 from scalellm.kernels.spec.case import BF16, E4M3, FP16, FP32, Bound, Case, Maker, Spec, name_of
 from scalellm.kernels.spec.gemm_fp8 import spread
-from scalellm.kernels.spec.gemm_wna16 import pack, rounded_to_bytes
+from scalellm.kernels.spec.gemm_wna16 import pack, rounded_to_bytes, unpacked
 from scalellm.kernels.workspaces import fused_moe_workspace_size
 
 _TOLERANCE = {FP32: 2e-6, BF16: 1e-2, FP16: 2e-3}  # two products after one another, with a rounding in between
@@ -168,8 +168,7 @@ def _packed(
 
         def full(i: int, e: int) -> Tensor:
             point = points[i]
-            zero = float(1 << (bits - 1)) if point is None else point[e].double().repeat_interleave(group_size, 0)
-            return (q[i][e].double() - zero) * scales[i][e].double().repeat_interleave(group_size, 0)
+            return unpacked(q[i][e], scales[i][e], None if point is None else point[e], bits)
 
         def expected() -> dict[str, Tensor]:
             as_input: Callable[[Tensor], Tensor] = Tensor.double

@@ -11,6 +11,7 @@ from scalellm import kernels
 from scalellm.kernels import Capability, Ops, select_ops
 from scalellm.kernels.cpu.gemm_wna16 import TiledWeight
 from scalellm.kernels.reference.w4a16 import dequantise_packed
+from scalellm.kernels.spec.gemm_wna16 import rounded_to_bytes
 
 CPU = Capability(sm=0, num_sms=1)
 
@@ -28,13 +29,6 @@ def weight(bits: int, k: int, n: int, group_size: int, dtype: torch.dtype, has_z
     scales = torch.randn(k // group_size, n, generator=generator).to(dtype)
     zeros = torch.rand(k // group_size, n, generator=generator).mul(1 << bits).to(dtype) if has_zeros else None
     return words, scales, zeros
-
-
-def rounded(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """`x` in float64 after its groups were rounded to -127..127 times a scale; no number here is half way."""
-    groups = x.double().unflatten(1, (-1, group_size))
-    scales = groups.abs().amax(-1, keepdim=True) / 127
-    return torch.where(scales == 0, 0, (groups / scales).round() * scales).flatten(1)
 
 
 @settings(max_examples=40)
@@ -60,8 +54,9 @@ def test_equals_float64_and_rows_do_not_depend_on_each_other(
     matrix = dequantise_packed(words, scales, zeros, bits, group_size).double()
     # A number within float32's error of half way may be rounded to the other side.
     tolerance = 2e-3 if dtype == torch.float32 else 6e-3
-    bound = tolerance * (rounded(x, group_size).abs() @ matrix.abs()) + 1e-30
-    assert bool(((got.double() - rounded(x, group_size) @ matrix).abs() <= bound).all())
+    rounded = rounded_to_bytes(x, group_size)
+    bound = tolerance * (rounded.abs() @ matrix.abs()) + 1e-30
+    assert bool(((got.double() - rounded @ matrix).abs() <= bound).all())
     for row in range(rows):
         assert torch.equal(gemm(x[row : row + 1], words, scales, zeros, group_size=group_size)[0], got[row])
 

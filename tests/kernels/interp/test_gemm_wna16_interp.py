@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from scalellm.kernels import gemm_wna16_workspace_size
-from scalellm.kernels.spec.gemm_wna16 import pack
+from scalellm.kernels.spec.gemm_wna16 import pack, unpacked
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -16,9 +16,7 @@ def packed_case(bits, rows, inner, columns, group_size, dtype, with_zeros):
     scales = ((torch.rand(groups, columns, generator=g) + 0.5) / (1 << bits)).to(dtype)
     zeros = (torch.rand(groups, columns, generator=g) * (1 << bits)).to(dtype) if with_zeros else None
     x = torch.randn(rows, inner, generator=g).to(dtype)
-    zero = torch.full((groups, columns), float(1 << (bits - 1))) if zeros is None else zeros
-    weight = (q - zero.double().repeat_interleave(group_size, 0)) * scales.double().repeat_interleave(group_size, 0)
-    return x, words, scales, zeros, x.double() @ weight
+    return x, words, scales, zeros, x.double() @ unpacked(q, scales, zeros, bits)
 
 
 def assert_close(got, exact):

@@ -8,7 +8,7 @@ from scalellm.kernels import (
     topk_softmax,
     workspaces,
 )
-from scalellm.kernels.spec.gemm_wna16 import pack
+from scalellm.kernels.spec.gemm_wna16 import pack, unpacked
 from scalellm.kernels.triton import moe, moe_wna16
 from virtual_memory import virtual_tensor
 
@@ -24,20 +24,13 @@ def routed(tokens, experts, k, seed=9):
     return topk_softmax(randn(tokens, experts, seed=seed) * 2, k, True)
 
 
-def exact(x, w13, w2, weights, ids, w13_scale=None, w2_scale=None):
+def exact(x, w13, w2, weights, ids):
     """Compute one token and one expert at a time in float64."""
-
-    def full(weight, scale, e):
-        if scale is None:
-            return weight[e].double()
-        rows, columns = (n // m for n, m in zip(weight.shape[1:], scale.shape[1:], strict=True))
-        return weight[e].double() * torch.kron(scale[e].double(), torch.ones(rows, columns))
-
     out = torch.zeros(x.shape, dtype=torch.float64)
     for t, choices in enumerate(ids.tolist()):
         for j, e in enumerate(choices):
-            gate, up = (full(w13, w13_scale, e) @ x[t].double()).chunk(2)
-            out[t] += weights[t, j].double() * (full(w2, w2_scale, e) @ (torch.nn.functional.silu(gate) * up))
+            gate, up = (w13[e].double() @ x[t].double()).chunk(2)
+            out[t] += weights[t, j].double() * (w2[e].double() @ (torch.nn.functional.silu(gate) * up))
     return out
 
 
@@ -95,9 +88,7 @@ def packed_experts(experts, inner, columns, bits, group_size, dtype, with_zeros,
     words = pack(q, bits)
     scales = ((torch.rand(experts, inner // group_size, columns, generator=g) + 0.5) / (4 << bits)).to(dtype)
     zeros = (torch.rand(scales.shape, generator=g) * (1 << bits)).to(dtype) if with_zeros else None
-    zero = torch.full(scales.shape, float(1 << (bits - 1))) if zeros is None else zeros
-    full = (q - zero.double().repeat_interleave(group_size, 1)) * scales.double().repeat_interleave(group_size, 1)
-    return words, scales, zeros, full.transpose(1, 2)
+    return words, scales, zeros, unpacked(q, scales, zeros, bits).transpose(1, 2)
 
 
 def packed_layer(bits, group_size, dtype, with_zeros, tokens, experts=3, k=2, hidden=64, inner=96):
