@@ -82,9 +82,14 @@ def chi_square(row: Tensor, counts: Tensor) -> Outcome:
     kept = together > 0
     statistic = float(((seen - together)[kept].square() / together[kept]).sum())
     degrees = max(1, int(kept.sum()) - 1)
-    c = 2 / (9 * degrees)  # the 1 - 1e-5 quantile (Wilson and Hilferty 1931)
-    limit = degrees * (1 - c + 4.265 * math.sqrt(c)) ** 3
+    limit = chi_square_limit(degrees)
     return Outcome(statistic < limit, statistic, limit, f"chi-square {statistic:.1f}, {degrees} degrees of freedom")
+
+
+def chi_square_limit(degrees: int) -> float:
+    """Return the 1 - 1e-5 quantile of chi-square (Wilson and Hilferty 1931)."""
+    c = 2 / (9 * degrees)
+    return degrees * (1 - c + 4.265 * math.sqrt(c)) ** 3
 
 
 def same_set(top_k: int, top_p: float) -> Callable[[Tensor, Tensor], Outcome]:

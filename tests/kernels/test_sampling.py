@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalellm.kernels import sample_seed
+from scalellm.kernels.spec.draws import chi_square_limit
 
 MASK = (1 << 64) - 1
 
@@ -137,12 +138,6 @@ def test_the_set_that_can_be_drawn_is_that_of_a_naive_sort(draw, values, k, p, m
     assert likely <= set(drawn.tolist())
 
 
-def chi_square_bound(degrees: int) -> float:
-    """Return the 1 - 1e-5 quantile of chi-square (Wilson and Hilferty 1931)."""
-    c = 2 / (9 * degrees)
-    return degrees * (1 - c + 4.265 * math.sqrt(c)) ** 3
-
-
 @pytest.mark.parametrize("what", ["seed", "position"])
 def test_draws_follow_the_softmax(draw, what):
     rows = 5_000
@@ -153,7 +148,7 @@ def test_draws_follow_the_softmax(draw, what):
     drawn = draw(logits.expand(rows, -1), temperature=1.3, seeds=seeds, positions=positions).token_ids
     expected = (logits.double() / 1.3).softmax(0) * rows
     statistic = ((drawn.bincount(minlength=8) - expected).square() / expected).sum().item()
-    assert statistic < chi_square_bound(7)
+    assert statistic < chi_square_limit(7)
 
 
 def test_filtered_draws_follow_the_renormalised_softmax(draw):
@@ -164,7 +159,7 @@ def test_filtered_draws_follow_the_renormalised_softmax(draw):
     expected = logits[kept].double().softmax(0) * rows
     counts = drawn.bincount(minlength=8)
     assert counts[kept].sum() == rows
-    assert ((counts[kept] - expected).square() / expected).sum().item() < chi_square_bound(3)
+    assert ((counts[kept] - expected).square() / expected).sum().item() < chi_square_limit(3)
 
 
 def test_a_draw_depends_on_seed_and_position_only(draw):

@@ -1,7 +1,5 @@
 """The sampler against its torch form, whose own oracle is a sort in float64 (`tests/kernels/test_sampling.py`)."""
 
-import math
-
 import pytest
 import torch
 import triton
@@ -9,6 +7,7 @@ import triton.language as tl
 
 from scalellm.kernels import SampleOutput, sample, sample_workspace_size, workspaces
 from scalellm.kernels.reference.rng import gumbel, noise_bits, noise_keys
+from scalellm.kernels.spec.draws import chi_square_limit
 from scalellm.kernels.triton import noise
 
 # Rows without a finite maximum, and temperatures next to 0.
@@ -147,8 +146,7 @@ def test_draws_follow_the_filtered_softmax(ops):
     counts = drawn.bincount(minlength=8)
     assert counts[kept].sum() == rows
     expected = logits[kept].double().softmax(0) * rows
-    c = 2 / 27  # the 1 - 1e-5 quantile of chi-square with 3 degrees of freedom (Wilson and Hilferty 1931)
-    assert ((counts[kept] - expected).square() / expected).sum().item() < 3 * (1 - c + 4.265 * math.sqrt(c)) ** 3
+    assert ((counts[kept] - expected).square() / expected).sum().item() < chi_square_limit(3)
 
 
 def test_noise_of_a_vocabulary_follows_the_softmax(launch):
@@ -160,8 +158,7 @@ def test_noise_of_a_vocabulary_follows_the_softmax(launch):
     logits = torch.tensor([2.0, 1.0, 1.0, 0.0, -0.5, -1.0, -2.0, 0.7])
     counts = (logits + single.view(-1, 8)).argmax(1).bincount(minlength=8)
     expected = logits.double().softmax(0) * (n // 8)
-    c = 2 / 63
-    assert ((counts - expected).square() / expected).sum().item() < 7 * (1 - c + 4.265 * math.sqrt(c)) ** 3
+    assert ((counts - expected).square() / expected).sum().item() < chi_square_limit(7)
 
 
 def test_a_draw_depends_on_its_own_row_only(ops):
