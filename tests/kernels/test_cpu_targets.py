@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from scalellm.kernels.cpu import building
 from scalellm.kernels.reference.w4a16 import dequantise_packed
 
 CPU = Capability(sm=0, num_sms=1)
-AVX2 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
-CPUS = {"haswell": AVX2, "skylake-avx512": AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}}
+NEEDS = {level.name: level.needs for level in building.LEVELS}
+CPUS = {"haswell": NEEDS["avx2"], "skylake-avx512": NEEDS["avx512"]}
 
 CHOICES = {"avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni"}
 """The instruction sets for which the sources have code of its own."""
@@ -24,8 +23,7 @@ CHOICES = {"avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni"}
 
 @pytest.fixture(scope="module", params=CPUS)
 def ops(request, tmp_path_factory):
-    cpu = Path("/proc/cpuinfo")
-    found = set(cpu.read_text().split()) if cpu.exists() else set()
+    found = building.cpu_features()
     if not found >= CPUS[request.param]:
         pytest.skip("this CPU lacks some of its instructions")
     if not found & CHOICES - CPUS[request.param]:

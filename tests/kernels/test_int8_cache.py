@@ -1,16 +1,14 @@
 """Keys and values of 8 bits with a scale for each row: what is written, and attention over it, in both forms."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from int8_case import KV_HEADS, Q_HEADS, Int8Case
+from scalellm.kernels.cpu.building import cpu_features
 
 # C++ rounds queries and weights to 8 bits as well: what that comes to among numbers of magnitude 1. Weights have 7 bits
 # on an x86 CPU without an instruction for products of bytes (kernels/cpu/dot.h).
-FLAGS = Path("/proc/cpuinfo").read_text().split()
-HAS_7_BITS = "avx2" in FLAGS and not {"avx512_vnni", "avx_vnni"} & set(FLAGS)
+HAS_7_BITS = "avx2" in cpu_features() and not {"avx512_vnni", "avx_vnni"} & cpu_features()
 TOLERANCE = {"torch": 1e-5, "cpp": 0.1 if HAS_7_BITS else 0.05}
 
 
