@@ -18,7 +18,7 @@ from bench.gpu.second_rank import FORM, NUM_RANKS, rank_of_model, whole_model
 from scalellm.kernels.spec.case import Maker, bit_equal
 from scalellm.services.executor.engine import Engine, EngineConfig
 from scalellm.services.executor.ipc import EngineChannel
-from scalellm.services.executor.models.shard import Collectives
+from scalellm.services.executor.models.shard import Alone, Collectives
 from scalellm.services.executor.ranks.collectives import MeetingPlace
 from scalellm.services.executor.ranks.group import Followers
 from scalellm.services.executor.ranks.leading_runner import LeadingRunner
@@ -65,7 +65,7 @@ class Ranks:
                 x.copy_(make.randn(rows, width, dtype=torch.bfloat16))
                 replay()
                 device.synchronize()
-                equal &= bit_equal(results[0].clone(), _alone(x, weight))
+                equal &= bit_equal(results[0].clone(), _layers(x, weight, Alone()))
             backend = str(dist.get_backend())
         finally:
             dist.destroy_process_group()
@@ -117,12 +117,6 @@ def _layers(x: Tensor, weight: Tensor, collectives: Collectives) -> Tensor:
     for _ in range(_LAYERS):
         x = x + collectives.all_reduce(x * weight)
     return collectives.all_gather(x)[0]
-
-
-def _alone(x: Tensor, weight: Tensor) -> Tensor:
-    for _ in range(_LAYERS):
-        x = x + x * weight
-    return x
 
 
 def _second_rank(device: Device, follows: socket.socket, load: Load) -> subprocess.Popen[bytes]:
