@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from fault_line import FaultLine, Shape, fault_line
-from fault_trials import HEADINGS
+from fault_promises import Fault
+from fault_streams import Workload
+from fault_trials import HEADINGS, Tally, Trials
 from told_at_end import lines_at_end
 from told_at_once import pytest_runtest_makereport as pytest_runtest_makereport
 
@@ -74,3 +77,26 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     yield rows
     if rows:
         lines_at_end(request.config, "faults").extend((HEADINGS, *sorted(rows)))
+
+
+@pytest.fixture
+def try_faults(tmp_path: Path, table: list[str], seed: int) -> Callable[..., Awaitable[None]]:
+    """Tries some faults, each once, on a line of a real model that is started for them."""
+
+    async def try_all(
+        title: str, model: Path, engine: str, shape: Shape, faults: Mapping[str, Fault], seconds: float, *, count: int
+    ) -> None:
+        context = fault_line(shape, tmp_path, model, engine=engine)
+        line = await asyncio.to_thread(context.__enter__)
+        try:
+            await line.wait_linked()
+            trials = Trials(line, Workload(seed, count=count, longest=60))
+            await trials.prepare()
+            for name, fault in faults.items():
+                tally = Tally(f"{title}, {name}")
+                await trials.run(fault, seconds, random.Random(f"{name} {seed}"), tally)
+                table.append(str(tally))
+        finally:
+            await asyncio.to_thread(context.__exit__, None, None, None)
+
+    return try_all
