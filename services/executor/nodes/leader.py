@@ -81,12 +81,6 @@ class NodeLeader:
             self._listener.close()
 
     @property
-    def port(self) -> int:
-        """Port on which it listens."""
-        assert self._listener is not None
-        return int(self._listener.getsockname()[1])
-
-    @property
     def num_missing(self) -> int:
         """Nodes that are not here."""
         return self._settings.nodes - 1 - len(self._members)
