@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+import engine_kit
 from fault_namespace import Namespace, why_no_namespace
 from line import Answer, Line, generate, scrape, start_line
 from mixed_load import total
@@ -50,10 +51,7 @@ def alone(model: Path) -> list[int]:
     engine = build_engine(settings, lambda line: None).engine
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, temperature=0)
     engine.add(EngineRequest((0, 0), "alone", tuple(TOKENS), sampling))
-    token_ids: list[int] = []
-    while engine.has_unfinished():
-        token_ids += [token for output in engine.step().tokens for token in output.token_ids]
-    return token_ids
+    return engine_kit.run(engine).tokens[(0, 0), 0]
 
 
 class Hosts:

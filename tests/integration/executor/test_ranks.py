@@ -14,6 +14,7 @@ import grpc
 import psutil
 import pytest
 
+import engine_kit
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.link import API_MINOR
 from scalellm.services.executor.build import build_engine
@@ -96,10 +97,7 @@ def alone(model: Path, max_tokens: int) -> list[int]:
     engine = build_engine(settings(model, 1), lambda line: None).engine
     sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0)
     engine.add(EngineRequest((0, 0), "alone", tuple(PROMPT), sampling))
-    token_ids: list[int] = []
-    while engine.has_unfinished():
-        token_ids += [token for output in engine.step().tokens for token in output.token_ids]
-    return token_ids
+    return engine_kit.run(engine).tokens[(0, 0), 0]
 
 
 async def answers(supervisor: EngineSupervisor, expected: list[int]) -> None:
