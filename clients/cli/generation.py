@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from google.protobuf.message import Message
 
-from scalellm.client import Client, ClientError
+from scalellm.client import Client, ClientError, GenerationStream
 from scalellm.v1.common_pb2 import FinishReason, TokenLogprobs
 from scalellm.v1.generation_pb2 import (
     Delta,
@@ -50,6 +53,36 @@ class Sample:
             self.calls.append(call)
         elif self.calls:
             self.calls[-1].arguments += call.arguments
+
+
+@contextlib.contextmanager
+def _ctrl_c_closes(stream: GenerationStream) -> Iterator[None]:
+    """Let Ctrl-C close the stream, and raise KeyboardInterrupt when the block has ended because of that.
+
+    An exception that a signal raises inside gRPC can leave a lock taken, after which no call of the channel ever ends.
+    The second Ctrl-C raises KeyboardInterrupt where the program is, for a stream that cannot be closed.
+    """
+    heard = threading.Event()
+
+    def close(number: int, frame: FrameType | None) -> None:
+        if heard.is_set():
+            signal.default_int_handler(number, frame)
+        heard.set()
+        threading.Thread(target=stream.close, daemon=True).start()  # may wait for a lock that this thread holds
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as for a job in the background
+        yield
+        return
+    signal.signal(signal.SIGINT, close)
+    try:
+        yield
+    except ClientError:
+        if not heard.is_set():
+            raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if heard.is_set():
+        raise KeyboardInterrupt
 
 
 class Generation:
@@ -98,7 +131,7 @@ class Generation:
         timeout: float | None,
         begun: int,
     ) -> None:
-        with client.generate(request, timeout=timeout) as stream:
+        with client.generate(request, timeout=timeout) as stream, _ctrl_c_closes(stream):
             for response in stream:
                 match response.WhichOneof("event"):
                     case "started":

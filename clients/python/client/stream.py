@@ -69,6 +69,12 @@ class _Stream:
             raise failure from None
         return wait
 
+    def _open_again(self, error: grpc.RpcError) -> None:
+        """Go on by another call. Raises ClientError if the stream was closed during the wait for it."""
+        if self._is_closed:
+            raise ClientError.from_rpc(error, self._address, self._credentials) from None
+        self._call = self._reconnection.open(self._received)
+
 
 class GenerationStream(_Stream, Iterator[GenerateResponse]):
     """Iterates over the messages of an answer: Started, then Deltas, then Finished.
@@ -84,7 +90,7 @@ class GenerationStream(_Stream, Iterator[GenerateResponse]):
                 response: GenerateResponse = next(self._call)
             except grpc.RpcError as error:
                 time.sleep(self._wait_after(error))
-                self._call = self._reconnection.open(self._received)
+                self._open_again(error)
                 continue
             if self._received.take(response):
                 return response
@@ -126,7 +132,7 @@ class AsyncGenerationStream(_Stream, AsyncIterator[GenerateResponse]):
                 response: GenerateResponse = await anext(self._messages)
             except grpc.RpcError as error:
                 await asyncio.sleep(self._wait_after(error))
-                self._call = self._reconnection.open(self._received)
+                self._open_again(error)
                 self._messages = aiter(self._call)
                 continue
             except asyncio.CancelledError:

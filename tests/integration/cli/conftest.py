@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -319,8 +318,6 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         environment.update(options.pop("env", {}))
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         command = [sys.executable, "-m", "scalellm.cli.main", *arguments]
-        # As a shell starts it in the foreground, however the tests themselves were started.
-        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(command, text=True, env=environment, **{**pipes, **options})
 
     return start
