@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
@@ -45,7 +47,7 @@ class Alias:
 
         Args:
             tenant: Name of the tenant of the request.
-            identity: Distinguishes the request from others of the tenant.
+            identity: Distinguishes the request from others of the tenant; see `identity_of`.
         """
 
         def arrival(model: str) -> float:
@@ -54,6 +56,23 @@ class Alias:
             return -math.log((int.from_bytes(digest, "big") + 1) / (2**64 + 1)) / self._weights[model]
 
         return min(self._weights, key=arrival)
+
+
+def identity_of(request_id: str, seed: int | None, prompt: Callable[[], object]) -> bytes:
+    """Return what is the same when a request is sent again: its id, or seed and prompt; without both, nothing is.
+
+    Every API asks this function, so that a request has the same identity whichever of them it comes by.
+
+    Args:
+        request_id: Id that the client gave the request; empty: none.
+        seed: Seed of its sampling; None: none.
+        prompt: Returns its prompt as a JSON value: a text, token ids, or messages. Called only where there is no id.
+    """
+    if request_id:
+        return request_id.encode(errors="replace")
+    if seed is None:
+        return secrets.token_bytes(16)
+    return json.dumps([seed % 2**64, prompt()], sort_keys=True).encode()
 
 
 class Aliases:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from functools import partial
 
 import grpc
+from google.protobuf.json_format import MessageToDict
 
+from scalellm.services.tokenizer.aliases import identity_of
 from scalellm.services.tokenizer.dialect import Part, PartKind
 from scalellm.services.tokenizer.generation.answer import Event
 from scalellm.services.tokenizer.generation.caller import Caller
@@ -57,7 +58,7 @@ class GenerationServicer:
         edge = await self._edge.models.of_request(
             request.model or None,
             self._edge.access.tenant(),
-            partial(identity_of, request),
+            partial(_identity, request),
             session_id=request.session_id,
             kept_id=request.request_id if keeps else "",
         )
@@ -86,15 +87,20 @@ async def _serve(call: Call, context: grpc.aio.ServicerContext) -> None:
         context.set_trailing_metadata((("server-timing", call.server_timing),))
 
 
-def identity_of(request: generation_pb2.GenerateRequest) -> bytes:
-    """Return what is the same when a request is sent again: its id, or seed and prompt; without both, nothing is."""
-    if request.request_id:
-        return request.request_id.encode()
-    if not request.sampling.HasField("seed"):
-        return secrets.token_bytes(16)
-    prompt = getattr(request, request.WhichOneof("input") or "prompt")
-    text = prompt.encode() if isinstance(prompt, str) else prompt.SerializeToString(deterministic=True)
-    return b"%d:%b" % (request.sampling.seed, text)
+def _identity(request: generation_pb2.GenerateRequest) -> bytes:
+    seed = request.sampling.seed if request.sampling.HasField("seed") else None
+    return identity_of(request.request_id, seed, partial(_prompt, request))
+
+
+def _prompt(request: generation_pb2.GenerateRequest) -> object:
+    """Return the prompt as the JSON value that it is over HTTP."""
+    match request.WhichOneof("input"):
+        case "chat":
+            return [MessageToDict(each, preserving_proto_field_name=True) for each in request.chat.messages]
+        case "tokens":
+            return list(request.tokens.ids)
+        case _:
+            return request.prompt
 
 
 def to_wire(event: Event) -> generation_pb2.GenerateResponse:

@@ -10,6 +10,7 @@ from functools import partial
 from aiohttp import hdrs, web
 
 from scalellm import __version__
+from scalellm.services.tokenizer.aliases import identity_of
 from scalellm.services.tokenizer.generation.edge import Edge
 from scalellm.services.tokenizer.http.call import HttpCall
 from scalellm.services.tokenizer.http.face import HttpFace
@@ -98,11 +99,12 @@ async def choose_edge(
 
 
 def _identity(call: HttpCall, body: JsonObject) -> bytes:
-    """Return what is the same when a request is sent again: its id, or seed and prompt; without both, nothing is."""
-    known: object = body.get("request_id") or call.given_id
-    if not known and body.get("seed") is not None:
-        known = [body["seed"], body.get("messages"), body.get("prompt")]
-    return json.dumps(known or call.request_id).encode()
+    given, seed = body.get("request_id"), body.get("seed")
+    return identity_of(
+        given if isinstance(given, str) and given else call.given_id,
+        seed if isinstance(seed, int) else None,
+        lambda: body.get("prompt", body.get("messages")),
+    )
 
 
 def name_model(edge: Edge, requests: Iterable[generation_pb2.GenerateRequest], model: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from scalellm.services.common.errors import StatusError
 from scalellm.services.common.reload import ConfigFileError
 from scalellm.services.tokenizer.aliases import Alias, Aliases, read_aliases
 from scalellm.services.tokenizer.generation.edges import Edges
-from scalellm.services.tokenizer.generation.grpc_face import identity_of
+from scalellm.services.tokenizer.generation.grpc_face import GenerationServicer
 from scalellm.services.tokenizer.http.service_routes import choose_edge
 from scalellm.v1 import common_pb2, generation_pb2
 
@@ -104,30 +105,68 @@ async def test_one_model_has_aliases_as_well(tmp_path: Path) -> None:
     assert await model_of(edges, name="gpt-4o", session_id="any") == "small"
 
 
-def test_grpc_requests_are_known_by_id_or_by_seed_and_prompt() -> None:
-    def request(prompt: str = "Rivers", seed: int | None = None, **more: object) -> generation_pb2.GenerateRequest:
-        return generation_pb2.GenerateRequest(
-            prompt=prompt, sampling=common_pb2.SamplingParams(seed=seed, max_tokens=8), **more
-        )
-
-    assert identity_of(request(request_id="one")) == identity_of(request("Lakes", 3, request_id="one"))
-    assert identity_of(request(seed=0)) == identity_of(request(seed=0, stream_interval=4))
-    assert len({identity_of(request(text, seed)) for text in ("Rivers", "Lakes") for seed in (0, 1)}) == 4
-    assert identity_of(request()) != identity_of(request())
+class ChosenError(Exception):
+    """A model was chosen; the argument is its name. Nothing is generated."""
 
 
-async def test_http_requests_are_known_by_id_or_by_seed_and_prompt(tmp_path: Path) -> None:
+async def chosen_over_grpc(edges: Edges, given_id: str = "", **asked: Any) -> str:
+    class Choosing:
+        async def of_request(self, *arguments: Any, **more: Any) -> None:
+            raise ChosenError((await edges.of_request(*arguments, **more)).model_name)
+
+    edge: Any = SimpleNamespace(models=Choosing(), access=edges.default.access)
+    seed, prompt = asked.pop("seed", None), asked.pop("prompt", None)
+    if "messages" in asked:
+        asked["chat"] = generation_pb2.Chat(messages=[generation_pb2.ChatMessage(**it) for it in asked.pop("messages")])
+    if isinstance(prompt, list):
+        asked["tokens"] = generation_pb2.TokenIds(ids=prompt)
+    elif prompt is not None:
+        asked["prompt"] = prompt
+    request = generation_pb2.GenerateRequest(
+        model="chat", request_id=given_id, sampling=common_pb2.SamplingParams(seed=seed, max_tokens=8), **asked
+    )
+    context: Any = None
+    with pytest.raises(ChosenError) as chosen:
+        await GenerationServicer(edge).Generate(request, context)
+    return str(chosen.value)
+
+
+async def chosen_over_http(edges: Edges, given_id: str = "", **body: Any) -> str:
+    call: Any = SimpleNamespace(given_id=given_id)
+    return (await choose_edge(edges.default, call, body, "chat")).model_name
+
+
+@pytest.mark.parametrize("choose", [chosen_over_grpc, chosen_over_http])
+async def test_requests_are_known_by_id_or_by_seed_and_prompt(
+    tmp_path: Path, choose: Callable[..., Awaitable[str]]
+) -> None:
     edges, _ = make_edges(tmp_path / "aliases.toml", "chat = {small = 1, next = 1}")
+    rivers = [{"role": "user", "content": "Rivers"}]
+    for known in ({"given_id": "one"}, {"seed": 0, "messages": rivers}, {"seed": 0, "prompt": "Rivers"}):
+        assert len({await choose(edges, **known) for _ in range(20)}) == 1
+    assert len({await choose(edges, given_id="one", seed=seed, prompt="Lakes") for seed in range(20)}) == 1
+    assert len({await choose(edges, prompt="Rivers") for _ in range(40)}) == 2, "drawn for each, without id and seed"
+    assert len({await choose(edges, seed=0, prompt=f"Rivers {n}") for n in range(20)}) == 2, "another prompt"
+    assert len({await choose(edges, seed=seed, prompt="Rivers") for seed in range(20)}) == 2, "another seed"
 
-    async def chosen(given_id: str = "", **body: object) -> list[str]:
-        calls: list[Any] = [SimpleNamespace(given_id=given_id, request_id=given_id or f"made-{n}") for n in range(20)]
-        return [(await choose_edge(edges.default, call, body, "chat")).model_name for call in calls]
 
-    for known in ({"given_id": "one"}, {"request_id": "one"}, {"seed": 0, "messages": [{"content": "Rivers"}]}):
-        assert len(set(await chosen(**known))) == 1  # type: ignore[arg-type]
-    assert len(set(await chosen(prompt="Rivers"))) == 2, "drawn for each, without an id and a seed"
-    answers = [(await chosen(seed=0, prompt=f"Rivers {number}"))[0] for number in range(20)]
-    assert len(set(answers)) == 2, "the same seed with other prompts is another request"
+async def test_a_request_goes_to_the_same_model_over_both_protocols(tmp_path: Path) -> None:
+    edges, _ = make_edges(tmp_path / "aliases.toml", "chat = {small = 1, next = 1}")
+    asked: list[dict[str, Any]] = []
+    for number in range(12):
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"River {number}?"}]
+        asked += [
+            {"given_id": f"req-{number}"},
+            {"seed": number, "prompt": f"Rivers of \u00c5land, {number}"},
+            {"seed": 2**64 - 1, "prompt": [1, 2, number]},
+            {"seed": number, "messages": messages},
+        ]
+    over_grpc = [await chosen_over_grpc(edges, **each) for each in asked]
+    assert [await chosen_over_http(edges, **each) for each in asked] == over_grpc
+    in_body = [await chosen_over_http(edges, "other", request_id=f"req-{number}") for number in range(12)]
+    assert in_body == over_grpc[::4], "the id in the body goes before that of the header"
+    negative = [await chosen_over_http(edges, seed=-1, prompt=[1, 2, number]) for number in range(12)]
+    assert negative == over_grpc[2::4], "-1 is the seed 2**64 - 1"
 
 
 def test_a_file_that_changes_is_read_again_and_a_broken_one_is_not_used(
