@@ -27,7 +27,7 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
-from scalellm.services.common.settings import LinkedSettings, LinkingSettings, ServiceSettings
+from scalellm.services.common.settings import LinkedSettings, LinkingSettings, ServiceSettings, describe
 from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.scheduler.config import SchedulerSettings
 from scalellm.services.tokenizer.config import TokenizerSettings
@@ -171,6 +171,7 @@ def settings_page() -> str:
 
 def _own_fields(cls: type[BaseSettings]) -> Iterator[tuple[str, FieldInfo]]:
     cls.model_rebuild()
+    describe(cls)
     for name, field in cls.model_fields.items():
         if name in cls.__annotations__:
             yield name, field

@@ -55,6 +55,11 @@ class Setting:
 
 def all_settings() -> list[Setting]:
     """Return the settings of all services, without those that options of `up` set."""
+    from scalellm.services.common.settings import describe  # only here, as the services
+
+    services = _services()
+    for settings in services.values():
+        describe(settings)
     return [
         Setting(
             service,
@@ -64,7 +69,7 @@ def all_settings() -> list[Setting]:
             None if field.is_required() else field.get_default(call_default_factory=True),
             not field.repr,
         )
-        for service, settings in _services().items()
+        for service, settings in services.items()
         for name, field in settings.model_fields.items()
         if name not in _MANAGED
     ]

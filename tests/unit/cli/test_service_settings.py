@@ -17,7 +17,7 @@ from scalellm.cli import main, models, services
 from scalellm.cli.service_settings import all_settings, check_values, check_variables
 from scalellm.launcher import UpOptions
 from scalellm.services.common.api_keys import read_api_keys
-from scalellm.services.common.settings import ServiceSettings, load_settings
+from scalellm.services.common.settings import ServiceSettings, load_settings, settings_config
 from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.scheduler.config import SchedulerSettings
 from scalellm.services.tokenizer.config import TokenizerSettings
@@ -253,3 +253,20 @@ def test_all_of_it_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --quantization: Input should be 'auto', 'none', 'keep'")
+
+
+class Lamp(ServiceSettings):
+    model_config = settings_config("lamp")
+
+    colour: str = "white"
+    """Colour of its
+    light."""
+
+
+def test_help_describes_each_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_settings(Lamp, ["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--colour str Colour of its light. (default: white)" in told
+    assert "Port of the Prometheus endpoint; 0 takes a free one" in told
+    assert all(setting.text for setting in all_settings())
