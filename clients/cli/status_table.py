@@ -82,7 +82,7 @@ def _duration(seconds: float) -> str:
 
 def engine_lines(status: InstanceStatus) -> list[str]:
     """Return lines about how executors run their models, each with the model's name if there are several: the forms
-    that weights are held in, and if tokens are guessed.
+    that weights are held in, if tokens are guessed, and the instructions of the C++ kernels.
     """
     engines = [service for service in status.services if service.weights]
     are_several = len({service.model for service in engines}) > 1
@@ -92,4 +92,6 @@ def engine_lines(status: InstanceStatus) -> list[str]:
         told[f"weights{of}: {service.weights}"] = None
         if service.speculation:  # executors of older versions do not say
             told[f"speculation{of}: {service.speculation}{_IDLE if service.speculation == 'idle' else ''}"] = None
+        if service.instructions:  # a GPU has none
+            told[f"instructions{of}: {service.instructions}"] = None
     return list(told)

@@ -53,7 +53,8 @@ class ServiceStatus:
 
     `pid`, `uptime_s` and `memory_bytes` (resident, with children) are None without a process of ours. An executor says
     with `compute` where and in what its model runs, with `weights` in what form the weights are and what other one they
-    could have, with `speculation` if tokens are guessed (on, off, idle), and with `kernels` which form each op has.
+    could have, with `speculation` if tokens are guessed (on, off, idle), with `instructions` which of the CPU's
+    instructions the C++ kernels use and why not stronger ones, and with `kernels` which form each op has.
     """
 
     name: str
@@ -68,6 +69,7 @@ class ServiceStatus:
     compute: str = ""
     weights: str = ""
     speculation: str = ""
+    instructions: str = ""
     kernels: Mapping[str, str] = field(default_factory=dict)
     load: Mapping[str, int] = field(default_factory=dict)
     last_error: str = ""
@@ -171,7 +173,7 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
     with Probe(status.address, credentials) as probe:
         health = probe.health()
         error = "" if health == SERVING else last_error(status.log)
-        model, compute, weights, speculation, load = "", "", "", "", {}
+        model, compute, weights, speculation, instructions, load = "", "", "", "", "", {}
         kernels: dict[str, str] = {}
         if health == "unreachable":
             pass
@@ -179,7 +181,7 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
             model, kernels = info.model, dict(info.kernels)
             ranks = f"{info.tensor_parallel} ranks" if info.tensor_parallel > 1 else ""
             compute = ", ".join(filter(None, (ranks, info.device, info.dtype, info.quantization, info.backend)))
-            weights, speculation = _weights(info), info.speculation
+            weights, speculation, instructions = _weights(info), info.speculation, _instructions(info)
             if info.late_compiles:
                 error = error or f"{info.late_compiles} kernels were compiled while requests waited"
             load = {
@@ -207,6 +209,7 @@ def _read_grpc(status: ServiceStatus, credentials: Credentials) -> ServiceStatus
         compute=compute,
         weights=weights,
         speculation=speculation,
+        instructions=instructions,
         kernels=kernels,
         load=load,
         last_error=error,
@@ -222,6 +225,12 @@ def _weights(info: GetExecutorInfoResponse) -> str:
         other = info.other_weights
         text += f" (--quantization {other.quantization}: {other.type}, {other.bytes / 2**20:.0f} MiB)"
     return text
+
+
+def _instructions(info: GetExecutorInfoResponse) -> str:
+    """The instructions of the C++ kernels, and the reasons why stronger ones are not used."""
+    reasons = "; ".join(f"not {level}: {reason}" for level, reason in info.unused_instructions.items())
+    return f"{info.instructions} ({reasons})" if reasons else info.instructions
 
 
 def _memory(process: psutil.Process) -> int | None:

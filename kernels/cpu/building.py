@@ -4,7 +4,9 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,8 @@ FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fPIC", "-pthread", "-fvisibility=hidden"),
 )
-NATIVE = ("-march=native",)
+TUNE = ("-mtune=native",)
+"""Flags of what is built for the machine that builds it, besides those of its level."""
 SOURCES = Path(__file__).parent
 SHIPPED = SOURCES / "built"
 """Folder of the shared objects that came with the package; an installation from sources has none."""
@@ -51,6 +54,21 @@ LEVELS = (
 )
 """Weakest first. Each instruction set that the sources test for is in one of them."""
 
+NATIVE = Level("native", ("-march=native",), frozenset())
+"""All that the compiler finds the CPU to have, where no level of LEVELS fits: an older CPU or one of another kind."""
+
+_CHECK_LIMIT_S = 120  # hundredths of a second where nobody else computes
+_CHECK = """
+import ctypes, sys
+check = ctypes.CDLL(sys.argv[1]).self_check
+check.restype = ctypes.c_char_p
+print((check() or b"").decode())
+"""
+
+
+class FaultyLibraryError(Exception):
+    """A shared object cannot run on this machine, or computes something else there than it should."""
+
 
 def cpu_features() -> frozenset[str]:
     """Return the features of this machine's CPU as Linux names them; empty on another system or kind of CPU."""
@@ -61,15 +79,18 @@ def cpu_features() -> frozenset[str]:
     return frozenset(next((flags.split() for name, _, flags in lines if name.strip() == "flags"), ()))
 
 
-def shipped(features: Collection[str]) -> Path | None:
-    """Return the shared object for the strongest level of a CPU; None if the package came without one."""
-    fitting = [level for level in LEVELS if level.needs.issubset(features)]
-    paths = (SHIPPED / _file_name(level.name, level.flags) for level in reversed(fitting))
-    return next((path for path in paths if path.exists()), None)
+def candidates(features: Collection[str]) -> Sequence[Level]:
+    """Return the levels that a CPU with these features may run, strongest first; never none.
+
+    Where the package came with shared objects for some of them, nothing stronger is built.
+    """
+    fitting = [level for level in reversed(LEVELS) if level.needs.issubset(features)]
+    strongest_shipped = next((i for i, level in enumerate(fitting) if _shipped(level).exists()), 0)
+    return fitting[strongest_shipped:] or [NATIVE]
 
 
-def built_here(folder: Path) -> Path:
-    """Return the shared object of these sources for this very CPU, building it when `folder` does not have it yet.
+def library_path(level: Level, folder: Path) -> Path:
+    """Return the shared object of a level: that of the package, else that of `folder`, building it if it is not there.
 
     Several processes may do this at once.
 
@@ -77,27 +98,54 @@ def built_here(folder: Path) -> Path:
         OSError: there is no compiler, or no place to build.
         subprocess.SubprocessError: the compiler fails.
     """
-    compiler = _compiler()
-    # The predefined macros name the compiler's version and all instruction sets of this CPU.
-    macros = _run(compiler, *FLAGS, *NATIVE, "-dM", "-E", "-x", "c++", os.devnull)
-    target = folder / _file_name("native", (compiler, macros))
+    if _shipped(level).exists():
+        return _shipped(level)
+    compiler, flags = _compiler(), (*level.flags, *TUNE)
+    # The predefined macros name the compiler's version and the instruction sets that it uses.
+    macros = _run(compiler, *FLAGS, *flags, "-dM", "-E", "-x", "c++", os.devnull)
+    target = folder / _file_name(level.name, (compiler, macros, *flags))
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"{target.stem}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, the others wait for it
             if not target.exists():
-                _build(compiler, NATIVE, target)
+                _build(compiler, flags, target)
     return target
 
 
+def check(library: Path) -> None:
+    """Compare products of a shared object on this machine with sums made one by one; see check.cpp.
+
+    A process of its own does it, which may end by an instruction that the CPU does not have.
+
+    Raises:
+        FaultyLibraryError: they differ, or the process ends before it can say.
+        OSError: the process cannot be started.
+    """
+    try:
+        command = (sys.executable, "-I", "-S", "-c", _CHECK, str(library))
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_LIMIT_S)
+    except subprocess.TimeoutExpired as error:
+        raise FaultyLibraryError(f"its self-check did not end within {_CHECK_LIMIT_S} s") from error
+    if ended.returncode < 0:
+        raise FaultyLibraryError(f"its self-check ended by {signal.Signals(-ended.returncode).name}")
+    said = (ended.stderr if ended.returncode else ended.stdout).strip()
+    if said or ended.returncode:
+        raise FaultyLibraryError(said.splitlines()[-1] if said else f"its self-check ended with {ended.returncode}")
+
+
 def build_levels(folder: Path, levels: Sequence[Level] = LEVELS) -> list[Path]:
-    """Build the shared objects of levels. Raises what `built_here` does."""
+    """Build the shared objects of levels as a package has them. Raises what `library_path` does."""
     compiler = _compiler()
     folder.mkdir(parents=True, exist_ok=True)
-    targets = [folder / _file_name(level.name, level.flags) for level in levels]
+    targets = [folder / _shipped(level).name for level in levels]
     for level, target in zip(levels, targets, strict=True):
         _build(compiler, level.flags, target)
     return targets
+
+
+def _shipped(level: Level) -> Path:
+    return SHIPPED / _file_name(level.name, level.flags)
 
 
 def _compiler() -> str:
@@ -122,15 +170,15 @@ def _sources() -> list[Path]:
     return sources
 
 
-def _build(compiler: str, level: Sequence[str], target: Path) -> None:
+def _build(compiler: str, instructions: Sequence[str], target: Path) -> None:
     sources = _sources()
     with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
         objects = [str(Path(unfinished, f"{source.stem}.o")) for source in sources]
-        commands = [(*FLAGS, *level, "-c", "-o", to, str(at)) for to, at in zip(objects, sources, strict=True)]
+        commands = [(*FLAGS, *instructions, "-c", "-o", to, str(at)) for to, at in zip(objects, sources, strict=True)]
         with ThreadPoolExecutor() as threads:
             list(threads.map(lambda command: _run(compiler, *command), commands))
         linked = Path(unfinished, target.name)
-        _run(compiler, *FLAGS, *level, "-shared", "-o", str(linked), *objects)
+        _run(compiler, *FLAGS, *instructions, "-shared", "-o", str(linked), *objects)
         linked.replace(target)  # at once: whoever does not wait sees all of it or nothing
 
 

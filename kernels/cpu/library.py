@@ -1,5 +1,6 @@
 """The C++ forms as a shared object: the one that came with the package for this CPU, or built by the machine's own
-compiler once and kept in the user's cache directory; see `kernels.cpu.building`.
+compiler once and kept in the user's cache directory; see `kernels.cpu.building`. Whichever it is, it is used only after
+its products were compared with plain sums on this very machine.
 
 The sources include no header of torch or Python and are called through ctypes, which releases the interpreter lock. So
 a compiler is all that is needed, a build takes seconds, and what was built does not depend on the version of torch.
@@ -17,7 +18,7 @@ from types import MappingProxyType
 
 import torch
 
-from scalellm.kernels.cpu.building import built_here, cpu_features, shipped
+from scalellm.kernels.cpu.building import FaultyLibraryError, candidates, check, cpu_features, library_path
 
 # Numbers of element types in C++, `Code` in vec.h.
 CODES: Mapping[torch.dtype, int] = MappingProxyType(
@@ -66,12 +67,16 @@ class _Notes(threading.local):
 class CpuLibrary:
     """The functions of a shared object, by name.
 
+    `level` names the instructions that it is compiled for, and `passed_over` says why stronger ones are not used.
+
     Raises:
         OSError: it cannot be loaded.
         AttributeError: it lacks a function.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, level: str, passed_over: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.level = level
+        self.passed_over = passed_over
         dll = ctypes.CDLL(str(path))
         for name, arguments in FUNCTIONS.items():
             function = getattr(dll, name)
@@ -124,13 +129,24 @@ def default_build_dir() -> Path:
 def load_library(build_dir: Path) -> CpuLibrary | None:
     """Load the library of this machine and these sources, building it in `build_dir` when there is none yet.
 
-    None, after one line of warning, where there is no compiler or it fails. Several processes may do this at once.
+    It is that of the strongest level of instructions that the CPU has and that computes what it should there; a warning
+    names each level that is passed over. None, after one line of warning, where no level can be had: there is no
+    compiler, or it fails. Several processes may do this at once.
     """
-    try:
-        return CpuLibrary(shipped(cpu_features()) or built_here(build_dir))
-    except subprocess.CalledProcessError as error:
-        reason = f"{error.cmd[0]} failed: {' '.join(error.stderr.split())[:300]}"
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        reason = str(error)
+    passed_over: dict[str, str] = {}
+    for level in candidates(cpu_features()):
+        try:
+            path = library_path(level, build_dir)
+            check(path)
+            found = CpuLibrary(path, level.name, passed_over)
+        except subprocess.CalledProcessError as error:
+            reason = f"{error.cmd[0]} failed: {' '.join(error.stderr.split())[:300]}"
+        except (OSError, AttributeError, subprocess.SubprocessError, FaultyLibraryError) as error:
+            reason = str(error)
+        else:
+            for name, why in passed_over.items():
+                _logger.warning("kernels in C++ use %s instructions and not %s: %s", level.name, name, why)
+            return found
+        passed_over[level.name] = reason
     _logger.warning("kernels in C++ are not available, plain torch is used instead: %s", reason)
     return None

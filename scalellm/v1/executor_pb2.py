@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from scalellm.v1 import link_pb2 as scalellm_dot_v1_dot_link__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ascalellm/v1/executor.proto\x12\x0bscalellm.v1\x1a\x16scalellm/v1/link.proto\"\x18\n\x16GetExecutorInfoRequest\"\x9d\x06\n\x17GetExecutorInfoResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x1f\n\x04load\x18\n \x01(\x0b\x32\x11.scalellm.v1.Load\x12\r\n\x05steps\x18\x0b \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x0c \x01(\x04\x12\x10\n\x08\x66inished\x18\r \x01(\x04\x12\x11\n\tcancelled\x18\x0e \x01(\x04\x12\x10\n\x08rejected\x18\x0f \x01(\x04\x12\x13\n\x0bpreemptions\x18\x10 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x11 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x12 \x01(\x04\x12\x42\n\x07kernels\x18\x13 \x03(\x0b\x32\x31.scalellm.v1.GetExecutorInfoResponse.KernelsEntry\x12\x15\n\rlate_compiles\x18\x14 \x01(\x04\x12\x16\n\x0ekv_cache_dtype\x18\x15 \x01(\t\x12\x14\n\x0cquantization\x18\x16 \x01(\t\x12\r\n\x05swaps\x18\x17 \x01(\x04\x12\'\n\x05stats\x18\x18 \x01(\x0b\x32\x18.scalellm.v1.EngineStats\x12(\n\x07weights\x18\x19 \x01(\x0b\x32\x17.scalellm.v1.WeightForm\x12.\n\rother_weights\x18\x1a \x01(\x0b\x32\x17.scalellm.v1.WeightForm\x12\x17\n\x0ftensor_parallel\x18\x1b \x01(\r\x12\x17\n\x0f\x65xpert_parallel\x18\x1c \x01(\r\x12\x13\n\x0bspeculation\x18\x1d \x01(\t\x1a.\n\x0cKernelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\nWeightForm\x12\x14\n\x0cquantization\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\x88\x04\n\x0b\x45ngineStats\x12\x18\n\x10generated_tokens\x18\x01 \x01(\x04\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\x04\x12\x14\n\x0c\x66\x61iled_steps\x18\x03 \x01(\x04\x12\x1a\n\x12swapped_out_blocks\x18\x04 \x01(\x04\x12\x19\n\x11swapped_in_blocks\x18\x05 \x01(\x04\x12\x19\n\x11running_sequences\x18\x06 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x07 \x01(\r\x12\x15\n\rcached_blocks\x18\x08 \x01(\r\x12\x18\n\x10\x66ree_host_blocks\x18\t \x01(\r\x12\x19\n\x11total_host_blocks\x18\n \x01(\r\x12,\n\x0cstep_seconds\x18\x0b \x01(\x0b\x32\x16.scalellm.v1.Histogram\x12+\n\x0bstep_tokens\x18\x0c \x01(\x0b\x32\x16.scalellm.v1.Histogram\x12.\n\x0estep_sequences\x18\r \x01(\x0b\x32\x16.scalellm.v1.Histogram\x12-\n\rqueue_seconds\x18\x0e \x01(\x0b\x32\x16.scalellm.v1.Histogram\x12\x0e\n\x06\x64rafts\x18\x0f \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\x10 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x11 \x01(\x04\":\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\r\n\x05total\x18\x03 \x01(\x01\"<\n\x14\x44rainExecutorRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"*\n\x15\x44rainExecutorResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"\x8a\x01\n\rTracedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btraceparent\x18\x02 \x01(\t\x12\x12\n\ntracestate\x18\x03 \x01(\t\x12\x17\n\x0fsubmitted_at_ns\x18\x04 \x01(\x04\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.scalellm.v1.Finish2\xf3\x01\n\x08\x45xecutor\x12\x41\n\x07\x45xecute\x12\x18.scalellm.v1.ClientFrame\x1a\x18.scalellm.v1.ServerFrame(\x01\x30\x01\x12T\n\x07GetInfo\x12#.scalellm.v1.GetExecutorInfoRequest\x1a$.scalellm.v1.GetExecutorInfoResponse\x12N\n\x05\x44rain\x12!.scalellm.v1.DrainExecutorRequest\x1a\".scalellm.v1.DrainExecutorResponseB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ascalellm/v1/executor.proto\x12\x0bscalellm.v1\x1a\x16scalellm/v1/link.proto\"\x18\n\x16GetExecutorInfoRequest\"\xc9\x07\n\x17GetExecutorInfoResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x1f\n\x04load\x18\n \x01(\x0b\x32\x11.scalellm.v1.Load\x12\r\n\x05steps\x18\x0b \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x0c \x01(\x04\x12\x10\n\x08\x66inished\x18\r \x01(\x04\x12\x11\n\tcancelled\x18\x0e \x01(\x04\x12\x10\n\x08rejected\x18\x0f \x01(\x04\x12\x13\n\x0bpreemptions\x18\x10 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x11 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x12 \x01(\x04\x12\x42\n\x07kernels\x18\x13 \x03(\x0b\x32\x31.scalellm.v1.GetExecutorInfoResponse.KernelsEntry\x12\x15\n\rlate_compiles\x18\x14 \x01(\x04\x12\x16\n\x0ekv_cache_dtype\x18\x15 \x01(\t\x12\x14\n\x0cquantization\x18\x16 \x01(\t\x12\r\n\x05swaps\x18\x17 \x01(\x04\x12\'\n\x05stats\x18\x18 \x01(\x0b\x32\x18.scalellm.v1.EngineStats\x12(\n\x07weights\x18\x19 \x01(\x0b\x32\x17.scalellm.v1.WeightForm\x12.\n\rother_weights\x18\x1a \x01(\x0b\x32\x17.scalellm.v1.WeightForm\x12\x17\n\x0ftensor_parallel\x18\x1b \x01(\r\x12\x17\n\x0f\x65xpert_parallel\x18\x1c \x01(\r\x12\x13\n\x0bspeculation\x18\x1d \x01(\t\x12\x14\n\x0cinstructions\x18\x1e \x01(\t\x12Y\n\x13unused_instructions\x18\x1f \x03(\x0b\x32<.scalellm.v1.GetExecutorInfoResponse.UnusedInstructionsEntry\x1a.\n\x0cKernelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x39\n\x17UnusedInstructionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\nWeightForm\x12\x14\n\x0cquantization\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\x88\x04\n\x0b\x45ngineStats\x12\x18\n\x10generated_tokens\x18\x01 \x01(\x04\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\x04\x12\x14\n\x0c\x66\x61iled_steps\x18\x03 \x01(\x04\x12\x1a\n\x12swapped_out_blocks\x18\x04 \x01(\x04\x12\x19\n\x11swapped_in_blocks\x18\x05 \x01(\x04\x12\x19\n\x11running_sequences\x18\x06 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x07 \x01(\r\x12\x15\n\rcached_blocks\x18\x08 \x01(\r\x12\x18\n\x10\x66ree_host_blocks\x18\t \x01(\r\x12\x19\n\x11total_host_blocks\x18\n \x01(\r\x12,\n\x0cstep_seconds\x18\x0b \x01(\x0b\x32\x16.scalellm.v1.Histogram\x12+\n\x0bstep_tokens\x18\x0c \x01(\x0b\x32\x16.scalellm.v1.Histogram\x12.\n\x0estep_sequences\x18\r \x01(\x0b\x32\x16.scalellm.v1.Histogram\x12-\n\rqueue_seconds\x18\x0e \x01(\x0b\x32\x16.scalellm.v1.Histogram\x12\x0e\n\x06\x64rafts\x18\x0f \x01(\x04\x12\x14\n\x0c\x64raft_tokens\x18\x10 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x11 \x01(\x04\":\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\r\n\x05total\x18\x03 \x01(\x01\"<\n\x14\x44rainExecutorRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"*\n\x15\x44rainExecutorResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"\x8a\x01\n\rTracedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btraceparent\x18\x02 \x01(\t\x12\x12\n\ntracestate\x18\x03 \x01(\t\x12\x17\n\x0fsubmitted_at_ns\x18\x04 \x01(\x04\x12#\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x13.scalellm.v1.Finish2\xf3\x01\n\x08\x45xecutor\x12\x41\n\x07\x45xecute\x12\x18.scalellm.v1.ClientFrame\x1a\x18.scalellm.v1.ServerFrame(\x01\x30\x01\x12T\n\x07GetInfo\x12#.scalellm.v1.GetExecutorInfoRequest\x1a$.scalellm.v1.GetExecutorInfoResponse\x12N\n\x05\x44rain\x12!.scalellm.v1.DrainExecutorRequest\x1a\".scalellm.v1.DrainExecutorResponseB9\n\x0f\x63om.scalellm.v1P\x01Z\x16scalellm/v1;scalellmv1\xaa\x02\x0bScaleLLM.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,24 +35,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\017com.scalellm.v1P\001Z\026scalellm/v1;scalellmv1\252\002\013ScaleLLM.V1'
   _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._loaded_options = None
   _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._serialized_options = b'8\001'
+  _globals['_GETEXECUTORINFORESPONSE_UNUSEDINSTRUCTIONSENTRY']._loaded_options = None
+  _globals['_GETEXECUTORINFORESPONSE_UNUSEDINSTRUCTIONSENTRY']._serialized_options = b'8\001'
   _globals['_GETEXECUTORINFOREQUEST']._serialized_start=67
   _globals['_GETEXECUTORINFOREQUEST']._serialized_end=91
   _globals['_GETEXECUTORINFORESPONSE']._serialized_start=94
-  _globals['_GETEXECUTORINFORESPONSE']._serialized_end=891
-  _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._serialized_start=845
-  _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._serialized_end=891
-  _globals['_WEIGHTFORM']._serialized_start=893
-  _globals['_WEIGHTFORM']._serialized_end=956
-  _globals['_ENGINESTATS']._serialized_start=959
-  _globals['_ENGINESTATS']._serialized_end=1479
-  _globals['_HISTOGRAM']._serialized_start=1481
-  _globals['_HISTOGRAM']._serialized_end=1539
-  _globals['_DRAINEXECUTORREQUEST']._serialized_start=1541
-  _globals['_DRAINEXECUTORREQUEST']._serialized_end=1601
-  _globals['_DRAINEXECUTORRESPONSE']._serialized_start=1603
-  _globals['_DRAINEXECUTORRESPONSE']._serialized_end=1645
-  _globals['_TRACEDREQUEST']._serialized_start=1648
-  _globals['_TRACEDREQUEST']._serialized_end=1786
-  _globals['_EXECUTOR']._serialized_start=1789
-  _globals['_EXECUTOR']._serialized_end=2032
+  _globals['_GETEXECUTORINFORESPONSE']._serialized_end=1063
+  _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._serialized_start=958
+  _globals['_GETEXECUTORINFORESPONSE_KERNELSENTRY']._serialized_end=1004
+  _globals['_GETEXECUTORINFORESPONSE_UNUSEDINSTRUCTIONSENTRY']._serialized_start=1006
+  _globals['_GETEXECUTORINFORESPONSE_UNUSEDINSTRUCTIONSENTRY']._serialized_end=1063
+  _globals['_WEIGHTFORM']._serialized_start=1065
+  _globals['_WEIGHTFORM']._serialized_end=1128
+  _globals['_ENGINESTATS']._serialized_start=1131
+  _globals['_ENGINESTATS']._serialized_end=1651
+  _globals['_HISTOGRAM']._serialized_start=1653
+  _globals['_HISTOGRAM']._serialized_end=1711
+  _globals['_DRAINEXECUTORREQUEST']._serialized_start=1713
+  _globals['_DRAINEXECUTORREQUEST']._serialized_end=1773
+  _globals['_DRAINEXECUTORRESPONSE']._serialized_start=1775
+  _globals['_DRAINEXECUTORRESPONSE']._serialized_end=1817
+  _globals['_TRACEDREQUEST']._serialized_start=1820
+  _globals['_TRACEDREQUEST']._serialized_end=1958
+  _globals['_EXECUTOR']._serialized_start=1961
+  _globals['_EXECUTOR']._serialized_end=2204
 # @@protoc_insertion_point(module_scope)

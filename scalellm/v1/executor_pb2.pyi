@@ -12,8 +12,15 @@ class GetExecutorInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetExecutorInfoResponse(_message.Message):
-    __slots__ = ("instance_id", "model", "architecture", "dtype", "device", "backend", "block_size", "max_model_len", "max_num_seqs", "load", "steps", "accepted", "finished", "cancelled", "rejected", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "kernels", "late_compiles", "kv_cache_dtype", "quantization", "swaps", "stats", "weights", "other_weights", "tensor_parallel", "expert_parallel", "speculation")
+    __slots__ = ("instance_id", "model", "architecture", "dtype", "device", "backend", "block_size", "max_model_len", "max_num_seqs", "load", "steps", "accepted", "finished", "cancelled", "rejected", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "kernels", "late_compiles", "kv_cache_dtype", "quantization", "swaps", "stats", "weights", "other_weights", "tensor_parallel", "expert_parallel", "speculation", "instructions", "unused_instructions")
     class KernelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class UnusedInstructionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +56,8 @@ class GetExecutorInfoResponse(_message.Message):
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     EXPERT_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
+    UNUSED_INSTRUCTIONS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     model: str
     architecture: str
@@ -78,7 +87,9 @@ class GetExecutorInfoResponse(_message.Message):
     tensor_parallel: int
     expert_parallel: int
     speculation: str
-    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ..., late_compiles: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., swaps: _Optional[int] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., weights: _Optional[_Union[WeightForm, _Mapping]] = ..., other_weights: _Optional[_Union[WeightForm, _Mapping]] = ..., tensor_parallel: _Optional[int] = ..., expert_parallel: _Optional[int] = ..., speculation: _Optional[str] = ...) -> None: ...
+    instructions: str
+    unused_instructions: _containers.ScalarMap[str, str]
+    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., backend: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., accepted: _Optional[int] = ..., finished: _Optional[int] = ..., cancelled: _Optional[int] = ..., rejected: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., kernels: _Optional[_Mapping[str, str]] = ..., late_compiles: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., swaps: _Optional[int] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., weights: _Optional[_Union[WeightForm, _Mapping]] = ..., other_weights: _Optional[_Union[WeightForm, _Mapping]] = ..., tensor_parallel: _Optional[int] = ..., expert_parallel: _Optional[int] = ..., speculation: _Optional[str] = ..., instructions: _Optional[str] = ..., unused_instructions: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WeightForm(_message.Message):
     __slots__ = ("quantization", "type", "bytes")

@@ -147,6 +147,7 @@ def _model_engine(
     built = build_model_engine(
         settings, placement, weights, found.config, progress, _grammars(found), clock, shard, tell
     )
+    library = built.ops.library
     info = executor_pb2.GetExecutorInfoResponse(
         device=placement.device.torch_device.type,
         dtype=dtype_name(placement.dtype),
@@ -156,6 +157,8 @@ def _model_engine(
         weights=_weights(built.form),
         other_weights=None if built.other_form is None else _weights(built.other_form),
         kernels=dict(built.ops.backends),
+        instructions="" if library is None else library.level,
+        unused_instructions={} if library is None else library.passed_over,
     )
     return replace(
         _describe(settings, found, built.engine, info), late_compiles=lambda: len(built.runner.late_compiles)

@@ -173,10 +173,12 @@ def _load_all(
     (num_host_blocks,) = _agreed(shard, torch_device, placement.swap_space // placement.block_bytes(rank_config))
     config = _engine_config(settings, placement, model_config, *sizes, num_host_blocks=num_host_blocks)
     threads = f"; {torch.get_num_threads()} threads" if torch_device.type == "cpu" else ""
+    library = runtime.ops.library
+    instructions = "" if library is None else f"; kernels in C++ with {library.level} instructions"
     swap = f"; {config.num_host_blocks} more in host memory" if config.num_host_blocks else ""
     progress(
         f"KV cache: {config.num_blocks} blocks of {config.block_size} tokens{swap}; up to {config.max_model_len} "
-        f"tokens per request{threads}"
+        f"tokens per request{threads}{instructions}"
     )
     kv_caches = allocate_kv_caches(
         rank_config,

@@ -78,15 +78,79 @@ def test_a_shared_object_that_came_with_the_package_is_used_without_a_compiler(t
 
 def test_a_level_is_taken_only_by_a_cpu_that_has_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "SHIPPED", tmp_path)
-    paths = {level.name: tmp_path / building._file_name(level.name, level.flags) for level in building.LEVELS}
-    for path in paths.values():
-        path.touch()
     for level in building.LEVELS:
-        assert building.shipped(level.needs | {"sse2"}) == paths[level.name]
-        assert all(building.shipped(level.needs - {feature}) != paths[level.name] for feature in level.needs)
-    assert building.shipped(()) is None
-    paths["avx2"].unlink()
-    assert building.shipped(building.LEVELS[0].needs) is None  # built from other sources, or not at all
+        assert building.candidates(level.needs | {"sse2"})[0] is level
+        for feature in level.needs:
+            assert all(feature not in candidate.needs for candidate in building.candidates(level.needs - {feature}))
+    assert building.candidates(()) == [building.NATIVE]
+
+
+def test_what_came_with_the_package_is_preferred_to_building_a_stronger_level(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "SHIPPED", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    features = frozenset().union(*(level.needs for level in building.LEVELS))
+    shipped = {level.name: tmp_path / building._file_name(level.name, level.flags) for level in building.LEVELS}
+    shipped["avx512"].touch()
+    first, second, *_ = building.candidates(features)
+    assert (first.name, second.name) == ("avx512", "avx2-vnni")
+    assert building.library_path(first, tmp_path / "none") == shipped["avx512"]
+    with pytest.raises(OSError, match="no compiler"):
+        building.library_path(second, tmp_path / "none")
+
+
+FAILURES = {
+    "products are wrong": """const char* self_check() { return "products are wrong"; }""",
+    "its self-check ended by SIGILL": "const char* self_check() { __builtin_trap(); }",
+    "its self-check ended by SIGSEGV": "const char* self_check() { return *(char* volatile*)8; }",
+    "its self-check ended with 3": "void _exit(int); const char* self_check() { _exit(3); return 0; }",
+    "undefined symbol: self_check": "",
+    "file too short": None,
+}
+
+
+@pytest.fixture
+def strongest(tmp_path, monkeypatch):
+    """Two levels for this CPU, of which the package has the weaker one as it should be; where the stronger one is."""
+    here = library.load_library(library.default_build_dir())
+    if here is None:
+        pytest.skip("there is no compiler")
+    levels = [building.Level(name, (), frozenset()) for name in ("plain", "strong")]
+    monkeypatch.setattr(building, "LEVELS", levels)
+    monkeypatch.setattr(building, "SHIPPED", tmp_path)
+    plain, strong = (tmp_path / building._file_name(level.name, level.flags) for level in levels)
+    shutil.copy(here._dll._name, plain)
+    return strong
+
+
+@pytest.mark.parametrize("reason", FAILURES)
+def test_a_level_that_fails_its_self_check_gives_way_to_the_next_one(strongest, tmp_path, caplog, reason):
+    if FAILURES[reason] is None:
+        strongest.touch()
+    else:
+        compile_it = [building._compiler(), "-x", "c", "-shared", "-fPIC", "-", "-o", str(strongest)]
+        subprocess.run(compile_it, input=FAILURES[reason], text=True, check=True)
+    found = library.load_library(tmp_path / "home")
+    assert found is not None
+    assert found.level == "plain"
+    assert list(found.passed_over) == ["strong"]
+    assert reason in found.passed_over["strong"]
+    (record,) = caplog.records
+    assert "use plain instructions and not strong: " in record.getMessage()
+
+
+def test_the_strongest_level_is_used_if_it_computes_what_it_should(strongest, tmp_path, caplog):
+    shutil.copy(next(tmp_path.glob("cpu-plain-*")), strongest)
+    found = library.load_library(tmp_path / "home")
+    assert found is not None
+    assert (found.level, found.passed_over, caplog.records) == ("strong", {}, [])
+
+
+def test_without_any_level_that_computes_what_it_should_torch_is_used(strongest, tmp_path, caplog):
+    strongest.touch()
+    next(tmp_path.glob("cpu-plain-*")).write_bytes(b"")
+    assert library.load_library(tmp_path / "home") is None
+    (record,) = caplog.records
+    assert "plain torch is used instead: " in record.getMessage()
 
 
 def test_levels_are_built_with_their_flags(compiler, tmp_path):

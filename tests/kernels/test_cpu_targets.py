@@ -29,9 +29,8 @@ def ops(request, tmp_path_factory):
     if not found & CHOICES - CPUS[request.param]:
         pytest.skip("what is compiled for this CPU is the same code")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            building, "NATIVE", (f"-march={request.param}", "-O1")
-        )  # less time in the compiler, the same code
+        flags = (f"-march={request.param}", "-O1")  # less time in the compiler, the same code
+        patch.setattr(building, "LEVELS", [building.Level(request.param, flags, CPUS[request.param])])
         chosen = select_ops(CPU, dtype=torch.float32, build_dir=tmp_path_factory.mktemp(request.param))
     if chosen.library is None:
         pytest.skip("there is no compiler")

@@ -366,6 +366,16 @@ def test_weights_and_speculation_are_told_by_model_where_there_are_several() -> 
     ]
 
 
+def test_instructions_that_are_not_used_are_told_with_the_reason() -> None:
+    executor = ServiceStatus("executor-0", "executor", "serving", "h:1", weights="int8, 9 MiB")
+    told = replace(executor, instructions="avx512-vnni (not amx: products with bfloat16 weights are wrong)")
+    status = InstanceStatus("default", "m", "h:2", "", True, True, (told, replace(told, name="executor-1")))
+    assert engine_lines(status) == [
+        "weights: int8, 9 MiB",
+        "instructions: avx512-vnni (not amx: products with bfloat16 weights are wrong)",
+    ]
+
+
 def test_failed_calls_say_what_to_do() -> None:
     code = grpc.StatusCode
     assert explain(ClientError(code.UNAVAILABLE, "x", unreachable="h:1")) == (

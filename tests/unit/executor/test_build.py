@@ -77,13 +77,15 @@ def test_the_form_of_weights_is_reported_beside_another(model_dir: Callable[[str
     loaded = build_engine(settings, lines.append)
     info = loaded.info
     assert loaded.engine.stats().speculation == "idle", "no step was taken yet"
-    if load_library(settings.home / "kernels") is None:
+    loaded_library = load_library(settings.home / "kernels")
+    if loaded_library is None:
         pytest.skip("there is no compiler")
     assert (info.quantization, info.dtype, info.kv_cache_dtype) == ("Q4_1", "float32", "int8")
     ours, other = info.weights, info.other_weights
     assert (ours.quantization, ours.type) == ("keep", "Q4_1")
     assert (other.quantization, other.type) == ("none", "float32")
     assert other.bytes > 4 * ours.bytes > 4 * 135e6 / 2  # of 135 million numbers
+    assert (info.instructions, dict(info.unused_instructions)) == (loaded_library.level, {})
     assert re.search(r": Q4_1, \d+ MiB \(--quantization none: float32, \d+ MiB\)", lines[0])
 
 

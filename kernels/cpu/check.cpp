@@ -1,0 +1,180 @@
+// What a library computes with its widest instructions, compared with the same sums made one product at a time: a level
+// of instructions may be compiled on a machine that lacks them, so that the first machine to run them is a user's.
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "dot.h"
+#include "multiply.h"
+#include "tile.h"
+#include "vec.h"
+
+extern "C" {
+int64_t gemm_dense(int64_t weight_dtype, const float* x, const int32_t* sources, const int32_t* starts, int64_t weights,
+                   const void* weight, const float* bias, float* out, int64_t m, int64_t n, int64_t k, int64_t threads);
+int64_t gemm_wna16(int64_t bits, int64_t dtype, const void* x, const int32_t* sources, const int32_t* starts,
+                   int64_t weights, const void* words, const void* scales, const void* zeros, void* out, int64_t m,
+                   int64_t n, int64_t k, int64_t group, int64_t threads);
+}
+
+namespace {
+
+constexpr double kTolerance = 1e-5;  // of the sum of magnitudes
+
+class Random {
+ public:
+  // A whole number of least .. most.
+  int32_t whole(int32_t least, int32_t most) {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return least + int32_t((state_ >> 33) % uint64_t(most - least + 1));
+  }
+
+  // A number of at least -1 and below 1 that every type of 16 bits holds as it is.
+  float number() { return float(whole(-128, 127)) / 128.0f; }
+
+ private:
+  uint64_t state_ = 1;
+};
+
+// Inputs are whole numbers and every group of them has a 127, so that they are bytes already; scales are 1 or 2. Then
+// all numbers on the way are whole ones that float32 holds, and results are the same whatever is added up first.
+bool packed_products_are_right(int64_t bits, bool has_zeros, int64_t m, int64_t group) {
+  constexpr int64_t n = 2 * kTile + 6;
+  const int64_t groups = 2, k = groups * group, per_word = 32 / bits, tiles = num_tiles(n);
+  const int32_t most = (1 << bits) - 1;
+  Random random;
+  std::vector<uint32_t> words(tiles * k / per_word * kTile);
+  std::vector<float> scales(tiles * groups * kTile), zeros(scales.size()), x(m * k), out(m * n);
+  for (uint32_t& word : words) {
+    for (int64_t i = 0; i < per_word; ++i) word = word << bits | uint32_t(random.whole(0, most));
+  }
+  for (float& scale : scales) scale = float(random.whole(1, 2));
+  for (float& zero : zeros) zero = has_zeros ? float(random.whole(0, most)) : float(1 << (bits - 1));
+  for (float& number : x) number = float(random.whole(-127, 127));
+  for (int64_t i = 0; i < m * k; i += group) x[i] = 127.0f;
+  gemm_wna16(bits, kFloat32, x.data(), nullptr, nullptr, 1, words.data(), scales.data(),
+             has_zeros ? zeros.data() : nullptr, out.data(), m, n, k, group, 1);
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t column = 0; column < n; ++column) {
+      const int64_t tile = column / kTile, place = column % kTile;
+      int64_t expected = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const uint32_t word = words[(tile * k / per_word + i / per_word) * kTile + place];
+        const int64_t at = (tile * groups + i / group) * kTile + place, weight = word >> i % per_word * bits & most;
+        expected += int64_t(x[row * k + i]) * (weight - int64_t(zeros[at])) * int64_t(scales[at]);
+      }
+      if (out[row * n + column] != float(expected)) return false;
+    }
+  }
+  return true;
+}
+
+bool packed_products_are_right(int64_t bits) {
+  for (const bool has_zeros : {false, true}) {
+    const bool are_right = packed_products_are_right(bits, has_zeros, 1, 64) &&
+                           packed_products_are_right(bits, has_zeros, 7, 24) &&
+                           packed_products_are_right(bits, has_zeros, 67, 64);
+    if (!are_right) return false;
+  }
+  return true;
+}
+
+bool is_close(double got, double expected, double magnitudes) {
+  return std::abs(got - expected) <= kTolerance * magnitudes;
+}
+
+template <class W>
+bool dense_products_are_right(Code code, int64_t m) {
+  constexpr int64_t n = 2 * kTile + 6, k = 131;
+  Random random;
+  std::vector<W> weight(num_tiles(n) * k * kTile + kLanes);
+  std::vector<float> x(m * k), bias(n), out(m * n);
+  std::vector<double> numbers(n * k);
+  for (float& number : x) number = random.number();
+  for (float& number : bias) number = random.number();
+  for (int64_t column = 0; column < n; ++column) {
+    for (int64_t i = 0; i < k; ++i) {
+      const float number = random.number();
+      numbers[column * k + i] = number;
+      store(&weight[(column / kTile * k + i) * kTile + place_in_tile<W>(column % kTile)], splat(number), 1);
+    }
+  }
+  gemm_dense(code, x.data(), nullptr, nullptr, 1, weight.data(), bias.data(), out.data(), m, n, k, 1);
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t column = 0; column < n; ++column) {
+      double expected = bias[column], magnitudes = 1;
+      for (int64_t i = 0; i < k; ++i) {
+        const double product = double(x[row * k + i]) * numbers[column * k + i];
+        expected += product;
+        magnitudes += std::abs(product);
+      }
+      if (!is_close(out[row * n + column], expected, magnitudes)) return false;
+    }
+  }
+  return true;
+}
+
+template <class W>
+bool dense_products_are_right(Code code) {
+  return dense_products_are_right<W>(code, 1) && dense_products_are_right<W>(code, 37);
+}
+
+// What attention makes of keys and values that are stored as T.
+template <class T>
+bool small_products_are_right() {
+  using Term = TermOf<T>;
+  constexpr int64_t m = 7, terms = 9, k = terms * kNumbers<Term>, n = (kBlockVecs + 1) * kLanes;
+  Random random;
+  std::vector<Element<Term>> a(m * k + kLanes);
+  std::vector<T> b(k * n);
+  std::vector<float> left(m * k), right(k * n), c(m * n);
+  for (int64_t i = 0; i < m * k; ++i) store(&a[i], splat(left[i] = random.number()), 1);
+  for (int64_t i = 0; i < k * n; ++i) store(&b[i], splat(right[i] = random.number()), 1);
+  const auto columns = [&](int64_t at) { return b.data() + at; };
+  multiply<false, false>(reinterpret_cast<const Term*>(a.data()), terms, m, terms, columns, columns, n, c.data(), n, n);
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t column = 0; column < n; ++column) {
+      double expected = 0, magnitudes = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const double product = double(left[row * k + i]) * right[i * n + column];
+        expected += product;
+        magnitudes += std::abs(product);
+      }
+      if (!is_close(c[row * n + column], expected, magnitudes)) return false;
+    }
+  }
+  return true;
+}
+
+// What attention makes of keys and values of 8 bits.
+bool products_of_bytes_are_right() {
+  Random random;
+  for (int i = 0; i < 64; ++i) {
+    uint8_t w[4 * kLanes];
+    int8_t x[4 * kLanes];
+    for (uint8_t& weight : w) weight = uint8_t(random.whole(0, kMostPlain));
+    for (int8_t& input : x) input = int8_t(random.whole(-127, 127));
+    const Int got = dot_plain(Int{} + i, read<Int>(w), read<Int>(x));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      int32_t expected = i;
+      for (int byte = 4 * lane; byte < 4 * lane + 4; ++byte) expected += int32_t(w[byte]) * x[byte];
+      if (got[lane] != expected) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+// Returns null where all is right, else what is not.
+EXPORT const char* self_check() {
+  if (!packed_products_are_right(4)) return "products with packed integers of 4 bits are wrong";
+  if (!packed_products_are_right(8)) return "products with packed integers of 8 bits are wrong";
+  if (!dense_products_are_right<float>(kFloat32)) return "products with float32 weights are wrong";
+  if (!dense_products_are_right<BFloat16>(kBFloat16)) return "products with bfloat16 weights are wrong";
+  if (!dense_products_are_right<Float16>(kFloat16)) return "products with float16 weights are wrong";
+  if (!small_products_are_right<float>()) return "products of attention in float32 are wrong";
+  if (!small_products_are_right<BFloat16>()) return "products of attention in bfloat16 are wrong";
+  if (!products_of_bytes_are_right()) return "products of attention in 8 bits are wrong";
+  return nullptr;
+}
