@@ -64,6 +64,8 @@ _PLAUSIBLE: Mapping[str, tuple[Any, ...]] = {
     "include": (["message.output_text.logprobs"],),
     "system": ("Be brief.", [{"type": "text", "text": "Be brief."}]),
 }
+_MOST_REPEATED = 4_000_000
+"""Bytes that a repeated part may have as JSON: more than any endpoint takes. Repeats of repeats would have any size."""
 _REQUIRED = ("messages", "prompt", "input", "tokens", "max_tokens")
 
 
@@ -92,15 +94,20 @@ def _value(name: str, rng: random.Random, wildness: float) -> Any:
 
 
 def _twisted(value: Any, rng: random.Random, wildness: float, repeats: int = 1000) -> Any:
-    """Return a value with some of its parts replaced, or repeated: once, as lists of lists would have any size."""
+    """Return a value with some of its parts replaced or repeated."""
     if rng.random() < wildness:
         return _odd(rng, 0)
     if isinstance(value, list):
         times = rng.choice((0, 2, repeats)) if rng.random() < wildness else 1
-        return [_twisted(item, rng, wildness, 2) for item in value] * times
+        return _repeated([_twisted(item, rng, wildness, 2) for item in value], times)
     if isinstance(value, dict):
         return {name: _twisted(item, rng, wildness, 2) for name, item in value.items()}
     return value
+
+
+def _repeated(items: list[Any], times: int) -> list[Any]:
+    """Repeat a list's items so many times, or fewer where they are long."""
+    return items * min(times, max(1, _MOST_REPEATED // len(json.dumps(items))))
 
 
 def _odd(rng: random.Random, depth: int) -> Any:
@@ -114,7 +121,8 @@ def _odd(rng: random.Random, depth: int) -> Any:
     if depth > 3 or kind == 5:
         return _nested(rng.choice((3, 30, 300)), rng.choice(([], {})))
     if kind == 6:
-        return [_odd(rng, depth + 1)] * rng.choice((1, 3)) if depth else [_odd(rng, 3)] * rng.choice((1, 3, 500))
+        times = rng.choice((1, 3) if depth else (1, 3, 500))
+        return _repeated([_odd(rng, depth + 1 if depth else 3)], times)
     return {rng.choice(_TEXTS): _odd(rng, depth + 1) for _ in range(rng.choice((1, 4)))}
 
 
