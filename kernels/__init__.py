@@ -14,6 +14,7 @@ from scalellm.kernels.launch import Launch
 from scalellm.kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from scalellm.kernels.reference.attention import paged_attention_decode, unified_attention
 from scalellm.kernels.reference.cache import copy_blocks_, swap_blocks
+from scalellm.kernels.reference.linear import Gate, RowNorm, fused_linear, num_squares
 from scalellm.kernels.reference.logits import apply_logits_processors_
 from scalellm.kernels.reference.lora import lora_expand, lora_shrink
 from scalellm.kernels.reference.moe import fused_moe, fused_moe_wna16, moe_align_block_size, topk_softmax
@@ -35,14 +36,17 @@ __all__ = [
     "WNA16_INTERLEAVE",
     "Backend",
     "Capability",
+    "Gate",
     "Launch",
     "Ops",
+    "RowNorm",
     "SampleOutput",
     "apply_logits_processors_",
     "copy_blocks_",
     "decode_workspace",
     "fp8_gemm",
     "fused_add_rms_norm",
+    "fused_linear",
     "fused_moe",
     "fused_moe_wna16",
     "fused_moe_workspace_size",
@@ -52,6 +56,7 @@ __all__ = [
     "lora_shrink",
     "moe_align_block_size",
     "num_decode_splits",
+    "num_squares",
     "paged_attention_decode",
     "qk_norm_rope_and_cache",
     "sample",

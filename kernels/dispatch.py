@@ -36,6 +36,7 @@ from scalellm.kernels.launch import Launch
 from scalellm.kernels.reference.activation import gelu_tanh_and_mul, silu_and_mul
 from scalellm.kernels.reference.attention import paged_attention_decode, unified_attention
 from scalellm.kernels.reference.cache import copy_blocks_, swap_blocks
+from scalellm.kernels.reference.linear import Gate, fused_linear
 from scalellm.kernels.reference.logits import apply_logits_processors_
 from scalellm.kernels.reference.lora import lora_expand, lora_shrink
 from scalellm.kernels.reference.moe import fused_moe, fused_moe_wna16, moe_align_block_size, topk_softmax
@@ -56,6 +57,7 @@ class TritonForm:
     module: str  # under kernels.triton; the function has the op's name
     min_sm: int = 80  # bfloat16 and asynchronous copies
     uses_cache: bool = False  # reads or writes the KV cache, so its dtype matters, too
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,13 @@ class CppForm:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON: Mapping[str, TritonForm] = MappingProxyType(
     {
         "apply_logits_processors_": TritonForm("logits"),
         "copy_blocks_": TritonForm("cache"),
         "fp8_gemm": TritonForm("gemm_fp8", min_sm=89),
         "fused_add_rms_norm": TritonForm("norm"),
+        "fused_linear": TritonForm("linear", dtypes=(torch.bfloat16, torch.float16)),
         "fused_moe": TritonForm("moe"),
         "fused_moe_wna16": TritonForm("moe_wna16"),
         "gelu_tanh_and_mul": TritonForm("activation"),
@@ -121,6 +123,7 @@ class Ops:
     copy_blocks_ = staticmethod(copy_blocks_)
     fp8_gemm = staticmethod(fp8_gemm)
     fused_add_rms_norm = staticmethod(fused_add_rms_norm)
+    fused_linear = staticmethod(fused_linear)
     fused_moe = staticmethod(fused_moe)
     fused_moe_wna16 = staticmethod(fused_moe_wna16)
     gelu_tanh_and_mul = staticmethod(gelu_tanh_and_mul)
@@ -151,6 +154,12 @@ class Ops:
             backends[name] = backend
             setattr(self, name, function)
         self.backends: Mapping[str, Backend] = MappingProxyType(backends)
+
+    def takes_fused(self, rows: int, gate: Gate | None = None) -> bool:
+        """True if `fused_linear` is to take the place of a product of so many rows and of the ops around it."""
+        if self.launch is None or self.backends["fused_linear"] != "triton":
+            return False
+        return rows <= self.launch.tile("fused_linear", matrices=1 if gate is None else 2)["max_rows"]
 
 
 OP_NAMES = tuple(sorted(name for name, value in vars(Ops).items() if isinstance(value, staticmethod)))
@@ -218,7 +227,7 @@ def _obstacle(name: str, backend: Backend, capability: Capability, dtype: torch.
         return f"it needs compute capability {form.min_sm / 10}, the device has {capability.sm / 10}"
     if isinstance(form, CppForm) and capability.sm:
         return "it is for CPUs"
-    if dtype not in (form.dtypes if isinstance(form, CppForm) else _FLOATS):
+    if dtype not in form.dtypes:
         return f"it does not take {dtype}"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"

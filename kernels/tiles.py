@@ -68,6 +68,11 @@ _SCHEMAS: Mapping[str, _Schema] = MappingProxyType(
         "fp8_gemm": _Schema(
             ("rows", "columns"), {"block_m": _BLOCK, "block_n": _BLOCK, "block_k": _Range(32, 256)} | _LAUNCH
         ),
+        # `matrices`: that are multiplied side by side, two with a gate. All numbers of rows have one rule, so that sums
+        # have one order.
+        "fused_linear": _Schema(
+            ("matrices",), {"max_rows": _Range(1, 16, power=False), "block_k": _Range(16, 512)} | _LAUNCH
+        ),
         "fused_moe": _Schema(
             ("rows_per_expert", "element_size"),
             {"block_m": _Range(16, 128), "block_n": _BLOCK, "block_k": _BLOCK} | _LAUNCH,

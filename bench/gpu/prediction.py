@@ -36,8 +36,9 @@ _SMALLEST_US = 2.2  # a kernel that moves next to nothing
 _LAST_US = 0.8  # of the last program of a sequence's attention: a ticket, and shares from L2
 _OVERLAPPED_US = 0.7  # what is left of the gap before a kernel that begins early
 _SAMPLER_US = 30.0  # and the copies around a step
+_ADDED_TO_PRODUCTS = 3  # launches of a layer: both norms and the activation
 _ROWS: tuple[tuple[str, ModelShape, Precision, tuple[int, ...]], ...] = (
-    ("llama-3.1-8b", LLAMA_8B, "bf16", (1, 64, 256)),
+    ("llama-3.1-8b", LLAMA_8B, "bf16", (1, 16, 64, 256)),
     ("llama-3.1-8b", LLAMA_8B, "fp8", (1, 64, 256)),
     ("llama-3.1-8b", LLAMA_8B, "int4", (1, 64)),
     ("mixtral-8x7b", MIXTRAL, "fp8", (64,)),
@@ -59,6 +60,8 @@ class Design:
         launches: of a layer beside its products, attention included.
         adds_shares_apart: one of them adds up the shares of attention.
         overlapping: of those launches, the ones that begin while the kernel before them ends.
+        fused_rows: up to so many rows a dense layer in bf16 has norms, activation and additions in its products, and
+            all of its launches overlap; `fused_share` is these products' share of the ceiling.
         gap_us: between two kernels of a graph.
     """
 
@@ -72,6 +75,8 @@ class Design:
     adds_shares_apart: bool
     overlapping: int
     gap_us: float
+    fused_rows: int = 0
+    fused_share: float = 0.0
 
 
 BEFORE = Design(
@@ -99,14 +104,18 @@ NOW = replace(
     launches=5,
     adds_shares_apart=False,
     overlapping=5,  # both norms, rotation, attention and activation; cuBLAS launches its products as ever
+    # `kernels.fused_linear`: 48 KB of weights are under way to a program, and a warp issues 264 instructions for 16 KB
+    # (`make aot`, `cuobjdump`), for which memory takes 880 cycles of a processor. So a product streams at 95 %; it
+    # begins with a chain of loads and ends with its last tile, 1.9 us of 25 on average.
+    fused_rows=16,
+    fused_share=0.88,
 )
-# Products of few rows of their own with the norm before and the activation after them, e4m3 with operands swapped, int4
-# unpacked two numbers at a time, launches that overlap.
+# The same for e4m3, with operands swapped, and for more rows; int4 unpacked two numbers at a time.
 OPEN = replace(
     NOW,
     name="with what is open",
-    products=MappingProxyType({"bf16": (0.88, 0.84), "fp8": (0.85, 0.82), "int4": (0.75, 0.60)}),
-    launches=3,
+    products=MappingProxyType({"bf16": (0.80, 0.84), "fp8": (0.85, 0.82), "int4": (0.75, 0.60)}),
+    launches=NOW.launches - _ADDED_TO_PRODUCTS,
     overlapping=0,
     gap_us=_OVERLAPPED_US,  # of all
 )
@@ -133,13 +142,16 @@ def rereads(tokens: int, experts: int, choices: int, block_rows: int) -> float:
 def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) -> Prediction:
     """Predict a decode step of `seqs` sequences with 1024 tokens each, sampling included."""
     kv_bytes = 1 if precision == "fp8" else 2
-    share = design.products[precision][seqs > 1]
+    beside, overlapping, share = design.launches, design.overlapping, design.products[precision][seqs > 1]
     attention_width = shape.q_heads * shape.head_dim
     products = [(shape.hidden, shape.qkv_columns), (attention_width, shape.hidden)]
     if not shape.experts:
         products += [(shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)]
+    if is_fused(shape, precision, seqs, design):
+        beside = NOW.launches - _ADDED_TO_PRODUCTS
+        overlapping, share = len(products) + beside, design.fused_share
     us = sum(linear(seqs, *sizes, precision).floor_us(ASSUMED) for sizes in products) / share
-    launches = len(products) + design.launches
+    launches = len(products) + beside
     if shape.experts:
         # Gate and up, and down, of every expert that is hit; routing and layout are five small kernels.
         weights = experts_hit(shape, seqs) * 3 * shape.hidden * shape.intermediate * (1 if precision == "fp8" else 2)
@@ -147,16 +159,21 @@ def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) 
         us += ASSUMED.move_us(weights * times) / share + 5 * _SMALLEST_US
         launches += 2 + 5
     attention, waves = _attention_us(shape, seqs, kv_bytes, design)
-    small = design.launches - 1 - design.adds_shares_apart
+    small = beside - 1 - design.adds_shares_apart
     us += attention + small * max(_SMALLEST_US, ASSUMED.move_us(8.0 * seqs * shape.hidden) / 0.8)
     if precision == "int4":
         launches += 3  # shares of products are added
         us += 3 * _SMALLEST_US
-    us += (launches - design.overlapping) * design.gap_us + design.overlapping * _OVERLAPPED_US
+    us += (launches - overlapping) * design.gap_us + overlapping * _OVERLAPPED_US
     head = linear(seqs, shape.hidden, shape.vocab, "bf16").floor_us(ASSUMED) / 0.9
     sampling = _SAMPLER_US + 2 * ASSUMED.move_us(4.0 * seqs * shape.vocab)
     floor = step_floor_us(shape, ASSUMED, seqs=seqs, context=_CONTEXT, precision=precision, kv_bytes=kv_bytes)
     return Prediction(floor / 1e3, (us * shape.layers + head + sampling) / 1e3, launches * shape.layers, waves)
+
+
+def is_fused(shape: ModelShape, precision: Precision, seqs: int, design: Design) -> bool:
+    """True if a step of so many rows has what is around its products in them."""
+    return precision == "bf16" and not shape.experts and seqs <= design.fused_rows
 
 
 def needed_share(shape: ModelShape, precision: Precision, seqs: int, design: Design, rate: float) -> float:
@@ -167,7 +184,7 @@ def needed_share(shape: ModelShape, precision: Precision, seqs: int, design: Des
 
     def ms(share: float) -> float:
         products = MappingProxyType({**design.products, precision: (share, share)})
-        return predict(shape, precision, seqs, replace(design, products=products)).ms
+        return predict(shape, precision, seqs, replace(design, products=products, fused_share=share)).ms
 
     at_ceiling, at_half = ms(1.0), ms(0.5)  # a + b and a + 2 b
     of_products = at_half - at_ceiling

@@ -13,8 +13,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, gemma: bool) -> Tensor:
     Llama rounds `x * rsqrt(...)` to the dtype of `x` and then multiplies by `w`; Gemma multiplies by `1 + w` in float32
     and rounds once. (Rounding `1 + w` to bfloat16 first shifts outputs by up to 3e-2.)
     """
-    x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
+    return scaled_by_norm(x, torch.rsqrt(x.float().square().mean(-1, keepdim=True).add_(eps)), weight, gemma=gemma)
+
+
+def scaled_by_norm(x: Tensor, rstd: Tensor, weight: Tensor, *, gemma: bool) -> Tensor:
+    """Return RMSNorm of `x` given `rstd` [..., 1] f32, the reciprocal of the root of its rows' mean squares."""
+    normed = x.float() * rstd
     if gemma:
         return normed.mul_(weight.float() + 1.0).to(x.dtype)
     return normed.to(x.dtype) * weight

@@ -14,16 +14,20 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _activated_product(x_at, live, F: tl.constexpr, GELU: tl.constexpr):
-    """Return activation(gate) * up in float32, the first factor rounded to the dtype of x."""
-    packed = tl.load(x_at, mask=live, other=0.0)
-    gate = packed.to(tl.float32)
-    up = tl.load(x_at + F, mask=live, other=0.0).to(tl.float32)
+def activated_product(rounded_gate, up, GELU: tl.constexpr):
+    """Return activation(gate) * up in float32, the first factor rounded to the dtype of the gate."""
+    gate = rounded_gate.to(tl.float32)
     if GELU:  # (1 + tanh(u)) / 2 is sigmoid(2u), and does not cancel where the gate is very negative
         inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     else:
         inner = gate
-    return (gate / (1.0 + tl.exp(-inner))).to(packed.dtype).to(tl.float32) * up
+    return (gate / (1.0 + tl.exp(-inner))).to(rounded_gate.dtype).to(tl.float32) * up.to(tl.float32)
+
+
+@triton.jit
+def _activated_row(x_at, live, F: tl.constexpr, GELU: tl.constexpr):
+    gate, up = tl.load(x_at, mask=live, other=0.0), tl.load(x_at + F, mask=live, other=0.0)
+    return activated_product(gate, up, GELU)
 
 
 @triton.jit
@@ -43,7 +47,7 @@ def _gate_and_mul(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < F
-    product = _activated_product(x + row * X_STRIDE + columns, live, F, GELU)
+    product = _activated_row(x + row * X_STRIDE + columns, live, F, GELU)
     if quant_scale is not None:
         result = to_e4m3(product, scale_of(quant_scale, SCALE_IN_MEMORY))
     else:
@@ -69,7 +73,7 @@ def _gate_and_mul_tokens(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     live = columns < F
-    product = _activated_product(x + row * X_STRIDE + columns, live, F, GELU)
+    product = _activated_row(x + row * X_STRIDE + columns, live, F, GELU)
     rounded = product.to(x.dtype.element_ty).to(tl.float32)
     scale = largest_as_scale(rounded, 0)
     tl.store(token_scale + row * TOKEN_SCALE_STRIDE, scale)

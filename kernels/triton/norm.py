@@ -12,6 +12,15 @@ from scalellm.kernels.triton.quantise import largest_as_scale, scale_of, to_e4m3
 
 
 @triton.jit
+def scaled_by_norm(hidden, rstd, weight, GEMMA: tl.constexpr):
+    """Return numbers of rows times the reciprocal of their root mean square and times the norm's weight (float32)."""
+    normed = hidden.to(tl.float32) * rstd
+    # The two families round at different points; see the reference.
+    normed = normed * (weight + 1.0) if GEMMA else normed.to(hidden.dtype).to(tl.float32) * weight
+    return normed.to(hidden.dtype)
+
+
+@triton.jit
 def _add_rms_norm(
     x,
     residual,
@@ -41,11 +50,8 @@ def _add_rms_norm(
         hidden = (before.to(tl.float32) + hidden.to(tl.float32)).to(before.dtype)
         tl.store(at, hidden, mask=live)
     wide = hidden.to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / H + eps)
-    w = tl.load(weight + columns, mask=live, other=0.0).to(tl.float32)
-    # The two families round at different points; see the reference.
-    normed = normed * (w + 1.0) if GEMMA else normed.to(hidden.dtype).to(tl.float32) * w
-    result = normed.to(hidden.dtype)
+    rstd = tl.rsqrt(tl.sum(wide * wide, axis=0) / H + eps)
+    result = scaled_by_norm(hidden, rstd, tl.load(weight + columns, mask=live, other=0.0).to(tl.float32), GEMMA)
     if quant_scale is not None:
         result = to_e4m3(result.to(tl.float32), scale_of(quant_scale, SCALE_IN_MEMORY))
     elif token_scale is not None:

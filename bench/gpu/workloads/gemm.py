@@ -1,8 +1,9 @@
-"""Products with weights that are not bfloat16, and expert layers."""
+"""Products with what is around them, with weights that are not bfloat16, and expert layers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from bench.gpu.device import Call
 from bench.gpu.roofline import LLAMA_8B, MIXTRAL, Cost, ModelShape, expert_layer, linear
 from bench.gpu.workloads.workload import Workload
-from scalellm.kernels import WNA16_INTERLEAVE, Ops, fused_moe_workspace_size
+from scalellm.kernels import WNA16_INTERLEAVE, Ops, RowNorm, fused_moe_workspace_size, num_squares
 from scalellm.kernels.spec.case import E4M3, Maker
 from scalellm.kernels.spec.moe import route
 
@@ -22,6 +23,35 @@ _MOST_SHARES = 64  # that a tile table may choose
 def _plain(rows: int, inner: int, columns: int, make: Maker) -> Call:
     x, weight = make.randn(rows, inner, dtype=_BF16), make.randn(columns, inner, dtype=_BF16)
     return lambda: F.linear(x, weight)
+
+
+def _fused(rows: int, inner: int, columns: int, what: str) -> Workload:
+    """`what` is around the product: "norm", "norm and gate" with two matrices of `columns` each, or "added"."""
+    all_columns = (2 if what == "norm and gate" else 1) * columns
+
+    def bind(ops: Ops, make: Maker) -> Call:
+        x, weight = make.randn(rows, inner, dtype=_BF16), make.randn(all_columns, inner, dtype=_BF16)
+        out = make.randn(rows, columns, dtype=_BF16)
+        options: dict[str, Any]
+        if what == "added":
+            options = {"residual": out, "squares": make.poison(rows, num_squares(columns))}
+        else:
+            squares, norm_weight = make.rand(rows, num_squares(inner)), make.rand(inner, dtype=_BF16)
+            options = {"norm": RowNorm(squares, norm_weight, 1e-5, False), "out": out}
+            if what == "norm and gate":
+                options["gate"] = "silu"
+        return lambda: ops.fused_linear(x, weight, **options)
+
+    cost = linear(rows, inner, all_columns, "bf16")
+    return Workload(
+        "fused_linear",
+        f"{rows} x {inner} x {columns} {what}",
+        cost,
+        bind,
+        lambda make: _plain(rows, inner, all_columns, make),
+        "F.linear, bf16",
+        resident_bytes=2.0 * inner * all_columns,
+    )
 
 
 def _packed(bits: int, rows: int, inner: int, columns: int) -> Workload:
@@ -146,6 +176,7 @@ def workloads(*, tiny: bool) -> list[Workload]:
     if tiny:
         small = replace(MIXTRAL, hidden=64, intermediate=64, experts=4)
         return [
+            *(_fused(2, 64, 32, what) for what in ("norm", "norm and gate", "added")),
             _packed(4, 2, 128, 64),
             _packed(8, 2, 128, 64),
             _fp8(2, 32, 16),
@@ -156,6 +187,9 @@ def workloads(*, tiny: bool) -> list[Workload]:
         ]
     hidden, up = LLAMA_8B.hidden, 2 * LLAMA_8B.intermediate
     return [
+        *(_fused(rows, hidden, LLAMA_8B.qkv_columns, "norm") for rows in (1, 8, 16)),
+        *(_fused(rows, hidden, LLAMA_8B.intermediate, "norm and gate") for rows in (1, 8, 16)),
+        *(_fused(rows, LLAMA_8B.intermediate, hidden, "added") for rows in (1, 8, 16)),
         *(_packed(4, rows, hidden, up) for rows in (1, 8, 64, 65, 128, 256)),
         *(_packed(4, rows, LLAMA_8B.intermediate, hidden) for rows in (1, 64)),
         *(_packed(4, rows, hidden, LLAMA_8B.qkv_columns) for rows in (1, 64)),

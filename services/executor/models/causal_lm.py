@@ -9,6 +9,7 @@ from scalellm.services.executor.model_config.config import ModelConfig
 from scalellm.services.executor.models.context import ForwardContext, KVCache
 from scalellm.services.executor.models.gemma3 import Gemma3DecoderLayer
 from scalellm.services.executor.models.layers import RMSNorm
+from scalellm.services.executor.models.linear import ToAdd
 from scalellm.services.executor.models.llama import LlamaDecoderLayer
 from scalellm.services.executor.models.rope import build_cos_sin_cache
 from scalellm.services.executor.models.runtime import ModelRuntime
@@ -52,7 +53,8 @@ class CausalLM:
     def forward(self, input_ids: Tensor, ctx: ForwardContext, kv_caches: Sequence[KVCache]) -> Tensor:
         """Return the final hidden states `[T, H]` of the new tokens `input_ids [T]` i64; fills their cache slots."""
         residual = self._vocabulary.embed(input_ids, scale=self._embedding_scale)
-        x, stream = residual, None  # nothing to add before the first layer
+        x: ToAdd = residual
+        stream = None  # nothing to add before the first layer
         for norm, layer, kv in zip(self._input_norms, self._layers, kv_caches, strict=True):
             x = layer(norm(x, stream, into=layer.self_attn.qkv_proj), residual, ctx, kv)
             stream = residual

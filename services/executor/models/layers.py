@@ -8,10 +8,18 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from scalellm.kernels import Gate, RowNorm
 from scalellm.services.executor.model_config.config import ModelConfig
 from scalellm.services.executor.model_config.errors import UnsupportedModelError
 from scalellm.services.executor.models.context import ForwardContext, KVCache
-from scalellm.services.executor.models.linear import LinearInput, PackedLinear, inner_border
+from scalellm.services.executor.models.linear import (
+    Added,
+    LinearInput,
+    NormedInput,
+    PackedLinear,
+    ToAdd,
+    inner_border,
+)
 from scalellm.services.executor.models.runtime import ModelRuntime
 from scalellm.services.executor.models.shard import Part
 from scalellm.services.executor.models.weight_slot import WeightSlot
@@ -27,16 +35,21 @@ class RMSNorm:
         self.weight = runtime.empty(size)
 
     @overload
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: ToAdd, residual: Tensor | None = None) -> Tensor: ...
 
     @overload
-    def __call__(self, x: Tensor, residual: Tensor | None = None, *, into: PackedLinear) -> LinearInput: ...
+    def __call__(self, x: ToAdd, residual: Tensor | None = None, *, into: PackedLinear) -> LinearInput: ...
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, *, into: PackedLinear | None = None) -> LinearInput:
+    def __call__(self, x: ToAdd, residual: Tensor | None = None, *, into: PackedLinear | None = None) -> LinearInput:
         """Norm of `x [T, H]`; with a residual, which is updated in place, norm of their sum.
 
         Where the one reader of the result is the layer `into`, it comes in the form that this layer multiplies.
         """
+        if isinstance(x, Added):
+            assert residual is not None
+            if into is not None and into.norms_inputs(residual.shape[0]):
+                return NormedInput(residual, RowNorm(x.squares, self.weight, self._eps, self._gemma))
+            x, residual = residual, None
         norm = self._ops.fused_add_rms_norm
         if into is None:
             return norm(x, residual, self.weight, self._eps, gemma=self._gemma)
@@ -118,8 +131,11 @@ class Attention:
         self.k_norm = RMSNorm(config.head_dim, config, runtime) if config.qk_norm else None
         self._cos_sin_cache = cos_sin_cache
 
-    def __call__(self, x: LinearInput, ctx: ForwardContext, kv: KVCache) -> Tensor:
-        """`[T, H]` -> `[T, H]`; writes the new keys and values into `kv`."""
+    def __call__(self, x: LinearInput, ctx: ForwardContext, kv: KVCache, *, residual: Tensor | None = None) -> ToAdd:
+        """`[T, H]` -> `[T, H]`; writes the new keys and values into `kv`.
+
+        With a residual the result is to be added to it and used for nothing else, which may be done here.
+        """
         k_scale, v_scale = self.kv_scales.of(kv)
         q = self._ops.qk_norm_rope_and_cache(
             self.qkv_proj(x),
@@ -135,7 +151,8 @@ class Attention:
             k_scale=k_scale,
             v_scale=v_scale,
         )
-        return self.o_proj(self._attend(q, ctx, kv).flatten(1))
+        attended = self._attend(q, ctx, kv).flatten(1)
+        return self.o_proj(attended) if residual is None else self.o_proj.added(attended, residual)
 
     def _attend(self, q: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
         """Return `[T, Hq, D]`. One new token and many differ in what bounds them, and so in the op that suits them."""
@@ -197,15 +214,17 @@ class GatedMLP:
             names = [f"{prefix}.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
             border = inner_border(names, config.hidden_size, inner.whole, stored, runtime)
             inner = runtime.shard.inner(prefix, inner.whole, border)
-        self._act_and_mul = ops.silu_and_mul if config.activation == "silu" else ops.gelu_tanh_and_mul
+        self._gate: Gate = "silu" if config.activation == "silu" else "gelu_tanh"
+        self._act_and_mul = ops.silu_and_mul if self._gate == "silu" else ops.gelu_tanh_and_mul
         self.gate_up_proj = PackedLinear(
             prefix, hidden, {"gate_proj": inner, "up_proj": inner}, bias=False, stored=stored, runtime=runtime
         )
         self.down_proj = PackedLinear(prefix, inner, {"down_proj": hidden}, bias=False, stored=stored, runtime=runtime)
 
-    def __call__(self, x: LinearInput) -> Tensor:
-        """`[T, H]` -> `[T, H]`."""
-        return self.down_proj(self.down_proj.input_from(self._act_and_mul, self.gate_up_proj(x)))
+    def __call__(self, x: LinearInput, *, residual: Tensor | None = None) -> ToAdd:
+        """`[T, H]` -> `[T, H]`; with a residual it is to be added to that alone, as in `Attention`."""
+        inner = self.gate_up_proj.gated(x, self._gate, self._act_and_mul, self.down_proj)
+        return self.down_proj(inner) if residual is None else self.down_proj.added(inner, residual)
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         """Yield the slots of the projections."""

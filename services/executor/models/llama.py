@@ -7,7 +7,7 @@ from torch import Tensor
 from scalellm.services.executor.model_config.config import ModelConfig
 from scalellm.services.executor.models.context import ForwardContext, KVCache
 from scalellm.services.executor.models.layers import Attention, GatedMLP, RMSNorm
-from scalellm.services.executor.models.linear import LinearInput
+from scalellm.services.executor.models.linear import LinearInput, ToAdd
 from scalellm.services.executor.models.moe import MoeMLP
 from scalellm.services.executor.models.runtime import ModelRuntime
 from scalellm.services.executor.models.weight_slot import WeightSlot
@@ -22,11 +22,12 @@ class LlamaDecoderLayer:
         self.mlp = mlp_class(config, layer, runtime)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, runtime)
 
-    def __call__(self, x: LinearInput, residual: Tensor, ctx: ForwardContext, kv: KVCache) -> Tensor:
+    def __call__(self, x: LinearInput, residual: Tensor, ctx: ForwardContext, kv: KVCache) -> ToAdd:
         """Return what the next norm adds to `residual`; `x [T, H]` is normed already, `residual` updated in place."""
-        attended = self.self_attn(x, ctx, kv)
+        attended = self.self_attn(x, ctx, kv, residual=residual)
         if isinstance(self.mlp, GatedMLP):
-            return self.mlp(self.post_attention_layernorm(attended, residual, into=self.mlp.gate_up_proj))
+            normed = self.post_attention_layernorm(attended, residual, into=self.mlp.gate_up_proj)
+            return self.mlp(normed, residual=residual)
         return self.mlp(self.post_attention_layernorm(attended, residual))
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scalellm.kernels import Ops, select_ops
+from scalellm.kernels import Launch, Ops, select_ops
 from scalellm.services.executor.model_config.hf_config import config_from_hf
 from scalellm.services.executor.models import (
     CausalLM,
@@ -32,6 +32,7 @@ SMALL = {
 }
 MODELS = {
     "LlamaForCausalLM": {},
+    "Qwen2ForCausalLM": {},
     "Qwen3ForCausalLM": {"tie_word_embeddings": True},
     "Gemma3ForCausalLM": {"sliding_window": 8, "sliding_window_pattern": 2, "final_logit_softcapping": 30.0},
     "MixtralForCausalLM": {"num_local_experts": 4},
@@ -76,7 +77,7 @@ def logits_of_two_steps(config, runtime):
     ("architecture", "dtype", "quantization"),
     [
         *((name, torch.float32, "none") for name in MODELS),
-        ("Gemma3ForCausalLM", torch.bfloat16, "none"),
+        *((name, torch.bfloat16, "none") for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM")),
         ("MixtralForCausalLM", torch.bfloat16, "fp8"),
         ("Qwen3MoeForCausalLM", torch.bfloat16, "int4"),
     ],
@@ -93,6 +94,33 @@ def test_logits(architecture, dtype, quantization, launch):
     assert expected.abs().max() > 0.5
     error = (got - expected).norm() / expected.norm()
     assert error < (1e-5 if dtype == torch.float32 else 5e-2), float(error)
+
+
+class Launches(Launch):
+    """Launches that are also told."""
+
+    def __init__(self, capability):
+        super().__init__(capability)
+        self.names = []
+
+    def __call__(self, kernel, *args, **options):
+        self.names.append(kernel.__name__.removeprefix("_"))
+        super().__call__(kernel, *args, **options)
+
+
+def test_a_step_of_few_rows_takes_six_launches_in_a_layer(launch):
+    launches = Launches(launch.capability)
+    ops = select_ops(launch.capability, dtype=torch.bfloat16, launch=launches)
+    config = config_from_hf({"architectures": ["LlamaForCausalLM"], **SMALL})
+    with torch.inference_mode():
+        logits_of_two_steps(config, ModelRuntime(ops, torch.bfloat16, CPU))
+    of_a_step = launches.names[-1 - 2 * 7 :]  # decodes and a chunk: attention is two
+    attention = ["qk_norm_rope_and_cache", "decode_split", "unified_attention"]
+    product = "linear_of_few_rows"
+    first = ["add_rms_norm", *attention, product, product, product]
+    later = [product, *attention, product, product, product]
+    assert launches.names.count(product) == 3 + 4
+    assert of_a_step == [*first, *later, "add_rms_norm"], of_a_step
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -14,7 +14,9 @@ def test_products_at_the_needed_share_reach_the_target(name, precision, seqs):
     target = H200_TARGETS[name, precision, seqs]
     for design in (BEFORE, NOW, OPEN):
         share = needed_share(shape, precision, seqs, design, target)
-        reached = predict(shape, precision, seqs, replace(design, products={precision: (share, share)}))
+        reached = predict(
+            shape, precision, seqs, replace(design, products={precision: (share, share)}, fused_share=share)
+        )
         assert 1e3 * seqs / reached.ms == pytest.approx(target)
 
 
@@ -23,7 +25,16 @@ def test_no_products_reach_what_the_rest_of_a_step_takes_longer_for():
 
 
 def test_launches_that_overlap_save_what_they_hide():
-    apart = predict(LLAMA_8B, "bf16", 1, replace(NOW, overlapping=0))
-    together = predict(LLAMA_8B, "bf16", 1, NOW)
+    apart = predict(LLAMA_8B, "bf16", 64, replace(NOW, overlapping=0))
+    together = predict(LLAMA_8B, "bf16", 64, NOW)
     hidden_ms = NOW.overlapping * (NOW.gap_us - OPEN.gap_us) * LLAMA_8B.layers / 1e3
     assert apart.ms - together.ms == pytest.approx(hidden_ms)
+
+
+def test_few_rows_have_norms_and_activation_in_their_products():
+    fused, apart = predict(LLAMA_8B, "bf16", 16, NOW), predict(LLAMA_8B, "bf16", 16, replace(NOW, fused_rows=0))
+    assert apart.launches - fused.launches == 3 * LLAMA_8B.layers
+    assert fused.ms < predict(LLAMA_8B, "bf16", 16, replace(NOW, fused_share=NOW.products["bf16"][1])).ms < apart.ms
+    more = predict(LLAMA_8B, "bf16", 17, NOW)
+    assert more == predict(LLAMA_8B, "bf16", 17, replace(NOW, fused_rows=0))
+    assert predict(LLAMA_8B, "fp8", 1, NOW) == predict(LLAMA_8B, "fp8", 1, replace(NOW, fused_rows=0))

@@ -10,10 +10,18 @@ from scalellm.services.executor.models.linear.checkpoint import (
 from scalellm.services.executor.models.linear.dense import DenseWeight
 from scalellm.services.executor.models.linear.fp8 import Fp8Weight
 from scalellm.services.executor.models.linear.packed import PackedLinear
-from scalellm.services.executor.models.linear.quantised import LinearInput, LinearWeight, QuantisedInput
+from scalellm.services.executor.models.linear.quantised import (
+    Added,
+    LinearInput,
+    LinearWeight,
+    NormedInput,
+    QuantisedInput,
+    ToAdd,
+)
 from scalellm.services.executor.models.linear.wna16 import IntWeight
 
 __all__ = [
+    "Added",
     "Borders",
     "CheckpointFormat",
     "DenseWeight",
@@ -21,8 +29,10 @@ __all__ = [
     "IntWeight",
     "LinearInput",
     "LinearWeight",
+    "NormedInput",
     "PackedLinear",
     "QuantisedInput",
+    "ToAdd",
     "bias_slots",
     "build_weight",
     "inner_border",

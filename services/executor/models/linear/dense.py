@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scalellm.kernels import Gate, num_squares
 from scalellm.kernels.cpu.gemm_dense import TiledMatrix
-from scalellm.services.executor.models.linear.quantised import LinearInput
+from scalellm.services.executor.models.linear.quantised import Added, LinearInput, NormedInput
 from scalellm.services.executor.models.runtime import ModelRuntime
 
 
@@ -21,6 +22,7 @@ class DenseWeight:
 
     def __init__(self, rows: int, columns: int, runtime: ModelRuntime, *, dtype: torch.dtype | None = None) -> None:
         self.weight = runtime.empty(rows, columns, dtype=dtype)
+        self._ops = runtime.ops
         self._library = runtime.ops.library if self.is_multiplied_in_cpp(runtime) else None
         self._tiled: TiledMatrix | None = None
 
@@ -51,11 +53,29 @@ class DenseWeight:
 
     def product(self, x: LinearInput, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
         """Return `x W^T + bias`, in `out` where it is given."""
+        if isinstance(x, NormedInput):
+            return self._ops.fused_linear(x.hidden, self.weight, bias, norm=x.norm, out=out)
         assert isinstance(x, Tensor)
         if self._tiled is not None:
             return self._tiled.product(x, bias, out=out)
         y = F.linear(x, self.weight, bias)
         return y if out is None else out.copy_(y)
+
+    def fuses(self, rows: int, gate: Gate | None = None) -> bool:
+        """True if products of so many rows take normed inputs, and are to be `gated` with this gate, or `added`."""
+        return self._ops.takes_fused(rows, gate)
+
+    def gated(self, x: Tensor | NormedInput, bias: Tensor | None, gate: Gate) -> Tensor:
+        """Return `activation(y[:, :N / 2]) * y[:, N / 2:]` of the product y, `[T, N / 2]`, where it `fuses`."""
+        hidden, norm = x if isinstance(x, NormedInput) else (x, None)
+        return self._ops.fused_linear(hidden, self.weight, bias, norm=norm, gate=gate)
+
+    def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Added:
+        """Add the product to `residual [T, N]` in place, where it `fuses`."""
+        rows, columns = residual.shape
+        squares = torch.empty((rows, num_squares(columns)), dtype=torch.float32, device=residual.device)
+        self._ops.fused_linear(x, self.weight, bias, residual=residual, squares=squares)
+        return Added(squares)
 
     def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
         """Call the op."""

@@ -69,6 +69,7 @@ class Fp8Weight:
         if isinstance(x, QuantisedInput):
             codes, scale = x
         else:
+            assert isinstance(x, Tensor)
             codes, scale = self._ops.scaled_fp8_quant(x, self.input_scale, group_size=self._group_size)
         form: dict[str, Any] = {"out_dtype": self._dtype, "fast_sums": self._fast_sums}
         return self._ops.fp8_gemm(codes, self.codes, scale, self.scale, bias=bias, **form)

@@ -1,9 +1,11 @@
-"""Inputs of a linear layer, and the interface of its weight."""
+"""Inputs and results of a linear layer, and the interface of its weight."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+from scalellm.kernels import RowNorm
 
 
 class QuantisedInput(NamedTuple):
@@ -13,7 +15,24 @@ class QuantisedInput(NamedTuple):
     scale: Tensor
 
 
-LinearInput = Tensor | QuantisedInput
+class NormedInput(NamedTuple):
+    """The norm of `hidden [T, K]`, which a product computes on its way; see `PackedLinear.norms_inputs`."""
+
+    hidden: Tensor
+    norm: RowNorm
+
+
+LinearInput = Tensor | QuantisedInput | NormedInput
+
+
+class Added(NamedTuple):
+    """A result that is in the residual stream already; `squares` are those of the stream (`kernels.RowNorm`)."""
+
+    squares: Tensor
+
+
+ToAdd = Tensor | Added
+"""What a block of a decoder layer adds to the residual stream `[T, H]`: the next norm adds it, or it is `Added`."""
 
 
 class LinearWeight(Protocol):
