@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scalellm import kernels
-from scalellm.kernels import select_ops
+from scalellm.kernels import RowNorm, select_ops
 from scalellm.kernels.dispatch import OP_NAMES
 
 E4M3 = torch.float8_e4m3fn
@@ -53,6 +53,8 @@ def calls(case):
     )
     yield "fused_add_rms_norm", (x.clone(), x.clone(), x[0], 1e-5), {"token_scale": torch.empty(4, 1)}
     yield "fused_add_rms_norm", (x.clone(), None, x[0], 1e-5), {"gemma": True, "quant_scale": 0.5}
+    yield "fused_linear", (x, x, x[:, 0]), {"norm": RowNorm(torch.ones(4, 2), x[0], 1e-5, False), "gate": "silu"}
+    yield "fused_linear", (x, x), {"residual": torch.ones(4, 4), "squares": torch.empty(4, 1)}
     for name in ("silu_and_mul", "gelu_tanh_and_mul"):
         yield name, (x,), {}
         yield name, (x,), {"quant_scale": torch.ones(1)}

@@ -21,7 +21,7 @@ def with_triton():
 
 
 def test_every_public_function_of_a_device_is_an_op():
-    helpers = {"decode_workspace", "num_decode_splits", "sample_seed", "select_ops"}
+    helpers = {"decode_workspace", "num_decode_splits", "num_squares", "sample_seed", "select_ops"}
     helpers |= {"fused_moe_workspace_size", "gemm_wna16_workspace_size", "sample_workspace_size"}
     assert {name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))} - helpers == set(OP_NAMES)
 
