@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from on_demand import OnDemand
 from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
@@ -22,17 +23,49 @@ CORPUS = [
 
 
 @pytest.fixture(scope="session")
-def smollm2(model_dir: Callable[[str], Path]) -> ModelTokenizer:
-    return load_model_tokenizer(model_dir("smollm2-135m-instruct"))
+def model_tokenizers(model_dir: Callable[[str], Path]) -> dict[str, ModelTokenizer]:
+    """The real ones. Reading Gemma's takes five seconds of CPU time, so each is read by who asks for it."""
+    names = {"smollm2": "smollm2-135m-instruct", "gemma3": "gemma3-270m"}
+    return OnDemand(lambda name: load_model_tokenizer(model_dir(names[name])))
 
 
 @pytest.fixture(scope="session")
-def gemma3(model_dir: Callable[[str], Path]) -> ModelTokenizer:
-    return load_model_tokenizer(model_dir("gemma3-270m"))
+def smollm2(model_tokenizers: dict[str, ModelTokenizer]) -> ModelTokenizer:
+    return model_tokenizers["smollm2"]
 
 
 @pytest.fixture(scope="session")
-def byte_level() -> Tokenizer:
+def gemma3(model_tokenizers: dict[str, ModelTokenizer]) -> ModelTokenizer:
+    return model_tokenizers["gemma3"]
+
+
+@pytest.fixture(scope="session")
+def tokenizers(model_tokenizers: dict[str, ModelTokenizer]) -> dict[str, Tokenizer]:
+    trained = {"byte_level": train_byte_level, "byte_fallback": train_byte_fallback, "unigram": train_unigram}
+    return OnDemand(lambda name: trained[name]() if name in trained else model_tokenizers[name].tokenizer)
+
+
+@pytest.fixture(scope="session")
+def byte_level(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
+    return tokenizers["byte_level"]
+
+
+@pytest.fixture(scope="session")
+def byte_fallback(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
+    return tokenizers["byte_fallback"]
+
+
+@pytest.fixture(scope="session")
+def unigram(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
+    return tokenizers["unigram"]
+
+
+@pytest.fixture(scope="session")
+def token_texts(tokenizers: dict[str, Tokenizer]) -> dict[str, TokenTexts]:
+    return OnDemand(lambda name: TokenTexts(tokenizers[name]))
+
+
+def train_byte_level() -> Tokenizer:
     """Byte-level BPE, trained; the added tokens hold characters outside the byte alphabet."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,8 +79,7 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def byte_fallback() -> Tokenizer:
+def train_byte_fallback() -> Tokenizer:
     """Llama 2's shape: BPE with byte fallback, a space before the text, which the decoder takes off again."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -66,8 +98,7 @@ def byte_fallback() -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def unigram() -> Tokenizer:
+def train_unigram() -> Tokenizer:
     """Unigram with Metaspace, as T5 and XLM-R have it."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -77,24 +108,6 @@ def unigram() -> Tokenizer:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
-
-
-@pytest.fixture(scope="session")
-def tokenizers(
-    smollm2: ModelTokenizer, gemma3: ModelTokenizer, byte_level: Tokenizer, byte_fallback: Tokenizer, unigram: Tokenizer
-) -> dict[str, Tokenizer]:
-    return {
-        "smollm2": smollm2.tokenizer,
-        "gemma3": gemma3.tokenizer,
-        "byte_level": byte_level,
-        "byte_fallback": byte_fallback,
-        "unigram": unigram,
-    }
-
-
-@pytest.fixture(scope="session")
-def token_texts(tokenizers: dict[str, Tokenizer]) -> dict[str, TokenTexts]:
-    return {name: TokenTexts(tokenizer) for name, tokenizer in tokenizers.items()}
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:

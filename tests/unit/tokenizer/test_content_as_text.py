@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from on_demand import OnDemand
 from scalellm.services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
 from scalellm.services.tokenizer.text.encoder import EncodeBatcher
 from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
@@ -28,7 +29,17 @@ def rendered(special: SpecialTexts, contents: list[str]) -> MarkedText:
 @pytest.fixture(scope="module")
 def encoders(tokenizers: dict[str, Tokenizer]) -> dict[str, EncodeBatcher]:
     """Encoders by tokenizer; the tests call the part of an encoder that runs in a thread."""
-    return {name: EncodeBatcher(tokenizer) for name, tokenizer in tokenizers.items()}
+    return OnDemand(lambda name: EncodeBatcher(tokenizers[name]))
+
+
+@pytest.fixture(scope="module")
+def special_tokens(tokenizers: dict[str, Tokenizer]) -> dict[str, list[str]]:
+    """The texts of each tokenizer's special tokens: Gemma has thousands of added tokens to look through."""
+
+    def special(name: str) -> list[str]:
+        return [token.content for token in tokenizers[name].get_added_tokens_decoder().values() if token.special]
+
+    return OnDemand(special)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +65,8 @@ def test_contents_are_text(contents: list[str], oracle: PreTrainedTokenizerFast,
 @pytest.mark.parametrize("name", ["smollm2", "gemma3", "byte_level"])
 @settings(max_examples=60)
 @given(pieces=st.lists(st.one_of(st.text(max_size=5), st.integers(0, 10)), max_size=6))
-def test_without_marks_it_is_the_same(name: str, pieces: list[str | int], tokenizers, encoders) -> None:
-    added = tokenizers[name].get_added_tokens_decoder().values()
-    special = [token.content for token in added if token.special]
+def test_without_marks_it_is_the_same(name: str, pieces: list[str | int], tokenizers, encoders, special_tokens) -> None:
+    special = special_tokens[name]
     text = "".join(piece if isinstance(piece, str) else special[piece % len(special)] for piece in pieces)
     assert encoders[name].special_texts.are_alone
     ids = encoders[name]._encode_marked(MarkedText(text), 10**6)

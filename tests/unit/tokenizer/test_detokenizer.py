@@ -12,7 +12,7 @@ from scalellm.services.tokenizer.text.detokenizer import TokenTexts
 from scalellm.services.tokenizer.text.model_tokenizer import UnsupportedTokenizerError
 
 NAMES = ["smollm2", "gemma3", "byte_level", "byte_fallback", "unigram"]
-FIXTURES_ARE_CONSTANT = settings(max_examples=150)
+FIXTURES_ARE_CONSTANT = settings(max_examples=75)
 TEXTS = st.lists(
     st.one_of(
         st.text(max_size=8),

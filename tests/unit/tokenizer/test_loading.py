@@ -41,7 +41,7 @@ def smollm2_oracle(model_dir: Callable[[str], Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def smollm2_true(smollm2_oracle: Any) -> Tokenizer:
-    """The same with the pre-tokenizer of SmolLM2's own tokenizer.json, which cuts out every digit first."""
+    """The oracle with the pre-tokenizer of SmolLM2's own tokenizer.json, which cuts out every digit first."""
     tokenizer = copy.deepcopy(smollm2_oracle.backend_tokenizer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
