@@ -20,8 +20,6 @@ from scalellm.v1 import common_pb2, generation_pb2
 from scripted_scheduler import Script, ScriptedScheduler
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 
 def request(max_tokens=5):
     return generation_pb2.GenerateRequest(prompt="Hello", sampling=common_pb2.SamplingParams(max_tokens=max_tokens))
@@ -202,14 +200,8 @@ async def test_taken_port_is_refused(start, own_scheduler, connect):
     ("flags", "message"),
     [
         (("--model", "no-such-model"), "error: --model: no model 'no-such-model'"),
-        (
-            ("--scheduler", "nowhere"),
-            "error: --scheduler (SCALELLM_TOKENIZER_SCHEDULER): Value error, 'nowhere' is not host:port",
-        ),
         (("--metrics-port", "1"), "error: cannot listen on 127.0.0.1:1 for metrics"),
         (("--redis-url", "nowhere"), "error: --redis-url: must be redis://user:password@host:port/db"),
-        (("--session-ttl-s", "inf"), "error: --session-ttl-s (SCALELLM_TOKENIZER_SESSION_TTL_S): Input should be less"),
-        (("--log-level", "loud"), "error: --log-level (SCALELLM_TOKENIZER_LOG_LEVEL): Input should be 'debug', 'info'"),
     ],
 )
 async def test_bad_settings_are_one_line(start, own_scheduler, flags, message):
@@ -221,6 +213,21 @@ async def test_bad_settings_are_one_line(start, own_scheduler, flags, message):
     assert await asyncio.to_thread(service.process.wait, PATIENCE) in (1, 2)
     assert service.log.read_text().startswith(message)
     assert len(service.log.read_text().splitlines()) == 1
+
+
+async def test_each_setting_that_is_no_value_is_one_line(start):
+    service = start("--scheduler", "nowhere", "--session-ttl-s", "inf", "--log-level", "loud", wait=False)
+    assert await asyncio.to_thread(service.process.wait, PATIENCE) == 2
+    for line, told in zip(
+        sorted(service.log.read_text().splitlines()),
+        (
+            "error: --log-level (SCALELLM_TOKENIZER_LOG_LEVEL): Input should be 'debug', 'info'",
+            "error: --scheduler (SCALELLM_TOKENIZER_SCHEDULER): Value error, 'nowhere' is not host:port",
+            "error: --session-ttl-s (SCALELLM_TOKENIZER_SESSION_TTL_S): Input should be less",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(told)
 
 
 async def test_model_without_tokenizer_is_one_line(start, own_scheduler, tmp_path):

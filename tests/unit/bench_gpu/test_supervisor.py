@@ -37,7 +37,7 @@ def run(kinds, tmp_path, capsys):
 
 def test_what_goes_wrong_is_recorded_and_the_rest_is_run(tmp_path, capsys):
     G = gpu_parts
-    parts = [spec(G.Works), spec(G.Fails), spec(G.Raises), spec(G.Dies), spec(G.Unavailable)]
+    parts = [spec(kind) for kind in (G.Works, G.Fails, G.Raises, G.OneCaseRaises, G.Dies, G.Unavailable)]
     path = tmp_path / "record.json"
     assert main(["--dry-run", "--out", str(path)], parts) == 1
     content, out = json.loads(path.read_text()), capsys.readouterr().out
@@ -46,13 +46,20 @@ def test_what_goes_wrong_is_recorded_and_the_rest_is_run(tmp_path, capsys):
         "works": ("passed", None),
         "fails": ("failed", None),
         "raises": ("failed", "RuntimeError: something broke"),
+        "onecaseraises": ("failed", None),
         "dies": ("failed", "its process ended with code 7"),
         "unavailable": ("skipped", None),
     }
     assert content["passed"] is False
     raised = content["parts"][2]
     assert [check["name"] for check in raised["checks"]] == ["before"]
-    assert content["parts"][4]["notes"] == ["not on this machine"]
+    one_case = content["parts"][3]
+    assert [row["name"] for row in one_case["rows"]] == ["first", "third"]
+    assert [check["name"] for check in one_case["checks"]] == ["second"]
+    kept = [finding for finding in findings(tmp_path) if finding["part"] == "onecaseraises"]
+    assert [finding["row"]["name"] for finding in kept if "row" in finding] == ["first", "third"]
+    assert "FAILED second: NoRuntimeError: out of resource: shared memory" in out
+    assert content["parts"][5]["notes"] == ["not on this machine"]
     assert "FAILED does not hold: on purpose" in out
     assert out.splitlines()[-2].strip("= ").startswith("FAILED in")
 
@@ -91,16 +98,6 @@ def test_what_a_killed_part_had_found_is_kept(monkeypatch):
     assert [kind for part, kind in heard if part == "hangs"] == ["begin", "row", "check", "end"]
 
 
-def test_an_exception_of_one_case_costs_that_case(tmp_path, capsys):
-    code, content, out = run([gpu_parts.OneCaseRaises], tmp_path, capsys)
-    assert code == 1
-    part = content["parts"][0]
-    assert [row["name"] for row in part["rows"]] == ["first", "third"]
-    assert [check["name"] for check in part["checks"]] == ["second"]
-    assert "FAILED second: NoRuntimeError: out of resource: shared memory" in out
-    assert [row["row"]["name"] for row in findings(tmp_path) if "row" in row] == ["first", "third"]
-
-
 WHOLE_RUN = """
 import sys, gpu_parts
 from bench.gpu.__main__ import main
@@ -108,7 +105,7 @@ sys.exit(main(["--dry-run"], [gpu_parts.spec(gpu_parts.Works), gpu_parts.spec(gp
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_kill_of_the_whole_run_leaves_what_was_found_before(tmp_path, number):
     with subprocess.Popen(
         [sys.executable, "-c", WHOLE_RUN],
