@@ -3,7 +3,7 @@
 The files of this folder share one service in each process of the tests, since starting one takes more time than most
 of the tests. So sessions and requests have ids that no other test uses, and metrics are compared with what they were
 before. A test that needs a service with other options, or harms one, starts its own. The scheduler lives in the event
-loop of the session: tests that use it run there, too.
+loop of the session, and so do the tests.
 """
 
 from __future__ import annotations
@@ -26,6 +26,15 @@ from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 from scalellm.v1 import generation_pb2, generation_pb2_grpc, sessions_pb2_grpc, tokenizer_pb2_grpc
 from scripted_scheduler import ScriptedScheduler
 from service_processes import PATIENCE, RedisProcess, ServiceProcess, Spawn, eventually
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of this folder in the event loop of the session, the scheduler's."""
+    for item in items:
+        if FOLDER in item.path.parents and pytest_asyncio.is_async_test(item):
+            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
 class EdgeClient:

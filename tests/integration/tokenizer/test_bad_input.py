@@ -9,8 +9,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2, tokenizer_pb2
 from service_processes import PATIENCE
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NAN = float("nan")
 INF = float("inf")

@@ -27,8 +27,6 @@ from scalellm.v1 import (
 from scripted_scheduler import Script, ScriptedScheduler
 from service_processes import PATIENCE, ServiceProcess, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 HELLO = "Say something."
 

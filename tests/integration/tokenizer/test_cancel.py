@@ -11,8 +11,6 @@ from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc, link_pb
 from scripted_scheduler import Script, default_tokens
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 
 def request(max_tokens=50, **fields):
     return generation_pb2.GenerateRequest(

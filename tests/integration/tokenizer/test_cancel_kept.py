@@ -12,8 +12,6 @@ from scalellm.v1 import link_pb2
 from scripted_scheduler import Script
 from service_processes import eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 
 async def test_a_cancelled_request_ends_once_for_everybody(client, scheduler, store):
     scheduler.play = lambda submit: Script(delay=0.002, hold_after=5)

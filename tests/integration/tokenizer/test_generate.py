@@ -15,11 +15,9 @@ from scalellm.v1 import common_pb2, generation_pb2, link_pb2, tokenizer_pb2
 from scripted_scheduler import EXECUTOR, Script, default_tokens
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 STORY = "The quick brown fox jumps over the lazy dog, and 🦊 then sleeps; 漢字 too."
 ON_AND_ON = [1001] * 10_000
-"""So that a sample does not end by itself before it is stopped."""
+"""Tokens of a sample that is stopped long before it would end by itself."""
 
 
 def request(**fields):

@@ -13,8 +13,6 @@ from scalellm.v1 import common_pb2, generation_pb2, link_pb2, tokenizer_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 
 def request(max_tokens=5):
     return generation_pb2.GenerateRequest(prompt="Hello", sampling=common_pb2.SamplingParams(max_tokens=max_tokens))

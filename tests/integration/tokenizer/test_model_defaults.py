@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import aiohttp
-import pytest
 
 from scalellm.v1 import common_pb2, generation_pb2, tokenizer_pb2
-
-pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def test_settings_of_the_model_are_defaults(scheduler, spawn, connect, model_dir, tmp_path) -> None:

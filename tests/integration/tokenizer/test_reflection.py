@@ -6,8 +6,6 @@ import pytest
 
 from reflection_client import ReflectionClient
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 PUBLIC = ("scalellm.v1.Generation", "scalellm.v1.Tokenizer", "scalellm.v1.Sessions")
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}

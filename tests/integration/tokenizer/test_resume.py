@@ -13,8 +13,6 @@ from scalellm.v1 import generation_pb2, link_pb2
 from scripted_scheduler import Script, default_tokens
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 
 async def undisturbed(client, message) -> Client:
     twin = generation_pb2.GenerateRequest()
@@ -37,7 +35,7 @@ async def shaped(client, shape: str, max_tokens: int) -> generation_pb2.Generate
 
 
 def copied(message: generation_pb2.GenerateRequest) -> generation_pb2.GenerateRequest:
-    """The same request under another id."""
+    """Return the same request under another id."""
     copy = generation_pb2.GenerateRequest()
     copy.CopyFrom(message)
     copy.request_id = next(ids)

@@ -17,8 +17,6 @@ from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 SAVED = generation_pb2.SESSION_OUTCOME_SAVED
 
 

@@ -10,8 +10,6 @@ import pytest
 from scalellm.v1 import common_pb2, generation_pb2, sessions_pb2
 from scripted_scheduler import Script
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 CITY = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
 ANSWER = (
     'I look it up.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich 😀"}}\n</tool_call>\n'

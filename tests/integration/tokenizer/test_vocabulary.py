@@ -13,8 +13,6 @@ from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 from scalellm.v1 import common_pb2, generation_pb2, tokenizer_pb2
 from scripted_scheduler import Script, ScriptedScheduler
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 IMAGE_TOKEN = "<image_soft_token>"  # Gemma 3 has it behind the last row of its embeddings
 NUM_TOKENS = 49153
 

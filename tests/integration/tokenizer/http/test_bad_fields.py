@@ -10,8 +10,6 @@ import pytest
 from service_processes import eventually
 from structured_json import ENDPOINTS
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 HELLO = [{"role": "user", "content": "Hi"}]
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": HELLO, "max_tokens": 2},

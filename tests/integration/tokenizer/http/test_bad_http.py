@@ -10,8 +10,6 @@ import pytest
 
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 CHAT = "/v1/chat/completions"
 HELLO = b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}'
 
@@ -31,7 +29,7 @@ def chunked(*chunks: bytes) -> bytes:
 
 
 async def exchange(address: str, data: bytes, answers: int = 1) -> bytes:
-    """Everything that comes back until the server closes, or until so many answers are there."""
+    """Return all bytes that come back until the server closes, or until `answers` answers are there."""
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     found = b""

@@ -6,12 +6,9 @@ import asyncio
 import json
 
 import aiohttp
-import pytest
 
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
-
-pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 BODY = {"prompt": "Hello", "max_tokens": 5, "seed": 1, "stream": True}
 

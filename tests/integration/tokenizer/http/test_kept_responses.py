@@ -12,8 +12,6 @@ from scalellm.v1 import link_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 MODEL = "smollm2-135m-instruct"
 KEEP = {"on_disconnect": "keep"}
 

@@ -12,8 +12,6 @@ from scalellm.v1 import link_pb2
 from scripted_scheduler import Script
 from service_processes import eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]})
 COMPLETE = ("/v1/completions", {"prompt": ["Hello", "Good day"], "echo": True, "logprobs": 1})
 BODY = {"max_tokens": 30, "seed": 1, "stream": True, "on_disconnect": "keep"}

@@ -11,8 +11,6 @@ from scalellm.v1 import link_pb2
 from scripted_scheduler import Script, default_tokens
 from service_processes import eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -12,8 +12,6 @@ from scalellm.v1 import common_pb2, link_pb2
 from scripted_scheduler import Script, default_tokens
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 MODEL = "smollm2-135m-instruct"
 HELLO = [{"role": "user", "content": "Hello"}]
 

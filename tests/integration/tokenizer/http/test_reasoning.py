@@ -14,8 +14,6 @@ from scripted_scheduler import ScriptedScheduler
 from service_processes import PATIENCE
 from tool_templates import HERMES
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 MODEL = "thinker"
 HELLO = [{"role": "user", "content": "Is 7 prime?"}]
 ANSWER = "<think>\nOnly 1 and 7\ndivide it.\n</think>\n\nYes, it is."
@@ -43,7 +41,7 @@ def thinker(tmp_path_factory, tokenizer):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def shared_scheduler():
-    """One of this module alone: its model has two tokens more."""
+    """A scheduler of this module alone: its model has two tokens more."""
     scheduler = ScriptedScheduler()
     scheduler.vocab_size += 2
     await scheduler.start()

@@ -10,8 +10,6 @@ from scalellm.v1 import common_pb2, link_pb2
 from scripted_scheduler import Script
 from service_processes import PATIENCE, eventually
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 MODEL = "smollm2-135m-instruct"
 STOP = common_pb2.FINISH_REASON_STOP
 

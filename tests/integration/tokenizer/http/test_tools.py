@@ -7,8 +7,6 @@ import pytest
 from line import scrape
 from scalellm import __version__
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 
 async def test_a_text_becomes_tokens_and_tokens_a_text(http, tokenizer):
     text = "Hello, wörld <|im_end|>"

@@ -12,8 +12,6 @@ from pydantic import BaseModel
 
 from service_processes import PATIENCE
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 MODEL = "smollm2-135m-instruct"
 HELLO = [{"role": "user", "content": "How is the weather in Paris?"}]
 BAD_CALL = {"name": "a", "arguments": "["}

@@ -10,8 +10,6 @@ import pytest_asyncio
 
 from service_processes import PATIENCE
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 MODEL = "smollm2-135m-instruct"
 TOOL = {
     "type": "function",
