@@ -42,7 +42,7 @@ def run(
     kills: Annotated[int, typer.Option(min=0, help="Executors that die under load.")] = 0,
     drains: Annotated[int, typer.Option(min=0, help="Executors that leave in order under load.")] = 0,
     latency_ms: Annotated[float, typer.Option(min=0, help="Milliseconds of a message from service to service.")] = 0.2,
-    seed: Annotated[str, typer.Option(help="Everything follows from it.")] = "0",
+    seed: Annotated[str, typer.Option(help="Seed of the run, from which everything follows.")] = "0",
     profile: Annotated[bool, typer.Option("--profile", help="Show where the CPU time goes.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small fleets of each kind, each run twice: a test.")] = False,
 ) -> None:

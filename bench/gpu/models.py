@@ -49,7 +49,7 @@ class Format:
 
     @property
     def name(self) -> str:
-        """As tables have it."""
+        """The name that tables show."""
         return self.precision + (" + fp8 KV" if self.cache_dtype == E4M3 else "")
 
 

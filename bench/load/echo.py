@@ -35,7 +35,7 @@ class EchoGrpc(generation_pb2_grpc.GenerationServicer, tokenizer_pb2_grpc.Tokeni
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        """As many tokens as asked for."""
+        """Send as many tokens as asked for."""
         yield generation_pb2.GenerateResponse(started=generation_pb2.Started(model=MODEL))
         for offset in range(request.sampling.max_tokens):
             await asyncio.sleep(self._interval_s)

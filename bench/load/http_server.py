@@ -1,4 +1,4 @@
-"""As much of an HTTP/1.1 server as an echo of a chat server needs: a body in, pieces out as they come."""
+"""The part of an HTTP/1.1 server that an echo of a chat server needs: a body in, pieces out as they come."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Run:
     steps: list[Step] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the single requests."""
+        """Return all but the single requests."""
         steps = [
             {
                 "load": step.load,

@@ -167,7 +167,7 @@ def main(
     ),
     forms: Annotated[str, typer.Option(help="Only these forms of the weights, such as keep,int8,Q8_0.")] = "",
     loads: Annotated[
-        str, typer.Option("--workloads", help="Some of fixed, shared (system prompt) and sessions.")
+        str, typer.Option("--workloads", help="Only these loads: fixed, shared (system prompt) and sessions.")
     ] = "fixed,shared,sessions",
     concurrency: Annotated[str, typer.Option(help="fixed: requests at once, one load each.")] = "1,8,64",
     input_len: Annotated[int, typer.Option(min=1, help="fixed: prompt tokens.")] = 128,

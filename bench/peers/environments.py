@@ -42,7 +42,7 @@ class Recipe:
     module: str = ""
 
     def digest(self) -> str:
-        """Another one for another recipe, or another Python."""
+        """Return a digest of the recipe and the Python."""
         text = json.dumps([asdict(self), sys.version_info[:3]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

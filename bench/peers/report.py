@@ -26,7 +26,7 @@ _WIDTH = 200
 
 @dataclass
 class Report:
-    """Everything that was found; written after each measurement, so that an interrupted run loses none.
+    """All that was found; written after each measurement, so that an interrupted run loses none.
 
     Attributes:
         header: Model, options, machine: plain values.
@@ -143,7 +143,7 @@ _HEADERS = {
 
 
 def console() -> Console:
-    """As wide as the terminal; wide where there is none."""
+    """Return a console as wide as the terminal; a wide one where there is none."""
     return Console(width=None if os.isatty(1) else _WIDTH)
 
 

@@ -77,7 +77,7 @@ class Measurement:
         return "the machine's cores" if self.idle_cores < 0.1 else ""
 
     def as_json(self) -> dict[str, Any]:
-        """Everything as plain values."""
+        """Return the measurement as plain values."""
         return asdict(self) | {
             "tokens_per_s": self.tokens_per_s,
             "requests_per_s": self.requests_per_s,

@@ -114,7 +114,7 @@ class VirtualExecutor:
         self.front.engine.end()
 
     async def leave(self, limit: float) -> None:
-        """As on SIGTERM: no new requests, and what has not ended within the limit, in seconds, is given back."""
+        """Leave as on SIGTERM: no new requests, and what has not ended within the limit, in seconds, is given back."""
         front = self.front
         front.drain()
         await asyncio.sleep(limit)
@@ -139,7 +139,7 @@ class VirtualFront:
         self.start_engine()
 
     def start_engine(self) -> None:
-        """Another engine."""
+        """Start another engine."""
         self.engine = VirtualEngine(self, self._executor)
         self._is_ready.set()
 

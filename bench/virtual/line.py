@@ -63,12 +63,12 @@ class VirtualScheduler:
         self._network.serve(self.address, self.process, self.service.Connect)
 
     async def die(self) -> None:
-        """As by kill -9."""
+        """Die as by kill -9."""
         self.process.die()
         await self.dispatchers.stop()
 
     async def drain(self, limit: float) -> None:
-        """As on SIGTERM."""
+        """Drain as on SIGTERM."""
         process, dispatchers = self.process, self.dispatchers
         dispatchers.begin_drain()
         await dispatchers.wait_idle(limit)

@@ -34,7 +34,7 @@ class VirtualProcess:
         self.connections: dict[Connection, None] = {}
 
     def die(self) -> None:
-        """As by kill -9: what was on the way arrives, then its connections break."""
+        """Die as by kill -9: what was on the way arrives, then the connections break."""
         self.is_alive = False
         for connection in tuple(self.connections):
             connection.reset()

@@ -150,7 +150,7 @@ def root(
         Path | None, typer.Option(metavar="FILE", help="Use TLS; authorities of servers, if not the public ones.")
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate to show.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Private key of the certificate.")] = None,
 ) -> None:
     """Options before the command."""
     if instance:

@@ -200,7 +200,7 @@ class RedisWatch:
             await asyncio.sleep(self._interval)
 
     def report(self, error: BaseException | None) -> None:
-        """It did something, or did not."""
+        """Note how a call of Redis ended: with an error, or with None."""
         self.num_failures += error is not None
         fault = RedisFault.of(error) if error is not None else None
         if fault is self._fault and self.is_up == (fault is None):

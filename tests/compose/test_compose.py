@@ -36,7 +36,7 @@ print(sum(executor.phase == pb.EXECUTOR_PHASE_READY for executor in state.execut
 
 @pytest.fixture(scope="module")
 def stack(figures: list[str]) -> Iterator[ComposeStack]:
-    """Everything up, from no image of the project."""
+    """All services, started where no image of the project existed."""
     stack = ComposeStack()
     figures.append(store_figures())
     try:

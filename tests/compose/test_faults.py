@@ -28,7 +28,7 @@ Break = Callable[[ComposeLine, str], Awaitable[None]]
 
 
 async def killed(line: ComposeLine, service: str) -> None:
-    """As by the kernel when memory runs out; Docker starts it again."""
+    """Kill the service as the kernel does when memory runs out; Docker starts it again."""
     await asyncio.to_thread(crash, line.container(service))
 
 
@@ -41,7 +41,7 @@ async def paused(line: ComposeLine, service: str) -> None:
 
 
 async def cut_off(line: ComposeLine, service: str) -> None:
-    """Its network is gone for longer than the limit on silence, and no connection closes."""
+    """Take the service's network away for longer than the limit on silence; no connection closes."""
     container = await asyncio.to_thread(line.container, service)
     await asyncio.to_thread(docker, "network", "disconnect", "--force", line.network, container)
     await asyncio.sleep(_CUT_SECONDS)
@@ -49,7 +49,7 @@ async def cut_off(line: ComposeLine, service: str) -> None:
 
 
 async def stopped(line: ComposeLine, service: str) -> None:
-    """As by an operator: SIGTERM, and started again."""
+    """Restart the service as an operator does: SIGTERM, and started again."""
     await asyncio.to_thread(line.stack.compose, "restart", service)
 
 
@@ -95,7 +95,7 @@ async def test_fault(line: ComposeLine, trials: Trials, figures: list[str], kind
 
 @pytest.mark.parametrize("services", [EXECUTORS, SCHEDULERS, TOKENIZERS], ids=["executor", "scheduler", "tokenizer"])
 async def test_upgrade(line: ComposeLine, trials: Trials, figures: list[str], services: tuple[str, str]) -> None:
-    """One after the other of two, each while streams run: none of them ends with an error."""
+    """Two services are upgraded, one after the other, while streams run: no stream ends with an error."""
     await line.wait_linked()
     await trials.prepare()
     line.stack.new_release()

@@ -101,7 +101,7 @@ class FakeStep:
         self.sampled: SampledBatch | None = None
 
     def draw(self) -> None:
-        """Nothing: no sample has a grammar."""
+        """Do nothing: no sample has a grammar."""
 
     def wait(self) -> SampledBatch:
         assert self.runner.unwaited.pop(0) is self

@@ -88,7 +88,7 @@ class FakeExecutor(executor_pb2_grpc.ExecutorServicer):
         return self
 
     async def die(self) -> None:
-        """As good as kill -9: every link breaks at once, the port answers no more."""
+        """Die as by kill -9: every link breaks at once, the port answers no more."""
         server, self._server = self._server, None
         if server is not None:
             await server.stop(0)

@@ -98,7 +98,7 @@ def stop_process(target: str) -> Injector:
 
 
 def cut_off(target: str) -> Injector:
-    """Nothing goes to or comes from a service for longer than the limit on silence, and no connection closes."""
+    """Cut a service off for longer than the limit on silence: nothing reaches or leaves it, no connection closes."""
 
     async def inject(scene: Scene) -> None:
         wire = scene.line.redis_wire if target == "redis" else scene.one_of(target).wire

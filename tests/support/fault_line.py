@@ -23,8 +23,8 @@ STALL_LIMIT = 15.0
 wire is cut."""
 
 PATIENCE_LIMIT = 600.0
-"""The same where nothing is stopped or cut, and seconds that an engine may take to start: a step of a real model, and
-loading it, may take minutes on a machine that does other work, too."""
+"""Seconds of silence where nothing is stopped or cut, and seconds that an engine may take to start: a step of a real
+model, and loading it, may take minutes on a machine that does other work, too."""
 
 DRAIN_LIMIT = 1
 """Seconds that running requests are given on SIGTERM: shorter than the streams are."""

@@ -65,4 +65,4 @@ RANK_FAULTS = {
     "rank: kill -9": Fault(faults.end_process("rank", KILL)),
     "rank: SIGSTOP": Fault(faults.stop_process("rank")),
 }
-"""Those of an executor whose model is held by several processes."""
+"""Faults of an executor whose model is held by several processes."""

@@ -279,7 +279,7 @@ class Workload:
 
 
 def _shape(rng: random.Random, max_tokens: int) -> generation_pb2.StructuredOutput:
-    """One whose texts are about so long, to the fake engine: some fit into so many tokens and some do not."""
+    """Return a shape whose texts take about `max_tokens` tokens of the fake engine: some fit, some do not."""
     if rng.random() < 0.5:
         words = max_tokens // 4
         return generation_pb2.StructuredOutput(regex=f"([a-z]{{2,9}} ){{{words},{words * 2}}}the end")
@@ -309,7 +309,7 @@ def _has_shape(shape: generation_pb2.StructuredOutput, text: str) -> bool:
 
 
 class Clients:
-    """Some connections to each tokenizer, and the streams on them."""
+    """Clients with some connections to each tokenizer, and the streams on them."""
 
     def __init__(self, addresses: Sequence[str], connections: int = _CONNECTIONS) -> None:
         # A pool of its own per channel, so that each is a connection and may meet another worker.

@@ -41,7 +41,7 @@ class Hangs:
 
 
 class NoRuntimeError(Exception):
-    """As Triton's OutOfResources and CompilationError are none."""
+    """An error that is no RuntimeError, like Triton's OutOfResources and CompilationError."""
 
 
 class OneCaseRaises:

@@ -9,7 +9,7 @@ HOSTILE = (
     "\x1b]0;title\x07\x1b[2J\x1b[31m[red]A\x9b31mB\u202eC\u2066D\u200fE\u061cF\u2028G\u2029H\r\x08I\x7fJ\x00K"
     "\nerror: L\ufeff\U000e0041:smile:"
 )
-"""One of each kind: C0, C1, DEL, directions, separators, invisible marks, markup, a line that passes for another's."""
+"""A text with characters of each kind: C0, C1, DEL, directions, separators, invisible marks, markup, a forged line."""
 
 _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 

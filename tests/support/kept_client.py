@@ -84,7 +84,7 @@ class Client:
                 return
 
     def check(self, other: Client) -> None:
-        """The same answer as another one."""
+        """Check that this client got the same answer as another one."""
         assert self.finished is not None
         assert other.finished is not None
         assert self.texts == other.texts

@@ -105,7 +105,7 @@ class Answer:
     likeliest: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     """The first alternative of each token whose log-probability came."""
     prompt_likeliest: list[int] = field(default_factory=list)
-    """The same for the prompt."""
+    """The first alternative of each token of the prompt."""
     ends: dict[int, generation_pb2.SampleFinished] = field(default_factory=dict)
     """Ends of the samples, as the last Delta of each told."""
     code: grpc.StatusCode | None = None

@@ -71,7 +71,7 @@ def _without_faults() -> Iterator[None]:
 
 
 def make_tracer() -> Tracer:
-    """One that traces what is sampled, and exports nothing."""
+    """Return a tracer of what is sampled, which exports nothing."""
     return Tracer("fuzz", SimpleNamespace(trace_file=None, otlp_endpoint=None), 0.0)  # type: ignore[arg-type]
 
 

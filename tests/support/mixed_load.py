@@ -27,7 +27,7 @@ class Seen:
     invalid: int = 0
     with_first_token: int = 0
     perhaps_with_first_token: int = 0
-    """It may have left the edge while the client's deadline passed."""
+    """Late requests whose first token may have left the edge while the client's deadline passed."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     preemptions: int = 0
@@ -98,7 +98,7 @@ async def _be_late(stub, seen: Seen) -> None:
 
 
 async def _be_wrong(stub, seen: Seen) -> None:
-    """One is wrong for the edge, and would be wrong for anybody."""
+    """Send a request that is wrong for the edge, and would be wrong for anybody."""
     seen.sent += 1
     try:
         async for _ in stub.Generate(_request(10, 10, n=1000)):

@@ -88,7 +88,7 @@ GRAMMARS = tuple(CHECKS)
 
 @functools.cache
 def compiler() -> LlGrammarCompiler:
-    """One for all engines of a test process."""
+    """Return the compiler of all engines of a test process."""
     return LlGrammarCompiler(VOCABULARY, {EOS})
 
 

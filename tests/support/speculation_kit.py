@@ -78,7 +78,7 @@ class TakesAll:
     """A budget that takes all that there is room for, each sequence's in turn."""
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
-        """It learns nothing."""
+        """Learn nothing."""
 
     def room(self, batch: ScheduledBatch) -> int:
         return 1 << 20

@@ -81,7 +81,7 @@ class VirtualStream:
         return submit
 
     async def run(self, edge: VirtualEdge) -> None:
-        """As the edge does for a client."""
+        """Run the request as the edge does for a client."""
         await asyncio.sleep(self.starts_at)
         try:
             async with asyncio.timeout(self.timeout):
@@ -206,7 +206,7 @@ class _Line:
         self.history.events.append(f"{self.loop.time():8.3f} {what}")
 
     async def fault(self) -> None:
-        """One of those that there are, on one of those whom it can meet."""
+        """Inject a fault that is drawn, into a process that is drawn among those it can meet."""
         kind = self.rng.choice((
             self._engine_dies, self._executor_dies, self._executor_leaves, self._engine_stops, self._executor_is_cut,
             self._scheduler_dies, self._scheduler_leaves, self._scheduler_is_cut, self._connection_breaks,

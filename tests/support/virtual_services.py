@@ -130,7 +130,7 @@ class WatchfulScheduler(VirtualScheduler):
 
 
 class WatchfulEdge(VirtualEdge):
-    """The same of an edge."""
+    """An edge that notices within seconds what is silent."""
 
     def __init__(self, network: Network, name: str, schedulers: Collection[str]) -> None:
         super().__init__(network, name, schedulers, silence_limit=SILENCE_LIMIT)

@@ -1,4 +1,4 @@
-"""The same model through `transformers` with its continuous batching, in the same run on the same device."""
+"""A model through `transformers` with its continuous batching, in the same run and on the same device as ours."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from scalellm.v1 import common_pb2, generation_pb2, link_pb2, tokenizer_pb2
 _TICK_NS, _NUM_STAMPS, _FIRST_STAMP = 25_000, 40_000, 1_000
 
 STAMPED = 16
-"""One of so many streams asks for token ids, which say how old they are."""
+"""One stream in this many asks for token ids, which say how old they are."""
 
 _SUBMIT = link_pb2.ClientFrame.SUBMIT_FIELD_NUMBER
 _WORDS = (
@@ -106,7 +106,7 @@ class GenerateRequests:
 
 
 class CompletionRequests:
-    """The same as `GenerateRequests` for /v1/completions, as whole HTTP requests."""
+    """Requests like those of `GenerateRequests`, for /v1/completions, as whole HTTP requests."""
 
     def __init__(self, prompt_len: int, *, text: bool) -> None:
         self._text = text_of(max(1, prompt_len - 1)) if text else None

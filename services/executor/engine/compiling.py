@@ -8,7 +8,7 @@ from scalellm.services.executor.engine.sequence import SequenceGroup
 
 
 class Compiling:
-    """They are queued as all requests are, but may not run yet (`SequenceGroup.compilation`).
+    """Requests that are queued as all others are, but may not run yet (`SequenceGroup.compilation`).
 
     Args:
         compiler: makes matchers; None where no request may have a grammar.

@@ -36,7 +36,7 @@ class NodeState(enum.Enum):
     JOINED = "joined"
     """Node 0 has accepted it and waits for other nodes."""
     SERVING = "serving"
-    """Its ranks are started; node 0 tells when they serve."""
+    """The ranks are started; node 0 tells when they serve."""
 
 
 class NodeFollower:

@@ -117,13 +117,13 @@ class ToolsInPrompt(enum.Enum):
     """The form in which a model is told of tools, calls and results."""
 
     NATIVE = enum.auto()
-    """Its template is, in objects: arguments are objects."""
+    """The template is told of them in objects: arguments are objects."""
     AS_SENT = enum.auto()
-    """Its template is, in OpenAI's messages: arguments are JSON as a text, and a message without text has null."""
+    """The template is told of them in OpenAI's messages: arguments are JSON texts; a message without text has null."""
     ONE_BY_ONE = enum.auto()
     """As native, but a message has one call at most, and either text or reasoning beside it, as `thinking`."""
     WRITTEN_OUT = enum.auto()
-    """Its template knows none: they are written into messages."""
+    """The template knows no tools: they are written into messages."""
 
 
 @dataclass(frozen=True, slots=True)

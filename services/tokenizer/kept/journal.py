@@ -35,7 +35,7 @@ class Written(enum.Enum):
 
     DONE = 1
     CANCELLED = 2
-    """It was written, and the request's tenant wants it to end."""
+    """The write is done, and the request's tenant wants the request to end."""
     TAKEN = 0
     """Another worker has the request, or has begun one of this id."""
     FULL = -1

@@ -229,7 +229,7 @@ def _move(words: list[str], received: int, context: Any) -> Iterator[Any]:
 
 
 class HostileServer(FakeServer):
-    """The same, with every string of every answer such that it would drive a terminal, and enums of tomorrow."""
+    """A fake server whose every string would drive a terminal, and whose enums have values of tomorrow."""
 
     def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> Iterator[Any]:
         if request.prompt == "bad":

@@ -21,7 +21,7 @@ MakeOptions = Callable[..., UpOptions]
 
 
 class Foreground:
-    """One that runs; the datagrams that systemd would get are in `told`."""
+    """A foreground run; the datagrams that systemd would get are in `told`."""
 
     def __init__(self, instance: Instance, options: UpOptions, folder: Path) -> None:
         self.instance = instance

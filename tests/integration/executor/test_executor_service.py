@@ -40,7 +40,7 @@ def executor(module_spawn: Spawn, model_dir) -> ServiceProcess:
 
 @pytest.fixture(scope="module")
 def paced(module_spawn: Spawn, model_dir) -> ServiceProcess:
-    """One with few rows whose steps take as long as a GPU's, so that what runs can be seen running."""
+    """An executor with few rows and steps as long as a GPU's, so that requests can be seen running."""
     return module_spawn(
         "executor",
         *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b", "--max-num-seqs", "4"),
@@ -57,7 +57,7 @@ async def info(address: str) -> executor_pb2.GetExecutorInfoResponse:
 
 
 async def instance_id(address: str) -> str | None:
-    """None while there is no engine."""
+    """Return the id of the engine; None while there is no engine."""
     try:
         return (await info(address)).instance_id
     except grpc.aio.AioRpcError as error:
@@ -259,7 +259,7 @@ async def test_a_scheduler_that_stands_still_holds_no_rows_beyond_its_lease(spaw
 
 
 async def test_a_scheduler_that_wakes_up_finds_its_request_taken_over(spawn: Spawn, model_dir) -> None:
-    """Its client sent the request again by way of another one, with the tokens that it had."""
+    """The request's edge has sent it again through another scheduler, with the tokens that it had."""
     executor = spawn("executor", *flags(model_dir("smollm2-135m-instruct"), "--fake-preset", "h200-llama-8b"))
     hung, other = (spawn("scheduler", "--executors", executor.address) for _ in range(2))
     long = sampling(max_tokens=500, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The same on an executor of three ranks: one that dies, or stands still, costs a pause."""
+"""Faults on an executor of three ranks: a rank that dies, or stands still, costs a pause."""
 
 from __future__ import annotations
 

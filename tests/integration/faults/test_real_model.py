@@ -1,4 +1,4 @@
-"""The same on the real model: who dies does not change a text."""
+"""Faults on the real model: no death changes a text."""
 
 from __future__ import annotations
 

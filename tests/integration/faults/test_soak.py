@@ -1,4 +1,4 @@
-"""Everything mixed for SOAK_SECONDS: nothing is lost, nothing grows. `make soak` takes an hour."""
+"""Streams and faults of all kinds for SOAK_SECONDS: nothing is lost, nothing grows. `make soak` takes an hour."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def start_core(spawn: Spawn, redis, model, tokenizer: tuple[str, ...]) -> Core:
 
 
 def request(number: int, run: str, stop: str = "") -> generation_pb2.GenerateRequest:
-    """One of several kinds; requests of the same number and another run are the same, but for the session's name."""
+    """Return a request, its kind by its number; the same number in another run gives the same but for the session."""
     kind = number % 4
     return generation_pb2.GenerateRequest(
         chat=generation_pb2.Chat(messages=[generation_pb2.ChatMessage(role="user", content=f"Tell me of {number}.")]),

@@ -103,7 +103,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_place(ops, paged_case):
 
 
 def test_one_workspace_serves_batches_of_any_size(ops, paged_case):
-    """As captured graphs of several sizes use it one after the other."""
+    """Captured graphs of several sizes use one workspace, one after the other."""
     workspace = decode_workspace(20, 4, 64, 1)
     few, many = paged_case([130, 200], [1, 1]), paged_case([70, 3, 130, 0, 90], [1] * 5)
 

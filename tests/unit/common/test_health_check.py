@@ -13,7 +13,7 @@ from service_processes import PATIENCE
 
 
 async def run_check(address: str, *name: str) -> tuple[int | None, str]:
-    """As in the images: -I and -S leave it neither packages nor the environment."""
+    """Run the check as the images do: -I and -S leave it neither packages nor the environment."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-IS", Path(health_check.__file__), address, *name), stdout=asyncio.subprocess.PIPE
     )

@@ -109,7 +109,7 @@ async def end(running: asyncio.Task[None]) -> None:
 
 @pytest.mark.parametrize("num_turns", range(10))
 async def test_a_link_ends_although_the_demand_changes_at_that_moment(num_turns: int) -> None:
-    """As when an executor that leaves gives its requests back, which then wait here for credits."""
+    """An executor that leaves gives its requests back, which then wait here for credits."""
     handler, call = Handler(), Call()
     client = LinkClient("127.0.0.1:1", CONNECT, link_pb2.Hello(), handler, dialer=Dialer(call))
     running = asyncio.create_task(client.run())
@@ -145,7 +145,7 @@ async def test_a_peer_that_counts_frames_is_told_which_were_taken(counts_frames:
 
 @pytest.mark.parametrize("is_welcome", [True, False])
 async def test_nothing_of_a_lost_connection_waits_for_the_garbage_collector(is_welcome: bool) -> None:
-    """Its sockets are open for as long, and a scheduler's collector comes by rarely."""
+    """Sockets of a connection stay open until it is collected, and a scheduler's collector comes by rarely."""
     handler, call = Handler(), Call(is_welcome)
     dialer = Dialer(call)
     gc.disable()

@@ -122,7 +122,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 
 class RunsMachine(BlockManagerMachine):
-    """The same with runs of neighbours, of which the last one is shorter."""
+    """The machine with runs of neighbouring blocks, of which the last one is shorter."""
 
     block_run = 4
 

@@ -62,7 +62,7 @@ class ScriptedStep:
     sampled: SampledBatch
 
     def draw(self) -> None:
-        """Nothing: no sample has a grammar."""
+        """Do nothing: no sample has a grammar."""
 
     def wait(self) -> SampledBatch:
         self.script.clock.advance(1.0)

@@ -63,7 +63,7 @@ class ProbedStep:
         self._probe, self._number, self._inner = probe, number, inner
 
     def draw(self) -> None:
-        """Nothing: no sample has a grammar."""
+        """Do nothing: no sample has a grammar."""
 
     def wait(self) -> SampledBatch:
         self._probe.events.append(("wait", self._number))

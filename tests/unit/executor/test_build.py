@@ -38,7 +38,7 @@ def test_a_gpu_that_is_not_there(model_dir: Callable[[str], Path]) -> None:
 
 
 def test_heads_that_cannot_be_divided_among_ranks(model_dir: Callable[[str], Path]) -> None:
-    """It is known before any of the other ranks is told to load its share."""
+    """The refusal comes before any of the other ranks is told to load its share."""
     message = refusal(model_dir("smollm2-135m-instruct"), device="cpu", tensor_parallel=2)
     assert message == "tensor_parallel 2: num_attention_heads 9 is not a multiple of it"
     message = refusal(model_dir("smollm2-135m-instruct"), device="cpu", tensor_parallel=3, expert_parallel=3)

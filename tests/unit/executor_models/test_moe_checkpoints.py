@@ -33,7 +33,7 @@ def fp8_blocks(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def gptq(weight: Tensor, group_size: int = 16) -> tuple[dict[str, Tensor], Tensor]:
-    """As `fp8_blocks`; with a bias of zeros, as AutoGPTQ has it."""
+    """Return what `fp8_blocks` does, for GPTQ; with a bias of zeros, as AutoGPTQ has it."""
     groups = weight.unflatten(1, (-1, group_size))
     scale = groups.abs().amax(2, keepdim=True) / 127
     numbers = (groups / scale).round()
@@ -48,7 +48,7 @@ def gptq(weight: Tensor, group_size: int = 16) -> tuple[dict[str, Tensor], Tenso
 
 
 def gptq_rows(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """As `gptq`, with one group per row: of different sizes for the two products."""
+    """Return what `gptq` does, with one group per row: of different sizes for the two products."""
     stored, meant = gptq(weight, weight.shape[1])
     return stored | {"g_idx": torch.zeros(weight.shape[1], dtype=torch.int32)}, meant
 

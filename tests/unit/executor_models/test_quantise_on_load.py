@@ -63,7 +63,7 @@ def test_integers_keep_the_largest_of_a_group_and_zeros() -> None:
 
 
 def test_four_bits_find_the_numbers_that_blocks_had() -> None:
-    """As a GGUF file's Q4_1 blocks that were dequantised, and groups of equal numbers."""
+    """Weights are dequantised Q4_1 blocks of a GGUF file, and groups of equal numbers."""
     generator = torch.Generator().manual_seed(3)
     numbers = torch.randint(16, (96, 8, 32), generator=generator).float()
     numbers[..., 0], numbers[..., 1] = 0, 15
@@ -131,7 +131,7 @@ def test_models(
 def test_inputs_are_quantised_where_they_are_computed(
     family: str, hf_model: Callable[..., Any], paged: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """One of a layer's four products, the one after attention, needs a launch of its own to quantise its input."""
+    """Only the product after attention, of a layer's four, needs a launch of its own to quantise its input."""
     hf_model(family, num_hidden_layers=4).save_pretrained(tmp_path)
     calls = 0
 

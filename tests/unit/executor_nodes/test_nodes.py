@@ -268,7 +268,7 @@ async def test_a_node_that_comes_back_before_the_generation_has_ended_is_in_the_
 
 
 async def test_a_node_that_is_silent_is_gone() -> None:
-    """Its host may have lost power: the connection does not close."""
+    """A node whose host lost power is silent: the connection does not close."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         silent = socket.create_connection(server.getsockname())
         connection = NodeConnection(server.accept()[0])

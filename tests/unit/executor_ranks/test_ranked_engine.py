@@ -234,7 +234,7 @@ def test_blocks_go_to_the_hosts_memory_of_all_ranks(
 
 
 def test_warm_up_is_done_by_all_ranks(compiler: LlGrammarCompiler, one_rank: OneRank) -> None:
-    """It captures graphs, serves every kind of request, copies blocks, and leaves runners that serve."""
+    """Warm-up captures graphs, serves every kind of request, copies blocks, and leaves runners that serve."""
     limits = engine_config(MODEL)
     expected = one_rank(MODEL, limits)
 

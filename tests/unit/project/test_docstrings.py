@@ -1,6 +1,7 @@
-"""Docstrings name their subject: none opens with an indirect question, such as "What a call can fail with".
+"""Docstrings name their subject: none opens with an indirect question, such as "What a call can fail with", or with a
+pronoun, such as "It ends calls".
 
-The same holds for each argument and attribute that a docstring describes, and for the help of options.
+No question opens the description of an argument or attribute either, nor the help of an option.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 INDIRECT = re.compile(r"(What|Whether|How|When|Where|Which|Who|Whom|Whose|Why|Of|By what|By which)\b")
 """Openings of questions, and of an answer whose question is the name ("Of a table.")."""
+
+PRONOUN = re.compile(r"(It|Its|They|Their|These|Those)\b")
+"""Openings that leave the subject out. An argument may have them: "Its name" is that of what the docstring is about."""
 
 GENERATED = "scalellm/v1/"
 
@@ -42,10 +46,11 @@ def helps(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def riddles_of(docstring: str) -> list[str]:
-    """The indirect questions in a docstring: its opening, and what it says of arguments and attributes."""
+    """The riddles in a docstring: its opening, and what it says of arguments and attributes."""
     opening, *lines = docstring.splitlines()
     entries = [entry[1] for line in lines if (entry := re.match(r" +\w+: (.+)", line)) is not None]
-    return [text for text in (opening, *entries) if INDIRECT.match(text)]
+    questions = [text for text in (opening, *entries) if INDIRECT.match(text)]
+    return questions + [opening] * (PRONOUN.match(opening) is not None)
 
 
 @pytest.mark.parametrize("folder", ["services", "kernels", "clients", "bench", "scripts", "tests", "examples"])
@@ -69,6 +74,7 @@ def test_docstrings_name_their_subject(folder: str) -> None:
         ('"""What a call can fail with."""', 1),
         ('"""Errors of a call."""', 0),
         ('def f() -> bool:\n    """Whether it is."""', 1),
+        ('"""They end calls."""', 1),
         ('limit = 1\n"""How many there may be."""', 1),
         ('limit = 1\n"""Whatever comes first wins."""', 0),
         ('"""Ends calls.\n\n    Args:\n        call: Which.\n        limit: Of calls.\n    """', 2),

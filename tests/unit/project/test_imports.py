@@ -129,7 +129,7 @@ def test_what_must_start_in_an_instant_imports_nothing_heavy(module: str, heavy:
 
 
 def test_an_engine_without_a_model_loads_no_torch(model_dir: Callable[[str], Path]) -> None:
-    """It takes three seconds of the CPU, at each start of an engine."""
+    """Loading torch takes three seconds of the CPU, at each start of an engine."""
     code = f"""
 import sys
 import scalellm.services.executor.engine_process

@@ -76,7 +76,7 @@ def zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class MetaDevice(FakeCudaDevice):
-    """Its memory has no content: what reads it on the host, or mixes it with memory of the host, raises."""
+    """A device whose memory has no content: reading it on the host, or mixing it with memory of the host, raises."""
 
     def __init__(self, capability: Capability) -> None:
         super().__init__(capability)

@@ -26,7 +26,7 @@ NAMES = (
     *("alternatives of alternatives", "deep", "large enum", "long"),
 )
 ROUNDS = 6
-"""As many grammars as `NAMES` in each, all of them different: more than are kept after four."""
+"""Rounds of as many grammars as `NAMES`, all of them different: more than are kept after four."""
 
 MOST_KEPT = 32
 

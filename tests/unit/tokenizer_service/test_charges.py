@@ -64,7 +64,7 @@ class Ledger:
 
 
 class Schedulers:
-    """One that plays what it is told when a request comes."""
+    """Schedulers that play what they are told when a request comes."""
 
     vocab_size = 1000
 
@@ -104,7 +104,7 @@ class Prompts:
 
 
 class Client(Caller):
-    """It waits for ever."""
+    """A client that waits for ever."""
 
     transport, method = "grpc", "test"
     span_attributes: Mapping[str, str] = {}

@@ -87,7 +87,7 @@ async def test_what_one_wrote_another_reads(own_redis):
 
 
 async def test_a_write_whose_answer_was_lost_loses_nothing(own_redis):
-    """As when a worker is stopped within a write: its last one says more, and knows nothing of the one before."""
+    """A worker is stopped within a write: the next write says more, and knows nothing of the one before."""
     async with journals(own_redis) as journal:
         one, two = journal("one"), journal("two")
         await one.create(TENANT, head(), 1, None)

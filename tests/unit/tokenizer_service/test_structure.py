@@ -152,7 +152,7 @@ def test_a_trigger_that_is_a_special_token_stands_for_the_token() -> None:
 
 
 def test_classes_of_characters_are_those_of_ascii() -> None:
-    """As JSON Schema has it; what is escaped itself, or is no class, stays."""
+    """Classes mean what JSON Schema says; what is escaped itself, or is no class, stays."""
     assert grammar(regex=r"\d+[\w.]\\d\s\D") == "start: /[0-9]+[[0-9A-Za-z_].]\\\\d\\s[^0-9]/\n"
     schema = {"pattern": r"^\d$", "patternProperties": {r"\w": {"pattern": r"\W"}}, "const": {"pattern": r"\d"}}
     told = json.loads(checked_schema(json.dumps(schema), "f"))

@@ -67,7 +67,7 @@ def make_chat(*, has_tools: bool, has_call: bool) -> generation_pb2.Chat:
 
 
 def messages(*, has_call: bool, as_sent: bool) -> list[dict]:
-    """The same as transformers takes it: arguments as objects, or as texts where a template wants these."""
+    """Return the chat as transformers takes it: arguments as objects, or as texts where a template wants these."""
     told: list[dict] = [{"role": "user", "content": "How is it there?"}]
     if has_call:
         arguments = json.dumps(CALL["arguments"]) if as_sent else CALL["arguments"]
