@@ -144,7 +144,8 @@ async def test_deadline_and_cancellation_reach_the_executor(line: Line) -> None:
     assert info.cancelled > before.cancelled
 
 
-async def test_logprobs_reach_the_client(line: Line, model_dir) -> None:
+async def log_probabilities(line: Line) -> tuple[generation_pb2.PromptLogprobs, list[generation_pb2.Delta]]:
+    """Return the log-probabilities of a prompt and of the tokens that follow it."""
     async with line.channel() as channel:
         tokenizer = tokenizer_pb2_grpc.TokenizerStub(channel)
         ids = (await tokenizer.Encode(tokenizer_pb2.EncodeRequest(text="The capital of France is"))).token_ids
@@ -161,18 +162,30 @@ async def test_logprobs_reach_the_client(line: Line, model_dir) -> None:
             elif response.WhichOneof("event") == "delta":
                 deltas.append(response.delta)
     assert list(prompt.token_ids) == list(ids)
-    assert len(prompt.logprobs.logprobs) == len(ids)
+    return prompt, deltas
+
+
+async def test_logprobs_reach_the_client(line: Line) -> None:
+    prompt, deltas = await log_probabilities(line)
+    assert len(prompt.logprobs.logprobs) == len(prompt.token_ids)
     assert prompt.logprobs.logprobs[0] == 0
-    model = load_gguf_oracle(model_dir("smollm2-135m-instruct"), 49152)
-    with torch.inference_mode():
-        scores = torch.log_softmax(model(input_ids=torch.tensor([list(ids)])).logits[0], dim=-1)[:-1]
-    of_prompt = scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    best = scores.topk(1)
-    assert list(prompt.logprobs.logprobs[1:]) == pytest.approx(of_prompt.tolist(), abs=1e-2)
-    assert list(prompt.logprobs.top_token_ids) == [0, *best.indices[:, 0].tolist()]
-    assert list(prompt.logprobs.top_logprobs) == pytest.approx([0, *best.values[:, 0].tolist()], abs=1e-2)
+    assert max(prompt.logprobs.logprobs[1:]) < 0
     for delta in deltas:
         assert len(delta.logprobs.logprobs) == delta.num_tokens
         assert len(delta.logprobs.top_token_ids) == 2 * delta.num_tokens
         for place in range(delta.num_tokens):  # greedy: the token is the most likely one
             assert delta.logprobs.top_token_ids[2 * place] == delta.token_ids[place]
+
+
+@pytest.mark.slow  # transformers takes eight seconds of CPU time to read the model
+async def test_log_probabilities_of_a_prompt_are_those_of_transformers(line: Line, model_dir) -> None:
+    prompt, _ = await log_probabilities(line)
+    ids = list(prompt.token_ids)
+    model = load_gguf_oracle(model_dir("smollm2-135m-instruct"), 49152)
+    with torch.inference_mode():
+        scores = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], dim=-1)[:-1]
+    of_prompt = scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    best = scores.topk(1)
+    assert list(prompt.logprobs.logprobs[1:]) == pytest.approx(of_prompt.tolist(), abs=1e-2)
+    assert list(prompt.logprobs.top_token_ids) == [0, *best.indices[:, 0].tolist()]
+    assert list(prompt.logprobs.top_logprobs) == pytest.approx([0, *best.values[:, 0].tolist()], abs=1e-2)

@@ -154,23 +154,27 @@ def serve(
 
 
 H200 = Capability(sm=90, num_sms=132, name="NVIDIA H200")
-MODELS = pytest.mark.parametrize(
-    ("model", "quantization", "cache_dtype", "limits"),
-    [
-        (LLAMA, "none", torch.bfloat16, {"max_num_seqs": 24}),
-        (LLAMA, "fp8", E4M3, {}),
-        (LLAMA, "int4", torch.bfloat16, {}),
-        (GEMMA, "none", torch.bfloat16, {}),
-        (WIDE_GROUP, "none", torch.bfloat16, {"max_num_batched_tokens": 8}),
-        (MIXTURE, "none", torch.bfloat16, {"max_num_batched_tokens": 256}),
-        (MIXTURE, "int8", torch.bfloat16, {}),
-    ],
-    ids=["llama", "fp8", "int4", "gemma", "wide-group", "mixture", "mixture-int8"],
-)
+MODELS: dict[str, tuple[ModelConfig, str, torch.dtype, dict[str, int]]] = {
+    "llama": (LLAMA, "none", torch.bfloat16, {"max_num_seqs": 24}),
+    "fp8": (LLAMA, "fp8", E4M3, {}),
+    "int4": (LLAMA, "int4", torch.bfloat16, {}),
+    "gemma": (GEMMA, "none", torch.bfloat16, {}),
+    "wide-group": (WIDE_GROUP, "none", torch.bfloat16, {"max_num_batched_tokens": 8}),
+    "mixture": (MIXTURE, "none", torch.bfloat16, {"max_num_batched_tokens": 256}),
+    "mixture-int8": (MIXTURE, "int8", torch.bfloat16, {}),
+}
+
+
+def each_model(*slow: str) -> pytest.MarkDecorator:
+    """Try a test on each model; on `slow` ones in `make test-all` alone, since others run the same code on the host."""
+    cases = [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in slow else []) for name, case in MODELS.items()
+    ]
+    return pytest.mark.parametrize(("model", "quantization", "cache_dtype", "limits"), cases)
 
 
 @pytest.mark.usefixtures("zeroed")
-@MODELS
+@each_model()
 def test_serving_meets_no_kernel_variant_that_warm_up_did_not(
     model: ModelConfig, quantization: Any, cache_dtype: torch.dtype, limits: dict[str, int]
 ) -> None:
@@ -178,7 +182,7 @@ def test_serving_meets_no_kernel_variant_that_warm_up_did_not(
     assert runner.late_compiles == []
 
 
-@MODELS
+@each_model("llama", "int4", "mixture")
 def test_the_host_reads_nothing_from_the_device_and_mixes_in_nothing_of_its_own(
     model: ModelConfig, quantization: Any, cache_dtype: torch.dtype, limits: dict[str, int]
 ) -> None:
