@@ -51,6 +51,11 @@ LEVELS = (
     Level("avx512", ("-march=x86-64-v4",), _AVX512),
     Level("avx512-vnni", ("-march=x86-64-v4", "-mavx512vnni"), _VNNI),
     Level("avx512-bf16", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"), _VNNI | {"avx512_bf16"}),
+    Level(
+        "amx",
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        _VNNI | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
+    ),
 )
 """Weakest first. Each instruction set that the sources test for is in one of them."""
 

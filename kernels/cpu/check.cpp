@@ -10,6 +10,7 @@
 #include "vec.h"
 
 extern "C" {
+int64_t prepare();
 int64_t gemm_dense(int64_t weight_dtype, const float* x, const int32_t* sources, const int32_t* starts, int64_t weights,
                    const void* weight, const float* bias, float* out, int64_t m, int64_t n, int64_t k, int64_t threads);
 int64_t gemm_wna16(int64_t bits, int64_t dtype, const void* x, const int32_t* sources, const int32_t* starts,
@@ -87,7 +88,7 @@ template <class W>
 bool dense_products_are_right(Code code, int64_t m) {
   constexpr int64_t n = 2 * kTile + 6, k = 131;
   Random random;
-  std::vector<W> weight(num_tiles(n) * k * kTile + kLanes);
+  std::vector<W> weight(num_tiles(n) * even_inputs<W>(k) * kTile);
   std::vector<float> x(m * k), bias(n), out(m * n);
   std::vector<double> numbers(n * k);
   for (float& number : x) number = random.number();
@@ -96,7 +97,8 @@ bool dense_products_are_right(Code code, int64_t m) {
     for (int64_t i = 0; i < k; ++i) {
       const float number = random.number();
       numbers[column * k + i] = number;
-      store(&weight[(column / kTile * k + i) * kTile + place_in_tile<W>(column % kTile)], splat(number), 1);
+      W* const tile = &weight[column / kTile * even_inputs<W>(k) * kTile];
+      store(tile + place_in_tile<W>(i, column % kTile), splat(number), 1);
     }
   }
   gemm_dense(code, x.data(), nullptr, nullptr, 1, weight.data(), bias.data(), out.data(), m, n, k, 1);
@@ -168,6 +170,7 @@ bool products_of_bytes_are_right() {
 
 // Returns null where all is right, else what is not.
 EXPORT const char* self_check() {
+  if (!prepare()) return "the operating system does not keep the state that it needs";
   if (!packed_products_are_right(4)) return "products with packed integers of 4 bits are wrong";
   if (!packed_products_are_right(8)) return "products with packed integers of 8 bits are wrong";
   if (!dense_products_are_right<float>(kFloat32)) return "products with float32 weights are wrong";

@@ -1,7 +1,8 @@
 """Products of float32 inputs with weights of 16 or 32 bit floating point numbers in C++, in float32.
 
 A sum has one order whatever rows are computed together, so a row's result does not depend on the other rows, which it
-does with torch's products. A weight of 16 bits is read as it is and widened in registers.
+does with torch's products. A weight of 16 bits is read as it is and widened in registers. Where the CPU has products of
+bfloat16 numbers (AVX-512 BF16, AMX), inputs of weights in bfloat16 are rounded to bfloat16, as they are on a GPU.
 """
 
 import torch
@@ -19,7 +20,7 @@ class TiledMatrix:
     """A weight `[N, K]` of one of DTYPES, or a stack of them `[E, N, K]`, in tiles of TILE rows.
 
     Rows of a weight are columns of the product; `num_columns` is N. The memory of `matrix`, which is contiguous,
-    becomes that of the tiles if N is a multiple of TILE.
+    becomes that of the tiles if N is a multiple of TILE and, of bfloat16, K is even.
     """
 
     def __init__(self, library: CpuLibrary, matrix: Tensor) -> None:
@@ -27,13 +28,13 @@ class TiledMatrix:
         self.num_columns, self._num_inputs = matrix.shape[-2:]
         self._num_weights = matrix.shape[0] if matrix.dim() == 3 else 1
         self._dtype = CODES[matrix.dtype]
-        padded = pad(matrix, (0, 0, 0, -self.num_columns % TILE)) if self.num_columns % TILE else matrix
-        self._tiles = padded.view(-1, TILE, self._num_inputs)
+        depth = 2 if matrix.dtype == torch.bfloat16 else 1  # `kDepth` in tile.h
+        missing = (0, -self._num_inputs % depth, 0, -self.num_columns % TILE)
+        padded = pad(matrix, missing) if any(missing) else matrix
+        self._tiles = padded.view(-1, TILE, padded.shape[-1])
         for tile in self._tiles:
-            columns = tile.T
-            if matrix.dtype == torch.bfloat16:  # `place_in_tile` in tile.h
-                columns = columns.unflatten(1, (2, TILE // 2)).transpose(1, 2)
-            tile.view(columns.shape).copy_(columns.clone(memory_format=torch.contiguous_format))
+            by_inputs = tile.unflatten(1, (-1, depth)).transpose(0, 1)
+            tile.view(by_inputs.shape).copy_(by_inputs.clone(memory_format=torch.contiguous_format))
 
     def rows(self, indices: Tensor, *, scale: float = 1.0) -> Tensor:
         """Return rows `indices [n]` i64 of the weight, times `scale`, `[n, K]` float32.

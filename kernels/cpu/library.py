@@ -51,7 +51,7 @@ FUNCTIONS: Mapping[str, str] = MappingProxyType(
         "unified_attention": "iippppppiiiiiiiiiiifffppi",
     }
 )
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
 
 _logger = logging.getLogger(__name__)
 
@@ -80,9 +80,11 @@ class CpuLibrary:
         dll = ctypes.CDLL(str(path))
         for name, arguments in FUNCTIONS.items():
             function = getattr(dll, name)
-            function.argtypes = [*(_TYPES[kind] for kind in arguments), ctypes.c_int64]
+            function.argtypes = [*(TYPES[kind] for kind in arguments), ctypes.c_int64]
             function.restype = ctypes.c_int64
             getattr(dll, f"{name}_recorded")
+        if not dll.prepare():
+            raise OSError(f"the operating system does not keep the state that {level} instructions need")
         self._replay = dll.replay
         self._replay.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         self._replay.restype = ctypes.c_int64

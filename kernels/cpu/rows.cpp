@@ -89,9 +89,9 @@ EXPORT int64_t gather_tiled_rows(int64_t weight_dtype, const void* weight, const
   const auto run = [&](auto type) {
     using W = decltype(type);
     return for_ids(ids, rows, num_ids, size, threads, [&](int64_t row, int64_t id) {
-      const W* from = static_cast<const W*>(weight) + id / kTile * size * kTile + place_in_tile<W>(id % kTile);
+      const W* tile = static_cast<const W*>(weight) + id / kTile * even_inputs<W>(size) * kTile;
       float* to = out + row * size;
-      for (int64_t i = 0; i < size; ++i, from += kTile) to[i] = load(from, 1)[0] * float(scale);
+      for (int64_t i = 0; i < size; ++i) to[i] = load(tile + place_in_tile<W>(i, id % kTile), 1)[0] * float(scale);
     });
   };
   return weight_dtype == kFloat32 ? run(float{}) : weight_dtype == kBFloat16 ? run(BFloat16{}) : run(Float16{});

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cpu_levels import library_rounds_inputs_to_bfloat16
 from scalellm.kernels import Capability, Ops, select_ops, topk_softmax
 from scalellm.kernels.cpu import moe
 from scalellm.kernels.cpu.gemm_dense import DTYPES
@@ -44,8 +45,8 @@ def one_by_one(x, layer, weights, ids):
     return out
 
 
-def assert_close(got, expected):
-    assert ((got.double() - expected).norm() / expected.norm()).item() < TOLERANCE[got.dtype]
+def assert_close(got, expected, tolerance=None):
+    assert ((got.double() - expected).norm() / expected.norm()).item() < (tolerance or TOLERANCE[got.dtype])
 
 
 def assert_rows_are_their_own(layer, x, weights, ids, monkeypatch):
@@ -79,7 +80,8 @@ def test_dense_experts(ops, monkeypatch, weight_dtype, tokens, experts, k, hidde
 
     out = torch.full_like(x, torch.nan)
     assert ops.fused_moe(x, w13, w2, weights, ids, out=out) is out
-    assert_close(out, one_by_one(x, layer, weights, ids))
+    rounds = weight_dtype == torch.bfloat16 and library_rounds_inputs_to_bfloat16(ops.library)
+    assert_close(out, one_by_one(x, layer, weights, ids), TOLERANCE[torch.bfloat16] if rounds else None)
     assert_rows_are_their_own(lambda *args: ops.fused_moe(args[0], w13, w2, *args[1:]), x, weights, ids, monkeypatch)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bench.quality import TEXT, form_settings, mean_negative_logprob
+from cpu_levels import library_rounds_inputs_to_bfloat16
 from scalellm.kernels import Capability, Ops, select_ops
 from scalellm.services.executor.build import build_engine
 from scalellm.services.executor.engine.engine import Engine
@@ -84,7 +85,11 @@ def test_weights_of_16_bits_are_kept(
     got = torch.cat([ours.step({0: TOKENS[:-2]})[0], *(ours.step({0: [token]})[0] for token in TOKENS[-2:])])
     with torch.inference_mode():
         expected = oracle(torch.tensor([TOKENS])).logits[0]
-    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+    assert ops.library is not None
+    if dtype == torch.bfloat16 and library_rounds_inputs_to_bfloat16(ops.library):
+        assert (got - expected).norm() / expected.norm() < 0.02
+    else:
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
     assert torch.equal(ours.step({1: TOKENS})[1], got)
 
 
