@@ -6,13 +6,17 @@
 //
 // Weights lie in tiles of columns, one behind the other: words [n / 32, k * bits / 32, 32], scales and zeros
 // [n / 32, k / group, 32]. A product reads them from the first to the last as they are in memory. Inputs lie in blocks
-// of rows, in the order in which they are used: codes [k / 4, rows of the block, 4].
+// of rows, in the order in which they are used: codes [k / 4, rows of the block, 4]. Where the CPU has a matrix unit
+// (AMX), it multiplies blocks of more rows, whose codes lie row by row, [rows of the block, k]. The sums of a group are
+// the same numbers then, and so are the results.
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <utility>
 
 #include "blocks.h"
 #include "dot.h"
+#include "matrix_unit.h"
 #include "parallel.h"
 #include "recording.h"
 #include "round8.h"
@@ -24,6 +28,9 @@ namespace {
 constexpr int kFewRows = kLanes == 16 ? 8 : 4;    // in a block: as many sums as there are registers for
 constexpr int kManyRows = kLanes == 16 ? 6 : 4;   // the same, of calls with kMany: results have registers, too
 constexpr int64_t kMany = 64;                     // rows: what is done once per tile counts for little
+constexpr int64_t kUnitLeast = 16;                // rows from which on the matrix unit is used
+constexpr int64_t kUnitLeastGroup = 64;           // inputs: with fewer, most instructions would be those that add up groups
+constexpr int kUnitLeastWords = 8;                // of the 16 that it has room for
 constexpr int kAhead = 8192;                      // bytes of words that are asked for ahead, into the second-level cache
 constexpr double kItemNs = 6000;                  // work worth another thread's taking
 
@@ -40,10 +47,11 @@ struct Problem {
   const float* input_sums;    // the same, of codes
 };
 
-// One row of a block of `rows`; codes, scales and sums are where the row's first are.
+// One row of a block of `rows`; codes, scales and sums are where the row's first are. Of codes, every four are `apart`
+// bytes from the four before.
 template <class T, int Bits>
-void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start_per_code, int8_t* codes, float* scales,
-               int32_t* starts, float* sums) {
+void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start_per_code, int8_t* codes, int64_t apart,
+               float* scales, int32_t* starts, float* sums) {
   constexpr int kAtOnce = 16;
   for (int64_t start = 0; start < k; start += group, x += group, scales += rows, starts += rows, sums += rows) {
     Int largest = {};
@@ -71,7 +79,7 @@ void round_row(const T* x, int64_t k, int64_t group, int64_t rows, int32_t start
           std::memcpy(b, &v, sizeof v);
         }
       }
-      for (int four = 0; four < count; four += 4, codes += 4 * rows) std::memcpy(codes, bytes + four, 4);
+      for (int four = 0; four < count; four += 4, codes += apart) std::memcpy(codes, bytes + four, 4);
     };
     for (i = 0; i + kAtOnce <= group; i += kAtOnce) round(x + i, kAtOnce);
     if (i < group) {
@@ -199,6 +207,88 @@ void tiles(const Problem<T>& p, const Blocks& blocks, const Share& share, int64_
   }
 }
 
+// Words of 4 inputs that the matrix unit takes at once of a group; 0 if it is not used.
+int unit_words([[maybe_unused]] int64_t group) {
+#if defined(HAS_MATRIX_UNIT)
+  for (int words = kUnitWords; group >= kUnitLeastGroup && words >= kUnitLeastWords; --words) {
+    if (group % (4 * words) == 0) return words;
+  }
+#endif
+  return 0;
+}
+
+#if defined(HAS_MATRIX_UNIT)
+
+static_assert(kUnitLeast > kFewRows, "the unit's blocks are told by their rows");
+
+// The words of a tile as the unit takes them: [k / 4, kTile], four weights each in the order of codes.
+template <int Bits>
+const void* unit_weights(const int32_t* words, int64_t k) {
+  if constexpr (Bits == 8) return words;
+  static thread_local Scratch<int32_t> unpacked;
+  int32_t* to = unpacked.of(k / 4 * kTile);
+  for (int64_t row = 0; row < k / 8; ++row, words += kTile, to += 2 * kTile) {
+    for (int at = 0; at < kTile; at += kLanes) {
+      const Int word = read<Int>(words + at), low = word & 0x0f0f0f0f, high = word >> 4 & 0x0f0f0f0f;
+      std::memcpy(to + at, &low, sizeof low);
+      std::memcpy(to + kTile + at, &high, sizeof high);
+    }
+  }
+  return to - k / 4 * kTile;
+}
+
+// A block times a tile, with its words as `unit_weights` returns them.
+template <class T, bool HasZeros>
+void block_on_unit(MatrixUnit<int32_t>& unit, int words, const Problem<T>& p, int64_t tile, const Block& block,
+                   const void* weights) {
+  static_assert(kTile == kUnitColumns);
+  const auto [first, rows] = block;
+  const int8_t* codes = p.codes + first * p.k;
+  const char* weight = static_cast<const char*>(weights);
+  alignas(64) int32_t sums[kUnitRows * kTile];
+  alignas(64) float results[kUnitRows * kTile];
+  std::fill_n(results, rows * kTile, 0.0f);
+  for (int64_t group = 0; group < p.groups; ++group) {
+    unit.begin(int(rows), words);
+    for (int64_t i = 0; i < p.group; i += 4 * words, codes += 4 * words, weight += 4 * words * kTile) {
+      unit.add(codes, p.k, weight);
+    }
+    unit.store_sums(sums);
+    const int64_t of_tile = (tile * p.groups + group) * kTile, of_block = first * p.groups + group * rows;
+    for (int at = 0; at < kTile; at += kLanes) {
+      const Vec scale = load(p.scales + of_tile + at), zero = HasZeros ? load(p.zeros + of_tile + at) : Vec{};
+      for (int64_t m = 0; m < rows; ++m) {
+        Vec value = __builtin_convertvector(read<Int>(sums + m * kTile + at) + p.starts[of_block + m], Vec);
+        if constexpr (HasZeros) value -= zero * p.input_sums[of_block + m];
+        float* result = results + m * kTile + at;
+        store(result, load(result) + value * (scale * p.input_scales[of_block + m]));
+      }
+    }
+  }
+  for (int64_t column = tile * kTile; column < std::min((tile + 1) * kTile, p.n); column += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, p.n - column);
+    for (int64_t m = 0; m < rows; ++m) {
+      const Vec result = load(results + m * kTile + column - tile * kTile);
+      T* const out = p.out + (first + m) * p.n + column;
+      count == kLanes ? store(out, result) : store(out, result, count);
+    }
+  }
+}
+
+template <class T, int Bits, bool HasZeros>
+void tiles_on_unit(const Problem<T>& p, const Blocks& blocks, const Share& share, int64_t from, int64_t to) {
+  const int words = unit_words(p.group);
+  MatrixUnit<int32_t> unit;
+  for (int64_t tile = from; tile < to; ++tile) {
+    const void* weights = unit_weights<Bits>(p.words + tile * p.k * Bits / 32 * kTile, p.k);
+    for (int64_t block = share.first_block; block < share.end_block; ++block) {
+      block_on_unit<T, HasZeros>(unit, words, p, tile, blocks[block], weights);
+    }
+  }
+}
+
+#endif
+
 // What the inputs of a call become. It is the calling thread's, whoever helps it.
 struct RoundedInputs {
   Scratch<int8_t> codes;
@@ -220,15 +310,21 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
   int32_t* sum_starts = rounded.starts.of(m * groups);
   float* input_sums = rounded.sums.of(m * groups);
   Blocks& blocks = rounded.blocks;
-  blocks.divide(m, starts, weights, [](int64_t rows) { return rows < kMany ? kFewRows : kManyRows; });
-  // So that no zero point is left to subtract except those of `zeros`.
-  const int32_t start = zeros != nullptr ? kCentre<Bits> : kCentre<Bits> - (1 << (Bits - 1));
+  const int64_t on_unit = unit_words(group) > 0 ? kUnitLeast : INT64_MAX;  // as many rows of a weight or more
+  blocks.divide(m, starts, weights, [&](int64_t rows) {
+    return rows >= on_unit ? int64_t(kUnitRows) : rows < kMany ? kFewRows : kManyRows;
+  });
   parallel_ranges(blocks.count(), 65536 / (k * kFewRows) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const auto [row, rows] = blocks[block];
+      const bool is_on_unit = rows > kFewRows;
+      // So that no zero point is left to subtract except those of `zeros`.
+      const int32_t centre = is_on_unit ? 0 : kCentre<Bits>;
+      const int32_t start = zeros != nullptr ? centre : centre - (1 << (Bits - 1));
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t source = sources == nullptr ? row + i : sources[row + i];
-        round_row<T, Bits>(static_cast<const T*>(x) + source * k, k, group, rows, start, codes + row * k + 4 * i,
+        round_row<T, Bits>(static_cast<const T*>(x) + source * k, k, group, rows, start,
+                           codes + row * k + i * (is_on_unit ? k : 4), is_on_unit ? 4 : 4 * rows,
                            input_scales + row * groups + i, sum_starts + row * groups + i,
                            input_sums + row * groups + i);
       }
@@ -245,6 +341,12 @@ void gemm(const void* x, const int32_t* sources, const int32_t* starts, int64_t 
                        groups, codes, input_scales, sum_starts, input_sums};
     const std::make_integer_sequence<int, kFewRows> few;
     const std::make_integer_sequence<int, 2> even_sizes;  // of many blocks
+#if defined(HAS_MATRIX_UNIT)
+    if (share.rows >= on_unit) {
+      return zeros == nullptr ? tiles_on_unit<T, Bits, false>(p, blocks, share, begin, end)
+                              : tiles_on_unit<T, Bits, true>(p, blocks, share, begin, end);
+    }
+#endif
     if (share.rows < kMany) {
       zeros == nullptr ? tiles<T, Bits, false, true, 1>(p, blocks, share, begin, end, few)
                        : tiles<T, Bits, true, true, 1>(p, blocks, share, begin, end, few);

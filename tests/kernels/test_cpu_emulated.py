@@ -158,6 +158,7 @@ def test_rows_of_experts_are_those_of_each_expert_alone(library, kind):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
+        ("EMULATE_WRONG_BYTES", "products with packed integers of 8 bits are wrong"),
         ("EMULATE_NO_STATE", "the operating system does not keep the state that it needs"),
     ],
 )
