@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[3]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 SECOND_MODEL = ROOT / "deploy" / "second-model.yaml"
+SECURE = ROOT / "deploy" / "secure.yaml"
+SECURE_SECOND_MODEL = ROOT / "deploy" / "secure-second-model.yaml"
 VARIABLE = re.compile(r"\$\{(SCALELLM_[A-Z_]+):-")
 PINNED = re.compile(r"\$\{SCALELLM_[A-Z_]+_IMAGE:-[\w/]+:[\w.-]+@sha256:[0-9a-f]{64}\}")
 
@@ -81,6 +83,27 @@ def test_a_second_model_is_served_run_and_fetched_by_one_name() -> None:
     # The scheduler looks up one name for all executors.
     executors = SERVICES["scheduler"]["environment"]["SCALELLM_SCHEDULER_EXECUTORS"]
     assert second["networks"]["line"]["aliases"] == [executors.partition(":")[0]]
+
+
+class WithTags(yaml.SafeLoader):
+    """Reads files with Compose's own tags."""
+
+
+WithTags.add_constructor("!reset", lambda loader, node: None)
+
+
+def test_the_executor_of_a_second_model_is_secured_as_the_first_is() -> None:
+    secured = yaml.load(SECURE.read_text(), WithTags)["services"]
+    first = secured["executor"]
+    assert first["environment"].keys() >= {"SCALELLM_EXECUTOR_TLS_CERT", "SCALELLM_EXECUTOR_LINK_TOKEN_FILE"}
+    (second,) = (yaml.safe_load(SECOND_MODEL.read_text())["services"].keys() - SERVICES.keys()) - secured.keys()
+    assert yaml.safe_load(SECURE_SECOND_MODEL.read_text())["services"] == {
+        second: {
+            "extends": {"file": str(SECURE.relative_to(ROOT)), "service": "executor"},
+            "volumes": first["volumes"],
+        }
+    }
+    assert first.keys() == {"environment", "volumes"}, "the comment on relative paths holds for other keys as well"
 
 
 def test_every_variable_is_in_the_manual() -> None:
