@@ -14,11 +14,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalellm.kernels.cpu.library import FUNCTIONS, Call, CpuLibrary
+from scalellm.kernels.cpu.torch_mode import NEW, TorchMode
 
-_NEW = ("aten::empty", "aten::empty_like", "aten::new_empty")
 _Result = TypeVar("_Result")
 
 
@@ -69,24 +68,19 @@ class Recording(Generic[_Result]):
         return self.result
 
 
-class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Memory(TorchMode):  # type: ignore[no-untyped-call]
     """Gives new tensors memory that is never freed: what one had is for the next of about its size.
 
     Otherwise the tensors that a run makes and drops would be recorded at addresses that are somebody else's later.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._unused: dict[int, list[Tensor]] = defaultdict(list)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No: for its compiler to skip this, torch imports it, which takes 1.7 s of the first answer."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let views pass, give memory to new tensors, refuse everything else."""
-        if not func.is_view and func._schema.name not in _NEW:
+        if not func.is_view and func._schema.name not in NEW:
             raise NotRecordableError(str(func))
         made = func(*args, **(kwargs or {}))
         return made if func.is_view else self._lend(made.nbytes).view(made.dtype).view(made.shape)

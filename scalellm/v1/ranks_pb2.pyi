@@ -38,7 +38,7 @@ class RankMeeting(_message.Message):
     def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ..., generation: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class RankStep(_message.Message):
-    __slots__ = ("step", "num_decodes", "rows", "starts", "num_tokens", "flags", "first_new_blocks", "block_counts", "blocks", "token_counts", "token_ids", "new_sequences", "scores", "masked")
+    __slots__ = ("step", "num_decodes", "rows", "starts", "num_tokens", "flags", "first_new_blocks", "block_counts", "blocks", "token_counts", "token_ids", "new_sequences", "scores", "masked", "drafts")
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_DECODES_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class RankStep(_message.Message):
     NEW_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
     MASKED_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     step: int
     num_decodes: int
     rows: _containers.RepeatedScalarFieldContainer[int]
@@ -67,7 +68,8 @@ class RankStep(_message.Message):
     new_sequences: _containers.RepeatedCompositeFieldContainer[RankSequence]
     scores: _containers.RepeatedCompositeFieldContainer[RankScore]
     masked: bool
-    def __init__(self, step: _Optional[int] = ..., num_decodes: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., flags: _Optional[_Iterable[int]] = ..., first_new_blocks: _Optional[_Iterable[int]] = ..., block_counts: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_sequences: _Optional[_Iterable[_Union[RankSequence, _Mapping]]] = ..., scores: _Optional[_Iterable[_Union[RankScore, _Mapping]]] = ..., masked: _Optional[bool] = ...) -> None: ...
+    drafts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., num_decodes: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., flags: _Optional[_Iterable[int]] = ..., first_new_blocks: _Optional[_Iterable[int]] = ..., block_counts: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., new_sequences: _Optional[_Iterable[_Union[RankSequence, _Mapping]]] = ..., scores: _Optional[_Iterable[_Union[RankScore, _Mapping]]] = ..., masked: _Optional[bool] = ..., drafts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RankSequence(_message.Message):
     __slots__ = ("seed", "index", "num_prompt_tokens", "sampling", "has_grammar")

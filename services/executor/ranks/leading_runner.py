@@ -45,11 +45,6 @@ class LeadingRunner(ModelRunner):
         self._tell = tell
         self._writer = PlanWriter()
 
-    @property
-    def has_equal_rows(self) -> bool:
-        """False: plans tell the other ranks nothing of drafts."""
-        return False
-
     def check_device(self) -> None:
         """Raise: the others may wait in the midst of a step."""
         super().check_device()

@@ -12,7 +12,7 @@ from scalellm.services.executor.engine.config import EngineConfig
 from scalellm.services.executor.engine.request import EngineRequest
 from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup
 from scalellm.services.executor.engine_link import sampling_from_wire
-from scalellm.services.executor.ranks.plan_writer import SAMPLES, TOKEN_PENDING
+from scalellm.services.executor.ranks.plan_writer import DRAFT, SAMPLES, TOKEN_PENDING
 from scalellm.v1 import ranks_pb2
 
 _A_GRAMMAR = "of rank 0"
@@ -25,11 +25,11 @@ class ToldMatcher:
         """Do nothing."""
 
     def num_allowed(self, token_ids: object) -> int:
-        """Return 0: nothing is guessed here."""
+        """Return 0: rank 0 guesses."""
         return 0
 
     def forced(self) -> Items[int]:
-        """Return nothing: nothing is guessed here."""
+        """Return nothing: rank 0 guesses."""
         return ()
 
 
@@ -55,7 +55,7 @@ class PlanReader:
     def step(self, plan: ranks_pb2.RankStep) -> ToldBatch:
         """Return the batch of a plan."""
         batch = ToldBatch(plan.step, num_decodes=plan.num_decodes, num_tokens=sum(plan.num_tokens), masked=plan.masked)
-        new = iter(plan.new_sequences)
+        new, drafts = iter(plan.new_sequences), iter(plan.drafts)
         blocks, token_ids = _parts(plan.blocks, plan.block_counts), _parts(plan.token_ids, plan.token_counts)
         columns = zip(
             plan.rows,
@@ -75,7 +75,8 @@ class PlanReader:
             seq = self._of_row[row]
             seq.block_table[first:] = new_blocks
             samples, pending = bool(flags & SAMPLES), bool(flags & TOKEN_PENDING)
-            batch.sequences.append(ScheduledSequence(seq, start, num_tokens, samples, first, pending))
+            draft = next(drafts) if flags & DRAFT else None
+            batch.sequences.append(ScheduledSequence(seq, start, num_tokens, samples, first, pending, draft=draft))
         for score in plan.scores:
             batch.sequences[score.place].prompt_logprobs = range(score.first, score.first + score.count)
         return batch

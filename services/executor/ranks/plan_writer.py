@@ -9,7 +9,7 @@ from scalellm.services.executor.engine.batch import ScheduledBatch, ScheduledSeq
 from scalellm.services.executor.engine.sampling_params import SamplingParams
 from scalellm.v1 import common_pb2, ranks_pb2
 
-SAMPLES, TOKEN_PENDING = 1, 2
+SAMPLES, TOKEN_PENDING, DRAFT = 1, 2, 4
 """Bits of `RankStep.flags`."""
 
 _NOT_COPIED = ("logit_bias", "stop_token_ids", "seed")
@@ -36,7 +36,11 @@ class PlanWriter:
         plan.rows.append(seq.row)
         plan.starts.append(scheduled.start)
         plan.num_tokens.append(scheduled.num_tokens)
-        plan.flags.append(SAMPLES * scheduled.samples + TOKEN_PENDING * scheduled.token_pending)
+        flags = SAMPLES * scheduled.samples + TOKEN_PENDING * scheduled.token_pending
+        if scheduled.draft is not None:
+            flags += DRAFT
+            plan.drafts.append(scheduled.draft)
+        plan.flags.append(flags)
         plan.first_new_blocks.append(first)
         plan.block_counts.append(len(seq.block_table) - first)
         plan.blocks.extend(seq.block_table[first:])

@@ -14,11 +14,13 @@ from scalellm.services.executor.engine.config import EngineConfig
 from scalellm.services.executor.grammar import Masks
 from scalellm.services.executor.models import CausalLM, KVCache
 from scalellm.services.executor.runner.decode_graphs import DecodeGraphs, decode_buckets
+from scalellm.services.executor.runner.decode_of_ranks import DecodeOfRanks
+from scalellm.services.executor.runner.decode_step import DecodeStep, finite_rows
 from scalellm.services.executor.runner.device import Device, Event
 from scalellm.services.executor.runner.host_cache import HostCache
 from scalellm.services.executor.runner.input_buffers import DecodeAttention, InputBuffers
 from scalellm.services.executor.runner.prompt_scores import PromptScores, score_prompt
-from scalellm.services.executor.runner.recorded_decode import DecodeStep, RecordedDecode
+from scalellm.services.executor.runner.recorded_decode import RecordedDecode
 from scalellm.services.executor.runner.sampler import Draw, Sampler
 
 
@@ -26,8 +28,8 @@ class ModelRunner:
     """Runs steps of one model on one device.
 
     Where steps overlap, those of decodes alone are padded to one of `buckets` rows (default: `decode_buckets`) and,
-    once `capture_graphs` ran, replayed; on a CPU they are run by `RecordedDecode`. All others are launched op by op.
-    Nothing in `launch` waits for the device, and `wait` waits for its own step only.
+    once `capture_graphs` ran, replayed; on a CPU they are run by `RecordedDecode`, or `DecodeOfRanks`. All others are
+    launched op by op. Nothing in `launch` waits for the device, and `wait` waits for its own step only.
 
     The KV caches are the model's, one per layer, with `config.num_blocks` blocks of `config.block_size` slots. `masks`
     fills what grammars allow (default: from the matchers of the sequences). Where the model is one rank's share, all
@@ -53,7 +55,9 @@ class ModelRunner:
         buckets = buckets or decode_buckets(config.max_num_seqs)
         self._graphs = DecodeGraphs(buckets, self._decode, device)
         self._inputs = InputBuffers(config, device, self._decode_attention(buckets), self._ops.library)
-        self._recorded = RecordedDecode(model, kv_caches, self._ops.library if self._is_whole else None)
+        self._decodes = (
+            RecordedDecode(model, kv_caches, self._ops.library) if self._is_whole else DecodeOfRanks(model, kv_caches)
+        )
         self._sampler = Sampler(config, device, self._ops, masks or Masks(config.max_num_seqs, config.vocab_size))
         self._row_numbers = np.arange(config.max_num_seqs + 1)
         # Results of padded decode steps; a CPU runs none.
@@ -71,7 +75,7 @@ class ModelRunner:
         """True once a decode step was found to be computed by the C++ forms alone: they add up each row in one order,
         whatever is beside it.
         """
-        return self._recorded.is_whole
+        return self._decodes.has_equal_rows
 
     @property
     def late_compiles(self) -> list[str]:
@@ -190,20 +194,20 @@ class ModelRunner:
     def _forward(self, batch: ScheduledBatch) -> DecodeStep:
         self._inputs.fill(batch, batch.num_decodes)
         if batch.num_decodes == len(batch.sequences):
-            step = self._recorded.run(batch.num_decodes, self._inputs.decode, self._sampler.plain_draw)
+            step = self._decodes.run(batch.num_decodes, self._inputs.decode, self._sampler.plain_draw)
             if step is not None:
                 return step
             inputs = self._inputs.decode(batch.num_decodes)
         else:
             inputs = self._inputs.mixed(batch)
         hidden = self._model.forward(*inputs, self._kv_caches)
-        return DecodeStep(hidden, _finite_rows(hidden), logits=None, drawn=None)
+        return DecodeStep(hidden, finite_rows(hidden), logits=None, drawn=None)
 
     def _decode(self, num_rows: int) -> None:
         """Queue a padded decode step from and to fixed places."""
         input_ids, context = self._inputs.decode(num_rows)
         hidden = self._model.forward(input_ids, context, self._kv_caches)
-        self._finite[:num_rows].copy_(_finite_rows(hidden))
+        self._finite[:num_rows].copy_(finite_rows(hidden))
         self._model.compute_logits(hidden, out=self._logits[:num_rows])
 
     def _decode_attention(self, buckets: list[int]) -> DecodeAttention:
@@ -264,8 +268,3 @@ class InFlightStep:
             return set()
         bad_rows = [row for row, is_finite in enumerate(finite) if not is_finite]
         return set((np.searchsorted(self._first_row, bad_rows, side="right") - 1).tolist())
-
-
-def _finite_rows(hidden: Tensor) -> Tensor:
-    """Return `[T]`, whether all of a row `[T, H]` is finite: a sum is not if one of its terms is not."""
-    return hidden.sum(-1, dtype=torch.float32).isfinite()

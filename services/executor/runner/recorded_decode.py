@@ -1,7 +1,6 @@
 """Decode steps on a CPU, each recorded when it first occurs and made as one call from then on."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,21 +10,10 @@ from scalellm.kernels.cpu.library import CpuLibrary
 from scalellm.kernels.cpu.recording import NotRecordableError, Recorder, Recording
 from scalellm.kernels.cpu.rows import finite_rows
 from scalellm.services.executor.models import CausalLM, ForwardContext, KVCache
+from scalellm.services.executor.runner.decode_step import DecodeStep
 
 _NUM_PARTS = 3  # of a step: layers, output projection, draws
 _MAX_ROWS = 64  # a step of more takes so long that its calls do not count
-
-
-class DecodeStep(NamedTuple):
-    """Results of a step, valid until the next: hidden states `[D, H]`, whether each is finite, logits, tokens.
-
-    The logits `[D, V]` f32, and what was drawn from them, are None where they are not recorded.
-    """
-
-    hidden: Tensor
-    finite: Tensor
-    logits: Tensor | None
-    drawn: SampleOutput | None
 
 
 class RecordedDecode:
@@ -45,8 +33,8 @@ class RecordedDecode:
         self._recordings: dict[tuple[int, Callable[[Tensor], SampleOutput] | None], Recording[DecodeStep]] = {}
 
     @property
-    def is_whole(self) -> bool:
-        """True if steps are recorded, with all their parts."""
+    def has_equal_rows(self) -> bool:
+        """True once a step was recorded with all its parts, which then compute each row as if it were alone."""
         return bool(self._recordings) and self._num_parts == _NUM_PARTS
 
     def run(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from scalellm.kernels.cpu.torch_mode import RowWatch
 from scalellm.services.executor.ranks.collectives import TorchCollectives
 
 
@@ -31,3 +36,24 @@ def test_what_was_gathered_is_not_changed() -> None:
     own, other = torch.ones(2), torch.ones(2)
     Gathered(other).all_reduce(own)
     assert (own.tolist(), other.tolist()) == ([2.0, 2.0], [1.0, 1.0])
+
+
+@pytest.fixture
+def group() -> Iterator[TorchCollectives]:
+    """The group of one rank: what gloo is asked for is the same as with several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield TorchCollectives()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_depends_on_other_rows_is_seen_and_collectives_do_not(group: TorchCollectives) -> None:
+    rows = torch.ones(3, 4)
+    with RowWatch() as watch:
+        group.all_reduce(group.all_gather(rows)[0].contiguous())
+    assert watch.is_equal
+    for work in (lambda: rows @ rows.T, rows.sum, lambda: rows.softmax(-1), rows.tanh):
+        with RowWatch() as watch:
+            work()
+        assert not watch.is_equal

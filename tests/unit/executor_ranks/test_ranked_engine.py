@@ -18,19 +18,23 @@ import torch
 import engine_kit
 from grammar_kit import json_grammar, make_compiler, steps
 from ranks_kit import fake_shards, run_ranks
-from runner_kit import MODEL, make_runner
+from runner_kit import CPU, MODEL, make_runner, with_experts
+from scalellm.kernels import Capability, Ops, select_ops
 from scalellm.services.executor.engine import Engine, EngineConfig, SwapCost
+from scalellm.services.executor.engine.speculation import Speculator
 from scalellm.services.executor.engine.step_result import StepResult
 from scalellm.services.executor.engine.step_warm_up import fit_step_times
 from scalellm.services.executor.grammar import LlGrammarCompiler
 from scalellm.services.executor.models import CausalLM, ModelConfig, ModelRuntime, allocate_kv_caches
 from scalellm.services.executor.models.shard import Shard
+from scalellm.services.executor.models.weight_slot import finish_all
 from scalellm.services.executor.ranks.following import follow
 from scalellm.services.executor.ranks.leading_runner import LeadingRunner, RanksApartError
 from scalellm.services.executor.ranks.told_masks import ToldMasks
 from scalellm.services.executor.runner import CpuDevice, Device, FakeCudaDevice, ModelRunner
 from scalellm.services.executor.runner.warm_up import run_largest_step, warm_up
 from scalellm.v1 import ranks_pb2
+from speculation_kit import make_speculator
 
 SMOLLM2_HEADS = replace(MODEL, num_heads=9, num_kv_heads=3, intermediate_size=96)
 MIXTRAL = replace(
@@ -45,11 +49,13 @@ MIXTRAL = replace(
 QWEN3_MOE = replace(
     MIXTRAL, architecture="Qwen3MoeForCausalLM", intermediate_size=64, qk_norm=True, sparse_layers=(False, True)
 )
+WIDE = replace(MODEL, hidden_size=64, intermediate_size=96, num_heads=2, num_kv_heads=1, head_dim=32)
+TORCH = Ops()
 DEVICES: dict[str, Callable[[], Device]] = {"cpu": CpuDevice, "graphs": FakeCudaDevice}
 SHAPE = json_grammar('{"type": "array", "maxItems": 3, "items": {"enum": ["red", "green", 3, null, true]}}')
 
 
-def make_model(config: ModelConfig, shard: Shard, moved: float = 0.0) -> CausalLM:
+def make_model(config: ModelConfig, shard: Shard, moved: float = 0.0, ops: Ops = TORCH) -> CausalLM:
     """Return a rank's share of a model of random weights, each of which is moved by up to a share `moved` of it."""
     whole, generator = CausalLM(config, ModelRuntime()), torch.Generator().manual_seed(0)
     weights = {}
@@ -58,9 +64,10 @@ def make_model(config: ModelConfig, shard: Shard, moved: float = 0.0) -> CausalL
         weights[slot.name] = weight
     for weight in weights.values():
         weight *= 1 + moved * (2 * torch.rand(weight.shape, generator=generator) - 1)
-    model = CausalLM(config, ModelRuntime(shard=shard))
+    model = CausalLM(config, ModelRuntime(ops, shard=shard))
     for slot in model.weight_slots():
         slot.dest.copy_(weights[slot.name][slot.window or ...])
+    finish_all(model.weight_slots())
     return model
 
 
@@ -107,10 +114,13 @@ def serve(engine: Engine) -> engine_kit.Collector:
 class Ranks:
     """A group whose ranks are threads; plans travel as bytes, through queues."""
 
-    def __init__(self, config: ModelConfig, limits: EngineConfig, make_device: Callable[[], Device]) -> None:
+    def __init__(
+        self, config: ModelConfig, limits: EngineConfig, make_device: Callable[[], Device], ops: Ops = TORCH
+    ) -> None:
         self._config = config
         self._limits = limits
         self._make_device = make_device
+        self._ops = ops
         self.plan_bytes: list[int] = []
 
     def run(self, shards: list[Shard], lead: Callable[[LeadingRunner], Any]) -> Any:
@@ -124,11 +134,16 @@ class Ranks:
                 told.put(payload)
 
         def of_rank(shard: Shard) -> Any:
-            model, device = make_model(self._config, shard), self._make_device()
+            model, device = make_model(self._config, shard, ops=self._ops), self._make_device()
             limits = self._limits
             run_largest_step(model, limits, device, torch.float32)
             caches = allocate_kv_caches(
-                model.rank_config, limits.num_blocks, limits.block_size, dtype=torch.float32, device=device.torch_device
+                model.rank_config,
+                limits.num_blocks,
+                limits.block_size,
+                dtype=torch.float32,
+                device=device.torch_device,
+                ops=self._ops,
             )
             if shard.rank == 0:
                 try:
@@ -159,10 +174,10 @@ def one_rank(compiler: LlGrammarCompiler) -> OneRank:
     """Answers of an engine of one rank on the CPU; asked again, they are not computed again."""
     known: dict[str, engine_kit.Collector] = {}
 
-    def ask(config: ModelConfig, limits: EngineConfig, moved: float = 0.0) -> engine_kit.Collector:
-        key = repr((config, limits, moved))
+    def ask(config: ModelConfig, limits: EngineConfig, moved: float = 0.0, ops: Ops = TORCH) -> engine_kit.Collector:
+        key = repr((config, limits, moved, ops is TORCH))
         if key not in known:
-            runner = make_runner(make_model(config, Shard(), moved), limits, CpuDevice())
+            runner = make_runner(make_model(config, Shard(), moved, ops), limits, CpuDevice())
             known[key] = serve(Engine(limits, runner, grammars=compiler))
         return known[key]
 
@@ -243,6 +258,58 @@ def test_warm_up_is_done_by_all_ranks(compiler: LlGrammarCompiler, one_rank: One
         return serve(Engine(limits, runner, grammars=compiler, step_times=fit_step_times(limits, runner)))
 
     assert Ranks(MODEL, limits, FakeCudaDevice).run(fake_shards(2), lead).tokens == expected.tokens
+
+
+@pytest.fixture(scope="module")
+def cpp() -> Ops:
+    ops = select_ops(Capability.of(CPU), dtype=torch.float32)
+    if ops.library is None:
+        pytest.skip("there is no compiler")
+    return ops
+
+
+def told(collector: engine_kit.Collector) -> tuple[object, ...]:
+    return collector.tokens, collector.logprobs, collector.samples, collector.prompt_logprobs
+
+
+@pytest.mark.parametrize("config", [WIDE, with_experts(WIDE)], ids=["dense", "experts"])
+def test_answers_with_drafts_are_those_without_to_the_last_bit(
+    config: ModelConfig, cpp: Ops, compiler: LlGrammarCompiler, one_rank: OneRank
+) -> None:
+    limits = engine_config(config, num_blocks=14)
+    alone, moved = one_rank(config, limits, ops=cpp), one_rank(config, limits, moved=1e-5, ops=cpp)
+    assert moved.tokens == alone.tokens, "a draw of this test is too close to tell the ranks' rounding from a fault"
+
+    def of_ranks(speculator: Speculator | None) -> tuple[engine_kit.Collector, Engine]:
+        def lead(runner: LeadingRunner) -> tuple[engine_kit.Collector, Engine]:
+            engine = Engine(limits, runner, grammars=compiler, speculator=speculator)
+            return serve(engine), engine
+
+        return Ranks(config, limits, CpuDevice, cpp).run(fake_shards(2), lead)  # type: ignore[no-any-return]
+
+    guesses = make_speculator(
+        "random", oracle=lambda request, index: alone.tokens[request.key, index], vocab_size=config.vocab_size
+    )
+    expected, _ = of_ranks(None)
+    got, engine = of_ranks(guesses)
+    assert got.tokens == alone.tokens
+    assert told(got) == told(expected)
+    stats = engine.stats()
+    assert stats.preemptions > 0
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+
+
+def test_ranks_make_no_drafts_where_torch_adds_up_rows(compiler: LlGrammarCompiler, one_rank: OneRank) -> None:
+    limits = engine_config(MODEL)
+    alone = one_rank(MODEL, limits)
+
+    def lead(runner: LeadingRunner) -> tuple[engine_kit.Collector, Engine]:
+        engine = Engine(limits, runner, grammars=compiler, speculator=make_speculator("suffix"))
+        return serve(engine), engine
+
+    got, engine = Ranks(MODEL, limits, CpuDevice).run(fake_shards(2), lead)
+    assert got.tokens == alone.tokens
+    assert (engine.stats().draft_tokens, engine.stats().speculation) == (0, "idle")
 
 
 def test_a_step_that_fails_ends_the_group(compiler: LlGrammarCompiler) -> None:

@@ -65,7 +65,7 @@ def test_steps_are_the_same_bit_by_bit(quantization: str, config: ModelConfig) -
         assert got.logits is not None
         assert torch.equal(got.logits, model.compute_logits(hidden))
         assert got.finite.all()
-    assert recorded.is_whole
+    assert recorded.has_equal_rows
     for ours, others in zip(caches, expected_caches, strict=True):
         assert torch.equal(ours.k, others.k)
         assert torch.equal(ours.v, others.v)
@@ -117,8 +117,8 @@ def test_recorded_draws_are_those_of_torch() -> None:
             shared = {"seed": handle, "max_tokens": 6 + handle, "ignore_eos": True}
             engine.add(engine_kit.make_request(handle, [handle + 3, 5, 8], **(shared | kinds[handle % 7])))
         outputs.append(engine_kit.run(engine).tokens)
-        recorded = {draw.__name__ for _, draw in runner._recorded._recordings if draw is not None}
+        recorded = {draw.__name__ for _, draw in runner._decodes._recordings if draw is not None}
         assert recorded == {"_draw", "_draw_masked"}
-        assert any(step.result.drawn for step in runner._recorded._recordings.values()) is (not overrides)
+        assert any(step.result.drawn for step in runner._decodes._recordings.values()) is (not overrides)
     compiler.close()
     assert outputs[0] == outputs[1]
