@@ -1,7 +1,8 @@
-"""The chart with eleven sets of values: what Kubernetes' own schemas say, and what every pod must have."""
+"""The chart with twelve sets of values: what Kubernetes' own schemas say, and what every pod must have."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
-from chart_values import NEW_ENOUGH, VALUES, environment, rendered
-from helm_chart import CHART, ROOT, Manifest, component, of_kind, refusal, render, run_helm, workloads
+from chart_values import NEW_ENOUGH, POD_INDEX, TOLD, VALUES, WORKER_INDEX, environment, rendered
+from helm_chart import CHART, ROOT, Manifest, component, of_kind, pod_template, refusal, render, run_helm, workloads
 from scalellm.services.common.health import LIVENESS
 from scalellm.services.executor.config import ExecutorSettings
 from scalellm.services.scheduler.config import SchedulerSettings
@@ -28,6 +30,7 @@ FOREIGN = {
     "ServiceMonitor": "monitoring.coreos.com/v1",
 }
 SETTINGS = {"tokenizer": TokenizerSettings, "scheduler": SchedulerSettings, "executor": ExecutorSettings}
+LEADER_WORKER_SET = json.loads((ROOT / "tests" / "support" / "leaderworkerset.schema.json").read_text())
 PORTS = {"tokenizer": 50051, "scheduler": 50052, "executor": 50061, "redis": 6379}
 
 every_set = pytest.mark.parametrize("name", VALUES)
@@ -48,6 +51,11 @@ def test_the_api_takes_every_object(name: str, kubernetes: str) -> None:
     for manifest in rendered(name, version):
         if manifest["kind"] in FOREIGN:
             assert manifest["apiVersion"] == FOREIGN[manifest["kind"]]
+        elif manifest["kind"] == "LeaderWorkerSet":
+            assert manifest["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
+            jsonschema.validate(manifest, LEADER_WORKER_SET)
+            template = {"apiVersion": "v1", "kind": "PodTemplate", "template": pod_template(manifest)}
+            kubernetes_validate.validate(template, version, strict=True)
         else:
             kubernetes_validate.validate(manifest, version, strict=True)
 
@@ -61,7 +69,7 @@ def test_helm_finds_nothing_to_complain_of(name: str) -> None:
 @every_set
 def test_every_pod_can_do_little_and_is_bounded(name: str) -> None:
     for workload in workloads(rendered(name)).values():
-        pod = workload["spec"]["template"]["spec"]
+        pod = pod_template(workload)["spec"]
         assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -80,7 +88,7 @@ def test_every_pod_can_do_little_and_is_bounded(name: str) -> None:
 @every_set
 def test_a_pod_is_killed_only_after_its_drain_limit(name: str) -> None:
     for workload in workloads(rendered(name)).values():
-        pod = workload["spec"]["template"]["spec"]
+        pod = pod_template(workload)["spec"]
         (container,) = pod["containers"]
         if component(workload) != "redis":
             limit = float(environment(container)[f"SCALELLM_{component(workload).upper()}_DRAIN_LIMIT_S"])
@@ -92,20 +100,22 @@ def test_a_pod_is_killed_only_after_its_drain_limit(name: str) -> None:
 @every_set
 def test_selectors_find_exactly_their_pods(name: str) -> None:
     manifests = rendered(name)
-    labels = {each: load["spec"]["template"]["metadata"]["labels"] for each, load in workloads(manifests).items()}
+    labels = {each: pod_template(load)["metadata"]["labels"] for each, load in workloads(manifests).items()}
 
     def found(selector: dict[str, str]) -> set[str]:
-        # The number of a pod within its StatefulSet is a label that the cluster gives.
-        wanted = {key: value for key, value in selector.items() if key != POD_INDEX}
+        # The number of a pod within its group is a label that the cluster gives.
+        wanted = {key: value for key, value in selector.items() if key not in (POD_INDEX, WORKER_INDEX)}
         return {each for each, own in labels.items() if wanted.items() <= own.items()}
 
     for each, workload in workloads(manifests).items():
-        assert found(workload["spec"]["selector"]["matchLabels"]) == {each}
+        # A LeaderWorkerSet knows its pods by labels of its own; those that are given are to tell them from others.
+        selector = workload["spec"].get("selector", {"matchLabels": labels[each]})
+        assert found(selector["matchLabels"]) == {each}
     for each, service in of_kind(manifests, "Service").items():
         targets = found(service["spec"]["selector"])
         assert targets, each
         for target in targets:
-            (container,) = workloads(manifests)[target]["spec"]["template"]["spec"]["containers"]
+            (container,) = pod_template(workloads(manifests)[target])["spec"]["containers"]
             ports = {port["name"]: port["containerPort"] for port in container["ports"]}
             # Equal numbers: what is found by DNS alone is called at the pod's port.
             assert all(ports[port["targetPort"]] == port["port"] for port in service["spec"]["ports"])
@@ -129,11 +139,12 @@ def test_the_services_know_every_setting_and_one_another(name: str, monkeypatch:
         service = component(workload)
         if service == "redis":
             continue
-        (container,) = workload["spec"]["template"]["spec"]["containers"]
+        (container,) = pod_template(workload)["spec"]["containers"]
         variables = environment(container)
         with monkeypatch.context() as patch:
             for variable, value in variables.items():
-                patch.setenv(variable, value if isinstance(value, str) else TOLD.get(str(value), FROM_A_SECRET))
+                given = value if isinstance(value, str) else TOLD.get(str(value), FROM_A_SECRET)
+                patch.setenv(variable, given.replace("$(LWS_LEADER_ADDRESS)", "sets-0.sets.space"))
             known = {f"SCALELLM_{service.upper()}_{field.upper()}" for field in SETTINGS[service].model_fields}
             assert {one for one in variables if one.startswith("SCALELLM_")} <= known | HEALTH, each
             settings = SETTINGS[service](_cli_parse_args=[])
@@ -158,8 +169,6 @@ def pools(manifests: list[Manifest]) -> set[str]:
     return {load["metadata"]["labels"]["scalellm/pool"] for load in executors}
 
 
-POD_INDEX = "apps.kubernetes.io/pod-index"
-TOLD = {str({"fieldRef": {"fieldPath": f"metadata.labels['{POD_INDEX}']"}}): "1"}
 FROM_A_SECRET = "redis://from-a-secret:6379/0"
 HEALTH = {f"SCALELLM_HEALTH_TLS_{name}" for name in ("CA", "CERT", "KEY", "NAME")}
 
@@ -169,7 +178,7 @@ def test_probes_ask_the_health_service(name: str, kubernetes: str) -> None:
     script = re.search(r'CMD \["python", "-IS", "(\S+)"', (ROOT / "deploy/images/scheduler.Dockerfile").read_text())
     assert script is not None
     for workload in workloads(rendered(name, kubernetes)).values():
-        (container,) = workload["spec"]["template"]["spec"]["containers"]
+        (container,) = pod_template(workload)["spec"]["containers"]
         if (service := component(workload)) == "redis":
             continue
         port = PORTS[service]
@@ -203,7 +212,7 @@ def test_files_that_secured_services_read_are_those_that_the_script_makes(tmp_pa
     manifests = rendered("clients with certificates")
     for workload in workloads(manifests).values():
         service = component(workload)
-        pod = workload["spec"]["template"]["spec"]
+        pod = pod_template(workload)["spec"]
         (container,) = pod["containers"]
         said = [str(value) for value in environment(container).values()] if "env" in container else []
         named = {
@@ -235,7 +244,7 @@ def test_keda_asks_each_scheduler_for_the_pool_by_its_name() -> None:
     assert "replicas" not in workloads(manifests)[pool]["spec"]
     assert workloads(manifests)["line-scalellm-executor-spare"]["spec"]["replicas"] == 1
     assert (scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]) == (0, 9)
-    (container,) = workloads(manifests)["line-scalellm-scheduler"]["spec"]["template"]["spec"]["containers"]
+    (container,) = pod_template(workloads(manifests)["line-scalellm-scheduler"])["spec"]["containers"]
     executors = environment(container)["SCALELLM_SCHEDULER_EXECUTORS"].split(",")
     for number, trigger in enumerate(scaled["spec"]["triggers"]):
         assert trigger["metadata"]["executors"] in executors
@@ -252,12 +261,12 @@ def test_keda_asks_each_scheduler_for_the_pool_by_its_name() -> None:
 def test_pods_are_ready_without_an_executor_only_where_all_pools_may_be_empty(service: str) -> None:
     for name, awaits in (("scaled", False), ("scaled and secure", True), ("defaults", True)):
         (pod,) = (load for load in workloads(rendered(name)).values() if component(load) == service)
-        probe = pod["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]
+        probe = pod_template(pod)["spec"]["containers"][0]["readinessProbe"]
         assert ("tcpSocket" not in probe) == awaits
 
 
 def test_a_pool_of_gpus_has_them_and_its_own_volumes() -> None:
-    pod = workloads(rendered("pools"))["line-scalellm-executor-gpu"]["spec"]["template"]["spec"]
+    pod = pod_template(workloads(rendered("pools"))["line-scalellm-executor-gpu"])["spec"]
     (container,) = pod["containers"]
     assert container["image"] == "scalellm/executor-gpu:0.1.0"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 1, "memory": "8Gi"}
@@ -271,14 +280,14 @@ def test_a_pool_of_gpus_has_them_and_its_own_volumes() -> None:
 
 def test_several_models_are_served_by_the_names_that_their_executors_have() -> None:
     loads = workloads(rendered("pools"))
-    (container,) = loads["line-scalellm-tokenizer"]["spec"]["template"]["spec"]["containers"]
+    (container,) = pod_template(loads["line-scalellm-tokenizer"])["spec"]["containers"]
     served = TokenizerSettings(
         _cli_parse_args=[], model=environment(container)["SCALELLM_TOKENIZER_MODEL"]
     ).served_models
     names = set()
     for load in loads.values():
         if component(load) == "executor":
-            (executor,) = load["spec"]["template"]["spec"]["containers"]
+            (executor,) = pod_template(load)["spec"]["containers"]
             told = environment(executor)
             path = told["SCALELLM_EXECUTOR_MODEL"]
             names.add((told.get("SCALELLM_EXECUTOR_MODEL_NAME", path), path))
@@ -288,7 +297,7 @@ def test_several_models_are_served_by_the_names_that_their_executors_have() -> N
 
 
 def test_the_tokenizer_reads_the_aliases_that_are_given(tmp_path: Path) -> None:
-    (container,) = workloads(rendered("pools"))["line-scalellm-tokenizer"]["spec"]["template"]["spec"]["containers"]
+    (container,) = pod_template(workloads(rendered("pools"))["line-scalellm-tokenizer"])["spec"]["containers"]
     settings = TokenizerSettings(
         _cli_parse_args=[],
         model=environment(container)["SCALELLM_TOKENIZER_MODEL"],
@@ -311,7 +320,7 @@ def test_every_model_is_fetched_for_the_tokenizer_and_an_executor_s_own_for_it()
     pools = [{"name": "a", "model": "org/other"}, {"name": "b"}, {"name": "c"}]
     loads = workloads(render({"executors": pools}))
     fetched = {
-        name: [container["command"][-1] for container in load["spec"]["template"]["spec"].get("initContainers", ())]
+        name: [container["command"][-1] for container in pod_template(load)["spec"].get("initContainers", ())]
         for name, load in loads.items()
     }
     assert fetched["line-scalellm-tokenizer"] == ["smollm2-135m-instruct", "org/other"]
@@ -320,46 +329,13 @@ def test_every_model_is_fetched_for_the_tokenizer_and_an_executor_s_own_for_it()
 
 
 def test_an_executor_of_several_gpus_has_them_and_memory_to_share() -> None:
-    pod = workloads(rendered("pools"))["line-scalellm-executor-large"]["spec"]["template"]["spec"]
+    pod = pod_template(workloads(rendered("pools"))["line-scalellm-executor-large"])["spec"]
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
     assert environment(container)["SCALELLM_EXECUTOR_TENSOR_PARALLEL"] == "4"
     (shared,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
     (volume,) = [volume for volume in pod["volumes"] if volume["name"] == shared]
     assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
-
-
-def test_an_executor_over_hosts_is_a_group_of_pods_that_find_their_first() -> None:
-    manifests = rendered("over hosts")
-    services = of_kind(manifests, "Service")
-    groups = {name: load for name, load in workloads(manifests).items() if "-huge-" in name}
-    assert set(groups) == {f"line-scalellm-executor-huge-{number}" for number in range(3)}
-    for name, group in groups.items():
-        spec = group["spec"]
-        assert (group["kind"], spec["replicas"], spec["podManagementPolicy"]) == ("StatefulSet", 2, "Parallel")
-        (container,) = spec["template"]["spec"]["containers"]
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
-        variables = environment(container)
-        assert (variables["SCALELLM_EXECUTOR_TENSOR_PARALLEL"], variables["SCALELLM_EXECUTOR_NODES"]) == ("16", "2")
-        assert str(variables["SCALELLM_EXECUTOR_NODE_RANK"]) in TOLD
-        assert variables["SCALELLM_EXECUTOR_LEADER"] == f"{name}-0.{spec['serviceName']}.space.svc:50071"
-        assert variables["SCALELLM_EXECUTOR_LINK_TOKEN_FILE"]
-        nodes = services[spec["serviceName"]]["spec"]
-        assert (nodes["clusterIP"], nodes["publishNotReadyAddresses"]) == ("None", True)
-    # The schedulers are told of node 0 of each group alone.
-    assert services["line-scalellm-executor-huge"]["spec"]["selector"][POD_INDEX] == "0"
-    executor = {"app.kubernetes.io/component": "executor"}
-    policy = of_kind(manifests, "NetworkPolicy")["line-scalellm-executor"]["spec"]
-    for rules, peers in ((policy["ingress"], "from"), (policy["egress"], "to")):
-        open_to = [rule[peers] for rule in rules if peers in rule and "ports" not in rule]
-        assert [executor.items() <= peer["podSelector"]["matchLabels"].items() for (peer,) in open_to] == [True]
-    others = of_kind(rendered("secure"), "NetworkPolicy")["line-scalellm-executor"]["spec"]
-    assert all("ports" in rule for rule in [*others["ingress"], *others["egress"]])
-
-
-def test_an_executor_over_hosts_takes_a_new_kubernetes() -> None:
-    said = refusal(VALUES["over hosts"], "1.27.0")
-    assert "pool huge: nodes: above 1 takes Kubernetes 1.28" in said
 
 
 @pytest.mark.parametrize(
@@ -371,6 +347,7 @@ def test_an_executor_over_hosts_takes_a_new_kubernetes() -> None:
         ({"executors": [{"name": "a", "nodes": 2}]}, "pool a: nodes: 2 does not divide tensorParallel, 1"),
         ({"executors": [{"name": "a", "nodes": 2, "tensorParallel": 2}]}, "security.enabled has to be true"),
         ({"executors": [{"name": "a", "settings": {"nodes": 2}}]}, "/settings/nodes"),
+        ({"executors": [{"name": "a", "groupKind": "Deployment"}]}, "groupKind"),
         ({"executors": [{"name": "a", "tensorParallel": 0}]}, "tensorParallel"),
         ({"executors": [{"name": "a", "settings": {"tensor_parallel": 2}}]}, "/settings/tensor_parallel"),
         ({"executors": [{"name": "a", "device": "tpu"}]}, "device"),

@@ -53,6 +53,15 @@ VALUES: dict[str, dict[str, Any]] = {
             {"name": "huge", "device": "cuda", "tensorParallel": 16, "nodes": 2, "replicas": 3},
         ],
     },
+    "over hosts by LeaderWorkerSets": {
+        **SECURE,
+        "executorDefaults": {"groupKind": "LeaderWorkerSet", "maxSurge": 0, "maxUnavailable": 1},
+        "executors": [
+            {"name": "cpu"},
+            {"name": "huge", "device": "cuda", "tensorParallel": 16, "nodes": 2, "replicas": 3},
+            {"name": "more", "device": "cuda", "tensorParallel": 4, "nodes": 4, "autoscaling": SCALED},
+        ],
+    },
     "scaled": {"executors": [{"name": "cpu", "autoscaling": SCALED}], "scheduler": {"replicas": 3}},
     "scaled and secure": {
         **SECURE,
@@ -80,6 +89,13 @@ VALUES: dict[str, dict[str, Any]] = {
 }
 NEW_ENOUGH = {"over hosts": "1.28.0"}
 """Versions of Kubernetes that sets of values take, where those are not the oldest."""
+
+POD_INDEX = "apps.kubernetes.io/pod-index"
+WORKER_INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
+"""Labels of a pod with its number in its group, of a StatefulSet and of a LeaderWorkerSet."""
+
+TOLD = {str({"fieldRef": {"fieldPath": f"metadata.labels['{label}']"}}): "1" for label in (POD_INDEX, WORKER_INDEX)}
+"""Values of variables that the cluster fills in."""
 
 
 @cache

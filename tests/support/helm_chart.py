@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ def run_helm(*arguments: str, values: Mapping[str, Any] | None = None) -> subpro
     return subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
 
 
-def render(values: Mapping[str, Any], kubernetes: str = "1.37.0", release: str = "line") -> list[Manifest]:
-    """All objects of a release in the namespace `space`."""
-    options = ("--kube-version", kubernetes, "--namespace", "space")
+def render(
+    values: Mapping[str, Any], kubernetes: str = "1.37.0", release: str = "line", apis: Sequence[str] = ()
+) -> list[Manifest]:
+    """All objects of a release in the namespace `space`; `apis` are there beside Kubernetes' own."""
+    options = ("--kube-version", kubernetes, "--namespace", "space", *(f"--api-versions={api}" for api in apis))
     done = run_helm("template", release, str(CHART), *options, values=values)
     assert done.returncode == 0, done.stderr
     return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
@@ -52,8 +54,16 @@ def of_kind(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
 
 
 def workloads(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """Deployments and StatefulSets by name."""
-    return of_kind(manifests, "Deployment") | of_kind(manifests, "StatefulSet")
+    """Deployments, StatefulSets and LeaderWorkerSets by name."""
+    kinds = ("Deployment", "StatefulSet", "LeaderWorkerSet")
+    return {name: workload for kind in kinds for name, workload in of_kind(manifests, kind).items()}
+
+
+def pod_template(workload: Manifest) -> Manifest:
+    """Return what the pods of a workload are made from."""
+    spec = workload["spec"]
+    template: Manifest = spec.get("template") or spec["leaderWorkerTemplate"]["workerTemplate"]
+    return template
 
 
 def component(manifest: Manifest) -> str:

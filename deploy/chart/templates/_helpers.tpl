@@ -219,7 +219,7 @@ of them, where NAME=MODEL stands for a name that a pool's settings give.
     - {name: tmp, mountPath: /tmp}
 {{- end }}
 
-{{/* The pools with their defaults, as JSON {pools}. Maps of a pool are merged into the defaults; volumes are taken whole. */}}
+{{/* The pools with their defaults and the kind of their object, as JSON {pools}. Maps of a pool are merged into the defaults; volumes are taken whole. */}}
 {{- define "scalellm.pools" -}}
 {{- $pools := list -}}
 {{- $names := list -}}
@@ -235,6 +235,7 @@ of them, where NAME=MODEL stands for a name that a pool's settings give.
 {{- if and $pool.autoscaling.enabled (gt (int $pool.autoscaling.minReplicas) (int $pool.autoscaling.maxReplicas)) -}}
 {{- fail (printf "executors: pool %s: autoscaling: minReplicas is above maxReplicas" .name) -}}
 {{- end -}}
+{{- $_ := set $pool "kind" "Deployment" -}}
 {{- if gt (int $pool.nodes) 1 -}}
 {{- if mod (int $pool.tensorParallel) (int $pool.nodes) -}}
 {{- fail (printf "executors: pool %s: nodes: %v does not divide tensorParallel, %v" .name $pool.nodes $pool.tensorParallel) -}}
@@ -242,11 +243,16 @@ of them, where NAME=MODEL stands for a name that a pool's settings give.
 {{- if not $.Values.security.enabled -}}
 {{- fail (printf "executors: pool %s: nodes: %v hosts know one another by the link token: security.enabled has to be true" .name $pool.nodes) -}}
 {{- end -}}
+{{- $hasSets := $.Capabilities.APIVersions.Has "leaderworkerset.x-k8s.io/v1/LeaderWorkerSet" -}}
+{{- $kind := eq $pool.groupKind "auto" | ternary ($hasSets | ternary "LeaderWorkerSet" "StatefulSet") $pool.groupKind -}}
+{{- $_ := set $pool "kind" $kind -}}
+{{- if eq $kind "StatefulSet" -}}
 {{- if $pool.autoscaling.enabled -}}
-{{- fail (printf "executors: pool %s: autoscaling: not of executors over several hosts (nodes)" .name) -}}
+{{- fail (printf "executors: pool %s: autoscaling: of executors over several hosts (nodes) takes a LeaderWorkerSet (groupKind)" .name) -}}
 {{- end -}}
 {{- if semverCompare "<1.28.0-0" $.Capabilities.KubeVersion.Version -}}
-{{- fail (printf "executors: pool %s: nodes: above 1 takes Kubernetes 1.28" .name) -}}
+{{- fail (printf "executors: pool %s: nodes: above 1 takes Kubernetes 1.28, or a LeaderWorkerSet (groupKind)" .name) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- $names = append $names .name -}}
