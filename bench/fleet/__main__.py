@@ -90,7 +90,7 @@ def run(
 def _quick() -> None:
     alphabet = Vocabulary.of_size(VOCABULARY).alphabet
     shape = Shape("shared", 64, 32, prefix_len=512)
-    for size, load, count in ((8, "20/s", 60), (8, "16", 48), (64, "50/s", 60)):
+    for size, load, count in ((8, "20/s", 40), (8, "16", 32), (64, "50/s", 40)):
         planned = conversations(shape, alphabet, count, "quick")
         job = partial(simulate, FleetPlan((Pool(size),)), planned, Load.parse(load), faults=Faults(1, 1))
         done = [_simulate_or_exit(job) for _ in range(2)]

@@ -9,6 +9,7 @@ from bench.fleet.fleet import FleetPlan, Pool, VirtualFleet
 from bench.fleet.simulation import simulate
 from bench.load.workload import Load, Shape, conversations
 from bench.virtual.loop import run_virtually
+from fleet_load import hold
 from scalellm.services.executor.engine.step_time import StepTimeModel
 
 ALPHABET = range(256, 2048)
@@ -41,3 +42,28 @@ def test_new_requests_go_where_they_end_sooner(clients, best):
     alone = simulate(replace(both, pools=(best,)), planned, Load(concurrency=clients))
     assert done.num_pool_switches == 0
     assert done.figures["e2e_ms"]["mean"] == pytest.approx(alone.figures["e2e_ms"]["mean"], rel=0.05)
+
+
+@pytest.mark.parametrize("policy", ["fixed", "measured"])
+def test_a_step_of_load_is_one_switch_and_a_wobble_around_the_threshold_none(policy):
+    """The policies' thresholds: `measured` has it at 26 requests with these steps, `fixed` up at 64 and down at 48."""
+    slow = [
+        replace(pool, steps=replace(steps, base=10 * steps.base, per_decode=10 * steps.per_decode))
+        for pool, steps in ((SMALL, SMALL.steps), (LARGE, LARGE.steps))
+    ]
+    middle = {"measured": 26, "fixed": 56}[policy]
+
+    wobble = [(middle - 2, 1.5), (middle + 2, 1.5)] * 6
+
+    async def play():
+        fleet = VirtualFleet(FleetPlan(tuple(slow), settings={"pool_policy": policy}))
+        await fleet.join()
+        seen = []
+        for phases in ([(4, 12.0)], [(70, 12.0)], [(4, 12.0), *wobble], [(70, 12.0), *wobble]):
+            await hold(fleet, phases)
+            seen.append(fleet.scheduler.fleet.pools.num_switches)
+        await fleet.rest()
+        return seen
+
+    # Few, many, few and then about the threshold, many and then about the threshold.
+    assert run_virtually(play(), "steps of load") == [0, 1, 2, 3]

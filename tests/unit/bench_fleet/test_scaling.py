@@ -6,8 +6,8 @@ import asyncio
 from itertools import pairwise
 
 from bench.fleet.fleet import FleetPlan, Pool, VirtualFleet
-from bench.load.records import Request
 from bench.virtual.loop import run_virtually
+from fleet_load import hold
 from scalellm.services.executor.engine.step_time import StepTimeModel
 from scalellm.services.scheduler.scaling import ALL, Scaling
 
@@ -27,12 +27,6 @@ async def play(phases: list[tuple[int, float]]) -> list[tuple[float, int]]:
     scheduler = fleet.scheduler
     scaling = Scaling(scheduler.dispatchers, dict, loop.time)
     wanted: list[tuple[float, int]] = []
-    level = 0
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def one() -> None:
-        async for _ in fleet.stream(Request((300, 301, 302), "", 16)):
-            pass
 
     async def operate() -> None:
         """Act as Kubernetes does: a wanted executor is there after a while, one that is not wanted leaves in order."""
@@ -53,15 +47,7 @@ async def play(phases: list[tuple[int, float]]) -> list[tuple[float, int]]:
             await asyncio.sleep(1.0)
 
     operating = asyncio.create_task(operate())
-    for level, seconds in phases:
-        end = loop.time() + seconds
-        while loop.time() < end:
-            while len(tasks) < level:
-                task = asyncio.create_task(one())
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            await asyncio.sleep(0.25)
-    await asyncio.gather(*tasks)
+    await hold(fleet, phases)
     operating.cancel()
     await fleet.rest()
     return wanted
