@@ -29,7 +29,7 @@ ROWS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 70)
 
 
 def macros(level):
-    """What compilers define for the features that a level has beyond BASE."""
+    """Macros that compilers define for the features that a level has beyond BASE."""
     names = (name if name.startswith("amx") else name.replace("_", "") for name in level.needs - BASE.needs)
     return [f"-D__{name.upper()}__" for name in names]
 
@@ -134,7 +134,7 @@ def test_dense_products_do_not_depend_on_the_rows_beside(library, level, dtype, 
 
 @pytest.mark.parametrize("kind", ["packed", "dense"])
 def test_rows_of_experts_are_those_of_each_expert_alone(library, kind):
-    """Of four experts, one has rows for vectors, one has none, and two have rows for the matrix unit."""
+    """Four experts: one has rows for vectors, one has none, and two have rows for the matrix unit."""
     counts, inputs = (3, 0, 40, 17), 128
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()]).int()
     by_expert = RowsByExpert(torch.randperm(60).int(), starts, torch.zeros(60, 1).int())

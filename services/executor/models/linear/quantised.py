@@ -32,7 +32,7 @@ class Added(NamedTuple):
 
 
 ToAdd = Tensor | Added
-"""What a block of a decoder layer adds to the residual stream `[T, H]`: the next norm adds it, or it is `Added`."""
+"""Output of a block of a decoder layer for the residual stream `[T, H]`: the next norm adds it, or it is `Added`."""
 
 
 class LinearWeight(Protocol):
