@@ -50,7 +50,7 @@ class Session:
         version: Changes with every stored turn and is never used twice, so that a session that was deleted and begun
             anew is told from the old one. Empty = not stored yet.
         document: Data that the API of its last turn keeps beside it; another turn drops it.
-        model: Name of the model of its last turn, whose tokens the segments hold; empty: not noted.
+        model: Name of the model of its last turn, whose tokens the segments hold where there are any; empty: not noted.
     """
 
     messages: tuple[Message, ...]

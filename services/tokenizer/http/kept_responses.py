@@ -107,7 +107,8 @@ def as_session(format: ResponseDocument, messages: Sequence[Message]) -> Session
     """Return a response as a session of one turn: the conversation up to it, and its document."""
     now = time.time()
     turn = Turn(len(messages) + 1, 0)
-    return Session((*messages, format.answer), (), (turn,), now, now, document=format.whole())
+    answered = (*messages, format.answer)
+    return Session(answered, (), (turn,), now, now, document=format.whole(), model=format.response["model"])
 
 
 def asked_for(request: ResponsesRequest, created_at: int) -> bytes:

@@ -208,7 +208,7 @@ class ResponsesRoutes:
         if status not in ("completed", "incomplete"):
             message = f"{field}: response {response_id!r} is {status}; only what is complete can be gone on from"
             raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, message, field=field)
-        return session.messages, json.loads(session.document)["model"]
+        return session.messages, session.model
 
     async def _load(self, tenant: Tenant, response_id: str, field: str = "response_id") -> tuple[Session, str]:
         """Return a response as it is now, and its status. Raises StatusError NOT_FOUND, UNAVAILABLE."""

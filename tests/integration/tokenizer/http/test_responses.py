@@ -70,7 +70,7 @@ async def test_log_probabilities(ai):
     assert [len(entry.top_logprobs) for entry in entries] == [2] * 5
 
 
-async def test_conversations_branch_and_nothing_is_lost(ai, scheduler, tokenizer):
+async def test_conversations_branch_and_nothing_is_lost(ai, http, scheduler, tokenizer):
     first = await ai.responses.create(model=MODEL, input="One", instructions="Count.")
     branches = [
         await ai.responses.create(model=MODEL, input=word, previous_response_id=first.id) for word in ("Two", "Zwei")
@@ -87,6 +87,8 @@ async def test_conversations_branch_and_nothing_is_lost(ai, scheduler, tokenizer
     assert prompts[3].count(first.output_text) == 2
     kept = await ai.responses.retrieve(third.id)
     assert kept.model_dump() == third.model_dump()
+    noted = await http.get(f"/v1/sessions/{third.id}")
+    assert noted.json["model"] == third.model, "what goes on from it goes to this model"
     items = [item async for item in ai.responses.input_items.list(third.id, order="asc")]
     assert [(item.role, item.content[0].text) for item in items] == [
         ("user", "One"),
