@@ -31,8 +31,8 @@ _SCHEDULER = ("scheduler",)
 _PREFIX = "scalellm_tokenizer_requests"
 _ACCEPTED, _ENDED, _RUNNING = f"{_PREFIX}_accepted", f"{_PREFIX}_ended", f"{_PREFIX}_running"
 _LOST = {"outcome": "rejected", "code": "UNAVAILABLE"}
-_TRANSPORTS = ("grpc", "http")
 """Status of calls whose worker dies, as their clients see it."""
+_TRANSPORTS = ("grpc", "http")
 
 
 class Outcome(enum.StrEnum):
