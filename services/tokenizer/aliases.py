@@ -22,7 +22,8 @@ OPTION = "--aliases"
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
 _Weight = Annotated[float, Field(gt=0, le=1e6, strict=True)]
 _Weights = Annotated[dict[_Name, _Weight], Field(min_length=1, max_length=16)]
-_FILE = TypeAdapter(Annotated[dict[_Name, _Weights], Field(max_length=64)])
+FILE_FORMAT = TypeAdapter(Annotated[dict[_Name, _Weights], Field(max_length=64)])
+"""Weights of models by their names, by the names of aliases. The chart's schema of values has the same limits."""
 
 
 class Alias:
@@ -111,7 +112,7 @@ def read_aliases(path: Path, models: Sequence[str]) -> Mapping[str, Alias]:
 
     Raises ConfigFileError.
     """
-    found = read_toml(path, OPTION, _FILE.validate_python)
+    found = read_toml(path, OPTION, FILE_FORMAT.validate_python)
     for name, weights in found.items():
         if name in models:
             raise ConfigFileError(f"{OPTION}: {path}: {name}: is the name of a model; an alias needs another one")

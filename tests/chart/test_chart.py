@@ -361,6 +361,7 @@ def test_an_executor_of_several_gpus_has_them_and_memory_to_share() -> None:
         ({"scheduler": {"replicas": 0}}, "replicas"),
         ({"tokenizer": {"drainLimitSeconds": 3601}}, "drainLimitSeconds"),
         ({"tokenizer": {"aliases": {"chat": {"small": 0}}}}, "/aliases/chat/small"),
+        ({"tokenizer": {"aliases": {f"chat-{n}": {"small": 1} for n in range(65)}}}, "/tokenizer/aliases"),
         ({"redis": {"url": "http://redis"}}, "url"),
         ({"redis": {"urlSecret": {"name": "redis"}}}, "key"),
         ({"models": {"volume": {"emptyDir": {}, "hostPath": {"path": "/m"}}}}, "volume"),
