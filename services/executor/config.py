@@ -108,7 +108,8 @@ class ExecutorSettings(LinkedSettings):
     """While sequences decode, prompts are computed in chunks that keep a step about this short, and no more guesses are
     checked than it allows."""
     max_engine_restarts: Annotated[int, Field(ge=0)] = 3
-    """Engine crashes in a row, without a finished start in between, after which the service gives up."""
+    """Engine crashes in a row, without a finished start in between, after which the service gives up. A node that is
+    gone is waited for, and does not count."""
 
     @property
     def num_ranks(self) -> int:

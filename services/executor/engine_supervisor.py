@@ -84,6 +84,7 @@ class EngineSupervisor:
         self._ready = False
         self._draining = False
         self._lost_rank = ""
+        self._has_lost_node = False
         self._changed = asyncio.Event()
         self._on_ready: Callable[[], None]
         self.info = executor_pb2.GetExecutorInfoResponse()
@@ -203,6 +204,8 @@ class EngineSupervisor:
         while True:
             if await self._run_once():
                 restarts.forget()
+            if self._has_lost_node:  # the next start waits for it, for as long as it takes
+                continue
             delay = restarts.crashed()
             if delay is None:
                 raise StartError(
@@ -229,7 +232,9 @@ class EngineSupervisor:
             self._process.tell(self._settings.model_dump(mode="json"))
             self._channel = FrontChannel(self._on_message)
             await self._channel.open(ours)
-            if await self._stalls(self._channel):
+            stalls = await self._stalls(self._channel)
+            self._has_lost_node = self._ranks.has_lost_node
+            if stalls:
                 self.engine_ends[EngineEnd.STALL] += 1
                 report = await self._stacks.ask(self._process.pid) + await self._ranks.stacks()
                 why, has_stalled = f"the engine has taken no step for {self._settings.stall_limit_s:g} s", True

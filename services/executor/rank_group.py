@@ -91,6 +91,11 @@ class RankGroup:
                 task.cancel()
         return done.pop().result()
 
+    @property
+    def has_lost_node(self) -> bool:
+        """True if another node is gone without a word: no process of the group has crashed for all that is known."""
+        return self._elsewhere is not None and self._elsewhere.has_lost_node
+
     async def stacks(self) -> str:
         """Return what the threads of the ranks on this host do."""
         return await self._here.stacks()

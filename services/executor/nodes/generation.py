@@ -22,6 +22,17 @@ class Member:
         self.connection = connection
         self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """The reason for which it is no longer there."""
+        self._has_ended_itself = False
+
+    @property
+    def is_lost(self) -> bool:
+        """True if it is gone without a word: its process, its host or the network is."""
+        return self.end.done() and not self._has_ended_itself
+
+    async def hear(self, message: ranks_pb2.NodeMessage) -> None:
+        """Take in what it says beside that it is alive: that a rank of it has ended, or what is of another version."""
+        if message.HasField("end"):
+            self._has_ended_itself = True
 
 
 class Generation:
@@ -86,6 +97,11 @@ class Generation:
         await asyncio.wait([member.end for member in self.members], return_when=asyncio.FIRST_COMPLETED)
         member = next(member for member in self.members if member.end.done())
         return f"node {member.node_rank} has left: {member.end.result()}"
+
+    @property
+    def has_lost_node(self) -> bool:
+        """True if one of the nodes is gone without a word."""
+        return any(member.is_lost for member in self.members)
 
     async def end(self, reason: str, *, stalled: bool) -> None:
         """Tell the nodes that it is over. They connect anew for the next one."""

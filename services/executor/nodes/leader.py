@@ -187,7 +187,7 @@ class NodeLeader:
         _log.info("node %d is here, from %s", member.node_rank, member.connection.peer)
         why = "node 0 is shutting down"
         try:
-            why = await member.connection.converse(self._settings.stall_limit_s, _ignore)
+            why = await member.connection.converse(self._settings.stall_limit_s, member.hear)
         finally:
             self._forget(member)
             member.end.set_result(why)
@@ -195,7 +195,3 @@ class NodeLeader:
     def _forget(self, member: Member) -> None:
         if self._members.get(member.node_rank) is member:
             del self._members[member.node_rank]
-
-
-async def _ignore(message: ranks_pb2.NodeMessage) -> None:
-    """A node says that it is alive, or why it ends: what it says besides is of another version."""

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import secrets
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 
 from scalellm.services.common.lifecycle import StartError
+from scalellm.services.executor import engine_supervisor
 from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine_supervisor import EngineSupervisor
 from scalellm.services.executor.ipc import EngineChannel, Kind, Message
 from scalellm.services.executor.nodes import handshake
 from scalellm.services.executor.nodes.connection import NodeConnection
@@ -23,9 +26,12 @@ from scalellm.services.executor.nodes.handshake import NodeRefusedError, introdu
 from scalellm.services.executor.nodes.identity import Identity, identify
 from scalellm.services.executor.nodes.leader import NodeLeader
 from scalellm.v1 import ranks_pb2
-from service_processes import PATIENCE
+from service_processes import PATIENCE, eventually
 
 MakeSettings = Callable[..., ExecutorSettings]
+
+NEVER_READY = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
+"""In place of the engine: it says nothing, until it is killed."""
 
 
 @pytest.fixture
@@ -90,17 +96,21 @@ async def next_word(connection: NodeConnection, kind: str) -> Any:
             return getattr(message, kind)
 
 
+async def start_ranks(node: ExecutorSettings) -> tuple[str, NodeConnection, list[NodeConnection]]:
+    """Play a node up to the start of its ranks. Returns the generation's name, the node's connection and its ranks'."""
+    connection = await connect(node)
+    name = (await next_word(connection, "start")).generation
+    return name, connection, [await connect(node, generation=name, rank=rank) for rank in node.own_ranks]
+
+
 @asynccontextmanager
 async def generation_of(
     leader: NodeLeader, node: ExecutorSettings
 ) -> AsyncIterator[tuple[Generation, NodeConnection, list[NodeConnection]]]:
     """Start a generation of two nodes with two ranks each."""
     gathering = asyncio.create_task(leader.gather())
-    connection = await connect(node)
-    ranks: list[NodeConnection] = []
+    name, connection, ranks = await start_ranks(node)
     try:
-        name = (await next_word(connection, "start")).generation
-        ranks += [await connect(node, generation=name, rank=rank) for rank in node.own_ranks]
         generation = await asyncio.wait_for(gathering, PATIENCE)
         assert generation.name == name
         yield generation, connection, ranks
@@ -265,6 +275,33 @@ async def test_a_node_that_comes_back_before_the_generation_has_ended_is_in_the_
         assert (await next_word(back, "start")).generation.startswith("2-")
         gathering.cancel()
         back.close()
+
+
+async def test_a_node_that_is_gone_while_the_model_loads_is_no_crash_of_the_engine(
+    settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_supervisor, "python_module", lambda *command: NEVER_READY)
+    monkeypatch.setattr(engine_supervisor, "_LAST_WORDS", 0.1)
+    supervisor = EngineSupervisor(settings(max_engine_restarts=0, tensor_parallel=2))
+    running = asyncio.create_task(supervisor.run(lambda: None))
+    node = settings(1, max_engine_restarts=0, tensor_parallel=2)
+    try:
+        for number in (1, 2):
+            name, connection, ranks = await asyncio.wait_for(start_ranks(node), PATIENCE)
+            assert name.startswith(f"{number}-")
+            for each in (*ranks, connection):
+                each.close()
+            await eventually(lambda: supervisor.num_missing_nodes == 1)
+        name, connection, ranks = await asyncio.wait_for(start_ranks(node), PATIENCE)
+        assert name.startswith("3-"), "it started again, though no crash is allowed"
+        await connection.send(end=ranks_pb2.NodeEnd(reason="rank 1 ended with signal SIGKILL"))
+        with pytest.raises(StartError, match="the engine died 1 times in a row while starting"):
+            await asyncio.wait_for(running, PATIENCE)
+        for each in (*ranks, connection):
+            each.close()
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_a_node_that_is_silent_is_gone() -> None:
