@@ -75,6 +75,7 @@ _SERVICES = (
 
 _QUOTA_TIMEOUT = 0.25
 _REDIS_INTERVAL = 2.0
+_METRICS_INTERVAL = 0.5
 _KEPT_LEASE = 3.0
 """Seconds after which another worker goes on with the kept requests of one that died."""
 
@@ -147,11 +148,7 @@ class Worker:
                 )
             edge = edges.default
             held = CallBytes()
-
-            def is_ready() -> bool:
-                self._metrics.aliases_unread.set(aliases.is_failing)
-                return self._is_ready(edges, kept, access, quotas, held, watch)
-
+            is_ready = partial(self._is_ready, edges, access)
             service = GrpcService(
                 settings.host,
                 self._port,
@@ -183,7 +180,8 @@ class Worker:
             self._follow(edges, kept, sessions, access, quotas)
             lag = LoopLag(self._metrics.loop_lag.observe)
             links = [each.schedulers.run() for each in edges]
-            waits = (*links, stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run(), kept.run())
+            gauges = self._keep_gauges(edges, aliases, kept, access, quotas, held, watch)
+            waits = (*links, stop.wait(), supervisor_gone.wait(), lag.run(), quotas.run(), kept.run(), gauges)
             tasks = [asyncio.create_task(step) for step in waits]
             if watch is not None:
                 tasks.append(asyncio.create_task(watch.run()))
@@ -247,35 +245,38 @@ class Worker:
         if self._tracer is not None:
             metrics.follow_tracer(self._tracer)
 
-    def _is_ready(
+    async def _keep_gauges(
         self,
         edges: Edges,
+        aliases: Aliases,
         kept: KeptRequests,
         access: Access,
         quotas: TenantQuotas,
         held: CallBytes,
         watch: RedisWatch | None,
-    ) -> bool:
-        """Asked twice a second."""
-        self._metrics.flush()
-        self._metrics.limits_unshared.set(quotas.is_degraded)
-        self._metrics.keys_unread.set(access.is_failing)
-        self._metrics.call_bytes.set(held.num_bytes)
-        self._metrics.largest_call_bytes.set(held.largest_bytes)
-        self._metrics.call_bytes_limit.set(held.max_tenant_bytes)
-        self._metrics.redis_unusable.set(watch is not None and not watch.is_up)
-        links = [edge.schedulers for edge in edges]
-        num_up = sum(link.num_up for link in links)
-        self._metrics.links_up.set(num_up)
-        self._metrics.waiting.set(sum(link.num_waiting for link in links))
-        self._metrics.tell_schedulers(
-            _total(link.num_sent for link in links), _total(link.num_running for link in links)
-        )
-        self._metrics.kept.set(kept.num_running)
-        self._metrics.kept_unwritten.set(kept.num_unwritten)
-        self._metrics.tasks.set(len(asyncio.all_tasks()))
-        is_able = num_up > 0 and all(edge.prompts.is_working for edge in edges) and not access.is_stale
-        return is_able and not self._gate.is_closed
+    ) -> None:
+        """Write the metrics to the worker's files until cancelled. Files that were read are looked at for changes."""
+        metrics, links = self._metrics, [edge.schedulers for edge in edges]
+        while True:
+            metrics.flush()
+            metrics.limits_unshared.set(quotas.is_degraded)
+            metrics.keys_unread.set(access.is_failing)
+            metrics.aliases_unread.set(aliases.is_failing)
+            metrics.call_bytes.set(held.num_bytes)
+            metrics.largest_call_bytes.set(held.largest_bytes)
+            metrics.call_bytes_limit.set(held.max_tenant_bytes)
+            metrics.redis_unusable.set(watch is not None and not watch.is_up)
+            metrics.links_up.set(sum(link.num_up for link in links))
+            metrics.waiting.set(sum(link.num_waiting for link in links))
+            metrics.tell_schedulers(_total(link.num_sent for link in links), _total(link.num_running for link in links))
+            metrics.kept.set(kept.num_running)
+            metrics.kept_unwritten.set(kept.num_unwritten)
+            metrics.tasks.set(len(asyncio.all_tasks()))
+            await asyncio.sleep(_METRICS_INTERVAL)
+
+    def _is_ready(self, edges: Edges, access: Access) -> bool:
+        is_able = any(edge.schedulers.num_up for edge in edges) and all(edge.prompts.is_working for edge in edges)
+        return is_able and not access.is_stale and not self._gate.is_closed
 
     async def _drain(self, service: GrpcService, edges: Edges, kept: KeptRequests) -> None:
         limit = self._settings.drain_limit_s
