@@ -32,13 +32,17 @@ class Recorder:
         self._library = library
         self._memory = _Memory()
 
-    def record(self, run: Callable[[], _Result]) -> "Recording[_Result]":
+    def record(self, run: Callable[[], _Result], *, makes_calls: bool = True) -> "Recording[_Result]":
         """Run `run`, and return what makes the calls that it made.
+
+        Args:
+            run: The work.
+            makes_calls: False: calls are recorded only, so that nothing is computed, and what inputs hold is not read.
 
         Raises:
             NotRecordableError: `run` uses an op of torch that computes.
         """
-        with self._memory, self._library.noted() as calls:
+        with self._memory, self._library.noted(makes_calls=makes_calls) as calls:
             result = run()
         return Recording(self._library, calls, result)
 

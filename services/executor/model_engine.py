@@ -44,6 +44,10 @@ from scalellm.v1 import ranks_pb2
 
 _LEAST_MODEL_LEN = 256
 _GIB = 1024**3
+_RECORDING_LIMIT = 0.5
+"""Seconds for recording decode steps before serving: enough for those of one to some sixteen rows of a small model on a
+quiet machine. A step of few rows is short, so that what recording adds to it shows most."""
+
 _WAITING_IN_TORCH = ("fused_moe", "fused_moe_wna16", "paged_attention_decode", "qk_norm_rope_and_cache")
 """Ops of a decode step whose torch forms read values of the device on the host: no graph can be captured of them."""
 
@@ -102,6 +106,8 @@ def build_model_engine(
         warm_up(runner, config, progress, grammars)
         step_times = fit_step_times(config, runner)
         progress(f"warm-up took {time.perf_counter() - started:.1f} s")
+    elif num_rows := runner.record_steps(_RECORDING_LIMIT):
+        progress(f"decode steps of 1 to {num_rows} rows are recorded")
     swap_cost = None if runner.host_cache is None else runner.host_cache.measure()
     is_guessing = settings.speculation == "auto" and not runner.overlaps
     speculator = suffix_speculator(config.target_itl) if is_guessing else None

@@ -59,7 +59,8 @@ class ModelRunner:
             RecordedDecode(model, kv_caches, self._ops.library) if self._is_whole else DecodeOfRanks(model, kv_caches)
         )
         self._sampler = Sampler(config, device, self._ops, masks or Masks(config.max_num_seqs, config.vocab_size))
-        self._row_numbers = np.arange(config.max_num_seqs + 1)
+        self._max_rows = config.max_num_seqs
+        self._row_numbers = np.arange(self._max_rows + 1)
         # Results of padded decode steps; a CPU runs none.
         num_rows = config.max_num_seqs if device.overlaps else 0
         self._logits = torch.empty((num_rows, model.num_logits), dtype=torch.float32, device=device.torch_device)
@@ -86,6 +87,17 @@ class ModelRunner:
     def capture_graphs(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Run the decode step of every size, and capture it where the device has graphs."""
         self._graphs.capture(on_progress)
+
+    @torch.inference_mode()
+    def record_steps(self, limit: float) -> int:
+        """Record decode steps on a CPU before serving, those of few rows first, for about `limit` seconds at most.
+
+        Returns the largest number of rows that was recorded. Steps of more are recorded when they first occur, those of
+        several ranks never.
+        """
+        if not isinstance(self._decodes, RecordedDecode):
+            return 0
+        return self._decodes.prepare(self._max_rows, self._inputs.decode, self._sampler.plain_draw, limit)
 
     def seal(self) -> None:
         """From now on, count a kernel variant that was not seen before as a late compile."""

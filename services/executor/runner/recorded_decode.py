@@ -1,5 +1,6 @@
-"""Decode steps on a CPU, each recorded when it first occurs and made as one call from then on."""
+"""Decode steps on a CPU, each recorded before serving or when it first occurs, and made as one call from then on."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -48,18 +49,48 @@ class RecordedDecode:
         `inputs` returns input ids `[num_rows]` and context, `draw` draws from logits that are at the same address
         whenever there are as many rows. Both are called, and recorded, when the step first occurs with that `draw`.
         """
-        key = num_rows, draw
-        if (recording := self._recordings.get(key)) is not None:
+        if (recording := self._recordings.get((num_rows, draw))) is not None:
             return recording.replay()
+        recording = self._record(num_rows, inputs, draw, makes_calls=True)
+        return None if recording is None else recording.result
+
+    def prepare(
+        self,
+        most_rows: int,
+        inputs: Callable[[int], tuple[Tensor, ForwardContext]],
+        draw: Callable[[Tensor], SampleOutput] | None,
+        limit: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> int:
+        """Record steps before they occur, without running them: those of one row, of two, and so on up to `most_rows`.
+
+        Takes about `limit` seconds at most. Returns the largest number of rows that was recorded. `inputs` and `draw`
+        are as for `run`; what the inputs hold does not matter.
+        """
+        end = clock() + limit
+        for num_rows in range(1, most_rows + 1):
+            if clock() >= end or self._record(num_rows, inputs, draw, makes_calls=False) is None:
+                return num_rows - 1
+        return most_rows
+
+    def _record(
+        self,
+        num_rows: int,
+        inputs: Callable[[int], tuple[Tensor, ForwardContext]],
+        draw: Callable[[Tensor], SampleOutput] | None,
+        *,
+        makes_calls: bool,
+    ) -> Recording[DecodeStep] | None:
         while self._recorder is not None and num_rows <= _MAX_ROWS:
             try:
-                self._recordings[key] = self._recorder.record(lambda: self._run(*inputs(num_rows), draw))
+                recording = self._recorder.record(lambda: self._run(*inputs(num_rows), draw), makes_calls=makes_calls)
             except NotRecordableError:
                 self._num_parts -= 1  # the last one may be all that torch computes
                 if self._num_parts == 0:
                     self._recorder = None
             else:
-                return self._recordings[key].result
+                self._recordings[num_rows, draw] = recording
+                return recording
         return None
 
     def _run(

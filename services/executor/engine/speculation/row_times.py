@@ -18,7 +18,8 @@ class RowTimes:
     prompts as well (`StepTimeFit`); this one is to tell soon, and of few steps, what one row more costs.
 
     What is not known is taken for free, and so is tried: where all steps of late had as many rows, a row more costs 0.
-    The first step of a number of rows does not count, as it takes longer: it is recorded (`RecordedDecode`).
+    The first step of a number of rows does not count, as it may take longer: for being recorded
+    (`RecordedDecode`).
 
     Attributes:
         most_rows: Most rows of a step.
