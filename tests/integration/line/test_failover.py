@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 import pytest
 
+import engine_kit
 from line import Answer, Line, generate, start_line
 from prompts import PROMPTS
+from scalellm.services.executor.build import build_engine
+from scalellm.services.executor.config import ExecutorSettings
+from scalellm.services.executor.engine.request import EngineRequest
+from scalellm.services.executor.engine.sampling_params import SamplingParams
 from scalellm.v1 import common_pb2, generation_pb2
 from service_processes import PATIENCE, Spawn, eventually
 
@@ -25,9 +32,11 @@ def fake_line(module_spawn: Spawn, module_redis, model_dir) -> Line:
     return start_line(module_spawn, module_redis, model, executors=(FAKE,), scheduler=("--executor-grace-s", "0"))
 
 
-def request(number: int, max_tokens: int = 32) -> generation_pb2.GenerateRequest:
+def request(number: int, max_tokens: int = 32, prediction: str | None = None) -> generation_pb2.GenerateRequest:
     return generation_pb2.GenerateRequest(
         prompt=PROMPTS[number],
+        prediction=prediction,
+        return_prompt_token_ids=True,
         sampling=common_pb2.SamplingParams(
             max_tokens=max_tokens,
             temperature=0 if number % 2 else 0.9,
@@ -39,16 +48,39 @@ def request(number: int, max_tokens: int = 32) -> generation_pb2.GenerateRequest
     )
 
 
+def without_speculation(model: Path, prompts: Sequence[Sequence[int]]) -> list[dict[int, list[int]]]:
+    """Tokens of each request's samples by index, from an engine in this process that guesses nothing."""
+    settings = ExecutorSettings(model=str(model), num_blocks=256, max_model_len=1024, num_threads=1, speculation="off")
+    engine = build_engine(settings, lambda line: None).engine
+    for number, prompt in enumerate(prompts):
+        asked = request(number).sampling
+        sampling = SamplingParams(
+            max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed, ignore_eos=True, n=asked.n
+        )
+        engine.add(EngineRequest((0, number), str(number), tuple(prompt), sampling))
+    tokens = engine_kit.run(engine).tokens
+    return [
+        {index: tokens[(0, number), index] for index in range(request(number).sampling.n)}
+        for number in range(len(prompts))
+    ]
+
+
 async def test_kill_9_of_an_executor_loses_and_repeats_nothing(spawn: Spawn, redis, shallow_model) -> None:
+    """Also where guessed tokens are accepted: the answers before are sent along as predictions."""
     flags = ("--num-blocks", "256", "--max-model-len", "1024", "--num-threads", "1")
     line = start_line(spawn, redis, shallow_model, executors=(flags, flags), tokenizer=("--workers", "1"))
     async with line.channel() as channel:
         undisturbed = [await generate(channel, request(number)) for number in range(NUM_REQUESTS)]
         assert all(answer.code is grpc.StatusCode.OK for answer in undisturbed)
+        predicted = [request(number, prediction=answer.text) for number, answer in enumerate(undisturbed)]
+        guessed = [await generate(channel, each) for each in predicted]
+        assert [answer.token_ids for answer in guessed] == [answer.token_ids for answer in undisturbed]
+        assert sum(answer.finished.usage.accepted_prediction_tokens for answer in guessed) > 0
 
         seen = [Answer() for _ in range(NUM_REQUESTS)]
         running = [
-            asyncio.create_task(generate(channel, request(number), answer=answer)) for number, answer in enumerate(seen)
+            asyncio.create_task(generate(channel, each, answer=answer))
+            for each, answer in zip(predicted, seen, strict=True)
         ]
         # Half of them run on the victim, and each has some of its tokens.
         await eventually(lambda: all(answer.token_ids for answer in seen))
@@ -68,11 +100,13 @@ async def test_kill_9_of_an_executor_loses_and_repeats_nothing(spawn: Spawn, red
     state = await line.scheduler_state()
     assert state.resubmitted == len(moved)
     assert state.running == state.queued == 0
-    assert state.accepted == state.finished == 2 * NUM_REQUESTS
+    assert state.accepted == state.finished == 3 * NUM_REQUESTS
     async with asyncio.timeout(PATIENCE):
         while (info := await line.executor_info(1)).load.running:
             await asyncio.sleep(0.05)
     assert info.load.free_blocks == info.load.total_blocks
+    alone = without_speculation(shallow_model, [answer.started.prompt_token_ids for answer in undisturbed])
+    assert [dict(answer.token_ids) for answer in disturbed] == alone
 
 
 async def test_the_requests_of_the_only_executor_wait_while_its_engine_starts_again(fake_line: Line) -> None:
