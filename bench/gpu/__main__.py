@@ -17,7 +17,7 @@ from typing import Any
 from bench.gpu.kernel_cache import KernelCache
 from bench.gpu.ledger import Ledger
 from bench.gpu.part import Kind, PartResult, PartSpec
-from bench.gpu.parts import ENVIRONMENT, FIRST, PARTS
+from bench.gpu.parts import ENVIRONMENT, FIRST, PARTS, after_first
 from bench.gpu.report import line_of, passed, record, shared_of, text
 from bench.gpu.supervisor import Supervisor, worker_environment
 
@@ -49,10 +49,9 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[PartSpec] = PAR
     args = parser.parse_args(arguments)
     groups: list[Sequence[PartSpec]] = [parts]
     if args.first:
-        rest = [spec for spec in parts if spec not in FIRST]
         # A dry run without --first takes the paths of the rest, and of what both have.
         only_first = [spec for spec in FIRST if spec not in PARTS or spec == ENVIRONMENT]
-        groups = [only_first] if args.dry_run else [FIRST, rest]
+        groups = [only_first] if args.dry_run else [FIRST, after_first(parts)]
     groups = _choose(parser, groups, args.only)
     budget_s = args.budget_s or (_FIRST_BUDGET_S if args.first else _BUDGET_S)
 

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # the process that starts workers does without torch
     from bench.gpu.device import Device
+    from scalellm.kernels.spec.case import Case
+    from scalellm.kernels.spec.draws import DrawCase
 
 State = Literal["passed", "failed", "skipped"]
 Kind = Literal["begin", "row", "check", "note", "shared", "end"]
 Sink = Callable[[Kind, dict[str, Any]], None]
+_GIB = 2**30
 DEVICE_LOST = 3  # exit code of a worker: the parts that it has not run need a new process
 
 
@@ -93,6 +96,16 @@ class Bench:
     def seconds_left(self) -> float:
         """Return seconds until the part's share of the budget is spent."""
         return self.deadline - time.monotonic()
+
+    def obstacle(self, case: Case | DrawCase) -> str:
+        """Return why a case is left out: what the device lacks, or the option `most_gibibytes`; empty if it is not."""
+        if self.device.capability.sm < case.min_sm:
+            return f"needs compute capability {case.min_sm / 10}"
+        if case.gibibytes > self.options.get("most_gibibytes", case.gibibytes):
+            return f"takes {case.gibibytes:.1f} GiB, which only a full run does"
+        if self.device.free_bytes() < case.gibibytes * _GIB:
+            return f"needs {case.gibibytes:.1f} GiB"
+        return ""
 
 
 class Part(Protocol):

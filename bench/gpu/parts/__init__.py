@@ -3,6 +3,9 @@
 A part is added by a module with a class that has `run` (see `bench.gpu.part.Part`) and a line here.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from bench.gpu.part import PartSpec
 
 ENVIRONMENT = PartSpec(
@@ -23,11 +26,15 @@ PARTS = (
         "transformers", "bench.gpu.parts.continuous_batching", "ContinuousBatching", 50, 150, "transformers beside us"
     ),
 )
+# Making and checking whole layers of Mixtral, up to 50 GiB, is for a full run.
+_SMALLER = {"most_gibibytes": 8}
 # What is wanted of a machine that is there for minutes; the other parts get what these leave.
 FIRST = (
     ENVIRONMENT,
     PartSpec("compile", "bench.gpu.parts.compile", "Compile", 40, 120, "what serving compiles, in a pool"),
-    PartSpec("ops", "bench.gpu.parts.ops", "OpsOnce", 25, 90, "one case of each op and dtype, eager and captured"),
+    PartSpec(
+        "ops", "bench.gpu.parts.ops", "OpsOnce", 25, 90, "one case of each op and dtype, eager and captured", _SMALLER
+    ),
     PartSpec(
         "steps",
         "bench.gpu.parts.model_speed",
@@ -54,3 +61,9 @@ FIRST = (
     ),
     _ENGINE,
 )
+
+
+def after_first(parts: Sequence[PartSpec]) -> list[PartSpec]:
+    """Return what comes after `FIRST` of these parts, without its largest cases."""
+    rest = (spec for spec in parts if spec not in FIRST)
+    return [replace(spec, options=_SMALLER) if spec.name in ("parity", "graphs") else spec for spec in rest]

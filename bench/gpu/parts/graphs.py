@@ -9,8 +9,6 @@ from scalellm.kernels.dispatch import OP_NAMES
 from scalellm.kernels.spec import BRIEF, ON_DEVICE
 from scalellm.kernels.spec.case import Case, Maker, bit_equal
 
-_GIB = 2**30
-
 
 class Graphs:
     """The ops as serving captures them: the Triton forms, with all room given to them."""
@@ -22,7 +20,7 @@ class Graphs:
             if bench.seconds_left() < 0:
                 found.note("graphs: the rest is left out: the budget is spent")
                 break
-            if bench.device.capability.sm < case.min_sm or bench.device.free_bytes() < case.gibibytes * _GIB:
+            if bench.obstacle(case):
                 continue
             with found.attempt(f"graph {case.name}", bench.device):
                 variants = replay(case, bench.device, found)

@@ -7,8 +7,6 @@ from bench.gpu.parts.graphs import replay
 from scalellm.kernels import Launch, select_ops
 from scalellm.kernels.spec import BRIEF, ON_DEVICE, one_of_each
 
-_GIB = 2**30
-
 
 class OpsOnce:
     """Checks results against float64 and replays against eager."""
@@ -22,7 +20,7 @@ class OpsOnce:
             if bench.seconds_left() < 0:
                 found.note(f"ops: {len(cases) - i} cases left out: the time is spent")
                 break
-            if device.capability.sm < case.min_sm or device.free_bytes() < case.gibibytes * _GIB:
+            if bench.obstacle(case):
                 continue
             with found.attempt(f"ops {case.name}", device):
                 ops = select_ops(device.capability, dtype=case.dtype, kv_cache_dtype=case.kv_cache_dtype, launch=launch)

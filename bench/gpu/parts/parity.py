@@ -60,7 +60,7 @@ class Parity:
             seconds = min(_SECONDS, bench.seconds_left())
             spec = PartSpec("parity share", __name__, "ParityShare", 0, seconds, "")
             supervisor = Supervisor(dry_run=bench.device.dry_run, budget_s=seconds, listen=listen)
-            (result,) = supervisor.run([spec], options={"share": share, "of": of, "first": first})
+            (result,) = supervisor.run([spec], options={**bench.options, "share": share, "of": of, "first": first})
             first = result.shared.get("first", 0)
             if not first:
                 return
@@ -98,21 +98,13 @@ class ParityShare:
             if bench.seconds_left() < 0:
                 found.note(f"parity: {len(cases) - i} cases left out: the budget is spent")
                 break
-            obstacle = self._obstacle(case, bench)
+            obstacle = bench.obstacle(case)
             if obstacle:
                 found.note(f"parity {case.name}: left out, {obstacle}")
                 continue
             if not self._run_case(case, bench, launch, found):
                 found.share(first=i + 1)  # where a new process goes on
                 return
-
-    @staticmethod
-    def _obstacle(case: Case | DrawCase, bench: Bench) -> str:
-        if bench.device.capability.sm < case.min_sm:
-            return f"needs compute capability {case.min_sm / 10}"
-        if bench.device.free_bytes() < case.gibibytes * _GIB:
-            return f"needs {case.gibibytes:.1f} GiB"
-        return ""
 
     @staticmethod
     def _run_case(case: Case | DrawCase, bench: Bench, launch: Launch, found: Findings) -> bool:
