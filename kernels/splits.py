@@ -9,28 +9,37 @@ from scalellm.kernels.tiles import tile_table
 _ALIGNED = 4  # elements of 4 bytes in 16 bytes
 
 
-def num_decode_splits(capability: Capability, num_seqs: int, num_kv_heads: int) -> int:
-    """Return `num_splits` for `paged_attention_decode`: a power of two, 8 to 64 in the tables.
+def num_decode_splits(capability: Capability, num_kv_heads: int) -> int:
+    """Return `num_splits` for `paged_attention_decode`, the most shares of a sequence: a power of two, up to 64.
 
-    As many as give each processor a few programs: enough loads in flight to keep memory busy, and shares small enough
-    to even out. Chosen from shapes alone, so that it is the same whenever a captured graph runs and a sequence's result
-    does not depend on how long its neighbours are. Never fewer than the table's `fewest`: a single long sequence in a
-    large batch would otherwise be read by a few processors per head while the others wait. Of a batch that has that
-    number, shares have `least_keys` at least (see `least_tiles`), so that short sequences are not cut up for nothing;
-    a share without keys costs next to nothing.
+    As many as give each processor a few programs when one long sequence is alone. It follows from the device and the
+    model and not from the batch, and a sequence's shares follow from its own length: so its sums have the same order
+    whatever is beside it.
     """
     tile = tile_table("num_decode_splits", capability).choose()
-    wanted = tile["programs_per_sm"] * capability.num_sms / max(1, num_seqs * num_kv_heads)
-    splits = tile["fewest"]
+    wanted = tile["programs_per_sm"] * capability.num_sms / num_kv_heads
+    splits = 1
     while splits < wanted and splits < tile["most"]:
         splits *= 2
     return splits
 
 
-def least_tiles(capability: Capability, num_splits: int, block_n: int) -> int:
-    """Return how many tiles of `block_n` keys a share of a sequence has at least, the last one excepted."""
-    tile = tile_table("num_decode_splits", capability).choose()
-    return max(1, tile["least_keys"] // block_n) if num_splits == tile["fewest"] else 1
+def least_tiles(capability: Capability, block_n: int) -> int:
+    """Return how many tiles of `block_n` keys a share of a sequence has at least, the last one excepted.
+
+    Short sequences are not cut up for nothing: a share writes its result and one program reads all of them.
+    """
+    return max(1, tile_table("num_decode_splits", capability).choose()["least_keys"] // block_n)
+
+
+def decode_programs(capability: Capability, num_seqs: int, num_splits: int) -> int:
+    """Return how many programs divide the shares of all sequences among them, for each kv head.
+
+    It follows from shapes alone, as the grid of a captured graph has to: enough for all shares of one long sequence,
+    and where there are many sequences for most of theirs. Where lengths make more shares, programs take several.
+    """
+    each = tile_table("num_decode_splits", capability).choose()["programs_per_seq"]
+    return min(num_seqs * num_splits, max(num_splits, num_seqs * each))
 
 
 def decode_workspace(

@@ -85,9 +85,9 @@ _SCHEMAS: Mapping[str, _Schema] = MappingProxyType(
         "num_decode_splits": _Schema(
             (),
             {
-                "fewest": _Range(1, 64),
                 "most": _Range(1, 64),
                 "programs_per_sm": _COUNT,
+                "programs_per_seq": _COUNT,
                 "least_keys": _Range(16, 4096),
             },
         ),

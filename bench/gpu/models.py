@@ -161,7 +161,7 @@ class DecodeStep:
         slots = table[:, (context - 1) // PAGE].long() * PAGE + (context - 1) % PAGE
         lens = torch.full((rows,), context, dtype=torch.int32, device=make.device)
         positions[live:], slots[live:], lens[live:] = 0, -1, 0
-        splits = 1 if launch is None else num_decode_splits(launch.capability, rows, config.num_kv_heads)
+        splits = 1 if launch is None else num_decode_splits(launch.capability, config.num_kv_heads)
         workspace = decode_workspace(rows, config.num_heads, config.head_dim, splits, make.device)
         self._context = ForwardContext(positions, slots, DecodeRows(lens, table, splits, workspace), None)
         self.input_ids = make.randint(0, config.vocab_size, rows)

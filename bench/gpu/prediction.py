@@ -28,11 +28,13 @@ from bench.gpu.roofline import (
 )
 
 _CONTEXT = 1024
+_LONG = 100_000  # tokens of one sequence among short ones
 _SMS, _GHZ = 132, 1.755
 _ISSUE_RATE = 0.6  # instructions of a scheduler in a cycle, in a loop that waits for shared memory and conversions
 _SHARED = 228 << 10  # bytes of a processor
 _CHAIN_US = 2.0  # of a program of attention: length, block id, first keys, one after the other
 _SMALLEST_US = 2.2  # a kernel that moves next to nothing
+_LATENCY_US = 1.0  # of a load of keys, where others load as well: a program has its buffers filled once in that time
 _LAST_US = 0.8  # of the last program of a sequence's attention: a ticket, and shares from L2
 _OVERLAPPED_US = 0.7  # what is left of the gap before a kernel that begins early
 _SAMPLER_US = 30.0  # and the copies around a step
@@ -54,6 +56,7 @@ class Design:
         products: the share of products by precision, with one row and with many.
         attention_bytes: shared memory of a program of decode attention, by bytes of a cache's element (`make aot`).
         attention_share: of bandwidth, in a loop with so many loads under way.
+        most_shares: of the keys of one long sequence in a batch of 64.
         e4m3_instructions: of a warp, for 64 keys and values of 128 e4m3 numbers (`nvdisasm`).
         expert_rows: rows of a block of an expert where the blocks of an expert read its weight one after the other;
             0 where they read it together.
@@ -69,6 +72,7 @@ class Design:
     products: Mapping[Precision, tuple[float, float]]
     attention_bytes: Mapping[int, int]
     attention_share: float
+    most_shares: int
     e4m3_instructions: int
     expert_rows: int
     launches: int
@@ -84,6 +88,7 @@ BEFORE = Design(
     MappingProxyType({"bf16": (0.80, 0.77), "fp8": (0.66, 0.62), "int4": (0.50, 0.25)}),
     MappingProxyType({2: 38_916, 1: 22_532}),
     attention_share=0.85,
+    most_shares=4,
     e4m3_instructions=798,
     expert_rows=16,
     launches=6,
@@ -99,6 +104,7 @@ NOW = replace(
     products=MappingProxyType({**BEFORE.products, "int4": (0.53, 0.32)}),
     attention_bytes=MappingProxyType({2: 71_680, 1: 38_912}),
     attention_share=0.90,
+    most_shares=61,
     e4m3_instructions=618,
     expert_rows=0,
     launches=5,
@@ -193,10 +199,14 @@ def needed_share(shape: ModelShape, precision: Precision, seqs: int, design: Des
 
 
 def _attention_us(shape: ModelShape, seqs: int, kv_bytes: int, design: Design) -> tuple[float, float]:
-    """Return microseconds and waves of decode attention with shares of 256 keys, or of 64 where few sequences are."""
+    """Return microseconds and waves of decode attention.
+
+    A share has 128 keys now; before, it had 256, or 64 with few sequences.
+    """
     num_bytes = decode_attention(shape, seqs, _CONTEXT, kv_bytes).num_bytes
     resident = _SHARED // (design.attention_bytes[kv_bytes] + 1024)
-    shares = _CONTEXT // (256 if seqs * shape.kv_heads * 4 >= 4 * _SMS else 64)
+    before = 256 if seqs * shape.kv_heads >= _SMS else 64
+    shares = _CONTEXT // (before if design.adds_shares_apart else 128)
     programs = seqs * shape.kv_heads * shares
     us = ASSUMED.move_us(num_bytes) / design.attention_share
     if kv_bytes == 1:
@@ -205,6 +215,18 @@ def _attention_us(shape: ModelShape, seqs: int, kv_bytes: int, design: Design) -
         us = max(us, tiles * design.e4m3_instructions / _ISSUE_RATE / (_SMS * _GHZ * 1e3))
     adding = _SMALLEST_US if design.adds_shares_apart else _LAST_US
     return us + _CHAIN_US + adding, programs / (_SMS * resident)
+
+
+def lone_row_us(shape: ModelShape, context: int, design: Design) -> float:
+    """Return microseconds of a layer's decode attention for a sequence of `context` tokens among 63 of 1024.
+
+    It takes the time of all bytes, or that of one share of the long sequence where a program reads that for longer.
+    """
+    lone = decode_attention(shape, 1, context, 2).num_bytes
+    all_bytes = lone + decode_attention(shape, 63, _CONTEXT, 2).num_bytes
+    share = lone / (shape.kv_heads * design.most_shares)
+    us = max(ASSUMED.move_us(all_bytes) / design.attention_share, share / design.attention_bytes[2] * _LATENCY_US)
+    return us + _CHAIN_US + (_SMALLEST_US if design.adds_shares_apart else _LAST_US)
 
 
 def table() -> str:
@@ -237,5 +259,9 @@ def table() -> str:
             lines.append(
                 f"{'':37}" + "".join(f"{p.launches:>14} launches{p.waves:>7.1f} waves  " for p in found).rstrip()
             )
+    for kv_heads in (8, 2):
+        shape = replace(LLAMA_8B, kv_heads=kv_heads, q_heads=4 * kv_heads)
+        cells = "".join(f"{lone_row_us(shape, _LONG, design):>29.0f} us" for design in designs)
+        lines.append(f"attention {kv_heads} kv heads, {_LONG // 1000}k among 1k{'':4}{cells}")
     lines.append("+ reaches its target, - misses it. What is assumed stands in bench/gpu/prediction.py.")
     return "\n".join(lines)

@@ -8,8 +8,8 @@ follow each other, and there is nothing between them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -74,6 +74,12 @@ class Cost:
     def is_bandwidth(self, ceilings: Ceilings) -> bool:
         """True if moving bytes takes longer than arithmetic."""
         return ceilings.move_us(self.num_bytes, self.written) >= self.floor_us(ceilings)
+
+
+def sum_of(costs: Iterable[Cost]) -> Cost:
+    """Return the cost of several pieces of work as one operator's."""
+    rows = zip(*(astuple(cost) for cost in costs), strict=True)
+    return Cost(*(sum(row) for row in rows))
 
 
 @dataclass(frozen=True, slots=True)

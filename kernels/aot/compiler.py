@@ -87,19 +87,22 @@ def pipelined_loops(ttgir: str) -> tuple[Loop, ...]:
     """Read the loops that load ahead from Triton's last representation of its own."""
     found: list[Loop] = []
     buffers: list[int] = []  # of the loop that follows
-    waits: list[int] = []  # in the outermost loop that the line is in
-    end = ""  # the line that closes it
+    around: list[
+        tuple[str, list[int], list[int]]
+    ] = []  # loops around the line: what closes one, its buffers, its waits
     for line in ttgir.splitlines():
-        if not end and (buffer := _BUFFER.search(line)):
+        if buffer := _BUFFER.search(line):
             buffers.append(int(buffer[1]))
-        elif not end and "scf.for " in line:
-            end = line[: len(line) - len(line.lstrip())] + "}"
-        elif end and line.startswith(end):
-            if waits:
-                found.append(Loop(min(buffers), min(waits)))
-            buffers, waits, end = [], [], ""
-        elif end and (wait := _WAIT.search(line)):
-            waits.append(int(wait[1]))
+        elif "scf.for " in line:
+            around.append((line[: len(line) - len(line.lstrip())] + "}", buffers, []))
+            buffers = []
+        elif around and line.startswith(around[-1][0]):
+            _, held, waits = around.pop()
+            if held and waits:  # one without buffers of its own waits for the last loads of a loop in it
+                found.append(Loop(min(held), min(waits)))
+            buffers = []
+        elif around and (wait := _WAIT.search(line)):
+            around[-1][2].append(int(wait[1]))
     return tuple(found)
 
 

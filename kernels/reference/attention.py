@@ -96,8 +96,8 @@ def paged_attention_decode(
 ) -> Tensor:
     """Attention of one query token per sequence; q and the result are [S, Hq, D], rows of length 0 come out zero.
 
-    As `unified_attention` with one query each. `num_splits` (parts the keys of a row are divided into) and `workspace`
-    (scratch for the parts) shape a device kernel's launch; they have no effect on the result and none here.
+    As `unified_attention` with one query each. `num_splits` (the most parts that the keys of a row are divided into)
+    and `workspace` (scratch for the parts) shape a device kernel's launch; they have no effect here.
     """
     op = _PagedAttention(k_cache, v_cache, scale, window, softcap, None, k_scale, v_scale)
     out = torch.zeros_like(q) if out is None else out.zero_()

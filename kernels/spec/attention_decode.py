@@ -38,13 +38,13 @@ def _case(
     options: Options = PLAIN,
     num_splits: int | None = None,
 ) -> Case:
-    """`num_splits`: None is what the device's table has for so many sequences."""
+    """`num_splits`: None is what the device's table has for so many heads."""
     scale = heads.dim**-0.5
 
     def bind(ops: Ops, make: Maker) -> Bound:
         case = paged(make, heads, lens, [1] * len(lens), options)
         out = make.poison(*case.q.shape, dtype=options.dtype)
-        splits = num_splits or num_decode_splits(capability_of(ops), len(lens), heads.kv)
+        splits = num_splits or num_decode_splits(capability_of(ops), heads.kv)
         workspace = decode_workspace(len(lens), heads.q, heads.dim, splits, make.device)
         tickets = decode_tickets(workspace, len(lens), heads.q)
         workspace[: -tickets.numel()] = torch.nan
@@ -82,11 +82,11 @@ def _far() -> Case:
 
 def _small() -> list[Case]:
     groups = [Heads(*heads, 64, 16) for heads in ((6, 2), (2, 2), (4, 1), (7, 1), (8, 1), (9, 3))]
-    lens = [0, 1, 32, 33, 130]  # fewer tiles than shares, as many, and more
+    lens = [0, 1, 33, 257, 700]  # no share, one, and as many as there may be
     found = [
         _case("few", heads, lens, Options(dtype), splits)
         for heads in groups
-        for splits, dtype in ((3, BF16), (1, FP32), (3, FP32), (4, FP32))
+        for splits, dtype in ((3, BF16), (1, FP32), (3, FP32), (8, FP32))
     ]
     found += [
         _case("two", Heads(4, 2, dim, 16), [1, 33], Options(dtype), splits)
@@ -95,24 +95,26 @@ def _small() -> list[Case]:
         for splits in (1, 2)
     ]
     found += [
-        _case("others", heads, [17, 130], Options(FP32, window=window, softcap=softcap), 4)
+        _case("others", heads, [17, 300], Options(FP32, window=window, softcap=softcap), 4)
         for heads in SMALL_SHAPES
         for window, softcap in ((0, 0.0), (9, 2.0))
     ]
     for page in (16, 32, 64):
         around = [page - 1, page, page + 1, 2 * page + 1]
         found += [_case("around a page", Heads(2, 1, 64, page), around, Options(dtype), 2) for dtype in (BF16, FP32)]
-    left = [0, 1, 17, 70, 130]
+    left = [0, 1, 17, 130, 400]
     for splits in (1, 4):
         found += [
-            _case("left", Heads(2, 1, 64, 16), left, Options(FP32, window=w), splits) for w in (1, 7, 16, 33, 100)
+            _case("left", Heads(2, 1, 64, 16), left, Options(FP32, window=w), splits) for w in (1, 16, 33, 100, 300)
         ]
-        found += [_case("left", Heads(2, 1, 64, 64), left, Options(window=w), splits) for w in (1, 63, 64, 65)]
+        found += [_case("left", Heads(2, 1, 64, 64), left, Options(window=w), splits) for w in (1, 64, 65, 300)]
     found += [
         _case("capped", Heads(6, 2, 64, 16), lens, Options(FP32, window=window, softcap=2.0), 4) for window in (0, 16)
     ]
     e4m3 = Options(BF16, E4M3, softcap=3.0)
-    found += [_case("codes", Heads(6, 2, 64, 16), [0, 17, 65], replace(e4m3, dtype=dtype), 2) for dtype in (BF16, FP32)]
+    found += [
+        _case("codes", Heads(6, 2, 64, 16), [0, 17, 300], replace(e4m3, dtype=dtype), 2) for dtype in (BF16, FP32)
+    ]
     return found
 
 

@@ -1,9 +1,12 @@
-"""Attention of one query per sequence, the keys of each divided among programs ("flash decoding").
+"""Attention of one query per sequence, the keys of each divided into shares ("flash decoding").
 
-Each program attends over its share of the keys. Where a sequence has more than one, the program leaves a normalised
-vector and the log2 of its weight and draws a ticket; the one with the last ticket adds them up, always in the order of
-the keys, and puts the ticket back to zero for the next launch. The grid is fixed by shapes, so a captured graph serves
-any lengths: programs whose share is empty leave at once, and nobody waits for them.
+The keys of a sequence are divided by its own length, so its sums have one order whatever is beside it. The shares of
+all sequences are numbered, and the programs of a kv head take them in turn: a long sequence among short ones is read
+by as many programs as if it were alone. The grid is fixed by shapes, so a captured graph serves any lengths.
+
+Where a sequence has several shares, its programs leave normalised vectors and the log2 of their weights and draw
+tickets; the one with the last ticket adds them up, always in the order of the keys, and puts the ticket back to zero
+for the next launch. Nobody waits for another program.
 """
 
 import torch
@@ -13,12 +16,19 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.quant import E4M3
-from scalellm.kernels.splits import decode_tickets, decode_workspace, decode_workspace_size, least_tiles
+from scalellm.kernels.splits import (
+    decode_programs,
+    decode_tickets,
+    decode_workspace,
+    decode_workspace_size,
+    least_tiles,
+)
 from scalellm.kernels.triton.attention import LOG2E, as_multiplied, blocks_of, capped, slots_of
 from scalellm.kernels.triton.overlap import start_after_the_kernel_before
 from scalellm.kernels.triton.quantise import scale_of
 
 _AT_ONCE = 4096  # numbers of shares that a program adds up at a time: 32 for each of 128 threads
+_LENGTHS = 128  # that a program looks at together: one for each thread
 
 
 def paged_attention_decode(
@@ -49,7 +59,6 @@ def paged_attention_decode(
     group = q_heads // kv_heads
     tile = launch.tile("paged_attention_decode", element_size=q.element_size(), head_dim=head_dim)
     block_n = tile["block_n"]
-    least = least_tiles(launch.capability, num_splits, block_n)
     parts = tickets = None  # one split writes the result itself
     if num_splits > 1:
         needed = decode_workspace_size(num_seqs, q_heads, head_dim, num_splits)
@@ -60,7 +69,7 @@ def paged_attention_decode(
         parts, tickets = workspace, decode_tickets(workspace, num_seqs, kv_heads)
     launch(
         _decode_split,
-        (num_seqs, kv_heads, num_splits),
+        (decode_programs(launch.capability, num_seqs, num_splits), kv_heads),
         q,
         k_cache,
         v_cache,
@@ -71,6 +80,7 @@ def paged_attention_decode(
         out,
         parts,
         tickets,
+        num_seqs,
         block_table.stride(0),
         scale / softcap if softcap else scale * LOG2E,
         softcap * LOG2E,
@@ -88,7 +98,8 @@ def paged_attention_decode(
         BLOCK_H=max(16, next_power_of_2(group)),
         BLOCK_N=block_n,
         NUM_SPLITS=num_splits,
-        LEAST_TILES=least,
+        LEAST_TILES=least_tiles(launch.capability, block_n),
+        LENGTHS=_LENGTHS,
         PADDED_GROUP=next_power_of_2(group),
         FEW=min(next_power_of_2(num_splits), max(1, _AT_ONCE // (next_power_of_2(group) * next_power_of_2(head_dim)))),
         WINDOW=window,
@@ -100,17 +111,64 @@ def paged_attention_decode(
 
 
 @triton.jit
-def _shares(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, LEAST_TILES: tl.constexpr, WINDOW: tl.constexpr):
-    """Return the first key a query sees, the tile it is in, and the keys of a share, a multiple of the tile."""
+def _division(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, LEAST_TILES: tl.constexpr, WINDOW: tl.constexpr):
+    """Return the first key a query sees, the first tile it is in, the tiles of a share and the number of shares.
+
+    A share has one tile more than `LEAST_TILES` for every `NUM_SPLITS` tiles, so there are never more than NUM_SPLITS.
+    A sequence without keys has one, which writes zeros.
+    """
     start = 0
     if WINDOW > 0:
         start = tl.maximum(0, length - WINDOW)
     first_tile = start // BLOCK_N
-    tiles = tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_N) - first_tile, NUM_SPLITS), LEAST_TILES)
-    return start, first_tile * BLOCK_N, tiles * BLOCK_N
+    tiles = tl.cdiv(length, BLOCK_N) - first_tile
+    share = LEAST_TILES + tiles // NUM_SPLITS
+    return start, first_tile, share, tl.maximum(tl.cdiv(tiles, share), 1)
 
 
-@triton.jit(do_not_specialize=["block_table_stride"])
+@triton.jit
+def _numbers_of_shares(
+    seq_lens_ptr,
+    begin,
+    num_seqs,
+    LENGTHS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Return how many shares each of the sequences from `begin` on has; beyond the last one, 0."""
+    seq = begin + tl.arange(0, LENGTHS)
+    length = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
+    _, _, _, shares = _division(length, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
+    return tl.where(seq < num_seqs, shares, 0)
+
+
+@triton.jit
+def _share_of(
+    number,
+    seq_lens_ptr,
+    num_seqs,
+    LENGTHS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Return the sequence that a share with this number is of, and which of its shares it is."""
+    seq = 0
+    first = 0  # number of the sequence's first share
+    before = 0
+    for begin in range(0, num_seqs, LENGTHS):
+        shares = _numbers_of_shares(seq_lens_ptr, begin, num_seqs, LENGTHS, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
+        ends = before + tl.cumsum(shares)
+        seq += tl.sum((ends <= number).to(tl.int32))
+        first = tl.maximum(first, tl.max(tl.where(ends <= number, ends, 0)))
+        before += tl.sum(shares)
+    return seq.to(tl.int64), number - first
+
+
+@triton.jit(do_not_specialize=["num_seqs", "block_table_stride"])
 def _decode_split(
     q_ptr,
     k_ptr,
@@ -122,6 +180,7 @@ def _decode_split(
     out_ptr,
     parts_ptr,  # [S, Hq, NUM_SPLITS, D] and then [S, Hq, NUM_SPLITS], float32; with more than one split
     tickets_ptr,  # [S, Hkv] i32, zero before and after a launch
+    num_seqs,
     block_table_stride,
     score_scale,  # of q.k: gives powers of two, or with SOFTCAP the argument of tanh
     cap,  # times log2(e)
@@ -138,6 +197,7 @@ def _decode_split(
     BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     LEAST_TILES: tl.constexpr,
+    LENGTHS: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     FEW: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -147,79 +207,82 @@ def _decode_split(
     OVERLAPS: tl.constexpr,
 ):
     start_after_the_kernel_before(OVERLAPS)
-    seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(seq_lens_ptr + seq)
-    start, first, share = _shares(length, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
-    shares = tl.maximum(tl.cdiv(length - first, share), 1)  # without keys one writes zeros
-    if split >= shares:
-        return
-    first += split * share
-    stop = tl.minimum(first + share, length)
-
+    score_scale *= scale_of(k_scale, K_SCALE_IN_MEMORY)
     row = tl.arange(0, BLOCK_H)
     dim = tl.arange(0, PADDED_D)
     head = kv_head * GROUP + row
     mask = (row < GROUP)[:, None] & (dim < D)[None, :]
-    q = tl.load(q_ptr + seq * Q_STRIDE_S + head[:, None] * Q_STRIDE_H + dim[None, :], mask=mask, other=0.0)
-    q = as_multiplied(q, k_ptr.dtype.element_ty)
-    score_scale *= scale_of(k_scale, K_SCALE_IN_MEMORY)
 
-    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    weighted = tl.zeros([BLOCK_H, PADDED_D], tl.float32)
-    table = block_table_ptr + seq * block_table_stride
-    block = blocks_of(table, first, start, stop, PAGE, BLOCK_N)
-    for at in range(first, stop, BLOCK_N):
-        key = at + tl.arange(0, BLOCK_N)
-        live = (key >= start) & (key < stop)  # one at least: each tile gives every row a finite maximum
-        base = slots_of(block, at, PAGE, BLOCK_N) * (KV_HEADS * D) + kv_head * D
-        block = blocks_of(table, at + BLOCK_N, start, stop, PAGE, BLOCK_N)
-        k = tl.load(k_ptr + base[None, :] + dim[:, None], mask=live[None, :] & (dim < D)[:, None], other=0.0)
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * score_scale
-        if SOFTCAP:
-            scores = capped(scores, cap)
-        scores = tl.where(live[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.math.exp2(scores - new_highest[:, None])
-        decay = tl.math.exp2(highest - new_highest)
-        v = tl.load(v_ptr + base[:, None] + dim[None, :], mask=live[:, None] & (dim < D)[None, :], other=0.0)
-        weighted = tl.dot(weights.to(q.dtype), v.to(q.dtype), weighted * decay[:, None], input_precision="ieee")
-        total = total * decay + tl.sum(weights, 1)
-        highest = new_highest
+    total_shares = 0
+    for begin in range(0, num_seqs, LENGTHS):
+        some = _numbers_of_shares(seq_lens_ptr, begin, num_seqs, LENGTHS, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
+        total_shares += tl.sum(some)
+    # What is the same for all shares is computed anew for each, and what adds them up is a call: kept in registers
+    # all the time, both take 60 of them, and only two programs fit into a processor with shared memory for three.
+    for number in tl.range(tl.program_id(0), total_shares, tl.num_programs(0), disable_licm=True):
+        seq, split = _share_of(number, seq_lens_ptr, num_seqs, LENGTHS, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
+        length = tl.load(seq_lens_ptr + seq)
+        start, first_tile, tiles, shares = _division(length, BLOCK_N, NUM_SPLITS, LEAST_TILES, WINDOW)
+        first = (first_tile + split * tiles) * BLOCK_N
+        stop = tl.minimum(first + tiles * BLOCK_N, length)
+        q = tl.load(q_ptr + seq * Q_STRIDE_S + head[:, None] * Q_STRIDE_H + dim[None, :], mask=mask, other=0.0)
+        q = as_multiplied(q, k_ptr.dtype.element_ty)
 
-    weighted *= scale_of(v_scale, V_SCALE_IN_MEMORY)
-    part = weighted / tl.where(total == 0.0, 1.0, total)[:, None]  # a row without keys is zero
-    if shares == 1:
-        out_at = seq * OUT_STRIDE_S + head[:, None] * OUT_STRIDE_H + dim[None, :]
-        tl.store(out_ptr + out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
-    elif NUM_SPLITS > 1:
-        weights_ptr = parts_ptr + tl.num_programs(0).to(tl.int64) * (KV_HEADS * GROUP * NUM_SPLITS * D)
-        part_at = (seq * (KV_HEADS * GROUP) + head) * NUM_SPLITS + split
-        tl.store(parts_ptr + part_at[:, None] * D + dim[None, :], part, mask=mask)
-        tl.store(weights_ptr + part_at, highest + tl.math.log2(total), mask=row < GROUP)
-        tl.debug_barrier()  # what all threads of this program wrote comes before its ticket
-        ticket_ptr = tickets_ptr + seq * KV_HEADS + kv_head
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == shares - 1:
-            tl.store(ticket_ptr, 0)
-            _add_shares(
-                parts_ptr,
-                weights_ptr,
-                out_ptr + seq * OUT_STRIDE_S + kv_head * GROUP * OUT_STRIDE_H,
-                (seq * KV_HEADS + kv_head) * GROUP,
-                shares,
-                OUT_STRIDE_H,
-                GROUP,
-                D,
-                PADDED_D,
-                NUM_SPLITS,
-                PADDED_GROUP,
-                FEW,
-            )
+        highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        weighted = tl.zeros([BLOCK_H, PADDED_D], tl.float32)
+        table = block_table_ptr + seq * block_table_stride
+        block = blocks_of(table, first, start, stop, PAGE, BLOCK_N)
+        for at in range(first, stop, BLOCK_N):
+            key = at + tl.arange(0, BLOCK_N)
+            live = (key >= start) & (key < stop)  # one at least: each tile gives every row a finite maximum
+            base = slots_of(block, at, PAGE, BLOCK_N) * (KV_HEADS * D) + kv_head * D
+            block = blocks_of(table, at + BLOCK_N, start, stop, PAGE, BLOCK_N)
+            k = tl.load(k_ptr + base[None, :] + dim[:, None], mask=live[None, :] & (dim < D)[:, None], other=0.0)
+            scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * score_scale
+            if SOFTCAP:
+                scores = capped(scores, cap)
+            scores = tl.where(live[None, :], scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, 1))
+            weights = tl.math.exp2(scores - new_highest[:, None])
+            decay = tl.math.exp2(highest - new_highest)
+            v = tl.load(v_ptr + base[:, None] + dim[None, :], mask=live[:, None] & (dim < D)[None, :], other=0.0)
+            weighted = tl.dot(weights.to(q.dtype), v.to(q.dtype), weighted * decay[:, None], input_precision="ieee")
+            total = total * decay + tl.sum(weights, 1)
+            highest = new_highest
+
+        weighted *= scale_of(v_scale, V_SCALE_IN_MEMORY)
+        part = weighted / tl.where(total == 0.0, 1.0, total)[:, None]  # a row without keys is zero
+        if shares == 1:
+            out_at = seq * OUT_STRIDE_S + head[:, None] * OUT_STRIDE_H + dim[None, :]
+            tl.store(out_ptr + out_at, part.to(out_ptr.dtype.element_ty), mask=mask)
+        elif NUM_SPLITS > 1:
+            weights_ptr = parts_ptr + num_seqs.to(tl.int64) * (KV_HEADS * GROUP * NUM_SPLITS * D)
+            part_at = (seq * (KV_HEADS * GROUP) + head) * NUM_SPLITS + split
+            tl.store(parts_ptr + part_at[:, None] * D + dim[None, :], part, mask=mask)
+            tl.store(weights_ptr + part_at, highest + tl.math.log2(total), mask=row < GROUP)
+            tl.debug_barrier()  # what all threads of this program wrote comes before its ticket
+            ticket_ptr = tickets_ptr + seq * KV_HEADS + kv_head
+            if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == shares - 1:
+                tl.store(ticket_ptr, 0)
+                _add_shares(
+                    parts_ptr,
+                    weights_ptr,
+                    out_ptr + seq * OUT_STRIDE_S + kv_head * GROUP * OUT_STRIDE_H,
+                    (seq * KV_HEADS + kv_head) * GROUP,
+                    shares,
+                    OUT_STRIDE_H,
+                    GROUP,
+                    D,
+                    PADDED_D,
+                    NUM_SPLITS,
+                    PADDED_GROUP,
+                    FEW,
+                )
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _add_shares(
     parts_ptr,
     weights_ptr,

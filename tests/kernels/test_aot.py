@@ -98,11 +98,22 @@ TTGIR = """
     scf.for %i = %a to %b step %c : i32 {
       %w = ttg.async_wait %x {num = 0 : i32}
     } {tt.num_stages = 2 : i32}
+    scf.for %number = %a to %b step %c : i32 {
+      %before = scf.for %i = %a to %b step %c iter_args(%arg = %z) -> (i32) : i32 {
+        scf.yield %i : i32
+      }
+      %k = ttg.local_alloc : () -> !ttg.memdesc<4x128x64xbf16, #shared2, #smem, mutable>
+      %acc = scf.for %i = %a to %b step %c iter_args(%arg = %z) -> (tensor<16xf32>) : i32 {
+        %w = ttg.async_wait %x, %y {num = 6 : i32}
+        scf.yield %u : i32
+      }
+      %12 = ttg.async_wait {num = 0 : i32}
+    }
 """
 
 
 def test_how_far_loops_load_ahead_is_read_from_the_compiler():
-    assert pipelined_loops(TTGIR) == (Loop(2, 2), Loop(1, 0))
+    assert pipelined_loops(TTGIR) == (Loop(2, 2), Loop(1, 0), Loop(4, 6))
 
 
 ENTRY = ".visible .entry _norm(\n.param .u64 p0\n)\n{\n"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from scalellm.kernels import Capability, gemm_wna16_workspace_size, num_decode_splits
-from scalellm.kernels.splits import least_tiles
+from scalellm.kernels.splits import decode_programs, least_tiles
 from scalellm.kernels.tiles import _ROOT, TILED_OPS, device_slug, read_table, tile_table, tuned_devices
 
 A100, H200, B200 = Capability(80, 108), Capability(90, 132, "NVIDIA H200"), Capability(100, 148)
@@ -116,9 +116,11 @@ def test_the_folders_are_those_of_ops():
 
 
 def test_splits_follow_the_device_and_the_shapes():
-    assert [num_decode_splits(H200, batch, 8) for batch in (1, 2, 8, 64, 256)] == [64, 64, 16, 8, 8]
-    # 256 keys at least where the batch fills the device, and a tile where only many shares do.
-    assert [least_tiles(H200, splits, 64) for splits in (64, 16, 8)] == [1, 1, 4]
+    assert [num_decode_splits(H200, kv_heads) for kv_heads in (1, 8, 16, 32, 1000)] == [64, 64, 64, 32, 1]
+    assert [least_tiles(H200, block_n) for block_n in (32, 64, 128, 256)] == [4, 2, 1, 1]
+    # A program for each share of one long sequence, and in a large batch four for each sequence.
+    assert [decode_programs(H200, batch, 64) for batch in (0, 1, 8, 64, 256)] == [0, 64, 64, 256, 1024]
+    assert decode_programs(H200, 64, 1) == 64
 
 
 def test_scratch_of_packed_products():

@@ -1,6 +1,5 @@
 """Turns a scheduled batch into the flattened tensors of a forward pass."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +19,9 @@ _PENDING = -1  # stands for a token id that only the device knows
 
 @dataclass(frozen=True)
 class DecodeAttention:
-    """The division of decode attention: `num_splits` of a padded number of rows, and scratch for the most of them."""
+    """The division of decode attention: the most shares of a sequence, and scratch for the most rows of a step."""
 
-    num_splits: Callable[[int], int]
+    num_splits: int
     workspace: Tensor
 
 
@@ -134,7 +133,7 @@ class InputBuffers:
         return DecodeRows(
             seq_lens=self._rows.tensors["seq_lens"][:num_rows],
             block_table=self._tables.gather(self._rows.tensors["rows"][:num_rows], self._decode_tables),
-            num_splits=self._attention.num_splits(num_rows),
+            num_splits=self._attention.num_splits,
             workspace=self._attention.workspace,
         )
 

@@ -54,7 +54,7 @@ class ModelRunner:
         """The host memory that blocks are swapped to."""
         buckets = buckets or decode_buckets(config.max_num_seqs)
         self._graphs = DecodeGraphs(buckets, self._decode, device)
-        self._inputs = InputBuffers(config, device, self._decode_attention(buckets), self._ops.library)
+        self._inputs = InputBuffers(config, device, self._decode_attention(max(buckets)), self._ops.library)
         self._decodes = (
             RecordedDecode(model, kv_caches, self._ops.library) if self._is_whole else DecodeOfRanks(model, kv_caches)
         )
@@ -222,14 +222,11 @@ class ModelRunner:
         self._finite[:num_rows].copy_(finite_rows(hidden))
         self._model.compute_logits(hidden, out=self._logits[:num_rows])
 
-    def _decode_attention(self, buckets: list[int]) -> DecodeAttention:
-        model, capability = self._model.rank_config, self._device.capability
-        splits = {size: kernels.num_decode_splits(capability, size, model.num_kv_heads) for size in buckets}
-        most = max(size * num_splits for size, num_splits in splits.items())
-        return DecodeAttention(
-            num_splits=lambda num_rows: splits[self._graphs.bucket(num_rows)],
-            workspace=kernels.decode_workspace(most, model.num_heads, model.head_dim, 1, self._device.torch_device),
-        )
+    def _decode_attention(self, most_rows: int) -> DecodeAttention:
+        model, device = self._model.rank_config, self._device
+        splits = kernels.num_decode_splits(device.capability, model.num_kv_heads)
+        shape = most_rows, model.num_heads, model.head_dim, splits
+        return DecodeAttention(splits, kernels.decode_workspace(*shape, device.torch_device))
 
 
 class InFlightStep:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scalellm.kernels import decode_workspace, num_decode_splits
+from scalellm.kernels import decode_workspace
 from scalellm.kernels.spec.paged import Options
-from scalellm.kernels.splits import decode_tickets, least_tiles
+from scalellm.kernels.splits import decode_programs, decode_tickets, least_tiles
 from virtual_memory import virtual_tensor
 
 E4M3 = torch.float8_e4m3fn
@@ -32,11 +32,16 @@ def unified(ops, case, **options):
     return out
 
 
-def decode(ops, case, num_splits, **options):
-    out = torch.full_like(case.q, torch.nan)
+def poisoned_workspace(case, num_splits):
     workspace = decode_workspace(*case.q.shape, num_splits)
+    workspace[: -decode_tickets(workspace, *case.q.shape[:2]).numel()] = torch.nan
+    return workspace
+
+
+def decode(ops, case, num_splits, workspace=None, **options):
+    out = torch.full_like(case.q, torch.nan)
+    workspace = poisoned_workspace(case, num_splits) if workspace is None else workspace
     tickets = decode_tickets(workspace, *case.q.shape[:2])
-    workspace[: -tickets.numel()] = torch.nan
     options.setdefault("scale", case.q.shape[-1] ** -0.5)
     result = ops.paged_attention_decode(
         case.q,
@@ -69,15 +74,36 @@ def e4m3(case):
     )
 
 
-def test_shares_of_a_full_batch_have_no_fewer_keys_than_the_table_says(ops, launch, paged_case):
-    splits = num_decode_splits(launch.capability, 1000, 1)
-    assert least_tiles(launch.capability, splits, 64) == 4
-    case = paged_case([0, 1, 256, 257, 700], [1] * 5, q_heads=2, kv_heads=1, page=64, dtype=torch.bfloat16)
-    expected = case.attention(0.125)
-    check(decode(ops, case, splits), expected, torch.bfloat16)
-    windowed = paged_case([0, 300, 700], [1] * 3, q_heads=2, kv_heads=1, page=64, dtype=torch.bfloat16, window=290)
-    expected = windowed.attention(0.125, Options(window=290))
-    check(decode(ops, windowed, splits, window=290), expected, torch.bfloat16)
+def test_a_lone_long_row_has_its_own_shares_in_a_full_batch(ops, launch, paged_case):
+    """It is divided as if it were alone, among as many programs, and comes out the same to the last bit."""
+    splits, lens = 8, [20, 0, 900, *[9] * 60, 130]
+    case = paged_case(lens, [1] * len(lens), q_heads=2, kv_heads=1, page=64, dtype=torch.bfloat16)
+    workspace = poisoned_workspace(case, splits)
+    together = decode(ops, case, splits, workspace)
+    check(together, case.attention(0.125), torch.bfloat16)
+    begin = len(lens) * 2 * splits * 64
+    weights = workspace[begin : begin + len(lens) * 2 * splits].view(len(lens), 2, splits)
+    assert least_tiles(launch.capability, 64) == 2
+    # Of 15 tiles each share has 2 and one more; of 130 keys, which are 3 tiles, there is one of 2 and one of 1.
+    assert (~weights.isnan()).sum(-1).tolist() == [[n, n] for n in (0, 0, 5, *[0] * 60, 2)]
+    assert decode_programs(launch.capability, len(lens), splits) > 5
+    for row in (2, len(lens) - 1):
+        alone = replace(
+            case,
+            q=case.q[row : row + 1],
+            block_table=case.block_table[row : row + 1],
+            seq_lens=case.seq_lens[row : row + 1],
+        )
+        assert torch.equal(decode(ops, alone, splits), together[row : row + 1])
+
+
+def test_a_program_takes_several_shares_of_more_rows_than_it_looks_at_together(ops, launch, paged_case):
+    lens = [300 if row % 40 == 0 else row % 3 for row in range(140)]
+    case = paged_case(lens, [1] * len(lens), q_heads=1, kv_heads=1, page=64, dtype=torch.bfloat16)
+    check(decode(ops, case, 8), case.attention(0.125), torch.bfloat16)
+    few = paged_case([900] * 6, [1] * 6, q_heads=1, kv_heads=1, page=64, dtype=torch.bfloat16, window=700)
+    assert decode_programs(launch.capability, 6, 16) < 6 * 6
+    check(decode(ops, few, 16, window=700), few.attention(0.125, Options(window=700)), torch.bfloat16)
 
 
 def test_queries_beyond_float16_with_an_e4m3_cache_stay_finite_and_others_stay_seen(ops, paged_case):
@@ -93,7 +119,7 @@ def test_queries_beyond_float16_with_an_e4m3_cache_stay_finite_and_others_stay_s
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_its_place(ops, paged_case):
-    case = paged_case([70, 3, 130], [1, 1, 1], q_heads=3, kv_heads=1)
+    case = paged_case([300, 3, 170], [1, 1, 1], q_heads=3, kv_heads=1)
     together = decode(ops, case, 4)
     order = torch.tensor([2, 0, 1])
     moved = replace(
@@ -104,8 +130,11 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_place(ops, paged_case):
 
 def test_one_workspace_serves_batches_of_any_size(ops, paged_case):
     """Captured graphs of several sizes use one workspace, one after the other."""
-    workspace = decode_workspace(20, 4, 64, 1)
-    few, many = paged_case([130, 200], [1, 1]), paged_case([70, 3, 130, 0, 90], [1] * 5)
+    workspace = decode_workspace(20, 2, 64, 1)
+    few, many = (
+        paged_case(lens, [1] * len(lens), q_heads=2, kv_heads=1, page=64, dtype=torch.bfloat16)
+        for lens in ([330, 500], [70, 3, 330, 0, 190])
+    )
 
     def run(case, num_splits):
         tables = case.block_table, case.seq_lens

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.gpu.prediction import BEFORE, NOW, OPEN, needed_share, predict
+from bench.gpu.prediction import BEFORE, NOW, OPEN, lone_row_us, needed_share, predict
 from bench.gpu.roofline import H200_TARGETS, LLAMA_8B, MIXTRAL
 
 
@@ -38,3 +38,10 @@ def test_few_rows_have_norms_and_activation_in_their_products():
     more = predict(LLAMA_8B, "bf16", 17, NOW)
     assert more == predict(LLAMA_8B, "bf16", 17, replace(NOW, fused_rows=0))
     assert predict(LLAMA_8B, "fp8", 1, NOW) == predict(LLAMA_8B, "fp8", 1, replace(NOW, fused_rows=0))
+
+
+def test_a_long_sequence_among_short_ones_takes_the_time_of_its_bytes_once_it_has_enough_shares():
+    rank = replace(LLAMA_8B, kv_heads=2, q_heads=8)
+    few = lone_row_us(rank, 100_000, replace(NOW, most_shares=4))
+    assert few == pytest.approx(2 * lone_row_us(rank, 100_000, replace(NOW, most_shares=8)), rel=0.05)
+    assert lone_row_us(rank, 100_000, NOW) == lone_row_us(rank, 100_000, replace(NOW, most_shares=1000))
