@@ -10,7 +10,7 @@ SAMPLE_TILE = 1024  # logits of a row that one program has
 SAMPLE_CANDIDATES = 8192  # logits of a row that its buffer holds
 SAMPLE_PIVOTS = 16
 MOE_ONE_HOT = 8192  # elements of (pair, expert) that one program holds
-WNA16_INTERLEAVE = 16  # words of a weight that the Triton forms of w4a16_gemm and w8a16_gemm read best
+WNA16_INTERLEAVE = 16  # words of a weight that the Triton forms of w4a16_gemm, w8a16_gemm and fused_moe_wna16 read best
 _MOE_BLOCKS = (16, 32, 64, 128)  # rows of an expert's block that tile tables may choose
 
 

@@ -107,15 +107,17 @@ def fused_moe_wna16(
     w2_zeros: Tensor | None = None,
     bits: int,
     group_size: int,
+    interleave: int = 1,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """C++ form of `kernels.fused_moe_wna16`; inputs are rounded to 8 bits, see `kernels.cpu.gemm_wna16`."""
-    reference.check_packed_experts(w13, w2, w13_scales, w2_scales, w13_zeros, w2_zeros, bits, group_size)
+    reference.check_packed_experts(w13, w2, w13_scales, w2_scales, w13_zeros, w2_zeros, bits, group_size, interleave)
     stacks = ((w13, w13_scales, w13_zeros), (w2, w2_scales, w2_zeros))
     scales_and_zeros = [part for stack in stacks for part in stack[1:] if part is not None]
     alike = all(part.dtype == x.dtype for part in scales_and_zeros)
-    if not alike or not _takes(x, weights, out) or not TiledWeight.takes(w13_scales, bits=bits, group_size=group_size):
+    tiles = interleave == 1 and TiledWeight.takes(w13_scales, bits=bits, group_size=group_size)
+    if not alike or not _takes(x, weights, out) or not tiles:
         return reference.fused_moe_wna16(
             *(x, w13, w2, weights, ids),
             w13_scales=w13_scales,
@@ -124,6 +126,7 @@ def fused_moe_wna16(
             w2_zeros=w2_zeros,
             bits=bits,
             group_size=group_size,
+            interleave=interleave,
             out=out,
         )
     tiled = (TiledWeight.of_copies(library, *stack, bits=bits, group_size=group_size) for stack in stacks)

@@ -115,6 +115,7 @@ def fused_moe_wna16(
     w2_zeros: Tensor | None = None,
     bits: int,
     group_size: int,
+    interleave: int = 1,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -132,20 +133,22 @@ def fused_moe_wna16(
         w2_zeros: see `w13_zeros`.
         bits: 4 or 8.
         group_size: divides H and F.
+        interleave: of the words of both matrices, see `w4a16_gemm`; divides H / (32 / bits) and F / (32 / bits).
         workspace: scratch of a device kernel, i32, of `kernels.fused_moe_workspace_size`; has no effect on the result
             and none here.
         out: [T, H], receives the result.
 
     Raises:
-        ValueError: bits is neither 4 nor 8, or shapes of scales or zeros do not belong to the weights and group_size.
+        ValueError: bits is neither 4 nor 8, shapes of scales or zeros do not belong to the weights and group_size, or
+            interleave does not divide the words of a column.
     """
-    check_packed_experts(w13, w2, w13_scales, w2_scales, w13_zeros, w2_zeros, bits, group_size)
+    check_packed_experts(w13, w2, w13_scales, w2_scales, w13_zeros, w2_zeros, bits, group_size, interleave)
 
     def layer(expert: int) -> tuple[Tensor, Tensor]:
         zeros = None if w13_zeros is None else w13_zeros[expert]
-        up = dequantise_packed(w13[expert], w13_scales[expert], zeros, bits, group_size)
+        up = dequantise_packed(w13[expert], w13_scales[expert], zeros, bits, group_size, interleave)
         zeros = None if w2_zeros is None else w2_zeros[expert]
-        return up, dequantise_packed(w2[expert], w2_scales[expert], zeros, bits, group_size)
+        return up, dequantise_packed(w2[expert], w2_scales[expert], zeros, bits, group_size, interleave)
 
     return _sum_of_experts(x, weights, ids, layer, out)
 
@@ -159,12 +162,13 @@ def check_packed_experts(
     w2_zeros: Tensor | None,
     bits: int,
     group_size: int,
+    interleave: int,
 ) -> None:
     """Refuse what `fused_moe_wna16` refuses."""
     if bits not in (4, 8):
         raise ValueError(f"bits: {bits} is neither 4 nor 8")
-    check_shapes(w13, w13_scales, w13_zeros, bits, group_size, prefix="w13_")
-    check_shapes(w2, w2_scales, w2_zeros, bits, group_size, prefix="w2_")
+    check_shapes(w13, w13_scales, w13_zeros, bits, group_size, interleave, prefix="w13_")
+    check_shapes(w2, w2_scales, w2_zeros, bits, group_size, interleave, prefix="w2_")
 
 
 def _sum_of_experts(

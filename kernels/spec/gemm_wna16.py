@@ -14,10 +14,10 @@ from scalellm.kernels.spec.case import BF16, FP16, FP32, Bound, Case, Maker, Spe
 from scalellm.kernels.workspaces import WNA16_INTERLEAVE, gemm_wna16_workspace_size
 
 _TOLERANCE = {FP32: 2e-6, BF16: 1e-2, FP16: 2e-3}  # weights are rounded to the dtype, and results
-_PLAIN = 1
+PLAIN = 1
 
 
-def pack(q: Tensor, bits: int, interleave: int = _PLAIN) -> Tensor:
+def pack(q: Tensor, bits: int, interleave: int = PLAIN) -> Tensor:
     """Pack integers [..., K, N] into words [..., K * bits / 32, N], i32, as `w4a16_gemm` says of `interleave`."""
     shifts = torch.arange(0, 32, bits, device=q.device).view(-1, 1, 1)
     *experts, inner, columns = q.shape
@@ -67,7 +67,7 @@ def _gemm(
 
         def expected() -> dict[str, Tensor]:
             weight = unpacked(q, scales, zero_points, bits)
-            cpp = ops.backends[op] == "cpp" and dtype != FP16 and interleave == _PLAIN
+            cpp = ops.backends[op] == "cpp" and dtype != FP16 and interleave == PLAIN
             return {"out": (rounded_to_bytes(x, group_size) if cpp else x.double()) @ weight}
 
         def run() -> object:
@@ -78,7 +78,7 @@ def _gemm(
         return Bound(run, {"out": out}, expected)
 
     what = f"{rows}x{inner}x{columns} {name_of(dtype)} groups of {group_size}{' zeros' if zeros else ''}"
-    if interleave == _PLAIN:
+    if interleave == PLAIN:
         what += " plain"
     return Case(op, what, bind, dtype, tolerance=_TOLERANCE[dtype], allocates=rows > 128)
 
@@ -91,12 +91,12 @@ def _small(bits: int) -> list[Case]:
         *(_gemm(bits, *sizes, zeros=sizes[0] != 2) for sizes in interleaved),
         _gemm(bits, 130, 128, 33, 64, zeros=True),  # unpacked
         *(
-            _gemm(bits, *sizes, zeros=zeros, dtype=FP16 if sizes[0] == 3 else BF16, interleave=_PLAIN)
+            _gemm(bits, *sizes, zeros=zeros, dtype=FP16 if sizes[0] == 3 else BF16, interleave=PLAIN)
             for sizes in plain
             for zeros in (False, True)
         ),
-        *(_gemm(bits, rows, 128, 40, 32, zeros=True, dtype=FP32, interleave=_PLAIN) for rows in (2, 65)),
-        _gemm(bits, 130, 64, 140, 32, zeros=True, interleave=_PLAIN),
+        *(_gemm(bits, rows, 128, 40, 32, zeros=True, dtype=FP32, interleave=PLAIN) for rows in (2, 65)),
+        _gemm(bits, 130, 64, 140, 32, zeros=True, interleave=PLAIN),
     ]
 
 
@@ -106,7 +106,7 @@ SPEC = Spec(
         *(_gemm(4, rows, 4096, 6144, 128, zeros=True) for rows in (1, 32, 64, 128)),
         *(_gemm(4, rows, 4096, 28672, 128) for rows in (1, 32, 64)),
         *(_gemm(4, rows, 4096, 6144, 32, zeros=True) for rows in (1, 64, 128)),
-        _gemm(4, 1, 4096, 6144, 128, zeros=True, interleave=_PLAIN),
+        _gemm(4, 1, 4096, 6144, 128, zeros=True, interleave=PLAIN),
         *(_gemm(8, rows, 4096, 6144, 128) for rows in (1, 64, 128)),
         *(_gemm(8, rows, 4096, 6144, 32) for rows in (1, 64)),
         *(_gemm(bits, 1024, 4096, 6144, 128, zeros=zeros) for bits in (4, 8) for zeros in (False, True)),
@@ -117,7 +117,7 @@ SPEC = Spec(
         *(_gemm(bits, 5, 4096, 4096, 32, zeros=True) for bits in (4, 8)),
         _gemm(4, 33, 14336, 4096, 128),
         _gemm(4, 2, 1024, 130, 32),
-        *(_gemm(4, rows, 1024, 130, 32, interleave=_PLAIN) for rows in (2, 300)),
+        *(_gemm(4, rows, 1024, 130, 32, interleave=PLAIN) for rows in (2, 300)),
         _gemm(4, 2, 1024, 1024, 1024),
         _gemm(4, 9, 4096, 4096, 128, dtype=FP16),
     ),

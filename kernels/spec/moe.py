@@ -19,8 +19,8 @@ from scalellm.kernels.dispatch import Ops
 from scalellm.kernels.reference.moe import topk_softmax
 from scalellm.kernels.spec.case import BF16, E4M3, FP16, FP32, Bound, Case, Maker, Spec, name_of
 from scalellm.kernels.spec.gemm_fp8 import spread
-from scalellm.kernels.spec.gemm_wna16 import pack, rounded_to_bytes, unpacked
-from scalellm.kernels.workspaces import fused_moe_workspace_size
+from scalellm.kernels.spec.gemm_wna16 import PLAIN, pack, rounded_to_bytes, unpacked
+from scalellm.kernels.workspaces import WNA16_INTERLEAVE, fused_moe_workspace_size
 
 _TOLERANCE = {FP32: 2e-6, BF16: 1e-2, FP16: 2e-3}  # two products after one another, with a rounding in between
 
@@ -151,12 +151,13 @@ def _packed(
     zeros: bool = False,
     dtype: torch.dtype = BF16,
     gibibytes: float = 6,
+    interleave: int = WNA16_INTERLEAVE,
 ) -> Case:
     def bind(ops: Ops, make: Maker) -> Bound:
         x, out = make.randn(tokens, experts.hidden, dtype=dtype), make.poison(tokens, experts.hidden, dtype=dtype)
         shapes = (experts.hidden, 2 * experts.inner), (experts.inner, experts.hidden)
         q = [make.randint(0, 1 << bits, experts.count, *shape) for shape in shapes]
-        words = [pack(t, bits) for t in q]
+        words = [pack(t, bits, interleave) for t in q]
         scales: list[Tensor] = []
         points: list[Tensor | None] = []
         for rows, columns in shapes:
@@ -172,19 +173,22 @@ def _packed(
 
         def expected() -> dict[str, Tensor]:
             as_input: Callable[[Tensor], Tensor] = Tensor.double
-            if ops.backends["fused_moe_wna16"] == "cpp" and dtype != FP16:
+            if ops.backends["fused_moe_wna16"] == "cpp" and dtype != FP16 and interleave == PLAIN:
                 as_input = functools.partial(rounded_to_bytes, group_size=group_size)
             return {"out": experts.exact(x, lambda e: full(0, e), lambda e: full(1, e), weights, ids, as_input)}
 
         def run() -> object:
             return ops.fused_moe_wna16(
                 x, words[0], words[1], weights, ids, w13_scales=scales[0], w2_scales=scales[1], w13_zeros=points[0],
-                w2_zeros=points[1], bits=bits, group_size=group_size, workspace=workspace, out=out,
+                w2_zeros=points[1], bits=bits, group_size=group_size, interleave=interleave, workspace=workspace,
+                out=out,
             )  # fmt: skip
 
         return Bound(run, {"out": out}, expected)
 
     what = f"{tokens} to {experts} {bits} bits groups of {group_size}{' zeros' if zeros else ''} {name_of(dtype)}"
+    if interleave == PLAIN:
+        what = f"{what} plain"
     return Case(
         "fused_moe_wna16",
         what,
@@ -198,6 +202,7 @@ def _packed(
 
 
 _FEW, _ODD, _SMALL = Experts(4, 2, 64, 48), Experts(3, 2, 40, 130), Experts(3, 2, 64, 96)
+_BOTH = (PLAIN, WNA16_INTERLEAVE)
 _WHOLE = 50.0  # GiB: a whole layer of Mixtral, and the wider numbers that it is made from
 
 SPEC = Spec(
@@ -209,14 +214,18 @@ SPEC = Spec(
             for blocks in (((96, 1), (64, 1)), ((1, 1), (1, 1)), ((3, 4), (2, 3)))
         ),
         *(
-            _packed(4, _SMALL, bits, group, zeros=zeros, dtype=dtype)
+            _packed(4, _SMALL, bits, group, zeros=zeros, dtype=dtype, interleave=PLAIN)
             for bits, group, dtype in ((4, 32, BF16), (8, 32, BF16), (4, 16, FP16), (8, 32, FP32))
             for zeros in (False, True)
         ),
         # A scale for a tile, and columns and rows left over.
-        *(_packed(2, Experts(2, 2, 128, 384), bits, 128, zeros=True) for bits in (4, 8)),
-        *(_packed(2, Experts(3, 2, 40, 80), bits, 40) for bits in (4, 8)),
-        _packed(100, _SMALL, 4, 32, zeros=True, dtype=FP16),
+        *(_packed(2, Experts(2, 2, 128, 384), bits, 128, zeros=True, interleave=n) for bits in (4, 8) for n in _BOTH),
+        *(_packed(2, Experts(3, 2, 40, 80), bits, 40, interleave=PLAIN) for bits in (4, 8)),
+        _packed(100, _SMALL, 4, 32, zeros=True, dtype=FP16, interleave=PLAIN),
+        # A group is narrower than the words that are interleaved, or as wide.
+        _packed(4, Experts(3, 2, 128, 256), 4, 8, dtype=FP32),
+        _packed(70, Experts(3, 2, 128, 256), 4, 64, zeros=True, dtype=FP16),
+        _packed(4, Experts(3, 2, 64, 192), 8, 32, dtype=FP32),
     ),
     served=(
         *(_layer(tokens, _MIXTRAL, gibibytes=_WHOLE) for tokens in (16, 64, 240, 1024)),
@@ -227,6 +236,7 @@ SPEC = Spec(
         *(_packed(tokens, _MIXTRAL, 4, 128, zeros=True, gibibytes=_WHOLE) for tokens in (16, 64, 1024)),
         _packed(64, _MIXTRAL, 8, 128, gibibytes=_WHOLE),
         *(_packed(tokens, _MIXTRAL, 4, 32, gibibytes=_WHOLE) for tokens in (16, 64)),
+        _packed(16, _MIXTRAL, 4, 128, zeros=True, gibibytes=_WHOLE, interleave=PLAIN),
         *(_packed(1024, _MIXTRAL, 4, group, dtype=FP16, gibibytes=_WHOLE) for group in (128, 32)),
         _packed(64, _QWEN3, 4, 128),
     ),
@@ -237,6 +247,7 @@ SPEC = Spec(
         _layer(9, _NARROW, dtype=FP16),
         *(_packed(tokens, _NARROW, 4, 128) for tokens in (1, 64, 1024)),
         _packed(9, _NARROW, 8, 128),
+        _packed(9, _NARROW, 4, 128, dtype=FP16),
         _packed(64, _QWEN3, 4, 32),
     ),
 )

@@ -33,6 +33,7 @@ def _grouped_gemm_packed(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
     X_STRIDE: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -53,7 +54,22 @@ def _grouped_gemm_packed(
         if zeros is not None:
             zeros += expert * (K // GROUP) * N
         acc = packed_product(
-            x_rows, live, words, scales, zeros, columns, 0, K // PACK, K, N, GROUP, BITS, 1, BLOCK_M, BLOCK_N, WORDS
+            x_rows,
+            live,
+            words,
+            scales,
+            zeros,
+            columns,
+            0,
+            K // PACK,
+            K,
+            N,
+            GROUP,
+            BITS,
+            INTERLEAVE,
+            BLOCK_M,
+            BLOCK_N,
+            WORDS,
         )
         live_columns = (columns < N) | (N % BLOCK_N == 0)
         at = out + pair.to(tl.int64)[:, None] * N + columns[None, :]
@@ -74,11 +90,12 @@ def fused_moe_wna16(
     w2_zeros: Tensor | None = None,
     bits: int,
     group_size: int,
+    interleave: int = 1,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Hidden rows are rounded to the dtype of x; all operands but `x` and `out` are contiguous."""
-    check_packed_experts(w13, w2, w13_scales, w2_scales, w13_zeros, w2_zeros, bits, group_size)
+    check_packed_experts(w13, w2, w13_scales, w2_scales, w13_zeros, w2_zeros, bits, group_size, interleave)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     experts, width = w13.shape[0], w13.shape[2]
@@ -87,16 +104,16 @@ def fused_moe_wna16(
         return out
     up, down = (w13, w13_scales, w13_zeros), (w2, w2_scales, w2_zeros)
     if pairs >= MANY_ROWS * experts and x.dtype == torch.bfloat16:
-        form = bits, group_size, 1, x.dtype
+        form = bits, group_size, interleave, x.dtype
         y = many_tokens(
             launch, x, ids, experts, lambda: dequantised(launch, *up, *form), lambda: dequantised(launch, *down, *form)
         )
         return combine(launch, y, weights, out)
     tile = launch.tile("fused_moe_wna16", rows_per_expert=pairs // experts, bits=bits, group_size=group_size)
     layout, gate_up, middle, y = lay_out(launch, x, ids, experts, width, tile["block_m"], workspace)
-    _grouped(launch, x, up, layout, gate_up, tile, bits, group_size)
+    _grouped(launch, x, up, layout, gate_up, tile, bits, group_size, interleave)
     silu_and_mul(launch, gate_up, out=middle)
-    _grouped(launch, middle, down, layout, y, tile, bits, group_size)
+    _grouped(launch, middle, down, layout, y, tile, bits, group_size, interleave)
     return combine(launch, y, weights, out)
 
 
@@ -109,6 +126,7 @@ def _grouped(
     tile: Tile,
     bits: int,
     group_size: int,
+    interleave: int,
 ) -> None:
     _, words, columns = weight[0].shape
     pairs = out.shape[0]
@@ -127,6 +145,7 @@ def _grouped(
         N=columns,
         GROUP=group_size,
         BITS=bits,
+        INTERLEAVE=interleave,
         X_STRIDE=x.stride(0),
         PAIRS_PER_ROW=pairs // x.shape[0],
         BLOCK_M=tile["block_m"],

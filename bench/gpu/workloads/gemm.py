@@ -140,7 +140,7 @@ def _packed_experts(shape: ModelShape, tokens: int, bits: int) -> Workload:
         workspace, out = make.poison(size, dtype=torch.int32), make.poison(tokens, hidden, dtype=_BF16)
         return lambda: ops.fused_moe_wna16(
             x, words[0], words[1], weights, ids, w13_scales=scales[0], w2_scales=scales[1],
-            bits=bits, group_size=group, workspace=workspace, out=out,
+            bits=bits, group_size=group, interleave=WNA16_INTERLEAVE, workspace=workspace, out=out,
         )  # fmt: skip
 
     cost = expert_layer(shape, tokens, "int4")
@@ -182,7 +182,7 @@ def workloads(*, tiny: bool) -> list[Workload]:
             _fp8(2, 32, 16),
             _experts(small, 2, e4m3=False),
             _experts(small, 2, e4m3=True),
-            _packed_experts(small, 2, 4),
+            _packed_experts(replace(small, hidden=128, intermediate=128), 2, 4),
             *_routing(small, 2),
         ]
     hidden, up = LLAMA_8B.hidden, 2 * LLAMA_8B.intermediate

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scalellm.kernels import Ops
+from scalellm.kernels import WNA16_INTERLEAVE, Ops
 from scalellm.kernels.cpu.gemm_dense import TiledMatrix
 from scalellm.kernels.cpu.gemm_wna16 import TiledWeight
 from scalellm.kernels.cpu.moe import TiledExperts
@@ -24,6 +24,7 @@ from scalellm.services.executor.models.linear import (
     build_weight,
     inner_border,
 )
+from scalellm.services.executor.models.linear.packing import interleave_rows_
 from scalellm.services.executor.models.linear.stored_ints import StoredInts
 from scalellm.services.executor.models.runtime import ModelRuntime
 from scalellm.services.executor.models.shard import Part
@@ -79,8 +80,8 @@ class Experts:
         yield from self._slots
 
     def _finish(self, w13: "_Stack", w2: "_Stack", runtime: ModelRuntime) -> None:
-        """Put the weights into the order in which C++ multiplies them, if C++ does."""
-        self._product = _tiled(w13, w2, runtime) or self._product
+        """Put the weights into the order in which C++ or Triton multiplies them, if one of them does."""
+        self._product = _tiled(w13, w2, runtime) or _interleaved(w13, w2, self._product, runtime.ops)
 
 
 class _Stack:
@@ -185,6 +186,21 @@ def _tiled(w13: _Stack, w2: _Stack, runtime: ModelRuntime) -> TiledExperts | Non
             matrices = (TiledMatrix(library, stack.whole(part.weight)) for stack, part in ((w13, up), (w2, down)))
             return TiledExperts(library, *matrices, num_experts=w13.num_experts)
     return None
+
+
+def _interleaved(w13: _Stack, w2: _Stack, product: Callable[..., Tensor], ops: Ops) -> Callable[..., Tensor]:
+    """Put packed weights into the order in which Triton multiplies them, if it does, and return `product` of them.
+
+    Weights whose inputs cannot be interleaved are left as they are, and multiplied more slowly.
+    """
+    match w13.first, w2.first:
+        case IntWeight() as up, IntWeight() as down if ops.backends["fused_moe_wna16"] == "triton":
+            stacks = w13.whole(up.words), w2.whole(down.words)
+            if not any(words.shape[1] % WNA16_INTERLEAVE for words in stacks):
+                for words in (words for stack in stacks for words in stack):
+                    interleave_rows_(words, up.bits, WNA16_INTERLEAVE)
+                return partial(product, interleave=WNA16_INTERLEAVE)
+    return product
 
 
 def _form(weight: LinearWeight) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scalellm.kernels import Launch, Ops, select_ops
+from scalellm.kernels import Launch, Ops, select_ops, topk_softmax
 from scalellm.services.executor.model_config.hf_config import config_from_hf
 from scalellm.services.executor.models import (
     CausalLM,
@@ -13,6 +13,7 @@ from scalellm.services.executor.models import (
     PrefillRows,
     allocate_kv_caches,
 )
+from scalellm.services.executor.models.experts import Experts
 from scalellm.services.executor.models.linear import PackedLinear
 from scalellm.services.executor.models.quantization import Quantization
 from scalellm.services.executor.models.shard import Part
@@ -142,3 +143,26 @@ def test_packed_weights_are_interleaved_once_they_are_loaded(bits, launch):
     assert (got - expected).norm() < 1e-5 * expected.norm()
     some = torch.tensor([5, 0, 23])
     assert torch.equal(interleaved.rows(some), plain.rows(some))
+
+
+@pytest.mark.parametrize(("bits", "inner", "is_interleaved"), [(4, 256, True), (8, 64, True), (4, 64, False)])
+def test_packed_experts_are_interleaved_once_they_are_loaded(bits, inner, is_interleaved, launch):
+    """Where the words of both products can be: of 64 inputs with 4 bits there are only eight."""
+    moe = {"num_local_experts": 3, "hidden_size": 128, "intermediate_size": inner}
+    config = config_from_hf({"architectures": ["MixtralForCausalLM"], **SMALL, **moe})
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 128, generator=generator)
+    weights, ids = topk_softmax(torch.randn(5, 3, generator=generator), 2, True)
+    matrices, results, stacks = {}, [], []
+    for forms in (select_ops(launch.capability, dtype=torch.float32, launch=launch), Ops()):
+        runtime = ModelRuntime(forms, torch.float32, CPU, Quantization(f"int{bits}", group_size=32))
+        experts = Experts("p", ("w1", "w3", "w2"), config, runtime)
+        slots = list(experts.weight_slots())
+        for slot in slots:
+            slot.load(matrices.setdefault(slot.name, torch.randn(slot.shape, generator=generator) * 0.1), CPU)
+        finish_all(slots)
+        stacks.append(experts._product.keywords)
+        results.append(experts(x, weights, ids))
+    for name in ("w13", "w2"):
+        assert torch.equal(stacks[0][name], stacks[1][name]) is not is_interleaved
+    assert (results[0] - results[1]).norm() < 1e-5 * results[1].norm()

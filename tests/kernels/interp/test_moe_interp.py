@@ -81,33 +81,35 @@ def test_routing_goes_into_out(ops):
         assert torch.equal(tensor, other)
 
 
-def packed_experts(experts, inner, columns, bits, group_size, dtype, with_zeros, seed):
+def packed_experts(experts, inner, columns, bits, group_size, dtype, with_zeros, seed, interleave=1):
     """Return packed weights, scales and zero points of all experts, and the weights in float64, [E, N, K]."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randint(0, 1 << bits, (experts, inner, columns), generator=g)
-    words = pack(q, bits)
+    words = pack(q, bits, interleave)
     scales = ((torch.rand(experts, inner // group_size, columns, generator=g) + 0.5) / (4 << bits)).to(dtype)
     zeros = (torch.rand(scales.shape, generator=g) * (1 << bits)).to(dtype) if with_zeros else None
     return words, scales, zeros, unpacked(q, scales, zeros, bits).transpose(1, 2)
 
 
-def packed_layer(bits, group_size, dtype, with_zeros, tokens, experts=3, k=2, hidden=64, inner=96):
+def packed_layer(bits, group_size, dtype, with_zeros, tokens, experts=3, k=2, hidden=64, inner=96, interleave=1):
     """Return arguments of the op, and what comes out of them in float64."""
-    w13, s13, z13, full13 = packed_experts(experts, hidden, 2 * inner, bits, group_size, dtype, with_zeros, 1)
-    w2, s2, z2, full2 = packed_experts(experts, inner, hidden, bits, group_size, dtype, with_zeros, 2)
+    form = bits, group_size, dtype, with_zeros
+    w13, s13, z13, full13 = packed_experts(experts, hidden, 2 * inner, *form, 1, interleave)
+    w2, s2, z2, full2 = packed_experts(experts, inner, hidden, *form, 2, interleave)
     x = randn(tokens, hidden).to(dtype)
     weights, ids = routed(tokens, experts, k)
     ids[ids == 1] = 0  # an expert without tokens
     options = {"w13_scales": s13, "w2_scales": s2, "w13_zeros": z13, "w2_zeros": z2}
-    options |= {"bits": bits, "group_size": group_size}
+    options |= {"bits": bits, "group_size": group_size, "interleave": interleave}
     return (x, w13, w2, weights, ids), options, exact(x, full13, full2, weights, ids)
 
 
 @pytest.mark.parametrize("with_zeros", [False, True])
 def test_many_tokens_unpack_the_experts(ops, monkeypatch, with_zeros):
     monkeypatch.setattr(moe_wna16, "MANY_ROWS", 8)
-    args, options, expected = packed_layer(4, 32, torch.bfloat16, with_zeros, tokens=20)
-    assert_close(ops.fused_moe_wna16(*args, **options), expected)
+    for interleave in (1, 4):
+        args, options, expected = packed_layer(4, 32, torch.bfloat16, with_zeros, tokens=20, interleave=interleave)
+        assert_close(ops.fused_moe_wna16(*args, **options), expected)
 
 
 def test_packed_experts_of_more_than_2_31_elements(launch):
@@ -120,7 +122,7 @@ def test_packed_experts_of_more_than_2_31_elements(launch):
     x, out = randn(1, 32, seed=1).bfloat16(), torch.empty(1, 64, dtype=torch.bfloat16)
     layout = torch.tensor([0] + [1] * 15).int(), torch.tensor([experts - 1]).int(), torch.tensor([16]).int()
     tile = launch.tile("fused_moe_wna16", rows_per_expert=0, bits=4, group_size=32)
-    moe_wna16._grouped(launch, x, (words, scales, None), layout, out, tile, 4, 32)
+    moe_wna16._grouped(launch, x, (words, scales, None), layout, out, tile, 4, 32, 1)
     assert_close(out, x.double() @ full[0].T)
 
 
@@ -133,6 +135,8 @@ def test_packed_operands_that_do_not_belong_together_are_refused(ops):
             op(*args, **options | {"w2_zeros": options["w2_zeros"][..., 1:]})
         with pytest.raises(ValueError, match="w13_scales: shape"):
             op(*args, **options | {"group_size": 16})
+        with pytest.raises(ValueError, match="interleave: 16 does not divide the 8 words of a column"):
+            op(*args, **options | {"interleave": 16})
 
 
 def test_a_token_does_not_depend_on_the_others(ops):
