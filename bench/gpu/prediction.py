@@ -167,6 +167,9 @@ def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) 
     attention, waves = _attention_us(shape, seqs, kv_bytes, design)
     small = beside - 1 - design.adds_shares_apart
     us += attention + small * max(_SMALLEST_US, ASSUMED.move_us(8.0 * seqs * shape.hidden) / 0.8)
+    if precision == "fp8":  # attention's output is quantised by itself; norms and activations quantise what they write
+        launches += 1
+        us += max(_SMALLEST_US, ASSUMED.move_us(3.0 * seqs * attention_width) / 0.8)
     if precision == "int4":
         launches += 3  # shares of products are added
         us += 3 * _SMALLEST_US
