@@ -50,6 +50,7 @@ class _Schema:
 
 
 _COUNT = _Range(1, 64, power=False)
+_SWITCH = _Range(0, 1, power=False)
 _LAUNCH = {"num_warps": _Range(1, 32), "num_stages": _Range(1, 8, power=False)}
 _BLOCK = _Range(16, 256)
 _PACKED = _Schema(
@@ -66,7 +67,8 @@ _PACKED = _Schema(
 _SCHEMAS: Mapping[str, _Schema] = MappingProxyType(
     {
         "fp8_gemm": _Schema(
-            ("rows", "columns"), {"block_m": _BLOCK, "block_n": _BLOCK, "block_k": _Range(32, 256)} | _LAUNCH
+            ("rows", "columns"),
+            {"block_m": _BLOCK, "block_n": _BLOCK, "block_k": _Range(32, 256), "swapped": _SWITCH} | _LAUNCH,
         ),
         # `matrices`: that are multiplied side by side, two with a gate. All numbers of rows have one rule, so that sums
         # have one order.

@@ -63,6 +63,7 @@ class Design:
         launches: of a layer beside its products, attention included.
         adds_shares_apart: one of them adds up the shares of attention.
         overlapping: of those launches, the ones that begin while the kernel before them ends.
+        packed_overlap: the products of int4 and the sums of their shares begin early, too.
         fused_rows: up to so many rows a dense layer in bf16 has norms, activation and additions in its products, and
             all of its launches overlap; `fused_share` is these products' share of the ceiling.
         gap_us: between two kernels of a graph.
@@ -79,6 +80,7 @@ class Design:
     adds_shares_apart: bool
     overlapping: int
     gap_us: float
+    packed_overlap: bool = False
     fused_rows: int = 0
     fused_share: float = 0.0
 
@@ -110,6 +112,7 @@ NOW = replace(
     launches=5,
     adds_shares_apart=False,
     overlapping=5,  # both norms, rotation, attention and activation; cuBLAS launches its products as ever
+    packed_overlap=True,
     # `kernels.fused_linear`: 48 KB of weights are under way to a program, and a warp issues 264 instructions for 16 KB
     # (`make aot`, `cuobjdump`), for which memory takes 880 cycles of a processor. So a product streams at 95 %; it
     # begins with a chain of loads and ends with its last tile, 1.9 us of 25 on average.
@@ -172,6 +175,7 @@ def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) 
         us += max(_SMALLEST_US, ASSUMED.move_us(3.0 * seqs * attention_width) / 0.8)
     if precision == "int4":
         launches += 3  # shares of products are added
+        overlapping += (len(products) + 3) * design.packed_overlap
         us += 3 * _SMALLEST_US
     us += (launches - overlapping) * design.gap_us + overlapping * _OVERLAPPED_US
     head = linear(seqs, shape.hidden, shape.vocab, "bf16").floor_us(ASSUMED) / 0.9

@@ -44,7 +44,13 @@ _CHOICES: Mapping[str, Mapping[str, tuple[int, ...]]] = MappingProxyType(
     {
         "paged_attention_decode": {"block_n": _BLOCKS, **_LAUNCH},
         "unified_attention": {"block_m": (16, 64, 128), "block_n": _BLOCKS, **_LAUNCH},
-        "fp8_gemm": {"block_m": (16, 32, 64, 128), "block_n": (32, 64, 128), "block_k": (64, 128, 256), **_LAUNCH},
+        "fp8_gemm": {
+            "block_m": (16, 32, 64, 128),
+            "block_n": (32, 64, 128),
+            "block_k": (64, 128, 256),
+            "swapped": (0, 1),
+            **_LAUNCH,
+        },
         "fused_linear": {"block_k": (64, 128, 256), **_LAUNCH},
         "fused_moe": {"block_m": (16, 32, 64, 128), "block_n": (32, 64, 128), "block_k": (64, 128), **_LAUNCH},
         "fused_moe_wna16": {"block_m": (16, 32, 64, 128), **_PACKED},

@@ -1,5 +1,9 @@
 """Products of e4m3 matrices: torch's where it takes the operands, and here for scales of blocks and groups.
 
+Hopper multiplies e4m3 as such in tiles of 64 rows of the left operand alone; of fewer it makes float16 first. So in a
+product of few rows the weight is the left operand (`swapped` in the tile table), and the unit that adds up many rows
+adds up these as well.
+
 The sum over each stretch of the inner dimension that shares its scales is scaled on its own, in float32. (Taken as it
 is, the accumulator of Hopper's e4m3 products keeps 14 bits.)
 """
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.scaled_mm import can_scale_mm, has_e4m3_units, scaled_mm
+from scalellm.kernels.triton.overlap import start_after_the_kernel_before
 
 _MIN_BLOCK_K = 32  # of a product of e4m3
 
@@ -35,7 +40,10 @@ def _gemm_scaled(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    start_after_the_kernel_before(OVERLAPS)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_rows, live_columns = rows < m, columns < N
@@ -47,10 +55,12 @@ def _gemm_scaled(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         live_inner = inner < K - start
-        part = tl.dot(
-            tl.load(a_at + start, mask=live_rows[:, None] & live_inner[None, :], other=0.0),
-            tl.load(b_at + start, mask=live_columns[None, :] & live_inner[:, None], other=0.0),
-        )
+        of_a = tl.load(a_at + start, mask=live_rows[:, None] & live_inner[None, :], other=0.0)
+        of_b = tl.load(b_at + start, mask=live_columns[None, :] & live_inner[:, None], other=0.0)
+        if SWAPPED:
+            part = tl.trans(tl.dot(tl.trans(of_b), tl.trans(of_a)))
+        else:
+            part = tl.dot(of_a, of_b)
         # BLOCK_K divides the columns of a scale.
         if A_SCALE_COLUMNS > 1:
             at = a_scale_at + start // (K // A_SCALE_COLUMNS)
@@ -130,6 +140,7 @@ def fp8_gemm(
         BLOCK_M=tile["block_m"],
         BLOCK_N=tile["block_n"],
         BLOCK_K=max(_MIN_BLOCK_K, block_k),
+        SWAPPED=bool(tile["swapped"]),
     )
     return out
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.w4a16 import check_shapes
+from scalellm.kernels.triton.overlap import start_after_the_kernel_before
 from scalellm.kernels.workspaces import wna16_shares
 
 _DEQUANTISE_BLOCK_N = 1024  # a thread moves 128 bits at a time
@@ -129,8 +130,10 @@ def _gemm_packed(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Write a tile of the product, or with SHARES > 1 of one share of it, to `out` [SHARES, m, N]."""
+    start_after_the_kernel_before(OVERLAPS)
     PACK: tl.constexpr = 32 // BITS
     share = tl.program_id(1)
     rows, columns = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -161,7 +164,17 @@ def _gemm_packed(
 
 
 @triton.jit(do_not_specialize=["m"])
-def _add_shares(shares, out, m, N: tl.constexpr, OUT_STRIDE: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+def _add_shares(
+    shares,
+    out,
+    m,
+    N: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

@@ -7,13 +7,24 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch
 from scalellm.kernels.reference.quant import E4M3
+from scalellm.kernels.triton.overlap import start_after_the_kernel_before
 from scalellm.kernels.triton.quantise import largest_as_scale, to_e4m3
 
 _BLOCK = 1024
 
 
 @triton.jit
-def _quantise_static(x, scale, q, K: tl.constexpr, X_STRIDE: tl.constexpr, Q_STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_static(
+    x,
+    scale,
+    q,
+    K: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < K
@@ -33,7 +44,9 @@ def _quantise_groups(
     S_STRIDE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     inner = tl.arange(0, BLOCK)

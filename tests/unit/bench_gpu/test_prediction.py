@@ -45,3 +45,9 @@ def test_a_long_sequence_among_short_ones_takes_the_time_of_its_bytes_once_it_ha
     few = lone_row_us(rank, 100_000, replace(NOW, most_shares=4))
     assert few == pytest.approx(2 * lone_row_us(rank, 100_000, replace(NOW, most_shares=8)), rel=0.05)
     assert lone_row_us(rank, 100_000, NOW) == lone_row_us(rank, 100_000, replace(NOW, most_shares=1000))
+
+
+def test_products_that_are_launched_here_overlap_as_well():
+    together, apart = (predict(LLAMA_8B, "int4", 1, replace(NOW, packed_overlap=early)) for early in (True, False))
+    hidden_ms = (4 + 3) * (NOW.gap_us - OPEN.gap_us) * LLAMA_8B.layers / 1e3
+    assert apart.ms - together.ms == pytest.approx(hidden_ms)
