@@ -75,7 +75,7 @@ def e4m3(case):
 
 
 def test_a_lone_long_row_has_its_own_shares_in_a_full_batch(ops, launch, paged_case):
-    """It is divided as if it were alone, among as many programs, and comes out the same to the last bit."""
+    """A long row is divided as if it were alone, among as many programs, and comes out the same to the last bit."""
     splits, lens = 8, [20, 0, 900, *[9] * 60, 130]
     case = paged_case(lens, [1] * len(lens), q_heads=2, kv_heads=1, page=64, dtype=torch.bfloat16)
     workspace = poisoned_workspace(case, splits)

@@ -147,7 +147,7 @@ def test_packed_weights_are_interleaved_once_they_are_loaded(bits, launch):
 
 @pytest.mark.parametrize(("bits", "inner", "is_interleaved"), [(4, 256, True), (8, 64, True), (4, 64, False)])
 def test_packed_experts_are_interleaved_once_they_are_loaded(bits, inner, is_interleaved, launch):
-    """Where the words of both products can be: of 64 inputs with 4 bits there are only eight."""
+    """Both products are interleaved or none is: 64 inputs with 4 bits are only eight words."""
     moe = {"num_local_experts": 3, "hidden_size": 128, "intermediate_size": inner}
     config = config_from_hf({"architectures": ["MixtralForCausalLM"], **SMALL, **moe})
     generator = torch.Generator().manual_seed(1)
