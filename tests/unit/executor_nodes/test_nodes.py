@@ -76,7 +76,11 @@ async def connect(
     identity = identity or await identify(settings)
     async with asyncio.timeout(PATIENCE):
         while True:
-            connection = await NodeConnection.dial(settings.leader)
+            try:
+                connection = await NodeConnection.dial(settings.leader)
+            except ConnectionRefusedError:  # node 0 does not listen yet
+                await asyncio.sleep(0.01)
+                continue
             try:
                 await introduce(connection, identity, generation, rank)
                 return connection
