@@ -53,7 +53,7 @@ def _lie(holder: Any, key: Any, path: str, rng: random.Random) -> str:
             return f"{path} is missing"
         case 1 if isinstance(holder, dict):
             name = rng.choice(("", "unknown_key", "scale", "x" * 300, "rope_theta", "eos_token_id", "layer_types"))
-            holder[name] = rng.choice(_EXTREMES)
+            holder[name] = copy.deepcopy(rng.choice(_EXTREMES))
             return f"{path} has a neighbour {name[:20]!r}: {_shown(holder[name])}"
         case 1 | 2 if isinstance(holder, list):
             holder[:] = holder * rng.choice((0, 2, 100))
@@ -66,7 +66,7 @@ def _lie(holder: Any, key: Any, path: str, rng: random.Random) -> str:
         case 5 if isinstance(holder, dict):
             holder[key] = copy.deepcopy(holder[rng.choice(list(holder))])
         case _:
-            holder[key] = rng.choice(_EXTREMES)
+            holder[key] = copy.deepcopy(rng.choice(_EXTREMES))
     return f"{path} is {_shown(holder[key])}"
 
 

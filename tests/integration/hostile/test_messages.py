@@ -57,8 +57,8 @@ async def test_public_messages(line: Line, table: list[str], seconds: float, run
             rng = random.Random(f"public {run_seed} {number}")
             method, descriptor = rng.choice(PUBLIC)
             data = structured(descriptor, rng)
-            # A long answer is ended by its deadline; everything else ends by itself.
-            is_long = method.endswith("/Generate")
+            # A long answer, also one that is kept, is ended by its deadline; everything else ends by itself.
+            is_long = method.endswith(("/Generate", "/Resume"))
             call = methods[method](data, timeout=rng.choice((0.05, 0.5, 2)) if is_long else PATIENCE)
             code = await asyncio.to_thread(code_of, call)
             assert is_long or code is not grpc.StatusCode.DEADLINE_EXCEEDED, f"{method} hangs"
