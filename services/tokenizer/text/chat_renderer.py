@@ -7,6 +7,7 @@ round trip over a pipe. Data crosses as JSON, so the template sees plain values 
 
 import asyncio
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,10 +15,14 @@ from typing import Any, Self
 
 from scalellm.services.common.child_environment import child_environment
 from scalellm.services.common.child_process import ChildProcess, python_module
+from scalellm.services.common.errors import StatusError
 from scalellm.services.tokenizer.text.chat_template import ChatTemplateError
 from scalellm.services.tokenizer.text.turns import Job, Turns
 
 _START_SECONDS = 120.0
+_STALL_SECONDS = 30.0
+"""Longest wait for one render, on a machine whose CPUs have other things to do or beside a process that was stopped."""
+_RETRY_SECONDS = 1.0
 
 # JSON in ASCII takes at most so many bytes for a character: two escapes for one beyond the first plane.
 _BYTES_PER_CHAR = 12
@@ -26,7 +31,7 @@ _MAX_ERROR_BYTES = 2**16
 
 @dataclass(frozen=True, slots=True)
 class RenderLimits:
-    """Limits on one render: seconds, characters of output, bytes of address space of the rendering process."""
+    """Limits on one render: seconds of CPU time, characters of output, bytes of the child's address space."""
 
     time_limit: float = 2.0
     max_chars: int = 4 << 20
@@ -43,7 +48,7 @@ class ChatRenderer:
 
     Renders run one after the other. Callers take turns; one that goes away before its turn costs nothing, and one that
     goes away later does not disturb the others. A render that hits a limit costs a restart of the child, which the next
-    render pays.
+    render pays. Where something else ends the child, the render is tried once more.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], limits: RenderLimits | None = None) -> None:
@@ -55,8 +60,11 @@ class ChatRenderer:
         self._worker: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Start the child. Raises ChatTemplateError when the template is not valid."""
-        await self._running_child()
+        """Start the child. Raises ChatTemplateError when the template is not valid, or the child does not start."""
+        try:
+            await self._running_child()
+        except StatusError as error:
+            raise ChatTemplateError(error.message) from None
         self._worker = asyncio.create_task(self._work())
         return self
 
@@ -96,6 +104,7 @@ class ChatRenderer:
 
         Raises:
             ChatTemplateError: Refused by the template, or over a limit.
+            StatusError: UNAVAILABLE: the child does not start, or does not get to it.
         """
         request = {
             "messages": messages,
@@ -125,22 +134,30 @@ class ChatRenderer:
                     render.result.set_result(text)
 
     async def _render(self, request: Mapping[str, Any]) -> str:
-        child = await self._running_child()
-        try:
-            async with asyncio.timeout(self._limits.time_limit):
-                answer = await child.ask(request)
-        except TimeoutError:
-            await self._kill()
-            raise ChatTemplateError(
-                f"the chat template takes longer than the limit of {self._limits.time_limit:g} s"
-            ) from None
+        answer = await self._answer(request) or await self._answer(request)
         if answer is None:
-            await self._kill()
-            raise ChatTemplateError("the chat template brought its process down: out of memory or time")
+            raise ChatTemplateError("the chat template brought its process down twice: out of memory")
         if "error" in answer:
             raise ChatTemplateError(answer["error"])
         text: str = answer["text"]
         return text
+
+    async def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return the child's answer; None if it ended, but not by the limit on time, or answered with too much."""
+        child = await self._running_child()
+        try:
+            async with asyncio.timeout(_STALL_SECONDS):
+                answer = await child.ask(request)
+        except TimeoutError:
+            await self._kill()
+            message = f"the process that renders chat templates did not answer for {_STALL_SECONDS:g} s"
+            raise StatusError.unavailable(message, _RETRY_SECONDS) from None
+        if answer is None:
+            await self._kill()
+            if await child.wait() == -signal.SIGPROF:
+                limit = f"{self._limits.time_limit:g} s of CPU time"
+                raise ChatTemplateError(f"the chat template takes longer than the limit of {limit}")
+        return answer
 
     async def _running_child(self) -> ChildProcess:
         if self._child is not None and self._child.is_running:
@@ -165,7 +182,7 @@ class ChatRenderer:
             pass
         if answer is None:
             await self._kill()
-            raise ChatTemplateError("the process that renders chat templates does not start")
+            raise StatusError.unavailable("the process that renders chat templates does not start", _RETRY_SECONDS)
         if "error" in answer:
             await self._kill()
             raise ChatTemplateError(answer["error"])

@@ -2,12 +2,17 @@
 
 import asyncio
 import datetime
+import os
+import signal
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from scalellm.services.common.errors import StatusError
+from scalellm.services.tokenizer.text import chat_renderer
 from scalellm.services.tokenizer.text.chat_renderer import ChatRenderer, RenderLimits
 from scalellm.services.tokenizer.text.chat_template import ChatTemplate, ChatTemplateError
 from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
@@ -286,6 +291,34 @@ async def test_callers_take_turns_and_those_that_have_gone_are_not_rendered(monk
         assert kills <= 2
         await asyncio.wait([*hungry, *gone])
         assert kills == len(hungry)
+
+
+async def test_a_stopped_child_is_waited_for_and_a_killed_one_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is the caller's fault, nor is a machine that gives the child no CPU for longer than the limit."""
+    conversation = [{"role": "user", "content": "fine"}]
+    async with ChatRenderer("{{ messages[0].content }}", {}, RenderLimits(time_limit=0.2)) as renderer:
+        stopped = renderer._child
+        assert stopped is not None
+        os.kill(stopped.pid, signal.SIGSTOP)
+        late = asyncio.create_task(renderer.render(conversation))
+        await asyncio.sleep(0.5)
+        assert not late.done()
+        os.kill(stopped.pid, signal.SIGCONT)
+        assert await late == "fine"
+        os.kill(stopped.pid, signal.SIGSTOP)
+        again = asyncio.create_task(renderer.render(conversation))
+        await asyncio.sleep(0.1)
+        os.kill(stopped.pid, signal.SIGKILL)
+        assert await again == "fine"
+        monkeypatch.setattr(chat_renderer, "_STALL_SECONDS", 0.2)
+        assert renderer._child is not None
+        os.kill(renderer._child.pid, signal.SIGSTOP)
+        with pytest.raises(StatusError) as refused:
+            await renderer.render(conversation)
+        assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+        assert refused.value.retry_after is not None
+        monkeypatch.undo()
+        assert await renderer.render(conversation) == "fine"
 
 
 async def test_the_child_is_told_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
