@@ -19,7 +19,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class SpellingError(ValueError):
-    """A decoder is of another kind than the two above."""
+    """A decoder is of another kind than the two above, or a token is no Unicode text."""
 
 
 def byte_alphabet() -> Mapping[str, int]:
@@ -94,9 +94,12 @@ def token_bytes(tokens: list[str | None], spec: Mapping[str, Any]) -> list[bytes
 
     Raises SpellingError.
     """
-    if spec.get("type") == "ByteLevel":
-        alphabet = byte_alphabet()
-        return [byte_level_bytes(token, alphabet) for token in tokens]
-    rule = piece_rule(spec)
-    entries = map(rule.entry, tokens)
-    return [bytes([entry]) if isinstance(entry, int) else (entry or "").encode() for entry in entries]
+    try:
+        if spec.get("type") == "ByteLevel":
+            alphabet = byte_alphabet()
+            return [byte_level_bytes(token, alphabet) for token in tokens]
+        rule = piece_rule(spec)
+        entries = map(rule.entry, tokens)
+        return [bytes([entry]) if isinstance(entry, int) else (entry or "").encode() for entry in entries]
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise SpellingError(f"the token {shown(error.object)} is no Unicode text") from error

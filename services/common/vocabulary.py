@@ -50,7 +50,9 @@ def read_vocabulary(model: Path, vocab_size: int) -> Vocabulary:
         source = tokenizer_source(model)
         read = _of_tokenizer_json if source.name == TOKENIZER_JSON else _of_gguf
         return read(source, vocab_size)
-    except (TokenizerSourceError, ModelFileError, GgufError, SpellingError) as error:
+    except SpellingError as error:
+        raise VocabularyError(f"{source}: {error}") from error
+    except (TokenizerSourceError, ModelFileError, GgufError) as error:
         raise VocabularyError(str(error)) from error
 
 

@@ -58,6 +58,14 @@ def test_tokens_of_a_tokenizer_json(tmp_path: Path, make) -> None:
         ({}, "not a tokenizer"),
         ({"model": {"vocab": 3}}, "not a tokenizer"),
         ({"model": {"vocab": {"a": 0}}, "added_tokens": [{}]}, "not a tokenizer"),
+        (
+            {"model": {"vocab": {"\ud800": 0}}, "decoder": {"type": "ByteLevel"}},
+            "tokenizer.json: the token .* no Unicode",
+        ),
+        (
+            {"model": {"vocab": {"\ud800": 0}}, "decoder": {"type": "ByteFallback"}},
+            "tokenizer.json: the token .* no Unicode",
+        ),
         ({"model": {"vocab": {"a": 0}}, "decoder": {"type": "WordPiece"}}, "'WordPiece' is not supported"),
     ],
 )
