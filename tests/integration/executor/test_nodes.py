@@ -12,14 +12,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-import engine_kit
+from engine_alone import answers_alone
 from fault_namespace import Namespace, why_no_namespace
 from line import Answer, Line, generate, scrape, start_line
 from mixed_load import total
 from prompts import PROMPTS
-from scalellm.services.executor.build import build_engine
 from scalellm.services.executor.config import ExecutorSettings
-from scalellm.services.executor.engine import EngineRequest, SamplingParams
+from scalellm.services.executor.engine import SamplingParams
 from scalellm.v1 import common_pb2, generation_pb2
 from service_processes import ServiceProcess, Spawn, eventually
 
@@ -48,10 +47,8 @@ def request(number: int) -> generation_pb2.GenerateRequest:
 def alone(model: Path) -> list[int]:
     """The answer to request 0 of one rank, in this process."""
     settings = ExecutorSettings(model=str(model), **COMMON)  # type: ignore[arg-type]
-    engine = build_engine(settings, lambda line: None).engine
     sampling = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, temperature=0)
-    engine.add(EngineRequest((0, 0), "alone", tuple(TOKENS), sampling))
-    return engine_kit.run(engine).tokens[(0, 0), 0]
+    return answers_alone(settings, [(TOKENS, sampling)])[0][0]
 
 
 class Hosts:

@@ -14,12 +14,11 @@ import grpc
 import psutil
 import pytest
 
-import engine_kit
+from engine_alone import answers_alone
 from scalellm.services.common.errors import StatusError
 from scalellm.services.common.link import API_MINOR
-from scalellm.services.executor.build import build_engine
 from scalellm.services.executor.config import ExecutorSettings
-from scalellm.services.executor.engine import EngineRequest, SamplingParams
+from scalellm.services.executor.engine import SamplingParams
 from scalellm.services.executor.engine_supervisor import EngineEnd, EngineSupervisor
 from scalellm.v1 import common_pb2, link_pb2
 from service_processes import eventually
@@ -94,10 +93,8 @@ async def submit(supervisor: EngineSupervisor, max_tokens: int) -> Port:
 
 def alone(model: Path, max_tokens: int) -> list[int]:
     """The answer of one rank, in this process."""
-    engine = build_engine(settings(model, 1), lambda line: None).engine
     sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0)
-    engine.add(EngineRequest((0, 0), "alone", tuple(PROMPT), sampling))
-    return engine_kit.run(engine).tokens[(0, 0), 0]
+    return answers_alone(settings(model, 1), [(PROMPT, sampling)])[0][0]
 
 
 async def answers(supervisor: EngineSupervisor, expected: list[int]) -> None:

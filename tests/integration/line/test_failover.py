@@ -11,12 +11,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-import engine_kit
+from engine_alone import answers_alone
 from line import Answer, Line, generate, start_line
 from prompts import PROMPTS
-from scalellm.services.executor.build import build_engine
 from scalellm.services.executor.config import ExecutorSettings
-from scalellm.services.executor.engine.request import EngineRequest
 from scalellm.services.executor.engine.sampling_params import SamplingParams
 from scalellm.v1 import common_pb2, generation_pb2
 from service_processes import PATIENCE, Spawn, eventually
@@ -51,18 +49,14 @@ def request(number: int, max_tokens: int = 32, prediction: str | None = None) ->
 def without_speculation(model: Path, prompts: Sequence[Sequence[int]]) -> list[dict[int, list[int]]]:
     """Tokens of each request's samples by index, from an engine in this process that guesses nothing."""
     settings = ExecutorSettings(model=str(model), num_blocks=256, max_model_len=1024, num_threads=1, speculation="off")
-    engine = build_engine(settings, lambda line: None).engine
+    requests = []
     for number, prompt in enumerate(prompts):
         asked = request(number).sampling
         sampling = SamplingParams(
             max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed, ignore_eos=True, n=asked.n
         )
-        engine.add(EngineRequest((0, number), str(number), tuple(prompt), sampling))
-    tokens = engine_kit.run(engine).tokens
-    return [
-        {index: tokens[(0, number), index] for index in range(request(number).sampling.n)}
-        for number in range(len(prompts))
-    ]
+        requests.append((prompt, sampling))
+    return answers_alone(settings, requests)
 
 
 async def test_kill_9_of_an_executor_loses_and_repeats_nothing(spawn: Spawn, redis, shallow_model) -> None:
