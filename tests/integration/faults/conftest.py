@@ -86,9 +86,9 @@ def try_faults(tmp_path: Path, table: list[str], seed: int) -> Callable[..., Awa
     async def try_all(
         title: str, model: Path, engine: str, shape: Shape, faults: Mapping[str, Fault], seconds: float, *, count: int
     ) -> None:
-        context = fault_line(shape, tmp_path, model, engine=engine)
-        line = await asyncio.to_thread(context.__enter__)
+        stack = ExitStack()
         try:
+            line = await asyncio.to_thread(stack.enter_context, fault_line(shape, tmp_path, model, engine=engine))
             await line.wait_linked()
             trials = Trials(line, Workload(seed, count=count, longest=60))
             await trials.prepare()
@@ -97,6 +97,6 @@ def try_faults(tmp_path: Path, table: list[str], seed: int) -> Callable[..., Awa
                 await trials.run(fault, seconds, random.Random(f"{name} {seed}"), tally)
                 table.append(str(tally))
         finally:
-            await asyncio.to_thread(context.__exit__, None, None, None)
+            await asyncio.to_thread(stack.close)
 
     return try_all
