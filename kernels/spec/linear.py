@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalellm.kernels.dispatch import Ops
-from scalellm.kernels.reference.linear import SQUARED_TOGETHER, Gate, RowNorm
+from scalellm.kernels.reference.linear import SQUARED_TOGETHER, Gate, RowNorm, num_squares
 from scalellm.kernels.spec.case import BF16, FP16, Bound, Case, Maker, Spec, name_of
 from scalellm.kernels.spec.norm import rms_norm
 
@@ -49,12 +49,12 @@ def _linear(
         results = {"out": out}
         options: dict[str, Any] = {}
         if norm:
-            squares = make.poison(rows, -(-inner // SQUARED_TOGETHER))
+            squares = make.poison(rows, num_squares(inner))
             if x.device.type != "meta":
                 squares.copy_(squares_of(x))
             options["norm"] = RowNorm(squares, norm_weight, _EPS, gemma)
         if adds:
-            results["squares"] = make.poison(rows, -(-columns // SQUARED_TOGETHER))
+            results["squares"] = make.poison(rows, num_squares(columns))
             options |= {"residual": out, "squares": results["squares"]}
         else:
             options["out"] = out
