@@ -80,7 +80,15 @@ bool packed_products_are_right(int64_t bits) {
   return true;
 }
 
-bool is_close(double got, double expected, double magnitudes) {
+// True if got = start plus the products of k pairs of numbers, left(i) * right(i).
+template <class Left, class Right>
+bool is_sum(double got, double start, int64_t k, const Left& left, const Right& right) {
+  double expected = start, magnitudes = std::abs(start);
+  for (int64_t i = 0; i < k; ++i) {
+    const double product = double(left(i)) * right(i);
+    expected += product;
+    magnitudes += std::abs(product);
+  }
   return std::abs(got - expected) <= kTolerance * magnitudes;
 }
 
@@ -104,13 +112,9 @@ bool dense_products_are_right(Code code, int64_t m) {
   gemm_dense(code, x.data(), nullptr, nullptr, 1, weight.data(), bias.data(), out.data(), m, n, k, 1);
   for (int64_t row = 0; row < m; ++row) {
     for (int64_t column = 0; column < n; ++column) {
-      double expected = bias[column], magnitudes = 1;
-      for (int64_t i = 0; i < k; ++i) {
-        const double product = double(x[row * k + i]) * numbers[column * k + i];
-        expected += product;
-        magnitudes += std::abs(product);
-      }
-      if (!is_close(out[row * n + column], expected, magnitudes)) return false;
+      const auto left = [&](int64_t i) { return x[row * k + i]; };
+      const auto right = [&](int64_t i) { return numbers[column * k + i]; };
+      if (!is_sum(out[row * n + column], bias[column], k, left, right)) return false;
     }
   }
   return true;
@@ -136,13 +140,9 @@ bool small_products_are_right() {
   multiply<false, false>(reinterpret_cast<const Term*>(a.data()), terms, m, terms, columns, columns, n, c.data(), n, n);
   for (int64_t row = 0; row < m; ++row) {
     for (int64_t column = 0; column < n; ++column) {
-      double expected = 0, magnitudes = 0;
-      for (int64_t i = 0; i < k; ++i) {
-        const double product = double(left[row * k + i]) * right[i * n + column];
-        expected += product;
-        magnitudes += std::abs(product);
-      }
-      if (!is_close(c[row * n + column], expected, magnitudes)) return false;
+      const auto of_row = [&](int64_t i) { return left[row * k + i]; };
+      const auto of_column = [&](int64_t i) { return right[i * n + column]; };
+      if (!is_sum(c[row * n + column], 0, k, of_row, of_column)) return false;
     }
   }
   return true;
