@@ -1,4 +1,4 @@
-"""The key-value part of a GGUF file, read in place and decoded on demand.
+"""The key-value part of a GGUF file, read in place, decoded on demand and kept.
 
 The tensors are not looked at, so this costs milliseconds where the `gguf` package's reader, which makes an object of
 every vocabulary entry, takes many seconds.
@@ -46,6 +46,7 @@ class GgufMetadata(Mapping[str, Any]):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._spans: dict[str, _Span] = {}
+        self._values: dict[str, Any] = {}
         try:
             with path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -56,11 +57,13 @@ class GgufMetadata(Mapping[str, Any]):
             raise GgufError(f"{path}: not a readable GGUF file: {error}") from error
 
     def __getitem__(self, key: str) -> Any:
-        span = self._spans[key]
-        try:
-            return self._decode(span.type, span.start)
-        except UnicodeDecodeError as error:
-            raise GgufError(f"{self._path}: {key} is not UTF-8: {error}") from error
+        if key not in self._values:
+            span = self._spans[key]
+            try:
+                self._values[key] = self._decode(span.type, span.start)
+            except UnicodeDecodeError as error:
+                raise GgufError(f"{self._path}: {key} is not UTF-8: {error}") from error
+        return self._values[key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spans)
@@ -83,7 +86,7 @@ class GgufMetadata(Mapping[str, Any]):
     def array(self, key: str, kind: type[_T]) -> list[_T] | None:
         """Return an array whose entries are to be of this type, None where there is none. Raises GgufError."""
         values: list[Any] | None = self.typed(key, list)
-        if values is not None and any(type(value) is not kind for value in values):
+        if values is not None and not set(map(type, values)) <= {kind}:
             raise GgufError(f"{self._path}: {key} must be an array of {kind.__name__}")
         return values
 
@@ -143,10 +146,11 @@ class GgufMetadata(Mapping[str, Any]):
         if item != _STRING:
             return list(struct.unpack_from(f"<{length}{self._format(item)}", self._data, position))
         values: list[str] = []
+        data, unpack = self._data, _LENGTH.unpack_from  # in place, as above
         for _ in range(length):
-            end = self._string_end(position)
-            values.append(self._data[position + 8 : end].decode("utf-8"))
-            position = end
+            start = position + 8
+            position = start + unpack(data, position)[0]
+            values.append(data[start:position].decode())
         return values
 
     @staticmethod

@@ -22,7 +22,6 @@ from tokenizers import Tokenizer
 from scalellm.services.common.token_spelling import (
     PieceRule,
     SpellingError,
-    byte_alphabet,
     byte_level_bytes,
     piece_rule,
 )
@@ -65,18 +64,20 @@ class TokenTexts:
         state = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b"{}"
         spec: dict[str, Any] = json.loads(state)
         self._preceding: Sequence[int] = ()
-        size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        tokens: list[str | None] = [tokenizer.id_to_token(token_id) for token_id in range(size)]
-        self.tokens = [token or "" for token in tokens]
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        tokens: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+        for token, token_id in vocabulary.items():
+            tokens[token_id] = token
         added = tokenizer.get_added_tokens_decoder()
+        for token_id, added_token in added.items():  # which goes before another token with this id
+            tokens[token_id] = added_token.content
+        self.tokens = [token or "" for token in tokens]
         self.special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         visible = [None if token in self.special_ids else token for token in tokens]
         if spec.get("type") == "ByteLevel":
-            alphabet = byte_alphabet()
-            self._bytes: tuple[list[bytes], list[bytes]] | None = (
-                [byte_level_bytes(token, alphabet) for token in tokens],
-                [byte_level_bytes(token, alphabet) for token in visible],
-            )
+            every = byte_level_bytes(tokens)
+            shown = [b"" if token is None else data for token, data in zip(visible, every, strict=True)]
+            self._bytes: tuple[list[bytes], list[bytes]] | None = every, shown
         else:
             self._bytes = None
             try:
