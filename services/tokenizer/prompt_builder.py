@@ -19,7 +19,7 @@ from scalellm.services.tokenizer.message import Message, for_template
 from scalellm.services.tokenizer.session import Session
 from scalellm.services.tokenizer.template_kwargs import read_template_kwargs, with_effort
 from scalellm.services.tokenizer.text.chat_renderer import ChatRenderer
-from scalellm.services.tokenizer.text.chat_template import ChatTemplateError
+from scalellm.services.tokenizer.text.chat_template_error import ChatTemplateError
 from scalellm.services.tokenizer.text.content_as_text import MarkedText, SpecialTexts
 from scalellm.services.tokenizer.text.conversation import Continuation, ConversationEncoder
 from scalellm.services.tokenizer.text.encoder import EncodeBatcher, TooManyTokensError

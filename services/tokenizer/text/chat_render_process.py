@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from scalellm.services.common.json_lines import read_line, write_line
-from scalellm.services.tokenizer.text.chat_template import ChatTemplate, ChatTemplateError
+from scalellm.services.tokenizer.text.chat_template import ChatTemplate
+from scalellm.services.tokenizer.text.chat_template_error import ChatTemplateError
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 from scalellm.services.common.child_environment import child_environment
 from scalellm.services.common.child_process import ChildProcess, python_module
 from scalellm.services.common.errors import StatusError
-from scalellm.services.tokenizer.text.chat_template import ChatTemplateError
+from scalellm.services.tokenizer.text.chat_template_error import ChatTemplateError
 from scalellm.services.tokenizer.text.turns import Job, Turns
 
 _START_SECONDS = 120.0

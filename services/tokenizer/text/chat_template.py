@@ -18,16 +18,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from scalellm.services.tokenizer.text.chat_template_error import ChatTemplateError
+
 _MAX_REASON_CHARS = 200
 """A template may quote the conversation in its refusal; a status message travels in a header of a few kilobytes."""
 
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 """Marks where the last message ends when the answer goes on with it, as transformers do: a template may look at what it
 writes."""
-
-
-class ChatTemplateError(Exception):
-    """A conversation cannot be rendered; the message is the template's own or says which limit was hit."""
 
 
 class _GenerationBlock(Extension):

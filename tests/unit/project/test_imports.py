@@ -118,7 +118,7 @@ _HEAVY = ("torch", "triton", "scalellm.kernels", "transformers", "numpy", "gguf"
         ("scalellm.services.executor.__main__", _HEAVY),  # the front; the engine is another process
         ("scalellm.services.scheduler.__main__", _HEAVY),
         ("scalellm.services.tokenizer.__main__", (*_HEAVY, "tokenizers")),
-        ("scalellm.services.tokenizer.worker", _HEAVY),
+        ("scalellm.services.tokenizer.worker", (*_HEAVY, "jinja2")),  # templates are rendered in a child
         ("scalellm.cli.main", (*_HEAVY, "tokenizers", "redis", "pydantic", "prometheus_client")),
     ],
 )

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from scalellm.services.common.errors import StatusError
 from scalellm.services.tokenizer.text import chat_renderer
 from scalellm.services.tokenizer.text.chat_renderer import ChatRenderer, RenderLimits
-from scalellm.services.tokenizer.text.chat_template import ChatTemplate, ChatTemplateError
+from scalellm.services.tokenizer.text.chat_template import ChatTemplate
+from scalellm.services.tokenizer.text.chat_template_error import ChatTemplateError
 from scalellm.services.tokenizer.text.model_tokenizer import ModelTokenizer
 from service_processes import PATIENCE
 
