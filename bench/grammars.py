@@ -76,7 +76,7 @@ def measure(engine: Engine, grammars: list[Iterator[str]], num_steps: int) -> St
     tokens = ended_invalid = 0
     is_full = False
     while len(wall) < num_steps:
-        if engine.only_compiles:
+        if engine.only_awaits_grammars:
             time.sleep(1e-3)
         started, computed = time.perf_counter(), time.thread_time()
         result = engine.step()

@@ -31,6 +31,8 @@ ROWS = 36
 QUEUE = 64
 """Requests that may wait in the scheduler."""
 _TOKENS = 256
+_BURST_SECONDS = 5.0
+"""Seconds after which the calls that all clients began with, in one moment, are answered."""
 _FLOODS = {
     "60 streams of 64 tokens": (60, 64, False),
     "60 streams of 1,000 tokens": (60, 1000, False),
@@ -144,6 +146,8 @@ def _cost_of_refusals(full: dict[str, Any], overload: dict[str, Any]) -> dict[st
 def _figures(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
     served = [outcome for outcome in outcomes if outcome.code == "OK"]
     refused = [outcome for outcome in outcomes if outcome.code == "RESOURCE_EXHAUSTED"]
+    began = min((outcome.started_at for outcome in outcomes), default=0.0)
+    later = [outcome for outcome in refused if outcome.started_at > began + _BURST_SECONDS]
     return {
         "codes": dict(Counter(outcome.code for outcome in outcomes)),
         "admitted per s": len(served) / seconds,
@@ -151,6 +155,7 @@ def _figures(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
         "ttft p99 ms": _quantile([outcome.ttft for outcome in served], 0.99),
         "refusal p50 ms": _quantile([outcome.seconds for outcome in refused], 0.5),
         "refusal p99 ms": _quantile([outcome.seconds for outcome in refused], 0.99),
+        "refusal p99 ms after the first burst": _quantile([outcome.seconds for outcome in later], 0.99),
         "refusals without RetryInfo": sum(outcome.told is None for outcome in refused),
         "told to wait p50 ms": _quantile([outcome.told for outcome in refused if outcome.told is not None], 0.5),
     }

@@ -42,7 +42,7 @@ from scalellm.services.executor.stall_report import write_stacks_to
 _log = logging.getLogger(__name__)
 
 _IDLE_BEAT = 0.5
-_COMPILING_BEAT = 0.002
+_GRAMMAR_BEAT = 0.002
 _LOAD_INTERVAL = 0.1
 _STATS_INTERVAL = 0.5
 """Seconds. The engine does not compute while it sends figures, which takes a third of a millisecond on cold caches."""
@@ -94,7 +94,7 @@ class EngineLoop:
             self._announce_load(self._links.values())
             self._send_stats()
             self._last_stats = float("-inf")  # the first step will say at once that there is work again
-        patience = _IDLE_BEAT if not busy else _COMPILING_BEAT if self._engine.only_compiles else 0.0
+        patience = _IDLE_BEAT if not busy else _GRAMMAR_BEAT if self._engine.only_awaits_grammars else 0.0
         for message in self._channel.receive(patience):
             self._handle(message)
         if self._engine.has_unfinished():

@@ -24,7 +24,7 @@ def make_compiler() -> LlGrammarCompiler:
 def steps(engine: Engine) -> Iterator[StepResult]:
     """Take an engine's steps until it has nothing left to do."""
     while engine.has_unfinished():
-        if engine.only_compiles:
+        if engine.only_awaits_grammars:
             time.sleep(1e-3)
         yield engine.step()
 

@@ -46,6 +46,9 @@ class BatchScheduler:
         self._num_reserved_rows = 0
         self._step = 0
         self._is_short = False
+        self._masks_are_missing = False
+        self.is_held_by_masks = False
+        """True if the last step is empty since masks are still computed."""
         self.only: Container[int] | None = None
         """Arrivals of the requests that may run; None = all may."""
         self.num_preemptions = 0
@@ -98,12 +101,14 @@ class BatchScheduler:
     def schedule(self, now: float) -> ScheduledBatch:
         """Choose the next step's work. An empty batch means that nothing can run before the step in flight is done."""
         self._step += 1
-        self._is_short = False
+        self._is_short = self._masks_are_missing = False
         batch = ScheduledBatch(self._step)
         prefills = []
         for seq in list(self._running):
             if seq.status is not SequenceStatus.RUNNING or not self._may_run(seq):
                 continue  # preempted for one before it, or not among those that may run now
+            if self._awaits_mask(seq):
+                continue
             if seq.num_tokens - seq.num_computed_tokens > 1:
                 prefills.append(seq)
             elif not seq.awaits_last_token and self._make_room(seq, now):
@@ -111,6 +116,7 @@ class BatchScheduler:
         batch.num_decodes = batch.num_tokens
         limit = self._prefill_budget.limit(batch.num_decodes, self._max_num_batched_tokens - batch.num_decodes)
         self._schedule_prefills(batch, prefills, limit, now)
+        self.is_held_by_masks = self._masks_are_missing and not batch.sequences
         batch.block_copies = self._blocks.take_copies()
         batch.swap_outs, batch.swap_ins, batch.swapped_out = self._swapper.take_transfers()
         return batch
@@ -152,7 +158,7 @@ class BatchScheduler:
         runner = next(running, None)
         may_admit = True
         while budget > 0:
-            newcomer = next(filter(self._may_run, self._waiting), None) if may_admit and not self._is_short else None
+            newcomer = self._newcomer() if may_admit and not self._is_short else None
             if newcomer is not None and (runner is None or newcomer.sort_key < runner.sort_key):
                 if not self._admit(batch, newcomer, now):
                     may_admit = False  # those behind it wait their turn: nothing overtakes, nothing starves
@@ -234,6 +240,15 @@ class BatchScheduler:
         seq.is_preempted = True
         seq.group.mark_preempted(now)
         self._enter_waiting(seq)
+
+    def _newcomer(self) -> Sequence | None:
+        """The first waiting sequence that could start now."""
+        return next((seq for seq in self._waiting if self._may_run(seq) and not self._awaits_mask(seq)), None)
+
+    def _awaits_mask(self, seq: Sequence) -> bool:
+        awaits = seq.awaits_mask()
+        self._masks_are_missing |= awaits
+        return awaits
 
     def _may_run(self, seq: Sequence) -> bool:
         return seq.group.compilation is None and (self.only is None or seq.group.arrival in self.only)

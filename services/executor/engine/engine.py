@@ -170,10 +170,10 @@ class Engine:
         return self._compiling.takes_grammars
 
     @property
-    def only_compiles(self) -> bool:
-        """True if there is nothing to do until a grammar is compiled."""
-        is_quiet = not (self._pipeline or self._result.has_ends)
-        return is_quiet and 0 < len(self._compiling) == len(self._books)
+    def only_awaits_grammars(self) -> bool:
+        """True if there is nothing to do until a grammar is compiled, or a mask that takes long is computed."""
+        is_held = len(self._compiling) == len(self._books) or self._scheduler.is_held_by_masks
+        return is_held and len(self._books) > 0 and not (self._pipeline or self._result.has_ends)
 
     def step(self) -> StepResult:
         """Launch a step, finish the one that is due, and return all that happened since. Raises DeviceLostError."""

@@ -16,6 +16,15 @@ class GrammarError(Exception):
 class Matcher(Protocol):
     """Follows the text of one sample through its grammar. Used by one thread at a time."""
 
+    @property
+    def is_slow(self) -> bool:
+        """True if its masks take too long to be computed within a step: they are computed before it, elsewhere."""
+
+    def has_mask(self, token_ids: Sequence[int], start: int = 0) -> bool:
+        """Return whether the mask behind these tokens is there, for a slow matcher. If not it is computed from now on,
+        and nothing else may be asked of the matcher until it is there.
+        """
+
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
         """Take note of the sample's tokens from `start` on, its output; those of earlier calls cost nothing again."""
 

@@ -89,6 +89,13 @@ class Sequence:
         """True if the pending token is the last one, whatever it will be."""
         return self.num_pending_tokens > 0 and self.num_tokens >= self.group.max_len
 
+    def awaits_mask(self) -> bool:
+        """Return whether it cannot draw yet because its grammar's mask takes long; the mask is computed from now on."""
+        matcher = self.matcher
+        if matcher is None or not matcher.is_slow:
+            return False
+        return self.num_pending_tokens > 0 or not matcher.has_mask(self.token_ids, self.group.num_prompt_tokens)
+
     @property
     def num_output_tokens(self) -> int:
         """Tokens emitted, those of an earlier executor included."""

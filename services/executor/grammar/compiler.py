@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -20,6 +23,10 @@ _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 choice would be forced, is not in this process."""
 
 
+_NICENESS = 19
+"""Priority of the threads that compile and compute long masks, in Unix' terms: 19 is the lowest."""
+
+
 class LlGrammarCompiler:
     """Makes matchers by llguidance, which works without the interpreter lock. Every limit is one of work, not of time:
     whether a grammar is too much does not depend on the machine or on who else is there.
@@ -30,12 +37,16 @@ class LlGrammarCompiler:
     """
 
     def __init__(self, vocabulary: Vocabulary, eos_token_ids: Collection[int]) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        # Masks do not wait for compilations: a text under way goes before one that has not begun.
+        self._thread, self._mask_thread = (
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=_give_way)
+            for name in ("grammar", "mask")
+        )
         self._limits = LLParserLimits(
             # Work of compiling: some 20 ms.
             initial_lexer_fuel=1_000_000,
             max_grammar_size=100_000,
-            # Work of one mask: some 5 ms.
+            # Work of one mask: mostly 5 ms at most, some 50 ms where a grammar is very ambiguous.
             step_lexer_fuel=50_000,
             step_max_items=20_000,
             # Memory: one or two kB each, for every sample.
@@ -51,8 +62,9 @@ class LlGrammarCompiler:
         return LlCompilation(self._thread.submit(self._compile, grammar, outputs))
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._thread.shutdown(cancel_futures=True)
+        self._mask_thread.shutdown(cancel_futures=True)
 
     def _compile(self, grammar: str, outputs: Sequence[Sequence[int]]) -> list[LlMatcher]:
         """Compile a grammar, or take the kept one; runs in the thread."""
@@ -62,7 +74,7 @@ class LlGrammarCompiler:
             self._compiled.popitem(last=False)
         matchers = []
         for output in outputs:
-            matcher = LlMatcher(compiled.deep_copy(), self._tokenizer.result())
+            matcher = LlMatcher(compiled.deep_copy(), self._tokenizer.result(), self._mask_thread)
             if output:
                 matcher.follow(output)
                 matcher.matcher.compute_bitmask()
@@ -101,6 +113,15 @@ class LlCompilation:
     def cancel(self) -> None:
         """Nobody waits for it any more; one that has begun is finished all the same."""
         self._future.cancel()
+
+
+def _give_way() -> None:
+    """Lower the calling thread's priority: steps, in which all requests take part, go before the grammar of one.
+
+    Linux has a priority for each thread; elsewhere nothing is done.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 class _Spelling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 from llguidance import LLExecutor
 
 from scalellm.services.executor.engine.batch import ScheduledSequence
-from scalellm.services.executor.grammar.matcher import LlMatcher
+from scalellm.services.executor.grammar.matcher import SLOW_S, LlMatcher
 
 _ALL = -1  # every bit of a word
 _WORD_BITS = 32
@@ -32,6 +33,7 @@ class Masks:
         self._vocab_size = vocab_size
         self._filled = np.zeros(num_rows, np.bool_)
         self._executor: LLExecutor | None = None
+        self._last_took_long = False
 
     def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
         """Write the masks of these samples, in order; those without a grammar may go on with any token.
@@ -40,6 +42,7 @@ class Masks:
         the grammars that gave an error, by place: what is drawn for these means nothing.
         """
         matchers: dict[int, LlMatcher] = {}
+        made: dict[int, npt.NDArray[np.int32]] = {}  # masks that were computed before the step
         drafts: dict[int, list[int]] = {}  # of the matchers, whose masks follow theirs
         of_matcher: list[int] = []
         for place, one in enumerate(scheduled):
@@ -49,6 +52,8 @@ class Masks:
                 if one.draft is not None:
                     of_matcher.append(one.draft)
                     self.rows[place] = _ALL  # where the grammar does not allow the draft there is no mask
+                elif (mask := matcher.take_mask(one.seq.token_ids)) is not None:
+                    matchers[place], drafts[place], made[place] = matcher, (of_matcher := []), mask
                 else:
                     matcher.follow(one.seq.token_ids, one.seq.group.num_prompt_tokens)
                     matchers[place], drafts[place] = matcher, (of_matcher := [])
@@ -57,14 +62,9 @@ class Masks:
             self._filled[place] = is_masked
         if not matchers:
             return {}
-        if self._executor is None:
-            self._executor = LLExecutor()
-        width = self.rows.shape[1] * self.rows.itemsize
-        target = self.rows.ctypes.data, width, len(scheduled)
-        if plain := [(matcher.matcher, place) for place, matcher in matchers.items() if not drafts[place]]:
-            self._executor.unsafe_compute_mask_ptr(plain, *target)
-        if ahead := [(matcher.matcher, place, drafts[place]) for place, matcher in matchers.items() if drafts[place]]:
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(ahead, *target)
+        for place, mask in made.items():
+            self.rows[place] = mask
+        self._compute({place: matcher for place, matcher in matchers.items() if place not in made}, drafts)
         errors = {place: message for place, matcher in matchers.items() if (message := matcher.error)}
         for first in matchers.keys() - errors.keys():
             for place in range(first, first + 1 + len(drafts[first])):
@@ -79,6 +79,26 @@ class Masks:
         bits = np.unpackbits(self.rows[place].view(np.uint8), count=self._vocab_size, bitorder="little")
         token_ids = np.flatnonzero(bits)
         return int(token_ids[number % len(token_ids)]) if len(token_ids) else 0
+
+    def _compute(self, matchers: Mapping[int, LlMatcher], drafts: Mapping[int, list[int]]) -> None:
+        """Write the masks of matchers by place, all at once. After a step in which that took long they are timed one by
+        one, which costs some more, to find those that are slow.
+        """
+        if self._executor is None:
+            self._executor = LLExecutor()
+        width = self.rows.shape[1] * self.rows.itemsize
+        target = self.rows.ctypes.data, width, self.rows.shape[0]
+        started = time.perf_counter()
+        if self._last_took_long:
+            for place, matcher in matchers.items():
+                began = time.thread_time()
+                matcher.matcher.unsafe_compute_mask_ptr(self.rows[place].ctypes.data, width)
+                matcher.judge(time.thread_time() - began)
+        elif plain := [(one.matcher, place) for place, one in matchers.items() if not drafts[place]]:
+            self._executor.unsafe_compute_mask_ptr(plain, *target)
+        if ahead := [(one.matcher, place, drafts[place]) for place, one in matchers.items() if drafts[place]]:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(ahead, *target)
+        self._last_took_long = time.perf_counter() - started > SLOW_S
 
     def _ban(self, place: int, token_ids: Collection[int]) -> None:
         """Take tokens out of a mask, unless nothing else is in it."""

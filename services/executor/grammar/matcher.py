@@ -1,29 +1,46 @@
 """One sample on its way through its grammar."""
 
 import re
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
+import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 
 _LONGEST_MESSAGE = 400
 _INNER_STATE = re.compile("<state>|<non-verbose/>")
+SLOW_S = 2e-3
+"""CPU seconds of a mask above which a matcher is slow. Masks of JSON mostly take 0.01 to 0.1 ms; those of a recursive
+grammar have been seen to take 40 ms."""
+_QUICK_S = 0.5e-3
+"""CPU seconds of a mask up to which a slow matcher is slow no longer."""
 
 
 class LlMatcher:
     """A matcher of llguidance, and how many of the sample's tokens it knows.
 
+    Its masks are computed within the steps, together with those of other samples, until one takes long (`judge`). Those
+    behind it are computed in a thread of their own: the sample sits out the steps until its mask is there, and nobody
+    else waits for it. Which of the two it is changes when tokens come, never which.
+
     Args:
         matcher: behind the sample's first `num_known` output tokens.
         tokenizer: The vocabulary that the grammar was compiled with.
-        num_known: see above.
+        thread: Computes the masks of all slow matchers, one after the other.
     """
 
-    __slots__ = ("_num_known", "_tokenizer", "matcher")
+    __slots__ = ("_made", "_made_behind", "_num_known", "_thread", "_tokenizer", "is_slow", "matcher")
 
-    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, num_known: int = 0) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, thread: ThreadPoolExecutor) -> None:
         self.matcher = matcher
         self._tokenizer = tokenizer
-        self._num_known = num_known
+        self._thread = thread
+        self._num_known = 0
+        self.is_slow = False
+        self._made: Future[tuple[bytes, float]] | None = None
+        self._made_behind = -1
 
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
         """Take note of the output tokens since the last call. One that does not fit the grammar is an error of it.
@@ -36,6 +53,28 @@ class LlMatcher:
         if new:
             self.matcher.consume_tokens(list(new))
             self._num_known += len(new)
+
+    def has_mask(self, token_ids: Sequence[int], start: int = 0) -> bool:
+        """Return whether the thread has computed the mask behind these tokens. If not it does from now on."""
+        if self._made is None or self._made_behind != len(token_ids):
+            self._made_behind = len(token_ids)
+            self._made = self._thread.submit(self._make, list(token_ids), start)
+        return self._made.done()
+
+    def take_mask(self, token_ids: Sequence[int]) -> npt.NDArray[np.int32] | None:
+        """Return the mask that the thread has computed behind these tokens, None if it was not asked to.
+
+        The array has a bit for each token of the vocabulary, as `Masks.rows` does.
+        """
+        if self._made is None or self._made_behind != len(token_ids):
+            return None
+        mask, seconds = self._made.result()
+        self.is_slow = seconds > _QUICK_S
+        return np.frombuffer(mask, np.int32)
+
+    def judge(self, seconds: float) -> None:
+        """Take note of the CPU seconds that a mask took within a step."""
+        self.is_slow = seconds > SLOW_S
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """Return how many of these tokens may come next, in their order."""
@@ -50,6 +89,12 @@ class LlMatcher:
     def error(self) -> str:
         """The error in the grammar, in a line or a few; empty while there is none."""
         return error_of(self.matcher)
+
+    def _make(self, token_ids: Sequence[int], start: int) -> tuple[bytes, float]:
+        """Compute the mask behind these tokens; runs in the thread. Returns it and the CPU seconds that it took."""
+        started = time.thread_time()
+        self.follow(token_ids, start)
+        return self.matcher.compute_bitmask(), time.thread_time() - started
 
 
 def error_of(matcher: LLMatcher) -> str:

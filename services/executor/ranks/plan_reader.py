@@ -21,6 +21,12 @@ _A_GRAMMAR = "of rank 0"
 class ToldMatcher:
     """Stands for the matcher of a sample: rank 0 has it, and tells what it allows."""
 
+    is_slow = False
+
+    def has_mask(self, token_ids: object, start: int = 0) -> bool:
+        """Return True: rank 0 sends the mask with the step."""
+        return True
+
     def follow(self, token_ids: object, start: int = 0) -> None:
         """Do nothing."""
 

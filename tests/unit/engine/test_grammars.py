@@ -10,6 +10,7 @@ import gc
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -115,13 +116,34 @@ def _no_matcher_stays() -> Iterator[None]:
     assert num_matchers() == before
 
 
+@pytest.fixture(params=["masks within steps", "masks before steps"])
+def masks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Either all matchers are quick, or all but the first masks take too long to be computed within a step."""
+    is_slow = request.param == "masks before steps"
+    bound = -1.0 if is_slow else float("inf")
+    monkeypatch.setattr("scalellm.services.executor.grammar.matcher.SLOW_S", bound)
+    monkeypatch.setattr("scalellm.services.executor.grammar.matcher._QUICK_S", bound)
+    monkeypatch.setattr("scalellm.services.executor.grammar.masks.SLOW_S", bound)
+    made, has_mask = [], LlMatcher.has_mask
+
+    def counted(*args: Any) -> bool:
+        made.append(args)
+        return has_mask(*args)
+
+    monkeypatch.setattr(LlMatcher, "has_mask", counted)
+    yield
+    assert (len(made) > 100) == is_slow
+    made.clear()
+
+
 def check_at_rest(engine: Engine) -> None:
     load = engine.load()
     assert (load.free_blocks, load.running, load.waiting) == (load.total_blocks, 0, 0)
     assert not engine.has_unfinished()
-    assert not engine.only_compiles
+    assert not engine.only_awaits_grammars
 
 
+@pytest.mark.usefixtures("masks")
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_preemption_changes_nothing(overlaps: bool) -> None:
     engine, answers = make_engine(overlaps=overlaps, num_blocks=50), Answers({}, {})
@@ -133,6 +155,7 @@ def test_preemption_changes_nothing(overlaps: bool) -> None:
     check_at_rest(engine)
 
 
+@pytest.mark.usefixtures("masks")
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("is_drained", [False, True])
 def test_an_engine_that_is_lost_or_leaves_changes_nothing(overlaps: bool, is_drained: bool) -> None:

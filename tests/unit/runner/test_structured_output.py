@@ -341,14 +341,14 @@ def test_a_request_whose_grammar_takes_long_holds_up_nobody_and_can_end(model) -
     engine = make_engine(model, endless, clock=clock)
     for handle in range(4):
         engine.add(ask(handle, "start: /a/", n=2, deadline=clock.now + 5 if handle == 2 else None))
-    assert engine.only_compiles
+    assert engine.only_awaits_grammars
     engine.add(free := ask(9, ""))
-    assert not engine.only_compiles
+    assert not engine.only_awaits_grammars
     collector = Collector()
     while free.key not in collector.finished:
         collector.take(engine.step())
         engine.check_integrity()
-    assert engine.only_compiles
+    assert engine.only_awaits_grammars
     engine.abort((0, 0), None, AbortReason.CANCELLED)
     engine.abort((0, 1), 0, AbortReason.STOP)
     engine.abort((0, 1), 1, AbortReason.STOP)

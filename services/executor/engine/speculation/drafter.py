@@ -58,6 +58,8 @@ class SuffixDrafter:
         draft = self._repeated(seq, most)
         if seq.matcher is None:
             return draft
+        if seq.matcher.is_slow:  # each guess would take one more of its masks
+            return None
         seq.matcher.follow(seq.token_ids, seq.group.num_prompt_tokens)
         allowed = draft.token_ids[: seq.matcher.num_allowed(draft.token_ids)] if draft is not None else ()
         forced = seq.matcher.forced()[:most]

@@ -1,0 +1,155 @@
+"""Samples whose masks take long sit out steps; all others go on as if those were not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+import engine_kit
+from engine_kit import Collector
+from scalellm.services.executor.engine import AbortReason, Engine, EngineRequest, RequestStatus
+from scalellm.services.executor.engine.batch import ScheduledSequence
+from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS, FakeModelRunner
+from scalellm.services.executor.engine.grammar import Compilation, Matcher
+
+
+class HeldMatcher(Matcher):
+    """Allows any token. Its masks are there when the test says so."""
+
+    is_slow = True
+
+    def __init__(self) -> None:
+        self.is_held = True
+        self.asked_for: set[int] = set()
+
+    def has_mask(self, token_ids: Sequence[int], start: int = 0) -> bool:
+        self.asked_for.add(len(token_ids) - start)
+        return not self.is_held
+
+    def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
+        raise AssertionError("only masks need its tokens")
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        raise AssertionError("each guess would take one more mask")
+
+    def forced(self) -> Sequence[int]:
+        raise AssertionError("each guess would take one more mask")
+
+
+class Compiled(Compilation):
+    """Done from the beginning."""
+
+    is_done = True
+
+    def __init__(self, matchers: Sequence[Matcher]) -> None:
+        self._matchers = matchers
+
+    def matchers(self) -> Sequence[Matcher]:
+        return self._matchers
+
+    def cancel(self) -> None:
+        """Nothing is under way."""
+
+
+class HeldGrammars:
+    """Compiler and masks of one matcher for each sample."""
+
+    def __init__(self) -> None:
+        self.made: list[HeldMatcher] = []
+        self.num_filled = 0
+
+    def start(self, grammar: str, outputs: Sequence[Sequence[int]]) -> Compiled:
+        matchers = [HeldMatcher() for _ in outputs]
+        self.made += matchers
+        return Compiled(matchers)
+
+    def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
+        drawn = [one.seq.matcher for one in scheduled if one.seq.matcher is not None]
+        assert not any(isinstance(matcher, HeldMatcher) and matcher.is_held for matcher in drawn)
+        self.num_filled += len(drawn)
+        return {}
+
+    def pick(self, place: int, number: int) -> int:
+        return 2 + number % 5
+
+
+@pytest.fixture
+def grammars() -> HeldGrammars:
+    return HeldGrammars()
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "overlaps"])
+def engine(request: pytest.FixtureRequest, grammars: HeldGrammars) -> Engine:
+    config, clock = engine_kit.make_config(enable_prefix_cache=False), engine_kit.SimClock()
+    steps = STEP_TIME_PRESETS["instant"]
+    runner = FakeModelRunner(
+        config.vocab_size, config.eos_token_ids, steps, clock.advance, clock, overlaps=request.param, masks=grammars
+    )
+    return Engine(config, runner, clock, grammars=grammars)
+
+
+def add(engine: Engine, handle: int, grammar: str = "", **changes: object) -> EngineRequest:
+    request = engine_kit.make_request(handle, [1, 2, 3], grammar=grammar, max_tokens=12, ignore_eos=True, **changes)
+    engine.add(request)
+    return request
+
+
+def step(engine: Engine, collector: Collector) -> None:
+    collector.take(engine.step())
+    engine.check_integrity()
+
+
+def test_a_sample_sits_out_steps_until_its_mask_is_there_and_nobody_else_does(engine, grammars) -> None:
+    held, free = add(engine, 1, "slow"), add(engine, 2)
+    collector = Collector()
+    for _ in range(14):  # a token a step
+        step(engine, collector)
+    assert collector.finished[free.key].status is RequestStatus.OK
+    assert (held.key, 0) not in collector.tokens
+    (matcher,) = grammars.made
+    assert matcher.asked_for == {0}
+    while not engine.only_awaits_grammars:  # steps that were launched before are still to be waited for
+        step(engine, collector)
+    steps = engine.stats().steps
+    step(engine, collector)
+    assert (engine.stats().steps, grammars.num_filled) == (steps, 0)
+    matcher.is_held = False
+    engine_kit.run(engine, collector)
+    assert collector.finished[held.key].status is RequestStatus.OK
+    assert (len(collector.tokens[held.key, 0]), grammars.num_filled) == (12, 12)
+    assert matcher.asked_for == set(range(12))
+
+
+def test_one_that_is_cancelled_meanwhile_leaves_nothing(engine, grammars) -> None:
+    held, collector = add(engine, 1, "slow", n=2), Collector()
+    grammars.made[0].is_held = False
+    for _ in range(8):
+        step(engine, collector)
+    assert len(collector.tokens[held.key, 0]) >= 1
+    assert (held.key, 1) not in collector.tokens  # its masks are still held
+    engine.abort(held.key, None, AbortReason.CANCELLED)
+    engine_kit.run(engine, collector)
+    assert collector.finished[held.key].status is RequestStatus.CANCELLED
+    load = engine.load()
+    assert (load.free_blocks, load.running, load.waiting) == (load.total_blocks, 0, 0)
+    assert not engine.only_awaits_grammars
+
+
+def test_preempted_ones_come_back_only_with_their_masks(grammars) -> None:
+    """The cache is too small for all: those that wait for masks lose their blocks, and no mask is drawn from twice."""
+    config, clock = engine_kit.make_config(num_blocks=16, enable_prefix_cache=False), engine_kit.SimClock()
+    steps = STEP_TIME_PRESETS["instant"]
+    runner = FakeModelRunner(config.vocab_size, config.eos_token_ids, steps, clock.advance, clock, masks=grammars)
+    engine, collector = Engine(config, runner, clock, grammars=grammars), Collector()
+    requests = [add(engine, handle, "slow" if handle % 2 else "") for handle in range(8)]
+    for turn in range(400):
+        for place, matcher in enumerate(grammars.made):
+            matcher.is_held = (turn + place) % 3 > 0
+        if not engine.has_unfinished():
+            break
+        step(engine, collector)
+    assert engine.stats().preemptions > 0
+    for request in requests:
+        assert collector.finished[request.key].status is RequestStatus.OK
+        assert len(collector.tokens[request.key, 0]) == 12
