@@ -196,8 +196,8 @@ class Worker:
                     await http.start()
                 _report(serving=service.address)
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in tasks[: len(links)]:
-                    if task.done():
+                for task in tasks:
+                    if task.done():  # a fault of its own ends the worker, and is told by whoever runs it
                         task.result()
                 if stop.is_set():
                     await self._drain(service, edges, kept)

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import urllib.request
 from pathlib import Path
@@ -16,6 +18,8 @@ import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2
 
+from scalellm.services.common.json_lines import write_line
+from scalellm.services.tokenizer.config import TokenizerSettings
 from scalellm.v1 import common_pb2, generation_pb2
 from scripted_scheduler import Script, ScriptedScheduler
 from service_processes import PATIENCE, eventually
@@ -132,6 +136,32 @@ async def test_worker_that_keeps_crashing_ends_the_service(start, own_scheduler)
     assert await asyncio.to_thread(service.process.wait, PATIENCE) == 1
     last_line = service.log.read_text().splitlines()[-1]
     assert last_line.startswith("error: worker 0 ended 2 times within a minute, the last time with signal SIGSEGV")
+
+
+_BREAKS = """
+import sys
+from scalellm.services.common.metrics import LoopLag
+from scalellm.services.tokenizer import worker
+
+async def broken(self):
+    raise RuntimeError("broken on purpose")
+
+LoopLag.run = broken
+sys.exit(worker.main())
+"""
+
+
+def test_worker_whose_own_task_fails_ends_with_the_error(own_scheduler, model_dir):
+    settings = TokenizerSettings(scheduler=own_scheduler.address, model=str(model_dir("smollm2-135m-instruct")))
+    assignment = {"settings": settings.model_dump(mode="json"), "port": 0, "http_port": None}
+    # Its stdin stays open, since a worker ends when that closes.
+    with subprocess.Popen(
+        [sys.executable, "-c", _BREAKS], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        write_line(process.stdin, assignment)
+        told = process.stderr.read().decode()
+        assert process.wait(PATIENCE) == 1
+    assert "RuntimeError: broken on purpose" in told
 
 
 async def test_drain_finishes_what_runs_and_refuses_the_rest(start, own_scheduler, connect):
