@@ -55,6 +55,11 @@ _DEFAULT_TEMPERATURE = 0.7
 """Default for models without one of their own."""
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("chat", help=HELP, short_help="Talk with the model, on a session that the server keeps.")(chat)
+
+
 def chat(
     ctx: typer.Context,
     *,

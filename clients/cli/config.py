@@ -28,6 +28,11 @@ Examples:
 """
 
 
+def register(root: typer.Typer) -> None:
+    """Add the commands to the application."""
+    root.add_typer(app, name="config")
+
+
 @app.command("show", help=SHOW_HELP, short_help="Print all settings as a TOML file.")
 def show(
     ctx: typer.Context,

@@ -49,6 +49,11 @@ def _option(help_text: str, metavar: str = "NUMBER", *names: str) -> Any:
     return typer.Option(*names, help=help_text, metavar=metavar, show_default=False)
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("generate", help=HELP)(generate)
+
+
 @with_sampling_options
 def generate(
     ctx: typer.Context,

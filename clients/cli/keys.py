@@ -24,6 +24,11 @@ Examples:
 """
 
 
+def register(root: typer.Typer) -> None:
+    """Add the commands to the application."""
+    root.add_typer(app, name="keys")
+
+
 @app.command("create", help=CREATE_HELP, short_help="Make an API key.")
 def create(
     ctx: typer.Context,

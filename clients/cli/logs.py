@@ -29,6 +29,11 @@ Examples:
 _INTERVAL = 0.2
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("logs", help=HELP, short_help="Show the logs of the services.")(logs)
+
+
 def logs(
     ctx: typer.Context,
     services: Annotated[

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_group
 
-from scalellm import __version__
-from scalellm.cli import chat, config, generate, keys, logs, models, services, sessions, tokenize, top
 from scalellm.cli.context import CliContext, CliError, Environment, ExitCode, explain, in_options
-from scalellm.cli.output import Terminal, write_line
+from scalellm.cli.output import Terminal
 from scalellm.cli.text import require_utf8
+from scalellm.cli.version import print_version
 from scalellm.client import ClientError, CredentialsError
 from scalellm.launcher import LauncherError, NotRunningError
 from scalellm.services.common.model_store import ModelStoreError, UnknownModelError
@@ -63,8 +64,45 @@ Exit codes:
 """
 
 
+_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("run", "up", "serve", "down", "status"), "services"),
+        **{name: name for name in ("generate", "chat", "tokenize", "logs", "top", "version")},
+        **{name: name for name in ("sessions", "models", "keys", "config")},
+    }
+)
+"""The module of each command, in the order of the help."""
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands by name. The module of one is loaded when it is asked for: all take a quarter of the CPU time."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            part = typer.Typer(rich_markup_mode=None)
+            import_module(f"scalellm.cli.{_MODULES[name]}").register(part)
+            self._loaded |= get_group(part).commands
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_MODULES)
+
+    def __len__(self) -> int:
+        return len(_MODULES)
+
+
 class _Root(TyperGroup):
-    """Turns every expected failure into one line and an exit code."""
+    """Loads the commands when they are needed, and turns every expected failure into one line and an exit code."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "commands": _Commands()})
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands."""
+        return list(self.commands)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -112,21 +150,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-services.register(app)
-app.command("generate", help=generate.HELP)(generate.generate)
-app.command("chat", help=chat.HELP, short_help="Talk with the model, on a session that the server keeps.")(chat.chat)
-app.command("tokenize", help=tokenize.HELP)(tokenize.tokenize)
-app.command("logs", help=logs.HELP, short_help="Show the logs of the services.")(logs.logs)
-app.command("top", help=top.HELP, short_help="Show live what the services do.")(top.top)
-app.add_typer(sessions.app, name="sessions")
-app.add_typer(models.app, name="models")
-app.add_typer(keys.app, name="keys")
-app.add_typer(config.app, name="config")
 
 
 def _print_version(value: bool) -> None:
     if value:
-        version()
+        print_version()
         raise typer.Exit
 
 
@@ -158,12 +186,6 @@ def root(
     options = {"api_key": api_key, "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key}
     if given := {name: value for name, value in options.items() if value}:
         ctx.obj = CliContext.of(ctx).with_credentials(given)
-
-
-@app.command("version", help="Print the version.")
-def version() -> None:
-    """The installed version."""
-    write_line(f"scalellm {__version__}")
 
 
 def run(arguments: Sequence[str], variables: Mapping[str, str]) -> int:

@@ -31,6 +31,11 @@ Examples:
 app = typer.Typer(help="Models by name: fetch, list, remove.", no_args_is_help=True, rich_markup_mode=None)
 
 
+def register(root: typer.Typer) -> None:
+    """Add the commands to the application."""
+    root.add_typer(app, name="models")
+
+
 @app.command("list", help="List the models of the catalogue, which of them are here, and those of the Hub that are.")
 def list_models(
     ctx: typer.Context,

@@ -23,6 +23,11 @@ _JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON docume
 _SessionArgument = Annotated[str, typer.Argument(metavar="ID", help="From `sessions list`.")]
 
 
+def register(root: typer.Typer) -> None:
+    """Add the commands to the application."""
+    root.add_typer(app, name="sessions")
+
+
 @app.command("list", help="List the conversations, those that end first first.")
 def list_sessions(ctx: typer.Context, as_json: _JsonOption = False, address: _AddressOption = "") -> None:
     """List the sessions without their messages."""

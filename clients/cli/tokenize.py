@@ -24,6 +24,11 @@ Examples:
 """
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("tokenize", help=HELP)(tokenize)
+
+
 def tokenize(
     ctx: typer.Context,
     text: Annotated[str | None, typer.Argument(help="The text; - or nothing: standard input.")] = None,

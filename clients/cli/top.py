@@ -51,6 +51,11 @@ _REQUESTS = "scalellm_tokenizer_requests"
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("top", help=HELP, short_help="Show live what the services do.")(top)
+
+
 def top(
     ctx: typer.Context,
     *,
