@@ -8,10 +8,12 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from kept_together import folder_of, scheduling
 from scalellm.services.common import model_store
 from told_at_end import pytest_terminal_summary as pytest_terminal_summary
 
@@ -43,6 +45,19 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """Keep the tests of some folders in one process, where others come by files."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    return scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let folders that are kept together come first: at the end the other processes would wait for the one of these."""
+    items.sort(key=lambda item: folder_of(item.nodeid) is None)
 
 
 @pytest.hookimpl(tryfirst=True)
