@@ -279,7 +279,7 @@ async def test_callers_take_turns_and_those_that_have_gone_are_not_rendered(monk
 
     monkeypatch.setattr(ChatRenderer, "_kill", counted)
     source = "{% if messages[0].content == 'slow' %}" + SLOW + "{% else %}fine{% endif %}"
-    async with ChatRenderer(source, {}, RenderLimits(time_limit=1.0)) as renderer:
+    async with ChatRenderer(source, {}, RenderLimits(time_limit=0.3)) as renderer:
 
         def slow(caller: str) -> asyncio.Task[str]:
             return asyncio.create_task(renderer.render([{"role": "user", "content": "slow"}], caller=caller))

@@ -18,7 +18,7 @@ from scalellm.services.tokenizer.token_receiver import TokenBatch, TokenReceiver
 from scalellm.services.tokenizer.validation import validate_chat
 from scalellm.v1 import generation_pb2
 
-SIZE = 2000
+SIZE = 1000
 ANSWER = "The committee met on Tuesday, 14 March 2023. "
 
 
