@@ -51,9 +51,11 @@ def naive_survivors(row: torch.Tensor, temperature: float, k: int, p: float, min
 def naive_sample(row, temperature, k, p, min_p, seed, position) -> int:
     if temperature == 0:
         return row.tolist().index(max(row.tolist()))
+    values = row.double().tolist()
+    largest = max(values)
     return max(
         sorted(naive_survivors(row, temperature, k, p, min_p)),
-        key=lambda t: (row[t].double() - row.max().double()).item() / temperature + naive_gumbel(seed, position, t),
+        key=lambda t: (values[t] - largest) / temperature + naive_gumbel(seed, position, t),
     )
 
 
