@@ -10,8 +10,8 @@ scalellm := .venv/bin/scalellm
 python := .venv/bin/python
 # Test processes share the machine: one thread each, and no thread that spins while it waits. There are two for each
 # core, since tests mostly wait for services to start; each takes up to 1.5 GB with what it starts, hence at most 8. A
-# file stays in one process: its tests share what they start. Files come in order of their names: the slow ones are not
-# left for the end.
+# file stays in one process: its tests share what they start. So do some folders (tests/support/kept_together.py), which
+# come first. Files come in order of their names: the slow ones are not left for the end.
 test-env := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 PYTHONDONTWRITEBYTECODE=
 test-run := $(python) -m pytest -n $(shell n=$$((2 * $$(getconf _NPROCESSORS_ONLN))); echo $$((n < 8 ? n : 8))) \
 	--dist loadfile --no-loadscope-reorder -q
