@@ -68,7 +68,8 @@ _SCHEMAS: Mapping[str, _Schema] = MappingProxyType(
     {
         "fp8_gemm": _Schema(
             ("rows", "columns"),
-            {"block_m": _BLOCK, "block_n": _BLOCK, "block_k": _Range(32, 256), "swapped": _SWITCH} | _LAUNCH,
+            {"block_m": _BLOCK, "block_n": _BLOCK, "block_k": _Range(32, 256), "swapped": _SWITCH, "own": _SWITCH}
+            | _LAUNCH,
         ),
         # `matrices`: that are multiplied side by side, two with a gate. All numbers of rows have one rule, so that sums
         # have one order.

@@ -11,6 +11,10 @@ SAMPLE_CANDIDATES = 8192  # logits of a row that its buffer holds
 SAMPLE_PIVOTS = 16
 MOE_ONE_HOT = 8192  # elements of (pair, expert) that one program holds
 WNA16_INTERLEAVE = 16  # words of a weight that the Triton forms of w4a16_gemm, w8a16_gemm and fused_moe_wna16 read best
+# Of a weight that kernels fetch ahead, see `kernels.triton.overlap`: what an H200's memory delivers in 3 us, which is
+# what a small kernel and the gap behind it take. Its second-level cache is four times as large.
+BYTES_AHEAD = 12 << 20
+ROWS_AHEAD = 17, 256  # that a weight is multiplied with, for which the kernel before a product fetches it
 _MOE_BLOCKS = (16, 32, 64, 128)  # rows of an expert's block that tile tables may choose
 
 

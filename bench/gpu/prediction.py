@@ -19,6 +19,7 @@ from bench.gpu.roofline import (
     H200_TARGETS,
     LLAMA_8B,
     MIXTRAL,
+    Cost,
     ModelShape,
     Precision,
     decode_attention,
@@ -26,6 +27,7 @@ from bench.gpu.roofline import (
     linear,
     step_floor_us,
 )
+from scalellm.kernels.workspaces import BYTES_AHEAD, ROWS_AHEAD
 
 _CONTEXT = 1024
 _LONG = 100_000  # tokens of one sequence among short ones
@@ -36,6 +38,7 @@ _CHAIN_US = 2.0  # of a program of attention: length, block id, first keys, one 
 _SMALLEST_US = 2.2  # a kernel that moves next to nothing
 _LATENCY_US = 1.0  # of a load of keys, where others load as well: a program has its buffers filled once in that time
 _LAST_US = 0.8  # of the last program of a sequence's attention: a ticket, and shares from L2
+_TAIL_US = 0.9  # of a product that is streamed: its last tiles, while memory has nothing to do
 _OVERLAPPED_US = 0.7  # what is left of the gap before a kernel that begins early
 _SAMPLER_US = 30.0  # and the copies around a step
 _ADDED_TO_PRODUCTS = 3  # launches of a layer: both norms and the activation
@@ -60,13 +63,18 @@ class Design:
         e4m3_instructions: of a warp, for 64 keys and values of 128 e4m3 numbers (`nvdisasm`).
         expert_rows: rows of a block of an expert where the blocks of an expert read its weight one after the other;
             0 where they read it together.
+        expert_instructions: of a warp of its four, for 8 KB of an expert's e4m3 numbers and 32 rows (`nvdisasm`).
         launches: of a layer beside its products, attention included.
         adds_shares_apart: one of them adds up the shares of attention.
         overlapping: of those launches, the ones that begin while the kernel before them ends.
-        packed_overlap: the products of int4 and the sums of their shares begin early, too.
-        fused_rows: up to so many rows a dense layer in bf16 has norms, activation and additions in its products, and
-            all of its launches overlap; `fused_share` is these products' share of the ceiling.
         gap_us: between two kernels of a graph.
+        streamed_rows: up to so many rows, by precision, products of our own stream the weight. Their launches overlap.
+        streamed_share: of bandwidth, while they do; `streamed_ends_us` is what each takes besides.
+        fused_rows: up to so many rows, by precision, a dense layer has norms, activation, additions and quantisation in
+            these products.
+        packed_overlap: the products of int4 and the sums of their shares begin early, too.
+        ahead_bytes: of the weight of a product that are fetched while the kernel before it leaves memory idle: by the
+            product if it streams, else by that kernel, where that is a norm, an activation or a quantisation.
     """
 
     name: str
@@ -76,13 +84,17 @@ class Design:
     most_shares: int
     e4m3_instructions: int
     expert_rows: int
+    expert_instructions: int
     launches: int
     adds_shares_apart: bool
     overlapping: int
     gap_us: float
+    streamed_rows: Mapping[Precision, int]
+    fused_rows: Mapping[Precision, int]
     packed_overlap: bool = False
-    fused_rows: int = 0
-    fused_share: float = 0.0
+    streamed_share: float = 1.0
+    streamed_ends_us: float = 0.0
+    ahead_bytes: int = 0
 
 
 BEFORE = Design(
@@ -93,10 +105,13 @@ BEFORE = Design(
     most_shares=4,
     e4m3_instructions=798,
     expert_rows=16,
+    expert_instructions=394,
     launches=6,
     adds_shares_apart=True,
     overlapping=0,
     gap_us=1.2,
+    streamed_rows=MappingProxyType({}),
+    fused_rows=MappingProxyType({}),
 )
 # int4 with interleaved rows: a warp issues 375 instructions for 4 KB of words with up to 16 rows, 623 with 64
 # (`nvdisasm`). As it meets 3 barriers there and no longer 19, it is assumed to use nine of ten slots.
@@ -109,26 +124,32 @@ NOW = replace(
     most_shares=61,
     e4m3_instructions=618,
     expert_rows=0,
+    expert_instructions=313,  # weights as the left operand, and widened by way of float32
     launches=5,
     adds_shares_apart=False,
     overlapping=5,  # both norms, rotation, attention and activation; cuBLAS launches its products as ever
     packed_overlap=True,
-    # `kernels.fused_linear`: 48 KB of weights are under way to a program, and a warp issues 264 instructions for 16 KB
-    # (`make aot`, `cuobjdump`), for which memory takes 880 cycles of a processor. So a product streams at 95 %; it
-    # begins with a chain of loads and ends with its last tile, 1.9 us of 25 on average.
-    fused_rows=16,
-    fused_share=0.88,
+    # `kernels.fused_linear` and `fp8_gemm`: 48 KB of weights or more are under way to a program, and a warp issues 264
+    # instructions for 16 KB (`make aot`, `cuobjdump`), for which memory takes 880 cycles of a processor. So a product
+    # streams at 95 %; it begins with a chain of loads, 1.0 us, and ends with its last tiles.
+    streamed_rows=MappingProxyType({"bf16": 16, "fp8": 16}),
+    streamed_share=0.95,
+    streamed_ends_us=1.0 + _TAIL_US,
+    ahead_bytes=BYTES_AHEAD,
+    fused_rows=MappingProxyType({"bf16": 16}),
 )
-# The same for e4m3, with operands swapped, and for more rows; int4 unpacked two numbers at a time.
+# Norms, activation, additions and quantisation in products of e4m3 as well, and of up to 64 rows; int4 unpacked two
+# numbers at a time.
 OPEN = replace(
     NOW,
     name="with what is open",
     products=MappingProxyType({"bf16": (0.80, 0.84), "fp8": (0.85, 0.82), "int4": (0.75, 0.60)}),
-    launches=NOW.launches - _ADDED_TO_PRODUCTS,
-    overlapping=0,
-    gap_us=_OVERLAPPED_US,  # of all
+    streamed_rows=MappingProxyType({"bf16": 64, "fp8": 64}),
+    fused_rows=MappingProxyType({"bf16": 64, "fp8": 64}),
 )
-_FEWER_LAUNCHES = replace(NOW, launches=OPEN.launches, overlapping=OPEN.launches)
+_FEWER_LAUNCHES = replace(
+    NOW, launches=NOW.launches - _ADDED_TO_PRODUCTS, overlapping=NOW.launches - _ADDED_TO_PRODUCTS
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,22 +177,37 @@ def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) 
     products = [(shape.hidden, shape.qkv_columns), (attention_width, shape.hidden)]
     if not shape.experts:
         products += [(shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)]
-    if is_fused(shape, precision, seqs, design):
-        beside = NOW.launches - _ADDED_TO_PRODUCTS
-        overlapping, share = len(products) + beside, design.fused_share
-    us = sum(linear(seqs, *sizes, precision).floor_us(ASSUMED) for sizes in products) / share
+    fused = is_fused(shape, precision, seqs, design)
+    if fused:
+        beside = overlapping = NOW.launches - _ADDED_TO_PRODUCTS
+    costs = [linear(seqs, *sizes, precision) for sizes in products]
+    if seqs <= design.streamed_rows.get(precision, 0):
+        overlapping += len(products)
+        ahead = (_ahead_us(cost, idle, design) for cost, idle in zip(costs, _idle_before(fused), strict=False))
+        us = sum(cost.floor_us(ASSUMED) for cost in costs) / design.streamed_share
+        us += len(costs) * design.streamed_ends_us - sum(ahead)
+    else:
+        us = sum(cost.floor_us(ASSUMED) for cost in costs) / share
+        if precision != "int4" and ROWS_AHEAD[0] <= seqs <= ROWS_AHEAD[1]:
+            # Attention comes before `o_proj`, and before that a quantisation where there is one.
+            behind_small = costs if precision == "fp8" else [cost for i, cost in enumerate(costs) if i != 1]
+            us -= sum(_ahead_us(cost, _SMALLEST_US + design.gap_us, design) for cost in behind_small)
     launches = len(products) + beside
     if shape.experts:
         # Gate and up, and down, of every expert that is hit; routing and layout are five small kernels.
         weights = experts_hit(shape, seqs) * 3 * shape.hidden * shape.intermediate * (1 if precision == "fp8" else 2)
         times = rereads(seqs, shape.experts, shape.choices, design.expert_rows) if design.expert_rows else 1.0
+        if precision == "fp8":
+            share = _expert_share(design)
         us += ASSUMED.move_us(weights * times) / share + 5 * _SMALLEST_US
         launches += 2 + 5
     attention, waves = _attention_us(shape, seqs, kv_bytes, design)
     small = beside - 1 - design.adds_shares_apart
     us += attention + small * max(_SMALLEST_US, ASSUMED.move_us(8.0 * seqs * shape.hidden) / 0.8)
-    if precision == "fp8":  # attention's output is quantised by itself; norms and activations quantise what they write
-        launches += 1
+    if (
+        precision == "fp8" and not fused
+    ):  # attention's output is quantised by itself; norms and activations quantise what they write
+        launches, overlapping = launches + 1, overlapping + bool(design.overlapping)
         us += max(_SMALLEST_US, ASSUMED.move_us(3.0 * seqs * attention_width) / 0.8)
     if precision == "int4":
         launches += 3  # shares of products are added
@@ -186,7 +222,38 @@ def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) 
 
 def is_fused(shape: ModelShape, precision: Precision, seqs: int, design: Design) -> bool:
     """True if a step of so many rows has what is around its products in them."""
-    return precision == "bf16" and not shape.experts and seqs <= design.fused_rows
+    return not shape.experts and seqs <= design.fused_rows.get(precision, 0)
+
+
+def _idle_before(fused: bool) -> tuple[float, float, float, float]:
+    """Return how long memory is idle before each product of a dense layer, the gap included, in microseconds.
+
+    Before it comes a small kernel; in a fused layer attention before `o_proj`, before the others a product.
+    """
+    idle = (_TAIL_US, _CHAIN_US + _LAST_US, _TAIL_US, _TAIL_US) if fused else (_SMALLEST_US,) * 4
+    qkv, o, gate_up, down = (us + _OVERLAPPED_US for us in idle)
+    return qkv, o, gate_up, down
+
+
+def _ahead_us(cost: Cost, idle_us: float, design: Design) -> float:
+    """Return what a product that waits for its weight saves by what is fetched of it while memory is idle."""
+    if not cost.is_bandwidth(ASSUMED):
+        return 0.0
+    return min(idle_us, ASSUMED.move_us(min(design.ahead_bytes, cost.num_bytes)))
+
+
+def _expert_share(design: Design) -> float:
+    """Return the share of bandwidth at which e4m3 experts are read: instructions have to keep up with memory."""
+    memory_us = 8192 / (ASSUMED.read * 1e3 / _SMS)
+    issue_us = design.expert_instructions / (_ISSUE_RATE * _GHZ * 1e3)
+    return min(design.streamed_share, memory_us / issue_us) if issue_us else design.streamed_share
+
+
+def at_share(design: Design, precision: Precision, share: float) -> Design:
+    """Return a design whose products all run at a share of the ceiling, and have nothing hidden before them."""
+    products = MappingProxyType({**design.products, precision: (share, share)})
+    bare = replace(design, streamed_ends_us=0.0, ahead_bytes=0, expert_instructions=0)
+    return replace(bare, products=products, streamed_share=share)
 
 
 def needed_share(shape: ModelShape, precision: Precision, seqs: int, design: Design, rate: float) -> float:
@@ -196,8 +263,7 @@ def needed_share(shape: ModelShape, precision: Precision, seqs: int, design: Des
     """
 
     def ms(share: float) -> float:
-        products = MappingProxyType({**design.products, precision: (share, share)})
-        return predict(shape, precision, seqs, replace(design, products=products, fused_share=share)).ms
+        return predict(shape, precision, seqs, at_share(design, precision, share)).ms
 
     at_ceiling, at_half = ms(1.0), ms(0.5)  # a + b and a + 2 b
     of_products = at_half - at_ceiling

@@ -49,6 +49,7 @@ _CHOICES: Mapping[str, Mapping[str, tuple[int, ...]]] = MappingProxyType(
             "block_n": (32, 64, 128),
             "block_k": (64, 128, 256),
             "swapped": (0, 1),
+            "own": (0, 1),
             **_LAUNCH,
         },
         "fused_linear": {"block_k": (64, 128, 256), **_LAUNCH},

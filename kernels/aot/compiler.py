@@ -20,6 +20,8 @@ _MMA = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 _BUFFER = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d")
 _WAIT = re.compile(r"ttg\.async_wait .*\{num = (\d+) : i32\}")
 _TOUCHES = re.compile(r"\b(?:ld|st|atom|red|prefetch)\.\S*global|\bcp\.async|\bcp\.reduce|\bbra\b|\bcall\b")
+# Brings memory into the cache where all kernels' writes go, and so reads nothing that could be out of date.
+_FETCHES = re.compile(r"\bcp\.async\.bulk\.prefetch\.L2\.global\b")
 _WIDE = re.compile(r"(?:ld|st)\.global\S*\.(?:v4\.\w32|v2\.\w64|v8\.\w+)|cp\.async\.cg\.|cp\.async\.bulk\.")
 
 
@@ -73,7 +75,7 @@ def compile_variant(variant: Variant, sm: int, cache: Path) -> Report:
     if variant.options.get("launch_pdl") and not waits_first(ptx):
         raise ValueError(f"sm_{sm} {variant.name}: begins early, and may touch memory before it waits")
     mma = next((name for name, instruction in _MMA.items() if instruction in ptx), "none")
-    wide, loops = len(_WIDE.findall(ptx)), pipelined_loops(compiled.asm["ttgir"])
+    wide, loops = len(_WIDE.findall(_FETCHES.sub("", ptx))), pipelined_loops(compiled.asm["ttgir"])
     report = Report(registers, stack, compiled.metadata.shared, mma, wide, loops)
     cache.mkdir(parents=True, exist_ok=True)
     # Several processes share the folder: a file appears whole or not at all.
@@ -109,7 +111,7 @@ def pipelined_loops(ttgir: str) -> tuple[Loop, ...]:
 def waits_first(ptx: str) -> bool:
     """True if a kernel waits for the one before it ahead of any access to device memory, and on every path."""
     before, wait, _ = ptx[ptx.index(".entry") :].partition("griddepcontrol.wait;")
-    return bool(wait) and not _TOUCHES.search(before)
+    return bool(wait) and not _TOUCHES.search(_FETCHES.sub("", before))
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -15,6 +15,7 @@ def silu_and_mul(
     *,
     quant_scale: float | Tensor | None = None,
     token_scale: Tensor | None = None,
+    ahead: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """C++ form of `kernels.silu_and_mul`; without scales only."""
@@ -29,6 +30,7 @@ def gelu_tanh_and_mul(
     *,
     quant_scale: float | Tensor | None = None,
     token_scale: Tensor | None = None,
+    ahead: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """C++ form of `kernels.gelu_tanh_and_mul`; without scales only."""

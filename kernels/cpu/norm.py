@@ -17,6 +17,7 @@ def fused_add_rms_norm(
     gemma: bool = False,
     quant_scale: float | Tensor | None = None,
     token_scale: Tensor | None = None,
+    ahead: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """C++ form of `kernels.fused_add_rms_norm`; without scales only."""

@@ -12,6 +12,7 @@ def silu_and_mul(
     *,
     quant_scale: float | Tensor | None = None,
     token_scale: Tensor | None = None,
+    ahead: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return `silu(x[:, :F]) * x[:, F:]` (SwiGLU, Shazeer 2020; Llama, Qwen, Mistral).
@@ -19,7 +20,8 @@ def silu_and_mul(
     `x` is [T, 2F], gate first. The gate is rounded to the dtype of `x` before the product, as transformers does.
     With `quant_scale` (static, per tensor) the result is divided by it and stored as e4m3. With `token_scale` [T, 1]
     f32, which receives a scale computed for each token, the result is rounded to the dtype of `x` and then quantised as
-    by `scaled_fp8_quant`: the same scales and codes as of the two ops one after the other.
+    by `scaled_fp8_quant`: the same scales and codes as of the two ops one after the other. `ahead` is a weight that is
+    multiplied next: devices with a large cache bring a part of it there meanwhile.
 
     Raises:
         ValueError: both quant_scale and token_scale are given.
@@ -33,6 +35,7 @@ def gelu_tanh_and_mul(
     *,
     quant_scale: float | Tensor | None = None,
     token_scale: Tensor | None = None,
+    ahead: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return `gelu_tanh(x[:, :F]) * x[:, F:]` (GeGLU, tanh approximation; Gemma). Otherwise as `silu_and_mul`."""

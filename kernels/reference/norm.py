@@ -33,6 +33,7 @@ def fused_add_rms_norm(
     gemma: bool = False,
     quant_scale: float | Tensor | None = None,
     token_scale: Tensor | None = None,
+    ahead: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Add `x` [T, H] into `residual` [T, H] in place and return the RMSNorm of the sum, [T, H].
@@ -50,6 +51,7 @@ def fused_add_rms_norm(
         token_scale: [T, 1] f32, receives a scale computed for each token; the result is stored as e4m3. It is the
             normalised row, rounded to the dtype of `x`, and then quantised as by `scaled_fp8_quant`: the same scales
             and codes as of the two ops one after the other.
+        ahead: a weight that is multiplied next; devices with a large cache bring a part of it there meanwhile.
         out: receives the result.
 
     Raises:

@@ -32,6 +32,7 @@ def scaled_fp8_quant(
     scale: Tensor | None = None,
     *,
     group_size: int | None = None,
+    ahead: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantise x [T, K] to e4m3; returns (q [T, K], s) with `q * s` close to x.
@@ -41,6 +42,7 @@ def scaled_fp8_quant(
         scale: static scale of the whole tensor (one element), returned as s. None: scales are computed as
             max |x| / 448, one per token, s [T, 1], or one per group of a token, s [T, K / group_size].
         group_size: consecutive columns that share a computed scale (128 in DeepSeek-V3).
+        ahead: a weight that is multiplied next; devices with a large cache bring a part of it there meanwhile.
         out: (q, s) tensors that receive the results.
 
     Raises:

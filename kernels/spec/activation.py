@@ -24,9 +24,19 @@ _EXTREMES = (-1e4, -100.0, -20.0, -0.0, 0.0, 20.0, 100.0, 1e4)
 
 
 def _gated(
-    op: str, rows: int, width: int, *, dtype: torch.dtype = BF16, epilogue: str = "", extreme: bool = False
+    op: str,
+    rows: int,
+    width: int,
+    *,
+    dtype: torch.dtype = BF16,
+    epilogue: str = "",
+    extreme: bool = False,
+    ahead: torch.dtype | None = None,
 ) -> Case:
-    """`epilogue`: "" or "static", one scale that is given, or "tokens", a scale computed for each row."""
+    """`epilogue`: "" or "static", one scale that is given, or "tokens", a scale computed for each row.
+
+    `ahead` is the dtype of a weight that is multiplied next.
+    """
 
     def gate(x: Tensor) -> Tensor:
         return F.silu(x) if op == _SILU else F.gelu(x, approximate="tanh")
@@ -44,6 +54,8 @@ def _gated(
             options["quant_scale"] = make.tensor([_SCALE], FP32)
         elif epilogue:
             options["token_scale"] = results["token_scale"] = make.poison(rows, 1)
+        if ahead is not None:
+            options["ahead"] = make.poison(64, width, dtype=ahead)
 
         def expected() -> dict[str, Tensor]:
             first, second = x.double().chunk(2, -1)
@@ -57,7 +69,8 @@ def _gated(
 
         return Bound(lambda: getattr(ops, op)(x, out=out, **options), results, expected)
 
-    name = f"{rows}x{width} {name_of(dtype)} {epilogue}{'extreme gates' if extreme else ''}".rstrip()
+    marks = [name_of(dtype), epilogue, "extreme gates" if extreme else "", f"before {name_of(ahead)}" if ahead else ""]
+    name = f"{rows}x{width} {' '.join(mark for mark in marks if mark)}"
     tolerance = 1.5e-2 if epilogue else _TOLERANCE[dtype]
     return Case(op, name, bind, dtype, min_sm=89 if epilogue else 80, tolerance=tolerance)
 
@@ -72,6 +85,7 @@ SPEC = Spec(
         ),
         *(_gated(op, 2, 8, dtype=FP32, extreme=True) for op in (_SILU, _GELU)),
         *(_gated(op, 3, 64, epilogue="static") for op in (_SILU, _GELU)),
+        _gated(_SILU, 17, 24, ahead=BF16),
         *(
             _gated(op, 4, width, dtype=dtype, epilogue="tokens")
             for op in (_SILU, _GELU)
@@ -80,15 +94,16 @@ SPEC = Spec(
         ),
     ),
     served=(
-        _gated(_SILU, 64, 14336),  # Llama 3.1 8B, Mixtral 8x7B
-        _gated(_SILU, 64, 14336, epilogue="static"),
-        _gated(_SILU, 64, 14336, epilogue="tokens"),
-        _gated(_SILU, 64, 28672, epilogue="tokens"),  # Llama 3.1 70B
-        _gated(_SILU, 64, 12288),  # Qwen3 8B
-        _gated(_SILU, 64, 1536),  # SmolLM2 135M
-        _gated(_GELU, 64, 2048),  # Gemma 3 270M
-        _gated(_GELU, 64, 2048, epilogue="static"),
-        _gated(_GELU, 64, 2048, epilogue="tokens"),
+        _gated(_SILU, 64, 14336),  # Mixtral 8x7B
+        _gated(_SILU, 64, 14336, ahead=BF16),  # Llama 3.1 8B
+        _gated(_SILU, 64, 14336, epilogue="static", ahead=E4M3),
+        _gated(_SILU, 64, 14336, epilogue="tokens", ahead=E4M3),
+        _gated(_SILU, 64, 28672, epilogue="tokens", ahead=E4M3),  # Llama 3.1 70B
+        _gated(_SILU, 64, 12288, ahead=BF16),  # Qwen3 8B
+        _gated(_SILU, 64, 1536, ahead=BF16),  # SmolLM2 135M
+        _gated(_GELU, 64, 2048, ahead=BF16),  # Gemma 3 270M
+        _gated(_GELU, 64, 2048, epilogue="static", ahead=E4M3),
+        _gated(_GELU, 64, 2048, epilogue="tokens", ahead=E4M3),
     ),
     large=(
         *(_gated(_SILU, 300, 14336, dtype=dtype) for dtype in (BF16, FP16, FP32)),

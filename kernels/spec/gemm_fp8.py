@@ -74,10 +74,17 @@ def _small() -> list[Case]:
 
 SPEC = Spec(
     small=tuple(_small()),
-    served=(*(_of_blocks(rows, 4096, 6144) for rows in (1, 64, 1024)), _of_blocks(16, 4096, 28672)),  # Llama 3.1 8B
+    served=(  # Llama 3.1 8B
+        *(_of_blocks(rows, 4096, 6144) for rows in (1, 64, 1024)),
+        _of_blocks(16, 4096, 28672),
+        _of_rows(1, 4096, 6144),
+        _of_rows(16, 4096, 28672),
+        _of_rows(8, 14336, 4096),
+        _of_rows(8, 4096, 4608, bias=True),  # Qwen2.5 7B
+    ),
     large=(
         *(_gemm(rows, 4096, 6144, tolerance=1.5e-2) for rows in (1, 64, 300)),
-        *(_of_rows(rows, 4096, 6144) for rows in (1, 64, 300)),
+        *(_of_rows(rows, 4096, 6144) for rows in (64, 300)),
         _of_rows(17, 4096, 4096, bias=True),
         _of_blocks(17, 512, 256),
     ),

@@ -36,10 +36,12 @@ def _norm(
     gemma: bool = False,
     epilogue: str = "",
     spread: float = 1.0,
+    ahead: torch.dtype | None = None,
 ) -> Case:
     """`epilogue`: "" or "static", one scale that is given, or "tokens", a scale computed for each row.
 
-    `spread` is the size of weights: of large ones, codes of a static scale are clamped.
+    `spread` is the size of weights: of large ones, codes of a static scale are clamped. `ahead` is the dtype of a
+    weight that is multiplied next.
     """
 
     def bind(ops: Ops, make: Maker) -> Bound:
@@ -55,6 +57,8 @@ def _norm(
             options["quant_scale"] = make.tensor([0.01], FP32)
         elif epilogue == "tokens":
             options["token_scale"] = results["token_scale"] = make.poison(rows, 1)
+        if ahead is not None:
+            options["ahead"] = make.poison(width, width, dtype=ahead)
 
         def expected() -> dict[str, Tensor]:
             hidden = x if stream is None else stream + x
@@ -74,9 +78,11 @@ def _norm(
     marks = [name_of(dtype), *(["gemma"] if gemma else []), *([] if residual else ["first"]), epilogue]
     if spread != 1:
         marks.append("clamped")
+    if ahead is not None:
+        marks.append(f"before {name_of(ahead)}")
     return Case(
         "fused_add_rms_norm",
-        f"{rows}x{width} {' '.join(marks)}".rstrip(),
+        f"{rows}x{width} {' '.join(mark for mark in marks if mark)}",
         bind,
         dtype,
         min_sm=89 if epilogue else 80,
@@ -95,6 +101,7 @@ SPEC = Spec(
             for dtype in FLOATS
         ),
         *(_norm(3, 64, dtype=dtype, epilogue="static") for dtype in FLOATS),
+        _norm(17, 64, ahead=BF16),
         *(_norm(3, 64, dtype=dtype, epilogue="static", spread=900) for dtype in FLOATS),
         *(
             _norm(4, width, dtype=dtype, gemma=gemma, epilogue="tokens")
@@ -104,14 +111,15 @@ SPEC = Spec(
         ),
     ),
     served=(
-        _norm(64, 4096),  # Llama 3.1 8B, Qwen3 8B, Mixtral 8x7B
-        _norm(64, 4096, residual=False),
-        _norm(64, 4096, epilogue="static"),
-        _norm(64, 4096, epilogue="tokens"),
-        _norm(64, 8192, epilogue="tokens"),
-        _norm(64, 8192),  # Llama 3.1 70B
-        _norm(64, 576),  # SmolLM2 135M
-        _norm(64, 640, gemma=True),  # Gemma 3 270M
+        _norm(64, 4096),  # Mixtral 8x7B, before its router
+        _norm(64, 4096, ahead=BF16),  # Llama 3.1 8B, Qwen3 8B, Mixtral 8x7B
+        _norm(64, 4096, residual=False, ahead=BF16),
+        _norm(64, 4096, epilogue="static", ahead=E4M3),
+        _norm(64, 4096, epilogue="tokens", ahead=E4M3),
+        _norm(64, 8192, epilogue="tokens", ahead=E4M3),
+        _norm(64, 8192, ahead=BF16),  # Llama 3.1 70B
+        _norm(64, 576, ahead=BF16),  # SmolLM2 135M
+        _norm(64, 640, gemma=True, ahead=BF16),  # Gemma 3 270M
     ),
     large=(
         *(_norm(300, width, dtype=dtype) for width in (4096, 576) for dtype in (BF16, FP16, FP32)),

@@ -27,8 +27,16 @@ def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quant(
-    rows: int, width: int, *, dtype: torch.dtype = BF16, group_size: int | None = None, static: bool = False
+    rows: int,
+    width: int,
+    *,
+    dtype: torch.dtype = BF16,
+    group_size: int | None = None,
+    static: bool = False,
+    ahead: bool = False,
 ) -> Case:
+    """`ahead`: a weight is named that is multiplied next."""
+
     def bind(ops: Ops, make: Maker) -> Bound:
         x = make.randn(rows, width, dtype=dtype, scale=30.0)
         x[rows // 2] = 0
@@ -36,6 +44,7 @@ def _quant(
         scale = make.tensor([0.05], FP32) if static else None
         if scale is not None:
             s = scale.clone()
+        weight = make.poison(64, width, dtype=E4M3) if ahead else None
 
         def expected() -> dict[str, Tensor]:
             if scale is not None:
@@ -44,12 +53,13 @@ def _quant(
             return {"q": quantised.view(rows, width), "s": found.squeeze(-1)}
 
         def run() -> object:
-            return ops.scaled_fp8_quant(x, scale, group_size=group_size, out=(q, s))
+            return ops.scaled_fp8_quant(x, scale, group_size=group_size, ahead=weight, out=(q, s))
 
         return Bound(run, {"q": q, "s": s}, expected)
 
     kind = "static" if static else f"groups of {group_size}" if group_size else "tokens"
-    return Case("scaled_fp8_quant", f"{rows}x{width} {name_of(dtype)} {kind}", bind, dtype, min_sm=89, tolerance=1e-6)
+    name = f"{rows}x{width} {name_of(dtype)} {kind}{' before a product' if ahead else ''}"
+    return Case("scaled_fp8_quant", name, bind, dtype, min_sm=89, tolerance=1e-6)
 
 
 SPEC = Spec(
@@ -61,11 +71,12 @@ SPEC = Spec(
             for dtype in FLOATS
         ),
         *(_quant(3, width, dtype=FP32, static=True) for width in (8, 1500)),
+        _quant(17, 64, ahead=True),
     ),
     served=(
-        _quant(64, 4096),  # Llama 3.1 8B
-        _quant(64, 14336),
-        _quant(64, 4096, group_size=128),
+        _quant(64, 4096, ahead=True),  # Llama 3.1 8B
+        _quant(64, 14336, ahead=True),
+        _quant(64, 4096, group_size=128, ahead=True),
     ),
     large=(
         _quant(300, 4096),

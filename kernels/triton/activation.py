@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.quant import E4M3, check_epilogue
-from scalellm.kernels.triton.overlap import start_after_the_kernel_before
+from scalellm.kernels.triton.overlap import bytes_for_next, fetch_for_next, start_after_the_kernel_before
 from scalellm.kernels.triton.quantise import largest_as_scale, scale_of, to_e4m3
 
 _BLOCK = 1024
@@ -30,11 +30,13 @@ def _activated_row(x_at, live, F: tl.constexpr, GELU: tl.constexpr):
     return activated_product(gate, up, GELU)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _gate_and_mul(
     x,
     out,
     quant_scale,
+    ahead,
+    share,
     F: tl.constexpr,
     X_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
@@ -43,6 +45,7 @@ def _gate_and_mul(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    fetch_for_next(ahead, share, OVERLAPS)
     start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -55,11 +58,13 @@ def _gate_and_mul(
     tl.store(out + row * OUT_STRIDE + columns, result, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _gate_and_mul_tokens(
     x,
     out,
     token_scale,
+    ahead,
+    share,
     F: tl.constexpr,
     X_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
@@ -69,6 +74,7 @@ def _gate_and_mul_tokens(
     OVERLAPS: tl.constexpr,
 ):
     """Quantise each row by its own largest magnitude: one program holds the row in registers."""
+    fetch_for_next(ahead, share, OVERLAPS)
     start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -86,10 +92,11 @@ def silu_and_mul(
     *,
     quant_scale: float | Tensor | None = None,
     token_scale: Tensor | None = None,
+    ahead: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """SwiGLU in one pass; rows of `x` and `out` may have any stride."""
-    return _gated(launch, x, quant_scale, token_scale, out, gelu=False)
+    return _gated(launch, x, quant_scale, token_scale, ahead, out, gelu=False)
 
 
 def gelu_tanh_and_mul(
@@ -98,10 +105,11 @@ def gelu_tanh_and_mul(
     *,
     quant_scale: float | Tensor | None = None,
     token_scale: Tensor | None = None,
+    ahead: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """GeGLU, otherwise as `silu_and_mul`."""
-    return _gated(launch, x, quant_scale, token_scale, out, gelu=True)
+    return _gated(launch, x, quant_scale, token_scale, ahead, out, gelu=True)
 
 
 def _gated(
@@ -109,6 +117,7 @@ def _gated(
     x: Tensor,
     quant_scale: float | Tensor | None,
     token_scale: Tensor | None,
+    ahead: Tensor | None,
     out: Tensor | None,
     *,
     gelu: bool,
@@ -125,9 +134,12 @@ def _gated(
         block = next_power_of_2(width)
         warps = min(32, max(4, block // 1024))
         stride = {"TOKEN_SCALE_STRIDE": token_scale.stride(0)}
-        launch(_gate_and_mul_tokens, (tokens,), x, out, token_scale, num_warps=warps, **shape, **stride, BLOCK=block)
+        fetched = ahead, bytes_for_next(ahead, tokens, tokens)
+        arguments = x, out, token_scale, *fetched
+        launch(_gate_and_mul_tokens, (tokens,), *arguments, num_warps=warps, **shape, **stride, BLOCK=block)
         return out
     in_memory = isinstance(quant_scale, Tensor)
     grid = tokens, triton.cdiv(width, _BLOCK)
-    launch(_gate_and_mul, grid, x, out, quant_scale, **shape, SCALE_IN_MEMORY=in_memory, BLOCK=_BLOCK)
+    fetched = ahead, bytes_for_next(ahead, tokens, grid[0] * grid[1])
+    launch(_gate_and_mul, grid, x, out, quant_scale, *fetched, **shape, SCALE_IN_MEMORY=in_memory, BLOCK=_BLOCK)
     return out

@@ -1,4 +1,7 @@
-"""Products of e4m3 matrices: torch's where it takes the operands, and here for scales of blocks and groups.
+"""Products of e4m3 matrices: of few rows here, of many torch's where it takes the operands.
+
+Of few rows, time is that of reading the weight (`own` in the tile table): programs fetch theirs ahead, see `overlap`,
+and begin while the kernel before them ends, neither of which torch's do. Here are also scales of blocks and groups.
 
 Hopper multiplies e4m3 as such in tiles of 64 rows of the left operand alone; of fewer it makes float16 first. So in a
 product of few rows the weight is the left operand (`swapped` in the tile table), and the unit that adds up many rows
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.scaled_mm import can_scale_mm, has_e4m3_units, scaled_mm
-from scalellm.kernels.triton.overlap import start_after_the_kernel_before
+from scalellm.kernels.triton.overlap import fetch_ahead, row_bytes_ahead, start_after_the_kernel_before
 
 _MIN_BLOCK_K = 32  # of a product of e4m3
 
@@ -41,8 +44,10 @@ def _gemm_scaled(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAPPED: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    fetch_ahead(b, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N, AHEAD, OVERLAPS)
     start_after_the_kernel_before(OVERLAPS)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -101,13 +106,13 @@ def fp8_gemm(
     columns = b.shape[0]
     if out is None:
         out = torch.empty((rows, columns), dtype=out_dtype, device=a.device)
-    if has_e4m3_units(a.device) and can_scale_mm(a, b, a_scale, b_scale, out):
+    tile = launch.tile("fp8_gemm", rows=rows, columns=columns)
+    if not tile["own"] and has_e4m3_units(a.device) and can_scale_mm(a, b, a_scale, b_scale, out):
         return scaled_mm(a, b, a_scale, b_scale, bias, out, fast_sums=fast_sums)
     a_scale_rows, a_scale_columns = _parts("a_scale", a_scale, a)
     b_scale_rows, b_scale_columns = _parts("b_scale", b_scale, b)
     if a_scale_rows not in (1, rows):
         raise ValueError(f"a_scale: {a_scale_rows} rows for {rows} of a; there may be one, or one for each")
-    tile = launch.tile("fp8_gemm", rows=rows, columns=columns)
     block_k = min(tile["block_k"], next_power_of_2(inner))
     for name, parts in (("a_scale", a_scale_columns), ("b_scale", b_scale_columns)):
         if parts > 1:
@@ -117,9 +122,10 @@ def fp8_gemm(
                 raise ValueError(
                     f"{name}: stretches of {width} columns; the width must be a multiple of {_MIN_BLOCK_K}"
                 )
+    programs = triton.cdiv(columns, tile["block_n"])
     launch(
         _gemm_scaled,
-        (triton.cdiv(columns, tile["block_n"]), triton.cdiv(rows, tile["block_m"])),
+        (programs, triton.cdiv(rows, tile["block_m"])),
         a,
         b,
         a_scale,
@@ -141,6 +147,7 @@ def fp8_gemm(
         BLOCK_N=tile["block_n"],
         BLOCK_K=max(_MIN_BLOCK_K, block_k),
         SWAPPED=bool(tile["swapped"]),
+        AHEAD=row_bytes_ahead(launch.capability, b, tile["block_n"], programs) if tile["own"] else 0,
     )
     return out
 

@@ -18,7 +18,7 @@ from scalellm.kernels.launch import Launch, next_power_of_2
 from scalellm.kernels.reference.linear import SQUARED_TOGETHER, Gate, RowNorm, check_fused, num_squares
 from scalellm.kernels.triton.activation import activated_product
 from scalellm.kernels.triton.norm import scaled_by_norm
-from scalellm.kernels.triton.overlap import start_after_the_kernel_before
+from scalellm.kernels.triton.overlap import fetch_ahead, row_bytes_ahead, start_after_the_kernel_before
 
 _BLOCK_M = 16
 
@@ -46,9 +46,13 @@ def _linear_of_few_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Write BLOCK_N columns of the result, or add them to it; GATE is the name of an activation or None."""
+    fetch_ahead(weight, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N, AHEAD, OVERLAPS)
+    if GATE is not None:
+        fetch_ahead(weight + N * K, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N, AHEAD, OVERLAPS)
     start_after_the_kernel_before(OVERLAPS)
     rows = tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -123,9 +127,10 @@ def fused_linear(
     if target is None:
         target = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     parts = num_squares(inner)
+    programs = triton.cdiv(columns, SQUARED_TOGETHER)
     launch(
         _linear_of_few_rows,
-        (triton.cdiv(columns, SQUARED_TOGETHER) if rows else 0,),
+        (programs if rows else 0,),
         x,
         weight,
         bias,
@@ -149,5 +154,6 @@ def fused_linear(
         BLOCK_M=_BLOCK_M,
         BLOCK_N=SQUARED_TOGETHER,
         BLOCK_K=min(tile["block_k"], max(16, next_power_of_2(inner))),
+        AHEAD=row_bytes_ahead(launch.capability, weight, matrices * SQUARED_TOGETHER, programs),
     )
     return target

@@ -4,8 +4,10 @@ For few tokens, time is that of reading the experts that were hit: a grouped pro
 one expert each, in the layout of `moe_align_block_size`; its grid is an upper bound, and programs past the last block
 leave at once. Blocks are the grid's fastest dimension: those of one expert ask for a tile of its weight at about the
 same time, and only the first reads it from memory. (An expert of Mixtral is larger than an H200's second-level cache,
-so one block after the other would read all of it anew.) For many tokens of unquantised weights, torch's grouped
-product. Either way the outputs of a token's experts are written apart and added in a fixed order.
+so one block after the other would read all of it anew.) The weight is the left operand of the product: matrix units
+multiply tiles of 64 rows of that, of which the few rows of a block would fill a part. For many tokens of unquantised
+weights, torch's grouped product. Either way the outputs of a token's experts are written apart and added in a fixed
+order.
 """
 
 import torch
@@ -20,6 +22,18 @@ from scalellm.kernels.triton.activation import silu_and_mul
 from scalellm.kernels.triton.moe_layer import MANY_ROWS, Layout, combine, lay_out, many_tokens
 
 _MIN_BLOCK_K = 16
+
+
+@triton.jit
+def _widened(weight, dtype: tl.constexpr):
+    """Return a part of a weight in the dtype that it is multiplied in.
+
+    Hopper makes two float16 of two e4m3 numbers by one instruction. From there to bfloat16 the way is by float32: the
+    direct conversion is four times as slow, and would take longer than memory does for the numbers.
+    """
+    if weight.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        weight = weight.to(tl.float16).to(tl.float32)
+    return weight.to(dtype)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -52,22 +66,23 @@ def _grouped_gemm(
         live_columns = columns < N
         inner = tl.arange(0, BLOCK_K)
         x_at = x + (pair // PAIRS_PER_ROW).to(tl.int64)[:, None] * X_STRIDE + inner[None, :]
-        weight_at = weight + expert * N * K + columns[None, :].to(tl.int64) * K + inner[:, None]
+        weight_at = weight + expert * N * K + columns[:, None].to(tl.int64) * K + inner[None, :]
         if scale is not None:
             scale_at = scale + (expert * SCALE_ROWS + columns // (N // SCALE_ROWS)) * SCALE_COLUMNS
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for start in range(0, K, BLOCK_K):
             live_inner = inner < K - start
             xs = tl.load(x_at + start, mask=live[:, None] & live_inner[None, :], other=0.0)
-            ws = tl.load(weight_at + start, mask=live_columns[None, :] & live_inner[:, None], other=0.0)
+            ws = tl.load(weight_at + start, mask=live_columns[:, None] & live_inner[None, :], other=0.0)
             if SCALE_COLUMNS > 1:  # BLOCK_K divides the columns of a scale
                 at = scale_at + start // (K // SCALE_COLUMNS)
-                part = tl.dot(xs, ws.to(xs.dtype), input_precision="ieee")
-                acc += part * tl.load(at, mask=live_columns, other=0.0)[None, :]
+                part = tl.dot(_widened(ws, xs.dtype), tl.trans(xs), input_precision="ieee")
+                acc += part * tl.load(at, mask=live_columns, other=0.0)[:, None]
             else:
-                acc = tl.dot(xs, ws.to(xs.dtype), acc, input_precision="ieee")
+                acc = tl.dot(_widened(ws, xs.dtype), tl.trans(xs), acc, input_precision="ieee")
         if SCALE_COLUMNS == 1:
-            acc *= tl.load(scale_at, mask=live_columns, other=0.0)[None, :]
+            acc *= tl.load(scale_at, mask=live_columns, other=0.0)[:, None]
+        acc = tl.trans(acc)
         at = out + pair.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & live_columns[None, :])
 

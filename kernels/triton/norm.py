@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch
 from scalellm.kernels.reference.quant import E4M3, check_epilogue
-from scalellm.kernels.triton.overlap import start_after_the_kernel_before
+from scalellm.kernels.triton.overlap import bytes_for_next, fetch_for_next, start_after_the_kernel_before
 from scalellm.kernels.triton.quantise import largest_as_scale, scale_of, to_e4m3
 
 
@@ -20,7 +20,7 @@ def scaled_by_norm(hidden, rstd, weight, GEMMA: tl.constexpr):
     return normed.to(hidden.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _add_rms_norm(
     x,
     residual,
@@ -29,6 +29,8 @@ def _add_rms_norm(
     eps,
     quant_scale,
     token_scale,
+    ahead,
+    share,
     H: tl.constexpr,
     X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
@@ -39,6 +41,7 @@ def _add_rms_norm(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    fetch_for_next(ahead, share, OVERLAPS)
     start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -72,6 +75,7 @@ def fused_add_rms_norm(
     gemma: bool = False,
     quant_scale: float | Tensor | None = None,
     token_scale: Tensor | None = None,
+    ahead: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One program per token, the whole row in registers; rows of `x`, `residual` and `out` may have any stride."""
@@ -93,6 +97,8 @@ def fused_add_rms_norm(
         eps,
         quant_scale,
         token_scale,
+        ahead,
+        bytes_for_next(ahead, tokens, tokens),
         num_warps=min(16, max(1, block // 1024)),
         H=width,
         X_STRIDE=x.stride(0),

@@ -7,23 +7,26 @@ from torch import Tensor
 
 from scalellm.kernels.launch import Launch
 from scalellm.kernels.reference.quant import E4M3
-from scalellm.kernels.triton.overlap import start_after_the_kernel_before
+from scalellm.kernels.triton.overlap import bytes_for_next, fetch_for_next, start_after_the_kernel_before
 from scalellm.kernels.triton.quantise import largest_as_scale, to_e4m3
 
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _quantise_static(
     x,
     scale,
     q,
+    ahead,
+    share,
     K: tl.constexpr,
     X_STRIDE: tl.constexpr,
     Q_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    fetch_for_next(ahead, share, OVERLAPS)
     start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -32,11 +35,13 @@ def _quantise_static(
     tl.store(q + row * Q_STRIDE + columns, to_e4m3(value, tl.load(scale).to(tl.float32)), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])
 def _quantise_groups(
     x,
     q,
     s,
+    ahead,
+    share,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     X_STRIDE: tl.constexpr,
@@ -46,6 +51,7 @@ def _quantise_groups(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    fetch_for_next(ahead, share, OVERLAPS)
     start_after_the_kernel_before(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
@@ -64,6 +70,7 @@ def scaled_fp8_quant(
     scale: Tensor | None = None,
     *,
     group_size: int | None = None,
+    ahead: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One program per token (or per few groups of one), which finds the scale and quantises from registers."""
@@ -72,12 +79,15 @@ def scaled_fp8_quant(
         if group_size is not None:
             raise ValueError("group_size: not possible together with a static scale")
         q = torch.empty(x.shape, dtype=E4M3, device=x.device) if out is None else out[0]
+        blocks = triton.cdiv(columns, _BLOCK)
         launch(
             _quantise_static,
-            (tokens, triton.cdiv(columns, _BLOCK)),
+            (tokens, blocks),
             x,
             scale,
             q,
+            ahead,
+            bytes_for_next(ahead, tokens, tokens * blocks),
             K=columns,
             X_STRIDE=x.stride(0),
             Q_STRIDE=q.stride(0),
@@ -95,12 +105,15 @@ def scaled_fp8_quant(
         q, s = out
     block = triton.next_power_of_2(group)
     block_groups = min(triton.next_power_of_2(groups), max(1, _BLOCK // block))
+    blocks = triton.cdiv(groups, block_groups)
     launch(
         _quantise_groups,
-        (tokens, triton.cdiv(groups, block_groups)),
+        (tokens, blocks),
         x,
         q,
         s,
+        ahead,
+        bytes_for_next(ahead, tokens, tokens * blocks),
         num_warps=min(16, max(4, block // 1024)),
         GROUPS=groups,
         GROUP=group,

@@ -129,6 +129,8 @@ ENTRY = ".visible .entry _norm(\n.param .u64 p0\n)\n{\n"
         ("cp.async.cg.shared.global [%r1], [%rd1], 16;\ngriddepcontrol.wait;", False),
         ("@%p1 bra $L__BB0_2;\ngriddepcontrol.wait;\n$L__BB0_2:\nld.global.b32 %r1, [%rd1];", False),
         ("ld.global.b32 %r1, [%rd1];", False),
+        ("cp.async.bulk.prefetch.L2.global [%rd1], %r1;\ngriddepcontrol.wait;\nld.global.b32 %r1, [%rd1];", True),
+        ("prefetch.global.L1 [%rd1];\ngriddepcontrol.wait;\nld.global.b32 %r1, [%rd1];", False),
     ],
 )
 def test_a_kernel_that_begins_early_waits_before_it_touches_memory(body, proven):

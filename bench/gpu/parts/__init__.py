@@ -57,7 +57,7 @@ FIRST = (
         45,
         120,
         "the ops that a step is made of",
-        {"ops": ["paged_attention_decode", "unified_attention", "fused_moe", "w4a16_gemm"]},
+        {"ops": ["fused_linear", "fp8_gemm", "paged_attention_decode", "unified_attention", "fused_moe", "w4a16_gemm"]},
     ),
     _ENGINE,
 )

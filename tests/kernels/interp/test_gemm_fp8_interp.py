@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from scalellm.kernels.triton import gemm_fp8
+
 E4M3 = torch.float8_e4m3fn
 
 
@@ -31,6 +33,19 @@ def test_scales_that_do_not_fit_are_refused(ops):
         ops.fp8_gemm(a, b, torch.ones(2, 1), one)
     with pytest.raises(ValueError, match="a_scale: stretches of 16 columns; the width must be a multiple of 32"):
         ops.fp8_gemm(a, b, torch.ones(4, 6), one)
+
+
+def test_few_rows_are_multiplied_here_and_many_by_torch(ops, monkeypatch):
+    many = []
+    monkeypatch.setattr(gemm_fp8, "has_e4m3_units", lambda device: True)
+    monkeypatch.setattr(gemm_fp8, "scaled_mm", lambda a, *rest, **options: many.append(a.shape[0]))
+    b, b_scale = randn(32, 64).to(E4M3), torch.ones(32, 1)
+    for rows in (1, 16, 17):
+        a = randn(rows, 64, seed=rows).to(E4M3)
+        y = ops.fp8_gemm(a, b, torch.ones(rows, 1), b_scale)
+        if rows <= 16:
+            torch.testing.assert_close(y.double(), a.double() @ b.double().T, rtol=1e-2, atol=1e-2)
+    assert many == [17]
 
 
 def test_an_empty_batch(ops):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -165,6 +165,22 @@ def test_an_input_quantised_on_the_way_is_the_same() -> None:
     on_the_way = layer.input_from(Ops.silu_and_mul, x)
     assert isinstance(on_the_way, QuantisedInput)
     assert torch.equal(layer(on_the_way), layer(Ops.silu_and_mul(x)))
+
+
+@pytest.mark.parametrize("method", ["none", "fp8"])
+def test_the_op_before_a_product_is_told_of_the_weight(method: Literal["none", "fp8"]) -> None:
+    layer, _ = linear(Quantization(method))
+    told = []
+
+    class Spy(Ops):
+        @staticmethod
+        def silu_and_mul(*args: Any, **kwargs: Any) -> Tensor:
+            told.append(kwargs["ahead"])
+            return Ops.silu_and_mul(*args, **kwargs)
+
+    layer.input_from(Spy.silu_and_mul, torch.zeros(2, 512))
+    weight: Any = layer._weight
+    assert told == [weight.weight if method == "none" else weight.codes]
 
 
 def test_the_runtime_decides_the_dtype() -> None:

@@ -156,7 +156,7 @@ def serve(
 H200 = Capability(sm=90, num_sms=132, name="NVIDIA H200")
 MODELS: dict[str, tuple[ModelConfig, str, torch.dtype, dict[str, int]]] = {
     "llama": (LLAMA, "none", torch.bfloat16, {"max_num_seqs": 24}),
-    "fp8": (LLAMA, "fp8", E4M3, {}),
+    "fp8": (LLAMA, "fp8", E4M3, {"max_num_seqs": 24}),
     "int4": (LLAMA, "int4", torch.bfloat16, {}),
     "gemma": (GEMMA, "none", torch.bfloat16, {}),
     "wide-group": (WIDE_GROUP, "none", torch.bfloat16, {"max_num_batched_tokens": 8}),

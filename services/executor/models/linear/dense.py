@@ -79,4 +79,4 @@ class DenseWeight:
 
     def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
         """Call the op."""
-        return op(*args, **kwargs)
+        return op(*args, **kwargs, ahead=self.weight)

@@ -70,7 +70,9 @@ class Fp8Weight:
             codes, scale = x
         else:
             assert isinstance(x, Tensor)
-            codes, scale = self._ops.scaled_fp8_quant(x, self.input_scale, group_size=self._group_size)
+            codes, scale = self._ops.scaled_fp8_quant(
+                x, self.input_scale, group_size=self._group_size, ahead=self.codes
+            )
         form: dict[str, Any] = {"out_dtype": self._dtype, "fast_sums": self._fast_sums}
         return self._ops.fp8_gemm(codes, self.codes, scale, self.scale, bias=bias, **form)
 
@@ -78,6 +80,7 @@ class Fp8Weight:
         """Call the op with the quantisation as its epilogue; no op has one for groups of columns."""
         if self._group_size is not None:
             return op(*args, **kwargs)
+        kwargs["ahead"] = self.codes
         if self.input_scale is not None:
             return QuantisedInput(op(*args, **kwargs, quant_scale=self.input_scale), self.input_scale)
         first: Tensor = args[0]

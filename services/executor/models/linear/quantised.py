@@ -53,5 +53,6 @@ class LinearWeight(Protocol):
     def input_from(self, op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LinearInput:
         """Call the op that computes the input, with the quantisation of its result as its epilogue if that can be.
 
-        `op` takes `quant_scale` and `token_scale` as `kernels.silu_and_mul` does, and has T rows in its first argument.
+        `op` takes `quant_scale`, `token_scale` and `ahead` as `kernels.silu_and_mul` does, and has T rows in its first
+        argument.
         """
