@@ -80,3 +80,13 @@ def test_an_executor_over_hosts_takes_a_new_kubernetes() -> None:
 def test_groups_of_stateful_sets_have_no_autoscaling() -> None:
     pool = {"name": "huge", "tensorParallel": 2, "nodes": 2, "autoscaling": SCALED}
     assert "pool huge: autoscaling" in refusal({**SECURE, "executors": [pool]})
+
+
+def test_names_of_groups_are_as_short_as_kubernetes_needs_them() -> None:
+    pool = {"name": "a" * 20, "tensorParallel": 2, "nodes": 2}
+    values = {**SECURE, "executors": [pool], "fullnameOverride": "b" * 20}
+    longest = [name for name in workloads(render(values)) if "-executor-" in name]
+    assert max(map(len, longest)) == 52
+    for kind, length in (("StatefulSet", 53), ("LeaderWorkerSet", 57)):
+        said = refusal({**values, "executors": [{**pool, "groupKind": kind}], "fullnameOverride": "b" * 21})
+        assert f"{length} characters, Kubernetes takes 52" in said

@@ -246,6 +246,12 @@ of them, where NAME=MODEL stands for a name that a pool's settings give.
 {{- $hasSets := $.Capabilities.APIVersions.Has "leaderworkerset.x-k8s.io/v1/LeaderWorkerSet" -}}
 {{- $kind := eq $pool.groupKind "auto" | ternary ($hasSets | ternary "LeaderWorkerSet" "StatefulSet") $pool.groupKind -}}
 {{- $_ := set $pool "kind" $kind -}}
+{{- /* Pods carry the name of their StatefulSet and 11 characters more in a label, which may have 63. */ -}}
+{{- $last := max (int $pool.replicas) (int $pool.autoscaling.maxReplicas) -}}
+{{- $set := printf "%s-executor-%s%s-%v" (include "scalellm.fullname" $) .name (eq $kind "LeaderWorkerSet" | ternary "-lws" "") $last -}}
+{{- if gt (len $set) 52 -}}
+{{- fail (printf "executors: pool %s: name: its last StatefulSet would be %s: %d characters, Kubernetes takes 52; shorten it or fullnameOverride" .name $set (len $set)) -}}
+{{- end -}}
 {{- if eq $kind "StatefulSet" -}}
 {{- if $pool.autoscaling.enabled -}}
 {{- fail (printf "executors: pool %s: autoscaling: of executors over several hosts (nodes) takes a LeaderWorkerSet (groupKind)" .name) -}}
