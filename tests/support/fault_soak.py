@@ -99,12 +99,16 @@ class Soak:
         self.counts[f"{stream.codes[0].name}"] += 1
         self.counts["resumed"] += stream.was_resumed
         undisturbed = self.trials.undisturbed[stream.number]
-        problems = differences(stream, undisturbed)
         met = [fault for start, stop, fault in self._faults if start <= stream.ended_at and began <= stop]
+        try:
+            problems = differences(stream, undisturbed)
+        except AssertionError as error:
+            problems = [str(error)]
         verdicts = [unpromised(fault, stream) for fault in met] or [unpromised(_NONE, stream)]
         if all(verdicts):
             problems += verdicts[0]
-        self.wrong += problems
+        names = [name for name, fault in FAULTS.items() if fault in met]
+        self.wrong += [f"{problem} (beside {', '.join(names) or 'no fault'})" for problem in problems]
 
     async def _break(self, end: float) -> None:
         can_fill = self.line.redis.can_fill

@@ -104,7 +104,7 @@ class Stream:
             ids = found.setdefault(piece.index, [])
             assert piece.offset == len(ids), (
                 f"stream {self.number} ({self.kind}), sample {piece.index}: token {piece.offset} came where "
-                f"{len(ids)} was due"
+                f"{len(ids)} was due; {self._history()}"
             )
             ids.extend(piece.token_ids)
         return found
@@ -139,6 +139,14 @@ class Stream:
             code = await self._follow(stub.Resume(self._rest(), timeout=10 * PATIENCE, wait_for_ready=True))
         self.codes.append(code)
         self.ended_at = time.monotonic()
+
+    def _history(self) -> str:
+        """Describe the calls and messages, for who looks for a fault."""
+        pieces = [(piece.index, piece.offset, list(piece.token_ids)) for piece in self.pieces]
+        return (
+            f"request {self.request_id!r}, refused {self.refusals} times, resumed {self.resumes} times, "
+            f"{self.code} {self.details!r}, messages by sample, offset and tokens: {pieces}"
+        )
 
     async def _ask(self, stub: generation_pb2_grpc.GenerationStub) -> grpc.StatusCode:
         return await self._follow(

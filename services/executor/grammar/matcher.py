@@ -39,7 +39,7 @@ class LlMatcher:
         self._thread = thread
         self._num_known = 0
         self.is_slow = False
-        self._made: Future[tuple[bytes, float]] | None = None
+        self._made: Future[tuple[npt.NDArray[np.int32], float]] | None = None
         self._made_behind = -1
 
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
@@ -70,7 +70,7 @@ class LlMatcher:
             return None
         mask, seconds = self._made.result()
         self.is_slow = seconds > _QUICK_S
-        return np.frombuffer(mask, np.int32)
+        return mask
 
     def judge(self, seconds: float) -> None:
         """Take note of the CPU seconds that a mask took within a step."""
@@ -90,11 +90,13 @@ class LlMatcher:
         """The error in the grammar, in a line or a few; empty while there is none."""
         return error_of(self.matcher)
 
-    def _make(self, token_ids: Sequence[int], start: int) -> tuple[bytes, float]:
+    def _make(self, token_ids: Sequence[int], start: int) -> tuple[npt.NDArray[np.int32], float]:
         """Compute the mask behind these tokens; runs in the thread. Returns it and the CPU seconds that it took."""
         started = time.thread_time()
         self.follow(token_ids, start)
-        return self.matcher.compute_bitmask(), time.thread_time() - started
+        mask = np.empty(-(-self._tokenizer.vocab_size // 32), np.int32)
+        self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        return mask, time.thread_time() - started
 
 
 def error_of(matcher: LLMatcher) -> str:
