@@ -104,7 +104,7 @@ class Stream:
             ids = found.setdefault(piece.index, [])
             assert piece.offset == len(ids), (
                 f"stream {self.number} ({self.kind}), sample {piece.index}: token {piece.offset} came where "
-                f"{len(ids)} was due"
+                f"{len(ids)} was due; {self._history()}"
             )
             ids.extend(piece.token_ids)
         return found
@@ -139,6 +139,14 @@ class Stream:
             code = await self._follow(stub.Resume(self._rest(), timeout=10 * PATIENCE, wait_for_ready=True))
         self.codes.append(code)
         self.ended_at = time.monotonic()
+
+    def _history(self) -> str:
+        """Describe the calls and messages, for who looks for a fault."""
+        pieces = [(piece.index, piece.offset, list(piece.token_ids)) for piece in self.pieces]
+        return (
+            f"request {self.request_id!r}, refused {self.refusals} times, resumed {self.resumes} times, "
+            f"{self.code} {self.details!r}, messages by sample, offset and tokens: {pieces}"
+        )
 
     async def _ask(self, stub: generation_pb2_grpc.GenerationStub) -> grpc.StatusCode:
         return await self._follow(
@@ -186,10 +194,6 @@ class Stream:
                 self.finished = response.finished
 
 
-class NoFirstTurnError(AssertionError):
-    """A session could not be begun, so that the stream which would go on with it did not run."""
-
-
 async def _first_turn(stub: generation_pb2_grpc.GenerationStub, stream: Stream) -> None:
     """In a session of its own, until one is saved: a busy machine may take longer than the edge waits for Redis."""
     first, name = stream.first_turn, stream.request.session_id
@@ -201,7 +205,7 @@ async def _first_turn(stub: generation_pb2_grpc.GenerationStub, stream: Stream) 
                 if response.finished.session == generation_pb2.SESSION_OUTCOME_SAVED:
                     return
         await asyncio.sleep(0.2)
-    raise NoFirstTurnError(f"the first turn of {name} cannot be saved")
+    raise AssertionError(f"the first turn of {name} cannot be saved")
 
 
 class Workload:
@@ -330,7 +334,7 @@ class Clients:
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     async def first_turns(self, streams: Sequence[Stream]) -> None:
-        """Make the sessions that the streams go on with. Raises NoFirstTurnError."""
+        """Make the sessions that the streams go on with."""
         stub = generation_pb2_grpc.GenerationStub(self._channels[0])
         await asyncio.gather(*(_first_turn(stub, stream) for stream in streams if stream.first_turn is not None))
 
