@@ -89,9 +89,14 @@ class Soak:
             stream = rng.choice(streams)
             began = time.monotonic()
             async with Clients([rng.choice(self.line.addresses)], connections=1) as clients:
-                with suppress(AssertionError):  # a first turn under a fault may fail; the next stream is another one
+                try:
                     await clients.first_turns([stream])
+                except AssertionError:
+                    continue  # it may fail under a fault; the next stream is another one
+                try:
                     await asyncio.gather(*clients.start([stream], rng, within=0.1))
+                except AssertionError as error:
+                    self.wrong.append(str(error))
             if stream.codes:
                 self._judge(stream, began)
 
