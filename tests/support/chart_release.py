@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ class Pod:
     uid: str
     node: str
     image: str
+    address: str
     is_ready: bool
 
     @classmethod
@@ -30,24 +32,25 @@ class Pod:
         metadata, spec = manifest["metadata"], manifest["spec"]
         ready = [each["status"] for each in manifest["status"].get("conditions", ()) if each["type"] == "Ready"]
         image = spec["containers"][0]["image"]
-        return cls(metadata["name"], metadata["uid"], spec.get("nodeName", ""), image, ready == ["True"])
+        address = manifest["status"].get("podIP", "")
+        return cls(metadata["name"], metadata["uid"], spec.get("nodeName", ""), image, address, ready == ["True"])
 
 
 class ChartRelease:
     """The release `line` in a namespace.
 
-    Args:
-        values: Values of the chart.
+    Attributes:
+        values: Values of the chart, from the next upgrade on.
     """
 
     def __init__(self, cluster: KubeCluster, namespace: str, values: Mapping[str, Any]) -> None:
         self.cluster = cluster
         self.namespace = namespace
-        self._values = dict(values)
+        self.values = dict(values)
 
     def install(self, *options: str, **values: Any) -> None:
         """Install or upgrade it, with some values changed; with WAIT, until it is ready."""
-        self.cluster.install(RELEASE, self.namespace, {**self._values, **values}, *options)
+        self.cluster.install(RELEASE, self.namespace, {**self.values, **values}, *options)
 
     def upgrade(self, tag: str) -> None:
         """Install it, or upgrade to other images, and wait as `helm --wait` does."""
@@ -63,6 +66,10 @@ class ChartRelease:
         found = self.cluster.get("pods", self.namespace, selector)
         return [Pod.of(each) for each in found if "deletionTimestamp" not in each["metadata"]]
 
+    def tags(self) -> set[str]:
+        """The tags of the images of all pods."""
+        return {pod.image.rpartition(":")[2] for component in COMPONENTS for pod in self.pods(component)}
+
     def ready(self) -> dict[str, int]:
         """Number of pods of each component; -1 while one of them is not ready."""
         found = {component: self.pods(component) for component in COMPONENTS}
@@ -72,6 +79,23 @@ class ChartRelease:
         """Set the number of executors, as an operator does, and do not wait."""
         target = f"deployment/{RELEASE}-scalellm-executor-cpu"
         self.cluster.kubectl("scale", target, "-n", self.namespace, f"--replicas={count}")
+
+    def watch_ready(self, component: str) -> subprocess.Popen[str]:
+        """Start a process that prints the addresses of the ready pods in a line, now and whenever they change."""
+        service = f"{RELEASE}-scalellm-{component}"
+        addresses = r'jsonpath={.subsets[*].addresses[*].ip}{"\n"}'
+        return self.cluster.start_kubectl("get", "endpoints", service, "-n", self.namespace, "--watch", "-o", addresses)
+
+    def crash(self, component: str, pod: Pod) -> None:
+        """Kill the main process of a pod's container, as the kernel does when memory runs out."""
+        is_it = {"pod.namespace": self.namespace, "pod.name": pod.name, "container.name": component}
+        filters = [part for key, value in is_it.items() for part in ("--filter", f"label=io.kubernetes.{key}={value}")]
+        (container,) = self.cluster.docker("ps", "-q", *filters).split()
+        self.cluster.docker("kill", "--signal", "KILL", container)
+
+    def delete_at_once(self, pod: Pod) -> None:
+        """Delete a pod without the time to end in peace that it would have."""
+        self.cluster.kubectl("delete", "pod", pod.name, "-n", self.namespace, "--force", "--grace-period=0")
 
     def evict(self, pod: Pod) -> str:
         """Ask for an eviction, as a drain does for each pod; what the API refuses it with, or nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 import grpc
 import psutil
@@ -12,6 +13,13 @@ import psutil
 from fault_wires import Wire
 from scalellm.v1 import executor_pb2, executor_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 from service_processes import PATIENCE, ServiceProcess
+
+
+class Named(Protocol):
+    """A service that is asked over gRPC; the name is for messages."""
+
+    name: str
+    address: str
 
 
 class Member:
@@ -52,13 +60,13 @@ class Member:
         self.process = self._start(True)
 
 
-async def state_of(scheduler: Member) -> scheduler_pb2.GetStateResponse:
+async def state_of(scheduler: Named) -> scheduler_pb2.GetStateResponse:
     async with grpc.aio.insecure_channel(scheduler.address) as channel:
         request = scheduler_pb2.GetStateRequest()
         return await scheduler_pb2_grpc.SchedulerStub(channel).GetState(request, timeout=PATIENCE)
 
 
-async def info_of(executor: Member) -> executor_pb2.GetExecutorInfoResponse:
+async def info_of(executor: Named) -> executor_pb2.GetExecutorInfoResponse:
     async with grpc.aio.insecure_channel(executor.address) as channel:
         request = executor_pb2.GetExecutorInfoRequest()
         return await executor_pb2_grpc.ExecutorStub(channel).GetInfo(request, timeout=PATIENCE)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fault_member import Member, info_of, state_of
+from fault_member import Member, Named, info_of, state_of
 from fault_redis import FaultRedis
-from line import scrape
+from line import Scraped, scrape
 from mixed_load import total
 from service_processes import PATIENCE
 
@@ -56,9 +56,9 @@ async def rest(
     deadline = time.monotonic() + PATIENCE
     while True:
         found = [
-            *[problem for member in executors for problem in await _executor_problems(member)],
-            *[problem for member in schedulers for problem in await _scheduler_problems(member)],
-            *[problem for member in tokenizers for problem in await asyncio.to_thread(_tokenizer_problems, member)],
+            *[problem for member in executors for problem in await executor_problems(member)],
+            *[problem for member in schedulers for problem in await scheduler_problems(member)],
+            *[problem for member in tokenizers for problem in await tokenizer_problems(member.name, member.process)],
         ]
         if keys := await asyncio.to_thread(redis.keys_without_ttl):
             found.append(f"Redis keys without an end: {keys}")
@@ -74,7 +74,8 @@ async def rest(
         await asyncio.sleep(0.3)
 
 
-async def _executor_problems(member: Member) -> list[str]:
+async def executor_problems(member: Named) -> list[str]:
+    """Describe what keeps an executor from being at rest."""
     info = await info_of(member)
     load, found = info.load, []
     if load.running or load.waiting or load.free_blocks != load.total_blocks:
@@ -84,7 +85,8 @@ async def _executor_problems(member: Member) -> list[str]:
     return found
 
 
-async def _scheduler_problems(member: Member) -> list[str]:
+async def scheduler_problems(member: Named) -> list[str]:
+    """Describe what keeps a scheduler from being at rest."""
     state, found = await state_of(member), []
     if state.queued or state.running:
         found.append(f"{member.name}: {state.queued} queued, {state.running} running")
@@ -93,13 +95,14 @@ async def _scheduler_problems(member: Member) -> list[str]:
     return found
 
 
-def _tokenizer_problems(member: Member) -> list[str]:
-    edge = scrape(member.process)
+async def tokenizer_problems(name: str, service: Scraped) -> list[str]:
+    """Describe what keeps a tokenizer from being at rest."""
+    edge = await asyncio.to_thread(scrape, service)
     running = total(edge, "scalellm_tokenizer_requests_running")
     ended = total(edge, "scalellm_tokenizer_requests_ended_total")
     accepted = total(edge, "scalellm_tokenizer_requests_accepted_total")
     if running or accepted != ended:
-        return [f"{member.name}: {accepted} accepted, {ended} ended, {running} running"]
+        return [f"{name}: {accepted} accepted, {ended} ended, {running} running"]
     return []
 
 

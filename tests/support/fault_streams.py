@@ -194,6 +194,10 @@ class Stream:
                 self.finished = response.finished
 
 
+class NoFirstTurnError(AssertionError):
+    """A session could not be begun, so that the stream which would go on with it did not run."""
+
+
 async def _first_turn(stub: generation_pb2_grpc.GenerationStub, stream: Stream) -> None:
     """In a session of its own, until one is saved: a busy machine may take longer than the edge waits for Redis."""
     first, name = stream.first_turn, stream.request.session_id
@@ -205,7 +209,7 @@ async def _first_turn(stub: generation_pb2_grpc.GenerationStub, stream: Stream) 
                 if response.finished.session == generation_pb2.SESSION_OUTCOME_SAVED:
                     return
         await asyncio.sleep(0.2)
-    raise AssertionError(f"the first turn of {name} cannot be saved")
+    raise NoFirstTurnError(f"the first turn of {name} cannot be saved")
 
 
 class Workload:
@@ -334,7 +338,7 @@ class Clients:
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     async def first_turns(self, streams: Sequence[Stream]) -> None:
-        """Make the sessions that the streams go on with."""
+        """Make the sessions that the streams go on with. Raises NoFirstTurnError."""
         stub = generation_pb2_grpc.GenerationStub(self._channels[0])
         await asyncio.gather(*(_first_turn(stub, stream) for stream in streams if stream.first_turn is not None))
 

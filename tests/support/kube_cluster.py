@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +14,18 @@ from typing import Any, TypeVar
 
 import yaml
 
+from compose_stack import docker
 from helm_chart import CHART, Manifest
+from service_processes import start_process
 
-NODES = 2
-"""Number of nodes. They only pretend to run containers: their pods are ready, and nothing is in them."""
+HOLLOW = {"cluster-lab/node": "hollow"}
+"""Labels of nodes that only pretend to run containers: their pods are ready, and nothing is in them."""
+REAL = {"cluster-lab/node": "real"}
+"""Labels of nodes that run them."""
 LIMIT = 600.0
 """Seconds for what takes one minute at most on an idle machine."""
 _Found = TypeVar("_Found")
+_UP = ("--hollow", "2")
 _DOWN = 3
 """Exit status of the script's `status` where nothing runs."""
 
@@ -37,7 +43,9 @@ class KubeCluster:
     """The cluster, as a context manager. One that ran before is used as it is, and left.
 
     The script is asked for `status` (which ends with 3 where nothing runs), `up --hollow 2` (which prints the line that
-    sets KUBECONFIG and PATH, with kubectl and helm on it) and `down`. All nodes have to be such as only pretend.
+    sets KUBECONFIG and PATH, with kubectl and helm on it) and `down`; for a node with real containers also for
+    `up --hollow 2 --kubelet` (`status` says then `engine of the real node: ` and the address of its Docker engine) and
+    `load IMAGE...`, which brings images there from the engine that docker uses.
     """
 
     def __init__(self) -> None:
@@ -49,7 +57,7 @@ class KubeCluster:
         status = subprocess.run([self._script, "status"], capture_output=True, timeout=LIMIT, check=False)
         self._was_down = status.returncode == _DOWN
         try:
-            said = self._lab("up", "--hollow", str(NODES))
+            said = self._lab("up", *_UP)
             printed = subprocess.run(
                 ["bash", "-c", 'eval "$1"; printf "%s\\n" "$KUBECONFIG" "$PATH"', "bash", said],
                 capture_output=True,
@@ -67,6 +75,20 @@ class KubeCluster:
         if self._was_down:
             self._lab("down")
 
+    def add_real_node(self) -> None:
+        """Start the node that runs containers, unless it runs."""
+        self._lab("up", *_UP, "--kubelet")
+
+    def load(self, *images: str) -> None:
+        """Bring images to the real node."""
+        self._lab("load", *images)
+
+    def docker(self, *arguments: str) -> str:
+        """Run docker on the real node's engine; its output."""
+        said = self._lab("status")
+        (engine,) = re.findall("^engine of the real node: (.*)$", said, re.MULTILINE)
+        return docker(*arguments, env={**os.environ, "DOCKER_HOST": engine})
+
     def kubectl(self, *arguments: str, given: str | None = None, limit: float = LIMIT) -> str:
         """Run kubectl; its output. Fails with what it said."""
         done = self.try_kubectl(*arguments, given=given, limit=limit)
@@ -79,6 +101,11 @@ class KubeCluster:
         """Run kubectl, whatever comes of it."""
         return self._run(["kubectl", *arguments], given, limit)
 
+    def start_kubectl(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start kubectl, whose output is read while it runs."""
+        command = ["kubectl", *arguments]
+        return start_process(command, env=self._environment, stdout=subprocess.PIPE, text=True)
+
     def get(self, kind: str, namespace: str, selector: str = "") -> list[Manifest]:
         """Objects of a kind, as the API has them."""
         said = self.kubectl("get", kind, "-n", namespace, "-l", selector, "-o", "json")
@@ -90,9 +117,15 @@ class KubeCluster:
         listed = ",".join(kind for kind in kinds if not kind.startswith("events"))
         return set(self.kubectl("get", listed, "-n", namespace, "-o", "name").split())
 
-    def nodes(self) -> list[str]:
-        """Names of all nodes."""
-        return [node.removeprefix("node/") for node in self.kubectl("get", "nodes", "-o", "name").split()]
+    def nodes(self, labels: Mapping[str, str]) -> list[str]:
+        """Names of the nodes with some labels."""
+        selector = ",".join(f"{key}={value}" for key, value in labels.items())
+        said = self.kubectl("get", "nodes", "-l", selector, "-o", "name")
+        return [node.removeprefix("node/") for node in said.split()]
+
+    def is_cordoned(self, node: str) -> bool:
+        """Return whether the node takes no pods."""
+        return self.kubectl("get", "node", node, "-o", "jsonpath={.spec.unschedulable}") == "true"
 
     def drain(self, node: str) -> str:
         """Drain a node, and return what kubectl says meanwhile."""
@@ -101,6 +134,16 @@ class KubeCluster:
         )
         assert done.returncode == 0, f"{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
+
+    @contextmanager
+    def applied(self, manifest: Manifest) -> Iterator[None]:
+        """Make an object that is gone afterwards."""
+        given = json.dumps(manifest)
+        self.kubectl("apply", "-f", "-", given=given)
+        try:
+            yield
+        finally:
+            self.kubectl("delete", "-f", "-", given=given)
 
     @contextmanager
     def namespace(self, name: str) -> Iterator[set[str]]:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 from urllib.request import urlopen
 
 import grpc
@@ -174,7 +175,15 @@ def _likeliest(values: common_pb2.TokenLogprobs) -> list[int]:
     return list(values.top_token_ids[:: values.num_top or 1])
 
 
-def scrape(service: ServiceProcess) -> dict[str, float]:
+class Scraped(Protocol):
+    """A service with metrics."""
+
+    @property
+    def metrics_address(self) -> str:
+        """host:port."""
+
+
+def scrape(service: Scraped) -> dict[str, float]:
     """All samples of a service's metrics, by name with labels, such as `x_total{outcome="finished"}`."""
     with urlopen(f"http://{service.metrics_address}/metrics", timeout=PATIENCE) as answer:
         text = answer.read().decode()

@@ -6,8 +6,8 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from keda_calls import Keda
 from scalellm.keda import externalscaler_pb2 as pb
-from scalellm.keda import externalscaler_pb2_grpc
 from scalellm.services.common.access import METHODS
 from scalellm.services.common.link import API_MINOR
 from scalellm.services.scheduler.scaling import ALL
@@ -15,33 +15,6 @@ from scalellm.services.scheduler.unserved import Unserved
 from scalellm.v1 import link_pb2, scheduler_pb2
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
-
-
-class Keda:
-    """The calls that KEDA makes for one ScaledObject."""
-
-    def __init__(self, channel: grpc.aio.Channel, **metadata: str) -> None:
-        self._stub = externalscaler_pb2_grpc.ExternalScalerStub(channel)
-        given = {"scalerAddress": "scheduler:50052", **metadata}
-        entries = [pb.Metadata(key=key, value=value) for key, value in given.items()]
-        self._scaled = pb.ScaledObjectRef(name="pool", namespace="line", scalerMetadata=entries)
-
-    async def wanted(self) -> float:
-        (spec,) = (await self._stub.GetMetricSpec(self._scaled)).metricSpecs
-        stream = self._stub.StreamMetricSpec(self._scaled)
-        assert list((await stream.read()).metricSpecs) == [spec]
-        stream.cancel()
-        assert (spec.targetSize, spec.targetSizeFloat) == (1, 1.0)
-        request = pb.GetMetricsRequest(scaledObjectRef=self._scaled, metricName=spec.metricName)
-        (value,) = (await self._stub.GetMetrics(request)).metricValues
-        assert (value.metricName, value.metricValue) == (spec.metricName, value.metricValueFloat)
-        return value.metricValueFloat
-
-    async def is_active(self) -> bool:
-        return (await self._stub.IsActive(self._scaled)).result
-
-    def watch(self) -> grpc.aio.UnaryStreamCall:
-        return self._stub.StreamIsActive(self._scaled)
 
 
 async def test_keda_hears_of_executors_that_are_wanted(make_line, eventually):
