@@ -54,7 +54,7 @@ test-chart: setup-dev ## render the Helm chart and check it against Kubernetes' 
 
 # CLUSTER_LAB=... names the script that starts the cluster: docs/operations/kubernetes.md says what is asked of it.
 test-cluster: setup-dev ## install the chart on a real API server: scale, upgrade, roll back, drain, remove (minutes)
-	$(test-env) $(python) -m pytest -n 0 -v tests/cluster $(PYTEST_ARGS)
+	HELM=$$(scripts/helm) $(test-env) $(python) -m pytest -n 0 -v tests/cluster $(PYTEST_ARGS)
 
 test-compose-faults: setup-dev ## kill, pause, cut off and upgrade containers under 64 streams (needs Docker; half an hour)
 	$(test-env) FAULTS_SECONDS=$${FAULTS_SECONDS:-10} FAULTS_SEED=$${FAULTS_SEED:-$$RANDOM} \

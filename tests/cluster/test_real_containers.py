@@ -22,7 +22,7 @@ from fault_load import load
 from fault_promises import Fault
 from fault_streams import Workload
 from fault_trials import HEADINGS, Tally, Trials
-from helm_chart import Manifest
+from helm_chart import Manifest, of_kind, render
 from keda_calls import Keda
 from kube_cluster import LIMIT, REAL, KubeCluster, until
 from scalellm.client import Client
@@ -129,25 +129,9 @@ def trials(line: ClusterLine) -> Trials:
     return Trials(line, Workload(SEED, longest=600))
 
 
-@pytest.fixture(scope="module")
-def scaled_objects(cluster: KubeCluster) -> Iterator[None]:
-    """The kind of object by which KEDA is told what to scale, without KEDA."""
-    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    version = {"name": "v1alpha1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
-    names = {"kind": "ScaledObject", "plural": "scaledobjects", "singular": "scaledobject"}
-    spec = {"group": "keda.sh", "scope": "Namespaced", "names": names, "versions": [version]}
-    name = "scaledobjects.keda.sh"
-    kind, api = "CustomResourceDefinition", "apiextensions.k8s.io/v1"
-    with cluster.applied({"apiVersion": api, "kind": kind, "metadata": {"name": name}, "spec": spec}):
-        cluster.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=60s")
-        yield
-
-
-async def scale_as_keda_does(line: ClusterLine) -> int:
-    """Ask each scheduler that the ScaledObject names, and scale to the highest number within its limits."""
+async def scale_as_keda_does(line: ClusterLine, spec: Manifest) -> int:
+    """Ask each scheduler that a ScaledObject names, and scale to the highest number within its limits."""
     release = line.release
-    (scaled,) = await asyncio.to_thread(release.cluster.get, "scaledobjects.keda.sh", NAMESPACE)
-    spec = scaled["spec"]
     schedulers = {service.name: service.address for service in await line.services("scheduler")}
     wanted = spec["minReplicaCount"]
     for trigger in spec["triggers"]:
@@ -255,20 +239,24 @@ async def test_executors_follow_the_load_as_keda_has_them(
     release: ChartRelease,
     line: ClusterLine,
     trials: Trials,
-    scaled_objects: None,
     figures: list[str],
     tags: list[str],
     stage,
 ) -> None:
-    """The test plays KEDA: it asks the schedulers by the chart's ScaledObject, and scales the Deployment."""
-    pool = {**release.values["executorDefaults"], "settings": {**FAKE, "max_num_seqs": 8}}
-    release.values["executorDefaults"] = {**pool, "autoscaling": {"enabled": True, "maxReplicas": 3}}
+    """The test plays KEDA: it asks the schedulers by the chart's ScaledObject, and scales the Deployment.
+
+    The object is rendered and not installed: cluster-lab's API server ends when it stores one of a kind of its own.
+    """
+    pool = {**release.values["executorDefaults"], "settings": {**FAKE, "max_num_seqs": 8}, "replicas": 1}
+    scaled = {**pool, "autoscaling": {"enabled": True, "maxReplicas": 3}}
+    (scaled_object,) = of_kind(render({**release.values, "executorDefaults": scaled}), "ScaledObject").values()
+    release.values["executorDefaults"] = pool
     await asyncio.to_thread(release.upgrade, tags[1])
 
     async def keda_until(count: int) -> None:
         async with asyncio.timeout(LIMIT):
             while line.counts["executor"] != count:
-                line.counts["executor"] = await scale_as_keda_does(line)
+                line.counts["executor"] = await scale_as_keda_does(line, scaled_object["spec"])
                 await asyncio.sleep(1)
         await line.wait_linked()
 
