@@ -23,7 +23,7 @@ async def load(
     Raises AssertionError with everything that is not as it should be.
 
     Args:
-        promised: What clients may notice; it is not injected.
+        promised: The fault whose effects on clients are allowed; it is not injected.
     """
     streams: list[Stream] = []
     is_over = asyncio.Event()

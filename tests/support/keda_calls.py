@@ -1,4 +1,4 @@
-"""What KEDA asks an external scaler."""
+"""KEDA's calls to an external scaler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Keda:
     """The calls that KEDA makes for one trigger of a ScaledObject.
 
     Args:
-        metadata: Of the trigger.
+        metadata: Metadata of the trigger.
     """
 
     def __init__(self, channel: grpc.aio.Channel, **metadata: str) -> None:
