@@ -16,7 +16,7 @@ import psutil
 from fault_injectors import Scene
 from fault_line import FaultLine
 from fault_promises import FAULTS, Fault
-from fault_streams import Clients, Stream, differences
+from fault_streams import NoFirstTurnError, Stream
 from fault_trials import Trials, unpromised
 
 _SAMPLE_SECONDS = 2.0
@@ -65,7 +65,6 @@ class Soak:
     wrong: list[str] = field(default_factory=list)
     _faults: list[tuple[float, float, Fault]] = field(default_factory=list)
     _samples: dict[tuple[str, int, float], list[_Sample]] = field(default_factory=lambda: defaultdict(list))
-    _number: int = 0
 
     async def run(self) -> None:
         """To its end. What is wrong is in `wrong`."""
@@ -84,31 +83,21 @@ class Soak:
     async def _ask(self, number: int, end: float) -> None:
         rng = random.Random(f"asker {self.rng.random()} {number}")
         while time.monotonic() < end:
-            self._number += 1
-            streams = self.trials.workload.streams(f"soak-{self._number}")
-            stream = rng.choice(streams)
             began = time.monotonic()
-            async with Clients([rng.choice(self.line.addresses)], connections=1) as clients:
-                try:
-                    await clients.first_turns([stream])
-                except AssertionError:
-                    continue  # it may fail under a fault; the next stream is another one
-                try:
-                    await asyncio.gather(*clients.start([stream], rng, within=0.1))
-                except AssertionError as error:
-                    self.wrong.append(str(error))
-            if stream.codes:
-                self._judge(stream, began)
+            try:
+                stream = await self.trials.run_one(rng)
+            except NoFirstTurnError:
+                continue  # as under a fault; the next stream is another one
+            except AssertionError as error:
+                self.wrong.append(str(error))
+                continue
+            self._judge(stream, began)
 
     def _judge(self, stream: Stream, began: float) -> None:
         self.counts[f"{stream.codes[0].name}"] += 1
         self.counts["resumed"] += stream.was_resumed
-        undisturbed = self.trials.undisturbed[stream.number]
         met = [fault for start, stop, fault in self._faults if start <= stream.ended_at and began <= stop]
-        try:
-            problems = differences(stream, undisturbed)
-        except AssertionError as error:
-            problems = [str(error)]
+        problems = self.trials.differences(stream)
         verdicts = [unpromised(fault, stream) for fault in met] or [unpromised(_NONE, stream)]
         if all(verdicts):
             problems += verdicts[0]
