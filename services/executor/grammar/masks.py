@@ -10,11 +10,10 @@ import numpy.typing as npt
 from llguidance import LLExecutor
 
 from scalellm.services.executor.engine.batch import ScheduledSequence
-from scalellm.services.executor.grammar.matcher import SLOW_S, LlMatcher
+from scalellm.services.executor.grammar.matcher import SLOW_S, WORD_BITS, LlMatcher, num_words
 
 _ALL = -1  # every bit of a word
-_WORD_BITS = 32
-_WORD = 2**_WORD_BITS - 1
+_WORD = 2**WORD_BITS - 1
 
 
 class Masks:
@@ -29,7 +28,7 @@ class Masks:
     """
 
     def __init__(self, num_rows: int, vocab_size: int) -> None:
-        self.rows: npt.NDArray[np.int32] = np.full((num_rows, -(-vocab_size // _WORD_BITS)), _ALL, np.int32)
+        self.rows: npt.NDArray[np.int32] = np.full((num_rows, num_words(vocab_size)), _ALL, np.int32)
         self._vocab_size = vocab_size
         self._filled = np.zeros(num_rows, np.bool_)
         self._executor: LLExecutor | None = None
@@ -103,11 +102,11 @@ class Masks:
     def _ban(self, place: int, token_ids: Collection[int]) -> None:
         """Take tokens out of a mask, unless nothing else is in it."""
         row = self.rows[place].view(np.uint32)
-        inside = [token_id for token_id in token_ids if int(row[token_id // _WORD_BITS]) >> token_id % _WORD_BITS & 1]
+        inside = [token_id for token_id in token_ids if int(row[token_id // WORD_BITS]) >> token_id % WORD_BITS & 1]
         if not inside:  # mostly: the end is in it only where the text is complete
             return
         rest = row.copy()
         for token_id in inside:
-            rest[token_id // _WORD_BITS] &= np.uint32(_WORD ^ 1 << token_id % _WORD_BITS)
+            rest[token_id // WORD_BITS] &= np.uint32(_WORD ^ 1 << token_id % WORD_BITS)
         if rest.any():
             self.rows[place] = rest.view(np.int32)

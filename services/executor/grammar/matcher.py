@@ -11,6 +11,8 @@ from llguidance import LLMatcher, LLTokenizer
 
 _LONGEST_MESSAGE = 400
 _INNER_STATE = re.compile("<state>|<non-verbose/>")
+WORD_BITS = 32
+"""Tokens that one word of a mask tells of."""
 SLOW_S = 2e-3
 """CPU seconds of a mask above which a matcher is slow. Masks of JSON mostly take 0.01 to 0.1 ms; those of a recursive
 grammar have been seen to take 40 ms."""
@@ -94,9 +96,14 @@ class LlMatcher:
         """Compute the mask behind these tokens; runs in the thread. Returns it and the CPU seconds that it took."""
         started = time.thread_time()
         self.follow(token_ids, start)
-        mask = np.empty(-(-self._tokenizer.vocab_size // 32), np.int32)
+        mask = np.empty(num_words(self._tokenizer.vocab_size), np.int32)
         self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         return mask, time.thread_time() - started
+
+
+def num_words(vocab_size: int) -> int:
+    """Return the words of a mask; llguidance's own masks may have one more."""
+    return -(-vocab_size // WORD_BITS)
 
 
 def error_of(matcher: LLMatcher) -> str:
