@@ -204,9 +204,8 @@ def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) 
     attention, waves = _attention_us(shape, seqs, kv_bytes, design)
     small = beside - 1 - design.adds_shares_apart
     us += attention + small * max(_SMALLEST_US, ASSUMED.move_us(8.0 * seqs * shape.hidden) / 0.8)
-    if (
-        precision == "fp8" and not fused
-    ):  # attention's output is quantised by itself; norms and activations quantise what they write
+    # Attention's output is quantised by itself; norms and activations quantise what they write.
+    if precision == "fp8" and not fused:
         launches, overlapping = launches + 1, overlapping + bool(design.overlapping)
         us += max(_SMALLEST_US, ASSUMED.move_us(3.0 * seqs * attention_width) / 0.8)
     if precision == "int4":
