@@ -137,15 +137,22 @@ def tile_table(op: str, capability: Capability) -> TileTable:
 
 def read_table(root: Traversable, op: str, capability: Capability) -> TileTable:
     """As `tile_table`, from the tables under `root`."""
-    folder = {entry.name: entry for entry in (root / op).iterdir()}
-    own = folder.get(f"{device_slug(capability.name)}.json")
-    if own is not None:
+    own = root / op / f"{device_slug(capability.name)}.json"
+    if own.is_file():
         return _parse(own, op, capability.sm)
-    defaults = sorted(int(found[1]) for name in folder if (found := _DEFAULT.fullmatch(name)))
+    defaults = default_tables(op, root)
     if not defaults:
         raise ValueError(f"kernels/configs/{op}: there is no table for {capability.name!r} and no default, sm_*.json")
     sm = max((sm for sm in defaults if sm <= capability.sm), default=defaults[0])
-    return _parse(folder[f"sm_{sm}.json"], op, sm)
+    return _parse(root / op / f"sm_{sm}.json", op, sm)
+
+
+def default_tables(op: str, root: Traversable = _ROOT) -> list[int]:
+    """Return the compute capabilities, times ten, that an op has default tables for; none for an op without tiles."""
+    if op not in TILED_OPS:
+        return []
+    names = (entry.name for entry in (root / op).iterdir())
+    return sorted(int(found[1]) for name in names if (found := _DEFAULT.fullmatch(name)))
 
 
 def tuned_devices(sm: int, root: Traversable = _ROOT) -> list[str]:

@@ -14,7 +14,7 @@ WNA16_INTERLEAVE = 16  # words of a weight that the Triton forms of w4a16_gemm, 
 # Of a weight that kernels fetch ahead, see `kernels.triton.overlap`: what an H200's memory delivers in 3 us, which is
 # what a small kernel and the gap behind it take. Its second-level cache is four times as large.
 BYTES_AHEAD = 12 << 20
-ROWS_AHEAD = 17, 256  # that a weight is multiplied with, for which the kernel before a product fetches it
+ROWS_AHEAD = 17, 256  # that a weight is multiplied with, for which the kernel before a product of torch's fetches it
 _MOE_BLOCKS = (16, 32, 64, 128)  # rows of an expert's block that tile tables may choose
 
 

@@ -46,7 +46,7 @@ _CHOICES: Mapping[str, Mapping[str, tuple[int, ...]]] = MappingProxyType(
         "unified_attention": {"block_m": (16, 64, 128), "block_n": _BLOCKS, **_LAUNCH},
         "fp8_gemm": {
             "block_m": (16, 32, 64, 128),
-            "block_n": (32, 64, 128),
+            "block_n": (32, 64, 128, 256),
             "block_k": (64, 128, 256),
             "swapped": (0, 1),
             "own": (0, 1),

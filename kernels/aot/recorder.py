@@ -24,7 +24,7 @@ _TYPES = {
     torch.bool: "i1",
 }
 _ALIGNED = [["tt.divisibility", 16]]  # as torch's allocator gives it: allows loads of 128 bits
-NUM_SMS = {80: 108, 90: 132, 100: 148}
+NUM_SMS = {80: 108, 89: 142, 90: 132, 100: 148}
 
 
 @dataclass(frozen=True, slots=True)

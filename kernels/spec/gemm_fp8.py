@@ -69,6 +69,8 @@ def _small() -> list[Case]:
             found.append(_gemm(rows, 192, 70, (a_scales[0] or rows, a_scales[1]), b_scales, dtype=dtype))
     found.append(_gemm(3, 24, 20, bias=True, dtype=FP32))  # an inner dimension of less than a tile
     found.append(_gemm(5, 64, 32, (5, 1), (32, 1)))
+    # Of more columns than a small kernel has tiles for, see the tile tables.
+    found += [_gemm(17, 96, 16448, (17, 1), (16448, 1)), _gemm(33, 192, 16448, (33, 3), (257, 3), bias=True)]
     return found
 
 
@@ -79,6 +81,8 @@ SPEC = Spec(
         _of_blocks(16, 4096, 28672),
         _of_rows(1, 4096, 6144),
         _of_rows(16, 4096, 28672),
+        _of_blocks(64, 4096, 28672),
+        _of_rows(64, 4096, 28672),
         _of_rows(8, 14336, 4096),
         _of_rows(8, 4096, 4608, bias=True),  # Qwen2.5 7B
     ),

@@ -134,12 +134,12 @@ def _gated(
         block = next_power_of_2(width)
         warps = min(32, max(4, block // 1024))
         stride = {"TOKEN_SCALE_STRIDE": token_scale.stride(0)}
-        fetched = ahead, bytes_for_next(ahead, tokens, tokens)
+        fetched = ahead, bytes_for_next(launch, ahead, tokens, tokens)
         arguments = x, out, token_scale, *fetched
         launch(_gate_and_mul_tokens, (tokens,), *arguments, num_warps=warps, **shape, **stride, BLOCK=block)
         return out
     in_memory = isinstance(quant_scale, Tensor)
     grid = tokens, triton.cdiv(width, _BLOCK)
-    fetched = ahead, bytes_for_next(ahead, tokens, grid[0] * grid[1])
+    fetched = ahead, bytes_for_next(launch, ahead, tokens, grid[0] * grid[1])
     launch(_gate_and_mul, grid, x, out, quant_scale, *fetched, **shape, SCALE_IN_MEMORY=in_memory, BLOCK=_BLOCK)
     return out

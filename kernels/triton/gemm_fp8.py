@@ -3,6 +3,11 @@
 Of few rows, time is that of reading the weight (`own` in the tile table): programs fetch theirs ahead, see `overlap`,
 and begin while the kernel before them ends, neither of which torch's do. Here are also scales of blocks and groups.
 
+Every program reads all rows of the input, so with more rows a program has to have more of the weight, or reading the
+input from the second-level cache would take longer than memory takes for the weight. With 256 of its rows, and up to 64
+of the input, that is a quarter of the weight's bytes. So products of up to 64 rows are made here where a weight has
+that much for enough programs, and by torch where it has not.
+
 Hopper multiplies e4m3 as such in tiles of 64 rows of the left operand alone; of fewer it makes float16 first. So in a
 product of few rows the weight is the left operand (`swapped` in the tile table), and the unit that adds up many rows
 adds up these as well.

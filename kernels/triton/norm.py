@@ -98,7 +98,7 @@ def fused_add_rms_norm(
         quant_scale,
         token_scale,
         ahead,
-        bytes_for_next(ahead, tokens, tokens),
+        bytes_for_next(launch, ahead, tokens, tokens),
         num_warps=min(16, max(1, block // 1024)),
         H=width,
         X_STRIDE=x.stride(0),

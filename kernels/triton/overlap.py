@@ -14,6 +14,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, num_warps
 
 from scalellm.kernels.capability import Capability
+from scalellm.kernels.launch import Launch
+from scalellm.kernels.reference.quant import E4M3
 from scalellm.kernels.workspaces import BYTES_AHEAD, ROWS_AHEAD
 
 _PROGRAMS_PER_SM = 2  # of a kernel that streams a weight
@@ -64,12 +66,15 @@ def fetch_ahead(
         _fetch(at, tl.where(live, WIDTH // 16 * 16, 0))
 
 
-def bytes_for_next(weight: Tensor | None, rows: int, programs: int) -> int:
+def bytes_for_next(launch: Launch, weight: Tensor | None, rows: int, programs: int) -> int:
     """Return `share` of `fetch_for_next` in each of so many programs, before a product of so many rows.
 
-    Products of fewer rows than `ROWS_AHEAD` fetch for themselves, those of more do not wait for their weight.
+    Products of our own fetch for themselves: all of fewer rows than `ROWS_AHEAD`, and some of e4m3 with more. Products
+    of more rows do not wait for their weight.
     """
     if weight is None or not ROWS_AHEAD[0] <= rows <= ROWS_AHEAD[1]:
+        return 0
+    if weight.dtype == E4M3 and launch.tile("fp8_gemm", rows=rows, columns=weight.shape[0])["own"]:
         return 0
     return min(BYTES_AHEAD, weight.nbytes) // programs
 

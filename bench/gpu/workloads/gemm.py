@@ -195,7 +195,7 @@ def workloads(*, tiny: bool) -> list[Workload]:
         *(_packed(4, rows, hidden, LLAMA_8B.qkv_columns) for rows in (1, 64)),
         *(_packed(8, rows, hidden, up) for rows in (1, 64)),
         *(_fp8(rows, hidden, up) for rows in (1, 16, 64, 256, 1024)),
-        *(_fp8(rows, LLAMA_8B.intermediate, hidden) for rows in (1, 16)),
+        *(_fp8(rows, LLAMA_8B.intermediate, hidden) for rows in (1, 16, 64)),
         *(_experts(MIXTRAL, tokens, e4m3=True) for tokens in (1, 8, 64, 128, 240, 256)),
         *(_experts(MIXTRAL, tokens, e4m3=False) for tokens in (1, 64)),
         *(_packed_experts(MIXTRAL, tokens, 4) for tokens in (1, 64)),

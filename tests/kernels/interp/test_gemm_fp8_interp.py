@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from scalellm.kernels.triton import gemm_fp8
+from scalellm.kernels.triton.overlap import bytes_for_next
 
 E4M3 = torch.float8_e4m3fn
 
@@ -46,6 +47,28 @@ def test_few_rows_are_multiplied_here_and_many_by_torch(ops, monkeypatch):
         if rows <= 16:
             torch.testing.assert_close(y.double(), a.double() @ b.double().T, rtol=1e-2, atol=1e-2)
     assert many == [17]
+
+
+def test_of_a_weight_of_many_rows_more_rows_are_few(ops, monkeypatch):
+    many = []
+    monkeypatch.setattr(gemm_fp8, "has_e4m3_units", lambda device: True)
+    monkeypatch.setattr(gemm_fp8, "scaled_mm", lambda a, *rest, **options: many.append(a.shape[0]))
+    a, b, b_scale = randn(65, 64).to(E4M3), randn(16400, 64, seed=1).to(E4M3), torch.ones(16400, 1)
+    a_scale = torch.rand(65, 1, generator=torch.Generator().manual_seed(2)) + 0.5
+    together, few = (ops.fp8_gemm(a[:rows], b, a_scale[:rows], b_scale) for rows in (64, 17))
+    assert torch.equal(together[:17], few)  # whatever is beside a row
+    ops.fp8_gemm(a, b, a_scale, b_scale)
+    ops.fp8_gemm(a[:17], b[:16384], a_scale[:17], b_scale[:16384])
+    assert many == [65, 17]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16400), (17, 16400), (64, 16400), (65, 16400), (17, 64)])
+def test_a_weight_is_fetched_ahead_by_its_product_or_by_the_kernel_before(launch, rows, columns):
+    weight = torch.empty(columns, 64, dtype=E4M3, device="meta")
+    by_product = launch.tile("fp8_gemm", rows=rows, columns=columns)["own"]
+    assert (bytes_for_next(launch, weight, rows, programs=8) == 0) == by_product
+    as_bf16 = weight.to(torch.bfloat16)  # of which few rows are up to 16, whatever the weight
+    assert (bytes_for_next(launch, as_bf16, rows, programs=8) == 0) == (rows <= 16)
 
 
 def test_an_empty_batch(ops):
