@@ -27,6 +27,9 @@ from bench.gpu.roofline import (
     linear,
     step_floor_us,
 )
+from scalellm.kernels import Capability
+from scalellm.kernels.reference.linear import SQUARED_TOGETHER
+from scalellm.kernels.tiles import tile_table
 from scalellm.kernels.workspaces import BYTES_AHEAD, ROWS_AHEAD
 
 _CONTEXT = 1024
@@ -34,6 +37,7 @@ _LONG = 100_000  # tokens of one sequence among short ones
 _SMS, _GHZ = 132, 1.755
 _ISSUE_RATE = 0.6  # instructions of a scheduler in a cycle, in a loop that waits for shared memory and conversions
 _SHARED = 228 << 10  # bytes of a processor
+_H200 = Capability(90, _SMS, "NVIDIA H200")
 _CHAIN_US = 2.0  # of a program of attention: length, block id, first keys, one after the other
 _SMALLEST_US = 2.2  # a kernel that moves next to nothing
 _LATENCY_US = 1.0  # of a load of keys, where others load as well: a program has its buffers filled once in that time
@@ -42,6 +46,7 @@ _TAIL_US = 0.9  # of a product that is streamed: its last tiles, while memory ha
 _OVERLAPPED_US = 0.7  # what is left of the gap before a kernel that begins early
 _SAMPLER_US = 30.0  # and the copies around a step
 _ADDED_TO_PRODUCTS = 3  # launches of a layer: both norms and the activation
+_O, _GATE_UP = 1, 2  # of the products of a layer
 _ROWS: tuple[tuple[str, ModelShape, Precision, tuple[int, ...]], ...] = (
     ("llama-3.1-8b", LLAMA_8B, "bf16", (1, 16, 64, 256)),
     ("llama-3.1-8b", LLAMA_8B, "fp8", (1, 64, 256)),
@@ -70,8 +75,10 @@ class Design:
         gap_us: between two kernels of a graph.
         streamed_rows: up to so many rows, by precision, products of our own stream the weight. Their launches overlap.
         streamed_share: of bandwidth, while they do; `streamed_ends_us` is what each takes besides.
+        second_level: GB/s of that cache, out of which their programs read the weight, and the whole input each.
         fused_rows: up to so many rows, by precision, a dense layer has norms, activation, additions and quantisation in
             these products.
+        wide_rows: up to so many rows, by precision, the weight of gate and up is streamed as well, a layer's widest.
         packed_overlap: the products of int4 and the sums of their shares begin early, too.
         ahead_bytes: of the weight of a product that are fetched while the kernel before it leaves memory idle: by the
             product if it streams, else by that kernel, where that is a norm, an activation or a quantisation.
@@ -91,9 +98,11 @@ class Design:
     gap_us: float
     streamed_rows: Mapping[Precision, int]
     fused_rows: Mapping[Precision, int]
+    wide_rows: Mapping[Precision, int]
     packed_overlap: bool = False
     streamed_share: float = 1.0
     streamed_ends_us: float = 0.0
+    second_level: float = float("inf")
     ahead_bytes: int = 0
 
 
@@ -112,6 +121,7 @@ BEFORE = Design(
     gap_us=1.2,
     streamed_rows=MappingProxyType({}),
     fused_rows=MappingProxyType({}),
+    wide_rows=MappingProxyType({}),
 )
 # int4 with interleaved rows: a warp issues 375 instructions for 4 KB of words with up to 16 rows, 623 with 64
 # (`nvdisasm`). As it meets 3 barriers there and no longer 19, it is assumed to use nine of ten slots.
@@ -133,19 +143,24 @@ NOW = replace(
     # instructions for 16 KB (`make aot`, `cuobjdump`), for which memory takes 880 cycles of a processor. So a product
     # streams at 95 %; it begins with a chain of loads, 1.0 us, and ends with its last tiles.
     streamed_rows=MappingProxyType({"bf16": 16, "fp8": 16}),
+    # With up to 64 rows two warps of a scheduler issue 334 instructions for 32 KB of 256 rows, for which memory takes
+    # 1,760 cycles, or 1,500 where it serves 112 programs; matrix units take 512; 96 KB are under way.
+    wide_rows=MappingProxyType({"fp8": 64}),
     streamed_share=0.95,
     streamed_ends_us=1.0 + _TAIL_US,
+    second_level=5500.0,
     ahead_bytes=BYTES_AHEAD,
     fused_rows=MappingProxyType({"bf16": 16}),
 )
-# Norms, activation, additions and quantisation in products of e4m3 as well, and of up to 64 rows; int4 unpacked two
-# numbers at a time.
+# Norms, activation, additions and quantisation in products of e4m3 as well, and of up to 64 rows, in tiles that the
+# second-level cache keeps up with; int4 unpacked two numbers at a time.
 OPEN = replace(
     NOW,
     name="with what is open",
     products=MappingProxyType({"bf16": (0.80, 0.84), "fp8": (0.85, 0.82), "int4": (0.75, 0.60)}),
     streamed_rows=MappingProxyType({"bf16": 64, "fp8": 64}),
     fused_rows=MappingProxyType({"bf16": 64, "fp8": 64}),
+    second_level=float("inf"),
 )
 _FEWER_LAUNCHES = replace(
     NOW, launches=NOW.launches - _ADDED_TO_PRODUCTS, overlapping=NOW.launches - _ADDED_TO_PRODUCTS
@@ -180,18 +195,22 @@ def predict(shape: ModelShape, precision: Precision, seqs: int, design: Design) 
     fused = is_fused(shape, precision, seqs, design)
     if fused:
         beside = overlapping = NOW.launches - _ADDED_TO_PRODUCTS
-    costs = [linear(seqs, *sizes, precision) for sizes in products]
-    if seqs <= design.streamed_rows.get(precision, 0):
-        overlapping += len(products)
-        ahead = (_ahead_us(cost, idle, design) for cost, idle in zip(costs, _idle_before(fused), strict=False))
-        us = sum(cost.floor_us(ASSUMED) for cost in costs) / design.streamed_share
-        us += len(costs) * design.streamed_ends_us - sum(ahead)
-    else:
-        us = sum(cost.floor_us(ASSUMED) for cost in costs) / share
-        if precision != "int4" and ROWS_AHEAD[0] <= seqs <= ROWS_AHEAD[1]:
+    us = 0.0
+    for i, ((inner, columns), idle_us) in enumerate(zip(products, _idle_before(fused), strict=False)):
+        cost = linear(seqs, inner, columns, precision)
+        is_wide = i == _GATE_UP and seqs <= design.wide_rows.get(precision, 0)
+        if is_wide or seqs <= design.streamed_rows.get(precision, 0):
+            overlapping += 1
+            from_memory = cost.floor_us(ASSUMED) / design.streamed_share - _ahead_us(cost, idle_us, design)
+            tile = _tile_rows(precision, seqs, columns) * (2 if fused and i == _GATE_UP else 1)
+            us += max(from_memory, _from_cache_us(precision, seqs, inner, columns, tile, design))
+            us += design.streamed_ends_us
+        else:
+            us += cost.floor_us(ASSUMED) / share
             # Attention comes before `o_proj`, and before that a quantisation where there is one.
-            behind_small = costs if precision == "fp8" else [cost for i, cost in enumerate(costs) if i != 1]
-            us -= sum(_ahead_us(cost, _SMALLEST_US + design.gap_us, design) for cost in behind_small)
+            behind_small = precision == "fp8" or (precision == "bf16" and i != _O)
+            if behind_small and ROWS_AHEAD[0] <= seqs <= ROWS_AHEAD[1]:
+                us -= _ahead_us(cost, _SMALLEST_US + design.gap_us, design)
     launches = len(products) + beside
     if shape.experts:
         # Gate and up, and down, of every expert that is hit; routing and layout are five small kernels.
@@ -241,6 +260,19 @@ def _ahead_us(cost: Cost, idle_us: float, design: Design) -> float:
     return min(idle_us, ASSUMED.move_us(min(design.ahead_bytes, cost.num_bytes)))
 
 
+def _tile_rows(precision: Precision, rows: int, columns: int) -> int:
+    """Return how many rows of a weight a program multiplies with the whole input, in the kernels of our own."""
+    if precision == "bf16":
+        return SQUARED_TOGETHER
+    return tile_table("fp8_gemm", _H200).choose(rows=rows, columns=columns)["block_n"]
+
+
+def _from_cache_us(precision: Precision, rows: int, inner: int, columns: int, tile_rows: int, design: Design) -> float:
+    """Return how long the second-level cache takes for what the programs of a product read: their weight and input."""
+    size = 1 if precision == "fp8" else 2
+    return size * inner * (columns + rows * columns / tile_rows) / (design.second_level * 1e3)
+
+
 def _expert_share(design: Design) -> float:
     """Return the share of bandwidth at which e4m3 experts are read: instructions have to keep up with memory."""
     memory_us = 8192 / (ASSUMED.read * 1e3 / _SMS)
@@ -251,7 +283,7 @@ def _expert_share(design: Design) -> float:
 def at_share(design: Design, precision: Precision, share: float) -> Design:
     """Return a design whose products all run at a share of the ceiling, and have nothing hidden before them."""
     products = MappingProxyType({**design.products, precision: (share, share)})
-    bare = replace(design, streamed_ends_us=0.0, ahead_bytes=0, expert_instructions=0)
+    bare = replace(design, streamed_ends_us=0.0, ahead_bytes=0, expert_instructions=0, second_level=float("inf"))
     return replace(bare, products=products, streamed_share=share)
 
 

@@ -38,6 +38,19 @@ def test_few_rows_have_norms_and_activation_in_their_products():
     assert predict(LLAMA_8B, "fp8", 1, NOW) == predict(LLAMA_8B, "fp8", 1, replace(NOW, fused_rows={}))
 
 
+def test_the_widest_product_is_streamed_as_fast_as_memory_or_the_second_level_cache_is():
+    def ms(**changed):
+        return predict(LLAMA_8B, "fp8", 64, replace(NOW, **changed)).ms
+
+    assert ms() < ms(wide_rows={})
+    assert ms(wide_rows={}) == ms(wide_rows={}, second_level=1000.0)  # torch's are not asked
+    slow, slower = ms(second_level=1000.0), ms(second_level=500.0)
+    weight = LLAMA_8B.hidden * 2 * LLAMA_8B.intermediate
+    read = weight * (1 + 64 / 256)  # each program reads all of the input for its 256 rows of the weight
+    assert slower - slow == pytest.approx(read * (1 / 500e6 - 1 / 1000e6) * LLAMA_8B.layers)
+    assert predict(LLAMA_8B, "fp8", 65, NOW) == predict(LLAMA_8B, "fp8", 65, replace(NOW, wide_rows={}))
+
+
 def test_a_long_sequence_among_short_ones_takes_the_time_of_its_bytes_once_it_has_enough_shares():
     rank = replace(LLAMA_8B, kv_heads=2, q_heads=8)
     few = lone_row_us(rank, 100_000, replace(NOW, most_shares=4))
