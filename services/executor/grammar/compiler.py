@@ -13,7 +13,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from scalellm.services.common.vocabulary import Vocabulary
 from scalellm.services.executor.engine.grammar import GrammarError
-from scalellm.services.executor.grammar.matcher import LlMatcher, error_of
+from scalellm.services.executor.grammar.matcher import LlMatcher, Pace, error_of
 
 _NUM_KEPT = 32
 """Compiled grammars that are kept: clients send the same one again and again."""
@@ -23,9 +23,10 @@ _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 choice would be forced, is not in this process."""
 
 
-_NICENESS = 10
+_NICENESS = 15
 """Priority of the threads that compile and compute long masks, in Unix' terms: beside busy steps each gets about a
-tenth of a core. At 19, the lowest, one waited for seconds on a busy machine."""
+thirtieth of a core. At 10 it was a tenth, by which all steps were longer; at 19, the lowest, one waited for seconds on
+a busy machine."""
 
 
 class LlGrammarCompiler:
@@ -54,7 +55,7 @@ class LlGrammarCompiler:
             max_lexer_states=10_000,
             verbose_errors=False,
         )
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, tuple[LLMatcher, Pace]] = OrderedDict()
         # Takes a second for a large vocabulary, while the weights are loaded.
         self._tokenizer = self._thread.submit(_make_tokenizer, vocabulary, sorted(eos_token_ids))
 
@@ -69,13 +70,14 @@ class LlGrammarCompiler:
 
     def _compile(self, grammar: str, outputs: Sequence[Sequence[int]]) -> list[LlMatcher]:
         """Compile a grammar, or take the kept one; runs in the thread."""
-        compiled = self._compiled.pop(grammar, None) or self._compile_anew(grammar)
-        self._compiled[grammar] = compiled
+        kept = self._compiled.pop(grammar, None) or (self._compile_anew(grammar), Pace())
+        self._compiled[grammar] = kept
         if len(self._compiled) > _NUM_KEPT:
             self._compiled.popitem(last=False)
+        compiled, pace = kept
         matchers = []
         for output in outputs:
-            matcher = LlMatcher(compiled.deep_copy(), self._tokenizer.result(), self._mask_thread)
+            matcher = LlMatcher(compiled.deep_copy(), self._tokenizer.result(), self._mask_thread, pace)
             if output:
                 matcher.follow(output)
                 matcher.matcher.compute_bitmask()

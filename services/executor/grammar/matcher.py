@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,36 +14,57 @@ _LONGEST_MESSAGE = 400
 _INNER_STATE = re.compile("<state>|<non-verbose/>")
 WORD_BITS = 32
 """Tokens that one word of a mask tells of."""
-SLOW_S = 2e-3
+_SLOW_S = 1e-3
 """CPU seconds of a mask above which a matcher is slow. Masks of JSON mostly take 0.01 to 0.1 ms; those of a recursive
 grammar have been seen to take 40 ms."""
 _QUICK_S = 0.5e-3
-"""CPU seconds of a mask up to which a slow matcher is slow no longer."""
+"""CPU seconds up to which a mask of a slow matcher is quick."""
+_NUM_TO_PROVE = 8
+"""Quick masks in a row after which a slow matcher is slow no longer."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """The speed of a compiled grammar's masks so far; all its matchers share it.
+
+    Attributes:
+        is_quick: some matcher has left the thread for the steps, and none has taken long there since.
+    """
+
+    is_quick: bool = False
 
 
 class LlMatcher:
     """A matcher of llguidance, and how many of the sample's tokens it knows.
 
-    Its masks are computed within the steps, together with those of other samples, until one takes long (`judge`). Those
-    behind it are computed in a thread of their own: the sample sits out the steps until its mask is there, and nobody
-    else waits for it. Which of the two it is changes when tokens come, never which.
+    The masks of a quick matcher are computed within the steps, together with those of other samples. Those of a slow
+    one are computed in a thread of their own: the sample sits out the steps until its mask is there, and nobody else
+    waits for it. A matcher is slow at first, unless its grammar has been quick before, and again from the first mask
+    that takes long within a step (`judge`). Its pace changes when the sample's tokens come, never which tokens.
 
     Args:
         matcher: behind the sample's first `num_known` output tokens.
         tokenizer: The vocabulary that the grammar was compiled with.
         thread: Computes the masks of all slow matchers, one after the other.
+        pace: of the grammar.
     """
 
-    __slots__ = ("_made", "_made_behind", "_num_known", "_thread", "_tokenizer", "is_slow", "matcher")
+    __slots__ = ("_made", "_made_behind", "_num_known", "_num_to_prove", "_pace", "_thread", "_tokenizer", "matcher")
 
-    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, thread: ThreadPoolExecutor, pace: Pace) -> None:
         self.matcher = matcher
         self._tokenizer = tokenizer
         self._thread = thread
+        self._pace = pace
         self._num_known = 0
-        self.is_slow = False
+        self._num_to_prove = 0 if pace.is_quick else _NUM_TO_PROVE
         self._made: Future[tuple[npt.NDArray[np.int32], float]] | None = None
         self._made_behind = -1
+
+    @property
+    def is_slow(self) -> bool:
+        """True if its masks are computed in the thread, before the steps."""
+        return self._num_to_prove > 0
 
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
         """Take note of the output tokens since the last call. One that does not fit the grammar is an error of it.
@@ -71,12 +93,18 @@ class LlMatcher:
         if self._made is None or self._made_behind != len(token_ids):
             return None
         mask, seconds = self._made.result()
-        self.is_slow = seconds > _QUICK_S
+        if seconds > _QUICK_S:
+            self._num_to_prove = _NUM_TO_PROVE
+        elif self._num_to_prove:
+            self._num_to_prove -= 1
+            self._pace.is_quick |= not self._num_to_prove
         return mask
 
     def judge(self, seconds: float) -> None:
         """Take note of the CPU seconds that a mask took within a step."""
-        self.is_slow = seconds > SLOW_S
+        if seconds > _SLOW_S:
+            self._num_to_prove = _NUM_TO_PROVE
+            self._pace.is_quick = False
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """Return how many of these tokens may come next, in their order."""

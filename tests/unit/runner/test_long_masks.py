@@ -1,20 +1,47 @@
-"""Masks that take long are the same, computed by their thread as within a step."""
+"""Masks that may take long are computed by a thread of their own, until those of their grammar have proved quick."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from scalellm.services.common.vocabulary import Vocabulary
 from scalellm.services.executor.grammar import LlGrammarCompiler, Masks
+from scalellm.services.executor.grammar.matcher import LlMatcher
+
+GRAMMAR = "start: /[A-Z]*/"
+
+
+@pytest.fixture
+def compiler() -> Iterator[LlGrammarCompiler]:
+    compiler = LlGrammarCompiler(letters(32), {0})
+    yield compiler
+    compiler.close()
+
+
+def letters(size: int) -> Vocabulary:
+    return Vocabulary([b"<end>", *(bytes([0x40 + place]) for place in range(1, size))], frozenset({0}))
+
+
+def matcher_of(compiler: LlGrammarCompiler, grammar: str = GRAMMAR) -> LlMatcher:
+    (matcher,) = compiler.start(grammar, [[]]).matchers()
+    return matcher
+
+
+def take_masks(matcher: LlMatcher, count: int) -> None:
+    """Let the thread compute the masks behind one more letter each, from the first token on."""
+    for length in range(count):
+        while not matcher.has_mask([1] * length):
+            time.sleep(1e-3)
+        assert matcher.take_mask([1] * length) is not None
 
 
 @pytest.mark.parametrize("size", [31, 32, 33, 64])
 def test_the_thread_computes_the_mask_of_a_step(size: int) -> None:
-    vocabulary = Vocabulary([b"<end>", *(bytes([0x40 + place]) for place in range(1, size))], frozenset({0}))
-    compiler = LlGrammarCompiler(vocabulary, {0})
+    compiler = LlGrammarCompiler(letters(size), {0})
     within, before = compiler.start("start: /[A-T]{2}[B-D]?/", [[], []]).matchers()
     masks = Masks(1, size)
     told = [7]  # a prompt of one token
@@ -27,3 +54,36 @@ def test_the_thread_computes_the_mask_of_a_step(size: int) -> None:
         assert np.array_equal(before.take_mask(told), masks.rows[0])
         told.append(token_id)
     compiler.close()
+
+
+def test_samples_of_a_grammar_come_into_the_steps_once_its_masks_are_quick(compiler) -> None:
+    first = matcher_of(compiler)
+    take_masks(first, 7)
+    assert first.is_slow
+    assert matcher_of(compiler).is_slow
+    take_masks(first, 8)
+    assert not first.is_slow
+    assert not matcher_of(compiler).is_slow
+    assert matcher_of(compiler, "start: /[A-Y]*/").is_slow
+
+
+def test_a_long_mask_within_a_step_sends_its_sample_and_those_to_come_out_of_the_steps(compiler) -> None:
+    first = matcher_of(compiler)
+    take_masks(first, 8)
+    beside = matcher_of(compiler)
+    first.judge(seconds=0.02)
+    assert (first.is_slow, beside.is_slow, matcher_of(compiler).is_slow) == (True, False, True)
+    take_masks(first, 8)
+    assert (first.is_slow, matcher_of(compiler).is_slow) == (False, False)
+
+
+def test_a_long_mask_in_the_thread_counts_against_those_before_it(compiler, monkeypatch) -> None:
+    matcher = matcher_of(compiler)
+    take_masks(matcher, 7)
+    with monkeypatch.context() as every_mask:
+        every_mask.setattr("scalellm.services.executor.grammar.matcher._QUICK_S", 0.0)
+        take_masks(matcher, 1)
+    take_masks(matcher, 7)
+    assert matcher.is_slow
+    take_masks(matcher, 1)
+    assert not matcher.is_slow

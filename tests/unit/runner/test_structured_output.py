@@ -308,6 +308,7 @@ def test_steps_compile_nothing_and_fill_all_masks_by_one_call(model, monkeypatch
 
     monkeypatch.setattr("scalellm.services.executor.grammar.compiler.LLMatcher", compiled)
     monkeypatch.setattr("scalellm.services.executor.grammar.masks.LLExecutor", Executor)
+    monkeypatch.setattr("scalellm.services.executor.grammar.matcher._NUM_TO_PROVE", 0)  # all masks within steps
     fresh = make_compiler()
     engine = make_engine(model, fresh)
     hostile = [HOSTILE[name] for name in ("deep", "recursive", "large enum", "ambiguous")]
