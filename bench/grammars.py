@@ -1,9 +1,12 @@
 """`python -m bench.grammars`: what answers of a given shape cost the steps of the engine, beside answers of none.
 
-Three loads take turns on one engine, so that a neighbour on the machine falls on all of them: `free`, every row may say
-anything; `json`, every row writes JSON of the schema of `bench.load --workload json`; `hostile`, a quarter of the rows
-has grammars that are to cost as much as can be, one after the other, and the rest may say anything. Steps count while
-all rows decode. Reported are medians of the rounds, and of their ratios to `free`.
+Four loads take turns on one engine, so that a neighbour on the machine falls on all of them. `free`: every row may say
+anything. `json`: every row writes JSON of the schema of `bench.load --workload json`. `hostile`: a quarter of the rows
+has grammars that are to cost as much as can be, one after the other, and the rest may say anything. `coming and going`:
+as `hostile`, without grammars: requests of a quarter of the rows stay for as many steps as those of `hostile` did.
+Hostile requests mostly end after a few tokens and the next ones come, whose prompts make steps longer whatever their
+grammars are; only what is beyond this load is the grammars'. Steps count while most rows decode. Percentiles are those
+of the steps of all rounds.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import cycle, repeat
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, cycle, repeat
 from typing import Annotated
 
 import typer
@@ -34,14 +38,30 @@ _PROMPT_LEN = 8
 _KV_CACHE_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
+@dataclass
 class Steps:
-    """The steps of one load in one round: milliseconds each, and what the thread that takes them computed in each."""
+    """The steps of one load.
 
-    wall: list[float]
-    cpu: list[float]
-    tokens: int
-    ended_invalid: int
+    Attributes:
+        wall: Milliseconds of each.
+        cpu: CPU milliseconds of each, of the thread that takes them.
+        tokens: Tokens of all rows.
+        ended_invalid: Requests that were refused, or ended, for their grammar.
+        stays: By row, the steps from the first to the last token of each request that ended.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    tokens: int = 0
+    ended_invalid: int = 0
+    stays: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, other: Steps) -> None:
+        """Count another round's."""
+        self.wall += other.wall
+        self.cpu += other.cpu
+        self.tokens += other.tokens
+        self.ended_invalid += other.ended_invalid
 
     @property
     def tokens_per_second(self) -> float:
@@ -53,29 +73,36 @@ class Steps:
         return sorted(self.wall)[min(len(self.wall) - 1, int(share * len(self.wall)))]
 
 
-def measure(engine: Engine, grammars: list[Iterator[str]], num_steps: int) -> Steps:
-    """Keep one row per iterator at work, on requests with its grammars, for so many steps.
+@dataclass(frozen=True)
+class Wanted:
+    """A request: its grammar, empty for none, and its tokens; 0: as many as there are steps."""
+
+    grammar: str = ""
+    tokens: int = 0
+
+
+def measure(engine: Engine, wanted: list[Iterator[Wanted]], num_steps: int) -> Steps:
+    """Keep one row per iterator at work, on its requests, for so many steps.
 
     A row whose request ends, or is refused for its grammar, goes on with the next one.
     """
-    draw, row_of, sent = random.Random(0), {}, 0
+    draw, sent, steps = random.Random(0), 0, Steps()
+    row_of: dict[tuple[int, int], int] = {}
+    first_at: dict[tuple[int, int], int] = {}
 
     def send(row: int) -> None:
         nonlocal sent
         prompt = tuple(draw.randrange(3, engine.config.vocab_size) for _ in range(_PROMPT_LEN))
-        sampling = SamplingParams(temperature=1.0, seed=sent, max_tokens=num_steps + 64, ignore_eos=True)
-        engine.add(EngineRequest((0, sent), str(sent), prompt, sampling, grammar=next(grammars[row])))
+        one = next(wanted[row])
+        sampling = SamplingParams(temperature=1.0, seed=sent, max_tokens=one.tokens or num_steps + 64, ignore_eos=True)
+        engine.add(EngineRequest((0, sent), str(sent), prompt, sampling, grammar=one.grammar))
         row_of[0, sent] = row
         sent += 1
 
-    for row in range(len(grammars)):
+    for row in range(len(wanted)):
         send(row)
-    begun: set[tuple[int, int]] = set()
-    wall: list[float] = []
-    cpu: list[float] = []
-    tokens = ended_invalid = 0
-    is_full = False
-    while len(wall) < num_steps:
+    is_full, number = False, 0
+    while len(steps.wall) < num_steps:
         if engine.only_awaits_grammars:
             time.sleep(1e-3)
         started, computed = time.perf_counter(), time.thread_time()
@@ -83,37 +110,45 @@ def measure(engine: Engine, grammars: list[Iterator[str]], num_steps: int) -> St
         computed, took = time.thread_time() - computed, time.perf_counter() - started
         if result.error is not None:
             raise result.error
-        begun.update(output.key for output in result.tokens)
-        is_full = is_full or len(begun) >= 0.75 * len(grammars)
+        number += 1
+        for output in result.tokens:
+            first_at.setdefault(output.key, number)
+        is_full = is_full or len(first_at) >= 0.75 * len(wanted)
         if is_full:
-            wall.append(took * 1e3)
-            cpu.append(computed * 1e3)
-            tokens += sum(len(output.token_ids) for output in result.tokens)
+            steps.wall.append(took * 1e3)
+            steps.cpu.append(computed * 1e3)
+            steps.tokens += sum(len(output.token_ids) for output in result.tokens)
         for finished in result.finished:
-            ended_invalid += bool(finished.message)
-            send(row_of.pop(finished.key))
+            steps.ended_invalid += bool(finished.message)
+            row = row_of.pop(finished.key)
+            if finished.key in first_at:
+                steps.stays[row].append(number + 1 - first_at[finished.key])
+            send(row)
     for key in row_of:
         engine.abort(key)
     while engine.has_unfinished():
         engine.step()
-    return Steps(wall, cpu, tokens, ended_invalid)
+    return steps
 
 
-def loads(rows: int) -> dict[str, Callable[[], list[Iterator[str]]]]:
-    """Return the grammars of each row's requests, by load."""
-    hostile = list(HOSTILE.values())
+def hostile(rows: int) -> list[Iterator[Wanted]]:
+    """Return requests by row, those of a quarter with hostile grammars."""
+    grammars = [Wanted(grammar) for grammar in HOSTILE.values()]
+    turned = (grammars[row % len(grammars) :] + grammars[: row % len(grammars)] for row in range(rows // 4))
+    return [*map(cycle, turned), *repeated(Wanted(), rows - rows // 4)]
 
-    def free(count: int) -> list[Iterator[str]]:
-        return [repeat("") for _ in range(count)]
 
-    return {
-        "free": lambda: free(rows),
-        "json": lambda: [repeat(json_grammar(JSON_SCHEMA)) for _ in range(rows)],
-        "hostile": lambda: [
-            *(cycle(hostile[row % len(hostile) :] + hostile[: row % len(hostile)]) for row in range(rows // 4)),
-            *free(rows - rows // 4),
-        ],
-    }
+def coming_and_going(rows: int, stays: Mapping[int, list[int]]) -> list[Iterator[Wanted]]:
+    """Return requests by row without grammars, those of a quarter of the rows for so many steps each."""
+    return [
+        *(chain((Wanted(tokens=count) for count in stays.get(row, ())), repeat(Wanted())) for row in range(rows // 4)),
+        *repeated(Wanted(), rows - rows // 4),
+    ]
+
+
+def repeated(one: Wanted, rows: int) -> list[Iterator[Wanted]]:
+    """Return the same request for ever, for each row."""
+    return [repeat(one) for _ in range(rows)]
 
 
 def main(
@@ -130,31 +165,36 @@ def main(
         update={"num_threads": threads, "kv_cache_memory": _KV_CACHE_BYTES, "max_num_seqs": rows, "prefix_cache": False}
     )
     engine = build_engine(settings, lambda line: print(line, file=sys.stderr)).engine
-    found: dict[str, list[Steps]] = {name: [] for name in loads(rows)}
+    found = {name: Steps() for name in ("free", "json", "hostile", "coming and going")}
     for number in range(rounds + 1):
-        for name, grammars in loads(rows).items():
-            measured = measure(engine, grammars(), steps)
-            if number:  # the first round warms up
-                found[name].append(measured)
+        disturbed = measure(engine, hostile(rows), steps)
+        taken = {
+            "free": measure(engine, repeated(Wanted(), rows), steps),
+            "json": measure(engine, repeated(Wanted(json_grammar(JSON_SCHEMA)), rows), steps),
+            "hostile": disturbed,
+            "coming and going": measure(engine, coming_and_going(rows, disturbed.stays), steps),
+        }
+        if number:  # the first round warms up
+            for name, one in taken.items():
+                found[name].add(one)
     print(
-        "| load | step p50, ms | p99, ms | CPU of the step's thread, ms | tokens/s | ended INVALID |\n"
-        "|---|---|---|---|---|---|"
+        "| load | compared with | step p50, ms | p99, ms | CPU of the step's thread, ms | tokens/s | ended INVALID |\n"
+        "|---|---|---|---|---|---|---|"
     )
-    for name, several in found.items():
-        free = found["free"]
-
-        def cell(figure: Callable[[Steps], float], several: list[Steps] = several, free: list[Steps] = free) -> str:
-            ratio = statistics.median(figure(a) / figure(b) for a, b in zip(several, free, strict=True))
-            return f"{statistics.median(map(figure, several)):.2f} ({ratio:.2f})"
-
-        figures: list[Callable[[Steps], float]] = [
-            lambda measured: measured.percentile(0.5),
-            lambda measured: measured.percentile(0.99),
-            lambda measured: statistics.mean(measured.cpu),
-            lambda measured: measured.tokens_per_second,
-        ]
-        ended = sum(measured.ended_invalid for measured in several)
-        print(f"| {name} | {' | '.join(map(cell, figures))} | {ended} |", flush=True)
+    figures: list[Callable[[Steps], float]] = [
+        lambda measured: measured.percentile(0.5),
+        lambda measured: measured.percentile(0.99),
+        lambda measured: statistics.mean(measured.cpu),
+        lambda measured: measured.tokens_per_second,
+    ]
+    for name, other in (
+        ("free", "free"),
+        ("json", "free"),
+        ("coming and going", "free"),
+        ("hostile", "coming and going"),
+    ):
+        cells = [f"{figure(found[name]):.2f} ({figure(found[name]) / figure(found[other]):.2f})" for figure in figures]
+        print(f"| {name} | {other} | {' | '.join(cells)} | {found[name].ended_invalid} |", flush=True)
     os._exit(0)  # as the engine's own process ends
 
 
