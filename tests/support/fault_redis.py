@@ -15,6 +15,11 @@ from pathlib import Path
 
 from service_processes import PATIENCE, redis_server
 
+_DISK = "512m"
+"""Size of the server's file system. Sessions stay for an hour: 15 minutes of a soak left a file of 26 MB, which needs
+its place twice while Redis writes it anew. 64 MiB were full after 37 minutes, and Redis could not be started again.
+"""
+
 
 class FaultRedis:
     """Redis on a Unix socket that stays the same over restarts; it keeps an append-only file.
@@ -27,23 +32,24 @@ class FaultRedis:
         self.socket = f"/tmp/scalellm-faults-{uuid.uuid4().hex[:12]}.sock"
         self.folder = folder / "redis"
         self.folder.mkdir()
+        self._log = folder / "redis.log"
         self.can_fill = _may_mount()
         self._disk: subprocess.Popen[bytes] | None = None
         if self.can_fill:
-            mount = ["sh", "-c", 'mount -t tmpfs -o size=64m tmpfs "$0" && exec sleep infinity', str(self.folder)]
+            mount = ["sh", "-c", f'mount -t tmpfs -o size={_DISK} tmpfs "$0" && exec sleep infinity', str(self.folder)]
             self._disk = subprocess.Popen(["unshare", "--mount", *mount])
             _wait_for(lambda: self._inside().stat().st_dev != self.folder.stat().st_dev, "the disk is not mounted")
         self.start()
 
     def start(self) -> None:
         flags = [redis_server(), "--port", "0", "--unixsocket", self.socket, "--save", "", "--appendonly", "yes"]
-        # The file is written anew long before it fills that file system, which else would be a fault that nobody asked
-        # for: Redis' own limit is 64 MiB.
+        # The file is written anew long before it fills that file system: Redis' own limit is 64 MiB.
         flags += ["--dir", str(self.folder), "--appendfsync", "everysec", "--auto-aof-rewrite-min-size", "8mb"]
         if self._disk is not None:
             flags = ["nsenter", f"--mount=/proc/{self._disk.pid}/ns/mnt", *flags]
-        self.process = subprocess.Popen(flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _wait_for(self._answers, "redis-server did not start")
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(flags, stdout=log, stderr=log)
+        _wait_for(self._answers, f"redis-server did not start, see {self._log}")
 
     def _inside(self) -> Path:
         """The folder as the server sees it."""

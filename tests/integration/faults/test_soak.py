@@ -26,5 +26,6 @@ async def test_soak(lines, table: list[str], seed: int) -> None:
         await soak.run()
     finally:
         table.append(f"soak of {SECONDS:.0f} s (FAULTS_SEED={seed}): {dict(soak.counts)}")
+        table += soak.wrong  # also if the run itself was broken off
         await lines.discard()
     assert not soak.wrong, "\n".join(soak.wrong)
