@@ -1,8 +1,9 @@
-"""`python -m bench.speculation`: one stream with and without speculation, in turns, on texts that repeat more or less.
+"""`python -m bench.speculation`: streams with and without speculation, in turns, on texts that repeat more or less.
 
 Each prompt is answered by an engine without guesses and by one with `--speculation auto`, which must say the same. What
-is told is CPU time per token behind the first one, and steps. CPU time is the engines' clock as well, so that what
-guesses cost is not put down to neighbours on the machine; it says what a clock would on a machine without any.
+is told is CPU time per token once all streams have their first one, and steps. CPU time is the engines' clock as well,
+so that what guesses cost is not put down to neighbours on the machine; it says what a clock would on a machine without
+any.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ from scalellm.services.executor.engine.sampling_params import SamplingParams
 from scalellm.services.tokenizer.text.loading import load_model_tokenizer
 
 _CACHE_BYTES = 1 << 29
+"""Bytes of keys and values for each sixteen streams."""
 _CHANGED_EVERY = 25
 _QUESTIONS = {
     "chat": (
@@ -54,23 +56,27 @@ class Sums:
     accepted: int = 0
 
 
-def answer(engine: Engine, request: EngineRequest, sums: Sums) -> list[int]:
-    """Return the tokens of an answer, and add what it took to the sums."""
-    before, came, first = engine.stats(), [], 0.0
-    engine.add(request)
+def answer(engine: Engine, requests: Sequence[EngineRequest], sums: Sums) -> list[list[int]]:
+    """Return the tokens of each request's answer, and add what they took to the sums."""
+    before, answers = engine.stats(), {request.key: list[int]() for request in requests}
+    started, num_before = 0.0, 0
+    for request in requests:
+        engine.add(request)
     while engine.has_unfinished():
         result = engine.step()
         if result.error is not None:
             raise result.error
-        first = first or (time.process_time() if result.tokens else 0.0)
-        came += [token_id for output in result.tokens for token_id in output.token_ids]
+        for output in result.tokens:
+            answers[output.key] += output.token_ids
+        if not started and all(answers.values()):
+            started, num_before = time.process_time(), sum(map(len, answers.values()))
     after = engine.stats()
-    sums.seconds += time.process_time() - first
-    sums.tokens += len(came)
+    sums.seconds += time.process_time() - started
+    sums.tokens += sum(map(len, answers.values())) - num_before
     sums.steps += after.steps - before.steps
     sums.guessed += after.draft_tokens - before.draft_tokens
     sums.accepted += after.accepted_tokens - before.accepted_tokens
-    return came
+    return list(answers.values())
 
 
 def prompts_of(kind: str) -> Sequence[str]:
@@ -88,6 +94,7 @@ def main(
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     tokens: Annotated[int, typer.Option(min=2, help="Most tokens per answer.")] = 100,
     threads: Annotated[int, typer.Option(min=0, help="0: what the executor would choose.")] = 1,
+    streams: Annotated[int, typer.Option(min=1, help="Requests at once, each with a prompt of its own.")] = 1,
 ) -> None:
     """Print a table. Fails if an answer differs."""
     path = resolve(model, ExecutorSettings().home)
@@ -98,7 +105,8 @@ def main(
                 model=str(path),
                 quantization=quantization,  # type: ignore[arg-type]
                 num_threads=threads,
-                kv_cache_memory=_CACHE_BYTES,  # type: ignore[arg-type]
+                kv_cache_memory=_CACHE_BYTES * -(-streams // 16),  # type: ignore[arg-type]
+                max_num_seqs=streams if streams > 1 else None,
                 prefix_cache=False,
                 speculation=speculation,
             ),
@@ -108,25 +116,34 @@ def main(
         for speculation in ("off", "auto")
     }
     sampling = SamplingParams(max_tokens=tokens, temperature=temperature, seed=1)
+
+    def prompt_ids(question: str, place: int) -> list[int]:
+        asked = f"{place}. {question}" if place else question
+        chat = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+        return encode(chat, add_special_tokens=False).ids
+
+    def changed(answer: Sequence[int]) -> list[int]:
+        return [0 if place % _CHANGED_EVERY == 0 else token_id for place, token_id in enumerate(answer, 1)]
+
     print("| text | tokens | steps without, with | guessed, right | CPU ms per token without, with | ratio |")
     print(f"|{'---|' * 6}")
     for kind in kinds.split(","):
         plain, guessing = Sums(), Sums()
         for number, question in enumerate(prompts_of(kind)):
-            chat = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-            ids = tuple(encode(chat, add_special_tokens=False).ids)
-            salt = f"{kind}{number}".encode()
-            expected = answer(engines["off"], EngineRequest((0, 0), salt.decode(), ids, sampling), plain)
-            predicted = [ids[0] if place % _CHANGED_EVERY == 0 else token for place, token in enumerate(expected, 1)]
-            request = EngineRequest(
-                (0, 0),
-                salt.decode(),
-                ids,
-                sampling,
-                cache_salt=salt,
-                prediction_token_ids=tuple(predicted) if kind == "predictions" else (),
-            )
-            if answer(engines["auto"], request, guessing) != expected:
+            requests = [
+                EngineRequest((0, place), f"{kind}{number}", tuple(prompt_ids(question, place)), sampling)
+                for place in range(streams)
+            ]
+            expected = answer(engines["off"], requests, plain)
+            again = [
+                replace(
+                    request,
+                    cache_salt=f"{kind}{number}/{place}".encode(),
+                    prediction_token_ids=tuple(changed(tokens)) if kind == "predictions" else (),
+                )
+                for place, (request, tokens) in enumerate(zip(requests, expected, strict=True))
+            ]
+            if answer(engines["auto"], again, guessing) != expected:
                 raise SystemExit(f"{kind}: another answer to {question!r}")
         without, with_guesses = (1e3 * sums.seconds / sums.tokens for sums in (plain, guessing))
         print(
