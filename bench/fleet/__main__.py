@@ -131,6 +131,7 @@ def _calibrate(
     executors: Annotated[int, typer.Option(min=1, help="Executors.")] = 1,
     input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 1024,
     output_len: Annotated[int, typer.Option(min=2, help="Generated tokens.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of all loads; the middle one counts.")] = 5,
 ) -> None:
     """Run a real line on the fake engine and the simulator on the same requests; exit 1 beyond 10 %.
 
@@ -140,7 +141,7 @@ def _calibrate(
     if model in CATALOGUE:
         pull(model, home)
     shape = Shape(input_len=input_len, output_len=output_len)
-    plan, found = calibrate(resolve(model, home), [int(load) for load in loads.split(",")], shape, executors)
+    plan, found = calibrate(resolve(model, home), [int(load) for load in loads.split(",")], shape, executors, rounds)
     base = plan.pools[0].steps.base - STEP_TIME_PRESETS["h200-llama-8b"].base
     print(f"fitted with one stream: {1e3 * plan.latency:.3f} ms per message, {1e3 * base:.3f} ms more per step")
     for comparison in found:
