@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,33 +88,39 @@ def _line(model: Path, queue: int) -> Iterator[Line]:
 
 
 def _overload(line: Line, seconds: float) -> dict[str, Any]:
-    """A full load, ten times as much, first of clients that come back when they are told and then of such that come
-    back after a second, and a full load again. A probe of its own sees what a refusal costs.
-    """
+    """A full load; ten times as much; and a full load again.
 
-    def crowd(clients: int, *, after_refusal: float | None = None, starts_after: float = 0.0) -> Crowd:
-        crowd = Crowd(line.address, line.keys[0], clients, _TOKENS, seconds)
-        return replace(crowd, after_refusal=after_refusal, starts_after=starts_after)
+    Ten times as much is, one after the other: ten times the requests a second; ten times the clients, who come back
+    when they are told; as many, who come back after a second. A probe of its own sees what a refusal costs.
+    """
 
     phases: dict[str, dict[str, Any]] = {}
     memory = [line.worker_mib()]
+    full = Crowd(line.address, line.keys[0], ROWS + 4, _TOKENS, seconds)
+    many = replace(full, clients=10 * (ROWS + QUEUE))
+
+    def run(pool: ProcessPoolExecutor, name: str, crowd: Crowd, *, probed: bool = True) -> None:
+        began = line.cpu_seconds()
+        running = start(pool, crowd)
+        probe = start(pool, replace(full, clients=1, after_refusal=0.1, starts_after=1)) if probed else None
+        report = running.result()
+        phases[name] = _figures(report.outcomes, seconds)
+        if probe is not None:
+            phases[f"{name}, probe"] = _figures(probe.result().outcomes, seconds)
+        spent = {role: after - began[role] for role, after in line.cpu_seconds().items()}
+        phases[name]["CPU s"] = {**spent, "clients": report.cpu_s}
+        memory.append(line.worker_mib())
+
     with processes(2) as pool:
-        full, many = crowd(ROWS + 4), 10 * (ROWS + QUEUE)
+        run(pool, "before", full, probed=False)
         overloads = {
-            "overload": crowd(many),
-            "overload, clients come back after a second": crowd(many, after_refusal=1.0),
+            "ten times the requests a second": replace(many, per_second=10 * phases["before"]["admitted per s"]),
+            "overload": many,
+            "overload, clients come back after a second": replace(many, after_refusal=1.0),
         }
-        for name, others in {"before": full, **overloads, "after": full}.items():
-            began = line.cpu_seconds()
-            running = start(pool, others)
-            probe = start(pool, crowd(1, after_refusal=0.1, starts_after=1)) if name in overloads else None
-            report = running.result()
-            phases[name] = _figures(report.outcomes, seconds)
-            if probe is not None:
-                phases[f"{name}, probe"] = _figures(probe.result().outcomes, seconds)
-            spent = {role: after - began[role] for role, after in line.cpu_seconds().items()}
-            phases[name]["CPU s"] = {**spent, "clients": report.cpu_s}
-            memory.append(line.worker_mib())
+        for name, crowd in overloads.items():
+            run(pool, name, crowd)
+        run(pool, "after", full, probed=False)
     peak = max(phases["before"]["admitted per s"], phases["after"]["admitted per s"])
     return {
         **phases,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import multiprocessing
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,24 +15,27 @@ from dataclasses import dataclass
 import grpc
 
 from scalellm.services.common.errors import StatusError
-from scalellm.v1 import common_pb2, generation_pb2, generation_pb2_grpc
+from scalellm.v1 import common_pb2, generation_pb2
+from scalellm.v1.generation_pb2_grpc import GenerationStub
 
 _PER_CONNECTION = 100
 
 
 @dataclass(frozen=True)
 class Crowd:
-    """Clients that ask one request after the other for some seconds.
+    """Clients that ask one request after the other for some seconds, or requests at a rate of their own.
 
     Attributes:
         address: host:port of the tokenizer.
         key: The tenant's API key.
-        clients: Number of clients.
+        clients: Number of clients; with `per_second`, of those who share the connections.
         max_tokens: Most tokens of an answer.
         seconds: For how long new requests are sent. Those that run then are cancelled.
         pause: Seconds between an answer and the client's next request.
         after_refusal: Seconds that a refused client waits; None: as long as it was told, as clients should.
         starts_after: Seconds before the first request.
+        per_second: Requests a second that come as a Poisson process, whatever became of those before; 0: each client
+            has one at a time.
     """
 
     address: str
@@ -41,6 +46,7 @@ class Crowd:
     pause: float = 0.0
     after_refusal: float | None = None
     starts_after: float = 0.0
+    per_second: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,11 @@ async def _ask_all(crowd: Crowd) -> list[Outcome]:
     options = (("grpc.use_local_subchannel_pool", 1),)
     count = -(-crowd.clients // _PER_CONNECTION)
     channels = [grpc.aio.insecure_channel(crowd.address, options=options) for _ in range(count)]
-    stubs = [generation_pb2_grpc.GenerationStub(channel) for channel in channels]
+    stubs = [GenerationStub(channel) for channel in channels]
+    ask = _arrive if crowd.per_second else _come_back
     try:
         async with asyncio.timeout(crowd.seconds):
-            await asyncio.gather(
-                *(_ask(crowd, stubs[number % count], number, outcomes) for number in range(crowd.clients))
-            )
+            await ask(crowd, stubs, outcomes)
     except TimeoutError:
         pass
     finally:
@@ -119,7 +124,36 @@ async def _ask_all(crowd: Crowd) -> list[Outcome]:
     return outcomes
 
 
-async def _ask(crowd: Crowd, stub: generation_pb2_grpc.GenerationStub, number: int, outcomes: list[Outcome]) -> None:
+async def _come_back(crowd: Crowd, stubs: Sequence[GenerationStub], outcomes: list[Outcome]) -> None:
+    """Let each client ask again once its request has ended."""
+
+    async def run(number: int) -> None:
+        while True:
+            outcome = await _ask(crowd, stubs[number % len(stubs)], number)
+            outcomes.append(outcome)
+            if outcome.code == "OK":
+                await asyncio.sleep(crowd.pause)
+            else:
+                await asyncio.sleep(crowd.after_refusal if crowd.after_refusal is not None else outcome.told or 1.0)
+
+    await asyncio.gather(*map(run, range(crowd.clients)))
+
+
+async def _arrive(crowd: Crowd, stubs: Sequence[GenerationStub], outcomes: list[Outcome]) -> None:
+    """Send requests at the crowd's rate."""
+    draw, due = random.Random(0), time.monotonic()
+
+    async def run(number: int) -> None:
+        outcomes.append(await _ask(crowd, stubs[number % len(stubs)], number))
+
+    async with asyncio.TaskGroup() as group:
+        for number in itertools.count():
+            due += draw.expovariate(crowd.per_second)
+            await asyncio.sleep(due - time.monotonic())
+            group.create_task(run(number))
+
+
+async def _ask(crowd: Crowd, stub: GenerationStub, number: int) -> Outcome:
     request = generation_pb2.GenerateRequest(
         prompt=f"Client {number}. Once upon a time",
         sampling=common_pb2.SamplingParams(max_tokens=crowd.max_tokens, ignore_eos=True),
@@ -127,20 +161,15 @@ async def _ask(crowd: Crowd, stub: generation_pb2_grpc.GenerationStub, number: i
         stream_interval=64,
     )
     metadata = (("authorization", f"Bearer {crowd.key}"),)
-    while True:
-        started_at, first_at = time.monotonic(), 0.0
-        code, told = "OK", None
-        try:
-            async for response in stub.Generate(request, metadata=metadata):
-                if not first_at and response.WhichOneof("event") == "delta":
-                    first_at = time.monotonic()
-        except grpc.aio.AioRpcError as error:
-            code, told = error.code().name, _retry_after(error)
-        outcomes.append(Outcome(started_at, first_at, time.monotonic(), code, told))
-        if code == "OK":
-            await asyncio.sleep(crowd.pause)
-        else:
-            await asyncio.sleep(crowd.after_refusal if crowd.after_refusal is not None else told or 1.0)
+    started_at, first_at = time.monotonic(), 0.0
+    code, told = "OK", None
+    try:
+        async for response in stub.Generate(request, metadata=metadata):
+            if not first_at and response.WhichOneof("event") == "delta":
+                first_at = time.monotonic()
+    except grpc.aio.AioRpcError as error:
+        code, told = error.code().name, _retry_after(error)
+    return Outcome(started_at, first_at, time.monotonic(), code, told)
 
 
 def _retry_after(error: grpc.aio.AioRpcError) -> float | None:
