@@ -143,7 +143,10 @@ def _calibrate(
     shape = Shape(input_len=input_len, output_len=output_len)
     plan, found = calibrate(resolve(model, home), [int(load) for load in loads.split(",")], shape, executors, rounds)
     base = plan.pools[0].steps.base - STEP_TIME_PRESETS["h200-llama-8b"].base
-    print(f"fitted with one stream: {1e3 * plan.latency:.3f} ms per message, {1e3 * base:.3f} ms more per step")
+    print(
+        f"measured with one stream: {1e3 * plan.encoding:.3f} ms to encode a request, {1e3 * plan.latency:.3f} ms per "
+        f"message, {1e3 * base:.3f} ms more per step"
+    )
     for comparison in found:
         print(comparison.text())
     if not all(comparison.is_close for comparison in found):

@@ -1,8 +1,9 @@
 """The simulator against the real line: the same requests to both, and how far their times lie apart.
 
 The line has the fake engine, whose steps take what a model of a GPU says. What that model does not know is measured
-with one stream, where nothing waits for anything: how long a message takes from one service to the next, and what a
-step takes beyond its model. With these two figures the other loads are simulated, and compared.
+with one stream, where nothing waits for anything: the time that a tokenizer worker needs for each of several requests
+that come at once, how long a message takes from one service to the next, and what a step takes beyond its model. With
+these figures the other loads are simulated, and compared.
 
 Compared are means, because in a closed loop they follow from the throughput. Medians depend on the phase in which
 requests of one length follow each other: in simulations of 16 at once, messages of 1.5 to 4.3 ms gave medians of TTFT
@@ -26,12 +27,15 @@ from bench.load.grpc_target import GrpcTarget
 from bench.load.records import RequestRecord
 from bench.load.vocabulary import Vocabulary
 from bench.load.workload import Conversation, Load, Shape, conversations
-from bench.services.processes import Workplace
+from bench.services.processes import Service, Workplace
 from scalellm.services.executor.engine.fake_model_runner import STEP_TIME_PRESETS
 
 PRESET = "h200-llama-8b"
 LIMIT = 0.10
 """Largest allowed error of the simulation's TTFT and ITL, as a share of the line's."""
+
+_ENCODED = 128
+"""Requests by which a worker's time for one is measured."""
 
 _HOPS = 4
 """Messages that the simulator has before a first token: from the edge to the scheduler, to the executor, and back."""
@@ -81,31 +85,45 @@ def calibrate(
     pool = Pool(num_executors)
     planned = {load: [_planned(load, shape, number) for number in range(num_rounds)] for load in (1, *loads)}
     recorded: dict[int, list[Sequence[RequestRecord]]] = {load: [] for load in planned}
-    with _line(model, pool) as address:
+    with _line(model, pool) as tokenizer:
+        encoding = _encoding(tokenizer, shape)
         for number in range(num_rounds):
             for load, rounds in planned.items():
-                recorded[load].append(asyncio.run(_record(address, rounds[number], load)))
-    plan = _fit(FleetPlan((pool,), num_edges=1), planned[1], recorded[1])
+                recorded[load].append(asyncio.run(_record(tokenizer.address, rounds[number], load)))
+    plan = _fit(FleetPlan((pool,), num_edges=1, encoding=encoding), planned[1], recorded[1])
     return plan, [_compare(plan, rounds, load, recorded[load]) for load, rounds in planned.items()]
 
 
 def _planned(load: int, shape: Shape, number: int) -> list[Conversation]:
-    alphabet = Vocabulary.of_size(VOCABULARY).alphabet
-    return conversations(shape, alphabet, max(16, 4 * load), f"calibrate/{load}/{number}")
+    return _prompts(shape, max(16, 4 * load), f"{load}/{number}")
+
+
+def _prompts(shape: Shape, count: int, name: str) -> list[Conversation]:
+    return conversations(shape, Vocabulary.of_size(VOCABULARY).alphabet, count, f"calibrate/{name}")
+
+
+def _encoding(tokenizer: Service, shape: Shape) -> float:
+    """CPU seconds of the worker's busiest thread for a request with an answer of one token: requests that come at once
+    leave the worker so far apart.
+    """
+    wanted = _prompts(replace(shape, output_len=1), _ENCODED, "encoding")
+    asyncio.run(_record(tokenizer.address, wanted[: _ENCODED // 4], 1))  # caches and connections
+    (worker,) = tokenizer.processes["worker"]
+    before = {thread.id: thread.user_time + thread.system_time for thread in worker.threads()}
+    asyncio.run(_record(tokenizer.address, wanted, 1))
+    spent = (thread.user_time + thread.system_time - before.get(thread.id, 0.0) for thread in worker.threads())
+    return max(spent) / _ENCODED
 
 
 @contextmanager
-def _line(model: Path, pool: Pool) -> Iterator[str]:
+def _line(model: Path, pool: Pool) -> Iterator[Service]:
     limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks", "block_size")
     flags = [part for name in limits for part in (f"--{name.replace('_', '-')}", str(getattr(pool, name)))]
     flags += ["--model", str(model), "--engine", "fake", "--fake-preset", PRESET]
     with Workplace() as place:
         executors = [place.service("executor", *flags).address for _ in range(pool.size)]
         scheduler = place.service("scheduler", "--executors", ",".join(executors))
-        tokenizer = place.service(
-            "tokenizer", "--scheduler", scheduler.address, "--model", str(model), "--workers", "1"
-        )
-        yield tokenizer.address
+        yield place.service("tokenizer", "--scheduler", scheduler.address, "--model", str(model), "--workers", "1")
 
 
 async def _record(address: str, planned: Sequence[Conversation], load: int) -> list[RequestRecord]:

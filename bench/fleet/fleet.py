@@ -89,12 +89,14 @@ class FleetPlan:
         pools: Its executors.
         num_edges: Tokenizer workers.
         latency: Seconds that a message takes from one service to the next.
+        encoding: Seconds of an edge for each request, of one after the other, before it sends it on.
         settings: Settings of the scheduler beyond its defaults.
     """
 
     pools: tuple[Pool, ...] = (Pool(8),)
     num_edges: int = 4
     latency: float = 0.2e-3
+    encoding: float = 0.0
     settings: dict[str, object] = field(default_factory=dict)
 
 
@@ -119,7 +121,8 @@ class VirtualFleet:
         settings = SchedulerSettings.model_validate(plan.settings)
         self.scheduler = VirtualScheduler(network, "10.255.0.1:50052", addresses, settings)
         self._edges = [VirtualEdge(network, f"edge {n}", [self.scheduler.address]) for n in range(plan.num_edges)]
-        self._turns = cycle(self._edges)
+        self._turns = cycle([(edge.link, asyncio.Lock()) for edge in self._edges])
+        self._encoding = plan.encoding
         self._script = FakeModelRunner(VOCABULARY, {_EOS}, STEP_TIME_PRESETS["instant"])
         self._num_sent = 0
 
@@ -149,10 +152,14 @@ class VirtualFleet:
 
     async def stream(self, request: Request) -> AsyncGenerator[Tokens | Ended]:
         """See Target. Raises FleetError for a token that is not the next one of this prompt."""
-        link = next(self._turns).link
+        link, encoder = next(self._turns)
         self._num_sent += 1
+        request_id = str(self._num_sent)
+        if self._encoding:
+            async with encoder:
+                await asyncio.sleep(self._encoding)
         submit = link_pb2.Submit(
-            request_id=str(self._num_sent),
+            request_id=request_id,
             token_ids=request.token_ids,
             cache_salt=b"fleet",
             session_id=request.session_id or "",
@@ -160,7 +167,7 @@ class VirtualFleet:
         submit.sampling.n = 1
         submit.sampling.max_tokens = request.output_len
         submit.sampling.ignore_eos = True
-        submit.sampling.seed = self._num_sent
+        submit.sampling.seed = int(request_id)
         last, position = request.token_ids[-1], len(request.token_ids)
         try:
             receiver = link.submit(submit)

@@ -21,6 +21,17 @@ def test_times_are_those_of_messages_and_steps(overlaps):
         assert record.itls == [pytest.approx(0.011, abs=1e-6)] * 7
 
 
+def test_an_edge_encodes_one_request_after_the_other():
+    steps = StepTimeModel(base=0.001, per_prefill_token=0.0, per_decode=0.0, per_context_token=0.0)
+    planned = conversations(Shape(input_len=100, output_len=1), ALPHABET, 4, "encoding")
+    for num_edges, places in ((1, [1, 2, 3, 4]), (2, [1, 1, 2, 2])):
+        pool = Pool(1, steps=steps, overlaps=False)
+        plan = FleetPlan((pool,), num_edges=num_edges, latency=0.001, encoding=0.010)
+        done = simulate(plan, planned, Load(concurrency=4))
+        expected = [0.010 * place + 4 * 0.001 + 0.001 for place in places]
+        assert sorted(record.ttft for record in done.records) == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_run_follows_from_its_arguments_and_faults_lose_nothing():
     plan = FleetPlan((Pool(4),), num_edges=2)
     planned = conversations(Shape("shared", 64, 40, prefix_len=256), ALPHABET, 40, "faults")
