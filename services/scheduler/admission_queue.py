@@ -15,8 +15,8 @@ from scalellm.services.scheduler.tenant_shares import EntryT, NoRoomError, Queue
 _RETRY_AFTER_UNKNOWN = 1.0
 _RETRY_AFTER_RANGE = (0.1, 60.0)
 _LONGEST_FULL = 0.25
-"""Seconds for which a queue without room may be taken to have none: there may be some sooner than was expected, because
-clients leave or an executor comes."""
+"""Most seconds for which a refusal says that the queue stays full: room may come earlier than predicted, because
+clients leave or an executor joins."""
 
 
 class QueueFullError(StatusError):
@@ -38,16 +38,18 @@ class TenantAccounts(Protocol):
     """The accounts of the tenants whose requests wait in the queue, or come to it."""
 
     def served(self, tenant: bytes) -> float:
-        """Tokens served so far, divided by the tenant's weight; only compared."""
+        """Return the tenant's tokens served so far divided by its weight. Only comparisons between tenants mean
+        anything.
+        """
 
     def weight(self, tenant: bytes) -> float:
-        """The tenant's share in relation to others."""
+        """Return the tenant's weight: its share of the service in relation to other tenants."""
 
 
 class AdmissionQueue(Generic[EntryT]):
-    """Waiting requests in the order in which they shall leave: by priority; among equal ones, of the tenant that was
-    served least; of one tenant, by arrival. When the queue is full, the tenant that holds most, by weight, makes room
-    for those that hold less.
+    """Waiting requests in dispatch order: by priority, then by tenant (the one served least goes first), then by
+    arrival. When the queue is full, requests of the tenant that holds most of it, relative to its weight, are dropped
+    for those of tenants that hold less.
 
     Sorted lists: with a few thousand entries an insertion or removal moves some kilobytes, which is cheaper than what
     any tree does in Python.
@@ -77,12 +79,12 @@ class AdmissionQueue(Generic[EntryT]):
 
     @property
     def num_tenants(self) -> int:
-        """Tenants of which requests wait."""
+        """Number of tenants with waiting requests."""
         return len(self._shares)
 
     def in_order(self) -> Iterator[EntryT]:
-        """All entries that wait now, the next one first. Each may be removed, and its tenant served, before the next
-        one is asked for.
+        """Iterate over the waiting entries in dispatch order. The caller may remove an entry, and charge its tenant,
+        before it takes the next one.
         """
         for priority in sorted(self._lines):
             lines = {tenant: line.copy() for tenant, line in self._lines[priority].items()}
@@ -98,18 +100,18 @@ class AdmissionQueue(Generic[EntryT]):
                     heappop(heads)
 
     def heads(self) -> list[EntryT]:
-        """The next entry of each tenant, by priority and service."""
+        """Return the next entry of each tenant, by priority and then by what the tenant was served."""
         heads = {}
         for priority in sorted(self._lines, reverse=True):
             heads.update({tenant: line.first for tenant, line in self._lines[priority].items()})
         return sorted(heads.values(), key=lambda entry: (entry.priority, self._served(entry.tenant), entry.arrival))
 
     def firsts(self) -> Iterator[EntryT]:
-        """The next entry of each tenant and priority, in no order."""
+        """Iterate over the next entry of each tenant and priority, in no order."""
         return (line.first for lines in self._lines.values() for line in lines.values())
 
     def admit(self, entry: EntryT, remaining: float | None, tokens_per_second: float | None) -> list[EntryT]:
-        """Take a new request, or refuse it at once rather than let it wait in vain.
+        """Queue a new request, or refuse it at once if it would wait in vain.
 
         Args:
             entry: The request.
@@ -140,19 +142,19 @@ class AdmissionQueue(Generic[EntryT]):
         return dropped
 
     def crowded_out(self, tokens_per_second: float | None) -> StatusError:
-        """The refusal of a request that made room for another tenant's."""
+        """Return the error for a request that was dropped to make room for another tenant's."""
         return self._full(
             "the tenant of this request holds most of it and made room for another's", 0, tokens_per_second
         )
 
     def put_back(self, entry: EntryT) -> None:
-        """Take a request that was admitted before, here or by another scheduler: it is not refused or dropped now. Its
-        place among those of its tenant is by arrival, so one that had left takes its old place.
+        """Queue a request that was admitted before, here or by another scheduler. It is never refused or dropped, and
+        as its tenant's requests are ordered by arrival, it gets its old place back.
         """
         self._insert(entry, may_be_dropped=False)
 
     def remove(self, entry: EntryT) -> None:
-        """Take a request out."""
+        """Remove a request. Raises KeyError if it is not queued."""
         if entry not in self:
             raise KeyError(f"request {entry.arrival} is not queued")
         lines = self._lines[entry.priority]
@@ -166,8 +168,8 @@ class AdmissionQueue(Generic[EntryT]):
         self.num_tokens -= entry.num_prompt_tokens
 
     def tokens_ahead(self, entry: EntryT) -> int:
-        """Prompt tokens that leave before a request that comes now, about: other tenants get as much as its own, by
-        their weights.
+        """Estimate the prompt tokens that are dispatched before a request that arrives now, if each other tenant is
+        served as many as its own, in proportion to their weights.
         """
         ahead = 0
         for priority, lines in self._lines.items():

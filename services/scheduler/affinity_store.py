@@ -54,7 +54,7 @@ class AffinityStore:
 
     @property
     def num_failures(self) -> int:
-        """Operations that Redis did not do."""
+        """Number of failed Redis operations."""
         return self._num_failed_reads + (self._watch.num_failures if self._watch is not None else 0)
 
     @property
@@ -63,14 +63,14 @@ class AffinityStore:
         return self._redis is not None
 
     def get(self, session_id: str) -> str | None:
-        """The executor, if this process knows it."""
+        """Return the executor that ran the session last, or None if this process does not know it."""
         address = self._known.get(session_id)
         if address is not None:
             self._known.move_to_end(session_id)
         return address
 
     def record(self, session_id: str, address: str) -> None:
-        """The session runs there now."""
+        """Remember that the session runs on the executor at this address, and have it written to Redis."""
         self._known[session_id] = address
         self._known.move_to_end(session_id)
         if len(self._known) > self._capacity:
@@ -80,7 +80,9 @@ class AffinityStore:
             self._write_due.set()
 
     def look_up(self, session_id: str) -> asyncio.Future[str | None]:
-        """The executor as Redis knows it; None when it does not, or not in time."""
+        """Read the session's executor from Redis. The result is None if Redis does not know it or does not answer in
+        time.
+        """
         future = self._wanted.get(session_id)
         if future is None:
             loop = asyncio.get_running_loop()
@@ -91,7 +93,9 @@ class AffinityStore:
         return future
 
     def _give_up(self, wanted: dict[str, asyncio.Future[str | None]]) -> None:
-        """Redis is too slow. It is not cancelled: its client does not end promptly when it is."""
+        """Resolve look-ups that Redis has not answered in time. The read itself is not cancelled, since the Redis
+        client does not end promptly when cancelled.
+        """
         if wanted is self._wanted:
             self._wanted = {}
         for future in wanted.values():
@@ -127,7 +131,8 @@ class AffinityStore:
                 continue
             try:
                 with cancellable():
-                    pipeline = redis.pipeline(transaction=False)  # not MGET: keys of a cluster lie apart
+                    # not MGET: in a Redis cluster the keys lie on several nodes
+                    pipeline = redis.pipeline(transaction=False)
                     for session_id in wanted:
                         pipeline.get(_key(session_id))
                     values = await pipeline.execute()

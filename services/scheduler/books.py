@@ -23,7 +23,8 @@ def outcome_of(code: int) -> str:
 
 @dataclass
 class Books:
-    """Counts since start. With those queued and running: accepted = finished + cancelled + rejected + these.
+    """Counts since start. They add up at every moment: accepted = finished + cancelled + rejected + open, where open
+    requests are queued, running or being moved.
 
     Attributes:
         accepted: Submits that came.
@@ -34,8 +35,8 @@ class Books:
         prompt_tokens: Prompt tokens of the accepted requests.
         tokens_received: Tokens that came from executors.
         tokens_sent: Tokens that went to clients.
-        tokens_dropped: Tokens of requests that had ended, or that the client has already. With nothing under way,
-            tokens_received = tokens_sent + tokens_dropped.
+        tokens_dropped: Tokens of ended requests, and repeated tokens that the client already has. When no frame is
+            under way, tokens_received = tokens_sent + tokens_dropped.
         queue_time: Seconds in the admission queue until the first dispatch.
         client_traffic: Messages and bytes on the links of clients.
     """
@@ -69,12 +70,12 @@ class Books:
 
     @property
     def num_open(self) -> int:
-        """Requests that have not ended, wherever they are: while they are moved they neither wait nor run."""
+        """Requests that have not ended: queued, running, or being moved between executors."""
         return self.accepted - sum(self.ended.values())
 
     @classmethod
     def total(cls, all_books: Iterable[Books]) -> Books:
-        """Return what several books say together."""
+        """Return the sums of several Books."""
         total = cls()
         for books in all_books:
             for name in _COUNTS:
@@ -86,7 +87,7 @@ class Books:
         return total
 
     def count_end(self, code: int) -> None:
-        """A request ended with this google.rpc.Code."""
+        """Count a request that ended with this google.rpc.Code."""
         self.ended[code] = self.ended.get(code, 0) + 1
 
 

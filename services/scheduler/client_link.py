@@ -20,19 +20,19 @@ _BEAT_FRAME = link_pb2.ServerFrame(step=link_pb2.StepOutput()).SerializeToString
 
 
 class ClientLink:
-    """Collects what is due to one client link and sends it as one StepOutput per turn of the event loop.
+    """Collects the output for one client link and sends it as one StepOutput per iteration of the event loop.
 
     So one step of an executor becomes one frame per link, and steps of several executors that arrive together become
     one as well.
 
-    While requests run and there is nothing to say, because a long prompt is computed, an empty frame every few seconds
-    shows that this event loop is alive.
+    While requests run without output, for instance during a long prefill, an empty frame every few seconds shows the
+    client that this event loop is alive.
 
     Args:
         client_id: The incarnation of the upstream process.
         service: Name of its service; empty: not known.
-        books: Count what is sent.
-        takes_any_model: The client named no model.
+        books: Counts of the scheduler; sent tokens are added to them.
+        takes_any_model: True if the client's Hello named no model.
         beat: Seconds between empty frames.
     """
 
@@ -54,7 +54,7 @@ class ClientLink:
         self._start_frame()
 
     def add_tokens(self, handle: int, index: int, offset: int, token_ids: list[int]) -> None:
-        """New tokens of one sample."""
+        """Add new tokens of one sample to the frame."""
         self._handles.append(handle)
         self._indices.append(index)
         self._offsets.append(offset)
@@ -66,7 +66,7 @@ class ClientLink:
     def add_columns(
         self, handles: list[int], indices: list[int], offsets: list[int], counts: list[int], token_ids: list[int]
     ) -> None:
-        """New tokens of many samples."""
+        """Add new tokens of many samples to the frame, as columns."""
         self._handles += handles
         self._indices += indices
         self._offsets += offsets
@@ -75,12 +75,12 @@ class ClientLink:
         self._schedule_flush()
 
     def add_logprobs(self, logprobs: link_pb2.LinkLogprobs) -> None:
-        """Log-probabilities of new tokens."""
+        """Add log-probabilities of new tokens to the frame."""
         self._logprobs.append(logprobs)
         self._schedule_flush()
 
     def add_prompt_logprobs(self, logprobs: link_pb2.LinkLogprobs) -> None:
-        """Log-probabilities of a part of the prompt."""
+        """Add log-probabilities of a part of a prompt to the frame."""
         self._prompt_logprobs.append(logprobs)
         self._num_prompt_logprobs += len(logprobs.values.logprobs) * (1 + logprobs.values.num_top)
         if self._num_prompt_logprobs < _MAX_PROMPT_LOGPROBS:
@@ -89,12 +89,12 @@ class ClientLink:
             self.flush()
 
     def add_sample_finish(self, sample_finish: link_pb2.LinkSampleFinish) -> None:
-        """One sample ended."""
+        """Add the end of one sample to the frame."""
         self._finished_samples.append(sample_finish)
         self._schedule_flush()
 
     def add_finish(self, finish: link_pb2.Finish) -> None:
-        """A request ended; its handle is free again."""
+        """Add the end of a request to the frame and free its handle."""
         self.requests.pop(finish.handle, None)
         self._finished.append(finish)
         self._schedule_flush()
@@ -105,12 +105,12 @@ class ClientLink:
         self._schedule_flush()
 
     def close(self) -> None:
-        """Send what is due and end the link."""
+        """Send the collected output and end the link."""
         self.flush()
         self.server_link.close()
 
     def flush(self) -> None:
-        """Send what is due now."""
+        """Send the collected output now."""
         self._flush_due = False
         if not (
             self._handles

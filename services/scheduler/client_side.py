@@ -1,4 +1,4 @@
-"""The client's side of a request: what it has been sent, and what it wants to end."""
+"""The client's side of a request: the tokens it was sent, and the samples it asked to end."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ClientSide:
     Attributes:
         link: The client link it came on.
         handle: Its handle there.
-        progress: The tokens that the client has.
+        progress: Tokens and ended samples that were sent to the client.
         emitted: The tokens of `progress`, by sample.
-        stopping_samples: Samples that the client wanted to end and whose end it was not told yet.
+        stopping_samples: Samples that the client asked to end and whose end was not sent to it yet.
         cancelled: Reason for which the client ended the whole request; None = it did not.
     """
 
@@ -57,7 +57,7 @@ class ClientSide:
             self.cancelled = StatusError(grpc.StatusCode.CANCELLED, "the client cancelled the request")
 
     def settle_stopping(self) -> None:
-        """End, towards the client, the samples that it wanted to end: no executor will answer to that any more."""
+        """Send the client the ends of the samples that it aborted, because their executor is lost and cannot."""
         for index, reason in sorted(self.stopping_samples.items()):
             self.progress.end_sample(index, reason)
             self.link.add_sample_finish(link_pb2.LinkSampleFinish(handle=self.handle, index=index, reason=reason))

@@ -1,4 +1,4 @@
-"""The dispatcher of one model's requests: its executors, its queue and books, and its clients' links."""
+"""The dispatcher of one model's requests: its executors, queue, counts and client links."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Dispatcher:
-    """One model's part of a scheduler. Executors belong to one model, so nothing is shared or fought over between two.
+    """One model's part of a scheduler. An executor serves one model, so two dispatchers share nothing.
 
     Args:
         settings: Settings of the scheduler; the limits of the queue hold for each model.
@@ -33,9 +33,9 @@ class Dispatcher:
 
     Attributes:
         fleet: The executors.
-        placement: Sees requests to their end.
-        intake: Takes them in.
-        heartbeat: Told of progress.
+        placement: Dispatches requests to executors and ends them.
+        intake: Accepts requests from client links.
+        heartbeat: Records progress, for the health check.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class Dispatcher:
 
     @property
     def is_awaited(self) -> bool:
-        """True if the model has executors that are ready, or may be before long."""
+        """True while requests may wait for the model: it has executors that are ready or expected to become ready."""
         return bool(self.model and self.fleet.replicas) and not self.placement.outage.is_given_up
 
     def give_away(self, replica: ReplicaLink) -> None:
-        """An executor that is not ready belongs to another model from here on."""
+        """Release an executor that is not ready to the dispatcher of another model."""
         self.fleet.give_away(replica)
         self.placement.outage.update(is_ready=bool(self.fleet.ready), is_reachable=self.fleet.is_reachable)
 
     def describe(self) -> scheduler_pb2.ModelState:
-        """Return the model's counts as GetState tells them."""
+        """Return the model's counts for GetState."""
         books, queue = self.placement.books, self.placement.queue
         return scheduler_pb2.ModelState(
             model=self.model,

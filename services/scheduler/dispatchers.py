@@ -1,4 +1,4 @@
-"""The models of one scheduler: which dispatcher an executor belongs to, and which one a client's link."""
+"""The dispatchers of one scheduler, one per model, and the choice of the one for an executor or a client link."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RETRY_AFTER = 1.0
 
 
 class Dispatchers:
-    """One dispatcher for each model that an executor had since start. An ExecutorSet.
+    """One dispatcher for each model that an executor has served since start. Implements ExecutorSet.
 
     An executor says with its Welcome which model it has; until then the first dispatcher keeps it. One that comes back
     with another model moves to that model's dispatcher.
@@ -42,12 +42,12 @@ class Dispatchers:
         return iter(self._all)
 
     def start(self) -> None:
-        """Begin; how long the first executor is waited for counts from here."""
+        """Start placement. The grace period for the first executor begins now."""
         self._is_started = True
         self._first.placement.start()
 
     async def stop(self) -> None:
-        """Place nothing more, and close the links to executors."""
+        """Stop placement and close the links to executors."""
         for dispatcher in self._all:
             dispatcher.placement.stop()
         await asyncio.gather(*(dispatcher.fleet.stop() for dispatcher in self._all))
@@ -55,22 +55,26 @@ class Dispatchers:
     # Calls that concern all dispatchers.
 
     def begin_drain(self) -> None:
-        """Admit nothing more."""
+        """Refuse new requests."""
         self.is_draining = True
         for dispatcher in self._all:
             dispatcher.intake.begin_drain()
 
     async def wait_idle(self, limit: float) -> int:
-        """Wait until nothing is queued or running, or `limit` seconds have passed. Returns what is left."""
+        """Wait until nothing is queued or running, or `limit` seconds have passed. Returns the number of
+        requests left.
+        """
         return sum(await asyncio.gather(*(dispatcher.placement.wait_idle(limit) for dispatcher in self._all)))
 
     def end_all(self, error: StatusError, *, moved: bool = False) -> None:
-        """End what is left, and all client links; moved: clients may send their requests to another scheduler."""
+        """End all open requests and client links; moved: clients may send their requests to another scheduler."""
         for dispatcher in self._all:
             dispatcher.intake.end_all(error, moved=moved)
 
     def turn_away(self, model: str) -> None:
-        """A worker refused a request for a model, as nobody takes its link; empty: for the one that there is."""
+        """Record, for scaling, that a worker refused a request for a model because no scheduler accepted its link.
+        An empty name stands for the first model.
+        """
         found = self._of_model(model) or self._first
         found.placement.outage.turned_away_at = asyncio.get_running_loop().time()
 
@@ -81,41 +85,43 @@ class Dispatchers:
 
     @property
     def num_client_links(self) -> int:
-        """Client links that stand."""
+        """Number of open client links."""
         return sum(dispatcher.intake.num_links for dispatcher in self._all)
 
     @property
     def is_ready(self) -> bool:
-        """True if some model has an executor that takes requests, and none stands still."""
+        """True if some model has an executor that takes requests, and no dispatcher has stalled."""
         has_ready = any(dispatcher.fleet.ready for dispatcher in self._all)
         return has_ready and all(dispatcher.heartbeat.is_alive for dispatcher in self._all)
 
     # ExecutorSet
 
     def add(self, address: str) -> None:
-        """An executor is there. Idempotent."""
+        """Add the executor at an address. Idempotent."""
         (self._keeper_of(address) or self._first).fleet.add(address)
 
     def remove(self, address: str) -> None:
-        """An executor leaves: no new requests, gone once the running ones are done."""
+        """Remove an executor: it gets no new requests and is forgotten once the running ones have ended."""
         if (keeper := self._keeper_of(address)) is not None:
             keeper.fleet.remove(address)
 
     def drop_when_down(self, address: str) -> None:
-        """An executor's name stands for it no more: it is forgotten once its link is down."""
+        """Forget an executor once its link is down, since its name no longer resolves to its address."""
         if (keeper := self._keeper_of(address)) is not None:
             keeper.fleet.drop_when_down(address)
 
     # Choice of the dispatcher of a client's link.
 
     async def find(self, hello: link_pb2.Hello, patience: float) -> Dispatcher:
-        """Return the dispatcher of a new client link, whose model has an executor or was waited for in vain.
+        """Return the dispatcher of a new client link, after its model has an executor or the wait for one has ended.
 
         Args:
-            hello: The client's Hello. Without a model in it: the served one with the client's tokenizer.
+            hello: The client's Hello. If it names no model, the served model with the client's tokenizer is chosen.
             patience: Seconds to wait for a first executor of the model.
 
-        Raises StatusError.
+        Raises:
+            StatusError: UNAVAILABLE if no executor of the named model is known; FAILED_PRECONDITION if the client has
+                to name one of several models.
         """
         try:
             async with asyncio.timeout(patience):
@@ -125,7 +131,7 @@ class Dispatchers:
                 await found.placement.outage.wait_decided(patience)
         except TimeoutError:
             pass
-        found = self._find(hello)  # again: another model may have come meanwhile
+        found = self._find(hello)  # again, because a model may have been added during the wait
         if found is None:
             message = f"model: no executor of {hello.model!r} is known here, {self._name_models()}"
             raise StatusError.unavailable(message, _RETRY_AFTER)
@@ -138,7 +144,7 @@ class Dispatchers:
         awaited = [each for each in self._all if each.is_awaited]
         if len(awaited) > 1 and hello.tokenizer_sha256:
             alike = [each for each in awaited if _has_tokenizer(each, hello.tokenizer_sha256)]
-            awaited = alike or awaited[:1]  # which then refuses the link
+            awaited = alike or awaited[:1]  # the first one then refuses the link, because the tokenizers differ
         if len(awaited) > 1:
             message = f"model: must be named, {self._name_models()}; start the tokenizer service with all of them"
             raise StatusError(grpc.StatusCode.FAILED_PRECONDITION, message, field="model")
@@ -158,12 +164,12 @@ class Dispatchers:
         return next((each for each in self._all if address in each.fleet.replicas), None)
 
     def _home_of(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> Placement:
-        """Have an executor that was welcomed where its model is."""
+        """Move an executor that has sent its Welcome to the dispatcher of its model. Returns that one's placement."""
         here = self._keeper_of(replica.address)
         assert here is not None, f"{replica.address} has been let go"
         there = self._of_model(welcome.model)
         if there is None:
-            # An executor that is alone takes its dispatcher along: another model comes in the place of the old one.
+            # The only executor of a model keeps its dispatcher: the new model replaces the old one.
             there = here if not here.model or len(here.fleet.replicas) == 1 else self._add()
         if there is not here:
             _log.info("executor %s has model %s", replica.address, welcome.model)
@@ -182,7 +188,9 @@ class Dispatchers:
         return dispatcher
 
     def _review(self) -> None:
-        """Some model has executors now, or none any more."""
+        """Wake waiting links after executors of a model appeared or were lost, and end the unnamed links of lost
+        models.
+        """
         self._changed.set()
         awaited = [each for each in self._all if each.is_awaited]
         for dispatcher in self._all:

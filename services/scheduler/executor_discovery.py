@@ -14,13 +14,13 @@ class ExecutorSet(Protocol):
     """The receiver of discovered executors."""
 
     def add(self, address: str) -> None:
-        """An executor is there. Idempotent."""
+        """Add the executor at an address. Idempotent."""
 
     def remove(self, address: str) -> None:
-        """An executor leaves: no new requests, gone once the running ones are done."""
+        """Remove an executor: it gets no new requests and is forgotten once the running ones have ended."""
 
     def drop_when_down(self, address: str) -> None:
-        """An executor's name stands for it no more: it is forgotten once its link is down."""
+        """Forget an executor once its link is down, since its name no longer resolves to its address."""
 
 
 class ExecutorDiscovery:
@@ -29,7 +29,7 @@ class ExecutorDiscovery:
     A failing look-up changes nothing, because name servers fail more often than executors move.
 
     Args:
-        executors: Told of additions and removals.
+        executors: Receives additions and removals.
         interval: Seconds between look-ups.
     """
 

@@ -15,19 +15,19 @@ class ExecutorSide:
         replica: The executor that has it now; None = none.
         handle: Its handle there.
         num_rows: Rows that it holds there, one for each sample that has not ended.
-        charged_tokens: Tokens that it took of that executor's credit.
-        is_recalled: True if that one was asked to give it back.
-        num_charged: Output tokens that its tenant's account knows of.
+        charged_tokens: Prompt tokens by which it has reduced that executor's credit.
+        is_recalled: True if that executor was asked to give it back.
+        num_charged: Output tokens already charged to its tenant's account.
         dispatches: Number of times that it was sent to an executor.
         deaths: Engines that were lost under it in a row, without a token in between.
         deaths_in_all: Engines that were lost under it.
-        died_on: The last one of these.
-        num_resumed: Tokens that the client had when it was sent off last.
-        refused_by: Errors of the executors that sent it back, by their instance.
+        died_on: Instance id of the engine that was lost under it last.
+        num_resumed: Output tokens that the client had when the request was last dispatched.
+        refused_by: Error messages of the executors that refused it, by instance id.
         hashes: `block_hashes` of the prompt.
         awaits_session: True if its session's executor is being looked up.
         session_address: The executor that ran its session last.
-        session_wait_until: Until when it waits for that one; None = it does not yet. Monotonic seconds.
+        session_wait_until: Monotonic seconds until which it waits for that executor; None = the wait has not begun.
     """
 
     __slots__ = (

@@ -1,4 +1,4 @@
-"""externalscaler.ExternalScaler on gRPC: tells KEDA how many executors there should be."""
+"""externalscaler.ExternalScaler on gRPC: reports to KEDA how many executors there should be."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ SERVICE = pb.DESCRIPTOR.services_by_name["ExternalScaler"]
 _METRIC = "wanted-executors"
 
 _POOL_KEY = "executors"
-"""Key of a trigger's metadata with the name under which a pool's executors are listed, host:port. Without it: all."""
+"""Key of a trigger's metadata for the host:port name of a pool's executors. A trigger without it means all
+executors."""
 
 
 class ExternalScaler:
-    """Answers the RPCs. The metric is the number of executors itself, and one executor is good for one of it.
+    """Answers the RPCs. The metric is the wanted number of executors, with a target of 1 per executor.
 
-    Every method ends NOT_FOUND for a name of executors that is not listed.
+    Every method ends with NOT_FOUND for a name of executors that is not listed.
 
     Args:
-        scaling: Knows the numbers.
+        scaling: Source of the wanted numbers.
     """
 
     def __init__(self, scaling: Scaling) -> None:
@@ -37,7 +38,7 @@ class ExternalScaler:
         return pb.IsActiveResponse(result=self._state(request).is_active)
 
     async def StreamIsActive(self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext) -> None:
-        """The same at once, and whenever it changes; until the caller ends it."""
+        """Stream IsActive: the current value at once, then each change, until the caller ends the stream."""
         told: bool | None = None
         while True:
             if (is_active := self._state(request).is_active) is not told:
@@ -48,7 +49,7 @@ class ExternalScaler:
     async def GetMetricSpec(
         self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext
     ) -> pb.GetMetricSpecResponse:
-        """One metric."""
+        """Return the one metric and its target of 1 per executor."""
         self._state(request)
         return self._specs
 
@@ -62,7 +63,7 @@ class ExternalScaler:
         )
 
     async def StreamMetricSpec(self, request: pb.ScaledObjectRef, context: grpc.aio.ServicerContext) -> None:
-        """The same at once, which never changes; until the caller ends it."""
+        """Send the metric once, since it never changes, and keep the stream open until the caller ends it."""
         self._state(request)
         await context.write(self._specs)
         await asyncio.Event().wait()

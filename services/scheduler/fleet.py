@@ -1,4 +1,4 @@
-"""The executors of a model: which there are, and who is ready."""
+"""The executors of a model: which are known, and which are ready."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _MAX_COUNT = 2**32 - 1
 """The largest value of a uint32 field."""
 
 _MOST_REASONS = 8
-"""Executors of which a refusal says why they take no requests."""
+"""Most executors that a refusal lists with the reason why they take no requests."""
 
 
 class Fleet:
     """The replicas by address. The first one that is ready defines the model; one whose tokenizer or vocabulary differs
     is refused.
 
-    Whatever changes about one executor costs the same, however many others there are.
+    The cost of a change to one executor does not depend on the number of the others.
 
     Args:
         instance_id: Instance id of this scheduler.
@@ -51,7 +51,7 @@ class Fleet:
         router: Chooses among these.
         pools: The pools among executors with different numbers of devices.
         identity: The model; None until the first executor is ready.
-        home_of: Finds whose an executor is that was welcomed; None: all are this fleet's.
+        home_of: See HomeOf; None: this fleet keeps all its executors.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Fleet:
         self._placement: Placement
 
     def start(self, placement: Placement) -> None:
-        """Let executors join; `placement` is told of the events on their links."""
+        """Let executors join; `placement` handles the events on their links."""
         self._placement = placement
 
     async def stop(self) -> None:
@@ -87,16 +87,18 @@ class Fleet:
 
     @property
     def num_running(self) -> int:
-        """Requests that run on executors."""
+        """Number of requests that run on executors."""
         return sum(len(replica.running) for replica in self.replicas.values())
 
     @property
     def is_reachable(self) -> bool:
-        """True if some executor answers and may take requests before long."""
+        """True if some executor answers and is expected to take requests soon."""
         return bool(self._reachable)
 
     def make_welcome(self, instance_id: str) -> link_pb2.Welcome:
-        """Make the Welcome of a client link: the limits that every ready executor can keep."""
+        """Make the Welcome of a client link, with the limits that every ready executor supports. Raises StatusError
+        UNAVAILABLE if none is ready.
+        """
         if self.identity is None or not self.ready:
             raise self.describe_absence()
         welcomes = [replica.welcome for replica in self.ready.values() if replica.welcome is not None]
@@ -111,12 +113,15 @@ class Fleet:
             max_model_len=min(welcome.max_model_len for welcome in welcomes),
             max_num_seqs=min(sum(welcome.max_num_seqs for welcome in welcomes), _MAX_COUNT),
             load=client_load(draining=False),
-            grammars=True,  # they go to executors that take them
+            grammars=True,  # the router sends grammars only to executors that take them
         )
 
     def check(self, request: Request, *, is_given_up: bool) -> None:
-        """Raise UNAVAILABLE while nobody waits for an executor any more, UNIMPLEMENTED for a request that none of those
-        that are ready knows how to run.
+        """Check that a request may be queued.
+
+        Raises:
+            StatusError: UNAVAILABLE once the wait for an executor was given up; UNIMPLEMENTED if no ready executor
+                supports what the request asks for.
         """
         if is_given_up:
             raise self.describe_absence()
@@ -131,7 +136,7 @@ class Fleet:
 
         Args:
             request: The request to run.
-            num_requests: All that wait or run, with this one.
+            num_requests: Number of queued and running requests, this one included.
             now: Monotonic seconds.
             may_wait: True if it may still wait for its session's executor.
         """
@@ -162,7 +167,7 @@ class Fleet:
     # ExecutorSet: which executors there are.
 
     def add(self, address: str) -> None:
-        """An executor is there. Idempotent; takes back a removal."""
+        """Connect to the executor at an address. Idempotent; revokes an earlier removal."""
         if address in self.replicas:
             self.replicas[address].stay()
             return
@@ -172,25 +177,27 @@ class Fleet:
         _log.info("executor %s joins", address)
 
     def remove(self, address: str) -> None:
-        """An executor leaves: no new requests, gone once the running ones are done."""
+        """Remove an executor: it gets no new requests and is forgotten once the running ones have ended."""
         self.replicas[address].leave()
 
     def drop_when_down(self, address: str) -> None:
-        """An executor is forgotten as soon as its link is down."""
+        """Forget an executor as soon as its link is down."""
         if address in self.replicas:
             self.replicas[address].forget_when_down()
 
     def give_away(self, replica: ReplicaLink) -> None:
-        """An executor that is not ready belongs to another fleet now."""
+        """Release an executor that is not ready to another fleet."""
         del self.replicas[replica.address]
         self._reachable.discard(replica.address)
 
     def take_in(self, replica: ReplicaLink) -> None:
-        """An executor comes from another fleet; its placement is this one's from here on."""
+        """Adopt an executor from another fleet. The caller switches its link to this fleet's placement."""
         self.replicas[replica.address] = replica
 
     def announce_demand(self, demand: link_pb2.Renewal) -> None:
-        """Tell the executors at once what waits for credits, if it is of another order than what they were told."""
+        """Send the demand (requests that wait for credits) to all executors, if its order of magnitude has changed
+        since it was last sent.
+        """
         values = (demand.queued_requests, demand.queued_tokens, demand.queued_tenants)
         magnitudes = tuple(value.bit_length() for value in values)
         if magnitudes != self._told_demand:
@@ -201,8 +208,13 @@ class Fleet:
     # Handling of executors' events.
 
     def adopt(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> bool:
-        """Take a replica in that was welcomed. Returns whether the fleet has another model from here on; raises
-        StatusError for one that cannot serve beside the others.
+        """Check the model of an executor that has sent its Welcome, and take it over where it is the fleet's only one.
+
+        Returns:
+            True if the fleet's model has been replaced.
+
+        Raises:
+            StatusError: FAILED_PRECONDITION if the executor cannot serve beside the others.
         """
         identity = ModelIdentity.of(welcome)
         namesake = self._addresses.get(welcome.instance_id, replica.address)
@@ -221,7 +233,9 @@ class Fleet:
         return is_new_model
 
     def refresh(self, replica: ReplicaLink) -> bool:
-        """Take over how a replica is; let go of it when it is gone. Returns True if it began or ceased to be ready."""
+        """Update the sets and indexes from a replica's state, and forget a replica that is gone. Returns True if the
+        replica began or ceased to be ready.
+        """
         address = replica.address
         if self.replicas.get(address) is not replica:  # its link is being closed
             return False
@@ -256,7 +270,7 @@ class Fleet:
         self._reachable.discard(replica.address)
         if (instance_id := self._instances.pop(replica.address, None)) is not None:
             del self._addresses[instance_id]
-        # Not awaited: this may run inside the very task that is to be stopped.
+        # Not awaited, because this may run inside the replica's own task, which stop() ends.
         closing = asyncio.create_task(replica.stop())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)

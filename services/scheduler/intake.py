@@ -1,4 +1,4 @@
-"""The clients' side of the scheduler: their links, what they submit and abort, and the drain."""
+"""The clients' side of the scheduler: client links, Submits, Aborts, and the drain."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _EARLIER = 2**62
 
 
 class Intake:
-    """Checks what clients send, hands it to placement, and ends it with their links.
+    """Checks clients' requests, hands them to placement, and ends them when their link closes.
 
     Args:
-        placement: Sees each request to its end.
+        placement: Dispatches requests to executors and ends them.
         tracer: Makes spans; None = traces are off.
     """
 
@@ -43,31 +43,33 @@ class Intake:
 
     @property
     def num_links(self) -> int:
-        """Client links that stand."""
+        """Number of open client links."""
         return len(self._links)
 
     @property
     def links(self) -> Iterable[ClientLink]:
-        """The client links that stand."""
+        """The open client links."""
         return self._links
 
     def open_link(self, link: ClientLink) -> None:
-        """A client link stands."""
+        """Register a client link that was opened."""
         self._links.add(link)
 
     def close_link(self, link: ClientLink) -> None:
-        """A client link is gone: nobody waits for its requests any more."""
+        """Forget a closed client link and cancel its requests."""
         self._links.discard(link)
         for request in tuple(link.requests.values()):
             self._placement.abandon(request, StatusError(grpc.StatusCode.CANCELLED, "the client's link closed"))
 
     def submit(self, link: ClientLink, submit: link_pb2.Submit) -> None:
-        """Take a request in, or end it at once. Raises StatusError where the link itself is at fault."""
+        """Accept a request, or end it at once with its error. Raises StatusError INVALID_ARGUMENT, which ends the link,
+        if the handle is in use.
+        """
         if submit.handle in link.requests:
             raise StatusError.invalid("handle", f"{submit.handle} is still in use by another request of this link")
         now = self._loop.time()
         self._arrivals += 1
-        # Requests that another scheduler had admitted go before those that their tenant sends to this one first.
+        # Requests that another scheduler has admitted before go ahead of the same tenant's new ones.
         arrival = self._arrivals - _EARLIER if submit.attempt else self._arrivals
         request = Request(link, submit, arrival, now)
         link.requests[submit.handle] = request
@@ -81,7 +83,7 @@ class Intake:
                 error = StatusError.unavailable("the scheduler is draining", retry_after=_RETRY_AFTER)
                 placement.end(request, request.make_finish(error, moved=True))
                 return
-            if request.client.progress.all_ended:  # its former scheduler was lost before the Finish
+            if request.client.progress.all_ended:  # its former scheduler was lost before it sent the Finish
                 placement.end(request, request.make_finish(None))
                 return
             if not submit.sampling.HasField("seed"):
@@ -98,19 +100,19 @@ class Intake:
             self._placement.abort(request, abort)
 
     def begin_drain(self) -> None:
-        """Admit nothing more."""
+        """Refuse new requests, and announce that to the clients."""
         if not self.is_draining:
             self.is_draining = True
             for link in self._links:
                 link.announce_draining()
 
     def end_all(self, error: StatusError, *, moved: bool = False) -> None:
-        """End what is left, and all client links; moved: clients may send their requests to another scheduler."""
+        """End all open requests and client links; moved: clients may send their requests to another scheduler."""
         for link in tuple(self._links):
             self._end_link(link, error, moved=moved)
 
     def end_unnamed(self) -> None:
-        """End the links of clients that take whichever model there is: another one is there in place of this one."""
+        """End the links of clients that named no model, because another model has replaced this one."""
         for link in [link for link in self._links if link.takes_any_model]:
             self._end_link(link, _replaced())
 
@@ -120,7 +122,9 @@ class Intake:
         link.close()
 
     def _on_new_model(self) -> None:
-        """The token ids of all clients mean nothing to the new model: they have to shake hands again."""
+        """End all client links after a change of the model, whose vocabulary makes the clients' token ids
+        meaningless.
+        """
         self.end_all(_replaced())
 
 

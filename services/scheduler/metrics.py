@@ -35,7 +35,7 @@ _SCRAPE_LIMIT = 2.0
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """The scheduler between two callbacks of its event loop, where the books are balanced."""
+    """The scheduler's state between two callbacks of its event loop, when the counts add up."""
 
     state: scheduler_pb2.GetStateResponse
     books: Books
@@ -57,9 +57,9 @@ class SchedulerCollector(Collector):
         loop: The scheduler's event loop.
         get_state: Returns the answer to GetState.
         dispatchers: One for each model.
-        scaling: Knows how many executors there should be.
-        affinity: Knows how Redis is.
-        access: Knows whether keys can be read.
+        scaling: Source of the wanted numbers of executors.
+        affinity: Source of the state of Redis.
+        access: Source of the state of the API keys.
         loop_lag: Lag of the event loop.
     """
 
@@ -82,11 +82,13 @@ class SchedulerCollector(Collector):
         self._loop_lag = loop_lag
 
     def describe(self) -> list[Metric]:
-        """Nothing: the registry must not collect while the loop that answers is busy registering."""
+        """Return nothing. Without this, the registry would collect while the event loop, which has to answer,
+        registers.
+        """
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """One scrape."""
+        """Yield the metrics of one scrape."""
         taken: concurrent.futures.Future[_Snapshot] = concurrent.futures.Future()
         self._loop.call_soon_threadsafe(lambda: taken.set_result(self._take()))
         snapshot = taken.result(_SCRAPE_LIMIT)
@@ -106,7 +108,7 @@ class SchedulerCollector(Collector):
         yield GaugeMetricFamily(f"{_PREFIX}_keys_unread", "Whether API keys or link token cannot be read.", unread)
         draining = float(snapshot.state.draining)
         yield GaugeMetricFamily(f"{_PREFIX}_draining", "Whether nothing is admitted.", value=draining)
-        # A leak of requests would show here first.
+        # A leak of requests would show first as a growing number of tasks.
         yield GaugeMetricFamily(f"{_PREFIX}_asyncio_tasks", "Tasks of the event loop.", value=snapshot.num_tasks)
         yield _histogram("event_loop_lag_seconds", "How late the event loop ran what was due.", self._loop_lag)
 

@@ -8,16 +8,16 @@ from collections.abc import Callable
 
 
 class Outage:
-    """From the moment in which no executor is ready until one is, or until nobody should wait for that any more.
+    """Decides how long requests wait while no executor is ready.
 
-    While an executor's front answers (its engine loads a model, or the executor finishes what it has before it leaves),
-    requests wait for up to `restart_limit` seconds. While none answers they wait for `grace` seconds, the time that a
-    supervisor takes to start one again. Once it is given up, requests are refused until an executor is ready.
+    While an executor's front answers (its engine loads a model, or it drains), requests wait for up to `restart_limit`
+    seconds. While none answers they wait for `grace` seconds, the time that a supervisor takes to restart one. After
+    that the wait is given up, and requests are refused until an executor is ready.
 
     Args:
         grace: Seconds without a front that answers.
         restart_limit: Seconds without a ready executor while a front answers. Never less than `grace`.
-        on_given_up: Called when nobody should wait any more.
+        on_given_up: Called when the wait is given up.
 
     Attributes:
         is_given_up: True while requests are refused.
@@ -37,11 +37,11 @@ class Outage:
         self._decided = asyncio.Event()
 
     def update(self, *, is_ready: bool, is_reachable: bool) -> None:
-        """Take over how the executors are.
+        """Update the state of the executors, and start or stop the timer of the outage.
 
         Args:
-            is_ready: True if one takes requests.
-            is_reachable: True if one of those that may come back answers.
+            is_ready: True if an executor takes requests.
+            is_reachable: True if an executor answers and is expected to take requests soon.
         """
         self._stop_timer()
         if is_ready:
@@ -64,7 +64,7 @@ class Outage:
             self._timer = self._loop.call_at(limit, self._give_up)
 
     def note_request(self, now: float) -> None:
-        """A request is there, which is refused if nobody should wait."""
+        """Record, for scaling, that a request is refused because the wait for an executor was given up."""
         if self.is_given_up:
             self.turned_away_at = now
 
@@ -77,7 +77,7 @@ class Outage:
             pass
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop the timer."""
         self._stop_timer()
 
     def _give_up(self) -> None:

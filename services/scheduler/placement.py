@@ -1,4 +1,4 @@
-"""Places requests: from the queue to executors, from one executor to another, and to their end."""
+"""Placement of requests: from the queue to an executor, from a lost executor to another one, and to the Finish."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _RETRY_AFTER = 1.0
 
 
 class Placement:
-    """The listener of the links to a model's executors. Driven by events alone, on one event loop: a request
-    comes, a frame, a link goes up or down, a deadline.
+    """Dispatches the requests of one model to its executors and ends them. Driven by events on one event loop: a
+    request that arrives, a frame of an executor, a link that goes up or down, a deadline.
 
     Args:
         settings: Limits and times.
         fleet: The executors.
         affinity: The last executor of each session.
-        heartbeat: Told of progress.
+        heartbeat: Records progress, for the health check.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class Placement:
         self.books = Books()
         self.outage = Outage(settings.executor_grace_s, settings.engine_restart_limit_s, self._on_given_up)
         self.on_new_model: Callable[[], None] = lambda: None
-        """Called when the executors run another model than before."""
+        """Called when another model has replaced the one that the executors served."""
         self.on_executors_changed: Callable[[], None] = lambda: None
-        """Called when an executor begins or ceases to be ready, and when none is waited for any more."""
+        """Called when an executor begins or ceases to be ready, and when the wait for one is given up."""
         self._settings = settings
         self._fleet = fleet
         self._affinity = affinity
@@ -70,33 +70,33 @@ class Placement:
         self.quarantine = Quarantine(settings.max_executor_deaths)
         self._recall = RowRecall(self.service)
         self._rate = DrainRate()
-        self._uncharged: dict[ReplicaLink, None] = {}  # those that sent tokens since outputs were charged last
+        self._uncharged: dict[ReplicaLink, None] = {}  # executors that sent tokens since outputs were last charged
         self._pump_due = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     def start(self) -> None:
-        """Begin; how long the first executor is waited for counts from here."""
+        """Start. The grace period for the first executor begins now."""
         self._fleet.start(self)
         self.outage.update(is_ready=False, is_reachable=False)
 
     def stop(self) -> None:
-        """Place nothing more."""
+        """Stop the timer of the outage."""
         self.outage.stop()
 
     # Calls of clients, by way of Intake.
 
     def count_in(self, request: Request) -> None:
-        """A request came: it will be ended here."""
+        """Count an arriving request as accepted. From here on, `end` must be called for it."""
         self.books.accepted += 1
         self.books.prompt_tokens += request.num_prompt_tokens
         if request.tenant not in self.service:
-            self._charge_outputs()  # the newcomer is measured by what the others have had by now
+            self._charge_outputs()  # before the newcomer's account starts from the least served of the others
         self.service.enter(request.tenant, request.tenant_weight)
         self._idle.clear()
 
     def enter(self, request: Request, now: float) -> None:
-        """Queue a request that was counted in. Raises StatusError for one that is refused."""
+        """Queue a request that was counted in. Raises StatusError if it is refused; the caller then ends it."""
         self.outage.note_request(now)
         self._fleet.check(request, is_given_up=self.outage.is_given_up)
         self.quarantine.check(request.submit, now)
@@ -118,7 +118,7 @@ class Placement:
             self.end(other, other.make_finish(self.queue.crowded_out(self._rate.tokens_per_second)))
 
     def abort(self, request: Request, abort: link_pb2.Abort) -> None:
-        """End a request, or one sample of it, because its client wants to."""
+        """Handle a client's Abort of a request or sample: pass it to the executor, or apply it here while queued."""
         client, executor = request.client, request.executor
         client.request_end(abort)
         if executor.replica is not None:
@@ -137,13 +137,13 @@ class Placement:
         *,
         moved: bool = False,
     ) -> None:
-        """End a request wherever it is, without waiting for its executor; moved: the client may send it elsewhere."""
+        """End a request with an error, without waiting for its executor; moved: the client may send it elsewhere."""
         if (replica := request.executor.replica) is not None:
             replica.abort(request.executor.handle, reason)
         self.end(request, request.make_finish(error, moved=moved))
 
     def end(self, request: Request, finish: link_pb2.Finish) -> None:
-        """Give a request its Finish."""
+        """End a request: send its Finish to the client, and release its place in the queue or on its executor."""
         replica, handle = request.executor.replica, request.executor.handle
         if request in self.queue:
             self.queue.remove(request)
@@ -164,36 +164,36 @@ class Placement:
             self._heartbeat.beat(has_work=False)
 
     async def wait_idle(self, timeout: float) -> int:
-        """Wait until nothing is queued or running, or the time has passed. Returns what is left."""
+        """Wait until nothing is queued or running, at most `timeout` seconds. Returns the number of requests left."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._idle.wait()
         return len(self.queue) + self._fleet.num_running
 
-    # Events of executors, told by their links (ReplicaLink).
+    # Events of executors, reported by their links (ReplicaLink).
 
     def check_welcome(self, replica: ReplicaLink, welcome: link_pb2.Welcome) -> None:
-        """Take over the model of an executor. Raises StatusError when it cannot serve beside the others."""
+        """Check an executor's model against the others'. Raises StatusError if it cannot serve beside them."""
         if self._fleet.adopt(replica, welcome):
             self.on_new_model()
 
     def replica_changed(self, replica: ReplicaLink) -> None:
-        """An executor takes requests now or no longer, or is no longer needed: take over which are ready."""
+        """Update the fleet and the outage after an executor began or ceased to take requests, or left."""
         changed = self._fleet.refresh(replica)
         if not replica.running:
             self._uncharged.pop(replica, None)
         self.outage.update(is_ready=bool(self._fleet.ready), is_reachable=self._fleet.is_reachable)
         if changed:
-            self._rate.reset()  # other executors: what was measured is void
+            self._rate.reset()  # it was measured with other executors
             self._schedule_pump()
             self.on_executors_changed()
 
     def load_changed(self, replica: ReplicaLink) -> None:
-        """An executor's load, its credits or the doubts about it changed: take over which requests it takes."""
+        """Update the router after an executor's load, credits or suspicion of being dead changed."""
         self._router.update(replica)
 
     def replica_stepped(self, replica: ReplicaLink, step: link_pb2.StepOutput) -> None:
-        """An executor sent a frame, whose load is already taken over: pass it on."""
+        """Pass a frame of an executor on to the clients. Its load report was handled before."""
         if step.handles:
             self._uncharged[replica] = None
         for handle, problem in relay_step(step, replica.clients, self.books):
@@ -211,14 +211,14 @@ class Placement:
             self._schedule_pump()
 
     def demand(self) -> link_pb2.Renewal:
-        """Return the demand: what is queued."""
+        """Return the queued requests, prompt tokens and tenants, as executors are told of them."""
         queue = self.queue
         return link_pb2.Renewal(
             queued_requests=len(queue), queued_tokens=queue.num_tokens, queued_tenants=queue.num_tenants
         )
 
     def replica_lost(self, replica: ReplicaLink, requests: list[Request], instance_id: str, error: StatusError) -> None:
-        """An executor's link broke, or could not be made: the requests of this incarnation of it go on elsewhere."""
+        """Move the requests that ran on an executor, under `instance_id`, whose link broke or could not be made."""
         is_planned = replica.is_leaving or replica.load.draining
         self.replica_changed(replica)
         if requests:
@@ -228,9 +228,9 @@ class Placement:
     # The way of a request.
 
     def _on_given_up(self) -> None:
-        """No executor came back in time: nothing that waits can run."""
+        """End all queued requests, because no executor came back in time."""
         error = self._fleet.describe_absence()
-        level = logging.INFO if self._fleet.identity is None else logging.ERROR  # or it is starting
+        level = logging.INFO if self._fleet.identity is None else logging.ERROR  # no model yet: still starting
         _log.log(level, "requests end with UNAVAILABLE: %s", error.message)
         for request in list(self.queue.in_order()):
             self.outage.note_request(self._loop.time())
@@ -238,7 +238,7 @@ class Placement:
         self.on_executors_changed()
 
     def _schedule_pump(self) -> None:
-        # Once per turn of the loop, however many events there were; and never inside a link's callback.
+        # One pump per iteration of the event loop, however many events ask for it; never inside a link's callback.
         if not self._pump_due:
             self._pump_due = True
             self._loop.call_soon(self._pump)
@@ -273,7 +273,7 @@ class Placement:
 
     @contextmanager
     def _ending_what_fails(self, request: Request) -> Iterator[None]:
-        """Whatever it is about this request, the others go on."""
+        """End this request alone with INTERNAL if sending it raises, so that the others are still served."""
         try:
             yield
         except Exception:
@@ -281,7 +281,7 @@ class Placement:
             self.abandon(request, StatusError(grpc.StatusCode.INTERNAL, "the request could not be sent"))
 
     def _place(self, request: Request, now: float) -> bool:
-        """Send a request to an executor that takes it; False where none does yet."""
+        """Send a request to an executor that takes it. Returns False if none does yet."""
         replica = self._route(request, now)
         if replica is None:
             return False
@@ -291,7 +291,7 @@ class Placement:
         return True
 
     def _recall_rows(self, now: float) -> None:
-        """Take rows back for tenants that are behind, one each: for their next requests when the next step has come."""
+        """Take back executors' rows for the next request of each tenant that was served too little, one per tenant."""
         for request in self.queue.heads():
             if self._may_go(request) and not self._router.has_credit():
                 with self._ending_what_fails(request):
@@ -347,7 +347,7 @@ class Placement:
             has_run = request.num_new_tokens > 0
             replica.release(executor.handle)
             if not finish.moved:
-                # Before any token: it takes no requests, for instance because it drains. After that: it failed.
+                # Without a new token the executor refuses requests, for instance because it drains; else it failed.
                 executor.refused_by[replica.instance_id] = finish.status.message
             died_on = replica.instance_id if has_run and not finish.moved else ""
             self._move_all([request], StatusError.from_link(finish.status), died_on)
@@ -360,7 +360,7 @@ class Placement:
         self.end(request, finish)
 
     def _move_all(self, requests: list[Request], error: StatusError, died_on: str) -> None:
-        """Take back requests whose executor is lost or gave them back; died_on: the engine that ended under them."""
+        """Requeue requests that left their executor, or end those guilty of its death; died_on: the dead engine."""
         guilty: dict[Request, str] = {}
         if died_on:
             guilty = self.quarantine.on_engine_lost(requests, died_on, self._loop.time())
@@ -392,7 +392,7 @@ class Placement:
         now = self._loop.time()
         backstop = request.deadline + self._settings.deadline_backstop_s
         if request.state is RequestState.RUNNING and now < backstop:
-            # The executor knows the deadline and ends it with exact numbers; if it cannot, this timer does.
+            # The executor enforces the deadline and reports exact usage. This timer ends the request if it does not.
             request.timer = self._loop.call_at(backstop, self._on_deadline, request)
             return
         where = "while the request waited for an executor" if request.executor.replica is None else "on the executor"

@@ -1,7 +1,7 @@
-"""Pools of executors that are alike, and which of them new requests go to.
+"""Pools of executors with equal numbers of devices, and the choice of the pool for new requests.
 
-Few replicas with many devices each answer soonest while little is asked of them; many with few devices each do once
-much is. Where the one becomes better than the other depends on the devices, so it is measured by default.
+Under low load, few replicas with many devices each have the lowest latency; under high load, many replicas with few
+devices each do. The load at which this changes depends on the devices, so by default it is predicted from measurements.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 PoolPolicy = Literal["fixed", "measured", "off"]
 
 _UP, _DOWN, _DWELL = 64, 48, 5.0
-"""fixed: from how many requests on the pool with the fewest devices per executor is used, below how many the one with
-the most, and how many seconds a pool is used at least. The numbers are those of the ScaleLLM paper."""
+"""Policy `fixed`, with the ScaleLLM paper's numbers: requests from which on the pool with the fewest devices per
+executor is used, requests below which the one with the most is used, and seconds for which a pool is kept at least."""
 
 _GAIN, _HELD = 0.10, 2.0
-"""measured: by what share another pool must be predicted to be faster, and for how many seconds without a break."""
+"""Policy `measured`: share by which another pool must be predicted to be faster, and seconds for which without a
+break."""
 
 _WEIGHT = 0.05
 """Weight of one request in the mean lengths."""
@@ -33,7 +34,7 @@ _FIRST_PROMPT, _FIRST_ANSWER = 256.0, 128.0
 
 
 class Lengths:
-    """Mean tokens of the requests of late.
+    """Moving averages of the lengths of recent requests, in tokens.
 
     Attributes:
         prompt: Tokens of a prompt that had to be computed.
@@ -46,28 +47,34 @@ class Lengths:
         self._has_ended = False
 
     def expect(self, prompt: int, answer: int) -> None:
-        """A request has come: what it asks for counts until one has ended; answer: 0 where it sets no limit."""
+        """Take the lengths of an arriving request as the averages until the first request has ended.
+
+        Args:
+            prompt: Tokens of its prompt.
+            answer: Its limit of output tokens; 0: it sets none.
+        """
         if not self._has_ended:
             self.prompt, self.answer = prompt, answer or _FIRST_ANSWER
 
     def observe(self, prompt: int, answer: int) -> None:
-        """A request has ended."""
+        """Add the lengths of a request that ended to the averages."""
         self._has_ended = True
         self.prompt += _WEIGHT * (prompt - self.prompt)
         self.answer += _WEIGHT * (max(1, answer) - self.answer)
 
 
 def predict(step: link_pb2.StepTime, num_requests: int, executors: int, rows: int, lengths: Lengths) -> float:
-    """Seconds from a request's first step to its last token, and what it waits for a row.
+    """Predict the seconds from a request's arrival to its last token, the wait for a row included.
 
-    All requests are on executors of one kind, alike in number, and each one that ends makes room for another.
+    The model assumes a steady state: requests are divided evenly among equal executors, and each request that ends is
+    replaced by another.
 
     Args:
-        step: Model of the time of a step there.
-        num_requests: Number of requests.
-        executors: Among how many they are divided.
-        rows: Sequences that run on an executor at once.
-        lengths: Lengths of a request.
+        step: Model of an executor's step time.
+        num_requests: Number of queued and running requests.
+        executors: Number of executors among which they are divided.
+        rows: Most sequences that run on an executor at once.
+        lengths: Mean lengths of a request.
     """
     wanted = max(1.0, num_requests / executors)
     running = min(wanted, float(rows))
@@ -86,7 +93,7 @@ class Pool:
     Attributes:
         tensor_parallel: Devices that compute each token together.
         members: The executors by address.
-        predicted: Seconds of a request, if all there are were here; None = not known.
+        predicted: Predicted seconds per request if all requests ran in this pool; None = not known.
     """
 
     tensor_parallel: int
@@ -95,11 +102,11 @@ class Pool:
 
     @property
     def num_running(self) -> int:
-        """Requests that run here."""
+        """Number of requests that run in this pool."""
         return sum(len(replica.running) for replica in self.members.values())
 
     def predict(self, num_requests: int, lengths: Lengths) -> float | None:
-        """See `predict`; None while no executor has said how long its steps take, or what it says means nothing.
+        """See the function `predict`. None while no executor has reported a usable model of its step time.
 
         The executors of a pool are alike, so the one that joined first speaks for all.
         """
@@ -135,12 +142,12 @@ class Pools:
         self._better_since = 0.0
 
     def join(self, replica: ReplicaLink) -> None:
-        """An executor is ready."""
+        """Add an executor that became ready to its pool."""
         pool = self._pools.setdefault(replica.tensor_parallel, Pool(replica.tensor_parallel))
         pool.members[replica.address] = replica
 
     def leave(self, replica: ReplicaLink) -> None:
-        """An executor is not ready any more."""
+        """Remove an executor that is no longer ready from its pool."""
         for pool in tuple(self._pools.values()):
             if pool.members.get(replica.address) is replica:
                 del pool.members[replica.address]
@@ -150,10 +157,10 @@ class Pools:
                         self._chosen = None
 
     def choose(self, num_requests: int, now: float) -> int | None:
-        """Return the number of devices of the executors that a new request goes to; None: to any.
+        """Choose the pool for a new request. Returns its number of devices per executor; None: any executor will do.
 
         Args:
-            num_requests: Those that wait or run, with the new one.
+            num_requests: Number of queued and running requests, the new one included.
             now: Monotonic seconds.
         """
         if self._policy == "off" or len(self._pools) < 2:
@@ -169,7 +176,7 @@ class Pools:
         return self._chosen.tensor_parallel if self._chosen is not None else None
 
     def describe(self) -> list[scheduler_pb2.PoolState]:
-        """Return the pools as GetState tells them, those with the most devices first."""
+        """Return the pools for GetState, those with the most devices first."""
         return [
             scheduler_pb2.PoolState(
                 tensor_parallel=pool.tensor_parallel,

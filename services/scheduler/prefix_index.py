@@ -7,7 +7,7 @@ from collections.abc import Sequence
 BLOCK_TOKENS = 64
 
 _SPARE_PLACES = 64
-"""Places that instances which left may keep, beyond as many as there are others."""
+"""Places that may be kept for instances that left, in addition to one per connected instance."""
 
 
 def block_hashes(token_ids: Sequence[int], salt: bytes) -> list[int]:
@@ -31,17 +31,17 @@ def block_hashes(token_ids: Sequence[int], salt: bytes) -> list[int]:
 class PrefixIndex:
     """An approximate map from prompt prefixes to executors.
 
-    Built from this scheduler's own routing alone, so it may claim what an executor has evicted: a wrong guess costs
-    time, never correctness. Executors are known by instance, so that a restarted one, whose cache is empty, matches
-    nothing; one whose link was cut finds what was known of it when it comes back.
+    Built from this scheduler's own routing alone, so it may list blocks that an executor has evicted: a wrong entry
+    costs time, never correctness. Executors are identified by instance, so a restarted one, whose cache is empty, has
+    no entries, while one that reconnects after its link was cut has those from before.
 
-    Each instance has a place, which is the number of its bit in masks. A block's hash leads to the mask of those that
-    have the block, so one look per block answers for all executors. Masks are kept in two generations: what is routed
-    goes into the younger one, and when that is full it takes the place of the elder one, which is forgotten.
+    Each instance has a place: the number of its bit in masks. A block's hash maps to the mask of the executors that
+    have the block, so one look-up per block answers for all executors. Masks are kept in two generations: new entries
+    go into the younger one; when it is full, the older one is dropped and an empty younger one is begun.
 
     Args:
-        capacity: (Block, executor) pairs of a generation: so many of the latest are remembered at least, and twice as
-            many at most.
+        capacity: (Block, executor) pairs per generation: at least this many of the latest pairs are remembered, and at
+            most twice as many.
     """
 
     def __init__(self, capacity: int = 131_072) -> None:
@@ -57,7 +57,7 @@ class PrefixIndex:
         return self._num_young + self._num_old
 
     def join(self, instance_id: str) -> int:
-        """An instance is there (again). Returns its place."""
+        """Register an instance that connected or came back. Returns its place."""
         place = self._places.get(instance_id)
         if place is None:
             if not self._free_places and len(self._places) >= 2 * len(self._joined) + _SPARE_PLACES:
@@ -68,13 +68,13 @@ class PrefixIndex:
         return place
 
     def leave(self, instance_id: str) -> None:
-        """An instance is gone, perhaps for a moment only."""
+        """Record that an instance disconnected. Its entries are kept for a while, as it may come back."""
         self._joined.discard(instance_id)
 
     def record(self, hashes: Sequence[int], place: int) -> None:
-        """A prompt with these block hashes was routed to the executor with this place."""
+        """Record that a prompt with these block hashes was routed to the executor with this place."""
         bit = 1 << place
-        # Last block first: when a prefix ages out it does so from its end, as in the executor's own cache.
+        # Last block first, so that a prefix ages out from its end, as in the executor's own cache.
         for block in reversed(hashes):
             mask = self._young.get(block, 0)
             if not mask & bit:
@@ -85,7 +85,7 @@ class PrefixIndex:
                 self._num_young += 1
 
     def matched_tokens(self, hashes: Sequence[int], place: int) -> int:
-        """Leading prompt tokens that the executor with this place has probably cached."""
+        """Return the number of leading prompt tokens that the executor with this place has probably cached."""
         return self.by_matched_tokens(hashes, 1 << place)[0][0]
 
     def by_matched_tokens(self, hashes: Sequence[int], among: int) -> list[tuple[int, int]]:
@@ -96,8 +96,8 @@ class PrefixIndex:
             among: Mask of the executors; not 0.
 
         Returns:
-            Pairs of leading prompt tokens and the mask of those that have cached just these, the most tokens first.
-            Each executor is in one of them.
+            Pairs of a number of leading prompt tokens and the mask of the executors that have cached exactly so many,
+            the most tokens first. Each executor is in one of the masks.
         """
         young, old = self._young, self._old
         found = []
@@ -116,7 +116,7 @@ class PrefixIndex:
         return found
 
     def _forget_absent(self) -> None:
-        """Free the places of instances that left, and what they had."""
+        """Free the places of instances that left, and drop their entries."""
         kept = 0
         for instance_id, place in tuple(self._places.items()):
             if instance_id in self._joined:

@@ -1,4 +1,4 @@
-"""Requests that ended engines: who is to blame, and what is not run again."""
+"""Quarantine of requests that kill engines: which one is to blame, and its refusal afterwards."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _log = logging.getLogger(__name__)
 _SECONDS = 600.0
 _CAPACITY = 1024
 _MOST_IN_ALL = 4
-"""Engines that may be lost under a request in all, in multiples of those that may in a row."""
+"""Limit of the engines lost under a request in total, as a multiple of the limit of those lost in a row."""
 
 
 class Quarantine:
-    """Finds the request that ends engines among those that were on them, and refuses it when it comes again.
+    """Finds the request that kills engines among those that ran on them, and refuses it when it is sent again.
 
-    An engine that is lost takes many requests with it, and nearly all of them are innocent. One of them is guilty when
-    it has lost engine after engine without a token in between, and none of the others has: an innocent one goes on
-    somewhere. Where several are suspect, because they went from one engine to the next together, each has to show a
-    token before the next one of them is tried, so the engine that is lost then names the guilty one.
+    Many requests run on an engine that dies, and nearly all of them are innocent. A request is suspect when
+    `max_deaths` engines in a row died under it without a new token in between; a single suspect is guilty. Several
+    requests are suspect when they moved from one engine to the next together. They are then dispatched one at a time,
+    each only after the one before has produced a token, so that the next death identifies the guilty one.
 
     Args:
-        max_deaths: Engines in a row that a request may lose.
+        max_deaths: Engines lost in a row, without a token in between, that make a request suspect.
     """
 
     def __init__(self, max_deaths: int) -> None:
@@ -43,7 +43,7 @@ class Quarantine:
         return len(self._until)
 
     def check(self, submit: link_pb2.Submit, now: float) -> None:
-        """Raise INTERNAL for a request that was quarantined some minutes ago."""
+        """Raise StatusError INTERNAL for a request that is in quarantine."""
         while self._until and next(iter(self._until.values())) <= now:
             self._until.popitem(last=False)
         if self._until and (digest := _digest(submit)) in self._until:
@@ -52,7 +52,7 @@ class Quarantine:
             raise StatusError(grpc.StatusCode.INTERNAL, f"{message} (SHA-256 {digest.hex()})")
 
     def may_run(self, request: Request) -> bool:
-        """True if a request may be sent off now: of suspect ones, one at a time."""
+        """True if a request may be dispatched now. Of suspect requests, only one runs at a time."""
         trial = self._on_trial
         if trial is not None and (trial.executor.replica is None or trial.num_new_tokens):
             if trial.num_new_tokens:
@@ -61,12 +61,16 @@ class Quarantine:
         return self._on_trial is None or not self._is_suspect(request)
 
     def on_dispatch(self, request: Request) -> None:
-        """A request was sent to an executor."""
+        """Record that a request was sent to an executor; a suspect one is now on trial."""
         if self._is_suspect(request):
             self._on_trial = request
 
     def on_engine_lost(self, requests: Sequence[Request], instance_id: str, now: float) -> dict[Request, str]:
-        """Requests were on an engine that was lost. Returns those that are not run again, with what to tell."""
+        """Count the loss of an engine against the requests that ran on it.
+
+        Returns:
+            The guilty requests, which must not run again, each with the message for its client.
+        """
         for request in requests:
             _count_death(request, instance_id)
         suspects = [request for request in requests if self._is_suspect(request)]
@@ -98,14 +102,16 @@ class Quarantine:
 def _count_death(request: Request, instance_id: str) -> None:
     executor = request.executor
     if executor.died_on == instance_id:
-        return  # it hangs, and was lost twice
+        return  # the same engine was reported lost twice, because it hangs
     executor.died_on = instance_id
     executor.deaths = 0 if request.num_new_tokens else executor.deaths + 1
     executor.deaths_in_all += 1
 
 
 def _digest(submit: link_pb2.Submit) -> bytes:
-    """Digest of whatever makes engines do the same again: tokens and parameters, but not the seed, which is redrawn."""
+    """Return a digest of the tokens and parameters of a request. The seed is left out, as it differs at each
+    attempt.
+    """
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(submit.sampling)
     sampling.ClearField("seed")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 class DrainRate:
-    """Prompt tokens per second that leave the queue while it is held back by the executors.
+    """Measures the prompt tokens per second that leave the queue while it waits for executors' credits.
 
-    Only time during which requests wait for credits counts: an idle system's throughput says what was asked of it, not
-    what it can do. Numerator and denominator are averaged with the same exponential decay.
+    Only time during which requests wait for credits counts, because the throughput of an idle system shows the demand
+    and not the capacity. Tokens and seconds are averaged with the same exponential decay.
 
     Args:
         half_life: Seconds of waiting after which an observation counts half.
@@ -20,20 +20,20 @@ class DrainRate:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: the executors are others now."""
+        """Discard the measurement, after the set of executors changed."""
         self._held_back_since: float | None = None
         self._seconds = 0.0
         self._tokens = 0.0
         self._num_requests = 0
 
     def update(self, now: float, num_requests: int, num_tokens: int, held_back: bool) -> None:
-        """Record one look at the queue.
+        """Record one pass over the queue.
 
         Args:
             now: Monotonic seconds.
-            num_requests: Requests that left the queue in this look.
+            num_requests: Requests that left the queue in this pass.
             num_tokens: Their prompt tokens.
-            held_back: True if others had to stay because no executor had credits.
+            held_back: True if other requests stayed because no executor had credits.
         """
         if self._held_back_since is not None:
             elapsed = now - self._held_back_since
@@ -45,7 +45,7 @@ class DrainRate:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The rate; None until enough has been seen."""
+        """The measured rate; None until enough requests have left a held-back queue."""
         if self._num_requests < self._min_requests or self._seconds <= 0.0 or self._tokens <= 0.0:
             return None
         return self._tokens / self._seconds

@@ -1,4 +1,4 @@
-"""One executor, as the scheduler sees it: its link, its credits, what runs there."""
+"""One executor, as the scheduler sees it: its link, its credits and its running requests."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _INCOMPATIBLE = scheduler_pb2.EXECUTOR_PHASE_INCOMPATIBLE
 
 
 HomeOf = Callable[["ReplicaLink", link_pb2.Welcome], "Placement"]
-"""Finds the placement of the executors that have the model of one that was welcomed, and has it told of that one."""
+"""Moves an executor that has sent its Welcome to the fleet of its model, and returns that model's placement."""
 
 
 class ReplicaLink:
     """The link to the executor at one address, over all its incarnations.
 
-    Credits, handles and running requests belong to one connection and end with it: what a former incarnation still had
-    to say cannot reach a request of the present one.
+    Credits, handles and running requests belong to one connection and end with it, so a late frame of a former
+    incarnation cannot reach a request of the present one.
 
     Args:
         address: host:port of the executor.
         hello: First frame of each connection.
-        placement: Told of the link's events.
+        placement: Handles the link's events.
         silence_limit: Seconds without a frame, while answers are due, after which the executor counts as dead.
         dialer: Dialer of the connection.
         home_of: See HomeOf; None: the placement stays.
@@ -55,7 +55,7 @@ class ReplicaLink:
         self._handles: Handles[Request] = Handles()
         self.running = self._handles.requests
         self.clients: dict[int, ClientSide] = {}
-        """The client's sides of the running requests, for the per-token path."""
+        """The client's sides of the running requests by handle, for the per-token path."""
         self.welcome: link_pb2.Welcome | None = None
         self.load = link_pb2.Load()
         self.is_leaving = False
@@ -71,7 +71,7 @@ class ReplicaLink:
         self._submitted_tokens = 0
         self._tokens_since_load = 0
         self._num_tokens = 0
-        self._recalled: dict[int, int] = {}  # handles whose Finish is due, and the tokens for which credit comes back
+        self._recalled: dict[int, int] = {}  # by handle: prompt tokens of credit that come back with the Finish
         self._client = LinkClient(
             address,
             executor_pb2.DESCRIPTOR.services_by_name["Executor"].methods_by_name["Execute"],
@@ -85,7 +85,7 @@ class ReplicaLink:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Connect, and stay connected."""
+        """Connect, and reconnect whenever the link breaks."""
         self._task = asyncio.create_task(self._client.run(), name=f"replica {self.address}")
 
     async def stop(self) -> None:
@@ -110,8 +110,13 @@ class ReplicaLink:
         self._placement.replica_changed(self)
 
     def dispatch(self, request: Request, now: float, cached_tokens: int, *, ahead: bool = False) -> None:
-        """Send a request, of whose prompt so much is probably cached there; uses up credit for the rest. ahead: it goes
-        before what waits there with its own priority.
+        """Send a request to the executor and deduct its uncached prompt tokens from the credit.
+
+        Args:
+            request: The request.
+            now: Monotonic seconds.
+            cached_tokens: Leading prompt tokens that the executor has probably cached.
+            ahead: True if it passes the requests of its own priority that wait at the executor.
         """
         charged_tokens = max(1, request.num_prompt_tokens - cached_tokens)
         submit = request.make_submit(now, charged_tokens, ahead=ahead)
@@ -125,13 +130,15 @@ class ReplicaLink:
         self._placement.load_changed(self)
 
     def announce_demand(self) -> None:
-        """Tell the executor, which may serve other schedulers as well, what waits here for credits."""
+        """Report the requests that wait here for credits to the executor, which divides credits among its
+        schedulers.
+        """
         self._client.announce_demand()
 
     def recall(self, request: Request) -> None:
-        """Take a request back, which ends there with a Finish that says so.
+        """Take a request back: the executor ends it with a Finish whose `moved` is set.
 
-        Its credits can be used at once: the executor reads this before what is sent after it.
+        Its credits can be used at once, because the executor reads the Abort before any later Submit.
         """
         handle = request.executor.handle
         request.executor.is_recalled = True
@@ -144,7 +151,7 @@ class ReplicaLink:
         self._client.abort(handle, reason, index)
 
     def release(self, handle: int) -> None:
-        """The request is no business of this link any more."""
+        """Forget a request that has ended or left the executor, and free its handle."""
         if handle in self.running:
             self._handles.release(handle)
             del self.clients[handle]
@@ -154,7 +161,7 @@ class ReplicaLink:
 
     @property
     def phase(self) -> scheduler_pb2.ExecutorPhase:
-        """The phase of the executor, which decides if it gets new requests."""
+        """Phase of the executor. Only a ready one gets new requests."""
         if self._is_incompatible:
             return _INCOMPATIBLE
         if self.is_leaving or (self.welcome is not None and self.load.draining):
@@ -163,12 +170,12 @@ class ReplicaLink:
 
     @property
     def is_up(self) -> bool:
-        """True if the link stands."""
+        """True while the link is connected."""
         return self.welcome is not None
 
     @property
     def is_reachable(self) -> bool:
-        """True if the executor answers and may take requests soon: its engine starts, or another takes its place."""
+        """True if the executor answers and is expected to take requests soon, for instance once its engine is up."""
         return not self.is_leaving and not self._is_incompatible and (self.is_up or self._is_starting)
 
     @property
@@ -183,14 +190,14 @@ class ReplicaLink:
 
     @property
     def instance_id(self) -> str:
-        """The connected incarnation. Empty while there is none."""
+        """Id of the connected incarnation. Empty while there is none."""
         return self.welcome.instance_id if self.welcome is not None else ""
 
     @property
     def has_credit(self) -> bool:
-        """True if the executor takes another request now. A request may be larger than what is left of the tokens.
+        """True if the executor takes another request now. One request may exceed the remaining credit of tokens.
 
-        A suspect executor is tried with one request at a time.
+        A suspect executor gets one request at a time.
         """
         return not (self.is_suspect and self.running) and self._has_request_credit and self.num_tokens_short <= 0
 
@@ -200,12 +207,12 @@ class ReplicaLink:
 
     @property
     def num_tokens_short(self) -> int:
-        """Prompt tokens for which it has to grant more credit before it takes another request; 0 or less: none."""
+        """Prompt tokens of credit that are missing before another request can be sent; 0 or less: none."""
         granted = self.load.granted_prefill_tokens + sum(self._recalled.values())
         return self._submitted_tokens + 1 - granted
 
     def lacks_room(self, request: Request) -> bool:
-        """True if a request that is sent now would wait for a row or for cache blocks."""
+        """True if a request that is sent now would wait at the executor for a row or for cache blocks."""
         num_rows = sum(other.executor.num_rows for other in self.running.values() if not other.executor.is_recalled)
         return (
             not self._has_request_credit
@@ -215,21 +222,21 @@ class ReplicaLink:
 
     @property
     def takes_moves(self) -> bool:
-        """True if the executor gives requests back."""
+        """True if the executor's version can give requests back (ABORT_REASON_MOVE)."""
         return self.welcome is not None and self.welcome.api_minor >= MOVES_SINCE
 
     def can_run(self, request: Request) -> bool:
-        """True if it knows all that the request asks for."""
+        """True if the executor supports all features that the request asks for."""
         return self.takes_grammars or not request.needs_grammars
 
     @property
     def takes_grammars(self) -> bool:
-        """True if it runs requests with a grammar."""
+        """True if the executor runs requests with a grammar."""
         return self.welcome is not None and self.welcome.grammars
 
     @property
     def _owes_answers(self) -> bool:
-        """True if a Finish is due, also for a request that was given up here: a hanging executor owes that, too."""
+        """True if the executor owes a Finish, be it for a request that was given up here, so that a hang is noticed."""
         return len(self._handles) > 0
 
     @property
@@ -239,7 +246,7 @@ class ReplicaLink:
 
     @property
     def num_devices(self) -> int:
-        """Devices in all."""
+        """Number of devices of the executor."""
         return max(1, self.welcome.devices) if self.welcome is not None else 1
 
     @property
@@ -259,27 +266,29 @@ class ReplicaLink:
 
     @property
     def max_num_seqs(self) -> int:
-        """Sequences that it runs at once."""
+        """Most sequences that the executor runs at once."""
         return self.welcome.max_num_seqs if self.welcome is not None else 0
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens that its cache holds."""
+        """Capacity of the executor's cache, in tokens."""
         return self.welcome.num_blocks * self.welcome.block_size if self.welcome is not None else 0
 
     @property
     def num_requests(self) -> int:
-        """Requests that run or wait there: as known here, or, when other schedulers use it as well, as reported."""
+        """Running and waiting requests at the executor: those sent from here, or as reported if other schedulers add
+        more.
+        """
         return max(len(self.running), self.load.running + self.load.waiting)
 
     @property
     def pending_prefill_tokens(self) -> int:
-        """Prompt tokens that wait there: as reported, and those sent since."""
+        """Prompt tokens that wait at the executor: those last reported, plus those sent since."""
         return self.load.waiting_prefill_tokens + self._tokens_since_load
 
     @property
     def num_running(self) -> int:
-        """Requests there: as known here, or, when other schedulers use it as well, as reported."""
+        """Running requests at the executor: those sent from here, or as reported if other schedulers add more."""
         return max(len(self.running), self.load.running)
 
     @property
@@ -288,7 +297,7 @@ class ReplicaLink:
         return self._client.traffic
 
     def describe(self) -> scheduler_pb2.ExecutorState:
-        """Return the executor's state as GetState tells it."""
+        """Return the executor's state for GetState."""
         return scheduler_pb2.ExecutorState(
             address=self.address,
             instance_id=self.instance_id,
@@ -303,10 +312,10 @@ class ReplicaLink:
             credit_tokens=max(0, self.load.granted_prefill_tokens - self._submitted_tokens) if self.is_up else 0,
         )
 
-    # The LinkClient's calls.
+    # Callbacks of LinkClient.
 
     def on_up(self, welcome: link_pb2.Welcome) -> None:
-        """The executor welcomed us."""
+        """Take over the executor's Welcome: the link is up."""
         self._is_incompatible = self._is_starting = False
         if self._home_of is not None:
             self._placement = self._home_of(self, welcome)
@@ -324,8 +333,9 @@ class ReplicaLink:
         self._placement.replica_changed(self)
 
     def on_step(self, step: link_pb2.StepOutput) -> None:
-        """The executor sent a frame."""
-        ended = [finish.handle for finish in step.finished]  # placement passes the frame's Finishes on, changed
+        """Handle a frame of the executor: update load and credits, then pass it on to placement."""
+        # taken now, because placement changes the Finishes as it passes them on
+        ended = [finish.handle for finish in step.finished]
         for handle in ended:
             self._recalled.pop(handle, None)
         self._num_tokens += len(step.token_ids)
@@ -343,7 +353,7 @@ class ReplicaLink:
             self._handles.finish(handle)
 
     def on_down(self, error: StatusError) -> None:
-        """The link broke, or could not be made."""
+        """Handle a link that broke or could not be made: give its requests back to placement."""
         instance_id = self.instance_id
         if self.is_up and self._owes_answers:
             self._lost_instance = self.instance_id
@@ -352,7 +362,7 @@ class ReplicaLink:
         self._recalled.clear()
         self.welcome = None
         self.last_error = error.message
-        # Only who answers can say when it is worth coming back.
+        # A time to retry comes from a front that answers, so its engine is starting.
         self._is_starting = error.code is grpc.StatusCode.UNAVAILABLE and error.retry_after is not None
         if error.code is not grpc.StatusCode.FAILED_PRECONDITION:
             self._is_incompatible = False

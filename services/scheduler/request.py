@@ -36,7 +36,7 @@ class Request:
     Args:
         link: The client link it came on.
         submit: The Submit; owned and changed by this object.
-        arrival: Its place among all requests.
+        arrival: Its place in the order of arrival among all requests.
         now: Time of arrival, in monotonic seconds.
 
     Attributes:
@@ -82,14 +82,16 @@ class Request:
         self.num_prompt_tokens = len(submit.token_ids)
 
     def check(self) -> None:
-        """Raise INVALID_ARGUMENT for what no executor can take, and go on from what was resumed."""
+        """Raise StatusError INVALID_ARGUMENT for a Submit that no executor can take, and set the progress to the tokens
+        of its `resumed`.
+        """
         check_submit(self.submit)
         self.client.progress.start_at(self.submit.resumed)
         self.executor.num_resumed = self.executor.num_charged = self.client.progress.num_tokens
 
     @property
     def num_rows(self) -> int:
-        """Rows of an executor that it needs: one for each sample that has not ended."""
+        """Rows of an executor that the request needs: one for each sample that has not ended."""
         return self.client.progress.ended.count(common_pb2.FINISH_REASON_UNSPECIFIED)
 
     @property
@@ -99,20 +101,20 @@ class Request:
 
     @property
     def num_new_tokens(self) -> int:
-        """Tokens since it was sent off last."""
+        """Output tokens since the last dispatch."""
         return self.client.progress.num_tokens - self.executor.num_resumed
 
     @property
     def max_len(self) -> int:
-        """Tokens that an executor must hold for it: the prompt and the longest output, or one more token than so far
-        where the client left the output's length to the executor.
+        """Context length that the request needs, in tokens: the prompt plus `max_tokens`, or plus one token more than
+        so far if the client set no limit.
         """
         sampling = self.submit.sampling
         longest = sampling.max_tokens if sampling.HasField("max_tokens") else 1 + max(map(len, self.client.emitted))
         return self.num_prompt_tokens + longest
 
     def start(self, replica: ReplicaLink, handle: int, now: float) -> None:
-        """The request was sent to an executor."""
+        """Record that the request was sent to an executor under this handle."""
         assert self.state is RequestState.QUEUED
         self.state = RequestState.RUNNING
         self.executor.dispatches += 1
@@ -123,7 +125,7 @@ class Request:
         self.times.leave_queue(now)
 
     def requeue(self, *, lost: bool) -> None:
-        """The request waits again: its executor is lost, or gave it back."""
+        """Record that the request is queued again; lost: its executor died, instead of giving it back."""
         assert self.state is RequestState.RUNNING
         self.state = RequestState.QUEUED
         self.executor.replica = None
@@ -131,7 +133,7 @@ class Request:
         self.times.come_back(lost=lost)
 
     def end(self, now: float) -> None:
-        """The request got its Finish."""
+        """Record that the request got its Finish, and cancel its timer."""
         assert self.state is not RequestState.ENDED
         if self.state is RequestState.QUEUED:
             self.times.leave_queue(now)
@@ -141,8 +143,13 @@ class Request:
             self.timer.cancel()
 
     def make_submit(self, now: float, charged_tokens: int, *, ahead: bool = False) -> link_pb2.Submit:
-        """The Submit for an executor, but for its handle there, with what was emitted so far and the time that is left;
-        ahead: it goes before what waits there with its own priority.
+        """Make the Submit for an executor, with the tokens emitted so far and the remaining time. The caller sets the
+        handle.
+
+        Args:
+            now: Monotonic seconds.
+            charged_tokens: Prompt tokens by which the request reduces the executor's credit.
+            ahead: True if it passes the requests of its own priority that wait at the executor.
         """
         submit, client = self.submit, self.client
         submit.charged_tokens = self.executor.charged_tokens = charged_tokens
@@ -154,7 +161,7 @@ class Request:
         return submit
 
     def make_finish(self, error: StatusError | None, *, moved: bool = False) -> link_pb2.Finish:
-        """A Finish where no executor sends one; moved: with UNAVAILABLE, it may go on elsewhere."""
+        """Make a Finish in place of an executor's; moved: with UNAVAILABLE, the request may go on elsewhere."""
         return link_pb2.Finish(
             status=error.to_link() if error is not None else None,
             usage=common_pb2.Usage(

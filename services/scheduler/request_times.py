@@ -6,8 +6,9 @@ from scalellm.v1 import link_pb2
 
 
 class RequestTimes:
-    """Monotonic seconds. The life of a request is divided without gaps into admission (waiting, or under way to
-    executors that refused it), failover (on executors that it had to leave, and until it ran again) and its last one.
+    """Divides the life of a request without gaps into three parts, in monotonic seconds: admission (in the queue, or on
+    the way to executors that refused it), failover (on executors that were lost, and until it ran again), and the time
+    on its last executor.
 
     Args:
         now: Time of arrival.
@@ -25,11 +26,13 @@ class RequestTimes:
 
     @property
     def waits_since(self) -> float:
-        """Since when a queued request waits; one that came back, since it was sent to where it came back from."""
+        """Monotonic seconds since which a queued request waits. For one that came back it is the time of its
+        dispatch.
+        """
         return self._since
 
     def leave_queue(self, now: float) -> None:
-        """Count the time that the request waited until now."""
+        """Add the waiting time until now to admission, or to failover after a loss."""
         if self._was_lost:
             self._failover += now - self._since
         else:
@@ -37,11 +40,13 @@ class RequestTimes:
         self._since = now
 
     def come_back(self, *, lost: bool) -> None:
-        """The request waits again. The time since it last left the queue counts as failover or admission, too."""
+        """Record that the request is queued again. The time since its dispatch then counts as failover if its executor
+        was lost, else as admission.
+        """
         self._was_lost = lost
 
     def fill(self, timings: link_pb2.HopTimings, now: float) -> None:
-        """Write the scheduler's part of a request that ended."""
+        """Write the scheduler's part of the latency breakdown of a request that ended."""
         timings.scheduler_total_ns = int((now - self.accepted_at) * 1e9)
         timings.admission_ns = int(self.admission_seconds * 1e9)
         timings.failover_ns = int(self._failover * 1e9)

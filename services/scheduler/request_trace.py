@@ -23,7 +23,7 @@ class RequestTrace:
     Args:
         span: The request's.
         submit: The request; its trace headers become those of each executor's span in turn.
-        now: Time at which it came, in monotonic nanoseconds.
+        now: Time of arrival, in monotonic nanoseconds.
     """
 
     def __init__(self, span: Span, submit: link_pb2.Submit, now: int) -> None:
@@ -35,7 +35,7 @@ class RequestTrace:
 
     @classmethod
     def begin(cls, tracer: Tracer, submit: link_pb2.Submit) -> RequestTrace | None:
-        """Begin with a Submit that came. None when it is not traced."""
+        """Begin the trace of a Submit that arrived. Returns None if it is not traced."""
         headers = TraceHeaders(submit.traceparent, submit.tracestate)
         if not headers.is_sampled:
             return None
@@ -48,7 +48,7 @@ class RequestTrace:
         return cls(span, submit, now) if span is not None else None
 
     def dispatch(self, address: str) -> None:
-        """The request leaves for an executor."""
+        """End the span of the wait and begin that of an executor, which the request is sent to."""
         now = time.monotonic_ns()
         self._span.add("queue", self._waits_since, now)
         self._num_attempts += 1
@@ -56,12 +56,12 @@ class RequestTrace:
         self._submit.traceparent, self._submit.tracestate = self._attempt.headers
 
     def come_back(self, error: StatusError) -> None:
-        """The request waits again: its executor was lost, or sent it back."""
+        """End the executor's span with an error and begin that of another wait."""
         self._waits_since = time.monotonic_ns()
         self._end_attempt(self._waits_since, error.code, error.message)
 
     def end(self, finish: link_pb2.Finish) -> None:
-        """The request got its Finish."""
+        """End all spans with the request's Finish."""
         now = time.monotonic_ns()
         status = finish.status
         code = StatusError.from_link(status).code if status.code else grpc.StatusCode.OK

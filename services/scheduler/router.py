@@ -13,23 +13,23 @@ from scalellm.services.scheduler.prefix_index import PrefixIndex
 if TYPE_CHECKING:
     from scalellm.services.scheduler.replica_link import ReplicaLink
 
-# Cost of one running sequence for a new request, in prefill tokens: it takes a row of each decode step. A rough weight,
-# there to spread equal requests evenly; a cached prefix of a few blocks outweighs a handful of sequences.
+# Cost of one running sequence for a new request, in prefill tokens, since it takes a row of each decode step. A rough
+# weight that spreads equal requests evenly; a cached prefix of a few blocks outweighs a handful of sequences.
 _TOKENS_PER_RUNNING = 16
 
 _FEW = 16
-"""Executors that are looked at one by one; of more of them, the order of all is followed until one of them comes."""
+"""Up to so many candidates are compared one by one; more are found by following the order of all executors by load."""
 
 
 class Verdict(enum.Enum):
     """The reason why no executor was picked."""
 
     NO_CREDIT = enum.auto()
-    """The executors that could run the request are busy, or not connected."""
+    """The executors that could run the request are out of credits, or not connected."""
     WAIT_FOR_SESSION = enum.auto()
-    """Another executor would take it, but its session's own one is only out of credits."""
+    """Another executor would take the request, but its session's executor is only out of credits."""
     REFUSED_BY_ALL = enum.auto()
-    """All have refused it."""
+    """All ready executors have refused the request."""
 
 
 @dataclass(eq=False, slots=True)
@@ -41,7 +41,7 @@ class _Entry:
         instance_id: Its incarnation.
         place: Its place in the prefix index.
         bit: The same as a mask.
-        rank: Its element of the order; None while it has no credit.
+        rank: Its element in the order by load; None while it has no credit.
     """
 
     replica: ReplicaLink
@@ -70,9 +70,9 @@ class Router:
     that would have to be taken from others. A suspect executor (a hanging engine behind a live front looks idle, which
     would attract everything) is the last choice.
 
-    What a request costs here hardly grows with the number of executors. Filters are masks with a bit per executor.
-    Those that take requests are kept in the order of their load; it is followed only until even an executor without
-    any other cost could not win any more.
+    The cost of a choice hardly grows with the number of executors. Filters are masks with one bit per executor. The
+    executors that take requests are kept in the order of their load, which is followed only until even an executor
+    that had no other cost could not win.
 
     Args:
         prefixes: Index of the executors that have prompt prefixes cached.
@@ -95,7 +95,7 @@ class Router:
     # Executors that join, leave and change.
 
     def join(self, replica: ReplicaLink) -> None:
-        """An executor is ready."""
+        """Add an executor that became ready."""
         place = self._prefixes.join(replica.instance_id)
         entry = _Entry(replica, replica.instance_id, place, 1 << place)
         self._entries[replica.address] = self._by_instance[entry.instance_id] = self._at_place[place] = entry
@@ -107,7 +107,7 @@ class Router:
         self.update(replica)
 
     def leave(self, replica: ReplicaLink) -> None:
-        """An executor is not ready any more."""
+        """Remove an executor that is no longer ready."""
         entry = self._entries.pop(replica.address)
         del self._by_instance[entry.instance_id], self._at_place[entry.place]
         self._prefixes.leave(entry.instance_id)
@@ -119,7 +119,7 @@ class Router:
         self._pools = _without(self._pools, entry.bit)
 
     def update(self, replica: ReplicaLink) -> None:
-        """The load, the credits or the doubts about an executor may have changed."""
+        """Update the order and the masks after an executor's load, credits or suspicion of being dead changed."""
         entry = self._entries.get(replica.address)
         if entry is None:
             return
@@ -145,7 +145,9 @@ class Router:
     # Choice of an executor.
 
     def can_any_run(self, *, needs_grammars: bool) -> bool:
-        """True if some executor knows all that a request asks for, or none is ready."""
+        """True if some ready executor supports all features of a request, or none is ready, so that it may wait for
+        one.
+        """
         return not self._ready or not needs_grammars or bool(self._knows_grammars)
 
     def route(
@@ -168,9 +170,10 @@ class Router:
             hashes: `block_hashes` of the prompt.
             needs_grammars: True if only an executor that takes grammars can run it.
             session_address: The executor that ran the session last.
-            may_wait: True if it may still wait for that one.
+            may_wait: True if the request may still wait for that executor.
             refused_by: Instances that refused this request.
-            pool: The tensor_parallel of the executors that it should go to; others take it where none of these does.
+            pool: The tensor_parallel of the preferred executors; others are chosen only if none of these takes the
+                request.
         """
         able = self._knows_grammars if needs_grammars else self._ready
         if not able:
@@ -196,11 +199,11 @@ class Router:
         return self._cheapest(free, num_prompt_tokens, hashes).replica
 
     def matched_tokens(self, hashes: Sequence[int], replica: ReplicaLink) -> int:
-        """Leading prompt tokens that an executor, which is ready, has probably cached."""
+        """Return the number of leading prompt tokens that a ready executor has probably cached."""
         return self._prefixes.matched_tokens(hashes, self._entries[replica.address].place)
 
     def record(self, hashes: Sequence[int], replica: ReplicaLink) -> None:
-        """A prompt was sent to an executor, which is ready."""
+        """Record that a prompt with these block hashes was sent to a ready executor."""
         self._prefixes.record(hashes, self._entries[replica.address].place)
 
     def _long_enough(self, willing: int, max_len: int) -> int:
@@ -221,11 +224,11 @@ class Router:
         return best[-1]
 
     def _cheapest_alike(self, members: int, to_compute: int, best: _Choice | None) -> _Choice | None:
-        """The cheapest of executors that would compute the same number of tokens, or `best` if that is cheaper."""
+        """Return the cheapest of executors that would compute equally many tokens, or `best` if that is cheaper."""
         for load, running, address, entry in self._by_load(members):
             cost = load + to_compute
             if best is not None and (cost, running, address) >= best[:3]:
-                break  # so it is for all that follow
+                break  # and neither could any that follow
             if members & entry.bit:
                 replica = entry.replica
                 cost += max(0, to_compute - replica.free_blocks * replica.block_size)
@@ -234,7 +237,7 @@ class Router:
         return best
 
     def _by_load(self, members: int) -> Iterable[_Rank]:
-        """Executors that take requests in the order of their load: `members`, and perhaps others."""
+        """Iterate over executors that take requests in the order of their load: all `members`, and perhaps others."""
         if members.bit_count() > _FEW:
             return self._order
         return sorted(rank for place in _places(members) if (rank := self._at_place[place].rank) is not None)

@@ -9,18 +9,18 @@ from scalellm.services.scheduler.request import Request
 from scalellm.services.scheduler.token_service import OUTPUT_COST, TenantAccount, TokenService
 
 _MIN_TOKENS = 4
-"""Tokens that a request has emitted, since it was sent off last, before its row is taken."""
+"""Least number of tokens that a request emits after its dispatch before its row may be taken."""
 
 _LEAD = 256 * OUTPUT_COST
-"""The least lead in tokens of a tenant that loses a row to another, so that rows do not go to and fro."""
+"""Least lead, in cost of tokens served, of a tenant that loses a row to another, so that rows do not oscillate."""
 
 
 class RowRecall:
     """Chooses the rows that are taken from one tenant for another.
 
-    The tenant that holds most rows, by weight, gives one to a tenant that waits, if it was served more and has still at
-    least as many as that one when it has given it. So rows move until they are shared alike, and no further; a tenant
-    that had its share of the tokens with fewer rows takes none.
+    The tenant that holds most rows, relative to its weight, gives rows to a waiting tenant if it was served more and
+    afterwards still holds at least as many rows as the other one. So rows move until they are shared equally and no
+    further, and a tenant that got its share of tokens with fewer rows takes none.
 
     Args:
         service: The tenants' accounts.
@@ -30,10 +30,10 @@ class RowRecall:
         self._service = service
 
     def find(self, request: Request, replicas: Iterable[ReplicaLink]) -> tuple[ReplicaLink, list[Request]] | None:
-        """Choose an executor for a request that none would take, and what is taken back there to make room for it.
+        """Choose an executor for a request that none would take, and the running requests to take back from it.
 
-        Of the requests of the tenant that gives, the least urgent and the newest go, so that its older ones end first.
-        None: it has to wait.
+        Of the giving tenant's requests, the least urgent and then the newest are taken, so that its older ones end
+        first. Returns None if the request has to wait.
         """
         tenant, giver = self._service.richest()
         taker = self._service[request.tenant]
@@ -50,7 +50,7 @@ class RowRecall:
         return best
 
     def may_take(self, request: Request, giver: TenantAccount) -> bool:
-        """True if a request's tenant is far enough behind another one."""
+        """True if a request's tenant is far enough behind `giver` in rows and in tokens served."""
         taker = self._service[request.tenant]
         return (
             giver.rows_per_weight(-1) >= taker.rows_per_weight(request.num_rows)
@@ -58,7 +58,9 @@ class RowRecall:
         )
 
     def _victims(self, request: Request, replica: ReplicaLink, tenant: bytes) -> list[Request]:
-        """Return the requests of one tenant that have to leave an executor; empty where that would not help."""
+        """Return the requests of one tenant that have to leave an executor to make room; empty if that would
+        not help.
+        """
         candidates = [
             other
             for other in replica.running.values()

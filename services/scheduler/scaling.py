@@ -1,4 +1,4 @@
-"""The load of the pools of executors, and the number of executors that each should have, observed periodically."""
+"""The load of the pools of executors, and the wanted number of executors of each, computed every second."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ ALL = ""
 _LOOK_S = 1.0
 
 _REMEMBERED_S = 60.0
-"""Seconds for which a request that found no executor counts as wanting one: its client comes back sooner."""
+"""Seconds for which a request that found no executor counts as demand for one. Clients retry in less time."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """A pool at the last look.
+    """State of a pool at the last observation.
 
     Attributes:
         ready: Executors that take requests.
-        saturation: Share of their rows or cache, whichever is more, that all requests that run or wait would take;
-            above 1 they do not fit. With no executor ready, as a share of one.
+        saturation: Share of their rows or cache, whichever is more, that all running and waiting requests would take;
+            above 1 they do not fit. With no executor ready, it is relative to the size of one.
         oldest_s: Seconds that the oldest request has waited; 0 = none waits.
-        wanted: Executors that there should be.
+        wanted: Number of executors that the pool should have.
         is_active: False while no executor is needed at all.
     """
 
@@ -47,10 +47,12 @@ class PoolState:
 
 
 class Scaling:
-    """Looks at all pools every second. A pool is what one name of executors stands for, or all executors.
+    """Observes all pools every second. A pool is the set of executors that one listed name resolves to, or all
+    executors.
 
-    Requests that wait are not given to a pool before an executor takes them: they count in full for each pool of their
-    model. Of what other schedulers sent to an executor, its reports tell; what waits in them is known to them alone.
+    Waiting requests belong to no pool until they are dispatched, so they count in full for each pool of their model.
+    Requests that other schedulers sent to an executor are known from its load reports; those that wait in other
+    schedulers are not known.
 
     Args:
         dispatchers: The executors of each model, and what waits for them.
@@ -71,15 +73,15 @@ class Scaling:
         self._looked = asyncio.Event()
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Observe the pools every second until cancelled."""
         while True:
             self.look()
             await asyncio.sleep(_LOOK_S)
 
     def look(self) -> None:
-        """Bring all pools up to date."""
+        """Observe all pools once."""
         now = self._clock()
-        # An address is one executor for ever: nobody scales it.
+        # Plain IP addresses are left out: such an address is always one executor, so there is nothing to scale.
         named = {
             name: addresses for name, addresses in self._names().items() if not is_ip_address(split_address(name)[0])
         }
@@ -90,7 +92,7 @@ class Scaling:
         looked.set()
 
     def _models_of(self, addresses: frozenset[str] | None) -> list[Dispatcher]:
-        """The models that executors at these addresses have; None: at any. The first, where that is not known."""
+        """Return the dispatchers of the executors at these addresses (None: all), or the first one if none is known."""
         first, *others = self._dispatchers
         if addresses is None:
             return [first, *others]
@@ -98,17 +100,17 @@ class Scaling:
 
     @property
     def states(self) -> Mapping[str, PoolState]:
-        """All pools by name."""
+        """States of all pools, by name."""
         return {name: pool.state for name, pool in self._pools.items()}
 
     async def next_look(self) -> None:
-        """Wait until the pools were looked at again."""
+        """Wait until the pools have been observed again."""
         await self._looked.wait()
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The part of a pool that is of one model."""
+    """The executors of one model in a pool, and their placement."""
 
     ready: list[ReplicaLink]
     placement: Placement
@@ -121,21 +123,21 @@ class _Part:
 
     @property
     def is_wanted_at(self) -> float:
-        """Time at which an executor was wanted last; infinite while one is."""
+        """Time at which a request last needed an executor, in seconds of the event loop; infinite while any is open."""
         return math.inf if self.placement.books.num_open else self.placement.outage.turned_away_at
 
     def oldest(self, now: float) -> float:
-        """Seconds that its oldest request has waited."""
+        """Return the seconds that the oldest queued request has waited; 0 if none waits."""
         return max((now - since for since in _waiting_since(self.placement)), default=0.0)
 
 
 class _Pool:
-    """One pool, from look to look."""
+    """State of one pool that is kept between observations."""
 
     def __init__(self) -> None:
         self.state = PoolState()
         self._rule = ScalingRule()
-        self._rows = self._tokens = math.inf  # of one executor; those of the last that were ready
+        self._rows = self._tokens = math.inf  # mean per executor, of those that were last ready
 
     def look(self, parts: Sequence[_Part], now: float) -> None:
         ready = [replica for part in parts for replica in part.ready]
@@ -154,12 +156,14 @@ class _Pool:
 
 
 def _share_in_use(replica: ReplicaLink) -> float:
-    """Used share of an executor's rows or of its cache, whichever is more; above 1 where requests wait there."""
+    """Return the used share of an executor's rows or cache, whichever is more; above 1 if requests wait there."""
     rows = replica.num_requests / max(1, replica.max_num_seqs)
     cache = 1.0 - replica.load.free_blocks / replica.load.total_blocks if replica.load.total_blocks else 0.0
     return max(rows, cache)
 
 
 def _waiting_since(placement: Placement) -> Iterator[float]:
-    """Since when the next requests of each tenant and priority wait: the oldest is among them, or hardly younger."""
+    """Iterate over the times since which the first request of each tenant and priority has waited. The oldest request
+    is among these, or hardly older than the oldest of them.
+    """
     return (request.times.waits_since for request in placement.queue.firsts())

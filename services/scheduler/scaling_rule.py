@@ -1,4 +1,4 @@
-"""The number of executors that a pool should have. The whole rule is here: nothing else rounds, waits or compares."""
+"""The rule for the number of executors that a pool should have: all rounding, delays and thresholds are here."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 
 GROW_AT = 0.8
-"""Share of the pool's rows or cache that is in use from which on it grows: what is left covers the start of another."""
+"""Used share of the pool's rows or cache from which on it grows. The rest covers the time until another has started."""
 
 SHRINK_TO = 0.6
-"""Share that would be in use after shrinking, at most. Load that moves between the two shares changes nothing."""
+"""Most used share that a pool may have after shrinking. A load between the two shares changes nothing."""
 
 HOLD = 60.0
 """Seconds for which fewer executors must have been enough before the pool shrinks."""
 
 PATIENCE = 5.0
-"""Seconds that a request may wait while no executor takes one; longer, and the pool grows whatever its shares say."""
+"""Seconds that a request may wait while no executor has credit before the pool grows, whatever its used share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class PoolDemand:
 
     Attributes:
         ready: Executors that take requests.
-        work: Number of executors that all running and waiting requests would fill, in fractions.
+        work: Number of executors that all running and waiting requests would fill; a fraction.
         stuck_s: Seconds that the oldest request has waited while no executor takes one; 0 = none waits.
         is_wanted: True if a request runs, waits, or was lately turned away because there was no executor.
     """
@@ -36,24 +36,24 @@ class PoolDemand:
 
 
 class ScalingRule:
-    """The number of executors that a pool should have, from one look to the next.
+    """Computes the number of executors that a pool should have, from one observation to the next.
 
-    It rises at once, so that requests wait no longer than an executor takes to start. It falls when fewer would have
-    been enough at every look for `HOLD` seconds, and then to the most that any of these looks asked for. A load that
-    goes up and down faster than that, or between the two shares, therefore changes nothing.
+    The number rises at once, so that requests wait no longer than an executor takes to start. It falls when fewer
+    executors were enough at every observation for `HOLD` seconds, and then to the most that any of these observations
+    asked for. A load that varies faster than that, or between the two shares, therefore changes nothing.
     """
 
     def __init__(self) -> None:
         self.wanted = 0
-        self._enough_since: float | None = None  # since when fewer have been enough
-        self._most = 0  # that a look asked for since then
+        self._enough_since: float | None = None  # seconds since which fewer have been enough
+        self._most = 0  # most executors that an observation asked for since then
 
     def update(self, demand: PoolDemand, now: float) -> int:
-        """Take over one look at the pool, and return the number.
+        """Add one observation of the pool. Returns the wanted number of executors.
 
         Args:
             demand: The observed demand.
-            now: Monotonic seconds; never less than at the last look.
+            now: Monotonic seconds; never less than at the last observation.
         """
         least, enough = _executors(demand, GROW_AT), _executors(demand, SHRINK_TO)
         if least > self.wanted:
@@ -70,8 +70,9 @@ class ScalingRule:
 
 
 def _executors(demand: PoolDemand, share: float) -> int:
-    """Executors of which this share would be in use."""
-    # Slightly less: a sum of fractions that stands for a whole number may be rounded above it.
+    """Return the number of executors of which this share would be in use."""
+    # A sum of fractions that stands for a whole number may be rounded slightly above it, which must not add an
+    # executor.
     count = math.ceil(demand.work / share - 1e-9)
     if demand.is_wanted:
         count = max(count, 1)

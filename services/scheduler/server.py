@@ -1,4 +1,4 @@
-"""Puts the parts of the scheduler together, starts and ends them."""
+"""Builds the parts of the scheduler, starts and stops them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class SchedulerServer:
 
     @property
     def address(self) -> str:
-        """host:port, once it listens."""
+        """host:port at which the service listens. Valid after `start`."""
         return self._grpc.address
 
     @property
@@ -102,7 +102,7 @@ class SchedulerServer:
         await self._discovery.add(self._settings.executor_addresses)
 
     async def stop(self) -> None:
-        """Drain within the limit, then end what is left and close everything."""
+        """Drain within the limit, then end the remaining requests and close everything."""
         self.dispatchers.begin_drain()
         await self.dispatchers.wait_idle(self._settings.drain_limit_s)
         self.dispatchers.end_all(StatusError.unavailable("the scheduler stopped", retry_after=1.0), moved=True)
@@ -112,7 +112,7 @@ class SchedulerServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._metrics is not None:
-            # Not on the loop: a scrape under way waits for the loop, and stopping waits for the scrape.
+            # In a thread, because stopping waits for a scrape under way, and that scrape waits for this event loop.
             await asyncio.to_thread(self._metrics.stop)
 
     def _metrics_endpoint(self, port: int) -> MetricsEndpoint:

@@ -20,7 +20,7 @@ from scalellm.v1 import link_pb2, scheduler_pb2
 
 SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"]
 
-_HELLO_PATIENCE = 5.0  # for a first executor; less than a client waits for its Welcome
+_HELLO_PATIENCE = 5.0  # seconds to wait for a first executor; less than a client waits for its Welcome
 _LONGEST_DRAIN = 3600
 
 
@@ -31,8 +31,8 @@ class SchedulerService:
         instance_id: Names this incarnation of the scheduler.
         drain_limit: Seconds that Drain waits where the request does not say.
         dispatchers: One for each model.
-        discovery: The executors' list.
-        affinity: For the state of Redis.
+        discovery: The listed names of executors.
+        affinity: Source of the state of Redis.
         lease: Seconds for which the requests of a silent tokenizer worker are kept.
     """
 
@@ -54,7 +54,7 @@ class SchedulerService:
         self._unserved = Unserved()
 
     def get_state(self) -> scheduler_pb2.GetStateResponse:
-        """Queue, executors and books at one instant."""
+        """Return the queue, executors and counts at one instant."""
         models = [dispatcher.describe() for dispatcher in self._dispatchers]
         state = scheduler_pb2.GetStateResponse(
             instance_id=self._instance_id,
@@ -101,7 +101,9 @@ class SchedulerService:
             intake.close_link(link)
 
     async def _welcome(self, hello: link_pb2.Hello) -> tuple[Dispatcher, link_pb2.Welcome]:
-        """Refuses the link while no executor is ready: a Welcome could not say what the client needs to know."""
+        """Choose the dispatcher of a new link and make its Welcome. Raises StatusError UNAVAILABLE while no executor is
+        ready, because the Welcome has to contain the executors' limits.
+        """
         if self._dispatchers.is_draining:
             raise StatusError.unavailable("the scheduler is draining", retry_after=1.0)
         if self._unserved.has_more(hello):
@@ -114,13 +116,13 @@ class SchedulerService:
     async def GetState(
         self, request: scheduler_pb2.GetStateRequest, context: grpc.aio.ServicerContext
     ) -> scheduler_pb2.GetStateResponse:
-        """Queue, executors and books."""
+        """Return the queue, executors and counts."""
         return self.get_state()
 
     async def Drain(
         self, request: scheduler_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> scheduler_pb2.DrainResponse:
-        """Admit nothing more and wait for the rest."""
+        """Refuse new requests and wait for the open ones to end."""
         limit = request.timeout_s if request.HasField("timeout_s") else self._drain_limit
         if limit > _LONGEST_DRAIN:
             raise StatusError.invalid("timeout_s", f"{limit} is above {_LONGEST_DRAIN}")
@@ -130,7 +132,7 @@ class SchedulerService:
     async def AddExecutor(
         self, request: scheduler_pb2.AddExecutorRequest, context: grpc.aio.ServicerContext
     ) -> scheduler_pb2.AddExecutorResponse:
-        """An executor joins."""
+        """Add executors by name or address."""
         try:
             await self._discovery.add([request.address])
         except ValueError as error:
@@ -140,7 +142,7 @@ class SchedulerService:
     async def RemoveExecutor(
         self, request: scheduler_pb2.RemoveExecutorRequest, context: grpc.aio.ServicerContext
     ) -> scheduler_pb2.RemoveExecutorResponse:
-        """An executor leaves."""
+        """Remove an executor by name or address."""
         if not self._discovery.remove(request.address):
             message = f"address: {request.address!r} is not a known executor"
             raise StatusError(grpc.StatusCode.NOT_FOUND, message)
@@ -167,7 +169,7 @@ def _on_frame(intake: Intake, link: ClientLink, frame: link_pb2.ClientFrame) -> 
         case "abort":
             intake.abort(link, frame.abort)
         case "renewal":
-            pass  # that it came is what counts: the edge has credits without end
+            pass  # a Renewal only has to arrive, to renew the lease; clients have unlimited credit
         case "hello":
             raise StatusError.invalid("hello", "a link is opened once")
         case _:

@@ -11,11 +11,11 @@ from scalellm.services.scheduler.request import Request
 
 
 class SessionLookup:
-    """Notes on a request what is known of its session.
+    """Sets the session's last executor on a request, from memory or from Redis.
 
     Args:
         affinity: The last executor of each session.
-        on_found: Called when a request need not wait for the answer any more.
+        on_found: Called when a request no longer waits for the look-up.
     """
 
     def __init__(self, affinity: AffinityStore, on_found: Callable[[], None]) -> None:
@@ -23,7 +23,7 @@ class SessionLookup:
         self._on_found = on_found
 
     def start(self, request: Request) -> None:
-        """Ask for a request that came; it `awaits_session` where the answer is not known at once."""
+        """Look up the session of an arriving request, which `awaits_session` until Redis has answered."""
         if not request.session_id:
             return
         request.executor.session_address = self._affinity.get(request.session_id)

@@ -13,18 +13,18 @@ from scalellm.v1 import link_pb2
 def relay_step(step: link_pb2.StepOutput, running: Mapping[int, ClientSide], books: Books) -> list[tuple[int, str]]:
     """Pass tokens, log-probabilities and sample ends on, each exactly once.
 
-    Tokens that the client already has are dropped, which makes resubmission idempotent. Entries of unknown handles
-    belong to requests that ended here before the executor knew. Finishes are left to the caller.
+    Tokens that the client already has are dropped, which makes resubmission idempotent. Entries with unknown handles
+    are dropped too: their requests ended here before the executor learned of it. The caller handles the Finishes.
 
     Args:
         step: A frame of one executor; changed.
         running: The clients of the requests on that executor, by the handles used there.
-        books: Count the tokens.
+        books: Counts of tokens; updated.
 
     Returns:
         The executor's handles of requests whose entries contradict the protocol, with what is wrong.
     """
-    # Lists: protobuf's own columns make an object per access, which costs more than all the rest of the loop.
+    # Lists, because each access to a protobuf column makes an object, which costs more than the rest of the loop.
     handles, indices, offsets, counts = step.handles[:], step.indices[:], step.offsets[:], step.counts[:]
     token_ids = step.token_ids[:]
     books.tokens_received += len(token_ids)
@@ -76,9 +76,9 @@ def _relay_decodes(
     token_ids: list[int],
     running: Mapping[int, ClientSide],
 ) -> bool:
-    """Pass on the one frame that matters for speed: each request's next token, all for one client link.
+    """Fast path for the most frequent frame: one next token for each request, all for one client link.
 
-    Returns False, with nothing done, when the frame is another one.
+    Returns False, with nothing done, for any other frame.
     """
     if not len(token_ids) == len(handles) == len({*handles}) or any(indices):
         return False
@@ -96,7 +96,7 @@ def _relay_decodes(
 
 
 def _relay_tokens(step: link_pb2.StepOutput, running: Mapping[int, ClientSide], broken: list[tuple[int, str]]) -> int:
-    """Pass on whatever tokens there are. Returns how many nobody was to see; adds to `broken`."""
+    """Pass on the tokens of any frame. Returns the number of dropped tokens; adds protocol violations to `broken`."""
     num_dropped = 0
     for handle, index, offset, token_ids in token_runs(step):
         client, count = running.get(handle), len(token_ids)
@@ -106,7 +106,7 @@ def _relay_tokens(step: link_pb2.StepOutput, running: Mapping[int, ClientSide], 
             if index < len(emitted) and len(tokens := emitted[index]) == offset:
                 tokens += new
             else:
-                # A replay after a failover may begin with what is known already.
+                # A replay after a failover may begin with tokens that the client already has.
                 try:
                     new = client.progress.add_tokens(index, offset, new)
                 except ProgressError as error:

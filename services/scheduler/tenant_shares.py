@@ -14,19 +14,19 @@ class QueueEntry(Protocol):
 
     @property
     def priority(self) -> int:
-        """Lower leaves first."""
+        """Priority. Lower values leave the queue first."""
 
     @property
     def tenant(self) -> bytes:
-        """The tenant; among equal priorities the one that was served least goes first."""
+        """The tenant. Among requests of equal priority, those of the tenant served least leave first."""
 
     @property
     def arrival(self) -> int:
-        """Unique and rising; among requests of one tenant and priority, lower leaves first."""
+        """Unique rising number. Among requests of one tenant and priority, lower values leave first."""
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens to prefill."""
+        """Number of prompt tokens."""
 
 
 EntryT = TypeVar("EntryT", bound=QueueEntry)
@@ -39,7 +39,7 @@ class _Holding(Generic[EntryT]):
 
     Attributes:
         amounts: Requests and prompt tokens that wait.
-        droppable: Those that may be dropped, in the order in which they leave.
+        droppable: The requests that may be dropped, in the order in which they leave the queue.
     """
 
     amounts: list[int] = field(default_factory=lambda: [0, 0])
@@ -51,10 +51,10 @@ class _Holding(Generic[EntryT]):
 
 
 class NoRoomError(Exception):
-    """Too few requests may be dropped.
+    """No room can be made, because too few requests may be dropped.
 
     Attributes:
-        lacks_requests: Places of requests are lacking, whatever the prompt tokens; else the tokens alone.
+        lacks_requests: True if the limit of requests is exceeded; False if only that of prompt tokens is.
     """
 
     def __init__(self, *, lacks_requests: bool) -> None:
@@ -66,7 +66,7 @@ class TenantShares(Generic[EntryT]):
     """The tenants' shares of a queue.
 
     Args:
-        weight: A tenant's share in relation to others.
+        weight: Returns a tenant's weight.
     """
 
     def __init__(self, weight: Callable[[bytes], float]) -> None:
@@ -74,18 +74,18 @@ class TenantShares(Generic[EntryT]):
         self._holdings: dict[bytes, _Holding[EntryT]] = {}
 
     def __len__(self) -> int:
-        """Tenants that hold a part."""
+        """Return the number of tenants with waiting requests."""
         return len(self._holdings)
 
     def add(self, entry: EntryT, *, may_be_dropped: bool) -> None:
-        """A request waits."""
+        """Count a request that was queued."""
         holding = self._holdings.setdefault(entry.tenant, _Holding())
         holding.count(entry, 1)
         if may_be_dropped:
             insort(holding.droppable, _place(entry))
 
     def remove(self, entry: EntryT) -> None:
-        """A request waits no more."""
+        """Remove a request that left the queue."""
         holding = self._holdings[entry.tenant]
         holding.count(entry, -1)
         index = bisect_left(holding.droppable, _place(entry)[:2])
@@ -95,21 +95,22 @@ class TenantShares(Generic[EntryT]):
             del self._holdings[entry.tenant]
 
     def make_room(self, entry: EntryT, excess: Sequence[int]) -> list[EntryT]:
-        """Choose what is dropped for a request that comes now; changes nothing.
+        """Choose the requests to drop for a new one; changes nothing.
 
-        Of the tenant that holds most, that request goes which would be the last of its own to leave, as long as this
-        tenant still holds no less than the newcomer's will, each by its weight. So a tenant that holds nothing finds
-        room unless all others of its weight hold a single request, and two tenants never drop each other's requests in
-        turns.
+        Of the tenant that holds most, the request that would leave last is dropped, as long as this tenant afterwards
+        still holds at least as much as the new request's tenant will, each relative to its weight. So a tenant that
+        holds nothing finds room unless all others of its weight hold a single request, and two tenants never drop each
+        other's requests alternately.
 
         Args:
-            entry: The newcomer.
-            excess: Requests and prompt tokens beyond the queue's limits, with the newcomer.
+            entry: The new request.
+            excess: Requests and prompt tokens beyond the queue's limits, the new request included.
 
         Returns:
             The requests to drop.
 
-        Raises NoRoomError.
+        Raises:
+            NoRoomError: Too few requests may be dropped.
         """
         held = {tenant: list(holding.amounts) for tenant, holding in self._holdings.items()}
         num_left = {tenant: len(holding.droppable) for tenant, holding in self._holdings.items()}

@@ -1,4 +1,4 @@
-"""The account of fairness between tenants: tokens that each has been served, and what it holds."""
+"""The accounts for fairness between tenants: tokens that each has been served, and rows that it holds."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ OUTPUT_COST = 4
 """Cost of an output token, in prompt tokens: it takes a row of a step, which computes hundreds of prompt tokens."""
 
 _IDLE_CREDIT = 4096
-"""Most prompt tokens by which a returning tenant may begin behind the others: enough for a short request or two."""
+"""Most prompt tokens that a returning tenant may be behind the least served one: enough for a short request or two."""
 
 
 @dataclass(slots=True, eq=False)
 class TenantAccount:
-    """One tenant.
+    """The account of one tenant.
 
     Attributes:
         weight: Its share of the service in relation to others.
-        served: Cost of what it was served, divided by its weight. Only differences between tenants mean anything.
+        served: Cost of the tokens it was served, divided by its weight. Only differences between tenants mean anything.
         num_open: Its requests that have not ended.
-        num_rows: Rows of executors that they hold, or wait for on an executor.
+        num_rows: Rows that its requests hold, or wait for, on executors.
     """
 
     weight: float = 1.0
@@ -35,15 +35,15 @@ class TenantAccount:
         self.served += cost / self.weight
 
     def rows_per_weight(self, more: int = 0) -> float:
-        """Rows that it holds, and `more`, in relation to what it should."""
+        """Return the tenant's rows plus `more`, divided by its weight."""
         return (self.num_rows + more) / self.weight
 
 
 class TokenService:
     """The accounts of all tenants: a virtual token counter (Sheng et al. 2024, "Fairness in Serving LLMs").
 
-    Who was served least goes first. A tenant that was away begins with what the least served one has, but for a little
-    credit: it is owed nothing for the time in which it wanted nothing.
+    The tenant that was served least goes first. A tenant that was idle starts from the count of the least served one,
+    less a small credit, so that it gains nothing from the time in which it asked for nothing.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class TokenService:
 
     @property
     def num_active(self) -> int:
-        """Tenants with requests that have not ended."""
+        """Number of tenants with requests that have not ended."""
         return len(self._active)
 
     def __contains__(self, tenant: bytes) -> bool:
@@ -62,15 +62,15 @@ class TokenService:
         return self._active[tenant]
 
     def served(self, tenant: bytes) -> float:
-        """Tokens that an active tenant has been served, divided by its weight."""
+        """Return the cost of the tokens that an active tenant has been served, divided by its weight."""
         return self._active[tenant].served
 
     def weight(self, tenant: bytes) -> float:
-        """The share of an active tenant in relation to others."""
+        """Return the weight of an active tenant."""
         return self._active[tenant].weight
 
     def enter(self, tenant: bytes, weight: float = 1.0) -> None:
-        """A request came."""
+        """Count a request of a tenant that arrived, and open the tenant's account if it was idle."""
         account = self._active.get(tenant)
         if account is None:
             account = self._idle.pop(tenant, None) or TenantAccount()
@@ -83,35 +83,39 @@ class TokenService:
         account.num_open += 1
 
     def leave(self, tenant: bytes) -> None:
-        """A request ended."""
+        """Count a request of a tenant that ended, and close the account after its last one."""
         account = self._active[tenant]
         account.num_open -= 1
         if not account.num_open:
             del self._active[tenant]
             self._idle[tenant] = account
             if not self._active:
-                self._idle.clear()  # nobody is compared with anybody
+                self._idle.clear()  # with no active tenant there is nobody to compare them with
 
     def richest(self) -> tuple[bytes, TenantAccount]:
-        """The active tenant that holds most rows in relation to what it should."""
+        """Return the active tenant that holds most rows relative to its weight, and its account."""
         return max(self._active.items(), key=lambda item: item[1].rows_per_weight())
 
     def goes_ahead(self, request: Request) -> bool:
-        """True if a request may pass those of its priority that wait on an executor, of tenants that hold more."""
+        """True if a request may pass waiting requests of equal priority on its executor, since other tenants
+        hold more.
+        """
         if len(self._active) < 2:
             return False
         own, most = self._active[request.tenant], self.richest()[1]
         return own.rows_per_weight(request.num_rows) <= most.rows_per_weight()
 
     def on_dispatch(self, request: Request, *, is_first: bool) -> None:
-        """A request was sent to an executor. Its prompt counts once, however often it moves."""
+        """Count the rows of a dispatched request, and at the first dispatch its prompt tokens."""
         account = self._active[request.tenant]
         account.num_rows += request.executor.num_rows
         if is_first:
             account.charge(request.executor.charged_tokens)
 
     def charge_outputs(self, requests: Iterable[Request]) -> None:
-        """Count what requests emitted by now: only while tenants are compared, since each costs something."""
+        """Charge the tenants for their requests' new output tokens. Called only while tenants compete, as it costs
+        time.
+        """
         for request in requests:
             executor = request.executor
             if num_new := request.client.progress.num_tokens - executor.num_charged:
@@ -119,17 +123,19 @@ class TokenService:
                 self._active[request.tenant].charge(num_new * OUTPUT_COST)
 
     def take_rows(self, request: Request) -> None:
-        """The rows of a request are its tenant's no more: it leaves its executor, or was asked to."""
+        """Subtract the rows of a request that leaves its executor, or was asked to, from its tenant's."""
         self._active[request.tenant].num_rows -= request.executor.num_rows
         request.executor.num_rows = 0
 
     def settle(self, request: Request) -> None:
-        """A request is on no executor any more."""
+        """Settle a request that is no longer on an executor: charge its output tokens and subtract its rows."""
         self.charge_outputs((request,))
         self.take_rows(request)
 
     def _forget_paid(self, least: float) -> None:
-        """Forget those who would begin anew anyway, once they are many; least: what the least served tenant had."""
+        """Once there are many idle accounts, drop those that would start anew anyway; least: count of the
+        least served.
+        """
         if len(self._idle) > 64 + 2 * len(self._active):
             self._idle = {
                 tenant: account

@@ -5,11 +5,11 @@ from __future__ import annotations
 from scalellm.v1 import link_pb2
 
 _MOST_CLIENTS = 4096
-"""Workers that are remembered; beyond that all are forgotten, and what they tell next counts once more."""
+"""Most workers that are remembered. Beyond that all are forgotten, and their next counts are taken as new once more."""
 
 
 class Unserved:
-    """Tells new requests of a worker from those that it told of before: each Hello has the number since its start."""
+    """Detects newly refused requests of workers, whose Hellos carry the number of them since the worker's start."""
 
     def __init__(self) -> None:
         self._told: dict[str, int] = {}  # by client id
