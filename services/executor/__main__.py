@@ -72,7 +72,7 @@ async def _serve_traced(settings: ExecutorSettings, tracer: Tracer | None) -> No
     stopping = asyncio.create_task(stop.wait())
     watching = asyncio.create_task(LoopLag(loop_lag.observe).run())
     try:
-        announce(settings.announce, *lines)  # links that come while the model is being loaded wait for it
+        announce(settings.announce, *lines)  # links that are opened while the model is being loaded wait for it
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             running.result()

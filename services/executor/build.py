@@ -1,4 +1,5 @@
-"""Builds the engine from its settings: model, KV cache, limits. Every refusal is one line that says what to do."""
+"""Builds the engine from its settings: model, KV cache, limits. Each StartError is one line that says what to
+change."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ class _FoundModel:
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """An engine that is ready, and what it says of itself."""
+    """An engine that is ready to serve, with its Welcome and the facts about its model."""
 
     engine: Engine
     welcome: link_pb2.Welcome
@@ -71,10 +72,11 @@ def build_engine(
     Args:
         settings: Settings of the executor.
         progress: Gets a line of text per stage.
-        channels: To the other ranks, if there are any: they call `follow_engine`.
-        clock: Tells the engine the time, in seconds.
+        channels: Connections to the other ranks, each of which runs `follow_engine`.
+        clock: The engine's clock, in seconds.
 
-    Raises StartError.
+    Raises:
+        StartError: The model or the settings cannot be served.
     """
     with _refusals():
         if settings.engine == "fake":
@@ -83,9 +85,12 @@ def build_engine(
 
 
 def follow_engine(settings: ExecutorSettings, rank: int, channel: EngineChannel) -> None:
-    """Load a share of the model, as a rank other than 0 of an engine, and do as rank 0 says until it is gone: EOFError.
+    """Load this rank's share of the model, for a rank other than 0, and run the steps that rank 0 sends. Never returns.
 
-    Raises StartError, and what a step raises.
+    Raises:
+        StartError: The model or the settings cannot be served.
+        EOFError: Rank 0 has ended.
+        Exception: Whatever a step raised.
     """
     from scalellm.services.executor.model_engine import follow_model_engine
     from scalellm.services.executor.placement import choose_placement
@@ -103,7 +108,7 @@ def follow_engine(settings: ExecutorSettings, rank: int, channel: EngineChannel)
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn what says that an engine cannot be built into a StartError."""
+    """Turn the errors by which parts refuse a model or settings into a StartError."""
     try:
         yield
     except (
@@ -117,7 +122,7 @@ def _refusals() -> Iterator[None]:
 
 
 def _weights_at(settings: ExecutorSettings, model: _FoundModel) -> Path | None:
-    """Return where the weights are; None: they are to be random."""
+    """Return the path of the weights; None: random ones are used."""
     return None if settings.load_format == "dummy" else model.path
 
 
@@ -127,7 +132,7 @@ def _model_engine(
     channels: Sequence[EngineChannel],
     clock: Callable[[], float],
 ) -> LoadedEngine:
-    # Not at the top: torch takes three seconds to load, and the fake engine does without.
+    # Imported here, because torch takes three seconds to load and the fake engine does without it.
     from scalellm.services.executor.model_engine import build_model_engine
     from scalellm.services.executor.models.runtime import dtype_name
     from scalellm.services.executor.models.shard import Shard
@@ -170,7 +175,7 @@ def _weights(form: WeightForm) -> executor_pb2.WeightForm:
 
 
 def _grammars(model: _FoundModel) -> GrammarCompiler | None:
-    """Compiler of grammars; None where no answer can be kept to one."""
+    """Return the compiler of grammars, or None if the model's vocabulary or end tokens are not known."""
     from scalellm.services.executor.grammar import LlGrammarCompiler
 
     if model.path is None or not model.config.eos_token_ids:

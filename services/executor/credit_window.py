@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One link's claim to a window.
+    """One link's claim to a window of credits, in requests or prompt tokens.
 
     Attributes:
-        held: Part of the window that its requests hold now.
-        wanted: Further part that it would take, by its last message.
-        weight: Its share of a window that is short, compared with others: its tenants that wait.
+        held: Credits that its requests hold now.
+        wanted: Further credits that it asked for in its last message.
+        weight: Its weight when the window is too small for all: its number of waiting tenants.
     """
 
     held: int
@@ -22,15 +22,18 @@ class Claim:
 
 
 def divide(window: int, claims: Sequence[Claim]) -> list[int]:
-    """Return what each link may hold of a window, at least what it holds and at least 1.
+    """Divide a window of credits among links. Each gets at least the credits that it holds, and at least 1.
 
-    What is free goes to those that want something, so that by weight they come to hold alike, and none more than it
-    wants; what is left then goes to all alike, for what comes to them next. In all it is no more than the window, or
-    what is held if that is more, and 1 for each link.
+    Free credits first go to the links that want some, so that the holdings per weight become equal and no link gets
+    more than it wants. Those left are then divided equally among all links, for their next requests. The total exceeds
+    the window only where more is held already, or by the 1 of each link.
 
     Args:
-        window: Most that may be held in all.
+        window: Most credits that may be held in total.
         claims: One per link.
+
+    Returns:
+        The credits that each link may hold, in the order of `claims`.
     """
     held = [claim.held for claim in claims]
     if len(claims) == 1:
@@ -44,11 +47,11 @@ def divide(window: int, claims: Sequence[Claim]) -> list[int]:
 
 
 def _raise_lowest(amounts: Sequence[int], limits: Sequence[int], weights: Sequence[int], free: int) -> list[int]:
-    """Raise the amounts that are lowest for their weight to one level, as far as `free` and the limits allow."""
+    """Raise the amounts that are lowest relative to their weights to a common level, within `free` and the limits."""
     if free <= 0:
         return list(amounts)
     places = range(len(amounts))
-    # Between two neighbours of these levels, the same amounts rise.
+    # Between two neighbouring bounds the set of amounts that rise stays the same.
     bounds = sorted({value / weights[i] for i in places for value in (amounts[i], limits[i])})
     level, left = 0.0, float(free)
     for bound in bounds:
@@ -59,7 +62,7 @@ def _raise_lowest(amounts: Sequence[int], limits: Sequence[int], weights: Sequen
         left -= rate * (bound - level)
         level = bound
     raised = [min(max(amounts[i], int(level * weights[i] + 1e-9)), limits[i]) for i in places]
-    # Less than 1 each was lost by rounding.
+    # Rounding down has left less than 1 per link.
     spare = free - sum(raised) + sum(amounts)
     for i in sorted(places, key=lambda i: raised[i] / weights[i]):
         if spare > 0 and raised[i] < limits[i]:

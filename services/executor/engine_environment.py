@@ -13,14 +13,14 @@ _LOOPBACK = "lo"
 
 
 def engine_environment(environment: Mapping[str, str], local_host: str = "127.0.0.1") -> dict[str, str]:
-    """Return the environment: no secrets, and OpenMP threads must sleep, not spin, while they wait.
+    """Return the environment: without secrets, and with OpenMP threads that sleep instead of spinning while they wait.
 
-    The other services are the engine's neighbours on a CPU, and a product on spinning threads collapses beside any
-    busy process: each waits for a thread that is not running. torch reads these at import, hence an environment.
+    On a CPU the other services run beside the engine, and a matrix product on spinning threads becomes very slow beside
+    any busy process, because its threads wait for one that is not running. torch reads these variables at import.
 
     Args:
         environment: This process's own, which overrides the defaults.
-        local_host: IP address of this host by which ranks of others reach it.
+        local_host: IP address by which ranks on other hosts reach this host.
     """
     interface = _interface_of(local_host)
     defaults = {"GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}

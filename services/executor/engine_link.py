@@ -1,6 +1,6 @@
 """The engine's side of the links: protobuf frames to engine calls, step results to one StepOutput per link.
 
-Of the engine process, this module, `engine_load` and `engine_report` know the messages; `engine` knows none.
+In the engine process only this module, `engine_load` and `engine_report` use protobuf messages; `engine` uses none.
 """
 
 from __future__ import annotations
@@ -58,12 +58,14 @@ _CODES = MappingProxyType(
 )
 
 _VALUES_PER_FRAME = 1 << 16
-"""Log-probabilities in one frame, of a prompt's tokens and their alternatives: less than a megabyte of the 16 that a
-frame may have, whatever the tokens of a step."""
+"""Most log-probabilities of prompts, alternatives included, in one frame. They take less than one megabyte of the 16
+that a frame may have."""
 
 
 def sampling_from_wire(wire: common_pb2.SamplingParams) -> SamplingParams:
-    """The engine's parameters; a field that is not set takes the engine's default. Raises InvalidRequestError."""
+    """Convert sampling parameters to the engine's. A field that is not set gets the engine's default. Raises
+    InvalidRequestError if `logit_bias` has too many entries.
+    """
     check_num_logit_bias(wire.logit_bias)
     values: dict[str, object] = {
         field.name: value for field, value in wire.ListFields() if field.name not in ("logit_bias", "stop_token_ids")
@@ -76,13 +78,13 @@ def sampling_from_wire(wire: common_pb2.SamplingParams) -> SamplingParams:
 
 
 class EngineLink:
-    """One link: its handles, its credits, its frames.
+    """The engine's end of one link: converts its frames, and grants its credits.
 
     Args:
         link: Number of the link; with a handle it makes the engine's request key.
         engine: The engine that runs its requests.
-        renews: True if the client says how much it wants; one that does not is taken to want as much as there is.
-        traced: Notes what is known of traced requests; None = traces are off.
+        renews: True if the client reports its demand. A client that does not is assumed to want the whole window.
+        traced: Records the traced requests; None = traces are off.
     """
 
     def __init__(
@@ -107,9 +109,10 @@ class EngineLink:
         self._untold: link_pb2.StepTime | None = None
 
     def on_frame(self, payload: bytes, now: float, draining: bool) -> bytes | None:
-        """Take one ClientFrame. Returns a ServerFrame when it is answered at once: a refused request.
+        """Handle one ClientFrame. Returns a ServerFrame with the Finish if a request is refused, else None.
 
-        Raises StatusError when the frame breaks the protocol: the link must end.
+        Raises:
+            StatusError: The frame violates the protocol, and the link must end.
         """
         frame = parse_client_frame(payload)
         match frame.WhichOneof("frame"):
@@ -134,10 +137,10 @@ class EngineLink:
 
     def _submit(self, submit: link_pb2.Submit, now: float, draining: bool) -> bytes | None:
         key = (self.link, submit.handle)
-        if self._engine.has_request(key):  # a Finish would end the other request of that handle
+        if self._engine.has_request(key):  # a Finish for the new request would end the other one with this handle
             raise StatusError.invalid("handle", f"{submit.handle} is in use on this link")
-        # Whoever keeps to its credits cannot get here: those that others have now were its own, and those of what has
-        # ended count although it has not heard of the end.
+        # Compared with the most that was ever granted. Fewer may be granted now, after credits went to other links or
+        # requests ended, which the client cannot know yet.
         self._most_granted = max(self._most_granted, self._granted_requests)
         if self._num_accepted + self._num_refused >= self._most_granted:
             message = f"granted_requests: {self._most_granted} requests came, more than that were not granted"
@@ -179,7 +182,7 @@ class EngineLink:
             self._num_accepted += 1
             self._accepted_tokens += charged_tokens
             return None
-        # A refused request never waits, so its credits are given back at once.
+        # A refused request never waits, so its credits are granted again at once.
         self._refused_tokens += charged_tokens
         self._num_refused += 1
         finish = link_pb2.Finish(handle=submit.handle, status=status)
@@ -189,17 +192,23 @@ class EngineLink:
 
     @property
     def _num_here(self) -> int:
-        """Requests that were accepted and have not ended."""
+        """Number of requests of this link that were accepted and have not ended."""
         return self._num_accepted - self._engine.link_credits(self.link).completed_requests
 
     @property
     def _granted_requests(self) -> int:
-        """Requests that may be submitted, since the link came up."""
+        """Cumulative number of requests that may be submitted since the link came up."""
         return self._engine.link_credits(self.link).completed_requests + self._num_refused + self._request_share
 
     def claims(self, request_window: int, token_window: int) -> tuple[Claim, Claim]:
-        """Return this link's share, held and wanted, of the requests that may be here at once, and of the prompt tokens
-        that may wait for their first step.
+        """Return this link's claims to the two windows of credits.
+
+        Args:
+            request_window: Most requests that may be in the engine at once, over all links.
+            token_window: Most prompt tokens that may wait for their first step, over all links.
+
+        Returns:
+            The claims to the window of requests and to that of prompt tokens.
         """
         demand, credits = self.demand, self._engine.link_credits(self.link)
         waiting_tokens = self._accepted_tokens - credits.admitted_prefill_tokens
@@ -212,13 +221,13 @@ class EngineLink:
         )
 
     def grant(self, requests: int, tokens: int) -> bool:
-        """Set what this link may hold of them. Returns whether that changes anything."""
+        """Set the requests and waiting prompt tokens that this link may hold. Returns whether either has changed."""
         before = (self._request_share, self._token_share)
         self._request_share, self._token_share = requests, tokens
         return before != (requests, tokens)
 
     def load(self, draining: bool) -> link_pb2.Load:
-        """The state and the credits of this link."""
+        """Return the engine's load with this link's credits."""
         load = load_to_wire(self._engine.load(), draining)
         credits = self._engine.link_credits(self.link)
         load.granted_prefill_tokens = credits.admitted_prefill_tokens + self._refused_tokens + self._token_share
@@ -229,14 +238,14 @@ class EngineLink:
         return load
 
     def tell(self, step_time: link_pb2.StepTime) -> None:
-        """Say with the next frame how long steps take."""
+        """Send the model of step times with the next load."""
         self._untold = step_time
 
     def load_frame(self, draining: bool) -> bytes | None:
-        """A frame with nothing but the load; None when that is what was sent last and no request is here.
+        """Return a frame with only the load, or None if the load has not changed and the link has no requests.
 
-        While requests are here it is sent all the same, as a sign of life: a long prompt takes many steps, none of
-        which has anything else to say, and the scheduler takes an executor with work for dead when it is silent.
+        While the link has requests, an unchanged load is sent too, as a sign of life: a long prompt takes many steps
+        without output, and the scheduler considers an executor dead that has work and sends nothing.
         """
         load = self.load(draining)
         if not self._num_here and load == self._last_load:
@@ -244,7 +253,7 @@ class EngineLink:
         return self._frame(link_pb2.StepOutput(load=load))
 
     def welcome_frame(self, info: link_pb2.Welcome, draining: bool) -> bytes:
-        """The link is accepted, as one serialised ServerFrame."""
+        """Return the Welcome that accepts the link, as one serialised ServerFrame."""
         welcome = link_pb2.Welcome()
         welcome.CopyFrom(info)
         welcome.api_minor = API_MINOR
@@ -302,7 +311,7 @@ class EngineLink:
 
 
 def accept_hello(payload: bytes, info: link_pb2.Welcome) -> link_pb2.Hello:
-    """Read a link's first frame, or raise StatusError to refuse the link."""
+    """Parse a link's first frame and return its Hello. Raises StatusError to refuse the link."""
     hello = read_hello(payload)
     check_tokenizer(hello, info)
     return hello
@@ -321,7 +330,7 @@ def _logprobs(entry: TokenLogprobs) -> link_pb2.LinkLogprobs:
 
 
 def _divide_prompt_logprobs(parts: Sequence[TokenLogprobs]) -> list[list[link_pb2.LinkLogprobs]]:
-    """Return what each of one or more frames is to hold, in order; the last may be empty."""
+    """Divide log-probabilities of prompts among one or more frames, in order. The last list may be empty."""
     frames: list[list[link_pb2.LinkLogprobs]] = [[]]
     room = _VALUES_PER_FRAME
     for part in parts:

@@ -1,4 +1,4 @@
-"""The engine's load and step times, as links carry them."""
+"""The engine's Welcome, load and step times as messages of a link."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scalellm.v1 import link_pb2
 def welcome(
     engine: Engine, *, instance_id: str, model: str, tokenizer_sha256: bytes, tensor_parallel: int = 1
 ) -> link_pb2.Welcome:
-    """Return an engine's greeting to a link; it has a device for each of its tensor parallel parts."""
+    """Return the Welcome of an engine, which has one device per tensor-parallel rank."""
     config = engine.config
     return link_pb2.Welcome(
         instance_id=instance_id,
@@ -29,7 +29,7 @@ def welcome(
 
 
 def load_to_wire(load: EngineLoad, draining: bool) -> link_pb2.Load:
-    """The engine's state, without a link's credits."""
+    """Return the engine's load, without a link's credits."""
     return link_pb2.Load(
         free_blocks=load.free_blocks,
         total_blocks=load.total_blocks,

@@ -1,4 +1,4 @@
-"""The engine process: loads the model, then takes in messages, takes a step, sends its results, and so on.
+"""The engine process: loads the model, then repeatedly receives messages, runs a step and sends its results.
 
 Started by the front as `python -m scalellm.services.executor.engine_process SOCKET STACKS`, two descriptors, with its
 settings as one JSON line on standard input. It is a process of its own because a step loop and an event loop in one
@@ -45,11 +45,12 @@ _IDLE_BEAT = 0.5
 _GRAMMAR_BEAT = 0.002
 _LOAD_INTERVAL = 0.1
 _STATS_INTERVAL = 0.5
-"""Seconds. The engine does not compute while it sends figures, which takes a third of a millisecond on cold caches."""
+"""Seconds between reports of statistics. A report delays the next step by a third of a millisecond on cold caches."""
 
 
 class EngineLoop:
-    """Takes in the front's messages, takes steps of the engine, and sends results and figures to the front.
+    """The main loop: receives the front's messages, runs the engine's steps, and sends results and statistics to the
+    front.
 
     Args:
         loaded: The engine and what is known of its model.
@@ -73,7 +74,7 @@ class EngineLoop:
         self._is_tracing = is_tracing
         config = loaded.engine.config
         self._prefill_window = config.max_num_batched_tokens
-        # A few more than can run, so that a finished sequence's place is taken in the very next step.
+        # A few more requests than can run, so that the row of a finished sequence is used in the very next step.
         self._request_window = config.max_num_seqs + max(1, config.max_num_seqs // 8)
         self._links: dict[int, EngineLink] = {}
         self._draining = False
@@ -83,17 +84,19 @@ class EngineLoop:
         self._log_limit = LineLimit()
 
     def run(self) -> NoReturn:
-        """Serve until the front goes away: EOFError, or the device is lost: DeviceLostError."""
+        """Serve until the front is gone, which raises EOFError, or the device is lost, which raises DeviceLostError."""
         while True:
             self.turn()
 
     def turn(self) -> None:
-        """Take in what has come, and take a step if there is work. Raises what `run` does."""
+        """Run one iteration: handle the received messages, and run a step if there is work. Raises the same as
+        `run`.
+        """
         busy = self._engine.has_unfinished()
-        if not busy:  # the last word before waiting: nothing runs, everything is free
+        if not busy:  # report the idle state before waiting
             self._announce_load(self._links.values())
             self._send_stats()
-            self._last_stats = float("-inf")  # the first step will say at once that there is work again
+            self._last_stats = float("-inf")  # so that the first step reports at once that there is work again
         patience = _IDLE_BEAT if not busy else _GRAMMAR_BEAT if self._engine.only_awaits_grammars else 0.0
         for message in self._channel.receive(patience):
             self._handle(message)
@@ -138,7 +141,7 @@ class EngineLoop:
 
     def _on_frame(self, message: Message) -> None:
         link = self._links.get(message.link)
-        if link is None:  # it broke the protocol a moment ago
+        if link is None:  # it was ended for a violation of the protocol
             return
         demand = link.demand
         try:
@@ -147,7 +150,7 @@ class EngineLoop:
             self._drop(message.link)
             self._refuse(message.link, error)
             return
-        except Exception:  # whatever it is about this frame, the other links go on
+        except Exception:  # an unexpected error ends this link alone
             _log.exception("a frame could not be taken in, its link ends")
             self._drop(message.link)
             self._refuse(message.link, StatusError(grpc.StatusCode.INTERNAL, "frame: could not be taken in"))
@@ -221,7 +224,9 @@ class EngineLoop:
                 self._channel.send(Message(Kind.FRAME, link.link, frame))
 
     def _divide_windows(self) -> list[EngineLink]:
-        """Divide the credits among the links, by what they hold and want now. Returns those whose share changes."""
+        """Divide the credits among the links by what they hold and want. Returns the links whose shares have
+        changed.
+        """
         links = list(self._links.values())
         if not links:
             return []
@@ -243,20 +248,22 @@ class EngineLoop:
 
 
 def _digest(request: EngineRequest) -> str:
-    """Tells a prompt from others without saying what it says."""
+    """Return a digest that identifies a prompt in the log without revealing its content."""
     token_ids = array("I", request.prompt_token_ids).tobytes()
     return hashlib.blake2b(token_ids, digest_size=8).hexdigest()
 
 
 def main() -> None:
-    """Run the engine on the socket whose number is the first argument, until the front is gone."""
+    """Run the engine until the front is gone. The arguments are descriptors: the front's socket, the file for stacks,
+    and a socket for each other rank.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group: the front decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = EngineChannel(socket.socket(fileno=int(sys.argv[1])))
     write_stacks_to(int(sys.argv[2]))
     ranks = [EngineChannel(socket.socket(fileno=int(descriptor))) for descriptor in sys.argv[3:]]
     told = read_line(sys.stdin.buffer)
-    if told is None:  # the front has ended
+    if told is None:  # the front ended before it sent the settings
         return
     settings = ExecutorSettings.model_validate(told)
     configure_logging("engine", settings)
@@ -270,7 +277,7 @@ def main() -> None:
         except StartError as error:
             channel.send(Message(Kind.FATAL, payload=str(error).encode()))
             return
-        # The model and its modules live as long as the process: no collection need look at them again.
+        # The model and its modules live as long as the process, so the garbage collector need not scan them again.
         gc.collect()
         gc.freeze()
         EngineLoop(loaded, channel, is_tracing=settings.is_tracing).run()

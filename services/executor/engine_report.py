@@ -16,11 +16,11 @@ def make_report(
     late_compiles: int,
     draining: bool,
 ) -> executor_pb2.GetExecutorInfoResponse:
-    """Return what the front answers to GetInfo and turns into metrics.
+    """Return the message with which the front answers GetInfo and from which it makes metrics.
 
     Args:
         engine: The engine.
-        info: The facts about its model.
+        info: The part of the message that describes its model.
         num_refused: Requests that were refused before or by the engine.
         late_compiles: Kernel variants that were compiled after warm-up.
         draining: True if no new requests are taken.

@@ -1,4 +1,4 @@
-"""Starts the engine process, starts it again when it dies, and passes messages between it and the links."""
+"""Starts the engine process, restarts it when it dies, and passes messages between it and the links."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _log = logging.getLogger(__name__)
 _RESTART_DELAY = 0.2
 _RETRY_AFTER = 1.0
 _LAST_WORDS = 5.0
-"""Seconds for an engine that starts to say why it cannot, once one of its ranks has ended."""
+"""Seconds to wait, once a rank has ended during start-up, for the engine's own error message."""
 
-# For one step and the way of the answers: what hangs longer is lost with the link.
+# Time for one step and the delivery of its results. Requests that hang longer are lost with the link.
 _GIVE_BACK_LIMIT = 5.0
 
-# Whoever connects to an engine that is starting would come back too late if it were sent away, and must not give it up
-# for dead: below the limit of a link's handshake.
+# A link to a starting engine waits, because a refused client would come back too late. Shorter than the limit of a
+# link's handshake, after which the client would consider the executor dead.
 _LINK_PATIENCE = 5.0
 
 
@@ -50,13 +50,13 @@ class LinkPort(Protocol):
     """The receiver of the engine's messages for one link."""
 
     def on_welcome(self, frame: bytes) -> None:
-        """The engine accepted the link."""
+        """Handle the engine's Welcome, which accepts the link."""
 
     def on_frame(self, frame: bytes) -> None:
-        """The engine sent a frame."""
+        """Handle a frame of the engine."""
 
     def on_end(self, error: StatusError) -> None:
-        """The engine refused or lost the link; nothing more comes."""
+        """Handle the end of the link, which the engine refused or lost. It is the last call."""
 
 
 class EngineSupervisor:
@@ -64,7 +64,7 @@ class EngineSupervisor:
 
     Args:
         settings: Handed to the engine. With several nodes, those of node 0.
-        on_traced: Told of each traced request that ended; None = traces are off.
+        on_traced: Called with each traced request that ended; None = traces are off.
     """
 
     def __init__(
@@ -93,51 +93,55 @@ class EngineSupervisor:
 
     @property
     def has_engine(self) -> bool:
-        """True if there is an engine that has loaded its model."""
+        """True while an engine runs that has loaded its model."""
         return self._ready
 
     @property
     def is_draining(self) -> bool:
-        """Somebody said to drain."""
+        """True once `drain` was called."""
         return self._draining
 
     @property
     def is_alive(self) -> bool:
-        """The engine reports, and its steps advance while there is work."""
+        """True while the engine reports, and its steps advance if it has work."""
         return self._heartbeat.is_alive
 
     @property
     def num_links(self) -> int:
-        """Links that stand, or are being opened."""
+        """Number of links that are open or being opened."""
         return len(self._ports)
 
     @property
     def engine_pid(self) -> int | None:
-        """The engine's process."""
+        """Process id of the engine; None while there is none."""
         return self._process.pid if self._process is not None else None
 
     @property
     def rank_pids(self) -> Mapping[int, int]:
-        """The processes of its other ranks on this host, by rank."""
+        """Process ids of the engine's other ranks on this host, by rank."""
         return self._ranks.pids
 
     @property
     def num_missing_nodes(self) -> int:
-        """Other hosts of the executor that are not here: its engine waits for them."""
+        """Number of the executor's other hosts that are not connected. The engine waits for them."""
         return 0 if self._leader is None else self._leader.num_missing
 
     @property
     def is_ready(self) -> bool:
-        """New requests are taken: the model is loaded, steps advance while there is work, and nobody said to drain."""
+        """True if new requests are accepted: the model is loaded, the engine is alive, and it does not drain."""
         return self._ready and not self._draining and self._heartbeat.is_alive
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that run or wait, by the engine's latest word."""
+        """Number of running and waiting requests, by the engine's latest report."""
         return self.info.load.running + self.info.load.waiting if self._ready else 0
 
     async def open_link(self, hello: bytes, port: LinkPort) -> int:
-        """Ask the engine for a link. One that is starting is waited for, for some seconds; then raises StatusError."""
+        """Open a link to the engine, waiting some seconds for one that is starting. Returns the link's number.
+
+        Raises:
+            StatusError: UNAVAILABLE, with a time to retry, if the engine is still starting.
+        """
         try:
             async with asyncio.timeout(_LINK_PATIENCE):
                 while not self._ready:
@@ -153,24 +157,24 @@ class EngineSupervisor:
         return number
 
     def send_frame(self, link: int, frame: bytes) -> None:
-        """Pass a client's frame on. Without effect once the link has ended."""
+        """Pass a client's frame to the engine. Does nothing once the link has ended."""
         if self._channel is not None and link in self._ports:
             self._channel.send(Message(Kind.FRAME, link, frame))
 
     def close_link(self, link: int) -> None:
-        """The client is gone: its requests end."""
+        """Close the link of a client that is gone. The engine cancels its requests."""
         if self._ports.pop(link, None) is not None and self._channel is not None:
             self._channel.send(Message(Kind.CLOSE, link))
 
     async def drain(self, limit: float) -> int:
-        """Take no new requests; wait up to `limit` seconds for the rest. Returns what remains."""
+        """Refuse new requests, and wait up to `limit` seconds for the open ones. Returns the number that remain."""
         self._draining = True
         if self._channel is not None and self._ready:
             self._channel.send(Message(Kind.DRAIN))
         return await self._until_idle(limit)
 
     async def give_back(self) -> int:
-        """End what still runs, for the schedulers to move it elsewhere: nobody's fault. Returns what remains."""
+        """Give all open requests back to their schedulers, which move them. Returns the number that remain."""
         if self._channel is not None and self._ready:
             self._channel.send(Message(Kind.GIVE_BACK))
         return await self._until_idle(_GIVE_BACK_LIMIT)
@@ -178,7 +182,7 @@ class EngineSupervisor:
     async def _until_idle(self, limit: float) -> int:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit):
-                # Wait for a word that is younger than the order.
+                # Wait for a report that is newer than the order to drain.
                 while self._ready and (self.num_unfinished or not self.info.load.draining):
                     self._changed.clear()
                     await self._changed.wait()
@@ -187,7 +191,7 @@ class EngineSupervisor:
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Keep an engine running until cancelled. Raises StartError when it cannot start or keeps dying.
 
-        The engine holds nothing that outlives it, so it is ended by killing it.
+        The engine is ended by killing it, because it holds no state that must outlive it.
         """
         self._on_ready = on_ready
         if self._leader is None:
@@ -204,7 +208,7 @@ class EngineSupervisor:
         while True:
             if await self._run_once():
                 restarts.forget()
-            if self._has_lost_node:  # the next start waits for it, for as long as it takes
+            if self._has_lost_node:  # the next start waits without limit until the node is back
                 continue
             delay = restarts.crashed()
             if delay is None:
@@ -214,7 +218,7 @@ class EngineSupervisor:
             await asyncio.sleep(delay)
 
     async def _run_once(self) -> bool:
-        """One engine, to its end. Whether it was ever ready."""
+        """Start an engine and wait for its end. Returns whether it ever became ready."""
         self._ranks = await RankGroup.start(self._settings, self._leader)
         self._stacks = StackFile()
         why, has_stalled = "node 0 is shutting down, or cannot start", False
@@ -254,14 +258,15 @@ class EngineSupervisor:
             if self._draining:
                 await self._end_process(StatusError.unavailable("the executor is shutting down"))
             else:
-                # A time to retry tells the schedulers that this executor lives on and will have an engine again.
+                # The time to retry tells the schedulers that this executor is alive and will have an engine again.
                 await self._end_process(StatusError.unavailable("the engine process died", retry_after=_RETRY_AFTER))
             await self._ranks.end(why, stalled=has_stalled)
 
     async def _stalls(self, channel: FrontChannel) -> bool:
-        """Wait for the engine's end, or that of one of its ranks. True: all are there, and the engine stands still.
+        """Wait until the engine or one of its ranks ends, or the engine stalls. Returns True if it stalls.
 
-        Raises what it could not start for.
+        Raises:
+            StartError: The engine could not start.
         """
         ended, stalled = asyncio.create_task(channel.wait_ended()), asyncio.create_task(self._heartbeat.until_stalled())
         rank_ended = asyncio.create_task(self._ranks.first_end())
@@ -270,7 +275,7 @@ class EngineSupervisor:
             await asyncio.wait((ended, stalled, rank_ended), return_when=asyncio.FIRST_COMPLETED)
             if rank_ended.done() and not ended.done():
                 self._lost_rank = rank_ended.result()
-                if not self._ready:  # what it could not start for, the engine may be about to say
+                if not self._ready:  # the engine may be about to report why it could not start
                     await asyncio.wait((ended,), timeout=_LAST_WORDS)
             if ended.done():
                 ended.result()
@@ -291,7 +296,8 @@ class EngineSupervisor:
                 if not self._ready:
                     self._become_ready()
                 if self.info.steps != steps or not self.num_unfinished:
-                    self._heartbeat.beat(has_work=True)  # to report is work, too: it does so twice a second when idle
+                    # an idle engine counts as having work, since it must report twice a second
+                    self._heartbeat.beat(has_work=True)
                 self._changed.set()
             case Kind.WELCOME:
                 if port is not None:
@@ -316,11 +322,11 @@ class EngineSupervisor:
         self._on_ready()
 
     async def _end_process(self, error: StatusError) -> None:
-        """Leave no engine behind, and tell every link that it is gone."""
+        """Kill the engine process, if there is one, and end all links with an error."""
         self._ready = False
         self._heartbeat.beat(has_work=False)
         self._stacks.close()
-        self.info = executor_pb2.GetExecutorInfoResponse()  # what it said last is no longer so
+        self.info = executor_pb2.GetExecutorInfoResponse()  # the last report is out of date
         self._changed.set()
         if self._channel is not None:
             self._channel.close()

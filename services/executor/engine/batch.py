@@ -1,4 +1,4 @@
-"""One step's work and its outcome: what the scheduler and the model runner exchange."""
+"""The batch of a step and its results: the interface between the batch scheduler and the model runner."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,10 +14,11 @@ class ScheduledSequence:
 
     samples: the chunk reaches the sequence's end, so its last logits give the next token.
     first_new_block: block-table entries from here on are new to the runner; 0 says that the row is new as a whole.
-    token_pending: the one input token is what the step before this one samples in the same row, and only the device
-    knows it: `seq.token_ids` ends before `start`.
+    token_pending: the one input token is the one that the previous step samples in the same row; it is only on the
+    device yet, so `seq.token_ids` ends before `start`.
     prompt_logprobs: positions `[first, last)` of the chunk whose logits score the prompt token that follows.
-    draft: the one input token is this guess at what the row before it draws, a row of the same sequence.
+    draft: the one input token is this draft token, a prediction of the token that the row before it, of the same
+    sequence, draws.
     """
 
     seq: Sequence
@@ -31,12 +32,12 @@ class ScheduledSequence:
 
     @property
     def is_due(self) -> bool:
-        """False for a row whose draft, or one before it, was not what was drawn: it computes what never comes."""
+        """False for a row of a rejected draft: its own draft token, or one before it, differs from the drawn token."""
         return self.draft is None or (len(self.seq.token_ids) == self.position and self.seq.token_ids[-1] == self.draft)
 
     @property
     def position(self) -> int:
-        """Position of the token to be sampled: how many tokens precede it, known or not."""
+        """Position of the token to be sampled: the number of tokens before it, pending ones included."""
         return self.start + self.num_tokens
 
     @property
@@ -47,14 +48,14 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """A step: swap_outs, then swap_ins, then block_copies, and then the sequences in order (decodes first).
+    """The work of a step: swap_outs, then swap_ins, then block_copies, and then the sequences in order (decodes first).
 
-    The swaps are (device block, host block) pairs, the copies (source, target). Blocks that go out or are copied may be
-    overwritten by what comes later in the step. There may be swaps and nothing to run, when the last sequence that runs
-    gives way to what it needs itself; the runner is then not asked to launch.
+    The swaps are (device block, host block) pairs, the copies (source, target). Blocks that are swapped out or copied
+    may be overwritten later in the same step. A batch may have swaps but no sequences, when the only running sequence
+    was preempted for lack of blocks; `launch` is then not called.
 
     Of the `num_decodes` rows `num_drafts` are drafts. `started` are the requests that left the waiting queue for the
-    first time, `swapped_out` the sequences whose blocks go out.
+    first time, `swapped_out` the sequences whose blocks are swapped out.
     """
 
     step: int
@@ -70,12 +71,14 @@ class ScheduledBatch:
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Tokens of chunks, as against one token per decode."""
+        """Tokens of prefill chunks; decodes, of one token each, are not counted."""
         return self.num_tokens - self.num_decodes
 
     @property
     def draws_late(self) -> bool:
-        """True if what a sample may go on with follows from a token that only the device knows yet."""
+        """True if a grammar's mask depends on a token that is only on the device yet, so that drawing has to wait for
+        it.
+        """
         return any(one.token_pending and one.seq.matcher is not None for one in self.sequences)
 
     @property
@@ -84,7 +87,7 @@ class ScheduledBatch:
         return bool(self.swap_outs or self.swap_ins)
 
     def live_groups(self) -> dict[int, SequenceGroup]:
-        """Return its requests that have not ended meanwhile, by arrival."""
+        """Return the batch's requests that have not ended since it was formed, by arrival."""
         sequences = (*(scheduled.seq for scheduled in self.sequences), *self.swapped_out)
         return {seq.group.arrival: seq.group for seq in sequences if seq.group.samples}
 
@@ -104,8 +107,8 @@ class SampledBatch:
     token_ids: one per scheduled sequence that samples, in batch order. logprobs: for those of them that asked, by
     index in `token_ids`. prompt_logprobs: one list per scheduled sequence with prompt_logprobs positions, by index
     in `ScheduledBatch.sequences`, one entry per position. failed: indices in `ScheduledBatch.sequences` for which the
-    model gave non-finite values; nothing of theirs may be used. misfits: errors of the grammars of samples, by index
-    in `token_ids`; these tokens mean nothing.
+    model gave non-finite values; none of their results may be used. misfits: error messages of samples' grammars, by
+    index in `token_ids`; these tokens are invalid.
     """
 
     token_ids: list[int]
@@ -116,46 +119,46 @@ class SampledBatch:
 
 
 class PendingStep(Protocol):
-    """A step that was launched, perhaps still running."""
+    """A launched step, which may still be running."""
 
     def draw(self) -> None:
-        """Start drawing the tokens, if that was put off until those of the step before were known."""
+        """Start drawing the tokens, if that was postponed until the previous step's tokens were known."""
 
     def wait(self) -> SampledBatch:
-        """Return what the step produced, once it has; called once, in the order of launches. It may raise.
+        """Wait for the step and return its results. Called once per step, in the order of launches. May raise.
 
-        Sequences have moved on since the launch, or since `draw`: nothing of theirs may be read here. If `draw` was to
-        draw the tokens and was never called, there are none.
+        Sequences have changed since the launch, or since `draw`, and must not be read here. If drawing was postponed
+        and `draw` was never called, there are no tokens.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class CompletedStep:
-    """A step that was done when `launch` returned."""
+    """A step that was complete when `launch` returned."""
 
     sampled: SampledBatch
 
     def draw(self) -> None:
-        """Nothing: all is done."""
+        """Do nothing: the tokens are drawn."""
 
     def wait(self) -> SampledBatch:
-        """Return what the step produced."""
+        """Return the results of the step."""
         return self.sampled
 
 
 class ModelRunnerProtocol(Protocol):
-    """Runs steps, one after the other in the order of the calls. It may raise: the engine then fails the sequences of
-    that step, and of the one launched on top of it, and goes on, if the device can.
+    """Runs steps in the order of the calls. If it raises, the engine rolls back the sequences of that step and of the
+    step launched after it, and goes on, unless the device is lost.
     """
 
     @property
     def overlaps(self) -> bool:
-        """True if `launch` returns before the step is done, so that it pays to launch the next one meanwhile."""
+        """True if `launch` returns before the step is complete, so that the next step should be launched meanwhile."""
 
     @property
     def has_equal_rows(self) -> bool:
-        """True if a decode step computes each row as if it were alone, to the last bit. A runner may learn that with
-        its first step.
+        """True if the results of each row of a decode step are, to the last bit, independent of the other rows. A
+        runner may find that out with its first step.
         """
 
     def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
@@ -168,15 +171,15 @@ class ModelRunnerProtocol(Protocol):
         """Copy whole cache blocks, (source, target), in every layer; no target is also a source."""
 
     def launch(self, batch: ScheduledBatch) -> PendingStep:
-        """Start a step: the model over the batch, and sampling unless it draws late. Sequences are read here, and
-        by the step's `draw`.
+        """Start a step: the forward pass over the batch, and sampling unless `draws_late`. Sequences are read here and
+        in the step's `draw` only.
         """
 
     def check_device(self) -> None:
-        """Return if the device can run another step. Asked after a step that failed; what is raised here says that no
-        step of this process can succeed any more.
+        """Check, after a failed step, that the device can run another one. Raises any exception if no later step of
+        this process can succeed.
         """
 
 
 class DeviceLostError(Exception):
-    """The device is lost for this process, as after an illegal access to a GPU's memory: only another one can go on."""
+    """The device is unusable for this process, for instance after an illegal memory access; a new process can go on."""

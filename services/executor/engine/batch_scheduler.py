@@ -13,15 +13,16 @@ from scalellm.services.executor.engine.swap import Swapper
 
 
 class BatchScheduler:
-    """Each step, lets every sequence's `num_computed_tokens` catch up with its tokens under a token budget.
+    """Chooses each step's work so that every sequence's `num_computed_tokens` catches up with its number of tokens,
+    within a token budget per step.
 
     Decodes come first, so that running streams keep their pace; the rest of the budget goes to prefill chunks and
     newcomers, by priority and arrival. A sequence gets the blocks of all its known tokens when it is admitted, so
-    only new tokens can run out of blocks; then the last sequence in running order is preempted.
+    blocks can run out for new tokens only; then the last sequence in running order is preempted.
 
-    What is scheduled counts as computed, so that the next step can be scheduled while this one runs: a sequence then
-    goes on from its pending token. Only an end by length is foreseen; a stop is seen a step late, and that step's
-    token is dropped.
+    Scheduled tokens count as computed at once, so that the next step can be scheduled while this one runs: a sequence
+    then goes on from its pending token. Only an end by length is known in advance; an end by a stop token is noticed
+    one step late, and that step's token is dropped.
 
     A sequence is in exactly one place: waiting, running, or pending behind the leader of its group.
     """
@@ -48,21 +49,21 @@ class BatchScheduler:
         self._is_short = False
         self._masks_are_missing = False
         self.is_held_by_masks = False
-        """True if the last step is empty since masks are still computed."""
+        """True if the last scheduled step is empty because the masks of grammars are still being computed."""
         self.only: Container[int] | None = None
-        """Arrivals of the requests that may run; None = all may."""
+        """Arrival numbers of the requests that may run; None = all may."""
         self.num_preemptions = 0
         self.waiting_tokens = 0
-        """Tokens to compute for all waiting sequences, cache hits not considered."""
+        """Tokens to compute for all waiting sequences, prefix-cache hits not subtracted."""
 
     @property
     def num_waiting(self) -> int:
-        """Waiting sequences; samples pending behind a leader are not counted."""
+        """Number of waiting sequences. Samples pending behind a leader are not counted."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Running sequences."""
+        """Number of running sequences."""
         return len(self._running)
 
     def running(self) -> list[Sequence]:
@@ -78,14 +79,14 @@ class BatchScheduler:
         return list(self._waiting)
 
     def add(self, group: SequenceGroup) -> None:
-        """Queue a request: its first unfinished sample leads, the others fork from it once the prompt is computed."""
+        """Queue a request. Its first unfinished sample leads; the others fork from it once the prompt is computed."""
         group.pending = [seq for seq in group.samples if seq.status is SequenceStatus.WAITING]
         for seq in group.pending:
             seq.status = SequenceStatus.PENDING_FORK
         self._promote(group)
 
     def remove(self, seq: Sequence, now: float) -> None:
-        """Finish a sequence, wherever it is, and free what it holds."""
+        """Finish a waiting, running or pending sequence, and free its row and blocks."""
         group = seq.group
         status, seq.status = seq.status, SequenceStatus.FINISHED
         if status is SequenceStatus.WAITING:
@@ -106,7 +107,7 @@ class BatchScheduler:
         prefills = []
         for seq in list(self._running):
             if seq.status is not SequenceStatus.RUNNING or not self._may_run(seq):
-                continue  # preempted for one before it, or not among those that may run now
+                continue  # preempted for a sequence earlier in this loop, or may not run now
             if self._awaits_mask(seq):
                 continue
             if seq.num_tokens - seq.num_computed_tokens > 1:
@@ -122,9 +123,9 @@ class BatchScheduler:
         return batch
 
     def roll_back(self, group: SequenceGroup, now: float) -> None:
-        """Let a request begin anew, with the tokens that it has: what was computed for it is not to be relied on.
+        """Requeue a request after a failed step, with the tokens that it has, because its cache content may be corrupt.
 
-        Blocks that it published in earlier steps can still be found.
+        Blocks that it published in earlier steps stay in the prefix cache.
         """
         for seq in group.samples:
             if seq.status is SequenceStatus.RUNNING:
@@ -142,9 +143,9 @@ class BatchScheduler:
         group.mark_preempted(now)
 
     def fork(self, leader: Sequence) -> None:
-        """Start the samples that wait for the leader's prompt; they share its blocks.
+        """Start the pending samples of a leader whose prompt is computed. They share its blocks.
 
-        Each recomputes the prompt's last token to draw its own first token: one decode row, and no special case.
+        Each recomputes the prompt's last token to draw its own first token, which is an ordinary decode row.
         """
         group = leader.group
         for seq in group.pending:
@@ -161,7 +162,7 @@ class BatchScheduler:
             newcomer = self._newcomer() if may_admit and not self._is_short else None
             if newcomer is not None and (runner is None or newcomer.sort_key < runner.sort_key):
                 if not self._admit(batch, newcomer, now):
-                    may_admit = False  # those behind it wait their turn: nothing overtakes, nothing starves
+                    may_admit = False  # newcomers behind it must not overtake it, or it could starve
                     continue
                 seq = newcomer
             elif runner is not None:
@@ -217,13 +218,15 @@ class BatchScheduler:
         return True
 
     def _make_room(self, seq: Sequence, now: float) -> bool:
-        """Get the blocks for a running sequence's tokens, preempting from the end; False if it cannot run now."""
+        """Allocate the blocks for a running sequence's tokens, preempting sequences from the end of the running order
+        if necessary. Returns False if it cannot run in this step.
+        """
         while not self._blocks.extend(seq):
             self._is_short = True
             if any(other.awaits_last_token and other.last_scheduled_step != self._step for other in self._running):
-                return False  # blocks come back as soon as the step in flight is processed: nobody need lose any
+                return False  # a sequence ends with the step in flight and frees its blocks, so none is preempted
             victims = [other for other in reversed(self._running) if other.last_scheduled_step != self._step]
-            # Those first that may not run: they will not end and make room.
+            # Sequences that may not run now go first, because they cannot end and free their blocks.
             victim = next((other for other in victims if not self._may_run(other)), victims[0])
             self._preempt(victim, now)
             if victim is seq:
@@ -234,15 +237,16 @@ class BatchScheduler:
         self._swapper.save(seq)
         self._leave_running(seq)
         self.num_preemptions += 1
-        # The pending token is drawn again, and again the same: draws depend on the seed and the position alone. What
-        # the step in flight brings is dropped before the sequence runs again: a schedule that is short admits nobody.
+        # The pending token is drawn again with the same result, since draws depend on the seed and the position alone.
+        # The step in flight is processed, and its token dropped, before the sequence runs again, since a schedule that
+        # is short of blocks admits none.
         seq.num_pending_tokens = 0
         seq.is_preempted = True
         seq.group.mark_preempted(now)
         self._enter_waiting(seq)
 
     def _newcomer(self) -> Sequence | None:
-        """The first waiting sequence that could start now."""
+        """Return the first waiting sequence that may start now."""
         return next((seq for seq in self._waiting if self._may_run(seq) and not self._awaits_mask(seq)), None)
 
     def _awaits_mask(self, seq: Sequence) -> bool:
@@ -254,10 +258,11 @@ class BatchScheduler:
         return seq.group.compilation is None and (self.only is None or seq.group.arrival in self.only)
 
     def _promote(self, group: SequenceGroup) -> None:
-        """Give a group whose leader is gone a new one, if samples still wait for one."""
+        """Make a pending sample of a group the new leader, if the old one has ended."""
         led = any(s.status in (SequenceStatus.WAITING, SequenceStatus.RUNNING) for s in group.samples)
         if group.pending and not led:
-            # Back in the queue, where a reservation would block those before it, who would then block it.
+            # The new leader waits in the queue. Kept there, the group's reservation could block requests ahead of it in
+            # the queue, which would then block the leader.
             self._capacity.release(group)
             self._enter_waiting(group.pending.pop(0))
 

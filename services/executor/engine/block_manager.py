@@ -25,17 +25,17 @@ class BlockManager:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in all."""
+        """Total number of blocks."""
         return self._pool.num_blocks
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be taken, cached ones included."""
+        """Number of blocks that can be allocated, cached ones that no sequence holds included."""
         return self._pool.num_free
 
     @property
     def num_cached(self) -> int:
-        """Blocks whose prefix can be found."""
+        """Number of blocks that are in the prefix cache."""
         return len(self._cache)
 
     @property
@@ -48,9 +48,15 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def admit(self, seq: Sequence, *, max_cached_tokens: int, spare: int) -> bool:
-        """Give a sequence without blocks all that its tokens need, sharing cached prefixes; leave `spare` blocks free.
+        """Allocate all blocks that the tokens of a sequence need, sharing those of a cached prefix.
 
-        At most `max_cached_tokens` are taken from the cache (in full blocks); they count as computed.
+        Args:
+            seq: A sequence without blocks.
+            max_cached_tokens: Most tokens to take from the prefix cache, in full blocks. They count as computed.
+            spare: Blocks to leave free.
+
+        Returns:
+            False, with nothing changed, if there are too few free blocks.
         """
         cached = self._find_prefix(seq, max_cached_tokens)
         needed = self.blocks_for(seq.num_tokens) - len(cached)
@@ -66,7 +72,9 @@ class BlockManager:
         return True
 
     def extend(self, seq: Sequence) -> bool:
-        """Make every token of a running sequence that is not computed yet writable; False when blocks are short."""
+        """Allocate blocks for the uncomputed tokens of a running sequence, and copy a shared block that they are
+        written to. Returns False, with nothing changed, if there are too few free blocks.
+        """
         table = seq.block_table
         first = seq.num_computed_tokens // self.block_size
         needed = self.blocks_for(seq.num_tokens) - len(table)
@@ -76,7 +84,7 @@ class BlockManager:
             return False
         if copy:
             source, target = table[first], self._pool.take()
-            # The source keeps this reference until the copy ran, lest it is reused within the step that reads it.
+            # The reference to the source is kept until the copy has run, so that the block is not reused before.
             self._copies.append((source, target))
             table[first] = target
             seq.num_sent_blocks = min(seq.num_sent_blocks, first)
@@ -84,15 +92,15 @@ class BlockManager:
         return True
 
     def extend_ahead(self, seq: Sequence, num_tokens: int, *, spare: int) -> int:
-        """Get blocks for tokens that may come, up to the first `num_tokens` of a running sequence, and return how many
-        tokens its blocks hold. `spare` free blocks are left to others.
+        """Allocate blocks for drafts, up to the first `num_tokens` tokens of a running sequence, leaving `spare` blocks
+        free. Returns the number of tokens for which its blocks have room.
         """
         needed = self.blocks_for(num_tokens) - len(seq.block_table)
         self._append(seq, max(0, min(needed, self._pool.num_free - spare)))
         return len(seq.block_table) * self.block_size
 
     def num_shared_blocks(self, seq: Sequence) -> int:
-        """Return how many leading blocks stay, and can be found, as long as the others run that hold them."""
+        """Return the number of leading blocks that other sequences hold too and that are in the prefix cache."""
         for index, block in enumerate(seq.block_table):
             if self._pool.ref_counts[block] == 1 or not self._cache.is_registered(block):
                 return index
@@ -116,10 +124,10 @@ class BlockManager:
         child.num_computed_tokens = num_tokens
 
     def publish(self, seq: Sequence, num_tokens: int) -> None:
-        """Offer the full blocks of the first `num_tokens` tokens to the prefix cache; O(new blocks).
+        """Register the full blocks of the first `num_tokens` tokens in the prefix cache; O(new blocks).
 
-        Their steps have been processed. Those in flight must wait, although whoever finds their blocks would read them
-        later on the device: their last token is not known, and they may turn out to have failed.
+        The steps that computed these tokens must have been processed. Blocks of a step in flight cannot be registered,
+        because its last token is not known yet and the step may have failed.
         """
         full = num_tokens // self.block_size
         if full <= seq.num_published_blocks or not self._enable_prefix_cache:
@@ -131,7 +139,7 @@ class BlockManager:
 
     def free(self, seq: Sequence) -> None:
         """Take a sequence's blocks back; published ones can still be found until they are reused."""
-        # The end of a prefix goes first in eviction order: its beginning serves more requests.
+        # The last blocks of a prefix come first in eviction order, because its beginning serves more requests.
         for block in reversed(seq.block_table):
             self._release(block)
         # A step in flight may still write to the blocks; whatever uses them next is launched, and so runs, after it.

@@ -4,18 +4,18 @@ from collections.abc import Callable
 
 
 class BlockPool:
-    """Blocks `0 .. num_blocks - 1`. Those without references are in one of three lists: empty ones are reused first,
-    then those whose content may serve again, the least recently used first, and last those that are set aside.
+    """Blocks `0 .. num_blocks - 1`. A block without references is in one of three free lists, reused in this order:
+    empty blocks, blocks whose content the prefix cache may use again (least recently used first), and blocks set aside.
 
     The lists are intrusive (two integer arrays and a sentinel each), so that a block found by the prefix cache leaves
     the middle of one in O(1), as in vLLM's free-block queue.
 
     Args:
-        num_blocks: Blocks in all.
-        run: A sequence gets its blocks in runs of so many neighbours where that can be, each beginning at a multiple:
-            memory is read faster in its order. The rest of a run is set aside for whoever has the block before it, and
-            content is given up a run at a time.
-        evict: Called with each block whose content is given up.
+        num_blocks: Total number of blocks.
+        run: A sequence gets its blocks, where possible, in runs of this many neighbours that begin at a multiple of it,
+            because memory is read faster in order. The rest of a run is set aside for the sequence that holds the
+            block before it, and cached content is evicted a run at a time.
+        evict: Called with each block whose content is evicted.
     """
 
     def __init__(self, num_blocks: int, run: int = 1, evict: Callable[[int], None] = lambda _: None) -> None:
@@ -30,10 +30,10 @@ class BlockPool:
         self._prev: list[int] = [self._empty, *range(num_blocks), self._kept, self._aside]
 
     def take(self, after: int | None = None) -> int:
-        """Return a free block, now with one reference. The caller has checked `num_free`.
+        """Allocate a free block, with one reference. The caller has checked `num_free`.
 
         Args:
-            after: The block before it in the sequence, whose neighbour is best.
+            after: The previous block of the sequence, whose neighbour is preferred.
         """
         if after is not None and self._is_aside(after + 1):
             block = after + 1
@@ -48,20 +48,22 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """Add a reference, taking the block out of its free list where it had none."""
+        """Add a reference to a block. A block without references leaves its free list."""
         if self.ref_counts[block] == 0:
             self._unlink(block)
         self.ref_counts[block] += 1
 
     def release(self, block: int, *, keep: bool) -> None:
-        """Drop a reference. A block without any is free: reused late with `keep` (its content may serve again)."""
+        """Drop a reference. A block without references becomes free; with `keep`, its content stays in the prefix
+        cache.
+        """
         self.ref_counts[block] -= 1
         if self.ref_counts[block] == 0:
             if keep:
                 self._append(self._kept, block)
             else:
                 self._link(self._empty, block, before=self._empty)
-            while self._is_aside(block + 1):  # nobody has the block before it any more
+            while self._is_aside(block + 1):  # no sequence holds the block before it any more
                 block += 1
                 self._move(self._empty, block)
         elif self.ref_counts[block] < 0:
@@ -90,7 +92,7 @@ class BlockPool:
                 self._move(self._aside, block)
 
     def _give_up(self, block: int) -> int:
-        """Give up the content of a block, and of its whole run if that is free; return the block to take."""
+        """Evict the content of a block, and of its whole run if that is free. Returns the block to allocate."""
         run = self._run_of(block)
         if any(self.ref_counts[mate] for mate in run):
             self._evict(block)

@@ -1,4 +1,4 @@
-"""The books: the requests in the engine, counts of how requests ended, and the credits that every link used."""
+"""Accounting of the engine: its requests, counts of how requests ended, and the credits that every link used."""
 
 import heapq
 from dataclasses import dataclass, field
@@ -13,7 +13,8 @@ from scalellm.services.executor.engine.sequence import SequenceGroup
 class LinkCredits:
     """Cumulative counts of one link, from which the link layer grants credits.
 
-    `admitted_prefill_tokens`: what its requests took that have left waiting, by running or by ending.
+    `admitted_prefill_tokens`: credits of prompt tokens of its requests that have left the waiting queue, because they
+    ran or ended.
     """
 
     admitted_prefill_tokens: int
@@ -22,11 +23,11 @@ class LinkCredits:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """The engine's state now.
+    """The engine's current state.
 
     `running` and `waiting` count requests (a preempted request is a running one), the `_sequences` fields samples;
-    `waiting_prefill_tokens` are tokens to compute for waiting sequences, cache hits not considered. `free_host_blocks`
-    of `total_host_blocks` can be swapped to.
+    `waiting_prefill_tokens` are tokens to compute for waiting sequences, prefix-cache hits not subtracted.
+    `free_host_blocks` of the `total_host_blocks` for swapping are unused.
     """
 
     free_blocks: int
@@ -43,12 +44,12 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counts since start. At all times accepted = finished + cancelled + deadline_exceeded + failed + load's running
-    + waiting; `rejected` requests were never accepted. Prefix-cache counts are prompt tokens looked up and found.
-    `drafts` are the rows behind which tokens were guessed, `draft_tokens` these tokens, `accepted_tokens` those of them
-    that came. `speculation` is the state of guessing, and no count: on; idle where tokens may be guessed, but no decode
-    step so far could check guesses; off.
-    `swaps` are the preemptions that kept cache content in host memory; the blocks are those copied there and back.
+    """Counts since start. At all times accepted = finished + cancelled + deadline_exceeded + failed + load's running +
+    waiting; `rejected` requests were never accepted. Prefix-cache counts are prompt tokens looked up and found.
+    `drafts` are the rows that were followed by drafted tokens, `draft_tokens` these tokens, `accepted_tokens` those of
+    them that were accepted. `speculation` is a state and no count: on; idle if speculation is enabled but no decode
+    step so far could verify drafts; off. `swaps` are the preemptions that kept cache content in host memory; the blocks
+    are those copied there and back.
     """
 
     accepted: int
@@ -75,8 +76,8 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineHistograms:
-    """Distributions since start. Per step: seconds of the device, tokens, sequences; per request: seconds until its
-    first step.
+    """Distributions since start. Per step: seconds on the device, tokens, sequences; per request: seconds in the queue
+    before its first step.
     """
 
     step_seconds: Histogram = field(default_factory=lambda: Histogram(STEP_SECONDS))
@@ -93,7 +94,7 @@ class _Link:
 
 
 class Books:
-    """Every accepted request enters once and leaves once; all counters are O(1) per event."""
+    """Index and counters of the accepted requests. Each enters once and leaves once; counters are O(1) per event."""
 
     def __init__(self) -> None:
         self._groups: dict[RequestKey, SequenceGroup] = {}
@@ -103,7 +104,7 @@ class Books:
         self.accepted = 0
         self.rejected = 0
         self.waiting = 0
-        """Requests that have never been scheduled."""
+        """Number of requests that have never been scheduled."""
         self.ended = dict.fromkeys(RequestStatus, 0)
 
     def __len__(self) -> int:
@@ -143,7 +144,7 @@ class Books:
             self._drop_stale_deadlines()
 
     def started(self, group: SequenceGroup) -> None:
-        """Note that a request was scheduled for the first time."""
+        """Record that a request was scheduled for the first time."""
         self.waiting -= 1
         charged = group.request.charged_tokens
         self._links[group.key[0]].admitted_prefill_tokens += group.num_prompt_tokens if charged is None else charged
@@ -181,7 +182,7 @@ class Books:
         return LinkCredits(found.admitted_prefill_tokens, found.completed_requests) if found else LinkCredits(0, 0)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless each index knows the requests that are here and no other; for tests."""
+        """Raise AssertionError unless each index holds exactly the requests that have not ended; for tests."""
         named = {group.request.execution_id: group for group in self._groups.values() if group.request.execution_id}
         if self._executions != named:
             raise AssertionError("executions and requests do not add up")

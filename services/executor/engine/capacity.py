@@ -20,42 +20,43 @@ class Capacity(Protocol):
         """Blocks to leave free when admitting beside `num_running` sequences."""
 
     def reserve(self, group: SequenceGroup) -> None:
-        """The request, none of whose samples ran, starts."""
+        """Reserve for a request none of whose samples runs yet and which now starts."""
 
     def release(self, group: SequenceGroup) -> None:
-        """None of the request's samples runs any more; it may never have started."""
+        """Release the reservation of a request none of whose samples runs any more. It may never have had one."""
 
 
 class MaxUtilization:
-    """Admit what fits now and preempt when that proves too much.
+    """Admit what fits now, and preempt when blocks run out later.
 
-    About 1 % of the blocks stay free at admission, so that a newcomer does not cost a running sequence its blocks a
-    few steps later.
+    About 1 % of the blocks stay free at admission, so that a newcomer does not cause a preemption a few steps later.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self._watermark = config.num_blocks // 100
 
     def check(self, group: SequenceGroup) -> None:
-        """Accept everything: EngineConfig guarantees that any single sequence fits."""
+        """Accept every request, because EngineConfig guarantees that any single sequence fits."""
 
     def may_start(self, group: SequenceGroup) -> bool:
-        """Leave the decision to the free blocks."""
+        """Return True: free blocks alone decide."""
         return True
 
     def spare_blocks(self, num_running: int) -> int:
-        """Leave the watermark, unless nothing else runs: then nothing must hold the sequence back."""
+        """Return the watermark, or 0 if nothing runs, so that a lone sequence can always start."""
         return self._watermark if num_running else 0
 
     def reserve(self, group: SequenceGroup) -> None:
-        """Promise nothing."""
+        """Do nothing: this policy reserves no blocks."""
 
     def release(self, group: SequenceGroup) -> None:
-        """Nothing was promised."""
+        """Do nothing: this policy reserves no blocks."""
 
 
 class GuaranteedNoEvict:
-    """Admit only what can run to its max_tokens: what runs has its worst case reserved."""
+    """Admit a request only if its worst case (all samples up to max_tokens) can be reserved, so that none is
+    preempted.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._num_blocks = config.num_blocks
@@ -64,7 +65,7 @@ class GuaranteedNoEvict:
         self._total = 0
 
     def check(self, group: SequenceGroup) -> None:
-        """Refuse a request whose samples together can never be guaranteed."""
+        """Raise InvalidRequestError for a request whose worst case exceeds the whole cache."""
         worst = self._worst_case(group)
         if worst > self._num_blocks:
             raise InvalidRequestError(
@@ -74,20 +75,20 @@ class GuaranteedNoEvict:
             )
 
     def may_start(self, group: SequenceGroup) -> bool:
-        """True if the worst case fits beside all others'."""
+        """True if the request's worst case fits beside all reservations."""
         return self._total + self._worst_case(group) <= self._num_blocks
 
     def spare_blocks(self, num_running: int) -> int:
-        """Need no margin: the reservations cover everything."""
+        """Return 0: the reservations make a margin unnecessary."""
         return 0
 
     def reserve(self, group: SequenceGroup) -> None:
-        """Reserve the worst case."""
+        """Reserve the request's worst case."""
         self._reserved[group.arrival] = self._worst_case(group)
         self._total += self._reserved[group.arrival]
 
     def release(self, group: SequenceGroup) -> None:
-        """Give the reservation back."""
+        """Release the request's reservation."""
         self._total -= self._reserved.pop(group.arrival, 0)
 
     def _worst_case(self, group: SequenceGroup) -> int:

@@ -1,4 +1,4 @@
-"""The requests that wait until their grammars are compiled."""
+"""The requests that wait for the compilation of their grammars."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,11 @@ from scalellm.services.executor.engine.sequence import SequenceGroup
 
 
 class Compiling:
-    """Requests that are queued as all others are, but may not run yet (`SequenceGroup.compilation`).
+    """Requests whose grammars are being compiled. They are queued like all others, but may not run yet
+    (`SequenceGroup.compilation`).
 
     Args:
-        compiler: makes matchers; None where no request may have a grammar.
+        compiler: Makes matchers; None if requests may not have grammars.
     """
 
     def __init__(self, compiler: GrammarCompiler | None) -> None:
@@ -23,23 +24,25 @@ class Compiling:
 
     @property
     def takes_grammars(self) -> bool:
-        """True if requests may have one."""
+        """True if requests may have a grammar."""
         return self._compiler is not None
 
     def check(self, grammar: str) -> None:
-        """Raise InvalidRequestError for a request that cannot be run here."""
+        """Raise InvalidRequestError for a grammar if this executor has no compiler."""
         if grammar and self._compiler is None:
             raise InvalidRequestError("structured_output", "must be absent: this executor has no tokenizer")
 
     def start(self, group: SequenceGroup) -> None:
-        """Begin with the grammar of a request that was checked, if it has one."""
+        """Start to compile the grammar of a checked request, if it has one."""
         if self._compiler is not None and group.request.grammar:
             outputs = [seq.token_ids[group.num_prompt_tokens :] for seq in group.samples]
             group.compilation = self._compiler.start(group.request.grammar, outputs)
             self._groups[group.arrival] = group
 
     def take(self) -> Iterator[tuple[SequenceGroup, str]]:
-        """Let requests run whose grammars are compiled. Yields those whose grammars are none, and what is wrong."""
+        """Let requests run whose compilation is done. Yields those whose grammars are invalid, with the error
+        messages.
+        """
         for group in list(self._groups.values()):
             if group.compilation is None or not group.compilation.is_done:
                 continue
@@ -53,7 +56,7 @@ class Compiling:
             self.drop(group)
 
     def drop(self, group: SequenceGroup) -> None:
-        """A request waits no more."""
+        """Forget a request, and cancel its compilation if it is not done."""
         if group.compilation is not None:
             group.compilation.cancel()
             group.compilation = None

@@ -7,7 +7,7 @@ from scalellm.services.common.field_rules import MAX_LOGPROBS
 
 
 class CapacityPolicy(enum.Enum):
-    """The reaction to a KV cache that cannot hold all that runs; the names are TensorRT-LLM's."""
+    """Policy for a KV cache that cannot hold all requests at once; the names are TensorRT-LLM's."""
 
     MAX_UTILIZATION = "max_utilization"
     """Admit what fits now; when blocks run out, preempt the lowest-priority, latest sequence."""
@@ -16,7 +16,7 @@ class CapacityPolicy(enum.Enum):
 
 
 class EngineConfigError(ValueError):
-    """Settings that cannot work together; the message says which and what would."""
+    """Settings that cannot work together; the message says which, and what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,10 @@ class EngineConfig:
     """Limits and policies of one engine; sizes are in tokens, blocks or sequences, times in seconds.
 
     `max_model_len` is the longest prompt plus output; `target_itl` is the inter-token latency that prefill chunks
-    must leave to running decodes (None: chunks take the whole token budget), `min_prefill_chunk` the least progress
-    prefill makes even so. `num_host_blocks` are blocks of host memory that the cache content of preempted sequences may
-    be swapped to; 0 lets all be computed again. `block_run` neighbours in the cache are neighbours in a sequence where
-    that can be, for memory that is read faster in its order. `vocab_size` and `eos_token_ids` come with the model.
+    must leave to running decodes (None: chunks take the whole token budget), `min_prefill_chunk` the least number of
+    prefill tokens per step even so. `num_host_blocks` are blocks of host memory for the cache content of preempted
+    sequences; with 0 it is computed again. A sequence gets runs of `block_run` neighbouring blocks where possible,
+    because memory is read faster in order. `vocab_size` and `eos_token_ids` are the model's.
     """
 
     num_blocks: int
@@ -59,7 +59,7 @@ class EngineConfig:
             raise EngineConfigError(f"max_model_len must hold a prompt and an output token, got {self.max_model_len}")
         capacity = self.num_blocks * self.block_size
         if capacity < self.max_model_len:
-            # Holds so that one sequence alone always fits: nothing admitted can ever be stuck.
+            # One sequence alone must always fit, so that no admitted sequence can be stuck.
             raise EngineConfigError(
                 f"num_blocks ({self.num_blocks}) of block_size {self.block_size} hold {capacity} tokens, fewer "
                 f"than max_model_len ({self.max_model_len}): raise num_blocks or lower max_model_len"

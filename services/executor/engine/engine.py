@@ -51,11 +51,11 @@ class Engine:
     """Continuous batching over one model runner.
 
     A step has three parts that share nothing but the batch: schedule, run, process. With a runner that overlaps, the
-    next step is scheduled and launched before the last one is processed, so step() reports what the call before it
-    launched. Whatever add() and abort() decide between steps is reported by the next step(). After an exception in the
-    runner the requests of that step begin anew with the tokens they have, in smaller steps, until the one with which
-    the runner fails is alone: it ends with INTERNAL, and all others go on. Where the device itself is lost, step()
-    raises DeviceLostError, and the engine is of no more use.
+    next step is scheduled and launched before the last one is processed, so step() returns the results of the step that
+    the previous call launched. Results of add() and abort() are returned by the next step(). After an exception in the
+    runner the requests of that step start again with the tokens they have, in smaller steps, until the one with which
+    the runner fails is alone: it ends with INTERNAL, and all others go on. If the device itself is lost, step() raises
+    DeviceLostError, and the engine can no longer be used.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Engine:
     def add(self, request: EngineRequest) -> None:
         """Accept a request, or raise InvalidRequestError naming the field and the limit.
 
-        An earlier attempt to run the same request ends as SUPERSEDED; SupersededError: there is a later one.
+        An earlier attempt of the same execution ends as SUPERSEDED. Raises SupersededError if a later one runs here.
         """
         try:
             check_request(request, self.config)
@@ -114,7 +114,7 @@ class Engine:
         self._scheduler.add(group)
         now = self._clock()
         for seq in group.samples:
-            # A sample may have been moved between its last token and the news of its end.
+            # A resumed sample may have its last token already, but have been moved before its end was reported.
             if seq.status is not SequenceStatus.FINISHED and (stop := stop_reason(seq)) is not None:
                 self._finish_sample(seq, *stop, now)
         if group.num_unfinished == 0 and self._books.get(group.key) is group:
@@ -123,7 +123,7 @@ class Engine:
     def abort(self, key: RequestKey, index: int | None = None, reason: AbortReason = AbortReason.CANCELLED) -> None:
         """End a request, or one sample of it, at once. Unknown keys, indices and ended samples are ignored.
 
-        A request whose last sample is ended this way is OK if any of its samples reached an end of its own.
+        A request whose last open sample is ended this way ends OK if any of its samples ended by itself.
         """
         group = self._books.get(key)
         if group is None:
@@ -136,8 +136,8 @@ class Engine:
             self._finish_sample(group.samples[index], finish_reason, None, now)
 
     def give_back(self, key: RequestKey, message: str) -> None:
-        """End a request as MOVED: it goes on elsewhere or later, so none of its samples has ended. Unknown keys are
-        ignored.
+        """End a request as MOVED, without ends of its samples, so that it can go on elsewhere or later. Unknown keys
+        are ignored.
         """
         group = self._books.get(key)
         if group is None:
@@ -154,14 +154,14 @@ class Engine:
             self.give_back(key, message)
 
     def drop_link(self, link: int) -> None:
-        """Cancel everything of a link that is gone, and forget its counters."""
+        """Cancel all requests of a link that was closed, and forget its counters."""
         now = self._clock()
         for group in self._books.of_link(link):
             self._end_request(group, FinishReason.CANCELLED, RequestStatus.CANCELLED, "the link was dropped", now)
         self._books.forget_link(link)
 
     def has_unfinished(self) -> bool:
-        """True if step() has work to do or news to report."""
+        """True if step() has work to do or results to return."""
         return len(self._books) > 0 or len(self._pipeline) > 0 or self._result.has_ends
 
     @property
@@ -171,12 +171,12 @@ class Engine:
 
     @property
     def only_awaits_grammars(self) -> bool:
-        """True if there is nothing to do until a grammar is compiled, or a mask that takes long is computed."""
+        """True if no step can run until a grammar is compiled, or a slow mask is computed."""
         is_held = len(self._compiling) == len(self._books) or self._scheduler.is_held_by_masks
         return is_held and len(self._books) > 0 and not (self._pipeline or self._result.has_ends)
 
     def step(self) -> StepResult:
-        """Launch a step, finish the one that is due, and return all that happened since. Raises DeviceLostError."""
+        """Launch a step, process the due one, and return all results since the last call. Raises DeviceLostError."""
         started = self._clock()
         for group in self._books.expired(started):
             self._end_request(
@@ -190,7 +190,7 @@ class Engine:
         self._scheduler.only = on_trial = self._faults.on_trial()
         batch = self._schedule(started)
         if on_trial is not None and not batch.sequences and not self._pipeline:
-            # Paused requests hold the blocks that the suspects need; without them the suspects fit.
+            # Paused requests may hold the blocks that the suspects need; once preempted, the suspects fit.
             for group in self._scheduler.running_groups():
                 if group.arrival not in on_trial:
                     self._scheduler.roll_back(group, started)
@@ -210,7 +210,7 @@ class Engine:
         return make_load(self._blocks, self._books, self._scheduler, self._swapper)
 
     def step_time(self) -> StepTimeModel | None:
-        """Return how long steps take, by those that were taken; None before there were enough."""
+        """Return the model of step times fitted to past steps; None before there were enough steps."""
         return self._step_times.line()
 
     def stats(self) -> EngineStats:
@@ -219,7 +219,7 @@ class Engine:
 
     @property
     def num_hashed_blocks(self) -> int:
-        """Block hashes computed since start: at most one per block of tokens, whatever happens to sequences."""
+        """Block hashes computed since start: at most one per block of tokens, even across preemptions."""
         return self._blocks.num_hashed_blocks
 
     def has_request(self, key: RequestKey) -> bool:
@@ -241,7 +241,7 @@ class Engine:
             raise AssertionError(f"requests do not add up: {stats}, {load}")
 
     def _supersede(self, request: EngineRequest) -> None:
-        """End what runs of an execution, in favour of a new attempt."""
+        """End the running attempt of an execution for a new one. Raises SupersededError if the running one is later."""
         older = self._books.of_execution(request.execution_id)
         if older is None:
             return
@@ -275,7 +275,7 @@ class Engine:
             if self.config.enable_prefix_cache:
                 self._counts.prefix_cache_queries += group.num_prompt_tokens
                 self._counts.prefix_cache_hits += group.cached_tokens
-        # Not among suspects: what is to be found is with which request steps fail, not with which guess.
+        # No drafts while suspects run: the search must find the request, not the draft, with which steps fail.
         if self._speculator is not None and self._pipeline.takes_drafts and self._scheduler.only is None:
             self._speculator.extend(batch, self._blocks, self.config.max_num_seqs)
         return batch
@@ -290,8 +290,8 @@ class Engine:
         if isinstance(outcome.sampled, Exception):
             self._fail(batch, outcome.sampled, now)
         else:
-            if not batch.has_swaps:  # their time would be put down to the tokens
-                if not batch.num_drafts:  # there are none in the steps that prompts are computed in
+            if not batch.has_swaps:  # the time of swaps would be attributed to tokens
+                if not batch.num_drafts:  # drafts and prefill never share a step
                     self._prefill_budget.observe(batch.num_decodes, batch.num_prefill_tokens, outcome.seconds)
                 self._step_times.observe(batch, outcome.seconds)
                 if self._speculator is not None:
@@ -310,7 +310,7 @@ class Engine:
             if index in sampled.failed and seq.status is not SequenceStatus.FINISHED:
                 message = "the model computed values that are not finite"
                 self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
-            # A sequence that ended or lost its blocks meanwhile left this step's token and cache content to nobody.
+            # For a sequence that has ended or lost its blocks since the launch, this step's results are dropped.
             if seq.status is SequenceStatus.RUNNING:
                 if scheduled.draft is not None and self._speculator is not None:
                     self._speculator.accept(seq)
@@ -345,12 +345,12 @@ class Engine:
         group.next_prompt_logprob = scheduled.prompt_logprobs.stop + 1
 
     def _fail(self, failed: ScheduledBatch, error: Exception, now: float) -> None:
-        """Go back to before a failed step, and end its request if it was one request's alone; else look for the one."""
+        """Roll back the requests of a failed step. A lone request is the culprit and ends; else the search begins."""
         self._counts.failed_steps += 1
         self._result.error = self._result.error or error
         suspects = failed.live_groups()
         others: dict[int, SequenceGroup] = {}
-        for batch in self._pipeline.discard():  # launched on top of it: their inputs are garbage
+        for batch in self._pipeline.discard():  # launched after it, with invalid inputs
             others |= batch.live_groups()
         for group in (suspects | others).values():
             self._scheduler.roll_back(group, now)
@@ -363,7 +363,7 @@ class Engine:
                 self._end_request(group, FinishReason.ERROR, RequestStatus.INTERNAL, message, now)
 
     def _finish_sample(self, seq: Sequence, reason: FinishReason, stop_token_id: int | None, now: float) -> None:
-        """End one sample, and its request with the last one."""
+        """End one sample. With the last one its request ends."""
         group = seq.group
         self._remove_sample(seq, reason, stop_token_id, now)
         if group.num_unfinished == 0:
@@ -397,4 +397,4 @@ class Engine:
         if self._speculator is not None:
             self._speculator.end(group)
         self._result_of(group).finished.append(self._books.leave(group, status, message, now))
-        group.samples = []  # group and samples refer to each other: freed now, not by the garbage collector
+        group.samples = []  # breaks the reference cycle between group and samples

@@ -1,4 +1,4 @@
-"""A model runner without a model: scripted tokens and the step times of a device that is not there."""
+"""A model runner without a model: scripted tokens and modelled step times."""
 
 import functools
 import time
@@ -27,12 +27,12 @@ STEP_TIME_PRESETS = MappingProxyType(
 
 
 class _TimedStep:
-    """A step whose tokens are there after some time.
+    """A step whose tokens are available after some time.
 
     Args:
         answer: Draws its tokens.
-        draws_late: It waits with that until `draw`.
-        wait: Waits for as long as the step takes.
+        draws_late: True if the tokens are drawn by `draw` and not at once.
+        wait: Waits until the step is complete.
     """
 
     def __init__(self, answer: Callable[[], SampledBatch], wait: Callable[[], None], *, draws_late: bool) -> None:
@@ -52,8 +52,8 @@ class _TimedStep:
 class FakeModelRunner:
     """Answers every step with scripted tokens after the time that `step_time` gives.
 
-    With `overlaps` that time passes from the launch on, or from the end of the step before, and waiting lasts for what
-    is left of it; without, launching sleeps through it.
+    With `overlaps`, a step begins at its launch or at the end of the previous step, and waiting for it sleeps for the
+    remaining time. Without it, `launch` sleeps for the whole time.
 
     The next token is a function of the previous token and its position alone (`next_token`), never one of
     `special_token_ids`; seeds, penalties, biases and min_tokens change nothing. A sample with a grammar goes on with
@@ -89,7 +89,7 @@ class FakeModelRunner:
 
     @property
     def has_equal_rows(self) -> bool:
-        """True: a token follows from the one before it and its position."""
+        """Return True: each token depends on the previous token and its position alone."""
         return True
 
     def next_token(self, previous: int, position: int) -> int:
@@ -97,7 +97,7 @@ class FakeModelRunner:
         return self._ordinary[_mixed(previous, position) % len(self._ordinary)]
 
     def number(self, previous: int, scheduled: ScheduledSequence) -> int:
-        """Return the number that says, modulo how many tokens there are to choose from, which follows `previous`."""
+        """Return a number from which, modulo the number of allowed tokens, the token after `previous` is chosen."""
         return _mixed(previous, scheduled.position)
 
     def swap(self, outs: list[tuple[int, int]], ins: list[tuple[int, int]]) -> None:
@@ -107,7 +107,7 @@ class FakeModelRunner:
         """Copy nothing: there is no cache."""
 
     def check_device(self) -> None:
-        """There is no device that could be lost."""
+        """Do nothing: there is no device that could be lost."""
 
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Start a step of the modelled length."""
@@ -126,7 +126,7 @@ class FakeModelRunner:
         return _TimedStep(functools.partial(self._answer, batch, is_late=is_late), wait, draws_late=is_late)
 
     def _answer(self, batch: ScheduledBatch, *, is_late: bool) -> SampledBatch:
-        """Draw the tokens; with `is_late` those of the step before are known, and sequences may have ended since."""
+        """Draw the tokens. With `is_late` the previous step's tokens are known, and sequences may have ended since."""
         sampled = SampledBatch([])
         drawn = [scheduled for scheduled in batch.sequences if scheduled.samples]
         if self._masks is not None and any(scheduled.seq.matcher is not None for scheduled in drawn):

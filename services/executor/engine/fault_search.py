@@ -9,14 +9,14 @@ from scalellm.services.executor.engine.sequence import SequenceGroup, SequenceSt
 
 @dataclass(frozen=True, slots=True)
 class _Suspect:
-    """A request of a failed step. It is cleared once each of its samples has a token more than it had then."""
+    """A request of a failed step. It is cleared once each of its samples has one more token than at the failure."""
 
     group: SequenceGroup
     num_tokens: dict[int, int]
 
     @property
     def is_cleared(self) -> bool:
-        """True if the request has run beyond the step that failed, or has ended."""
+        """True if the request has passed the point of the failed step, or has ended."""
         return all(
             seq.status is SequenceStatus.FINISHED or len(seq.token_ids) > self.num_tokens[seq.index]
             for seq in self.group.samples
@@ -24,17 +24,18 @@ class _Suspect:
 
 
 class FaultSearch:
-    """Runs the suspects by halves: a half with which a step fails is divided again, down to the request that is alone.
+    """Finds the culprit by bisection: the suspects run by halves, and a half with which a step fails is divided again,
+    down to a single request.
 
-    Nothing else runs meanwhile. Of k requests one is found within 2 log2 k failed steps; where the fault was none of
-    any request and does not come again, all go on.
+    No other requests run meanwhile. One of k requests is found within 2 log2 k failed steps. If no request was to blame
+    and the fault does not recur, all go on.
     """
 
     def __init__(self) -> None:
         self._trials: deque[list[_Suspect]] = deque()
 
     def divide(self, groups: Items[SequenceGroup]) -> None:
-        """A step with these requests failed, of which there are at least two."""
+        """Divide the requests of a failed step, at least two, into halves that are tried one after the other."""
         suspects = [_Suspect(group, {seq.index: len(seq.token_ids) for seq in group.samples}) for group in groups]
         tried = {group.arrival for group in groups}
         rest = [[other for other in trial if other.group.arrival not in tried] for trial in self._trials]
@@ -42,7 +43,7 @@ class FaultSearch:
         self._trials = deque((suspects[:middle], suspects[middle:], *rest))
 
     def on_trial(self) -> dict[int, SequenceGroup] | None:
-        """Return the requests that alone may run now, by arrival; None = all may."""
+        """Return the only requests that may run now, by arrival; None = all may run."""
         while self._trials:
             self._trials[0] = [suspect for suspect in self._trials[0] if not suspect.is_cleared]
             if self._trials[0]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class GrammarError(Exception):
-    """A grammar cannot be understood, or takes too long; the message is for the client to read."""
+    """A grammar is invalid or takes too long to compile. The message is meant for the client."""
 
 
 class Matcher(Protocol):
@@ -18,53 +18,55 @@ class Matcher(Protocol):
 
     @property
     def is_slow(self) -> bool:
-        """True if its masks take too long to be computed within a step: they are computed before it, elsewhere."""
+        """True if its masks take too long for a step; they are computed in another thread before the step."""
 
     def has_mask(self, token_ids: Sequence[int], start: int = 0) -> bool:
-        """Return whether the mask behind these tokens is there, for a slow matcher. If not it is computed from now on,
-        and nothing else may be asked of the matcher until it is there.
+        """For a slow matcher, return whether the mask after these tokens is available. If not, its computation starts,
+        and no other method may be called until it is available.
         """
 
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
-        """Take note of the sample's tokens from `start` on, its output; those of earlier calls cost nothing again."""
+        """Advance through the sample's output tokens, `token_ids[start:]`. Tokens of earlier calls are skipped."""
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
-        """Return how many of these tokens the grammar allows to come next, in their order."""
+        """Return how many of these tokens, from the first on, the grammar allows next in this order."""
 
     def forced(self) -> Sequence[int]:
-        """Return tokens whose text must come next, none where there is a choice; the model may spell it otherwise."""
+        """Return tokens of the text that must come next, empty if there is a choice. The model may divide that text
+        into other tokens.
+        """
 
 
 class Compilation(Protocol):
-    """Matchers in the making, elsewhere."""
+    """A compilation that runs in another thread."""
 
     @property
     def is_done(self) -> bool:
-        """True once `matchers` returns or raises at once."""
+        """True once `matchers` returns or raises without waiting."""
 
     def matchers(self) -> Sequence[Matcher]:
-        """Return one matcher per sample, each behind the sample's tokens. Raises GrammarError."""
+        """Return one matcher per sample, each advanced through the sample's tokens. Raises GrammarError."""
 
     def cancel(self) -> None:
-        """Nobody waits for it any more."""
+        """Cancel the compilation, as its result is no longer needed."""
 
 
 class GrammarCompiler(Protocol):
-    """Makes matchers without holding up the caller."""
+    """Makes matchers in another thread."""
 
     def start(self, grammar: str, outputs: Sequence[Sequence[int]]) -> Compilation:
-        """Begin with one matcher per sample, given the tokens that each has emitted already."""
+        """Start a compilation with one matcher per sample, given the output tokens that each sample already has."""
 
 
 class StepMasks(Protocol):
-    """The tokens that the samples of a step may go on with."""
+    """The grammars' masks for the samples of a step: the tokens that each may draw."""
 
     def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
-        """Find them out, now that all tokens of these samples are known. Returns the messages of the grammars that gave
-        an error, by place: what is drawn for these means nothing.
+        """Compute the masks, once all tokens of these samples are known. Returns the error messages of grammars by
+        place in `scheduled`; the tokens drawn at these places are invalid.
         """
 
     def pick(self, place: int, number: int) -> int:
-        """Return one of the tokens that the sample at a place may go on with: that with this number, modulo how many
-        there are; 0 if there is none.
+        """Return the allowed token of the sample at `place` whose index is `number` modulo the number of allowed
+        tokens; 0 if none is allowed.
         """

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 
 class HostBlockPool:
-    """Blocks `0 .. num_blocks - 1`, each of one owner at most; nothing in host memory is shared or searched."""
+    """Blocks `0 .. num_blocks - 1` of host memory. Each has at most one owner, so none is shared or looked up by
+    content.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -12,17 +14,17 @@ class HostBlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be taken."""
+        """Number of free blocks."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Return `count` blocks. The caller has checked `num_free`."""
+        """Allocate `count` blocks. The caller has checked `num_free`."""
         if count > len(self._free):
             raise RuntimeError(f"{count} host blocks wanted, {len(self._free)} are free")
         return [self._free.pop() for _ in range(count)]
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Take blocks back."""
+        """Free blocks."""
         self._free.extend(blocks)
 
     def check_integrity(self, owned: list[int]) -> None:

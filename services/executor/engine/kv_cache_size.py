@@ -4,7 +4,9 @@ _GIB = 1024**3
 
 
 class KVCacheTooSmallError(ValueError):
-    """The cache cannot hold one sequence of max_model_len tokens; says what there is, what it takes, what to change."""
+    """The cache cannot hold one sequence of max_model_len tokens. The message names the free and the required memory
+    and the settings to change.
+    """
 
 
 def num_kv_blocks(

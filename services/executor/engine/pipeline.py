@@ -1,4 +1,4 @@
-"""The steps between the engine and the runner: launched in order, waited for in order."""
+"""The steps in flight between the engine and the runner, which are launched and waited for in order."""
 
 from collections import deque
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from scalellm.services.executor.engine.batch import (
 class StepOutcome:
     """The end of a step: its samples, or the error that the runner raised.
 
-    finished_at: when the host learned of it. seconds: how long the device took, without the time that the step spent
-    queued behind the one before it.
+    finished_at: time at which the host had the results. seconds: time on the device, without the time that the step
+    was queued behind the previous one.
     """
 
     batch: ScheduledBatch
@@ -36,11 +36,12 @@ class _LaunchedStep:
 
 
 class Pipeline:
-    """Launched steps that were not waited for; at most one stays so from one call of the engine to the next.
+    """The steps in flight. At most one stays in flight between two calls of the engine.
 
     With a runner that overlaps, step N+1 is scheduled and launched before step N is waited for (vLLM's asynchronous
     scheduling, SGLang's overlap scheduler): the device never waits for the host, whose work takes as long as a decode
-    step of a small model. With one that does not, looking ahead gains nothing and costs a row for every stop.
+    step of a small model. With a runner that does not overlap, a step launched ahead gains nothing, and wastes a row
+    whenever a sample stops.
     """
 
     def __init__(self, runner: ModelRunnerProtocol, clock: Callable[[], float]) -> None:
@@ -53,7 +54,7 @@ class Pipeline:
         return len(self._steps)
 
     def discard(self) -> list[ScheduledBatch]:
-        """Wait for the steps in flight, whose results are worth nothing, and return their batches."""
+        """Wait for the steps in flight, drop their results, and return their batches."""
         return [self.wait().batch for _ in range(len(self._steps))]
 
     @property
@@ -67,13 +68,15 @@ class Pipeline:
 
     @property
     def takes_drafts(self) -> bool:
-        """True if a step may have rows for drafts: all tokens are known before it is launched, and rows do not depend
-        on those beside them.
+        """True if a step may have rows for drafts: the runner does not overlap, so that all tokens are known before the
+        launch, and the results of a row do not depend on the other rows.
         """
         return not self._runner.overlaps and self._runner.has_equal_rows
 
     def launch(self, batch: ScheduledBatch, now: float) -> bool:
-        """Start a step that was begun at `now`; return whether it may stay in flight. What it raises is its outcome."""
+        """Launch a step that was begun at `now`. Returns whether it may stay in flight. An exception becomes its
+        outcome.
+        """
         pending: PendingStep | Exception
         try:
             if batch.has_swaps:
@@ -87,7 +90,7 @@ class Pipeline:
         return self._runner.overlaps and not isinstance(pending, Exception)
 
     def draw(self) -> None:
-        """Let the last step draw its tokens, if it has put that off: those of all steps before it are known."""
+        """Let the last step draw its tokens, if it postponed that until the tokens of all earlier steps are known."""
         step = self._steps[-1] if self._steps else None
         if step is None or isinstance(step.pending, Exception):
             return
@@ -115,7 +118,9 @@ class Pipeline:
         return StepOutcome(step.batch, sampled, now, seconds)
 
     def _check_device(self, error: Exception) -> None:
-        """Tell a step that failed from a device that did, with which every request would fail."""
+        """Raise DeviceLostError if a step failed because the device is lost, so that every later step would
+        fail too.
+        """
         try:
             self._runner.check_device()
         except Exception as lost:

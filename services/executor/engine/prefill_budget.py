@@ -18,27 +18,28 @@ class PrefillBudget:
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Time of one token of prefill; None before the first."""
+        """Seconds per prefill token; None before the first prefill."""
         return self._per_token
 
     def limit(self, num_decodes: int, budget: int) -> int:
-        """Return how many prefill tokens of `budget` to compute in a step with that many decodes."""
+        """Return how many prefill tokens, at most `budget`, to compute in a step with `num_decodes` decodes."""
         if self._target is None or num_decodes == 0:
             return budget
         chunk = self._min_chunk
         if self._per_token is not None:
             room = self._target - (self._decode_step or 0.0)
-            # At least the minimum: a target that decodes alone miss must not starve prefill.
+            # At least the minimum, so that prefill does not starve if decodes alone miss the target.
             chunk = max(chunk, int(room / max(self._per_token, 1e-9)))
         return min(budget, chunk)
 
     def observe(self, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
-        """Learn from a finished step."""
+        """Update the moving averages with a finished step."""
         if num_prefill_tokens == 0:
             self._decode_step = _average(self._decode_step, seconds)
             return
         if num_decodes and self._decode_step is not None:
-            # Decodes alone take no longer. Where no step is without prefill, one slow decode would rule for ever.
+            # Decodes alone take no longer than a step with prefill. Without this bound, one slow decode would keep its
+            # effect while every step has prefill.
             self._decode_step = min(self._decode_step, seconds)
         decode = (self._decode_step or 0.0) if num_decodes else 0.0
         # Weight small chunks less: decode noise would otherwise be attributed to a few prefill tokens.

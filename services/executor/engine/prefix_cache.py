@@ -33,21 +33,21 @@ class PrefixCache:
             self.num_hashed_blocks += 1
 
     def lookup(self, block_hash: bytes) -> int | None:
-        """Return the block that holds this prefix's last block."""
+        """Return the block with the end of the prefix that has this hash; None if it is not cached."""
         return self._blocks.get(block_hash)
 
     def register(self, block: int, block_hash: bytes) -> None:
-        """Offer a computed full block. A second block with the same content stays unknown: tables never change."""
+        """Add a computed full block. A second block with the same content is not added, and its sequence keeps it."""
         if block_hash not in self._blocks:
             self._blocks[block_hash] = block
             self._hashes[block] = block_hash
 
     def is_registered(self, block: int) -> bool:
-        """True if the block's content may be found, and so must not change."""
+        """True if the block is in the cache, so that its content must not change."""
         return self._hashes[block] is not None
 
     def evict(self, block: int) -> None:
-        """Forget the block, if it is known."""
+        """Remove the block, if it is in the cache."""
         block_hash = self._hashes[block]
         if block_hash is not None:
             del self._blocks[block_hash]

@@ -57,12 +57,12 @@ class ResumedSample:
 class EngineRequest:
     """A request. `deadline` is absolute on the engine's clock; requests with a lower `priority` run first.
 
-    Cached prefixes are shared between requests of one `cache_salt` only. `resumed` may leave samples out: they start
-    from the prompt. `charged_tokens` is what it took of its link's credits, None for all of its prompt. `execution_id`
-    names what is run, over all attempts to run it; of these the engine runs one at a time, the one that came last
-    unless its number `attempt` is lower. Empty = there is one attempt only. `grammar` says what each sample's text must
-    be, empty = any text. `prediction_token_ids` are what the caller expects of the answers: they come sooner if it is
-    right, and are the same if it is wrong.
+    Cached prefixes are shared only between requests with the same `cache_salt`. Samples missing in `resumed` start from
+    the prompt. `charged_tokens` are the credits that it took from its link, None for all of its prompt. `execution_id`
+    is common to all attempts to run the request; the engine runs one attempt at a time, and a new one replaces it
+    unless its number `attempt` is lower. Empty = there is one attempt only. `grammar` constrains each sample's text,
+    empty = any text. `prediction_token_ids` is the answer that the caller expects: a correct prediction makes decoding
+    faster, and none changes the answer.
     """
 
     key: RequestKey
@@ -107,8 +107,8 @@ class TokenOutput:
 class TokenLogprobs:
     """Log-probabilities of consecutive tokens of a sample or of a prompt, the first of which is at position `offset`.
 
-    Each token has `num_top` alternatives, as asked for, or as many as the model has tokens. The prompt's token at
-    position 0 has no log-probability: its entry is 0 without alternatives. `index` is 0 for a prompt.
+    Each token has as many alternatives as were asked for (`num_top`), at most one per token of the vocabulary. The
+    prompt's token at position 0 has no log-probability: its entry is 0 without alternatives. `index` is 0 for a prompt.
     """
 
     key: RequestKey
@@ -134,8 +134,8 @@ class Usage:
     """The tokens that a request consumed.
 
     `completion_tokens` counts all samples, stop tokens and resumed tokens included; `cached_tokens` is the part of
-    the prompt found in the prefix cache when the request first ran; `num_resumed` came from another executor. Of the
-    tokens that were guessed `accepted_drafts` came and `rejected_drafts` did not.
+    the prompt found in the prefix cache when the request first ran; `num_resumed` came from another executor. Of its
+    drafted tokens `accepted_drafts` were accepted and `rejected_drafts` were not.
     """
 
     prompt_tokens: int
@@ -164,7 +164,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class RequestFinish:
-    """The end of a request; comes exactly once per accepted request."""
+    """The end of a request, returned exactly once per accepted request."""
 
     key: RequestKey
     status: RequestStatus

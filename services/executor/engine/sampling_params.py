@@ -47,7 +47,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """True if the tokens seen so far change the logits."""
+        """True if earlier tokens change the logits, by any of the penalties."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     def validate(self, vocab_size: int, max_logprobs: int) -> None:
@@ -66,7 +66,7 @@ class SamplingParams:
 
 
 def check_num_logit_bias(entries: Sized) -> None:
-    """Raise InvalidRequestError when `logit_bias` has too many entries; before a mapping is made of them."""
+    """Raise InvalidRequestError if `logit_bias` has too many entries. Called before a mapping is made of them."""
     if fault := SAMPLING_LISTS["logit_bias"].fault(entries):
         raise InvalidRequestError("logit_bias", fault)
 

@@ -12,14 +12,16 @@ class SequenceStatus(enum.Enum):
 
     WAITING = "waiting"
     PENDING_FORK = "pending_fork"
-    """Waits until the group's leader has computed the prompt, to share its blocks."""
+    """The sample waits until the group's leader has computed the prompt, whose blocks it will share."""
     RUNNING = "running"
     FINISHED = "finished"
 
 
 @dataclass(frozen=True, slots=True)
 class HostCopy:
-    """The copy of a preempted sequence in host memory: its first `num_tokens` tokens, from `first_block` on."""
+    """The cache content of a preempted sequence in host memory: its first `num_tokens` tokens, from block `first_block`
+    on.
+    """
 
     first_block: int
     blocks: list[int]
@@ -28,13 +30,13 @@ class HostCopy:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample: its tokens and how far they are computed.
+    """One sample: its tokens, and how many of them are computed.
 
     There are no phases: a step computes tokens `[num_computed_tokens, ...)`, and samples the next token when that
     reaches the end (vLLM v1). Block tables only grow; an entry changes only by copy-on-write.
 
-    Steps may be launched before the one before them is processed. So `num_computed_tokens` and `num_pending_tokens`
-    say how things are once every launched step has run, `token_ids` what the host has learned of it.
+    A step may be launched before the previous one is processed. `num_computed_tokens` and `num_pending_tokens` are the
+    state after all launched steps have run; `token_ids` are the tokens that the host knows already.
     """
 
     group: "SequenceGroup"
@@ -54,15 +56,15 @@ class Sequence:
     num_sent_blocks: int = 0
     """Leading block-table entries that the runner knows."""
     row: int = -1
-    """Place in the runner's persistent per-sequence buffers."""
+    """Index in the runner's persistent per-sequence buffers; -1 while it does not run."""
     last_scheduled_step: int = -1
     is_preempted: bool = False
-    """True if it waits because it lost its blocks."""
+    """True if it waits because it was preempted."""
     host_copy: HostCopy | None = None
     """The blocks that were swapped out, while it waits."""
     finish_reason: FinishReason | None = None
     matcher: Matcher | None = None
-    """Follows the text through the request's grammar, while the sample may go on."""
+    """State of the sample's text in the request's grammar, until the sample ends; None = no grammar."""
     sort_key: tuple[int, int, int] = field(init=False)
     """Order of running: lower priority value, then earlier arrival, then lower index."""
 
@@ -71,26 +73,28 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, the pending one included."""
+        """Number of tokens, the pending one included."""
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def has_own_end(self) -> bool:
-        """True if it has ended by itself, so that its text is whole."""
+        """True if it ended by itself, so that its text is complete."""
         return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
 
     @property
     def num_lost_tokens(self) -> int:
-        """Tokens to compute of one that waits, cache hits not considered."""
+        """Tokens to compute for a waiting sequence, prefix-cache hits not subtracted."""
         return len(self.token_ids) - (self.host_copy.num_tokens if self.host_copy else 0)
 
     @property
     def awaits_last_token(self) -> bool:
-        """True if the pending token is the last one, whatever it will be."""
+        """True if the sequence ends with the pending token because of its length, whichever token it is."""
         return self.num_pending_tokens > 0 and self.num_tokens >= self.group.max_len
 
     def awaits_mask(self) -> bool:
-        """Return whether it cannot draw yet because its grammar's mask takes long; the mask is computed from now on."""
+        """Return whether it cannot draw yet because its grammar's mask is slow. If so, the mask's computation
+        starts.
+        """
         matcher = self.matcher
         if matcher is None or not matcher.is_slow:
             return False
@@ -98,12 +102,12 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens emitted, those of an earlier executor included."""
+        """Number of output tokens, those of an earlier executor included."""
         return len(self.token_ids) - self.group.num_prompt_tokens
 
 
 class SequenceGroup:
-    """A request: its samples, what they may still do, and what they cost so far."""
+    """A request: its samples, their common limits, and its usage and timings so far."""
 
     def __init__(
         self,
@@ -121,11 +125,11 @@ class SequenceGroup:
         """The request's seed; each sample's own derives from it and the index (`kernels.sample_seed`)."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         sampling = request.sampling
-        # A grammar's text is complete somewhere, and then nothing but such a token may follow.
+        # Where the grammar's text is complete, only an end token may follow, so a grammar needs one.
         self.eos_ids = frozenset() if sampling.ignore_eos and not request.grammar else eos_token_ids
         self.stop_ids = self.eos_ids | sampling.stop_token_ids
         self.compilation: Compilation | None = None
-        """The matchers of its samples in the making: until they are done it waits."""
+        """The compilation of its grammar, until which it may not run; None = done, or no grammar."""
         room = max_model_len - self.num_prompt_tokens
         self.max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         """Output tokens per sample, clipped to the context."""
@@ -142,11 +146,11 @@ class SequenceGroup:
         self.pending: list[Sequence] = []
         """Samples in state PENDING_FORK, by index."""
         self.next_prompt_logprob = 1
-        """First prompt position whose log-probability was not reported yet; position 0 has none."""
+        """First prompt position whose log-probability has not been reported; position 0 has none."""
 
         self.cached_tokens = 0
         self.num_drafts = 0
-        """Tokens that were guessed, and run to see whether they come."""
+        """Drafted tokens that a step has verified."""
         self.num_accepted_drafts = 0
         self.num_preemptions = 0
         self.added_at = now
@@ -159,7 +163,7 @@ class SequenceGroup:
 
     @property
     def key(self) -> RequestKey:
-        """The caller's name for the request."""
+        """The caller's key of the request."""
         return self.request.key
 
     @property
@@ -168,7 +172,9 @@ class SequenceGroup:
         return self._first_scheduled_at is not None
 
     def banned_at(self, num_output_tokens: int) -> frozenset[int]:
-        """Return the stop tokens that may not come after so many outputs, unless a grammar leaves nothing else."""
+        """Return the stop tokens that may not follow `num_output_tokens` tokens, unless a grammar allows no other
+        token.
+        """
         sampling = self.request.sampling
         if num_output_tokens < sampling.min_tokens:
             return self.stop_ids
@@ -176,45 +182,47 @@ class SequenceGroup:
 
     @property
     def max_len(self) -> int:
-        """Longest a sample may become, prompt included."""
+        """Most tokens of a sample, prompt included."""
         return self.num_prompt_tokens + self.max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """True if positions of the prompt are still to be reported."""
+        """True if log-probabilities of prompt positions have still to be reported."""
         return self.request.sampling.prompt_logprobs is not None and self.next_prompt_logprob < self.num_prompt_tokens
 
     @property
     def max_cached_tokens(self) -> int:
-        """Leading tokens that need not be computed if the cache has them: not those that are still to be scored."""
+        """Leading tokens that may be taken from the prefix cache. Positions whose log-probabilities are still to be
+        reported must be computed.
+        """
         return self.next_prompt_logprob - 1 if self.wants_prompt_logprobs else self.max_len
 
     def mark_scheduled(self, now: float, cached_tokens: int) -> None:
-        """The request leaves the queue for the first time."""
+        """Record that the request leaves the waiting queue for the first time."""
         self._first_scheduled_at = now
         self.cached_tokens = min(cached_tokens, self.num_prompt_tokens)
 
     def mark_token(self, now: float) -> None:
-        """A sample got a token."""
+        """Record the time of a sample's new token."""
         if self._first_token_at is None:
             self._first_token_at = now
         self._last_token_at = now
 
     def mark_preempted(self, now: float) -> None:
-        """A sample lost its blocks."""
+        """Record that a sample was preempted."""
         self.num_preemptions += 1
         if self._num_preempted == 0:
             self._preempted_since = now
         self._num_preempted += 1
 
     def mark_readmitted(self, now: float) -> None:
-        """A preempted sample runs again, or ended while it waited."""
+        """Record that a preempted sample runs again, or ended while it waited."""
         self._num_preempted -= 1
         if self._num_preempted == 0:
             self._preempted_time += now - self._preempted_since
 
     def usage(self) -> Usage:
-        """Tokens so far; O(n samples)."""
+        """Return the tokens consumed so far; O(n samples)."""
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=sum(sample.num_output_tokens for sample in self.samples),
@@ -226,7 +234,9 @@ class SequenceGroup:
         )
 
     def timings(self, now: float) -> Timings:
-        """Durations of a request that ends now; a stage that was not reached lasts 0, one it is in lasts until now."""
+        """Return the durations of a request that ends now. A stage that was not reached lasts 0, the current one until
+        now.
+        """
         scheduled = now if self._first_scheduled_at is None else self._first_scheduled_at
         first = now if self._first_token_at is None else self._first_token_at
         last = first if self._last_token_at is None else self._last_token_at

@@ -32,7 +32,7 @@ class SequenceQueue:
         del self._items[index]
 
     def first(self) -> Sequence | None:
-        """Return who runs first."""
+        """Return the first sequence in the order, or None."""
         return self._items[0] if self._items else None
 
     def __iter__(self) -> Iterator[Sequence]:

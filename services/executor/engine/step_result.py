@@ -22,9 +22,9 @@ from scalellm.services.executor.engine.sequence import Sequence, SequenceGroup
 class LinkResult:
     """The results for one link.
 
-    New tokens are columns, as the link's frame has them: an object per token took most of the time between a step and
-    its frame. Run `i` is `counts[i]` tokens of the sample `indices[i]` of the request `handles[i]`, whose number of
-    tokens before it is `offsets[i]`; `token_ids` are the tokens of all runs, one after the other. `logprobs` has an
+    New tokens are kept as columns, like in the link's frame, because an object per token took most of the time between
+    a step and its frame. Run `i` consists of `counts[i]` tokens of the sample `indices[i]` of the request `handles[i]`,
+    which had `offsets[i]` tokens before it; `token_ids` are the tokens of all runs, concatenated. `logprobs` has an
     entry per run of the requests that asked for them.
     """
 
@@ -39,7 +39,7 @@ class LinkResult:
     finished: list[RequestFinish] = field(default_factory=list)
 
     def add_token(self, seq: Sequence, token_id: int, logprobs: Logprobs | None) -> None:
-        """Add the next token of a sample: to the last run if that is the sample's, too."""
+        """Add the next token of a sample, to the last run if that belongs to the same sample."""
         key = seq.group.key
         if self.handles and self.handles[-1] == key[1] and self.indices[-1] == seq.index:
             self.counts[-1] += 1
@@ -98,7 +98,7 @@ class StepResult:
     """The results since the last step, by link. `error` is the runner's exception, for the caller to log, and
     `culprits` are the requests that ended because of it.
 
-    The properties are the results of all links together, for programs with one link of their own.
+    The properties are the results of all links together, for programs that have only one link.
     """
 
     links: defaultdict[int, LinkResult] = field(default_factory=lambda: defaultdict(LinkResult))

@@ -1,4 +1,4 @@
-"""A model of the time of a step: a line over what it computes, fitted to the steps that were taken."""
+"""A linear model of the time of a step over the numbers of its tokens, fitted to measured steps."""
 
 import math
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ from dataclasses import astuple, dataclass
 from scalellm.services.executor.engine.batch import ScheduledBatch
 
 _EVERY = 4
-"""One of so many steps is observed: a line changes slowly, and steps are many."""
+"""One of so many steps is observed, because the model changes slowly and there are many steps."""
 
 _MEMORY = 0.998
-"""Factor of an observation's weight with each later one: a few hundred steps are remembered."""
+"""Factor by which each observation's weight decays with the next one: a few hundred steps are remembered."""
 
 _LEAST = 8
-"""Observations before there is a line."""
+"""Observations before the model is used."""
 
 _RIDGE = 1e-3
-"""The pull of each of the four figures to its last value, as a share of an observation of its size: a figure that the
-steps did not vary by stays as it is."""
+"""Weight of each coefficient's last value, as a share of an observation of its size. A coefficient whose feature did
+not vary in the observed steps so keeps its value."""
 
 _SIZES = (1.0, 16.0, 256.0, 16_384.0)
-"""Sizes of a step: the constant, rows, prompt tokens, context tokens. They scale the ridge."""
+"""Typical values of the four features (constant, rows, prompt tokens, context tokens), which scale the ridge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,13 @@ class StepTimeModel:
     per_context_token: float
 
     def is_close(self, other: "StepTimeModel") -> bool:
-        """True if no figure differs by more than a fiftieth."""
+        """True if no coefficient differs by more than 2 %."""
         return all(
             math.isclose(mine, theirs, rel_tol=0.02) for mine, theirs in zip(astuple(self), astuple(other), strict=True)
         )
 
     def seconds(self, batch: ScheduledBatch) -> float:
-        """Return how long the step takes."""
+        """Predict the seconds of a step."""
         context = sum(s.start + 1 for s in batch.sequences[: batch.num_decodes])
         return (
             self.base
@@ -50,7 +50,7 @@ class StepTimeModel:
 
 
 class StepTimeFit:
-    """The line of an engine's own steps: least squares with forgetting, no figure below 0."""
+    """Fits the model to an engine's own steps: least squares with forgetting, no coefficient below 0."""
 
     def __init__(self) -> None:
         self._num_steps = 0
@@ -62,7 +62,7 @@ class StepTimeFit:
         self._is_stale = False
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
-        """A step has been taken."""
+        """Add the measured time of a step, in seconds."""
         self._num_steps += 1
         if self._num_steps % _EVERY and self._num_observed >= _LEAST:
             return
@@ -77,7 +77,7 @@ class StepTimeFit:
         self._is_stale = True
 
     def line(self) -> StepTimeModel | None:
-        """The line by now; None before there is one."""
+        """Return the fitted model; None before there were enough observations."""
         if self._num_observed < _LEAST:
             return None
         if self._is_stale:
@@ -88,7 +88,9 @@ class StepTimeFit:
 
 
 def _solve(products: Sequence[Sequence[float]], sums: Sequence[float], before: Sequence[float]) -> list[float]:
-    """The line with the least squared error among those without a figure below 0, near `before` where nothing tells."""
+    """Return the coefficients with the least squared error, none below 0, near `before` where observations do not
+    decide.
+    """
     weights = [_RIDGE * products[0][0] * size**2 for size in _SIZES]
     active = list(range(4))
     while active:
@@ -108,7 +110,9 @@ def _solve(products: Sequence[Sequence[float]], sums: Sequence[float], before: S
 
 
 def _eliminate(matrix: list[list[float]]) -> list[float]:
-    """Gauss-Jordan with the largest pivot. The last column is the right side; the rest is positive definite."""
+    """Solve a linear system by Gauss-Jordan elimination with the largest pivot. The last column is the right-hand side;
+    the other columns are positive definite.
+    """
     size = len(matrix)
     for column in range(size):
         pivot = max(range(column, size), key=lambda row: abs(matrix[row][column]))

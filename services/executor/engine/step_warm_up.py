@@ -1,4 +1,4 @@
-"""Before serving: how long steps take, from made-up requests."""
+"""Measurement of step times before serving, with made-up requests."""
 
 import time
 from collections.abc import Callable
@@ -19,9 +19,9 @@ _OUTPUT_LEN = 24
 def fit_step_times(
     config: EngineConfig, runner: ModelRunnerProtocol, clock: Callable[[], float] = time.monotonic
 ) -> StepTimeFit:
-    """Serve requests of several lengths, few and many at once, through an engine of its own.
+    """Measure steps with a temporary engine that serves requests of several lengths, few and many at once.
 
-    Raises what a step does. What is left in the cache is never found again.
+    Raises whatever a step raises. The cache content that is left over is never found by later requests.
     """
     fit = StepTimeFit()
     alone = replace(

@@ -1,4 +1,4 @@
-"""Exact speculation: tokens that are guessed, and accepted where they are drawn anyway."""
+"""Exact speculative decoding: drafted tokens are accepted only where they equal the drawn tokens."""
 
 from scalellm.services.executor.engine.speculation.draft_budget import DraftBudget
 from scalellm.services.executor.engine.speculation.drafter import Draft, Drafter, SuffixDrafter
@@ -8,8 +8,9 @@ __all__ = ["Budget", "Draft", "DraftBudget", "Drafter", "Speculator", "SuffixDra
 
 
 def suffix_speculator(target_itl: float | None) -> Speculator:
-    """Return what guesses from texts that are there anyway, as far as that pays by measured times of steps.
+    """Make a speculator that drafts from existing texts, as many tokens as pay off by measured step times.
 
-    Steps with guesses take `target_itl` seconds at most; None = as long as it pays.
+    Args:
+        target_itl: Most seconds of a step with drafts; None = no limit.
     """
     return Speculator(SuffixDrafter(), DraftBudget(target_itl))

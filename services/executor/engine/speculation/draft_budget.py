@@ -1,4 +1,4 @@
-"""The number of drafts of a step."""
+"""The number of drafted tokens in a step."""
 
 import heapq
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from scalellm.services.executor.engine.batch import ScheduledBatch
 from scalellm.services.executor.engine.speculation.row_times import RowTimes
 
 _MARGIN = 1.15
-"""Factor by which a draft must be worth more than it costs: chances and costs are estimates."""
+"""Factor by which a draft token's expected gain must exceed its cost, because both are estimates."""
 
 _LEAST_CHANCE = 0.1
-"""Chance below which nothing is tried, however little a row seems to cost."""
+"""Least acceptance probability of a draft token, however little a row seems to cost."""
 
 
 class DraftBudget:
-    """Takes a draft if tokens per second rise with it, by the chance that it is right and by how long steps take.
+    """Takes a draft token if it raises the expected tokens per second, by its acceptance probability and step times.
 
-    A step of R rows brings N tokens in T seconds. One row more costs c seconds, whoever it is of, and brings a token
-    with the chance p that its draft and all before it are right; so it pays if p / c > N / T. With many rows beside
-    it a step is mostly their cost, and nothing is sure enough: there are no drafts under load.
+    A step of R rows yields N tokens in T seconds. One more row costs c seconds and yields a token with the probability
+    p that its draft token and all before it are accepted, so it pays if p / c > N / T. In a large batch the rows
+    dominate T and no p is high enough, so there are no drafts under load.
 
     Args:
-        target_itl: Most seconds of a step with drafts; None = as long as it pays.
-        times: Seconds of steps, measured.
+        target_itl: Most seconds of a step with drafts; None = no limit.
+        times: Measured step times.
     """
 
     def __init__(self, target_itl: float | None, times: RowTimes | None = None) -> None:
@@ -30,13 +30,13 @@ class DraftBudget:
         self._times = times or RowTimes()
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
-        """A step has been taken."""
+        """Add the measured time of a step; only those without prefill count."""
         if batch.num_decodes and not batch.num_prefill_tokens:
             self._times.observe(batch.num_decodes, seconds)
 
     def room(self, batch: ScheduledBatch) -> int:
-        """Return how many drafts a step of decodes may take if all are sure: none before there are measurements, and
-        no more than make double the rows that were measured.
+        """Return how many draft tokens a step of decodes may take if all of them were certain: 0 before there are
+        enough measurements, and never more than double the most rows that were measured.
         """
         times, rows = self._times, batch.num_decodes
         if not times.is_known or _MARGIN * rows * times.per_row > times.seconds(rows):
@@ -44,12 +44,16 @@ class DraftBudget:
         return 2 * times.most_rows - rows
 
     def divide(self, batch: ScheduledBatch, chances: Sequence[Sequence[float]], room: int) -> list[int]:
-        """Return how many drafts of each sequence a step of decodes takes.
+        """Choose how many draft tokens of each sequence a step of decodes takes.
 
         Args:
             batch: The step.
-            chances: For each sequence, and each token of its draft: the chance that it is right if those before it are.
-            room: Most drafts of the step.
+            chances: For each sequence, and each token of its draft: the probability that it is accepted if those before
+                it are.
+            room: Most draft tokens in the step.
+
+        Returns:
+            The number of draft tokens of each sequence.
         """
         counts = [0] * len(chances)
         cost, seconds, tokens = self._times.per_row, self._times.seconds(batch.num_decodes), float(batch.num_decodes)

@@ -1,4 +1,4 @@
-"""Guesses at what a sample says next, from texts that it may be repeating."""
+"""Drafts of a sample's next tokens, from texts that it may be repeating."""
 
 from collections.abc import Sequence as ReadOnlySequence
 from dataclasses import dataclass
@@ -10,40 +10,42 @@ from scalellm.services.executor.engine.speculation.finished_answers import Finis
 from scalellm.services.executor.engine.speculation.text_index import FORCED, GRAM, LONGEST_MATCH, Match, TextIndex
 
 _INDEXED_PER_STEP = 4096
-"""Tokens of a text that are taken note of in a step: a millisecond or two, however long a prompt is."""
+"""Most tokens of a text that are indexed per step, which takes a millisecond or two, however long a prompt is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens that may come next, in order.
+    """Predicted next tokens, in order.
 
-    match_length: Number of tokens before them that are the same ones in the text that they are taken from; FORCED for
-        tokens that a grammar gave.
+    match_length: Number of tokens before them that also precede them in the text that they are taken from; FORCED for
+        tokens that a grammar leaves no choice about.
     """
 
     token_ids: ReadOnlySequence[int]
     match_length: int
 
     def length_at(self, place: int) -> int:
-        """Return the length of the match behind which the token at a place stands, as far as it is compared."""
+        """Return the length of the match before the draft token at `place`, the earlier draft tokens included, at most
+        LONGEST_MATCH.
+        """
         return FORCED if self.match_length == FORCED else min(self.match_length + place, LONGEST_MATCH)
 
 
 class Drafter(Protocol):
-    """Guesses tokens. What it guesses changes when tokens come, never which."""
+    """Predicts tokens. Drafts affect the speed of an answer, never its tokens."""
 
     def draft(self, seq: Sequence, most: int) -> Draft | None:
-        """Return what may follow the tokens of a sample, all of which are known: at most `most` tokens, None if there
-        is nothing to go by.
+        """Return a draft of at most `most` tokens for a sample all of whose tokens are known; None if nothing
+        matches.
         """
 
     def end(self, group: SequenceGroup) -> None:
-        """A request has ended, with its samples as they are."""
+        """Forget a request that has ended. Its answers may be kept for later drafts."""
 
 
 class SuffixDrafter:
-    """Looks for the last tokens of a sample in its own answer, its prompt, the prediction that came with the request,
-    and the answers of late with the same cache salt (prompt lookup decoding, Saxena 2023); the longest match counts.
+    """Looks for the last tokens of a sample in its own answer, its prompt, the request's prediction, and recent answers
+    with the same cache salt (prompt lookup decoding, Saxena 2023). The longest match is used.
     """
 
     def __init__(self) -> None:
@@ -52,13 +54,13 @@ class SuffixDrafter:
         self._given: dict[int, list[TextIndex]] = {}
 
     def draft(self, seq: Sequence, most: int) -> Draft | None:
-        """Return what followed the last tokens of a sample where they stood before, as far as its grammar allows; what
-        its grammar leaves no choice about if that is more.
+        """Return the tokens that followed an earlier occurrence of the sample's last tokens, as far as its grammar
+        allows, or the text that its grammar leaves no choice about if that is longer.
         """
         draft = self._repeated(seq, most)
         if seq.matcher is None:
             return draft
-        if seq.matcher.is_slow:  # each guess would take one more of its masks
+        if seq.matcher.is_slow:  # each draft token would need one more slow mask
             return None
         seq.matcher.follow(seq.token_ids, seq.group.num_prompt_tokens)
         allowed = draft.token_ids[: seq.matcher.num_allowed(draft.token_ids)] if draft is not None else ()
@@ -78,12 +80,12 @@ class SuffixDrafter:
         if best is None:
             return None
         token_ids = best.text[best.at : best.at + most]
-        if best.text is context:  # what repeats itself goes on to
+        if best.text is context:  # a text that repeats itself is expected to go on repeating
             token_ids = list(islice(cycle(token_ids), most))
         return Draft(token_ids, best.length) if token_ids else None
 
     def end(self, group: SequenceGroup) -> None:
-        """Keep the answers of a request that reached their own end, and nothing else of it."""
+        """Forget a request, but keep those of its answers that ended by themselves."""
         self._given.pop(group.arrival, None)
         for seq in group.samples:
             self._own.pop(seq, None)
@@ -103,7 +105,7 @@ class SuffixDrafter:
 
 
 def _beginning(seq: Sequence) -> Match | None:
-    """Return the place in the prediction of an answer that has only begun, and with the prediction's first tokens."""
+    """Match an answer of fewer than GRAM tokens with the beginning of the request's prediction; None if they differ."""
     prediction, count = seq.group.request.prediction_token_ids, seq.num_output_tokens
     if 0 < count < GRAM and prediction[:count] == tuple(seq.token_ids[-count:]):
         return Match(prediction, count, count)

@@ -1,4 +1,4 @@
-"""The answers of late, for new ones that say the same."""
+"""Recent answers, as a source of drafts for new ones that repeat them."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ _MAX_ANSWER = 1 << 12
 
 
 class FinishedAnswers:
-    """Answers that ended, as tokens; those that are longest of no use give way to new ones.
+    """The tokens of finished answers. The least recently useful ones are dropped for new ones.
 
-    An answer is found only by requests with its cache salt: what a tenant was told must not be guessed by another one,
-    who could tell from the time that its answers take.
+    An answer is found only by requests with its cache salt, because another tenant could infer its content from the
+    time that its own answers take.
 
     Args:
         max_tokens: Most tokens of all answers together.
@@ -24,14 +24,14 @@ class FinishedAnswers:
         self._num_tokens = 0
         self._answers: OrderedDict[int, tuple[bytes, tuple[int, ...]]] = OrderedDict()
         self._num_added = 0
-        # Number of an answer, and where in it the token stands that follows the run of tokens.
+        # By salt and run of tokens: the number of an answer, and the index of the token that follows the run in it.
         self._next: dict[tuple[bytes, tuple[int, ...]], tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._answers)
 
     def add(self, salt: bytes, answer: Sequence[int]) -> None:
-        """Keep the beginning of an answer, unless it is too short to be of use."""
+        """Keep the beginning of an answer, unless it is too short to match."""
         tokens = tuple(answer[: min(_MAX_ANSWER, self._max_tokens)])
         if len(tokens) <= GRAM:
             return
@@ -45,7 +45,9 @@ class FinishedAnswers:
             self._forget()
 
     def find(self, salt: bytes, context: Sequence[int]) -> Match | None:
-        """Return where the last tokens of a context stood last in an answer with that salt."""
+        """Return the latest occurrence of a context's last tokens in an answer with this salt; None if there
+        is none.
+        """
         place = self._next.get((salt, tuple(context[-GRAM:])))
         if place is None:
             return None

@@ -1,24 +1,26 @@
-"""Seconds of decode steps, as a line over their rows."""
+"""A linear model of the time of a decode step over its number of rows."""
 
 _MEMORY = 0.98
-"""Weight of an observation after the next one: some fifty steps are remembered."""
+"""Factor by which each observation's weight decays with the next one: some fifty steps are remembered."""
 
 _LEAST = 8
-"""Observations before there is a line."""
+"""Observations before the line is used."""
 
 _LEAST_VARIANCE = 0.01
-"""Variance of rows, in rows squared, below which a row's cost counts as unknown: it is taken for less than it seems."""
+"""Added to the variance of the rows, in rows squared. If the rows hardly varied, the estimated cost of one goes to
+0."""
 
 _LONGEST = 2.0
-"""A step counts as at most so many times as long as the line says: somebody else had the processor."""
+"""A step counts as at most so many times its predicted duration, because longer ones were disturbed by other
+processes."""
 
 
 class RowTimes:
-    """Least squares with forgetting over the steps of decodes alone. Schedulers are told another line, which knows
-    prompts as well (`StepTimeFit`); this one is to tell soon, and of few steps, what one row more costs.
+    """Least squares with forgetting over steps of decodes alone, which gives the cost of one more row after few steps.
+    (Schedulers get another model, which includes prompts: `StepTimeFit`.)
 
-    What is not known is taken for free, and so is tried: where all steps of late had as many rows, a row more costs 0.
-    The first step of a number of rows does not count, as it may take longer: for being recorded
+    An unknown cost counts as 0, so that drafts are tried: if all recent steps had the same number of rows, one more row
+    costs 0. The first step with a number of rows is not counted, because it may be recorded, which takes longer
     (`RecordedDecode`).
 
     Attributes:
@@ -34,24 +36,24 @@ class RowTimes:
 
     @property
     def is_known(self) -> bool:
-        """True once there is a line."""
+        """True once there were enough observations."""
         return self._num_observed >= _LEAST
 
     @property
     def per_row(self) -> float:
-        """Seconds of one row more, at least 0."""
+        """Seconds for one more row, at least 0."""
         weight, rows, squares, seconds, products = self._sums
         mean = rows / weight
         covariance = products / weight - mean * seconds / weight
         return max(0.0, covariance / (squares / weight - mean * mean + _LEAST_VARIANCE))
 
     def seconds(self, rows: int) -> float:
-        """Return how long a step of so many rows takes."""
+        """Predict the seconds of a step with this many rows."""
         weight, sum_of_rows, _, seconds, _ = self._sums
         return max(0.0, seconds / weight + self.per_row * (rows - sum_of_rows / weight))
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A step has been taken."""
+        """Add the measured time of a step of decodes, in seconds."""
         self.most_rows = max(self.most_rows, rows)
         if rows not in self._known_rows:
             self._known_rows.add(rows)

@@ -1,4 +1,4 @@
-"""Drafts in steps: they are added as rows, and accepted or learned from afterwards."""
+"""Speculative decoding: adds drafts to steps as rows, accepts them, and learns from their outcomes."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,18 +16,18 @@ class Budget(Protocol):
     """Decides how many drafts a step takes; see DraftBudget."""
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
-        """A step has been taken."""
+        """Add the measured time of a step, in seconds."""
 
     def room(self, batch: ScheduledBatch) -> int:
-        """Return how many drafts a step of decodes may take at most."""
+        """Return the most draft tokens that a step of decodes may take."""
 
     def divide(self, batch: ScheduledBatch, chances: list[list[float]], room: int) -> list[int]:
-        """Return how many drafts of each sequence a step of decodes takes."""
+        """Return how many draft tokens of each sequence a step of decodes takes."""
 
 
 @dataclass(slots=True)
 class _Guess:
-    """The last guess at a sample's tokens from token number `at` on, and the chances of its guesses."""
+    """The last draft of a sample, for its tokens from index `at` on, and the acceptance probabilities of its drafts."""
 
     survival: Survival
     at: int = 0
@@ -35,20 +35,19 @@ class _Guess:
 
 
 class Speculator:
-    """Speculative decoding by guesses that cost nothing (Leviathan et al. 2023; exact, so nothing is accepted but what
-    is drawn anyway).
+    """Speculative decoding without a draft model (Leviathan et al. 2023). It is exact: a draft token is accepted only
+    if it equals the drawn token.
 
-    A draft is a row like any other: the decode of a token that has not come yet. Each row draws with the random number
-    of its own position, so what a row behind a right draft draws is the token that the next step would have drawn; a
-    row behind a wrong one is as if it had not been. What it left in the cache is overwritten by the token that came,
-    before anybody reads it.
+    A draft token is the input of an ordinary decode row. Each row draws with the random number of its own position, so
+    a row after a correct draft token draws the token that the next step would have drawn. A row after a wrong one has
+    no effect: its cache entry is overwritten with the correct token's before it is read.
 
-    Drafts go with steps of decodes alone. They need tokens that are known, so not where steps overlap, and logits that
-    depend on the tokens before them alone, so not with penalties yet.
+    Drafts are added only to steps without prefill. They need known tokens, so there are none where steps overlap, and
+    none for samples with penalties, whose logits depend on tokens that are not known yet.
 
     Args:
-        drafter: Makes the guesses.
-        budget: Decides how many of them a step takes.
+        drafter: Makes the drafts.
+        budget: Decides how many draft tokens a step takes.
     """
 
     def __init__(self, drafter: Drafter, budget: Budget) -> None:
@@ -56,13 +55,15 @@ class Speculator:
         self._budget = budget
         self._survival = Survival()
         self.num_drafts = 0
-        """Rows behind which tokens were guessed."""
+        """Rows that were followed by drafted tokens, since start."""
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
         self._guesses: dict[Sequence, _Guess] = {}
 
     def extend(self, batch: ScheduledBatch, blocks: BlockManager, max_rows: int) -> None:
-        """Add rows for drafts to a step, up to `max_rows` in all; each comes behind that of the token before it."""
+        """Add rows for draft tokens to a step, up to `max_rows` rows in total, each right after its
+        predecessor's row.
+        """
         if not batch.num_decodes or batch.num_prefill_tokens:
             return
         room = min(max_rows - batch.num_decodes, self._budget.room(batch))
@@ -86,24 +87,26 @@ class Speculator:
             batch.sequences = rows
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
-        """A step has been taken, and took so long."""
+        """Add the measured time of a step, in seconds, to the budget."""
         self._budget.observe(batch, seconds)
 
     def accept(self, seq: Sequence) -> None:
-        """A draft is the token that came, so its row counts as any that was scheduled."""
+        """Accept a draft token that equals the drawn one, so that its row counts as a scheduled one."""
         seq.num_computed_tokens += 1
         seq.num_pending_tokens += 1
         seq.group.num_accepted_drafts += 1
         self.num_accepted_tokens += 1
 
     def end(self, group: SequenceGroup) -> None:
-        """A request has ended, with its samples as they are."""
+        """Forget a request that has ended."""
         for seq in group.samples:
             self._guesses.pop(seq, None)
         self._drafter.end(group)
 
     def _guess(self, scheduled: ScheduledSequence) -> _Guess | None:
-        """Guess what comes behind the known tokens of a row's sample, having learned from the guess before."""
+        """Draft the next tokens of a row's sample, after learning from its previous draft; None if it cannot
+        have any.
+        """
         seq = scheduled.seq
         if scheduled.token_pending or seq.group.needs_known_tokens:
             return None
@@ -118,7 +121,7 @@ class Speculator:
         return guess
 
     def _learn(self, seq: Sequence, guess: _Guess, draft: Draft) -> None:
-        """See how a draft did, of which perhaps nothing was run."""
+        """Compare a draft with the tokens that were drawn, whether or not a step verified it."""
         for place, (token_id, came) in enumerate(zip(draft.token_ids, seq.token_ids[guess.at :], strict=False)):
             guess.survival.observe(draft.length_at(place), is_right=token_id == came)
             if token_id != came:
@@ -138,7 +141,7 @@ def _rows_behind(
     """Return the rows of the first `count` tokens of a draft, fewer if there are not enough blocks."""
     seq, start = scheduled.seq, scheduled.position
     room = blocks.extend_ahead(seq, start + count, spare=spare) - start
-    seq.num_sent_blocks = len(seq.block_table)  # by the row before them
+    seq.num_sent_blocks = len(seq.block_table)  # the row before them has them sent
     return [
         ScheduledSequence(seq, start + place, 1, samples=True, first_new_block=seq.num_sent_blocks, draft=token_id)
         for place, token_id in enumerate(draft.token_ids[: min(count, room)])
