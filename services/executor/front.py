@@ -58,7 +58,7 @@ class ExecutorServicer:
 
 
 class _Port:
-    """One link: what the engine sends goes to the stream."""
+    """The front's end of one link: passes the engine's messages to the gRPC stream."""
 
     def __init__(self, traffic: LinkTraffic) -> None:
         self.link = ServerLink(traffic)

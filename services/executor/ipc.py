@@ -38,15 +38,15 @@ class Kind(enum.IntEnum):
     PROGRESS = 7
     """Engine: the model is being loaded - text for the log."""
     STATS = 8
-    """Engine: it is alive - GetExecutorInfoResponse. The first one says that the model is loaded."""
+    """Engine: periodic report - GetExecutorInfoResponse. The first one means that the model is loaded."""
     FATAL = 9
-    """Engine: it cannot start - one line that says what to do."""
+    """Engine: it cannot start - one line that says why and what to change."""
     GIVE_BACK = 11
-    """Front: end what is here, for others to go on with."""
+    """Front: give all requests back to their schedulers, which move them."""
     TRACE = 10
     """Engine: a traced request ended - TracedRequest."""
     PLAN = 12
-    """Rank 0 of an engine, to each other rank: what all do next - RankPlan."""
+    """Rank 0 of an engine, to each other rank: the next action of all ranks - RankPlan."""
     NODE = 13
     """Both, between the fronts of an executor's nodes - NodeMessage."""
 
@@ -65,13 +65,14 @@ class Message:
 
 
 def read_header(header: bytes) -> tuple[int, int]:
-    """Return the number of the kind of a message and the bytes of its payload, of its first HEADER_BYTES bytes."""
+    """Return the kind of a message, as a number, and the size of its payload in bytes, from its HEADER_BYTES bytes."""
     kind, _, length = _HEADER.unpack(header)
     return kind, length
 
 
 class EngineChannel:
-    """The engine's end, and both ends between its ranks: blocking, used between two steps.
+    """The engine's end of the connection to the front, and both ends of those between ranks. Blocking; used between
+    steps.
 
     Args:
         connection: Its half of the socket pair.
@@ -91,19 +92,21 @@ class EngineChannel:
         return str(self._connection.getsockname()[0])
 
     def send(self, *messages: Message) -> None:
-        """Write messages; waits while the other end is busy. EOFError: it is gone."""
+        """Write messages, waiting while the other end is busy. Raises EOFError if it is gone."""
         try:
             self._connection.sendall(b"".join(message.encode() for message in messages))
         except ConnectionError:
             raise EOFError("the other end closed the connection") from None
 
     def receive(self, timeout: float) -> Iterator[Message]:
-        """All messages that have arrived; waits up to `timeout` seconds for the first. EOFError: nobody sends any."""
+        """Iterate over the messages that have arrived, waiting up to `timeout` seconds for the first. Raises EOFError
+        if the other end is gone.
+        """
         if not self._has_message():
             while self._poll.poll(timeout * 1000):
                 try:
                     data = self._connection.recv(_READ_BYTES)
-                except ConnectionError:  # it left without reading all that was sent
+                except ConnectionError:  # the other end was closed with unread data
                     data = b""
                 if not data:
                     raise EOFError("the other end closed the connection")
@@ -119,13 +122,13 @@ class EngineChannel:
 
 
 class FrontChannel(asyncio.Protocol):
-    """The front's end, on its event loop.
+    """The front's end of the connection to the engine, on the front's event loop.
 
-    Messages are handled in the callback in which their bytes arrive: a task that reads them would cost another turn of
-    the loop for every step.
+    Messages are handled in the callback in which their bytes arrive, because a task that reads them would cost another
+    iteration of the event loop for every step.
 
     Args:
-        on_message: Called with each message; what it raises ends the connection.
+        on_message: Called with each message. An exception ends the connection.
     """
 
     def __init__(self, on_message: Callable[[Message], None]) -> None:
@@ -139,12 +142,12 @@ class FrontChannel(asyncio.Protocol):
         await asyncio.get_running_loop().create_connection(lambda: self, sock=connection)
 
     def send(self, message: Message) -> None:
-        """Queue a message; the engine reads between two steps."""
+        """Queue a message, which the engine reads between two steps."""
         assert self._transport is not None
         self._transport.write(message.encode())
 
     async def wait_ended(self) -> None:
-        """Return once the engine is gone. Raises what `on_message` raised."""
+        """Wait until the engine is gone. Raises the exception of `on_message`, if there was one."""
         await self._ended
 
     def close(self) -> None:
@@ -155,11 +158,11 @@ class FrontChannel(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands."""
+        """Keep the transport."""
         self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's own class
 
     def data_received(self, data: bytes) -> None:
-        """The engine wrote something."""
+        """Handle the messages that are complete."""
         self._buffer += data
         try:
             for message in _take_messages(self._buffer):
@@ -170,13 +173,13 @@ class FrontChannel(asyncio.Protocol):
             self.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The engine is gone, or `close` was called."""
+        """End `wait_ended`: the engine is gone, or `close` was called."""
         if not self._ended.done():
             self._ended.set_result(None)
 
 
 def _take_messages(buffer: bytearray) -> Iterator[Message]:
-    """Take the whole messages from the front of a buffer."""
+    """Remove the complete messages from the beginning of a buffer and yield them."""
     while len(buffer) >= _HEADER.size:
         kind, link, length = _HEADER.unpack_from(buffer)
         end = _HEADER.size + length

@@ -1,4 +1,4 @@
-"""Grammars for the fake engine, which loads what they take when the first one comes."""
+"""Grammars for the fake engine, which loads llguidance and the vocabulary with the first one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class LateGrammars(GrammarCompiler, StepMasks):
-    """Compiler and masks. Loading them takes half a second of the CPU: too much at each start of a fake engine, which
-    tests start often and mostly ask for no grammar.
+    """Compiler and masks that are loaded on first use. Loading takes half a second of CPU time, and tests start many
+    fake engines, most of them without a grammar.
 
     Args:
         model: Directory or file of the model whose vocabulary counts.
@@ -33,18 +33,18 @@ class LateGrammars(GrammarCompiler, StepMasks):
         self._loaded: tuple[LlGrammarCompiler, Masks] | None = None
 
     def start(self, grammar: str, outputs: Sequence[Sequence[int]]) -> Compilation:
-        """Begin with one matcher per sample, given the tokens that each has emitted already."""
+        """Start a compilation; see `LlGrammarCompiler.start`."""
         try:
             return self._load()[0].start(grammar, outputs)
         except VocabularyError as error:
             return _Failed(str(error))
 
     def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
-        """Find out what the samples of a step may go on with; see `Masks.fill`."""
+        """Compute the masks of a step; see `Masks.fill`."""
         return self._load()[1].fill(scheduled)
 
     def pick(self, place: int, number: int) -> int:
-        """Return one of the tokens that a sample may go on with; see `Masks.pick`."""
+        """Return an allowed token; see `Masks.pick`."""
         return self._load()[1].pick(place, number)
 
     def _load(self) -> tuple[LlGrammarCompiler, Masks]:
@@ -58,7 +58,7 @@ class LateGrammars(GrammarCompiler, StepMasks):
 
 
 class _Failed(Compilation):
-    """No grammar can be compiled."""
+    """A compilation that fails because no grammar can be compiled."""
 
     is_done = True
 
@@ -69,4 +69,4 @@ class _Failed(Compilation):
         raise GrammarError(self._reason)
 
     def cancel(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: there is no work to cancel."""

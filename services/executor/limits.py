@@ -1,4 +1,4 @@
-"""The engine's limits: what the settings leave open depends on the kind of device."""
+"""The engine's limits: the settings' values, or defaults that depend on the kind of device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CPU_RUN = 64  # tokens that attention reads together, and the CPU itself ahead 
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes of blocks and steps, with nothing left open.
+    """Sizes of blocks and steps, with defaults filled in.
 
     Attributes:
         block_size: Tokens of a cache block.
@@ -29,7 +29,7 @@ class Limits:
 
 
 def choose_limits(settings: ExecutorSettings, *, on_gpu: bool) -> Limits:
-    """Fill in what depends on the kind of device."""
+    """Return the limits of the settings, with defaults for the kind of device."""
     # A GPU's kernels load a block table's entry per tile of keys, so that a page should be as long as a tile; a chunk
     # of 8192 tokens fills it. A CPU is full at a few hundred, and smaller pages share more.
     block_size = settings.block_size or (64 if on_gpu else 16)

@@ -21,8 +21,8 @@ class ExecutorCollector(Collector):
     """Turns the engine's latest report into metrics. The names follow vLLM's, with our prefix.
 
     Args:
-        supervisor: Has the engine's latest report, which is at most half a second old.
-        access: Knows whether keys can be read.
+        supervisor: Source of the engine's latest report, which is at most half a second old.
+        access: Source of the state of the API keys.
         loop_lag: Lag of the front's event loop.
     """
 
@@ -66,7 +66,7 @@ class ExecutorCollector(Collector):
 
     def _gauges(self, info: executor_pb2.GetExecutorInfoResponse) -> Iterator[Metric]:
         load, stats = info.load, info.stats
-        # Nothing is in use while there is no engine, which reports no blocks at all.
+        # Without an engine there is no report, so the total is 0 and the used share must be 0.
         usage = 1 - load.free_blocks / load.total_blocks if load.total_blocks else 0.0
         for name, text, value in (
             ("num_requests_running", "Requests that are running, preempted ones included.", load.running),

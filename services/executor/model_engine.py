@@ -45,16 +45,16 @@ from scalellm.v1 import ranks_pb2
 _LEAST_MODEL_LEN = 256
 _GIB = 1024**3
 _RECORDING_LIMIT = 0.5
-"""Seconds for recording decode steps before serving: enough for those of one to some sixteen rows of a small model on a
-quiet machine. A step of few rows is short, so that what recording adds to it shows most."""
+"""Seconds for recording decode steps before serving: on an idle machine enough for 1 to about 16 rows of a small model.
+Steps of few rows are recorded in advance because they are short, so that the extra time of recording shows most."""
 
 _WAITING_IN_TORCH = ("fused_moe", "fused_moe_wna16", "paged_attention_decode", "qk_norm_rope_and_cache")
-"""Ops of a decode step whose torch forms read values of the device on the host: no graph can be captured of them."""
+"""Ops of a decode step whose torch forms read device values on the host, so that no graph of them can be captured."""
 
 
 @dataclass(frozen=True)
 class ModelEngine:
-    """An engine, the runner and ops it works with, the form of its weights and one that they might have had."""
+    """An engine, its runner and ops, the form of its weights, and an alternative form for information."""
 
     engine: Engine
     runner: ModelRunner
@@ -65,7 +65,7 @@ class ModelEngine:
 
 @dataclass(frozen=True)
 class _LoadedModel:
-    """A rank's share of the model, and all that it takes to run it."""
+    """A rank's share of the model, with its caches and configuration."""
 
     model: CausalLM
     kv_caches: list[KVCache]
@@ -87,7 +87,8 @@ def build_model_engine(
 ) -> ModelEngine:
     """Load the model at `path` (None: random weights), size its cache, and prepare everything that serving needs.
 
-    Rank 0 of several gets its `shard` and what tells the other ranks, which call `follow_model_engine`.
+    Rank 0 of several ranks gets its `shard`, and `tell`, which sends plans to the other ranks. Those call
+    `follow_model_engine`.
 
     Raises StartError, UnsupportedModelError, KVCacheTooSmallError, EngineConfigError.
     """
@@ -123,9 +124,9 @@ def follow_model_engine(
     shard: Shard,
     plans: Iterable[ranks_pb2.RankPlan],
 ) -> None:
-    """Load what a rank other than 0 holds of the model, and do what rank 0 tells until it is gone: EOFError.
+    """Load this rank's share of the model, for a rank other than 0, and run rank 0's plans. Never returns.
 
-    Raises what `build_model_engine` does, and what a step raises.
+    Raises EOFError once rank 0 is gone, the errors of `build_model_engine`, and whatever a step raises.
     """
     loaded = _load_all(settings, placement, path, model_config, lambda line: None, shard)
     config = loaded.config
@@ -153,14 +154,14 @@ def _load_all(
         allocate=WeightMemory().allocate,
     )
     rank_config = shard.config_of_rank(model_config)
-    # Sized before anything is loaded: a refusal takes a second, not minutes of reading weights.
+    # Sized before the weights are loaded, so that a refusal takes a second and not minutes.
     longest = settings.max_model_len or model_config.max_position_embeddings
     form = weight_form(placement.quantization, model_config, runtime, longest)
     others = other_forms(form, model_config, runtime, longest)
     free = _free_memory(device, settings)
     if form.num_bytes >= free:
         raise StartError(f"{settings.model}: {_does_not_fit(form, others, free)}")
-    other_form = next(others, None)  # no more of them: each is a model laid out
+    other_form = next(others, None)  # only one, because each takes the time of laying out a model
     sizes = _agreed(shard, torch_device, *_size_cache(settings, placement, rank_config, longest, free - form.num_bytes))
     if torch_device.type == "cpu" and settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -170,7 +171,8 @@ def _load_all(
     if torch_device.type == "cpu" and not settings.num_threads:
         torch.set_num_threads(choose_num_threads(model.first_projection, model_config.hidden_size, placement.dtype))
     if device.overlaps:
-        # The memory of a step beside weights and cache is known once the largest step ran; torch keeps it.
+        # The largest step runs first, so that torch already holds the memory of activations when free memory is
+        # measured.
         run_largest_step(
             model, _engine_config(settings, placement, model_config, *sizes), device, placement.kv_cache_dtype
         )
@@ -204,7 +206,7 @@ def _free_memory(device: Device, settings: ExecutorSettings) -> int:
 
 
 def _agreed(shard: Shard, device: torch.device, *numbers: int) -> tuple[int, ...]:
-    """Return the least that any rank has of each number: all ranks have caches of one size."""
+    """Return the minimum over all ranks of each number, because all ranks need caches of the same size."""
     least: list[int] = shard.collectives.all_gather(torch.tensor(numbers, device=device)).amin(0).tolist()
     return tuple(least)
 
@@ -277,7 +279,9 @@ def _load(
 def _size_cache(
     settings: ExecutorSettings, placement: Placement, model: ModelConfig, longest: int, free: int
 ) -> tuple[int, int]:
-    """Number of blocks, and max_model_len: an unset one shrinks to what the cache holds, a set one must fit."""
+    """Return the number of blocks and max_model_len. An unset max_model_len is reduced to what the cache can hold; a
+    set one must fit.
+    """
     block_bytes, block_size = placement.block_bytes(model), placement.limits.block_size
     num_blocks = settings.num_blocks
     if num_blocks is None and settings.kv_cache_memory is not None:

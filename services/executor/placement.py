@@ -23,7 +23,7 @@ _GIB = 1024**3
 
 @dataclass(frozen=True)
 class Placement:
-    """A device, and the settings with nothing left open."""
+    """The device of a rank, and the settings that depend on it, with defaults filled in."""
 
     device: Device
     dtype: torch.dtype
@@ -40,9 +40,9 @@ class Placement:
 
 
 def choose_placement(settings: ExecutorSettings, model: ModelConfig, rank: int = 0) -> Placement:
-    """Find the device of a rank and fill in what depends on it and the model.
+    """Find the device of a rank and choose the defaults that depend on it and on the model.
 
-    Raises StartError when the device asked for is not there.
+    Raises StartError if the requested device does not exist.
     """
     on_gpu = _use_gpu(settings)
     device: Device = (

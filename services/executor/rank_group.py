@@ -1,4 +1,4 @@
-"""The ranks of one start of an engine, on this host and on others, as the front of rank 0 keeps them."""
+"""The ranks of one start of an engine, on this host and on others, managed by the front of rank 0."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from scalellm.services.executor.rank_processes import RankProcesses
 
 
 class RankGroup:
-    """The ranks that rank 0, the engine, leads by a socket each. Made by `start`; there may be none.
+    """The ranks that rank 0, the engine, leads, each by a socket. Made by `start`. There may be none.
 
     A group lives and dies as one: the front ends it when any of its processes has ended, a node is gone, or the engine
     stalls.
 
     Args:
-        leader: Has the other nodes; None: there is this host only.
+        leader: Manages the other nodes; None: all ranks are on this host.
 
     Attributes:
         environment: Variables of all processes of the group.
@@ -62,12 +62,12 @@ class RankGroup:
 
     @property
     def leader_descriptors(self) -> tuple[int, ...]:
-        """Descriptors for the engine's process to inherit: its end of a socket to each rank, in order."""
+        """Descriptors that the engine process inherits: its end of the socket to each rank, by rank."""
         elsewhere = self._elsewhere.sockets if self._elsewhere is not None else []
         return tuple(connection.fileno() for connection in (*self._sockets, *elsewhere))
 
     def close_sockets(self) -> None:
-        """The engine has them: when it ends, the ranks see the end of theirs."""
+        """Close this process's copies of the sockets, so that the ranks see the end of theirs when the engine ends."""
         for connection in self._sockets:
             connection.close()
         self._sockets.clear()
@@ -76,11 +76,13 @@ class RankGroup:
 
     @property
     def pids(self) -> Mapping[int, int]:
-        """The processes on this host, by rank."""
+        """Process ids of the ranks on this host, by rank."""
         return self._here.pids
 
     async def first_end(self) -> str:
-        """Wait until a rank of this host has ended, or another node is gone. Returns which, and how."""
+        """Wait until a rank on this host has ended, or another node is gone. Returns a text that says which,
+        and why.
+        """
         waiting = [asyncio.create_task(self._here.first_end())]
         if self._elsewhere is not None:
             waiting.append(asyncio.create_task(self._elsewhere.first_end()))
@@ -93,19 +95,21 @@ class RankGroup:
 
     @property
     def has_lost_node(self) -> bool:
-        """True if another node is gone without a word: no process of the group has crashed for all that is known."""
+        """True if another node is gone without having announced it, so that no crash of the group's processes
+        is known.
+        """
         return self._elsewhere is not None and self._elsewhere.has_lost_node
 
     async def stacks(self) -> str:
-        """Return what the threads of the ranks on this host do."""
+        """Return the stacks of all threads of the ranks on this host."""
         return await self._here.stacks()
 
     async def end(self, reason: str, *, stalled: bool) -> None:
-        """Leave none behind.
+        """End all ranks, here and on the other nodes.
 
         Args:
             reason: For the logs of other nodes.
-            stalled: True if the engine took no step for too long: other nodes then log what their ranks do.
+            stalled: True if the engine took no step for too long. Other nodes then log the stacks of their ranks.
         """
         self.close_sockets()
         if self._leader is not None:

@@ -1,4 +1,4 @@
-"""The processes of an engine's ranks other than 0 on one host, as the process in front of them keeps them."""
+"""The processes of an engine's ranks other than 0 on one host, managed by the front of that host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class _Rank:
 
 
 class RankProcesses:
-    """Ranks that rank 0, the engine, leads by sockets of their own. Made by `start`; there may be none.
+    """The rank processes of one host, which rank 0, the engine, leads, each by a socket. Made by `start`. There may be
+    none.
 
     A group lives and dies as one: it ends when any of its processes has ended or the engine stalls.
     """
@@ -37,7 +38,7 @@ class RankProcesses:
         Args:
             settings: Handed to each of them.
             environment: Their variables.
-            connections: By rank, the socket by which rank 0 leads it: inherited, and left open here.
+            connections: By rank, its end of the socket to rank 0, which it inherits. The caller closes it.
         """
         group = cls()
         try:
@@ -64,11 +65,11 @@ class RankProcesses:
 
     @property
     def pids(self) -> Mapping[int, int]:
-        """The processes, by rank."""
+        """Process ids, by rank."""
         return {rank.number: rank.process.pid for rank in self._ranks}
 
     async def first_end(self) -> str:
-        """Wait until one of them has ended. Returns which, and how; waits forever if there are none."""
+        """Wait until a rank has ended. Returns a text that says which, and how. Waits forever if there are no ranks."""
         waiting = {asyncio.create_task(rank.process.wait()): rank for rank in self._ranks}
         if not waiting:
             await asyncio.Event().wait()
@@ -81,12 +82,12 @@ class RankProcesses:
         return f"rank {waiting[task].number} ended with {describe_exit(task.result())}"
 
     async def stacks(self) -> str:
-        """Return what the threads of all of them do."""
+        """Return the stacks of all threads of all ranks."""
         reports = await asyncio.gather(*(rank.stacks.ask(rank.process.pid) for rank in self._ranks))
         return "".join(f"\nrank {rank.number}:\n{text}" for rank, text in zip(self._ranks, reports, strict=True))
 
     async def kill(self) -> None:
-        """Leave none behind."""
+        """Kill all ranks."""
         for rank in self._ranks:
             await rank.process.kill()
             rank.stacks.close()

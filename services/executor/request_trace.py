@@ -1,7 +1,7 @@
 """Spans of the requests that ran on an engine.
 
-The engine process notes what it knows of a traced request, and the front makes the spans: an exporter beside the step
-loop would fight it for the interpreter.
+The engine process records the times of a traced request, and the front makes the spans, because an exporter in the
+engine process would compete with the step loop for the interpreter lock.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class TracedRequests:
-    """The traced requests of one link; in the engine process."""
+    """Records the traced requests of one link, in the engine process."""
 
     def __init__(self) -> None:
         self._running: dict[int, executor_pb2.TracedRequest] = {}
         self._ended: list[executor_pb2.TracedRequest] = []
 
     def on_submit(self, submit: link_pb2.Submit, now: float) -> None:
-        """A Submit came at monotonic second `now`."""
+        """Record a Submit, if it is traced; now: time of arrival, in monotonic seconds."""
         if TraceHeaders(submit.traceparent).is_sampled:
             self._running[submit.handle] = executor_pb2.TracedRequest(
                 request_id=submit.request_id,
@@ -37,14 +37,14 @@ class TracedRequests:
             )
 
     def on_finish(self, finishes: Iterable[link_pb2.Finish]) -> None:
-        """Requests ended, traced or not."""
+        """Record the ends of requests. Those that are not traced are ignored."""
         for finish in finishes:
             if (request := self._running.pop(finish.handle, None)) is not None:
                 request.finish.CopyFrom(finish)
                 self._ended.append(request)
 
     def on_drop(self, now: float) -> None:
-        """The link is gone, and with it all its requests."""
+        """Record the end of all the link's requests, since the link was closed."""
         status = StatusError(grpc.StatusCode.CANCELLED, "the link was dropped").to_link()
         finishes = []
         for handle, request in self._running.items():
@@ -60,7 +60,7 @@ class TracedRequests:
 
 
 def record(tracer: Tracer, request: executor_pb2.TracedRequest) -> None:
-    """Make the spans of a request: the whole, and its stages one after the other; in the front."""
+    """Make the spans of a request, in the front: one for the whole, and one for each of its consecutive stages."""
     headers = TraceHeaders(request.traceparent, request.tracestate)
     start, finish = request.submitted_at_ns, request.finish
     usage, timings = finish.usage, finish.timings

@@ -1,4 +1,4 @@
-"""Stacks of all threads of a process that stands still, also in native code."""
+"""Stacks of all threads of a process that hangs, even in native code."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _STATES = {
 class StackFile:
     """The file to which a child process writes its threads' stacks, when it is asked to and when it dies of a fault.
 
-    It writes them from a signal handler in C, which needs neither the interpreter's lock nor a main thread that runs
-    Python: so they also come from a process that hangs within a call of a library.
+    They are written by a signal handler in C, which needs neither the interpreter lock nor a main thread that runs
+    Python, so they are also obtained from a process that hangs within a library call.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StackFile:
         return self._file.fileno()
 
     def close(self) -> None:
-        """Forget what was written."""
+        """Close and thereby delete the file."""
         self._file.close()
 
     def read(self) -> str:
@@ -49,7 +49,7 @@ class StackFile:
         return os.pread(self.fileno(), _MOST_BYTES, 0).decode(errors="replace").strip()
 
     async def ask(self, pid: int) -> str:
-        """Return the stacks of the child's threads and what the kernel says of them; why there are none, if not."""
+        """Return the stacks of the child's threads and their states in the kernel, or the reason why there are none."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, _SIGNAL)
         size = -1
@@ -67,13 +67,13 @@ class StackFile:
 
 
 def write_stacks_to(descriptor: int) -> None:
-    """In the child: write the stacks of all threads there when asked to, and on SIGSEGV and its like."""
+    """Make this child process write the stacks of all threads to a descriptor when asked to, and on fatal signals."""
     faulthandler.register(_SIGNAL, file=descriptor, all_threads=True)
     faulthandler.enable(file=descriptor, all_threads=True)
 
 
 def _thread_states(pid: int) -> list[str]:
-    """One line per thread; none where the kernel tells nothing."""
+    """Return one line per thread with its state in the kernel; empty if the kernel does not report it."""
     lines = []
     for task in sorted(Path(f"/proc/{pid}/task").glob("*"), key=lambda path: int(path.name)):
         try:

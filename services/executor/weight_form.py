@@ -1,4 +1,4 @@
-"""The form that weights are held in: the meaning of `--quantization auto`, and what another choice would give."""
+"""The form of a model's weights: the meaning of `--quantization auto`, and the alternatives to a choice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CPP_DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class WeightForm:
-    """A value of `--quantization`, what it makes of a model's weights, and their bytes.
+    """A value of `--quantization`, the type that it gives a model's weights, and their size in bytes.
 
     `type` is that of most weights of linear layers: a GGUF type such as Q4_1, a dtype such as bfloat16, int8, ...
     """
@@ -38,10 +38,10 @@ class WeightForm:
 
 
 def choose_quantization(settings: ExecutorSettings, dtype: torch.dtype, *, on_gpu: bool) -> Choice:
-    """Return the setting, or what `auto` stands for.
+    """Return the setting, or the choice that `auto` stands for.
 
-    That is `keep` on a CPU with C++ forms, which multiply what files hold faster than float32 because less has to be
-    read; elsewhere it is `none`.
+    That is `keep` on a CPU with C++ forms, because stored forms are smaller than float32 and so are read faster;
+    elsewhere it is `none`.
     """
     if settings.quantization != "auto":
         return settings.quantization

@@ -1,4 +1,5 @@
-"""Grammars: compiled by llguidance beside the step path, and masks of what samples may go on with."""
+"""Grammars: their compilation by llguidance outside the step loop, and the masks of the tokens that samples may
+draw."""
 
 from scalellm.services.executor.grammar.compiler import LlGrammarCompiler
 from scalellm.services.executor.grammar.masks import Masks

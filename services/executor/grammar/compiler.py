@@ -1,4 +1,4 @@
-"""Compiles grammars in a thread of its own, and bounds what they may cost."""
+"""Compiles grammars in a thread of its own, with limits on their cost."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from scalellm.services.executor.engine.grammar import GrammarError
 from scalellm.services.executor.grammar.matcher import LlMatcher, Pace, error_of
 
 _NUM_KEPT = 32
-"""Compiled grammars that are kept: clients send the same one again and again."""
+"""Number of compiled grammars that are cached, because clients send the same one repeatedly."""
 
 _OPTIONS = '\n%llguidance {"no_forcing": true}\n'
-"""No forced tokens: where only one text is possible the model still chooses its tokens, because the tokenizer, whose
-choice would be forced, is not in this process."""
+"""Disables forced tokens: where only one text is possible, the model still chooses its division into tokens, because
+this process has no tokenizer that could."""
 
 
 _NICENESS = 15
-"""Priority of the threads that compile and compute long masks, in Unix' terms: beside busy steps each gets about a
-thirtieth of a core. At 10 it was a tenth, by which all steps were longer; at 19, the lowest, one waited for seconds on
-a busy machine."""
+"""Unix niceness of the threads that compile grammars and compute slow masks: beside busy steps each gets about a
+thirtieth of a core. At 10 each got a tenth, which made all steps longer; at 19, the lowest priority, a thread waited
+for seconds on a busy machine."""
 
 
 class LlGrammarCompiler:
-    """Makes matchers by llguidance, which works without the interpreter lock. Every limit is one of work, not of time:
-    whether a grammar is too much does not depend on the machine or on who else is there.
+    """Makes matchers with llguidance, which releases the interpreter lock. All limits are on work, not on time, so that
+    the refusal of a grammar depends neither on the machine nor on its load.
 
     Args:
-        vocabulary: of the model.
-        eos_token_ids: tokens that end a sample: they are drawn where a text is complete, and never as a part of it.
+        vocabulary: Vocabulary of the model.
+        eos_token_ids: Tokens that end a sample. They may be drawn only where a text is complete.
     """
 
     def __init__(self, vocabulary: Vocabulary, eos_token_ids: Collection[int]) -> None:
-        # Masks do not wait for compilations: a text under way goes before one that has not begun.
+        # Masks have a thread of their own, because a running sample must not wait for the compilation of a new one.
         self._thread, self._mask_thread = (
             ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=_give_way)
             for name in ("grammar", "mask")
@@ -60,7 +60,7 @@ class LlGrammarCompiler:
         self._tokenizer = self._thread.submit(_make_tokenizer, vocabulary, sorted(eos_token_ids))
 
     def start(self, grammar: str, outputs: Sequence[Sequence[int]]) -> LlCompilation:
-        """Begin with one matcher per sample, given the tokens that each has emitted already."""
+        """Start a compilation with one matcher per sample, given the output tokens that each sample already has."""
         return LlCompilation(self._thread.submit(self._compile, grammar, outputs))
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class LlGrammarCompiler:
         self._mask_thread.shutdown(cancel_futures=True)
 
     def _compile(self, grammar: str, outputs: Sequence[Sequence[int]]) -> list[LlMatcher]:
-        """Compile a grammar, or take the kept one; runs in the thread."""
+        """Compile a grammar, or take the cached one. Runs in the thread."""
         kept = self._compiled.pop(grammar, None) or (self._compile_anew(grammar), Pace())
         self._compiled[grammar] = kept
         if len(self._compiled) > _NUM_KEPT:
@@ -96,14 +96,14 @@ class LlGrammarCompiler:
 
 
 class LlCompilation:
-    """Matchers that a thread is making."""
+    """A compilation that runs in the thread."""
 
     def __init__(self, future: Future[list[LlMatcher]]) -> None:
         self._future = future
 
     @property
     def is_done(self) -> bool:
-        """True once `matchers` returns or raises at once."""
+        """True once `matchers` returns or raises without waiting."""
         return self._future.done()
 
     def matchers(self) -> Sequence[LlMatcher]:
@@ -114,12 +114,12 @@ class LlCompilation:
             raise GrammarError("it was cancelled") from None
 
     def cancel(self) -> None:
-        """Nobody waits for it any more; one that has begun is finished all the same."""
+        """Cancel the compilation. One that has begun is completed all the same."""
         self._future.cancel()
 
 
 def _give_way() -> None:
-    """Lower the calling thread's priority: steps, in which all requests take part, go before the grammar of one.
+    """Lower the calling thread's priority, because steps, which serve all requests, must not wait for one's grammar.
 
     Linux has a priority for each thread; elsewhere nothing is done.
     """
@@ -128,20 +128,20 @@ def _give_way() -> None:
 
 
 class _Spelling:
-    """A vocabulary as llguidance wants it."""
+    """A vocabulary with the attributes that llguidance's LLTokenizer reads."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, vocabulary: Vocabulary, eos_token_ids: Sequence[int]) -> None:
         self.tokens = vocabulary.tokens
-        # End tokens are never text, whatever the files say.
+        # End tokens are never text, even if the model's files do not list them as special.
         self.special_token_ids = sorted(vocabulary.special_ids | set(eos_token_ids))
         self.eos_token_id = eos_token_ids[0]
         self.tokenizer: LLTokenizer | None = None
 
     def __call__(self, text: str) -> list[int]:
-        """Return tokens of a text that a grammar leaves no choice about, where its author wants it to be forced."""
+        """Return tokens of a text. Called by llguidance where a grammar's author asks for tokens of a fixed text."""
         return [] if self.tokenizer is None else self.tokenizer.greedy_tokenize(text)
 
 

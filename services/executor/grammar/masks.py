@@ -1,4 +1,4 @@
-"""Masks of the tokens that the samples of a step may continue with, as bits."""
+"""Bit masks of the tokens that the samples of a step may draw."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LONG_S = 2e-3
 
 
 class Masks:
-    """The masks of a step, at the same place in each step.
+    """The masks of a step, in memory that every step reuses.
 
     Args:
-        num_rows: most samples of a step.
-        vocab_size: tokens of the model.
+        num_rows: Most samples in a step.
+        vocab_size: Tokens of the model's vocabulary.
 
     Attributes:
         rows: `[num_rows, ceil(vocab_size / 32)]` i32; bit t % 32 of word t // 32 is set if token t may be drawn.
@@ -37,14 +37,15 @@ class Masks:
         self._last_took_long = False
 
     def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
-        """Write the masks of these samples, in order; those without a grammar may go on with any token.
+        """Write the masks of these samples, in order. Samples without a grammar may draw any token.
 
-        Their matchers take note of the tokens that are known by now, and look ahead to drafts. Returns the messages of
-        the grammars that gave an error, by place: what is drawn for these means nothing.
+        The matchers first advance through the tokens that have become known; rows of drafts get the mask after the
+        draft. Returns the error messages of grammars by place; the tokens drawn at these places are invalid.
         """
         matchers: dict[int, LlMatcher] = {}
         made: dict[int, npt.NDArray[np.int32]] = {}  # masks that were computed before the step
-        drafts: dict[int, list[int]] = {}  # of the matchers, whose masks follow theirs
+        # draft tokens by the place of their matcher; their masks are in the rows after it
+        drafts: dict[int, list[int]] = {}
         of_matcher: list[int] = []
         for place, one in enumerate(scheduled):
             matcher, is_masked = one.seq.matcher, False
@@ -52,7 +53,7 @@ class Masks:
                 is_masked = True
                 if one.draft is not None:
                     of_matcher.append(one.draft)
-                    self.rows[place] = _ALL  # where the grammar does not allow the draft there is no mask
+                    self.rows[place] = _ALL  # kept where the grammar does not allow the draft
                 elif (mask := matcher.take_mask(one.seq.token_ids)) is not None:
                     matchers[place], drafts[place], made[place] = matcher, (of_matcher := []), mask
                 else:
@@ -74,16 +75,16 @@ class Masks:
         return errors
 
     def pick(self, place: int, number: int) -> int:
-        """Return one of the tokens that the sample at a place may go on with: that with this number, modulo how many
-        there are; 0 if there is none.
+        """Return the allowed token of the sample at `place` whose index is `number` modulo the number of allowed
+        tokens; 0 if none is allowed.
         """
         bits = np.unpackbits(self.rows[place].view(np.uint8), count=self._vocab_size, bitorder="little")
         token_ids = np.flatnonzero(bits)
         return int(token_ids[number % len(token_ids)]) if len(token_ids) else 0
 
     def _compute(self, matchers: Mapping[int, LlMatcher], drafts: Mapping[int, list[int]]) -> None:
-        """Write the masks of matchers by place, all at once. After a step in which that took long they are timed one by
-        one, which costs some more, to find those that are slow.
+        """Compute the masks of matchers by place, all in one call. After a step in which that took long, they are
+        computed and timed one by one, which is slower, to find the slow matchers.
         """
         if self._executor is None:
             self._executor = LLExecutor()
@@ -102,10 +103,10 @@ class Masks:
         self._last_took_long = time.perf_counter() - started > _LONG_S
 
     def _ban(self, place: int, token_ids: Collection[int]) -> None:
-        """Take tokens out of a mask, unless nothing else is in it."""
+        """Remove tokens from a mask, unless it allows no others."""
         row = self.rows[place].view(np.uint32)
         inside = [token_id for token_id in token_ids if int(row[token_id // WORD_BITS]) >> token_id % WORD_BITS & 1]
-        if not inside:  # mostly: the end is in it only where the text is complete
+        if not inside:  # the usual case, as end tokens are allowed only where the text is complete
             return
         rest = row.copy()
         for token_id in inside:

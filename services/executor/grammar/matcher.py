@@ -1,4 +1,4 @@
-"""One sample on its way through its grammar."""
+"""The state of one sample's text in its grammar."""
 
 import re
 import time
@@ -13,7 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 _LONGEST_MESSAGE = 400
 _INNER_STATE = re.compile("<state>|<non-verbose/>")
 WORD_BITS = 32
-"""Tokens that one word of a mask tells of."""
+"""Number of tokens per word of a mask."""
 _SLOW_S = 1e-3
 """CPU seconds of a mask above which a matcher is slow. Masks of JSON mostly take 0.01 to 0.1 ms; those of a recursive
 grammar have been seen to take 40 ms."""
@@ -35,18 +35,18 @@ class Pace:
 
 
 class LlMatcher:
-    """A matcher of llguidance, and how many of the sample's tokens it knows.
+    """A matcher of llguidance, and the number of the sample's tokens that it has consumed.
 
     The masks of a quick matcher are computed within the steps, together with those of other samples. Those of a slow
-    one are computed in a thread of their own: the sample sits out the steps until its mask is there, and nobody else
-    waits for it. A matcher is slow at first, unless its grammar has been quick before, and again from the first mask
-    that takes long within a step (`judge`). Its pace changes when the sample's tokens come, never which tokens.
+    matcher are computed in a thread: the sample skips steps until its mask is available, and no other sample waits. A
+    matcher is slow at first, unless its grammar has been quick before, and becomes slow again with the first mask that
+    takes long within a step (`judge`). This affects the speed of an answer, never its tokens.
 
     Args:
-        matcher: behind the sample's first `num_known` output tokens.
+        matcher: The matcher of llguidance, before the sample's first output token.
         tokenizer: The vocabulary that the grammar was compiled with.
         thread: Computes the masks of all slow matchers, one after the other.
-        pace: of the grammar.
+        pace: Pace of the grammar, shared by its matchers.
     """
 
     __slots__ = ("_made", "_made_behind", "_num_known", "_num_to_prove", "_pace", "_thread", "_tokenizer", "matcher")
@@ -67,7 +67,7 @@ class LlMatcher:
         return self._num_to_prove > 0
 
     def follow(self, token_ids: Sequence[int], start: int = 0) -> None:
-        """Take note of the output tokens since the last call. One that does not fit the grammar is an error of it.
+        """Advance through the output tokens since the last call. A token that the grammar does not allow sets `error`.
 
         Args:
             token_ids: Tokens of the sample.
@@ -79,14 +79,14 @@ class LlMatcher:
             self._num_known += len(new)
 
     def has_mask(self, token_ids: Sequence[int], start: int = 0) -> bool:
-        """Return whether the thread has computed the mask behind these tokens. If not it does from now on."""
+        """Return whether the thread has computed the mask after these tokens. If it was not asked to, it starts now."""
         if self._made is None or self._made_behind != len(token_ids):
             self._made_behind = len(token_ids)
             self._made = self._thread.submit(self._make, list(token_ids), start)
         return self._made.done()
 
     def take_mask(self, token_ids: Sequence[int]) -> npt.NDArray[np.int32] | None:
-        """Return the mask that the thread has computed behind these tokens, None if it was not asked to.
+        """Return the mask after these tokens that the thread has computed, waiting for it; None if none was asked for.
 
         The array has a bit for each token of the vocabulary, as `Masks.rows` does.
         """
@@ -101,7 +101,7 @@ class LlMatcher:
         return mask
 
     def judge(self, seconds: float) -> None:
-        """Take note of the CPU seconds that a mask took within a step."""
+        """Make the matcher slow if a mask within a step took too many CPU seconds."""
         if seconds > _SLOW_S:
             self._num_to_prove = _NUM_TO_PROVE
             self._pace.is_quick = False
@@ -111,17 +111,17 @@ class LlMatcher:
         return self.matcher.validate_tokens(list(token_ids))
 
     def forced(self) -> Sequence[int]:
-        """Return tokens whose text must come next, as long as possible each; empty where there is a choice."""
+        """Return tokens, each as long as possible, of the text that must come next; empty if there is a choice."""
         text = self.matcher.compute_ff_bytes()
         return self._tokenizer.tokenize_bytes(text) if text else []
 
     @property
     def error(self) -> str:
-        """The error in the grammar, in a line or a few; empty while there is none."""
+        """The grammar's error message, of one or a few lines; empty while there is none."""
         return error_of(self.matcher)
 
     def _make(self, token_ids: Sequence[int], start: int) -> tuple[npt.NDArray[np.int32], float]:
-        """Compute the mask behind these tokens; runs in the thread. Returns it and the CPU seconds that it took."""
+        """Compute the mask after these tokens. Runs in the thread. Returns it and the CPU seconds that it took."""
         started = time.thread_time()
         self.follow(token_ids, start)
         mask = np.empty(num_words(self._tokenizer.vocab_size), np.int32)
@@ -130,7 +130,7 @@ class LlMatcher:
 
 
 def num_words(vocab_size: int) -> int:
-    """Return the words of a mask; llguidance's own masks may have one more."""
+    """Return the number of words of a mask. llguidance's own masks may have one more."""
     return -(-vocab_size // WORD_BITS)
 
 

@@ -27,7 +27,7 @@ _GROUPS_BY_ACTIVATION = (True, "group", "dynamic")
 def stored_linears(config: Mapping[str, Any]) -> CheckpointFormat:
     """Return how a checkpoint with this quantization_config stores its linear layers.
 
-    Raises UnsupportedModelError, naming the key, for whatever is not read exactly as it was meant.
+    Raises UnsupportedModelError, naming the key, for a setting that would not be implemented exactly.
     """
     method = _choice(config, "quant_method", tuple(_READERS))
     return _READERS[method](config)

@@ -1,8 +1,8 @@
 """The parts of a model that each of several ranks holds, and the sums that put their results together.
 
 A rank is a process with a device of its own. Attention is divided by heads, gated MLPs by their inner features, and the
-vocabulary by tokens; experts go to groups of ranks, and each is divided within its group. Whatever a division leaves
-incomplete, a sum over all ranks completes.
+vocabulary by tokens; experts go to groups of ranks, and each is divided within its group. A sum over all ranks
+completes the partial results of a division.
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,9 @@ class Shard:
         return self.size == 1
 
     def check(self, config: ModelConfig) -> None:
-        """Refuse a model whose heads or experts cannot be divided like this: before ranks meet."""
+        """Raise UnsupportedModelError if the model's heads or experts cannot be divided. Called before the
+        ranks meet.
+        """
         self.config_of_rank(config)
         if any(config.sparse_layers):
             self.experts(config)

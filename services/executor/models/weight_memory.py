@@ -1,6 +1,6 @@
 """Memory of weights, keys and values on a CPU: huge pages, if the system has them.
 
-Each token reads all of them once, so that a table of pages of 4 KiB never has what is asked for.
+Each token reads all of them once, so that with pages of 4 KiB nearly every access to a new page would miss the TLB.
 """
 
 import math

@@ -26,7 +26,7 @@ class WeightSlot:
         encode: turns the tensor, on the model's device, into what `dests` are to hold; the default changes nothing.
         optional: whether a checkpoint may lack it.
         aliases: other names it may have.
-        finish: what is to be done when this and all other tensors of its weight are there; see `finish_all`.
+        finish: called once this and all other tensors of its weight are loaded; see `finish_all`.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class WeightSlot:
         return self
 
     def load(self, tensor: Tensor, device: torch.device) -> None:
-        """Fill the slot with the tensor, or its window; what has to be computed is computed on `device`."""
+        """Fill the slot with the tensor, or its window. Conversions are computed on `device`."""
         if self._encode is None:
             self.dest.copy_(tensor.view(self.dest.shape))
             return
@@ -103,6 +103,6 @@ def finish_with(finish: Callable[[], None], slots: Iterable[WeightSlot]) -> None
 
 
 def finish_all(slots: Iterable[WeightSlot]) -> None:
-    """Do what is left to do when all tensors of a model are there."""
+    """Call the `finish` of all slots, once all tensors of a model are loaded."""
     for finish in dict.fromkeys(slot.finish for slot in slots if slot.finish is not None):
         finish()

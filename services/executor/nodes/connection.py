@@ -1,4 +1,4 @@
-"""A TCP connection between the processes in front of two nodes' ranks, with the frames of the engine's own sockets."""
+"""A TCP connection between the fronts of two nodes, with the framing of the engine's sockets (`ipc`)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ DIAL_LIMIT = 5.0
 """Seconds for a connection to be made."""
 
 _MOST_BYTES = 1 << 16
-"""Limit of a message: whoever reaches the port may send one."""
+"""Most bytes of a message, since anyone who reaches the port can send one before the handshake."""
 
 _BEATS = 6
-"""Signs of life within the limit on silence."""
+"""Signs of life (NodeBeat) that are sent within the limit on silence."""
 
 
 class NodeConnection:
-    """Messages of two nodes, in order. Whatever ends it is an EOFError.
+    """Sends and receives the messages between two nodes, in order. Any end of the connection raises EOFError.
 
     Args:
-        connection: A connected TCP socket, which belongs to this object from now on.
+        connection: A connected TCP socket, which this object owns from now on.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -45,11 +45,13 @@ class NodeConnection:
 
     @classmethod
     async def dial(cls, address: str) -> NodeConnection:
-        """Connect to host:port. Raises OSError, of which TimeoutError is one."""
+        """Connect to host:port. Raises OSError, or its subclass TimeoutError."""
         return cls(await asyncio.to_thread(socket.create_connection, split_address(address), DIAL_LIMIT))
 
     async def send(self, **message: object) -> None:
-        """Write a message, of which the one field of NodeMessage is given. EOFError: nobody reads it."""
+        """Send a message, given as the one field of NodeMessage that is set. Raises EOFError if the connection is
+        broken.
+        """
         payload = ranks_pb2.NodeMessage(**message).SerializeToString()  # type: ignore[arg-type]
         async with self._sending:
             try:
@@ -59,7 +61,7 @@ class NodeConnection:
                 raise EOFError(f"the connection broke: {error.strerror or error}") from None
 
     async def receive(self) -> ranks_pb2.NodeMessage:
-        """Wait for the next message. EOFError: none comes, or it is none."""
+        """Wait for the next message. Raises EOFError if the connection is closed, or its bytes are not a message."""
         kind, length = read_header(await self._read(HEADER_BYTES))
         if kind != Kind.NODE or length > _MOST_BYTES:
             raise EOFError(f"{self.peer} sent what is no message of a node")
@@ -71,7 +73,7 @@ class NodeConnection:
             raise EOFError(f"{self.peer} sent what is no message of a node") from None
 
     async def _read(self, count: int) -> bytes:
-        """Read so many bytes and no more: what follows may be for whoever the socket is handed to."""
+        """Read exactly `count` bytes, because later ones may be meant for the process that the socket is handed to."""
         data = b""
         while len(data) < count:
             try:
@@ -84,11 +86,11 @@ class NodeConnection:
         return data
 
     async def converse(self, silence: float, on_message: Callable[[ranks_pb2.NodeMessage], Awaitable[None]]) -> str:
-        """Show signs of life and take in messages until either end closes. Returns why it ended.
+        """Send signs of life and receive messages until either end closes. Returns the reason of the end.
 
         Args:
-            silence: Seconds without a word after which the other end counts as gone.
-            on_message: Called with all messages but signs of life; what it raises ends the conversation.
+            silence: Seconds without a message after which the other end counts as gone.
+            on_message: Called with each message that is not a sign of life. An exception ends the conversation.
         """
         async with asyncio.TaskGroup() as tasks:
             listening = tasks.create_task(self._listen(on_message))
@@ -116,21 +118,21 @@ class NodeConnection:
                     await on_message(message)
 
     async def _beat(self, interval: float) -> None:
-        with contextlib.suppress(EOFError):  # whoever listens notices
+        with contextlib.suppress(EOFError):  # the task that listens notices the end
             while True:
                 await self.send(beat=ranks_pb2.NodeBeat())
                 await asyncio.sleep(interval)
 
     def detach(self) -> socket.socket:
-        """Return the socket, to be used without an event loop."""
+        """Return the socket in blocking mode, for use without an event loop."""
         self._connection.setblocking(True)
         return self._connection
 
     def shut(self) -> None:
-        """End the connection for both: whoever reads from it sees the end, here as well."""
+        """Shut the connection down, so that readers at both ends see its end."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the connection, from which nobody reads any more."""
+        """Close the socket, from which no task may be reading."""
         self._connection.close()

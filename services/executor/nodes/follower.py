@@ -1,4 +1,4 @@
-"""A node other than 0: it waits for node 0, starts its ranks when told to, and waits again once the group ended."""
+"""A node other than 0: joins node 0, starts its ranks when node 0 asks for it, and joins again once the group ended."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _log = logging.getLogger(__name__)
 _FIRST_DELAY, _LONGEST_DELAY = 0.2, 5.0
 _FORGET_AFTER = 60.0
 _LAST_WORDS = 1.0
-"""Seconds for node 0 to say why the group ends, once a rank has ended: it may have ended because of that."""
+"""Seconds to wait, once a rank has ended, for node 0's message that the group ends, which may have ended the rank."""
 
 
 class NodeState(enum.Enum):
     """State of a node other than 0."""
 
     WAITING = "waiting"
-    """Node 0 is not there, or refuses it."""
+    """The node is not connected: node 0 cannot be reached, or refuses it."""
     JOINED = "joined"
-    """Node 0 has accepted it and waits for other nodes."""
+    """Node 0 has accepted the node, and waits for the others."""
     SERVING = "serving"
-    """The ranks are started; node 0 tells when they serve."""
+    """The node's ranks are starting or running."""
 
 
 class NodeFollower:
     """Keeps a node in the group of node 0.
 
     Args:
-        settings: Those of this node.
+        settings: Settings of this node.
     """
 
     def __init__(self, settings: ExecutorSettings) -> None:
@@ -56,7 +56,7 @@ class NodeFollower:
 
     @property
     def rank_pids(self) -> Mapping[int, int]:
-        """The processes of this node's ranks."""
+        """Process ids of this node's ranks, by rank."""
         return self._ranks.pids
 
     async def until_idle(self, limit: float) -> None:
@@ -68,7 +68,7 @@ class NodeFollower:
                     await self._ended.wait()
 
     async def run(self) -> None:
-        """Serve one generation after the other until cancelled. Raises StartError."""
+        """Join node 0 and serve one generation after the other, until cancelled. Raises StartError."""
         self._identity = await identify(self._settings)
         delays = Restarts(sys.maxsize, window=_FORGET_AFTER, first_delay=_FIRST_DELAY, longest_delay=_LONGEST_DELAY)
         _log.info("node %d waits for node 0 at %s", self._settings.node_rank, self._settings.leader)
@@ -90,7 +90,7 @@ class NodeFollower:
             await asyncio.sleep(delays.crashed() or 0)
 
     def _say(self, level: int, trouble: str) -> None:
-        """Log what keeps the node from joining, once for as long as it is the same."""
+        """Log the reason why the node cannot join, unless it is the same as the last one."""
         if trouble != self._last_trouble:
             self._last_trouble = trouble
             _log.log(level, "%s; it is tried again and again", trouble)
@@ -107,7 +107,7 @@ class NodeFollower:
         return connection
 
     async def _serve(self, connection: NodeConnection) -> None:
-        """Serve one generation, from the welcome to its end."""
+        """Serve one generation, from node 0's welcome to the generation's end."""
         self.state = NodeState.JOINED
         _log.info("node 0 at %s has accepted this node", self._settings.leader)
         started: asyncio.Future[str] = asyncio.get_running_loop().create_future()

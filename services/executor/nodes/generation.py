@@ -1,4 +1,4 @@
-"""One start of a group over several hosts, as node 0 has it."""
+"""One start of a group over several hosts, on node 0."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from scalellm.services.executor.nodes.connection import NodeConnection
 from scalellm.v1 import ranks_pb2
 
 _LAST_WORDS = 1.0
-"""Seconds for the word that the group ends: whoever does not take it sees the end of the connection."""
+"""Seconds for sending the end of the group to a node. A node that does not receive it sees the end of the
+connection."""
 
 
 class Member:
-    """Another node, from its welcome to the end of its connection: it serves one generation at most."""
+    """Another node, from its welcome to the end of its connection. It serves one generation at most."""
 
     def __init__(self, node_rank: int, connection: NodeConnection) -> None:
         self.node_rank = node_rank
         self.connection = connection
         self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """The reason for which it is no longer there."""
+        """Set to the reason of the end once the node is gone."""
         self._has_ended_itself = False
 
     @property
     def is_lost(self) -> bool:
-        """True if it is gone without a word: its process, its host or the network is."""
+        """True if the node is gone without having announced it, because its front, its host or the network failed."""
         return self.end.done() and not self._has_ended_itself
 
     async def hear(self, message: ranks_pb2.NodeMessage) -> None:
-        """Take in what it says beside that it is alive: that a rank of it has ended, or what is of another version."""
+        """Handle a message that is not a sign of life: NodeEnd, after a rank of the node ended. Others are ignored."""
         if message.HasField("end"):
             self._has_ended_itself = True
 
 
 class Generation:
-    """The other nodes' ranks of one start, as sockets by which rank 0 will lead them.
+    """The other nodes of one start of a group, and the sockets by which rank 0 leads their ranks.
 
     Args:
-        name: Name of this start and no other: a connection that names another one has come too late.
+        name: Unique name of this start. A connection that names another one is too late, and refused.
         members: The other nodes.
         ranks_per_node: Number of ranks on every node.
 
@@ -57,7 +58,7 @@ class Generation:
         self.local_host = members[0].connection.local_host
 
     def refusal(self, node_rank: int, rank: int) -> str:
-        """Return why a connection cannot be that of a rank; empty: it can."""
+        """Return the reason to refuse a connection for a rank of a node; empty: it may connect."""
         if rank // self._ranks_per_node != node_rank:
             return f"rank {rank} is not one of node {node_rank}"
         return f"rank {rank} is already connected" if rank in self._sockets or self._complete.is_set() else ""
@@ -69,7 +70,7 @@ class Generation:
             self._complete.set()
 
     async def start(self) -> None:
-        """Have all nodes start their ranks, and wait until those are connected. EOFError: a node is gone."""
+        """Make all nodes start their ranks, and wait until these are connected. Raises EOFError if a node is gone."""
         for member in self.members:
             await member.connection.send(start=ranks_pb2.NodeStart(generation=self.name))
         waiting = {asyncio.create_task(self._complete.wait()), asyncio.create_task(self.first_end())}
@@ -83,28 +84,30 @@ class Generation:
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """The connections of the ranks, in their order, for the engine's process to inherit."""
+        """The sockets of the ranks, by rank, for the engine process to inherit."""
         return [self._sockets[rank] for rank in sorted(self._sockets)]
 
     def close_sockets(self) -> None:
-        """The engine has them: when it ends, the ranks see the end of theirs."""
+        """Close this process's copies of the sockets, so that the ranks see the end of theirs when the engine ends."""
         for connection in self._sockets.values():
             connection.close()
         self._sockets.clear()
 
     async def first_end(self) -> str:
-        """Wait until one of the nodes is gone. Returns which, and why."""
+        """Wait until one of the nodes is gone. Returns a text that says which, and why."""
         await asyncio.wait([member.end for member in self.members], return_when=asyncio.FIRST_COMPLETED)
         member = next(member for member in self.members if member.end.done())
         return f"node {member.node_rank} has left: {member.end.result()}"
 
     @property
     def has_lost_node(self) -> bool:
-        """True if one of the nodes is gone without a word."""
+        """True if one of the nodes is gone without having announced it."""
         return any(member.is_lost for member in self.members)
 
     async def end(self, reason: str, *, stalled: bool) -> None:
-        """Tell the nodes that it is over. They connect anew for the next one."""
+        """Send the end of the generation to the nodes and close their connections. They connect again for the
+        next one.
+        """
         self.close_sockets()
         end = ranks_pb2.NodeEnd(reason=reason, stalled=stalled)
         await asyncio.gather(*(_say_last(member.connection, end) for member in self.members))

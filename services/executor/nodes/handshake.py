@@ -1,4 +1,4 @@
-"""The first words between two nodes: both prove that they know the link token, and node 0 compares what must agree."""
+"""The handshake of two nodes: both prove that they know the link token, and node 0 compares versions and settings."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from scalellm.services.executor.nodes.identity import Identity
 from scalellm.v1 import ranks_pb2
 
 HANDSHAKE_LIMIT = 10.0
-"""Seconds for all of it."""
+"""Seconds for the whole handshake."""
 
 _NONCE_BYTES = 32
 
 
 class NodeRefusedError(Exception):
-    """A node may not join, or does not know its leader; the message says why."""
+    """A node may not join, or node 0 did not prove that it knows the link token. The message says why."""
 
 
 async def admit(
     connection: NodeConnection, identity: Identity, refusal: Callable[[ranks_pb2.NodeHello], str]
 ) -> ranks_pb2.NodeHello:
-    """Find out who has connected to node 0.
+    """Perform node 0's side of the handshake. Returns the other end's hello.
 
-    What differs is told to those only that know the token.
+    Differences of settings are revealed only to nodes that know the token.
 
     Args:
-        connection: A new one.
-        identity: Node 0's own.
-        refusal: Tells why a node that is as it should be may not join now; empty: it may.
+        connection: A new connection.
+        identity: Node 0's identity.
+        refusal: Returns the reason why a node with the right token and settings may not join now; empty: it may.
 
-    Raises NodeRefusedError, once the node has been told why, and EOFError.
+    Raises:
+        NodeRefusedError: The node was refused, and has been sent the reason.
+        EOFError: The connection was closed, or its messages violate the protocol.
     """
     nonce = secrets.token_bytes(_NONCE_BYTES)
     await connection.send(challenge=ranks_pb2.NodeChallenge(nonce=nonce))
@@ -55,15 +57,17 @@ async def admit(
 
 
 async def introduce(connection: NodeConnection, identity: Identity, generation: str = "", rank: int = 0) -> None:
-    """Tell node 0 who has connected to it.
+    """Perform the handshake of a node other than 0.
 
     Args:
-        connection: A new one.
-        identity: This node's own.
-        generation: The start of the group to which the connection belongs, as a rank's; empty: the node joins by it.
-        rank: That rank.
+        connection: A new connection to node 0.
+        identity: This node's identity.
+        generation: Name of the generation, for the connection of a rank; empty: the node itself joins.
+        rank: Number of that rank.
 
-    Raises NodeRefusedError and EOFError.
+    Raises:
+        NodeRefusedError: Node 0 refused the connection, or did not prove that it knows the link token.
+        EOFError: The connection was closed, or its messages violate the protocol.
     """
     message = await connection.receive()
     if message.WhichOneof("message") != "challenge":

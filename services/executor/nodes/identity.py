@@ -1,4 +1,4 @@
-"""Identity of a node: a group takes those with the model, versions and settings of node 0, and the link token."""
+"""Identity of a node. A group accepts nodes with node 0's model, versions, settings and link token."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ _GROUP_SETTINGS = (
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks", "capacity_policy"),
     *("prefix_cache", "target_itl_ms"),
 )
-"""Settings that decide what ranks compute. Those of memory and threads may differ: ranks agree on the cache's size."""
+"""Settings that decide what ranks compute and must be equal. Those of memory and threads may differ, because ranks
+agree on the size of the cache."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A node, as it introduces itself.
+    """A node's identity, as it is sent in the handshake.
 
     Attributes:
         node_rank: Its number.
-        facts: Values that have to be the same on every node, by the name that a refusal has for each.
-        token_file: File with the link token; None: none is asked for, or shown.
+        facts: Values that must be equal on all nodes, by the names that refusals use.
+        token_file: File with the link token; None: the handshake uses none.
     """
 
     node_rank: int
@@ -39,11 +40,11 @@ class Identity:
     token_file: Path | None
 
     def token(self) -> bytes:
-        """Return the link token as it is now; empty without one. Raises ConfigFileError."""
+        """Read the current link token; empty without one. Raises ConfigFileError."""
         return b"" if self.token_file is None else read_token(self.token_file).encode()
 
     def differences(self, other: Mapping[str, str]) -> str:
-        """Return what another node has otherwise, with both values; empty if nothing."""
+        """Describe the facts in which another node differs, with both values; empty if there are none."""
         names = [name for name in {**self.facts, **other} if self.facts.get(name) != other.get(name)]
         return "; ".join(
             f"{name} is {other.get(name, 'not told')} there and {self.facts.get(name, 'not told')} on node 0"
@@ -52,7 +53,7 @@ class Identity:
 
 
 async def identify(settings: ExecutorSettings) -> Identity:
-    """Return this node as its settings and its files make it. Raises StartError."""
+    """Return this node's identity, from its settings and its model's files. Raises StartError."""
     _check(settings)
     facts = {f"--{name.replace('_', '-')}": str(getattr(settings, name)) for name in _GROUP_SETTINGS}
     facts["the version of ScaleLLM"] = __version__
@@ -62,7 +63,7 @@ async def identify(settings: ExecutorSettings) -> Identity:
 
 
 def _check(settings: ExecutorSettings) -> None:
-    """Refuse settings that make no group."""
+    """Raise StartError for settings that cannot form a group."""
     if settings.engine != "model":
         raise StartError(f"--nodes {settings.nodes}: --engine {settings.engine} has no ranks to divide among hosts")
     if settings.tensor_parallel % settings.nodes:
@@ -84,7 +85,7 @@ def _check(settings: ExecutorSettings) -> None:
 
 
 def _digest_of_model(settings: ExecutorSettings) -> str:
-    # Not at the top: with them come numpy and the model store, which the front of a single host does without.
+    # Imported here, because they import numpy and the model store, which the front of a single host does not need.
     from scalellm.services.common.model_store import ModelStoreError, resolve
     from scalellm.services.executor.model_config import PRESETS
     from scalellm.services.executor.nodes.model_digest import model_digest

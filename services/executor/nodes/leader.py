@@ -29,14 +29,14 @@ _NAME_LIMIT = 60.0
 _SAY_AGAIN = 30.0
 _ACCEPT_PAUSE = 0.2
 _MOST_STRANGERS = 32
-"""Connections that have not been welcomed yet, beside one for each rank."""
+"""Most connections whose handshake is not complete, in addition to one for each rank."""
 
 
 class NodeLeader:
-    """Keeps the other nodes that are there, and makes a generation of them when all are.
+    """Keeps the connections of the other nodes, and starts a generation once all are connected.
 
     Args:
-        settings: Those of node 0.
+        settings: Settings of node 0.
     """
 
     def __init__(self, settings: ExecutorSettings) -> None:
@@ -58,7 +58,9 @@ class NodeLeader:
         self._spawn(self._accept(self._listener))
 
     async def _listen(self) -> socket.socket:
-        """Listen at --leader, whose name may become known only now that this host starts. Raises StartError."""
+        """Listen at --leader, retrying while its name does not resolve, as it may appear only once this host has
+        started. Raises StartError.
+        """
         deadline = time.monotonic() + _NAME_LIMIT
         while True:
             try:
@@ -73,7 +75,7 @@ class NodeLeader:
             await asyncio.sleep(1)
 
     async def close(self) -> None:
-        """Let all nodes go."""
+        """Close all connections and stop listening."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -82,11 +84,11 @@ class NodeLeader:
 
     @property
     def num_missing(self) -> int:
-        """Nodes that are not here."""
+        """Number of other nodes that are not connected."""
         return self._settings.nodes - 1 - len(self._members)
 
     async def gather(self) -> Generation:
-        """Wait for all nodes, for as long as it takes, and start a generation with them."""
+        """Wait without limit until all nodes are connected, and start a generation with them."""
         while True:
             await self._all_here()
             self._num_generations += 1
@@ -108,10 +110,10 @@ class NodeLeader:
                 return generation
 
     async def end(self, reason: str, *, stalled: bool) -> None:
-        """End the generation, if there is one, and let its nodes go: they connect anew for the next one."""
+        """End the generation, if there is one, and disconnect its nodes, which connect again for the next one."""
         generation, self._generation = self._generation, None
         if generation is not None:
-            for member in generation.members:  # its place may be that of one that has already come back
+            for member in generation.members:  # only if it is the same one: a node may have reconnected already
                 self._forget(member)
             await generation.end(reason, stalled=stalled)
 
@@ -128,7 +130,7 @@ class NodeLeader:
         while True:
             try:
                 connection, _ = await loop.sock_accept(listener)
-            except OSError as error:  # it is gone already, or this process has no file to spare
+            except OSError as error:  # the peer is gone already, or this process has no free descriptor
                 _log.warning("a connection of a node was lost: %s", error)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
@@ -143,7 +145,7 @@ class NodeLeader:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, accepted: socket.socket) -> None:
-        """Serve one connection: that of a node to its end, that of a rank until it is handed on."""
+        """Serve one connection: a node's until it ends, a rank's until it is handed to the generation."""
         with contextlib.ExitStack() as stack:
             stack.callback(accepted.close)
             self._num_strangers += 1
@@ -159,7 +161,7 @@ class NodeLeader:
                 return
             finally:
                 self._num_strangers -= 1
-            if self._refusal(hello):  # something has changed while it was welcomed
+            if self._refusal(hello):  # the state may have changed during the handshake
                 return
             if hello.generation:
                 assert self._generation is not None
@@ -169,7 +171,7 @@ class NodeLeader:
                 await self._keep(Member(hello.node_rank, connection))
 
     def _refusal(self, hello: ranks_pb2.NodeHello) -> str:
-        """Return why a node or a rank may not join now; empty: it may."""
+        """Return the reason why a node or a rank may not join now; empty: it may."""
         node = hello.node_rank
         if not 0 < node < self._settings.nodes:
             return f"--node-rank {node}: must be 1 to {self._settings.nodes - 1}, and each node has another"
@@ -181,7 +183,7 @@ class NodeLeader:
         return self._generation.refusal(node, hello.rank)
 
     async def _keep(self, member: Member) -> None:
-        """Listen to a node until it is gone."""
+        """Receive a node's messages until it is gone."""
         self._members[member.node_rank] = member
         self._changed.set()
         _log.info("node %d is here, from %s", member.node_rank, member.connection.peer)

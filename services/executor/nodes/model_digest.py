@@ -1,4 +1,4 @@
-"""A digest that tells whether two hosts have the same model, without reading all of it."""
+"""A digest for comparing the models of two hosts without reading all of their files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PIECE_BYTES = 4096
 def model_digest(path: Path) -> str:
     """Return 16 hexadecimal digits of the files that a model is loaded from. Raises StartError.
 
-    Of each file the size counts and 64 pieces of 4 KiB, its beginning and its end among them: other weights, another
-    quantisation or half a copy are told, a single byte that is wrong within a tensor is not.
+    The digest covers each file's size and 64 pieces of 4 KiB, the beginning and the end among them. It detects other
+    weights, another quantisation or an incomplete copy, but not a single wrong byte within a tensor.
     """
     try:
         located = locate(path)

@@ -1,4 +1,4 @@
-"""The executor service of a node other than 0: no requests come to it, only the questions whether it is well."""
+"""The executor service of a node other than 0, which serves no requests but only health checks and metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _log = logging.getLogger(__name__)
 
 
 async def serve_node(settings: ExecutorSettings) -> None:
-    """Keep the node in its group until SIGTERM, then give the group the time that node 0 drains. Raises StartError."""
+    """Keep the node in its group until SIGTERM, then wait up to --drain-limit-s for the group to end. Raises
+    StartError.
+    """
     stop = stop_event()
     follower = NodeFollower(settings)
     service = GrpcService(

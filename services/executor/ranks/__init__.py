@@ -1,1 +1,1 @@
-"""Several ranks of one executor: rank 0 decides, and the others do as it does on their shares of the model."""
+"""Several ranks of one executor: rank 0 forms the batches, and all ranks run them on their shares of the model."""

@@ -1,4 +1,4 @@
-"""Collectives between processes: NCCL between GPUs, gloo between CPUs, which is slow and there for tests."""
+"""Collectives between processes: NCCL between GPUs; gloo between CPUs, which is slow and meant for tests."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class TorchCollectives:
 
 
 class MeetingPlace:
-    """Rank 0's store, where the ranks of one start of a group find each other.
+    """Rank 0's store, through which the ranks of one start of a group find each other.
 
-    What they write there goes by the name of this start, so a rank that is left of an earlier one finds nobody.
+    Keys are prefixed with a unique name of the start, so that a rank left over from an earlier start cannot join.
 
     Args:
         size: Number of ranks.
-        device: Rank 0's.
+        device: Device of rank 0.
         host: IP address of this host by which all ranks reach it.
     """
 
@@ -75,7 +75,7 @@ class MeetingPlace:
 
 
 def meet_at(told: ranks_pb2.RankMeeting, rank: int, size: int, device: torch.device) -> TorchCollectives:
-    """Join rank 0 and the others where rank 0 says. Raises StartError if those compute on another kind of device."""
+    """Join the other ranks at rank 0's store. Raises StartError if rank 0 computes on another kind of device."""
     if told.device != device.type:
         raise StartError(f"--device {device.type}: that of rank 0 is {told.device}, and all ranks need the same")
     store = TCPStore(told.host, told.port, size, is_master=False, timeout=_MEETING_LIMIT, wait_for_workers=False)
@@ -86,7 +86,7 @@ def _meet(store: Store, told: ranks_pb2.RankMeeting, rank: int, size: int, devic
     backend = "gloo" if device.type == "cpu" else "nccl"
     dist.init_process_group(backend, store=PrefixStore(told.generation, store), rank=rank, world_size=size)
     collectives = TorchCollectives()
-    # The communicator is made with the first sum, which must not be one that is captured.
+    # The first sum creates the communicator, which must not happen during the capture of a graph.
     if int(collectives.all_reduce(torch.ones(1, device=device)).item()) != size:
         raise RuntimeError(f"the sum over {size} ranks is wrong")
     return collectives

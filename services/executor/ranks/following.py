@@ -1,4 +1,4 @@
-"""Ranks other than 0: they do what they are told, in the order in which it comes."""
+"""The loop of ranks other than 0, which carry out rank 0's plans in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scalellm.services.executor.runner import ModelRunner
 from scalellm.services.executor.runner.model_runner import InFlightStep
 from scalellm.v1 import ranks_pb2
 
-_MOST_IN_FLIGHT = 1  # beside the one that is being launched, as on rank 0
+_MOST_IN_FLIGHT = 1  # in addition to the step that is being launched, as on rank 0
 
 
 def follow(plans: Iterable[ranks_pb2.RankPlan], runner: ModelRunner, masks: ToldMasks, config: EngineConfig) -> None:

@@ -1,4 +1,4 @@
-"""The group of an engine's ranks, as each of them sees it while it loads the model."""
+"""Rank 0's connections to the other ranks, and the meeting of all ranks before the model is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tell = Callable[[ranks_pb2.RankPlan], None]
 
 
 class Followers:
-    """The other ranks, as rank 0 sees them.
+    """Rank 0's connections to the other ranks.
 
     Args:
         channels: One to each of them, by rank.
@@ -32,7 +32,7 @@ class Followers:
         return len(self._channels)
 
     def tell(self, plan: ranks_pb2.RankPlan) -> None:
-        """Send a plan to all of them. RanksApartError: one is gone."""
+        """Send a plan to all other ranks. Raises RanksApartError if one is gone."""
         message = Message(Kind.PLAN, payload=plan.SerializeToString())
         for rank, channel in enumerate(self._channels, start=1):
             try:
@@ -41,16 +41,17 @@ class Followers:
                 raise RanksApartError(f"rank {rank} is gone") from None
 
     def meet(self, expert_parallel: int, device: torch.device) -> Shard:
-        """Tell them where to meet, and wait for them. Returns what rank 0 holds of the model."""
+        """Send the address of the store to the other ranks, and wait for them there. Returns rank 0's shard."""
         size = len(self._channels) + 1
         hosts = [channel.local_host for channel in self._channels]
-        place = MeetingPlace(size, device, next(filter(None, hosts), _LOOPBACK))  # that by which other hosts reach it
+        # the address by which other hosts reach it
+        place = MeetingPlace(size, device, next(filter(None, hosts), _LOOPBACK))
         self.tell(ranks_pb2.RankPlan(meeting=place.told))
         return Shard(0, size, expert_parallel, place.meet())
 
 
 def plans_from(channel: EngineChannel) -> Iterator[ranks_pb2.RankPlan]:
-    """Yield what rank 0 tells. EOFError: it is gone."""
+    """Yield rank 0's plans. Raises EOFError once rank 0 is gone."""
     while True:
         for message in channel.receive(_PATIENCE):
             yield ranks_pb2.RankPlan.FromString(message.payload)
@@ -59,5 +60,5 @@ def plans_from(channel: EngineChannel) -> Iterator[ranks_pb2.RankPlan]:
 def join(
     plans: Iterator[ranks_pb2.RankPlan], rank: int, size: int, expert_parallel: int, device: torch.device
 ) -> Shard:
-    """Meet rank 0 and the others, which its first plan is about. Returns what this rank holds of the model."""
+    """Meet the other ranks at the address in rank 0's first plan. Returns this rank's shard."""
     return Shard(rank, size, expert_parallel, meet_at(next(plans).meeting, rank, size, device))

@@ -1,4 +1,4 @@
-"""The runner of rank 0: each thing that it does, all other ranks do as well."""
+"""The model runner of rank 0, which has all other ranks do the same work."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from scalellm.v1 import ranks_pb2
 
 
 class RanksApartError(Exception):
-    """A step failed on this rank, so that nobody knows how far the others are: the group is of no more use."""
+    """A step failed on this rank, or another rank is gone. The state of the others is unknown, so the group
+    must end.
+    """
 
 
 class LeadingRunner(ModelRunner):
-    """Tells a plan before it does its own part, which ends in sums over all ranks.
+    """Sends a plan to the other ranks before it does its own part of the work, which contains sums over all ranks.
 
-    Nobody answers: what the others compute, this rank has as well. A step that fails here ends the group, as
-    `check_device` then says.
+    The others never answer, because this rank computes the same results. A step that fails here ends the group, by way
+    of `check_device`.
 
     Args:
         model: This rank's share.
         kv_caches: As `ModelRunner` takes them.
         config: As `ModelRunner` takes it.
-        device: This rank's.
-        tell: Sends a plan to all other ranks. What it raises is that one of them is gone.
+        device: Device of this rank.
+        tell: Sends a plan to all other ranks. Raises RanksApartError if one of them is gone.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class LeadingRunner(ModelRunner):
         self._writer = PlanWriter()
 
     def check_device(self) -> None:
-        """Raise: the others may wait in the midst of a step."""
+        """Raise RanksApartError after a failed step, because the other ranks may be waiting within that step."""
         super().check_device()
         raise RanksApartError("a step failed on one of several ranks")
 
@@ -56,7 +58,7 @@ class LeadingRunner(ModelRunner):
         super().capture_graphs(on_progress)
 
     def seal(self) -> None:
-        """Warm-up is over on all ranks."""
+        """End the warm-up on all ranks."""
         self._tell(ranks_pb2.RankPlan(seal=ranks_pb2.RankSeal()))
         super().seal()
 

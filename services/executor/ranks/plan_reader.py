@@ -1,4 +1,4 @@
-"""Plans of rank 0 as batches."""
+"""Converts rank 0's plans to batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _A_GRAMMAR = "of rank 0"
 
 
 class ToldMatcher:
-    """Stands for the matcher of a sample: rank 0 has it, and tells what it allows."""
+    """Placeholder for a sample's matcher, which rank 0 has. Rank 0 sends the masks."""
 
     is_slow = False
 
@@ -31,11 +31,11 @@ class ToldMatcher:
         """Do nothing."""
 
     def num_allowed(self, token_ids: object) -> int:
-        """Return 0: rank 0 guesses."""
+        """Return 0: rank 0 makes the drafts."""
         return 0
 
     def forced(self) -> Items[int]:
-        """Return nothing: rank 0 guesses."""
+        """Return no tokens: rank 0 makes the drafts."""
         return ()
 
 
@@ -52,7 +52,7 @@ class ToldBatch(ScheduledBatch):
 
 
 class PlanReader:
-    """Keeps the sequences of all rows as rank 0 has them, as far as a runner reads them."""
+    """Keeps copies of rank 0's sequences by row, with the fields that a model runner reads."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -103,7 +103,7 @@ class PlanReader:
             eos_token_ids=self._config.eos_token_ids,
             max_model_len=self._config.max_model_len,
         )
-        group.samples = []  # each goes by its row
+        group.samples = []  # sequences are found by row, not by group
         seq = Sequence(group, told.index, token_ids)
         seq.row = row
         seq.matcher = ToldMatcher() if told.has_grammar else None

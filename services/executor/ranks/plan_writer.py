@@ -1,4 +1,4 @@
-"""Batches as plans for the other ranks."""
+"""Converts batches to plans for the other ranks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NOT_COPIED = ("logit_bias", "stop_token_ids", "seed")
 
 
 class PlanWriter:
-    """Writes steps, and knows how many tokens of each row the other ranks have been told."""
+    """Writes the plans of steps, and tracks how many tokens of each row the other ranks have."""
 
     def __init__(self) -> None:
         self._told: dict[int, int] = {}
 
     def step(self, batch: ScheduledBatch) -> ranks_pb2.RankStep:
-        """Return the plan of a step: what is new since the last one, a few bytes for each sequence."""
+        """Return the plan of a step: the changes since the last one, a few bytes per sequence."""
         plan = ranks_pb2.RankStep(step=batch.step, num_decodes=batch.num_decodes, masked=is_masked(batch))
         for place, scheduled in enumerate(batch.sequences):
             self._add(plan, place, scheduled)

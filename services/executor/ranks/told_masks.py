@@ -1,4 +1,4 @@
-"""The masks of rank 0's grammars on the other ranks."""
+"""Masks of grammars, which rank 0 computes and sends to the other ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ALL = -1
 
 
 class TellingMasks(Masks):
-    """Rank 0's masks: what is filled for a step that the others draw as well is told to them.
+    """Rank 0's masks, which are sent to the other ranks with each step that draws with masks.
 
     Args:
         num_rows: As `Masks` takes it.
@@ -26,10 +26,10 @@ class TellingMasks(Masks):
         super().__init__(num_rows, vocab_size)
         self._tell = tell
         self.is_awaited = False
-        """The others have been told a step whose draw waits for masks."""
+        """True if the other ranks wait for the masks of a step."""
 
     def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
-        """Write the masks, and tell those of samples that still have a grammar."""
+        """Compute the masks, and send those of samples that still have a grammar to ranks that wait for them."""
         errors = super().fill(scheduled)
         if self.is_awaited:
             self.is_awaited = False
@@ -40,18 +40,18 @@ class TellingMasks(Masks):
 
 
 class ToldMasks(Masks):
-    """The masks that rank 0 told last."""
+    """The masks that rank 0 sent last, on another rank."""
 
     def __init__(self, num_rows: int, vocab_size: int) -> None:
         super().__init__(num_rows, vocab_size)
         self._told = ranks_pb2.RankMasks()
 
     def take(self, told: ranks_pb2.RankMasks) -> None:
-        """Keep what rank 0 said of the step that is drawn next."""
+        """Keep rank 0's masks for the step that is drawn next."""
         self._told = told
 
     def fill(self, scheduled: Sequence[ScheduledSequence]) -> Mapping[int, str]:
-        """Write what was told. A sample without a mask has ended on rank 0, and is drawn as one without a grammar."""
+        """Write the received masks. A sample without one has ended on rank 0, and draws without a grammar."""
         places = list(self._told.places)
         for place, one in enumerate(scheduled):
             if place not in places:

@@ -12,7 +12,8 @@ from scalellm.services.executor.runner.device import Device
 
 
 class BlockTables:
-    """Keeps one table per row, of which only new entries are written: a long context costs a step nothing.
+    """Keeps one table per row and writes only new entries, so that a step's cost does not depend on the context's
+    length.
 
     Attributes:
         host: `[num_rows, max_blocks]` i32.
@@ -28,7 +29,7 @@ class BlockTables:
         self.device = shared.to(device.torch_device, copy=True) if self._is_staged else shared
 
     def update(self, sequences: list[ScheduledSequence]) -> None:
-        """Take over the entries that are new to the runner."""
+        """Write the entries of a step's sequences that are new to the runner."""
         width = self.host.shape[1]
         places: list[npt.NDArray[np.int64]] = []
         for scheduled in sequences:

@@ -24,7 +24,7 @@ class DecodeOfRanks:
 
     @property
     def has_equal_rows(self) -> bool:
-        """True once a step has shown that all ranks compute each row as if it were alone."""
+        """True once a step has shown that, on all ranks, no row's results depend on the other rows."""
         return bool(self._has_equal_rows)
 
     def run(

@@ -14,14 +14,14 @@ class Event(Protocol):
     """A point in the order of the device's work."""
 
     def synchronize(self) -> None:
-        """Return when the device has passed it."""
+        """Wait until the device has passed the event."""
 
 
 class Graph(Protocol):
     """Recorded work."""
 
     def replay(self) -> None:
-        """Queue it once more, on the same memory."""
+        """Queue the recorded work again, on the same memory."""
 
 
 class Device(Protocol):
@@ -54,12 +54,12 @@ class Device(Protocol):
         """Return the bytes that can still be allocated."""
 
     def synchronize(self) -> None:
-        """Wait until all queued work is done. Raises what device and driver say once they are lost to this process."""
+        """Wait until all queued work is done. Raises the driver's error if the device is lost to this process."""
 
 
 class _Passed:
     def synchronize(self) -> None:
-        """Nothing is queued on a CPU: it has passed."""
+        """Return at once, because a CPU's work is never queued."""
 
 
 class CpuDevice:
@@ -77,7 +77,7 @@ class CpuDevice:
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself: what reads it is done before the caller goes on."""
+        """Return the tensor itself, because work that reads it is done before the caller changes it."""
         return tensor
 
     def to_host(self, tensor: Tensor) -> Tensor:
@@ -89,15 +89,15 @@ class CpuDevice:
         return _Passed()
 
     def capture(self, run: Callable[[], None]) -> Graph:
-        """Not possible: work runs at once."""
+        """Raise NotImplementedError: a CPU runs work at once and has no graphs."""
         raise NotImplementedError("a CPU has no graphs")
 
     def free_memory(self) -> int:
-        """Return what the machine, or the container, has left."""
+        """Return the bytes of memory that the machine, or the container, has left."""
         return free_memory()
 
     def synchronize(self) -> None:
-        """Nothing is ever queued."""
+        """Do nothing, because a CPU's work is never queued."""
 
 
 class CudaDevice:

@@ -1,4 +1,4 @@
-"""KV-cache blocks in host memory, for sequences that lost their place on the device."""
+"""KV-cache blocks in host memory, for preempted sequences."""
 
 import itertools
 import time
@@ -68,7 +68,7 @@ class HostCache:
             yield blocks, [self._blocks[host_block] for _, host_block in group]
 
     def measure(self) -> SwapCost:
-        """Return what copies cost, from some of one block and of several, which keep their content."""
+        """Measure the cost of copies, with some of one block and some of several. Blocks keep their content."""
         count = min(_GROUP, len(self._blocks), self._caches[0].shape[0])
         one, several = self._seconds(1), self._seconds(count)
         per_block = max((several - one) / (count - 1), 1e-9) if count > 1 else one

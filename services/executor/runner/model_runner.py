@@ -73,14 +73,14 @@ class ModelRunner:
 
     @property
     def has_equal_rows(self) -> bool:
-        """True once a decode step was found to be computed by the C++ forms alone: they add up each row in one order,
-        whatever is beside it.
+        """True once a decode step was found to be computed by the C++ forms alone, whose sums for a row do not depend
+        on the other rows.
         """
         return self._decodes.has_equal_rows
 
     @property
     def late_compiles(self) -> list[str]:
-        """Kernels of which a variant was compiled after `seal`, while requests waited; empty is how it should be."""
+        """Kernels of which a variant was compiled after `seal`, while requests waited. Should be empty."""
         return [] if self._ops.launch is None else self._ops.launch.late_variants
 
     @torch.inference_mode()
@@ -105,7 +105,9 @@ class ModelRunner:
             self._ops.launch.seal()
 
     def check_device(self) -> None:
-        """Wait for the device. Raises what CUDA says of one that is lost; that it is out of memory passes."""
+        """Wait for the device. Raises CUDA's error if the device is lost. Running out of memory is not such an
+        error.
+        """
         self._device.synchronize()
 
     @torch.inference_mode()
@@ -169,7 +171,9 @@ class ModelRunner:
         output: kernels.SampleOutput | None,
         misfits: Mapping[int, str] | None = None,
     ) -> None:
-        """Queue what draws a step's tokens. `misfits` are what `Sampler.mask` said, None where it was not asked yet."""
+        """Queue the drawing of a step's tokens. `misfits` is the result of `Sampler.mask`; None: it was not
+        called yet.
+        """
         step.misfits = self._sampler.mask(drawn) if misfits is None else misfits
         if not self._is_whole:
             logits, output = self._of_all_ranks(logits)
@@ -179,7 +183,7 @@ class ModelRunner:
         step.done = self._device.record()
 
     def _of_all_ranks(self, logits: Tensor) -> tuple[Tensor, kernels.SampleOutput | None]:
-        """Return the logits of all ranks, given this rank's; or the tokens, where only the largest logit counts."""
+        """Return the logits of all ranks, given this rank's, or only the tokens if all rows are greedy."""
         if not self._sampler.is_greedy:
             return self._model.joined(logits), None
         token_ids = self._model.most_likely(logits)
@@ -230,13 +234,13 @@ class ModelRunner:
 
 
 class InFlightStep:
-    """A launched step: what it will have produced once its event has passed.
+    """A launched step, whose results are available once its event has passed.
 
     Attributes:
-        drawn: its tokens, once they are being drawn.
-        misfits: see SampledBatch.
-        draw_late: draws them, in a step that does so late.
-        done: after all of its work.
+        drawn: Its tokens, once their drawing was queued.
+        misfits: See SampledBatch.
+        draw_late: Queues the drawing, in a step that draws late.
+        done: Event after all of its work.
     """
 
     def __init__(
@@ -256,13 +260,13 @@ class InFlightStep:
 
     @torch.inference_mode()
     def draw(self) -> None:
-        """Queue what draws the tokens, if the launch did not."""
+        """Queue the drawing of the tokens, if the launch did not."""
         if self.draw_late is not None:
             draw_late, self.draw_late = self.draw_late, None
             draw_late()
 
     def wait(self) -> SampledBatch:
-        """Wait for the step, and return what it produced."""
+        """Wait for the step, and return its results."""
         self.done.synchronize()
         sampled = SampledBatch([], failed=self._failed_places(), misfits=self.misfits)
         sampled.prompt_logprobs = {place: scores.entries() for place, scores in self._scores.items()}

@@ -120,9 +120,9 @@ class Sampler:
         self._staged.send()
 
     def mask(self, scheduled: list[ScheduledSequence]) -> Mapping[int, str]:
-        """Find out what the sequences of `fill` may go on with. Returns what is wrong with their grammars, by place.
+        """Compute the grammars' masks for the sequences of `fill`, all of whose tokens must be known.
 
-        All of their tokens are known.
+        Returns the error messages of grammars, by place.
         """
         errors = self._masks.fill(scheduled)
         self._is_masked = any(one.seq.matcher is not None for one in scheduled)
@@ -134,13 +134,15 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """True if each row of `fill` and `mask` takes the largest of the logits as they are, and wants nothing else."""
+        """True if each row of `fill` and `mask` takes the largest of the unchanged logits, and needs no
+        log-probabilities.
+        """
         return self._is_plain and not self._is_masked and not self._is_hot
 
     @property
     def plain_draw(self) -> Callable[[Tensor], kernels.SampleOutput] | None:
-        """The function that draws the tokens of `fill` and `mask` from logits `[R, V]` f32, and may change these; None
-        where a row wants more than a token.
+        """A function that draws the tokens of `fill` and `mask` from logits `[R, V]` f32, which it may change; None if
+        a row asks for more than a token.
         """
         if not self._is_plain:
             return None

@@ -93,7 +93,9 @@ class GgufSource:
         return self._stored[name].name if name in self._stored else name
 
     def wrong_dtype(self, name: str, slot: WeightSlot) -> str | None:
-        """Whatever can be dequantised has the right dtype; blocks are asked for only where they can be kept."""
+        """Return None: any type that can be dequantised is right, and blocks are requested only where they can
+        be kept.
+        """
         return None
 
     def read(self, name: str, slot: WeightSlot, device: torch.device, on_bytes: Callable[[int], None]) -> None:

@@ -109,7 +109,7 @@ def _slots(model: CausalLM) -> list[WeightSlot]:
 
 
 def _name_in(source: WeightSource, slot: WeightSlot) -> str | None:
-    """Return the name under which the checkpoint has what belongs into a slot, None if it has nothing."""
+    """Return the name of the checkpoint's tensor for a slot, None if it has none."""
     return next((name for name in (slot.name, *slot.aliases) if name in source.shapes), None)
 
 
@@ -147,7 +147,9 @@ def _check(path: Path, config: ModelConfig, slots: Sequence[WeightSlot], source:
 
 
 def _check_tied(path: Path, config: ModelConfig, source: SafetensorsSource) -> None:
-    """Refuse two matrices of which the configuration says that they are one: some readers take one, some both."""
+    """Refuse a checkpoint with two different matrices that the configuration declares tied, since readers disagree on
+    which to use.
+    """
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     is_there = head in source.shapes and embedding in source.shapes
     if config.tie_word_embeddings and is_there and not source.are_equal(head, embedding):

@@ -40,7 +40,9 @@ class CheckpointFormat(Protocol):
 
     @property
     def is_choice(self) -> bool:
-        """True if they can be had in the runtime's dtype as well: kept as they are only with `Quantization("keep")`."""
+        """True if the weights can also be converted to the runtime's dtype, so that they are kept as stored only with
+        `Quantization("keep")`.
+        """
 
     @property
     def form(self) -> str:
@@ -61,18 +63,20 @@ class CheckpointFormat(Protocol):
 
 
 def kept(stored: CheckpointFormat | None, method: Method) -> CheckpointFormat | None:
-    """Return the checkpoint's format if that is what a quantisation leaves the weights in."""
+    """Return the checkpoint's format if a quantisation method keeps the weights in it; else None."""
     return None if stored is None or (stored.is_choice and method != "keep") else stored
 
 
 def commonest_projection(kinds: Mapping[str, _Kind], default: _Kind) -> _Kind:
-    """Return what most of a checkpoint's projections are of, given it for all of its tensors by their names."""
+    """Return the most frequent kind among a checkpoint's projections, given the kinds of all its tensors by name."""
     counts = Counter(kind for name, kind in kinds.items() if name.endswith("_proj.weight"))
     return counts.most_common(1)[0][0] if counts else default
 
 
 def kinds_of_experts(kinds: Mapping[str, _Kind]) -> Mapping[str, set[_Kind]]:
-    """Return what the experts of each layer are of, given it for all tensors; see `prefix_of_experts`."""
+    """Return the kinds of the experts of each layer by their common prefix (`prefix_of_experts`), given the kinds of
+    all tensors by name.
+    """
     found: dict[str, set[_Kind]] = {}
     for name, kind in kinds.items():
         if prefix := prefix_of_experts(name):
@@ -81,7 +85,7 @@ def kinds_of_experts(kinds: Mapping[str, _Kind]) -> Mapping[str, set[_Kind]]:
 
 
 def prefix_of_experts(name: str) -> str:
-    """Return what the names of all experts of a layer start with, nothing for what is not an expert's."""
+    """Return the common prefix of the names of a layer's experts; empty for a tensor that is not an expert's."""
     prefix, experts, _ = name.partition(".experts.")
     return prefix if experts else ""
 

@@ -42,10 +42,12 @@ class LinearWeight(Protocol):
         """Return the memory of some of the N rows."""
 
     def encode(self, matrix: Tensor) -> Sequence[Tensor]:
-        """Return what `part` is to hold for the full-precision rows `matrix [n, K]`."""
+        """Convert full-precision rows `matrix [n, K]` to the tensors that `part` returns for them."""
 
     def finish(self) -> None:
-        """Make ready for products what all parts have been filled of; not for a weight that another op multiplies."""
+        """Prepare the weight for products, once all its parts are filled. Not called if another op multiplies the
+        weight.
+        """
 
     def product(self, x: LinearInput, bias: Tensor | None) -> Tensor:
         """Return `x W^T + bias`, `[T, N]`; a quantised `x` is one that `input_from` made."""
